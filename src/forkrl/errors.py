@@ -1,0 +1,15 @@
+"""The two ways a ForkRL command can end that are not a bug."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something only the user can mend. The command line prints it as one line and exits with 2.
+
+    Say what was found, where, and what to do about it: "recipe.toml: loss.clip_hgh is not a setting; did you mean
+    loss.clip_high?".
+    """
+
+
+class TrainingHalted(Exception):
+    """Training cannot go on (NaN loss, nothing left to learn). The last good checkpoint is intact; exit code 1."""

@@ -1,0 +1,170 @@
+"""The nouns of ForkRL, frozen: what travels from prompt to step.
+
+Shape legend, used in every module: ``B`` sequences, ``T`` token positions, ``V`` vocabulary, ``D`` hidden,
+``P`` prompts, ``G`` rollouts per prompt (the group), ``N`` flattened rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question, exactly as the model reads it, with what its verifier needs to judge an answer."""
+
+    id: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier said of one response.
+
+    ``score`` is the correctness in [0, 1]. ``failure`` is empty when the verifier answered; otherwise it names why it
+    could not ("deadline", "crash", "memory", "error"): the score is then 0, and the reason is counted and logged.
+    """
+
+    score: float
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response with the policy's own account of every token.
+
+    ``logprobs`` and ``entropy`` (nats) are fp32 ``[T]``, over the full vocabulary at the sampling temperature.
+    ``response_ids`` holds the closing stop token when ``finished``; ``text`` does not.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: Tensor
+    entropy: Tensor
+    text: str
+    finished: bool
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The ``G`` responses to one prompt, and, once scored, a verdict for each."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        return tuple(verdict.score for verdict in self.verdicts)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How an engine samples. ``temperature`` 0 is greedy (log-probs and entropy then refer to temperature 1)."""
+
+    max_response_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Sequences padded on the right, seen as next-token predictions.
+
+    Position ``t`` reads ``input_ids[b, t]`` and predicts ``targets[b, t]``, the token after it, so every ``[B, T]`` field
+    speaks of a *prediction*. ``response_mask`` is True where the model itself wrote the target.
+    """
+
+    input_ids: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool, False on padding
+    response_mask: Tensor  # [B, T] bool
+    old_logprobs: Tensor  # [B, T] fp32, of the policy that sampled; 0 outside the response
+    rollout_entropy: Tensor  # [B, T] fp32 nats, of the policy that sampled; 0 outside the response
+    advantages: Tensor  # [B] fp32
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_mask.sum())
+
+    def rows(self, index: Tensor | Sequence[int]) -> TokenBatch:
+        """The given sequences, in the given order, cut to the longest of them."""
+        lengths = self.attention_mask[index].sum(1)
+        longest = int(lengths.max())
+        return TokenBatch(
+            input_ids=self.input_ids[index, :longest],
+            targets=self.targets[index, :longest],
+            attention_mask=self.attention_mask[index, :longest],
+            response_mask=self.response_mask[index, :longest],
+            old_logprobs=self.old_logprobs[index, :longest],
+            rollout_entropy=self.rollout_entropy[index, :longest],
+            advantages=self.advantages[index],
+        )
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on another device."""
+        return TokenBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+class TokenStats(NamedTuple):
+    """fp32 log-prob of every target and entropy (nats) of every position, of one shape."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class LossOutput(NamedTuple):
+    """A scalar to call ``backward`` on, and detached scalars to log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class RolloutEngine(Protocol):
+    """Whatever turns prompts into rollouts: the embedded PyTorch engine, later vLLM."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: SamplingParams, generator: torch.Generator
+    ) -> list[RolloutGroup]:
+        """Sample ``group_size`` responses to each prompt, in the order of the prompts.
+
+        The same weights, prompts, sampling and generator state give the same responses. Raises UserError for a prompt
+        that leaves no room for an answer.
+        """
+        ...
+
+
+class Verifier(Protocol):
+    """Judges responses; never raises for what a response contains."""
+
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Prompts to learn from, prompts kept aside, and the import path of the function that judges answers.
+
+    ``verifier`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in [0, 1].
+    ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
+    """
+
+    name: str
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    verifier: str
+    fingerprint: str = field(default="")
