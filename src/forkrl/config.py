@@ -1,0 +1,375 @@
+"""Every knob of ForkRL, with its default, its range and its reason. Imports no torch.
+
+A recipe is a TOML file; ``section.key=value`` on the command line overrides it. Unknown keys are errors that name the
+nearest real one. Defaults are the paper's setting (arXiv 2506.01939v2, section 5.2) wherever the paper has one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from forkrl.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys are refused, values are not coerced across types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str = "embedded:countdown-base"
+    """A local folder, a hub id, or "embedded:countdown-base", the small base model inside the package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the matrix products (autocast). Weights and optimizer state are always fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class TaskConfig(Section):
+    name: Literal["countdown", "dataset"] = "countdown"
+    """"countdown" makes its own problems; "dataset" reads yours."""
+    data: str = ""
+    """dataset: a .jsonl or .parquet file, a folder of them, or a hub id."""
+    subset: str | None = None
+    """dataset: configuration name of a hub data set."""
+    split: str = "train"
+    """dataset: the split to train on."""
+    held_out_data: str = ""
+    """dataset: prompts to evaluate on, in the same columns. Empty: `held_out_rows` rows are kept aside from `data`."""
+    held_out_rows: PositiveInt = 256
+    """dataset: how many rows to keep aside when `held_out_data` is empty."""
+    prompt_column: str = "prompt"
+    """dataset: column with the question (text, or a list of chat messages). Dots reach inside: "reward_model.ground_truth"."""
+    answer_column: str = "answer"
+    """dataset: column with the gold answer."""
+    template: str = "{prompt}"
+    """dataset: text around the question; {prompt} stands for it."""
+    chat_template: bool = False
+    """dataset: wrap the templated question as a user message with the tokenizer's chat template."""
+    verifier: str = "forkrl.rewards.math:verify_math"
+    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]."""
+
+    @model_validator(mode="after")
+    def _data_is_named(self) -> TaskConfig:
+        if self.name == "dataset" and not self.data:
+            raise ValueError('task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"')
+        if "{prompt}" not in self.template:
+            raise ValueError("task.template has no {prompt}; every prompt would be the same text")
+        return self
+
+
+class RolloutConfig(Section):
+    prompts_per_step: PositiveInt = 512
+    """Groups that enter the loss in one step."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Responses to each prompt; the group is the baseline of its own advantage."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; log-probs and entropies of training are taken at the same temperature."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling. Below 1 the sampling policy is not the trained one: a bias the paper does not have."""
+    top_k: Count = 0
+    """Sample among the k likeliest tokens; 0 means all."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Longer prompts are an error that names the row."""
+    max_response_tokens: PositiveInt = 20480
+    """L_max: a response without a stop token is cut here."""
+    stop: tuple[str, ...] = ()
+    """Further stop tokens, each exactly one token of the tokenizer; its EOS always stops."""
+    max_sequences: PositiveInt = 256
+    """Sequences decoded at once; bounds the KV cache."""
+
+
+class RewardConfig(Section):
+    overlong_cache: Count = 4096
+    """L_cache: within the last L_cache tokens before L_max the reward falls linearly to -1; 0 turns it off."""
+    workers: PositiveInt = 1
+    """Verifier processes."""
+    deadline_s: Annotated[float, Field(gt=0)] = 10.0
+    """Wall-clock limit for judging one response; a worker past it is killed and replaced."""
+    memory_mb: Annotated[int, Field(ge=64)] = 2048
+    """Address space of one verifier process."""
+
+
+class DynamicSamplingConfig(Section):
+    enabled: bool = True
+    """Drop groups whose responses are all right or all wrong, and sample on until the step is full."""
+    generation_prompts: Count = 0
+    """Prompts sampled at a time; 0 means prompts_per_step. The official scripts take 3 x 512."""
+    max_generation_batches: PositiveInt = 10
+    """After so many, train on the groups at hand; with none at hand the run ends and says why."""
+
+
+class SelectionConfig(Section):
+    rule: Literal["all", "top_entropy", "bottom_entropy", "random", "threshold"] = "top_entropy"
+    """Which response tokens carry gradient. "all" is plain DAPO."""
+    ratio: Fraction = 0.2
+    """rho: the fraction kept by top_entropy, bottom_entropy and random."""
+    threshold: NonNegative | None = None
+    """rule "threshold" only: keep tokens with entropy of at least so many nats (the paper's 80th percentile: 0.672)."""
+    scope: Literal["micro_batch", "mini_batch", "sequence"] = "micro_batch"
+    """Over what tokens the fraction is taken. The paper: one micro-batch. "mini_batch" does not depend on how it is cut."""
+    entropy: Literal["current", "rollout"] = "current"
+    """Whose entropy: the policy being trained, as in the paper, or the policy that sampled."""
+
+    @model_validator(mode="after")
+    def _threshold_goes_with_its_rule(self) -> SelectionConfig:
+        if (self.threshold is None) == (self.rule == "threshold"):
+            raise ValueError('selection.threshold goes with selection.rule = "threshold", and only with it')
+        return self
+
+
+class LossConfig(Section):
+    clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    clip_high: NonNegative = 0.28
+    """Clip-higher: the ratio may rise further than it may fall."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound the loss of negative advantages at dual_clip x |advantage| (the official scripts: 10)."""
+    denominator: Literal["selected", "response"] = "selected"
+    """Divide by the selected tokens (paper v2) or by all response tokens (paper v1, TRL) of the mini-batch."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the KL divergence to the starting policy (k3 estimator, mean over all response tokens)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus (mean over all response tokens)."""
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    warmup_steps: Count = 0
+    """Gradient steps over which lr rises linearly from 0; then it stays constant."""
+    weight_decay: NonNegative = 0.1
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt = 100
+    """Rollout batches to train on."""
+    mini_batch_prompts: PositiveInt = 32
+    """Groups in one gradient step; prompts_per_step / mini_batch_prompts gradient steps per batch."""
+    micro_batch_tokens: PositiveInt = 32768
+    """Padded tokens (prompt and response) run through the model at once; bounds activation memory, changes no gradient."""
+
+
+class EvalConfig(Section):
+    every: Count = 20
+    """Steps between evaluations on held-out prompts; 0: only before and after."""
+    problems: PositiveInt = 512
+    """Held-out prompts, the same each time."""
+    samples: PositiveInt = 1
+    """Responses to each."""
+    temperature: NonNegative = 1.0
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 20
+    """Steps between checkpoints; the last step and an interruption always save."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept whole; older ones are removed after a newer one is safe."""
+
+
+class LogConfig(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Besides metrics.jsonl, which is always written. A sink that fails is reported once and dropped."""
+    rollouts_every: PositiveInt = 10
+    """Steps between samples of training responses written to rollouts/."""
+    rollouts_sampled: Count = 64
+    """Responses per sample."""
+
+
+class RuntimeConfig(Section):
+    device: str = "auto"
+    """"auto" takes an accelerator where there is one; else "cpu", "cuda:0", "mps"."""
+    threads: Count = 0
+    """CPU threads of one operation; 0 means one per core, waiting without spinning (docs/threads.md)."""
+
+
+class TrainConfig(Section):
+    """A recipe for ``forkrl train``."""
+
+    seed: Count = 0
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    selection: SelectionConfig = SelectionConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> TrainConfig:
+        per_step, per_mini = self.rollout.prompts_per_step, self.training.mini_batch_prompts
+        if per_step % per_mini:
+            raise ValueError(
+                f"training.mini_batch_prompts = {per_mini} does not divide rollout.prompts_per_step = {per_step}; "
+                f"every gradient step takes the same number of groups"
+            )
+        if self.reward.overlong_cache >= self.rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong_cache = {self.reward.overlong_cache} is not below rollout.max_response_tokens = "
+                f"{self.rollout.max_response_tokens}; every response would be penalised (0 turns the penalty off)"
+            )
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.training.micro_batch_tokens < longest:
+            raise ValueError(
+                f"training.micro_batch_tokens = {self.training.micro_batch_tokens} cannot hold one sequence of "
+                f"max_prompt_tokens + max_response_tokens = {longest}; raise it, or shorten the responses"
+            )
+        return self
+
+
+class ArchitectureConfig(Section):
+    """Shape of a Qwen3 model trained from scratch."""
+
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    num_hidden_layers: PositiveInt = 4
+    num_attention_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    max_position_embeddings: PositiveInt = 512
+
+
+class SftDataConfig(Section):
+    task: Literal["countdown"] = "countdown"
+    """Whose search traces to imitate."""
+    characters: Annotated[str, Field(min_length=1)] = "0123456789+-*/=,:;!?[] "
+    """The alphabet: every character is one token."""
+
+
+class SftConfig(Section):
+    """A recipe for ``forkrl sft``: next-token training on generated traces, from random weights."""
+
+    seed: Count = 0
+    data: SftDataConfig = SftDataConfig()
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    steps: PositiveInt = 3000
+    batch_tokens: PositiveInt = 16384
+    """Tokens of one gradient step."""
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    final_lr: NonNegative = 1e-4
+    """The rate falls to this along a cosine."""
+    warmup_steps: Count = 100
+    weight_decay: NonNegative = 0.1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    eval_problems: PositiveInt = 1000
+    """Held-out problems measured for the model card."""
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+Recipe = TypeVar("Recipe", bound=Section)
+
+
+def load_recipe(schema: type[Recipe], path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or range. One line,
+            naming the key, the value, and what is allowed.
+    """
+    values = _read_toml(Path(path)) if path is not None else {}
+    source = str(path) if path is not None else "command line"
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(schema, values, source)
+
+
+def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
+    """Validate a table of values; errors name ``source`` and the key."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(schema, item) for item in error.errors())) from None
+
+
+def recipe_differences(old: Section, new: Section) -> list[str]:
+    """``key: old -> new`` for every setting that differs, in recipe order."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in after.items() if before.get(key) != value]
+
+
+def recipe_toml(recipe: Section) -> dict[str, Any]:
+    """The recipe as plain values that TOML can hold: unset options are left out."""
+    return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; shipped ones are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a recipe ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in nested ``values``. The value is TOML; a bare word is a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r} is not an override; write section.key=value, as in optimizer.lr=1e-5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = values
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{override!r}: {section} is a value, not a section")
+    table[name] = value
+
+
+def _explain(schema: type[Section], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(schema)
+        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+            key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1
+        )
+        suggestion = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
+        return f"{key} is not a setting" + (f"; did you mean {suggestion}?" if suggestion else "")
+    message = item["msg"].removeprefix("Value error, ")
+    if not key or (item["type"] == "value_error" and "." in message.split(" ")[0]):
+        return message
+    return f"{key} = {item['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _known_keys(schema: type[Section], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            keys += [prefix + name, *_known_keys(inner, f"{prefix}{name}.")]
+        else:
+            keys.append(prefix + name)
+    return keys
