@@ -1,0 +1,65 @@
+# make demo    train the embedded model on its forking tokens and write a report
+# make test    every test that needs no accelerator
+# `make help` lists the rest. Each target does the set-up it needs; with nothing changed, set-up takes no time.
+
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+TEST_WORKERS ?= 2
+
+# Waiting threads sleep instead of spinning, so that a busy machine does not slow a run tenfold (docs/threads.md).
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-browser demo test lint format bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+setup: $(STAMP) ## .venv with ForkRL and its development tools (PYTHON=python3.12 picks an interpreter)
+
+# torch goes first and alone: pip then takes whichever build of it the machine is set up to use (CPU or CUDA), and
+# every later resolution finds it in place.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+		f"ForkRL needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Try: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup-browser: ## Chromium for the tests that look at the report (Debian, as root)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			chromium chromium-driver >/dev/null && exit 0; \
+	fi; \
+	echo "No chromium and chromedriver here: the browser tests will be skipped. On Debian:" \
+		"apt-get install chromium chromium-driver"
+
+demo: setup ## train the embedded model on two cores, then name the report
+	@out=runs/demo; if [ -e "$$out" ]; then out=runs/demo-$$(date +%Y%m%d-%H%M%S); fi; \
+	$(BIN)/forkrl train recipes/countdown.toml --out "$$out"
+
+# One OpenMP thread a worker: the workers already fill the cores.
+test: setup setup-browser ## every test that needs no accelerator (TEST_WORKERS=8, ARGS="-k selectors")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+
+lint: setup ## ruff and mypy, over everything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## speed and memory; results go to benchmarks/results/
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## remove the virtual environment, caches and builds; runs/ stays
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
