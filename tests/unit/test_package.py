@@ -1,0 +1,68 @@
+"""What ``import forkrl`` promises: names, speed of import, and files that travel in the wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import forkrl
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "matplotlib", "pyarrow", "datasets", "scipy")
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["forkrl", "forkrl.config", "forkrl.errors", "forkrl.types", "forkrl.threads"])
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    loaded = run_python(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_every_public_name_resolves_to_its_own_definition() -> None:
+    for name in set(forkrl.__all__) - {"__version__"}:
+        assert getattr(forkrl, name).__name__ == name
+    assert set(forkrl.__all__) <= set(dir(forkrl))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = forkrl.no_such_name
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "import forkrl.token_stats",
+        "from forkrl.token_stats import reference",
+        "import forkrl; forkrl.token_stats; import forkrl.token_stats.reference",
+    ],
+)
+def test_token_stats_is_the_function_whatever_was_imported_before(before: str) -> None:
+    assert run_python(f"{before}\nfrom forkrl import token_stats; print(type(token_stats).__name__)") == "function"
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("forkrl-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = set(archive.namelist())
+    source = ROOT / "src"
+    tracked = subprocess.run(["git", "ls-files", "src"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    expected = {str((ROOT / line).relative_to(source)) for line in tracked.splitlines() if (ROOT / line).is_file()}
+    assert "forkrl/py.typed" in expected
+    assert expected <= shipped
+    assert any(name.endswith("entry_points.txt") for name in shipped)
+
+
+def test_version_is_that_of_the_installed_package() -> None:
+    assert importlib.metadata.version("forkrl") == forkrl.__version__
