@@ -8,7 +8,7 @@ from forkrl.errors import UserError
 
 # Read once, by the OpenMP runtime or by tokenizers, when they are first loaded: hence before torch.
 _ENVIRONMENT = {
-    # Threads that wait for one another sleep. By default they spin, and steal the core of the very thread they wait for.
+    # Threads that wait sleep. By default they spin, and take the core from the very thread they wait for.
     "OMP_WAIT_POLICY": "PASSIVE",
     # GNU's OpenMP, which PyTorch's Linux wheels carry, spins a while even so unless told not to at all.
     "GOMP_SPINCOUNT": "0",

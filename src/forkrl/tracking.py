@@ -1,0 +1,171 @@
+"""Metrics to TensorBoard, W&B and trackio, for those who keep their curves there.
+
+``metrics.jsonl`` is the record and is always written; a tracker is a copy. So a tracker that is not installed stops the
+run before it starts, and one that fails later is reported once and dropped: training goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from forkrl.errors import UserError
+
+
+class Sink(Protocol):
+    """One tracker."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardSink:
+    """Event files under ``RUN/tensorboard``; look at them with ``tensorboard --logdir RUN``."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        _require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        settings = "\n".join(f"    {key} = {value!r}" for key, value in _flatten(config).items())
+        self._writer.add_text("config", settings)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run; its own settings (project, entity, offline mode) come from WANDB_* variables."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        wandb = _require("wandb")
+        self._run = wandb.init(name=run_dir.resolve().name, dir=str(run_dir), config=dict(config))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TrackioSink:
+    """A trackio run in the project "forkrl"."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        trackio = _require("trackio")
+        self._run = trackio.init(project="forkrl", name=run_dir.resolve().name, config=_flatten(config))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+SINKS: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {
+    "tensorboard": TensorBoardSink,
+    "wandb": WandbSink,
+    "trackio": TrackioSink,
+}
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class Tracker:
+    """The open sinks of a run. No failure of theirs reaches the caller."""
+
+    def __init__(self, sinks: Mapping[str, Sink], report: Callable[[str], None] = _warn) -> None:
+        self._sinks = dict(sinks)
+        self._report = report
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sinks still in use."""
+        return tuple(self._sinks)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send the metrics of one step to every sink."""
+        for name, sink in list(self._sinks.items()):
+            self._attempt(name, sink.log, step, metrics)
+
+    def close(self) -> None:
+        """Flush and close every sink; a second call does nothing."""
+        for name, sink in list(self._sinks.items()):
+            self._attempt(name, sink.close)
+        self._sinks.clear()
+
+    def _attempt(self, name: str, call: Callable[..., None], *arguments: object) -> None:
+        # A tracker may raise anything, network and disk errors included; whatever it is, it must not end the training.
+        try:
+            call(*arguments)
+        except Exception as error:
+            del self._sinks[name]
+            self._report(
+                f"{name} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}) "
+                f"and gets no further metrics; training goes on, metrics.jsonl is complete"
+            )
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_sinks(
+    names: Sequence[str], run_dir: Path, config: Mapping[str, Any], *, report: Callable[[str], None] = _warn
+) -> Tracker:
+    """Open the named sinks before the first step.
+
+    Args:
+        names: keys of ``SINKS``, from ``log.sinks``.
+        run_dir: the run folder; its name is the run's name at the tracker.
+        config: the resolved recipe, stored with the curves.
+        report: gets one line when a sink fails later; standard error by default.
+
+    Raises:
+        UserError: a sink's package is missing (with the line that installs it), or the tracker refuses to start.
+    """
+    sinks: dict[str, Sink] = {}
+    for name in dict.fromkeys(names):
+        try:
+            sinks[name] = SINKS[name](run_dir, config)
+        except UserError:
+            Tracker(sinks, report).close()
+            raise
+        except Exception as error:
+            Tracker(sinks, report).close()
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"log.sinks: {name} does not start: {first_line}; mend it, or leave it out") from error
+    return Tracker(sinks, report)
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"log.sinks names {package!r}, which cannot be imported ({error}); "
+            f"install it: pip install 'forkrl[tracking]'"
+        ) from None
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
