@@ -1,0 +1,116 @@
+"""One verifier process: reads responses, answers with scores, and can be killed at any moment.
+
+``VerifierPool`` starts it as ``python -m forkrl.rewards.worker``. Requests and answers are JSON lines on two private
+pipes; standard output is /dev/null, so nothing that a verifier prints can be taken for a verdict.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import math
+import numbers
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_MAX_MESSAGE = 300
+
+
+def main() -> None:
+    """Serve the verifier named on the command line until the request pipe closes."""
+    path, memory_mb, *fds = sys.argv[1:]
+    requests_fd, answers_fd, lifeline_fd = map(int, fds)
+    for fd in (requests_fd, answers_fd, lifeline_fd):
+        os.set_inheritable(fd, False)  # a process the verifier starts must not hold the pipes open
+    _die_with_parent(lifeline_fd)
+    try:
+        _limit_resources(int(memory_mb) << 20)
+        verifier = _load(path)
+    except BaseException as error:
+        _send(answers_fd, {"failed": _describe(error)})
+        sys.exit(1)
+    _send(answers_fd, {"ready": True})
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stderr explained a failed start; from here it could only grow
+    with os.fdopen(requests_fd, "rb") as requests:
+        for line in requests:
+            token, answer, response = json.loads(line)
+            _send(answers_fd, [token, *_judge(verifier, answer, response)])
+
+
+def _die_with_parent(lifeline_fd: int) -> None:
+    """Have the kernel SIGKILL this whole process group once the parent's end of the lifeline is closed.
+
+    Works however the parent ends and whatever this process does, an endless loop inside C code among it. (The more
+    usual PR_SET_PDEATHSIG follows the *thread* that started us, and would kill a healthy worker when a short-lived
+    thread of the parent ends.) Other systems have no such signal: there a worker ends when it next reads a request.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+        try:
+            closed = os.read(lifeline_fd, 1) == b""  # the parent may have died before the signal was armed
+        except BlockingIOError:
+            closed = False
+        if closed:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _limit_resources(memory: int) -> None:
+    if sys.platform != "darwin":  # there a process maps more than any sensible limit from the start
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a segfault is an answer here, not something to debug
+
+
+def _load(path: str) -> Callable[[str, str], object]:
+    module, _, name = path.partition(":")
+    function: Any = importlib.import_module(module)
+    for part in name.split("."):
+        function = getattr(function, part)
+    if not callable(function):
+        raise TypeError(f"{path} is a {type(function).__name__}, not a function of (answer, response)")
+    return function  # type: ignore[no-any-return]
+
+
+def _judge(verifier: Callable[[str, str], object], answer: str, response: str) -> tuple[float, str, str]:
+    """Score, failure and message of one response; whatever the verifier raises is a verdict, SystemExit too."""
+    try:
+        score = verifier(answer, response)
+        value = float(score) if isinstance(score, numbers.Real) else math.nan
+    except MemoryError:
+        return 0.0, "memory", "out of memory"
+    except BaseException as error:
+        return 0.0, "error", _describe(error)
+    if not 0 <= value <= 1:  # NaN is not either
+        return 0.0, "error", f"returned {value} ({type(score).__name__}), not a score in [0, 1]"
+    return value, "", ""
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # an exception class of the verifier's own may fail at this as well
+        text = "(its message cannot be shown)"
+    return _clip(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _clip(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + "…"
+
+
+def _send(fd: int, message: object) -> None:
+    line = json.dumps(message).encode("ascii") + b"\n"
+    while line:
+        line = line[os.write(fd, line) :]
+
+
+if __name__ == "__main__":
+    main()
