@@ -1,0 +1,184 @@
+"""The page in a real browser: it runs, it obeys keys and pointer, hostile text does nothing, and it asks the network for nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.fabricated_run import response_row, write_rollouts, write_run
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+
+from forkrl.report import write_run_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER), reason="needs the programs chromium and chromedriver on PATH to look at the page"
+)
+
+HOSTILE = [
+    "</script><img src=x onerror='window.__pwned=1'>",
+    "<script>window.__pwned=1</script>",
+    "\u2028window.__pwned=1//",
+    "\x1b[31m\x00\u202e",
+    "${window.__pwned=1}{{7*7}}",
+    "javascript:window.__pwned=1",
+]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or ""
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1280,1000",
+        f"user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=CHROMEDRIVER))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run_report(
+        write_run(tmp_path_factory.mktemp("report") / "run", steps=20, planned_steps=20, problems=30)
+    )
+
+
+def open_page(browser: WebDriver, page: Path) -> None:
+    browser.get_log("browser")  # what an earlier page said is not ours
+    browser.get_log("performance")
+    browser.get(page.as_uri())
+
+
+def current(browser: WebDriver) -> str | None:
+    return browser.execute_script(
+        "const all = [...document.querySelectorAll('#responses .t')]; return all.indexOf(document.querySelector('.t.now'))"
+    )
+
+
+def test_page_runs_without_errors_or_requests(browser: WebDriver, page: Path) -> None:
+    open_page(browser, page)
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#responses .t")) > 200
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#responses .t.s")) > 40
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".plot svg")) == 6
+    assert browser.get_log("browser") == []
+    sent = [
+        entry["message"] for entry in browser.get_log("performance") if "Network.requestWillBeSent" in entry["message"]
+    ]
+    assert len(sent) == 1, "the page itself, and nothing more"
+    assert page.as_uri() in sent[0]
+
+
+def test_keys_go_from_fork_to_fork(browser: WebDriver, page: Path) -> None:
+    open_page(browser, page)
+    forks = browser.execute_script(
+        "const all = [...document.querySelectorAll('#responses .t')];"
+        "return all.flatMap((t, i) => t.classList.contains('s') ? [i] : [])"
+    )
+    visited = []
+    for key in ("n", "n", Keys.ARROW_RIGHT, "p", Keys.ARROW_LEFT):
+        browser.switch_to.active_element.send_keys(key)
+        visited.append(current(browser))
+    assert visited == [forks[0], forks[1], forks[2], forks[1], forks[0]]
+    tip = browser.find_element(By.ID, "tip").text
+    assert "nats" in tip and "probability" in tip and "position\n1 of" in tip and "selected\nyes" in tip
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert current(browser) == -1
+    assert not browser.find_element(By.ID, "tip").is_displayed()
+
+
+def test_next_fork_goes_on_past_what_is_shown(browser: WebDriver, page: Path) -> None:
+    open_page(browser, page)
+    shown = len(browser.find_elements(By.CSS_SELECTOR, ".problem"))
+    last = browser.find_elements(By.CSS_SELECTOR, "#responses .t.fork")[-1]
+    browser.execute_script("arguments[0].click()", last)
+    browser.switch_to.active_element.send_keys("n")
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".problem")) > shown
+    assert current(browser) > 0
+
+
+def test_pointer_and_tap_show_a_token(browser: WebDriver, page: Path) -> None:
+    open_page(browser, page)
+    token = browser.find_elements(By.CSS_SELECTOR, "#responses .t")[1]
+    webdriver.ActionChains(browser).move_to_element(token).perform()
+    tip = browser.find_element(By.ID, "tip")
+    assert "position\n2 of" in tip.text
+    token.click()
+    assert current(browser) == 1
+    token.click()
+    assert current(browser) == -1
+
+
+def test_theme_button_switches(browser: WebDriver, page: Path) -> None:
+    open_page(browser, page)
+
+    def look() -> list[str]:
+        script = (
+            "const c = (s) => getComputedStyle(document.querySelector(s)); const hot = [...document.querySelectorAll('.t.s')]"
+            ".find(t => !t.classList.contains('e0')); return [c('body').backgroundColor, c('.plot text').fill, getComputedStyle(hot).backgroundColor]"
+        )
+        return list(browser.execute_script(script))
+
+    before = look()
+    browser.find_element(By.ID, "theme").click()
+    after = look()
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    browser.find_element(By.ID, "theme").click()
+    assert look() == before
+
+
+def test_training_view_has_a_step_selector(browser: WebDriver, page: Path) -> None:
+    open_page(browser, page)
+    browser.find_element(By.XPATH, "//*[@id='views']/button[2]").click()
+    steps = browser.find_elements(By.CSS_SELECTOR, "#frames button")
+    assert [step.text for step in steps] == ["1", "10", "20"]
+    before = browser.find_element(By.ID, "responses").text
+    steps[2].click()
+    assert browser.find_element(By.ID, "responses").text != before
+    assert "advantage" in browser.find_element(By.ID, "responses").text
+
+
+def test_phone_page_does_not_scroll_sideways(browser: WebDriver, page: Path) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        open_page(browser, page)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_hostile_text_is_inert_and_visible(browser: WebDriver, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "<img src=x onerror=window.__pwned=1>", steps=0, planned_steps=5, problems=1)
+    row = response_row(HOSTILE, [1.0, 0.0, 0.5, 0.2, 0.1, 2.0], prompt=HOSTILE[0] + HOSTILE[3], prompt_id=HOSTILE[1])
+    write_rollouts(run / "rollouts/eval-000000.parquet", [row])
+    config = run / "config.toml"
+    config.write_text(config.read_text("utf-8") + 'command = "<img src=x onerror=window.__pwned=1>"\n', "utf-8")
+    open_page(browser, write_run_report(run))
+    for key in "nnnn":
+        browser.switch_to.active_element.send_keys(key)
+    assert browser.execute_script("return typeof window.__pwned") == "undefined"
+    assert browser.find_elements(By.CSS_SELECTOR, "img, iframe, object, #responses script") == []
+    shown = browser.execute_script("return [...document.querySelectorAll('#responses .t')].map(t => t.textContent)")
+    assert shown == [HOSTILE[0], HOSTILE[1], "⟨U+2028⟩window.__pwned=1//", "␛[31m␀⟨U+202E⟩", HOSTILE[4], HOSTILE[5]]
+    assert browser.get_log("browser") == []
