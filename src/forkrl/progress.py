@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from types import TracebackType
 from typing import TextIO, TypeVar
 
@@ -22,25 +23,23 @@ Item = TypeVar("Item")
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_EVERY_S = 5.0
-# Characters that reorder or hide their neighbours: zero-width, line and paragraph separators, bidirectional controls.
-_INVISIBLE = frozenset("\u061c\u200b\u200e\u200f\u2028\u2029\ufeff") | {
-    chr(code) for first, last in ((0x202A, 0x202E), (0x2060, 0x206F)) for code in range(first, last + 1)
-}
+# Control, format (zero-width and bidirectional marks among them), surrogate, and line or paragraph separator.
+_UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _EVAL_NAMES = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and never obeys: control characters, escapes and bidi marks appear as ``\\x1b``.
+    """Text that a terminal shows and never obeys: an escape character appears as ``\\x1b``.
 
-    Model output may hold escape sequences that recolour, retitle or overwrite a terminal. Newline and tab are escaped
-    too, so that a response can forge no line of the log.
+    Model output may hold sequences that recolour, retitle or overwrite a terminal, and marks that reorder a line.
+    Newline and tab are escaped too, so that a response can forge no line of the log.
     """
-    return "".join(
-        f"\\x{ord(char):02x}" if ord(char) < 0x100 and not char.isprintable() and char != "\xad"
-        else f"\\u{ord(char):04x}" if char in _INVISIBLE or 0xD800 <= ord(char) <= 0xDFFF
-        else char
-        for char in text
-    )  # fmt: skip
+    return "".join(_escaped(char) if unicodedata.category(char) in _UNSAFE_CATEGORIES else char for char in text)
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def describe_selection(config: TrainConfig) -> str:
@@ -54,12 +53,12 @@ def describe_selection(config: TrainConfig) -> str:
     if selection.rule == "threshold":
         return f"training on tokens with entropy ≥ {selection.threshold} nats of the {whose}, {mean}"
     scope = {"micro_batch": "each micro-batch", "mini_batch": "each mini-batch", "sequence": "each response"}
-    share = f"{selection.ratio:.4g}".removesuffix(".0")
+    share = f"{100 * selection.ratio:g}%"
     if selection.rule == "random":
         return f"training on a random {share} of the tokens of {scope[selection.scope]}, {mean}"
     end = "highest" if selection.rule == "top_entropy" else "lowest"
     return (
-        f"training on the {share} of tokens with {end} entropy in {scope[selection.scope]}, "
+        f"training on the {share} of tokens with the {end} entropy in {scope[selection.scope]}, "
         f"entropy of the {whose}, {mean}"
     )
 
@@ -145,7 +144,7 @@ class TrainingDisplay:
         if self._live is not None:
             self._console.print(Text(printable(text)))
         else:
-            print(printable(text), file=self._stream, flush=True)
+            _write_line(self._stream, printable(text))
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a finished step, as they go to ``metrics.jsonl`` (``step`` among them)."""
@@ -154,7 +153,7 @@ class TrainingDisplay:
         if "reward/accuracy" in metrics:
             self._accuracy.append(metrics["reward/accuracy"])
         if self._live is None:
-            print(self._plain_line(metrics), file=self._stream, flush=True)
+            _write_line(self._stream, self._plain_line(metrics))
         else:
             self._live.refresh()
 
@@ -184,6 +183,12 @@ class TrainingDisplay:
         return Panel(Group(table, Text("   ".join(_figures(self._latest))), Text(status)), title="forkrl", expand=False)
 
 
+def _write_line(stream: TextIO, text: str) -> None:
+    """Print a line at once; what the stream's encoding lacks is escaped, so that a C locale cannot end a run."""
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
 def _figures(metrics: Mapping[str, float]) -> list[str]:
     """The handful of metrics worth a line, in words; absent ones are left out."""
     formats = {
@@ -195,7 +200,7 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
         "time/step_s": ("seconds", "{:.1f}"),
     }
     figures = [f"{word} {form.format(metrics[name])}" for name, (word, form) in formats.items() if name in metrics]
-    if "verifier/failures" in metrics and metrics["verifier/failures"]:
+    if metrics.get("verifier/failures"):
         figures.append(f"unverified {metrics['verifier/failures']:.0f}")
     if all(name in metrics for name in _EVAL_NAMES):
         mean, low, high = (metrics[name] for name in _EVAL_NAMES)
@@ -223,7 +228,7 @@ def progress(
         clock: monotonic seconds; for tests.
     """
     stream = stream or sys.stderr
-    count = total if total is not None else len(items) if hasattr(items, "__len__") else None
+    count = total if total is not None else len(items) if isinstance(items, Sized) else None
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
     description = printable(description)
     if console.is_terminal:
@@ -254,4 +259,4 @@ def _plain_progress(
             continue
         spoke = now
         of_all = f"{done}/{count}  left {duration((now - began) / done * (count - done))}" if count else f"{done}"
-        print(f"{description}  {of_all}", file=stream, flush=True)
+        _write_line(stream, f"{description}  {of_all}")

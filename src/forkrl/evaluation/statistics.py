@@ -1,0 +1,180 @@
+"""Scores with their uncertainty: 95% intervals that know that samples of one question are alike.
+
+Axes: ``P`` questions, ``K`` samples per question.
+
+Questions, not samples, are drawn independently, so every standard error here is *clustered by question*: it comes from
+the spread of the question means. A thousand samples of one question are one observation of the benchmark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Scores = Sequence[Sequence[float]] | npt.NDArray[np.floating] | npt.NDArray[np.integer] | npt.NDArray[np.bool_]
+_Array = npt.NDArray[np.float64]
+
+_Z95 = 1.959963984540054
+
+
+class Estimate(NamedTuple):
+    """A mean and the ends of its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def mean_with_interval(scores: Scores) -> Estimate:
+    """Mean score with a Wilson interval at the effective sample size of the clustered standard error.
+
+    With ``p`` the mean and ``SE`` its standard error clustered by question, ``n = p (1 - p) / SE^2`` is the number of
+    independent yes-or-no draws that would be as uncertain. It lies between P (samples of a question always agree) and
+    P·K (they are independent) and is clipped to that range, which also settles ``p = 0`` and ``p = 1``: n = P there.
+    Wilson's interval at ``(p, n)`` stays within [0, 1] and keeps its coverage near the ends.
+
+    Args:
+        scores: ``[P, K]`` in [0, 1].
+
+    Raises:
+        ValueError: no scores, ragged rows, or a score outside [0, 1].
+    """
+    scores_PK = _as_matrix(scores)
+    if scores_PK.min() < 0 or scores_PK.max() > 1:
+        raise ValueError(f"scores span {scores_PK.min():g} to {scores_PK.max():g}; they must lie in [0, 1]")
+    return _wilson(scores_PK.mean(axis=1), most=scores_PK.size)
+
+
+def mean_with_normal_interval(values: Scores) -> Estimate:
+    """Mean of any quantity (response lengths, say) with Student's interval, clustered by question.
+
+    Args:
+        values: ``[P, K]``, finite.
+
+    Returns:
+        The mean; with one question the ends are NaN, for nothing is known of the spread.
+
+    Raises:
+        ValueError: no values, ragged rows, or a value that is not finite.
+    """
+    return _student(_as_matrix(values).mean(axis=1))
+
+
+def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
+    """How much higher ``scores_b`` are than ``scores_a`` on the same questions: mean(b) - mean(a).
+
+    The interval is Student's, on the differences of the question means: what makes a question hard for both cancels, so
+    it is usually much narrower than two separate intervals suggest.
+
+    Args:
+        scores_a: ``[P, K]``, before.
+        scores_b: ``[P, K']``, after; row p is the same question.
+
+    Raises:
+        ValueError: different numbers of questions, no scores, ragged rows, or a score that is not finite.
+    """
+    means_a_P, means_b_P = _as_matrix(scores_a).mean(axis=1), _as_matrix(scores_b).mean(axis=1)
+    if len(means_a_P) != len(means_b_P):
+        raise ValueError(
+            f"{len(means_a_P)} questions against {len(means_b_P)}; a paired difference needs the same ones"
+        )
+    return _student(means_b_P - means_a_P)
+
+
+def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
+    """Probability that at least one of ``k`` samples is right, without bias: ``1 - C(n - c, k) / C(n, k)``.
+
+    The estimator of arXiv 2107.03374, eq. 1, in exact integers. Plugging c / n into ``1 - (1 - p)^k`` would be too low.
+
+    Raises:
+        ValueError: not ``0 <= num_correct <= num_samples`` or not ``1 <= k <= num_samples``.
+    """
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"num_correct = {num_correct} is not between 0 and num_samples = {num_samples}")
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k = {k} is not between 1 and num_samples = {num_samples}; draw at least k samples")
+    ways = math.comb(num_samples, k)
+    return (ways - math.comb(num_samples - num_correct, k)) / ways
+
+
+def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Estimate:
+    """Mean pass@k over questions, with a 95% interval.
+
+    Each question gives one unbiased estimate in [0, 1]; the interval is Wilson's at the effective sample size of their
+    spread over questions, as in :func:`mean_with_interval`. No resampling: the same counts give the same interval.
+
+    Args:
+        num_correct: ``[P]``, right samples of each question.
+        num_samples: samples of each question.
+        k: draws allowed.
+
+    Raises:
+        ValueError: no questions, or as :func:`pass_at_k`.
+    """
+    estimates_P1 = _as_matrix([[pass_at_k(correct, num_samples, k)] for correct in num_correct])
+    return _wilson(estimates_P1[:, 0], most=estimates_P1.size * num_samples)
+
+
+def _wilson(means_P: _Array, most: int) -> Estimate:
+    """Wilson's interval at the effective sample size, which lies between P and ``most``."""
+    mean = float(means_P.mean())
+    size = _effective_size(means_P, mean, most)
+    shrunk = (mean + _Z95**2 / (2 * size)) / (1 + _Z95**2 / size)
+    half = _Z95 * math.sqrt(mean * (1 - mean) / size + _Z95**2 / (4 * size**2)) / (1 + _Z95**2 / size)
+    # Rounding must not push an end past the mean: at p = 0 and p = 1 they coincide.
+    return Estimate(mean, min(mean, max(0.0, shrunk - half)), max(mean, min(1.0, shrunk + half)))
+
+
+def _effective_size(means_P: _Array, mean: float, most: int) -> float:
+    least = len(means_P)
+    if least == 1 or mean in (0.0, 1.0):
+        return least
+    squared_error = float(means_P.var(ddof=1)) / least
+    if squared_error == 0:
+        return most
+    # Few questions tell their spread badly; shrinking by (z / t)^2 turns Wilson's z into Student's t.
+    shrink = (_Z95 / _student_quantile(least - 1)) ** 2
+    return min(most, max(least, mean * (1 - mean) / squared_error * shrink))
+
+
+def _student(means_P: _Array) -> Estimate:
+    mean = float(means_P.mean())
+    if len(means_P) == 1:
+        return Estimate(mean, math.nan, math.nan)
+    half = _student_quantile(len(means_P) - 1) * float(means_P.std(ddof=1)) / math.sqrt(len(means_P))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _student_quantile(freedom: int) -> float:
+    """97.5% quantile of Student's t: exact at 1 and 2 degrees of freedom, else within 0.2% by Cornish and Fisher."""
+    if freedom == 1:
+        return 12.706204736432095
+    if freedom == 2:
+        return 4.302652729911275
+    z = _Z95
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, start=1))
+
+
+def _as_matrix(values: Scores) -> _Array:
+    try:
+        matrix = np.asarray(values, dtype=np.float64)
+    except ValueError:
+        raise ValueError("rows differ in length; every question needs the same number of samples") from None
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"scores have shape {list(matrix.shape)}; they must be [questions, samples], none of them 0")
+    if not np.isfinite(matrix).all():
+        raise ValueError("a score is NaN or infinite")
+    return matrix

@@ -1,0 +1,179 @@
+"""What is shown while training, on a terminal and in a log file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+
+from forkrl.config import LossConfig, SelectionConfig, TrainConfig
+from forkrl.progress import TrainingDisplay, describe_selection, duration, printable, progress, sparkline
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+
+
+def ticking(seconds: float) -> Callable[[], float]:
+    """A clock that advances so much at every reading."""
+    now = 0.0
+
+    def read() -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    return read
+
+
+STEP = {
+    "step": 3,
+    "reward/accuracy": 0.25,
+    "entropy/mean": 0.1234,
+    "selection/kept_fraction": 0.2,
+    "rollout/tokens_per_s": 12345.6,
+    "loss/policy": -0.01,
+}
+EVAL = {"eval/accuracy": 0.4, "eval/accuracy_low": 0.36, "eval/accuracy_high": 0.44}
+
+
+def test_a_log_file_gets_one_plain_line_per_step() -> None:
+    stream = io.StringIO()
+    with TrainingDisplay(10, stream=stream, header="what it does") as display:
+        display.phase("rollout")
+        display.update({"step": 0, **EVAL})
+        display.update({**STEP, **EVAL, "verifier/failures": 2.0})
+    header, before, line = stream.getvalue().splitlines()
+    assert header == "what it does"
+    assert before == "step 0/10  held-out 0.400 [0.360, 0.440]"
+    assert line.startswith(
+        "step 3/10  accuracy 0.250  entropy 0.123  kept 0.200  tokens/s 12,346  unverified 2  "
+        "held-out 0.400 [0.360, 0.440]  left "
+    )
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_long_lines_are_not_folded_in_a_log_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = io.StringIO()
+    with TrainingDisplay(10, stream=stream) as display:
+        display.message("x" * 300)
+        display.update({**STEP, **EVAL})
+    assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_a_terminal_gets_the_panel_with_figures_phase_and_time_left() -> None:
+    stream = Terminal()
+    with TrainingDisplay(10, stream=stream, header="what it does") as display:
+        display.update({**STEP, **EVAL})
+        display.phase("update")
+        display.update({**STEP, "step": 4})
+    shown = stream.getvalue()
+    for words in ("what it does", "step 4/10", "accuracy 0.250", "kept 0.200", "held-out 0.400", "update", " left"):
+        assert words in shown
+
+
+def test_a_stream_without_unicode_gets_escapes_instead_of_ending_the_run() -> None:
+    raw = io.BytesIO()
+    with TrainingDisplay(1, stream=io.TextIOWrapper(raw, encoding="ascii")) as display:
+        display.message("entropy ≥ 0.672")
+        assert raw.getvalue() == b"entropy \\u2265 0.672\n"
+
+
+def test_the_terminal_is_restored_when_a_step_raises() -> None:
+    stream = Terminal()
+    with pytest.raises(RuntimeError), TrainingDisplay(10, stream=stream):
+        raise RuntimeError
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert stream.getvalue().rindex(shown) > stream.getvalue().rindex(hidden)
+
+
+def test_time_left_counts_only_the_steps_of_this_process() -> None:
+    now = [100.0]
+    display = TrainingDisplay(50, start_step=40, stream=io.StringIO(), clock=lambda: now[0])
+    with display:
+        assert display.seconds_left() is None
+        now[0] += 20.0
+        display.update({"step": 42})
+        assert display.seconds_left() == pytest.approx(80.0)
+        display.update({"step": 50})
+        assert display.seconds_left() is None
+
+
+@pytest.mark.parametrize("stream_type", [io.StringIO, Terminal])
+def test_hostile_text_reaches_no_terminal_as_a_command(stream_type: type[io.StringIO]) -> None:
+    stream = stream_type()
+    with TrainingDisplay(1, stream=stream) as display:
+        display.message("\x1b]0;owned\x07 [red]x[/red] \u202egpj.exe\nstep 1/1  accuracy 1.000 \ud800")
+    shown = stream.getvalue()
+    assert "\x1b]0;" not in shown
+    assert "\u202e" not in shown
+    assert "\\x1b]0;owned\\x07 [red]x[/red] \\u202egpj.exe\\x0astep 1/1" in shown
+
+
+def test_printable_keeps_ordinary_text_of_any_script() -> None:
+    assert printable("π ≥ 0.672, 你好, 🙂 naïve") == "π ≥ 0.672, 你好, 🙂 naïve"
+    assert printable("a\u2028b\u200bc\x9bd\U000e0041") == "a\\u2028b\\u200bc\\x9bd\\U000e0041"
+
+
+@pytest.mark.parametrize(
+    ("selection", "denominator", "words"),
+    [
+        (SelectionConfig(), "selected", ["20% of tokens with the highest", "each micro-batch", "current", "selected"]),
+        (SelectionConfig(rule="bottom_entropy", ratio=0.8), "selected", ["80% of tokens with the lowest"]),
+        (SelectionConfig(scope="mini_batch"), "selected", ["in each mini-batch"]),
+        (SelectionConfig(scope="sequence", entropy="rollout"), "response", ["in each response", "rollout policy"]),
+        (SelectionConfig(rule="random", ratio=0.07), "response", ["random 7%", "loss over all response tokens"]),
+        (SelectionConfig(rule="threshold", threshold=0.672), "selected", ["≥ 0.672 nats of the current policy"]),
+        (SelectionConfig(rule="all"), "response", ["all response tokens (plain DAPO)", "loss over all response"]),
+    ],
+)
+def test_the_header_says_what_the_run_really_does(
+    selection: SelectionConfig, denominator: str, words: list[str]
+) -> None:
+    loss = LossConfig.model_validate({"denominator": denominator})
+    sentence = describe_selection(TrainConfig(selection=selection, loss=loss))
+    assert all(word in sentence for word in words), sentence
+
+
+def test_progress_in_a_log_speaks_every_five_seconds_and_passes_everything_through() -> None:
+    stream = io.StringIO()
+    seen = list(progress(range(6), "evaluating", stream=stream, clock=ticking(3.0)))
+    assert seen == list(range(6))
+    assert stream.getvalue().splitlines() == [
+        "evaluating  2/6  left 12 s",
+        "evaluating  4/6  left 6 s",
+        "evaluating  6/6  left 0 s",
+    ]
+
+
+def test_short_work_prints_nothing_and_unknown_totals_are_counted() -> None:
+    stream = io.StringIO()
+    list(progress(range(100), "evaluating", stream=stream, clock=ticking(0.01)))
+    assert stream.getvalue() == ""
+    list(progress(iter("ab"), "reading", stream=stream, clock=ticking(6.0)))
+    assert stream.getvalue().splitlines() == ["reading  1", "reading  2"]
+
+
+def test_progress_on_a_terminal_draws_a_bar() -> None:
+    stream = Terminal()
+    assert list(progress([1, 2, 3], "evaluating", stream=stream)) == [1, 2, 3]
+    assert "evaluating" in stream.getvalue()
+
+
+def test_sparkline_and_duration() -> None:
+    assert sparkline([0.0, 0.5, 1.0, float("nan")]) == "▁▅█ "
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([float("nan")]) == " "
+    assert len(sparkline(range(100), width=10)) == 10
+    assert [duration(s) for s in (-1, 59.4, 185, 7620)] == ["0 s", "59 s", "3 min 05 s", "2 h 07 min"]

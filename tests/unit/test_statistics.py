@@ -1,0 +1,174 @@
+"""Intervals against hand-worked numbers, brute force and simulated coverage. Axes: P questions, K samples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from forkrl.evaluation import (
+    Estimate,
+    mean_pass_at_k,
+    mean_with_interval,
+    mean_with_normal_interval,
+    paired_difference,
+    pass_at_k,
+)
+from forkrl.evaluation.statistics import _student_quantile
+
+SIMULATIONS = 2000
+
+
+@pytest.mark.parametrize("num_samples", range(1, 8))
+def test_pass_at_k_equals_counting_every_subset(num_samples: int) -> None:
+    for num_correct in range(num_samples + 1):
+        samples = [True] * num_correct + [False] * (num_samples - num_correct)
+        for k in range(1, num_samples + 1):
+            subsets = list(itertools.combinations(samples, k))
+            expected = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(num_correct, num_samples, k) == pytest.approx(expected, abs=1e-15)
+
+
+def test_pass_at_k_of_huge_counts_neither_overflows_nor_cancels() -> None:
+    assert pass_at_k(1, 10**5, 1) == 1e-5
+    assert pass_at_k(1, 10**4, 10**3) == 0.1
+
+
+@pytest.mark.parametrize("arguments", [(-1, 4, 1), (5, 4, 1), (1, 4, 0), (1, 4, 5), (0, 0, 1)])
+def test_pass_at_k_refuses_impossible_counts(arguments: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="is not between"):
+        pass_at_k(*arguments)
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 40), (1, 40), (17, 40), (40, 40)])
+def test_copies_of_one_sample_give_wilson_over_questions(right: int, total: int) -> None:
+    """Samples that always agree carry no more than one: the interval is the textbook one for P questions."""
+    answers_P = np.array([1.0] * right + [0.0] * (total - right))
+    copies = mean_with_interval(np.repeat(answers_P[:, None], 16, axis=1))
+    textbook = binomtest(right, total).proportion_ci(method="wilson")
+    assert copies == pytest.approx((right / total, textbook.low, textbook.high), abs=1e-12)
+    assert mean_with_interval(answers_P[:, None]) == pytest.approx(copies)
+
+
+def test_questions_of_equal_difficulty_give_wilson_over_samples() -> None:
+    scores_PK = np.tile([1.0, 0.0, 0.0, 1.0], (50, 1))
+    textbook = binomtest(100, 200).proportion_ci(method="wilson")
+    assert mean_with_interval(scores_PK) == pytest.approx((0.5, textbook.low, textbook.high), abs=1e-12)
+
+
+def test_interval_between_the_extremes_by_hand() -> None:
+    """Question means 0, 1/2, 1/2, 1, ... : p = 1/2, var = 8/63, n = (1/4) / (8/63 / 64) · (z/t)^2 = 126 · (z/t)^2."""
+    scores_PK = np.array([[0, 0], [0, 1], [1, 0], [1, 1]] * 16)
+    z = float(scipy.stats.norm.ppf(0.975))
+    size = 126 * (z / float(scipy.stats.t.ppf(0.975, 63))) ** 2
+    half = z * math.sqrt(0.25 / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
+    assert mean_with_interval(scores_PK) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=30))
+def test_intervals_hold_their_mean_and_stay_in_range(rows: list[list[bool]]) -> None:
+    estimate = mean_with_interval(rows)
+    assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
+    assert estimate.low < estimate.high
+    counts = [sum(row) for row in rows]
+    assert mean_pass_at_k(counts, 3, 1) == pytest.approx(estimate)
+
+
+def simulated_scores(rng: np.random.Generator, num_questions: int, num_samples: int) -> np.ndarray:
+    """Questions of difficulty Beta(0.6, 1.4): mean 0.3, many nearly hopeless, some easy."""
+    difficulty_P1 = rng.beta(0.6, 1.4, size=(num_questions, 1))
+    return (rng.random((num_questions, num_samples)) < difficulty_P1).astype(float)
+
+
+@pytest.mark.parametrize(("num_questions", "num_samples"), [(512, 1), (200, 4), (30, 16)])
+def test_coverage_of_the_mean(num_questions: int, num_samples: int) -> None:
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(SIMULATIONS):
+        estimate = mean_with_interval(simulated_scores(rng, num_questions, num_samples))
+        covered += estimate.low <= 0.3 <= estimate.high
+    assert 0.93 <= covered / SIMULATIONS <= 0.97
+
+
+def test_coverage_of_pass_at_k() -> None:
+    """Truth by the Beta integral: 1 - E[(1 - p)^k]."""
+    rng = np.random.default_rng(8)
+    truth = 1 - math.prod((1.4 + i) / (2.0 + i) for i in range(4))
+    covered = 0
+    for _ in range(SIMULATIONS):
+        correct_P = simulated_scores(rng, 150, 8).sum(axis=1).astype(int).tolist()
+        estimate = mean_pass_at_k(correct_P, 8, 4)
+        covered += estimate.low <= truth <= estimate.high
+    assert 0.93 <= covered / SIMULATIONS <= 0.97
+
+
+@pytest.mark.parametrize("num_questions", [8, 200])
+def test_coverage_of_lengths_and_of_paired_differences(num_questions: int) -> None:
+    rng = np.random.default_rng(9)
+    lengths_covered = differences_covered = 0
+    for _ in range(SIMULATIONS):
+        question_P1 = rng.normal(100, 20, size=(num_questions, 1))
+        before_PK = question_P1 + rng.normal(0, 10, size=(num_questions, 4))
+        after_PK = question_P1 + 3 + rng.normal(0, 10, size=(num_questions, 2))
+        lengths, gain = mean_with_normal_interval(before_PK), paired_difference(before_PK, after_PK)
+        lengths_covered += lengths.low <= 100 <= lengths.high
+        differences_covered += gain.low <= 3 <= gain.high
+    assert 0.93 <= lengths_covered / SIMULATIONS <= 0.97
+    assert 0.93 <= differences_covered / SIMULATIONS <= 0.97
+
+
+def test_student_interval_equals_scipy() -> None:
+    values_P1 = np.array([[3.0], [5.0], [9.0], [4.0], [4.5]])
+    expected = scipy.stats.t.interval(0.95, 4, loc=5.1, scale=float(scipy.stats.sem(values_P1[:, 0])))
+    assert mean_with_normal_interval(values_P1) == pytest.approx((5.1, *expected), rel=3e-3)
+    assert all(
+        _student_quantile(n) == pytest.approx(float(scipy.stats.t.ppf(0.975, n)), rel=2e-3) for n in range(1, 200)
+    )
+
+
+def test_paired_difference_cancels_what_makes_questions_hard() -> None:
+    rng = np.random.default_rng(1)
+    before_PK = simulated_scores(rng, 300, 4)
+    gain = paired_difference(before_PK, np.clip(before_PK + 0.01, None, 2))
+    assert gain == pytest.approx((0.01, 0.01, 0.01))
+    assert paired_difference([[0.0], [0.0]], [[1.0], [1.0]]).mean == 1.0
+
+
+def test_one_question_has_a_mean_and_no_spread() -> None:
+    mean, low, high = mean_with_normal_interval([[3.0, 5.0]])
+    assert mean == 4.0
+    assert math.isnan(low)
+    assert math.isnan(high)
+    textbook = binomtest(1, 1).proportion_ci(method="wilson")
+    assert mean_with_interval([[1, 1, 1]]) == pytest.approx((1.0, textbook.low, textbook.high))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([], "none of them 0"),
+        ([[]], "none of them 0"),
+        ([[1.0], [1.0, 0.0]], "rows differ in length"),
+        ([[0.5, 1.5]], "must lie in"),
+        ([[-0.1]], "must lie in"),
+        ([[math.nan]], "NaN or infinite"),
+    ],
+)
+def test_bad_scores_are_refused(scores: list[list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mean_with_interval(scores)
+
+
+def test_a_paired_difference_of_other_questions_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 questions against 1"):
+        paired_difference([[1.0], [0.0]], [[1.0]])
+
+
+def test_estimate_prints_with_its_interval() -> None:
+    assert str(Estimate(0.4, 0.3579, 0.44321)) == "0.4 [0.3579, 0.4432]"
