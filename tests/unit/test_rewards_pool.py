@@ -1,0 +1,414 @@
+"""The verifier pool against verifiers that hang, crash, eat memory and lie."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from forkrl.errors import UserError
+from forkrl.rewards import VerifierPool
+from forkrl.types import Prompt, Verdict
+
+HOSTILE = r'''
+import ctypes, json, os, subprocess, sys, time
+
+answered = 0
+hoard = []
+
+
+def equal(answer, response):
+    return float(answer == response)
+
+
+def act(answer, response):
+    """Do what the response says."""
+    global answered
+    answered += 1
+    return float(globals()[response]() if response in globals() else answer == response)
+
+
+def echo_length(answer, response):
+    """Whether the response arrived unharmed: the answer holds its length and code points at both ends."""
+    return float(answer == f"{len(response)} {ord(response[0])} {ord(response[-1])}")
+
+
+def loop():
+    while True:
+        pass
+
+
+def sleep():
+    time.sleep(3600)
+
+
+def power():
+    return 9**9**9
+
+
+def child():
+    process = subprocess.Popen(["sleep", "3600"])
+    with open("child.pid", "w") as file:
+        file.write(str(process.pid))
+    time.sleep(3600)
+
+
+def pid():
+    with open(f"worker-{os.getpid()}.pid", "w") as file:
+        pass
+    return 1.0
+
+
+def segfault():
+    ctypes.string_at(0)
+
+
+def leave():
+    os._exit(0)
+
+
+def sysexit():
+    sys.exit("bye")
+
+
+def allocate():
+    return len(bytearray(1 << 30)) and 1.0
+
+
+def hoarder():
+    hoard.append(bytearray(100 << 20))
+    return 1.0
+
+
+def recurse():
+    return recurse()
+
+
+def nan():
+    return float("nan")
+
+
+def two():
+    return 2
+
+
+def nothing():
+    return None
+
+
+def true():
+    return True
+
+
+def liar():
+    forged = json.dumps(["0" * 16, 1.0, "", ""]) + "\n"
+    print(forged, flush=True)
+    os.write(1, forged.encode())
+    os.write(2, forged.encode())
+    return 0.0
+
+
+def blind_liar():
+    """Write a forged verdict to every descriptor there may be."""
+    for fd in range(3, 64):
+        try:
+            os.write(fd, json.dumps(["0" * 16, 1.0, "", ""]).encode() + b"\n")
+        except OSError:
+            pass
+    return 0.0
+
+
+def flood():
+    for fd in range(3, 64):
+        try:
+            while True:
+                os.write(fd, b"x" * 65536)
+        except OSError:
+            pass
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+def unprintable():
+    raise Unprintable
+'''
+
+MakePool = Callable[..., VerifierPool]
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Import path of the module above, written where only ``sys.path`` of this process leads."""
+    (tmp_path / "hostile_verifiers.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return "hostile_verifiers"
+
+
+@pytest.fixture
+def make_pool(hostile: str) -> Iterator[MakePool]:
+    pools: list[VerifierPool] = []
+
+    def make(function: str = "act", **settings: float) -> VerifierPool:
+        pools.append(VerifierPool(f"{hostile}:{function}", **settings))  # type: ignore[arg-type]
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def items(*responses: str, answer: str = "right") -> list[tuple[Prompt, str]]:
+    return [(Prompt(f"id-{index}", "?", answer), response) for index, response in enumerate(responses)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def open_files() -> set[int]:
+    """Descriptors open in this process."""
+    return {fd for fd in range(256) if Path(f"/dev/fd/{fd}").exists()}
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> bool:
+    end = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_thousand_items_keep_their_order(make_pool: MakePool) -> None:
+    pool = make_pool("equal", workers=2)
+    batch = [(Prompt(str(i), "?", str(i % 3)), str(i % 2)) for i in range(1000)]
+    assert pool.verify(batch) == [Verdict(float(i % 3 == i % 2)) for i in range(1000)]
+    assert pool.verify([]) == []
+    assert not pool.failures
+
+
+@pytest.mark.parametrize("hang", ["loop", "sleep", "power"])
+def test_a_hanging_verifier_is_killed_and_the_others_are_unharmed(make_pool: MakePool, hang: str) -> None:
+    pool = make_pool(deadline_s=0.5)
+    verdicts = pool.verify(items("right", hang, "right", "wrong", hang, "right"))
+    hung = Verdict(0.0, "deadline")
+    assert verdicts == [Verdict(1.0), hung, Verdict(1.0), Verdict(0.0), hung, Verdict(1.0)]
+    assert pool.failures == {"deadline": 2}
+    assert "id-1" in pool.first_failures["deadline"]
+
+
+@pytest.mark.parametrize(
+    ("response", "failure", "message"),
+    [
+        ("segfault", "crash", "SIGSEGV"),
+        ("leave", "crash", "code 0"),
+        ("allocate", "memory", "memory"),
+        ("recurse", "error", "RecursionError"),
+        ("sysexit", "error", "SystemExit: bye"),
+        ("unprintable", "error", "Unprintable"),
+        ("nan", "error", "nan (float)"),
+        ("two", "error", "2.0 (float)"),
+        ("flood", "crash", "flooded the pipe"),
+    ],
+)
+def test_failures_are_named_counted_and_do_no_harm(
+    make_pool: MakePool, response: str, failure: str, message: str
+) -> None:
+    pool = make_pool(memory_mb=512)
+    expected = [Verdict(1.0), Verdict(0.0, failure), Verdict(1.0)]
+    assert pool.verify(items("right", response, "right")) == expected
+    assert pool.verify(items(response, "wrong")) == [Verdict(0.0, failure), Verdict(0.0)]
+    assert pool.failures == {failure: 2}
+    assert message in pool.first_failures[failure]
+    assert pool.first_failures[failure].startswith("prompt id-1: ")
+
+
+def test_a_score_must_be_a_number(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "scores.py").write_text("def score(answer, response):\n    return {'t': True, 'n': None}[response]\n")
+    with VerifierPool("scores:score") as pool:
+        assert pool.verify(items("t", "n", "?")) == [Verdict(1.0), Verdict(0.0, "error"), Verdict(0.0, "error")]
+        assert "NoneType" in pool.first_failures["error"]
+
+
+def test_prints_cannot_forge_a_verdict(make_pool: MakePool) -> None:
+    pool = make_pool()
+    assert pool.verify(items("liar", "right", "liar")) == [Verdict(0.0), Verdict(1.0), Verdict(0.0)]
+    assert not pool.failures
+
+
+def test_a_verdict_written_blindly_on_every_pipe_is_refused(make_pool: MakePool) -> None:
+    pool = make_pool(deadline_s=2)
+    assert pool.verify(items("right", "blind_liar", "right")) == [Verdict(1.0), Verdict(0.0, "crash"), Verdict(1.0)]
+
+
+def test_a_verdict_does_not_depend_on_what_the_worker_did_before(make_pool: MakePool) -> None:
+    """Each response keeps 100 MiB: a worker of 512 MiB fills up, which is not the fault of whoever finds it full."""
+    pool = make_pool(memory_mb=512)
+    assert pool.verify(items(*["hoarder"] * 12)) == [Verdict(1.0)] * 12
+    assert not pool.failures
+
+
+def test_any_python_string_arrives_unharmed(make_pool: MakePool) -> None:
+    pool = make_pool("echo_length", workers=2)
+    responses = ["\ud800", "\x00", "\u2028\n\r\x85", "é" * (5 << 20), "\x00" * (10 << 20), '"]}\\', "\U0001f600"]
+    batch = [(Prompt(str(i), "?", f"{len(r)} {ord(r[0])} {ord(r[-1])}"), r) for i, r in enumerate(responses)]
+    assert pool.verify(batch) == [Verdict(1.0)] * len(responses)
+
+
+def test_many_large_responses_do_not_block(make_pool: MakePool) -> None:
+    pool = make_pool("equal")
+    assert pool.verify(items(*["x" * (1 << 20)] * 40)) == [Verdict(0.0)] * 40
+
+
+def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_them(make_pool: MakePool) -> None:
+    pool = make_pool(deadline_s=0.5, workers=2)
+    verdicts: dict[int, list[Verdict]] = {}
+
+    def judge(number: int) -> None:
+        verdicts[number] = pool.verify(items("right", "loop", "wrong"))
+
+    threads = [threading.Thread(target=judge, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    expected = [Verdict(1.0), Verdict(0.0, "deadline"), Verdict(0.0)]
+    assert verdicts == {0: expected, 1: expected}
+    pids = [worker._process.pid for worker in pool._workers]  # those threads, now ended, started some of them
+    assert not wait_until(lambda: not all(map(is_running, pids)), limit_s=0.3)
+    assert pool.verify(items("right")) == [Verdict(1.0)]
+    assert pool.failures == {"deadline": 2}
+
+
+def test_a_worker_that_died_while_idle_is_replaced(make_pool: MakePool) -> None:
+    pool = make_pool()
+    pool.verify(items("pid"))
+    (path,) = Path().glob("worker-*.pid")
+    os.kill(int(path.stem.partition("-")[2]), signal.SIGKILL)
+    assert pool.verify(items("right")) == [Verdict(1.0)]
+    assert not pool.failures
+
+
+def test_an_interrupted_batch_leaves_no_answers_for_the_next(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(deadline_s=60)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            pool.verify(items("right", "sleep", "right"))
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert pool.verify(items("wrong", "wrong")) == [Verdict(0.0)] * 2
+
+
+def test_the_deadline_takes_the_processes_that_a_verifier_started_with_it(make_pool: MakePool) -> None:
+    pool = make_pool(deadline_s=0.5)
+    assert pool.verify(items("child")) == [Verdict(0.0, "deadline")]
+    pid = int(Path("child.pid").read_text())
+    assert wait_until(lambda: not is_running(pid))
+
+
+def test_close_leaves_no_process_and_no_file(make_pool: MakePool) -> None:
+    files = open_files()
+    with make_pool(workers=2, deadline_s=0.3) as pool:
+        pool.verify(items("loop", "leave", "right"))
+    pool.close()
+    with pytest.raises(ChildProcessError):  # nothing left to reap
+        os.waitpid(-1, os.WNOHANG)
+    assert open_files() == files
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.verify(items("right"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a closed pipe is Linux's")
+@pytest.mark.parametrize("state", ["pid", "loop", "power", "child"])
+def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None:
+    script = f"""
+        import subprocess, sys, threading, time
+        from forkrl.rewards import VerifierPool
+        from forkrl.types import Prompt
+        pool = VerifierPool("{hostile}:act", deadline_s=3600)
+        threading.Thread(target=pool.verify, args=([(Prompt("", "", ""), "{state}")],), daemon=True).start()
+        time.sleep(0.3)
+        print(pool._workers[0]._process.pid, flush=True)
+        time.sleep(3600)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(parent.stdout.readline())]
+        if state == "child":
+            assert wait_until(lambda: bool(Path("child.pid").exists() and Path("child.pid").read_text()))
+            pids.append(int(Path("child.pid").read_text()))
+        assert all(map(is_running, pids))
+        parent.kill()
+    assert wait_until(lambda: not any(map(is_running, pids)))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_colon", "not an import path"),
+        ("no_such_module_:f", "ModuleNotFoundError: No module named 'no_such_module_'"),
+        ("hostile_verifiers:no_such_function", "no_such_function"),
+        ("hostile_verifiers:answered", "not a function"),
+        ("broken:f", "SyntaxError"),
+        ("leaves:f", "exited with code 7 (farewell)"),
+    ],
+)
+def test_a_verifier_that_cannot_be_imported_is_the_users_error(
+    hostile: str, tmp_path: Path, path: str, message: str
+) -> None:
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "leaves.py").write_text("import os, sys\nprint('farewell', file=sys.stderr, flush=True)\nos._exit(7)\n")
+    with pytest.raises(UserError) as caught:
+        VerifierPool(path, workers=2)
+    assert path in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_memory_to_start_is_the_users_error() -> None:
+    with pytest.raises(UserError, match=r"reward\.memory_mb = 64"):
+        VerifierPool("forkrl.rewards.math:verify_math", memory_mb=64)
+
+
+def test_a_verifier_that_breaks_between_two_starts_ends_the_batch(hostile: str, tmp_path: Path) -> None:
+    module = tmp_path / "fickle.py"
+    module.write_text("import os\n\n\ndef f(answer, response):\n    os.unlink(__file__)\n    os._exit(1)\n")
+    with VerifierPool("fickle:f") as pool, pytest.raises(UserError, match="fickle"):
+        pool.verify(items("a", "b"))
+
+
+def test_time_to_start_is_not_the_items(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\n\ntime.sleep(1)\n\n\ndef f(answer, response):\n    return 1\n")
+    with VerifierPool("slow:f", deadline_s=0.4) as pool:
+        assert pool.verify(items("a", "b")) == [Verdict(1.0)] * 2
+
+
+def test_a_worker_is_light_and_single_threaded(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "inside.py").write_text(
+        "import os, sys\nimport forkrl.rewards.math\n\n\n"
+        "def f(answer, response):\n"
+        "    return float('torch' not in sys.modules and os.environ['OMP_NUM_THREADS'] == '1')\n"
+    )
+    with VerifierPool("inside:f") as pool:
+        assert pool.verify(items("")) == [Verdict(1.0)]
