@@ -242,7 +242,7 @@ class ArchitectureConfig(Section):
     """Shape of a Qwen3 model trained from scratch."""
 
     hidden_size: PositiveInt = 128
-    intermediate_size: PositiveInt = 384
+    intermediate_size: PositiveInt = 256
     num_hidden_layers: PositiveInt = 4
     num_attention_heads: PositiveInt = 4
     num_key_value_heads: PositiveInt = 2

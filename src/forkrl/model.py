@@ -1,0 +1,140 @@
+"""Opening a causal language model: weights, tokenizer, device, and the head that token statistics read.
+
+ForkRL never asks the model for logits. It takes the last hidden states and the output embedding, so that
+``token_stats`` can work on exactly the rows it needs. A model that does more than one linear map after its last hidden
+state (logit soft-capping, scaling) would be trained wrongly that way: it is recognised here by comparison and refused.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from forkrl.config import ModelConfig
+from forkrl.errors import UserError
+
+EMBEDDED_PREFIX = "embedded:"
+
+
+class Policy:
+    """A causal language model with its tokenizer: hidden states, head weights, precision."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str = "fp32") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.precision = precision
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output embedding, ``[V, D]``."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head: token ids to hidden states."""
+        decoder: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        return decoder
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Matrix products in the configured precision; weights stay fp32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, **cache: Any) -> Tensor:
+        """Last hidden states ``[B, T, D]``; ``cache`` goes to the model as it is."""
+        with self.autocast():
+            output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **cache)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits ``[N, V]`` of a few rows, with the head in the configured precision."""
+        with self.autocast():
+            return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
+
+
+def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
+    """Load model and tokenizer, fp32, on the device, ready to train.
+
+    Raises:
+        UserError: nothing at that path, weights that do not fit, a tokenizer without EOS, or a head that is not one
+            linear map.
+    """
+    path = model_location(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=config.revision, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.path!r} has no EOS token, so no response could ever end; "
+            f'set "eos_token" in its tokenizer_config.json'
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    policy = Policy(model.to(pick_device(device)).eval(), tokenizer, config.precision)
+    _require_linear_head(policy, config.path)
+    return policy
+
+
+def model_location(path: str) -> str:
+    """The folder or hub id behind ``model.path``."""
+    if path.startswith(EMBEDDED_PREFIX):
+        folder = resources.files("forkrl") / "assets" / path.removeprefix(EMBEDDED_PREFIX)
+        if not folder.is_dir():
+            names = sorted(entry.name for entry in (resources.files("forkrl") / "assets").iterdir() if entry.is_dir())
+            raise UserError(f"model.path = {path!r}: no such embedded model; there is {', '.join(names)}")
+        return str(folder)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise UserError(f"model.path = {path!r}: no such folder")
+    return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+
+
+def pick_device(name: str) -> torch.device:
+    """The configured device, or the first accelerator, or the CPU."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"runtime.device = {name!r} is not usable here: {first_line(error)}") from None
+    return device
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@torch.no_grad()
+def _require_linear_head(policy: Policy, path: str) -> None:
+    """Refuse models whose logits are not ``hidden @ weight.T + bias``: ours would silently differ from theirs."""
+    ids = torch.arange(4, device=policy.device)[None] % policy.head_weight.shape[0]
+    mask = torch.ones_like(ids)
+    with policy.autocast():
+        expected = policy.model(input_ids=ids, attention_mask=mask).logits[0].float()
+    actual = policy.logits(policy.hidden_states(ids, mask)[0])
+    tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
+    if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+        raise UserError(
+            f"model.path = {path!r}: {type(policy.model).__name__} transforms its logits after the output embedding "
+            f"(soft-capping or scaling), which ForkRL does not reproduce; training would be wrong, so it is refused"
+        )

@@ -1,0 +1,209 @@
+"""Countdown in miniature: reach a target from three numbers, and the honest random search that teaches a base model.
+
+A problem is ``2 5 9:90?``. A response is a chain of tries; every step restates the numbers that remain and every try is
+checked against the target::
+
+    2*5=10 [9 10], 10+9=19 [19] 19:90 ;2 5 9: 2*5=10 [9 10], 10*9=90 [90] 90:90 !
+
+``!`` claims success, ``?`` gives up, ``;`` tries again. The traces come from a search that knows nothing of the answer: it
+chooses numbers and operations uniformly, and has the habits of a real base model, good and bad: it gives up or goes on,
+repeats a failed try or avoids it, checks its result or claims success unseen. What reinforcement learning finds is which
+of these branches to take.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from forkrl.types import Prompt, Task
+
+CHARACTERS = "0123456789+-*/=,:;!?[] "
+NUM_NUMBERS = 3
+LARGEST_NUMBER = 9
+LARGEST_TARGET = 99
+LARGEST_RESULT = 999
+NUM_HELD_OUT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHabits:
+    """Probabilities of the searcher's branches; the defaults made the shipped base model."""
+
+    give_up: float = 0.3
+    """After a failed try: stop with "?" rather than try again."""
+    repeat: float = 0.25
+    """On trying again: do the very same try once more, where an alert searcher takes one it has not tried."""
+    skip_check: float = 0.1
+    """Claim success without comparing the result with the target."""
+    most_tries: int = 6
+    """The searcher's patience ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation of a response, judged: arithmetic right, numbers available, remainder restated right."""
+
+    right: bool
+    remaining: tuple[int, ...]
+
+
+def countdown_task() -> Task:
+    """All problems with three numbers from 1 to 9 and a reachable target up to 99, split by a hash into train and held-out.
+
+    A problem's numbers in another order are the same problem, so none of the held-out ones is seen in training.
+    """
+    prompts = sorted(map(_prompt, _problems()), key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
+    fingerprint = hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()
+    return Task(
+        name="countdown",
+        train=tuple(prompts[NUM_HELD_OUT:]),
+        held_out=tuple(prompts[:NUM_HELD_OUT]),
+        verifier="forkrl.tasks.countdown:verify_countdown",
+        fingerprint=fingerprint,
+    )
+
+
+def verify_countdown(answer: str, response: str) -> float:
+    """1.0 if the last try claims success and really reaches the target, each step right; else 0.0.
+
+    Args:
+        answer: the problem, ``"2 5 9:90"``.
+        response: the model's text; anything at all.
+    """
+    numbers, target = _parse_problem(answer)
+    if not response.endswith("!"):
+        return 0.0
+    steps = judge_tries(numbers, response)[-1]
+    return float(all(step.right for step in steps) and bool(steps) and steps[-1].remaining == (target,))
+
+
+def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
+    """Every try of a response, step by step, following what the response itself says remains."""
+    tries = []
+    for text in response.split(";"):
+        remaining, steps = numbers, []
+        for written in re.split(r"(?<=\])", text)[:-1] or [text]:
+            steps.append(_judge_step(remaining, written))
+            remaining = steps[-1].remaining
+        tries.append(steps)
+    return tries
+
+
+def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habits: SearchHabits) -> str:
+    """The response of the random searcher to one problem."""
+    restated = " ".join(map(str, numbers)) + ": "
+    written, tried = "", []
+    for attempt in range(1, habits.most_tries + 1):
+        if tried and rng.random() < habits.repeat:
+            text, result = tried[-1]
+        else:
+            text, result = _new_try(numbers, rng, tried)
+        tried.append((text, result))
+        written += text
+        if rng.random() < habits.skip_check:
+            return written + "!"
+        written += f"{result}:{target} "
+        if result == target:
+            return written + "!"
+        if attempt == habits.most_tries or rng.random() < habits.give_up:
+            return written + "?"
+        written += ";" + restated
+    raise AssertionError("unreachable: the last attempt returns")
+
+
+def random_problem(task: Task, rng: random.Random) -> tuple[Prompt, tuple[int, ...], int]:
+    """A training problem with its numbers in random order: the prompt, the numbers, the target."""
+    numbers, target = _parse_problem(rng.choice(task.train).answer)
+    shuffled = tuple(rng.sample(numbers, len(numbers)))
+    return _prompt((shuffled, target)), shuffled, target
+
+
+def _prompt(problem: tuple[tuple[int, ...], int]) -> Prompt:
+    numbers, target = problem
+    text = " ".join(map(str, numbers)) + f":{target}"
+    return Prompt(id=text, text=text + "?", answer=text)
+
+
+def _parse_problem(answer: str) -> tuple[tuple[int, ...], int]:
+    numbers, _, target = answer.partition(":")
+    return tuple(map(int, numbers.split())), int(target)
+
+
+def _problems() -> list[tuple[tuple[int, ...], int]]:
+    """Every multiset of numbers with every target it can reach, its numbers in an order drawn once and for all."""
+    rng = random.Random("countdown")
+    found = []
+    for numbers in itertools.combinations_with_replacement(range(1, LARGEST_NUMBER + 1), NUM_NUMBERS):
+        for target in sorted(_reachable(numbers)):
+            if 1 <= target <= LARGEST_TARGET:
+                found.append((tuple(rng.sample(numbers, NUM_NUMBERS)), target))
+    return found
+
+
+@cache
+def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    results: set[int] = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
+        for sign in "+-*/":
+            result = _calculate(numbers[i], sign, numbers[j])
+            if result is not None:
+                results |= _reachable(tuple(sorted([*rest, result])))
+    return frozenset(results)
+
+
+def _calculate(left: int, sign: str, right: int) -> int | None:
+    """The result where it is a whole number from 0 to 999, else None."""
+    if sign == "/":
+        return left // right if right and left % right == 0 else None
+    result = left + right if sign == "+" else left - right if sign == "-" else left * right
+    return result if 0 <= result <= LARGEST_RESULT else None
+
+
+def _new_try(numbers: tuple[int, ...], rng: random.Random, tried: list[tuple[str, int]]) -> tuple[str, int]:
+    """A random try, not one of those already written if a few draws find another."""
+    for _ in range(20):
+        candidate = _random_try(numbers, rng)
+        if candidate not in tried:
+            return candidate
+    return candidate
+
+
+def _random_try(numbers: tuple[int, ...], rng: random.Random) -> tuple[str, int]:
+    """Combine two random numbers by a random possible operation until one is left: the text and the result."""
+    pool, steps = list(numbers), []
+    while len(pool) > 1:
+        left, right = rng.sample(range(len(pool)), 2)
+        signs = [sign for sign in "+-*/" if _calculate(pool[left], sign, pool[right]) is not None]
+        sign = rng.choice(signs)
+        result = _calculate(pool[left], sign, pool[right])
+        assert result is not None
+        written = f"{pool[left]}{sign}{pool[right]}={result}"
+        pool = [number for k, number in enumerate(pool) if k not in (left, right)] + [result]
+        steps.append(f"{written} [{' '.join(map(str, pool))}]")
+    return ", ".join(steps) + " ", pool[0]
+
+
+_STEP = re.compile(r"(?:.*[:,] )?(\d{1,4})([-+*/])(\d{1,4})=(\d{1,4}) \[(\d{1,4}(?: \d{1,4})*)\]", re.ASCII)
+
+
+def _judge_step(available: tuple[int, ...], written: str) -> Step:
+    match = _STEP.fullmatch(written)
+    if not match:
+        return Step(right=False, remaining=())
+    left, sign, right, result = int(match[1]), match[2], int(match[3]), int(match[4])
+    stated = tuple(map(int, match[5].split()))
+    pool = list(available)
+    for number in (left, right):
+        if number not in pool:
+            return Step(right=False, remaining=stated)
+        pool.remove(number)
+    expected = (*pool, result)
+    return Step(right=_calculate(left, sign, right) == result and stated == expected, remaining=stated)
