@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
 def write_run(
     folder: Path, *, steps: int = 60, planned_steps: int = 60, rule: str = "top_entropy", problems: int = 96
 ) -> Path:
-    """A whole run: config, metrics with an evaluation every 20 steps, rollouts at 0, 20, … (eval) and 1, 10, … (train)."""
+    """A whole run: config, metrics with evaluations at 0, 20, …, rollouts of those and of training steps 1, 10, …"""
     rng = random.Random(0)
     (folder / "rollouts").mkdir(parents=True)
     (folder / "config.toml").write_text(CONFIG.format(planned_steps=planned_steps, rule=rule), encoding="utf-8")
@@ -73,7 +73,7 @@ def write_run(
             folder / f"rollouts/eval-{step:06d}.parquet",
             [_row(step, i, p, step / 60, rng, None) for i, p in enumerate(asked)],
         )
-    for step in [1, *range(10, steps + 1, 10)]:
+    for step in sorted({min(1, steps), *range(10, steps + 1, 10)} - {0}):
         rows = [
             _row(step, i // 8, _prompt(random.Random(1000 * step + i // 8)), step / 60, rng, 0.5) for i in range(32)
         ]

@@ -1,4 +1,4 @@
-"""The page in a real browser: it runs, it obeys keys and pointer, hostile text does nothing, and it asks the network for nothing."""
+"""The page in a real browser: it obeys keys and pointer, hostile text does nothing, nothing is asked of the network."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.fabricated_run import response_row, write_rollouts, write_run
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webdriver import WebDriver
+from tests.fabricated_run import response_row, write_rollouts, write_run
 
 from forkrl.report import write_run_report
 
@@ -32,7 +31,7 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
     for flag in (
@@ -63,32 +62,37 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def open_page(browser: WebDriver, page: Path) -> None:
-    browser.get_log("browser")  # what an earlier page said is not ours
-    browser.get_log("performance")
+def log(browser: webdriver.Chrome, name: str) -> list[dict[str, str]]:
+    """Entries since the last call."""
+    return list(browser.get_log(name))  # type: ignore[no-untyped-call]
+
+
+def open_page(browser: webdriver.Chrome, page: Path) -> None:
+    log(browser, "browser")  # what an earlier page said is not ours
+    log(browser, "performance")
     browser.get(page.as_uri())
 
 
-def current(browser: WebDriver) -> str | None:
-    return browser.execute_script(
-        "const all = [...document.querySelectorAll('#responses .t')]; return all.indexOf(document.querySelector('.t.now'))"
-    )
+def current(browser: webdriver.Chrome) -> int:
+    """Index of the token in hand among all tokens shown, -1 for none."""
+    script = "return [...document.querySelectorAll('#responses .t')].indexOf(document.querySelector('.t.now'))"
+    return int(browser.execute_script(script))
 
 
-def test_page_runs_without_errors_or_requests(browser: WebDriver, page: Path) -> None:
+def test_page_runs_without_errors_or_requests(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
     assert len(browser.find_elements(By.CSS_SELECTOR, "#responses .t")) > 200
     assert len(browser.find_elements(By.CSS_SELECTOR, "#responses .t.s")) > 40
     assert len(browser.find_elements(By.CSS_SELECTOR, ".plot svg")) == 6
-    assert browser.get_log("browser") == []
+    assert log(browser, "browser") == []
     sent = [
-        entry["message"] for entry in browser.get_log("performance") if "Network.requestWillBeSent" in entry["message"]
+        entry["message"] for entry in log(browser, "performance") if "Network.requestWillBeSent" in entry["message"]
     ]
     assert len(sent) == 1, "the page itself, and nothing more"
     assert page.as_uri() in sent[0]
 
 
-def test_keys_go_from_fork_to_fork(browser: WebDriver, page: Path) -> None:
+def test_keys_go_from_fork_to_fork(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
     forks = browser.execute_script(
         "const all = [...document.querySelectorAll('#responses .t')];"
@@ -100,13 +104,14 @@ def test_keys_go_from_fork_to_fork(browser: WebDriver, page: Path) -> None:
         visited.append(current(browser))
     assert visited == [forks[0], forks[1], forks[2], forks[1], forks[0]]
     tip = browser.find_element(By.ID, "tip").text
-    assert "nats" in tip and "probability" in tip and "position\n1 of" in tip and "selected\nyes" in tip
+    for fact in ("nats", "probability", "position\n1 of", "selected\nyes"):
+        assert fact in tip
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert current(browser) == -1
     assert not browser.find_element(By.ID, "tip").is_displayed()
 
 
-def test_next_fork_goes_on_past_what_is_shown(browser: WebDriver, page: Path) -> None:
+def test_next_fork_goes_on_past_what_is_shown(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
     shown = len(browser.find_elements(By.CSS_SELECTOR, ".problem"))
     last = browser.find_elements(By.CSS_SELECTOR, "#responses .t.fork")[-1]
@@ -116,7 +121,7 @@ def test_next_fork_goes_on_past_what_is_shown(browser: WebDriver, page: Path) ->
     assert current(browser) > 0
 
 
-def test_pointer_and_tap_show_a_token(browser: WebDriver, page: Path) -> None:
+def test_pointer_and_tap_show_a_token(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
     token = browser.find_elements(By.CSS_SELECTOR, "#responses .t")[1]
     webdriver.ActionChains(browser).move_to_element(token).perform()
@@ -128,14 +133,18 @@ def test_pointer_and_tap_show_a_token(browser: WebDriver, page: Path) -> None:
     assert current(browser) == -1
 
 
-def test_theme_button_switches(browser: WebDriver, page: Path) -> None:
+def test_theme_button_switches(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
 
     def look() -> list[str]:
-        script = (
-            "const c = (s) => getComputedStyle(document.querySelector(s)); const hot = [...document.querySelectorAll('.t.s')]"
-            ".find(t => !t.classList.contains('e0')); return [c('body').backgroundColor, c('.plot text').fill, getComputedStyle(hot).backgroundColor]"
-        )
+        script = """
+            const style = (node) => getComputedStyle(node);
+            const hot = [...document.querySelectorAll(".t.s")].find((token) => !token.classList.contains("e0"));
+            return [
+                style(document.body).backgroundColor,
+                style(document.querySelector(".plot text")).fill,
+                style(hot).backgroundColor,
+            ];"""
         return list(browser.execute_script(script))
 
     before = look()
@@ -146,7 +155,7 @@ def test_theme_button_switches(browser: WebDriver, page: Path) -> None:
     assert look() == before
 
 
-def test_training_view_has_a_step_selector(browser: WebDriver, page: Path) -> None:
+def test_training_view_has_a_step_selector(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
     browser.find_element(By.XPATH, "//*[@id='views']/button[2]").click()
     steps = browser.find_elements(By.CSS_SELECTOR, "#frames button")
@@ -157,7 +166,7 @@ def test_training_view_has_a_step_selector(browser: WebDriver, page: Path) -> No
     assert "advantage" in browser.find_element(By.ID, "responses").text
 
 
-def test_phone_page_does_not_scroll_sideways(browser: WebDriver, page: Path) -> None:
+def test_phone_page_does_not_scroll_sideways(browser: webdriver.Chrome, page: Path) -> None:
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     )
@@ -168,7 +177,7 @@ def test_phone_page_does_not_scroll_sideways(browser: WebDriver, page: Path) -> 
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_hostile_text_is_inert_and_visible(browser: WebDriver, tmp_path: Path) -> None:
+def test_hostile_text_is_inert_and_visible(browser: webdriver.Chrome, tmp_path: Path) -> None:
     run = write_run(tmp_path / "<img src=x onerror=window.__pwned=1>", steps=0, planned_steps=5, problems=1)
     row = response_row(HOSTILE, [1.0, 0.0, 0.5, 0.2, 0.1, 2.0], prompt=HOSTILE[0] + HOSTILE[3], prompt_id=HOSTILE[1])
     write_rollouts(run / "rollouts/eval-000000.parquet", [row])
@@ -181,4 +190,4 @@ def test_hostile_text_is_inert_and_visible(browser: WebDriver, tmp_path: Path) -
     assert browser.find_elements(By.CSS_SELECTOR, "img, iframe, object, #responses script") == []
     shown = browser.execute_script("return [...document.querySelectorAll('#responses .t')].map(t => t.textContent)")
     assert shown == [HOSTILE[0], HOSTILE[1], "⟨U+2028⟩window.__pwned=1//", "␛[31m␀⟨U+202E⟩", HOSTILE[4], HOSTILE[5]]
-    assert browser.get_log("browser") == []
+    assert log(browser, "browser") == []

@@ -121,10 +121,13 @@ def gradient(run: RunData) -> Figure:
 
 
 def histogram_counts(samples: Sequence[Floats], bins: int = 60) -> tuple[Floats, list[Floats]]:
-    """Bin edges common to all samples (nats), and the count of each bin for each sample."""
+    """Bin edges common to all samples (nats), and the count of each bin for each sample.
+
+    A tiny negative entropy is rounding, and counts as 0.
+    """
     top = max((float(sample.max()) for sample in samples if len(sample)), default=1.0)
     edges = np.linspace(0.0, max(top, 0.1), bins + 1)
-    return edges, [np.histogram(sample, edges)[0].astype(np.float64) for sample in samples]
+    return edges, [np.histogram(np.maximum(sample, 0.0), edges)[0].astype(np.float64) for sample in samples]
 
 
 def entropy_histogram(samples: Sequence[Floats], labels: Sequence[str], threshold: float | None) -> Figure:

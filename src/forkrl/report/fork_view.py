@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from forkrl.report.run_data import Response, RolloutSample, RunData
+from forkrl.report.run_data import Floats, Response, RolloutSample, RunData
 from forkrl.report.visible_text import visible, visible_token
 
 MAX_PROMPTS = 24
@@ -19,31 +19,56 @@ FORK_PERCENTILE = 80.0
 SELECTED, FORK = 1, 2  # bits of a token's flag
 
 
+class _Card(NamedTuple):
+    """One prompt, what became of it, and the labelled responses to it."""
+
+    prompt: str
+    outcome: str
+    responses: list[tuple[str, Response]]
+
+
+class _Frame(NamedTuple):
+    """The cards seen at once: all held-out pairs, or one training step."""
+
+    label: str
+    cards: list[_Card]
+
+    @property
+    def responses(self) -> list[Response]:
+        return [response for card in self.cards for _, response in card.responses]
+
+
 def fork_view(run: RunData) -> dict[str, Any]:
     """Everything the page's script needs, as plain JSON values; all text is already made visible.
 
-    ``views`` holds at most two: held-out responses before and after, and training responses per step. A view has frames,
-    a frame has cards (one prompt each), a card has responses. Per token: text ``t``, entropy ``e`` in nats, log-prob
-    ``l``, flags ``f`` (1 selected, 2 fork).
+    ``views`` holds at most two: held-out responses before and after, and training responses per step. A view has
+    frames, a frame has cards (one prompt each), a card has responses. Per token: text ``t``, entropy ``e`` in nats,
+    log-prob ``l``, flags ``f`` (1 selected, 2 fork).
     """
-    held_out = [] if not run.evals else [{"label": "", "cards": _held_out_pairs(run.evals)}]
-    training = [{"label": f"{sample.step}", "cards": _training_cards(sample)} for sample in run.train]
-    shown = [
-        response for frame in (*held_out, *training) for card in frame["cards"] for _, response in card["responses"]
-    ]
-    entropy = np.array([value for response in shown for value in response.entropy if np.isfinite(value)])
+    held_out = [_Frame("", _held_out_pairs(run.evals))] if run.evals else []
+    training = [_Frame(str(sample.step), _training_cards(sample)) for sample in run.train]
+    shown = [value for frame in (*held_out, *training) for response in frame.responses for value in response.entropy]
+    entropy = np.array(shown, dtype=float)
+    entropy = entropy[np.isfinite(entropy)]
     mark = fork_mark(run, entropy)
     views = []
-    for name, title, frames in (("held-out", "Held out", held_out), ("training", "Training", training)):
-        if frames:
-            views.append(
-                {"id": name, "title": title, "note": _sampling_note(run, name, frames), "frames": _plain(frames, mark)}
-            )
+    if held_out:
+        note = (
+            f"The first {len(held_out[0].cards)} of {len(set(run.evals[0].prompt_ids)):,} held-out problems, "
+            "in file order, one response to each: none was picked for its looks."
+        )
+        views.append(_view("held-out", "Held out", note, held_out, mark))
+    if training:
+        note = (
+            f"{len(training)} of {run.num_train_files} sampled steps; of each, "
+            f"the first {MAX_RESPONSES_PER_STEP} responses (or fewer) in file order."
+        )
+        views.append(_view("training", "Training", note, training, mark))
     top = float(np.percentile(entropy, 99.5)) if len(entropy) else 0.0
-    return {"bins": COLOR_BINS, "scale": round(max(np.ceil(top * 10) / 10, 0.5), 1), "views": views}
+    return {"bins": COLOR_BINS, "scale": round(max(float(np.ceil(top * 10)) / 10, 0.5), 1), "views": views}
 
 
-def fork_mark(run: RunData, entropy: np.ndarray) -> float | None:
+def fork_mark(run: RunData, entropy: Floats) -> float | None:
     """Entropy from which a token counts as a fork in the page, or None where the run's own selection says it."""
     if run.setting("selection.rule") in ("top_entropy", "threshold"):
         return None
@@ -61,7 +86,7 @@ def token_limit(lengths: Sequence[int], budget: int) -> int:
     return max(limit, 1)
 
 
-def _held_out_pairs(evals: Sequence[RolloutSample]) -> list[dict[str, Any]]:
+def _held_out_pairs(evals: Sequence[RolloutSample]) -> list[_Card]:
     """The first prompts, in file order, that every given evaluation answered; the first response of each to each."""
     first_rows = []
     for sample in evals:
@@ -71,12 +96,13 @@ def _held_out_pairs(evals: Sequence[RolloutSample]) -> list[dict[str, Any]]:
         first_rows.append(rows)
     shared = [prompt_id for prompt_id in first_rows[0] if all(prompt_id in rows for rows in first_rows)][:MAX_PROMPTS]
     columns = [sample.responses([rows[i] for i in shared]) for sample, rows in zip(evals, first_rows, strict=True)]
+    labels = [f"Step {sample.step}" for sample in evals]
     return [
-        {
-            "prompt": responses[0].prompt,
-            "outcome": _outcome([response.score for response in responses]),
-            "responses": [(f"Step {sample.step}", response) for sample, response in zip(evals, responses, strict=True)],
-        }
+        _Card(
+            responses[0].prompt,
+            _outcome([response.score for response in responses]),
+            list(zip(labels, responses, strict=True)),
+        )
         for responses in zip(*columns, strict=True)
     ]
 
@@ -93,39 +119,37 @@ def _outcome(scores: Sequence[float]) -> str:
     }[before, after]
 
 
-def _training_cards(sample: RolloutSample) -> list[dict[str, Any]]:
-    responses = sample.responses(range(min(MAX_RESPONSES_PER_STEP, sample.table.num_rows)))
-    cards: dict[str, dict[str, Any]] = {}
-    for response in responses:
-        card = cards.setdefault(response.prompt_id, {"prompt": response.prompt, "outcome": "", "responses": []})
-        card["responses"].append((f"Response {len(card['responses']) + 1}", response))
+def _training_cards(sample: RolloutSample) -> list[_Card]:
+    cards: dict[str, _Card] = {}
+    for response in sample.responses(range(min(MAX_RESPONSES_PER_STEP, sample.table.num_rows))):
+        card = cards.setdefault(response.prompt_id, _Card(response.prompt, "", []))
+        card.responses.append((f"Response {len(card.responses) + 1}", response))
     return list(cards.values())
 
 
-def _plain(frames: list[dict[str, Any]], mark: float | None) -> list[dict[str, Any]]:
-    cards = [card for frame in frames for card in frame["cards"]]
-    limit = token_limit([len(r.tokens) for card in cards for _, r in card["responses"]], MAX_TOKENS_PER_VIEW)
-    return [
-        {
-            "label": frame["label"],
-            "cards": [
-                {
-                    "prompt": visible(card["prompt"]),
-                    "outcome": card["outcome"],
-                    "responses": [
-                        _plain_response(label, response, limit, mark) for label, response in card["responses"]
-                    ],
-                }
-                for card in frame["cards"]
-            ],
-        }
-        for frame in frames
-    ]
+def _view(name: str, title: str, note: str, frames: Sequence[_Frame], mark: float | None) -> dict[str, Any]:
+    lengths = [len(response.tokens) for frame in frames for response in frame.responses]
+    limit = token_limit(lengths, MAX_TOKENS_PER_VIEW)
+    cut = sum(length > limit for length in lengths)
+    return {
+        "id": name,
+        "title": title,
+        "note": note + (f" {cut} long responses are cut after {limit:,} tokens." if cut else ""),
+        "frames": [
+            {"label": frame.label, "cards": [_plain_card(card, limit, mark) for card in frame.cards]}
+            for frame in frames
+        ],
+    }
+
+
+def _plain_card(card: _Card, limit: int, mark: float | None) -> dict[str, Any]:
+    responses = [_plain_response(label, response, limit, mark) for label, response in card.responses]
+    return {"prompt": visible(card.prompt), "outcome": card.outcome, "responses": responses}
 
 
 def _plain_response(label: str, response: Response, limit: int, mark: float | None) -> dict[str, Any]:
     selected, entropy = response.selected[:limit], response.entropy[:limit]
-    forks = selected if mark is None else [value is not None and value >= mark for value in entropy]
+    forks = selected if mark is None else [value >= mark for value in entropy]
     return {
         "label": label,
         "score": _rounded(response.score),
@@ -133,7 +157,7 @@ def _plain_response(label: str, response: Response, limit: int, mark: float | No
         "advantage": _rounded(response.advantage),
         "finished": bool(response.finished),
         "length": len(response.tokens),
-        "t": [visible_token(token or "") for token in response.tokens[:limit]],
+        "t": [visible_token(token) for token in response.tokens[:limit]],
         "e": [_rounded(value) for value in entropy],
         "l": [_rounded(value) for value in response.logprobs[:limit]],
         "f": [SELECTED * bool(s) + FORK * bool(f) for s, f in zip(selected, forks, strict=True)],
@@ -142,19 +166,3 @@ def _plain_response(label: str, response: Response, limit: int, mark: float | No
 
 def _rounded(value: float | None) -> float | None:
     return round(float(value), 4) if value is not None and np.isfinite(value) else None
-
-
-def _sampling_note(run: RunData, view: str, frames: list[dict[str, Any]]) -> str:
-    cards = [card for frame in frames for card in frame["cards"]]
-    responses = [response for card in cards for _, response in card["responses"]]
-    limit = token_limit([len(response.tokens) for response in responses], MAX_TOKENS_PER_VIEW)
-    cut = sum(len(response.tokens) > limit for response in responses)
-    if view == "held-out":
-        total = len(set(run.evals[0].prompt_ids))
-        note = f"The first {len(cards)} of {total:,} held-out problems, in file order, one response to each: none was picked for its looks."
-    else:
-        note = (
-            f"{len(frames)} of {run.num_train_files} sampled steps; of each, the first "
-            f"{MAX_RESPONSES_PER_STEP} responses (or fewer) in file order."
-        )
-    return note + (f" {cut} long responses are cut after {limit:,} tokens." if cut else "")

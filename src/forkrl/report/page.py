@@ -24,8 +24,8 @@ from forkrl.report.run_data import RunData, read_run
 from forkrl.report.sections import figure_sections
 from forkrl.report.visible_text import script_json, visible
 
-# Magma: lightness falls evenly and the order survives every kind of colour blindness. The page's own ground stands for 0,
-# so each theme takes the part of the map that starts near its ground.
+# Magma: lightness falls evenly, and the order survives every kind of colour blindness. The page's own ground stands
+# for 0, so each theme takes the part of the map that starts near its ground.
 _LIGHT_MAP, _DARK_MAP = ("magma_r", 0.03, 0.80), ("magma", 0.16, 0.95)
 
 
@@ -45,7 +45,7 @@ def write_run_report(run_dir: Path) -> Path:
 
 def render_run_report(run: RunData) -> str:
     """The page as text."""
-    script = Markup(_template("report.js"))  # noqa: S704 - a file of this package, no data
+    script = Markup(_template("report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     view = fork_view.fork_view(run)
     environment = jinja2.Environment(
@@ -65,12 +65,12 @@ def render_run_report(run: RunData) -> str:
         figures=figure_sections(run),
         has_views=bool(view["views"]),
         fork_note=_fork_note(run),
-        data=Markup(script_json(view)),  # noqa: S704 - escaped for exactly this place
+        data=Markup(script_json(view)),
         settings=_settings(run),
         provenance=sorted((key, _plain(value)) for key, value in run.provenance.items() if key != "command"),
         command=str(run.provenance.get("command", "")),
         reproduce=reproducing_command(run.settings),
-        style=Markup(_template("report.css") + token_colors(fork_view.COLOR_BINS)),  # noqa: S704 - no data either
+        style=Markup(_template("report.css") + token_colors(fork_view.COLOR_BINS)),
         script=script,
         script_hash=digest,
     )
@@ -109,13 +109,16 @@ def _readable_on(color: str) -> str:
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#16181d" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
+    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
 
 
 def _fork_note(run: RunData) -> str:
     rule = run.setting("selection.rule") or "not recorded"
     if rule == "all":
-        return "This run trained on every token, so none is outlined; the keys visit the fifth of the tokens shown with the highest entropy."
+        return (
+            "This run trained on every token, so none is outlined; "
+            "the keys visit the fifth of the tokens shown with the highest entropy."
+        )
     if rule in ("top_entropy", "threshold"):
         return "Outlined tokens are those the run's rule selects to carry gradient; the keys visit them one by one."
     return (
@@ -161,7 +164,7 @@ def _write_atomically(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)  # os.replace: the old page or the new one, never half
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()

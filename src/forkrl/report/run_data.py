@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,17 +20,22 @@ from forkrl.errors import UserError
 
 Floats = npt.NDArray[np.float64]
 ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
-COLUMNS = (
-    "prompt_id",
-    "prompt",
-    "tokens",
-    "logprobs",
-    "entropy",
-    "selected",
-    "score",
-    "reward",
-    "advantage",
-    "finished",
+PER_TOKEN = {
+    "tokens": pa.list_(pa.string()),
+    "logprobs": pa.list_(pa.float32()),
+    "entropy": pa.list_(pa.float32()),
+    "selected": pa.list_(pa.bool_()),
+}
+SCHEMA = pa.schema(
+    {
+        "prompt_id": pa.string(),
+        "prompt": pa.string(),
+        **PER_TOKEN,
+        "score": pa.float32(),
+        "reward": pa.float32(),
+        "advantage": pa.float32(),
+        "finished": pa.bool_(),
+    }
 )
 
 
@@ -71,7 +76,8 @@ class RolloutSample:
     @property
     def entropy(self) -> Floats:
         """Entropy in nats of every token of every response, ``[N]``; values that are not finite are left out."""
-        flat = self.table.column("entropy").combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+        values = self.table.column("entropy").combine_chunks().flatten()
+        flat: Floats = values.to_numpy(zero_copy_only=False).astype(np.float64)
         return flat[np.isfinite(flat)]
 
     @property
@@ -79,7 +85,7 @@ class RolloutSample:
         return [str(value) for value in self.table.column("prompt_id").to_pylist()]
 
     def responses(self, rows: Sequence[int]) -> list[Response]:
-        return [Response(**row) for row in self.table.take(list(rows)).select(COLUMNS).to_pylist()]
+        return [Response(**row) for row in self.table.take(list(rows)).to_pylist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,7 @@ class RunData:
 
 
 def read_run(folder: Path, max_train_files: int) -> RunData:
-    """Read the run folder; of the training samples, at most ``max_train_files``, evenly spaced, first and last included.
+    """Read the run folder; of the training samples, at most ``max_train_files``, evenly spaced, both ends included.
 
     Raises:
         UserError: the folder is missing, or is no run (it has no config.toml that can be read).
@@ -187,7 +193,7 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
         rows.setdefault(step, {}).update(finite)
     if damaged:
         notes.append(
-            f"metrics.jsonl: left out what could not be read, line {_abridged(damaged)} (cut short while it was written?)."
+            f"metrics.jsonl: left out what could not be read, line {_abridged(damaged)} (cut short in writing?)."
         )
     if not_finite:
         notes.append(f"metrics.jsonl: {not_finite} values are NaN or infinite; the figures leave them out.")
@@ -236,35 +242,38 @@ def _first_readable(paths: Iterable[tuple[int, Path]], notes: list[str]) -> Roll
 
 def _read_rollouts(kind: Literal["train", "eval"], step: int, path: Path, notes: list[str]) -> RolloutSample | None:
     try:
-        table = pq.read_table(path, columns=list(COLUMNS))
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=SCHEMA.names)
+        missing = [name for name in SCHEMA.names if name not in table.column_names]
+        if missing:
+            notes.append(f"rollouts/{path.name} is left out: it has no column {', '.join(missing)}.")
+            return None
+        table = table.select(SCHEMA.names).cast(SCHEMA)
         table.validate(full=True)  # finds text that is not UTF-8
     except (pa.ArrowException, OSError) as error:
-        notes.append(f"rollouts/{path.name} cannot be read and is left out: {str(error).splitlines()[0][:200]}")
-        return None
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        notes.append(f"rollouts/{path.name} is left out: it has no column {', '.join(missing)}.")
+        notes.append(f"rollouts/{path.name} cannot be read and is left out: {str(error).partition(chr(10))[0][:200]}")
         return None
     whole = _whole_rows(table)
     if len(whole) < table.num_rows:
-        notes.append(
-            f"rollouts/{path.name}: {table.num_rows - len(whole)} rows with gaps or lists of unequal length are left out."
-        )
+        gaps = table.num_rows - len(whole)
+        notes.append(f"rollouts/{path.name}: {gaps} rows with gaps or lists of unequal length are left out.")
         table = table.take(whole)
     return RolloutSample(kind, step, table) if table.num_rows else None
 
 
 def _whole_rows(table: pa.Table) -> list[int]:
     """Rows in which nothing is null but the advantage, with one log-prob, entropy and mark for each token."""
-    length: Callable[[str], list[int | None]] = lambda name: (
-        table.column(name).combine_chunks().value_lengths().to_pylist()
-    )  # noqa: E731
-    lengths = list(zip(*(length(name) for name in ("tokens", "logprobs", "entropy", "selected")), strict=True))
-    scalars = [table.column(name).to_pylist() for name in ("prompt_id", "prompt", "score", "reward", "finished")]
-    return [
+    lists = [table.column(name).combine_chunks() for name in PER_TOKEN]
+    scalars = [table.column(name).to_pylist() for name in SCHEMA.names if name not in PER_TOKEN and name != "advantage"]
+    whole = [
         row
-        for row, (tokens, *others) in enumerate(lengths)
+        for row, (tokens, *others) in enumerate(
+            zip(*(array.value_lengths().to_pylist() for array in lists), strict=True)
+        )
         if tokens is not None
         and all(other == tokens for other in others)
         and all(column[row] is not None for column in scalars)
     ]
+    if any(array.flatten().null_count for array in lists):  # rare, so only then is every value looked at
+        whole = [row for row in whole if all(None not in array[row].as_py() for array in lists)]
+    return whole

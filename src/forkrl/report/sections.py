@@ -7,6 +7,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -120,8 +121,7 @@ def _histogram_section(run: RunData) -> FigureSection:
     )
     edges, counts = figures.histogram_counts([entropy for _, entropy in kept])
     rows: list[list[Cell]] = [
-        [float(low), float(high), *(int(count[i]) for count in counts)]
-        for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        [float(low), float(high), *(int(count[i]) for count in counts)] for i, (low, high) in enumerate(pairwise(edges))
     ]
     figure = figures.entropy_histogram([entropy for _, entropy in kept], labels, last)
     missing = () if len(threshold) else ("entropy/threshold",)

@@ -59,7 +59,8 @@ def verdict(run: RunData) -> str:
         return f"Nothing was evaluated on held-out problems; {_effort(run)}."
     problems = _num_problems(run)
     if len(found) == 1:
-        return f"Held-out accuracy was {found[0]} at step {found[0].step}{problems}, and there is no second evaluation to compare; {_effort(run)}."
+        only = f"Held-out accuracy was {found[0]} at step {found[0].step}{problems}"
+        return f"{only}, and there is no second evaluation to compare; {_effort(run)}."
     before, after = found[0], found[-1]
     verb = "rose" if after.value > before.value else "fell" if after.value < before.value else "stayed"
     change = f"Held-out accuracy {verb} from {before} at step {before.step} to {after} at step {after.step}{problems}"
@@ -77,8 +78,8 @@ def status(run: RunData) -> str:
     if run.planned_steps is None or run.num_steps >= run.planned_steps:
         return ""
     return (
-        f"This run stands at step {run.num_steps} of {run.planned_steps}: it was interrupted, ended early, or is still running. "
-        "The page shows what it wrote so far."
+        f"This run stands at step {run.num_steps} of {run.planned_steps}: it was interrupted, ended early, "
+        "or is still running. The page shows what it wrote so far."
     )
 
 

@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 
 from forkrl.report import figures
 
-# Text stays text ("none"): crisp at any zoom, set in the font of the page, and a fraction of the size of outlines.
-_SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "forkrl"}
 _THEME_VARIABLES = {
     figures.INK: "var(--ink)",
     figures.MUTED: "var(--muted)",
@@ -27,7 +25,8 @@ _NOT_FOR_PAGES = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?
 def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element: ids prefixed with ``name``, colours as variables of the page's theme."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_SVG_SETTINGS):
+    # Text stays text ("none"): crisp at any zoom, in the font of the page, and a fraction of the size of outlines.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "forkrl"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = _NOT_FOR_PAGES.sub("", buffer.getvalue())
     text = text[text.index("<svg") :]

@@ -26,7 +26,7 @@ def visible_token(token: str) -> str:
 
 
 def script_json(data: Any) -> str:
-    """JSON that can stand inside ``<script type="application/json">``: pure ASCII, and no character that ends the element."""
+    """JSON fit for ``<script type="application/json">``: pure ASCII, and no character that could end the element."""
     return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_HTML_IN_JSON)
 
 

@@ -203,6 +203,12 @@
     jump(direction);
   });
 
+  addEventListener("scroll", () => {
+    if (!state.now || tip.hidden) return;
+    const box = state.now.getBoundingClientRect();
+    if (box.bottom < 0 || box.top > root.clientHeight) tip.hidden = true;
+  }, { passive: true });
+
   const ramp = element("span", "ramp");
   for (let bin = 0; bin < data.bins; bin++) ramp.append(element("i", "e" + bin));
   find("legend").append(element("span", "", "0"), ramp, element("span", "", "≥ " + data.scale.toFixed(1) + " nats"));

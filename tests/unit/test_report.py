@@ -1,0 +1,491 @@
+"""The report page: what it says of a run, what it says when pieces are missing, and that hostile text stays text."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
+
+from forkrl.config import TrainConfig, load_recipe, recipe_toml
+from forkrl.errors import UserError
+from forkrl.report import write_run_report
+from forkrl.report.figures import histogram_counts
+from forkrl.report.fork_view import fork_view, token_limit
+from forkrl.report.page import reproducing_command, token_colors
+from forkrl.report.run_data import evenly_spaced, read_run
+from forkrl.report.summary import Estimate, duration, judge, verdict
+from forkrl.report.visible_text import script_json, visible, visible_token
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\x1b[31m\x00\u202e"
+
+
+class Page(HTMLParser):
+    """Text, elements and the data block of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text += " ".join(data.split()) + " "
+
+    @property
+    def data(self) -> dict[str, Any]:
+        match = re.search(r'<script type="application/json" id="fork-data">(.*?)</script>', self.source, re.DOTALL)
+        assert match is not None
+        return dict(json.loads(match[1]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("report") / "countdown-top20", problems=40)
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Page:
+    return Page(write_run_report(run))
+
+
+def metrics_of(folder: Path, *rows: dict[str, Any]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_verdict_states_change_intervals_problems_steps_and_time(page: Page) -> None:
+    assert "Held-out accuracy rose from 17.0% [13.7, 20.3] at step 0 to 45.5% [41.2, 49.8] at step 60" in page.text
+    assert "on 512 problems; the 95% intervals are apart. 60 training steps took 4 min" in page.text
+    assert "This run stands at step" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "judgement"),
+    [
+        (Estimate(0, 0.2, 0.15, 0.25), Estimate(9, 0.4, 0.26, 0.5), "better"),
+        (Estimate(0, 0.2, 0.15, 0.25), Estimate(9, 0.4, 0.25, 0.5), "unclear"),
+        (Estimate(0, 0.4, 0.3, 0.5), Estimate(9, 0.2, 0.1, 0.29), "worse"),
+        (Estimate(0, 0.2, None, 0.25), Estimate(9, 0.4, 0.3, 0.5), "unknown"),
+    ],
+)
+def test_only_intervals_that_are_apart_show_a_change(before: Estimate, after: Estimate, judgement: str) -> None:
+    assert judge(before, after) == judgement
+
+
+def test_overlapping_intervals_are_said_to_show_nothing(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    ends = {"eval/accuracy_low": 0.1, "eval/accuracy_high": 0.4}
+    metrics_of(folder, {"step": 0, "eval/accuracy": 0.2} | ends, {"step": 5, "eval/accuracy": 0.3} | ends)
+    assert "the 95% intervals overlap, so this run alone shows no change" in verdict(read_run(folder, 12))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.24, "4.2 s"), (251.4, "4 min 11 s"), (7260, "2 h 1 min"), (200_000, "2 d 7 h")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_every_figure_is_vector_with_its_numbers_behind_it(page: Page) -> None:
+    assert page.source.count('class="plot"') == page.source.count("<svg viewBox") + page.source.count("<svg xmlns") - 1
+    assert "<image" not in page.source
+    downloads = {attrs["download"]: attrs["href"] for tag, attrs in page.elements if tag == "a"}
+    assert sorted(str(name) for name in downloads) == [
+        "entropy.csv", "gradient.csv", "histogram.csv", "kept.csv", "learning.csv", "length.csv",
+    ]  # fmt: skip
+    text = base64.b64decode(str(downloads["learning.csv"]).partition("base64,")[2]).decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == 61
+    assert float(rows[60]["eval/accuracy"]) == pytest.approx(0.455, abs=1e-3)
+    assert rows[1]["eval/accuracy"] == ""
+
+
+def test_histogram_facts_count_every_written_token(run: Path, page: Page) -> None:
+    for step in (0, 60):
+        rows = pq.read_table(run / f"rollouts/eval-{step:06d}.parquet").column("entropy").to_pylist()
+        entropy = np.concatenate(rows)
+        fact = (
+            f"step {step}: {len(entropy):,} tokens, {np.mean(entropy < 0.01):.1%} below 0.01 nats, "
+            f"80th percentile {np.percentile(entropy, 80):.3f} nats"
+        )
+        assert fact in page.text
+
+
+def test_histogram_loses_no_token() -> None:
+    samples = [np.array([-1e-9, 0.0, 0.01, 2.5]), np.array([1.0])]
+    edges, counts = histogram_counts(samples)
+    assert [count.sum() for count in counts] == [4, 1]
+    assert edges[0] == 0
+    assert edges[-1] == 2.5
+
+
+def test_before_and_after_answer_the_same_prompts(run: Path, page: Page) -> None:
+    view = page.data["views"][0]
+    cards = view["frames"][0]["cards"]
+    assert len(cards) == 24
+    assert view["note"].startswith("The first 24 of 40 held-out problems, in file order")
+    tables = {step: pq.read_table(run / f"rollouts/eval-{step:06d}.parquet").to_pylist() for step in (0, 60)}
+    for index, card in enumerate(cards):
+        before, after = card["responses"]
+        assert (before["label"], after["label"]) == ("Step 0", "Step 60")
+        for shown, row in ((before, tables[0][index]), (after, tables[60][index])):
+            assert card["prompt"] == row["prompt"]
+            assert shown["t"] == row["tokens"]
+            assert shown["e"] == pytest.approx(row["entropy"], abs=1e-4)
+            assert shown["l"] == pytest.approx(row["logprobs"], abs=1e-4)
+            assert [bool(flag & 1) for flag in shown["f"]] == row["selected"]
+            assert shown["score"] == row["score"]
+        assert (card["outcome"] == "gained") == (before["score"] == 0 and after["score"] == 1)
+
+
+def test_pairs_go_by_prompt_id_not_by_row(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    one = {name: response_row([name], [0.5], prompt_id=name, prompt=name) for name in "abc"}
+    write_rollouts(folder / "rollouts/eval-000000.parquet", [one["a"], one["b"], one["a"]])
+    write_rollouts(folder / "rollouts/eval-000009.parquet", [one["c"], one["b"]])
+    cards = fork_view(read_run(folder, 12))["views"][0]["frames"][0]["cards"]
+    assert [card["prompt"] for card in cards] == ["b"]
+    assert [response["t"] for response in cards[0]["responses"]] == [["b"], ["b"]]
+
+
+def test_training_samples_are_limited_and_say_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    for step in range(1, 31):
+        rows = [response_row(["x"], [0.1], prompt_id=str(i // 4)) for i in range(12)]
+        write_rollouts(folder / f"rollouts/train-{step:06d}.parquet", rows)
+    view = fork_view(read_run(folder, 12))["views"][1]
+    assert len(view["frames"]) == 12
+    assert (view["frames"][0]["label"], view["frames"][-1]["label"]) == ("1", "30")
+    assert [len(card["responses"]) for card in view["frames"][0]["cards"]] == [4, 4]
+    assert "12 of 30 sampled steps" in view["note"]
+
+
+def test_long_responses_are_cut_and_say_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    rows = [response_row(["x"] * 3000, [0.1] * 3000, prompt_id=str(i)) for i in range(24)]
+    write_rollouts(folder / "rollouts/eval-000000.parquet", rows)
+    view = fork_view(read_run(folder, 12))["views"][0]
+    response = view["frames"][0]["cards"][0]["responses"][0]
+    assert (len(response["t"]), response["length"]) == (1666, 3000)
+    assert "24 long responses are cut after 1,666 tokens." in view["note"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "limit"),
+    [([3, 5], 8, 5), ([3, 5], 7, 4), ([1, 100, 100], 21, 10), ([9, 9], 1, 1), ([], 5, 1)],
+)
+def test_token_limit(lengths: list[int], budget: int, limit: int) -> None:
+    assert token_limit(lengths, budget) == limit
+
+
+@pytest.mark.parametrize(("rule", "forks_are_selected"), [("top_entropy", True), ("random", False), ("all", False)])
+def test_forks_are_the_selection_only_where_the_rule_means_that(
+    tmp_path: Path, rule: str, forks_are_selected: bool
+) -> None:
+    folder = write_run(tmp_path / "run", steps=0, rule=rule)
+    row = response_row(list("abcde"), [0.1, 0.2, 0.3, 0.4, 2.0]) | {"selected": [True] * 5}
+    write_rollouts(folder / "rollouts/eval-000000.parquet", [row])
+    flags = fork_view(read_run(folder, 12))["views"][0]["frames"][0]["cards"][0]["responses"][0]["f"]
+    assert flags == ([3, 3, 3, 3, 3] if forks_are_selected else [1, 1, 1, 1, 3])
+
+
+def test_settings_provenance_and_what_differs(page: Page) -> None:
+    for fact in ("prompts_per_step", "embedded:countdown-base", "commit 0123abc", "torch 2.13.0"):
+        assert fact in page.text
+    assert re.search(r'class="differs"><th scope="row">group_size<', page.source)
+    assert re.search(r'<tr><th scope="row">ratio<', page.source)
+
+
+def test_reproducing_command_resolves_to_the_same_recipe() -> None:
+    overrides = [
+        "rollout.prompts_per_step=64", "rollout.stop=['!', '?']", "optimizer.betas=[0.8, 0.99]", "seed=7",
+        "task.template=Q: {prompt} it's", "dynamic_sampling.enabled=false", "optimizer.lr=3e-4",
+    ]  # fmt: skip
+    recipe = load_recipe(TrainConfig, None, overrides)
+    program, command, *found = shlex.split(reproducing_command(recipe_toml(recipe)))
+    assert (program, command) == ("forkrl", "train")
+    assert len(found) == len(overrides)
+    assert load_recipe(TrainConfig, None, found) == recipe
+
+
+def test_recorded_command_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    config = folder / "config.toml"
+    config.write_text(config.read_text("utf-8") + 'command = "forkrl train mine.toml seed=3"\n', encoding="utf-8")
+    page = Page(write_run_report(folder))
+    assert "forkrl train mine.toml seed=3" in page.text
+    assert "The command itself was not recorded" not in page.text
+
+
+def test_page_may_load_nothing_and_run_only_its_own_script(page: Page) -> None:
+    policy = next(
+        attrs["content"] for _, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
+    script = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert len(script) == 1
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:" in str(policy)
+    loaders = {"link", "img", "iframe", "object", "embed", "image", "video", "audio", "base", "form"}
+    assert not [tag for tag, _ in page.elements if tag in loaders]
+    links = [attrs["href"] for tag, attrs in page.elements if tag == "a"]
+    assert all(str(link).startswith("data:text/csv;base64,") for link in links)
+    assert "url(http" not in page.source
+    assert "innerHTML" not in script[0]
+    assert len(page.source) < 1_000_000
+
+
+def test_ids_are_unique(page: Page) -> None:
+    ids = [attrs["id"] for _, attrs in page.elements if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ascii", "plain ascii"),
+        ("naïve 数学 🙂 é", "naïve 数学 🙂 é"),
+        ("\x1b[31mred\x1b[0m", "␛[31mred␛[0m"),
+        ("\x00\x07\x7f", "␀␇␡"),
+        ("a\nb", "a\nb"),
+        ("\r\t", "␍␉"),
+        ("\u202egnp.exe", "⟨U+202E⟩gnp.exe"),
+        ("\u2066\u2069\u200f", "⟨U+2066⟩⟨U+2069⟩⟨U+200F⟩"),
+        ("\u200b\ufeff", "⟨U+200B⟩⟨U+FEFF⟩"),
+        ("\u2028\u2029", "⟨U+2028⟩⟨U+2029⟩"),
+        ("\ud800x\udfff", "⟨U+D800⟩x⟨U+DFFF⟩"),
+        ("\x85\x9b", "⟨U+0085⟩⟨U+009B⟩"),
+        ("\ue000\U000e0041\U0010ffff", "⟨U+E000⟩⟨U+E0041⟩⟨U+10FFFF⟩"),
+    ],
+)
+def test_characters_that_act_are_shown(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+@pytest.mark.parametrize(("token", "shown"), [("\n", "⏎\n"), ("\t", "⇥"), ("", "⟨⟩"), (" ", " "), ("<b>", "<b>")])
+def test_tokens_leave_a_mark(token: str, shown: str) -> None:
+    assert visible_token(token) == shown
+
+
+def test_script_json_cannot_leave_its_element() -> None:
+    hostile = {"a": HOSTILE + "\ud800<!--", "b": [1.5, None, True]}
+    text = script_json(hostile)
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == hostile
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        script_json(float("nan"))
+
+
+def test_hostile_text_everywhere_stays_text(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "<img src=x onerror=alert(1)>\u202e", steps=0)
+    row = response_row([HOSTILE, "'\"`"], [1.0, 0.0], prompt=HOSTILE, prompt_id=HOSTILE)
+    write_rollouts(folder / "rollouts/eval-000000.parquet", [row])
+    (folder / "rollouts/train-000001.parquet").write_bytes(b"<img src=x onerror=alert(1)>")
+    config = folder / "config.toml"
+    evil = "<img src=x onerror=alert(1)>\\u202e\\u001b"
+    config.write_text(config.read_text("utf-8") + f'command = "{evil}"\n"{evil}" = "{evil}"\n', encoding="utf-8")
+    page = Page(write_run_report(folder))
+    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert "img" not in [tag for tag, _ in page.elements]
+    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert not re.search(
+        "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", page.source
+    )
+    shown = page.data["views"][0]["frames"][0]["cards"][0]
+    assert shown["responses"][0]["t"][0] == "</script><img src=x onerror=alert(1)>&⟨U+2028⟩␛[31m␀⟨U+202E⟩"
+
+
+def test_interrupted_run_says_where_it_stands(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=3, planned_steps=60)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "reward/acc')
+    page = Page(write_run_report(folder))
+    assert "This run stands at step 3 of 60" in page.text
+    assert "line 5 (cut short in writing?)" in page.text
+    assert "there is no second evaluation to compare; 3 training steps took" in page.text
+
+
+def test_run_that_never_logged(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[training]\nsteps = 5\n")
+    page = Page(write_run_report(tmp_path))
+    assert "Nothing was evaluated on held-out problems; no training step was logged." in page.text
+    assert "metrics.jsonl is missing" in page.text
+    assert "no sampled responses that can be read" in page.text
+    assert page.text.count("Not recorded in this run:") == 6
+    assert "config.toml has no [provenance]" in page.text
+    assert page.data["views"] == []
+
+
+def test_null_and_nan_metrics_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=2, planned_steps=2)
+    metrics_of(
+        folder,
+        {"step": 1, "entropy/mean": None, "entropy/threshold": float("nan"), "grad/norm": float("inf"), "loss/kl": "x"},
+        {"step": 2, "entropy/mean": 0.5, "reward/accuracy": 0.25},
+    )
+    run = read_run(folder, 12)
+    assert run.metrics == {1: {}, 2: {"entropy/mean": 0.5, "reward/accuracy": 0.25}}
+    page = Page(write_run_report(folder))
+    assert "2 values are NaN or infinite" in page.text
+    assert "Not recorded: entropy/selected_mean, entropy/unselected_mean, entropy/threshold." in page.text
+    assert "Not recorded in this run: grad/norm, loss/clip_fraction." in page.text
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", '{"step": "1"}', '{"step": true}', '{"step": -1}', "{}", "\x00", "[" * 100_000]
+)
+def test_lines_that_are_no_step_are_named(tmp_path: Path, line: str) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n' + line + "\n")
+    run = read_run(folder, 12)
+    assert list(run.metrics) == [0]
+    assert any("line 2" in note for note in run.notes)
+
+
+def test_damaged_rollouts_are_named_and_the_next_best_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=60)
+    whole = (folder / "rollouts/eval-000060.parquet").read_bytes()
+    (folder / "rollouts/eval-000060.parquet").write_bytes(whole[: len(whole) // 2])
+    table = pq.read_table(folder / "rollouts/train-000010.parquet")
+    pq.write_table(table.drop_columns(["entropy"]), folder / "rollouts/train-000010.parquet")
+    page = Page(write_run_report(folder))
+    assert "rollouts/eval-000060.parquet cannot be read and is left out" in page.text
+    assert "rollouts/train-000010.parquet is left out: it has no column entropy." in page.text
+    assert [r["label"] for r in page.data["views"][0]["frames"][0]["cards"][0]["responses"]] == ["Step 0", "Step 40"]
+    assert "10" not in [frame["label"] for frame in page.data["views"][1]["frames"]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"entropy": [0.5]},
+        {"tokens": None},
+        {"prompt": None},
+        {"logprobs": [None, None]},
+        {"selected": [True, None]},
+        {"score": None},
+    ],
+)
+def test_rows_with_gaps_are_left_out_and_counted(tmp_path: Path, damage: dict[str, Any]) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    good, bad = (response_row(["a", "b"], [0.1, 0.2], prompt_id=i) for i in "gb")
+    write_rollouts(folder / "rollouts/eval-000000.parquet", [bad | damage, good])
+    run = read_run(folder, 12)
+    assert run.evals[0].prompt_ids == ["g"]
+    assert run.notes == ["rollouts/eval-000000.parquet: 1 rows with gaps or lists of unequal length are left out."]
+
+
+def test_column_of_another_type_is_a_note(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    rows = pa.Table.from_pylist([response_row(["a"], [0.1])], schema=SCHEMA)
+    column = rows.schema.get_field_index("tokens")
+    pq.write_table(rows.set_column(column, "tokens", pa.array([3])), folder / "rollouts/eval-000000.parquet")
+    page = Page(write_run_report(folder))
+    assert "rollouts/eval-000000.parquet cannot be read and is left out" in page.text
+
+
+def test_text_that_is_not_utf8_is_a_note(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    rows = pa.Table.from_pylist([response_row(["a"], [0.1])], schema=SCHEMA)
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"], pa.binary()).buffers())
+    column = rows.schema.get_field_index("prompt")
+    pq.write_table(rows.set_column(column, "prompt", broken), folder / "rollouts/eval-000000.parquet")
+    page = Page(write_run_report(folder))
+    assert "rollouts/eval-000000.parquet cannot be read and is left out" in page.text
+
+
+def test_values_that_are_not_finite_reach_the_page_as_gaps(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    row = response_row(["a", "b", "c"], [0.1, 0.2, 0.3])
+    row |= {"entropy": [float("nan"), 0.2, float("inf")], "logprobs": [float("-inf"), -0.5, -0.1]}
+    write_rollouts(folder / "rollouts/eval-000000.parquet", [row])
+    response = Page(write_run_report(folder)).data["views"][0]["frames"][0]["cards"][0]["responses"][0]
+    assert response["e"] == [None, 0.2, None]
+    assert response["l"] == [None, -0.5, -0.1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not a run folder, it has no config.toml"),
+        ("[x", "config.toml: cannot be read"),
+        (b"\xff", "cannot be read"),
+    ],
+)
+def test_folder_that_is_no_run(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.toml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        write_run_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder; name the folder of a run"):
+        write_run_report(tmp_path / "nowhere")
+
+
+def test_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    (folder / "report.html").write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"report.html: cannot be written \(No space left on device\)"):
+        write_run_report(folder)
+    assert (folder / "report.html").read_text() == "old"
+    assert not list(folder.glob(".report*"))
+
+
+def test_same_run_gives_the_same_page(run: Path, page: Page) -> None:
+    assert write_run_report(run).read_text(encoding="utf-8") == page.source
+    assert not list(run.glob(".report*"))
+
+
+def test_token_text_is_readable_on_every_ground() -> None:
+    def luminance(color: str) -> float:
+        channels = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    rules = re.findall(r"background:light-dark\((.*?),(.*?)\);color:light-dark\((.*?),(.*?)\)", token_colors(24))
+    assert len(rules) == 24
+    for ground, ink in [(rule[0], rule[2]) for rule in rules] + [(rule[1], rule[3]) for rule in rules]:
+        light, dark = sorted((luminance(ground), luminance(ink)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (ground, ink)
+    for theme, order in ((0, -1), (1, 1)):
+        lightness = [order * luminance(rule[theme]) for rule in rules]
+        assert lightness == sorted(lightness), "more entropy must always stand out more"
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "chosen"), [(3, 5, [0, 1, 2]), (10, 4, [0, 3, 6, 9]), (0, 4, []), (100, 2, [0, 99])]
+)
+def test_evenly_spaced(count: int, limit: int, chosen: list[int]) -> None:
+    assert evenly_spaced(count, limit) == chosen
