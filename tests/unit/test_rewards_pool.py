@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def test_a_hanging_verifier_is_killed_and_the_others_are_unharmed(make_pool: Mak
         ("unprintable", "error", "Unprintable"),
         ("nan", "error", "nan (float)"),
         ("two", "error", "2.0 (float)"),
-        ("flood", "crash", "flooded the pipe"),
+        ("flood", "crash", "wrote on the pipe"),
     ],
 )
 def test_failures_are_named_counted_and_do_no_harm(
@@ -301,6 +302,20 @@ def test_a_worker_that_died_while_idle_is_replaced(make_pool: MakePool) -> None:
     os.kill(int(path.stem.partition("-")[2]), signal.SIGKILL)
     assert pool.verify(items("right")) == [Verdict(1.0)]
     assert not pool.failures
+
+
+def test_a_starved_parent_does_not_take_its_own_delay_for_the_workers(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Starved(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            events = super().select(timeout)
+            time.sleep(0.5)  # longer than the deadline
+            return events
+
+    pool = make_pool("equal", workers=3, deadline_s=0.3)
+    monkeypatch.setattr("selectors.DefaultSelector", Starved)
+    assert pool.verify(items("right", *["wrong"] * 40)) == [Verdict(1.0), *[Verdict(0.0)] * 40]
 
 
 def test_an_interrupted_batch_leaves_no_answers_for_the_next(

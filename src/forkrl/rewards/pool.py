@@ -38,6 +38,7 @@ _MAX_OUTBOX = 1 << 20
 """Bytes waiting for one worker above which it is given no further request."""
 _MAX_LINE = 1 << 14
 """No honest answer is longer."""
+_FORGERY = "wrote on the pipe that carries verdicts"
 
 
 class VerifierPool:
@@ -113,6 +114,7 @@ class VerifierPool:
                 raise RuntimeError("this VerifierPool is closed")
             batch = _Batch(items)
             try:
+                self._bury_dead()
                 self._staff()
                 while batch.unanswered:
                     self._step(batch)
@@ -141,20 +143,14 @@ class VerifierPool:
                 self._end_overdue(worker, batch)
 
     def _collect(self, worker: _Worker, batch: _Batch) -> None:
-        try:
-            lines, ended = worker.read()
-        except _ProtocolBroken as broken:
-            self._dismiss(worker, batch, "crash", str(broken))
-            return
+        lines, ended = worker.read()
         for line in lines:
             if not worker.ready:
                 self._welcome(worker, line)
             elif not self._accept(worker, batch, line):
                 return
-        if ended and not worker.ready:
-            raise self._start_failure(f"it {worker.end()}{worker.last_words()}")
         if ended:
-            self._dismiss(worker, batch, "crash", worker.end())
+            self._dismiss(worker, batch, "crash", ended)
 
     def _welcome(self, worker: _Worker, line: Any) -> None:
         if isinstance(line, dict) and line.get("ready") is True:
@@ -168,7 +164,7 @@ class VerifierPool:
             case [str(token), float(score), str(failure), str(message)] if worker.expects(token):
                 pass
             case _:
-                self._dismiss(worker, batch, "crash", "wrote on the pipe that carries verdicts")
+                self._dismiss(worker, batch, "crash", _FORGERY)
                 return False
         if failure == "memory":
             self._dismiss(worker, batch, failure, message)
@@ -179,15 +175,14 @@ class VerifierPool:
         return True
 
     def _end_overdue(self, worker: _Worker, batch: _Batch) -> None:
-        if not worker.ready:
-            raise self._start_failure(f"it was not ready after {_START_LIMIT_S:.0f} s{worker.last_words()}")
-        self._dismiss(worker, batch, "deadline", f"no answer within {self._deadline_s:g} s")
+        limit = self._deadline_s if worker.ready else _START_LIMIT_S
+        self._dismiss(worker, batch, "deadline", f"gave no answer within {limit:g} s")
 
     def _dismiss(self, worker: _Worker, batch: _Batch, failure: str, message: str) -> None:
         """Kill a worker, blame the item it was at, give the items behind that one to others, and replace it."""
         worker.end()
         if not worker.ready:
-            raise self._start_failure(f"it {message}")
+            raise self._start_failure(f"it {message}{worker.last_words()}")
         self._workers.remove(worker)
         if worker.in_flight and (failure == "deadline" or not worker.served):
             self._settle(batch, worker.in_flight.popleft().item, Verdict(0.0, failure), message)
@@ -201,12 +196,15 @@ class VerifierPool:
             self.first_failures.setdefault(verdict.failure, f"prompt {batch.items[index][0].id}: {message}")
 
     def _staff(self) -> None:
-        """Bring the workers to full number; those that died while idle are replaced."""
+        """Bring the workers to full number."""
+        while len(self._workers) < self._num_workers:
+            self._workers.append(_Worker(self._verifier, self._memory_mb))
+
+    def _bury_dead(self) -> None:
+        """Remove the workers that died since the last batch, so that no item of this one is blamed for it."""
         for worker in [worker for worker in self._workers if worker.ready and worker.died_idle()]:
             worker.end()
             self._workers.remove(worker)
-        while len(self._workers) < self._num_workers:
-            self._workers.append(_Worker(self._verifier, self._memory_mb))
 
     def _kill_all(self) -> None:
         while self._workers:
@@ -222,10 +220,6 @@ class VerifierPool:
 class _Request(NamedTuple):
     item: int
     token: str
-
-
-class _ProtocolBroken(Exception):
-    """A worker wrote what no honest worker writes."""
 
 
 class _Batch:
@@ -274,6 +268,7 @@ class _Worker:
         self.outbox = bytearray()
         self.deadline = time.monotonic() + _START_LIMIT_S
         self._inbox = b""
+        self._words = ""
 
     def feed(self, batch: _Batch, deadline_s: float) -> None:
         """Give the worker pending items as far as its pipeline has room."""
@@ -301,16 +296,19 @@ class _Worker:
         except BrokenPipeError:
             self.outbox.clear()  # it is dead; the end of its answers will say so, after those it still gave
 
-    def read(self) -> tuple[list[Any], bool]:
-        """The answers that have arrived, and whether they are the last."""
+    def read(self) -> tuple[list[Any], str]:
+        """The answers that have arrived and, where they are the last that can be believed, why."""
         data = os.read(self.answers_fd, 1 << 16)
         *lines, self._inbox = (self._inbox + data).split(b"\n")
+        answers = []
+        for line in lines:
+            try:
+                answers.append(json.loads(line))
+            except (ValueError, RecursionError):
+                return answers, _FORGERY
         if len(self._inbox) > _MAX_LINE:
-            raise _ProtocolBroken("flooded the pipe that carries verdicts")
-        try:
-            return [json.loads(line) for line in lines], not data
-        except (ValueError, RecursionError):
-            raise _ProtocolBroken("wrote on the pipe that carries verdicts") from None
+            return answers, _FORGERY
+        return answers, "" if data else self.end()
 
     def died_idle(self) -> bool:
         """Whether the process has gone while it had nothing to do (or has written unasked, and had better go)."""
@@ -338,8 +336,7 @@ class _Worker:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
     def last_words(self) -> str:
-        """The last line of stderr of a process that ended while it started, to follow a message."""
-        self.end()
+        """The last line on stderr of a process that has ended before it was ready, to follow a message."""
         return f" ({self._words})" if self._words else ""
 
     def _read_stderr(self) -> str:

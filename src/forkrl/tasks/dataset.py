@@ -1,0 +1,331 @@
+"""Prompts from your own data: JSONL, Parquet, a folder of them, or a data set of the Hugging Face hub.
+
+Rows are read one by one and only distinct questions are kept, so a file with every question a hundred times over (as
+DAPO-Math-17K is on the hub) costs its time to read and no more memory than its distinct questions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from forkrl.config import TaskConfig
+from forkrl.errors import UserError
+from forkrl.types import Prompt, Task
+
+ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
+
+_SUFFIXES = (".jsonl", ".parquet")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.\-+%\[\]:]+))?")
+_BATCH_ROWS = 1024
+
+_log = logging.getLogger(__name__)
+
+
+def load_dataset_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
+    """Read the prompts that ``config`` names and keep some aside.
+
+    A question is text, or a list of chat messages whose last is the user's; ``config.template`` goes around that text,
+    and with ``config.chat_template`` the tokenizer's chat template around all of it. A prompt's id is a hash of its
+    question: it depends on no order, file or template. Repeated rows are dropped and counted in the log. Held-out
+    prompts come from ``held_out_data``, or are those of ``held_out_rows`` lowest ids, which depends on no order
+    either; a question that is held out is never trained on. A hub data set may name its split: ``"owner/name:test"``.
+
+    Args:
+        config: the recipe's ``task`` table.
+        apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
+
+    Raises:
+        UserError: one line, with the row where it is one row's fault.
+    """
+    render = _Renderer(config, apply_chat_template)
+    questions = _read_distinct(config, config.data, "task.data")
+    if config.held_out_data:
+        aside = _read_distinct(config, config.held_out_data, "task.held_out_data")
+        shared = len(questions.keys() & aside.keys())
+        if shared == len(questions):
+            raise UserError(f"{config.data}: every question is also in task.held_out_data; nothing is left to train on")
+        if shared:
+            _log.info("%d questions of %s are held out and will not be trained on", shared, config.data)
+    else:
+        if config.held_out_rows >= len(questions):
+            raise UserError(
+                f"task.held_out_rows = {config.held_out_rows} leaves nothing to train on: {config.data} has "
+                f"{len(questions)} distinct questions; lower it, or name task.held_out_data"
+            )
+        aside = {id: questions[id] for id in sorted(questions)[: config.held_out_rows]}
+    train = [render(id, question) for id, question in questions.items() if id not in aside]
+    held_out = [render(id, question) for id, question in aside.items()]
+    return Task(config.data, train, held_out, config.verifier, _fingerprint(train, held_out))
+
+
+class _Row(NamedTuple):
+    place: str
+    """Where the row stands, as an error names it: "train.jsonl line 7"."""
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    content: str | list[dict[str, str]]
+    answer: str
+    place: str
+
+
+def _read_distinct(config: TaskConfig, source: str, key: str) -> dict[str, _Question]:
+    """Questions by id, in the order of their first appearance."""
+    questions: dict[str, _Question] = {}
+    num_rows = 0
+    for row in _read_rows(config, source, key):
+        num_rows += 1
+        content = _question_content(config, row)
+        answer = _answer_text(config, row)
+        id = _hash(content)
+        known = questions.setdefault(id, _Question(content, answer, row.place))
+        if known.answer != answer:
+            raise UserError(
+                f"{row.place} asks what {known.place} asks, but its {config.answer_column} is {_short(answer)}, not "
+                f"{_short(known.answer)}; remove one of the two"
+            )
+    if not num_rows:
+        raise UserError(f"{key} = {source!r} holds no rows")
+    if num_rows > len(questions):
+        _log.info("%s: %d rows, %d distinct questions; repeated rows were dropped", source, num_rows, len(questions))
+    return questions
+
+
+def _question_content(config: TaskConfig, row: _Row) -> str | list[dict[str, str]]:
+    value = _look_up(row, config.prompt_column, "task.prompt_column")
+    if isinstance(value, str):
+        return _checked_text(value, config.prompt_column, row.place)
+    if not isinstance(value, list):
+        raise UserError(f"{row.place}: {config.prompt_column} is {_kind(value)}, not text or a list of chat messages")
+    if not config.chat_template:
+        raise UserError(
+            f"{row.place}: {config.prompt_column} is a list of chat messages; set task.chat_template = true, or take "
+            f'the text of one with task.prompt_column = "{config.prompt_column}.0.content"'
+        )
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise UserError(
+                f"{row.place}: {config.prompt_column} holds {_short(message)}, which has no role and content"
+            )
+        if not isinstance(message["content"], str):
+            raise UserError(f"{row.place}: the content of a chat message is {_kind(message['content'])}, not text")
+        messages.append({"role": message["role"], "content": message["content"]})
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{row.place}: the last chat message of {config.prompt_column} is not the user's")
+    for message in messages:
+        _checked_text(message["content"], config.prompt_column, row.place, may_be_empty=message is not messages[-1])
+    return messages
+
+
+def _answer_text(config: TaskConfig, row: _Row) -> str:
+    value = _look_up(row, config.answer_column, "task.answer_column")
+    if isinstance(value, list):
+        raise UserError(
+            f"{row.place}: {config.answer_column} is a list of {len(value)}; a verifier takes one answer, such as "
+            f'task.answer_column = "{config.answer_column}.0"'
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{row.place}: {config.answer_column} is {_kind(value)}, not text or a number")
+    return _checked_text(value, config.answer_column, row.place)
+
+
+def _checked_text(text: str, column: str, place: str, *, may_be_empty: bool = False) -> str:
+    if not text.strip() and not may_be_empty:
+        raise UserError(f"{place}: {column} is empty; remove the row or fill it in")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{place}: {column} holds half a surrogate pair, which is no character; repair the row"
+        ) from None
+    return text
+
+
+def _look_up(row: _Row, column: str, key: str) -> Any:
+    """The value of a column; dots reach inside dicts, and with a number inside lists."""
+    if column in row.values:
+        return row.values[column]
+    value: Any = row.values
+    for part in column.split("."):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise _no_such_column(row.place, column, key, _column_names(row.values))
+    return value
+
+
+def _no_such_column(place: str, column: str, key: str, names: list[str]) -> UserError:
+    near = difflib.get_close_matches(column, names, n=1)
+    suggestion = f"; did you mean {near[0]!r}?" if near else f"; set {key}"
+    listing = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return UserError(f"{place} has no column {column!r} ({key}); it has: {listing or 'none'}{suggestion}")
+
+
+def _column_names(values: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for name, value in values.items():
+        names.append(f"{prefix}{name}")
+        if isinstance(value, dict):
+            names += _column_names(value, f"{prefix}{name}.")
+    return names
+
+
+class _Renderer:
+    """Puts the recipe's template, and the chat template, around a question."""
+
+    def __init__(self, config: TaskConfig, apply_chat_template: ApplyChatTemplate | None) -> None:
+        if config.chat_template and apply_chat_template is None:
+            raise UserError(
+                "task.chat_template = true, but the model's tokenizer has no chat template; "
+                "set it to false and write the whole prompt as task.template"
+            )
+        self._template = config.template
+        self._apply = apply_chat_template if config.chat_template else None
+
+    def __call__(self, id: str, question: _Question) -> Prompt:
+        messages = (
+            [{"role": "user", "content": question.content}] if isinstance(question.content, str) else question.content
+        )
+        *before, last = messages
+        # Not str.format: a question may hold braces of its own.
+        text = self._template.replace("{prompt}", last["content"])
+        if self._apply is not None:
+            text = self._apply([*before, {"role": "user", "content": text}])
+        return Prompt(id, text, question.answer)
+
+
+def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_Row]:
+    path = Path(source).expanduser()
+    if path.exists():
+        for name, value in (("subset", config.subset), ("split", config.split if config.split != "train" else None)):
+            if value is not None:
+                raise UserError(f"task.{name} = {value!r} is for hub data sets, but {key} = {source!r} is a local path")
+        for file in _files_of(path, key):
+            yield from _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(config, file)
+    elif path.suffix in (*_SUFFIXES, ".json", ".csv") or not (hub := _HUB_ID.fullmatch(source)):
+        raise UserError(f"{key} = {source!r}: no such file or folder")
+    else:
+        yield from _read_hub(config, hub["name"], hub["split"] or config.split, key)
+
+
+def _files_of(path: Path, key: str) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"{key} = {str(path)!r}: the folder holds no .jsonl or .parquet file")
+        return files
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{key} = {str(path)!r} is neither a .jsonl nor a .parquet file; convert it to one of them")
+    return [path]
+
+
+def _read_jsonl(path: Path) -> Iterator[_Row]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parse_line(line, f"{path.name} line {number}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse_line(line: bytes, place: str) -> _Row:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{place} is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{place} is {_kind(values)}, not a JSON object")
+    return _Row(place, values)
+
+
+def _read_parquet(config: TaskConfig, path: Path) -> Iterator[_Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = _top_columns(config, file.schema_arrow.names, path.name)
+            number = 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _Row(f"{path.name} row {number}", values)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
+
+
+def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[_Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config.subset, split=split)
+    except Exception as error:  # network, permission, unknown name, subset or split: dozens of types, one remedy
+        raise UserError(
+            f"{key} = {name!r} is no local path, and the hub did not give its split {split!r} ({_first_line(error)}); "
+            f"check the name, or download it and give the path of a .jsonl or .parquet file or a folder of them"
+        ) from None
+    rows = rows.select_columns(_top_columns(config, rows.column_names, name))
+    number = 0
+    for batch in rows.iter(_BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield _Row(f"{name} ({split}) row {number}", dict(zip(batch, values, strict=True)))
+
+
+def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:
+    """The columns that must be read so that the recipe's two, which may lie inside them, can be looked up."""
+    needed: dict[str, None] = {}
+    for key, column in (("task.prompt_column", config.prompt_column), ("task.answer_column", config.answer_column)):
+        top = column if column in names else column.partition(".")[0]
+        if top not in names:
+            raise _no_such_column(place, column, key, names)
+        needed[top] = None
+    return list(needed)
+
+
+def _hash(content: str | list[dict[str, str]]) -> str:
+    canonical = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _fingerprint(train: list[Prompt], held_out: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for name, prompts in (("train", train), ("held_out", held_out)):
+        digest.update(f"{name} {len(prompts)}\n".encode())
+        for prompt in prompts:
+            digest.update(json.dumps([prompt.id, prompt.text, prompt.answer]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "missing", bool: "true or false", dict: "an object", list: "a list", str: "text"}
+    return names.get(type(value), f"{value!r:.40} ({type(value).__name__})")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
