@@ -20,7 +20,7 @@ from forkrl.tasks.countdown import SearchHabits, random_problem, write_trace
 from forkrl.types import Task
 
 IGNORED = -100
-MICRO_BATCH_TOKENS = 4096
+MICRO_BATCH_TOKENS = 1024
 
 
 def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:

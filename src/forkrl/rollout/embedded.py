@@ -1,0 +1,151 @@
+"""The embedded engine: batched sampling in this process, on the very weights that are trained.
+
+Shapes: ``P`` prompts, ``S`` sequences being decoded, ``T`` tokens, ``D`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from forkrl.errors import TrainingHalted, UserError
+from forkrl.model import Policy
+from forkrl.rollout.growing_cache import build_cache, select_sequences
+from forkrl.rollout.sampling import sample_tokens
+from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
+
+COMPACT_FRACTION = 0.125
+"""Finished sequences leave once they are this share of the batch: leaving copies the cache, staying costs compute."""
+
+
+class EmbeddedEngine:
+    """Samples from a ``Policy``, with the fp32 log-prob and entropy of every token and no second pass."""
+
+    def __init__(
+        self, policy: Policy, *, max_prompt_tokens: int, max_sequences: int = 256, add_special_tokens: bool = True
+    ) -> None:
+        self.policy = policy
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_sequences = max_sequences
+        self.add_special_tokens = add_special_tokens
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: SamplingParams, generator: torch.Generator
+    ) -> list[RolloutGroup]:
+        """Sample ``group_size`` responses to each prompt, in the order of the prompts.
+
+        Prompts are decoded in waves of at most ``max_sequences`` sequences; a prompt is read once for its whole group.
+
+        Raises:
+            UserError: a prompt is empty or longer than ``max_prompt_tokens``.
+            TrainingHalted: the model's logits are not finite.
+        """
+        prompt_ids = [self._encode(prompt) for prompt in prompts]
+        owners = [index for index in range(len(prompts)) for _ in range(group_size)]
+        rollouts: list[Rollout] = []
+        for start in range(0, len(owners), self.max_sequences):
+            wave = owners[start : start + self.max_sequences]
+            rollouts += self._decode_wave([prompt_ids[index] for index in wave], sampling, generator)
+        return [
+            RolloutGroup(prompt, tuple(rollouts[index * group_size : (index + 1) * group_size]))
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        ids = tuple(self.policy.tokenizer.encode(prompt.text, add_special_tokens=self.add_special_tokens))
+        if not ids:
+            raise UserError(f"prompt {prompt.id}: no tokens; an empty prompt cannot be continued")
+        if len(ids) > self.max_prompt_tokens:
+            raise UserError(
+                f"prompt {prompt.id}: {len(ids)} tokens, over rollout.max_prompt_tokens = {self.max_prompt_tokens}; "
+                f"raise the limit or remove the row"
+            )
+        return ids
+
+    def _decode_wave(
+        self, prompts_S: Sequence[tuple[int, ...]], sampling: SamplingParams, generator: torch.Generator
+    ) -> list[Rollout]:
+        """Decode one batch to its end. Buffers keep the original order; ``row_S`` maps those still decoding to it."""
+        device, num_sequences = self.policy.device, len(prompts_S)
+        stop_ids = torch.tensor([self.policy.tokenizer.eos_token_id, *sampling.stop_token_ids], device=device)
+        shape = (num_sequences, sampling.max_response_tokens)
+        tokens_ST = torch.zeros(shape, dtype=torch.int64, device=device)
+        logprobs_ST, entropy_ST = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        lengths_S = torch.full((num_sequences,), sampling.max_response_tokens, device=device)
+        finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
+
+        row_S = torch.arange(num_sequences, device=device)
+        hidden_SD, cache, mask_ST = self._read_prompts(prompts_S)
+        position_S = mask_ST.sum(1)
+        for step in range(sampling.max_response_tokens):
+            drawn_S, logprobs_S, entropy_S = sample_tokens(self.policy.logits(hidden_SD), sampling, generator)
+            tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
+            stopped_S = torch.isin(drawn_S, stop_ids) & ~finished_S[row_S]
+            lengths_S[row_S[stopped_S]] = step + 1
+            finished_S[row_S[stopped_S]] = True
+
+            going_S = ~finished_S[row_S]
+            num_going = int(going_S.sum())
+            if num_going == 0 or step + 1 == sampling.max_response_tokens:
+                break
+            if len(row_S) - num_going >= COMPACT_FRACTION * len(row_S):
+                index_S = going_S.nonzero()[:, 0]
+                select_sequences(cache, index_S)
+                row_S, drawn_S, position_S = row_S[index_S], drawn_S[index_S], position_S[index_S]
+                mask_ST = mask_ST[index_S]
+            mask_ST = torch.nn.functional.pad(mask_ST, (0, 1), value=1)
+            hidden_SD = self.policy.hidden_states(
+                drawn_S[:, None], mask_ST, position_ids=position_S[:, None], past_key_values=cache, use_cache=True
+            )[:, -1]
+            position_S = position_S + 1
+        return self._build_rollouts(prompts_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
+
+    def _read_prompts(self, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, object, Tensor]:
+        """Fill the cache with each distinct prompt once: last hidden state ``[S, D]``, cache, mask ``[S, T]``."""
+        distinct = list(dict.fromkeys(prompts_S))
+        longest = max(map(len, distinct))
+        pad_id = self.policy.tokenizer.eos_token_id
+        ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in distinct])
+        mask_PT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in distinct])
+        ids_PT, mask_PT = ids_PT.to(self.policy.device), mask_PT.to(self.policy.device)
+        cache = build_cache(self.policy.model.config)
+        hidden_PTD = self.policy.hidden_states(
+            ids_PT, mask_PT, position_ids=(mask_PT.cumsum(1) - 1).clamp_min(0), past_key_values=cache, use_cache=True
+        )
+        place = {ids: index for index, ids in enumerate(distinct)}
+        owner_S = torch.tensor([place[ids] for ids in prompts_S], device=self.policy.device)
+        select_sequences(cache, owner_S)
+        return hidden_PTD[owner_S, -1], cache, mask_PT[owner_S]
+
+    def _build_rollouts(
+        self,
+        prompts_S: Sequence[tuple[int, ...]],
+        tokens_ST: Tensor,
+        logprobs_ST: Tensor,
+        entropy_ST: Tensor,
+        lengths_S: Tensor,
+        finished_S: Tensor,
+    ) -> list[Rollout]:
+        if not (logprobs_ST.isfinite().all() and entropy_ST.isfinite().all()):
+            raise TrainingHalted("the model's logits are NaN or infinite while sampling; its weights have diverged")
+        logprobs_ST, entropy_ST = logprobs_ST.cpu(), entropy_ST.cpu()
+        rollouts = []
+        for row, (ids, length, finished) in enumerate(
+            zip(tokens_ST.tolist(), lengths_S.tolist(), finished_S.tolist(), strict=True)
+        ):
+            written = ids[: length - 1] if finished else ids[:length]
+            rollouts.append(
+                Rollout(
+                    prompt_ids=prompts_S[row],
+                    response_ids=tuple(ids[:length]),
+                    logprobs=logprobs_ST[row, :length].clone(),
+                    entropy=entropy_ST[row, :length].clone(),
+                    # Special tokens stay visible: hiding them could turn a garbled answer into a right one.
+                    text=self.policy.tokenizer.decode(written, skip_special_tokens=False),
+                    finished=finished,
+                )
+            )
+        return rollouts
