@@ -1,0 +1,84 @@
+"""Rewards of a group of responses to one prompt, turned into advantages; and what shapes or filters them.
+
+Axes: ``P`` prompts, ``G`` rollouts per prompt (the group).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_EPS = 1e-6  # as in verl's GRPO: keeps a group of nearly equal rewards finite
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Standardise rewards within each group: ``A = (R - mean) / (std + 1e-6)`` (arXiv 2506.01939v2, eq. 4).
+
+    ``std`` is the sample standard deviation (divided by G - 1), as in verl, which the official runs used. A group of
+    equal rewards teaches nothing: its advantages are exactly 0.
+
+    Args:
+        rewards: ``[P, G]``, finite, G at least 2.
+
+    Returns:
+        ``[P, G]``, fp32 (fp64 for fp64 rewards).
+
+    Raises:
+        ValueError: not ``[P, G]``, a group of one, or a reward that is NaN or infinite.
+    """
+    rewards = _as_groups(rewards)
+    centered_PG = rewards - rewards.mean(1, keepdim=True)
+    advantages_PG = centered_PG / (rewards.std(1, keepdim=True, correction=1) + _EPS)
+    # A mean rounds: three rewards of 0.1 are not exactly their mean, and a difference of 1e-8 is not small beside 1e-6.
+    return torch.where(informative_groups(rewards)[:, None], advantages_PG, 0.0)
+
+
+def informative_groups(scores: Tensor) -> Tensor:
+    """Groups that dynamic sampling keeps: those whose scores are not all equal (arXiv 2506.01939v2, section 5.2).
+
+    Args:
+        scores: ``[P, G]`` correctness, before any shaping: the filter asks what was right, not how long it was.
+
+    Returns:
+        ``[P]`` bool.
+
+    Raises:
+        ValueError: not ``[P, G]``, a group of one, or a score that is NaN or infinite.
+    """
+    scores = _as_groups(scores)
+    return (scores != scores[:, :1]).any(1)
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -> Tensor:
+    """What DAPO adds to the reward of a long response: 0, then a line down to -1 over the last ``cache_length`` tokens.
+
+    ``clip((max_length - cache_length - length) / cache_length, -1, 0)`` (soft overlong punishment; the recipe of arXiv
+    2506.01939v2 takes 20,480 and 4,096).
+
+    Args:
+        lengths: response lengths in tokens, any shape.
+        max_length: L_max, the longest response allowed.
+        cache_length: L_cache; 0 turns the penalty off.
+
+    Returns:
+        fp32 in [-1, 0], shape of ``lengths``.
+
+    Raises:
+        ValueError: ``cache_length`` is negative or larger than ``max_length``.
+    """
+    if not 0 <= cache_length <= max_length:
+        raise ValueError(f"cache_length = {cache_length} must lie in 0 .. max_length = {max_length}")
+    if cache_length == 0:
+        return torch.zeros(lengths.shape, dtype=torch.float32, device=lengths.device)
+    # Subtract as integers: long lengths stay exact.
+    return ((max_length - cache_length - lengths).to(torch.float32) / cache_length).clamp(-1.0, 0.0)
+
+
+def _as_groups(values: Tensor) -> Tensor:
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise ValueError(f"rewards {tuple(values.shape)} must be [P, G] with at least 2 responses to a prompt")
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    num_bad = int((~values.isfinite()).sum())
+    if num_bad:
+        raise ValueError(f"{num_bad} of {values.numel()} rewards are NaN or infinite")
+    return values

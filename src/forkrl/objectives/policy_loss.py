@@ -1,0 +1,118 @@
+"""DAPO's clipped policy gradient, over all response tokens or over the selected ones only.
+
+Axes: ``B`` sequences, ``T`` token positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from forkrl.objectives.reduction import check_like, masked_sum_over
+from forkrl.types import LossOutput
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    selected_mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    denominator: Literal["selected", "response"] | float = "selected",
+) -> LossOutput:
+    """Clipped surrogate on the selected tokens (arXiv 2506.01939v2, eq. 6; without a selection eq. 4, plain DAPO).
+
+    With ``r = exp(logprobs - old_logprobs)``, each selected token contributes
+    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; where A < 0, ``dual_clip`` bounds it at ``dual_clip |A|``.
+    Their sum is divided by the denominator. Tokens that are not selected give exactly zero gradient, whatever they
+    hold, NaN included.
+
+    Args:
+        logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
+        old_logprobs: ``[B, T]``, of the policy that sampled.
+        advantages: ``[B]`` or ``[B, T]``.
+        response_mask: ``[B, T]`` bool.
+        selected_mask: ``[B, T]`` bool, a subset of ``response_mask``; None selects the whole response.
+        clip_low: how far the ratio may fall below 1, in [0, 1).
+        clip_high: how far it may rise above 1.
+        dual_clip: c > 1, or None.
+        denominator: "selected" (paper v2) or "response" (paper v1, TRL) counts this call's tokens; a number is the
+            count of the whole mini-batch, which makes the gradient independent of how it is cut into micro-batches. An
+            empty selection gives loss 0 and zero gradients.
+
+    Returns:
+        The loss to minimise, and over the selected tokens of this call ``clip_fraction`` (tokens whose gradient a clip
+        cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and ``num_selected``
+        to weigh the means by; all are 0 when nothing is selected.
+
+    Raises:
+        ValueError: shapes disagree, a mask is not bool, a selected token lies outside the response, or a setting is out
+            of range.
+    """
+    selected_mask = response_mask if selected_mask is None else selected_mask
+    advantages_BT = advantages[:, None].expand(-1, logprobs.shape[-1]) if advantages.ndim == 1 else advantages
+    _check_settings(clip_low, clip_high, dual_clip, denominator)
+    check_like(
+        logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages_BT,
+        response_mask=response_mask,
+        selected_mask=selected_mask,
+    )
+    if bool((selected_mask & ~response_mask).any()):
+        raise ValueError("selected_mask selects tokens outside response_mask")
+
+    # Masked before exp: 0 times the gradient of an infinite ratio would be NaN.
+    log_ratio_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
+    advantages_BT = torch.where(selected_mask, advantages_BT.detach(), 0.0)
+    ratio_BT = log_ratio_BT.exp()
+    unclipped_BT = ratio_BT * advantages_BT
+    objective_BT = torch.minimum(unclipped_BT, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT)
+    if dual_clip is not None:
+        bounded_BT = torch.maximum(objective_BT, dual_clip * advantages_BT)
+        objective_BT = torch.where(advantages_BT < 0, bounded_BT, objective_BT)
+
+    counted: float | Tensor
+    if isinstance(denominator, str):
+        counted = selected_mask.sum() if denominator == "selected" else response_mask.sum()
+    else:
+        counted = denominator
+    loss = masked_sum_over(-objective_BT, selected_mask, counted)
+    return LossOutput(loss, _metrics(log_ratio_BT.detach(), objective_BT != unclipped_BT, selected_mask))
+
+
+def _metrics(log_ratio_BT: Tensor, clipped_BT: Tensor, selected_mask: Tensor) -> dict[str, Tensor]:
+    num_selected = selected_mask.sum()
+    ratio_BT = log_ratio_BT.exp()
+
+    def mean(values_BT: Tensor) -> Tensor:
+        return masked_sum_over(values_BT, selected_mask, num_selected)
+
+    return {
+        "clip_fraction": mean(clipped_BT.to(ratio_BT.dtype)),
+        "ratio_mean": mean(ratio_BT),
+        # A ratio is never negative, so the appended 0 is the answer only where there is no token at all.
+        "ratio_max": torch.cat([torch.where(selected_mask, ratio_BT, 0.0).flatten(), ratio_BT.new_zeros(1)]).amax(),
+        "approx_kl": mean(log_ratio_BT.expm1() - log_ratio_BT),
+        "num_selected": num_selected,
+    }
+
+
+def _check_settings(
+    clip_low: float, clip_high: float, dual_clip: float | None, denominator: Literal["selected", "response"] | float
+) -> None:
+    if not 0 <= clip_low < 1:
+        raise ValueError(f"clip_low = {clip_low} must lie in [0, 1)")
+    if not (math.isfinite(clip_high) and clip_high >= 0):
+        raise ValueError(f"clip_high = {clip_high} must be finite and at least 0")
+    if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1):
+        raise ValueError(f"dual_clip = {dual_clip} must be finite and above 1")
+    if isinstance(denominator, str) and denominator not in ("selected", "response"):
+        raise ValueError(f'denominator = {denominator!r} must be "selected", "response" or a number')
