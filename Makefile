@@ -58,7 +58,7 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 bench: setup ## speed and memory; results go to benchmarks/results/
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## remove the virtual environment, caches and builds; runs/ stays
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
