@@ -142,6 +142,7 @@ def test_theme_button_switches(browser: webdriver.Chrome, page: Path) -> None:
             const hot = [...document.querySelectorAll(".t.s")].find((token) => !token.classList.contains("e0"));
             return [
                 style(document.body).backgroundColor,
+                style(document.body).color,
                 style(document.querySelector(".plot text")).fill,
                 style(hot).backgroundColor,
             ];"""

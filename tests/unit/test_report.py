@@ -164,7 +164,7 @@ def test_before_and_after_answer_the_same_prompts(run: Path, page: Page) -> None
 def test_pairs_go_by_prompt_id_not_by_row(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=0)
     one = {name: response_row([name], [0.5], prompt_id=name, prompt=name) for name in "abc"}
-    write_rollouts(folder / "rollouts/eval-000000.parquet", [one["a"], one["b"], one["a"]])
+    write_rollouts(folder / "rollouts/eval-000000.parquet", [one["a"], one["b"], one["c"] | {"prompt_id": "b"}])
     write_rollouts(folder / "rollouts/eval-000009.parquet", [one["c"], one["b"]])
     cards = fork_view(read_run(folder, 12))["views"][0]["frames"][0]["cards"]
     assert [card["prompt"] for card in cards] == ["b"]
@@ -461,6 +461,15 @@ def test_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.Mon
         write_run_report(folder)
     assert (folder / "report.html").read_text() == "old"
     assert not list(folder.glob(".report*"))
+
+
+def test_new_page_replaces_the_old_at_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    (folder / "report.html").write_text("old")
+    (tmp_path / "reader").hardlink_to(folder / "report.html")  # whoever has the old page open keeps a whole one
+    write_run_report(folder)
+    assert (tmp_path / "reader").read_text() == "old"
+    assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
 def test_same_run_gives_the_same_page(run: Path, page: Page) -> None:
