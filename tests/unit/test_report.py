@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 
 from forkrl.config import TrainConfig, load_recipe, recipe_toml
 from forkrl.errors import UserError
@@ -29,6 +28,7 @@ from forkrl.report.page import reproducing_command, token_colors
 from forkrl.report.run_data import evenly_spaced, read_run
 from forkrl.report.summary import Estimate, duration, judge, verdict
 from forkrl.report.visible_text import script_json, visible, visible_token
+from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\x1b[31m\x00\u202e"
 
