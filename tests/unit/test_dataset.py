@@ -107,6 +107,12 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
         load(write(tmp_path / "b.jsonl", changed)).fingerprint,
         load(write(tmp_path / "c.jsonl", rows(8))).fingerprint,
     ]
+    for cut in (3, 4):  # the same prompts in the same order, one of them on the other side
+        train, aside = (
+            write(tmp_path / f"t{cut}.jsonl", rows(9)[:cut]),
+            write(tmp_path / f"h{cut}.jsonl", rows(9)[cut:]),
+        )
+        prints.append(load(train, held_out_data=str(aside)).fingerprint)
     assert len(set(prints)) == len(prints)
     assert load(path).fingerprint == prints[0]
 
