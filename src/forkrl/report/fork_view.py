@@ -13,7 +13,7 @@ from forkrl.report.visible_text import visible, visible_token
 MAX_PROMPTS = 24
 MAX_RESPONSES_PER_STEP = 8
 MAX_TRAIN_STEPS = 12
-MAX_TOKENS_PER_VIEW = 40_000
+MAX_TOKENS_PER_VIEW = 30_000
 COLOR_BINS = 24
 FORK_PERCENTILE = 80.0
 SELECTED, FORK = 1, 2  # bits of a token's flag
