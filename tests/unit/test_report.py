@@ -189,7 +189,7 @@ def test_long_responses_are_cut_and_say_so(tmp_path: Path) -> None:
     write_rollouts(folder / "rollouts/eval-000000.parquet", rows)
     view = fork_view(read_run(folder, 12))["views"][0]
     response = view["frames"][0]["cards"][0]["responses"][0]
-    assert (len(response["t"]), response["length"]) == (1250, 3000)
+    assert (len(response["t"]), response["length"], response["selected"]) == (1250, 3000, 600)
     assert "24 long responses are cut after 1,250 tokens." in view["note"]
 
 

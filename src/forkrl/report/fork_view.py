@@ -157,6 +157,7 @@ def _plain_response(label: str, response: Response, limit: int, mark: float | No
         "advantage": _rounded(response.advantage),
         "finished": bool(response.finished),
         "length": len(response.tokens),
+        "selected": sum(response.selected),  # of the whole response, like its length
         "t": [visible_token(token) for token in response.tokens[:limit]],
         "e": [_rounded(value) for value in entropy],
         "l": [_rounded(value) for value in response.logprobs[:limit]],

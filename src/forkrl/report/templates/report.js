@@ -61,8 +61,7 @@
     else line.append(element("span", "", response.score === null ? "score not recorded" : "score " + response.score.toFixed(2)));
     if (response.reward !== null) line.append(element("span", "", "reward " + response.reward.toFixed(2)));
     if (response.advantage !== null) line.append(element("span", "", "advantage " + (response.advantage > 0 ? "+" : "") + response.advantage.toFixed(2)));
-    const count = response.f.filter((x) => x & SELECTED).length;
-    line.append(element("span", "", response.length + " tokens, " + count + " selected"));
+    line.append(element("span", "", response.length + " tokens, " + response.selected + " selected"));
     if (!response.finished) line.append(element("span", "wrong", "cut at the limit"));
     return line;
   };
