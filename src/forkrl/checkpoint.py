@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from forkrl.atomic import explained_write_errors, fsync, write_text
+from forkrl.atomic import explained_write_errors, fsync
 from forkrl.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -211,7 +211,7 @@ def _write_optimizer(folder: Path, model: PreTrainedModel, optimizer: torch.opti
 
 def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
     states = {"torch/cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         states |= {f"torch/cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states | {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
 
@@ -228,7 +228,9 @@ def _write_manifest(folder: Path, step: int) -> None:
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"format": FORMAT, "step": step, "files": files}
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _write_json(folder / MANIFEST, manifest)
+    fsync(folder / MANIFEST)
+    fsync(folder)
 
 
 def _swap_in(temporary: Path, final: Path) -> None:
@@ -469,9 +471,9 @@ def _first_line(error: Exception) -> str:
 def _no_progress_bars() -> Iterator[None]:
     """Silence transformers' bars over shards: the terminal belongs to the run's own progress."""
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()
