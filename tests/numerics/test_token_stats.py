@@ -1,0 +1,294 @@
+"""Chunked token statistics against the definition in fp64, forward and backward, and what they may cost.
+
+A fast path may err at most a tolerance beyond what the naive version errs in the same dtype.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from forkrl.token_stats import chunked, token_stats
+from forkrl.types import TokenStats
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4}
+
+
+class Problem(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers as leaves of another dtype."""
+        floats = [t.detach().to(dtype).requires_grad_() for t in (self.hidden, self.weight, self.bias)]
+        return Problem(floats[0], floats[1], self.targets, floats[2])
+
+
+class Results(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+def make_problem(num_rows: int, vocabulary: int, width: int, dtype: torch.dtype, scale: float = 3.0) -> Problem:
+    """Rows between almost decided and wide open; numbers exactly representable in ``dtype``."""
+    generator = torch.Generator().manual_seed(num_rows + vocabulary)
+    hidden = torch.randn(num_rows, width, generator=generator) * torch.linspace(0.1, 1, num_rows)[:, None]
+    weight = scale * torch.randn(vocabulary, width, generator=generator) / width**0.5
+    targets = torch.randint(vocabulary, (num_rows,), generator=generator)
+    bias = torch.randn(vocabulary, generator=generator)
+    return Problem(hidden.to(dtype), weight.to(dtype), targets, bias.to(dtype))
+
+
+def run(problem: Problem, backend: str, temperature: float, entropy_grad: bool) -> Results:
+    stats = token_stats(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        temperature=temperature,
+        bias=problem.bias,
+        backend=backend,
+        entropy_grad=entropy_grad,
+    )
+    factors = torch.linspace(-1, 2, len(problem.targets), dtype=stats.logprobs.dtype)
+    loss = (stats.logprobs * factors).sum()
+    if entropy_grad:
+        loss = loss + (stats.entropy * factors.flip(0)).sum()
+    loss.backward()
+    grads = [leaf.grad for leaf in (problem.hidden, problem.weight, problem.bias)]
+    assert grads[0] is not None and grads[1] is not None and grads[2] is not None
+    assert [grad.dtype for grad in grads if grad is not None] == [problem.hidden.dtype] * 3
+    return Results(stats.logprobs.detach(), stats.entropy.detach(), grads[0], grads[1], grads[2])
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-12))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that cut small problems several times both ways, with ragged ends."""
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS_CPU", 300)
+    monkeypatch.setattr(chunked, "TILE_COLUMNS", 60)
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "vocabulary", "width"),
+    [(1, 7, 3), (37, 7, 5), (301, 29, 33), (65, 1000, 17), (1, 1, 4), (13, 50257, 19), (7, 151936, 17)],
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_errs_no_more_than_naive(
+    num_rows: int, vocabulary: int, width: int, temperature: float, dtype: torch.dtype, entropy_grad: bool
+) -> None:
+    problem = make_problem(num_rows, vocabulary, width, dtype)
+    truth = run(problem.to(torch.float64), "reference", temperature, entropy_grad)
+    naive = run(problem.to(dtype), "reference", temperature, entropy_grad)
+    found = run(problem.to(dtype), "chunked", temperature, entropy_grad)
+    assert found.logprobs.dtype == found.entropy.dtype == torch.float32
+    for name in Results._fields:
+        error, allowed = (relative_error(getattr(r, name), getattr(truth, name)) for r in (found, naive))
+        assert error <= allowed + TOLERANCE[dtype], f"{name}: {error:.2e} against {allowed:.2e} of the naive version"
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [7, 60, 61, 259])
+def test_ragged_tiles_change_nothing(vocabulary: int, dtype: torch.dtype) -> None:
+    problem = make_problem(23, vocabulary, 6, dtype)
+    truth = run(problem.to(torch.float64), "reference", 0.8, True)
+    naive = run(problem.to(dtype), "reference", 0.8, True)
+    found = run(problem.to(dtype), "chunked", 0.8, True)
+    for name in Results._fields:
+        error, allowed = (relative_error(getattr(r, name), getattr(truth, name)) for r in (found, naive))
+        assert error <= allowed + TOLERANCE.get(dtype, 1e-13), name
+
+
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_online_maximum_survives_large_logits(offset: float, small_tiles: None) -> None:
+    """Without a running maximum exp overflows; the bias makes each later tile larger, or smaller, than those before."""
+    problem = make_problem(11, 200, 6, torch.float32)._replace(bias=torch.linspace(0, offset, 200))
+    truth = run(problem.to(torch.float64), "reference", 1.0, True)
+    naive = run(problem.to(torch.float32), "reference", 1.0, True)
+    found = run(problem.to(torch.float32), "chunked", 1.0, True)
+    for name in Results._fields:
+        error, allowed = (relative_error(getattr(r, name), getattr(truth, name)) for r in (found, naive))
+        assert error <= allowed + 2e-5, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_gradcheck(backend: str, entropy_grad: bool, small_tiles: None) -> None:
+    hidden, weight, targets, bias = make_problem(5, 130, 3, torch.float64).to(torch.float64)
+
+    def outputs(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        stats = token_stats(
+            hidden, weight, targets, bias=bias, temperature=0.7, backend=backend, entropy_grad=entropy_grad
+        )
+        return (stats.logprobs, stats.entropy) if entropy_grad else stats.logprobs
+
+    assert torch.autograd.gradcheck(outputs, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_hand_worked_distribution(backend: str) -> None:
+    """p = (1/2, 1/4, 1/4): log-prob ln 1/4 and entropy 1.5 ln 2; squared and normalised at temperature 1/2."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.5], [0.25], [0.25]]).log()
+    stats = token_stats(hidden, weight, torch.tensor([1]), backend=backend)
+    torch.testing.assert_close(stats.logprobs, torch.tensor([0.25]).log())
+    torch.testing.assert_close(stats.entropy, 1.5 * torch.tensor([2.0]).log())
+    sharper = torch.tensor([4 / 6, 1 / 6, 1 / 6])
+    stats = token_stats(hidden, weight, torch.tensor([0]), temperature=0.5, backend=backend)
+    torch.testing.assert_close(stats.logprobs, sharper[:1].log())
+    torch.testing.assert_close(stats.entropy, -(sharper * sharper.log()).sum()[None])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked"])
+def test_entropy_bounds_and_gradient_flags(backend: str) -> None:
+    """A decided row has entropy 0, not -1e-9; a uniform one ln V; neither carries gradient unless asked."""
+    hidden, weight = torch.tensor([[200.0], [0.0]]), torch.arange(50.0)[:, None].requires_grad_()
+    stats = token_stats(hidden, weight, torch.tensor([49, 3]), backend=backend)
+    assert stats.entropy[0] == 0 and stats.entropy.tolist()[1] == pytest.approx(torch.tensor(50.0).log().item())
+    assert stats.logprobs.requires_grad and not stats.entropy.requires_grad
+    assert token_stats(hidden, weight, torch.tensor([49, 3]), backend=backend, entropy_grad=True).entropy.requires_grad
+    with torch.no_grad():
+        assert not token_stats(hidden, weight, torch.tensor([49, 3]), backend=backend).logprobs.requires_grad
+
+
+def test_backward_computes_only_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without gradient are not computed at all: a NaN among them reaches nothing."""
+    problem = make_problem(40, 29, 8, torch.float32)
+    live = torch.arange(40) % 5 == 0
+    clean = problem.to(torch.float32)
+    token_stats(clean.hidden[live], clean.weight, clean.targets[live], bias=clean.bias).logprobs.sum().backward()
+
+    poisoned = problem._replace(hidden=torch.where(live[:, None], problem.hidden, torch.nan)).to(torch.float32)
+    stats = token_stats(poisoned.hidden, poisoned.weight, poisoned.targets, bias=poisoned.bias)
+    assert stats.logprobs.isnan().tolist() == stats.entropy.isnan().tolist() == (~live).tolist()
+    rows_computed = []
+    tile = chunked._logits_tile
+
+    def counting_tile(hidden: Tensor, *rest: object) -> Tensor:
+        rows_computed.append(len(hidden))
+        return tile(hidden, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chunked, "_logits_tile", counting_tile)
+    torch.where(live, stats.logprobs, 0.0).sum().backward()
+    assert sum(rows_computed) == 8
+    assert poisoned.hidden.grad is not None and (poisoned.hidden.grad[~live] == 0).all()
+    for found, expected in zip((poisoned.hidden, poisoned.weight, poisoned.bias), clean[:2] + clean[3:], strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_no_live_row_gives_zero_gradients() -> None:
+    problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
+    (token_stats(problem.hidden, problem.weight, problem.targets).logprobs * 0).sum().backward()
+    assert problem.hidden.grad is not None and not problem.hidden.grad.any()
+    assert problem.weight.grad is not None and not problem.weight.grad.any()
+
+
+def test_nan_gradient_is_not_hidden() -> None:
+    problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
+    one_bad = torch.tensor([0, 0, torch.nan, 0, 0, 0])
+    token_stats(problem.hidden, problem.weight, problem.targets).logprobs.backward(one_bad)
+    assert problem.hidden.grad is not None
+    assert torch.equal(problem.hidden.grad.isnan().any(1), one_bad.isnan())
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
+    problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
+    getattr(problem, frozen).requires_grad_(False)
+    token_stats(problem.hidden, problem.weight, problem.targets).logprobs.sum().backward()
+    grads = {"hidden": problem.hidden.grad, "weight": problem.weight.grad}
+    assert [name for name, grad in grads.items() if grad is None] == [frozen]
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_no_rows(backend: str) -> None:
+    weight = torch.randn(29, 4, requires_grad=True)
+    hidden = torch.empty(0, 4, requires_grad=True)
+    stats = token_stats(hidden, weight, torch.empty(0, dtype=torch.int64), backend=backend)
+    assert stats.logprobs.shape == stats.entropy.shape == (0,)
+    stats.logprobs.sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_autocast_is_that_of_the_models_own_head(backend: str) -> None:
+    problem = make_problem(20, 29, 16, torch.float32).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own_logits = torch.nn.functional.linear(problem.hidden, problem.weight)
+        stats = token_stats(problem.hidden, problem.weight, problem.targets, backend=backend)
+        stats.logprobs.sum().backward()
+    own = own_logits.float().log_softmax(-1).gather(1, problem.targets[:, None]).squeeze(1)
+    torch.testing.assert_close(stats.logprobs, own)
+    assert own_logits.dtype == torch.bfloat16 and stats.entropy.dtype == torch.float32
+    assert problem.weight.grad is not None and problem.weight.grad.dtype == torch.float32
+
+
+PEAK_MEMORY = """
+import resource, sys, torch
+from forkrl.token_stats import token_stats
+num_rows, vocabulary = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+hidden = torch.randn(num_rows, 16, requires_grad=True)
+weight = torch.randn(vocabulary, 16, requires_grad=True)
+targets = torch.randint(vocabulary, (num_rows,))
+token_stats(hidden[:8], weight[:99], targets[:8] % 99).logprobs.sum().backward()  # libraries loaded, threads started
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+stats = token_stats(hidden, weight, targets, entropy_grad=True)
+(stats.logprobs * torch.linspace(1, 2, num_rows) + stats.entropy).sum().backward()
+assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_peak_memory_is_independent_of_rows_times_vocabulary() -> None:
+    """2.5 GB of logits (and as much again for each softmax) pass through a few tiles of 4 MB."""
+    command = [sys.executable, "-c", PEAK_MEMORY, "4096", "151936"]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+    assert grown < 100e6, f"peak memory grew by {grown / 1e6:.0f} MB"
+
+
+def _call(**changes: object) -> TokenStats:
+    arguments: dict[str, object] = {
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(7, 4),
+        "targets": torch.zeros(3, dtype=torch.int64),
+    }
+    return token_stats(**(arguments | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": torch.zeros(3, 5)}, r"hidden \(3, 5\) and weight \(7, 4\)"),
+        ({"hidden": torch.zeros(1, 3, 4)}, r"must be \[N, D\] and \[V, D\]"),
+        ({"weight": torch.zeros(0, 4)}, "no rows"),
+        ({"targets": torch.zeros(2, dtype=torch.int64)}, r"targets \(2,\) must be \[N\]"),
+        ({"targets": torch.zeros(3, dtype=torch.int32)}, r"torch.int32; they must be torch.int64"),
+        ({"targets": torch.tensor([0, 7, 1])}, "targets span 0 to 7; the vocabulary is 0 to 6"),
+        ({"targets": torch.tensor([0, -100, 1])}, "targets span -100 to 1"),
+        ({"bias": torch.zeros(4)}, r"bias \(4,\) must be \[V\]"),
+        ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, "share one floating dtype"),
+        ({"hidden": torch.zeros(3, 4).long(), "weight": torch.zeros(7, 4).long()}, "share one floating dtype"),
+        ({"temperature": 0.0}, "temperature = 0.0 must be positive"),
+        ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"backend": "chunky"}, "'chunky' is unknown; choose one of"),
+    ],
+)
+def test_bad_input_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _call(**changes)
