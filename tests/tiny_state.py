@@ -75,7 +75,11 @@ class TinyState:
             for group in self.optimizer.param_groups
         ]
         return {"groups": groups} | {
-            name: (str(tensor.dtype), tensor.shape, tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
+            name: (
+                str(tensor.dtype),
+                tensor.shape,
+                tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+            )
             for name, tensor in tensors.items()
         }
 

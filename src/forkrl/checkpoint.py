@@ -341,9 +341,10 @@ def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     They go through ``from_pretrained``, because file and module need not agree on names: tied weights are stored once,
     and mixture-of-experts models are fused in memory and split on the disk.
     """
-    model_type = _read_json(path / "config.json").get("model_type")
-    if model_type != model.config.model_type:
-        raise UserError(f"{path}: checkpoint of another model: {model_type}, this run trains {model.config.model_type}")
+    config, dtype = _read_json(path / "config.json"), str(model.dtype).removeprefix("torch.")
+    kind, here_kind = f"{config.get('model_type')} in {config.get('dtype')}", f"{model.config.model_type} in {dtype}"
+    if kind != here_kind:
+        raise UserError(f"{path}: checkpoint of another model: {kind}, this run trains {here_kind}")
     try:
         with _no_progress_bars():
             opened: Any = type(model).from_pretrained(
