@@ -93,9 +93,9 @@ def test_ties_go_to_the_earliest() -> None:
 
 
 def test_threshold_keeps_what_reaches_it() -> None:
-    entropy, mask = torch.tensor([0.1, 0.672, 0.7, 9.0]), torch.tensor([True, True, True, False])
-    assert select_tokens(entropy.double(), mask, "threshold", threshold=0.1).tolist() == [True, True, True, False]
-    assert select_tokens(entropy, mask, "threshold", threshold=0.69).tolist() == [False, False, True, False]
+    entropy, mask = torch.tensor([0.1, 0.5, 0.7, 9.0]), torch.tensor([True, True, True, False])
+    assert select_tokens(entropy, mask, "threshold", threshold=0.5).tolist() == [False, True, True, False]
+    assert select_tokens(entropy, mask, "threshold", threshold=0.51).tolist() == [False, False, True, False]
     assert not select_tokens(entropy, mask, "threshold", threshold=5.0).any()
 
 

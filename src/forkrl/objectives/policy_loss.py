@@ -69,9 +69,9 @@ def policy_loss(
     if bool((selected_mask & ~response_mask).any()):
         raise ValueError("selected_mask selects tokens outside response_mask")
 
-    # Masked before exp: 0 times the gradient of an infinite ratio would be NaN.
+    # Masked before exp and again in the sum: 0 times the gradient of an infinite ratio would be NaN.
+    advantages_BT = advantages_BT.detach()
     log_ratio_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
-    advantages_BT = torch.where(selected_mask, advantages_BT.detach(), 0.0)
     ratio_BT = log_ratio_BT.exp()
     unclipped_BT = ratio_BT * advantages_BT
     objective_BT = torch.minimum(unclipped_BT, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT)

@@ -194,11 +194,12 @@ def _logits_tile(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, the product in the dtype of the model, the sum in that of ``total``."""
-    if right.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left.to(right.dtype) @ right
+    """``total += left @ right``, the product in the dtype of the model, the sum in that of ``total``.
+
+    Two steps on purpose: a fused product may be added to ``total`` term by term (BLAS does so for narrow matrices), and
+    150,000 small terms after a large one then lose ten times the digits.
+    """
+    total += left.to(right.dtype) @ right
 
 
 def _locate(targets_R: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
