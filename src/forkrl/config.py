@@ -49,11 +49,12 @@ class TaskConfig(Section):
     split: str = "train"
     """dataset: the split to train on."""
     held_out_data: str = ""
-    """dataset: prompts to evaluate on, in the same columns. Empty: `held_out_rows` rows are kept aside from `data`."""
+    """dataset: prompts to evaluate on, in the same columns; a hub id may name its split, "owner/name:test". Empty:
+    `held_out_rows` rows are kept aside from `data`."""
     held_out_rows: PositiveInt = 256
     """dataset: how many rows to keep aside when `held_out_data` is empty."""
     prompt_column: str = "prompt"
-    """dataset: column with the question (text, or a list of chat messages). Dots reach inside: "reward_model.ground_truth"."""
+    """dataset: column with the question (text or chat messages). Dots reach inside: "reward_model.ground_truth"."""
     answer_column: str = "answer"
     """dataset: column with the gold answer."""
     template: str = "{prompt}"
@@ -66,7 +67,9 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _data_is_named(self) -> TaskConfig:
         if self.name == "dataset" and not self.data:
-            raise ValueError('task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"')
+            raise ValueError(
+                'task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"'
+            )
         if "{prompt}" not in self.template:
             raise ValueError("task.template has no {prompt}; every prompt would be the same text")
         return self
@@ -121,7 +124,7 @@ class SelectionConfig(Section):
     threshold: NonNegative | None = None
     """rule "threshold" only: keep tokens with entropy of at least so many nats (the paper's 80th percentile: 0.672)."""
     scope: Literal["micro_batch", "mini_batch", "sequence"] = "micro_batch"
-    """Over what tokens the fraction is taken. The paper: one micro-batch. "mini_batch" does not depend on how it is cut."""
+    """Over what tokens the fraction is taken. The paper: one micro-batch. "mini_batch" does not depend on the cut."""
     entropy: Literal["current", "rollout"] = "current"
     """Whose entropy: the policy being trained, as in the paper, or the policy that sampled."""
 
@@ -162,7 +165,7 @@ class TrainingConfig(Section):
     mini_batch_prompts: PositiveInt = 32
     """Groups in one gradient step; prompts_per_step / mini_batch_prompts gradient steps per batch."""
     micro_batch_tokens: PositiveInt = 32768
-    """Padded tokens (prompt and response) run through the model at once; bounds activation memory, changes no gradient."""
+    """Padded tokens (prompt and response) run through the model at once: bounds memory, changes no gradient."""
 
 
 class EvalConfig(Section):
@@ -280,14 +283,22 @@ class SftConfig(Section):
 Recipe = TypeVar("Recipe", bound=Section)
 
 
-def load_recipe(schema: type[Recipe], path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    schema: type[Recipe], path: str | Path | None, overrides: Sequence[str] = (), *, base: Recipe | None = None
+) -> Recipe:
     """Read a recipe and apply ``section.key=value`` overrides.
+
+    Args:
+        schema: what kind of recipe.
+        path: a TOML file, or None for ``base``, or for the defaults where there is none.
+        overrides: each ``section.key=value``; the value is TOML, a bare word is a string.
+        base: the recipe to override when there is no file.
 
     Raises:
         UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or range. One line,
             naming the key, the value, and what is allowed.
     """
-    values = _read_toml(Path(path)) if path is not None else {}
+    values = _read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
     source = str(path) if path is not None else "command line"
     for override in overrides:
         _apply_override(values, override)
@@ -358,7 +369,7 @@ def _explain(schema: type[Section], item: Any) -> str:
         )
         suggestion = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
         return f"{key} is not a setting" + (f"; did you mean {suggestion}?" if suggestion else "")
-    message = item["msg"].removeprefix("Value error, ")
+    message = str(item["msg"]).removeprefix("Value error, ")
     if not key or (item["type"] == "value_error" and "." in message.split(" ")[0]):
         return message
     return f"{key} = {item['input']!r}: {message[0].lower() + message[1:]}"

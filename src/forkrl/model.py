@@ -7,6 +7,7 @@ state (logit soft-capping, scaling) would be trained wrongly that way: it is rec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
@@ -37,7 +38,8 @@ class Policy:
     @property
     def head_weight(self) -> Tensor:
         """Output embedding, ``[V, D]``."""
-        return self.model.get_output_embeddings().weight
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -49,11 +51,25 @@ class Policy:
         decoder: nn.Module = getattr(self.model, self.model.base_model_prefix)
         return decoder
 
+    def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]:
+        """The ids of further stop tokens.
+
+        Raises:
+            UserError: one of them is not exactly one token of this tokenizer.
+        """
+        ids = []
+        for text in stop:
+            encoded = self.tokenizer.encode(text, add_special_tokens=False)
+            if len(encoded) != 1:
+                raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
+            ids.append(encoded[0])
+        return tuple(ids)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the configured precision; weights stay fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, **cache: Any) -> Tensor:
+    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, **cache: Any) -> Tensor:
         """Last hidden states ``[B, T, D]``; ``cache`` goes to the model as it is."""
         with self.autocast():
             output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **cache)
@@ -87,7 +103,9 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    policy = Policy(model.to(pick_device(device)).eval(), tokenizer, config.precision)
+    model.eval()
+    torch.nn.Module.to(model, pick_device(device))
+    policy = Policy(model, tokenizer, config.precision)
     _require_linear_head(policy, config.path)
     return policy
 

@@ -292,6 +292,15 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe of a run as plain values, without taking the folder's lock.
+
+    Raises:
+        UserError: there is no run in that folder, or its config.toml is damaged.
+    """
+    return {name: value for name, value in _read_config(path).items() if name != "provenance"}
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder; --resume takes the folder that --out named")

@@ -1,26 +1,95 @@
 """Supervised training from random weights on generated search traces: how the embedded base model is made.
 
-Every batch is drawn afresh from the task's random searcher with a generator seeded by (seed, step), so a recipe names one
-sequence of data, and a resumed run meets the same traces.
+Every batch is drawn afresh from the task's random searcher with a generator seeded by (seed, step), so a recipe names
+one sequence of data, and a resumed run meets the same traces.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import shutil
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from forkrl.config import SftConfig
+from forkrl.base_model_card import measure_base_model, write_model_card
+from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from forkrl.config import SftConfig, parse_recipe, recipe_differences, recipe_toml
+from forkrl.errors import TrainingHalted, UserError
+from forkrl.interruption import Interruption
 from forkrl.model import Policy
-from forkrl.tasks.countdown import SearchHabits, random_problem, write_trace
+from forkrl.progress import progress
+from forkrl.tasks.countdown import SearchHabits, countdown_task, random_problem, write_trace
+from forkrl.threads import configure_threads
 from forkrl.types import Task
 
 IGNORED = -100
 MICRO_BATCH_TOKENS = 1024
+"""Small enough that activations stay in a core's cache: a third faster than 8,192 on the machine it was chosen on."""
+CHECKPOINT_EVERY = 250
+
+
+def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
+    """Train from random weights and write the model, its tokenizer and its card to ``out``.
+
+    Interrupted or killed, the same call goes on from the last checkpoint in ``out/.checkpoints``.
+
+    Raises:
+        UserError: ``out`` holds something else, or checkpoints of another recipe.
+        TrainingHalted: the loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    checkpoints = out / ".checkpoints"
+    if out.exists() and not checkpoints.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: the folder is not empty; name a new one")
+    threads = configure_threads(config.runtime.threads)
+    policy = build_base_policy(config)
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    start, num_tokens = _resume(config, checkpoints, policy, optimizer)
+    task = countdown_task()
+    with Interruption() as interruption:
+        for step in progress(range(start, config.steps), "training the base model"):
+            num_tokens += train_step(config, policy, optimizer, trace_batch(config, policy, task, step), step)
+            stopped = interruption.signalled
+            if stopped or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
+                _save(config, checkpoints, policy, optimizer, step + 1, num_tokens)
+            interruption.check()
+    figures = measure_base_model(policy, task, config)
+    policy.model.save_pretrained(out)
+    policy.tokenizer.save_pretrained(out)
+    write_model_card(out, config, figures, recipe=recipe, num_tokens=num_tokens, threads=threads)
+    shutil.rmtree(checkpoints)
+
+
+def train_step(
+    config: SftConfig,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: list[tuple[Tensor, Tensor]],
+    step: int,
+) -> int:
+    """One gradient step on the mean loss of all labelled tokens; returns their number."""
+    num_tokens = sum(int((labels_BT[:, 1:] != IGNORED).sum()) for _, labels_BT in batch)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.zero_grad(set_to_none=True)
+    for input_ids_BT, labels_BT in batch:
+        targets_BT = labels_BT[:, 1:]
+        kept_BT = targets_BT != IGNORED
+        logits_NV = policy.logits(policy.hidden_states(input_ids_BT[:, :-1])[kept_BT])
+        loss = nn.functional.cross_entropy(logits_NV, targets_BT[kept_BT], reduction="sum") / num_tokens
+        if not loss.isfinite():
+            raise TrainingHalted(f"step {step + 1}: the loss is {loss.item()}; lower lr")
+        loss.backward()
+    nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    optimizer.step()
+    return num_tokens
 
 
 def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
@@ -60,11 +129,13 @@ def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> lis
     """
     rng, tokenizer = random.Random(f"{config.seed}/{step}"), policy.tokenizer
     rows: list[tuple[list[int], list[int]]] = []
-    while sum(len(ids) for ids, _ in rows) < config.batch_tokens:
+    size = 0
+    while size < config.batch_tokens:
         prompt, numbers, target = random_problem(task, rng)
         prompt_ids = tokenizer.encode(prompt.text)
         trace_ids = [*tokenizer.encode(write_trace(numbers, target, rng, SearchHabits())), tokenizer.eos_token_id]
         rows.append((prompt_ids + trace_ids, [IGNORED] * len(prompt_ids) + trace_ids))
+        size += len(rows[-1][0])
     rows.sort(key=lambda row: len(row[0]))
     micro_batches: list[list[tuple[list[int], list[int]]]] = [[]]
     for row in rows:
@@ -88,3 +159,30 @@ def learning_rate(config: SftConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _save(
+    config: SftConfig, checkpoints: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int, num_tokens: int
+) -> None:
+    save_checkpoint(
+        checkpoints,
+        step,
+        model=policy.model,
+        tokenizer=policy.tokenizer,
+        optimizer=optimizer,
+        generators={},
+        progress={"step": step, "num_tokens": num_tokens, "recipe": recipe_toml(config)},
+        keep=1,
+    )
+
+
+def _resume(config: SftConfig, checkpoints: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Steps and tokens done before, with weights and optimizer restored; zeros for a new model."""
+    newest = latest_checkpoint(checkpoints)
+    if newest is None:
+        return 0, 0
+    state = load_checkpoint(newest, model=policy.model, optimizer=optimizer, generators={})
+    differences = recipe_differences(parse_recipe(SftConfig, state["recipe"], str(newest)), config)
+    if differences:
+        raise UserError(f"{checkpoints.parent}: begun with another recipe: {'; '.join(differences)}; name a new --out")
+    return state["step"], state["num_tokens"]

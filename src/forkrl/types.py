@@ -83,8 +83,8 @@ class SamplingParams:
 class TokenBatch:
     """Sequences padded on the right, seen as next-token predictions.
 
-    Position ``t`` reads ``input_ids[b, t]`` and predicts ``targets[b, t]``, the token after it, so every ``[B, T]`` field
-    speaks of a *prediction*. ``response_mask`` is True where the model itself wrote the target.
+    Position ``t`` reads ``input_ids[b, t]`` and predicts ``targets[b, t]``, the token after it, so every ``[B, T]``
+    field speaks of a *prediction*. ``response_mask`` is True where the model itself wrote the target.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -159,8 +159,8 @@ class Verifier(Protocol):
 class Task:
     """Prompts to learn from, prompts kept aside, and the import path of the function that judges answers.
 
-    ``verifier`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in [0, 1].
-    ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
+    ``verifier`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in
+    [0, 1]. ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
     """
 
     name: str

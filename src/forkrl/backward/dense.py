@@ -21,7 +21,8 @@ def compute_token_stats(
         temperature: of sampling; the statistics are of the same distribution.
         entropy_grad: let gradients flow through the entropy too, for an entropy bonus.
     """
-    hidden_BTD = policy.hidden_states(batch.input_ids, batch.attention_mask)
+    # Padding stands on the right, where causal attention never looks: no mask, and attention takes its fast path.
+    hidden_BTD = policy.hidden_states(batch.input_ids)
     with policy.autocast():
         stats_N = token_stats(
             hidden_BTD[batch.response_mask].to(policy.head_weight.dtype),

@@ -1,5 +1,5 @@
 """Numbers to figures, and to one self-contained HTML page."""
 
-from forkrl.report.page import write_run_report
+from forkrl.report.page import run_verdict, write_run_report
 
-__all__ = ["write_run_report"]
+__all__ = ["run_verdict", "write_run_report"]

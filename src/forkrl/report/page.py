@@ -43,6 +43,11 @@ def write_run_report(run_dir: Path) -> Path:
     return path
 
 
+def run_verdict(run_dir: Path) -> str:
+    """The sentence that heads the report: accuracy before and after, with intervals, and what it took."""
+    return summary.verdict(read_run(Path(run_dir), max_train_files=0))
+
+
 def render_run_report(run: RunData) -> str:
     """The page as text."""
     script = Markup(_template("report.js"))

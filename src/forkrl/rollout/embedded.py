@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model import Policy
@@ -103,7 +104,7 @@ class EmbeddedEngine:
             position_S = position_S + 1
         return self._build_rollouts(prompts_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
 
-    def _read_prompts(self, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, object, Tensor]:
+    def _read_prompts(self, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Fill the cache with each distinct prompt once: last hidden state ``[S, D]``, cache, mask ``[S, T]``."""
         distinct = list(dict.fromkeys(prompts_S))
         longest = max(map(len, distinct))
@@ -144,7 +145,7 @@ class EmbeddedEngine:
                     logprobs=logprobs_ST[row, :length].clone(),
                     entropy=entropy_ST[row, :length].clone(),
                     # Special tokens stay visible: hiding them could turn a garbled answer into a right one.
-                    text=self.policy.tokenizer.decode(written, skip_special_tokens=False),
+                    text=str(self.policy.tokenizer.decode(written, skip_special_tokens=False)),
                     finished=finished,
                 )
             )

@@ -1,7 +1,7 @@
 """A key-value cache for decoding that writes in place.
 
-``transformers``' DynamicCache copies every layer's whole past at each token. Here each full-attention layer keeps a buffer
-with room to spare and hands out a view of what is filled; other layer types (sliding windows) stay the library's own.
+``transformers``' DynamicCache copies every layer's whole past at each token. Here each full-attention layer keeps a
+buffer with room to spare and hands out a view of what is filled; other layers (sliding windows) stay the library's own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ ROOM = 64
 class GrowingLayer(DynamicLayer):
     """Keys and values ``[S, heads, T, head_dim]`` at the front of buffers that grow by half when full."""
 
-    key_buffer: Tensor | None = None
-    value_buffer: Tensor | None = None
+    def __init__(self, config: PretrainedConfig | None = None) -> None:
+        super().__init__(config)
+        self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new keys and values and return all of them."""
@@ -28,21 +29,25 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
         end = past + key_states.shape[2]
-        if self.key_buffer is None or self.value_buffer is None or self.key_buffer.shape[2] < end:
-            room = (*key_states.shape[:2], end + max(ROOM, end // 2), key_states.shape[3])
-            key_buffer, value_buffer = key_states.new_empty(room), value_states.new_empty((*room[:3], value_states.shape[3]))
-            if past:
-                key_buffer[:, :, :past], value_buffer[:, :, :past] = self.keys, self.values
-            self.key_buffer, self.value_buffer = key_buffer, value_buffer
-        self.key_buffer[:, :, past:end] = key_states
-        self.value_buffer[:, :, past:end] = value_states
-        self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+        if self.buffers is None or self.buffers[0].shape[2] < end:
+            self.buffers = (_roomy(key_states, self.keys, past, end), _roomy(value_states, self.values, past, end))
+        key_buffer, value_buffer = self.buffers
+        key_buffer[:, :, past:end], value_buffer[:, :, past:end] = key_states, value_states
+        self.keys, self.values = key_buffer[:, :, :end], value_buffer[:, :, :end]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep (or repeat) the given sequences; the next update makes room anew."""
         super().batch_select_indices(indices)
-        self.key_buffer = self.value_buffer = None
+        self.buffers = None
+
+
+def _roomy(new: Tensor, old: Tensor, past: int, end: int) -> Tensor:
+    """A buffer like ``new`` with the past copied in and room beyond ``end``."""
+    buffer = new.new_empty((*new.shape[:2], end + max(ROOM, end // 2), new.shape[3]))
+    if past:
+        buffer[:, :, :past] = old
+    return buffer
 
 
 def build_cache(config: PretrainedConfig) -> DynamicCache:

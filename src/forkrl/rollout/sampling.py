@@ -22,8 +22,8 @@ def sample_tokens(
         generator: on the device of the logits.
 
     Returns:
-        Tokens int64 ``[S]``; fp32 ``[S]`` log-probs and entropies (nats) of the full vocabulary at the sampling temperature,
-        whatever top-k and top-p leave out. At temperature 0 (greedy) they refer to temperature 1.
+        Tokens int64 ``[S]``; fp32 ``[S]`` log-probs and entropies (nats) of the full vocabulary at the sampling
+        temperature, whatever top-k and top-p leave out. At temperature 0 (greedy) they refer to temperature 1.
     """
     logprobs_SV = torch.log_softmax(logits_SV / (sampling.temperature or 1.0), dim=-1)
     probs_SV = logprobs_SV.exp()

@@ -5,10 +5,10 @@ checked against the target::
 
     2*5=10 [9 10], 10+9=19 [19] 19:90 ;2 5 9: 2*5=10 [9 10], 10*9=90 [90] 90:90 !
 
-``!`` claims success, ``?`` gives up, ``;`` tries again. The traces come from a search that knows nothing of the answer: it
-chooses numbers and operations uniformly, and has the habits of a real base model, good and bad: it gives up or goes on,
-repeats a failed try or avoids it, checks its result or claims success unseen. What reinforcement learning finds is which
-of these branches to take.
+``!`` claims success, ``?`` gives up, ``;`` tries again. The traces come from a search that knows nothing of the answer:
+it chooses numbers and operations uniformly, and has the habits of a real base model, good and bad: it gives up or goes
+on, repeats a failed try or avoids it, checks its result or claims success unseen. What reinforcement learning finds is
+which of these branches to take.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Step:
 
 
 def countdown_task() -> Task:
-    """All problems with three numbers from 1 to 9 and a reachable target up to 99, split by a hash into train and held-out.
+    """All problems with three numbers from 1 to 9 and a reachable target up to 99, split by a hash.
 
     A problem's numbers in another order are the same problem, so none of the held-out ones is seen in training.
     """
@@ -75,7 +75,7 @@ def verify_countdown(answer: str, response: str) -> float:
         answer: the problem, ``"2 5 9:90"``.
         response: the model's text; anything at all.
     """
-    numbers, target = _parse_problem(answer)
+    numbers, target = parse_problem(answer)
     if not response.endswith("!"):
         return 0.0
     steps = judge_tries(numbers, response)[-1]
@@ -97,7 +97,8 @@ def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
 def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habits: SearchHabits) -> str:
     """The response of the random searcher to one problem."""
     restated = " ".join(map(str, numbers)) + ": "
-    written, tried = "", []
+    written = ""
+    tried: list[tuple[str, int]] = []
     for attempt in range(1, habits.most_tries + 1):
         if tried and rng.random() < habits.repeat:
             text, result = tried[-1]
@@ -118,7 +119,7 @@ def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habit
 
 def random_problem(task: Task, rng: random.Random) -> tuple[Prompt, tuple[int, ...], int]:
     """A training problem with its numbers in random order: the prompt, the numbers, the target."""
-    numbers, target = _parse_problem(rng.choice(task.train).answer)
+    numbers, target = parse_problem(rng.choice(task.train).answer)
     shuffled = tuple(rng.sample(numbers, len(numbers)))
     return _prompt((shuffled, target)), shuffled, target
 
@@ -129,7 +130,8 @@ def _prompt(problem: tuple[tuple[int, ...], int]) -> Prompt:
     return Prompt(id=text, text=text + "?", answer=text)
 
 
-def _parse_problem(answer: str) -> tuple[tuple[int, ...], int]:
+def parse_problem(answer: str) -> tuple[tuple[int, ...], int]:
+    """Numbers and target of ``"2 5 9:90"``."""
     numbers, _, target = answer.partition(":")
     return tuple(map(int, numbers.split())), int(target)
 

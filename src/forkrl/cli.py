@@ -1,0 +1,197 @@
+"""The command line: parse, validate, dispatch.
+
+Exit codes: 0; 1 training could not go on; 2 one clear line about the user's mistake; 130 after Ctrl-C and 143 after
+SIGTERM, with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from forkrl.config import SftConfig, TrainConfig, load_recipe
+from forkrl.errors import TrainingHalted, UserError
+from forkrl.threads import configure_environment
+
+TRAIN_HELP = """\
+examples:
+  forkrl train recipes/countdown.toml --out runs/first      the embedded model, minutes on a laptop
+  forkrl train recipes/countdown.toml selection.rule=all    plain DAPO: one override
+  forkrl train recipes/qwen3-8b.toml --dry-run              what would run, in full
+  forkrl train --resume runs/first                          go on after Ctrl-C, a kill, a full disk
+
+Every setting is section.key=value; docs/recipes.md lists them all. Ctrl-C saves and ends; --resume goes on to the
+very same weights.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code is returned."""
+    configure_environment()  # before anything imports torch
+    arguments = build_parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except UserError as error:
+        print(f"forkrl: {error}", file=sys.stderr)
+        return 2
+    except TrainingHalted as error:
+        print(f"forkrl: training stopped at {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("forkrl: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="forkrl", description="Reinforcement learning of language models on their forking tokens."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser(
+        "train", help="train on forks", epilog=TRAIN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    train.add_argument("recipe", nargs="?", help="a TOML file; see recipes/")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    train.add_argument("--out", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    train.set_defaults(command=run_train)
+
+    sft = commands.add_parser("sft", help="make a base model from generated traces")
+    sft.add_argument("recipe", help="a TOML file, such as recipes/countdown-base.toml")
+    sft.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    sft.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the model")
+    sft.set_defaults(command=run_sft)
+
+    evaluate = commands.add_parser("eval", help="accuracy of a model or run on held-out prompts, with intervals")
+    evaluate.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, as in task.data=prompts.jsonl"
+    )
+    evaluate.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
+    evaluate.add_argument("--problems", type=int, default=512, help="held-out prompts (default: 512)")
+    evaluate.add_argument("--samples", type=int, default=1, help="responses to each (default: 1)")
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    evaluate.set_defaults(command=run_eval)
+
+    report = commands.add_parser("report", help="write report.html of a run, finished or not")
+    report.add_argument("run", type=Path, help="a run folder")
+    report.set_defaults(command=run_report)
+
+    doctor = commands.add_parser("doctor", help="what this machine can do")
+    doctor.set_defaults(command=run_doctor)
+    return parser
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """``forkrl train``."""
+    recipe, overrides = arguments.recipe, list(arguments.overrides)
+    if recipe is not None and "=" in recipe:  # an override where the recipe could stand
+        recipe, overrides = None, [recipe, *overrides]
+    given = load_recipe(TrainConfig, recipe, overrides) if recipe or overrides or arguments.resume is None else None
+    if arguments.dry_run:
+        return print_recipe(given if given is not None else resumed(arguments.resume, None))
+    if arguments.resume is not None and arguments.out is not None:
+        raise UserError("--resume goes on in its own folder; leave --out away")
+
+    from forkrl.interruption import Interrupted
+    from forkrl.loop import train
+    from forkrl.run import open_run
+
+    config = resumed(arguments.resume, given) if arguments.resume is not None else given
+    assert config is not None
+    out = arguments.out or Path("runs") / (Path(recipe).stem if recipe else "train")
+    try:
+        with open_run(config, out, resume=arguments.resume) as run:
+            train(run)
+    except Interrupted as stop:
+        folder = arguments.resume or out
+        print(f"forkrl: {stop} and saved; go on with: forkrl train --resume {folder}", file=sys.stderr)
+        return int(stop.exit_code)
+    return print_outcome(arguments.resume or out)
+
+
+def resumed(folder: Path, given: TrainConfig | None) -> TrainConfig:
+    """The recipe of the run in ``folder``, refusing a different one."""
+    from forkrl.run import resumed_config
+
+    return resumed_config(folder, given)
+
+
+def print_recipe(config: TrainConfig) -> int:
+    """The resolved recipe as TOML, and in a sentence what it selects."""
+    import tomli_w
+
+    from forkrl.config import recipe_toml
+    from forkrl.progress import describe_selection
+
+    print(tomli_w.dumps(recipe_toml(config)))
+    print(f"# {describe_selection(config)}")
+    return 0
+
+
+def print_outcome(folder: Path) -> int:
+    """The last lines of a run: accuracy before and after, and where the report is."""
+    from forkrl.report import run_verdict, write_run_report
+
+    report = write_run_report(folder)
+    print(run_verdict(folder))
+    print(f"report: {report}")
+    return 0
+
+
+def run_sft(arguments: argparse.Namespace) -> int:
+    """``forkrl sft``."""
+    config = load_recipe(SftConfig, arguments.recipe, arguments.overrides)
+    from forkrl.interruption import Interrupted
+    from forkrl.sft import make_base_model
+
+    try:
+        make_base_model(config, arguments.out, recipe=arguments.recipe)
+    except Interrupted as stop:
+        print(f"forkrl: {stop} and saved; the same command goes on", file=sys.stderr)
+        return int(stop.exit_code)
+    print((arguments.out / "README.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """``forkrl eval``."""
+    from forkrl.evaluation.command import describe_figures, evaluate_model
+
+    figures = evaluate_model(
+        arguments.model,
+        recipe=arguments.recipe,
+        overrides=arguments.overrides,
+        problems=arguments.problems,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        out=arguments.out,
+    )
+    print(describe_figures(figures))
+    return 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """``forkrl report``."""
+    from forkrl.report import write_run_report
+
+    print(f"report: {write_run_report(arguments.run)}")
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """``forkrl doctor``."""
+    from forkrl.doctor import run_doctor as examine
+
+    return examine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

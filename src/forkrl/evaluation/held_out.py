@@ -1,0 +1,59 @@
+"""Accuracy on prompts kept aside, and what else a set of scored responses tells.
+
+Axes: ``P`` prompts, ``K`` samples each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from forkrl.evaluation.statistics import mean_pass_at_k, mean_with_interval, mean_with_normal_interval
+from forkrl.types import Prompt, RolloutEngine, RolloutGroup, SamplingParams, Verifier
+
+
+def sample_and_score(
+    engine: RolloutEngine,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    sampling: SamplingParams,
+    generator: torch.Generator,
+) -> list[RolloutGroup]:
+    """Sample responses and have each judged: groups with their verdicts, in the order of the prompts."""
+    groups = engine.generate(prompts, group_size=group_size, sampling=sampling, generator=generator)
+    return score_groups(groups, verifier)
+
+
+def score_groups(groups: Sequence[RolloutGroup], verifier: Verifier) -> list[RolloutGroup]:
+    """The same groups with a verdict for every rollout."""
+    verdicts = iter(verifier.verify([(group.prompt, rollout.text) for group in groups for rollout in group.rollouts]))
+    return [
+        RolloutGroup(group.prompt, group.rollouts, tuple(next(verdicts) for _ in group.rollouts)) for group in groups
+    ]
+
+
+def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Figures of an evaluation: avg@K with its 95% interval clustered by prompt, unbiased pass@k, lengths, entropy."""
+    num_samples = len(groups[0].rollouts)
+    accuracy = mean_with_interval([list(group.scores) for group in groups])
+    length = mean_with_normal_interval([[float(len(rollout)) for rollout in group.rollouts] for group in groups])
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    figures = {
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "length": length.mean,
+        "entropy": float(torch.cat([rollout.entropy for rollout in rollouts]).mean()),
+        "truncated_fraction": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
+        "problems": float(len(groups)),
+        "samples": float(num_samples),
+        "verifier_failures": float(sum(bool(verdict.failure) for group in groups for verdict in group.verdicts)),
+    }
+    solved = [sum(score == 1 for score in group.scores) for group in groups]
+    for k in (2**power for power in range(1, num_samples.bit_length())):
+        estimate = mean_pass_at_k(solved, num_samples, k)
+        figures |= {f"pass@{k}": estimate.mean, f"pass@{k}_low": estimate.low, f"pass@{k}_high": estimate.high}
+    return figures

@@ -1,0 +1,69 @@
+"""Ctrl-C and SIGTERM end a run where it can be taken up again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """The user or the system asked the run to stop. Not an ``Exception``: nothing on the way up may swallow it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class Interruption:
+    """While open, SIGINT and SIGTERM raise ``Interrupted``: at once inside ``allowed()``, else when it is next entered.
+
+    Weights change outside ``allowed()`` only, so a run never stops half-way through a step.
+    """
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+        self._allowed = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        # Python delivers signals to the main thread only; a run inside another thread is its host's to stop.
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A stretch that may be abandoned at any instant."""
+        self._allowed = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._allowed = False
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal has come."""
+        return self._signum is not None
+
+    def check(self) -> None:
+        """Stop here if a signal has come."""
+        if self._signum is not None:
+            raise Interrupted(self._signum)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        first = self._signum is None
+        self._signum = signum
+        if first and self._allowed:
+            raise Interrupted(signum)

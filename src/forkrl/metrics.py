@@ -1,0 +1,66 @@
+"""The figures of one step, by their names in ``metrics.jsonl``.
+
+Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from forkrl.types import RolloutGroup, TokenBatch
+from forkrl.update import Update
+
+
+def rollout_metrics(
+    sampled: Sequence[RolloutGroup], num_kept: int, num_batches: int, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """What sampling gave, over everything sampled, and what dynamic sampling dropped."""
+    rollouts = [rollout for group in sampled for rollout in group.rollouts]
+    num_tokens = sum(map(len, rollouts))
+    return {
+        "reward/accuracy": accuracy(sampled),
+        "response/length": num_tokens / len(rollouts),
+        "response/truncated_fraction": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
+        "rollout/tokens": float(num_tokens),
+        "rollout/tokens_per_s": num_tokens / seconds["rollout"],
+        "sampling/generation_batches": float(num_batches),
+        "sampling/groups_kept": float(num_kept),
+        "sampling/dropped_all_right": float(sum(min(group.scores) == max(group.scores) > 0 for group in sampled)),
+        "sampling/dropped_all_wrong": float(sum(max(group.scores) == 0 for group in sampled)),
+        "verifier/failures": float(sum(bool(verdict.failure) for group in sampled for verdict in group.verdicts)),
+        "time/rollout_s": seconds["rollout"],
+        "time/reward_s": seconds["reward"],
+    }
+
+
+def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> dict[str, float]:
+    """Means over the gradient steps of a batch, and what the selection really did over all its tokens."""
+    means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in updates[0].metrics}
+    entropy_N = torch.cat([update.entropy_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])
+    kept_N = torch.cat([update.selected_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])
+    positive_N = torch.cat(
+        [(part.advantages > 0)[:, None].expand_as(part.response_mask)[part.response_mask] for part in parts]
+    )
+    return means | {
+        "entropy/mean": _mean(entropy_N),
+        "entropy/threshold": float(entropy_N[kept_N].min()) if kept_N.any() else math.nan,
+        "entropy/selected_mean": _mean(entropy_N[kept_N]),
+        "entropy/unselected_mean": _mean(entropy_N[~kept_N]),
+        "selection/kept_fraction": _mean(kept_N),
+        "selection/kept_fraction_positive": _mean(kept_N[positive_N]),
+        "selection/kept_fraction_negative": _mean(kept_N[~positive_N]),
+    }
+
+
+def accuracy(groups: Sequence[RolloutGroup]) -> float:
+    """Mean score of all responses."""
+    scores = [score for group in groups for score in group.scores]
+    return sum(scores) / len(scores)
+
+
+def _mean(values_N: Tensor) -> float:
+    return float(values_N.float().mean()) if len(values_N) else math.nan

@@ -1,0 +1,373 @@
+"""A training run: everything it opens, and what happens around its steps (log, sample, save, resume, stop).
+
+What happens *in* a step stands in ``loop.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import forkrl
+from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from forkrl.config import TrainConfig, parse_recipe, recipe_differences, recipe_toml
+from forkrl.errors import TrainingHalted, UserError
+from forkrl.evaluation.held_out import sample_and_score, summarise
+from forkrl.interruption import Interrupted, Interruption
+from forkrl.model import Policy, open_policy
+from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.rewards import VerifierPool
+from forkrl.rollout import EmbeddedEngine
+from forkrl.run_folder import RunFolder, read_recipe
+from forkrl.selectors import select_tokens
+from forkrl.tasks import PromptStream, open_task
+from forkrl.threads import configure_threads
+from forkrl.tracking import Tracker, open_sinks
+from forkrl.types import RolloutEngine, RolloutGroup, SamplingParams, Task, Verifier
+
+EVAL_SEED = "evaluation"
+
+
+@dataclass
+class Run:
+    """The state of a run between its steps. ``step`` counts finished steps; 0 is the untrained model."""
+
+    config: TrainConfig
+    folder: RunFolder
+    policy: Policy
+    reference: Policy | None
+    optimizer: torch.optim.Optimizer
+    engine: RolloutEngine
+    verifier: Verifier
+    task: Task
+    prompts: PromptStream
+    generator: torch.Generator
+    tracker: Tracker
+    display: TrainingDisplay
+    interruption: Interruption
+    step: int = 0
+    gradient_steps: int = 0
+    _saved_step: int | None = None
+    _step_start: tuple[int, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._mark()
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps still to do. Each begins by noting where the random state and the data stand."""
+        while self.step < self.config.training.steps:
+            self._mark()
+            yield self.step + 1
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of a step that changes no weights: shown on the display, and a signal ends it at once."""
+        self.display.phase(name)
+        with self.interruption.allowed():
+            yield
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How training responses are sampled."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            max_response_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=self.policy.stop_token_ids(rollout.stop),
+        )
+
+    def set_learning_rate(self) -> float:
+        """Constant, after a linear warm-up over the first gradient steps; counts the gradient step about to come."""
+        self.gradient_steps += 1
+        warmup = self.config.optimizer.warmup_steps
+        lr = self.config.optimizer.lr * min(1.0, self.gradient_steps / warmup if warmup else 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def finish_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Count the step, log it, and save where the recipe says so."""
+        self.step += 1
+        self._mark()
+        if samples:
+            self.folder.write_rollouts(f"train-{self.step:06d}", samples)
+        self._log(metrics)
+        if self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps:
+            self.save()
+
+    def should_sample(self) -> bool:
+        """Whether the step being done writes a sample of its responses."""
+        return bool(self.config.log.rollouts_sampled) and (self.step + 1) % self.config.log.rollouts_every == 0
+
+    def evaluate_if_due(self) -> None:
+        """Accuracy on held-out prompts: before training, after the last step, and every ``eval.every`` steps.
+
+        The same prompts and the same random numbers each time; training's own generator is not touched.
+        """
+        every, last = self.config.eval.every, self.config.training.steps
+        if not (self.step in (0, last) or (every and self.step % every == 0)):
+            return
+        seed = int.from_bytes(f"{EVAL_SEED}/{self.config.seed}".encode()[:8], "little") ^ self.config.seed
+        with self.phase("eval"):
+            groups = sample_and_score(
+                self.engine,
+                self.verifier,
+                self.task.held_out[: self.config.eval.problems],
+                group_size=self.config.eval.samples,
+                sampling=SamplingParams(
+                    max_response_tokens=self.config.rollout.max_response_tokens,
+                    temperature=self.config.eval.temperature,
+                    stop_token_ids=self.sampling.stop_token_ids,
+                ),
+                generator=torch.Generator(self.policy.device).manual_seed(seed % 2**63),
+            )
+        written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
+        self.folder.write_rollouts(f"eval-{self.step:06d}", self._evaluation_rows(written))
+        self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
+
+    def save(self) -> None:
+        """Write a checkpoint of the finished steps, unless this step has one."""
+        if self._saved_step == self.step:
+            return
+        self.display.phase("save")
+        save_checkpoint(
+            self.folder.checkpoints,
+            self.step,
+            model=self.policy.model,
+            tokenizer=self.policy.tokenizer,
+            optimizer=self.optimizer,
+            generators={"sampling": self.generator},
+            progress={
+                "step": self.step,
+                "gradient_steps": self.gradient_steps,
+                "prompt_position": self.prompts.position,
+                "metrics_bytes": self.folder.metrics_bytes,
+            },
+            keep=self.config.checkpoint.keep,
+        )
+        self._saved_step = self.step
+
+    def stop(self) -> None:
+        """Abandon the step under way, if any, and save the finished ones."""
+        position, generator_state = self._step_start
+        self.prompts.position = position
+        self.generator.set_state(generator_state)
+        self.save()
+
+    def restore(self) -> None:
+        """Go back to the newest whole checkpoint; to the start where there is none."""
+        path = latest_checkpoint(self.folder.checkpoints)
+        if path is None:
+            self.folder.discard_after(-1, 0)
+            return
+        progress = load_checkpoint(
+            path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
+        )
+        self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
+        self.prompts.position = progress["prompt_position"]
+        self.folder.discard_after(self.step, progress["metrics_bytes"])
+        self._saved_step = self.step
+        self._mark()
+
+    def _mark(self) -> None:
+        self._step_start = (self.prompts.position, self.generator.get_state())
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        record = {"step": self.step, **metrics}
+        self.folder.append_metrics(record)
+        self.tracker.log(self.step, metrics)
+        self.display.update(record)
+
+    def _evaluation_rows(self, groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
+        """Rows for the run folder; ``selected`` is what the recipe's rule would pick over these very responses."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        entropy_N = torch.cat([rollout.entropy for rollout in rollouts])
+        selection = self.config.selection
+        selected_N = select_tokens(
+            entropy_N,
+            torch.ones_like(entropy_N, dtype=torch.bool),
+            selection.rule,
+            selection.ratio,
+            threshold=selection.threshold,
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )
+        selected = [part.tolist() for part in selected_N.split([len(rollout) for rollout in rollouts])]
+        return rollout_rows(self.step, groups, self.policy, selected)
+
+
+def rollout_rows(
+    step: int,
+    groups: Sequence[RolloutGroup],
+    policy: Policy,
+    selected: Sequence[Sequence[bool]],
+    rewards: Sequence[float] | None = None,
+    advantages: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of ``rollouts/*.parquet``, one a response; without rewards they are the scores, without advantages null."""
+    judged = [
+        (group.prompt, rollout, score)
+        for group in groups
+        for rollout, score in zip(group.rollouts, group.scores, strict=True)
+    ]
+    return [
+        {
+            "step": step,
+            "prompt_id": prompt.id,
+            "prompt": prompt.text,
+            "response": rollout.text,
+            "token_ids": list(rollout.response_ids),
+            "tokens": [policy.tokenizer.decode([token_id]) for token_id in rollout.response_ids],
+            "logprobs": rollout.logprobs.tolist(),
+            "entropy": rollout.entropy.tolist(),
+            "selected": list(selected[row]),
+            "score": score,
+            "reward": score if rewards is None else rewards[row],
+            "advantage": None if advantages is None else advantages[row],
+            "finished": rollout.finished,
+        }
+        for row, (prompt, rollout, score) in enumerate(judged)
+    ]
+
+
+@contextmanager
+def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | None = None) -> Iterator[Run]:
+    """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
+
+    On Ctrl-C or SIGTERM the finished steps are saved before ``Interrupted`` goes on to the caller; on a failure what
+    was saved before stays as it is.
+
+    Raises:
+        UserError: anything the user can mend: model, data, folder, recipe.
+    """
+    with ExitStack() as stack:
+        threads = configure_threads(config.runtime.threads)
+        torch.manual_seed(config.seed)
+        policy = open_policy(config.model, config.runtime.device)
+        policy.stop_token_ids(config.rollout.stop)  # a wrong one is better told before the run than in it
+        task = open_task(config.task, policy.tokenizer)
+        provenance = describe_provenance(config, task, threads, policy)
+        folder = stack.enter_context(_open_folder(config, out, resume, provenance))
+        tracker = stack.enter_context(open_sinks(config.log.sinks, folder.path, recipe_toml(config)))
+        interruption = stack.enter_context(Interruption())
+        verifier = stack.enter_context(
+            VerifierPool(
+                task.verifier,
+                workers=config.reward.workers,
+                deadline_s=config.reward.deadline_s,
+                memory_mb=config.reward.memory_mb,
+            )
+        )
+        run = Run(
+            config=config,
+            folder=folder,
+            policy=policy,
+            reference=_frozen_copy(policy) if config.loss.kl_coef else None,
+            optimizer=torch.optim.AdamW(
+                policy.model.parameters(),
+                lr=config.optimizer.lr,
+                betas=config.optimizer.betas,
+                eps=config.optimizer.eps,
+                weight_decay=config.optimizer.weight_decay,
+            ),
+            engine=EmbeddedEngine(
+                policy,
+                max_prompt_tokens=config.rollout.max_prompt_tokens,
+                max_sequences=config.rollout.max_sequences,
+                add_special_tokens=not config.task.chat_template,
+            ),
+            verifier=verifier,
+            task=task,
+            prompts=PromptStream(task.train, config.seed),
+            generator=torch.Generator(policy.device).manual_seed(config.seed),
+            tracker=tracker,
+            display=TrainingDisplay(config.training.steps),
+            interruption=interruption,
+        )
+        if resume is not None:
+            run.restore()
+        run.display = stack.enter_context(
+            TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
+        )
+        try:
+            yield run
+        except Interrupted:
+            run.stop()
+            raise
+        except TrainingHalted as error:
+            raise TrainingHalted(f"step {run.step + 1}: {error}; the last checkpoint is intact") from error
+
+
+def resumed_config(folder: Path, recipe: TrainConfig | None) -> TrainConfig:
+    """The recipe a run was started with.
+
+    Raises:
+        UserError: ``recipe``, given along with --resume, differs from it; the message lists what changed.
+    """
+    stored = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml"))
+    differences = recipe_differences(stored, recipe) if recipe is not None else []
+    if differences:
+        raise UserError(
+            f"--resume {folder}: the recipe has changed since the run began: {'; '.join(differences)}; "
+            f"resume without a recipe, or start a new run with --out"
+        )
+    return stored
+
+
+def describe_provenance(config: TrainConfig, task: Task, threads: int, policy: Policy) -> dict[str, Any]:
+    """What a figure needs to be repeated: versions, commit, data, threads, device."""
+    return {
+        "forkrl": forkrl.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "data_fingerprint": task.fingerprint,
+        "threads": threads,
+        "device": str(policy.device),
+        "command": shlex.join(["forkrl", *sys.argv[1:]]),
+    }
+
+
+def _commit() -> str:
+    """The commit of a source checkout, marked if it has changes; empty for an installed package."""
+    source = Path(__file__).resolve().parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _open_folder(
+    config: TrainConfig, out: Path | None, resume: Path | None, provenance: Mapping[str, Any]
+) -> RunFolder:
+    if resume is None:
+        assert out is not None
+        return RunFolder.create(out, recipe_toml(config), provenance)
+    folder = RunFolder.open(resume)
+    before, now = folder.provenance.get("data_fingerprint"), provenance["data_fingerprint"]
+    if before != now:
+        folder.close()
+        raise UserError(
+            f"--resume {resume}: the prompts of task.{config.task.name} are not those the run began with "
+            f"(fingerprint {str(before)[:12]} then, {str(now)[:12]} now); restore the data, or start a new run"
+        )
+    return folder
+
+
+def _frozen_copy(policy: Policy) -> Policy:
+    """The starting policy, kept for the KL term."""
+    return Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, policy.precision)
