@@ -1,10 +1,12 @@
 """What OpenMP's waiting policy costs a small training loop on a quiet and on a busy machine (docs/threads.md).
 
-    python -m benchmarks.threads [--steps 12]
+    python -m benchmarks.threads [--steps 4] [--rounds 2]
 
 Every case is a fresh process, for OpenMP reads its settings once. The work is that of a training run on the embedded
 model: gradient steps of a small transformer, and one-token forward passes as in decoding. The neighbours are: nobody, a
-process that keeps one core busy, or a second copy of the same work with the same settings.
+process that keeps one core busy, or a second copy of the same work with the same settings. With one thread there is
+nothing to wait for, so that row shows what the rest of the machine does. The settings take turns, round after round: a
+disturbance from outside then falls on all of them, and the spread between rounds shows how large it was.
 """
 
 from __future__ import annotations
@@ -43,18 +45,22 @@ def main() -> None:
         return
     setting = describe_setting()
     cases = []
-    for threads in sorted({1, available_cores()}):
-        for policy in POLICIES:
-            for neighbour in NEIGHBOURS:
+    for neighbour in NEIGHBOURS:
+        for number in range(1, options.rounds + 1):
+            for threads, policy in [(1, "passive"), *((available_cores(), policy) for policy in POLICIES)]:
                 figures = measure_apart(threads, policy, neighbour, options.steps)
-                cases.append({"threads": threads, "policy": policy, "neighbour": neighbour, **figures})
+                case = {"neighbour": neighbour, "threads": threads, "policy": policy, "round": number, **figures}
+                print(json.dumps(case), flush=True)
+                cases.append(case)
+                path = write_result("threads", setting, cases)  # after every case: a spinning one may take minutes
     show(cases)
-    print(f"written to {write_result('threads', setting, cases)}")
+    print(f"written to {path}")
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="OpenMP waiting policies under a busy neighbour.")
-    parser.add_argument("--steps", type=int, default=12, help="gradient steps of a case")
+    parser.add_argument("--steps", type=int, default=4, help="gradient steps of a case")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of every setting")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--forever", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -121,10 +127,12 @@ def milliseconds(function: Any, repeats: int) -> float:
 
 
 def show(cases: list[dict[str, Any]]) -> None:
-    table = Table("threads", "policy", "neighbour", "gradient step ms", "decoding step ms", "load before", box=None)
+    settings, figures_of = ("neighbour", "threads", "policy", "round"), ("update_ms", "decode_ms", "load_average")
+    table = Table(*settings, "gradient step ms", "decoding step ms", "load before", box=None)
     for case in cases:
-        figures = (f"{case[name]:.1f}" for name in ("update_ms", "decode_ms", "load_average"))
-        table.add_row(str(case["threads"]), case["policy"], case["neighbour"], *figures)
+        figures = (f"{case[name]:.1f}" for name in figures_of)
+        names = (str(case[name]) for name in settings)
+        table.add_row(*names, *figures)
     Console().print(table)
 
 
