@@ -80,12 +80,13 @@ def run_folder_on_a_full_disk(disk: Path) -> dict[str, Any]:
             run.write_rollouts("train-000001", [])
         except UserError as error:
             messages["rollouts"] = str(error)
-        lines = len(run.read_metrics()) - 1
+        *lines, torn = (disk / "run" / "metrics.jsonl").read_text().split("\n")
     try:
         RunFolder.create(disk / "another", {"seed": 1}, {})
     except UserError as error:
         messages["create"] = str(error)
-    return {"messages": messages, "logged": logged, "lines": lines, "new_files": sorted({*listing(disk)} - {*before})}
+    lines = {"logged": logged, "lines": len(lines) - 1, "torn": torn}
+    return {"messages": messages, **lines, "new_files": sorted({*listing(disk)} - {*before})}
 
 
 def main(disk: Path) -> None:

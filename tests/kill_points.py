@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forkrl.checkpoint import latest_checkpoint
+from forkrl.checkpoint import latest_checkpoint, verify_checkpoint
+from forkrl.errors import UserError
 from tests.tiny_state import TinyState, tiny_state
 
 _TRACEME, _SYSCALL, _SETOPTIONS, _GET_SYSCALL_INFO = 0, 24, 0x4200, 0x420E
@@ -220,8 +221,17 @@ def _what_is_left(scenario: Scenario, copy: Path) -> dict[str, Any]:
     """The manifest of the checkpoint that a resume would take, and the folders once the save is tried again."""
     found = latest_checkpoint(copy)
     manifest = (found / "manifest.json").read_text() if found else None
+    halves = [path.name for path in copy.glob("step-*") if not _is_whole(path)]
     scenario.save(copy)
-    return {"manifest": manifest, "after_retry": sorted(path.name for path in copy.iterdir())}
+    return {"manifest": manifest, "halves": halves, "after_retry": sorted(path.name for path in copy.iterdir())}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify_checkpoint(checkpoint)
+    except UserError:
+        return False
+    return True
 
 
 def everywhere(root: Path) -> dict[str, Any]:

@@ -274,6 +274,14 @@ class TestDamage:
         with pytest.raises(UserError, match=r"manifest.json: damaged checkpoint"):
             verify_checkpoint(saved)
 
+    def test_a_checkpoint_in_the_folder_of_another_step_is_refused(self, saved: Path) -> None:
+        moved = saved.rename(saved.with_name("step-3"))
+        with pytest.raises(
+            UserError, match=r"manifest.json: damaged checkpoint: it says step 2 in a folder named step-3"
+        ):
+            verify_checkpoint(moved)
+        verify_checkpoint(moved.rename(saved.with_name("the-best-one")))  # a name of the user's own is fine
+
     def test_a_manifest_reaches_nothing_outside_the_checkpoint(self, saved: Path) -> None:
         manifest = json.loads((saved / "manifest.json").read_text())
         manifest["files"]["../../etc/passwd"] = {"size": 0, "sha256": ""}

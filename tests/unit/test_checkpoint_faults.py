@@ -67,6 +67,13 @@ def test_the_next_save_after_a_kill_clears_away_what_it_left(killed: Any, name: 
 
 
 @needs_ptrace
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_half_a_checkpoint_never_stands_under_its_own_name(killed: Any, name: str) -> None:
+    for point in killed["everywhere"][name]["points"]:
+        assert point["halves"] == [], point["after"]
+
+
+@needs_ptrace
 def test_the_kill_points_include_writes_made_outside_python(killed: Any) -> None:
     for name in SCENARIOS:
         written = [operation for operation in killed["everywhere"][name]["operations"] if operation["call"] == "write"]
@@ -166,6 +173,7 @@ def test_a_full_disk_leaves_metrics_in_whole_lines_and_nothing_half_written(full
     for what, file in [("metrics", "metrics.jsonl"), ("rollouts", "train-000001.parquet"), ("create", "another")]:
         assert f"{file}: cannot be written (No space left on device)" in seen["messages"][what]
     assert 0 < seen["logged"] == seen["lines"]
+    assert seen["torn"] == ""
     assert seen["new_files"] == ["another", "another/.lock"]
 
 
