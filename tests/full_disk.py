@@ -85,8 +85,8 @@ def run_folder_on_a_full_disk(disk: Path) -> dict[str, Any]:
         RunFolder.create(disk / "another", {"seed": 1}, {})
     except UserError as error:
         messages["create"] = str(error)
-    lines = {"logged": logged, "lines": len(lines) - 1, "torn": torn}
-    return {"messages": messages, **lines, "new_files": sorted({*listing(disk)} - {*before})}
+    log = {"logged": logged, "lines": len(lines) - 1, "torn": torn}
+    return {"messages": messages, **log, "new_files": sorted({*listing(disk)} - {*before})}
 
 
 def main(disk: Path) -> None:
