@@ -1,0 +1,234 @@
+"""One gradient step: the identities of the method, and every flag of the selection changes the gradient."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from forkrl.batching import collate, cut_micro_batches
+from forkrl.config import TrainConfig
+from forkrl.errors import TrainingHalted
+from forkrl.model import Policy
+from forkrl.rollout import EmbeddedEngine
+from forkrl.types import Prompt, SamplingParams, TokenBatch
+from forkrl.update import Update, update_policy
+from tests.models import random_policy
+
+NUM_PROMPTS, GROUP = 6, 4
+SEQUENCE_ROOM = 40
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return random_policy()
+
+
+@pytest.fixture(scope="module")
+def batch(policy: Policy) -> TokenBatch:
+    """Sampled responses with random advantages, and old log-probs moved a little, so that some ratios are clipped."""
+    generator = torch.Generator().manual_seed(0)
+    engine = EmbeddedEngine(policy, max_prompt_tokens=16)
+    prompts = [Prompt(str(index), str(index) * (index + 1), "") for index in range(NUM_PROMPTS)]
+    groups = engine.generate(prompts, group_size=GROUP, sampling=SamplingParams(24), generator=generator)
+    advantages_PG = torch.randn(NUM_PROMPTS, GROUP, generator=generator)
+    made = collate(groups, advantages_PG, pad_id=0)
+    noise = torch.randn(made.old_logprobs.shape, generator=generator) * made.response_mask
+    fields = {name: getattr(made, name) for name in made.__slots__}
+    changed = {
+        "old_logprobs": made.old_logprobs + 0.3 * noise,
+        "rollout_entropy": (made.rollout_entropy + 0.5 * noise).clamp(min=0),
+    }
+    return TokenBatch(**fields | changed)
+
+
+def recipe(micro_batch_tokens: int = 100_000, **sections: dict[str, Any]) -> TrainConfig:
+    values: dict[str, Any] = {
+        "rollout": {"max_prompt_tokens": 16, "max_response_tokens": 24, "prompts_per_step": NUM_PROMPTS},
+        "training": {"mini_batch_prompts": NUM_PROMPTS, "micro_batch_tokens": micro_batch_tokens},
+        "reward": {"overlong_cache": 0},
+        "optimizer": {"lr": 1e-9, "max_grad_norm": 1e9},
+    }
+    return TrainConfig.model_validate(values | sections)
+
+
+def gradient(
+    policy: Policy, batch: TokenBatch, config: TrainConfig, reference: Policy | None = None
+) -> tuple[Tensor, Update]:
+    """The gradient of one update, flat; the policy's weights are left alone."""
+    working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+    update = update_policy(working, reference, optimizer, batch, config, torch.Generator().manual_seed(5))
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in working.model.parameters() if parameter.grad is not None]
+    ), update
+
+
+def naive_gradient(policy: Policy, batch: TokenBatch, selected_BT: Tensor, denominator: int) -> Tensor:
+    """Equation 6 written down once more, with the model's own logits and nothing of ForkRL's."""
+    working = copy.deepcopy(policy.model)
+    logits = working(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+    logprobs = logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
+    ratio = (logprobs - batch.old_logprobs).exp()
+    advantages = batch.advantages[:, None]
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    (-(surrogate * selected_BT).sum() / denominator).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in working.parameters() if parameter.grad is not None])
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    return bool((first - second).norm() <= 1e-5 * second.norm())
+
+
+def test_all_is_plain_dapo(policy: Policy, batch: TokenBatch) -> None:
+    expected = naive_gradient(policy, batch, batch.response_mask, batch.num_response_tokens)
+    for loss in ({}, {"denominator": "response"}):
+        measured, update = gradient(policy, batch, recipe(selection={"rule": "all"}, loss=loss))
+        assert close(measured, expected)
+        assert update.selected_BT.equal(batch.response_mask)
+
+
+def test_top_entropy_is_equation_6(policy: Policy, batch: TokenBatch) -> None:
+    measured, update = gradient(policy, batch, recipe(selection={"scope": "mini_batch"}))
+    kept = int(update.selected_BT.sum())
+    assert kept == -(-batch.num_response_tokens // 5)
+    with torch.no_grad():
+        logprobs_BTV = policy.model(input_ids=batch.input_ids).logits.log_softmax(-1)
+    entropy_BT = -(logprobs_BTV.exp() * logprobs_BTV).sum(-1)
+    threshold = entropy_BT[batch.response_mask].sort(descending=True).values[kept - 1]
+    assert update.selected_BT.equal((entropy_BT >= threshold - 1e-6) & batch.response_mask)
+    assert close(measured, naive_gradient(policy, batch, update.selected_BT, kept))
+
+
+@pytest.mark.parametrize("denominator", ["selected", "response"])
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"rule": "all"},
+        {"rule": "top_entropy", "scope": "mini_batch"},
+        {"rule": "top_entropy", "scope": "sequence"},
+        {"rule": "bottom_entropy", "ratio": 0.8, "scope": "mini_batch"},
+        {"rule": "random", "scope": "mini_batch"},
+        {"rule": "random", "scope": "sequence"},
+        {"rule": "threshold", "threshold": 0.9},
+        {"rule": "top_entropy", "scope": "mini_batch", "entropy": "rollout"},
+    ],
+    ids=lambda value: " ".join(map(str, value.values())),
+)
+def test_one_micro_batch_or_many_give_the_same_gradient(
+    policy: Policy, batch: TokenBatch, selection: dict[str, Any], denominator: str
+) -> None:
+    sections: dict[str, Any] = {
+        "selection": selection,
+        "loss": {"denominator": denominator, "kl_coef": 0.1, "entropy_coef": 0.01},
+    }
+    reference = random_policy(seed=1)
+    whole, one = gradient(policy, batch, recipe(**sections), reference)
+    pieces, many = gradient(policy, batch, recipe(micro_batch_tokens=SEQUENCE_ROOM, **sections), reference)
+    assert len(cut_micro_batches(batch, 100_000)) == 1
+    assert len(cut_micro_batches(batch, SEQUENCE_ROOM)) >= 8, "the cut is no cut"
+    assert one.selected_BT.equal(many.selected_BT)
+    assert close(pieces, whole)
+    for name, value in one.metrics.items():
+        assert many.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_the_scope_micro_batch_selects_within_each_cut_and_still_takes_one_token_mean(
+    policy: Policy, batch: TokenBatch
+) -> None:
+    measured, update = gradient(policy, batch, recipe(micro_batch_tokens=SEQUENCE_ROOM))
+    kept = [
+        (int(update.selected_BT[rows].sum()), int(batch.response_mask[rows].sum()))
+        for rows in cut_micro_batches(batch, SEQUENCE_ROOM)
+    ]
+    assert all(selected == max(1, -(-tokens // 5)) for selected, tokens in kept)
+    assert close(measured, naive_gradient(policy, batch, update.selected_BT, sum(selected for selected, _ in kept)))
+
+
+@pytest.mark.parametrize(
+    ("flag", "one", "other"),
+    [
+        ("rule", {"rule": "all"}, {"rule": "top_entropy"}),
+        ("rule", {"rule": "top_entropy"}, {"rule": "bottom_entropy"}),
+        ("rule", {"rule": "top_entropy"}, {"rule": "random"}),
+        ("rule", {"rule": "top_entropy"}, {"rule": "threshold", "threshold": 0.9}),
+        ("ratio", {"ratio": 0.2}, {"ratio": 0.5}),
+        ("threshold", {"rule": "threshold", "threshold": 0.5}, {"rule": "threshold", "threshold": 1.5}),
+        ("scope", {"scope": "micro_batch"}, {"scope": "mini_batch"}),
+        ("scope", {"scope": "mini_batch"}, {"scope": "sequence"}),
+        ("scope", {"scope": "micro_batch"}, {"scope": "sequence"}),
+        ("entropy", {"entropy": "current"}, {"entropy": "rollout"}),
+    ],
+)
+def test_each_selection_flag_changes_the_gradient(
+    policy: Policy, batch: TokenBatch, flag: str, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    first, _ = gradient(policy, batch, recipe(micro_batch_tokens=4 * SEQUENCE_ROOM, selection=one))
+    second, _ = gradient(policy, batch, recipe(micro_batch_tokens=4 * SEQUENCE_ROOM, selection=other))
+    assert not close(first, second), flag
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"denominator": "response"},
+        {"clip_low": 0.05},
+        {"clip_high": 0.05},
+        {"dual_clip": 1.01},
+        {"entropy_coef": 0.1},
+        {"kl_coef": 0.5},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_each_loss_setting_changes_the_gradient(policy: Policy, batch: TokenBatch, loss: dict[str, Any]) -> None:
+    reference = random_policy(seed=1) if "kl_coef" in loss else None
+    plain, _ = gradient(policy, batch, recipe())
+    changed, _ = gradient(policy, batch, recipe(loss=loss), reference)
+    assert not close(plain, changed)
+
+
+def test_denominators_differ_by_the_kept_fraction_alone(policy: Policy, batch: TokenBatch) -> None:
+    selected, update = gradient(policy, batch, recipe())
+    response, _ = gradient(policy, batch, recipe(loss={"denominator": "response"}))
+    fraction = float(update.selected_BT.sum()) / batch.num_response_tokens
+    assert close(response, selected * fraction)
+
+
+def test_a_selection_that_finds_no_token_gives_zero_gradient(policy: Policy, batch: TokenBatch) -> None:
+    measured, update = gradient(policy, batch, recipe(selection={"rule": "threshold", "threshold": 50.0}))
+    assert not update.selected_BT.any()
+    assert not measured.any()
+    assert update.metrics["loss/policy"] == 0
+
+
+def test_temperature_reaches_the_gradient(policy: Policy, batch: TokenBatch) -> None:
+    values = recipe().model_dump()
+    values["rollout"]["temperature"] = 0.7
+    assert not close(gradient(policy, batch, recipe())[0], gradient(policy, batch, TrainConfig(**values))[0])
+
+
+def test_padding_cannot_reach_the_gradient(policy: Policy, batch: TokenBatch) -> None:
+    padding = ~batch.attention_mask
+    assert padding.any()
+    fields = {name: getattr(batch, name) for name in batch.__slots__}
+    other = TokenBatch(
+        **fields | {"input_ids": batch.input_ids.where(~padding, 7), "targets": batch.targets.where(~padding, 9)}
+    )
+    assert gradient(policy, batch, recipe())[0].equal(gradient(policy, other, recipe())[0])
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
+def test_a_diverged_model_stops_before_its_weights_change(batch: TokenBatch, scope: str) -> None:
+    broken = random_policy()
+    with torch.no_grad():
+        broken.head_weight[2, 2] = torch.inf
+    before = copy.deepcopy(broken.model.state_dict())
+    optimizer = torch.optim.SGD(broken.model.parameters(), lr=1.0)
+    with pytest.raises(TrainingHalted, match="entropy is NaN or infinite"):
+        update_policy(broken, None, optimizer, batch, recipe(selection={"scope": scope}), torch.Generator())
+    with pytest.raises(TrainingHalted, match="the loss is nan"):
+        update_policy(broken, None, optimizer, batch, recipe(selection={"rule": "all"}), torch.Generator())
+    assert all(tensor.equal(before[name]) for name, tensor in broken.model.state_dict().items())
