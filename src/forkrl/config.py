@@ -363,16 +363,19 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _explain(schema: type[Section], item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        known = _known_keys(schema)
-        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1
-        )
-        suggestion = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
-        return f"{key} is not a setting" + (f"; did you mean {suggestion}?" if suggestion else "")
+        nearest = _nearest_key(key, _known_keys(schema))
+        return f"{key} is not a setting" + (f"; did you mean {nearest}?" if nearest else "")
     message = str(item["msg"]).removeprefix("Value error, ")
     if not key or (item["type"] == "value_error" and "." in message.split(" ")[0]):
         return message
     return f"{key} = {item['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _nearest_key(key: str, known: list[str]) -> str | None:
+    """The setting most likely meant: the same name in another section, else the closest spelling."""
+    name = key.rpartition(".")[2]
+    moved = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    return next(iter(moved or difflib.get_close_matches(key, known, n=1)), None)
 
 
 def _known_keys(schema: type[Section], prefix: str = "") -> list[str]:

@@ -1,0 +1,70 @@
+"""Recipes: every mistake gets one line that names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forkrl.config import TrainConfig, load_recipe, recipe_differences, recipe_toml
+from forkrl.errors import UserError
+
+MISTAKES = [
+    ("loss.clip_hgh=0.3", "loss.clip_hgh is not a setting; did you mean loss.clip_high?"),
+    ("selecton.rule=all", "selecton is not a setting; did you mean selection?"),
+    ("loss.lr=1", "loss.lr is not a setting; did you mean optimizer.lr?"),
+    ("selection.rule=top", "selection.rule = 'top': input should be 'all', 'top_entropy', 'bottom_entropy', 'random'"),
+    ("selection.ratio=1.5", "selection.ratio = 1.5: input should be less than or equal to 1"),
+    ("selection.ratio=0", "selection.ratio = 0: input should be greater than 0"),
+    ("selection.rule=threshold", 'selection.threshold goes with selection.rule = "threshold"'),
+    ("selection.threshold=0.5", 'selection.threshold goes with selection.rule = "threshold"'),
+    ("rollout.group_size=1", "rollout.group_size = 1: input should be greater than or equal to 2"),
+    ("rollout.group_size=8.5", "rollout.group_size = 8.5: input should be a valid integer"),
+    ("rollout.temperature=nan", "rollout.temperature = nan: input should be a finite number"),
+    ("optimizer.lr=fast", "optimizer.lr = 'fast': input should be a valid number"),
+    ("training.mini_batch_prompts=5", "training.mini_batch_prompts = 5 does not divide rollout.prompts_per_step = 512"),
+    ("training.micro_batch_tokens=100", "training.micro_batch_tokens = 100 cannot hold one sequence"),
+    ("reward.overlong_cache=20480", "reward.overlong_cache = 20480 is not below rollout.max_response_tokens = 20480"),
+    ("task.name=dataset", "task.data is empty"),
+    ("task.template=hello", "task.template has no {prompt}"),
+    ("loss=3", "loss = 3: input should be a valid dictionary"),
+    ("nonsense", "'nonsense' is not an override; write section.key=value"),
+    ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=lambda value: value[:30])
+def test_a_mistake_is_named_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(TrainConfig, None, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[loss]\nclip_low = 0.1\nclip_high = 0.3\n[model]\npath = "there"\n')
+    config = load_recipe(TrainConfig, recipe, ["loss.clip_high=0.4", 'log.sinks=["tensorboard"]', "model.path=here/x"])
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.1, 0.4, None)
+    assert config.log.sinks == ("tensorboard",)
+    assert config.model.path == "here/x"
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.toml: no such recipe"):
+        load_recipe(TrainConfig, tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[loss\n")
+    with pytest.raises(UserError, match=r"broken\.toml: not valid TOML: .*line 1"):
+        load_recipe(TrainConfig, broken)
+
+
+def test_a_recipe_survives_its_own_toml() -> None:
+    config = load_recipe(TrainConfig, None, ["selection.rule=threshold", "selection.threshold=0.672", "seed=7"])
+    assert TrainConfig.model_validate(recipe_toml(config)) == config
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    old, new = TrainConfig(), load_recipe(TrainConfig, None, ["optimizer.lr=2e-6", "selection.ratio=0.1"])
+    assert recipe_differences(old, new) == ["selection.ratio: 0.2 -> 0.1", "optimizer.lr: 1e-06 -> 2e-06"]
+    assert not recipe_differences(old, TrainConfig())
