@@ -137,8 +137,9 @@ class SelectionConfig(Section):
 
 class LossConfig(Section):
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """epsilon_low: below 1 - clip_low a ratio brings no more gradient where the advantage is negative."""
     clip_high: NonNegative = 0.28
-    """Clip-higher: the ratio may rise further than it may fall."""
+    """epsilon_high (clip-higher): the ratio may rise further than it may fall."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound the loss of negative advantages at dual_clip x |advantage| (the official scripts: 10)."""
     denominator: Literal["selected", "response"] = "selected"
@@ -151,12 +152,17 @@ class LossConfig(Section):
 
 class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Learning rate of AdamW, constant after the warm-up."""
     warmup_steps: Count = 0
     """Gradient steps over which lr rises linearly from 0; then it stays constant."""
     weight_decay: NonNegative = 0.1
+    """Decoupled, on all parameters (the official scripts')."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of AdamW's averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second average."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Longer gradients are scaled down to this norm (the official scripts')."""
 
 
 class TrainingConfig(Section):
@@ -176,6 +182,7 @@ class EvalConfig(Section):
     samples: PositiveInt = 1
     """Responses to each."""
     temperature: NonNegative = 1.0
+    """Sampling temperature; 0 is greedy."""
 
 
 class CheckpointConfig(Section):
@@ -205,6 +212,7 @@ class TrainConfig(Section):
     """A recipe for ``forkrl train``."""
 
     seed: Count = 0
+    """Of sampling, data order and evaluation: the same seed, machine and threads give the same run to the bit."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
