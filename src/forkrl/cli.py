@@ -30,7 +30,7 @@ very same weights.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code is returned."""
     configure_environment()  # before anything imports torch
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_arguments(argv)
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
@@ -43,6 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("forkrl: interrupted", file=sys.stderr)
         return 130
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command; overrides may stand anywhere, before, between and after its options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:  # argparse takes positional arguments from one place only
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ state (logit soft-capping, scaling) would be trained wrongly that way: it is rec
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
@@ -89,6 +91,8 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
             linear map.
     """
     path = model_location(config.path)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # in a log it is noise around the lines that matter
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
         model = AutoModelForCausalLM.from_pretrained(
