@@ -1,0 +1,198 @@
+"""Runs ``forkrl`` commands as processes of their own, without paying for ``import torch`` each time.
+
+``python -m tests.smoke.launcher`` imports everything once and then forks a child for every request, so that each
+command has its own signals, threads, random states, file descriptors and exit code, and can be killed.
+
+Requests are JSON lines on standard input, one answer each on standard output: ``{"argv": […], …}`` starts a command and
+answers with its process id, ``{"wait": PID}`` answers with its exit status once it has ended, with null before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+# Where a fault can strike: the calls that make up a run, each counted over the whole command.
+POINTS = {
+    "token": "forkrl.rollout.embedded:sample_tokens",
+    "reward": "forkrl.loop:score_groups",
+    "gradient": "torch:Tensor.backward",
+    "optimizer": "torch.optim:AdamW.step",
+    "eval": "forkrl.run:sample_and_score",
+    "log": "forkrl.run_folder:RunFolder.append_metrics",
+    "sample": "forkrl.run_folder:RunFolder.write_rollouts",
+    "save": "forkrl.run:save_checkpoint",
+    "manifest": "json:dumps",
+    "rename": "os:rename",
+    "unlink": "os:unlink",
+    "rmtree": "shutil:rmtree",
+    "sync": "os:fsync",
+}
+_WARM = (
+    "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.loop", "forkrl.run",
+    "forkrl.report", "forkrl.evaluation.command", "forkrl.cli",
+)  # fmt: skip
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
+
+
+def main() -> None:
+    for name in _WARM:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], os.WNOHANG)
+            answer: int | None = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _run_child(request)
+        print(json.dumps(answer), flush=True)
+    os._exit(0)  # nothing here needs an orderly end, which takes torch a while
+
+
+def _run_child(request: dict[str, Any]) -> NoReturn:
+    """Become the command: its own standard streams, folder and environment; end with its exit code."""
+    code = 70  # of a bug
+    try:
+        os.chdir(request["cwd"])
+        os.environ.update(request.get("environment", {}))
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(file, descriptor)
+        sys.argv = ["forkrl", *request["argv"]]
+        sys.path.insert(0, request["cwd"])
+        if disk := request.get("disk"):
+            _mount_small_disk(disk)
+        if request.get("without_report"):
+            _leave_report_out()
+        for fault in request.get("faults", ()):
+            _arrange(**fault)
+        from forkrl.cli import main as command
+
+        code = command(request["argv"])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        if disk := request.get("disk"):
+            shutil.copytree(disk["at"], disk["copy"], dirs_exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _arrange(point: str, count: int, signal: int | None = None, action: str = "", after: bool = False) -> None:
+    """Make the ``count``-th call at a point send this process a signal, before or after it does its work.
+
+    ``point = "anywhere"`` counts Python calls of whatever kind. ``action = "poison"`` makes the weights NaN instead.
+    """
+
+    def strike() -> None:
+        if action == "poison":
+            _poison_weights()
+        else:
+            assert signal is not None
+            os.kill(os.getpid(), signal)
+
+    if point == "anywhere":
+        _strike_anywhere(count, strike)
+        return
+    module, _, path = POINTS[point].partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    setattr(owner, name, _striking(getattr(owner, name), count, strike, after))
+
+
+def _striking(function: Callable[..., Any], count: int, strike: Callable[[], None], after: bool) -> Callable[..., Any]:
+    calls = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        due = calls == count
+        if due and not after:
+            strike()
+        result = function(*args, **kwargs)
+        if due and after:
+            strike()
+        return result
+
+    return wrapper
+
+
+def _strike_anywhere(count: int, strike: Callable[[], None]) -> None:
+    """Strike at the ``count``-th call since training began; with 0, write at its end how many there were."""
+    import forkrl.loop
+
+    train = forkrl.loop.train
+    calls = 0
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        if event in ("call", "c_call"):
+            calls += 1
+            if calls == count:
+                strike()
+
+    def counted(*args: Any) -> None:
+        sys.setprofile(profile)
+        try:
+            train(*args)
+        finally:
+            sys.setprofile(None)
+            Path("calls").write_text(str(calls))
+
+    forkrl.loop.train = counted
+
+
+def _leave_report_out() -> None:
+    """Drawing costs more than the tiny training that it draws."""
+    import forkrl.report
+
+    forkrl.report.write_run_report = lambda folder: folder / "report.html"
+
+
+def _poison_weights() -> None:
+    """One NaN in every model of the process, as a diverged step would leave it."""
+    import gc
+
+    import torch
+    from transformers import PreTrainedModel
+
+    for model in [item for item in gc.get_objects() if isinstance(item, PreTrainedModel)]:
+        with torch.no_grad():
+            next(model.parameters()).fill_(torch.nan)
+
+
+def _mount_small_disk(disk: dict[str, Any]) -> None:
+    """A tmpfs of so many bytes that only this process sees."""
+    library = ctypes.CDLL(None, use_errno=True)
+    Path(disk["at"]).mkdir(parents=True, exist_ok=True)
+    options = f"size={disk['size']}".encode()
+    if (
+        library.unshare(_CLONE_NEWNS)
+        or library.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+        or library.mount(b"tmpfs", disk["at"].encode(), b"tmpfs", 0, options)
+    ):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

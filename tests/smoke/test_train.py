@@ -1,0 +1,244 @@
+"""One command trains a model and leaves a run folder behind; each setting that should change the weights does."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.smoke.world import Run, World
+
+LEARNING = (
+    "optimizer.lr=0.03", "training.steps=16", "rollout.prompts_per_step=8", "training.mini_batch_prompts=4",
+    "training.micro_batch_tokens=600", "task.held_out_rows=12", "eval.every=8", "eval.problems=12", "eval.samples=8",
+    "log.rollouts_every=4", "checkpoint.every=6",
+)  # fmt: skip
+SHORT = ("training.steps=2", "eval.problems=1", "eval.every=0", "log.rollouts_sampled=0", "checkpoint.keep=1")
+TRAINING_METRICS = {
+    "reward/accuracy", "reward/mean", "response/length", "response/truncated_fraction", "entropy/mean",
+    "entropy/threshold", "entropy/selected_mean", "entropy/unselected_mean", "selection/kept_fraction",
+    "selection/kept_fraction_positive", "selection/kept_fraction_negative", "loss/policy", "loss/kl", "loss/entropy",
+    "loss/clip_fraction", "grad/norm", "optimizer/lr", "rollout/tokens", "rollout/tokens_per_s", "time/rollout_s",
+    "time/reward_s", "time/update_s", "time/step_s", "sampling/generation_batches", "sampling/dropped_all_right",
+    "sampling/dropped_all_wrong", "verifier/failures",
+}  # fmt: skip
+EVALUATION_METRICS = {
+    "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/length", "eval/entropy",
+    "eval/truncated_fraction", "eval/problems",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(world: World) -> Run:
+    """A run that learns, report and all."""
+    outcome = world.train("learned", *LEARNING)
+    assert outcome.code == 0, outcome.stderr
+    return Run(world.folder / "learned", outcome)
+
+
+def test_reward_and_held_out_accuracy_rise(learned: Run) -> None:
+    accuracy = learned.column("reward/accuracy")
+    assert sum(accuracy[-3:]) / 3 > sum(accuracy[:3]) / 3 + 0.3
+    before, *_, after = [record for record in learned.metrics if "eval/accuracy" in record]
+    assert (before["step"], after["step"]) == (0, 16)
+    assert after["eval/accuracy_low"] > before["eval/accuracy_high"]
+
+
+def test_metrics_have_every_documented_name_on_every_step(learned: Run) -> None:
+    training = [record for record in learned.metrics if "reward/accuracy" in record]
+    evaluations = [record for record in learned.metrics if "eval/accuracy" in record]
+    assert [record["step"] for record in training] == list(range(1, 17))
+    assert [record["step"] for record in evaluations] == [0, 8, 16]
+    for record in training:
+        assert record.keys() >= TRAINING_METRICS
+        assert all(isinstance(value, int | float) for value in record.values()), record
+    for record in evaluations:
+        assert record.keys() >= EVALUATION_METRICS
+    assert 0.2 <= training[0]["selection/kept_fraction"] < 0.25
+    assert training[0]["entropy/selected_mean"] > training[0]["entropy/unselected_mean"]
+
+
+def test_config_holds_the_resolved_recipe_and_where_it_ran(learned: Run) -> None:
+    config = tomllib.loads((learned.folder / "config.toml").read_text())
+    assert config["optimizer"]["lr"] == 0.03
+    assert config["selection"] == {"rule": "top_entropy", "ratio": 0.2, "scope": "micro_batch", "entropy": "current"}
+    assert config["provenance"].keys() >= {
+        "forkrl", "torch", "transformers", "python", "commit", "data_fingerprint", "threads", "device"
+    }  # fmt: skip
+
+
+def test_rollouts_hold_a_value_per_token(learned: Run) -> None:
+    names = {path.name for path in (learned.folder / "rollouts").iterdir()}
+    assert names == {
+        *(f"train-{step:06d}.parquet" for step in (4, 8, 12, 16)), *(f"eval-{step:06d}.parquet" for step in (0, 8, 16))
+    }  # fmt: skip
+    for name in names:
+        rows = pq.read_table(learned.folder / "rollouts" / name).to_pylist()
+        assert rows
+        for row in rows:
+            length = len(row["token_ids"])
+            assert {len(row[key]) for key in ("tokens", "logprobs", "entropy", "selected")} == {length}
+            assert row["finished"] == (row["token_ids"][-1] == 1)
+            assert "".join(row["tokens"][: length - row["finished"]]) == row["response"]
+            assert row["score"] == (row["response"][:1] in tuple("13579"))
+            assert (row["advantage"] is None) == name.startswith("eval")
+        assert any(any(row["selected"]) for row in rows)
+
+
+def test_checkpoints_load_with_transformers(learned: Run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert learned.checkpoints == ["step-12", "step-16"]
+    model = AutoModelForCausalLM.from_pretrained(learned.last_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(learned.last_checkpoint)
+    ids = tokenizer("3+4=", return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]
+    assert tokenizer.decode([answer]) in tuple("13579")
+
+
+def test_a_run_prints_what_it_does_as_plain_lines(learned: Run) -> None:
+    lines = learned.outcome.stdout.splitlines()
+    assert lines[0].startswith("training on the 20% of tokens with the highest entropy in each micro-batch")
+    assert [line.split()[1] for line in lines if "accuracy" in line and line.startswith("step")] == [
+        f"{step}/16" for step in range(1, 17)
+    ]
+    assert lines[-2].startswith("Held-out accuracy rose from ")
+    assert lines[-1] == "report: learned/report.html"
+    assert "\x1b" not in learned.outcome.stdout
+    assert learned.outcome.stderr == ""
+    assert "Held-out accuracy rose" in (learned.folder / "report.html").read_text()
+
+
+def test_eval_of_a_run_takes_its_newest_checkpoint_and_its_task(world: World, learned: Run) -> None:
+    outcome = world.run("eval", "learned", "--problems", "12", "--samples", "4", "--out", "figures.json")
+    assert outcome.code == 0, outcome.stderr
+    assert "on 12 held-out problems of prompts.jsonl, 4 response(s) each" in outcome.stdout
+    figures = json.loads((world.folder / "figures.json").read_text())
+    assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
+    assert abs(figures["accuracy"] - learned.column("eval/accuracy")[-1]) < 0.15
+    assert figures["accuracy"] <= figures["pass@2"] <= figures["pass@4"]
+    again = world.run("eval", learned.last_checkpoint, "--recipe", "recipe.toml", "--problems", "12", "--samples", "4",
+                      "task.held_out_rows=12", "--out", "again.json")  # fmt: skip
+    assert again.code == 0, again.stderr
+    same = json.loads((world.folder / "again.json").read_text())
+    assert {**same, "model": "learned"} == figures
+
+
+def test_report_is_written_anew(world: World, learned: Run) -> None:
+    before = (learned.folder / "report.html").read_text()
+    (learned.folder / "report.html").unlink()
+    outcome = world.run("report", "learned")
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (0, "report: learned/report.html\n", "")
+    assert (learned.folder / "report.html").read_text() == before
+
+
+def test_dry_run_prints_the_resolved_recipe_and_touches_nothing(world: World) -> None:
+    outcome = world.run("train", "recipe.toml", "selection.ratio=0.3", "--out", "dry", "--dry-run")
+    assert outcome.code == 0, outcome.stderr
+    printed = tomllib.loads(outcome.stdout)
+    assert (printed["selection"]["ratio"], printed["rollout"]["group_size"]) == (0.3, 8)
+    assert "# training on the 30% of tokens" in outcome.stdout
+    assert not (world.folder / "dry").exists()
+
+
+VARIATIONS = {
+    "base": (),
+    "rule all": ("selection.rule=all",),
+    "rule bottom": ("selection.rule=bottom_entropy",),
+    "rule random": ("selection.rule=random",),
+    "rule threshold": ("selection.rule=threshold", "selection.threshold=2.7"),
+    "ratio": ("selection.ratio=0.4",),
+    "scope mini_batch": ("selection.scope=mini_batch",),
+    "scope sequence": ("selection.scope=sequence",),
+    "entropy rollout": ("selection.entropy=rollout",),
+    "denominator": ("loss.denominator=response",),
+    "clip low": ("loss.clip_low=0.01",),
+    "clip high": ("loss.clip_high=0.01",),
+    "dual clip": ("loss.dual_clip=1.01", "loss.clip_high=0.001"),
+    "kl": ("loss.kl_coef=0.1",),
+    "entropy bonus": ("loss.entropy_coef=0.1",),
+    "gradient steps": ("training.mini_batch_prompts=4",),
+    "overlong": ("reward.overlong_cache=3",),
+    "weight decay": ("optimizer.weight_decay=0.9",),
+    "gradient clipping": ("optimizer.max_grad_norm=1e-9",),
+    "warm-up": ("optimizer.warmup_steps=10",),
+    "temperature": ("rollout.temperature=0.7",),
+    "top-p": ("rollout.top_p=0.5",),
+    "top-k": ("rollout.top_k=3",),
+    "stop": ('rollout.stop=["="]',),
+    "seed": ("seed=4",),
+}
+
+
+@pytest.fixture(scope="module")
+def variations(world: World) -> dict[str, Run]:
+    common = (*SHORT, "optimizer.lr=0.05")
+    return {name: world.trained(name.replace(" ", "-"), *common, *overrides) for name, overrides in VARIATIONS.items()}
+
+
+def test_each_setting_changes_the_weights(variations: dict[str, Run]) -> None:
+    by_weights: dict[bytes, list[str]] = {}
+    for name, run in variations.items():
+        by_weights.setdefault(run.weights, []).append(name)
+    assert [names for names in by_weights.values() if len(names) > 1] == []
+
+
+def test_settings_show_in_the_metrics(variations: dict[str, Run]) -> None:
+    first = {name: run.metrics[1] for name, run in variations.items()}
+    assert first["rule all"]["selection/kept_fraction"] == 1
+    assert first["ratio"]["selection/kept_fraction"] > first["base"]["selection/kept_fraction"] + 0.15
+    assert first["rule bottom"]["entropy/selected_mean"] < first["rule bottom"]["entropy/unselected_mean"]
+    assert first["rule threshold"]["entropy/threshold"] >= 2.7 > first["base"]["entropy/unselected_mean"]
+    assert first["kl"]["loss/kl"] > 0 == first["base"]["loss/kl"]
+    assert first["entropy bonus"]["loss/entropy"] == pytest.approx(first["entropy bonus"]["entropy/mean"], rel=1e-3)
+    assert first["overlong"]["reward/mean"] < first["overlong"]["reward/accuracy"]
+    assert first["warm-up"]["optimizer/lr"] == pytest.approx(0.05 * (0.1 + 0.2) / 2)
+    assert first["clip high"]["loss/clip_fraction"] > first["base"]["loss/clip_fraction"]
+    assert first["stop"]["response/length"] < first["base"]["response/length"]
+
+
+def test_the_same_seed_gives_the_same_run(world: World, variations: dict[str, Run]) -> None:
+    again = world.trained("again", *SHORT, "optimizer.lr=0.05")
+    assert again.bits() == variations["base"].bits()
+
+
+def test_dynamic_sampling_drops_counts_and_samples_on(world: World) -> None:
+    """With four responses a group is often all wrong; the cap on generation batches is reached here and there."""
+    run = world.trained("dynamic", *SHORT, "training.steps=3", "rollout.group_size=4")
+    kept_all = world.trained(
+        "static", *SHORT, "training.steps=3", "rollout.group_size=4", "dynamic_sampling.enabled=false"
+    )
+    for record in run.metrics[1:4]:
+        sampled = 4 * record["sampling/generation_batches"]
+        dropped = record["sampling/dropped_all_right"] + record["sampling/dropped_all_wrong"]
+        assert record["sampling/groups_kept"] + dropped == sampled
+        assert record["sampling/generation_batches"] == 3 or record["sampling/groups_kept"] >= 4
+    assert any(record["sampling/dropped_all_wrong"] for record in run.metrics[1:4])
+    assert [record["sampling/generation_batches"] for record in kept_all.metrics[1:4]] == [1, 1, 1]
+
+
+def test_at_the_cap_training_goes_on_with_the_groups_at_hand(world: World) -> None:
+    run = world.trained("cap", *SHORT, "rollout.group_size=2", "dynamic_sampling.max_generation_batches=1")
+    records = run.metrics[1:3]
+    assert any(0 < record["sampling/groups_kept"] < 4 for record in records)
+    assert all(record["sampling/generation_batches"] == 1 for record in records)
+
+
+def test_nothing_to_learn_ends_with_one_line_and_exit_1(world: World) -> None:
+    outcome = world.train("hopeless", *SHORT, "task.verifier=first_character:nobody")
+    assert outcome.code == 1
+    assert outcome.line.startswith(
+        "forkrl: training stopped at step 1: nothing to learn: every group of 12 prompts in 3"
+    )
+    assert "accuracy 0.000" in outcome.line
+
+
+def test_a_run_without_a_terminal_or_utf8_still_runs(world: World) -> None:
+    """A batch system's C locale cannot print "≥"."""
+    outcome = world.train("plain", *SHORT, *VARIATIONS["rule threshold"], without_report=True,
+                          environment={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    assert isinstance(world.folder, Path)
