@@ -105,9 +105,10 @@ def run_train(arguments: argparse.Namespace) -> int:
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # an override where the recipe could stand
         recipe, overrides = None, [recipe, *overrides]
-    given = load_recipe(TrainConfig, recipe, overrides) if recipe or overrides or arguments.resume is None else None
+    stored = resumed(arguments.resume, None) if arguments.resume is not None else None
+    given = load_recipe(TrainConfig, recipe, overrides, base=stored)
     if arguments.dry_run:
-        return print_recipe(given if given is not None else resumed(arguments.resume, None))
+        return print_recipe(given)
     if arguments.resume is not None and arguments.out is not None:
         raise UserError("--resume goes on in its own folder; leave --out away")
 
@@ -116,7 +117,6 @@ def run_train(arguments: argparse.Namespace) -> int:
     from forkrl.run import open_run
 
     config = resumed(arguments.resume, given) if arguments.resume is not None else given
-    assert config is not None
     out = arguments.out or Path("runs") / (Path(recipe).stem if recipe else "train")
     try:
         with open_run(config, out, resume=arguments.resume) as run:

@@ -29,7 +29,7 @@ from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool
 from forkrl.rollout import EmbeddedEngine
-from forkrl.run_folder import RunFolder, read_recipe
+from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.selectors import select_tokens
 from forkrl.tasks import PromptStream, open_task
 from forkrl.threads import configure_threads
@@ -59,6 +59,7 @@ class Run:
     step: int = 0
     gradient_steps: int = 0
     _saved_step: int | None = None
+    _evaluated_step: int | None = None
     _step_start: tuple[int, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +119,8 @@ class Run:
         The same prompts and the same random numbers each time; training's own generator is not touched.
         """
         every, last = self.config.eval.every, self.config.training.steps
-        if not (self.step in (0, last) or (every and self.step % every == 0)):
+        due = self.step in (0, last) or (every and self.step % every == 0)
+        if not due or self.step == self._evaluated_step:
             return
         seed = int.from_bytes(f"{EVAL_SEED}/{self.config.seed}".encode()[:8], "little") ^ self.config.seed
         with self.phase("eval"):
@@ -137,6 +139,7 @@ class Run:
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         self.folder.write_rollouts(f"eval-{self.step:06d}", self._evaluation_rows(written))
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
+        self._evaluated_step = self.step
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps, unless this step has one."""
@@ -155,6 +158,7 @@ class Run:
                 "gradient_steps": self.gradient_steps,
                 "prompt_position": self.prompts.position,
                 "metrics_bytes": self.folder.metrics_bytes,
+                "evaluated_step": self._evaluated_step,
             },
             keep=self.config.checkpoint.keep,
         )
@@ -178,6 +182,7 @@ class Run:
         )
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
         self.prompts.position = progress["prompt_position"]
+        self._evaluated_step = progress["evaluated_step"]
         self.folder.discard_after(self.step, progress["metrics_bytes"])
         self._saved_step = self.step
         self._mark()
@@ -252,16 +257,23 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
     Raises:
         UserError: anything the user can mend: model, data, folder, recipe.
     """
+    if resume is None:
+        assert out is not None
+        refuse_occupied(out)  # a model of many gigabytes need not be loaded to find this out
     with ExitStack() as stack:
         threads = configure_threads(config.runtime.threads)
         torch.manual_seed(config.seed)
         policy = open_policy(config.model, config.runtime.device)
         policy.stop_token_ids(config.rollout.stop)  # a wrong one is better told before the run than in it
         task = open_task(config.task, policy.tokenizer)
-        provenance = describe_provenance(config, task, threads, policy)
-        folder = stack.enter_context(_open_folder(config, out, resume, provenance))
-        tracker = stack.enter_context(open_sinks(config.log.sinks, folder.path, recipe_toml(config)))
-        interruption = stack.enter_context(Interruption())
+        engine = EmbeddedEngine(
+            policy,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_sequences=config.rollout.max_sequences,
+            add_special_tokens=not config.task.chat_template,
+        )
+        engine.check_prompts(task.train)
+        engine.check_prompts(task.held_out)
         verifier = stack.enter_context(
             VerifierPool(
                 task.verifier,
@@ -270,6 +282,11 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
                 memory_mb=config.reward.memory_mb,
             )
         )
+        # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
+        provenance = describe_provenance(config, task, threads, policy)
+        folder = stack.enter_context(_open_folder(config, out, resume, provenance))
+        tracker = stack.enter_context(open_sinks(config.log.sinks, folder.path, recipe_toml(config)))
+        interruption = stack.enter_context(Interruption())
         run = Run(
             config=config,
             folder=folder,
@@ -282,12 +299,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
                 eps=config.optimizer.eps,
                 weight_decay=config.optimizer.weight_decay,
             ),
-            engine=EmbeddedEngine(
-                policy,
-                max_prompt_tokens=config.rollout.max_prompt_tokens,
-                max_sequences=config.rollout.max_sequences,
-                add_special_tokens=not config.task.chat_template,
-            ),
+            engine=engine,
             verifier=verifier,
             task=task,
             prompts=PromptStream(task.train, config.seed),

@@ -78,12 +78,12 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run or anything else, is in use, or cannot be written.
         """
-        _refuse_occupied(path)
+        refuse_occupied(path)
         with explained_write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path)
             try:
-                _refuse_occupied(path)  # again: someone may have been faster
+                refuse_occupied(path)  # again: someone may have been faster
                 for folder in ("checkpoints", "rollouts"):
                     (path / folder).mkdir(exist_ok=True)
                 known = {key: value for key, value in provenance.items() if value is not None}
@@ -260,8 +260,12 @@ class RunFolder:
         self.truncate_metrics(metrics_bytes)
 
 
-def _refuse_occupied(path: Path) -> None:
-    """Refuse a folder with anything in it but what a killed ``create`` may have left."""
+def refuse_occupied(path: Path) -> None:
+    """Refuse a folder with anything in it but what a killed ``create`` may have left.
+
+    Raises:
+        UserError: naming what is there.
+    """
     if not path.exists():
         return
     if not path.is_dir():

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question, exactly as the model reads it, with what its verifier needs to judge an answer."""
+    """A question, exactly as the model reads it, with what its verifier needs to judge an answer.
+
+    ``place`` is where it stands in the user's data, as an error names it ("train.jsonl line 7"); empty if nowhere.
+    """
 
     id: str
     text: str
     answer: str
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,13 +55,23 @@ class EmbeddedEngine:
             for index, prompt in enumerate(prompts)
         ]
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse before a run the prompts that would end it when their turn comes.
+
+        Raises:
+            UserError: a prompt is empty or longer than ``max_prompt_tokens``.
+        """
+        for prompt in prompts:
+            self._encode(prompt)
+
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         ids = tuple(self.policy.tokenizer.encode(prompt.text, add_special_tokens=self.add_special_tokens))
+        place = prompt.place or f"prompt {prompt.id}"
         if not ids:
-            raise UserError(f"prompt {prompt.id}: no tokens; an empty prompt cannot be continued")
+            raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
         if len(ids) > self.max_prompt_tokens:
             raise UserError(
-                f"prompt {prompt.id}: {len(ids)} tokens, over rollout.max_prompt_tokens = {self.max_prompt_tokens}; "
+                f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {self.max_prompt_tokens}; "
                 f"raise the limit or remove the row"
             )
         return ids

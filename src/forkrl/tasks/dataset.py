@@ -207,7 +207,7 @@ class _Renderer:
         text = self._template.replace("{prompt}", last["content"])
         if self._apply is not None:
             text = self._apply([*before, {"role": "user", "content": text}])
-        return Prompt(id, text, question.answer)
+        return Prompt(id, text, question.answer, question.place)
 
 
 def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_Row]:
