@@ -7,6 +7,7 @@ state (logit soft-capping, scaling) would be trained wrongly that way: it is rec
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,8 @@ from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 
 EMBEDDED_PREFIX = "embedded:"
+_PROBE_LOGIT = 100.0
+"""Beyond the soft caps in use (Gemma 2: 30), within the range of every precision."""
 
 
 class Policy:
@@ -95,11 +98,13 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         transformers_logging.disable_progress_bar()  # in a log it is noise around the lines that matter
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=config.revision, dtype=torch.float32, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
         raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
+    if absent := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model anew")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {config.path!r} has no EOS token, so no response could ever end; "
@@ -148,12 +153,25 @@ def first_line(error: BaseException) -> str:
 
 @torch.no_grad()
 def _require_linear_head(policy: Policy, path: str) -> None:
-    """Refuse models whose logits are not ``hidden @ weight.T + bias``: ours would silently differ from theirs."""
+    """Refuse models whose logits are not ``hidden @ weight.T + bias``: ours would silently differ from theirs.
+
+    The last hidden states are scaled up until the logits are large: near zero a soft cap is hardly felt.
+    """
     ids = torch.arange(4, device=policy.device)[None] % policy.head_weight.shape[0]
     mask = torch.ones_like(ids)
-    with policy.autocast():
+    hidden_TD = policy.hidden_states(ids, mask)[0]
+    largest = float(policy.logits(hidden_TD).abs().max())
+    if not math.isfinite(largest):
+        raise UserError(f"model.path = {path!r}: its logits are NaN or infinite; the weights are damaged")
+    scale = _PROBE_LOGIT / max(largest, 1e-6)
+
+    def enlarge(module: nn.Module, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * scale
+        return output
+
+    with policy.decoder.register_forward_hook(enlarge), policy.autocast():
         expected = policy.model(input_ids=ids, attention_mask=mask).logits[0].float()
-    actual = policy.logits(policy.hidden_states(ids, mask)[0])
+    actual = policy.logits(hidden_TD * scale)
     tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
     if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
         raise UserError(
