@@ -42,6 +42,7 @@ _WARM = (
     "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.loop", "forkrl.run",
     "forkrl.report", "forkrl.evaluation.command", "forkrl.cli",
 )  # fmt: skip
+_opened: list[Any] = []
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 
 
@@ -100,6 +101,9 @@ def _arrange(point: str, count: int, signal: int | None = None, action: str = ""
 
     ``point = "anywhere"`` counts Python calls of whatever kind. ``action = "poison"`` makes the weights NaN instead.
     """
+
+    if action == "poison":
+        _remember_opened_policies()
 
     def strike() -> None:
         if action == "poison":
@@ -168,16 +172,22 @@ def _leave_report_out() -> None:
     forkrl.report.write_run_report = lambda folder: folder / "report.html"
 
 
+def _remember_opened_policies() -> None:
+    import forkrl.run
+
+    open_policy = forkrl.run.open_policy
+
+    def remembering(*args: Any) -> Any:
+        _opened.append(open_policy(*args))
+        return _opened[-1]
+
+    forkrl.run.open_policy = remembering
+
+
 def _poison_weights() -> None:
-    """One NaN in every model of the process, as a diverged step would leave it."""
-    import gc
-
-    import torch
-    from transformers import PreTrainedModel
-
-    for model in [item for item in gc.get_objects() if isinstance(item, PreTrainedModel)]:
-        with torch.no_grad():
-            next(model.parameters()).fill_(torch.nan)
+    """NaN in the model that is trained, as a diverged step would leave it."""
+    for policy in _opened:
+        next(policy.model.parameters()).data.fill_(float("nan"))  # behind the back of autograd
 
 
 def _mount_small_disk(disk: dict[str, Any]) -> None:

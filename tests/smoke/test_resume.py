@@ -1,0 +1,196 @@
+"""A run that is killed or stopped anywhere and taken up again ends as if nothing had happened, to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.smoke.world import Run, World, write_prompts
+
+# Six steps of two gradient steps; evaluations at 0, 3 and 6, checkpoints at 2, 4 and 6. There are 16 prompts and a step
+# takes 4 to 12 of them, so that the run goes through more than one epoch.
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: World) -> Run:
+    return world.trained("uninterrupted")
+
+
+def interrupt(world: World, out: str, *overrides: str, **fault: Any) -> None:
+    """Train until the fault strikes, and check that the process ended by it."""
+    outcome = world.train(out, *overrides, faults=[fault], without_report=True)
+    assert outcome.code == STOPPED[fault["signal"]], (fault, outcome)
+    if fault["signal"] != signal.SIGKILL:
+        name = signal.Signals(fault["signal"]).name
+        assert outcome.line == f"forkrl: stopped by {name} and saved; go on with: forkrl train --resume {out}"
+        assert any((world.folder / out / "checkpoints").glob("step-*")), "nothing was saved"
+
+
+def test_the_uninterrupted_run_meets_what_resuming_must_restore(uninterrupted: Run) -> None:
+    assert uninterrupted.checkpoints == ["step-4", "step-6"]
+    progress = json.loads((uninterrupted.last_checkpoint / "trainer/progress.json").read_text())
+    assert (progress["step"], progress["gradient_steps"]) == (6, 12)
+    assert progress["prompt_position"] > 16, "it never came to a second epoch"
+    assert [record["step"] for record in uninterrupted.metrics] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+
+
+KILLS = [
+    ("token", 2), ("token", 20), ("token", 40), ("token", 60), ("reward", 1), ("reward", 6), ("gradient", 1),
+    ("gradient", 30), ("optimizer", 1), ("optimizer", 6), ("optimizer", 11), ("eval", 1), ("eval", 2), ("eval", 3),
+    ("log", 1), ("log", 4), ("log", 5), ("log", 9), ("sample", 1), ("sample", 2), ("sample", 4), ("save", 1),
+    ("save", 2), ("save", 3), ("rename", 1), ("rename", 3), ("rename", 6), ("rename", 9), ("unlink", 1), ("rmtree", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("point", "count"), KILLS)
+def test_killed_at_a_chosen_point(world: World, uninterrupted: Run, point: str, count: int) -> None:
+    out = f"kill-{point}-{count}"
+    interrupt(world, out, point=point, count=count, signal=signal.SIGKILL, after=count % 2 == 0)
+    assert world.resumed(out).bits() == uninterrupted.bits()
+
+
+def test_killed_at_random_points_also_while_resuming(world: World, uninterrupted: Run) -> None:
+    """Three kills in a row, each at some call of some function, the later ones in resumed runs."""
+    assert world.train("counted", faults=[{"point": "anywhere", "count": 0}], without_report=True).code == 0
+    num_calls = int((world.folder / "calls").read_text())
+    chance = random.Random(5)
+    for attempt in range(3):
+        out = f"random-{attempt}"
+        for number in range(3):
+            fault = {"point": "anywhere", "count": chance.randrange(num_calls // 2), "signal": signal.SIGKILL}
+            argv = ("--resume", out) if number else ("recipe.toml", "--out", out)
+            outcome = world.run("train", *argv, faults=[fault], without_report=True)
+            assert outcome.code in (-9, 0), outcome
+        assert world.resumed(out).bits() == uninterrupted.bits()
+
+
+STOPS = [
+    ("token", 1, signal.SIGTERM), ("token", 30, signal.SIGTERM), ("token", 31, signal.SIGINT),
+    ("reward", 4, signal.SIGTERM), ("gradient", 7, signal.SIGTERM), ("optimizer", 5, signal.SIGTERM),
+    ("optimizer", 12, signal.SIGINT), ("eval", 1, signal.SIGTERM), ("eval", 2, signal.SIGTERM),
+    ("eval", 3, signal.SIGINT), ("log", 1, signal.SIGTERM), ("log", 5, signal.SIGTERM), ("sample", 3, signal.SIGINT),
+    ("save", 1, signal.SIGTERM), ("save", 3, signal.SIGTERM), ("rename", 4, signal.SIGTERM),
+    ("manifest", 9, signal.SIGINT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("point", "count", "signum"), STOPS)
+def test_stopped_by_a_signal_saves_and_goes_on(
+    world: World, uninterrupted: Run, point: str, count: int, signum: signal.Signals
+) -> None:
+    out = f"stop-{point}-{count}"
+    interrupt(world, out, point=point, count=count, signal=signum)
+    assert world.resumed(out).bits() == uninterrupted.bits()
+
+
+def test_stopped_between_checkpoints_loses_no_finished_step(world: World, uninterrupted: Run) -> None:
+    """Logged evaluations stay single, too: the checkpoint of the stop lies behind them."""
+    rare = "checkpoint.every=6"
+    interrupt(world, "rare", rare, point="token", count=35, signal=signal.SIGTERM)
+    stopped = Run(world.folder / "rare", uninterrupted.outcome)
+    step = stopped.metrics[-1]["step"]
+    assert step > 0
+    assert stopped.checkpoints == [f"step-{step}"]
+    resumed = world.resumed("rare")
+    assert f"step {step}/6  accuracy" not in resumed.outcome.stdout
+    assert resumed.bits() == uninterrupted.bits()
+
+
+def test_a_second_signal_does_not_cut_the_save_short(world: World, uninterrupted: Run) -> None:
+    stop = {"count": 30, "point": "token", "signal": signal.SIGTERM}
+    again = {"count": 3, "point": "rename", "signal": signal.SIGINT}
+    outcome = world.train("twice", "checkpoint.every=6", faults=[stop, again], without_report=True)
+    assert outcome.code == 143
+    assert world.resumed("twice").bits() == uninterrupted.bits()
+
+
+def test_resuming_a_finished_run_changes_nothing(world: World, uninterrupted: Run) -> None:
+    shutil.copytree(uninterrupted.folder, world.folder / "finished")
+    resumed = world.resumed("finished")
+    assert resumed.bits() == uninterrupted.bits()
+    assert resumed.outcome.stdout.splitlines()[-2].startswith("Held-out accuracy ")
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world: World, uninterrupted: Run) -> None:
+    shutil.copytree(uninterrupted.folder, world.folder / "damaged")
+    weights = world.folder / "damaged/checkpoints/step-6/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    resumed = world.resumed("damaged")
+    assert "step-6/model.safetensors: damaged checkpoint: sha256" in resumed.outcome.stderr
+    assert "trying the checkpoint before it" in resumed.outcome.stderr
+    assert "step 5/6  accuracy" in resumed.outcome.stdout
+    assert resumed.bits() == uninterrupted.bits()
+
+
+def test_a_changed_recipe_is_refused_and_the_changes_listed(world: World, uninterrupted: Run) -> None:
+    for argv in (["recipe.toml"], []):
+        changes = ("optimizer.lr=0.5", "selection.rule=all")
+        outcome = world.run("train", *argv, *changes, "--resume", "uninterrupted")
+        assert outcome.code == 2
+        listed = "selection.rule: 'top_entropy' -> 'all'; optimizer.lr: 0.01 -> 0.5;"
+        assert f"the recipe has changed since the run began: {listed}" in outcome.line
+    same = world.run("train", "recipe.toml", "--resume", "uninterrupted", without_report=True)
+    assert same.code == 0, same.stderr
+
+
+def test_changed_data_are_refused(own_world: World) -> None:
+    short = ("training.steps=1", "eval.problems=1")
+    own_world.trained("run", *short)
+    write_prompts(own_world.folder / "prompts.jsonl", [{"prompt": f"{n}*{n}=", "answer": "13579"} for n in range(10)])
+    outcome = own_world.run("train", "--resume", "run")
+    assert outcome.code == 2
+    assert "--resume run: the prompts of task.dataset are not those the run began with (fingerprint" in outcome.line
+
+
+def test_another_model_behind_the_same_path_is_refused(own_world: World) -> None:
+    from tests.smoke.world import make_model
+
+    own_world.trained("run", "training.steps=1", "eval.problems=1")
+    make_model(own_world.folder / "model", head_dim=4)
+    outcome = own_world.run("train", "--resume", "run")
+    assert outcome.code == 2
+    assert "checkpoint of another model" in outcome.line
+
+
+def test_one_process_at_a_time_in_a_folder(world: World) -> None:
+    first = world.start(
+        "train", "recipe.toml", "--out", "held", faults=[{"point": "token", "count": 5, "signal": signal.SIGSTOP}]
+    )
+    first.wait_until_stopped()
+    try:
+        second = world.run("train", "--resume", "held")
+        assert second.code == 2
+        assert f"held: process {first.pid} is training here" in second.line
+        assert world.train("held").code == 2
+    finally:
+        first.send(signal.SIGKILL)
+    assert first.wait().code == -9
+    assert world.run("train", "--resume", "held", without_report=True).code == 0
+
+
+def test_the_command_itself_can_be_interrupted(world: World) -> None:
+    """The whole way, interpreter and all: Ctrl-C in a terminal reaches the process group, verifiers included."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "forkrl.cli", "train", "recipe.toml", "training.steps=100000", "--out", "real"],
+        cwd=world.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert stderr.endswith("forkrl: stopped by SIGINT and saved; go on with: forkrl train --resume real\n")
+    assert list(Path(world.folder, "real/checkpoints").glob("step-*"))
