@@ -53,6 +53,8 @@ def random_policy(family: str = "qwen3", *, seed: int = 0, sharpness: float = 20
         model = Gemma2ForCausalLM(Gemma2Config(**sizes | {"head_dim": 8, "final_logit_softcapping": 1.0}))
     else:
         raise ValueError(family)
+    policy = Policy(model, tokenizer)
+    torch.nn.Module.eval(model)
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(sharpness)
-    return Policy(model.eval(), tokenizer)
+        policy.head_weight.mul_(sharpness)
+    return policy

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from forkrl.config import ModelConfig
@@ -35,6 +36,11 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
+        self._recomputed_layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, GradientCheckpointingLayer) and model.is_gradient_checkpointing
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +82,10 @@ class Policy:
 
     def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, **cache: Any) -> Tensor:
         """Last hidden states ``[B, T, D]``; ``cache`` goes to the model as it is."""
+        # transformers recomputes layers in training mode only, and then they neither use a cache nor go without
+        # dropout; the policy stays in evaluation mode, and only the layers themselves are told, only for gradients.
+        for layer in self._recomputed_layers:
+            layer.training = torch.is_grad_enabled()
         with self.autocast():
             output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **cache)
         return output.last_hidden_state  # type: ignore[no-any-return]
@@ -98,11 +108,12 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         transformers_logging.disable_progress_bar()  # in a log it is noise around the lines that matter
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
         raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
+    model, report = opened
     if absent := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model anew")
     if tokenizer.eos_token_id is None:

@@ -129,7 +129,7 @@ def test_waves_keep_the_order_of_prompts_and_groups() -> None:
     tokenizer = random_policy().tokenizer
     for group in groups:
         assert len(group.rollouts) == 6
-        assert all(tokenizer.decode(rollout.prompt_ids) == group.prompt.text for rollout in group.rollouts)
+        assert all(tokenizer.decode(list(rollout.prompt_ids)) == group.prompt.text for rollout in group.rollouts)
 
 
 def test_stop_tokens_end_a_response_and_stay_out_of_its_text() -> None:

@@ -61,7 +61,7 @@ def test_prompt_and_padding_carry_no_label() -> None:
     for input_ids_BT, labels_BT in sft.trace_batch(TINY, policy, countdown_task(), step=0):
         for ids_T, labels_T in zip(input_ids_BT, labels_BT, strict=True):
             labelled = labels_T != sft.IGNORED
-            text = policy.tokenizer.decode(ids_T[~labelled & (ids_T != policy.tokenizer.pad_token_id)])
+            text = str(policy.tokenizer.decode(ids_T[~labelled & (ids_T != policy.tokenizer.pad_token_id)]))
             assert text.endswith("?")
             assert text.count("?") == 1
             assert ids_T[labelled].equal(labels_T[labelled])

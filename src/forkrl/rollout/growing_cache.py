@@ -42,10 +42,10 @@ class GrowingLayer(DynamicLayer):
         self.buffers = None
 
 
-def _roomy(new: Tensor, old: Tensor, past: int, end: int) -> Tensor:
+def _roomy(new: Tensor, old: Tensor | None, past: int, end: int) -> Tensor:
     """A buffer like ``new`` with the past copied in and room beyond ``end``."""
     buffer = new.new_empty((*new.shape[:2], end + max(ROOM, end // 2), new.shape[3]))
-    if past:
+    if past and old is not None:
         buffer[:, :, :past] = old
     return buffer
 

@@ -1,0 +1,63 @@
+"""Opening models: what would be trained wrongly is refused, and recomputing activations changes no gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from forkrl.config import ModelConfig
+from forkrl.errors import UserError
+from forkrl.model import Policy, open_policy
+from forkrl.rollout import EmbeddedEngine
+from forkrl.types import Prompt, SamplingParams
+from tests.models import random_policy
+
+
+def saved(policy: Policy, folder: Path) -> str:
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_recomputing_activations_runs_layers_twice_and_changes_no_gradient(tmp_path: Path) -> None:
+    path = saved(random_policy(), tmp_path)
+    gradients, calls = [], []
+    for recompute in (False, True):
+        policy = open_policy(ModelConfig(path=path, gradient_checkpointing=recompute), "cpu")
+        count: list[int] = []
+        attention = policy.decoder.get_submodule("layers.0.self_attn")
+        attention.register_forward_hook(lambda *_, count=count: count.append(1))
+        EmbeddedEngine(policy, max_prompt_tokens=8).generate(  # a cache must still work
+            [Prompt("a", "12", "")],
+            group_size=2,
+            sampling=SamplingParams(4),
+            generator=torch.Generator().manual_seed(0),
+        )
+        count.clear()
+        ids = torch.arange(2, 12)[None]
+        policy.hidden_states(ids).square().sum().backward()
+        gradients.append([parameter.grad for parameter in policy.decoder.parameters()])
+        calls.append(len(count))
+        assert not any(module.training for module in attention.modules())
+    assert calls == [1, 2]
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None
+        assert recomputed is not None
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_a_model_that_transforms_its_logits_is_refused_by_name(tmp_path: Path) -> None:
+    path = saved(random_policy("gemma2 with soft-capped logits"), tmp_path)
+    with pytest.raises(UserError, match="Gemma2ForCausalLM transforms its logits"):
+        open_policy(ModelConfig(path=path), "cpu")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral with a sliding window", "gpt2"])
+def test_other_models_open(family: str, tmp_path: Path) -> None:
+    path = saved(random_policy(family), tmp_path)
+    for precision in ("fp32", "bf16"):
+        policy = open_policy(ModelConfig.model_validate({"path": path, "precision": precision}), "cpu")
+        assert policy.head_weight.dtype == torch.float32
+        assert not policy.model.training
