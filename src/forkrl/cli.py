@@ -13,6 +13,7 @@ from pathlib import Path
 
 from forkrl.config import SftConfig, TrainConfig, load_recipe
 from forkrl.errors import TrainingHalted, UserError
+from forkrl.recipe_reference import recipe_reference
 from forkrl.threads import configure_environment
 
 TRAIN_HELP = """\
@@ -22,7 +23,7 @@ examples:
   forkrl train recipes/qwen3-8b.toml --dry-run              what would run, in full
   forkrl train --resume runs/first                          go on after Ctrl-C, a kill, a full disk
 
-Every setting is section.key=value; docs/recipes.md lists them all. Ctrl-C saves and ends; --resume goes on to the
+Every setting is section.key=value; --settings lists them all. Ctrl-C saves and ends; --resume goes on to the
 very same weights.
 """
 
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    train.add_argument("--settings", action="store_true", help="print every setting with its default, and stop")
     train.set_defaults(command=run_train)
 
     sft = commands.add_parser("sft", help="make a base model from generated traces")
@@ -102,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_train(arguments: argparse.Namespace) -> int:
     """``forkrl train``."""
+    if arguments.settings:
+        print(recipe_reference(), end="")
+        return 0
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # an override where the recipe could stand
         recipe, overrides = None, [recipe, *overrides]
