@@ -86,6 +86,9 @@ def update_policy(
     if not grad_norm.isfinite():
         raise TrainingHalted(f"the gradient norm is {grad_norm.item()}; the weights were left as they are")
     optimizer.step()
+    if not all(bool(parameter.isfinite().all()) for parameter in policy.model.parameters()):
+        # Found here, before the step counts as done: no checkpoint may hold such weights.
+        raise TrainingHalted("the optimizer's step left weights that are NaN or infinite; lower optimizer.lr")
     clip_fraction = sums.pop("clipped") / max(1, num_selected)
     return Update(selected_BT, entropy_BT, {**sums, "loss/clip_fraction": clip_fraction, "grad/norm": float(grad_norm)})
 
