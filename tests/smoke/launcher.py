@@ -32,8 +32,8 @@ POINTS = {
     "log": "forkrl.run_folder:RunFolder.append_metrics",
     "sample": "forkrl.run_folder:RunFolder.write_rollouts",
     "save": "forkrl.run:save_checkpoint",
-    "manifest": "json:dumps",
     "rename": "os:rename",
+    "replace": "os:replace",
     "unlink": "os:unlink",
     "rmtree": "shutil:rmtree",
     "sync": "os:fsync",
@@ -142,9 +142,8 @@ def _striking(function: Callable[..., Any], count: int, strike: Callable[[], Non
 
 def _strike_anywhere(count: int, strike: Callable[[], None]) -> None:
     """Strike at the ``count``-th call since training began; with 0, write at its end how many there were."""
-    import forkrl.loop
-
-    train = forkrl.loop.train
+    loop: Any = importlib.import_module("forkrl.loop")
+    train = loop.train
     calls = 0
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
@@ -162,26 +161,24 @@ def _strike_anywhere(count: int, strike: Callable[[], None]) -> None:
             sys.setprofile(None)
             Path("calls").write_text(str(calls))
 
-    forkrl.loop.train = counted
+    loop.train = counted
 
 
 def _leave_report_out() -> None:
     """Drawing costs more than the tiny training that it draws."""
-    import forkrl.report
-
-    forkrl.report.write_run_report = lambda folder: folder / "report.html"
+    report: Any = importlib.import_module("forkrl.report")
+    report.write_run_report = lambda folder: folder / "report.html"
 
 
 def _remember_opened_policies() -> None:
-    import forkrl.run
-
-    open_policy = forkrl.run.open_policy
+    run: Any = importlib.import_module("forkrl.run")
+    open_policy = run.open_policy
 
     def remembering(*args: Any) -> Any:
         _opened.append(open_policy(*args))
         return _opened[-1]
 
-    forkrl.run.open_policy = remembering
+    run.open_policy = remembering
 
 
 def _poison_weights() -> None:

@@ -47,7 +47,8 @@ KILLS = [
     ("token", 2), ("token", 20), ("token", 40), ("token", 60), ("reward", 1), ("reward", 6), ("gradient", 1),
     ("gradient", 30), ("optimizer", 1), ("optimizer", 6), ("optimizer", 11), ("eval", 1), ("eval", 2), ("eval", 3),
     ("log", 1), ("log", 4), ("log", 5), ("log", 9), ("sample", 1), ("sample", 2), ("sample", 4), ("save", 1),
-    ("save", 2), ("save", 3), ("rename", 1), ("rename", 3), ("rename", 6), ("rename", 9), ("unlink", 1), ("rmtree", 1),
+    ("save", 2), ("save", 3), ("rename", 1), ("rename", 3), ("rename", 2), ("rename", 4), ("replace", 2),
+    ("replace", 5), ("unlink", 1), ("rmtree", 1),
 ]  # fmt: skip
 
 
@@ -79,7 +80,7 @@ STOPS = [
     ("optimizer", 12, signal.SIGINT), ("eval", 1, signal.SIGTERM), ("eval", 2, signal.SIGTERM),
     ("eval", 3, signal.SIGINT), ("log", 1, signal.SIGTERM), ("log", 5, signal.SIGTERM), ("sample", 3, signal.SIGINT),
     ("save", 1, signal.SIGTERM), ("save", 3, signal.SIGTERM), ("rename", 4, signal.SIGTERM),
-    ("manifest", 9, signal.SIGINT),
+    ("sync", 20, signal.SIGINT),
 ]  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_stopped_between_checkpoints_loses_no_finished_step(world: World, uninte
 
 def test_a_second_signal_does_not_cut_the_save_short(world: World, uninterrupted: Run) -> None:
     stop = {"count": 30, "point": "token", "signal": signal.SIGTERM}
-    again = {"count": 3, "point": "rename", "signal": signal.SIGINT}
+    again = {"count": 1, "point": "rename", "signal": signal.SIGINT}
     outcome = world.train("twice", "checkpoint.every=6", faults=[stop, again], without_report=True)
     assert outcome.code == 143
     assert world.resumed("twice").bits() == uninterrupted.bits()

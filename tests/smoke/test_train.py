@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -92,11 +93,11 @@ def test_checkpoints_load_with_transformers(learned: Run) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert learned.checkpoints == ["step-12", "step-16"]
-    model = AutoModelForCausalLM.from_pretrained(learned.last_checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(learned.last_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(learned.last_checkpoint)
     ids = tokenizer("3+4=", return_tensors="pt").input_ids
-    answer = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]
-    assert tokenizer.decode([answer]) in tuple("13579")
+    answer = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1:]
+    assert tokenizer.decode(answer) in list("13579")
 
 
 def test_a_run_prints_what_it_does_as_plain_lines(learned: Run) -> None:
