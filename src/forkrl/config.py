@@ -18,14 +18,20 @@ from forkrl.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+FROM_LIST = Field(strict=False)
+"""TOML has arrays, not tuples."""
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
     """A table of a recipe: unknown keys are refused, values are not coerced across types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -66,6 +72,12 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _data_is_named(self) -> TaskConfig:
+        defaults = {key: field.default for key, field in type(self).model_fields.items() if key != "name"}
+        foreign = [key for key, value in defaults.items() if getattr(self, key) != value]
+        if self.name == "countdown" and foreign:
+            raise ValueError(
+                f'task.{foreign[0]} is for task.name = "dataset", but task.name = "countdown"; set task.name too'
+            )
         if self.name == "dataset" and not self.data:
             raise ValueError(
                 'task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"'
@@ -90,7 +102,7 @@ class RolloutConfig(Section):
     """Longer prompts are an error that names the row."""
     max_response_tokens: PositiveInt = 20480
     """L_max: a response without a stop token is cut here."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], FROM_LIST] = ()
     """Further stop tokens, each exactly one token of the tokenizer; its EOS always stops."""
     max_sequences: PositiveInt = 256
     """Sequences decoded at once; bounds the KV cache."""
@@ -157,7 +169,7 @@ class OptimizerConfig(Section):
     """Gradient steps over which lr rises linearly from 0; then it stays constant."""
     weight_decay: NonNegative = 0.1
     """Decoupled, on all parameters (the official scripts')."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Annotated[tuple[Decay, Decay], FROM_LIST] = (0.9, 0.999)
     """Decay rates of AdamW's averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second average."""
@@ -171,7 +183,8 @@ class TrainingConfig(Section):
     mini_batch_prompts: PositiveInt = 32
     """Groups in one gradient step; prompts_per_step / mini_batch_prompts gradient steps per batch."""
     micro_batch_tokens: PositiveInt = 32768
-    """Padded tokens (prompt and response) run through the model at once: bounds memory, changes no gradient."""
+    """Padded tokens (prompt and response) run through the model at once: bounds memory. It changes no gradient,
+    unless the scope of the selection is the micro-batch."""
 
 
 class EvalConfig(Section):
@@ -193,7 +206,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    sinks: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], FROM_LIST] = ()
     """Besides metrics.jsonl, which is always written. A sink that fails is reported once and dropped."""
     rollouts_every: PositiveInt = 10
     """Steps between samples of training responses written to rollouts/."""
@@ -211,7 +224,7 @@ class RuntimeConfig(Section):
 class TrainConfig(Section):
     """A recipe for ``forkrl train``."""
 
-    seed: Count = 0
+    seed: Seed = 0
     """Of sampling, data order and evaluation: the same seed, machine and threads give the same run to the bit."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
@@ -261,28 +274,47 @@ class ArchitectureConfig(Section):
     max_position_embeddings: PositiveInt = 512
 
 
+class SearchHabits(Section):
+    """Branches of the random searcher whose traces the base model imitates, as probabilities."""
+
+    give_up: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """After a failed try: stop with "?" rather than try again."""
+    repeat: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """On trying again: do the very same try once more, where an alert searcher takes one it has not tried."""
+    skip_check: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Claim success without comparing the result with the target."""
+    most_tries: PositiveInt = 12
+    """The searcher's patience ends here."""
+
+
 class SftDataConfig(Section):
     task: Literal["countdown"] = "countdown"
     """Whose search traces to imitate."""
     characters: Annotated[str, Field(min_length=1)] = "0123456789+-*/=,:;!?[] "
     """The alphabet: every character is one token."""
+    habits: SearchHabits = SearchHabits()
 
 
 class SftConfig(Section):
     """A recipe for ``forkrl sft``: next-token training on generated traces, from random weights."""
 
-    seed: Count = 0
+    seed: Seed = 0
     data: SftDataConfig = SftDataConfig()
     architecture: ArchitectureConfig = ArchitectureConfig()
     steps: PositiveInt = 3000
+    """Gradient steps."""
     batch_tokens: PositiveInt = 16384
     """Tokens of one gradient step."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
+    """The highest learning rate, at the end of the warm-up."""
     final_lr: NonNegative = 1e-4
     """The rate falls to this along a cosine."""
     warmup_steps: Count = 100
+    """Gradient steps over which lr rises linearly from 0."""
     weight_decay: NonNegative = 0.1
+    """Decoupled, on all parameters."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the matrix products; weights and optimizer state are fp32."""
     eval_problems: PositiveInt = 1000
     """Held-out problems measured for the model card."""
     runtime: RuntimeConfig = RuntimeConfig()
@@ -299,7 +331,8 @@ def load_recipe(
     Args:
         schema: what kind of recipe.
         path: a TOML file, or None for ``base``, or for the defaults where there is none.
-        overrides: each ``section.key=value``; the value is TOML, a bare word is a string.
+        overrides: each ``section.key=value``; the value is TOML, a bare word is a string, and an empty one restores
+            the default.
         base: the recipe to override when there is no file.
 
     Raises:
@@ -307,6 +340,7 @@ def load_recipe(
             naming the key, the value, and what is allowed.
     """
     values = _read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
+    values.pop("provenance", None)  # the config.toml of a run is a recipe too
     source = str(path) if path is not None else "command line"
     for override in overrides:
         _apply_override(values, override)
@@ -365,7 +399,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise UserError(f"{override!r}: {section} is a value, not a section")
-    table[name] = value
+    if text.strip():
+        table[name] = value
+    else:
+        table.pop(name, None)
 
 
 def _explain(schema: type[Section], item: Any) -> str:

@@ -166,6 +166,14 @@ def test_prompts_that_cannot_be_answered_are_refused() -> None:
         engine.generate([Prompt("empty", "", "")], group_size=2, sampling=SamplingParams(2), generator=generator)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_response_beyond_the_model_s_positions_is_refused(family: str) -> None:
+    engine = EmbeddedEngine(random_policy(family), max_prompt_tokens=16)
+    sampling = SamplingParams(max_response_tokens=120)
+    with pytest.raises(UserError, match="more than the 128 positions of the model; set it to 117 or less"):
+        engine.generate(PROMPTS, group_size=2, sampling=sampling, generator=torch.Generator())
+
+
 def test_weights_that_are_nan_stop_the_sampling() -> None:
     policy = random_policy()
     with torch.no_grad():

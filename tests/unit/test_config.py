@@ -26,7 +26,15 @@ MISTAKES = [
     ("training.micro_batch_tokens=100", "training.micro_batch_tokens = 100 cannot hold one sequence"),
     ("reward.overlong_cache=20480", "reward.overlong_cache = 20480 is not below rollout.max_response_tokens = 20480"),
     ("task.name=dataset", "task.data is empty"),
-    ("task.template=hello", "task.template has no {prompt}"),
+    ("task.template=hello", 'task.template is for task.name = "dataset", but task.name = "countdown"'),
+    ("task.data=prompts.jsonl", 'task.data is for task.name = "dataset", but task.name = "countdown"'),
+    ("seed=99999999999999999999", "seed = 99999999999999999999: input should be less than 9223372036854775808"),
+    ("training.steps=true", "training.steps = True: input should be a valid integer"),
+    ('optimizer.lr="1e-3"', "optimizer.lr = '1e-3': input should be a valid number"),
+    ('rollout.prompts_per_step="32"', "rollout.prompts_per_step = '32': input should be a valid integer"),
+    ("training.mini_batch_prompts=16.0", "training.mini_batch_prompts = 16.0: input should be a valid integer"),
+    ('model.gradient_checkpointing="yes"', "model.gradient_checkpointing = 'yes': input should be a valid boolean"),
+    ("dynamic_sampling.enabled=1", "dynamic_sampling.enabled = 1: input should be a valid boolean"),
     ("loss=3", "loss = 3: input should be a valid dictionary"),
     ("nonsense", "'nonsense' is not an override; write section.key=value"),
     ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
@@ -48,6 +56,24 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path)
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.1, 0.4, None)
     assert config.log.sinks == ("tensorboard",)
     assert config.model.path == "here/x"
+
+
+def test_a_template_without_a_place_for_the_prompt_is_refused() -> None:
+    with pytest.raises(UserError, match=r"task.template has no \{prompt\}"):
+        load_recipe(TrainConfig, None, ["task.name=dataset", "task.data=x.jsonl", "task.template=hello"])
+
+
+def test_an_empty_value_restores_the_default(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[loss]\ndual_clip = 10.0\n[optimizer]\nlr = 1\nbetas = [0.8, 0.9]\n")
+    config = load_recipe(TrainConfig, recipe, ["loss.dual_clip=", "optimizer.eps="])
+    assert (config.loss.dual_clip, config.optimizer.lr, config.optimizer.betas) == (None, 1.0, (0.8, 0.9))
+
+
+def test_the_config_of_a_run_is_a_recipe(tmp_path: Path) -> None:
+    stored = tmp_path / "config.toml"
+    stored.write_text('seed = 4\n[provenance]\ntorch = "2.13.0"\n')
+    assert load_recipe(TrainConfig, stored).seed == 4
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -41,10 +41,12 @@ class EmbeddedEngine:
         Prompts are decoded in waves of at most ``max_sequences`` sequences; a prompt is read once for its whole group.
 
         Raises:
-            UserError: a prompt is empty or longer than ``max_prompt_tokens``.
+            UserError: a prompt is empty or longer than ``max_prompt_tokens``, or the model has no positions for so long
+                a response.
             TrainingHalted: the model's logits are not finite.
         """
         prompt_ids = [self._encode(prompt) for prompt in prompts]
+        self._require_positions(max(map(len, prompt_ids), default=0), sampling.max_response_tokens)
         owners = [index for index in range(len(prompts)) for _ in range(group_size)]
         rollouts: list[Rollout] = []
         for start in range(0, len(owners), self.max_sequences):
@@ -63,6 +65,15 @@ class EmbeddedEngine:
         """
         for prompt in prompts:
             self._encode(prompt)
+
+    def _require_positions(self, prompt_tokens: int, response_tokens: int) -> None:
+        """Refuse lengths for which the model has no positions: it would fail late, or write nonsense."""
+        positions = getattr(self.policy.model.config, "max_position_embeddings", None)
+        if positions is not None and prompt_tokens + response_tokens > positions:
+            raise UserError(
+                f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more than "
+                f"the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
+            )
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         ids = tuple(self.policy.tokenizer.encode(prompt.text, add_special_tokens=self.add_special_tokens))
