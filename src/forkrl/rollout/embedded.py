@@ -71,8 +71,8 @@ class EmbeddedEngine:
         positions = getattr(self.policy.model.config, "max_position_embeddings", None)
         if positions is not None and prompt_tokens + response_tokens > positions:
             raise UserError(
-                f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more than "
-                f"the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
+                f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more "
+                f"than the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
             )
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:

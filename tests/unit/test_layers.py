@@ -1,0 +1,44 @@
+"""Arrows point one way: nouns, leaves, compositions, the loop, the command line."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "forkrl"
+NOUNS = {"types", "config", "errors"}
+LEAVES = {
+    "advantages", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference", "report",
+    "rewards", "selectors", "threads", "token_stats", "tracking",
+}  # fmt: skip
+STORES = {"checkpoint", "run_folder"}  # leaves that share the atomic writes
+
+
+def imports_of(part: str) -> set[str]:
+    """The first names below ``forkrl`` that a module or package imports, itself left out."""
+    root = PACKAGE / part
+    files = sorted(root.rglob("*.py")) if root.is_dir() else [root.with_suffix(".py")]
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found |= {name.split(".")[1] for name in names if name.startswith("forkrl.")}
+    return found - {part}
+
+
+@pytest.mark.parametrize("part", sorted(NOUNS | LEAVES | STORES))
+def test_a_leaf_knows_only_the_nouns(part: str) -> None:
+    allowed = NOUNS | ({"atomic"} if part in STORES else set())
+    assert imports_of(part) <= allowed
+
+
+def test_only_the_command_line_knows_the_loop() -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {part for part in parts if "loop" in imports_of(part)} == {"cli"}
+
+
+def test_the_story_fits_on_a_few_screens() -> None:
+    assert len((PACKAGE / "loop.py").read_text().splitlines()) <= 150
