@@ -14,7 +14,7 @@ import pytest
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
-from forkrl.tasks.dataset import load_dataset_task
+from forkrl.tasks.dataset import load_dataset_task, load_evaluation_task
 from forkrl.types import Prompt, Task
 
 Rows = list[dict[str, Any]]
@@ -94,6 +94,30 @@ def test_held_out_data_of_its_own(tmp_path: Path) -> None:
     assert [p.answer for p in task.train] == [str(n) for n in range(1, 9)]
     with pytest.raises(UserError, match="nothing is left"):
         load(train, held_out_data=str(train))
+
+
+def test_an_evaluation_takes_all_of_a_file(tmp_path: Path) -> None:
+    path, aside = write(tmp_path / "a.jsonl", rows(30) * 2), write(tmp_path / "b.jsonl", rows(35)[25:])
+    config = TaskConfig(name="dataset", data=str(path))
+    task = load_evaluation_task(config, apply_chat_template=None)
+    assert [prompt.answer for prompt in task.held_out] == [str(n + 1) for n in range(30)]
+    assert (task.name, list(task.train)) == (str(path), [])
+    config = TaskConfig(name="dataset", data="never read", held_out_data=str(aside), template="Q {prompt}")
+    task = load_evaluation_task(config, apply_chat_template=None)
+    assert [prompt.text for prompt in task.held_out] == ["Q " + row["prompt"] for row in rows(35)[25:]]
+    assert (
+        task.fingerprint
+        != load_evaluation_task(
+            config.model_copy(update={"template": "{prompt}"}), apply_chat_template=None
+        ).fingerprint
+    )
+
+
+def test_an_empty_subset_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(9))
+    assert load(path, subset="").fingerprint == load(path).fingerprint
+    with pytest.raises(UserError, match="task.subset = 'main' is for hub data sets"):
+        load(path, subset="main")
 
 
 def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
@@ -266,6 +290,8 @@ class TestHub:
         task = load("owner/name", subset="main", held_out_data="owner/name:test")
         assert asked == [("owner/name", "main", "train"), ("owner/name", "main", "test")]
         assert (len(task.train), len(task.held_out)) == (2000, 5)
+        load("owner/name", subset="")
+        assert asked[-1] == ("owner/name", None, "train")
         file = load(write(tmp_path / "a.jsonl", rows(2000)))
         assert load("owner/name").fingerprint == file.fingerprint
         with pytest.raises(UserError, match=r"owner/name has no column 'q' .*it has: prompt, answer"):

@@ -5,12 +5,43 @@ Axes: ``P`` prompts, ``K`` samples each.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 
+from forkrl.config import TrainConfig
 from forkrl.evaluation.statistics import mean_pass_at_k, mean_with_interval, mean_with_normal_interval
+from forkrl.model import Policy
 from forkrl.types import Prompt, RolloutEngine, RolloutGroup, SamplingParams, Verifier
+
+
+def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy) -> SamplingParams:
+    """How held-out responses are sampled, in a run and by ``forkrl eval`` alike.
+
+    From the whole distribution: ``rollout.top_p`` and ``rollout.top_k`` shape what training sees, and must not flatter
+    the figure that compares runs.
+
+    Args:
+        config: limit and stop tokens are the rollout's.
+        temperature: 0 is greedy.
+        policy: knows the ids of the stop tokens.
+
+    Raises:
+        UserError: a stop token that is not one token of the policy's tokenizer.
+    """
+    return SamplingParams(
+        max_response_tokens=config.rollout.max_response_tokens,
+        temperature=temperature,
+        stop_token_ids=policy.stop_token_ids(config.rollout.stop),
+    )
+
+
+def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Generator:
+    """The random numbers of every evaluation with this seed: the same each time, in a run and by ``forkrl eval``."""
+    # Hashed: training draws from a generator of the bare seed, and the two must not run in step.
+    digest = hashlib.sha256(f"evaluation/{config.seed}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def sample_and_score(

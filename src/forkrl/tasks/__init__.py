@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.tasks.countdown import countdown_task
-from forkrl.tasks.dataset import load_dataset_task
+from forkrl.tasks.dataset import ApplyChatTemplate, load_dataset_task, load_evaluation_task
 from forkrl.types import Prompt, Task
 
-__all__ = ["PromptStream", "open_task"]
+__all__ = ["PromptStream", "open_evaluation_task", "open_task"]
 
 
 def open_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -24,7 +24,27 @@ def open_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """
     if config.name == "countdown":
         return countdown_task()
-    if config.chat_template and not tokenizer.chat_template:
+    return load_dataset_task(config, apply_chat_template=_chat_template(config, tokenizer))
+
+
+def open_evaluation_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The configured task with every prompt to evaluate on in ``held_out``, and, for a data set, none to train on.
+
+    A data set gives all of ``held_out_data``, or where that is empty all of ``data``. Countdown gives the problems
+    that it always holds out.
+
+    Raises:
+        UserError: data that is missing or unusable, or a chat template that the tokenizer lacks.
+    """
+    if config.name == "countdown":
+        return countdown_task()
+    return load_evaluation_task(config, apply_chat_template=_chat_template(config, tokenizer))
+
+
+def _chat_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ApplyChatTemplate | None:
+    if not config.chat_template:
+        return None
+    if not tokenizer.chat_template:
         raise UserError(
             "task.chat_template = true, but the tokenizer has no chat template (base models often have none); "
             "set it to false and put the wording into task.template"
@@ -33,7 +53,7 @@ def open_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     def apply_chat_template(messages: list[dict[str, str]]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    return load_dataset_task(config, apply_chat_template=apply_chat_template if config.chat_template else None)
+    return apply_chat_template
 
 
 class PromptStream:

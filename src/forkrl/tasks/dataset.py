@@ -67,6 +67,25 @@ def load_dataset_task(config: TaskConfig, *, apply_chat_template: ApplyChatTempl
     return Task(config.data, train, held_out, config.verifier, _fingerprint(train, held_out))
 
 
+def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
+    """Read the prompts that ``config`` names for evaluation alone: nothing is split off, nothing is left to train on.
+
+    They are all distinct questions of ``held_out_data``; where it is empty, all of ``data``. A benchmark of 30 rows
+    needs no second file and no ``held_out_rows``. Whether a model has trained on them is for the caller to know.
+
+    Args:
+        config: the recipe's ``task`` table.
+        apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
+
+    Raises:
+        UserError: one line, with the row where it is one row's fault.
+    """
+    render = _Renderer(config, apply_chat_template)
+    source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
+    prompts = [render(id, question) for id, question in _read_distinct(config, source, key).items()]
+    return Task(source, [], prompts, config.verifier, _fingerprint([], prompts))
+
+
 class _Row(NamedTuple):
     place: str
     """Where the row stands, as an error names it: "train.jsonl line 7"."""
@@ -213,7 +232,10 @@ class _Renderer:
 def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_Row]:
     path = Path(source).expanduser()
     if path.exists():
-        for name, value in (("subset", config.subset), ("split", config.split if config.split != "train" else None)):
+        for name, value in (
+            ("subset", config.subset or None),
+            ("split", config.split if config.split != "train" else None),
+        ):
             if value is not None:
                 raise UserError(f"task.{name} = {value!r} is for hub data sets, but {key} = {source!r} is a local path")
         for file in _files_of(path, key):
@@ -277,7 +299,7 @@ def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[_
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config.subset, split=split)
+        rows = datasets.load_dataset(name, config.subset or None, split=split)
     except Exception as error:  # network, permission, unknown name, subset or split: dozens of types, one remedy
         raise UserError(
             f"{key} = {name!r} is no local path, and the hub did not give its split {split!r} ({_first_line(error)}); "

@@ -1,0 +1,104 @@
+"""``forkrl eval``: which prompts it takes, that it measures what a run does, and that it refuses before it samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.smoke.world import Outcome, Run, World, write_prompts
+
+DATASET = ("task.name=dataset", "task.verifier=first_character:first_character")
+SHORT = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6", "runtime.device=cpu")
+FIGURES = ("accuracy", "accuracy_low", "accuracy_high", "length", "entropy", "truncated_fraction", "problems")
+
+
+def evaluated(world: World, *argv: str) -> dict[str, Any]:
+    """The figures of an evaluation that has to succeed."""
+    outcome = world.run("eval", *argv, "--out", "figures.json")
+    assert outcome.code == 0, outcome.stderr
+    figures: dict[str, Any] = json.loads((world.folder / "figures.json").read_text())
+    return figures | {"stdout": outcome.stdout}
+
+
+def refused(world: World, *argv: str) -> str:
+    """The one line of an evaluation that has to fail before a response is judged."""
+    outcome = world.run("eval", *argv)
+    assert outcome.code == 2, outcome
+    assert "evaluating" not in outcome.stdout + outcome.stderr
+    return outcome.line
+
+
+@pytest.fixture(scope="module")
+def run(world: World) -> Run:
+    """Its engine's batches, of 5, fit neither the samples nor the prompts; its training samples from a nucleus."""
+    overrides = ("training.steps=2", "rollout.max_sequences=5", "rollout.top_p=0.9", "rollout.top_k=12")
+    return world.trained("run", *overrides, "eval.problems=7", "eval.samples=2")
+
+
+def test_a_run_is_evaluated_as_it_was_while_it_trained(world: World, run: Run) -> None:
+    figures = evaluated(world, "run", "--problems", "7", "--samples", "2", "--temperature", "1")
+    last = run.metrics[-1]
+    assert {name: figures[name] for name in FIGURES} == {name: last[f"eval/{name}"] for name in FIGURES}
+    assert "the first 7 of 8 held-out problems of prompts.jsonl" in figures["stdout"]
+
+
+def test_a_file_is_evaluated_whole(world: World) -> None:
+    write_prompts(world.folder / "aime.jsonl", [{"prompt": f"{n}=", "answer": "13579"} for n in range(30)])
+    figures = evaluated(world, "model", *DATASET, *SHORT, "task.data=aime.jsonl", "--samples", "1")
+    assert figures["problems"] == 30
+    assert "all 30 problems of aime.jsonl" in figures["stdout"]
+
+
+def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world: World, run: Run) -> None:
+    write_prompts(world.folder / "aside.jsonl", [{"prompt": f"{n}+", "answer": "13579"} for n in range(11)])
+    for model in ("model", "run"):
+        recipe = ("--recipe", "recipe.toml") if model == "model" else ()
+        figures = evaluated(world, model, *recipe, "task.held_out_data=aside.jsonl")
+        assert figures["problems"] == 11, model
+    assert evaluated(world, "run", "task.held_out_data=aside.jsonl", "eval.problems=4")["problems"] == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("run", "model.path=model"), "model.path=model: has no effect; the model to evaluate is the first argument"),
+        (("run", "rollout.top_p=0.5"), "rollout.top_p=0.5: has no effect on an evaluation"),
+        (("run", "training.steps=9"), "training.steps=9: has no effect on an evaluation"),
+        (("run", "eval={samples=2}"), "write each setting as section.key=value"),
+        (("run", "eval.samples=2", "--samples", "3"), "has no effect along with --samples"),
+        (("run", "eval.smaples=2"), "eval.smaples is not a setting; did you mean eval.samples?"),
+        (("run", "--recipe", "recipe.toml"), "run is a run and keeps its own recipe"),
+        (("model", "task.data=prompts.jsonl"), "task.name"),
+        (("model", *DATASET, "task.data=prompts.jsonl", "task.held_out_rows=3"), "has no effect; all rows are evalua"),
+        (("run", "task.data=a", "task.held_out_data=b"), "the prompts come from task.held_out_data = 'b'; set that"),
+        (("run", "--out", "none/figures.json"), "--out none/figures.json: there is no folder none"),
+        (("run", "--out", "model"), "--out model: is a folder"),
+        (("run", "--samples", "0"), "--samples 0: at least 1"),
+        (("run", "--temperature", "-1"), "--temperature -1.0: at least 0"),
+        (("run", "--temperature", "nan"), "--temperature nan: at least 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(world: World, run: Run, argv: tuple[str, ...], says: str) -> None:
+    assert says in refused(world, *argv)
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_first_is_sampled(world: World) -> None:
+    rows = [{"prompt": f"{n}=", "answer": "1"} for n in range(40)] + [{"prompt": "11111+11=", "answer": "1"}]
+    write_prompts(world.folder / "long.jsonl", rows)
+    outcome: Outcome = world.run(
+        "eval", "model", *DATASET, *SHORT, "task.data=long.jsonl", "rollout.max_sequences=4", "--samples", "1",
+        faults=[{"point": "token", "count": 1, "signal": 9}],
+    )  # fmt: skip
+    assert outcome.code == 2, outcome
+    assert "long.jsonl line 41: 9 tokens, over rollout.max_prompt_tokens = 8" in outcome.line
+
+
+def test_responses_shorter_than_the_penalty_of_training(world: World, tmp_path: Path) -> None:
+    """The defaults of reward.overlong_cache and training.micro_batch_tokens bind no evaluation."""
+    figures = evaluated(
+        world, "model", *DATASET, "task.data=prompts.jsonl", "rollout.max_response_tokens=2", "--problems", "3"
+    )
+    assert figures["length"] <= 2
