@@ -12,4 +12,8 @@ class UserError(Exception):
 
 
 class TrainingHalted(Exception):
-    """Training cannot go on (NaN loss, nothing left to learn). The last good checkpoint is intact; exit code 1."""
+    """Training cannot go on, as with a NaN loss. What was saved before stays as it is; exit code 1."""
+
+
+class NothingToLearn(TrainingHalted):
+    """No group of responses has a gradient. The weights are sound, so the finished steps are worth saving."""

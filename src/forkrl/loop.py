@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forkrl.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.batching import collate, mini_batches
-from forkrl.errors import TrainingHalted
+from forkrl.errors import NothingToLearn
 from forkrl.evaluation.held_out import score_groups
 from forkrl.metrics import accuracy, rollout_metrics, update_metrics
 from forkrl.run import Run, rollout_rows
@@ -29,7 +29,8 @@ def train(run: Run) -> None:
     """Train to the last step of the recipe, from wherever the run stands.
 
     Raises:
-        TrainingHalted: nothing left to learn from, or numbers that are not finite.
+        NothingToLearn: every group was all right or all wrong; ``open_run`` saves the finished steps.
+        TrainingHalted: numbers that are not finite.
         Interrupted: Ctrl-C or SIGTERM; ``open_run`` saves the finished steps.
     """
     run.evaluate_if_due()
@@ -59,6 +60,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
     """
     wanted, dynamic = run.config.rollout.prompts_per_step, run.config.dynamic_sampling
     kept: list[RolloutGroup] = []
+    dropped: list[RolloutGroup] = []
     sampled: list[RolloutGroup] = []
     seconds = {"rollout": 0.0, "reward": 0.0}
     num_batches = 0
@@ -77,14 +79,16 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
             seconds["reward"] += time.perf_counter() - started
         sampled += groups
         useful_P = informative_groups(torch.tensor([group.scores for group in groups]))
-        kept += [group for group, useful in zip(groups, useful_P, strict=True) if useful or not dynamic.enabled]
+        for group, useful in zip(groups, useful_P, strict=True):
+            (kept if useful or not dynamic.enabled else dropped).append(group)
     if not kept:
-        raise TrainingHalted(
+        raise NothingToLearn(
             f"nothing to learn: every group of {len(sampled)} prompts in {num_batches} generation batches was all "
             f"right or all wrong (accuracy {accuracy(sampled):.3f}); take easier or harder prompts, a larger "
             f"rollout.group_size, or raise dynamic_sampling.max_generation_batches"
         )
-    return kept[:wanted], rollout_metrics(sampled, len(kept), num_batches, seconds)
+    kept = kept[:wanted]
+    return kept, rollout_metrics(sampled, dropped, len(kept), num_batches, seconds)
 
 
 def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:

@@ -16,9 +16,13 @@ from forkrl.update import Update
 
 
 def rollout_metrics(
-    sampled: Sequence[RolloutGroup], num_kept: int, num_batches: int, seconds: Mapping[str, float]
+    sampled: Sequence[RolloutGroup],
+    dropped: Sequence[RolloutGroup],
+    num_kept: int,
+    num_batches: int,
+    seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """What sampling gave, over everything sampled, and what dynamic sampling dropped."""
+    """What sampling gave, over everything sampled; what dynamic sampling dropped; how many groups are trained on."""
     rollouts = [rollout for group in sampled for rollout in group.rollouts]
     num_tokens = sum(map(len, rollouts))
     return {
@@ -29,8 +33,8 @@ def rollout_metrics(
         "rollout/tokens_per_s": num_tokens / seconds["rollout"],
         "sampling/generation_batches": float(num_batches),
         "sampling/groups_kept": float(num_kept),
-        "sampling/dropped_all_right": float(sum(min(group.scores) == max(group.scores) > 0 for group in sampled)),
-        "sampling/dropped_all_wrong": float(sum(max(group.scores) == 0 for group in sampled)),
+        "sampling/dropped_all_right": float(sum(max(group.scores) > 0 for group in dropped)),
+        "sampling/dropped_all_wrong": float(sum(max(group.scores) == 0 for group in dropped)),
         "verifier/failures": float(sum(bool(verdict.failure) for group in sampled for verdict in group.verdicts)),
         "time/rollout_s": seconds["rollout"],
         "time/reward_s": seconds["reward"],
@@ -42,17 +46,18 @@ def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> di
     means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in updates[0].metrics}
     entropy_N = torch.cat([update.entropy_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])
     kept_N = torch.cat([update.selected_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])
-    positive_N = torch.cat(
-        [(part.advantages > 0)[:, None].expand_as(part.response_mask)[part.response_mask] for part in parts]
+    advantages_N = torch.cat(
+        [part.advantages[:, None].expand_as(part.response_mask)[part.response_mask] for part in parts]
     )
     return means | {
+        "loss/ratio_max": max(update.metrics["loss/ratio_max"] for update in updates),
         "entropy/mean": _mean(entropy_N),
         "entropy/threshold": float(entropy_N[kept_N].min()) if kept_N.any() else math.nan,
         "entropy/selected_mean": _mean(entropy_N[kept_N]),
         "entropy/unselected_mean": _mean(entropy_N[~kept_N]),
         "selection/kept_fraction": _mean(kept_N),
-        "selection/kept_fraction_positive": _mean(kept_N[positive_N]),
-        "selection/kept_fraction_negative": _mean(kept_N[~positive_N]),
+        "selection/kept_fraction_positive": _mean(kept_N[advantages_N > 0]),
+        "selection/kept_fraction_negative": _mean(kept_N[advantages_N < 0]),
     }
 
 

@@ -6,6 +6,8 @@ What happens *in* a step stands in ``loop.py``.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import platform
 import shlex
 import subprocess
@@ -22,7 +24,7 @@ import transformers
 import forkrl
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.config import TrainConfig, parse_recipe, recipe_differences, recipe_toml
-from forkrl.errors import TrainingHalted, UserError
+from forkrl.errors import NothingToLearn, TrainingHalted, UserError
 from forkrl.evaluation.held_out import sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.model import Policy, open_policy
@@ -33,10 +35,8 @@ from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.selectors import select_tokens
 from forkrl.tasks import PromptStream, open_task
 from forkrl.threads import configure_threads
-from forkrl.tracking import Tracker, open_sinks
+from forkrl.tracking import Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, RolloutGroup, SamplingParams, Task, Verifier
-
-EVAL_SEED = "evaluation"
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Run:
         due = self.step in (0, last) or (every and self.step % every == 0)
         if not due or self.step == self._evaluated_step:
             return
-        seed = int.from_bytes(f"{EVAL_SEED}/{self.config.seed}".encode()[:8], "little") ^ self.config.seed
+        digest = hashlib.sha256(f"evaluation/{self.config.seed}".encode()).digest()
         with self.phase("eval"):
             groups = sample_and_score(
                 self.engine,
@@ -134,7 +134,7 @@ class Run:
                     temperature=self.config.eval.temperature,
                     stop_token_ids=self.sampling.stop_token_ids,
                 ),
-                generator=torch.Generator(self.policy.device).manual_seed(seed % 2**63),
+                generator=torch.Generator(self.policy.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1),
             )
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         self.folder.write_rollouts(f"eval-{self.step:06d}", self._evaluation_rows(written))
@@ -183,9 +183,34 @@ class Run:
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
         self.prompts.position = progress["prompt_position"]
         self._evaluated_step = progress["evaluated_step"]
-        self.folder.discard_after(self.step, progress["metrics_bytes"])
+        evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
+        if evaluation_bytes:
+            self._evaluated_step = self.step
+        self.folder.discard_after(self.step, progress["metrics_bytes"] + evaluation_bytes)
         self._saved_step = self.step
         self._mark()
+
+    def way_on(self) -> str:
+        """What can be done with a run that its own recipe cannot take further."""
+        if self._saved_step is None:
+            return "no checkpoint had been saved; start anew with another --out"
+        return (
+            f"the checkpoint of step {self._saved_step} is intact; to go on with other settings, start a new run from "
+            f"its weights: model.path={self.folder.checkpoints / f'step-{self._saved_step}'} and another --out"
+        )
+
+    def _evaluation_bytes(self, start: int) -> int:
+        """Length of the line at ``start`` of metrics.jsonl, if it is an evaluation of this step; else 0.
+
+        A checkpoint is written before its step is evaluated. An evaluation that was logged since need not be repeated.
+        """
+        line, newline, _ = (self.folder.path / "metrics.jsonl").read_bytes()[start:].partition(b"\n")
+        try:
+            record = json.loads(line)
+        except ValueError:  # nothing there, or half a line
+            return 0
+        logged = newline and isinstance(record, dict) and record.get("step") == self.step and "eval/accuracy" in record
+        return len(line + newline) if logged else 0
 
     def _mark(self) -> None:
         self._step_start = (self.prompts.position, self.generator.get_state())
@@ -260,6 +285,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
     if resume is None:
         assert out is not None
         refuse_occupied(out)  # a model of many gigabytes need not be loaded to find this out
+    require_sinks(config.log.sinks)
     with ExitStack() as stack:
         threads = configure_threads(config.runtime.threads)
         torch.manual_seed(config.seed)
@@ -313,13 +339,19 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         run.display = stack.enter_context(
             TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
         )
+        if resume is not None and (changes := _changed_arithmetic(folder.provenance, provenance)):
+            run.display.message(f"resuming with {changes}: the run goes on, but no longer the same to the bit")
         try:
             yield run
         except Interrupted:
             run.stop()
             raise
-        except TrainingHalted as error:
-            raise TrainingHalted(f"step {run.step + 1}: {error}; the last checkpoint is intact") from error
+        except NothingToLearn as error:
+            if run.step:
+                run.stop()
+            raise NothingToLearn(f"step {run.step + 1}: {error}; {run.way_on()}") from error
+        except TrainingHalted as error:  # not saved: the weights may be what went wrong
+            raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error
 
 
 def resumed_config(folder: Path, recipe: TrainConfig | None) -> TrainConfig:
@@ -331,9 +363,11 @@ def resumed_config(folder: Path, recipe: TrainConfig | None) -> TrainConfig:
     stored = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml"))
     differences = recipe_differences(stored, recipe) if recipe is not None else []
     if differences:
+        newest = latest_checkpoint(folder / "checkpoints")
+        weights = "" if newest is None else f", from these weights with model.path={newest}"
         raise UserError(
             f"--resume {folder}: the recipe has changed since the run began: {'; '.join(differences)}; "
-            f"resume without a recipe, or start a new run with --out"
+            f"resume without a recipe, or start a new run with another --out{weights}"
         )
     return stored
 
@@ -351,6 +385,12 @@ def describe_provenance(config: TrainConfig, task: Task, threads: int, policy: P
         "device": str(policy.device),
         "command": shlex.join(["forkrl", *sys.argv[1:]]),
     }
+
+
+def _changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs of all that the last bits of a result depend on, as one phrase; empty where nothing does."""
+    names = [name for name in ("threads", "torch", "transformers") if then.get(name) != now[name]]
+    return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
 
 
 def _commit() -> str:

@@ -126,6 +126,16 @@ class Tracker:
         self.close()
 
 
+def require_sinks(names: Sequence[str]) -> None:
+    """Check that the package of every named sink can be imported, before a run folder is made for them.
+
+    Raises:
+        UserError: a package is missing, with the line that installs it.
+    """
+    for name in names:
+        _require(name)  # each sink is named after its package
+
+
 def open_sinks(
     names: Sequence[str], run_dir: Path, config: Mapping[str, Any], *, report: Callable[[str], None] = _warn
 ) -> Tracker:

@@ -64,13 +64,15 @@ def update_policy(
     denominator = num_selected if config.loss.denominator == "selected" else mini_batch.num_response_tokens
     selected_BT = torch.zeros_like(mini_batch.response_mask)
     entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
-    sums: dict[str, float] = {"loss/policy": 0.0, "loss/kl": 0.0, "loss/entropy": 0.0, "clipped": 0.0}
+    sums = dict.fromkeys(("loss/policy", "loss/kl", "loss/entropy", "clipped", "approx_kl"), 0.0)
+    ratio_max = 0.0
 
     optimizer.zero_grad(set_to_none=True)
     for rows_B in micro_batches:
         micro = mini_batch.rows(rows_B)
         width = micro.response_mask.shape[1]
         stats = compute_token_stats(policy, micro, temperature=temperature, entropy_grad=config.loss.entropy_coef != 0)
+        _require_finite_entropy(stats.entropy.detach()[micro.response_mask])
         if ahead_BT is None:
             selected = _select(stats.entropy, micro.response_mask, config, [torch.arange(len(micro))], generator)
         else:
@@ -81,6 +83,7 @@ def update_policy(
         loss.backward()
         selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = selected, stats.entropy.detach()
         sums = {name: total + figures[name] for name, total in sums.items()}
+        ratio_max = max(ratio_max, figures["ratio_max"])
 
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optimizer.max_grad_norm)
     if not grad_norm.isfinite():
@@ -89,8 +92,22 @@ def update_policy(
     if not all(bool(parameter.isfinite().all()) for parameter in policy.model.parameters()):
         # Found here, before the step counts as done: no checkpoint may hold such weights.
         raise TrainingHalted("the optimizer's step left weights that are NaN or infinite; lower optimizer.lr")
-    clip_fraction = sums.pop("clipped") / max(1, num_selected)
-    return Update(selected_BT, entropy_BT, {**sums, "loss/clip_fraction": clip_fraction, "grad/norm": float(grad_norm)})
+    means = {
+        "loss/clip_fraction": sums.pop("clipped") / max(1, num_selected),
+        "loss/approx_kl": sums.pop("approx_kl") / max(1, num_selected),
+    }
+    return Update(
+        selected_BT, entropy_BT, {**sums, **means, "loss/ratio_max": ratio_max, "grad/norm": float(grad_norm)}
+    )
+
+
+def _require_finite_entropy(entropy_N: Tensor) -> None:
+    """Whatever the rule: one that does not look at entropy would go on training a model that has diverged."""
+    if num_bad := int((~entropy_N.isfinite()).sum()):
+        raise TrainingHalted(
+            f"entropy is NaN or infinite at {num_bad} of {len(entropy_N)} response tokens; "
+            f"the model's weights have diverged"
+        )
 
 
 def _select_ahead(
@@ -145,6 +162,8 @@ def _loss(
     figures = {
         "loss/policy": policy.loss.item(),
         "clipped": float(policy.metrics["clip_fraction"] * policy.metrics["num_selected"]),
+        "approx_kl": float(policy.metrics["approx_kl"] * policy.metrics["num_selected"]),
+        "ratio_max": float(policy.metrics["ratio_max"]),
         "loss/kl": 0.0,
         "loss/entropy": 0.0,
     }

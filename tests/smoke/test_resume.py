@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -115,8 +116,12 @@ def test_a_second_signal_does_not_cut_the_save_short(world: World, uninterrupted
 
 
 def test_resuming_a_finished_run_changes_nothing(world: World, uninterrupted: Run) -> None:
+    """Not even its last evaluation, which came after its last checkpoint, is done again."""
     shutil.copytree(uninterrupted.folder, world.folder / "finished")
-    resumed = world.resumed("finished")
+    fatal = {"point": "eval", "count": 1, "signal": signal.SIGKILL}
+    resumed = Run(world.folder / "finished", world.run("train", "--resume", "finished", faults=[fatal]))
+    assert resumed.outcome.code == 0, resumed.outcome
+    assert "instead of" not in resumed.outcome.stdout
     assert resumed.bits() == uninterrupted.bits()
     assert resumed.outcome.stdout.splitlines()[-2].startswith("Held-out accuracy ")
 
@@ -141,8 +146,19 @@ def test_a_changed_recipe_is_refused_and_the_changes_listed(world: World, uninte
         assert outcome.code == 2
         listed = "selection.rule: 'top_entropy' -> 'all'; optimizer.lr: 0.01 -> 0.5;"
         assert f"the recipe has changed since the run began: {listed}" in outcome.line
+        assert outcome.line.endswith("from these weights with model.path=uninterrupted/checkpoints/step-6")
     same = world.run("train", "recipe.toml", "--resume", "uninterrupted", without_report=True)
     assert same.code == 0, same.stderr
+
+
+def test_other_versions_or_threads_are_said_to_change_the_bits(world: World, uninterrupted: Run) -> None:
+    shutil.copytree(uninterrupted.folder, world.folder / "upgraded")
+    config = world.folder / "upgraded/config.toml"
+    config.write_text(re.sub('\ntorch = ".*"\n', '\ntorch = "1.0"\n', config.read_text()))
+    lines = world.resumed("upgraded").outcome.stdout.splitlines()
+    assert [line.split(" instead of ")[1] for line in lines if line.startswith("resuming with torch ")] == [
+        "1.0: the run goes on, but no longer the same to the bit"
+    ]
 
 
 def test_changed_data_are_refused(own_world: World) -> None:

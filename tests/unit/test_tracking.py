@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from forkrl import tracking
+from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.tracking import Tracker, open_sinks
 
@@ -67,6 +68,16 @@ def test_a_missing_package_stops_the_start_with_its_install_line(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"'{name}'.*pip install 'forkrl\[tracking\]'"):
         open_sinks([name], tmp_path, CONFIG)
+
+
+def test_a_missing_package_leaves_no_run_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from forkrl.run import open_run
+
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = TrainConfig.model_validate({"log": {"sinks": ["trackio"]}})
+    with pytest.raises(UserError, match="log.sinks names 'trackio'"), open_run(config, tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sink_that_refuses_to_start_closes_those_already_open(
