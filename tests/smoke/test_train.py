@@ -270,6 +270,16 @@ def test_nothing_left_to_learn_saves_the_finished_steps_for_a_new_run(world: Wor
     assert again.metrics[-1]["step"] == 2
 
 
+def test_a_run_that_diverged_saves_nothing_more(world: World) -> None:
+    """Its weights may be what went wrong."""
+    poison = {"point": "gradient", "count": 9, "action": "poison"}
+    outcome = world.train("poisoned", "checkpoint.every=6", faults=[poison], without_report=True)
+    assert outcome.code == 1
+    assert outcome.line.endswith("; no checkpoint had been saved; start anew with another --out")
+    assert not outcome.line.startswith("forkrl: training stopped at step 1:")
+    assert list((world.folder / "poisoned/checkpoints").iterdir()) == []
+
+
 def test_a_run_without_a_terminal_or_utf8_still_runs(world: World) -> None:
     """A batch system's C locale cannot print "≥"."""
     outcome = world.train("plain", *SHORT, *VARIATIONS["rule threshold"], without_report=True,

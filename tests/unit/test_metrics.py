@@ -1,0 +1,52 @@
+"""The figures of a step count what their names say, also where nothing is there to count."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from forkrl.metrics import update_metrics
+from forkrl.types import TokenBatch
+from forkrl.update import Update
+
+
+def mini_batch(advantages_B: list[float]) -> TokenBatch:
+    """Three response tokens a sequence."""
+    shape = (len(advantages_B), 3)
+    whole, numbers = torch.ones(shape, dtype=torch.bool), torch.zeros(shape)
+    return TokenBatch(
+        input_ids=numbers.long(),
+        attention_mask=whole,
+        targets=numbers.long(),
+        response_mask=whole,
+        old_logprobs=numbers,
+        rollout_entropy=numbers,
+        advantages=torch.tensor(advantages_B),
+    )
+
+
+def update(selected_BT: list[list[bool]], ratio_max: float = 1.0) -> Update:
+    selected = torch.tensor(selected_BT)
+    return Update(selected, torch.ones(selected.shape), {"loss/ratio_max": ratio_max, "loss/approx_kl": ratio_max})
+
+
+def test_kept_fractions_leave_tokens_without_advantage_out() -> None:
+    selected = [[True, False, False], [True, True, False], [True, True, True]]
+    figures = update_metrics([mini_batch([1.0, -1.0, 0.0])], [update(selected)])
+    assert figures["selection/kept_fraction"] == pytest.approx(6 / 9)
+    assert figures["selection/kept_fraction_positive"] == pytest.approx(1 / 3)
+    assert figures["selection/kept_fraction_negative"] == pytest.approx(2 / 3)
+
+
+def test_a_kept_fraction_of_no_tokens_is_undefined() -> None:
+    figures = update_metrics([mini_batch([1.0, 0.0])], [update([[True] * 3, [True] * 3])])
+    assert math.isnan(figures["selection/kept_fraction_negative"])
+
+
+def test_the_largest_ratio_of_a_step_is_that_of_any_gradient_step() -> None:
+    updates = [update([[True] * 3], ratio_max) for ratio_max in (1.0, 4.0, 1.0)]
+    figures = update_metrics([mini_batch([1.0])] * 3, updates)
+    assert figures["loss/ratio_max"] == 4
+    assert figures["loss/approx_kl"] == 2
