@@ -84,12 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="accuracy of a model or run on held-out prompts, with intervals")
     evaluate.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, as in task.data=prompts.jsonl"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings, as in task.name=dataset task.data=prompts.jsonl",
     )
     evaluate.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
-    evaluate.add_argument("--problems", type=int, default=512, help="held-out prompts (default: 512)")
-    evaluate.add_argument("--samples", type=int, default=1, help="responses to each (default: 1)")
-    evaluate.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
+    evaluate.add_argument(
+        "--problems", type=int, help="prompts, from the first (default: eval.problems; all of a prompt file)"
+    )
+    evaluate.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
+    evaluate.add_argument("--temperature", type=float, help="sampling temperature (default: eval.temperature)")
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     evaluate.set_defaults(command=run_eval)
 

@@ -6,7 +6,6 @@ What happens *in* a step stands in ``loop.py``.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 import shlex
@@ -25,7 +24,7 @@ import forkrl
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.config import TrainConfig, parse_recipe, recipe_differences, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
-from forkrl.evaluation.held_out import sample_and_score, summarise
+from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
@@ -122,19 +121,14 @@ class Run:
         due = self.step in (0, last) or (every and self.step % every == 0)
         if not due or self.step == self._evaluated_step:
             return
-        digest = hashlib.sha256(f"evaluation/{self.config.seed}".encode()).digest()
         with self.phase("eval"):
             groups = sample_and_score(
                 self.engine,
                 self.verifier,
                 self.task.held_out[: self.config.eval.problems],
                 group_size=self.config.eval.samples,
-                sampling=SamplingParams(
-                    max_response_tokens=self.config.rollout.max_response_tokens,
-                    temperature=self.config.eval.temperature,
-                    stop_token_ids=self.sampling.stop_token_ids,
-                ),
-                generator=torch.Generator(self.policy.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1),
+                sampling=evaluation_sampling(self.config, self.config.eval.temperature, self.policy),
+                generator=evaluation_generator(self.config, self.policy.device),
             )
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         self.folder.write_rollouts(f"eval-{self.step:06d}", self._evaluation_rows(written))
