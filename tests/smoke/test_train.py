@@ -121,16 +121,11 @@ def test_a_run_prints_what_it_does_as_plain_lines(learned: Run) -> None:
 def test_eval_of_a_run_takes_its_newest_checkpoint_and_its_task(world: World, learned: Run) -> None:
     outcome = world.run("eval", "learned", "--problems", "12", "--samples", "4", "--out", "figures.json")
     assert outcome.code == 0, outcome.stderr
-    assert "on 12 held-out problems of prompts.jsonl, 4 response(s) each" in outcome.stdout
+    assert "on all 12 held-out problems of prompts.jsonl, 4 response(s) each" in outcome.stdout
     figures = json.loads((world.folder / "figures.json").read_text())
     assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
     assert abs(figures["accuracy"] - learned.column("eval/accuracy")[-1]) < 0.15
     assert figures["accuracy"] <= figures["pass@2"] <= figures["pass@4"]
-    again = world.run("eval", learned.last_checkpoint, "--recipe", "recipe.toml", "--problems", "12", "--samples", "4",
-                      "task.held_out_rows=12", "--out", "again.json")  # fmt: skip
-    assert again.code == 0, again.stderr
-    same = json.loads((world.folder / "again.json").read_text())
-    assert {**same, "model": "learned"} == figures
 
 
 def test_report_is_written_anew(world: World, learned: Run) -> None:
