@@ -13,7 +13,7 @@ from forkrl.config import SftConfig, recipe_toml
 from forkrl.evaluation.statistics import Estimate, mean_with_interval
 from forkrl.model import Policy
 from forkrl.rollout import EmbeddedEngine
-from forkrl.tasks.countdown import SearchHabits, judge_tries, parse_problem, verify_countdown
+from forkrl.tasks.countdown import judge_tries, parse_problem, verify_countdown
 from forkrl.types import SamplingParams, Task
 
 
@@ -40,7 +40,7 @@ def measure_base_model(policy: Policy, task: Task, config: SftConfig) -> BaseMod
         task.held_out[: config.eval_problems],
         group_size=1,
         sampling=SamplingParams(max_response_tokens=room),
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator(policy.device).manual_seed(config.seed),
     )
     pairs = [(group.prompt, group.rollouts[0]) for group in groups]
     steps = [
@@ -72,8 +72,8 @@ def write_model_card(
 A Qwen3-architecture language model, one character a token, made by ForkRL to show reinforcement learning on forking
 tokens without a download. It writes a chain of tries: it executes reliably, and chooses at random. It was trained on
 traces of a random search that knows nothing of the answers, with the habits of a real base model, good and bad:
-it gives up after a failed try with probability {SearchHabits().give_up}, repeats the failed try with probability
-{SearchHabits().repeat}, and claims success unchecked with probability {SearchHabits().skip_check}.
+it gives up after a failed try with probability {config.data.habits.give_up}, repeats the failed try with probability
+{config.data.habits.repeat}, and claims success unchecked with probability {config.data.habits.skip_check}.
 
 Made by `forkrl sft {recipe}`: {num_tokens:,} trained tokens, seed {config.seed}, {threads} CPU thread(s), PyTorch
 {torch.__version__}.

@@ -21,9 +21,9 @@ from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoin
 from forkrl.config import SftConfig, parse_recipe, recipe_differences, recipe_toml
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.interruption import Interruption
-from forkrl.model import Policy
+from forkrl.model import Policy, pick_device
 from forkrl.progress import progress
-from forkrl.tasks.countdown import SearchHabits, countdown_task, random_problem, write_trace
+from forkrl.tasks.countdown import countdown_task, random_problem, write_trace
 from forkrl.threads import configure_threads
 from forkrl.types import Task
 
@@ -119,7 +119,9 @@ def build_base_policy(config: SftConfig) -> Policy:
         bos_token_id=None,
         **config.architecture.model_dump(),
     )
-    return Policy(Qwen3ForCausalLM(architecture), tokenizer, config.precision)
+    model = Qwen3ForCausalLM(architecture)
+    nn.Module.to(model, pick_device(config.runtime.device))
+    return Policy(model, tokenizer, config.precision)
 
 
 def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -133,7 +135,7 @@ def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> lis
     while size < config.batch_tokens:
         prompt, numbers, target = random_problem(task, rng)
         prompt_ids = tokenizer.encode(prompt.text)
-        trace_ids = [*tokenizer.encode(write_trace(numbers, target, rng, SearchHabits())), tokenizer.eos_token_id]
+        trace_ids = [*tokenizer.encode(write_trace(numbers, target, rng, config.data.habits)), tokenizer.eos_token_id]
         rows.append((prompt_ids + trace_ids, [IGNORED] * len(prompt_ids) + trace_ids))
         size += len(rows[-1][0])
     rows.sort(key=lambda row: len(row[0]))
@@ -142,14 +144,14 @@ def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> lis
         if (len(micro_batches[-1]) + 1) * len(row[0]) > MICRO_BATCH_TOKENS:
             micro_batches.append([])
         micro_batches[-1].append(row)
-    return [_pad(micro_batch, tokenizer.pad_token_id) for micro_batch in micro_batches]
+    return [_pad(micro_batch, tokenizer.pad_token_id, policy.device) for micro_batch in micro_batches]
 
 
-def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
+def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     longest = max(len(ids) for ids, _ in rows)
     return (
-        torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows]),
-        torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]),
+        torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in rows], device=device),
+        torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows], device=device),
     )
 
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from forkrl.config import SearchHabits
 from forkrl.tasks import PromptStream
 from forkrl.tasks.countdown import (
     CHARACTERS,
-    SearchHabits,
     countdown_task,
     judge_tries,
     parse_problem,
@@ -21,7 +21,7 @@ from forkrl.types import Prompt
 
 PROBLEM = "2 5 9:90"
 RIGHT = "2*5=10 [9 10], 10*9=90 [90] 90:90 !"
-WRONG_FIRST = "2+5=7 [9 7], 9+7=16 [16] 16:90 ;2 5 9: "
+WRONG_FIRST = "2+5=7 [9 7], 9+7=16 [16] 16:90 ; "
 
 VERDICTS = [
     (RIGHT, 1),
@@ -40,7 +40,7 @@ VERDICTS = [
     ("", 0),
     ("90 !", 0),
     (WRONG_FIRST + "!", 0),
-    (RIGHT + ";2 5 9: !", 0),  # the last try is what counts
+    (RIGHT + "; !", 0),  # the last try is what counts
     ("٢*٥=١٠ [٩ ١٠], ١٠*٩=٩٠ [٩٠] ٩٠:٩٠ !", 0),  # digits of another script
     ("2*5=10 [9 10], 10*9=90 [90] 90:90 !\x00!", 1),
     ("9" * 100_000 + "*1=1 [90] !", 0),
@@ -94,7 +94,7 @@ def test_each_habit_shows(habits: SearchHabits, expected: object) -> None:
 
 
 def _tries(trace: str) -> list[str]:
-    return [text.rpartition(": ")[2].partition("] ")[0] for text in trace.split(";")]
+    return [text.partition("] ")[0].strip() for text in trace.split(";")]
 
 
 def test_held_out_problems_are_no_training_problems_in_any_order() -> None:

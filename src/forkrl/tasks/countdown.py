@@ -1,9 +1,9 @@
-"""Countdown in miniature: reach a target from three numbers, and the honest random search that teaches a base model.
+"""Countdown in miniature: reach a target from three numbers, and the random search that teaches a base model.
 
-A problem is ``2 5 9:90?``. A response is a chain of tries; every step restates the numbers that remain and every try is
-checked against the target::
+A problem is ``2 5 9:90?``. A response is a chain of tries; every step restates the numbers that remain, and every try
+is checked against the target::
 
-    2*5=10 [9 10], 10+9=19 [19] 19:90 ;2 5 9: 2*5=10 [9 10], 10*9=90 [90] 90:90 !
+    2*5=10 [9 10], 10+9=19 [19] 19:90 ; 2*5=10 [9 10], 10*9=90 [90] 90:90 !
 
 ``!`` claims success, ``?`` gives up, ``;`` tries again. The traces come from a search that knows nothing of the answer:
 it chooses numbers and operations uniformly, and has the habits of a real base model, good and bad: it gives up or goes
@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from forkrl.config import SearchHabits
 from forkrl.types import Prompt, Task
 
 CHARACTERS = "0123456789+-*/=,:;!?[] "
@@ -28,20 +29,6 @@ LARGEST_NUMBER = 9
 LARGEST_TARGET = 99
 LARGEST_RESULT = 999
 NUM_HELD_OUT = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class SearchHabits:
-    """Probabilities of the searcher's branches; the defaults made the shipped base model."""
-
-    give_up: float = 0.3
-    """After a failed try: stop with "?" rather than try again."""
-    repeat: float = 0.25
-    """On trying again: do the very same try once more, where an alert searcher takes one it has not tried."""
-    skip_check: float = 0.1
-    """Claim success without comparing the result with the target."""
-    most_tries: int = 6
-    """The searcher's patience ends here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +83,6 @@ def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
 
 def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habits: SearchHabits) -> str:
     """The response of the random searcher to one problem."""
-    restated = " ".join(map(str, numbers)) + ": "
     written = ""
     tried: list[tuple[str, int]] = []
     for attempt in range(1, habits.most_tries + 1):
@@ -113,7 +99,7 @@ def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habit
             return written + "!"
         if attempt == habits.most_tries or rng.random() < habits.give_up:
             return written + "?"
-        written += ";" + restated
+        written += "; "
     raise AssertionError("unreachable: the last attempt returns")
 
 
@@ -193,7 +179,7 @@ def _random_try(numbers: tuple[int, ...], rng: random.Random) -> tuple[str, int]
     return ", ".join(steps) + " ", pool[0]
 
 
-_STEP = re.compile(r"(?:.*[:,] )?(\d{1,4})([-+*/])(\d{1,4})=(\d{1,4}) \[(\d{1,4}(?: \d{1,4})*)\]", re.ASCII)
+_STEP = re.compile(r"(?:[,]? )?(\d{1,4})([-+*/])(\d{1,4})=(\d{1,4}) \[(\d{1,4}(?: \d{1,4})*)\]", re.ASCII)
 
 
 def _judge_step(available: tuple[int, ...], written: str) -> Step:
