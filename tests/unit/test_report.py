@@ -222,7 +222,8 @@ def test_settings_provenance_and_what_differs(page: Page) -> None:
 def test_reproducing_command_resolves_to_the_same_recipe() -> None:
     overrides = [
         "rollout.prompts_per_step=64", "rollout.stop=['!', '?']", "optimizer.betas=[0.8, 0.99]", "seed=7",
-        "task.name=dataset", "task.data=x.jsonl", "task.template=Q: {prompt} it's", "dynamic_sampling.enabled=false", "optimizer.lr=3e-4",
+        "task.name=dataset", "task.data=x.jsonl", "task.template=Q: {prompt} it's",
+        "dynamic_sampling.enabled=false", "optimizer.lr=3e-4",
     ]  # fmt: skip
     recipe = load_recipe(TrainConfig, None, overrides)
     program, command, *found = shlex.split(reproducing_command(recipe_toml(recipe)))
