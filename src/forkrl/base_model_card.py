@@ -11,7 +11,7 @@ import torch
 from forkrl.atomic import write_text
 from forkrl.config import SftConfig, recipe_toml
 from forkrl.evaluation.statistics import Estimate, mean_with_interval
-from forkrl.model import Policy
+from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.tasks.countdown import judge_tries, parse_problem, verify_countdown
 from forkrl.types import SamplingParams, Task
@@ -31,16 +31,16 @@ class BaseModelFigures(NamedTuple):
     """Entropy, in nats, that a fifth of the tokens exceed."""
 
 
-def measure_base_model(policy: Policy, task: Task, config: SftConfig) -> BaseModelFigures:
+def measure_base_model(replicas: Replicas, task: Task, config: SftConfig) -> BaseModelFigures:
     """Sample one response to each held-out problem and judge every step of it."""
-    policy.model.eval()
-    engine = EmbeddedEngine(policy, max_prompt_tokens=config.architecture.max_position_embeddings)
+    replicas.policy.model.eval()
+    engine = EmbeddedEngine(replicas, max_prompt_tokens=config.architecture.max_position_embeddings)
     room = config.architecture.max_position_embeddings - 16  # the longest prompt has 9 characters
     groups = engine.generate(
         task.held_out[: config.eval_problems],
         group_size=1,
         sampling=SamplingParams(max_response_tokens=room),
-        generator=torch.Generator(policy.device).manual_seed(config.seed),
+        generator=torch.Generator(replicas.policy.device).manual_seed(config.seed),
     )
     pairs = [(group.prompt, group.rollouts[0]) for group in groups]
     steps = [

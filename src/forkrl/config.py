@@ -46,8 +46,9 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
-    name: Literal["countdown", "dataset"] = "countdown"
-    """"countdown" makes its own problems; "dataset" reads yours."""
+    name: Literal["countdown", "countdown-validation", "dataset"] = "countdown"
+    """"countdown" makes its own problems; "countdown-validation" evaluates on others than those, for choosing settings;
+    "dataset" reads yours."""
     data: str = ""
     """dataset: a .jsonl or .parquet file, a folder of them, or a hub id."""
     subset: str | None = None
@@ -74,9 +75,9 @@ class TaskConfig(Section):
     def _data_is_named(self) -> TaskConfig:
         defaults = {key: field.default for key, field in type(self).model_fields.items() if key != "name"}
         foreign = [key for key, value in defaults.items() if getattr(self, key) != value]
-        if self.name == "countdown" and foreign:
+        if self.name != "dataset" and foreign:
             raise ValueError(
-                f'task.{foreign[0]} is for task.name = "dataset", but task.name = "countdown"; set task.name too'
+                f'task.{foreign[0]} is for task.name = "dataset", but task.name = "{self.name}"; set task.name too'
             )
         if self.name == "dataset" and not self.data:
             raise ValueError(
@@ -218,7 +219,10 @@ class RuntimeConfig(Section):
     device: str = "auto"
     """"auto" takes an accelerator where there is one; else "cpu", "cuda:0", "mps"."""
     threads: Count = 0
-    """CPU threads of one operation; 0 means one per core, waiting without spinning (docs/threads.md)."""
+    """CPU threads in all; 0 takes OMP_NUM_THREADS where it is set, else one per core (docs/threads.md)."""
+    replicas: Count = 0
+    """Processes on the CPU that share the weights, the work and the threads; 0: one a thread for a small model (up to
+    50M parameters), which several threads at once would only slow down, else one. An accelerator takes one."""
 
 
 class TrainConfig(Section):

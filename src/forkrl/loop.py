@@ -102,9 +102,7 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
 def take_gradient_step(run: Run, mini_batch: TokenBatch) -> Update:
     """Selection, loss, backward and optimizer on one mini-batch."""
     lr = run.set_learning_rate()
-    update = update_policy(
-        run.policy, run.reference, run.optimizer, mini_batch.to(run.policy.device), run.config, run.generator
-    )
+    update = update_policy(run.replicas, run.optimizer, mini_batch.to(run.policy.device), run.config, run.generator)
     return Update(update.selected_BT.cpu(), update.entropy_BT.cpu(), update.metrics | {"optimizer/lr": lr})
 
 

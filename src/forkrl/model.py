@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from forkrl.attention import use_grouped_attention
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 
@@ -33,6 +34,7 @@ class Policy:
     """A causal language model with its tokenizer: hidden states, head weights, precision."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str = "fp32") -> None:
+        use_grouped_attention(model)
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision

@@ -28,12 +28,12 @@ from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import VerifierPool
 from forkrl.rollout import EmbeddedEngine
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.selectors import select_tokens
 from forkrl.tasks import PromptStream, open_task
-from forkrl.threads import configure_threads
 from forkrl.tracking import Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, RolloutGroup, SamplingParams, Task, Verifier
 
@@ -44,8 +44,7 @@ class Run:
 
     config: TrainConfig
     folder: RunFolder
-    policy: Policy
-    reference: Policy | None
+    replicas: Replicas
     optimizer: torch.optim.Optimizer
     engine: RolloutEngine
     verifier: Verifier
@@ -76,6 +75,11 @@ class Run:
         self.display.phase(name)
         with self.interruption.allowed():
             yield
+
+    @property
+    def policy(self) -> Policy:
+        """The weights that learn."""
+        return self.replicas.policy
 
     @property
     def sampling(self) -> SamplingParams:
@@ -281,13 +285,14 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         refuse_occupied(out)  # a model of many gigabytes need not be loaded to find this out
     require_sinks(config.log.sinks)
     with ExitStack() as stack:
-        threads = configure_threads(config.runtime.threads)
         torch.manual_seed(config.seed)
         policy = open_policy(config.model, config.runtime.device)
         policy.stop_token_ids(config.rollout.stop)  # a wrong one is better told before the run than in it
         task = open_task(config.task, policy.tokenizer)
+        reference = _frozen_copy(policy) if config.loss.kl_coef else None
+        replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
         engine = EmbeddedEngine(
-            policy,
+            replicas,
             max_prompt_tokens=config.rollout.max_prompt_tokens,
             max_sequences=config.rollout.max_sequences,
             add_special_tokens=not config.task.chat_template,
@@ -303,15 +308,14 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
             )
         )
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
-        provenance = describe_provenance(config, task, threads, policy)
+        provenance = describe_provenance(config, task, replicas)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))
         tracker = stack.enter_context(open_sinks(config.log.sinks, folder.path, recipe_toml(config)))
         interruption = stack.enter_context(Interruption())
         run = Run(
             config=config,
             folder=folder,
-            policy=policy,
-            reference=_frozen_copy(policy) if config.loss.kl_coef else None,
+            replicas=replicas,
             optimizer=torch.optim.AdamW(
                 policy.model.parameters(),
                 lr=config.optimizer.lr,
@@ -366,7 +370,7 @@ def resumed_config(folder: Path, recipe: TrainConfig | None) -> TrainConfig:
     return stored
 
 
-def describe_provenance(config: TrainConfig, task: Task, threads: int, policy: Policy) -> dict[str, Any]:
+def describe_provenance(config: TrainConfig, task: Task, replicas: Replicas) -> dict[str, Any]:
     """What a figure needs to be repeated: versions, commit, data, threads, device."""
     return {
         "forkrl": forkrl.__version__,
@@ -375,15 +379,16 @@ def describe_provenance(config: TrainConfig, task: Task, threads: int, policy: P
         "python": platform.python_version(),
         "commit": _commit(),
         "data_fingerprint": task.fingerprint,
-        "threads": threads,
-        "device": str(policy.device),
+        "replicas": replicas.count,
+        "threads": torch.get_num_threads(),
+        "device": str(replicas.policy.device),
         "command": shlex.join(["forkrl", *sys.argv[1:]]),
     }
 
 
 def _changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs of all that the last bits of a result depend on, as one phrase; empty where nothing does."""
-    names = [name for name in ("threads", "torch", "transformers") if then.get(name) != now[name]]
+    names = [name for name in ("replicas", "threads", "torch", "transformers") if then.get(name) != now[name]]
     return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
 
 

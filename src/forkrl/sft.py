@@ -23,8 +23,8 @@ from forkrl.errors import TrainingHalted, UserError
 from forkrl.interruption import Interruption
 from forkrl.model import Policy, pick_device
 from forkrl.progress import progress
+from forkrl.replicas import Replica, Replicas, open_replicas
 from forkrl.tasks.countdown import countdown_task, random_problem, write_trace
-from forkrl.threads import configure_threads
 from forkrl.types import Task
 
 IGNORED = -100
@@ -46,21 +46,21 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     checkpoints = out / ".checkpoints"
     if out.exists() and not checkpoints.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: the folder is not empty; name a new one")
-    threads = configure_threads(config.runtime.threads)
     policy = build_base_policy(config)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
     start, num_tokens = _resume(config, checkpoints, policy, optimizer)
     task = countdown_task()
-    with Interruption() as interruption:
+    with open_replicas(policy, None, config.runtime) as replicas, Interruption() as interruption:
         for step in progress(range(start, config.steps), "training the base model"):
-            num_tokens += train_step(config, policy, optimizer, trace_batch(config, policy, task, step), step)
+            num_tokens += train_step(config, replicas, optimizer, trace_batch(config, policy, task, step), step)
             stopped = interruption.signalled
             if stopped or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
                 _save(config, checkpoints, policy, optimizer, step + 1, num_tokens)
             interruption.check()
-    figures = measure_base_model(policy, task, config)
+        figures = measure_base_model(replicas, task, config)
+        threads = replicas.count * torch.get_num_threads()
     policy.model.save_pretrained(out)
     policy.tokenizer.save_pretrained(out)
     write_model_card(out, config, figures, recipe=recipe, num_tokens=num_tokens, threads=threads)
@@ -69,7 +69,7 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
 
 def train_step(
     config: SftConfig,
-    policy: Policy,
+    replicas: Replicas,
     optimizer: torch.optim.Optimizer,
     batch: list[tuple[Tensor, Tensor]],
     step: int,
@@ -78,18 +78,26 @@ def train_step(
     num_tokens = sum(int((labels_BT[:, 1:] != IGNORED).sum()) for _, labels_BT in batch)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    optimizer.zero_grad(set_to_none=True)
-    for input_ids_BT, labels_BT in batch:
-        targets_BT = labels_BT[:, 1:]
-        kept_BT = targets_BT != IGNORED
-        logits_NV = policy.logits(policy.hidden_states(input_ids_BT[:, :-1])[kept_BT])
-        loss = nn.functional.cross_entropy(logits_NV, targets_BT[kept_BT], reduction="sum") / num_tokens
-        if not loss.isfinite():
-            raise TrainingHalted(f"step {step + 1}: the loss is {loss.item()}; lower lr")
-        loss.backward()
-    nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    replicas.zero_gradients()
+    sizes = [input_ids_BT.numel() for input_ids_BT, _ in batch]
+    losses = replicas.map(accumulate_cross_entropy, batch, num_tokens, sizes=sizes)
+    replicas.sum_gradients()
+    if not math.isfinite(sum(losses)):
+        raise TrainingHalted(f"step {step + 1}: the loss is {sum(losses)}; lower lr")
+    nn.utils.clip_grad_norm_(replicas.policy.model.parameters(), 1.0)
     optimizer.step()
     return num_tokens
+
+
+def accumulate_cross_entropy(replica: Replica, item: tuple[Tensor, Tensor], num_tokens: int) -> float:
+    """Loss and backward of one micro-batch, as its share of the mean over ``num_tokens`` labelled tokens."""
+    input_ids_BT, labels_BT = item
+    targets_BT = labels_BT[:, 1:]
+    kept_BT = targets_BT != IGNORED
+    logits_NV = replica.policy.logits(replica.policy.hidden_states(input_ids_BT[:, :-1])[kept_BT])
+    loss = nn.functional.cross_entropy(logits_NV, targets_BT[kept_BT], reduction="sum") / num_tokens
+    loss.backward()
+    return loss.item()
 
 
 def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:

@@ -1,14 +1,17 @@
 """One gradient step: statistics, selection, loss and backward for each micro-batch of a mini-batch, then the optimizer.
 
 The gradient is a token mean over the whole mini-batch: every loss term is divided by the mini-batch's own count, so the
-cut into micro-batches changes nothing but memory (and, by definition, a selection of scope "micro_batch").
+cut into micro-batches, and their division among replicas, change nothing but memory and time (and, by definition, a
+selection of scope "micro_batch").
 
 Axes: ``B`` sequences, ``T`` token positions.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
 from forkrl.model import Policy
 from forkrl.objectives import kl_penalty, policy_loss
+from forkrl.replicas import Replica, Replicas
 from forkrl.selectors.scope import count_selected, needs_entropy_ahead, select_in_scope
 from forkrl.types import TokenBatch, TokenStats
 
@@ -32,9 +36,25 @@ class Update:
     metrics: dict[str, float]
 
 
+class Counts(NamedTuple):
+    """Tokens of the whole mini-batch, which every micro-batch divides its sums by."""
+
+    response: int
+    selected: int
+
+
+class Share(NamedTuple):
+    """What one micro-batch adds to its gradient step. ``sums`` are over tokens, not yet divided by their number."""
+
+    selected_BT: Tensor
+    entropy_BT: Tensor
+    losses: dict[str, float]
+    sums: dict[str, float]
+    ratio_max: float
+
+
 def update_policy(
-    policy: Policy,
-    reference: Policy | None,
+    replicas: Replicas,
     optimizer: torch.optim.Optimizer,
     mini_batch: TokenBatch,
     config: TrainConfig,
@@ -43,8 +63,7 @@ def update_policy(
     """Take one gradient step on a mini-batch.
 
     Args:
-        policy: the weights that learn.
-        reference: the starting policy, if ``loss.kl_coef`` is above 0.
+        replicas: the weights that learn, and the starting policy if ``loss.kl_coef`` is above 0.
         optimizer: over the policy's parameters.
         mini_batch: on the policy's device.
         config: selection, loss and optimizer settings.
@@ -53,52 +72,65 @@ def update_policy(
     Raises:
         TrainingHalted: a NaN or infinite entropy, loss or gradient; the weights are as they were.
     """
-    micro_batches = cut_micro_batches(mini_batch, config.training.micro_batch_tokens)
-    temperature = config.rollout.temperature
-    ahead_BT = _select_ahead(policy, mini_batch, config, micro_batches, generator)
-    num_selected = (
-        count_selected(mini_batch.response_mask, config.selection, micro_batches)
-        if ahead_BT is None
-        else int(ahead_BT.sum())
-    )
-    denominator = num_selected if config.loss.denominator == "selected" else mini_batch.num_response_tokens
+    cuts = cut_micro_batches(mini_batch, config.training.micro_batch_tokens)
+    micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
+    ahead_BT = _select_ahead(replicas, mini_batch, micro_batches, cuts, config, generator)
+    if ahead_BT is None:
+        num_selected = count_selected(mini_batch.response_mask, config.selection, cuts)
+        chosen: list[Tensor | None] = [None] * len(cuts)
+    else:
+        num_selected = int(ahead_BT.sum())
+        widths = [micro.input_ids.shape[1] for micro in micro_batches]
+        chosen = [ahead_BT[rows_B, :width] for rows_B, width in zip(cuts, widths, strict=True)]
+
+    counts = Counts(mini_batch.num_response_tokens, num_selected)
+    items = list(zip(micro_batches, chosen, strict=True))
+    replicas.zero_gradients()
+    shares = replicas.map(accumulate_gradient, items, counts, config, sizes=_sizes(micro_batches))
+    replicas.sum_gradients()
+    grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
+
     selected_BT = torch.zeros_like(mini_batch.response_mask)
     entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
-    sums = dict.fromkeys(("loss/policy", "loss/kl", "loss/entropy", "clipped", "approx_kl"), 0.0)
-    ratio_max = 0.0
+    for rows_B, share in zip(cuts, shares, strict=True):
+        width = share.selected_BT.shape[1]
+        selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = share.selected_BT, share.entropy_BT
+    metrics = {name: sum(share.losses[name] for share in shares) for name in shares[0].losses}
+    metrics |= {name: sum(share.sums[name] for share in shares) / max(1, num_selected) for name in shares[0].sums}
+    metrics |= {"loss/ratio_max": max(share.ratio_max for share in shares), "grad/norm": grad_norm}
+    return Update(selected_BT, entropy_BT, metrics)
 
-    optimizer.zero_grad(set_to_none=True)
-    for rows_B in micro_batches:
-        micro = mini_batch.rows(rows_B)
-        width = micro.response_mask.shape[1]
-        stats = compute_token_stats(policy, micro, temperature=temperature, entropy_grad=config.loss.entropy_coef != 0)
-        _require_finite_entropy(stats.entropy.detach()[micro.response_mask])
-        if ahead_BT is None:
-            selected = _select(stats.entropy, micro.response_mask, config, [torch.arange(len(micro))], generator)
-        else:
-            selected = ahead_BT[rows_B, :width]
-        loss, figures = _loss(stats, selected, micro, mini_batch, reference, denominator, config)
-        if not loss.isfinite():
-            raise TrainingHalted(f"the loss is {loss.item()}; the policy's logits or log-probs have run out of range")
-        loss.backward()
-        selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = selected, stats.entropy.detach()
-        sums = {name: total + figures[name] for name, total in sums.items()}
-        ratio_max = max(ratio_max, figures["ratio_max"])
 
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optimizer.max_grad_norm)
-    if not grad_norm.isfinite():
-        raise TrainingHalted(f"the gradient norm is {grad_norm.item()}; the weights were left as they are")
+def accumulate_gradient(
+    replica: Replica, item: tuple[TokenBatch, Tensor | None], counts: Counts, config: TrainConfig
+) -> Share:
+    """Statistics, selection (unless made before), loss and backward of one micro-batch."""
+    micro, chosen_BT = item
+    entropy_grad = config.loss.entropy_coef != 0
+    stats = compute_token_stats(
+        replica.policy, micro, temperature=config.rollout.temperature, entropy_grad=entropy_grad
+    )
+    entropy_BT = stats.entropy.detach()
+    _require_finite_entropy(entropy_BT[micro.response_mask])
+    if chosen_BT is None:  # in this micro-batch alone, by a rule that draws no random numbers
+        chosen_BT = _select(entropy_BT, micro.response_mask, config, [torch.arange(len(micro))], torch.Generator())
+    loss, share = _loss(stats, chosen_BT, micro, replica.reference, counts, config)
+    if not loss.isfinite():
+        raise TrainingHalted(f"the loss is {loss.item()}; the policy's logits or log-probs have run out of range")
+    loss.backward()
+    return share
+
+
+def _take_step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Clip the gradient and move the weights; returns the norm of the gradient before it was clipped."""
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm))
+    if not math.isfinite(grad_norm):
+        raise TrainingHalted(f"the gradient norm is {grad_norm}; the weights were left as they are")
     optimizer.step()
     if not all(bool(parameter.isfinite().all()) for parameter in policy.model.parameters()):
         # Found here, before the step counts as done: no checkpoint may hold such weights.
         raise TrainingHalted("the optimizer's step left weights that are NaN or infinite; lower optimizer.lr")
-    means = {
-        "loss/clip_fraction": sums.pop("clipped") / max(1, num_selected),
-        "loss/approx_kl": sums.pop("approx_kl") / max(1, num_selected),
-    }
-    return Update(
-        selected_BT, entropy_BT, {**sums, **means, "loss/ratio_max": ratio_max, "grad/norm": float(grad_norm)}
-    )
+    return grad_norm
 
 
 def _require_finite_entropy(entropy_N: Tensor) -> None:
@@ -111,27 +143,42 @@ def _require_finite_entropy(entropy_N: Tensor) -> None:
 
 
 def _select_ahead(
-    policy: Policy, mini_batch: TokenBatch, config: TrainConfig, micro_batches: list[Tensor], generator: torch.Generator
+    replicas: Replicas,
+    mini_batch: TokenBatch,
+    micro_batches: list[TokenBatch],
+    cuts: list[Tensor],
+    config: TrainConfig,
+    generator: torch.Generator,
 ) -> Tensor | None:
     """The selection before any loss, or None where each micro-batch can select from its own forward pass."""
     if needs_entropy_ahead(config.selection):
+        temperature = config.rollout.temperature
+        entropies = replicas.map(measure_entropy, micro_batches, temperature, sizes=_sizes(micro_batches))
         entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
-        with torch.no_grad():
-            for rows_B in micro_batches:
-                micro = mini_batch.rows(rows_B)
-                stats = compute_token_stats(policy, micro, temperature=config.rollout.temperature)
-                entropy_BT[rows_B, : stats.entropy.shape[1]] = stats.entropy
-        return _select(entropy_BT, mini_batch.response_mask, config, micro_batches, generator)
+        for rows_B, part_BT in zip(cuts, entropies, strict=True):
+            entropy_BT[rows_B, : part_BT.shape[1]] = part_BT
+        return _select(entropy_BT, mini_batch.response_mask, config, cuts, generator)
     if config.selection.entropy == "current" and config.selection.rule in ("top_entropy", "bottom_entropy"):
         return None
-    return _select(mini_batch.rollout_entropy, mini_batch.response_mask, config, micro_batches, generator)
+    return _select(mini_batch.rollout_entropy, mini_batch.response_mask, config, cuts, generator)
+
+
+def _sizes(micro_batches: list[TokenBatch]) -> list[int]:
+    """Padded tokens: the work in each."""
+    return [micro.input_ids.numel() for micro in micro_batches]
+
+
+@torch.no_grad()
+def measure_entropy(replica: Replica, micro: TokenBatch, temperature: float) -> Tensor:
+    """The current policy's entropies, fp32 ``[B, T]``."""
+    return compute_token_stats(replica.policy, micro, temperature=temperature).entropy
 
 
 def _select(
-    entropy_BT: Tensor, mask_BT: Tensor, config: TrainConfig, micro_batches: list[Tensor], generator: torch.Generator
+    entropy_BT: Tensor, mask_BT: Tensor, config: TrainConfig, cuts: list[Tensor], generator: torch.Generator
 ) -> Tensor:
     try:
-        return select_in_scope(entropy_BT, mask_BT, config.selection, micro_batches, generator)
+        return select_in_scope(entropy_BT, mask_BT, config.selection, cuts, generator)
     except ValueError as error:
         raise TrainingHalted(f"{error}; the model's weights have diverged") from error
 
@@ -140,12 +187,11 @@ def _loss(
     stats: TokenStats,
     selected_BT: Tensor,
     micro: TokenBatch,
-    mini_batch: TokenBatch,
     reference: Policy | None,
-    denominator: int,
+    counts: Counts,
     config: TrainConfig,
-) -> tuple[Tensor, dict[str, float]]:
-    """This micro-batch's share of the mini-batch's loss, and its shares of what is logged."""
+) -> tuple[Tensor, Share]:
+    """This micro-batch's share of the mini-batch's loss, and of what is logged."""
     settings = config.loss
     policy = policy_loss(
         stats.logprobs,
@@ -156,23 +202,20 @@ def _loss(
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
-        denominator=denominator,
+        denominator=counts.selected if settings.denominator == "selected" else counts.response,
     )
     loss = policy.loss
-    figures = {
-        "loss/policy": policy.loss.item(),
-        "clipped": float(policy.metrics["clip_fraction"] * policy.metrics["num_selected"]),
-        "approx_kl": float(policy.metrics["approx_kl"] * policy.metrics["num_selected"]),
-        "ratio_max": float(policy.metrics["ratio_max"]),
-        "loss/kl": 0.0,
-        "loss/entropy": 0.0,
-    }
+    losses = {"loss/policy": policy.loss.item(), "loss/kl": 0.0, "loss/entropy": 0.0}
     if reference is not None:
         with torch.no_grad():
             ref_logprobs = compute_token_stats(reference, micro, temperature=config.rollout.temperature).logprobs
-        kl = kl_penalty(stats.logprobs, ref_logprobs, micro.response_mask, mini_batch.num_response_tokens).loss
-        loss, figures["loss/kl"] = loss + settings.kl_coef * kl, kl.item()
+        kl = kl_penalty(stats.logprobs, ref_logprobs, micro.response_mask, counts.response).loss
+        loss, losses["loss/kl"] = loss + settings.kl_coef * kl, kl.item()
     if settings.entropy_coef:
-        bonus = stats.entropy[micro.response_mask].sum() / mini_batch.num_response_tokens
-        loss, figures["loss/entropy"] = loss - settings.entropy_coef * bonus, bonus.item()
-    return loss, figures
+        bonus = stats.entropy[micro.response_mask].sum() / counts.response
+        loss, losses["loss/entropy"] = loss - settings.entropy_coef * bonus, bonus.item()
+    sums = {
+        f"loss/{name}": float(policy.metrics[name] * policy.metrics["num_selected"])
+        for name in ("clip_fraction", "approx_kl")
+    }
+    return loss, Share(selected_BT, stats.entropy.detach(), losses, sums, float(policy.metrics["ratio_max"]))

@@ -10,6 +10,7 @@ import torch
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 from forkrl.model import Policy, open_policy
+from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.types import Prompt, SamplingParams
 from tests.models import random_policy
@@ -29,7 +30,7 @@ def test_recomputing_activations_runs_layers_twice_and_changes_no_gradient(tmp_p
         count: list[int] = []
         attention = policy.decoder.get_submodule("layers.0.self_attn")
         attention.register_forward_hook(lambda *_, count=count: count.append(1))
-        EmbeddedEngine(policy, max_prompt_tokens=8).generate(  # a cache must still work
+        EmbeddedEngine(Replicas(policy), max_prompt_tokens=8).generate(  # a cache must still work
             [Prompt("a", "12", "")],
             group_size=2,
             sampling=SamplingParams(4),

@@ -9,6 +9,7 @@ from scipy import stats
 from forkrl.backward import compute_token_stats
 from forkrl.batching import collate
 from forkrl.errors import TrainingHalted, UserError
+from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, RolloutGroup, SamplingParams
@@ -21,7 +22,9 @@ PROMPTS = [Prompt(str(index), text, "") for index, text in enumerate(["1 2", "98
 def generate(
     family: str = "qwen3", *, group_size: int = 6, max_sequences: int = 256, seed: int = 0, **sampling: float
 ) -> list[RolloutGroup]:
-    engine = EmbeddedEngine(random_policy(family, sharpness=6.0), max_prompt_tokens=16, max_sequences=max_sequences)
+    engine = EmbeddedEngine(
+        Replicas(random_policy(family, sharpness=6.0)), max_prompt_tokens=16, max_sequences=max_sequences
+    )
     params = SamplingParams(**{"max_response_tokens": 40, **sampling})  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     return engine.generate(PROMPTS, group_size=group_size, sampling=params, generator=generator)
@@ -32,7 +35,7 @@ def generate(
 def test_statistics_equal_a_pass_of_the_model_itself(family: str, temperature: float) -> None:
     policy = random_policy(family, sharpness=6.0)
     lengths = set()
-    for group in generate(family, temperature=temperature):
+    for group in generate(family, temperature=temperature, group_size=12):
         for rollout in group.rollouts:
             ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
             with torch.no_grad():
@@ -69,7 +72,7 @@ def test_frequencies_match_the_softmax() -> None:
 def test_frequencies_of_a_whole_decode_match_the_model() -> None:
     """Three thousand first and second tokens of one prompt, against the model's own joint probabilities."""
     policy = random_policy(sharpness=2.0)
-    engine = EmbeddedEngine(policy, max_prompt_tokens=16, max_sequences=1000)
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=1000)
     groups = engine.generate(
         PROMPTS[:1], group_size=3000, sampling=SamplingParams(2), generator=torch.Generator().manual_seed(2)
     )
@@ -134,7 +137,7 @@ def test_waves_keep_the_order_of_prompts_and_groups() -> None:
 
 def test_stop_tokens_end_a_response_and_stay_out_of_its_text() -> None:
     policy = random_policy()
-    engine = EmbeddedEngine(policy, max_prompt_tokens=16)
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
     sampling = SamplingParams(40, stop_token_ids=policy.stop_token_ids([" "]))
     groups = engine.generate(PROMPTS, group_size=8, sampling=sampling, generator=torch.Generator().manual_seed(0))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -158,7 +161,7 @@ def test_a_stop_token_must_be_one_token() -> None:
 
 
 def test_prompts_that_cannot_be_answered_are_refused() -> None:
-    engine = EmbeddedEngine(random_policy(), max_prompt_tokens=4)
+    engine = EmbeddedEngine(Replicas(random_policy()), max_prompt_tokens=4)
     generator = torch.Generator()
     with pytest.raises(UserError, match=r"prompt long: 5 tokens, over rollout.max_prompt_tokens = 4"):
         engine.generate([Prompt("long", "12345", "")], group_size=2, sampling=SamplingParams(2), generator=generator)
@@ -168,7 +171,7 @@ def test_prompts_that_cannot_be_answered_are_refused() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_a_response_beyond_the_model_s_positions_is_refused(family: str) -> None:
-    engine = EmbeddedEngine(random_policy(family), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Replicas(random_policy(family)), max_prompt_tokens=16)
     sampling = SamplingParams(max_response_tokens=120)
     with pytest.raises(UserError, match="more than the 128 positions of the model; set it to 117 or less"):
         engine.generate(PROMPTS, group_size=2, sampling=sampling, generator=torch.Generator())
@@ -178,6 +181,6 @@ def test_weights_that_are_nan_stop_the_sampling() -> None:
     policy = random_policy()
     with torch.no_grad():
         policy.head_weight[3, 3] = torch.nan
-    engine = EmbeddedEngine(policy, max_prompt_tokens=16)
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
     with pytest.raises(TrainingHalted, match="NaN or infinite"):
         engine.generate(PROMPTS, group_size=2, sampling=SamplingParams(4), generator=torch.Generator())

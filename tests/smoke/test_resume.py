@@ -75,6 +75,29 @@ def test_killed_at_random_points_also_while_resuming(world: World, uninterrupted
         assert world.resumed(out).bits() == uninterrupted.bits()
 
 
+IN_TWO_PROCESSES = ("runtime.threads=2", "runtime.replicas=2")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_pair(world: World) -> Run:
+    return world.trained("pair", *IN_TWO_PROCESSES)
+
+
+@pytest.mark.parametrize(
+    ("point", "count", "signum"),
+    [
+        ("token", 9, signal.SIGKILL), ("gradient", 20, signal.SIGKILL), ("optimizer", 7, signal.SIGKILL),
+        ("token", 21, signal.SIGTERM), ("gradient", 9, signal.SIGINT),
+    ],
+)  # fmt: skip
+def test_interrupted_in_two_processes(
+    world: World, uninterrupted_pair: Run, point: str, count: int, signum: signal.Signals
+) -> None:
+    out = f"pair-{point}-{count}"
+    interrupt(world, out, *IN_TWO_PROCESSES, point=point, count=count, signal=signum)
+    assert world.resumed(out).bits() == uninterrupted_pair.bits()
+
+
 STOPS = [
     ("token", 1, signal.SIGTERM), ("token", 30, signal.SIGTERM), ("token", 31, signal.SIGINT),
     ("reward", 4, signal.SIGTERM), ("gradient", 7, signal.SIGTERM), ("optimizer", 5, signal.SIGTERM),

@@ -17,18 +17,18 @@ from forkrl.errors import UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.model import Policy, open_policy
 from forkrl.progress import progress
+from forkrl.replicas import open_replicas
 from forkrl.rewards import VerifierPool
 from forkrl.rollout import EmbeddedEngine
 from forkrl.run_folder import read_recipe
 from forkrl.tasks import open_evaluation_task, open_task
-from forkrl.threads import configure_threads
 from forkrl.types import Prompt, RolloutGroup
 
 # What an evaluation reads of a recipe; an override of anything else would silently do nothing.
 _SETTINGS = {
     "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
     "rollout.stop", "rollout.max_sequences", "reward.workers", "reward.deadline_s", "reward.memory_mb",
-    "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.threads",
+    "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.replicas", "runtime.threads",
 }  # fmt: skip
 _PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
 # Limits of training that the response length of an evaluation need not agree with.
@@ -76,7 +76,6 @@ def evaluate_model(
     config = setup.config
     num_samples = config.eval.samples if samples is None else samples
     temperature = config.eval.temperature if temperature is None else temperature
-    configure_threads(config.runtime.threads)
     policy = open_policy(config.model, config.runtime.device)
     task = (open_evaluation_task if setup.whole else open_task)(config.task, policy.tokenizer)
     prompts = task.held_out[: setup.limit if problems is None else problems]
@@ -134,31 +133,32 @@ def _sample_all(
     config: TrainConfig, policy: Policy, verifier: str, prompts: Sequence[Prompt], num_samples: int, temperature: float
 ) -> list[RolloutGroup]:
     """All responses with their verdicts; every prompt is checked before the first is sampled."""
-    engine = EmbeddedEngine(
-        policy,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_sequences=config.rollout.max_sequences,
-        add_special_tokens=not config.task.chat_template,
-    )
-    engine.check_prompts(prompts)
     sampling = evaluation_sampling(config, temperature, policy)
     generator = evaluation_generator(config, policy.device)
     reward = config.reward
     groups: list[RolloutGroup] = []
     with ExitStack() as stack:
+        replicas = stack.enter_context(open_replicas(policy, None, config.runtime))
+        engine = EmbeddedEngine(
+            replicas,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_sequences=config.rollout.max_sequences,
+            add_special_tokens=not config.task.chat_template,
+        )
+        engine.check_prompts(prompts)
         judge = stack.enter_context(
             VerifierPool(verifier, workers=reward.workers, deadline_s=reward.deadline_s, memory_mb=reward.memory_mb)
         )
-        for wave in progress(_waves(prompts, config.rollout.max_sequences, num_samples), "evaluating"):
+        for wave in progress(_waves(prompts, engine.wave_sequences, num_samples), "evaluating"):
             groups += sample_and_score(
                 engine, judge, wave, group_size=num_samples, sampling=sampling, generator=generator
             )
     return groups
 
 
-def _waves(prompts: Sequence[Prompt], max_sequences: int, num_samples: int) -> list[Sequence[Prompt]]:
+def _waves(prompts: Sequence[Prompt], wave_sequences: int, num_samples: int) -> list[Sequence[Prompt]]:
     """Parts that fill whole batches of the engine: progress is seen, and responses are those of one call for all."""
-    size = math.lcm(max_sequences, num_samples) // num_samples
+    size = math.lcm(wave_sequences, num_samples) // num_samples
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 

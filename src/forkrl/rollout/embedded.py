@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model import Policy
+from forkrl.replicas import Replica, Replicas
 from forkrl.rollout.growing_cache import build_cache, select_sequences
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
@@ -22,23 +23,35 @@ COMPACT_FRACTION = 0.125
 
 
 class EmbeddedEngine:
-    """Samples from a ``Policy``, with the fp32 log-prob and entropy of every token and no second pass."""
+    """Samples from a ``Policy``, with the fp32 log-prob and entropy of every token and no second pass.
+
+    Args:
+        replicas: the policy, here and in further processes.
+        max_prompt_tokens: a longer prompt is refused.
+        max_sequences: decoded at once by one replica.
+        add_special_tokens: let the tokenizer add its own; not where a chat template has already.
+    """
 
     def __init__(
-        self, policy: Policy, *, max_prompt_tokens: int, max_sequences: int = 256, add_special_tokens: bool = True
+        self, replicas: Replicas, *, max_prompt_tokens: int, max_sequences: int = 256, add_special_tokens: bool = True
     ) -> None:
-        self.policy = policy
+        self.replicas = replicas
+        self.policy = replicas.policy
         self.max_prompt_tokens = max_prompt_tokens
         self.max_sequences = max_sequences
         self.add_special_tokens = add_special_tokens
 
-    @torch.no_grad()
+    @property
+    def wave_sequences(self) -> int:
+        """Sequences decoded at once by all replicas."""
+        return self.max_sequences * self.replicas.count
+
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: SamplingParams, generator: torch.Generator
     ) -> list[RolloutGroup]:
         """Sample ``group_size`` responses to each prompt, in the order of the prompts.
 
-        Prompts are decoded in waves of at most ``max_sequences`` sequences; a prompt is read once for its whole group.
+        Prompts are decoded in waves of at most ``wave_sequences``; a replica reads a prompt once for its whole group.
 
         Raises:
             UserError: a prompt is empty or longer than ``max_prompt_tokens``, or the model has no positions for so long
@@ -47,11 +60,10 @@ class EmbeddedEngine:
         """
         prompt_ids = [self._encode(prompt) for prompt in prompts]
         self._require_positions(max(map(len, prompt_ids), default=0), sampling.max_response_tokens)
-        owners = [index for index in range(len(prompts)) for _ in range(group_size)]
+        owners = [prompt_ids[index] for index in range(len(prompts)) for _ in range(group_size)]
         rollouts: list[Rollout] = []
-        for start in range(0, len(owners), self.max_sequences):
-            wave = owners[start : start + self.max_sequences]
-            rollouts += self._decode_wave([prompt_ids[index] for index in wave], sampling, generator)
+        for start in range(0, len(owners), self.wave_sequences):
+            rollouts += self._decode_wave(owners[start : start + self.wave_sequences], sampling, generator)
         return [
             RolloutGroup(prompt, tuple(rollouts[index * group_size : (index + 1) * group_size]))
             for index, prompt in enumerate(prompts)
@@ -65,6 +77,16 @@ class EmbeddedEngine:
         """
         for prompt in prompts:
             self._encode(prompt)
+
+    def _decode_wave(
+        self, prompts_S: Sequence[tuple[int, ...]], sampling: SamplingParams, generator: torch.Generator
+    ) -> list[Rollout]:
+        """Every replica decodes its part of the sequences, with random numbers of its own."""
+        size = -(-len(prompts_S) // self.replicas.count)
+        parts = [prompts_S[start : start + size] for start in range(0, len(prompts_S), size)]
+        seeds = torch.randint(2**62, (len(parts),), device=generator.device, generator=generator).tolist()
+        decoded = self.replicas.map(_decode_part, list(zip(parts, seeds, strict=True)), sampling)
+        return [rollout for part in decoded for rollout in part]
 
     def _require_positions(self, prompt_tokens: int, response_tokens: int) -> None:
         """Refuse lengths for which the model has no positions: it would fail late, or write nonsense."""
@@ -87,87 +109,99 @@ class EmbeddedEngine:
             )
         return ids
 
-    def _decode_wave(
-        self, prompts_S: Sequence[tuple[int, ...]], sampling: SamplingParams, generator: torch.Generator
-    ) -> list[Rollout]:
-        """Decode one batch to its end. Buffers keep the original order; ``row_S`` maps those still decoding to it."""
-        device, num_sequences = self.policy.device, len(prompts_S)
-        stop_ids = torch.tensor([self.policy.tokenizer.eos_token_id, *sampling.stop_token_ids], device=device)
-        shape = (num_sequences, sampling.max_response_tokens)
-        tokens_ST = torch.zeros(shape, dtype=torch.int64, device=device)
-        logprobs_ST, entropy_ST = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-        lengths_S = torch.full((num_sequences,), sampling.max_response_tokens, device=device)
-        finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
-        row_S = torch.arange(num_sequences, device=device)
-        hidden_SD, cache, mask_ST = self._read_prompts(prompts_S)
-        position_S = mask_ST.sum(1)
-        for step in range(sampling.max_response_tokens):
-            drawn_S, logprobs_S, entropy_S = sample_tokens(self.policy.logits(hidden_SD), sampling, generator)
-            tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
-            stopped_S = torch.isin(drawn_S, stop_ids) & ~finished_S[row_S]
-            lengths_S[row_S[stopped_S]] = step + 1
-            finished_S[row_S[stopped_S]] = True
+def _decode_part(
+    replica: Replica, part: tuple[Sequence[tuple[int, ...]], int], sampling: SamplingParams
+) -> list[Rollout]:
+    prompts_S, seed = part
+    generator = torch.Generator(replica.policy.device).manual_seed(seed)
+    return decode(replica.policy, prompts_S, sampling, generator)
 
-            going_S = ~finished_S[row_S]
-            num_going = int(going_S.sum())
-            if num_going == 0 or step + 1 == sampling.max_response_tokens:
-                break
-            if len(row_S) - num_going >= COMPACT_FRACTION * len(row_S):
-                index_S = going_S.nonzero()[:, 0]
-                select_sequences(cache, index_S)
-                row_S, drawn_S, position_S = row_S[index_S], drawn_S[index_S], position_S[index_S]
-                mask_ST = mask_ST[index_S]
-            mask_ST = torch.nn.functional.pad(mask_ST, (0, 1), value=1)
-            hidden_SD = self.policy.hidden_states(
-                drawn_S[:, None], mask_ST, position_ids=position_S[:, None], past_key_values=cache, use_cache=True
-            )[:, -1]
-            position_S = position_S + 1
-        return self._build_rollouts(prompts_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
 
-    def _read_prompts(self, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Fill the cache with each distinct prompt once: last hidden state ``[S, D]``, cache, mask ``[S, T]``."""
-        distinct = list(dict.fromkeys(prompts_S))
-        longest = max(map(len, distinct))
-        pad_id = self.policy.tokenizer.eos_token_id
-        ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in distinct])
-        mask_PT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in distinct])
-        ids_PT, mask_PT = ids_PT.to(self.policy.device), mask_PT.to(self.policy.device)
-        cache = build_cache(self.policy.model.config)
-        hidden_PTD = self.policy.hidden_states(
-            ids_PT, mask_PT, position_ids=(mask_PT.cumsum(1) - 1).clamp_min(0), past_key_values=cache, use_cache=True
-        )
-        place = {ids: index for index, ids in enumerate(distinct)}
-        owner_S = torch.tensor([place[ids] for ids in prompts_S], device=self.policy.device)
-        select_sequences(cache, owner_S)
-        return hidden_PTD[owner_S, -1], cache, mask_PT[owner_S]
+@torch.no_grad()
+def decode(
+    policy: Policy, prompts_S: Sequence[tuple[int, ...]], sampling: SamplingParams, generator: torch.Generator
+) -> list[Rollout]:
+    """Decode one batch to its end. Buffers keep the original order; ``row_S`` maps those still decoding to it."""
+    device, num_sequences = policy.device, len(prompts_S)
+    stop_ids = torch.tensor([policy.tokenizer.eos_token_id, *sampling.stop_token_ids], device=device)
+    shape = (num_sequences, sampling.max_response_tokens)
+    tokens_ST = torch.zeros(shape, dtype=torch.int64, device=device)
+    logprobs_ST, entropy_ST = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+    lengths_S = torch.full((num_sequences,), sampling.max_response_tokens, device=device)
+    finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
-    def _build_rollouts(
-        self,
-        prompts_S: Sequence[tuple[int, ...]],
-        tokens_ST: Tensor,
-        logprobs_ST: Tensor,
-        entropy_ST: Tensor,
-        lengths_S: Tensor,
-        finished_S: Tensor,
-    ) -> list[Rollout]:
-        if not (logprobs_ST.isfinite().all() and entropy_ST.isfinite().all()):
-            raise TrainingHalted("the model's logits are NaN or infinite while sampling; its weights have diverged")
-        logprobs_ST, entropy_ST = logprobs_ST.cpu(), entropy_ST.cpu()
-        rollouts = []
-        for row, (ids, length, finished) in enumerate(
-            zip(tokens_ST.tolist(), lengths_S.tolist(), finished_S.tolist(), strict=True)
-        ):
-            written = ids[: length - 1] if finished else ids[:length]
-            rollouts.append(
-                Rollout(
-                    prompt_ids=prompts_S[row],
-                    response_ids=tuple(ids[:length]),
-                    logprobs=logprobs_ST[row, :length].clone(),
-                    entropy=entropy_ST[row, :length].clone(),
-                    # Special tokens stay visible: hiding them could turn a garbled answer into a right one.
-                    text=str(self.policy.tokenizer.decode(written, skip_special_tokens=False)),
-                    finished=finished,
-                )
+    row_S = torch.arange(num_sequences, device=device)
+    hidden_SD, cache, mask_ST = _read_prompts(policy, prompts_S)
+    position_S = mask_ST.sum(1)
+    for step in range(sampling.max_response_tokens):
+        drawn_S, logprobs_S, entropy_S = sample_tokens(policy.logits(hidden_SD), sampling, generator)
+        tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
+        stopped_S = torch.isin(drawn_S, stop_ids) & ~finished_S[row_S]
+        lengths_S[row_S[stopped_S]] = step + 1
+        finished_S[row_S[stopped_S]] = True
+
+        going_S = ~finished_S[row_S]
+        num_going = int(going_S.sum())
+        if num_going == 0 or step + 1 == sampling.max_response_tokens:
+            break
+        if len(row_S) - num_going >= COMPACT_FRACTION * len(row_S):
+            index_S = going_S.nonzero()[:, 0]
+            select_sequences(cache, index_S)
+            row_S, drawn_S, position_S = row_S[index_S], drawn_S[index_S], position_S[index_S]
+            mask_ST = mask_ST[index_S]
+        mask_ST = torch.nn.functional.pad(mask_ST, (0, 1), value=1)
+        hidden_SD = policy.hidden_states(
+            drawn_S[:, None], mask_ST, position_ids=position_S[:, None], past_key_values=cache, use_cache=True
+        )[:, -1]
+        position_S = position_S + 1
+    return _build_rollouts(policy, prompts_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
+
+
+def _read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Fill the cache with each distinct prompt once: last hidden state ``[S, D]``, cache, mask ``[S, T]``."""
+    distinct = list(dict.fromkeys(prompts_S))
+    longest = max(map(len, distinct))
+    pad_id = policy.tokenizer.eos_token_id
+    ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in distinct])
+    mask_PT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in distinct])
+    ids_PT, mask_PT = ids_PT.to(policy.device), mask_PT.to(policy.device)
+    cache = build_cache(policy.model.config)
+    hidden_PTD = policy.hidden_states(
+        ids_PT, mask_PT, position_ids=(mask_PT.cumsum(1) - 1).clamp_min(0), past_key_values=cache, use_cache=True
+    )
+    place = {ids: index for index, ids in enumerate(distinct)}
+    owner_S = torch.tensor([place[ids] for ids in prompts_S], device=policy.device)
+    select_sequences(cache, owner_S)
+    return hidden_PTD[owner_S, -1], cache, mask_PT[owner_S]
+
+
+def _build_rollouts(
+    policy: Policy,
+    prompts_S: Sequence[tuple[int, ...]],
+    tokens_ST: Tensor,
+    logprobs_ST: Tensor,
+    entropy_ST: Tensor,
+    lengths_S: Tensor,
+    finished_S: Tensor,
+) -> list[Rollout]:
+    if not (logprobs_ST.isfinite().all() and entropy_ST.isfinite().all()):
+        raise TrainingHalted("the model's logits are NaN or infinite while sampling; its weights have diverged")
+    logprobs_ST, entropy_ST = logprobs_ST.cpu(), entropy_ST.cpu()
+    rollouts = []
+    for row, (ids, length, finished) in enumerate(
+        zip(tokens_ST.tolist(), lengths_S.tolist(), finished_S.tolist(), strict=True)
+    ):
+        written = ids[: length - 1] if finished else ids[:length]
+        rollouts.append(
+            Rollout(
+                prompt_ids=prompts_S[row],
+                response_ids=tuple(ids[:length]),
+                logprobs=logprobs_ST[row, :length].clone(),
+                entropy=entropy_ST[row, :length].clone(),
+                # Special tokens stay visible: hiding them could turn a garbled answer into a right one.
+                text=str(policy.tokenizer.decode(written, skip_special_tokens=False)),
+                finished=finished,
             )
-        return rollouts
+        )
+    return rollouts

@@ -22,8 +22,8 @@ def open_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     Raises:
         UserError: data that is missing or unusable, or a chat template that the tokenizer lacks.
     """
-    if config.name == "countdown":
-        return countdown_task()
+    if config.name != "dataset":
+        return countdown_task(validation=config.name == "countdown-validation")
     return load_dataset_task(config, apply_chat_template=_chat_template(config, tokenizer))
 
 
@@ -36,8 +36,8 @@ def open_evaluation_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase)
     Raises:
         UserError: data that is missing or unusable, or a chat template that the tokenizer lacks.
     """
-    if config.name == "countdown":
-        return countdown_task()
+    if config.name != "dataset":
+        return open_task(config, tokenizer)
     return load_evaluation_task(config, apply_chat_template=_chat_template(config, tokenizer))
 
 

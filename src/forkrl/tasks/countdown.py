@@ -29,6 +29,7 @@ LARGEST_NUMBER = 9
 LARGEST_TARGET = 99
 LARGEST_RESULT = 999
 NUM_HELD_OUT = 1000
+NUM_VALIDATION = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,25 @@ class Step:
     remaining: tuple[int, ...]
 
 
-def countdown_task() -> Task:
+def countdown_task(*, validation: bool = False) -> Task:
     """All problems with three numbers from 1 to 9 and a reachable target up to 99, split by a hash.
 
     A problem's numbers in another order are the same problem, so none of the held-out ones is seen in training.
+
+    Args:
+        validation: hold out another part instead, for choosing settings: a figure on problems by which the settings
+            were chosen is no longer one on held-out problems. Training is on the same problems either way.
     """
     prompts = sorted(map(_prompt, _problems()), key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
-    fingerprint = hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()
+    held_out, rest = prompts[:NUM_HELD_OUT], prompts[NUM_HELD_OUT:]
+    parts = (rest[NUM_VALIDATION:], rest[:NUM_VALIDATION] if validation else held_out)
+    text = "\n\n".join("\n".join(prompt.text for prompt in part) for part in parts)
     return Task(
-        name="countdown",
-        train=tuple(prompts[NUM_HELD_OUT:]),
-        held_out=tuple(prompts[:NUM_HELD_OUT]),
+        name="countdown-validation" if validation else "countdown",
+        train=tuple(parts[0]),
+        held_out=tuple(parts[1]),
         verifier="forkrl.tasks.countdown:verify_countdown",
-        fingerprint=fingerprint,
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )
 
 
