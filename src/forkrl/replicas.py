@@ -101,7 +101,7 @@ class Replicas:
         """``function(replica, item, *arguments)`` of every item, in the order of the items.
 
         Args:
-            function: of a module, so that the other processes can import it.
+            function: of an importable module, so that the other processes find it.
             items: divided among the replicas, the same way each time.
             arguments: the same for every item.
             sizes: the work in each item, for a fair division; by default all alike.
@@ -110,6 +110,8 @@ class Replicas:
             TrainingHalted: a process has died. What ``function`` raises, wherever it ran, is raised here. The replicas
                 are closed by either.
         """
+        if self.count > 1 and function.__module__ == "__main__":
+            raise ValueError(f"{function.__name__} is of the program itself; other processes need it in a module")
         shares = divide([1] * len(items) if sizes is None else sizes, self.count)
         results: dict[int, Result] = {}
         try:

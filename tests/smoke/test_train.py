@@ -176,7 +176,7 @@ VARIATIONS = {
 
 @pytest.fixture(scope="module")
 def variations(world: World) -> dict[str, Run]:
-    common = (*SHORT, "optimizer.lr=0.05")
+    common = (*SHORT, "optimizer.lr=0.02")
     return {name: world.trained(name.replace(" ", "-"), *common, *overrides) for name, overrides in VARIATIONS.items()}
 
 
@@ -196,12 +196,12 @@ def test_settings_show_in_the_metrics(variations: dict[str, Run]) -> None:
     assert first["kl"]["loss/kl"] > 0 == first["base"]["loss/kl"]
     assert first["entropy bonus"]["loss/entropy"] == pytest.approx(first["entropy bonus"]["entropy/mean"], rel=1e-3)
     assert first["overlong"]["reward/mean"] < first["overlong"]["reward/accuracy"]
-    assert first["warm-up"]["optimizer/lr"] == pytest.approx(0.05 * (0.1 + 0.2) / 2)
+    assert first["warm-up"]["optimizer/lr"] == pytest.approx(0.02 * (0.1 + 0.2) / 2)
     assert first["stop"]["response/length"] < first["base"]["response/length"]
 
 
 def test_the_same_seed_gives_the_same_run(world: World, variations: dict[str, Run]) -> None:
-    again = world.trained("again", *SHORT, "optimizer.lr=0.05")
+    again = world.trained("again", *SHORT, "optimizer.lr=0.02")
     assert again.bits() == variations["base"].bits()
 
 
