@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from forkrl.rollout import EmbeddedEngine
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.selectors import select_tokens
 from forkrl.tasks import PromptStream, open_task
-from forkrl.tracking import Tracker, open_sinks, require_sinks
+from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, RolloutGroup, SamplingParams, Task, Verifier
 
 
@@ -169,12 +170,15 @@ class Run:
         self.generator.set_state(generator_state)
         self.save()
 
-    def restore(self) -> None:
-        """Go back to the newest whole checkpoint; to the start where there is none."""
+    def restore(self) -> int:
+        """Go back to the newest whole checkpoint; to the start where there is none. The folder stays as it is.
+
+        Returns:
+            The length of metrics.jsonl as of that checkpoint.
+        """
         path = latest_checkpoint(self.folder.checkpoints)
         if path is None:
-            self.folder.discard_after(-1, 0)
-            return
+            return 0
         progress = load_checkpoint(
             path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
         )
@@ -184,9 +188,14 @@ class Run:
         evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
         if evaluation_bytes:
             self._evaluated_step = self.step
-        self.folder.discard_after(self.step, progress["metrics_bytes"] + evaluation_bytes)
         self._saved_step = self.step
         self._mark()
+        return int(progress["metrics_bytes"]) + evaluation_bytes
+
+    @property
+    def first_unsaved_step(self) -> int:
+        """The first step that no checkpoint holds; 0 where there is none, as the state before training counts too."""
+        return 0 if self._saved_step is None else self._saved_step + 1
 
     def way_on(self) -> str:
         """What can be done with a run that its own recipe cannot take further."""
@@ -310,8 +319,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
         provenance = describe_provenance(config, task, replicas)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))
-        tracker = stack.enter_context(open_sinks(config.log.sinks, folder.path, recipe_toml(config)))
-        interruption = stack.enter_context(Interruption())
+        interruption = Interruption()
         run = Run(
             config=config,
             folder=folder,
@@ -328,12 +336,15 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
             task=task,
             prompts=PromptStream(task.train, config.seed),
             generator=torch.Generator(policy.device).manual_seed(config.seed),
-            tracker=tracker,
+            tracker=Tracker({}),
             display=TrainingDisplay(config.training.steps),
             interruption=interruption,
         )
+        metrics_bytes = run.restore() if resume is not None else 0
+        run.tracker = stack.enter_context(_open_tracker(run, remove_on_failure=resume is None))
+        stack.enter_context(interruption)  # not before: a tracker that waits for its server must be stoppable
         if resume is not None:
-            run.restore()
+            folder.discard_after(run.first_unsaved_step - 1, metrics_bytes)
         run.display = stack.enter_context(
             TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
         )
@@ -407,7 +418,7 @@ def _open_folder(
 ) -> RunFolder:
     if resume is None:
         assert out is not None
-        return RunFolder.create(out, recipe_toml(config), provenance)
+        return RunFolder.create(out, recipe_toml(config), {**provenance, "run_id": _new_id()})
     folder = RunFolder.open(resume)
     before, now = folder.provenance.get("data_fingerprint"), provenance["data_fingerprint"]
     if before != now:
@@ -417,6 +428,25 @@ def _open_folder(
             f"(fingerprint {str(before)[:12]} then, {str(now)[:12]} now); restore the data, or start a new run"
         )
     return folder
+
+
+def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
+    """The trackers of the recipe. Where one refuses to start, a new run's folder goes again, as after any mistake."""
+    run_id = run.folder.provenance.get("run_id") or _new_id()  # runs of the first versions have none
+    try:
+        return open_sinks(
+            run.config.log.sinks,
+            TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step),
+        )
+    except BaseException:
+        if remove_on_failure:
+            run.folder.remove()
+        raise
+
+
+def _new_id() -> str:
+    """No other run has it, whatever the name of its folder. Takes nothing from the seeded generators."""
+    return uuid.uuid4().hex[:12]
 
 
 def _frozen_copy(policy: Policy) -> Policy:

@@ -17,8 +17,10 @@ import logging
 import math
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -116,6 +118,16 @@ class RunFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def remove(self) -> None:
+        """Take back a run that ``create`` has just begun: delete all that is in the folder, and the folder."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        with suppress(OSError):  # a link or a mount point that the user made stays, empty
+            self.path.rmdir()
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,10 @@
 """Metrics to TensorBoard, W&B and trackio, for those who keep their curves there.
 
-``metrics.jsonl`` is the record and is always written; a tracker is a copy. So a tracker that is not installed stops the
-run before it starts, and one that fails later is reported once and dropped: training goes on.
+``metrics.jsonl`` is the record and is always written; a tracker is a copy. So one that is not installed or refuses to
+start stops the run before its first step; one that fails later is reported once and dropped, and training goes on.
+
+A resumed run goes on with its curves. Steps that were logged after its checkpoint are logged again: TensorBoard is told
+to forget the first time, W&B keeps the first and warns, and trackio, which can do neither, shows both.
 """
 
 from __future__ import annotations
@@ -9,11 +12,30 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from forkrl.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told about a run."""
+
+    path: Path
+    """The run folder; its name is the run's name."""
+    config: Mapping[str, Any]
+    """The resolved recipe, stored with the curves."""
+    id: str
+    """The run's own for as long as it lives, however often it is resumed."""
+    first_step: int = 0
+    """The first step still to be logged; what a tracker holds from there on comes from steps that were lost."""
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
 
 
 class Sink(Protocol):
@@ -27,13 +49,14 @@ class Sink(Protocol):
 class TensorBoardSink:
     """Event files under ``RUN/tensorboard``; look at them with ``tensorboard --logdir RUN``."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         _require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-        settings = "\n".join(f"    {key} = {value!r}" for key, value in _flatten(config).items())
-        self._writer.add_text("config", settings)
+        self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=run.first_step)
+        if run.first_step == 0:
+            settings = "\n".join(f"    {key} = {value!r}" for key, value in _flatten(run.config).items())
+            self._writer.add_text("config", settings)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -47,9 +70,9 @@ class TensorBoardSink:
 class WandbSink:
     """A Weights & Biases run; its own settings (project, entity, offline mode) come from WANDB_* variables."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         wandb = _require("wandb")
-        self._run = wandb.init(name=run_dir.resolve().name, dir=str(run_dir), config=dict(config))
+        self._run = wandb.init(name=run.name, id=run.id, resume="allow", dir=str(run.path), config=dict(run.config))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -59,11 +82,13 @@ class WandbSink:
 
 
 class TrackioSink:
-    """A trackio run in the project "forkrl"."""
+    """A trackio run in the project "forkrl". It is resumed by its name, which therefore holds the id."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         trackio = _require("trackio")
-        self._run = trackio.init(project="forkrl", name=run_dir.resolve().name, config=_flatten(config))
+        self._run = trackio.init(
+            project="forkrl", name=f"{run.name}-{run.id}", resume="allow", config=_flatten(run.config)
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -72,7 +97,7 @@ class TrackioSink:
         self._run.finish()
 
 
-SINKS: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {
+SINKS: dict[str, Callable[[TrackedRun], Sink]] = {
     "tensorboard": TensorBoardSink,
     "wandb": WandbSink,
     "trackio": TrackioSink,
@@ -136,15 +161,12 @@ def require_sinks(names: Sequence[str]) -> None:
         _require(name)  # each sink is named after its package
 
 
-def open_sinks(
-    names: Sequence[str], run_dir: Path, config: Mapping[str, Any], *, report: Callable[[str], None] = _warn
-) -> Tracker:
+def open_sinks(names: Sequence[str], run: TrackedRun, *, report: Callable[[str], None] = _warn) -> Tracker:
     """Open the named sinks before the first step.
 
     Args:
         names: keys of ``SINKS``, from ``log.sinks``.
-        run_dir: the run folder; its name is the run's name at the tracker.
-        config: the resolved recipe, stored with the curves.
+        run: what to tell the trackers.
         report: gets one line when a sink fails later; standard error by default.
 
     Raises:
@@ -153,13 +175,13 @@ def open_sinks(
     sinks: dict[str, Sink] = {}
     for name in dict.fromkeys(names):
         try:
-            sinks[name] = SINKS[name](run_dir, config)
+            sinks[name] = SINKS[name](run)
         except UserError:
             Tracker(sinks, report).close()
             raise
         except Exception as error:
             Tracker(sinks, report).close()
-            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise UserError(f"log.sinks: {name} does not start: {first_line}; mend it, or leave it out") from error
     return Tracker(sinks, report)
 

@@ -234,3 +234,60 @@ def test_the_command_itself_can_be_interrupted(world: World) -> None:
     assert process.returncode == 130, stderr
     assert stderr.endswith("forkrl: stopped by SIGINT and saved; go on with: forkrl train --resume real\n")
     assert list(Path(world.folder, "real/checkpoints").glob("step-*"))
+
+
+WANDB = """import json
+import pathlib
+
+
+def init(**settings):
+    (pathlib.Path(settings["dir"]) / "wandb").mkdir(exist_ok=True)
+    if pathlib.Path("logged-out").exists():
+        raise RuntimeError("api_key not configured.\\nand more")
+    with open("wandb.jsonl", "a") as file:
+        file.write(json.dumps([settings["id"], settings["resume"]]) + "\\n")
+    return Run()
+
+
+class Run:
+    def log(self, metrics, step):
+        pass
+
+    finish = log
+"""
+
+
+def test_a_tracker_refuses_and_later_goes_on_with_the_same_run(own_world: World) -> None:
+    """A refusal leaves no new run behind and an old one as it was; curves end as if nothing had happened."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, sinks = own_world.folder, 'log.sinks=["tensorboard", "wandb"]'
+    (folder / "wandb.py").write_text(WANDB)
+    logged_out = folder / "logged-out"
+    refusal = "forkrl: log.sinks: wandb does not start: api_key not configured; mend it, or leave it out"
+
+    logged_out.touch()
+    outcome = own_world.train("run", sinks)
+    assert (outcome.code, outcome.line) == (2, refusal)
+    assert not (folder / "run").exists()
+
+    logged_out.unlink()
+    interrupt(own_world, "run", sinks, point="log", count=8, signal=signal.SIGKILL)  # step 5 is logged, step 4 saved
+    before = Run(folder / "run", outcome).bits()
+    logged_out.touch()
+    outcome = own_world.run("train", "--resume", "run")
+    assert (outcome.code, outcome.line) == (2, refusal)
+    assert Run(folder / "run", outcome).bits() == before
+
+    logged_out.unlink()
+    run = own_world.resumed("run")
+    (first, how), (second, how_again) = [json.loads(line) for line in (folder / "wandb.jsonl").read_text().splitlines()]
+    assert (first, how) == (second, how_again)
+    assert len(first) == 12
+    assert how == "allow"
+    events = EventAccumulator(str(folder / "run/tensorboard"))
+    events.Reload()
+    for name in ("grad/norm", "eval/accuracy"):
+        steps = [record["step"] for record in run.metrics if name in record]
+        assert [event.step for event in events.Scalars(name)] == steps

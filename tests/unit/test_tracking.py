@@ -13,7 +13,7 @@ import pytest
 from forkrl import tracking
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.tracking import Tracker, open_sinks
+from forkrl.tracking import TrackedRun, Tracker, open_sinks
 
 CONFIG = {"seed": 3, "loss": {"clip_high": 0.28}}
 
@@ -67,7 +67,7 @@ def test_a_missing_package_stops_the_start_with_its_install_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"'{name}'.*pip install 'forkrl\[tracking\]'"):
-        open_sinks([name], tmp_path, CONFIG)
+        open_sinks([name], TrackedRun(tmp_path, CONFIG, "f00d"))
 
 
 def test_a_missing_package_leaves_no_run_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +85,12 @@ def test_a_sink_that_refuses_to_start_closes_those_already_open(
 ) -> None:
     opened = RecordingSink()
 
-    def refuse(run_dir: Path, config: Mapping[str, Any]) -> RecordingSink:
+    def refuse(run: TrackedRun) -> RecordingSink:
         raise PermissionError("no api key")
 
-    monkeypatch.setattr(tracking, "SINKS", {"tensorboard": lambda run_dir, config: opened, "wandb": refuse})
+    monkeypatch.setattr(tracking, "SINKS", {"tensorboard": lambda run: opened, "wandb": refuse})
     with pytest.raises(UserError, match="log.sinks: wandb does not start: no api key"):
-        open_sinks(["tensorboard", "wandb"], tmp_path, CONFIG)
+        open_sinks(["tensorboard", "wandb"], TrackedRun(tmp_path, CONFIG, "f00d"))
     assert opened.closed == 1
 
 
@@ -108,10 +108,13 @@ def test_hosted_trackers_get_name_config_steps_and_an_end(
         return run
 
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
-    with open_sinks([name], tmp_path / "run-7", CONFIG) as tracker:
+    with open_sinks([name], TrackedRun(tmp_path / "run-7", CONFIG, "f00d")) as tracker:
         tracker.log(4, {"loss/policy": 0.5})
-    assert calls[0][1]["name"] == "run-7"
-    assert calls[0][1]["config"]["seed"] == 3
+    start = calls[0][1]
+    # W&B takes up a run by its id, trackio by its name.
+    assert (start["name"], start.get("id")) == {"wandb": ("run-7", "f00d"), "trackio": ("run-7-f00d", None)}[name]
+    assert start["resume"] == "allow"
+    assert start["config"]["seed"] == 3
     assert calls[1:] == [("log", (4, {"loss/policy": 0.5})), ("finish", None)]
 
 
@@ -119,7 +122,7 @@ def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with open_sinks(["tensorboard", "tensorboard"], tmp_path, CONFIG) as tracker:
+    with open_sinks(["tensorboard", "tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d")) as tracker:
         assert tracker.names == ("tensorboard",)
         tracker.log(0, {"eval/accuracy": 0.25})
         tracker.log(1, {"reward/accuracy": 0.5, "grad/norm": 2.0})
@@ -127,3 +130,21 @@ def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["eval/accuracy", "grad/norm", "reward/accuracy"]
     assert [(event.step, event.value) for event in events.Scalars("grad/norm")] == [(1, 2.0)]
+
+
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(first_step: int, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # the page's own
+
+    with open_sinks(["tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d")) as tracker:
+        for step in range(5):
+            tracker.log(step, {"grad/norm": 1.0})
+    with open_sinks(["tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d", first_step)) as tracker:
+        for step in range(first_step, 6):
+            tracker.log(step, {"grad/norm": 2.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    kept = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("grad/norm")]
+    assert kept == [(step, 1.0 if step < first_step else 2.0) for step in range(6)]
+    assert len(events.Tensors("config/text_summary")) == 1
