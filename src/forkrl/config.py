@@ -270,12 +270,19 @@ class ArchitectureConfig(Section):
     """Shape of a Qwen3 model trained from scratch."""
 
     hidden_size: PositiveInt = 128
+    """Width of the residual stream."""
     intermediate_size: PositiveInt = 256
+    """Width inside a feed-forward block."""
     num_hidden_layers: PositiveInt = 4
+    """Layers, each of attention and a feed-forward block."""
     num_attention_heads: PositiveInt = 4
+    """Query heads of a layer."""
     num_key_value_heads: PositiveInt = 2
+    """Key and value heads of a layer, each shared by equally many query heads; divides num_attention_heads."""
     head_dim: PositiveInt = 32
+    """Width of a head; even, for the rotary embedding."""
     max_position_embeddings: PositiveInt = 512
+    """The longest sequence, prompt and response, that the model is declared to handle."""
 
 
 class SearchHabits(Section):
@@ -303,6 +310,7 @@ class SftConfig(Section):
     """A recipe for ``forkrl sft``: next-token training on generated traces, from random weights."""
 
     seed: Seed = 0
+    """Of the first weights and of the traces."""
     data: SftDataConfig = SftDataConfig()
     architecture: ArchitectureConfig = ArchitectureConfig()
     steps: PositiveInt = 3000

@@ -5,33 +5,46 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from forkrl.config import Section, TrainConfig
+from forkrl.config import Section, SftConfig, TrainConfig
 
 
 def recipe_reference() -> str:
-    """A table for every section of a training recipe, read off the schema itself."""
-    root = {name: field for name, field in TrainConfig.model_fields.items() if not _is_section(field.annotation)}
+    """A table for every section of a recipe of either kind, read off the schemas themselves."""
     parts = [
         "# Recipes",
         "",
-        "Every setting of `forkrl train`, as `forkrl train --settings` prints it. A recipe is a TOML file with these",
-        "sections; `section.key=value` on the command line replaces a value. Defaults are the paper's setting wherever",
-        "it has one.",
+        "Every setting of `forkrl train` and `forkrl sft`, as `forkrl train --settings` prints them. A recipe is a TOML",
+        "file with these sections; `section.key=value` on the command line replaces a value.",
         "",
-        *_table(root),
+        "## Recipes of forkrl train",
+        "",
+        "Defaults are the paper's setting wherever it has one.",
+        *_tables(TrainConfig),
+        "",
+        "## Recipes of forkrl sft",
+        "",
+        "They make a base model for Countdown from random weights;",
+        "[`recipes/countdown-base.toml`](../recipes/countdown-base.toml) made the embedded one.",
+        *_tables(SftConfig),
     ]
-    for name, field in TrainConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            parts += ["", f"## [{name}]", "", *_table(field.annotation.model_fields)]
     return "\n".join(parts) + "\n"
 
 
-def _table(fields: dict[str, Any]) -> list[str]:
-    return [
-        "| setting | default | what it does |",
-        "|---|---|---|",
-        *(f"| `{name}` | {_value(field)} | {_reason(field)} |" for name, field in fields.items()),
-    ]
+def _tables(schema: type[Section], prefix: str = "") -> list[str]:
+    """The schema's own settings, and below them its sections, each under its heading."""
+    sections = {name: kind for name, field in schema.model_fields.items() if (kind := _section(field)) is not None}
+    lines = ["", "| setting | default | what it does |", "|---|---|---|"]
+    for name, field in schema.model_fields.items():
+        if name not in sections:
+            lines.append(f"| `{name}` | {_value(field)} | {_reason(field)} |")
+    for name, section in sections.items():
+        lines += ["", f"### [{prefix}{name}]", *_tables(section, f"{prefix}{name}.")]
+    return lines
+
+
+def _section(field: Any) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def _value(field: Any) -> str:
@@ -41,7 +54,3 @@ def _value(field: Any) -> str:
 
 def _reason(field: Any) -> str:
     return " ".join((field.description or "").split()).replace("|", "\\|")
-
-
-def _is_section(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forkrl.config import Section, TrainConfig
+import pytest
+
+from forkrl.config import Section, SftConfig, TrainConfig
 from forkrl.recipe_reference import recipe_reference
 
 
@@ -13,11 +15,18 @@ def test_the_page_is_what_the_program_prints() -> None:
     assert page.read_text() == recipe_reference(), "run: forkrl train --settings > docs/recipes.md"
 
 
-def test_every_setting_says_what_it_does() -> None:
-    for name, field in TrainConfig.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            silent = [key for key, setting in section.model_fields.items() if not setting.description]
-            assert not silent, f"[{name}] {silent}"
-        else:
-            assert field.description, name
+@pytest.mark.parametrize("recipe", [TrainConfig, SftConfig])
+def test_every_setting_says_what_it_does_and_is_on_the_page(recipe: type[Section]) -> None:
+    own_part = recipe_reference().split("## Recipes of forkrl ")[1 if recipe is TrainConfig else 2]
+    left: list[tuple[str, type[Section]]] = [("", recipe)]
+    while left:
+        place, schema = left.pop()
+        _, found, text = own_part.partition(f"### [{place}]\n" if place else "\n")
+        assert found, place
+        table = text.partition("\n#")[0]
+        for name, field in schema.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                left.append((f"{place}.{name}".lstrip("."), field.annotation))
+            else:
+                assert field.description, f"[{place}] {name}"
+                assert f"| `{name}` |" in table, f"[{place}] {name}"
