@@ -13,8 +13,8 @@ def recipe_reference() -> str:
     parts = [
         "# Recipes",
         "",
-        "Every setting of `forkrl train` and `forkrl sft`, as `forkrl train --settings` prints them. A recipe is a TOML",
-        "file with these sections; `section.key=value` on the command line replaces a value.",
+        "Every setting of `forkrl train` and `forkrl sft`, as `forkrl train --settings` prints them. A recipe is a",
+        "TOML file with these sections; `section.key=value` on the command line replaces a value.",
         "",
         "## Recipes of forkrl train",
         "",
