@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 TEST_WORKERS ?= 2
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
 # Waiting threads sleep instead of spinning, so that a busy machine does not slow a run tenfold (docs/threads.md).
 export OMP_WAIT_POLICY := PASSIVE
@@ -22,12 +23,19 @@ help: ## this list
 setup: $(STAMP) ## .venv with ForkRL and its development tools (PYTHON=python3.12 picks an interpreter)
 
 # torch goes first and alone: pip then takes whichever build of it the machine is set up to use (CPU or CUDA), and
-# every later resolution finds it in place.
+# every later resolution finds it in place. PyPI's build for Linux brings gigabytes of CUDA. So without an NVIDIA driver
+# pip is shown the CPU builds too, and takes one: to it 2.13.0+cpu is newer than 2.13.0. Where pip has been told where to
+# look, by its configuration or by PIP_* variables, it looks there only.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 		f"ForkRL needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Try: make setup PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	@index=; \
+	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null && \
+		! $(BIN)/python -m pip config list | grep -qE '(index-url|find-links|no-index)='; then \
+		index="--extra-index-url $(CPU_BUILDS)"; \
+	fi; \
+	set -x; $(BIN)/python -m pip install --quiet --disable-pip-version-check $$index $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
