@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"forkrl: {error}", file=sys.stderr)
         return 2
     except TrainingHalted as error:
-        print(f"forkrl: training stopped at {error}", file=sys.stderr)
+        where = f" at {error}" if str(error).startswith("step ") else f": {error}"
+        print(f"forkrl: {arguments.activity} stopped{where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("forkrl: interrupted", file=sys.stderr)
@@ -73,13 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     train.add_argument("--settings", action="store_true", help="print every setting with its default, and stop")
-    train.set_defaults(command=run_train)
+    train.set_defaults(command=run_train, activity="training")
 
-    sft = commands.add_parser("sft", help="make a base model from generated traces")
+    sft = commands.add_parser(
+        "sft",
+        help="make a base model from generated traces",
+        epilog="forkrl train --settings lists the settings of this command too.",
+    )
     sft.add_argument("recipe", help="a TOML file, such as recipes/countdown-base.toml")
     sft.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     sft.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the model")
-    sft.set_defaults(command=run_sft)
+    sft.set_defaults(command=run_sft, activity="training the base model")
 
     evaluate = commands.add_parser("eval", help="accuracy of a model or run on held-out prompts, with intervals")
     evaluate.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
@@ -96,14 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
     evaluate.add_argument("--temperature", type=float, help="sampling temperature (default: eval.temperature)")
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    evaluate.set_defaults(command=run_eval)
+    evaluate.set_defaults(command=run_eval, activity="the evaluation")
 
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run", type=Path, help="a run folder")
-    report.set_defaults(command=run_report)
+    report.set_defaults(command=run_report, activity="the report")
 
     doctor = commands.add_parser("doctor", help="what this machine can do")
-    doctor.set_defaults(command=run_doctor)
+    doctor.set_defaults(command=run_doctor, activity="the examination")
     return parser
 
 

@@ -6,6 +6,7 @@ nearest real one. Defaults are the paper's setting (arXiv 2506.01939v2, section 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 from collections.abc import Sequence
@@ -349,22 +350,28 @@ def load_recipe(
 
     Raises:
         UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or range. One line,
-            naming the key, the value, and what is allowed.
+            naming the place (the file, or the command line), the key, the value, and what is allowed.
     """
     values = _read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
     values.pop("provenance", None)  # the config.toml of a run is a recipe too
-    source = str(path) if path is not None else "command line"
+    overridden = copy.deepcopy(values)
     for override in overrides:
-        _apply_override(values, override)
-    return parse_recipe(schema, values, source)
+        _apply_override(overridden, override)
+    faults = _faults(schema, overridden)
+    if path is not None and faults:
+        without_overrides = _faults(schema, values)
+        places: dict[str, list[str]] = {}
+        for fault in faults:
+            places.setdefault(str(path) if fault in without_overrides else "command line", []).append(fault)
+        raise UserError("; ".join(f"{place}: {'; '.join(there)}" for place, there in places.items()))
+    return parse_recipe(schema, overridden, "command line")
 
 
 def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
     """Validate a table of values; errors name ``source`` and the key."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(schema, item) for item in error.errors())) from None
+    if faults := _faults(schema, values):
+        raise UserError(f"{source}: " + "; ".join(faults))
+    return schema.model_validate(values)
 
 
 def recipe_differences(old: Section, new: Section) -> list[str]:
@@ -415,6 +422,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         table[name] = value
     else:
         table.pop(name, None)
+
+
+def _faults(schema: type[Section], values: dict[str, Any]) -> list[str]:
+    """Everything that is wrong with a table of values, a phrase each."""
+    try:
+        schema.model_validate(values)
+    except ValidationError as error:
+        return [_explain(schema, item) for item in error.errors()]
+    return []
 
 
 def _explain(schema: type[Section], item: Any) -> str:

@@ -172,13 +172,14 @@ def _leave_report_out() -> None:
 
 def _remember_opened_policies() -> None:
     run: Any = importlib.import_module("forkrl.run")
+    evaluation: Any = importlib.import_module("forkrl.evaluation.command")
     open_policy = run.open_policy
 
     def remembering(*args: Any) -> Any:
         _opened.append(open_policy(*args))
         return _opened[-1]
 
-    run.open_policy = remembering
+    run.open_policy = evaluation.open_policy = remembering
 
 
 def _poison_weights() -> None:

@@ -109,7 +109,7 @@ def scaled_model(folder: Path) -> None:
 DATA = "task.data=odd.jsonl"
 MODEL = "model.path=./odd"
 CASES = {
-    "misspelt key": Case(train("loss.clip_hgh=0.3"), ("loss.clip_hgh is not a setting", "loss.clip_high?")),
+    "misspelt key": Case(train("loss.clip_hgh=0.3"), ("command line: loss.clip_hgh is not a setting", "clip_high?")),
     "misspelt section": Case(train("optimiser.lr=0.3"), ("optimiser is not a setting", "optimizer?")),
     "misspelt key of the file": Case(
         ("train", "bad.toml"), ("bad.toml: rollout.grup_size", "rollout.group_size?"),

@@ -96,6 +96,16 @@ def test_a_prompt_that_is_too_long_is_found_before_the_first_is_sampled(world: W
     assert "long.jsonl line 41: 9 tokens, over rollout.max_prompt_tokens = 8" in outcome.line
 
 
+def test_weights_that_become_nan_stop_the_evaluation(world: World) -> None:
+    outcome = world.run(
+        "eval", "model", *DATASET, *SHORT, "task.data=prompts.jsonl",
+        faults=[{"point": "token", "count": 1, "after": True, "action": "poison"}],
+    )  # fmt: skip
+    assert outcome.code == 1, outcome
+    last = outcome.stderr.splitlines()[-1]
+    assert last.startswith("forkrl: the evaluation stopped: the model's logits are NaN or infinite while sampling")
+
+
 def test_responses_shorter_than_the_penalty_of_training(world: World, tmp_path: Path) -> None:
     """The defaults of reward.overlong_cache and training.micro_batch_tokens bind no evaluation."""
     figures = evaluated(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forkrl import sft
 from forkrl.base_model_card import measure_base_model
-from forkrl.config import ModelConfig, SftConfig, load_recipe
+from forkrl.cli import main
+from forkrl.config import ModelConfig, SftConfig, load_recipe, recipe_toml
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model import model_location, open_policy
 from forkrl.replicas import Replicas
@@ -100,3 +103,11 @@ def test_a_folder_in_use_is_refused_and_a_diverging_loss_stops(tmp_path: Path) -
         sft.make_base_model(TINY, tmp_path / "taken", recipe="tiny")
     with pytest.raises(TrainingHalted, match=r"step \d: the loss is (nan|inf)"):
         sft.make_base_model(TINY.model_copy(update={"lr": 1e30}), tmp_path / "wild", recipe="tiny")
+
+
+def test_the_command_line_says_what_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "wild.toml"
+    recipe.write_text(tomli_w.dumps(recipe_toml(TINY.model_copy(update={"lr": 1e30}))))
+    assert main(["sft", str(recipe), "--out", str(tmp_path / "wild")]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"forkrl: training the base model stopped at step \d: the loss is (nan|inf)", said)

@@ -58,6 +58,25 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path)
     assert config.model.path == "here/x"
 
 
+CLIP = "loss.clip_hgh is not a setting; did you mean loss.clip_high?"
+PLACES = [
+    ([], f"FILE: {CLIP}; optimizer.lr = 'fast': input should be a valid number"),
+    (["seed=4"], f"FILE: {CLIP}; optimizer.lr = 'fast': input should be a valid number"),
+    (["optimizer.lr=slow"], f"FILE: {CLIP}; command line: optimizer.lr = 'slow': input should be a valid number"),
+    (["seed=x", "loss="], "command line: seed = 'x': input should be a valid integer; FILE: optimizer.lr = 'fast': "),
+    (["loss=", "optimizer=", "training.mini_batch_prompts=5"], "command line: training.mini_batch_prompts = 5 does"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), PLACES)
+def test_a_mistake_is_named_with_its_place(overrides: list[str], message: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[optimizer]\nlr = "fast"\n[loss]\nclip_hgh = 0.3\n')
+    with pytest.raises(UserError) as caught:
+        load_recipe(TrainConfig, recipe, overrides)
+    assert str(caught.value).replace(str(recipe), "FILE").startswith(message)
+
+
 def test_a_template_without_a_place_for_the_prompt_is_refused() -> None:
     with pytest.raises(UserError, match=r"task.template has no \{prompt\}"):
         load_recipe(TrainConfig, None, ["task.name=dataset", "task.data=x.jsonl", "task.template=hello"])
