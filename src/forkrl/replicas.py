@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -142,7 +143,9 @@ class Replicas:
     def _start(self, threads: int) -> None:
         if self.policy.device.type != "cpu":
             raise ValueError("several replicas share their weights in main memory: the policy must be on the CPU")
-        message = pickle.dumps(self.local)  # before the parameters are views of one block, which would travel whole
+        for parameter in _parameters(self.local):  # views of a larger block would travel with all of it
+            parameter.data = parameter.data.clone()
+        message = pickle.dumps(self.local)
         memory = _SharedMemory(self.local, self.count - 1)
         memory.adopt_weights(self.local, keep=True)
         for rank in range(self.count - 1):
@@ -238,12 +241,19 @@ def serve() -> None:
         memory.close_file()
         while True:
             function, items, arguments = pickle.loads(connection.recv_bytes())  # noqa: S301
-            answer: tuple[list[Any] | None, Exception | None]
-            try:
-                answer = ([function(replica, item, *arguments) for item in items], None)
-            except Exception as error:
-                answer = (None, error)
-            connection.send_bytes(pickle.dumps(answer))
+            connection.send_bytes(_answer(replica, function, items, arguments))
+
+
+def _answer(replica: Replica, function: Callable[..., Any], items: list[Any], arguments: tuple[Any, ...]) -> bytes:
+    """The results and no error, or no results and the error, which tells where it comes from."""
+    try:
+        return pickle.dumps(([function(replica, item, *arguments) for item in items], None))
+    except Exception as error:
+        error.add_note(f"in a replica: {traceback.format_exc()}")
+        try:
+            return pickle.dumps((None, error))
+        except Exception:  # an error may hold anything
+            return pickle.dumps((None, RuntimeError(f"in a replica: {traceback.format_exc()}")))
 
 
 class _SharedMemory:
@@ -259,8 +269,7 @@ class _SharedMemory:
         self._gradients_size = sum(_size(parameter) for parameter in _trained(replica.policy))
         total = weights + others * self._gradients_size
         if fd is None:
-            with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:  # noqa: PTH112
-                fd = os.dup(file.fileno())
+            fd = _open_unnamed()
             os.truncate(fd, total)
         self.fd = fd
         self._memory = mmap.mmap(fd, total)
@@ -291,6 +300,14 @@ class _SharedMemory:
     def _view(self, like: Tensor, start: int) -> Tensor:
         flat = torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=start)
         return flat.view(like.shape)
+
+
+def _open_unnamed() -> int:
+    """A file without a name: memory alone on Linux (not in /dev/shm, of which containers have little), else on disk."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("forkrl-weights")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _parameters(replica: Replica) -> list[torch.nn.Parameter]:

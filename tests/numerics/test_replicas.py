@@ -43,9 +43,16 @@ def whereabouts(replica: Replica, item: int) -> tuple[int, int, float]:
     return os.getpid(), item, next(replica.policy.model.parameters())[0, 0].item()
 
 
+class Unspeakable(Exception):
+    def __reduce__(self) -> str:
+        raise TypeError("no pickling")
+
+
 def misbehave(replica: Replica, item: str) -> None:
     if item == "raise":
         raise TrainingHalted("told to")
+    if item == "raise what cannot travel":
+        raise Unspeakable
     if item == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -118,10 +125,17 @@ def test_responses_are_the_policys_own_in_order_and_repeatable(replicas: Replica
     ]
 
 
-@pytest.mark.parametrize(("item", "message"), [("raise", "told to"), ("die", "a replica was killed by SIGKILL; if me")])
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("raise", "told to"),
+        ("raise what cannot travel", "(?s)in a replica: .*no pickling"),
+        ("die", "a replica was killed by SIGKILL; if memory ran out"),
+    ],
+)
 def test_what_goes_wrong_in_a_replica_is_told_here(item: str, message: str) -> None:
     with Replicas(random_policy(), count=2) as replicas:
-        with pytest.raises(TrainingHalted, match=message):
+        with pytest.raises((TrainingHalted, RuntimeError), match=message):
             replicas.map(misbehave, ["", item])
         with pytest.raises(TrainingHalted, match="the replicas are closed"):
             replicas.map(misbehave, ["", ""])
