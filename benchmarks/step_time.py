@@ -1,0 +1,208 @@
+"""Seconds of a whole training step, rollout and update, beside a peer that does the same work.
+
+    python -m benchmarks.step_time [--peer trl] [--steps 3] [--rounds 3]
+
+The work, in both: the embedded base model on Countdown, 32 prompts x 8 responses of at most 128 tokens, one gradient
+step of the DAPO loss on the top 20% of tokens, no filtering of groups. The learning rate is so small that the lengths
+of the responses stay what they are. Each turn is a fresh process that takes one step to warm up and then ``--steps``
+that count; ForkRL and each setting of the peer take turns, round after round, on the same cores. The ratios are of
+the medians over all counted steps, with the range over rounds; the peer's fastest setting is the one to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks._record import describe_setting, write_result
+from forkrl.threads import available_cores
+
+NUM_PROMPTS, GROUP, MAX_TOKENS, LR = 32, 8, 128, 1e-7
+# What the peer's users would try on a CPU. Its defaults besides: AdamW fused, no KL.
+PEER_SETTINGS: dict[str, dict[str, Any]] = {
+    "bf16": {"bf16": True},
+    "fp32": {"bf16": False},
+    "bf16, 4 micro-batches": {"bf16": True, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
+    "fp32, 4 micro-batches": {"bf16": False, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
+}
+
+
+def main() -> None:
+    options = parse_options()
+    if options.work:
+        steps = run_forkrl(options) if options.work == "forkrl" else run_trl(options, PEER_SETTINGS[options.setting])
+        print(json.dumps(steps[1:]))
+        return
+    setting = {**describe_setting(), "seed": options.seed}
+    ways = [("forkrl", "", options.threads)]
+    ways += [(options.peer, name, count) for name in PEER_SETTINGS for count in sorted({1, options.threads})]
+    cases: list[dict[str, Any]] = []
+    for number in range(1, options.rounds + 1):
+        for who, name, threads in ways:
+            steps = measure_apart(options, who, name, threads)
+            cases += [{"who": who, "setting": name, "threads": threads, "round": number, **step} for step in steps]
+            print(json.dumps(cases[-1]), flush=True)
+            path = write_result("step_time", setting, cases)
+    show(cases, options)
+    print(f"written to {path}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A training step beside a peer's.")
+    parser.add_argument("--peer", choices=["trl"], default="trl")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="cores that each may use")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure_apart(options: argparse.Namespace, who: str, name: str, threads: int) -> list[dict[str, float]]:
+    """One turn, in a process of its own with its own defaults for waiting threads."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-m", "benchmarks.step_time", "--work", who, "--setting", name]
+    command += ["--threads", str(threads), "--steps", str(options.steps), "--seed", str(options.seed)]
+    environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    steps: list[dict[str, float]] = json.loads(output.splitlines()[-1])
+    return steps
+
+
+def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
+    """The steps of ``forkrl train`` itself, as its metrics tell them."""
+    from forkrl.threads import configure_environment
+
+    configure_environment()
+    from forkrl.config import TrainConfig, load_recipe
+    from forkrl.loop import train
+    from forkrl.run import open_run
+
+    overrides = [
+        f"seed={options.seed}", f"rollout.prompts_per_step={NUM_PROMPTS}", f"rollout.group_size={GROUP}",
+        f"rollout.max_response_tokens={MAX_TOKENS}", "dynamic_sampling.enabled=false", "reward.overlong_cache=0",
+        f"training.mini_batch_prompts={NUM_PROMPTS}", f"training.steps={options.steps + 1}", f"optimizer.lr={LR}",
+        "eval.every=0", "eval.problems=1", "log.rollouts_sampled=0", f"checkpoint.every={options.steps + 1}",
+        f"runtime.threads={options.threads}",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_recipe(TrainConfig, Path("recipes/countdown.toml"), overrides)
+        with open_run(config, Path(folder) / "run") as run:
+            train(run)
+        lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
+    return [
+        {
+            "rollout_s": record["time/rollout_s"],
+            "update_s": record["time/update_s"],
+            "step_s": record["time/step_s"],
+            "length": record["response/length"],
+        }
+        for record in map(json.loads, lines)
+        if "time/step_s" in record
+    ]
+
+
+def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, float]]:
+    """TRL's GRPOTrainer; the rollout is its generation, the update the rest of its step."""
+    import time
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from forkrl.model import model_location
+    from forkrl.tasks.countdown import countdown_task, verify_countdown
+
+    trl: Any = importlib.import_module("trl")  # of the extra "bench"; a type checker need not find it
+    torch.set_num_threads(options.threads)
+    path = model_location("embedded:countdown-base")
+    steps: list[dict[str, float]] = []
+
+    class Timed(trl.GRPOTrainer):  # type: ignore[misc]
+        began = rollout_s = 0.0
+
+        def _generate(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            made = super()._generate(*args, **kwargs)
+            self.rollout_s = time.perf_counter() - began
+            return made
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "completions/mean_length" in logs:
+                now = time.perf_counter()
+                step_s = now - self.began
+                steps.append(
+                    {
+                        "rollout_s": self.rollout_s,
+                        "update_s": step_s - self.rollout_s,
+                        "step_s": step_s,
+                        "length": float(logs["completions/mean_length"]),
+                    }
+                )
+                self.began = now
+            super().log(logs, *args, **kwargs)
+
+    def reward(completions: list[str], answer: list[str], **ignored: Any) -> list[float]:
+        return [verify_countdown(*pair) for pair in zip(answer, completions, strict=True)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = {
+            "output_dir": folder, "per_device_train_batch_size": NUM_PROMPTS * GROUP, "num_generations": GROUP,
+            "max_completion_length": MAX_TOKENS, "temperature": 1.0, "top_entropy_quantile": 0.2, "loss_type": "dapo",
+            "beta": 0.0, "epsilon_high": 0.28, "learning_rate": LR, "max_steps": options.steps + 1, "logging_steps": 1,
+            "report_to": "none", "save_strategy": "no", "use_cpu": True, "gradient_checkpointing": False,
+            "disable_tqdm": True, "seed": options.seed, "lr_scheduler_type": "constant",
+        }  # fmt: skip
+        trainer = Timed(
+            model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+            reward_funcs=reward,
+            args=trl.GRPOConfig(**config | settings),
+            train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.answer} for p in countdown_task().train]),
+            processing_class=AutoTokenizer.from_pretrained(path),
+        )
+        trainer.began = time.perf_counter()
+        sys.stdout, printed = sys.stderr, sys.stdout
+        trainer.train()
+        sys.stdout = printed
+    return steps
+
+
+def show(cases: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """A row for each way, and how much longer than ForkRL it takes."""
+    ways = list(dict.fromkeys((case["who"], case["setting"], case["threads"]) for case in cases))
+
+    def figures(way: tuple[str, str, int], name: str, number: int | None = None) -> list[float]:
+        return [
+            case[name]
+            for case in cases
+            if (case["who"], case["setting"], case["threads"]) == way and number in (None, case["round"])
+        ]
+
+    columns = ("who", "setting", "threads", "rollout s", "update s", "step s", "mean length", "times ForkRL's step")
+    table = Table(*columns, box=None)
+    for way in ways:
+        ratios = [
+            statistics.median(figures(way, "step_s", number)) / statistics.median(figures(ways[0], "step_s", number))
+            for number in range(1, options.rounds + 1)
+        ]
+        medians = [statistics.median(figures(way, name)) for name in ("rollout_s", "update_s", "step_s", "length")]
+        ratio = medians[2] / statistics.median(figures(ways[0], "step_s"))
+        cells = [f"{median:.2f}" for median in medians]
+        table.add_row(*map(str, way), *cells, f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
