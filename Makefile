@@ -24,7 +24,7 @@ setup: $(STAMP) ## .venv with ForkRL and its development tools (PYTHON=python3.1
 
 # torch goes first and alone: pip then takes whichever build of it the machine is set up to use (CPU or CUDA), and
 # every later resolution finds it in place. PyPI's build for Linux brings gigabytes of CUDA. So without an NVIDIA driver
-# pip is shown the CPU builds too, and takes one: to it 2.13.0+cpu is newer than 2.13.0. Where pip has been told where to
+# pip is shown the CPU builds too, if they can be reached, and takes one: to it 2.13.0+cpu is newer than 2.13.0. Where pip has been told where to
 # look, by its configuration or by PIP_* variables, it looks there only.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
@@ -33,7 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@index=; \
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null && \
 		! $(BIN)/python -m pip config list | grep -qE '(index-url|find-links|no-index)='; then \
-		index="--extra-index-url $(CPU_BUILDS)"; \
+		$(BIN)/python -c 'import urllib.request as u; u.urlopen("$(CPU_BUILDS)/torch/", timeout=5)' 2>/dev/null && \
+			index="--extra-index-url $(CPU_BUILDS)"; \
 	fi; \
 	set -x; $(BIN)/python -m pip install --quiet --disable-pip-version-check $$index $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

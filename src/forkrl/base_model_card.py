@@ -33,7 +33,6 @@ class BaseModelFigures(NamedTuple):
 
 def measure_base_model(replicas: Replicas, task: Task, config: SftConfig) -> BaseModelFigures:
     """Sample one response to each held-out problem and judge every step of it."""
-    replicas.policy.model.eval()
     engine = EmbeddedEngine(replicas, max_prompt_tokens=config.architecture.max_position_embeddings)
     room = config.architecture.max_position_embeddings - 16  # the longest prompt has 9 characters
     groups = engine.generate(

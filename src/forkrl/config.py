@@ -107,7 +107,7 @@ class RolloutConfig(Section):
     stop: Annotated[tuple[str, ...], FROM_LIST] = ()
     """Further stop tokens, each exactly one token of the tokenizer; its EOS always stops."""
     max_sequences: PositiveInt = 256
-    """Sequences decoded at once; bounds the KV cache."""
+    """Sequences decoded at once by one replica; bounds its KV cache."""
 
 
 class RewardConfig(Section):
@@ -230,7 +230,7 @@ class TrainConfig(Section):
     """A recipe for ``forkrl train``."""
 
     seed: Seed = 0
-    """Of sampling, data order and evaluation: the same seed, machine and threads give the same run to the bit."""
+    """Of sampling, data order and evaluation: the same seed, machine, threads and replicas give the same bits."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()

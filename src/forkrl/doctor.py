@@ -184,7 +184,8 @@ def _matmul_gflops(device: torch.device, dtype: torch.dtype, size: int = 1024, b
 
 def _check_threads() -> Check:
     cores, policy = available_cores(), os.environ.get("OMP_WAIT_POLICY", "unset")
-    detail = f"{cores} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}, OMP_WAIT_POLICY {policy}"
+    threads = os.environ.get("OMP_NUM_THREADS", "unset")
+    detail = f"{cores} cores, OMP_NUM_THREADS {threads}, OMP_WAIT_POLICY {policy}"
     if policy.upper() == "ACTIVE":
         return Check("threads", "warn", detail, "unset OMP_WAIT_POLICY: spinning threads crawl on a busy machine")
     return Check("threads", "ok", detail)

@@ -15,5 +15,9 @@ class TrainingHalted(Exception):
     """Training cannot go on, as with a NaN loss. What was saved before stays as it is; exit code 1."""
 
 
+class ReplicaLost(TrainingHalted):
+    """A further process has died. Nothing is wrong with what was saved: the run can be resumed."""
+
+
 class NothingToLearn(TrainingHalted):
     """No group of responses has a gradient. The weights are sound, so the finished steps are worth saving."""

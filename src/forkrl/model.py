@@ -125,6 +125,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+        model.disable_input_require_grads()  # that is for adapters; its hook is of a kind that cannot be pickled
     model.eval()
     torch.nn.Module.to(model, pick_device(device))
     policy = Policy(model, tokenizer, config.precision)

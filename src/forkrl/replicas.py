@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from forkrl.config import RuntimeConfig
-from forkrl.errors import TrainingHalted, UserError
+from forkrl.errors import ReplicaLost, UserError
 from forkrl.model import Policy
+from forkrl.processes import child_environment, die_with_parent
 from forkrl.threads import configure_threads
 
 Item = TypeVar("Item")
@@ -63,6 +64,8 @@ class Replicas:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self._gradients: list[list[Tensor]] = []
+        self._lifelines: list[int] = []
+        self._closed = False
         if count > 1:
             try:
                 self._start(threads)
@@ -84,13 +87,16 @@ class Replicas:
 
     def close(self) -> None:
         """End the further processes; may be called twice."""
+        self._closed = True
         for connection in self._connections:
             connection.close()
+        for lifeline in self._lifelines:
+            os.close(lifeline)
         for process in self._processes:
             with suppress(ProcessLookupError):
                 process.kill()
             process.wait()
-        self._connections, self._processes = [], []
+        self._connections, self._processes, self._lifelines = [], [], []
 
     def map(
         self,
@@ -108,16 +114,18 @@ class Replicas:
             sizes: the work in each item, for a fair division; by default all alike.
 
         Raises:
-            TrainingHalted: a process has died. What ``function`` raises, wherever it ran, is raised here. The replicas
-                are closed by either.
+            ReplicaLost: a process has died. What ``function`` raises, wherever it ran, is raised here too. Either way
+                the replicas are closed.
         """
         if self.count > 1 and function.__module__ == "__main__":
             raise ValueError(f"{function.__name__} is of the program itself; other processes need it in a module")
+        if self._closed:
+            raise RuntimeError("these replicas are closed")
         shares = divide([1] * len(items) if sizes is None else sizes, self.count)
         results: dict[int, Result] = {}
         try:
             for rank, share in enumerate(shares[1:]):
-                self._send(rank, (function, [items[index] for index in share], arguments))
+                self._send(rank, pickle.dumps((function, [items[index] for index in share], arguments)))
             for index in shares[0]:
                 results[index] = function(self.local, items[index], *arguments)
             for rank, share in enumerate(shares[1:]):
@@ -138,39 +146,58 @@ class Replicas:
         """Add the gradients of the other replicas to those here."""
         for gradients in self._gradients:
             for parameter, gradient in zip(_trained(self.policy), gradients, strict=True):
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+                if parameter.grad is not None:
+                    parameter.grad.add_(gradient)
+                elif gradient.any():  # one that no loss touched stays without a gradient: the optimizer leaves it alone
+                    parameter.grad = gradient.clone()
 
     def _start(self, threads: int) -> None:
         if self.policy.device.type != "cpu":
             raise ValueError("several replicas share their weights in main memory: the policy must be on the CPU")
-        for parameter in _parameters(self.local):  # views of a larger block would travel with all of it
+        for parameter in _parameters(self.local):  # a view of a larger block would be pickled with all of it
             parameter.data = parameter.data.clone()
-        message = pickle.dumps(self.local)
-        memory = _SharedMemory(self.local, self.count - 1)
-        memory.adopt_weights(self.local, keep=True)
+        try:
+            message = pickle.dumps(self.local)  # before the parameters become views of the shared block
+        except Exception as error:
+            raise UserError(
+                f"this model cannot be sent to further processes ({error}); set runtime.replicas=1"
+            ) from error
+        try:
+            memory = _SharedMemory(self.local, self.count - 1)
+        except OSError as error:
+            raise UserError(f"no memory for weights that replicas share ({error}); set runtime.replicas=1") from error
+        memory.adopt_weights(self.local, fill=True)
         for rank in range(self.count - 1):
-            ours, theirs = Pipe()
-            self._connections.append(ours)
-            with theirs:
-                self._processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-P", "-c", "from forkrl.replicas import serve; serve()"]
-                        + [str(number) for number in (theirs.fileno(), memory.fd, rank, self.count - 1, threads)],
-                        pass_fds=(theirs.fileno(), memory.fd),
-                        stdin=subprocess.DEVNULL,
-                        env=_environment(threads),
-                        start_new_session=True,  # a Ctrl-C is this process's to answer
-                    )
-                )
+            self._start_process(memory, rank, threads)
             self._gradients.append(memory.gradients(self.policy, rank))
         memory.close_file()
-        for connection in self._connections:
-            connection.send_bytes(message)
+        for rank in range(self.count - 1):
+            self._send(rank, message)
 
-    def _send(self, rank: int, message: Any) -> None:
+    def _start_process(self, memory: _SharedMemory, rank: int, threads: int) -> None:
+        ours, theirs = Pipe()
+        their_lifeline, lifeline = os.pipe()
+        self._connections.append(ours)
+        self._lifelines.append(lifeline)
+        numbers = (theirs.fileno(), their_lifeline, memory.fd, rank, self.count - 1, threads)
         try:
-            self._connections[rank].send_bytes(pickle.dumps(message))
-        except (OSError, IndexError):
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers)],
+                    pass_fds=numbers[:3],
+                    stdin=subprocess.DEVNULL,
+                    env=child_environment(threads),
+                    start_new_session=True,
+                )
+            )
+        finally:
+            theirs.close()
+            os.close(their_lifeline)
+
+    def _send(self, rank: int, message: bytes) -> None:
+        try:
+            self._connections[rank].send_bytes(message)
+        except OSError:
             raise self._death(rank) from None
 
     def _receive(self, rank: int) -> list[Any]:
@@ -183,15 +210,12 @@ class Replicas:
             raise error
         return results  # type: ignore[no-any-return]
 
-    def _death(self, rank: int) -> TrainingHalted:
-        if not self._processes:
-            return TrainingHalted("the replicas are closed")
+    def _death(self, rank: int) -> ReplicaLost:
         code = self._processes[rank].wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return TrainingHalted(
-            f"a replica {how}; if memory ran out, lower runtime.replicas, rollout.max_sequences or "
-            f"training.micro_batch_tokens"
-        )
+        if code >= 0:
+            return ReplicaLost(f"a replica exited with code {code}")
+        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return ReplicaLost(f"a replica was killed by {signal.Signals(-code).name}{hint}")
 
 
 def open_replicas(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Replicas:
@@ -206,9 +230,11 @@ def open_replicas(policy: Policy, reference: Policy | None, config: RuntimeConfi
         raise UserError(f"runtime.replicas = {count}: on {policy.device} there is one; set it to 0 or 1")
     if count > threads:
         raise UserError(
-            f"runtime.replicas = {count}: there are {threads} threads for them; lower it, or raise runtime.threads"
+            f"runtime.replicas = {count} is more than the number of threads, {threads}; "
+            f"lower it, or raise runtime.threads"
         )
-    return Replicas(policy, reference, count=count, threads=configure_threads(threads // count))
+    each = configure_threads(threads // count)
+    return Replicas(policy, reference, count=count, threads=each)
 
 
 def _is_small(policy: Policy) -> bool:
@@ -229,19 +255,30 @@ def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 def serve() -> None:
     """Run what the first process asks for, until it is gone."""
-    connection_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
+    connection_fd, lifeline_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
+    die_with_parent(lifeline_fd)
     torch.set_num_threads(threads)
     connection = Connection(connection_fd)
-    with suppress(EOFError, ConnectionError):
+    with suppress(EOFError, OSError):  # the first process is gone
         replica: Replica = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
         memory = _SharedMemory(replica, others, memory_fd)
-        memory.adopt_weights(replica, keep=False)
+        memory.adopt_weights(replica, fill=False)
         for parameter, gradient in zip(_trained(replica.policy), memory.gradients(replica.policy, rank), strict=True):
             parameter.grad = gradient
         memory.close_file()
         while True:
             function, items, arguments = pickle.loads(connection.recv_bytes())  # noqa: S301
             connection.send_bytes(_answer(replica, function, items, arguments))
+
+
+# A Ctrl-C, or a SIGTERM to every process of a job, is the first process's to answer; it may want to finish a step.
+_PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from forkrl.replicas import serve
+serve()
+"""
 
 
 def _answer(replica: Replica, function: Callable[..., Any], items: list[Any], arguments: tuple[Any, ...]) -> bytes:
@@ -251,9 +288,11 @@ def _answer(replica: Replica, function: Callable[..., Any], items: list[Any], ar
     except Exception as error:
         error.add_note(f"in a replica: {traceback.format_exc()}")
         try:
-            return pickle.dumps((None, error))
-        except Exception:  # an error may hold anything
-            return pickle.dumps((None, RuntimeError(f"in a replica: {traceback.format_exc()}")))
+            message = pickle.dumps((None, error))
+            pickle.loads(message)  # noqa: S301 - an error may hold anything, and fail on either way
+        except Exception:
+            message = pickle.dumps((None, RuntimeError(f"in a replica: {traceback.format_exc()}")))
+        return message
 
 
 class _SharedMemory:
@@ -274,13 +313,13 @@ class _SharedMemory:
         self.fd = fd
         self._memory = mmap.mmap(fd, total)
 
-    def adopt_weights(self, replica: Replica, *, keep: bool) -> None:
-        """Make the parameters views of the block; ``keep``: with the values that they have."""
+    def adopt_weights(self, replica: Replica, *, fill: bool) -> None:
+        """Make the parameters views of the block; ``fill``: put their values into it first."""
         start = 0
         with torch.no_grad():
             for parameter in _parameters(replica):
                 view = self._view(parameter, start)
-                if keep:
+                if fill:
                     view.copy_(parameter)
                 parameter.data = view
                 start += _size(parameter)
@@ -321,9 +360,3 @@ def _trained(policy: Policy) -> list[torch.nn.Parameter]:
 
 def _size(parameter: Tensor) -> int:
     return -(-parameter.numel() * parameter.element_size() // _ALIGNMENT) * _ALIGNMENT
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Import what this process can import."""
-    folders = [folder or os.getcwd() for folder in sys.path]  # noqa: PTH109
-    return os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(threads)}

@@ -24,7 +24,7 @@ import transformers
 import forkrl
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.config import TrainConfig, parse_recipe, recipe_differences, recipe_toml
-from forkrl.errors import NothingToLearn, TrainingHalted, UserError
+from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.model import Policy, open_policy
@@ -359,6 +359,9 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
             if run.step:
                 run.stop()
             raise NothingToLearn(f"step {run.step + 1}: {error}; {run.way_on()}") from error
+        except ReplicaLost as error:  # not saved: it may have died between the gradient steps of a batch
+            remedy = f"go on with: forkrl train --resume {run.folder.path}"
+            raise ReplicaLost(f"step {run.step + 1}: {error}; {remedy}") from error
         except TrainingHalted as error:  # not saved: the weights may be what went wrong
             raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error
 

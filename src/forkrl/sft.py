@@ -52,13 +52,14 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     )
     start, num_tokens = _resume(config, checkpoints, policy, optimizer)
     task = countdown_task()
-    with open_replicas(policy, None, config.runtime) as replicas, Interruption() as interruption:
-        for step in progress(range(start, config.steps), "training the base model"):
-            num_tokens += train_step(config, replicas, optimizer, trace_batch(config, policy, task, step), step)
-            stopped = interruption.signalled
-            if stopped or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
-                _save(config, checkpoints, policy, optimizer, step + 1, num_tokens)
-            interruption.check()
+    with open_replicas(policy, None, config.runtime) as replicas:
+        with Interruption() as interruption:
+            for step in progress(range(start, config.steps), "training the base model"):
+                num_tokens += train_step(config, replicas, optimizer, trace_batch(config, policy, task, step), step)
+                stopped = interruption.signalled
+                if stopped or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
+                    _save(config, checkpoints, policy, optimizer, step + 1, num_tokens)
+                interruption.check()
         figures = measure_base_model(replicas, task, config)
         threads = replicas.count * torch.get_num_threads()
     policy.model.save_pretrained(out)
@@ -128,6 +129,7 @@ def build_base_policy(config: SftConfig) -> Policy:
         **config.architecture.model_dump(),
     )
     model = Qwen3ForCausalLM(architecture)
+    nn.Module.eval(model)  # as a loaded model is; it has no dropout
     nn.Module.to(model, pick_device(config.runtime.device))
     return Policy(model, tokenizer, config.precision)
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from forkrl.config import RuntimeConfig, TrainConfig
+from forkrl.config import ModelConfig, RuntimeConfig, TrainConfig
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.model import Policy
+from forkrl.model import Policy, open_policy
 from forkrl.replicas import Replica, Replicas, divide, open_replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
@@ -48,11 +48,18 @@ class Unspeakable(Exception):
         raise TypeError("no pickling")
 
 
+class Particular(Exception):
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason)
+
+
 def misbehave(replica: Replica, item: str) -> None:
     if item == "raise":
         raise TrainingHalted("told to")
     if item == "raise what cannot travel":
         raise Unspeakable
+    if item == "raise what does not come back":
+        raise Particular("the reason", 1)
     if item == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -125,19 +132,51 @@ def test_responses_are_the_policys_own_in_order_and_repeatable(replicas: Replica
     ]
 
 
+def test_layers_recomputed_in_the_backward_pass(batch: TokenBatch, tmp_path: Path) -> None:
+    made = random_policy()
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    config = recipe(micro_batch_tokens=100)
+    policies = [
+        open_policy(ModelConfig(path=str(tmp_path), gradient_checkpointing=flag), "cpu") for flag in (True, False)
+    ]
+    with Replicas(policies[0], count=2) as replicas:
+        measured, expected = gradient(replicas, batch, config), gradient(Replicas(policies[1]), batch, config)
+    assert (measured - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_parameter_that_no_loss_touches_has_no_gradient(batch: TokenBatch) -> None:
+    policy = random_policy()
+    unused = torch.nn.Parameter(torch.ones(3))
+    policy.model.register_parameter("unused", unused)
+    with Replicas(policy, count=2) as replicas:
+        gradient(replicas, batch, recipe(micro_batch_tokens=100))
+    assert unused.grad is None
+
+
+def test_signals_to_every_process_are_for_the_first_to_answer(replicas: Replicas) -> None:
+    others = {pid for pid, _, _ in replicas.map(whereabouts, range(COUNT))} - {os.getpid()}
+    for pid in others:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.1)
+    assert {pid for pid, _, _ in replicas.map(whereabouts, range(COUNT))} - {os.getpid()} == others
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
         ("raise", "told to"),
         ("raise what cannot travel", "(?s)in a replica: .*no pickling"),
-        ("die", "a replica was killed by SIGKILL; if memory ran out"),
+        ("raise what does not come back", "(?s)in a replica: .*the reason"),
+        ("die", "a replica was killed by SIGKILL, as the system does when memory runs out"),
     ],
 )
 def test_what_goes_wrong_in_a_replica_is_told_here(item: str, message: str) -> None:
     with Replicas(random_policy(), count=2) as replicas:
         with pytest.raises((TrainingHalted, RuntimeError), match=message):
             replicas.map(misbehave, ["", item])
-        with pytest.raises(TrainingHalted, match="the replicas are closed"):
+        with pytest.raises(RuntimeError, match="these replicas are closed"):
             replicas.map(misbehave, ["", ""])
 
 
@@ -191,5 +230,5 @@ def test_the_threads_are_divided_among_replicas(settings: dict[str, int], count:
 
 
 def test_more_replicas_than_threads_are_refused() -> None:
-    with pytest.raises(UserError, match=r"runtime.replicas = 3: there are 2 threads for them"):
+    with pytest.raises(UserError, match=r"runtime.replicas = 3 is more than the number of threads, 2"):
         open_replicas(random_policy(), None, RuntimeConfig(threads=2, replicas=3))

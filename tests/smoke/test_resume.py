@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -96,6 +97,26 @@ def test_interrupted_in_two_processes(
     out = f"pair-{point}-{count}"
     interrupt(world, out, *IN_TWO_PROCESSES, point=point, count=count, signal=signum)
     assert world.resumed(out).bits() == uninterrupted_pair.bits()
+
+
+def test_a_lost_replica_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:
+    stop = {"point": "gradient", "count": 13, "signal": signal.SIGSTOP}
+    started = world.start(
+        "train", "recipe.toml", *IN_TWO_PROCESSES, "--out", "lost", faults=[stop], without_report=True
+    )
+    started.wait_until_stopped()
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    (replica,) = [pid for pid in children if b"forkrl.replicas" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(replica), signal.SIGKILL)
+    started.send(signal.SIGCONT)
+    outcome = started.wait()
+    assert outcome.code == 1
+    assert re.fullmatch(
+        "forkrl: training stopped at step [0-9]: a replica was killed by SIGKILL, as the system does when memory runs "
+        "out; go on with: forkrl train --resume lost",
+        outcome.line,
+    )
+    assert world.resumed("lost").bits() == uninterrupted_pair.bits()
 
 
 STOPS = [

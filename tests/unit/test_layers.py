@@ -13,7 +13,8 @@ LEAVES = {
     "advantages", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference", "report",
     "rewards", "selectors", "threads", "token_stats", "tracking",
 }  # fmt: skip
-STORES = {"checkpoint", "run_folder"}  # leaves that share the atomic writes
+STORES = {"checkpoint", "run_folder"}
+SHARED = {"atomic": STORES, "processes": {"rewards"}}  # small leaves that other leaves stand on
 
 
 def imports_of(part: str) -> set[str]:
@@ -29,10 +30,9 @@ def imports_of(part: str) -> set[str]:
     return found - {part}
 
 
-@pytest.mark.parametrize("part", sorted(NOUNS | LEAVES | STORES))
+@pytest.mark.parametrize("part", sorted(NOUNS | LEAVES | STORES | set(SHARED)))
 def test_a_leaf_knows_only_the_nouns(part: str) -> None:
-    allowed = NOUNS | ({"atomic"} if part in STORES else set())
-    assert imports_of(part) <= allowed
+    assert imports_of(part) <= NOUNS | {shared for shared, users in SHARED.items() if part in users}
 
 
 def test_only_the_command_line_knows_the_loop() -> None:

@@ -23,11 +23,11 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
+from forkrl.processes import child_environment
 from forkrl.types import Prompt, Verdict
 
 _START_LIMIT_S = 60.0
@@ -251,7 +251,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
-                env=_worker_environment(),
+                env=child_environment(1) | {"PYTHONHASHSEED": "0"},  # the same hash order, hence the same verdicts
                 start_new_session=True,
             )
         except BaseException:
@@ -348,14 +348,3 @@ class _Worker:
         for fd in (self.requests_fd, self.answers_fd, self._lifeline_fd):
             os.close(fd)
         self._stderr.close()
-
-
-def _worker_environment() -> dict[str, str]:
-    """Import what this process can import; one thread each; the same hash order, hence the same verdicts, every run."""
-    here = str(Path.cwd())
-    folders = [*(folder or here for folder in sys.path), here]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(folders),
-        "PYTHONHASHSEED": "0",
-        "OMP_NUM_THREADS": "1",
-    }

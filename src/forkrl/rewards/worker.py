@@ -6,17 +6,17 @@ pipes; standard output is /dev/null, so nothing that a verifier prints can be ta
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import math
 import numbers
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from forkrl.processes import die_with_parent
 
 _MAX_MESSAGE = 300
 
@@ -27,7 +27,7 @@ def main() -> None:
     requests_fd, answers_fd, lifeline_fd = map(int, fds)
     for fd in (requests_fd, answers_fd, lifeline_fd):
         os.set_inheritable(fd, False)  # a process the verifier starts must not hold the pipes open
-    _die_with_parent(lifeline_fd)
+    die_with_parent(lifeline_fd)
     try:
         _limit_resources(int(memory_mb) << 20)
         verifier = _load(path)
@@ -40,25 +40,6 @@ def main() -> None:
         for line in requests:
             token, answer, response = json.loads(line)
             _send(answers_fd, [token, *_judge(verifier, answer, response)])
-
-
-def _die_with_parent(lifeline_fd: int) -> None:
-    """Have the kernel SIGKILL this whole process group once the parent's end of the lifeline is closed.
-
-    Works however the parent ends and whatever this process does, an endless loop inside C code among it. (The more
-    usual PR_SET_PDEATHSIG follows the *thread* that started us, and would kill a healthy worker when a short-lived
-    thread of the parent ends.) Other systems have no such signal: there a worker ends when it next reads a request.
-    """
-    if sys.platform == "linux":
-        fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline_fd, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
-        try:
-            closed = os.read(lifeline_fd, 1) == b""  # the parent may have died before the signal was armed
-        except BlockingIOError:
-            closed = False
-        if closed:
-            os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _limit_resources(memory: int) -> None:

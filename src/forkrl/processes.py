@@ -1,0 +1,35 @@
+"""What our further processes have in common: they import what this one does, and do not outlive it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """Import what this process can import, from the current folder too; so many threads."""
+    here = str(Path.cwd())
+    folders = [*(folder or here for folder in sys.path), here]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(threads)}
+
+
+def die_with_parent(lifeline_fd: int) -> None:
+    """Have the kernel SIGKILL this whole process group once the parent's end of the lifeline is closed.
+
+    Works however the parent ends and whatever this process does, an endless loop inside C code among it. (The more
+    usual PR_SET_PDEATHSIG follows the *thread* that started us, and would kill a healthy worker when a short-lived
+    thread of the parent ends.) Other systems have no such signal: there a worker ends when it next reads a request.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+        try:
+            closed = os.read(lifeline_fd, 1) == b""  # the parent may have died before the signal was armed
+        except BlockingIOError:
+            closed = False
+        if closed:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
