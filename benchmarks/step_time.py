@@ -120,7 +120,7 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
 
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     from forkrl.model import model_location
     from forkrl.tasks.countdown import countdown_task, verify_countdown
@@ -131,7 +131,7 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
     steps: list[dict[str, float]] = []
 
     class Timed(trl.GRPOTrainer):  # type: ignore[misc]
-        began = rollout_s = 0.0
+        rollout_s = 0.0
 
         def _generate(self, *args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
@@ -139,20 +139,13 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
             self.rollout_s = time.perf_counter() - began
             return made
 
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "completions/mean_length" in logs:
-                now = time.perf_counter()
-                step_s = now - self.began
-                steps.append(
-                    {
-                        "rollout_s": self.rollout_s,
-                        "update_s": step_s - self.rollout_s,
-                        "step_s": step_s,
-                        "length": float(logs["completions/mean_length"]),
-                    }
-                )
-                self.began = now
-            super().log(logs, *args, **kwargs)
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            step_s = time.perf_counter() - self.began
+            steps.append({"rollout_s": trainer.rollout_s, "update_s": step_s - trainer.rollout_s, "step_s": step_s})
 
     def reward(completions: list[str], answer: list[str], **ignored: Any) -> list[float]:
         return [verify_countdown(*pair) for pair in zip(answer, completions, strict=True)]
@@ -171,12 +164,13 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
             args=trl.GRPOConfig(**config | settings),
             train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.answer} for p in countdown_task().train]),
             processing_class=AutoTokenizer.from_pretrained(path),
+            callbacks=[Clock()],
         )
-        trainer.began = time.perf_counter()
         sys.stdout, printed = sys.stderr, sys.stdout
         trainer.train()
         sys.stdout = printed
-    return steps
+    lengths = [line["completions/mean_length"] for line in trainer.state.log_history if "reward" in line]
+    return [{**step, "length": length} for step, length in zip(steps, lengths, strict=True)]
 
 
 def show(cases: list[dict[str, Any]], options: argparse.Namespace) -> None:

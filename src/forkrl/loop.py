@@ -44,7 +44,7 @@ def train(run: Run) -> None:
         update_started = time.perf_counter()
         run.display.phase("update")
         parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
-        updates = [take_gradient_step(run, part) for part in parts]
+        updates = [take_gradient_step(run, part, on_policy=number == 0) for number, part in enumerate(parts)]
 
         metrics |= {"reward/mean": float(rewards_PG.mean())} | update_metrics(parts, updates)
         metrics |= {"time/update_s": time.perf_counter() - update_started, "time/step_s": time.perf_counter() - started}
@@ -99,10 +99,17 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
     return scores_PG + overlong_penalty(lengths_PG, run.config.rollout.max_response_tokens, cache)
 
 
-def take_gradient_step(run: Run, mini_batch: TokenBatch) -> Update:
-    """Selection, loss, backward and optimizer on one mini-batch."""
+def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> Update:
+    """Selection, loss, backward and optimizer on one mini-batch; on-policy before the first step of a batch."""
     lr = run.set_learning_rate()
-    update = update_policy(run.replicas, run.optimizer, mini_batch.to(run.policy.device), run.config, run.generator)
+    update = update_policy(
+        run.replicas,
+        run.optimizer,
+        mini_batch.to(run.policy.device),
+        run.config,
+        run.generator,
+        on_policy=on_policy,
+    )
     return Update(update.selected_BT.cpu(), update.entropy_BT.cpu(), update.metrics | {"optimizer/lr": lr})
 
 

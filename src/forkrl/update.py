@@ -23,7 +23,7 @@ from forkrl.errors import TrainingHalted
 from forkrl.model import Policy
 from forkrl.objectives import kl_penalty, policy_loss
 from forkrl.replicas import Replica, Replicas
-from forkrl.selectors.scope import count_selected, needs_entropy_ahead, select_in_scope
+from forkrl.selectors.scope import count_selected, needs_entropy_ahead, reads_current_entropy, select_in_scope
 from forkrl.types import TokenBatch, TokenStats
 
 
@@ -59,6 +59,8 @@ def update_policy(
     mini_batch: TokenBatch,
     config: TrainConfig,
     generator: torch.Generator,
+    *,
+    on_policy: bool = False,
 ) -> Update:
     """Take one gradient step on a mini-batch.
 
@@ -68,13 +70,15 @@ def update_policy(
         mini_batch: on the policy's device.
         config: selection, loss and optimizer settings.
         generator: what the "random" rule draws from; on the policy's device.
+        on_policy: the weights are still those that sampled the mini-batch, so that the entropies of the rollout are
+            the current ones, and no pass is needed to know them before the first loss.
 
     Raises:
         TrainingHalted: a NaN or infinite entropy, loss or gradient; the weights are as they were.
     """
     cuts = cut_micro_batches(mini_batch, config.training.micro_batch_tokens)
     micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
-    ahead_BT = _select_ahead(replicas, mini_batch, micro_batches, cuts, config, generator)
+    ahead_BT = _select_ahead(replicas, mini_batch, micro_batches, cuts, config, generator, on_policy=on_policy)
     if ahead_BT is None:
         num_selected = count_selected(mini_batch.response_mask, config.selection, cuts)
         chosen: list[Tensor | None] = [None] * len(cuts)
@@ -149,16 +153,18 @@ def _select_ahead(
     cuts: list[Tensor],
     config: TrainConfig,
     generator: torch.Generator,
+    *,
+    on_policy: bool,
 ) -> Tensor | None:
     """The selection before any loss, or None where each micro-batch can select from its own forward pass."""
-    if needs_entropy_ahead(config.selection):
+    if needs_entropy_ahead(config.selection) and not on_policy:
         temperature = config.rollout.temperature
         entropies = replicas.map(measure_entropy, micro_batches, temperature, sizes=_sizes(micro_batches))
         entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
         for rows_B, part_BT in zip(cuts, entropies, strict=True):
             entropy_BT[rows_B, : part_BT.shape[1]] = part_BT
         return _select(entropy_BT, mini_batch.response_mask, config, cuts, generator)
-    if config.selection.entropy == "current" and config.selection.rule in ("top_entropy", "bottom_entropy"):
+    if not needs_entropy_ahead(config.selection) and reads_current_entropy(config.selection):
         return None
     return _select(mini_batch.rollout_entropy, mini_batch.response_mask, config, cuts, generator)
 

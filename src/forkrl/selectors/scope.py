@@ -54,14 +54,18 @@ def select_in_scope(
     return selected_BT
 
 
+def reads_current_entropy(config: SelectionConfig) -> bool:
+    """Whether the rule looks at the entropies of the weights as they are, not at those of the rollout."""
+    return RULES[config.rule].reads_entropy and config.entropy == "current"
+
+
 def needs_entropy_ahead(config: SelectionConfig) -> bool:
     """Whether the selection needs the current policy's entropies of the whole mini-batch before the first loss.
 
     It does where tokens of different micro-batches compete, and where the number of selected tokens, which the loss
     divides by, cannot be told from counts alone.
     """
-    reads_current_entropy = RULES[config.rule].reads_entropy and config.entropy == "current"
-    return reads_current_entropy and (config.scope == "mini_batch" or config.rule == "threshold")
+    return reads_current_entropy(config) and (config.scope == "mini_batch" or config.rule == "threshold")
 
 
 def count_selected(response_mask_BT: Tensor, config: SelectionConfig, micro_batches: Sequence[Tensor]) -> int:
