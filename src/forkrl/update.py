@@ -76,33 +76,51 @@ def update_policy(
     Raises:
         TrainingHalted: a NaN or infinite entropy, loss or gradient; the weights are as they were.
     """
-    cuts = cut_micro_batches(mini_batch, config.training.micro_batch_tokens)
-    micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
-    ahead_BT = _select_ahead(replicas, mini_batch, micro_batches, cuts, config, generator, on_policy=on_policy)
-    if ahead_BT is None:
+    max_tokens = config.training.micro_batch_tokens
+    cuts = cut_micro_batches(mini_batch, max_tokens)
+    ahead = _select_ahead(replicas, mini_batch, cuts, config, generator, on_policy=on_policy)
+    if ahead is None:
         num_selected = count_selected(mini_batch.response_mask, config.selection, cuts)
-        chosen: list[Tensor | None] = [None] * len(cuts)
     else:
-        num_selected = int(ahead_BT.sum())
-        widths = [micro.input_ids.shape[1] for micro in micro_batches]
-        chosen = [ahead_BT[rows_B, :width] for rows_B, width in zip(cuts, widths, strict=True)]
+        num_selected = int(ahead.selected_BT.sum())
+        if ahead.entropy_BT is not None:
+            live_B = _rows_with_gradient(mini_batch, config)
+            cuts = [live_B[rows_B] for rows_B in cut_micro_batches(mini_batch.rows(live_B), max_tokens)]
 
+    micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
+    items = [
+        (micro, None if ahead is None else ahead.selected_BT[rows_B, : micro.input_ids.shape[1]])
+        for rows_B, micro in zip(cuts, micro_batches, strict=True)
+    ]
     counts = Counts(mini_batch.num_response_tokens, num_selected)
-    items = list(zip(micro_batches, chosen, strict=True))
     replicas.zero_gradients()
     shares = replicas.map(accumulate_gradient, items, counts, config, sizes=_sizes(micro_batches))
     replicas.sum_gradients()
     grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
 
-    selected_BT = torch.zeros_like(mini_batch.response_mask)
+    selected_BT = torch.zeros_like(mini_batch.response_mask) if ahead is None else ahead.selected_BT.clone()
     entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
+    if ahead is not None and ahead.entropy_BT is not None:
+        entropy_BT = torch.where(mini_batch.response_mask, ahead.entropy_BT, 0.0)
     for rows_B, share in zip(cuts, shares, strict=True):
         width = share.selected_BT.shape[1]
         selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = share.selected_BT, share.entropy_BT
+    num_seen = max(1, sum(int(share.selected_BT.sum()) for share in shares))
     metrics = {name: sum(share.losses[name] for share in shares) for name in shares[0].losses}
-    metrics |= {name: sum(share.sums[name] for share in shares) / max(1, num_selected) for name in shares[0].sums}
+    metrics |= {name: sum(share.sums[name] for share in shares) / num_seen for name in shares[0].sums}
     metrics |= {"loss/ratio_max": max(share.ratio_max for share in shares), "grad/norm": grad_norm}
     return Update(selected_BT, entropy_BT, metrics)
+
+
+def _rows_with_gradient(mini_batch: TokenBatch, config: TrainConfig) -> Tensor:
+    """The sequences that move the weights: where the advantage is 0, so is every term of the policy's loss.
+
+    All of them if the loss has other terms, and at least one: the optimizer's own state moves on a zero gradient too.
+    """
+    if config.loss.kl_coef or config.loss.entropy_coef:
+        return torch.arange(len(mini_batch))
+    live_B = mini_batch.advantages.cpu().nonzero()[:, 0]
+    return live_B if len(live_B) else torch.zeros(1, dtype=torch.int64)
 
 
 def accumulate_gradient(
@@ -146,27 +164,40 @@ def _require_finite_entropy(entropy_N: Tensor) -> None:
         )
 
 
+class Ahead(NamedTuple):
+    """A selection made before any loss, and the current policy's entropies if they are known by then."""
+
+    selected_BT: Tensor
+    entropy_BT: Tensor | None
+
+
 def _select_ahead(
     replicas: Replicas,
     mini_batch: TokenBatch,
-    micro_batches: list[TokenBatch],
     cuts: list[Tensor],
     config: TrainConfig,
     generator: torch.Generator,
     *,
     on_policy: bool,
-) -> Tensor | None:
+) -> Ahead | None:
     """The selection before any loss, or None where each micro-batch can select from its own forward pass."""
-    if needs_entropy_ahead(config.selection) and not on_policy:
-        temperature = config.rollout.temperature
-        entropies = replicas.map(measure_entropy, micro_batches, temperature, sizes=_sizes(micro_batches))
-        entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
-        for rows_B, part_BT in zip(cuts, entropies, strict=True):
-            entropy_BT[rows_B, : part_BT.shape[1]] = part_BT
-        return _select(entropy_BT, mini_batch.response_mask, config, cuts, generator)
-    if not needs_entropy_ahead(config.selection) and reads_current_entropy(config.selection):
+    ahead = needs_entropy_ahead(config.selection)
+    if reads_current_entropy(config.selection) and not ahead:
         return None
-    return _select(mini_batch.rollout_entropy, mini_batch.response_mask, config, cuts, generator)
+    known_BT = mini_batch.rollout_entropy if on_policy else None
+    if ahead and known_BT is None:
+        known_BT = _measure_entropies(replicas, mini_batch, cuts, config.rollout.temperature)
+    entropy_BT = known_BT if ahead and known_BT is not None else mini_batch.rollout_entropy
+    return Ahead(_select(entropy_BT, mini_batch.response_mask, config, cuts, generator), known_BT)
+
+
+def _measure_entropies(replicas: Replicas, mini_batch: TokenBatch, cuts: list[Tensor], temperature: float) -> Tensor:
+    micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
+    entropies = replicas.map(measure_entropy, micro_batches, temperature, sizes=_sizes(micro_batches))
+    entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
+    for rows_B, part_BT in zip(cuts, entropies, strict=True):
+        entropy_BT[rows_B, : part_BT.shape[1]] = part_BT
+    return entropy_BT
 
 
 def _sizes(micro_batches: list[TokenBatch]) -> list[int]:

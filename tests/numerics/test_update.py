@@ -239,3 +239,38 @@ def test_a_diverged_model_stops_before_its_weights_change(batch: TokenBatch, sco
         with pytest.raises(TrainingHalted, match="entropy is NaN or infinite at .* response tokens; the model"):
             update_policy(Replicas(broken), optimizer, batch, recipe(selection=selection), torch.Generator())
     assert all(tensor.equal(before[name]) for name, tensor in broken.model.state_dict().items())
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_sequences_without_advantage_are_left_out_and_change_nothing(
+    policy: Policy, batch: TokenBatch, on_policy: bool
+) -> None:
+    advantages_B = batch.advantages.clone()
+    advantages_B[: 2 * GROUP] = 0.0
+    fields = {name: getattr(batch, name) for name in batch.__slots__}
+    some_idle = TokenBatch(**fields | {"advantages": advantages_B})
+    working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+    seen: list[int] = []
+    hook = working.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])) if torch.is_grad_enabled() else None,
+        with_kwargs=True,
+    )
+    config = recipe(selection={"scope": "mini_batch"})
+    update = update_policy(Replicas(working), optimizer, some_idle, config, torch.Generator(), on_policy=on_policy)
+    hook.remove()
+    assert seen == [(NUM_PROMPTS - 2) * GROUP]
+    measured = torch.cat([p.grad.flatten() for p in working.model.parameters() if p.grad is not None])
+    kept = int(update.selected_BT.sum())
+    assert kept == -(-batch.num_response_tokens // 5), "tokens without advantage compete for the selection all the same"
+    assert update.selected_BT[: 2 * GROUP].any()
+    assert bool((update.entropy_BT[batch.response_mask] > 0).all())
+    assert close(measured, naive_gradient(policy, some_idle, update.selected_BT, kept))
+
+
+def test_without_any_advantage_the_gradient_is_zero_and_there(policy: Policy, batch: TokenBatch) -> None:
+    fields = {name: getattr(batch, name) for name in batch.__slots__}
+    idle = TokenBatch(**fields | {"advantages": torch.zeros_like(batch.advantages)})
+    measured, _ = gradient(policy, idle, recipe(selection={"scope": "mini_batch"}))
+    assert len(measured) > 0
+    assert not measured.any()
