@@ -187,6 +187,9 @@ class TrainingConfig(Section):
     micro_batch_tokens: PositiveInt = 32768
     """Padded tokens (prompt and response) run through the model at once: bounds memory. It changes no gradient,
     unless the scope of the selection is the micro-batch."""
+    backward: Literal["dense", "forks_only"] = "dense"
+    """"dense" is exact. "forks_only" runs the selected tokens alone with gradients, the others as constants: faster,
+    and an approximation (docs/forks-only.md)."""
 
 
 class EvalConfig(Section):
@@ -257,6 +260,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"reward.overlong_cache = {self.reward.overlong_cache} is not below rollout.max_response_tokens = "
                 f"{self.rollout.max_response_tokens}; every response would be penalised (0 turns the penalty off)"
+            )
+        if self.training.backward == "forks_only" and (self.loss.kl_coef or self.loss.entropy_coef):
+            raise ValueError(
+                'training.backward = "forks_only" gives gradients to selected tokens only, and loss.kl_coef and '
+                'loss.entropy_coef are means over all; set both to 0, or training.backward to "dense"'
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:

@@ -82,14 +82,16 @@ class Policy:
         """Matrix products in the configured precision; weights stay fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, **cache: Any) -> Tensor:
-        """Last hidden states ``[B, T, D]``; ``cache`` goes to the model as it is."""
+    def hidden_states(
+        self, input_ids_BT: Tensor, attention_mask: Tensor | dict[str, Tensor] | None = None, **cache: Any
+    ) -> Tensor:
+        """Last hidden states ``[B, T, D]``. Mask (or one for each kind of layer) and ``cache`` go on as they are."""
         # transformers recomputes layers in training mode only, and then they neither use a cache nor go without
         # dropout; the policy stays in evaluation mode, and only the layers themselves are told, only for gradients.
         for layer in self._recomputed_layers:
             layer.training = torch.is_grad_enabled()
         with self.autocast():
-            output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **cache)
+            output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask, **cache)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 import transformers
 
 import forkrl
+from forkrl.backward import require_forks_only
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.config import TrainConfig, parse_recipe, recipe_differences, recipe_toml
 from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError
@@ -296,6 +297,8 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
     with ExitStack() as stack:
         torch.manual_seed(config.seed)
         policy = open_policy(config.model, config.runtime.device)
+        if config.training.backward == "forks_only":
+            require_forks_only(policy)
         policy.stop_token_ids(config.rollout.stop)  # a wrong one is better told before the run than in it
         task = open_task(config.task, policy.tokenizer)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from forkrl.backward import compute_token_stats
+from forkrl.backward import compute_selected_stats, compute_token_stats
 from forkrl.batching import cut_micro_batches
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
@@ -98,13 +98,14 @@ def update_policy(
     replicas.sum_gradients()
     grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
 
-    selected_BT = torch.zeros_like(mini_batch.response_mask) if ahead is None else ahead.selected_BT.clone()
-    entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
     if ahead is not None and ahead.entropy_BT is not None:
-        entropy_BT = torch.where(mini_batch.response_mask, ahead.entropy_BT, 0.0)
-    for rows_B, share in zip(cuts, shares, strict=True):
-        width = share.selected_BT.shape[1]
-        selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = share.selected_BT, share.entropy_BT
+        selected_BT, entropy_BT = ahead.selected_BT, torch.where(mini_batch.response_mask, ahead.entropy_BT, 0.0)
+    else:
+        selected_BT = torch.zeros_like(mini_batch.response_mask)
+        entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
+        for rows_B, share in zip(cuts, shares, strict=True):
+            width = share.selected_BT.shape[1]
+            selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = share.selected_BT, share.entropy_BT
     num_seen = max(1, sum(int(share.selected_BT.sum()) for share in shares))
     metrics = {name: sum(share.losses[name] for share in shares) for name in shares[0].losses}
     metrics |= {name: sum(share.sums[name] for share in shares) / num_seen for name in shares[0].sums}
@@ -128,10 +129,13 @@ def accumulate_gradient(
 ) -> Share:
     """Statistics, selection (unless made before), loss and backward of one micro-batch."""
     micro, chosen_BT = item
-    entropy_grad = config.loss.entropy_coef != 0
-    stats = compute_token_stats(
-        replica.policy, micro, temperature=config.rollout.temperature, entropy_grad=entropy_grad
-    )
+    temperature = config.rollout.temperature
+    if config.training.backward == "forks_only":
+        assert chosen_BT is not None, "what runs with gradients must be known before it runs"
+        stats = compute_selected_stats(replica.policy, micro, chosen_BT, temperature=temperature)
+    else:
+        entropy_grad = config.loss.entropy_coef != 0
+        stats = compute_token_stats(replica.policy, micro, temperature=temperature, entropy_grad=entropy_grad)
     entropy_BT = stats.entropy.detach()
     _require_finite_entropy(entropy_BT[micro.response_mask])
     if chosen_BT is None:  # in this micro-batch alone, by a rule that draws no random numbers
@@ -181,13 +185,14 @@ def _select_ahead(
     on_policy: bool,
 ) -> Ahead | None:
     """The selection before any loss, or None where each micro-batch can select from its own forward pass."""
-    ahead = needs_entropy_ahead(config.selection)
-    if reads_current_entropy(config.selection) and not ahead:
+    forks_only, reads_current = config.training.backward == "forks_only", reads_current_entropy(config.selection)
+    must_know = forks_only or needs_entropy_ahead(config.selection)
+    if reads_current and not must_know:
         return None
     known_BT = mini_batch.rollout_entropy if on_policy else None
-    if ahead and known_BT is None:
+    if must_know and known_BT is None:
         known_BT = _measure_entropies(replicas, mini_batch, cuts, config.rollout.temperature)
-    entropy_BT = known_BT if ahead and known_BT is not None else mini_batch.rollout_entropy
+    entropy_BT = known_BT if reads_current and known_BT is not None else mini_batch.rollout_entropy
     return Ahead(_select(entropy_BT, mini_batch.response_mask, config, cuts, generator), known_BT)
 
 

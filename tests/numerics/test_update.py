@@ -264,7 +264,10 @@ def test_sequences_without_advantage_are_left_out_and_change_nothing(
     kept = int(update.selected_BT.sum())
     assert kept == -(-batch.num_response_tokens // 5), "tokens without advantage compete for the selection all the same"
     assert update.selected_BT[: 2 * GROUP].any()
-    assert bool((update.entropy_BT[batch.response_mask] > 0).all())
+    if on_policy:
+        assert update.entropy_BT.equal(batch.rollout_entropy)
+    else:
+        assert bool((update.entropy_BT[batch.response_mask] > 0).all())
     assert close(measured, naive_gradient(policy, some_idle, update.selected_BT, kept))
 
 

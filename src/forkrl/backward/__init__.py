@@ -1,5 +1,6 @@
-"""How the policy's tokens are run with gradients: today every position, densely."""
+"""How the policy's tokens are run with gradients: every position, or the selected ones alone."""
 
 from forkrl.backward.dense import compute_token_stats
+from forkrl.backward.forks_only import compute_selected_stats, require_forks_only
 
-__all__ = ["compute_token_stats"]
+__all__ = ["compute_selected_stats", "compute_token_stats", "require_forks_only"]
