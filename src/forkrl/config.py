@@ -266,6 +266,11 @@ class TrainConfig(Section):
                 'training.backward = "forks_only" gives gradients to selected tokens only, and loss.kl_coef and '
                 'loss.entropy_coef are means over all; set both to 0, or training.backward to "dense"'
             )
+        if self.training.backward == "forks_only" and self.model.gradient_checkpointing:
+            raise ValueError(
+                'training.backward = "forks_only" needs the cache that transformers drops where layers are recomputed; '
+                "set model.gradient_checkpointing to false"
+            )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,15 @@ def test_layers_of_an_unknown_kind_are_refused_by_name() -> None:
         require_forks_only(policy)
 
 
-def test_means_over_all_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"loss.kl_coef and loss.entropy_coef are means over all"):
-        recipe(training={"mini_batch_prompts": 6, "backward": "forks_only"}, loss={"kl_coef": 0.1})
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loss": {"kl_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
+        ({"loss": {"entropy_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
+        ({"model": {"gradient_checkpointing": True}}, "set model.gradient_checkpointing to false"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_it_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(training={"mini_batch_prompts": 6, "backward": "forks_only"}, **sections)
