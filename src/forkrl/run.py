@@ -31,8 +31,8 @@ from forkrl.interruption import Interrupted, Interruption
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.replicas import Replicas, open_replicas
-from forkrl.rewards import VerifierPool
-from forkrl.rollout import EmbeddedEngine
+from forkrl.rewards import open_verifier
+from forkrl.rollout import open_engine
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.selectors import select_tokens
 from forkrl.tasks import PromptStream, open_task
@@ -303,22 +303,10 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         task = open_task(config.task, policy.tokenizer)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None
         replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
-        engine = EmbeddedEngine(
-            replicas,
-            max_prompt_tokens=config.rollout.max_prompt_tokens,
-            max_sequences=config.rollout.max_sequences,
-            add_special_tokens=not config.task.chat_template,
-        )
+        engine = open_engine(replicas, config)
         engine.check_prompts(task.train)
         engine.check_prompts(task.held_out)
-        verifier = stack.enter_context(
-            VerifierPool(
-                task.verifier,
-                workers=config.reward.workers,
-                deadline_s=config.reward.deadline_s,
-                memory_mb=config.reward.memory_mb,
-            )
-        )
+        verifier = stack.enter_context(open_verifier(task.verifier, config.reward))
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
         provenance = describe_provenance(config, task, replicas)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))
@@ -353,20 +341,27 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         )
         if resume is not None and (changes := _changed_arithmetic(folder.provenance, provenance)):
             run.display.message(f"resuming with {changes}: the run goes on, but no longer the same to the bit")
-        try:
+        with _early_ends(run):
             yield run
-        except Interrupted:
+
+
+@contextmanager
+def _early_ends(run: Run) -> Iterator[None]:
+    """Save what is sound when a run ends before its last step, and say where it ended and what can be done."""
+    try:
+        yield
+    except Interrupted:
+        run.stop()
+        raise
+    except NothingToLearn as error:
+        if run.step:
             run.stop()
-            raise
-        except NothingToLearn as error:
-            if run.step:
-                run.stop()
-            raise NothingToLearn(f"step {run.step + 1}: {error}; {run.way_on()}") from error
-        except ReplicaLost as error:  # not saved: it may have died between the gradient steps of a batch
-            remedy = f"go on with: forkrl train --resume {run.folder.path}"
-            raise ReplicaLost(f"step {run.step + 1}: {error}; {remedy}") from error
-        except TrainingHalted as error:  # not saved: the weights may be what went wrong
-            raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error
+        raise NothingToLearn(f"step {run.step + 1}: {error}; {run.way_on()}") from error
+    except ReplicaLost as error:  # not saved: it may have died between the gradient steps of a batch
+        remedy = f"go on with: forkrl train --resume {run.folder.path}"
+        raise ReplicaLost(f"step {run.step + 1}: {error}; {remedy}") from error
+    except TrainingHalted as error:  # not saved: the weights may be what went wrong
+        raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error
 
 
 def resumed_config(folder: Path, recipe: TrainConfig | None) -> TrainConfig:

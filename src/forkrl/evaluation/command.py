@@ -18,8 +18,8 @@ from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling
 from forkrl.model import Policy, open_policy
 from forkrl.progress import progress
 from forkrl.replicas import open_replicas
-from forkrl.rewards import VerifierPool
-from forkrl.rollout import EmbeddedEngine
+from forkrl.rewards import open_verifier
+from forkrl.rollout import open_engine
 from forkrl.run_folder import read_recipe
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.types import Prompt, RolloutGroup
@@ -135,20 +135,12 @@ def _sample_all(
     """All responses with their verdicts; every prompt is checked before the first is sampled."""
     sampling = evaluation_sampling(config, temperature, policy)
     generator = evaluation_generator(config, policy.device)
-    reward = config.reward
     groups: list[RolloutGroup] = []
     with ExitStack() as stack:
         replicas = stack.enter_context(open_replicas(policy, None, config.runtime))
-        engine = EmbeddedEngine(
-            replicas,
-            max_prompt_tokens=config.rollout.max_prompt_tokens,
-            max_sequences=config.rollout.max_sequences,
-            add_special_tokens=not config.task.chat_template,
-        )
+        engine = open_engine(replicas, config)
         engine.check_prompts(prompts)
-        judge = stack.enter_context(
-            VerifierPool(verifier, workers=reward.workers, deadline_s=reward.deadline_s, memory_mb=reward.memory_mb)
-        )
+        judge = stack.enter_context(open_verifier(verifier, config.reward))
         for wave in progress(_waves(prompts, engine.wave_sequences, num_samples), "evaluating"):
             groups += sample_and_score(
                 engine, judge, wave, group_size=num_samples, sampling=sampling, generator=generator

@@ -26,6 +26,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from forkrl.config import RewardConfig
 from forkrl.errors import UserError
 from forkrl.processes import child_environment
 from forkrl.types import Prompt, Verdict
@@ -215,6 +216,11 @@ class VerifierPool:
             f'task.verifier = "{self._verifier}" could not be started: {reason}; '
             f"name an importable module:function that fits in reward.memory_mb = {self._memory_mb}"
         )
+
+
+def open_verifier(path: str, config: RewardConfig) -> VerifierPool:
+    """The pool that a recipe asks for, running the verifier ``"module:function"``."""
+    return VerifierPool(path, workers=config.workers, deadline_s=config.deadline_s, memory_mb=config.memory_mb)
 
 
 class _Request(NamedTuple):

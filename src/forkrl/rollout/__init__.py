@@ -1,5 +1,5 @@
 """Engines that turn prompts into rollouts; ``forkrl.types.RolloutEngine`` is what they have in common."""
 
-from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.rollout.embedded import EmbeddedEngine, open_engine
 
-__all__ = ["EmbeddedEngine"]
+__all__ = ["EmbeddedEngine", "open_engine"]

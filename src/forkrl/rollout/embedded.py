@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model import Policy
 from forkrl.replicas import Replica, Replicas
@@ -108,6 +109,16 @@ class EmbeddedEngine:
                 f"raise the limit or remove the row"
             )
         return ids
+
+
+def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
+    """The engine that a recipe asks for."""
+    return EmbeddedEngine(
+        replicas,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_sequences=config.rollout.max_sequences,
+        add_special_tokens=not config.task.chat_template,
+    )
 
 
 def _decode_part(
