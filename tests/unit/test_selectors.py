@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forkrl.selectors import RULES, entropy_threshold, num_selected, select_tokens, select_tokens_per_sequence
+from forkrl.selectors import (
+    RULES,
+    candidates,
+    entropy_threshold,
+    num_selected,
+    select_tokens,
+    select_tokens_per_sequence,
+)
 
 EXACT_RULES = ["top_entropy", "bottom_entropy", "random"]
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -179,3 +186,28 @@ def test_bad_requests_are_named(select: object, changes: dict[str, object], mess
     assert callable(select)
     with pytest.raises(ValueError, match=message):
         select(**(arguments | changes))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(-4, 4, width=16) | st.sampled_from([0.0, -0.0, 0.5]), min_size=1, max_size=40),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.integers(1, 40),
+    st.integers(1, 9),
+)
+def test_keep_highest_equals_a_stable_sort_in_chunks_of_any_size(
+    scores: list[float], dtype: torch.dtype, num_kept: int, chunk: int
+) -> None:
+    scores_N, num_kept = torch.tensor(scores, dtype=dtype), min(num_kept, len(scores))
+    expected = torch.zeros(len(scores), dtype=torch.bool)
+    expected[scores_N.sort(descending=True, stable=True).indices[:num_kept]] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "CHUNK", chunk)
+        assert torch.equal(candidates.keep_highest(scores_N, num_kept), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 1999, 19_999, 20_000])
+def test_kth_highest_is_exact_to_the_last_bit(dtype: torch.dtype, rank: int) -> None:
+    scores_N = torch.randn(20_000, dtype=torch.float64, generator=seeded()).to(dtype)
+    assert candidates.kth_highest(scores_N, rank) == scores_N.sort(descending=True).values[rank - 1]

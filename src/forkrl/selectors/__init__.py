@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forkrl.selectors.bottom_entropy import select_bottom_entropy
-from forkrl.selectors.candidates import Candidates, num_selected
+from forkrl.selectors.candidates import CHUNK, Candidates, num_selected
 from forkrl.selectors.everything import select_everything
 from forkrl.selectors.threshold import select_threshold
 from forkrl.selectors.top_entropy import select_top_entropy
@@ -69,16 +69,15 @@ def select_tokens(
             reads an entropy that is NaN or infinite.
     """
     _check_request(entropy, response_mask, rule, threshold)
-    entropy_N = entropy.detach()[response_mask]
+    entropy_N = _of_response(entropy.detach(), response_mask)
     num_kept = num_selected(len(entropy_N), ratio)
-    selected = torch.zeros_like(response_mask)
     if len(entropy_N) == 0:
-        return selected
-    num_bad = int((~entropy_N.isfinite()).sum()) if RULES[rule].reads_entropy else 0
+        return torch.zeros_like(response_mask)
+    num_bad = sum(int((~part.isfinite()).sum()) for part in entropy_N.split(CHUNK)) if RULES[rule].reads_entropy else 0
     if num_bad:
         raise ValueError(f"entropy is NaN or infinite at {num_bad} of {len(entropy_N)} response tokens")
-    selected[response_mask] = RULES[rule].select(Candidates(entropy_N, num_kept, threshold, generator))
-    return selected
+    selected_N = RULES[rule].select(Candidates(entropy_N, num_kept, threshold, generator))
+    return torch.zeros_like(response_mask).masked_scatter_(response_mask, selected_N)
 
 
 def select_tokens_per_sequence(
@@ -117,6 +116,16 @@ def entropy_threshold(entropy: Tensor, selected_mask: Tensor) -> Tensor:
     """The lowest entropy among the selected tokens, tau of eq. 6, as a scalar to log; NaN if none is selected."""
     entropy_N = entropy.detach()[selected_mask]
     return entropy_N.min() if len(entropy_N) else entropy.new_full((), math.nan)
+
+
+def _of_response(entropy: Tensor, response_mask: Tensor) -> Tensor:
+    """The response's entropies ``[N]`` in reading order, gathered chunk by chunk: an index takes more than they do."""
+    entropy_N, start = entropy.new_empty(int(response_mask.sum())), 0
+    for part, mask in zip(entropy.flatten().split(CHUNK), response_mask.flatten().split(CHUNK), strict=True):
+        chosen = part[mask]
+        entropy_N[start : start + len(chosen)] = chosen
+        start += len(chosen)
+    return entropy_N
 
 
 def _check_request(entropy: Tensor, response_mask: Tensor, rule: str, threshold: float | None) -> None:
