@@ -15,6 +15,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -43,6 +45,11 @@ def random_policy(family: str = "qwen3", *, seed: int = 0, sharpness: float = 20
         model = Qwen3ForCausalLM(Qwen3Config(**sizes | {"head_dim": 8}))
     elif family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**sizes | {"tie_word_embeddings": True}))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        torch.nn.Module.apply(model, _randomize_bias)
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**sizes | {"sliding_window": None, "head_dim": 16}))
     elif family == "mistral with a sliding window":
         model = MistralForCausalLM(MistralConfig(**sizes | {"sliding_window": 6, "head_dim": 8}))
     elif family == "gpt2":
@@ -58,3 +65,9 @@ def random_policy(family: str = "qwen3", *, seed: int = 0, sharpness: float = 20
     with torch.no_grad():
         policy.head_weight.mul_(sharpness)
     return policy
+
+
+def _randomize_bias(module: torch.nn.Module) -> None:
+    """Biases start at 0, where leaving one out would go unseen."""
+    if isinstance(module, torch.nn.Linear) and module.bias is not None:
+        torch.nn.init.normal_(module.bias)

@@ -5,7 +5,8 @@ Shapes: ``P`` prompts, ``S`` sequences being decoded, ``T`` tokens, ``D`` hidden
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,12 +16,14 @@ from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model import Policy
 from forkrl.replicas import Replica, Replicas
+from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
-COMPACT_FRACTION = 0.125
-"""Finished sequences leave once they are this share of the batch: leaving copies the cache, staying costs compute."""
+COMPACT_FRACTION = 0.03
+"""Finished sequences leave once they are this share of the batch: leaving copies others into their places in the cache,
+staying costs compute."""
 
 
 class EmbeddedEngine:
@@ -143,8 +146,10 @@ def decode(
     finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
     row_S = torch.arange(num_sequences, device=device)
-    hidden_SD, cache, mask_ST = _read_prompts(policy, prompts_S)
-    position_S = mask_ST.sum(1)
+    hidden_SD, cache, seen_ST = _read_prompts(policy, prompts_S)
+    position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
+    seen_ST = torch.nn.functional.pad(seen_ST, (0, sampling.max_response_tokens), value=True)
+    advance = choose_step(policy)
     for step in range(sampling.max_response_tokens):
         drawn_S, logprobs_S, entropy_S = sample_tokens(policy.logits(hidden_SD), sampling, generator)
         tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
@@ -157,25 +162,41 @@ def decode(
         if num_going == 0 or step + 1 == sampling.max_response_tokens:
             break
         if len(row_S) - num_going >= COMPACT_FRACTION * len(row_S):
-            index_S = going_S.nonzero()[:, 0]
+            index_S = _close_gaps(going_S, num_going)
             select_sequences(cache, index_S)
             row_S, drawn_S, position_S = row_S[index_S], drawn_S[index_S], position_S[index_S]
-            mask_ST = mask_ST[index_S]
-        mask_ST = torch.nn.functional.pad(mask_ST, (0, 1), value=1)
-        hidden_SD = policy.hidden_states(
-            drawn_S[:, None], mask_ST, position_ids=position_S[:, None], past_key_values=cache, use_cache=True
-        )[:, -1]
+            seen_ST = seen_ST[index_S]
+        hidden_SD = advance(drawn_S, position_S, seen_ST[:, : cached + step + 1], cache)
         position_S = position_S + 1
     return _build_rollouts(policy, prompts_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
 
 
+def _close_gaps(going_S: Tensor, num_going: int) -> Tensor:
+    """Rows to keep, each where it is as far as can be: the last ones fill the places of those that have finished."""
+    index_S = torch.arange(num_going, device=going_S.device)
+    index_S[~going_S[:num_going]] = going_S[num_going:].nonzero()[:, 0] + num_going
+    return index_S
+
+
+def choose_step(policy: Policy) -> Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor]:
+    """What takes the newest tokens, their positions, a mask ``[S, T]`` and the cache to the last hidden states."""
+    return FlatStep(policy).hidden_states if reproducible(policy) else partial(_model_step, policy)
+
+
+def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
+    """The step by the model's own code."""
+    return policy.hidden_states(
+        tokens_S[:, None], seen_ST, position_ids=position_S[:, None], past_key_values=cache, use_cache=True
+    )[:, -1]
+
+
 def _read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Fill the cache with each distinct prompt once: last hidden state ``[S, D]``, cache, mask ``[S, T]``."""
+    """Fill the cache with each distinct prompt once: last hidden state ``[S, D]``, cache, bool ``[S, T]`` of tokens."""
     distinct = list(dict.fromkeys(prompts_S))
     longest = max(map(len, distinct))
     pad_id = policy.tokenizer.eos_token_id
     ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in distinct])
-    mask_PT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in distinct])
+    mask_PT = torch.tensor([[False] * (longest - len(ids)) + [True] * len(ids) for ids in distinct])
     ids_PT, mask_PT = ids_PT.to(policy.device), mask_PT.to(policy.device)
     cache = build_cache(policy.model.config)
     hidden_PTD = policy.hidden_states(

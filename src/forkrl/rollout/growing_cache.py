@@ -29,7 +29,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
         end = past + key_states.shape[2]
-        if self.buffers is None or self.buffers[0].shape[2] < end:
+        if self.buffers is None or not all(map(_fits, self.buffers, (key_states, value_states), (end, end))):
             self.buffers = (_roomy(key_states, self.keys, past, end), _roomy(value_states, self.values, past, end))
         key_buffer, value_buffer = self.buffers
         key_buffer[:, :, past:end], value_buffer[:, :, past:end] = key_states, value_states
@@ -37,9 +37,25 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep (or repeat) the given sequences; the next update makes room anew."""
-        super().batch_select_indices(indices)
-        self.buffers = None
+        """Keep (or repeat) the given sequences. Where they are fewer, those that keep their row are not copied."""
+        if self.buffers is None or len(indices) > len(self.buffers[0]):
+            super().batch_select_indices(indices)
+            self.buffers = None
+            return
+        end = self.get_seq_length()
+        row = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for buffer in self.buffers:
+            buffer[:, :, :end].index_copy_(0, row, buffer[:, :, :end].index_select(0, indices[row]))
+        key_buffer, value_buffer = self.buffers = (
+            self.buffers[0][: len(indices)],
+            self.buffers[1][: len(indices)],
+        )
+        self.keys, self.values = key_buffer[:, :, :end], value_buffer[:, :, :end]
+
+
+def _fits(buffer: Tensor, new: Tensor, end: int) -> bool:
+    """Whether there is room, in the precision that the new ones come in."""
+    return buffer.shape[2] >= end and buffer.dtype == new.dtype
 
 
 def _roomy(new: Tensor, old: Tensor | None, past: int, end: int) -> Tensor:

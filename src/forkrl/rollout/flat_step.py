@@ -1,0 +1,164 @@
+"""One decoding step of a Llama-like model in a third of the operations that the model's own code takes.
+
+A small model decodes at the speed of its operations' overheads: ``transformers`` runs some sixty of them a layer, in
+Python. Here a layer takes about twenty: one product for queries, keys and values, one for gate and up, rotation and
+norms of queries and keys together, residuals added within the products. The weights stand stacked, in the precision of
+the products, so that autocast need not convert them at every token; that is a second copy of the layers for as long as
+a batch decodes.
+
+Models of other architectures, or with options that are not reproduced here, decode through their own code
+(:func:`reproducible`). Prompts always do, which also fills the cache.
+
+Shapes: ``S`` sequences, ``D`` hidden, ``H`` query heads, ``K`` heads of keys and values, ``C`` channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers import DynamicCache, PretrainedConfig
+
+from forkrl.attention import NAME, attend_one_token
+from forkrl.model import Policy
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class Layer(NamedTuple):
+    """The weights of one decoder layer, stacked where one product reads the same input."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None
+    """``[H + K, C]``: the query heads' scale, then the key heads'."""
+    out: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    activation: nn.Module
+
+
+def reproducible(policy: Policy) -> bool:
+    """Whether :class:`FlatStep` computes what this model computes."""
+    config, decoder = policy.model.config, cast(Any, policy.decoder)
+    return (
+        config.model_type in MODEL_TYPES
+        and config._attn_implementation == NAME
+        and not _has_sliding_layers(config)
+        and all(_is_plain(layer) for layer in decoder.layers)
+    )
+
+
+def _has_sliding_layers(config: PretrainedConfig) -> bool:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return getattr(config, "sliding_window", None) is not None
+    return any(kind != "full_attention" for kind in layer_types)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Linear maps where they are expected (no adapters), and a bias at most on queries, keys and values."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    rest = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return all(type(module) is nn.Linear for module in projections + rest) and all(
+        module.bias is None for module in rest
+    )
+
+
+class FlatStep:
+    """Runs the decoder layers on one new token of every sequence.
+
+    Args:
+        policy: for which :func:`reproducible` is true; its weights are read now and not again.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        decoder: Any = policy.decoder
+        attention = decoder.layers[0].self_attn
+        dtype = torch.bfloat16 if policy.precision == "bf16" else policy.head_weight.dtype
+        self.policy = policy
+        self.eps = torch.tensor(policy.model.config.rms_norm_eps, device=policy.device)
+        self.head_dim: int = attention.head_dim
+        self.scaling: float = attention.scaling
+        self.num_kv: int = policy.model.config.num_key_value_heads
+        self.cache_dtype = torch.float32 if policy.device.type == "cpu" else dtype  # CPUs attend slowly in bf16
+        self.layers = [_stack(layer, dtype, self.head_dim) for layer in decoder.layers]
+
+    def hidden_states(self, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
+        """Last hidden states ``[S, D]``; the cache grows by the new tokens.
+
+        Args:
+            tokens_S: the tokens written last.
+            position_S: their positions in their sequences.
+            seen_ST: bool, False where a place in the cache is padding, the new token's included.
+            cache: of all tokens before.
+        """
+        decoder: Any = self.policy.decoder
+        hidden_SD = embedding(tokens_S, decoder.embed_tokens.weight)
+        cos_S1C, sin_S1C = decoder.rotary_emb(hidden_SD, position_S[:, None])
+        # rotate_half(x) is the halves of x exchanged, the first with its sign turned; the sine takes the sign.
+        half = self.head_dim // 2
+        sin_S1C = torch.cat([-sin_S1C[..., :half], sin_S1C[..., half:]], -1)
+        bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
+        for layer, stored in zip(self.layers, cache.layers, strict=True):
+            mixed_SD = self._attend(layer, self._norm(hidden_SD, layer.input_norm), (cos_S1C, sin_S1C), bias, stored)
+            hidden_SD = _add_product(hidden_SD, mixed_SD, layer.out)
+            normed_SD = self._norm(hidden_SD, layer.mlp_norm)
+            gate, up = linear(normed_SD.to(layer.gate_up.dtype), layer.gate_up).chunk(2, -1)
+            hidden_SD = _add_product(hidden_SD, layer.activation(gate) * up, layer.down)
+        return self._norm(hidden_SD, decoder.norm.weight)
+
+    def _attend(
+        self, layer: Layer, normed_SD: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, stored: Any
+    ) -> Tensor:
+        """Attention of the new tokens to the cache and themselves, before the output's product."""
+        num_sequences, half, (cos_S1C, sin_S1C) = len(normed_SD), self.head_dim // 2, rotation
+        heads = linear(normed_SD.to(layer.qkv.dtype), layer.qkv, layer.qkv_bias).view(num_sequences, -1, self.head_dim)
+        rotated, value = heads[:, : -self.num_kv], heads[:, -self.num_kv :]
+        if layer.qk_norm is not None:
+            rotated = self._norm(rotated.float(), layer.qk_norm)
+        swapped = torch.cat([rotated[..., half:], rotated[..., :half]], -1)
+        rotated = torch.addcmul(rotated * cos_S1C, swapped, sin_S1C).to(self.cache_dtype)
+        query, key = rotated[:, : -self.num_kv], rotated[:, -self.num_kv :]
+        keys, values = stored.update(key[:, :, None], value[:, :, None].to(self.cache_dtype))
+        grouped = query.reshape(num_sequences, self.num_kv, -1, self.head_dim)
+        return attend_one_token(grouped, keys, values, bias, self.scaling).reshape(num_sequences, -1)
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last axis. On a CPU ``rms_norm`` is ten operations, most of them over all of ``hidden``."""
+        size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        inverse_rms = torch.addcmul(self.eps, size, size, value=1 / hidden.shape[-1]).rsqrt_()
+        return hidden * inverse_rms * weight
+
+
+def _stack(layer: Any, dtype: torch.dtype, head_dim: int) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    qk_norm = None
+    if hasattr(attention, "q_norm"):
+        num_heads, num_kv = (module.weight.shape[0] // head_dim for module in (q, k))
+        scales = [attention.q_norm.weight.expand(num_heads, -1), attention.k_norm.weight.expand(num_kv, -1)]
+        qk_norm = torch.cat(scales)
+    return Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=torch.cat([q.weight, k.weight, v.weight]).to(dtype),
+        qkv_bias=None if q.bias is None else torch.cat([q.bias, k.bias, v.bias]).to(dtype),
+        qk_norm=qk_norm,
+        out=attention.o_proj.weight.to(dtype),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype),
+        down=mlp.down_proj.weight.to(dtype),
+        activation=mlp.act_fn,
+    )
+
+
+def _add_product(residual_SD: Tensor, input_SD: Tensor, weight: Tensor) -> Tensor:
+    """``residual + input @ weight.T``, in one operation where both have one precision."""
+    if weight.dtype == residual_SD.dtype:
+        return torch.addmm(residual_SD, input_SD.to(weight.dtype), weight.t())
+    return residual_SD + linear(input_SD.to(weight.dtype), weight)
