@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+import forkrl
 from forkrl.threads import available_cores
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("FORKRL_RESULTS", ROOT / "benchmarks" / "results"))
+"""The variable is how one benchmark collects what others write (benchmarks/gpu)."""
 
 
 def describe_setting() -> dict[str, Any]:
@@ -33,7 +35,8 @@ def describe_setting() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("forkrl", "torch", "transformers", "numpy")},
+        "versions": {"forkrl": forkrl.__version__}  # its sources may be there without being installed
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
     }
 
 

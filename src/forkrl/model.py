@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from forkrl.attention import use_grouped_attention
-from forkrl.config import ModelConfig
 from forkrl.errors import UserError
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import ModelConfig
 
 EMBEDDED_PREFIX = "embedded:"
 _PROBE_LOGIT = 100.0

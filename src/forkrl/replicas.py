@@ -22,16 +22,18 @@ from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from forkrl.config import RuntimeConfig
 from forkrl.errors import ReplicaLost, UserError
 from forkrl.model import Policy
 from forkrl.processes import child_environment, die_with_parent
 from forkrl.threads import configure_threads
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import RuntimeConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from forkrl.backward import compute_selected_stats, compute_token_stats
 from forkrl.batching import cut_micro_batches
-from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
 from forkrl.model import Policy
 from forkrl.objectives import kl_penalty, policy_loss
 from forkrl.replicas import Replica, Replicas
 from forkrl.selectors.scope import count_selected, needs_entropy_ahead, reads_current_entropy, select_in_scope
 from forkrl.types import TokenBatch, TokenStats
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

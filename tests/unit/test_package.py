@@ -66,3 +66,16 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
 
 def test_version_is_that_of_the_installed_package() -> None:
     assert importlib.metadata.version("forkrl") == forkrl.__version__
+
+
+def test_a_gradient_step_needs_neither_pydantic_nor_any_other_package_of_the_command_line() -> None:
+    modules = "forkrl.update, forkrl.rollout, forkrl.token_stats, forkrl.batching"
+    unwanted = ("pydantic", "rich", "math_verify", "matplotlib", "datasets")
+    # transformers may load what it finds; what counts is that ours is never the one that asks.
+    code = f"""
+import importlib.machinery as machinery
+real = machinery.PathFinder.find_spec
+machinery.PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in {unwanted} else real(name, *rest)
+import {modules}
+print("imported")"""
+    assert run_python(code) == "imported"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model import Policy
 from forkrl.replicas import Replica, Replicas
@@ -20,6 +20,9 @@ from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import TrainConfig
 
 COMPACT_FRACTION = 0.03
 """Finished sequences leave once they are this share of the batch: leaving copies others into their places in the cache,

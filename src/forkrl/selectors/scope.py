@@ -6,12 +6,15 @@ Axes: ``B`` sequences of a mini-batch, ``T`` token positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from forkrl.config import SelectionConfig
 from forkrl.selectors import RULES, num_selected, select_tokens, select_tokens_per_sequence
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import SelectionConfig
 
 
 def select_in_scope(
