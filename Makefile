@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser demo test lint format bench clean
+.PHONY: help setup setup-browser demo test lint format bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -69,6 +69,9 @@ format: setup ## let ruff rewrite what it can
 bench: setup ## speed and memory, beside peers; results go to benchmarks/results/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-gpu: ## the same on an accelerator, under nine minutes, with the python3, torch and transformers that are there
+	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the virtual environment, caches and builds; runs/ stays
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

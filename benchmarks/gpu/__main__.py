@@ -1,0 +1,130 @@
+"""Everything that an accelerator can tell, in one command that ends within nine minutes and writes one JSON file.
+
+    make bench-gpu                                    (the python3 of the machine, nothing installed)
+    python -m benchmarks.gpu --device cpu --small     (the same code in a minute on any machine)
+
+Decoding beside ``model.generate``, the head, the forks-only backward, and whole steps on random weights in the shapes
+of Qwen3-0.6B and 8B, beside the card's own limits, which are measured first. Each part is a process of its own with its
+own share of the time. What a part has written counts even if it fails or runs over, which is recorded with its last
+words; the others go on, and the file is written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks._record import RESULTS, ROOT, describe_setting
+from forkrl.atomic import write_text
+
+TOTAL_S = 530
+
+
+class Part(NamedTuple):
+    """A module of ``benchmarks`` with its arguments, and the seconds it may take."""
+
+    module: str
+    arguments: str
+    seconds: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.module} {self.arguments}".strip()
+
+
+FULL = (
+    Part("gpu.limits", "", 40),
+    Part("gpu.steps", "--shape 0.6B --response 2048", 70),
+    Part("head", "", 80),
+    Part("decode", "--model 28x1024 --precision bf16 --ways forkrl generate --prompts 16 --tokens 256 --rounds 1", 80),
+    Part("backward", "", 80),
+    Part("gpu.steps", "--shape 8B --response 2048", 100),
+    Part("gpu.steps", "--shape 0.6B --response 8192", 80),
+    Part("gpu.steps", "--shape 8B --response 8192", 130),
+)
+SMALL = (
+    Part("gpu.limits", "--small", 60),
+    Part("gpu.steps", "--shape tiny --response 16", 60),
+    Part("head", "--small", 60),
+    Part("decode", "--model 1x64 --ways forkrl generate --prompts 2 --group 2 --tokens 4 --repeats 1 --rounds 1", 60),
+    Part("backward", "--lengths 64 --hidden 128 --layers 2", 60),
+)
+
+
+def main() -> None:
+    options = parse_options()
+    parts = SMALL if options.small else FULL
+    chosen = [part for part in parts if options.only is None or part.module in options.only]
+    began, outcomes = time.monotonic(), []
+    options.out.mkdir(parents=True, exist_ok=True)
+    setting = describe_setting() | {"peer": describe_peer()}
+    for part in chosen:
+        left = TOTAL_S - (time.monotonic() - began)
+        print(f"{left:4.0f} s left  {part.name}", flush=True)
+        outcomes.append(run_part(part, options.device, min(part.seconds, left)))
+        print(f"             {outcomes[-1]['failed'] or 'done'} in {outcomes[-1]['seconds']:.0f} s", flush=True)
+        path = options.out / f"gpu{'-small' if options.small else ''}.json"
+        write_text(path, json.dumps({"setting": setting, "parts": outcomes}, indent=2) + "\n")
+    print(f"written to {path}")
+    sys.exit(any(outcome["failed"] for outcome in outcomes))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Every measurement that wants an accelerator.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="sizes for a CPU, to see that everything runs")
+    parser.add_argument("--only", nargs="+", metavar="MODULE", choices=sorted({part.module for part in FULL}))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser.parse_args()
+
+
+def describe_peer() -> str:
+    """Whole steps are to be compared with TRL's (benchmarks.step_time does it on a CPU)."""
+    found = importlib.util.find_spec("trl") is not None
+    return "TRL is here, but no part measures it on an accelerator yet" if found else "TRL cannot be imported here"
+
+
+def run_part(part: Part, device: str, seconds: float) -> dict[str, Any]:
+    """What a part wrote, and how it ended: ``failed`` is empty, or says why."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        failed = run_within(part, device, seconds, Path(folder))
+        results = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+    return {"part": part.name, "failed": failed, "seconds": time.monotonic() - began, "results": results}
+
+
+def run_within(part: Part, device: str, seconds: float, folder: Path) -> str:
+    """Run a part with all its processes, and end them when its time is up; empty, or why it failed."""
+    if seconds < 5:
+        return "no time was left"
+    command = [sys.executable, "-m", f"benchmarks.{part.module}", "--device", device, *part.arguments.split()]
+    # The second spares large models from fragments of memory that nothing fits into.
+    environment = os.environ | {"FORKRL_RESULTS": str(folder), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"ran over its {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        last_words = (output.read().strip() or f"exit status {code}").splitlines()[-1]
+    return last_words if code else ""
+
+
+if __name__ == "__main__":
+    main()
