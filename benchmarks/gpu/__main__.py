@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks._record import RESULTS, ROOT, describe_setting
 from forkrl.atomic import write_text
 
@@ -80,11 +82,17 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Every measurement that wants an accelerator.")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", help="by default the machine's accelerator")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU, to see that everything runs")
     parser.add_argument("--only", nargs="+", metavar="MODULE", choices=sorted({part.module for part in FULL}))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            parser.error("no accelerator here; --device cpu --small runs the same code at sizes for a CPU")
+        options.device = accelerator.type
+    return options
 
 
 def describe_peer() -> str:

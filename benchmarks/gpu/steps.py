@@ -55,8 +55,8 @@ class Shape(NamedTuple):
     optimizer: str = "AdamW"
     recompute: bool = False
     tokens_per_step: int = 32 * 8192
-    micro_batch_tokens: int = 33_024  # four responses of 8,192 with their prompts
-    forks_only_tokens: int = 33_024
+    micro_batch_tokens: int = 16_512  # two responses of 8,192 with their prompts
+    forks_only_tokens: int = 16_512
     window: int = 64
 
 
@@ -173,8 +173,8 @@ def attempt(work: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:  # out of memory is one of these
         return {"failed": str(error).strip().splitlines()[0]}
     if on_gpu:
-        return figures | {"peak_bytes": torch.cuda.max_memory_allocated()}
-    return figures | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"peak_bytes": torch.cuda.max_memory_allocated()} | figures
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | figures
 
 
 def measure_rollout(policy: Policy, shape: Shape, options: argparse.Namespace, limits: Limits) -> dict[str, Any]:
@@ -278,7 +278,12 @@ def whole_step(rollout: dict[str, Any], update: dict[str, Any], limits: Limits, 
     if "failed" in rollout or "failed" in update:
         return {"failed": "a part of it failed"}
     seconds, flops = rollout["seconds"] + update["seconds"], rollout["flops"] + update["flops"]
-    return {"seconds": seconds, "tokens_per_s": num_tokens / seconds, "share": flops / seconds / limits.flops}
+    return {
+        "seconds": seconds,
+        "tokens_per_s": num_tokens / seconds,
+        "share": flops / seconds / limits.flops,
+        "peak_bytes": max(rollout["peak_bytes"], update["peak_bytes"]),
+    }
 
 
 def matrix_weights(shape: Shape) -> int:
