@@ -18,11 +18,13 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from benchmarks._record import RESULTS, ROOT, describe_setting, write_result
 from benchmarks.gpu.limits import synchronize
@@ -51,6 +53,8 @@ LABELS = {
     "parameters": "parameters",
 }
 GROUP = 8
+LEAST_MIB = 1.0
+"""What a process holds is told in pages and blocks; less than this is noise, and not drawn."""
 
 
 def main() -> None:
@@ -64,7 +68,7 @@ def main() -> None:
             for step in steps:
                 cases.append({"grown": name, **measure_apart(BASE | step, options.device)})
                 print(json.dumps(cases[-1]), flush=True)
-        write_result("scaling", describe_setting() | {"device": options.device}, cases)
+        write_result("scaling", describe_setting() | {"device": options.device, "threads": 1}, cases)
     draw(json.loads((RESULTS / "scaling.json").read_text())["cases"], FIGURE)
     print(f"drawn to {FIGURE}")
 
@@ -156,38 +160,46 @@ def peak(on_gpu: bool) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def slope(x: list[float], y: list[float]) -> float:
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Of the least-squares line through the larger half of the points, on logarithmic axes."""
-    start = len(x) // 2
+    start = min(len(x) // 2, len(x) - 2)
     x, y = [math.log(value) for value in x[start:]], [math.log(value) for value in y[start:]]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     rise = sum((one - mean_x) * (other - mean_y) for one, other in zip(x, y, strict=True))
     return rise / sum((one - mean_x) ** 2 for one in x)
 
 
+def short(number: float) -> str:
+    """26, 4.1k, 152k, 2.4M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.{0 if number >= 10 * size else 1}f}{unit}".replace(".0", "")
+    return str(int(number))
+
+
+@rc_context({"svg.fonttype": "none", "svg.hashsalt": "forkrl", "font.size": 9, "font.family": "sans-serif"})
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Small multiples: what grows from left to right, seconds above, memory below."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "forkrl", "font.size": 9, "font.family": "sans-serif"}
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots(2, len(GROWN), sharey="row")
     rows = (("seconds", "_s", 1.0), ("peak memory, MiB", "_peak_bytes", 2.0**20))
     for row, (label, suffix, unit) in enumerate(rows):
         axes[row, 0].set_ylabel(label)
         for column, grown in enumerate(GROWN):
-            own = [case for case in cases if case["grown"] == grown]
-            x = [float(case[grown]) for case in own]
+            own, panel = [case for case in cases if case["grown"] == grown], axes[row, column]
             for part, colour in (("rollout", "#0072b2"), ("update", "#d55e00")):
-                y = [max(case[part + suffix], 4096) / unit for case in own]
+                points = [(case[grown], case[part + suffix] / unit) for case in own]
+                x, y = zip(*[point for point in points if not row or point[1] >= LEAST_MIB], strict=True)
                 name = f"{part}, slope {slope(x, y):.2f}"
-                axes[row, column].plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.3, label=name)
-            axes[row, column].set(xscale="log", yscale="log", xlabel=LABELS[grown] if row else "")
-            axes[row, column].legend(frameon=False, fontsize=8, loc="upper left")
-            axes[row, column].spines[["top", "right"]].set_visible(False)
-            axes[row, column].grid(True, which="major", color="#e5e5e5", linewidth=0.6)
-            axes[row, column].margins(y=0.3)
+                panel.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1.3, label=name)
+            panel.set(xscale="log", yscale="log", xlabel=LABELS[grown] if row else "")
+            panel.set_xticks([case[grown] for case in own])
+            panel.set_xticklabels([short(case[grown]) for case in own] if row else [])
+            panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+            panel.legend(frameon=False, fontsize=8, loc="upper left")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(True, which="major", color="#e5e5e5", linewidth=0.6)
+            panel.margins(y=0.3)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
