@@ -47,7 +47,11 @@ FULL = (
     Part("gpu.limits", "", 40),
     Part("gpu.steps", "--shape 0.6B --response 2048", 70),
     Part("head", "", 80),
-    Part("decode", "--model 28x1024 --precision bf16 --ways forkrl generate --prompts 16 --tokens 256 --rounds 1", 80),
+    Part(
+        "decode",
+        "--model 28x1024 --precision bf16 --ways forkrl generate --prompts 16 --tokens 256 --repeats 1 --rounds 1",
+        80,
+    ),
     Part("backward", "", 80),
     Part("gpu.steps", "--shape 8B --response 2048", 100),
     Part("gpu.steps", "--shape 0.6B --response 8192", 80),
@@ -76,6 +80,7 @@ def main() -> None:
         print(f"             {outcomes[-1]['failed'] or 'done'} in {outcomes[-1]['seconds']:.0f} s", flush=True)
         path = options.out / f"gpu{'-small' if options.small else ''}.json"
         write_text(path, json.dumps({"setting": setting, "parts": outcomes}, indent=2) + "\n")
+    show(outcomes)
     print(f"written to {path}")
     sys.exit(any(outcome["failed"] for outcome in outcomes))
 
@@ -115,8 +120,7 @@ def run_within(part: Part, device: str, seconds: float, folder: Path) -> str:
     if seconds < 5:
         return "no time was left"
     command = [sys.executable, "-m", f"benchmarks.{part.module}", "--device", device, *part.arguments.split()]
-    # The second spares large models from fragments of memory that nothing fits into.
-    environment = os.environ | {"FORKRL_RESULTS": str(folder), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment = os.environ | {"FORKRL_RESULTS": str(folder)}
     with (folder / "output").open("w+") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -132,6 +136,19 @@ def run_within(part: Part, device: str, seconds: float, folder: Path) -> str:
         output.seek(0)
         last_words = (output.read().strip() or f"exit status {code}").splitlines()[-1]
     return last_words if code else ""
+
+
+def show(outcomes: list[dict[str, Any]]) -> None:
+    """Every case on a line of its own, last: what is cut from a long output is its beginning."""
+    for outcome in outcomes:
+        print(f"\n{outcome['part']}{': ' if outcome['failed'] else ''}{outcome['failed']}")
+        for result in outcome["results"].values():
+            for case in result["cases"]:
+                print("  " + "  ".join(f"{key} {short(value)}" for key, value in case.items()))
+
+
+def short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
