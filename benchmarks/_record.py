@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import forkrl
+from forkrl.atomic import write_text
 from forkrl.threads import available_cores
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +42,10 @@ def describe_setting() -> dict[str, Any]:
 
 
 def write_result(name: str, setting: dict[str, Any], cases: list[dict[str, Any]]) -> Path:
-    """Write ``benchmarks/results/NAME.json``."""
+    """Write ``benchmarks/results/NAME.json``, all at once: what has been measured survives a kill."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"setting": setting, "cases": cases}, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"setting": setting, "cases": cases}, indent=2) + "\n")
     return path
 
 

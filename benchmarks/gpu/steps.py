@@ -96,6 +96,8 @@ def main() -> None:
     for way in ("dense", "forks_only"):
         update = record(f"update, {way}", lambda way=way: measure_update(model, optimizer, batch, shape, way, limits))  # type: ignore[misc]
         record(f"step, {way}", lambda update=update: whole_step(rollout, update, limits, batch.num_response_tokens))  # type: ignore[misc]
+    if failed := [f"{case['stage']}: {case['failed']}" for case in cases if "failed" in case]:
+        raise SystemExit("; ".join(failed))
 
 
 def parse_options() -> argparse.Namespace:
@@ -276,7 +278,7 @@ def build_settings(way: str, max_tokens: int) -> SimpleNamespace:
 def whole_step(rollout: dict[str, Any], update: dict[str, Any], limits: Limits, num_tokens: int) -> dict[str, Any]:
     """Rollout and update together; no verifier is timed."""
     if "failed" in rollout or "failed" in update:
-        return {"failed": "a part of it failed"}
+        return {"failed": "for want of a part"}
     seconds, flops = rollout["seconds"] + update["seconds"], rollout["flops"] + update["flops"]
     return {
         "seconds": seconds,
