@@ -202,7 +202,8 @@ def measure_rollout(policy: Policy, shape: Shape, options: argparse.Namespace, l
     seconds(PROMPT, 3)  # warm
     early_s, late_s = seconds_per_token(0), seconds_per_token(response - window - 1)
     rollout_s = seconds(PROMPT, 1) + (response - 1) * (early_s + late_s) / 2
-    flops = num_sequences * (response * head_flops(shape) + (PROMPT + response) * layer_flops(shape, response))
+    read = PROMPT / GROUP  # a group's prompt is read once
+    flops = num_sequences * (response * head_flops(shape) + (read + response) * layer_flops(shape, response))
     bytes_per_token = 2 * matrix_weights(shape) + num_sequences * (PROMPT + response / 2) * cache_bytes(shape)
     return {
         "seconds": rollout_s,
