@@ -8,6 +8,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -52,6 +54,11 @@ def random_policy(family: str = "qwen3", *, seed: int = 0, sharpness: float = 20
         model = MistralForCausalLM(MistralConfig(**sizes | {"sliding_window": None, "head_dim": 16}))
     elif family == "mistral with a sliding window":
         model = MistralForCausalLM(MistralConfig(**sizes | {"sliding_window": 6, "head_dim": 8}))
+    elif family == "gemma3":
+        kinds = ["sliding_attention", "full_attention"]
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(**sizes | {"head_dim": 8, "sliding_window": 6, "layer_types": kinds})
+        )
     elif family == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1)

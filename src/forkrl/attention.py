@@ -1,4 +1,4 @@
-"""Attention for decoding with grouped queries, without copying the cache.
+"""The attention of every model here: PyTorch's, but for decoding with grouped queries, which then copies no cache.
 
 Where several query heads share one head of keys and values, ``transformers`` repeats the keys and values for each of
 them before it calls PyTorch: at every token a copy of the whole cache, which on a CPU costs eight times the attention
@@ -9,7 +9,9 @@ CPU.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,12 +21,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "forkrl_sdpa"
+Attention = Callable[..., tuple[Tensor, None]]
+"""``(module, query, key, value, attention_mask, dropout=, scaling=, **kwargs)``, as ``transformers`` calls it."""
+_stand_in: ContextVar[Attention | None] = ContextVar("stand_in", default=None)
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
     """Let a model that uses PyTorch's attention decode this way; any other is left as it is."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def attending_by(attention: Attention) -> Iterator[None]:
+    """Inside, every layer of such a model attends by this function instead."""
+    token = _stand_in.set(attention)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
+def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """What ``transformers`` calls in each layer."""
+    return (_stand_in.get() or grouped_attention)(module, *args, **kwargs)
 
 
 def grouped_attention(
@@ -41,7 +61,7 @@ def grouped_attention(
     num_sequences, num_heads, length, head_dim = query.shape
     shared_by = num_heads // key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    with _precise_on_cpu(query.device):
+    with precise_on_cpu(query.device):
         if query.device.type == "cpu":
             query, key, value = (
                 each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, key, value)
@@ -53,7 +73,7 @@ def grouped_attention(
     return mixed.reshape(num_sequences, 1, num_heads, -1), None
 
 
-def _precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
+def precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
     """CPUs attend in fp32: the backward pass of PyTorch's attention takes them four times as long in bf16."""
     return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
@@ -80,5 +100,5 @@ def attend_one_token(
     return torch.matmul(torch.softmax(scores, dim=-1), value)
 
 
-AttentionInterface.register(NAME, grouped_attention)
+AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -192,6 +192,18 @@ class TrainingConfig(Section):
     and an approximation (docs/forks-only.md)."""
 
 
+class ForksOnlyConfig(Section):
+    """Which more of the gradient `training.backward = "forks_only"` keeps, and pays for (docs/forks-only.md)."""
+
+    projections: bool = False
+    """Give the projections of keys and values their gradients at the other positions too, their input a constant."""
+    prompt: bool = False
+    """Run the prompt's tokens with gradients as well."""
+    sampled: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """This share of the other tokens, drawn at random, runs with gradients as well, each counting 1 / sampled times:
+    on average over draws the gradient is then the exact one."""
+
+
 class EvalConfig(Section):
     every: Count = 20
     """Steps between evaluations on held-out prompts; 0: only before and after."""
@@ -243,6 +255,7 @@ class TrainConfig(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    forks_only: ForksOnlyConfig = ForksOnlyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -261,16 +274,7 @@ class TrainConfig(Section):
                 f"reward.overlong_cache = {self.reward.overlong_cache} is not below rollout.max_response_tokens = "
                 f"{self.rollout.max_response_tokens}; every response would be penalised (0 turns the penalty off)"
             )
-        if self.training.backward == "forks_only" and (self.loss.kl_coef or self.loss.entropy_coef):
-            raise ValueError(
-                'training.backward = "forks_only" gives gradients to selected tokens only, and loss.kl_coef and '
-                'loss.entropy_coef are means over all; set both to 0, or training.backward to "dense"'
-            )
-        if self.training.backward == "forks_only" and self.model.gradient_checkpointing:
-            raise ValueError(
-                'training.backward = "forks_only" needs the cache that transformers drops where layers are recomputed; '
-                "set model.gradient_checkpointing to false"
-            )
+        self._forks_only_fits()
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:
             raise ValueError(
@@ -278,6 +282,29 @@ class TrainConfig(Section):
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it, or shorten the responses"
             )
         return self
+
+    def _forks_only_fits(self) -> None:
+        if self.training.backward == "dense":
+            if self.forks_only != ForksOnlyConfig():
+                raise ValueError(
+                    'forks_only.* is read by training.backward = "forks_only" alone; set that, or leave the section out'
+                )
+            return
+        if self.loss.kl_coef or self.loss.entropy_coef:
+            raise ValueError(
+                'training.backward = "forks_only" gives gradients to selected tokens only, and loss.kl_coef and '
+                'loss.entropy_coef are means over all; set both to 0, or training.backward to "dense"'
+            )
+        if self.model.gradient_checkpointing:
+            raise ValueError(
+                'training.backward = "forks_only" takes keys and values out of layers as they run, which recomputed '
+                "layers would do twice; set model.gradient_checkpointing to false"
+            )
+        if self.forks_only.projections and self.forks_only.sampled:
+            raise ValueError(
+                f"forks_only.projections and forks_only.sampled = {self.forks_only.sampled} would count the same "
+                f"gradients twice; set one of them"
+            )
 
 
 class ArchitectureConfig(Section):

@@ -298,7 +298,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         torch.manual_seed(config.seed)
         policy = open_policy(config.model, config.runtime.device)
         if config.training.backward == "forks_only":
-            require_forks_only(policy)
+            require_forks_only(policy, projections=config.forks_only.projections)
         policy.stop_token_ids(config.rollout.stop)  # a wrong one is better told before the run than in it
         task = open_task(config.task, policy.tokenizer)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None

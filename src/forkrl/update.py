@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from forkrl.backward import compute_selected_stats, compute_token_stats
+from forkrl.backward import compute_selected_stats, compute_token_stats, entropies_ahead, read_ahead
 from forkrl.batching import cut_micro_batches
 from forkrl.errors import TrainingHalted
 from forkrl.model import Policy
@@ -26,7 +26,7 @@ from forkrl.selectors.scope import count_selected, needs_entropy_ahead, reads_cu
 from forkrl.types import TokenBatch, TokenStats
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
-    from forkrl.config import TrainConfig
+    from forkrl.config import ForksOnlyConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,18 @@ class Counts(NamedTuple):
 
     response: int
     selected: int
+
+
+class Work(NamedTuple):
+    """One micro-batch, and what is known of it before it runs."""
+
+    micro: TokenBatch
+    chosen_BT: Tensor | None
+    """Its selected tokens; None: it selects from its own entropies."""
+    drawn_BT: Tensor | None
+    """Where ``forks_only.sampled`` lets a token run that is not selected; None: nowhere."""
+    entropy_known: bool
+    """The entropies to log are known without it."""
 
 
 class Share(NamedTuple):
@@ -71,7 +83,7 @@ def update_policy(
         optimizer: over the policy's parameters.
         mini_batch: on the policy's device.
         config: selection, loss and optimizer settings.
-        generator: what the "random" rule draws from; on the policy's device.
+        generator: what the "random" rule and ``forks_only.sampled`` draw from; on the policy's device.
         on_policy: the weights are still those that sampled the mini-batch, so that the entropies of the rollout are
             the current ones, and no pass is needed to know them before the first loss.
 
@@ -90,13 +102,18 @@ def update_policy(
             cuts = [live_B[rows_B] for rows_B in cut_micro_batches(mini_batch.rows(live_B), max_tokens)]
 
     micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
-    items = [
-        (micro, None if ahead is None else ahead.selected_BT[rows_B, : micro.input_ids.shape[1]])
-        for rows_B, micro in zip(cuts, micro_batches, strict=True)
-    ]
+    drawn_BT = _draw(mini_batch, config, generator)
+    work = []
+    for rows_B, micro in zip(cuts, micro_batches, strict=True):
+        width = micro.input_ids.shape[1]
+        chosen, drawn = (
+            None if each_BT is None else each_BT[rows_B, :width]
+            for each_BT in (None if ahead is None else ahead.selected_BT, drawn_BT)
+        )
+        work.append(Work(micro, chosen, drawn, ahead is not None and ahead.entropy_BT is not None))
     counts = Counts(mini_batch.num_response_tokens, num_selected)
     replicas.zero_gradients()
-    shares = replicas.map(accumulate_gradient, items, counts, config, sizes=_sizes(micro_batches))
+    shares = replicas.map(accumulate_gradient, work, counts, config, sizes=_sizes(micro_batches))
     replicas.sum_gradients()
     grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
 
@@ -126,27 +143,78 @@ def _rows_with_gradient(mini_batch: TokenBatch, config: TrainConfig) -> Tensor:
     return live_B if len(live_B) else torch.zeros(1, dtype=torch.int64)
 
 
-def accumulate_gradient(
-    replica: Replica, item: tuple[TokenBatch, Tensor | None], counts: Counts, config: TrainConfig
-) -> Share:
+def _draw(mini_batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> Tensor | None:
+    """Positions drawn to run though nothing selects them, each with probability ``forks_only.sampled``."""
+    if not config.forks_only.sampled:
+        return None
+    shape, device = mini_batch.attention_mask.shape, mini_batch.attention_mask.device
+    chance_BT = torch.rand(shape, device=device, generator=generator)
+    return (chance_BT < config.forks_only.sampled) & mini_batch.attention_mask
+
+
+def accumulate_gradient(replica: Replica, work: Work, counts: Counts, config: TrainConfig) -> Share:
     """Statistics, selection (unless made before), loss and backward of one micro-batch."""
-    micro, chosen_BT = item
-    temperature = config.rollout.temperature
-    if config.training.backward == "forks_only":
-        assert chosen_BT is not None, "what runs with gradients must be known before it runs"
-        stats = compute_selected_stats(replica.policy, micro, chosen_BT, temperature=temperature)
-    else:
-        entropy_grad = config.loss.entropy_coef != 0
-        stats = compute_token_stats(replica.policy, micro, temperature=temperature, entropy_grad=entropy_grad)
-    entropy_BT = stats.entropy.detach()
-    _require_finite_entropy(entropy_BT[micro.response_mask])
-    if chosen_BT is None:  # in this micro-batch alone, by a rule that draws no random numbers
-        chosen_BT = _select(entropy_BT, micro.response_mask, config, [torch.arange(len(micro))], torch.Generator())
-    loss, share = _loss(stats, chosen_BT, micro, replica.reference, counts, config)
+    run = _run_forks if config.training.backward == "forks_only" else _run_all
+    stats, entropy_BT, chosen_BT = run(replica.policy, work, config)
+    loss, share = _loss(stats, entropy_BT, chosen_BT, work.micro, replica.reference, counts, config)
     if not loss.isfinite():
         raise TrainingHalted(f"the loss is {loss.item()}; the policy's logits or log-probs have run out of range")
     loss.backward()
     return share
+
+
+def _run_all(policy: Policy, work: Work, config: TrainConfig) -> tuple[TokenStats, Tensor, Tensor]:
+    """Statistics with gradients of every response token, their entropies, and which of them are selected."""
+    stats = compute_token_stats(
+        policy, work.micro, temperature=config.rollout.temperature, entropy_grad=config.loss.entropy_coef != 0
+    )
+    entropy_BT = stats.entropy.detach()
+    return stats, entropy_BT, _chosen(work, entropy_BT, config)
+
+
+def _run_forks(policy: Policy, work: Work, config: TrainConfig) -> tuple[TokenStats, Tensor, Tensor]:
+    """The same with statistics of the selected tokens alone; one pass gives entropies, keys and values."""
+    micro, settings, temperature = work.micro, config.forks_only, config.rollout.temperature
+    ahead = read_ahead(policy, micro, to_the_end=not work.entropy_known, projections=settings.projections)
+    entropy_BT = None if work.entropy_known else entropies_ahead(policy, micro, ahead, temperature=temperature)
+    chosen_BT = _chosen(work, entropy_BT, config)
+    stats = compute_selected_stats(
+        policy,
+        micro,
+        chosen_BT,
+        temperature=temperature,
+        weight_BT=_running_weights(micro, chosen_BT, work.drawn_BT, settings),
+        projections=settings.projections,
+        ahead=ahead,
+    )
+    if entropy_BT is None:
+        entropy_BT = stats.entropy.detach()
+        _require_finite_entropy(entropy_BT[micro.response_mask])
+    return stats, entropy_BT, chosen_BT
+
+
+def _chosen(work: Work, entropy_BT: Tensor | None, config: TrainConfig) -> Tensor:
+    if entropy_BT is not None:
+        _require_finite_entropy(entropy_BT[work.micro.response_mask])
+    if work.chosen_BT is not None:
+        return work.chosen_BT
+    assert entropy_BT is not None, "a selection by entropies needs them"
+    # In this micro-batch alone, by a rule that draws no random numbers.
+    return _select(entropy_BT, work.micro.response_mask, config, [torch.arange(len(work.micro))], torch.Generator())
+
+
+def _running_weights(
+    micro: TokenBatch, chosen_BT: Tensor, drawn_BT: Tensor | None, settings: ForksOnlyConfig
+) -> Tensor | None:
+    """What runs with gradients beside the selected tokens, by how much each counts; None: nothing does."""
+    if not settings.prompt and drawn_BT is None:
+        return None
+    weight_BT = torch.zeros_like(micro.old_logprobs)
+    if drawn_BT is not None:
+        weight_BT[drawn_BT] = 1 / settings.sampled
+    if settings.prompt:
+        weight_BT[micro.attention_mask & ~micro.response_mask] = 1.0
+    return weight_BT.masked_fill_(chosen_BT, 1.0)
 
 
 def _take_step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
@@ -188,8 +256,8 @@ def _select_ahead(
 ) -> Ahead | None:
     """The selection before any loss, or None where each micro-batch can select from its own forward pass."""
     forks_only, reads_current = config.training.backward == "forks_only", reads_current_entropy(config.selection)
-    must_know = forks_only or needs_entropy_ahead(config.selection)
-    if reads_current and not must_know:
+    must_know = needs_entropy_ahead(config.selection)
+    if reads_current and not must_know and not (forks_only and on_policy):
         return None
     known_BT = mini_batch.rollout_entropy if on_policy else None
     if must_know and known_BT is None:
@@ -229,6 +297,7 @@ def _select(
 
 def _loss(
     stats: TokenStats,
+    entropy_BT: Tensor,
     selected_BT: Tensor,
     micro: TokenBatch,
     reference: Policy | None,
@@ -262,4 +331,4 @@ def _loss(
         f"loss/{name}": float(policy.metrics[name] * policy.metrics["num_selected"])
         for name in ("clip_fraction", "approx_kl")
     }
-    return loss, Share(selected_BT, stats.entropy.detach(), losses, sums, float(policy.metrics["ratio_max"]))
+    return loss, Share(selected_BT, entropy_BT, losses, sums, float(policy.metrics["ratio_max"]))

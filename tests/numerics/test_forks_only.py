@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
-from forkrl.backward import compute_selected_stats, compute_token_stats, require_forks_only
+from forkrl.backward import compute_selected_stats, compute_token_stats, require_forks_only, selected_attention
 from forkrl.batching import collate
+from forkrl.config import ForksOnlyConfig
 from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.types import Prompt, SamplingParams, TokenBatch
-from forkrl.update import update_policy
+from forkrl.update import _running_weights, update_policy
 from tests.models import random_policy
 from tests.numerics.test_update import recipe
 
-FAMILIES = ["qwen3", "llama", "mistral with a sliding window", "gpt2"]
+FAMILIES = ["qwen3", "qwen2", "llama", "mistral with a sliding window", "gemma3", "gpt2"]
+
+
+@pytest.fixture(params=[1, 600, 1 << 19], ids="blocks of {} scores".format)
+def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One query a block, a few, all."""
+    monkeypatch.setattr(selected_attention, "SCORES_CPU", request.param)
 
 
 def make_batch(policy: Policy) -> TokenBatch:
@@ -44,6 +52,7 @@ def gradient(policy: Policy, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
+@pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_those_of_the_dense_pass(family: str) -> None:
     policy = random_policy(family)
@@ -56,6 +65,7 @@ def test_statistics_are_those_of_the_dense_pass(family: str) -> None:
         assert not approximate[~selected].any()
 
 
+@pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_everything_selected_the_gradient_is_exact(family: str) -> None:
     """Every position before a sequence's last prediction, the prompt's among them."""
@@ -74,8 +84,150 @@ def test_with_a_part_selected_the_gradient_points_the_same_way() -> None:
     selected = some_of(batch)
     expected = gradient(policy, compute_token_stats(policy, batch, temperature=1.0).logprobs[selected].sum())
     measured = gradient(policy, compute_selected_stats(policy, batch, selected, temperature=1.0).logprobs.sum())
-    cosine = torch.nn.functional.cosine_similarity(measured, expected, dim=0)
-    assert 0.5 < cosine < 0.9999
+    assert 0.5 < cosine(measured, expected) < 0.9999
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+
+@pytest.mark.usefixtures("scores")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_make_the_last_layer_exact(family: str) -> None:
+    """Keys and values of the last layer are all that its other positions give; they get their gradients back."""
+    policy = random_policy(family)
+    batch = make_batch(policy)
+    selected = some_of(batch)
+    weights = torch.randn(selected.shape)
+
+    def of_last_layer(logprobs: torch.Tensor) -> torch.Tensor:
+        policy.model.zero_grad()
+        (logprobs * weights)[selected].sum().backward()
+        decoder: Any = policy.decoder
+        layers = decoder.h if family == "gpt2" else decoder.layers
+        return torch.cat([p.grad.flatten() for p in layers[-1].parameters() if p.grad is not None])
+
+    expected = of_last_layer(compute_token_stats(policy, batch, temperature=1.0).logprobs)
+    constant = of_last_layer(compute_selected_stats(policy, batch, selected, temperature=1.0).logprobs)
+    projected = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=True)
+    measured = of_last_layer(projected.logprobs)
+    assert (measured - expected).norm() <= 1e-5 * expected.norm()
+    assert (constant - expected).norm() > 1e-3 * expected.norm()
+
+
+def test_projections_bring_the_gradient_nearer() -> None:
+    policy = random_policy()
+    batch = make_batch(policy)
+    selected = some_of(batch)
+    expected = gradient(policy, compute_token_stats(policy, batch, temperature=1.0).logprobs[selected].sum())
+    near, nearer = (
+        gradient(
+            policy,
+            compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections).logprobs.sum(),
+        )
+        for projections in (False, True)
+    )
+    assert cosine(near, expected) < cosine(nearer, expected) < 0.99999
+
+
+def test_projections_change_nothing_but_projections() -> None:
+    """Gradients go no further than the layer whose keys and values these are, and its input's norm."""
+    policy = random_policy()
+    batch = make_batch(policy)
+    selected = some_of(batch)
+    grads = []
+    for projections in (False, True):
+        gradient(
+            policy,
+            compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections).logprobs.sum(),
+        )
+        grads.append({name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None})
+    one, other = grads
+    changed = {
+        name.rpartition(".weight")[0] for name in one if (one[name] - other[name]).norm() > 1e-4 * one[name].norm()
+    }
+    parts = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm", "input_layernorm")
+    assert changed == {f"model.layers.{layer}.{part}" for layer in range(2) for part in parts}
+
+
+def test_weights_of_what_runs() -> None:
+    """Prompt of two, response of four; the second and the last token of the response are chosen, two are drawn."""
+    response = torch.tensor([[False, False, True, True, True, True, False]])
+    inside = torch.tensor([[True, True, True, True, True, True, False]])
+    nothing = torch.zeros(1, 7)
+    ids = torch.zeros(1, 7, dtype=torch.int64)
+    batch = TokenBatch(ids, ids, inside, response, nothing, nothing, nothing[:, 0])
+    chosen = torch.tensor([[False, False, False, True, False, True, False]])
+    drawn = torch.tensor([[True, False, True, True, False, False, False]])
+
+    def weights(drawn: torch.Tensor | None, **settings: Any) -> list[float] | None:
+        weight = _running_weights(batch, chosen, drawn, ForksOnlyConfig(**settings))
+        return None if weight is None else weight[0].tolist()
+
+    assert weights(None) is None
+    assert weights(None, prompt=True) == [1, 1, 0, 1, 0, 1, 0]
+    assert weights(drawn, sampled=0.25) == [4, 0, 4, 1, 0, 1, 0]
+    assert weights(drawn, sampled=0.25, prompt=True) == [1, 1, 4, 1, 0, 1, 0]
+
+
+def test_drawn_positions_give_the_exact_gradient_on_average() -> None:
+    """Over every outcome of the draw, each with its probability. Weights other than 1 / p would be far off."""
+    policy = random_policy(num_hidden_layers=3)
+    chance, length = 0.3, 5
+    ids = torch.tensor([[3, 5, 4, 7, 2, 9], [8, 2, 2, 6, 3, 4]])
+    mask, nothing = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, length)
+    batch = TokenBatch(ids[:, :-1], ids[:, 1:], mask, mask, nothing, nothing, nothing[:, 0])
+    selected = torch.tensor([[False, False, True, False, True], [False, True, False, False, True]])
+    others = (~selected).nonzero().tolist()
+    factors = torch.randn(2, length)
+    exact = compute_token_stats(policy, batch, temperature=1.0).logprobs
+    expected = gradient(policy, (exact * factors)[selected].sum())
+    mean = torch.zeros_like(expected)
+    for drawn in itertools.product([0.0, 1.0], repeat=len(others)):
+        weight = selected.float()
+        for place, hit in zip(others, drawn, strict=True):
+            weight[tuple(place)] = hit / chance
+        stats = compute_selected_stats(policy, batch, selected, temperature=1.0, weight_BT=weight)
+        probability = chance ** sum(drawn) * (1 - chance) ** (len(others) - sum(drawn))
+        mean += probability * gradient(policy, (stats.logprobs * factors).sum())
+    assert (mean - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
+def test_every_setting_changes_the_gradient_and_nothing_else(scope: str) -> None:
+    policy = random_policy()
+    batch = make_batch(policy)
+    seen: list[torch.Tensor] = []
+    losses = set()
+    for settings in ({}, {"projections": True}, {"prompt": True}, {"sampled": 0.5}):
+        working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+        config = recipe(
+            training={"mini_batch_prompts": 6, "backward": "forks_only"},
+            forks_only=settings,
+            selection={"scope": scope},
+        )
+        optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+        update = update_policy(Replicas(working), optimizer, batch, config, torch.Generator().manual_seed(1))
+        grads = [p.grad.flatten() for p in working.model.parameters() if p.grad is not None]
+        seen.append(torch.cat(grads) / update.metrics["grad/norm"])
+        losses.add(round(update.metrics["loss/policy"], 5))
+    assert len(losses) == 1
+    for one, other in itertools.combinations(seen, 2):
+        assert cosine(one, other) < 0.9999
+
+
+def test_half_precision_stays_near() -> None:
+    policy = random_policy(sharpness=1.0)
+    batch = make_batch(policy)
+    selected = some_of(batch)
+    half = Policy(policy.model, policy.tokenizer, "bf16")
+    for projections in (False, True):
+        measured, expected = (
+            compute_selected_stats(each, batch, selected, temperature=1.0, projections=projections).logprobs
+            for each in (half, policy)
+        )
+        torch.testing.assert_close(measured, expected, atol=0.03, rtol=0)
+        assert cosine(gradient(policy, measured.sum()), gradient(policy, expected.sum())) > 0.99
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -106,9 +258,15 @@ def test_an_update_selects_the_same_tokens_as_the_dense_one(scope: str, on_polic
     assert sparse.metrics["grad/norm"] > 0
 
 
+def test_its_settings_are_refused_where_nothing_reads_them() -> None:
+    with pytest.raises(ValueError, match=r'forks_only.\* is read by training.backward = "forks_only" alone'):
+        recipe(forks_only={"prompt": True})
+
+
+@pytest.mark.parametrize("projections", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fitting_models_are_let_through(family: str) -> None:
-    require_forks_only(random_policy(family))
+def test_fitting_models_are_let_through(family: str, projections: bool) -> None:
+    require_forks_only(random_policy(family), projections=projections)
 
 
 def test_layers_of_an_unknown_kind_are_refused_by_name() -> None:
@@ -124,6 +282,7 @@ def test_layers_of_an_unknown_kind_are_refused_by_name() -> None:
         ({"loss": {"kl_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
         ({"loss": {"entropy_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
         ({"model": {"gradient_checkpointing": True}}, "set model.gradient_checkpointing to false"),
+        ({"forks_only": {"projections": True, "sampled": 0.1}}, "count the same gradients twice; set one of them"),
     ],
     ids=str,
 )

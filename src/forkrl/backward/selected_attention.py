@@ -1,0 +1,277 @@
+"""Attention of a few positions to all positions of their sequences, with gradients for those few alone.
+
+The keys and values of every position are there already, those of the few among them: nothing need be copied into
+place, and where the others are constants, the gradient of keys and values is one of few positions to few. Memory is a
+block of scores; queries come in order, so a block reads only the keys before its last query.
+
+A position that runs with weight ``w`` was drawn with probability ``1 / w``. The gradient that reaches its key and value
+from other positions counts ``w`` times, so that on average over draws every path through it counts once.
+
+Shapes: ``B`` sequences, ``T`` positions, ``S`` running positions of the sequence with the most, ``N`` running positions
+in all; ``H`` query heads, ``K`` heads of keys, ``G`` query heads to each, ``C`` channels; ``R`` queries of a block,
+``M`` the keys it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from forkrl.attention import precise_on_cpu
+
+SCORES_CPU = 1 << 19
+"""Scores of a block on a CPU: 2 MiB in fp32, which its cache holds."""
+SCORES = 1 << 26
+"""Scores of a block elsewhere."""
+
+
+class Layout(NamedTuple):
+    """Where the running positions stand. They are packed, ``[N]``, by sequence and in order."""
+
+    place_BS: Tensor
+    """Position of each in its sequence; padded with ``T``."""
+    slot_BS: Tensor
+    """Index of each among the packed."""
+    real_BS: Tensor
+    """False on what pads a row."""
+    weight_BS: Tensor | None
+    """How often its key and value count; None: once, all of them."""
+    bounds: list[tuple[int, int]]
+    """For each column ``S``, the lowest and the highest place in it."""
+
+
+def lay_out(running_BT: Tensor, weight_BT: Tensor | None) -> Layout:
+    """The layout of the positions that run: True in ``running_BT``, with a weight if they do not all count once."""
+    num_positions, longest = running_BT.shape[1], max(1, int(running_BT.sum(1).max()))
+    place_BS = running_BT.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    real_BS = running_BT.gather(1, place_BS)
+    slot_BS = real_BS.flatten().cumsum(0).view_as(real_BS) - 1
+    weight_BS = None if weight_BT is None else weight_BT.gather(1, place_BS)
+    place_BS = place_BS.where(real_BS, num_positions)
+    bounds = torch.stack(place_BS.aminmax(dim=0), 1).tolist()
+    return Layout(place_BS, slot_BS.clamp_min(0), real_BS, weight_BS, [(low, high) for low, high in bounds])
+
+
+def selected_attention(
+    query: Tensor, key: Tensor, value: Tensor, all_keys: Tensor, all_values: Tensor, layout: Layout,
+    *, scaling: float, window: int | None,
+) -> Tensor:  # fmt: skip
+    """Attention ``[1, N, H, C]`` of packed queries to all keys of their own sequences.
+
+    Args:
+        query: ``[1, H, N, C]``.
+        key, value: ``[1, K, N, C]``: equal to those in ``all_keys`` and ``all_values``; they receive the gradient.
+        all_keys, all_values: ``[B, K, T, C]``. If they require gradients, theirs is that of the other positions.
+        layout: of the packed positions.
+        scaling: factor of the scores.
+        window: how many positions a query sees, itself included; None: all before it.
+    """
+    with precise_on_cpu(query.device):
+        tensors = [attention_dtype(each) for each in (query, key, value, all_keys, all_values)]
+        mixed: Tensor = _SelectedAttention.apply(*tensors, layout, scaling, window)  # type: ignore[no-untyped-call]
+    return mixed.transpose(1, 2)
+
+
+def attention_dtype(each: Tensor) -> Tensor:
+    """CPUs attend in fp32 at least, as everywhere here (``forkrl.attention``)."""
+    return each.to(_wide(each)) if each.device.type == "cpu" else each
+
+
+class _SelectedAttention(torch.autograd.Function):
+    """Keeps what it is given, its output and a number for each query and head; scores are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, all_keys: Tensor, all_values: Tensor, layout: Layout,
+        scaling: float, window: int | None,
+    ) -> Tensor:  # fmt: skip
+        query_BKGSC = _group(_unpack(query, layout), key.shape[1])
+        mixed_BKGSC, lse_BKGS = torch.empty_like(query_BKGSC), torch.empty_like(query_BKGSC[..., 0], dtype=_wide(query))
+        for block in _blocks(layout, query.shape[1], all_keys.shape[2], window, query.device):
+            scores = _scores(query_BKGSC[..., block.rows, :], all_keys[:, :, block.columns], scaling)
+            _hide(scores, _query_places(layout, block.rows, all_keys.shape[2]), block, window)
+            highest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(highest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            lse_BKGS[..., block.rows] = (highest + total.log())[..., 0]
+            mixed_BKGSC[..., block.rows, :] = _mix(weights.div_(total), all_values[:, :, block.columns])
+        mixed = _pack(mixed_BKGSC.flatten(1, 2), layout)
+        ctx.save_for_backward(query, key, value, all_keys, all_values, mixed, lse_BKGS)
+        ctx.layout, ctx.scaling, ctx.window = layout, scaling, window
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, all_keys, all_values, mixed, lse_BKGS = ctx.saved_tensors
+        layout, scaling, window = ctx.layout, ctx.scaling, ctx.window
+        num_kv, to_all = key.shape[1], ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        query_BKGSC = _group(_unpack(query, layout), num_kv)
+        grad_BKGSC = _group(_unpack(grad, layout) * layout.real_BS[:, None, :, None], num_kv)
+        # The sum over keys of weight times its gradient, without either.
+        dot_BKGS = (grad_BKGSC * _group(_unpack(mixed, layout), num_kv)).sum(-1, dtype=_wide(grad))
+        grad_query = torch.empty_like(query_BKGSC)
+        own = (all_keys, all_values) if to_all else (_unpack(key, layout), _unpack(value, layout))
+        sums = [torch.zeros_like(each, dtype=_wide(each)) for each in own]
+        for block in _blocks(layout, query.shape[1], all_keys.shape[2], window, query.device):
+            part = _Part(*(each[..., block.rows, :] for each in (query_BKGSC, grad_BKGSC)),
+                         *(each[..., block.rows] for each in (dot_BKGS, lse_BKGS)))  # fmt: skip
+            place_BR = _query_places(layout, block.rows, all_keys.shape[2])
+            keys, values = all_keys[:, :, block.columns], all_values[:, :, block.columns]
+            weights, grad_scores = _again(part, keys, values, scaling, lambda s: _hide(s, place_BR, block, window))  # noqa: B023
+            grad_query[..., block.rows, :] = _mix(grad_scores, keys)
+            own_columns = block.columns
+            if not to_all:
+                own_columns = slice(0, block.rows.stop)
+                keys, values = own[0][:, :, own_columns], own[1][:, :, own_columns]
+                seen = _sees(place_BR, layout.place_BS[:, own_columns], window)
+                weights, grad_scores = _again(part, keys, values, scaling, lambda s: _cover(s, seen))  # noqa: B023
+                for each in (weights, grad_scores):
+                    _count(each, layout.weight_BS, block.rows)
+            sums[0][:, :, own_columns] += _mix_back(grad_scores, part.query)
+            sums[1][:, :, own_columns] += _mix_back(weights, part.grad)
+        grads = [total.to(each.dtype) for total, each in zip(sums, own, strict=True)]
+        rest: list[Tensor | None] = [None, None]
+        if to_all:
+            grads, rest = _divide_gradient(grads, layout)
+        return (
+            _pack(grad_query.flatten(1, 2), layout),
+            *(_pack(each, layout) for each in grads),
+            *rest,
+            None,
+            None,
+            None,
+        )
+
+
+class _Part(NamedTuple):
+    """What the backward knows of the queries of a block, ``[B, K, G, R, C]`` and ``[B, K, G, R]``."""
+
+    query: Tensor
+    grad: Tensor
+    dot: Tensor
+    lse: Tensor
+
+
+class _Block(NamedTuple):
+    rows: slice
+    columns: slice
+    hidden_from: int
+    """The first column that some query of the block does not see, where no window hides others."""
+
+
+def _blocks(
+    layout: Layout, num_heads: int, num_positions: int, window: int | None, device: torch.device
+) -> Iterator[_Block]:
+    budget = (SCORES_CPU if device.type == "cpu" else SCORES) // (len(layout.place_BS) * num_heads)
+    start = 0
+    while start < len(layout.bounds):
+        low = 0 if window is None else max(0, layout.bounds[start][0] - window + 1)
+        stop, high = start, low
+        while stop < len(layout.bounds):
+            seen = min(num_positions, layout.bounds[stop][1] + 1)
+            if stop > start and (stop + 1 - start) * (seen - low) > budget:
+                break
+            stop, high = stop + 1, seen
+        yield _Block(slice(start, stop), slice(low, high), layout.bounds[start][0] + 1)
+        start = stop
+
+
+def _query_places(layout: Layout, rows: slice, num_positions: int) -> Tensor:
+    """Places of some queries, ``[B, R]``. What pads a row sees what the last position would, and no other padding."""
+    return layout.place_BS[:, rows].clamp_max(num_positions - 1)
+
+
+def _again(part: _Part, keys: Tensor, values: Tensor, scaling: float, hide: Any) -> tuple[Tensor, Tensor]:
+    """Attention weights and the gradient of the unscaled scores, ``[B, K, G, R, M]``."""
+    scores = _scores(part.query, keys, scaling)
+    hide(scores)
+    weights = scores.sub_(part.lse[..., None]).exp_()
+    grad_scores = _scores(part.grad, values, 1.0).sub_(part.dot[..., None]).mul_(weights).mul_(scaling)
+    return weights, grad_scores
+
+
+def _hide(scores: Tensor, place_BR: Tensor, block: _Block, window: int | None) -> None:
+    """Minus infinity where a query does not see a position."""
+    first = block.columns.start if window is not None else max(block.columns.start, block.hidden_from)
+    column_BM = torch.arange(first, block.columns.stop, device=scores.device)[None]
+    _cover(scores[..., first - block.columns.start :], _sees(place_BR, column_BM, window))
+
+
+def _sees(query_place_BR: Tensor, key_place_BM: Tensor, window: int | None) -> Tensor:
+    distance_BRM = query_place_BR[:, :, None] - key_place_BM[:, None, :]
+    return distance_BRM >= 0 if window is None else (distance_BRM >= 0) & (distance_BRM < window)
+
+
+def _cover(scores: Tensor, seen_BRM: Tensor) -> None:
+    scores.masked_fill_(~seen_BRM[:, None, None], -torch.inf)
+
+
+def _count(to_own: Tensor, weight_BS: Tensor | None, rows: slice) -> None:
+    """What reaches a drawn position from others counts by its weight; what it sends itself counts once."""
+    if weight_BS is None:
+        return
+    weight_BM = weight_BS[:, : rows.stop].to(to_own.dtype)
+    itself = to_own[..., rows].diagonal(dim1=-2, dim2=-1)
+    kept = itself.clone()
+    to_own.mul_(weight_BM[:, None, None, None])
+    itself.copy_(kept)
+
+
+def _divide_gradient(sums: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The gradient of all keys (and of all values): that of the running positions, and that of the others."""
+    inside_BS = layout.place_BS.where(layout.real_BS, 0)
+    running, rest = [], list[Tensor | None]()
+    for total in sums:
+        index = inside_BS[:, None, :, None].expand(-1, total.shape[1], -1, total.shape[3])
+        running.append(total.gather(2, index))
+        batch_N, place_N = layout.real_BS.nonzero()[:, 0], layout.place_BS[layout.real_BS]
+        total[batch_N, :, place_N] = 0
+        rest.append(total)
+    return running, rest
+
+
+def _unpack(packed: Tensor, layout: Layout) -> Tensor:
+    """``[1, heads, N, C]`` to ``[B, heads, S, C]``, something finite on what pads a row."""
+    taken: Tensor = packed[0].index_select(1, layout.slot_BS.flatten()).unflatten(1, layout.slot_BS.shape)
+    return taken.transpose(0, 1)
+
+
+def _pack(padded: Tensor, layout: Layout) -> Tensor:
+    """``[B, heads, S, C]`` to ``[1, heads, N, C]``."""
+    return padded.transpose(1, 2)[layout.real_BS].transpose(0, 1)[None]
+
+
+def _group(heads: Tensor, num_kv: int) -> Tensor:
+    """``[B, H, ...]`` to ``[B, K, G, ...]``: the query heads of each head of keys."""
+    grouped: Tensor = heads.unflatten(1, (num_kv, -1))
+    return grouped
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _scores(rows: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """``[B, K, G, R, M]`` of ``[B, K, G, R, C]`` and ``[B, K, M, C]``, fp32 at least."""
+    shape = (*rows.shape[:-1], keys.shape[2])
+    left, right = rows.flatten(2, 3), keys.transpose(2, 3)
+    if rows.dtype == _wide(rows):
+        return torch.matmul(left * scaling, right).view(shape)
+    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
+    return product.mul_(scaling).view(shape)
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """``[B, K, G, R, C]`` of ``[B, K, G, R, M]`` and ``[B, K, M, C]``."""
+    mixed = torch.matmul(weights.to(values.dtype).flatten(2, 3), values)
+    return mixed.view(*weights.shape[:-1], -1)
+
+
+def _mix_back(weights: Tensor, rows: Tensor) -> Tensor:
+    """``[B, K, M, C]``, summed over queries, of ``[B, K, G, R, M]`` and ``[B, K, G, R, C]``."""
+    return torch.matmul(weights.to(rows.dtype).flatten(2, 3).transpose(2, 3), rows.flatten(2, 3))
