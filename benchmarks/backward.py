@@ -1,17 +1,20 @@
-"""Time, memory and fidelity of the update's backward pass: forks-only beside dense, with and without checkpointing.
+"""Time, memory and operations of the update's backward pass: forks-only beside dense, with and without checkpointing.
 
-    python -m benchmarks.backward [--lengths 1024 2048 4096 8192] [--hidden 512] [--layers 8] [--ratio 0.2]
+    python -m benchmarks.backward [--shapes 1024:512x4 8192:512x4 ...] [--ratio 0.2]
 
-Random weights in a Qwen3 shape (grouped queries 2:1), one sequence, every position a response token, the given share of
-them selected at random; one gradient of the sum of the selected log-probs. Each case runs in a process of its own, so
-that its peak memory is its own: what the process holds above the model itself. Forks-only counts its pass without
-gradients. The cosine is that of the whole gradient with the dense one, and of its first and last layers. With random
-weights and random places it says little of a trained model; how time and memory grow is what this measures.
+Random weights in a Qwen3 shape (grouped queries 2:1), given as POSITIONS:WIDTHxLAYERS; one sequence, every position a
+response token, the given share of them selected at random; one gradient of the sum of the selected log-probs. Each case
+runs in a process of its own, so that its peak memory is its own: what the process holds above the model itself. Seconds
+are the processor's, of one thread; forks-only counts its pass without gradients. Where the shape allows it in
+reasonable time, operations are counted (of matrix products; in attention the half that a causal mask leaves) and the
+cosine with the dense gradient is taken, of the whole and of the first and last layers. With random weights and random
+places it says little of a trained model (benchmarks/fidelity.py does); how time and memory grow is what this measures.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -23,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._record import describe_setting, write_result
@@ -32,7 +36,10 @@ from forkrl.sft import build_character_tokenizer
 from forkrl.types import TokenBatch
 
 PARTS = ("", "_first_layer", "_last_layer")
-WAYS = ("dense", "dense, checkpointing", "forks_only")
+WAYS = ("dense", "dense, checkpointing", "forks_only", "forks_only, projections")
+LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+SHAPES = [f"{length}:512x4" for length in LENGTHS] + ["2048:256x4", "2048:1024x4", "2048:1024x28"]
+MOST_POSITIONS_REPEATED, MOST_LAYERS_REPEATED = 8192, 8
 
 
 def main() -> None:
@@ -42,26 +49,23 @@ def main() -> None:
         return
     setting = describe_setting() | {"seed": options.seed}
     cases: list[dict[str, Any]] = []
-    for length in options.lengths:
-        for way in WAYS:
-            sizes = {"length": length, "hidden": options.hidden, "layers": options.layers, "ratio": options.ratio}
-            case = {**sizes, "way": way, "threads": options.threads, "seed": options.seed}
-            command = [sys.executable, "-m", "benchmarks.backward", "--case", json.dumps(case)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            cases.append(case | json.loads(output))
-            print(json.dumps(cases[-1]), flush=True)
-            path = write_result("backward", setting, cases)
+    for shape, way in itertools.product(options.shapes, WAYS):
+        length, hidden, layers = map(int, shape.replace("x", ":").split(":"))
+        sizes = {"length": length, "hidden": hidden, "layers": layers, "ratio": options.ratio}
+        case = {**sizes, "way": way, "seed": options.seed}
+        command = [sys.executable, "-m", "benchmarks.backward", "--case", json.dumps(case)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        cases.append(case | json.loads(output))
+        print(json.dumps(cases[-1]), flush=True)
+        path = write_result("backward", setting, cases)
     show(cases)
     print(f"written to {path}")
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The backward pass over the forks only, beside the dense one.")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="POSITIONS:WIDTHxLAYERS")
     parser.add_argument("--ratio", type=float, default=0.2)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -69,23 +73,47 @@ def parse_options() -> argparse.Namespace:
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
     """Seconds, peak mebibytes above the model, and for forks-only the cosines with the dense gradient."""
-    torch.set_num_threads(case["threads"])
+    torch.set_num_threads(1)
     torch.manual_seed(case["seed"])
     policy = build_policy(case["hidden"], case["layers"], checkpointing="checkpointing" in case["way"])
     batch, selected = build_batch(case["length"], case["ratio"])
     gradient(policy, *build_batch(64, case["ratio"]), case["way"])  # warm: code paths, and memory for the gradients
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began = time.process_time()
     parts = gradient(policy, batch, selected, case["way"])
-    seconds = time.perf_counter() - began
-    figures = {"seconds": seconds, "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
-    if case["way"] == "forks_only":
+    figures = {"seconds": time.process_time() - began}
+    figures["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if case["length"] > MOST_POSITIONS_REPEATED or case["layers"] > MOST_LAYERS_REPEATED:
+        return figures
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as operations:  # it slows small operations
+        gradient(policy, batch, selected, case["way"])
+    figures["flops"] = float(operations.get_total_flops())
+    if case["way"].startswith("forks_only"):
         exact = gradient(policy, batch, selected, "dense")
         ours = (torch.cat(parts), parts[1], parts[-2])
         theirs = (torch.cat(exact), exact[1], exact[-2])
         for name, one, other in zip(PARTS, ours, theirs, strict=True):
             figures[f"cosine{name}"] = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
     return figures
+
+
+def attention_flops(query: Any, key: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Two products over the half of the positions that a causal mask leaves."""
+    num_sequences, num_heads, length, width = query
+    return int(num_sequences * num_heads * length * length * width * 4 // 2)
+
+
+def attention_backward_flops(grad: Any, query: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Five products: the scores again, and four gradients."""
+    return attention_flops(query, None) * 5 // 2
+
+
+_AS = torch.ops.aten
+ATTENTION: dict[Any, Any] = {
+    _AS._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    _AS._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+"""PyTorch's own counter leaves these out."""
 
 
 def build_policy(hidden: int, layers: int, *, checkpointing: bool) -> Policy:
@@ -112,8 +140,9 @@ def build_batch(length: int, ratio: float) -> tuple[TokenBatch, Tensor]:
 def gradient(policy: Policy, batch: TokenBatch, selected: Tensor, way: str) -> list[Tensor]:
     """The gradient as one vector for the embedding, for each layer and for the last norm."""
     policy.model.zero_grad(set_to_none=True)
-    if way == "forks_only":
-        stats = compute_selected_stats(policy, batch, selected, temperature=1.0)
+    if way.startswith("forks_only"):
+        projections = way.endswith("projections")
+        stats = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections)
     else:
         stats = compute_token_stats(policy, batch, temperature=1.0)
     stats.logprobs[selected].sum().backward()
@@ -123,14 +152,17 @@ def gradient(policy: Policy, batch: TokenBatch, selected: Tensor, way: str) -> l
 
 
 def show(cases: list[dict[str, Any]]) -> None:
-    table = Table("length", "way", "seconds", "of dense", "peak MiB", "of dense", "cosine", "first", "last", box=None)
+    columns = ("shape", "way", "seconds", "of dense", "peak MiB", "of dense", "operations of dense")
+    table = Table(*columns, "cosine", "first", "last", box=None)
     for case in cases:
-        dense = next(other for other in cases if (other["length"], other["way"]) == (case["length"], "dense"))
-        cosines = [f"{case[f'cosine{part}']:.3f}" for part in PARTS] if "cosine" in case else []
-        times, memory = case["seconds"] / dense["seconds"], case["peak_mib"] / dense["peak_mib"]
-        row = (str(case["length"]), case["way"], f"{case['seconds']:.2f}", f"{times:.2f}", f"{case['peak_mib']:.0f}")
-        table.add_row(*row, f"{memory:.2f}", *cosines)
-    Console(width=140).print(table)
+        shape = tuple(case[key] for key in ("length", "hidden", "layers"))
+        dense = next(c for c in cases if (c["length"], c["hidden"], c["layers"], c["way"]) == (*shape, "dense"))
+        ratios = {key: case[key] / dense[key] for key in ("seconds", "peak_mib", "flops") if key in case}
+        cells = [f"{case['seconds']:.2f}", f"{ratios['seconds']:.2f}", f"{case['peak_mib']:.0f}"]
+        cells += [f"{ratios['peak_mib']:.2f}", f"{ratios['flops']:.2f}" if "flops" in case else ""]
+        cells += [f"{case[f'cosine{part}']:.3f}" for part in PARTS] if "cosine" in case else []
+        table.add_row("{}:{}x{}".format(*shape), case["way"], *cells)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

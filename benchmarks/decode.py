@@ -6,8 +6,8 @@
 The model is the embedded base model or, as LAYERSxWIDTH, random weights in a Qwen3 shape (which seldom stop, so that
 every response is of full length). Sampling is from the full softmax at temperature 1. Each turn is a fresh process
 that decodes once to warm up and then ``--repeats`` times; the ways take turns, round after round, on the same cores.
-What counts is the tokens of the responses up to their ends, a second. "no entropies" is ForkRL with its statistics
-taken out of the sampling, to see what they cost. One thread each; "threads" and "replicas" take all cores, the latter
+What counts is the tokens of the responses up to their ends, a second. "no entropies" is ForkRL with log-probs alone, to
+see what the entropies cost. One thread each; "threads" and "replicas" take all cores, the latter
 as processes of one thread.
 """
 
@@ -140,14 +140,14 @@ def prepare_forkrl(policy: Any, texts_P: list[str], options: argparse.Namespace)
 
 
 def leave_out_entropies() -> None:
-    """Sampling as it would be without statistics: the draw alone."""
+    """Sampling as it is, but for the entropies."""
     embedded: Any = importlib.import_module("forkrl.rollout.embedded")
 
     def draw_only(logits_SV: Tensor, sampling: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        probs_SV = logits_SV.softmax(-1)
+        logprobs_SV = logits_SV.log_softmax(-1)
+        probs_SV = logprobs_SV.exp()
         drawn_S = probs_SV.div_(torch.empty_like(probs_SV).exponential_(generator=generator)).argmax(-1)
-        nothing_S = torch.zeros(len(drawn_S), device=drawn_S.device)
-        return drawn_S, nothing_S, nothing_S
+        return drawn_S, logprobs_SV.gather(-1, drawn_S[:, None])[:, 0], torch.zeros_like(probs_SV[:, 0])
 
     embedded.sample_tokens = draw_only
 

@@ -5,8 +5,9 @@
 The work, in both: the embedded base model on Countdown, 32 prompts x 8 responses of at most 128 tokens, one gradient
 step of the DAPO loss on the top 20% of tokens, no filtering of groups. The learning rate is so small that the lengths
 of the responses stay what they are. Each turn is a fresh process that takes one step to warm up and then ``--steps``
-that count; ForkRL and each setting of the peer take turns, round after round, on the same cores. The ratios are of
-the medians over all counted steps, with the range over rounds; the peer's fastest setting is the one to compare with.
+that count; the settings of ForkRL and of the peer take turns, round after round, on the same cores. The ratios are of
+the medians over all counted steps, with the range over rounds, to each setting of ForkRL; the peer's fastest setting is
+the one to compare with.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks._record import describe_setting, write_result
 from forkrl.threads import available_cores
 
 NUM_PROMPTS, GROUP, MAX_TOKENS, LR = 32, 8, 128, 1e-7
+OUR_SETTINGS = {name: [f"model.precision={name}"] for name in ("fp32", "bf16")}
 # What the peer's users would try on a CPU. Its defaults besides: AdamW fused, no KL.
 PEER_SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
@@ -41,11 +43,12 @@ PEER_SETTINGS: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = parse_options()
     if options.work:
-        steps = run_forkrl(options) if options.work == "forkrl" else run_trl(options, PEER_SETTINGS[options.setting])
+        ours = options.work == "forkrl"
+        steps = run_forkrl(options) if ours else run_trl(options, PEER_SETTINGS[options.setting])
         print(json.dumps(steps[1:]))
         return
     setting = {**describe_setting(), "seed": options.seed}
-    ways = [("forkrl", "", options.threads)]
+    ways = [("forkrl", name, options.threads) for name in OUR_SETTINGS]
     ways += [(options.peer, name, count) for name in PEER_SETTINGS for count in sorted({1, options.threads})]
     cases: list[dict[str, Any]] = []
     for number in range(1, options.rounds + 1):
@@ -95,7 +98,7 @@ def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
         f"rollout.max_response_tokens={MAX_TOKENS}", "dynamic_sampling.enabled=false", "reward.overlong_cache=0",
         f"training.mini_batch_prompts={NUM_PROMPTS}", f"training.steps={options.steps + 1}", f"optimizer.lr={LR}",
         "eval.every=0", "eval.problems=1", "log.rollouts_sampled=0", f"checkpoint.every={options.steps + 1}",
-        f"runtime.threads={options.threads}",
+        f"runtime.threads={options.threads}", *OUR_SETTINGS[options.setting],
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config = load_recipe(TrainConfig, Path("recipes/countdown.toml"), overrides)
@@ -184,18 +187,21 @@ def show(cases: list[dict[str, Any]], options: argparse.Namespace) -> None:
             if (case["who"], case["setting"], case["threads"]) == way and number in (None, case["round"])
         ]
 
-    columns = ("who", "setting", "threads", "rollout s", "update s", "step s", "mean length", "times ForkRL's step")
-    table = Table(*columns, box=None)
+    columns = ("who", "setting", "threads", "rollout s", "update s", "step s", "mean length")
+    table = Table(*columns, *(f"times ForkRL's, {name}" for name in OUR_SETTINGS), box=None)
     for way in ways:
-        ratios = [
-            statistics.median(figures(way, "step_s", number)) / statistics.median(figures(ways[0], "step_s", number))
-            for number in range(1, options.rounds + 1)
+        cells = [
+            f"{statistics.median(figures(way, name)):.2f}" for name in ("rollout_s", "update_s", "step_s", "length")
         ]
-        medians = [statistics.median(figures(way, name)) for name in ("rollout_s", "update_s", "step_s", "length")]
-        ratio = medians[2] / statistics.median(figures(ways[0], "step_s"))
-        cells = [f"{median:.2f}" for median in medians]
-        table.add_row(*map(str, way), *cells, f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    Console(width=160).print(table)
+        for ours in ways[: len(OUR_SETTINGS)]:
+            ratios = [
+                statistics.median(figures(way, "step_s", number)) / statistics.median(figures(ours, "step_s", number))
+                for number in range(1, options.rounds + 1)
+            ]
+            ratio = statistics.median(figures(way, "step_s")) / statistics.median(figures(ours, "step_s"))
+            cells.append(f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        table.add_row(*map(str, way), *cells)
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":

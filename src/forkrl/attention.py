@@ -61,7 +61,7 @@ def grouped_attention(
     num_sequences, num_heads, length, head_dim = query.shape
     shared_by = num_heads // key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    with precise_on_cpu(query.device):
+    with _precise_on_cpu(query.device):
         if query.device.type == "cpu":
             query, key, value = (
                 each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, key, value)
@@ -73,7 +73,7 @@ def grouped_attention(
     return mixed.reshape(num_sequences, 1, num_heads, -1), None
 
 
-def precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
+def _precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
     """CPUs attend in fp32: the backward pass of PyTorch's attention takes them four times as long in bf16."""
     return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 

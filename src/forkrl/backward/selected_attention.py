@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from forkrl.attention import precise_on_cpu
-
 SCORES_CPU = 1 << 19
 """Scores of a block on a CPU: 2 MiB in fp32, which its cache holds."""
 SCORES = 1 << 26
@@ -70,15 +68,18 @@ def selected_attention(
         scaling: factor of the scores.
         window: how many positions a query sees, itself included; None: all before it.
     """
-    with precise_on_cpu(query.device):
-        tensors = [attention_dtype(each) for each in (query, key, value, all_keys, all_values)]
+    tensors = [attention_dtype(each) for each in (query, key, value, all_keys, all_values)]
+    with torch.autocast(query.device.type, enabled=False):  # it would round the scores
         mixed: Tensor = _SelectedAttention.apply(*tensors, layout, scaling, window)  # type: ignore[no-untyped-call]
     return mixed.transpose(1, 2)
 
 
 def attention_dtype(each: Tensor) -> Tensor:
-    """CPUs attend in fp32 at least, as everywhere here (``forkrl.attention``)."""
-    return each.to(_wide(each)) if each.device.type == "cpu" else each
+    """In the precision of attention: fp32 at least on a CPU (``forkrl.attention``), else autocast's, if that is on."""
+    device = each.device.type
+    if device == "cpu":
+        return each.to(_wide(each))
+    return each.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else each
 
 
 class _SelectedAttention(torch.autograd.Function):

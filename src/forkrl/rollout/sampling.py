@@ -25,7 +25,8 @@ def sample_tokens(
         Tokens int64 ``[S]``; fp32 ``[S]`` log-probs and entropies (nats) of the full vocabulary at the sampling
         temperature, whatever top-k and top-p leave out. At temperature 0 (greedy) they refer to temperature 1.
     """
-    logprobs_SV = torch.log_softmax(logits_SV / (sampling.temperature or 1.0), dim=-1)
+    scaled_SV = logits_SV if sampling.temperature in (0, 1) else logits_SV / sampling.temperature
+    logprobs_SV = torch.log_softmax(scaled_SV, dim=-1)
     probs_SV = logprobs_SV.exp()
     entropy_S = torch.special.entr(probs_SV).sum(-1)
     if sampling.temperature == 0:
