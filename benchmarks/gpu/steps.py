@@ -273,7 +273,7 @@ def build_settings(way: str, max_tokens: int) -> SimpleNamespace:
         ),
         optimizer=SimpleNamespace(max_grad_norm=1.0),
         training=SimpleNamespace(micro_batch_tokens=max_tokens, backward=way),
-        forks_only=SimpleNamespace(projections=False, prompt=False, sampled=0.0),
+        forks_only=SimpleNamespace(projections=False, prompt=False, sampled=0.0, kept_mib=1024),
     )
 
 

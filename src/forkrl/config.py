@@ -202,6 +202,9 @@ class ForksOnlyConfig(Section):
     sampled: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """This share of the other tokens, drawn at random, runs with gradients as well, each counting 1 / sampled times:
     on average over draws the gradient is then the exact one."""
+    kept_mib: Count = 1024
+    """Keys and values that each replica keeps between the pass that measures entropies for a selection over the whole
+    mini-batch and the gradient. Those that do not fit are computed again; no number changes."""
 
 
 class EvalConfig(Section):

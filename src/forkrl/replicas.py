@@ -48,6 +48,8 @@ class Replica(NamedTuple):
 
     policy: Policy
     reference: Policy | None
+    kept: dict[int, Any]
+    """What one function leaves in this process for another, by the number of the item; the other takes it out."""
 
 
 class Replicas:
@@ -61,7 +63,7 @@ class Replicas:
     """
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
-        self.local = Replica(policy, reference)
+        self.local = Replica(policy, reference, {})
         self.count = count
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -352,7 +354,7 @@ def _open_unnamed() -> int:
 
 
 def _parameters(replica: Replica) -> list[torch.nn.Parameter]:
-    models = [policy.model for policy in replica if policy is not None]
+    models = [policy.model for policy in (replica.policy, replica.reference) if policy is not None]
     return list(chain.from_iterable(model.parameters() for model in models))
 
 

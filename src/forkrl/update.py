@@ -48,6 +48,7 @@ class Counts(NamedTuple):
 class Work(NamedTuple):
     """One micro-batch, and what is known of it before it runs."""
 
+    number: int
     micro: TokenBatch
     chosen_BT: Tensor | None
     """Its selected tokens; None: it selects from its own entropies."""
@@ -94,23 +95,23 @@ def update_policy(
     cuts = cut_micro_batches(mini_batch, max_tokens)
     ahead = _select_ahead(replicas, mini_batch, cuts, config, generator, on_policy=on_policy)
     if ahead is None:
-        num_selected = count_selected(mini_batch.response_mask, config.selection, cuts)
+        chosen_BT, num_selected = None, count_selected(mini_batch.response_mask, config.selection, cuts)
     else:
-        num_selected = int(ahead.selected_BT.sum())
+        chosen_BT, num_selected = ahead.selected_BT, int(ahead.selected_BT.sum())
         if ahead.entropy_BT is not None:
             live_B = _rows_with_gradient(mini_batch, config)
-            cuts = [live_B[rows_B] for rows_B in cut_micro_batches(mini_batch.rows(live_B), max_tokens)]
+            if ahead.kept:  # keys and values of these very micro-batches
+                chosen_BT = torch.zeros_like(chosen_BT).index_copy_(0, live_B, chosen_BT[live_B])
+            else:
+                cuts = [live_B[rows_B] for rows_B in cut_micro_batches(mini_batch.rows(live_B), max_tokens)]
 
-    micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
     drawn_BT = _draw(mini_batch, config, generator)
+    micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
     work = []
-    for rows_B, micro in zip(cuts, micro_batches, strict=True):
+    for number, (rows_B, micro) in enumerate(zip(cuts, micro_batches, strict=True)):
         width = micro.input_ids.shape[1]
-        chosen, drawn = (
-            None if each_BT is None else each_BT[rows_B, :width]
-            for each_BT in (None if ahead is None else ahead.selected_BT, drawn_BT)
-        )
-        work.append(Work(micro, chosen, drawn, ahead is not None and ahead.entropy_BT is not None))
+        chosen, drawn = (None if each is None else each[rows_B, :width] for each in (chosen_BT, drawn_BT))
+        work.append(Work(number, micro, chosen, drawn, ahead is not None and ahead.entropy_BT is not None))
     counts = Counts(mini_batch.num_response_tokens, num_selected)
     replicas.zero_gradients()
     shares = replicas.map(accumulate_gradient, work, counts, config, sizes=_sizes(micro_batches))
@@ -155,27 +156,31 @@ def _draw(mini_batch: TokenBatch, config: TrainConfig, generator: torch.Generato
 def accumulate_gradient(replica: Replica, work: Work, counts: Counts, config: TrainConfig) -> Share:
     """Statistics, selection (unless made before), loss and backward of one micro-batch."""
     run = _run_forks if config.training.backward == "forks_only" else _run_all
-    stats, entropy_BT, chosen_BT = run(replica.policy, work, config)
+    stats, entropy_BT, chosen_BT = run(replica, work, config)
     loss, share = _loss(stats, entropy_BT, chosen_BT, work.micro, replica.reference, counts, config)
     if not loss.isfinite():
         raise TrainingHalted(f"the loss is {loss.item()}; the policy's logits or log-probs have run out of range")
-    loss.backward()
+    if loss.requires_grad:  # forks-only: some token of the micro-batch is selected
+        loss.backward()
     return share
 
 
-def _run_all(policy: Policy, work: Work, config: TrainConfig) -> tuple[TokenStats, Tensor, Tensor]:
+def _run_all(replica: Replica, work: Work, config: TrainConfig) -> tuple[TokenStats, Tensor, Tensor]:
     """Statistics with gradients of every response token, their entropies, and which of them are selected."""
     stats = compute_token_stats(
-        policy, work.micro, temperature=config.rollout.temperature, entropy_grad=config.loss.entropy_coef != 0
+        replica.policy, work.micro, temperature=config.rollout.temperature, entropy_grad=config.loss.entropy_coef != 0
     )
     entropy_BT = stats.entropy.detach()
     return stats, entropy_BT, _chosen(work, entropy_BT, config)
 
 
-def _run_forks(policy: Policy, work: Work, config: TrainConfig) -> tuple[TokenStats, Tensor, Tensor]:
+def _run_forks(replica: Replica, work: Work, config: TrainConfig) -> tuple[TokenStats, Tensor, Tensor]:
     """The same with statistics of the selected tokens alone; one pass gives entropies, keys and values."""
-    micro, settings, temperature = work.micro, config.forks_only, config.rollout.temperature
-    ahead = read_ahead(policy, micro, to_the_end=not work.entropy_known, projections=settings.projections)
+    policy, micro = replica.policy, work.micro
+    settings, temperature = config.forks_only, config.rollout.temperature
+    ahead = replica.kept.pop(work.number, None)
+    if ahead is None:
+        ahead = read_ahead(policy, micro, to_the_end=not work.entropy_known, projections=settings.projections)
     entropy_BT = None if work.entropy_known else entropies_ahead(policy, micro, ahead, temperature=temperature)
     chosen_BT = _chosen(work, entropy_BT, config)
     stats = compute_selected_stats(
@@ -243,6 +248,8 @@ class Ahead(NamedTuple):
 
     selected_BT: Tensor
     entropy_BT: Tensor | None
+    kept: bool
+    """The pass that measured them may have left its keys and values in the replicas."""
 
 
 def _select_ahead(
@@ -260,15 +267,17 @@ def _select_ahead(
     if reads_current and not must_know and not (forks_only and on_policy):
         return None
     known_BT = mini_batch.rollout_entropy if on_policy else None
-    if must_know and known_BT is None:
-        known_BT = _measure_entropies(replicas, mini_batch, cuts, config.rollout.temperature)
+    kept = must_know and known_BT is None
+    if kept:
+        known_BT = _measure_entropies(replicas, mini_batch, cuts, config)
     entropy_BT = known_BT if reads_current and known_BT is not None else mini_batch.rollout_entropy
-    return Ahead(_select(entropy_BT, mini_batch.response_mask, config, cuts, generator), known_BT)
+    return Ahead(_select(entropy_BT, mini_batch.response_mask, config, cuts, generator), known_BT, kept and forks_only)
 
 
-def _measure_entropies(replicas: Replicas, mini_batch: TokenBatch, cuts: list[Tensor], temperature: float) -> Tensor:
+def _measure_entropies(replicas: Replicas, mini_batch: TokenBatch, cuts: list[Tensor], config: TrainConfig) -> Tensor:
     micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
-    entropies = replicas.map(measure_entropy, micro_batches, temperature, sizes=_sizes(micro_batches))
+    items = list(enumerate(micro_batches))
+    entropies = replicas.map(measure_entropy, items, config, sizes=_sizes(micro_batches))
     entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
     for rows_B, part_BT in zip(cuts, entropies, strict=True):
         entropy_BT[rows_B, : part_BT.shape[1]] = part_BT
@@ -280,10 +289,17 @@ def _sizes(micro_batches: list[TokenBatch]) -> list[int]:
     return [micro.input_ids.numel() for micro in micro_batches]
 
 
-@torch.no_grad()
-def measure_entropy(replica: Replica, micro: TokenBatch, temperature: float) -> Tensor:
-    """The current policy's entropies, fp32 ``[B, T]``."""
-    return compute_token_stats(replica.policy, micro, temperature=temperature).entropy
+def measure_entropy(replica: Replica, item: tuple[int, TokenBatch], config: TrainConfig) -> Tensor:
+    """The current policy's entropies, fp32 ``[B, T]``. Forks-only keeps keys and values, if there is room for them."""
+    (number, micro), temperature = item, config.rollout.temperature
+    if config.training.backward == "dense":
+        with torch.no_grad():
+            return compute_token_stats(replica.policy, micro, temperature=temperature).entropy
+    ahead = read_ahead(replica.policy, micro, to_the_end=True, projections=config.forks_only.projections)
+    num_bytes = sum(kept.num_bytes for kept in [ahead, *replica.kept.values()])
+    if num_bytes <= config.forks_only.kept_mib * 2**20:
+        replica.kept[number] = ahead._replace(hidden_BTD=None)
+    return entropies_ahead(replica.policy, micro, ahead, temperature=temperature)
 
 
 def _select(

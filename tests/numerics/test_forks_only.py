@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from forkrl.backward import compute_selected_stats, compute_token_stats, require_forks_only, selected_attention
+from forkrl.backward import (
+    compute_selected_stats,
+    compute_token_stats,
+    read_ahead,
+    require_forks_only,
+    selected_attention,
+)
 from forkrl.batching import collate
 from forkrl.config import ForksOnlyConfig
 from forkrl.errors import UserError
@@ -214,6 +220,48 @@ def test_every_setting_changes_the_gradient_and_nothing_else(scope: str) -> None
     assert len(losses) == 1
     for one, other in itertools.combinations(seen, 2):
         assert cosine(one, other) < 0.9999
+
+
+@pytest.mark.parametrize("projections", [False, True])
+def test_keys_and_values_that_are_kept_change_nothing(projections: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off-policy, over the mini-batch: one pass a micro-batch where there is room for its keys and values, else two."""
+    policy = random_policy()
+    batch = make_batch(policy)
+    batch.advantages[[0, 3, 4, 8]] = 0.0  # sequences that move nothing, among others of the same micro-batches
+    passes: list[int] = []
+
+    def counting(policy: Policy, micro: TokenBatch, **kwargs: Any) -> Any:
+        passes.append(len(micro))
+        return read_ahead(policy, micro, **kwargs)
+
+    monkeypatch.setattr("forkrl.update.read_ahead", counting)
+    found = []
+    for kept_mib in (0, 1024):
+        working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+        config = recipe(
+            training={"mini_batch_prompts": 6, "backward": "forks_only", "micro_batch_tokens": 90},
+            forks_only={"projections": projections, "kept_mib": kept_mib},
+            selection={"scope": "mini_batch", "ratio": 0.1},
+        )
+        optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+        replicas = Replicas(working)
+        passes.clear()
+        update = update_policy(replicas, optimizer, batch, config, torch.Generator())
+        assert not replicas.local.kept
+        found.append((list(passes), update, [p.grad for p in working.model.parameters() if p.grad is not None]))
+    (twice, one, grads), (once, other, same_grads) = found
+    assert len(once) > 2 and sum(once) == len(batch) < sum(twice)
+    assert one.selected_BT.equal(other.selected_BT)
+    assert one.metrics["loss/clip_fraction"] == pytest.approx(other.metrics["loss/clip_fraction"])
+    for grad, same in zip(grads, same_grads, strict=True):
+        torch.testing.assert_close(same, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_micro_batch_without_selected_tokens_adds_nothing() -> None:
+    policy = random_policy()
+    batch = make_batch(policy)
+    stats = compute_selected_stats(policy, batch, torch.zeros_like(batch.response_mask), temperature=1.0)
+    assert not stats.logprobs.any() and not stats.logprobs.requires_grad
 
 
 def test_half_precision_stays_near() -> None:

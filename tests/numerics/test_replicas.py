@@ -23,7 +23,7 @@ from forkrl.rollout import EmbeddedEngine
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
 from forkrl.update import update_policy
 from tests.models import random_policy
-from tests.numerics.test_update import make_batch, recipe
+from tests.numerics.test_update import NUM_PROMPTS, make_batch, recipe
 
 COUNT = 3
 
@@ -81,10 +81,13 @@ def test_weights_changed_here_are_changed_there(replicas: Replicas) -> None:
         weight[0, 0] = before
 
 
+FORKS_ONLY = {"mini_batch_prompts": NUM_PROMPTS, "micro_batch_tokens": 100, "backward": "forks_only"}
 SECTIONS: list[dict[str, Any]] = [
     {"selection": {"scope": "mini_batch"}},
     {"selection": {"scope": "micro_batch"}, "loss": {"kl_coef": 0.1, "entropy_coef": 0.01}},
     {"selection": {"rule": "random"}, "loss": {"denominator": "response"}},
+    {"selection": {"scope": "mini_batch"}, "training": FORKS_ONLY, "forks_only": {"sampled": 0.3}},
+    {"selection": {"scope": "micro_batch"}, "training": FORKS_ONLY, "forks_only": {"projections": True}},
 ]
 
 

@@ -45,6 +45,11 @@ class ReadAhead(NamedTuple):
     layers: dict[int, KeysAndValues]
     hidden_BTD: Tensor | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(each.nbytes for layer in self.layers.values() for each in layer)
+
 
 def read_ahead(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections: bool = False) -> ReadAhead:
     """Run every position, to know keys and values, and the last hidden states if the pass goes ``to_the_end``.
@@ -104,6 +109,9 @@ def compute_selected_stats(
     if ahead is None:
         ahead = read_ahead(policy, batch, to_the_end=False, projections=projections)
     running_BT = selected_BT if weight_BT is None else weight_BT > 0
+    if not selected_BT.any():
+        nothing_BT = torch.zeros_like(batch.old_logprobs)
+        return TokenStats(nothing_BT, nothing_BT)
     layout = lay_out(running_BT, weight_BT)
     position_1N = running_BT.nonzero()[:, 1][None]
     with attending_by(_attention_to(policy, ahead, layout)):
