@@ -43,7 +43,20 @@ def _escaped(char: str) -> str:
 
 
 def describe_selection(config: TrainConfig) -> str:
-    """One sentence on what carries gradient in this run: rule, ratio, scope, whose entropy, denominator."""
+    """One sentence on what carries gradient in this run: rule, ratio, scope, whose entropy, denominator, backward."""
+    if config.training.backward == "dense":
+        return _selection(config)
+    more, settings = [], config.forks_only
+    if settings.projections:
+        more.append("projections of keys and values everywhere")
+    if settings.prompt:
+        more.append("the prompt's tokens")
+    if settings.sampled:
+        more.append(f"a random {100 * settings.sampled:g}% of the others")
+    return f"{_selection(config)}; forks-only backward" + (f" with {' and '.join(more)}" if more else "")
+
+
+def _selection(config: TrainConfig) -> str:
     selection, denominator = config.selection, config.loss.denominator
     divisor = "selected tokens" if denominator == "selected" else "all response tokens"
     mean = f"loss over {divisor} of the mini-batch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -144,6 +145,22 @@ def test_the_header_says_what_the_run_really_does(
     loss = LossConfig.model_validate({"denominator": denominator})
     sentence = describe_selection(TrainConfig(selection=selection, loss=loss))
     assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    ("forks_only", "end"),
+    [
+        ({}, "of the mini-batch; forks-only backward"),
+        ({"projections": True}, "; forks-only backward with projections of keys and values everywhere"),
+        (
+            {"prompt": True, "sampled": 0.1},
+            "; forks-only backward with the prompt's tokens and a random 10% of the others",
+        ),
+    ],
+)
+def test_the_sentence_says_what_runs_with_gradients(forks_only: dict[str, Any], end: str) -> None:
+    config = TrainConfig.model_validate({"training": {"backward": "forks_only"}, "forks_only": forks_only})
+    assert describe_selection(config).endswith(end)
 
 
 def test_progress_in_a_log_speaks_every_five_seconds_and_passes_everything_through() -> None:
