@@ -23,7 +23,9 @@ TILE_ELEMENTS_CPU = 1 << 20
 TILE_ELEMENTS = 1 << 24
 """Logits held at once elsewhere: 64 MiB in fp32, so that kernels are few and large. Two or three of them coexist."""
 TILE_COLUMNS = 8192
-"""Widest slice of the vocabulary; bounds the fp32 sum of the weight's gradient as well."""
+"""Widest slice of the vocabulary."""
+MIN_COLUMNS = 256
+"""Narrowest slice in the backward: below it the products are slow."""
 
 
 def chunked_token_stats(
@@ -95,23 +97,31 @@ def _backward_tiles(
     """Gradients of the given rows, of the weight and of the bias, each where needed; summed in fp32 at least."""
     num_rows, dtype = len(per_row.hidden), per_row.lse.dtype
     sum_hidden = torch.zeros_like(per_row.hidden, dtype=dtype) if needs.hidden else None
-    grad_weight_VD = torch.zeros_like(weight_VD) if needs.weight else None
-    grad_bias_V = torch.zeros_like(bias_V) if needs.bias and bias_V is not None else None
-    rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device)
+    new = torch.empty_like if num_rows else torch.zeros_like  # any row writes all of them
+    grad_weight_VD = new(weight_VD) if needs.weight else None
+    grad_bias_V = new(bias_V) if needs.bias and bias_V is not None else None
+    rows_per_tile, columns_per_tile = _backward_tile_shape(num_rows, len(weight_VD), weight_VD.device)
+    row_slices = slices(num_rows, rows_per_tile)
     # Vocabulary outside: the fp32 sum for the weight is then one slice wide, not [V, D].
-    for columns in slices(len(weight_VD), columns_per_tile):
-        sum_weight_CD = torch.zeros_like(weight_VD[columns], dtype=dtype)
-        sum_bias_C = sum_weight_CD.new_zeros(len(sum_weight_CD))
-        for rows in slices(num_rows, rows_per_tile):
+    for columns in slices(len(weight_VD), columns_per_tile) if num_rows else []:
+        weight_CD = weight_VD[columns]
+        # One tile of rows needs no sum: its product is rounded once, into its place.
+        several = needs.weight and len(row_slices) > 1
+        sum_weight_CD = torch.zeros_like(weight_CD, dtype=dtype) if several else None
+        sum_bias_C = torch.zeros(len(weight_CD), dtype=dtype, device=weight_CD.device)
+        for rows in row_slices:
             tile = Rows(*(field[rows] for field in per_row))
             grad_RC = _grad_logits_tile(tile, weight_VD, bias_V, columns, temperature, entropy_grad)
-            if sum_hidden is not None:
-                _add_product(sum_hidden[rows], grad_RC, weight_VD[columns])
-            if grad_weight_VD is not None:
-                _add_product(sum_weight_CD, grad_RC.T, tile.hidden)
             if grad_bias_V is not None:
                 sum_bias_C += grad_RC.sum(0)
-        if grad_weight_VD is not None:
+            grad_RC = grad_RC.to(weight_CD.dtype)
+            if sum_hidden is not None:
+                _add_product(sum_hidden[rows], grad_RC, weight_CD)
+            if sum_weight_CD is not None:
+                _add_product(sum_weight_CD, grad_RC.T, tile.hidden)
+            elif grad_weight_VD is not None:
+                torch.mm(grad_RC.T, tile.hidden, out=grad_weight_VD[columns])
+        if grad_weight_VD is not None and sum_weight_CD is not None:
             grad_weight_VD[columns] = sum_weight_CD
         if grad_bias_V is not None:
             grad_bias_V[columns] = sum_bias_C
@@ -151,7 +161,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     Two steps on purpose: a fused product may be added to ``total`` term by term (BLAS does so for narrow matrices), and
     150,000 small terms after a large one then lose ten times the digits.
     """
-    total += left.to(right.dtype) @ right
+    total += left @ right
 
 
 def _locate(targets_R: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -159,6 +169,13 @@ def _locate(targets_R: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     column_R = targets_R - columns.start
     width = columns.stop - columns.start
     return column_R.clamp(0, width - 1), (column_R >= 0) & (column_R < width)
+
+
+def _backward_tile_shape(num_rows: int, num_columns: int, device: torch.device) -> tuple[int, int]:
+    """All rows of narrow slices where they fit: each row of the weight's gradient is then written once, unsummed."""
+    elements = TILE_ELEMENTS_CPU if device.type == "cpu" else TILE_ELEMENTS
+    columns = min(num_columns, TILE_COLUMNS, max(MIN_COLUMNS, elements // max(1, num_rows)))
+    return max(1, min(num_rows, elements // columns)), columns
 
 
 def _tile_shape(num_rows: int, num_columns: int, device: torch.device) -> tuple[int, int]:
