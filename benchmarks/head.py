@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks._record import describe_setting, write_result
 from forkrl.token_stats import token_stats
 
-ROWS = {"cuda": 8192, "cpu": 256}
+ROWS, REPEATS = {"cuda": 8192, "cpu": 512}, {"cuda": 10, "cpu": 2}
 NUM_CHECKED = 32
 """Rows compared with fp64."""
 
@@ -79,14 +79,15 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rows = options.rows or ROWS[options.device]
+    options.repeats = options.repeats or REPEATS[options.device]
     if options.small:
         options.rows, options.hidden, options.vocabulary, options.repeats = 40, [64], 1000, 1
-        options.ways = ["ours, chunked", "ours, triton", "materialised", "liger"]
+        options.ways, options.dtypes = ["ours, chunked", "materialised", "verl"], ["bfloat16"]
     return options
 
 
@@ -118,9 +119,9 @@ def measure_apart(wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Seconds, memory and errors of one way at one size, or why it failed."""
     torch.set_num_threads(case["threads"])
-    problem = make_problem(case)
     try:
         run = WAYS[case["way"]](case["device"])
+        problem = make_problem(case)
         logprobs, entropy = step(run, problem)[:2]
         found = errors(problem, logprobs, entropy)
         problem.hidden.grad = problem.weight.grad = None

@@ -24,8 +24,10 @@ TILE_ELEMENTS = 1 << 24
 """Logits held at once elsewhere: 64 MiB in fp32, so that kernels are few and large. Two or three of them coexist."""
 TILE_COLUMNS = 8192
 """Widest slice of the vocabulary."""
-MIN_COLUMNS = 256
-"""Narrowest slice in the backward: below it the products are slow."""
+FORWARD_COLUMNS = 2048
+"""Narrowest slice in the forward, which costs a few operations on each row for every slice."""
+BACKWARD_COLUMNS = 256
+"""In the backward, where a tile that has all rows writes the weight's gradient at once: narrow rather than several."""
 
 
 def chunked_token_stats(
@@ -48,7 +50,7 @@ def _scan_rows(
     """Log-prob, log-sum-exp and entropy of every row; the logits never outlive their tile."""
     num_rows, dtype = len(hidden_ND), torch.promote_types(hidden_ND.dtype, torch.float32)
     logprobs_N, lse_N, entropy_N = (torch.empty(num_rows, dtype=dtype, device=hidden_ND.device) for _ in range(3))
-    rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device)
+    rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device, FORWARD_COLUMNS)
     for rows in slices(num_rows, rows_per_tile):
         logprobs_N[rows], lse_N[rows], entropy_N[rows] = _scan_vocabulary(
             hidden_ND[rows], weight_VD, targets_N[rows], bias_V, temperature, columns_per_tile
@@ -100,7 +102,7 @@ def _backward_tiles(
     new = torch.empty_like if num_rows else torch.zeros_like  # any row writes all of them
     grad_weight_VD = new(weight_VD) if needs.weight else None
     grad_bias_V = new(bias_V) if needs.bias and bias_V is not None else None
-    rows_per_tile, columns_per_tile = _backward_tile_shape(num_rows, len(weight_VD), weight_VD.device)
+    rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device, BACKWARD_COLUMNS)
     row_slices = slices(num_rows, rows_per_tile)
     # Vocabulary outside: the fp32 sum for the weight is then one slice wide, not [V, D].
     for columns in slices(len(weight_VD), columns_per_tile) if num_rows else []:
@@ -171,15 +173,8 @@ def _locate(targets_R: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return column_R.clamp(0, width - 1), (column_R >= 0) & (column_R < width)
 
 
-def _backward_tile_shape(num_rows: int, num_columns: int, device: torch.device) -> tuple[int, int]:
-    """All rows of narrow slices where they fit: each row of the weight's gradient is then written once, unsummed."""
+def _tile_shape(num_rows: int, num_columns: int, device: torch.device, narrowest: int) -> tuple[int, int]:
+    """Rows and columns of a tile within the device's budget: all rows, unless that makes it too narrow."""
     elements = TILE_ELEMENTS_CPU if device.type == "cpu" else TILE_ELEMENTS
-    columns = min(num_columns, TILE_COLUMNS, max(MIN_COLUMNS, elements // max(1, num_rows)))
-    return max(1, min(num_rows, elements // columns)), columns
-
-
-def _tile_shape(num_rows: int, num_columns: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile within the device's budget."""
-    elements = TILE_ELEMENTS_CPU if device.type == "cpu" else TILE_ELEMENTS
-    columns = min(num_columns, TILE_COLUMNS)
+    columns = min(num_columns, TILE_COLUMNS, max(narrowest, elements // max(1, num_rows)))
     return max(1, min(num_rows, elements // columns)), columns
