@@ -103,7 +103,7 @@ def assert_errs_no_more_than_naive(
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that cut small problems several times both ways, with ragged ends."""
-    monkeypatch.setattr(chunked, "TILE_ELEMENTS_CPU", 300)
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS_CPU", 150)
     monkeypatch.setattr(chunked, "TILE_COLUMNS", 60)
 
 
@@ -189,6 +189,7 @@ def test_entropy_bounds_and_gradient_flags(backend: str) -> None:
         assert not token_stats(hidden, weight, targets, backend=backend).logprobs.requires_grad
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_nan_among_dead_rows_reaches_nothing(backend: str) -> None:
     """Rows without gradient are not computed: zero times NaN would be NaN in the gradient of the weight."""
@@ -207,8 +208,9 @@ def test_a_nan_among_dead_rows_reaches_nothing(backend: str) -> None:
         torch.testing.assert_close(found.grad, expected.grad)
 
 
-def test_backward_computes_only_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem(40, 29, 8, torch.float32).to(torch.float32)
+@pytest.mark.parametrize(("vocabulary", "computed"), [(29, 0), (8200, 2 * 8)], ids=["one tile is kept", "two slices"])
+def test_backward_computes_only_live_rows(vocabulary: int, computed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(40, vocabulary, 8, torch.float32).to(torch.float32)
     stats = token_stats(problem.hidden, problem.weight, problem.targets, backend="chunked")
     rows_computed = []
     tile = chunked._logits_tile
@@ -219,9 +221,10 @@ def test_backward_computes_only_live_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(chunked, "_logits_tile", counting_tile)
     stats.logprobs[::5].sum().backward()
-    assert sum(rows_computed) == 8
+    assert sum(rows_computed) == computed
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_no_live_row_gives_zero_gradients(backend: str) -> None:
     problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
@@ -230,6 +233,7 @@ def test_no_live_row_gives_zero_gradients(backend: str) -> None:
     assert problem.weight.grad is not None and not problem.weight.grad.any()
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_nan_gradient_is_not_hidden(backend: str) -> None:
     problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
@@ -258,6 +262,14 @@ def test_no_rows(backend: str) -> None:
     assert stats.logprobs.shape == stats.entropy.shape == (0,)
     stats.logprobs.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_a_graph_may_be_walked_twice(backend: str) -> None:
+    problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
+    total = token_stats(problem.hidden, problem.weight, problem.targets, backend=backend).logprobs.sum()
+    first, second = (torch.autograd.grad(total, problem.hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)

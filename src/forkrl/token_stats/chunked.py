@@ -2,7 +2,7 @@
 
 Forward: for each block of rows, one pass over the vocabulary keeps a running maximum ``m``, ``s = sum(exp(z - m))`` and
 ``a = sum(exp(z - m) (z - m))``; then ``lse = m + log s`` and ``H = log s - a / s``. Backward: the tiles are computed
-again, only for rows whose incoming gradient is non-zero, and
+again, only for rows whose incoming gradient is non-zero (one tile that holds everything is kept instead), and
 
     dL/dz_j = g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H).
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forkrl.token_stats.live_rows import Gradients, Needs, Rows, live_row_stats, slices
+from forkrl.token_stats.live_rows import Gradients, Needs, Rows, Scanned, live_row_stats, slices
 from forkrl.types import TokenStats
 
 TILE_ELEMENTS_CPU = 1 << 20
@@ -46,16 +46,18 @@ def chunked_token_stats(
 
 def _scan_rows(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, log-sum-exp and entropy of every row; the logits never outlive their tile."""
+) -> Scanned:
+    """The statistics of every row; the logits never outlive their tile, unless it is the only one."""
     num_rows, dtype = len(hidden_ND), torch.promote_types(hidden_ND.dtype, torch.float32)
     logprobs_N, lse_N, entropy_N = (torch.empty(num_rows, dtype=dtype, device=hidden_ND.device) for _ in range(3))
     rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device, FORWARD_COLUMNS)
+    if num_rows <= rows_per_tile and len(weight_VD) <= columns_per_tile:
+        return _scan_vocabulary(hidden_ND, weight_VD, targets_N, bias_V, temperature, columns_per_tile, keep=True)
     for rows in slices(num_rows, rows_per_tile):
-        logprobs_N[rows], lse_N[rows], entropy_N[rows] = _scan_vocabulary(
-            hidden_ND[rows], weight_VD, targets_N[rows], bias_V, temperature, columns_per_tile
+        logprobs_N[rows], lse_N[rows], entropy_N[rows], _ = _scan_vocabulary(
+            hidden_ND[rows], weight_VD, targets_N[rows], bias_V, temperature, columns_per_tile, keep=False
         )
-    return logprobs_N, lse_N, entropy_N
+    return Scanned(logprobs_N, lse_N, entropy_N)
 
 
 def _scan_vocabulary(
@@ -65,8 +67,10 @@ def _scan_vocabulary(
     bias_V: Tensor | None,
     temperature: float,
     columns_per_tile: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, log-sum-exp and entropy of a block of rows in one pass over the vocabulary."""
+    *,
+    keep: bool,
+) -> Scanned:
+    """The statistics of a block of rows in one pass over the vocabulary; ``keep``: of one slice, with its log-probs."""
     dtype = torch.promote_types(hidden_RD.dtype, torch.float32)
     # The lowest finite number, not -inf: 0 * (m - new_m) below must be 0 on the first tile.
     m_R = torch.full(targets_R.shape, torch.finfo(dtype).min, dtype=dtype, device=hidden_RD.device)
@@ -85,7 +89,8 @@ def _scan_vocabulary(
         a_R += exp_RC.mul_(z_RC).sum(1)
     log_s_R = s_R.log()
     # s is at least 1 and a at most 0, whatever the rounding: the entropy cannot come out negative.
-    return (target_R - m_R) - log_s_R, m_R + log_s_R, log_s_R - a_R / s_R
+    log_p_RV = z_RC.sub_(log_s_R[:, None]) if keep else None
+    return Scanned((target_R - m_R) - log_s_R, m_R + log_s_R, log_s_R - a_R / s_R, log_p_RV)
 
 
 def _backward_tiles(
@@ -112,7 +117,7 @@ def _backward_tiles(
         sum_weight_CD = torch.zeros_like(weight_CD, dtype=dtype) if several else None
         sum_bias_C = torch.zeros(len(weight_CD), dtype=dtype, device=weight_CD.device)
         for rows in row_slices:
-            tile = Rows(*(field[rows] for field in per_row))
+            tile = per_row.take(rows)
             grad_RC = _grad_logits_tile(tile, weight_VD, bias_V, columns, temperature, entropy_grad)
             if grad_bias_V is not None:
                 sum_bias_C += grad_RC.sum(0)
@@ -135,7 +140,10 @@ def _grad_logits_tile(
     tile: Rows, weight_VD: Tensor, bias_V: Tensor | None, columns: slice, temperature: float, entropy_grad: bool
 ) -> Tensor:
     """dL/d(hidden @ weight.T + bias) on one tile, by the formula atop this file."""
-    log_p_RC = _logits_tile(tile.hidden, weight_VD, bias_V, columns, temperature).sub_(tile.lse[:, None])
+    if tile.log_p is None:
+        log_p_RC = _logits_tile(tile.hidden, weight_VD, bias_V, columns, temperature).sub_(tile.lse[:, None])
+    else:
+        log_p_RC = tile.log_p[:, columns].clone()  # a graph may be walked twice
     # d z / d logits = 1 / temperature goes into the row factors, which are few.
     grad_logprobs_R = tile.grad_logprobs / temperature
     if entropy_grad:

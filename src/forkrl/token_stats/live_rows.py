@@ -1,4 +1,4 @@
-"""The autograd function of the fast backends: it keeps two numbers a row, and its backward takes live rows only.
+"""The autograd function of the fast backends: it keeps a few numbers a row, and its backward takes live rows only.
 
 A row is live where its incoming gradient is not zero. What a backend does with the rows it is given, tile by tile or
 in kernels, is its own; which rows those are is decided here, once.
@@ -26,6 +26,12 @@ class Rows(NamedTuple):
     entropy: Tensor
     grad_logprobs: Tensor
     grad_entropy: Tensor
+    log_p: Tensor | None
+    """``[R, V]``, of a problem so small that the forward kept it."""
+
+    def take(self, rows: Tensor | slice) -> Rows:
+        """Some of the rows; a tensor of indices copies them, a slice does not."""
+        return self._replace(**{name: field[rows] for name, field in self._asdict().items() if field is not None})
 
 
 class Needs(NamedTuple):
@@ -44,12 +50,21 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Scanned(NamedTuple):
+    """``[N]`` each, and all log-probs where they are few enough to keep: ``[N, V]`` or None."""
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor
+    log_p: Tensor | None = None
+
+
 class Scan(Protocol):
-    """Log-prob, log-sum-exp and entropy of every row, ``[N]`` each."""
+    """The statistics of every row."""
 
     def __call__(
         self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> Scanned: ...
 
 
 class Differentiate(Protocol):
@@ -95,8 +110,8 @@ class _LiveRowStats(autograd.Function):
         temperature: float,
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs_N, lse_N, entropy_N = scan(hidden_ND, weight_VD, targets_N, bias_V, temperature)
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V, lse_N, entropy_N)
+        logprobs_N, lse_N, entropy_N, log_p_NV = scan(hidden_ND, weight_VD, targets_N, bias_V, temperature)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V, lse_N, entropy_N, log_p_NV)
         ctx.differentiate, ctx.temperature, ctx.entropy_grad = differentiate, temperature, entropy_grad
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
@@ -105,15 +120,15 @@ class _LiveRowStats(autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, targets_N, bias_V, lse_N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, bias_V, lse_N, entropy_N, log_p_NV = ctx.saved_tensors
         live_N = grad_logprobs_N != 0  # true of NaN as well, which must reach the caller
         if ctx.entropy_grad:
             live_N |= grad_entropy_N != 0
-        per_row = Rows(hidden_ND, targets_N, lse_N, entropy_N, grad_logprobs_N, grad_entropy_N)
+        per_row = Rows(hidden_ND, targets_N, lse_N, entropy_N, grad_logprobs_N, grad_entropy_N, log_p_NV)
         live = live_N.nonzero().squeeze(1)
         dense = len(live) == len(live_N)
         if not dense:  # gathering copies the rows, which a dense gradient can do without
-            per_row = Rows(*(field.index_select(0, live) for field in per_row))
+            per_row = per_row.take(live)
         _, _, needs_hidden, needs_weight, _, needs_bias, _, _ = ctx.needs_input_grad
         needs = Needs(needs_hidden, needs_weight, needs_bias)
         grad_hidden, grad_weight_VD, grad_bias_V = ctx.differentiate(

@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from forkrl.token_stats.live_rows import Gradients, Needs, Rows, live_row_stats, slices
+from forkrl.token_stats.live_rows import Gradients, Needs, Rows, Scanned, live_row_stats, slices
 from forkrl.token_stats.triton_kernels import INTERPRETED, grad_kernel, scan_kernel
 from forkrl.types import TokenStats
 
@@ -86,8 +86,8 @@ def triton_token_stats(
 
 def _scan_rows(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, log-sum-exp and entropy of every row."""
+) -> Scanned:
+    """The statistics of every row."""
     num_rows, vocabulary, tile = len(hidden_ND), len(weight_VD), _choose_tile(hidden_ND)
     columns_per_split = _split_width(num_rows, vocabulary, tile)
     num_splits, num_blocks = triton.cdiv(vocabulary, columns_per_split), triton.cdiv(num_rows, tile.rows)
@@ -109,8 +109,8 @@ def _scan_rows(
     return _combine_splits(partial_4SN, temperature)
 
 
-def _combine_splits(partial_4SN: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, log-sum-exp and entropy of rows whose vocabulary was split."""
+def _combine_splits(partial_4SN: Tensor, temperature: float) -> Scanned:
+    """The statistics of rows whose vocabulary was split."""
     m_SN, s_SN, a_SN, target_SN = partial_4SN
     m_N = m_SN.amax(0)
     shift_SN = m_SN - m_N
@@ -121,7 +121,7 @@ def _combine_splits(partial_4SN: Tensor, temperature: float) -> tuple[Tensor, Te
     # s is at least 1, a at most 0 and the target's logit at most m, whatever the rounding: no log-prob comes out
     # positive and no entropy negative. Only the target's own split has written anything but 0 for it.
     logprobs_N = (target_SN.sum(0) - m_N) / temperature - log_s_N
-    return logprobs_N, m_N / temperature + log_s_N, log_s_N - a_N / (s_N * temperature)
+    return Scanned(logprobs_N, m_N / temperature + log_s_N, log_s_N - a_N / (s_N * temperature))
 
 
 def _backward_slices(
