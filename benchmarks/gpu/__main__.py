@@ -46,7 +46,7 @@ class Part(NamedTuple):
 FULL = (
     Part("gpu.limits", "", 40),
     Part("gpu.steps", "--shape 0.6B --response 2048", 70),
-    Part("head", "", 80),
+    Part("head", "--hidden 1024 4096 --dtypes bfloat16", 100),
     Part(
         "decode",
         "--model 28x1024 --precision bf16 --ways forkrl generate --prompts 16 --tokens 256 --repeats 1 --rounds 1",

@@ -1,10 +1,12 @@
-"""Chunked token statistics against the definition in fp64, forward and backward, and what they may cost.
+"""Fast token statistics against the definition in fp64, forward and backward, and what they may cost.
 
-A fast path may err at most a tolerance beyond what the naive version errs in the same dtype.
+A fast path may err at most a tolerance beyond what the naive version errs in the same dtype. What only the Triton
+kernels have is in test_token_stats_triton.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from typing import NamedTuple
@@ -16,6 +18,11 @@ from torch import Tensor
 from forkrl.token_stats import chunked, token_stats
 from forkrl.types import TokenStats
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_TRITON = importlib.util.find_spec("triton") is None
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(NO_TRITON, reason="Triton is not installed"))
+FAST_BACKENDS = ["chunked", TRITON]
+ALL_BACKENDS = ["reference", *FAST_BACKENDS]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 
 
@@ -46,7 +53,7 @@ def make_problem(num_rows: int, vocabulary: int, width: int, dtype: torch.dtype,
     weight = scale * torch.randn(vocabulary, width, generator=generator) / width**0.5
     targets = torch.randint(vocabulary, (num_rows,), generator=generator)
     bias = torch.randn(vocabulary, generator=generator)
-    return Problem(hidden.to(dtype), weight.to(dtype), targets, bias.to(dtype))
+    return Problem(hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE), bias.to(DEVICE, dtype))
 
 
 def run(problem: Problem, backend: str, temperature: float, entropy_grad: bool) -> Results:
@@ -59,7 +66,7 @@ def run(problem: Problem, backend: str, temperature: float, entropy_grad: bool) 
         backend=backend,
         entropy_grad=entropy_grad,
     )
-    factors = torch.linspace(-1, 2, len(problem.targets), dtype=stats.logprobs.dtype)
+    factors = torch.linspace(-1, 2, len(problem.targets), dtype=stats.logprobs.dtype, device=DEVICE)
     loss = (stats.logprobs * factors).sum()
     if entropy_grad:
         loss = loss + (stats.entropy * factors.flip(0)).sum()
@@ -74,10 +81,29 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-12))
 
 
+def assert_errs_no_more_than_naive(
+    problem: Problem,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    temperature: float,
+    entropy_grad: bool,
+    tolerance: float,
+) -> None:
+    truth = run(problem.to(torch.float64), "reference", temperature, entropy_grad)
+    naive = run(problem.to(dtype), "reference", temperature, entropy_grad)
+    found = run(problem.to(dtype), backend, temperature, entropy_grad)
+    assert found.logprobs.dtype == found.entropy.dtype == torch.promote_types(dtype, torch.float32)
+    assert (found.logprobs <= 0).all() and (found.entropy >= 0).all()
+    for name in Results._fields:
+        error, allowed = (relative_error(getattr(r, name), getattr(truth, name)) for r in (found, naive))
+        assert error <= allowed + tolerance, f"{name}: {error:.2e} against {allowed:.2e} of the naive version"
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that cut small problems several times both ways, with ragged ends."""
-    monkeypatch.setattr(chunked, "TILE_ELEMENTS_CPU", 300)
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS_CPU", 150)
     monkeypatch.setattr(chunked, "TILE_COLUMNS", 60)
 
 
@@ -92,13 +118,9 @@ def test_errs_no_more_than_naive(
     num_rows: int, vocabulary: int, width: int, temperature: float, dtype: torch.dtype, entropy_grad: bool
 ) -> None:
     problem = make_problem(num_rows, vocabulary, width, dtype)
-    truth = run(problem.to(torch.float64), "reference", temperature, entropy_grad)
-    naive = run(problem.to(dtype), "reference", temperature, entropy_grad)
-    found = run(problem.to(dtype), "chunked", temperature, entropy_grad)
-    assert found.logprobs.dtype == found.entropy.dtype == torch.float32
-    for name in Results._fields:
-        error, allowed = (relative_error(getattr(r, name), getattr(truth, name)) for r in (found, naive))
-        assert error <= allowed + TOLERANCE[dtype], f"{name}: {error:.2e} against {allowed:.2e} of the naive version"
+    assert_errs_no_more_than_naive(
+        problem, dtype, "chunked", temperature=temperature, entropy_grad=entropy_grad, tolerance=TOLERANCE[dtype]
+    )
 
 
 def test_large_vocabulary_keeps_digits() -> None:
@@ -114,24 +136,16 @@ def test_large_vocabulary_keeps_digits() -> None:
 @pytest.mark.parametrize("vocabulary", [7, 60, 61, 259])
 def test_ragged_tiles_change_nothing(vocabulary: int, dtype: torch.dtype) -> None:
     problem = make_problem(23, vocabulary, 6, dtype)
-    truth = run(problem.to(torch.float64), "reference", 0.8, True)
-    naive = run(problem.to(dtype), "reference", 0.8, True)
-    found = run(problem.to(dtype), "chunked", 0.8, True)
-    for name in Results._fields:
-        error, allowed = (relative_error(getattr(r, name), getattr(truth, name)) for r in (found, naive))
-        assert error <= allowed + TOLERANCE.get(dtype, 1e-13), name
+    tolerance = TOLERANCE.get(dtype, 1e-13)
+    assert_errs_no_more_than_naive(problem, dtype, "chunked", temperature=0.8, entropy_grad=True, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("offset", [-300.0, 300.0])
-def test_online_maximum_survives_large_logits(offset: float, small_tiles: None) -> None:
+def test_online_maximum_survives_large_logits(offset: float, backend: str, small_tiles: None) -> None:
     """Without a running maximum exp overflows; the bias makes each later tile larger, or smaller, than those before."""
-    problem = make_problem(11, 200, 6, torch.float32)._replace(bias=torch.linspace(0, offset, 200))
-    truth = run(problem.to(torch.float64), "reference", 1.0, True)
-    naive = run(problem.to(torch.float32), "reference", 1.0, True)
-    found = run(problem.to(torch.float32), "chunked", 1.0, True)
-    for name in Results._fields:
-        error, allowed = (relative_error(getattr(r, name), getattr(truth, name)) for r in (found, naive))
-        assert error <= allowed + 2e-5, name
+    problem = make_problem(11, 200, 6, torch.float32)._replace(bias=torch.linspace(0, offset, 200, device=DEVICE))
+    assert_errs_no_more_than_naive(problem, torch.float32, backend, temperature=1.0, entropy_grad=True, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -148,41 +162,56 @@ def test_gradcheck(backend: str, entropy_grad: bool, small_tiles: None) -> None:
     assert torch.autograd.gradcheck(outputs, (hidden, weight, bias))
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_hand_worked_distribution(backend: str) -> None:
     """p = (1/2, 1/4, 1/4): log-prob ln 1/4 and entropy 1.5 ln 2; squared and normalised at temperature 1/2."""
-    hidden, weight = torch.ones(1, 1), torch.tensor([[0.5], [0.25], [0.25]]).log()
-    stats = token_stats(hidden, weight, torch.tensor([1]), backend=backend)
-    torch.testing.assert_close(stats.logprobs, torch.tensor([0.25]).log())
-    torch.testing.assert_close(stats.entropy, 1.5 * torch.tensor([2.0]).log())
+    hidden, weight = torch.ones(1, 1, device=DEVICE), torch.tensor([[0.5], [0.25], [0.25]], device=DEVICE).log()
+    stats = token_stats(hidden, weight, torch.tensor([1], device=DEVICE), backend=backend)
+    torch.testing.assert_close(stats.logprobs.cpu(), torch.tensor([0.25]).log())
+    torch.testing.assert_close(stats.entropy.cpu(), 1.5 * torch.tensor([2.0]).log())
     sharper = torch.tensor([4 / 6, 1 / 6, 1 / 6])
-    stats = token_stats(hidden, weight, torch.tensor([0]), temperature=0.5, backend=backend)
-    torch.testing.assert_close(stats.logprobs, sharper[:1].log())
-    torch.testing.assert_close(stats.entropy, -(sharper * sharper.log()).sum()[None])
+    stats = token_stats(hidden, weight, torch.tensor([0], device=DEVICE), temperature=0.5, backend=backend)
+    torch.testing.assert_close(stats.logprobs.cpu(), sharper[:1].log())
+    torch.testing.assert_close(stats.entropy.cpu(), -(sharper * sharper.log()).sum()[None])
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize("backend", ["auto", *ALL_BACKENDS])
 def test_entropy_bounds_and_gradient_flags(backend: str) -> None:
     """A decided row has entropy 0, not -1e-9; a uniform one ln V; neither carries gradient unless asked."""
-    hidden, weight = torch.tensor([[200.0], [0.0]]), torch.arange(50.0)[:, None].requires_grad_()
-    stats = token_stats(hidden, weight, torch.tensor([49, 3]), backend=backend)
+    hidden = torch.tensor([[200.0], [0.0]], device=DEVICE)
+    weight = torch.arange(50.0, device=DEVICE)[:, None].requires_grad_()
+    targets = torch.tensor([49, 3], device=DEVICE)
+    stats = token_stats(hidden, weight, targets, backend=backend)
     assert stats.entropy[0] == 0 and stats.entropy.tolist()[1] == pytest.approx(torch.tensor(50.0).log().item())
     assert stats.logprobs.requires_grad and not stats.entropy.requires_grad
-    assert token_stats(hidden, weight, torch.tensor([49, 3]), backend=backend, entropy_grad=True).entropy.requires_grad
+    assert token_stats(hidden, weight, targets, backend=backend, entropy_grad=True).entropy.requires_grad
     with torch.no_grad():
-        assert not token_stats(hidden, weight, torch.tensor([49, 3]), backend=backend).logprobs.requires_grad
+        assert not token_stats(hidden, weight, targets, backend=backend).logprobs.requires_grad
 
 
-def test_backward_computes_only_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows without gradient are not computed at all: a NaN among them reaches nothing."""
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_nan_among_dead_rows_reaches_nothing(backend: str) -> None:
+    """Rows without gradient are not computed: zero times NaN would be NaN in the gradient of the weight."""
     problem = make_problem(40, 29, 8, torch.float32)
-    live = torch.arange(40) % 5 == 0
+    live = torch.arange(40, device=DEVICE) % 5 == 0
     clean = problem.to(torch.float32)
-    token_stats(clean.hidden[live], clean.weight, clean.targets[live], bias=clean.bias).logprobs.sum().backward()
+    stats = token_stats(clean.hidden[live], clean.weight, clean.targets[live], bias=clean.bias, backend=backend)
+    stats.logprobs.sum().backward()
 
     poisoned = problem._replace(hidden=torch.where(live[:, None], problem.hidden, torch.nan)).to(torch.float32)
-    stats = token_stats(poisoned.hidden, poisoned.weight, poisoned.targets, bias=poisoned.bias)
+    stats = token_stats(poisoned.hidden, poisoned.weight, poisoned.targets, bias=poisoned.bias, backend=backend)
     assert stats.logprobs.isnan().tolist() == stats.entropy.isnan().tolist() == (~live).tolist()
+    torch.where(live, stats.logprobs, 0.0).sum().backward()
+    assert poisoned.hidden.grad is not None and (poisoned.hidden.grad[~live] == 0).all()
+    for found, expected in zip((poisoned.hidden, poisoned.weight, poisoned.bias), clean[:2] + clean[3:], strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize(("vocabulary", "computed"), [(29, 0), (8200, 2 * 8)], ids=["one tile is kept", "two slices"])
+def test_backward_computes_only_live_rows(vocabulary: int, computed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(40, vocabulary, 8, torch.float32).to(torch.float32)
+    stats = token_stats(problem.hidden, problem.weight, problem.targets, backend="chunked")
     rows_computed = []
     tile = chunked._logits_tile
 
@@ -191,56 +220,82 @@ def test_backward_computes_only_live_rows(monkeypatch: pytest.MonkeyPatch) -> No
         return tile(hidden, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(chunked, "_logits_tile", counting_tile)
-    torch.where(live, stats.logprobs, 0.0).sum().backward()
-    assert sum(rows_computed) == 8
-    assert poisoned.hidden.grad is not None and (poisoned.hidden.grad[~live] == 0).all()
-    for found, expected in zip((poisoned.hidden, poisoned.weight, poisoned.bias), clean[:2] + clean[3:], strict=True):
-        torch.testing.assert_close(found.grad, expected.grad)
+    stats.logprobs[::5].sum().backward()
+    assert sum(rows_computed) == computed
 
 
-def test_no_live_row_gives_zero_gradients() -> None:
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_no_live_row_gives_zero_gradients(backend: str) -> None:
     problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
-    (token_stats(problem.hidden, problem.weight, problem.targets).logprobs * 0).sum().backward()
+    (token_stats(problem.hidden, problem.weight, problem.targets, backend=backend).logprobs * 0).sum().backward()
     assert problem.hidden.grad is not None and not problem.hidden.grad.any()
     assert problem.weight.grad is not None and not problem.weight.grad.any()
 
 
-def test_nan_gradient_is_not_hidden() -> None:
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_nan_gradient_is_not_hidden(backend: str) -> None:
     problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
-    one_bad = torch.tensor([0, 0, torch.nan, 0, 0, 0])
-    token_stats(problem.hidden, problem.weight, problem.targets).logprobs.backward(one_bad)
+    one_bad = torch.tensor([0, 0, torch.nan, 0, 0, 0], device=DEVICE)
+    token_stats(problem.hidden, problem.weight, problem.targets, backend=backend).logprobs.backward(one_bad)
     assert problem.hidden.grad is not None
     assert torch.equal(problem.hidden.grad.isnan().any(1), one_bad.isnan())
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
+def test_frozen_inputs_get_no_gradient(frozen: str, backend: str) -> None:
     problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
     getattr(problem, frozen).requires_grad_(False)
-    token_stats(problem.hidden, problem.weight, problem.targets).logprobs.sum().backward()
+    token_stats(problem.hidden, problem.weight, problem.targets, backend=backend).logprobs.sum().backward()
     grads = {"hidden": problem.hidden.grad, "weight": problem.weight.grad}
     assert [name for name, grad in grads.items() if grad is None] == [frozen]
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_no_rows(backend: str) -> None:
-    weight = torch.randn(29, 4, requires_grad=True)
-    hidden = torch.empty(0, 4, requires_grad=True)
-    stats = token_stats(hidden, weight, torch.empty(0, dtype=torch.int64), backend=backend)
+    weight = torch.randn(29, 4, device=DEVICE, requires_grad=True)
+    hidden = torch.empty(0, 4, device=DEVICE, requires_grad=True)
+    targets = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    stats = token_stats(hidden, weight, targets, backend=backend)
     assert stats.logprobs.shape == stats.entropy.shape == (0,)
     stats.logprobs.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_a_graph_may_be_walked_twice(backend: str) -> None:
+    problem = make_problem(6, 29, 4, torch.float32).to(torch.float32)
+    total = token_stats(problem.hidden, problem.weight, problem.targets, backend=backend).logprobs.sum()
+    first, second = (torch.autograd.grad(total, problem.hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_inputs_need_not_be_contiguous(backend: str) -> None:
+    plain = make_problem(9, 29, 4, torch.float32).to(torch.float32)
+    # Every other row and column of something larger, and a weight that is stored the other way round.
+    hidden = plain.hidden.detach().repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2].requires_grad_()
+    weight = plain.weight.detach().T.contiguous().T.requires_grad_()
+    targets = plain.targets.repeat_interleave(2)[::2]
+    for problem in (plain, Problem(hidden, weight, targets, plain.bias)):
+        stats = token_stats(problem.hidden, problem.weight, problem.targets, bias=problem.bias, backend=backend)
+        stats.logprobs.sum().backward()
+    torch.testing.assert_close(hidden.grad, plain.hidden.grad)
+    torch.testing.assert_close(weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_autocast_is_that_of_the_models_own_head(backend: str) -> None:
     problem = make_problem(20, 29, 16, torch.float32).to(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         own_logits = torch.nn.functional.linear(problem.hidden, problem.weight)
         stats = token_stats(problem.hidden, problem.weight, problem.targets, backend=backend)
         stats.logprobs.sum().backward()
     own = own_logits.float().log_softmax(-1).gather(1, problem.targets[:, None]).squeeze(1)
-    torch.testing.assert_close(stats.logprobs, own)
+    tolerance = 3e-2 if backend == "triton" else 1e-5  # it does not round the logits
+    torch.testing.assert_close(stats.logprobs, own, atol=tolerance, rtol=tolerance)
     assert own_logits.dtype == torch.bfloat16 and stats.entropy.dtype == torch.float32
     assert problem.weight.grad is not None and problem.weight.grad.dtype == torch.float32
 

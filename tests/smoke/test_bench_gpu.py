@@ -26,14 +26,17 @@ def run_small(tmp_path: Path, *modules: str) -> list[dict[str, Any]]:
     return parts
 
 
-def test_limits_and_steps_run_where_nothing_is_installed(tmp_path: Path) -> None:
-    limits, steps = run_small(tmp_path, "gpu.limits", "gpu.steps")
+def test_parts_run_where_nothing_is_installed(tmp_path: Path) -> None:
+    limits, steps, head = run_small(tmp_path, "gpu.limits", "gpu.steps", "head")
     assert not limits["failed"]
     rates = [next(rate for key, rate in case.items() if key != "what") for case in limits["results"]["limits"]["cases"]]
     assert len(rates) == 4 and all(rate > 0 for rate in rates)
     cases = {case["stage"]: case for case in steps["results"]["steps-tiny-16"]["cases"]}
     assert list(cases) == ["rollout", "update, dense", "step, dense", "update, forks_only", "step, forks_only"]
     assert cases["step, dense"]["tokens_per_s"] > 0 and 0 < cases["update, dense"]["share"] < 1
+    ways = {case["way"]: case for case in head["results"]["head"]["cases"]}
+    assert ways["ours, chunked"]["best_peer_with_entropy"] == "materialised"
+    assert "No module named 'verl'" in ways["verl"]["failed"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Axes: ``N`` rows (token positions), ``D`` hidden, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from typing import Protocol
 
@@ -33,7 +35,29 @@ class Backend(Protocol):
     ) -> TokenStats: ...
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference_token_stats, "chunked": chunked_token_stats}
+def _triton_token_stats(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    bias_V: Tensor | None,
+    *,
+    temperature: float,
+    entropy_grad: bool,
+) -> TokenStats:
+    """Import Triton only now: it is large, needs an accelerator, and is not on every machine."""
+    if not _has_triton():
+        raise ModuleNotFoundError('backend = "triton" needs the triton package: pip install triton')
+    from forkrl.token_stats.triton import triton_token_stats
+
+    inputs = (hidden_ND, weight_VD, targets_N, bias_V)
+    return triton_token_stats(*inputs, temperature=temperature, entropy_grad=entropy_grad)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": reference_token_stats,
+    "chunked": chunked_token_stats,
+    "triton": _triton_token_stats,
+}
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,8 +78,9 @@ def token_stats(
     ``entropy = -sum(p log p)`` in nats (arXiv 2506.01939v2, eq. 1). The matrix product is taken in the dtype given, as
     the model's own head would take it (autocast is honoured too); everything after it is fp32, or fp64 for fp64 inputs.
 
-    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" never holds ``[N, V]``, and its
-    backward computes only the rows whose incoming gradient is non-zero. A NaN row gives NaN statistics; a logit of
+    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" never hold
+    ``[N, V]``, and their backward computes only the rows whose incoming gradient is non-zero. "triton" does not round
+    the logits to the dtype given, so it errs less than the model's own head. A NaN row gives NaN statistics; a logit of
     minus infinity gives NaN entropy.
 
     Args:
@@ -64,7 +89,9 @@ def token_stats(
         targets: ``[N]`` int64 in ``[0, V)``, the token each row predicts.
         temperature: divides the logits; that of the sampling policy.
         bias: ``[V]`` or None, same dtype.
-        backend: "auto", "chunked" or "reference" (naive, holds ``[N, V]``; the truth in fp64).
+        backend: "chunked", "triton" (CUDA, or its interpreter; no fp64), "reference" (naive, holds ``[N, V]``; the
+            truth in fp64) or "auto": "triton" for 16-bit tensors on a CUDA device where it can be imported, else
+            "chunked".
         entropy_grad: let gradients flow through ``entropy`` as well.
 
     Returns:
@@ -72,18 +99,32 @@ def token_stats(
 
     Raises:
         ValueError: shapes or dtypes disagree, a target lies outside the vocabulary, the temperature is not a positive
-            finite number, or the backend is unknown.
+            finite number, the backend is unknown, or it cannot take these tensors.
+        ModuleNotFoundError: backend "triton" where Triton is not installed.
     """
     hidden, weight, bias = _as_autocast_would(hidden, weight, bias)
     _check_tensors(hidden, weight, targets, bias)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature = {temperature} must be positive and finite")
-    name = "chunked" if backend == "auto" else backend
+    name = _choose_backend(hidden) if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
     # The dtype of every product is settled above; autocast must not change it again half-way, nor in the backward.
     with torch.autocast(hidden.device.type, enabled=False):
         return BACKENDS[name](hidden, weight, targets, bias, temperature=temperature, entropy_grad=entropy_grad)
+
+
+def _choose_backend(hidden: Tensor) -> str:
+    """Triton where it is faster: exact fp32 products are the library's strength, and most of the time in fp32."""
+    if not hidden.is_cuda or hidden.dtype not in (torch.float16, torch.bfloat16) or not _has_triton():
+        return "chunked"
+    # Older cards have no bf16.
+    return "triton" if torch.cuda.get_device_capability(hidden.device) >= (8, 0) else "chunked"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _as_autocast_would(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
