@@ -95,7 +95,7 @@ def accumulate_cross_entropy(replica: Replica, item: tuple[Tensor, Tensor], num_
     input_ids_BT, labels_BT = item
     targets_BT = labels_BT[:, 1:]
     kept_BT = targets_BT != IGNORED
-    logits_NV = replica.policy.logits(replica.policy.hidden_states(input_ids_BT[:, :-1])[kept_BT])
+    logits_NV = replica.policy.logits(replica.policy.hidden_states(input_ids_BT[:, :-1], use_cache=False)[kept_BT])
     loss = nn.functional.cross_entropy(logits_NV, targets_BT[kept_BT], reduction="sum") / num_tokens
     loss.backward()
     return loss.item()

@@ -22,7 +22,7 @@ def compute_token_stats(
         entropy_grad: let gradients flow through the entropy too, for an entropy bonus.
     """
     # Padding stands on the right, where causal attention never looks: no mask, and attention takes its fast path.
-    hidden_BTD = policy.hidden_states(batch.input_ids)
+    hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False)
     with policy.autocast():
         stats_N = token_stats(
             hidden_BTD[batch.response_mask].to(policy.head_weight.dtype),
