@@ -26,15 +26,10 @@ def scan_kernel(
     vocabulary,
     columns_per_split,
     exponent_scale,  # log2(e) / T: the hardware's exponential is one of base 2
-    D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    D: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """``m``, ``s``, ``a`` and the target's logit of a block of rows over one split of the vocabulary."""
     num_splits = tl.cdiv(vocabulary, columns_per_split)
     block, split = _grouped(tl.cdiv(num_rows, BLOCK_N), num_splits)
@@ -93,16 +88,11 @@ def grad_kernel(
     last,
     row_stride,
     inverse_temperature,
-    D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    D: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     ENTROPY_GRAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One tile of dL/dlogits for columns ``first`` to ``last``, by the formula atop triton.py."""
     block, column_block = _grouped(tl.cdiv(num_rows, BLOCK_N), tl.cdiv(last - first, BLOCK_V))
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
