@@ -4,15 +4,14 @@
     python -m benchmarks.gpu --device cpu --small     (the same code in a minute on any machine)
 
 Decoding beside ``model.generate``, the head, the forks-only backward, and whole steps on random weights in the shapes
-of Qwen3-0.6B and 8B, beside the card's own limits, which are measured first. Each part is a process of its own with its
-own share of the time. What a part has written counts even if it fails or runs over, which is recorded with its last
-words; the others go on, and the file is written anew after each.
+of Qwen3-0.6B, beside TRL's where that is installed, and 8B, beside the card's own limits, which are measured first.
+Each part is a process of its own with its own share of the time. What a part has written counts even if it fails or
+runs over, which is recorded with its last words; the others go on, and the file is written anew after each.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -46,6 +45,7 @@ class Part(NamedTuple):
 FULL = (
     Part("gpu.limits", "", 40),
     Part("gpu.steps", "--shape 0.6B --response 2048", 70),
+    Part("gpu.peer", "--shape 0.6B --response 2048", 80),
     Part("head", "--hidden 1024 4096 --dtypes bfloat16", 100),
     Part(
         "decode",
@@ -60,6 +60,7 @@ FULL = (
 SMALL = (
     Part("gpu.limits", "--small", 60),
     Part("gpu.steps", "--shape tiny --response 16", 60),
+    Part("gpu.peer", "--shape tiny --response 16", 60),
     Part("head", "--small", 60),
     Part("decode", "--model 1x64 --ways forkrl generate --prompts 2 --group 2 --tokens 4 --repeats 1 --rounds 1", 60),
     Part("backward", "--lengths 64 --hidden 128 --layers 2", 60),
@@ -72,15 +73,18 @@ def main() -> None:
     chosen = [part for part in parts if options.only is None or part.module in options.only]
     began, outcomes = time.monotonic(), []
     options.out.mkdir(parents=True, exist_ok=True)
-    setting = describe_setting() | {"peer": describe_peer()}
+    setting = describe_setting()
     for part in chosen:
         left = TOTAL_S - (time.monotonic() - began)
         print(f"{left:4.0f} s left  {part.name}", flush=True)
         outcomes.append(run_part(part, options.device, min(part.seconds, left)))
         print(f"             {outcomes[-1]['failed'] or 'done'} in {outcomes[-1]['seconds']:.0f} s", flush=True)
         path = options.out / f"gpu{'-small' if options.small else ''}.json"
-        write_text(path, json.dumps({"setting": setting, "parts": outcomes}, indent=2) + "\n")
+        result = {"setting": setting, "parts": outcomes, "peer": compare_with_peer(outcomes)}
+        write_text(path, json.dumps(result, indent=2) + "\n")
     show(outcomes)
+    print()
+    show_rows(compare_with_peer(outcomes))
     print(f"written to {path}")
     sys.exit(any(outcome["failed"] for outcome in outcomes))
 
@@ -100,10 +104,27 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def describe_peer() -> str:
-    """Whole steps are to be compared with TRL's (benchmarks.step_time does it on a CPU)."""
-    found = importlib.util.find_spec("trl") is not None
-    return "TRL is here, but no part measures it on an accelerator yet" if found else "TRL cannot be imported here"
+def compare_with_peer(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our stages beside those of the peer on the same shape and length; ``ratio`` is how many times ours it takes."""
+    results = {name: result["cases"] for outcome in outcomes for name, result in outcome["results"].items()}
+    rows = []
+    for name in [name for name in results if name.startswith("peer-")]:
+        peer = {case["stage"]: case for case in results[name] if "seconds" in case}
+        for case in results.get(name.replace("peer-", "steps-"), []):
+            other = peer.get(case["stage"].partition(",")[0])
+            if other and "seconds" in case:
+                rows.append(
+                    {
+                        "of": name.removeprefix("peer-"),
+                        "stage": case["stage"],
+                        "seconds": case["seconds"],
+                        "peer_seconds": other["seconds"],
+                        "ratio": other["seconds"] / case["seconds"],
+                        "peak_bytes": case["peak_bytes"],
+                        "peer_peak_bytes": other["peak_bytes"],
+                    }
+                )
+    return rows
 
 
 def run_part(part: Part, device: str, seconds: float) -> dict[str, Any]:
@@ -143,8 +164,12 @@ def show(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         print(f"\n{outcome['part']}{': ' if outcome['failed'] else ''}{outcome['failed']}")
         for result in outcome["results"].values():
-            for case in result["cases"]:
-                print("  " + "  ".join(f"{key} {short(value)}" for key, value in case.items()))
+            show_rows(result["cases"])
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print("  " + "  ".join(f"{key} {short(value)}" for key, value in row.items()))
 
 
 def short(value: object) -> str:

@@ -138,9 +138,14 @@ def build_optimizer(model: Qwen3ForCausalLM, shape: Shape) -> torch.optim.Optimi
     return getattr(torch.optim, shape.optimizer)(model.parameters(), lr=1e-6)  # type: ignore[no-any-return]
 
 
+def count_sequences(shape: Shape, response: int) -> int:
+    """Sequences of a step, whole groups of them."""
+    return max(GROUP, shape.tokens_per_step // response)
+
+
 def build_batch(shape: Shape, options: argparse.Namespace) -> TokenBatch:
     """Random responses of full length with advantages of both signs; statistics come later."""
-    num_sequences, length = max(GROUP, shape.tokens_per_step // options.response), PROMPT + options.response
+    num_sequences, length = count_sequences(shape, options.response), PROMPT + options.response
     ids = torch.randint(shape.vocabulary, (num_sequences, length), device=options.device)
     mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     response_mask, nothing = mask.clone(), torch.zeros_like(mask, dtype=torch.float32)
@@ -165,25 +170,34 @@ def measure_limits(options: argparse.Namespace) -> Limits:
 
 def attempt(work: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
     """The figures of a stage with its peak memory, or why it failed."""
-    on_gpu = torch.device(device).type == "cuda"
     gc.collect()
-    if on_gpu:
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(device)
     try:
         figures = work()
     except (RuntimeError, ValueError) as error:  # out of memory is one of these
         return {"failed": str(error).strip().splitlines()[0]}
-    if on_gpu:
-        return {"peak_bytes": torch.cuda.max_memory_allocated()} | figures
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | figures
+    return {"peak_bytes": peak_bytes(device)} | figures
+
+
+def reset_peak(device: str) -> None:
+    """Count the peak from here; a CPU's is that of the process and cannot be reset."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that was in use at once since the peak was reset."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_rollout(policy: Policy, shape: Shape, options: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     """Seconds of a whole rollout, from reading the prompts and from two windows of decoding."""
     response: int = options.response
-    window = min(shape.window, response // 2)
-    num_sequences = max(GROUP, shape.tokens_per_step // response)
+    num_sequences = count_sequences(shape, response)
     engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=2**20, max_sequences=2**20)
 
     def seconds(prompt_tokens: int, tokens: int) -> float:
@@ -196,23 +210,36 @@ def measure_rollout(policy: Policy, shape: Shape, options: argparse.Namespace, l
         synchronize(options.device)
         return time.perf_counter() - began
 
+    times = extrapolate_rollout(seconds, response, shape.window)
+    rollout_s: float = times["seconds"]
+    read = PROMPT / GROUP  # a group's prompt is read once
+    flops = num_sequences * (response * head_flops(shape) + (read + response) * layer_flops(shape, response))
+    bytes_per_token = 2 * matrix_weights(shape) + num_sequences * (PROMPT + response / 2) * cache_bytes(shape)
+    return times | {
+        "tokens_per_s": num_sequences * response / rollout_s,
+        "flops": flops,
+        "share": flops / rollout_s / limits.flops,
+        "bandwidth_share": bytes_per_token * response / rollout_s / limits.num_bytes,
+    }
+
+
+def extrapolate_rollout(seconds: Callable[[int, int], float], response: int, window: int) -> dict[str, Any]:
+    """Seconds of a rollout from its first and its last tokens.
+
+    Args:
+        seconds: what reading prompts of so many tokens and writing so many to each takes.
+        response: tokens of every response.
+        window: how many tokens are written at either end, at most half of them.
+    """
+    window = min(window, response // 2)
+
     def seconds_per_token(before: int) -> float:
         return (seconds(PROMPT + before, window + 1) - seconds(PROMPT + before, 1)) / window
 
     seconds(PROMPT, 3)  # warm
     early_s, late_s = seconds_per_token(0), seconds_per_token(response - window - 1)
     rollout_s = seconds(PROMPT, 1) + (response - 1) * (early_s + late_s) / 2
-    read = PROMPT / GROUP  # a group's prompt is read once
-    flops = num_sequences * (response * head_flops(shape) + (read + response) * layer_flops(shape, response))
-    bytes_per_token = 2 * matrix_weights(shape) + num_sequences * (PROMPT + response / 2) * cache_bytes(shape)
-    return {
-        "seconds": rollout_s,
-        "seconds_per_token": {"early": early_s, "late": late_s},
-        "tokens_per_s": num_sequences * response / rollout_s,
-        "flops": flops,
-        "share": flops / rollout_s / limits.flops,
-        "bandwidth_share": bytes_per_token * response / rollout_s / limits.num_bytes,
-    }
+    return {"seconds": rollout_s, "seconds_per_token": {"early": early_s, "late": late_s}}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.__main__ import Part, run_part
-from benchmarks.gpu.steps import RATIO, SHAPES, build_settings, matrix_weights
+from benchmarks.gpu.__main__ import Part, compare_with_peer, run_part
+from benchmarks.gpu.steps import RATIO, SHAPES, build_settings, extrapolate_rollout, matrix_weights
 from forkrl.config import TrainConfig
 from tests.foreign_machine import without_packages
 
@@ -37,6 +38,47 @@ def test_parts_run_where_nothing_is_installed(tmp_path: Path) -> None:
     ways = {case["way"]: case for case in head["results"]["head"]["cases"]}
     assert ways["ours, chunked"]["best_peer_with_entropy"] == "materialised"
     assert "No module named 'verl'" in ways["verl"]["failed"]
+
+
+def test_a_peer_that_is_missing_is_told_and_is_no_failure(tmp_path: Path) -> None:
+    (peer,) = run_small(tmp_path, "gpu.peer")
+    missing = {"stage": "step", "failed": "trl is not installed: pip install trl==1.16.0"}
+    assert peer["results"]["peer-tiny-16"]["cases"] == [missing] and not peer["failed"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason='needs the extra "bench"')
+def test_the_peer_takes_the_same_step() -> None:
+    outcome = run_part(Part("gpu.peer", "--shape tiny --response 16", 60), "cpu", 60)
+    assert not outcome["failed"]
+    cases = {case["stage"]: case for case in outcome["results"]["peer-tiny-16"]["cases"]}
+    assert list(cases) == ["rollout", "update", "step"]
+    seconds = [case["seconds"] for case in cases.values()]
+    assert all(value > 0 for value in seconds) and sum(seconds[:2]) == pytest.approx(seconds[2])
+    assert cases["step"]["tokens_per_s"] == pytest.approx(16 * 16 / seconds[2])
+
+
+def test_our_stages_stand_beside_the_peers_of_the_same_shape_and_length() -> None:
+    def outcome(name: str, **seconds: float) -> dict[str, Any]:
+        cases = [{"stage": key.replace("_", ", "), "seconds": value, "peak_bytes": 1} for key, value in seconds.items()]
+        return {"results": {name: {"cases": [*cases, {"stage": "update, late", "failed": "out of memory"}]}}}
+
+    ours = [outcome("steps-a-16", rollout=2.0, step_dense=4.0, step_few=3.0), outcome("steps-b-16", rollout=9.0)]
+    rows = compare_with_peer([*ours, outcome("peer-a-16", rollout=6.0, update=1.0, step=6.0)])
+    assert [(row["of"], row["stage"], row["ratio"]) for row in rows] == [
+        ("a-16", "rollout", 3.0), ("a-16", "step, dense", 1.5), ("a-16", "step, few", 2.0),
+    ]  # fmt: skip
+    assert compare_with_peer(ours) == []
+
+
+def test_two_windows_stand_for_a_whole_rollout() -> None:
+    """Where each token takes longer than the one before by as much."""
+
+    def seconds(prompt: int, tokens: int) -> float:
+        return 5.0 + sum(1.0 + 0.01 * (prompt + before) for before in range(1, tokens))
+
+    told = extrapolate_rollout(seconds, response=200, window=8)
+    assert told["seconds"] == pytest.approx(seconds(64, 200), rel=1e-3)
+    assert told["seconds_per_token"]["early"] < told["seconds_per_token"]["late"]
 
 
 @pytest.mark.parametrize(
