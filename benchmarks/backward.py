@@ -5,7 +5,8 @@
 Random weights in a Qwen3 shape (grouped queries 2:1), given as POSITIONS:WIDTHxLAYERS; one sequence, every position a
 response token, the given share of them selected at random; one gradient of the sum of the selected log-probs. Each case
 runs in a process of its own, so that its peak memory is its own: what the process holds above the model itself. Seconds
-are the processor's, of one thread; forks-only counts its pass without gradients. Where the shape allows it in
+are the processor's, of one thread; forks-only counts its pass without gradients, as it is where entropies are known
+(it then ends at the last layer's keys and values). Where the shape allows it in
 reasonable time, operations are counted (of matrix products; in attention the half that a causal mask leaves) and the
 cosine with the dense gradient is taken, of the whole and of the first and last layers. With random weights and random
 places it says little of a trained model (benchmarks/fidelity.py does); how time and memory grow is what this measures.

@@ -6,7 +6,7 @@
 Each run is ``forkrl train`` on one thread, evaluated every few steps on the held-out problems. Runs take turns, seed
 by seed, so that whatever else the machine does falls on all of them; the result is written after each, and a run that
 it holds already is not made again. Curves are means over seeds with 95% intervals (Student's t), against steps and
-against seconds of rollouts and updates.
+against the seconds of their steps.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def main() -> None:
     path = RESULTS / f"{options.name}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"setting": {}, "cases": []}
     if not options.plot:
-        setting = {**describe_setting(), "recipe": options.recipe, "overrides": options.overrides}
-        run_missing(options, known["cases"], known["setting"] or setting)
+        work = {"recipe": options.recipe, "overrides": options.overrides, "every": options.every}
+        if known["cases"] and any(known["setting"][key] != value for key, value in work.items()):
+            raise SystemExit(f"{path} holds runs of other settings; move it away, or choose another --name")
+        run_missing(options, known["cases"], known["setting"] or {**describe_setting(), **work})
     show(known["cases"])
     if options.plot:
         plot(known["cases"], options.plot)
@@ -85,7 +87,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> list[dict[str, f
 
 
 def curve(case: dict[str, Any]) -> tuple[list[int], list[float], list[float]]:
-    """Steps evaluated, seconds of rollouts and updates until then, held-out accuracy."""
+    """Steps evaluated, seconds of steps until then, held-out accuracy."""
     seconds, now, points = 0.0, {}, []
     for record in case["records"]:
         seconds += record.get("time/step_s", 0.0)
@@ -114,7 +116,7 @@ def show(cases: list[dict[str, Any]]) -> None:
         finals = " ".join(f"{value:.3f}" for value in accuracy_SX[:, -1])
         print(
             f"{way:25} seeds {len(curves)}  last {finals}  gain {100 * gain[0]:+.1f} ± {100 * half[0]:.1f} points  "
-            f"updates {np.mean(update):.1f} s  rollouts and updates {np.mean(whole):.1f} s"
+            f"updates {np.mean(update):.1f} s  steps {np.mean(whole):.1f} s"
         )
 
 
@@ -137,7 +139,7 @@ def plot(cases: list[dict[str, Any]], path: str) -> None:
             axes.plot(x_X, mean_X, color=colour, label=f"{way} ({len(curves)} seeds)")
             axes.fill_between(x_X, mean_X - half_X, mean_X + half_X, color=colour, alpha=0.15, linewidth=0)
     by_step.set(xlabel="step", ylabel="held-out accuracy")
-    by_time.set(xlabel="seconds of rollouts and updates, one thread")
+    by_time.set(xlabel="seconds of steps, one thread")
     by_step.legend(frameon=False, loc="lower right", fontsize="small")
     for axes in (by_step, by_time):
         axes.spines[["top", "right"]].set_visible(False)

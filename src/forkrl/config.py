@@ -203,8 +203,9 @@ class ForksOnlyConfig(Section):
     """This share of the other tokens, drawn at random, runs with gradients as well, each counting 1 / sampled times:
     on average over draws the gradient is then the exact one."""
     kept_mib: Count = 1024
-    """Keys and values that each replica keeps between the pass that measures entropies for a selection over the whole
-    mini-batch and the gradient. Those that do not fit are computed again; no number changes."""
+    """For a selection over the whole mini-batch: keys and values that each replica keeps from the pass that measures
+    entropies for the gradient. Those that do not fit are computed again; no number changes. Not with projections, whose
+    keys and values hold all that made them."""
 
 
 class EvalConfig(Section):
@@ -307,6 +308,16 @@ class TrainConfig(Section):
             raise ValueError(
                 f"forks_only.projections and forks_only.sampled = {self.forks_only.sampled} would count the same "
                 f"gradients twice; set one of them"
+            )
+        selection, default = self.selection, ForksOnlyConfig().kept_mib
+        ahead = selection.entropy == "current" and (
+            selection.rule == "threshold"
+            or (selection.scope == "mini_batch" and selection.rule in ("top_entropy", "bottom_entropy"))
+        )
+        if self.forks_only.kept_mib != default and (self.forks_only.projections or not ahead):
+            raise ValueError(
+                f"forks_only.kept_mib = {self.forks_only.kept_mib} is read only for a selection by current entropies "
+                f"over the mini-batch, without forks_only.projections; leave it out"
             )
 
 

@@ -64,6 +64,8 @@ class Share(NamedTuple):
     selected_BT: Tensor
     entropy_BT: Tensor
     losses: dict[str, float]
+    num_carrying: int
+    """Selected tokens of sequences with an advantage: those that move the weights, which the figures below are of."""
     sums: dict[str, float]
     ratio_max: float
 
@@ -116,6 +118,8 @@ def update_policy(
     replicas.zero_gradients()
     shares = replicas.map(accumulate_gradient, work, counts, config, sizes=_sizes(micro_batches))
     replicas.sum_gradients()
+    if not any(share.num_carrying for share in shares):
+        _set_zero_gradients(replicas.policy)
     grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
 
     if ahead is not None and ahead.entropy_BT is not None:
@@ -126,7 +130,7 @@ def update_policy(
         for rows_B, share in zip(cuts, shares, strict=True):
             width = share.selected_BT.shape[1]
             selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = share.selected_BT, share.entropy_BT
-    num_seen = max(1, sum(int(share.selected_BT.sum()) for share in shares))
+    num_seen = max(1, sum(share.num_carrying for share in shares))
     metrics = {name: sum(share.losses[name] for share in shares) for name in shares[0].losses}
     metrics |= {name: sum(share.sums[name] for share in shares) / num_seen for name in shares[0].sums}
     metrics |= {"loss/ratio_max": max(share.ratio_max for share in shares), "grad/norm": grad_norm}
@@ -142,6 +146,13 @@ def _rows_with_gradient(mini_batch: TokenBatch, config: TrainConfig) -> Tensor:
         return torch.arange(len(mini_batch))
     live_B = mini_batch.advantages.cpu().nonzero()[:, 0]
     return live_B if len(live_B) else torch.zeros(1, dtype=torch.int64)
+
+
+def _set_zero_gradients(policy: Policy) -> None:
+    """Where nothing has run with gradients, so that the optimizer moves as it does on a gradient of zeros."""
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _draw(mini_batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> Tensor | None:
@@ -179,6 +190,9 @@ def _run_forks(replica: Replica, work: Work, config: TrainConfig) -> tuple[Token
     policy, micro = replica.policy, work.micro
     settings, temperature = config.forks_only, config.rollout.temperature
     ahead = replica.kept.pop(work.number, None)
+    if ahead is None and work.chosen_BT is not None and work.entropy_known and not work.chosen_BT.any():
+        nothing_BT = torch.zeros_like(micro.old_logprobs)
+        return TokenStats(nothing_BT, nothing_BT), nothing_BT, work.chosen_BT
     if ahead is None:
         ahead = read_ahead(policy, micro, to_the_end=not work.entropy_known, projections=settings.projections)
     entropy_BT = None if work.entropy_known else entropies_ahead(policy, micro, ahead, temperature=temperature)
@@ -295,9 +309,10 @@ def measure_entropy(replica: Replica, item: tuple[int, TokenBatch], config: Trai
     if config.training.backward == "dense":
         with torch.no_grad():
             return compute_token_stats(replica.policy, micro, temperature=temperature).entropy
-    ahead = read_ahead(replica.policy, micro, to_the_end=True, projections=config.forks_only.projections)
+    ahead = read_ahead(replica.policy, micro, to_the_end=True)
     num_bytes = sum(kept.num_bytes for kept in [ahead, *replica.kept.values()])
-    if num_bytes <= config.forks_only.kept_mib * 2**20:
+    # With projections they hold the graph that made them, many times their size.
+    if not config.forks_only.projections and num_bytes <= config.forks_only.kept_mib * 2**20:
         replica.kept[number] = ahead._replace(hidden_BTD=None)
     return entropies_ahead(replica.policy, micro, ahead, temperature=temperature)
 
@@ -322,12 +337,13 @@ def _loss(
 ) -> tuple[Tensor, Share]:
     """This micro-batch's share of the mini-batch's loss, and of what is logged."""
     settings = config.loss
+    carrying_BT = selected_BT & (micro.advantages != 0)[:, None]
     policy = policy_loss(
         stats.logprobs,
         micro.old_logprobs,
         micro.advantages,
         micro.response_mask,
-        selected_BT,
+        carrying_BT,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
@@ -347,4 +363,5 @@ def _loss(
         f"loss/{name}": float(policy.metrics[name] * policy.metrics["num_selected"])
         for name in ("clip_fraction", "approx_kl")
     }
-    return loss, Share(selected_BT, entropy_BT, losses, sums, float(policy.metrics["ratio_max"]))
+    num_carrying, ratio_max = int(policy.metrics["num_selected"]), float(policy.metrics["ratio_max"])
+    return loss, Share(selected_BT, entropy_BT, losses, num_carrying, sums, ratio_max)

@@ -12,6 +12,7 @@ import torch
 from forkrl.backward import (
     compute_selected_stats,
     compute_token_stats,
+    forks_only,
     read_ahead,
     require_forks_only,
     selected_attention,
@@ -23,7 +24,7 @@ from forkrl.model import Policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.types import Prompt, SamplingParams, TokenBatch
-from forkrl.update import _running_weights, update_policy
+from forkrl.update import _running_weights, measure_entropy, update_policy
 from tests.models import random_policy
 from tests.numerics.test_update import recipe
 
@@ -222,8 +223,7 @@ def test_every_setting_changes_the_gradient_and_nothing_else(scope: str) -> None
         assert cosine(one, other) < 0.9999
 
 
-@pytest.mark.parametrize("projections", [False, True])
-def test_keys_and_values_that_are_kept_change_nothing(projections: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_that_are_kept_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Off-policy, over the mini-batch: one pass a micro-batch where there is room for its keys and values, else two."""
     policy = random_policy()
     batch = make_batch(policy)
@@ -240,7 +240,7 @@ def test_keys_and_values_that_are_kept_change_nothing(projections: bool, monkeyp
         working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
         config = recipe(
             training={"mini_batch_prompts": 6, "backward": "forks_only", "micro_batch_tokens": 90},
-            forks_only={"projections": projections, "kept_mib": kept_mib},
+            forks_only={"kept_mib": kept_mib},
             selection={"scope": "mini_batch", "ratio": 0.1},
         )
         optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
@@ -255,6 +255,70 @@ def test_keys_and_values_that_are_kept_change_nothing(projections: bool, monkeyp
     assert one.metrics["loss/clip_fraction"] == pytest.approx(other.metrics["loss/clip_fraction"])
     for grad, same in zip(grads, same_grads, strict=True):
         torch.testing.assert_close(same, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_what_is_kept_stays_within_its_limit() -> None:
+    """Seven micro-batches, room for the keys and values of two."""
+    policy = random_policy()
+    batch = make_batch(policy).rows([0, 0])
+    training = {"mini_batch_prompts": 6, "backward": "forks_only"}
+    config = recipe(training=training, selection={"scope": "mini_batch"})
+    size = read_ahead(policy, batch, to_the_end=True).num_bytes
+    room = config.forks_only.model_copy(update={"kept_mib": 2.5 * size / 2**20})
+    config = config.model_copy(update={"forks_only": room})
+    replica = Replicas(policy).local
+    for number in range(7):
+        measure_entropy(replica, (number, batch), config)
+    assert list(replica.kept) == [0, 1]
+    assert size == 2 * 2 * 2 * batch.input_ids.numel() * 8 * 4, "two layers, keys and values, two heads of 8, fp32"
+
+
+def test_sequences_with_unlike_numbers_of_tokens_are_not_padded_to_the_longest() -> None:
+    policy = random_policy()
+    batch = make_batch(policy)
+    selected = torch.zeros_like(batch.response_mask)
+    selected[0] = batch.response_mask[0]
+    for row in range(2, len(batch)):
+        selected[row, batch.response_mask[row].nonzero()[0]] = True
+    groups = selected_attention.lay_out(selected, None)
+    assert [len(group.rows_B) for group in groups] == [1, len(batch) - 2]
+    weights = torch.randn(selected.shape)
+    for projections in (False, True):
+        together = gradient(
+            policy,
+            (
+                compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections).logprobs
+                * weights
+            ).sum(),
+        )
+        alone = sum(
+            gradient(
+                policy,
+                (
+                    compute_selected_stats(
+                        policy, batch.rows([row]), selected[[row], :width], temperature=1.0, projections=projections
+                    ).logprobs
+                    * weights[[row], :width]
+                ).sum(),
+            )
+            for row, width in enumerate(batch.attention_mask.sum(1).tolist())
+            if selected[row].any()
+        )
+        assert (together - alone).norm() <= 1e-5 * together.norm()
+
+
+@pytest.mark.parametrize("backward", ["dense", "forks_only"])
+def test_the_optimizer_steps_where_no_sequence_has_an_advantage(backward: str) -> None:
+    """On a gradient of zeros AdamW still decays the weights, whatever runs."""
+    policy = random_policy()
+    batch = make_batch(policy)
+    batch.advantages.zero_()
+    batch.rollout_entropy[0] = 0  # the row that stands in for the others has no selected token
+    config = recipe(training={"mini_batch_prompts": 6, "backward": backward}, selection={"scope": "mini_batch"})
+    before = policy.head_weight.detach().clone()
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1, weight_decay=0.1)
+    update_policy(Replicas(policy), optimizer, batch, config, torch.Generator(), on_policy=True)
+    torch.testing.assert_close(policy.head_weight.detach(), before * 0.99)
 
 
 def test_a_micro_batch_without_selected_tokens_adds_nothing() -> None:
@@ -325,11 +389,51 @@ def test_layers_of_an_unknown_kind_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dynamic", {"factor": 2.0}),
+        ("longrope", {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
+    ],
+)
+def test_frequencies_that_depend_on_the_length_are_refused_by_name(kind: str, options: dict[str, Any]) -> None:
+    """The probe is too short to see them differ."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 64, **options}
+    policy = random_policy("llama", rope_parameters=rope)
+    with pytest.raises(UserError, match=f"does not fit LlamaForCausalLM.*rotary embedding of type {kind}"):
+        require_forks_only(policy)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_of_another_kind_is_refused_by_name(precision: str) -> None:
+    """Near the tolerance of bf16 a small random model would pass a comparison of log-probs."""
+    policy = random_policy(sharpness=1.0)
+    policy.model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="2 of its 2 layers do not attend through the interface .* is 'eager'"):
+        require_forks_only(Policy(policy.model, policy.tokenizer, precision))
+
+
+def test_layers_that_are_not_marked_are_refused_where_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks_only, "GradientCheckpointingLayer", torch.nn.Dropout)
+    require_forks_only(random_policy())
+    with pytest.raises(UserError, match="transformers does not tell which of its modules are its layers"):
+        require_forks_only(random_policy(), projections=True)
+
+
+def test_projections_and_weights_are_refused_together() -> None:
+    policy = random_policy()
+    batch = make_batch(policy)
+    weight = batch.response_mask.float() * 2
+    with pytest.raises(ValueError, match="would count the same gradients twice"):
+        compute_selected_stats(policy, batch, batch.response_mask, temperature=1.0, weight_BT=weight, projections=True)
+
+
+@pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"loss": {"kl_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
         ({"loss": {"entropy_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
         ({"model": {"gradient_checkpointing": True}}, "set model.gradient_checkpointing to false"),
+        ({"forks_only": {"kept_mib": 7}}, "forks_only.kept_mib = 7 is read only for a selection by current entropies"),
         ({"forks_only": {"projections": True, "sampled": 0.1}}, "count the same gradients twice; set one of them"),
     ],
     ids=str,

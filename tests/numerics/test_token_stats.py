@@ -148,6 +148,19 @@ def test_online_maximum_survives_large_logits(offset: float, backend: str, small
     assert_errs_no_more_than_naive(problem, torch.float32, backend, temperature=1.0, entropy_grad=True, tolerance=2e-5)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_large_logits_keep_their_digits(backend: str, entropy_grad: bool) -> None:
+    """Logits near 640, exact in fp32; a largest logit and the logarithm of a sum, added, would round it to 2^-14."""
+    problem = make_problem(11, 200, 1, torch.float32)
+    hidden, weight = torch.full((11, 1), 64.0), (640 + 2 * problem.weight.detach()) // 2**-10 * 2**-16
+    problem = problem._replace(hidden=hidden, weight=weight, bias=torch.zeros(200))
+    assert_errs_no_more_than_naive(
+        problem, torch.float32, backend, temperature=1.0, entropy_grad=entropy_grad, tolerance=1e-5
+    )
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("entropy_grad", [False, True])
 def test_gradcheck(backend: str, entropy_grad: bool, small_tiles: None) -> None:

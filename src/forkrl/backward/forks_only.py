@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forkrl.attention import attending_by, grouped_attention
-from forkrl.backward.selected_attention import Layout, attention_dtype, lay_out, selected_attention
+from forkrl.backward.selected_attention import Group, attention_dtype, lay_out, selected_attention
 from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.token_stats import token_stats
@@ -61,7 +61,8 @@ def read_ahead(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projectio
         projections: let gradients flow from keys and values into what made them of the layer's input, and no further.
     """
     layers: dict[int, KeysAndValues] = {}
-    last = None if to_the_end else policy.model.config.get_text_config().num_hidden_layers - 1
+    num_layers = policy.model.config.get_text_config().num_hidden_layers
+    last = None if to_the_end else num_layers - 1
 
     def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         index: Any = module.layer_idx
@@ -74,6 +75,11 @@ def read_ahead(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projectio
     gradients = torch.set_grad_enabled(projections)
     with suppress(_LastKeysKnown), gradients, _constant_inputs(policy, projections), attending_by(record):
         hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False).detach()
+    if layers.keys() != set(range(num_layers)):
+        raise ValueError(
+            f"{num_layers - len(layers)} of its {num_layers} layers do not attend through the interface of "
+            f"transformers; its attention is {policy.model.config._attn_implementation!r}"
+        )
     return ReadAhead(layers, hidden_BTD)
 
 
@@ -105,16 +111,22 @@ def compute_selected_stats(
             with probability ``p`` to run; 0 at the rest. None: the selected alone run.
         projections: at positions that do not run too, give the projections of keys and values their gradients.
         ahead: of the same batch and weights, with the same ``projections``; None: it is made here.
+
+    Raises:
+        ValueError: ``projections`` together with weights above 1, which would count the same gradients twice; a model
+            whose layers do not attend through the interface of ``transformers``.
     """
+    if projections and weight_BT is not None and bool((weight_BT > 1).any()):
+        raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")
     if ahead is None:
         ahead = read_ahead(policy, batch, to_the_end=False, projections=projections)
     running_BT = selected_BT if weight_BT is None else weight_BT > 0
     if not selected_BT.any():
         nothing_BT = torch.zeros_like(batch.old_logprobs)
         return TokenStats(nothing_BT, nothing_BT)
-    layout = lay_out(running_BT, weight_BT)
+    groups = lay_out(running_BT, weight_BT)
     position_1N = running_BT.nonzero()[:, 1][None]
-    with attending_by(_attention_to(policy, ahead, layout)):
+    with attending_by(_attention_to(policy, ahead, groups)):
         hidden_1ND = policy.hidden_states(
             batch.input_ids[running_BT][None], _no_mask(policy), position_ids=position_1N, use_cache=False
         )
@@ -122,7 +134,10 @@ def compute_selected_stats(
 
 
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
-    """Refuse a model whose log-probs are not the same by this way: one with state beside its keys and values.
+    """Refuse a model that this way does not fit.
+
+    That is one with state beside its keys and values, with attention of its own, or with a rotary embedding whose
+    frequencies depend on the length of what runs; for ``projections``, one whose layers are not marked as such.
 
     Raises:
         UserError: naming the model.
@@ -136,9 +151,10 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     selected = mask & (torch.arange(16, device=policy.device) % 3 == 0)
     try:
         _windows(policy)
+        _require_steady_positions(policy)
         stats = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections)
         sparse = stats.logprobs.detach()[selected]
-    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
         raise UserError(f"{refusal} ({type(error).__name__}: {error})") from error
     with torch.no_grad():
         logits = policy.logits(policy.hidden_states(batch.input_ids)[selected])
@@ -155,13 +171,15 @@ class _LastKeysKnown(Exception):
 def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
     """Inside, every layer takes its input for a constant, so that gradients stay within a layer."""
 
-    def detach_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].detach(), *args[1:])
+    def detach_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].detach(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
 
     layers = [module for module in policy.decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if wanted and not layers:
-        raise ValueError("transformers does not tell which of its modules are layers")
-    hooks = [layer.register_forward_pre_hook(detach_first) for layer in layers] if wanted else []
+    if wanted and len(layers) != policy.model.config.get_text_config().num_hidden_layers:
+        raise ValueError("transformers does not tell which of its modules are its layers")
+    hooks = [layer.register_forward_pre_hook(detach_input, with_kwargs=True) for layer in layers] if wanted else []
     try:
         yield
     finally:
@@ -169,7 +187,7 @@ def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
             hook.remove()
 
 
-def _attention_to(policy: Policy, ahead: ReadAhead, layout: Layout) -> Any:
+def _attention_to(policy: Policy, ahead: ReadAhead, groups: list[Group]) -> Any:
     """Attention of the running positions, packed as one sequence, to the keys of their own sequences."""
     windows = _windows(policy)
 
@@ -180,10 +198,19 @@ def _attention_to(policy: Policy, ahead: ReadAhead, layout: Layout) -> Any:
         index: Any = module.layer_idx
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         constants = ahead.layers[index]
-        mixed = selected_attention(query, key, value, *constants, layout, scaling=scaling, window=windows[index])
+        mixed = selected_attention(query, key, value, *constants, groups, scaling=scaling, window=windows[index])
         return mixed, None
 
     return attention
+
+
+def _require_steady_positions(policy: Policy) -> None:
+    """Some rotary embeddings choose their frequencies by the last position that runs: not the same in both passes."""
+    for module in policy.decoder.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind):
+                raise ValueError(f"rotary embedding of type {kind}, whose frequencies depend on the length")
 
 
 def _windows(policy: Policy) -> list[int | None]:

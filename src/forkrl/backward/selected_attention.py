@@ -7,6 +7,8 @@ block of scores; queries come in order, so a block reads only the keys before it
 A position that runs with weight ``w`` was drawn with probability ``1 / w``. The gradient that reaches its key and value
 from other positions counts ``w`` times, so that on average over draws every path through it counts once.
 
+Sequences with unlike numbers of running positions attend in groups, so that no row is padded beyond its double.
+
 Shapes: ``B`` sequences, ``T`` positions, ``S`` running positions of the sequence with the most, ``N`` running positions
 in all; ``H`` query heads, ``K`` heads of keys, ``G`` query heads to each, ``C`` channels; ``R`` queries of a block,
 ``M`` the keys it reads.
@@ -28,7 +30,7 @@ SCORES = 1 << 26
 
 
 class Layout(NamedTuple):
-    """Where the running positions stand. They are packed, ``[N]``, by sequence and in order."""
+    """Where the running positions of some sequences stand. They are packed, ``[N]``, by sequence and in order."""
 
     place_BS: Tensor
     """Position of each in its sequence; padded with ``T``."""
@@ -42,20 +44,48 @@ class Layout(NamedTuple):
     """For each column ``S``, the lowest and the highest place in it."""
 
 
-def lay_out(running_BT: Tensor, weight_BT: Tensor | None) -> Layout:
-    """The layout of the positions that run: True in ``running_BT``, with a weight if they do not all count once."""
-    num_positions, longest = running_BT.shape[1], max(1, int(running_BT.sum(1).max()))
+class Group(NamedTuple):
+    """Sequences of a batch with like numbers of running positions."""
+
+    rows_B: Tensor
+    slots_N: Tensor
+    """Their positions among the packed ones of the whole batch."""
+    layout: Layout
+
+
+def lay_out(running_BT: Tensor, weight_BT: Tensor | None) -> list[Group]:
+    """Where everything that runs stands: True in ``running_BT``, with a weight if not all of it counts once."""
+    counts = running_BT.sum(1).tolist()
+    slots_B = torch.arange(sum(counts), device=running_BT.device).split(counts)
+    groups: list[list[int]] = []
+    for row in sorted((row for row, count in enumerate(counts) if count), key=lambda row: -counts[row]):
+        if groups and 2 * counts[row] >= counts[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [
+        Group(
+            torch.tensor(rows, device=running_BT.device),
+            torch.cat([slots_B[row] for row in rows]),
+            _lay_out_rows(running_BT[rows], None if weight_BT is None else weight_BT[rows]),
+        )
+        for rows in map(sorted, groups)
+    ]
+
+
+def _lay_out_rows(running_BT: Tensor, weight_BT: Tensor | None) -> Layout:
+    num_positions, longest = running_BT.shape[1], int(running_BT.sum(1).max())
     place_BS = running_BT.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     real_BS = running_BT.gather(1, place_BS)
     slot_BS = real_BS.flatten().cumsum(0).view_as(real_BS) - 1
     weight_BS = None if weight_BT is None else weight_BT.gather(1, place_BS)
     place_BS = place_BS.where(real_BS, num_positions)
     bounds = torch.stack(place_BS.aminmax(dim=0), 1).tolist()
-    return Layout(place_BS, slot_BS.clamp_min(0), real_BS, weight_BS, [(low, high) for low, high in bounds])
+    return Layout(place_BS, slot_BS, real_BS, weight_BS, [(low, high) for low, high in bounds])
 
 
 def selected_attention(
-    query: Tensor, key: Tensor, value: Tensor, all_keys: Tensor, all_values: Tensor, layout: Layout,
+    query: Tensor, key: Tensor, value: Tensor, all_keys: Tensor, all_values: Tensor, groups: list[Group],
     *, scaling: float, window: int | None,
 ) -> Tensor:  # fmt: skip
     """Attention ``[1, N, H, C]`` of packed queries to all keys of their own sequences.
@@ -64,14 +94,32 @@ def selected_attention(
         query: ``[1, H, N, C]``.
         key, value: ``[1, K, N, C]``: equal to those in ``all_keys`` and ``all_values``; they receive the gradient.
         all_keys, all_values: ``[B, K, T, C]``. If they require gradients, theirs is that of the other positions.
-        layout: of the packed positions.
+        groups: of the packed positions, by ``lay_out``.
         scaling: factor of the scores.
         window: how many positions a query sees, itself included; None: all before it.
     """
-    tensors = [attention_dtype(each) for each in (query, key, value, all_keys, all_values)]
+    packed = [attention_dtype(each) for each in (query, key, value)]
+    constant = [attention_dtype(each) for each in (all_keys, all_values)]
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores
-        mixed: Tensor = _SelectedAttention.apply(*tensors, layout, scaling, window)  # type: ignore[no-untyped-call]
+        if len(groups) == 1 and len(groups[0].rows_B) == len(all_keys):
+            mixed = _attend(packed, constant, groups[0].layout, scaling, window)
+        else:
+            parts = [
+                _attend(
+                    [each.index_select(2, group.slots_N) for each in packed],
+                    [each.index_select(0, group.rows_B) for each in constant],
+                    group.layout, scaling, window,
+                )
+                for group in groups
+            ]  # fmt: skip
+            order_N = torch.cat([group.slots_N for group in groups]).argsort()
+            mixed = torch.cat(parts, 2).index_select(2, order_N)
     return mixed.transpose(1, 2)
+
+
+def _attend(packed: list[Tensor], constant: list[Tensor], layout: Layout, scaling: float, window: int | None) -> Tensor:
+    mixed: Tensor = _SelectedAttention.apply(*packed, *constant, layout, scaling, window)  # type: ignore[no-untyped-call]
+    return mixed
 
 
 def attention_dtype(each: Tensor) -> Tensor:
@@ -261,10 +309,10 @@ def _scores(rows: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """``[B, K, G, R, M]`` of ``[B, K, G, R, C]`` and ``[B, K, M, C]``, fp32 at least."""
     shape = (*rows.shape[:-1], keys.shape[2])
     left, right = rows.flatten(2, 3), keys.transpose(2, 3)
-    if rows.dtype == _wide(rows):
-        return torch.matmul(left * scaling, right).view(shape)
-    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
-    return product.mul_(scaling).view(shape)
+    if rows.is_cuda and rows.dtype != _wide(rows) and torch.version.hip is None:
+        product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
+        return product.mul_(scaling).view(shape)
+    return torch.matmul(left.to(_wide(left)) * scaling, right.to(_wide(right))).view(shape)
 
 
 def _mix(weights: Tensor, values: Tensor) -> Tensor:

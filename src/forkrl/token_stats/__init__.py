@@ -78,10 +78,10 @@ def token_stats(
     ``entropy = -sum(p log p)`` in nats (arXiv 2506.01939v2, eq. 1). The matrix product is taken in the dtype given, as
     the model's own head would take it (autocast is honoured too); everything after it is fp32, or fp64 for fp64 inputs.
 
-    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" never hold
-    ``[N, V]``, and their backward computes only the rows whose incoming gradient is non-zero. "triton" does not round
-    the logits to the dtype given, so it errs less than the model's own head. A NaN row gives NaN statistics; a logit of
-    minus infinity gives NaN entropy.
+    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" never hold ``[N, V]``
+    (beyond one small tile), and their backward computes only the rows whose incoming gradient is non-zero. "triton"
+    does not round the logits to the dtype given, so it errs less than the model's own head. A NaN row gives NaN
+    statistics; a logit of minus infinity gives NaN entropy.
 
     Args:
         hidden: ``[N, D]``, last hidden states; fp16, bf16, fp32 or fp64.

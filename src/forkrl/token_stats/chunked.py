@@ -1,8 +1,8 @@
 """Token statistics in tiles of rows and vocabulary: memory does not grow with N x V, in either direction.
 
 Forward: for each block of rows, one pass over the vocabulary keeps a running maximum ``m``, ``s = sum(exp(z - m))`` and
-``a = sum(exp(z - m) (z - m))``; then ``lse = m + log s`` and ``H = log s - a / s``. Backward: the tiles are computed
-again, only for rows whose incoming gradient is non-zero (one tile that holds everything is kept instead), and
+``a = sum(exp(z - m) (z - m))``; then ``log p = (z - m) - log s`` and ``H = log s - a / s``. Backward: the tiles are
+computed again, only for rows whose incoming gradient is non-zero (one tile that holds everything is kept instead), and
 
     dL/dz_j = g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H).
 
@@ -49,15 +49,16 @@ def _scan_rows(
 ) -> Scanned:
     """The statistics of every row; the logits never outlive their tile, unless it is the only one."""
     num_rows, dtype = len(hidden_ND), torch.promote_types(hidden_ND.dtype, torch.float32)
-    logprobs_N, lse_N, entropy_N = (torch.empty(num_rows, dtype=dtype, device=hidden_ND.device) for _ in range(3))
+    found_4N = torch.empty(4, num_rows, dtype=dtype, device=hidden_ND.device)
     rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device, FORWARD_COLUMNS)
     if num_rows <= rows_per_tile and len(weight_VD) <= columns_per_tile:
         return _scan_vocabulary(hidden_ND, weight_VD, targets_N, bias_V, temperature, columns_per_tile, keep=True)
     for rows in slices(num_rows, rows_per_tile):
-        logprobs_N[rows], lse_N[rows], entropy_N[rows], _ = _scan_vocabulary(
+        scanned = _scan_vocabulary(
             hidden_ND[rows], weight_VD, targets_N[rows], bias_V, temperature, columns_per_tile, keep=False
         )
-    return Scanned(logprobs_N, lse_N, entropy_N)
+        found_4N[:, rows] = torch.stack(scanned[:4])
+    return Scanned(*found_4N)
 
 
 def _scan_vocabulary(
@@ -90,7 +91,7 @@ def _scan_vocabulary(
     log_s_R = s_R.log()
     # s is at least 1 and a at most 0, whatever the rounding: the entropy cannot come out negative.
     log_p_RV = z_RC.sub_(log_s_R[:, None]) if keep else None
-    return Scanned((target_R - m_R) - log_s_R, m_R + log_s_R, log_s_R - a_R / s_R, log_p_RV)
+    return Scanned((target_R - m_R) - log_s_R, m_R, log_s_R, log_s_R - a_R / s_R, log_p_RV)
 
 
 def _backward_tiles(
@@ -102,7 +103,7 @@ def _backward_tiles(
     needs: Needs,
 ) -> Gradients:
     """Gradients of the given rows, of the weight and of the bias, each where needed; summed in fp32 at least."""
-    num_rows, dtype = len(per_row.hidden), per_row.lse.dtype
+    num_rows, dtype = len(per_row.hidden), per_row.log_s.dtype
     sum_hidden = torch.zeros_like(per_row.hidden, dtype=dtype) if needs.hidden else None
     new = torch.empty_like if num_rows else torch.zeros_like  # any row writes all of them
     grad_weight_VD = new(weight_VD) if needs.weight else None
@@ -141,7 +142,8 @@ def _grad_logits_tile(
 ) -> Tensor:
     """dL/d(hidden @ weight.T + bias) on one tile, by the formula atop this file."""
     if tile.log_p is None:
-        log_p_RC = _logits_tile(tile.hidden, weight_VD, bias_V, columns, temperature).sub_(tile.lse[:, None])
+        z_RC = _logits_tile(tile.hidden, weight_VD, bias_V, columns, temperature)
+        log_p_RC = z_RC.sub_(tile.highest[:, None]).sub_(tile.log_s[:, None])
     else:
         log_p_RC = tile.log_p[:, columns].clone()  # a graph may be walked twice
     # d z / d logits = 1 / temperature goes into the row factors, which are few.

@@ -22,7 +22,8 @@ class Rows(NamedTuple):
 
     hidden: Tensor
     targets: Tensor
-    lse: Tensor
+    highest: Tensor
+    log_s: Tensor
     entropy: Tensor
     grad_logprobs: Tensor
     grad_entropy: Tensor
@@ -51,10 +52,14 @@ class Gradients(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """``[N]`` each, and all log-probs where they are few enough to keep: ``[N, V]`` or None."""
+    """``[N]`` each, and all log-probs where they are few enough to keep: ``[N, V]`` or None.
+
+    The largest logit and the logarithm of the sum stay apart: their sum would cost large logits their last digits.
+    """
 
     logprobs: Tensor
-    lse: Tensor
+    highest: Tensor
+    log_s: Tensor
     entropy: Tensor
     log_p: Tensor | None = None
 
@@ -110,8 +115,8 @@ class _LiveRowStats(autograd.Function):
         temperature: float,
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs_N, lse_N, entropy_N, log_p_NV = scan(hidden_ND, weight_VD, targets_N, bias_V, temperature)
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V, lse_N, entropy_N, log_p_NV)
+        logprobs_N, highest_N, log_s_N, entropy_N, log_p_NV = scan(hidden_ND, weight_VD, targets_N, bias_V, temperature)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V, highest_N, log_s_N, entropy_N, log_p_NV)
         ctx.differentiate, ctx.temperature, ctx.entropy_grad = differentiate, temperature, entropy_grad
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
@@ -120,11 +125,11 @@ class _LiveRowStats(autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, targets_N, bias_V, lse_N, entropy_N, log_p_NV = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, bias_V, highest_N, log_s_N, entropy_N, log_p_NV = ctx.saved_tensors
         live_N = grad_logprobs_N != 0  # true of NaN as well, which must reach the caller
         if ctx.entropy_grad:
             live_N |= grad_entropy_N != 0
-        per_row = Rows(hidden_ND, targets_N, lse_N, entropy_N, grad_logprobs_N, grad_entropy_N, log_p_NV)
+        per_row = Rows(hidden_ND, targets_N, highest_N, log_s_N, entropy_N, grad_logprobs_N, grad_entropy_N, log_p_NV)
         live = live_N.nonzero().squeeze(1)
         dense = len(live) == len(live_N)
         if not dense:  # gathering copies the rows, which a dense gradient can do without

@@ -121,7 +121,7 @@ def _combine_splits(partial_4SN: Tensor, temperature: float) -> Scanned:
     # s is at least 1, a at most 0 and the target's logit at most m, whatever the rounding: no log-prob comes out
     # positive and no entropy negative. Only the target's own split has written anything but 0 for it.
     logprobs_N = (target_SN.sum(0) - m_N) / temperature - log_s_N
-    return Scanned(logprobs_N, m_N / temperature + log_s_N, log_s_N - a_N / (s_N * temperature))
+    return Scanned(logprobs_N, m_N, log_s_N, log_s_N - a_N / (s_N * temperature))
 
 
 def _backward_slices(
@@ -173,7 +173,8 @@ def _grad_logits(
             weight_VD,
             per_row.targets,
             bias_V,
-            per_row.lse,
+            per_row.highest,
+            per_row.log_s,
             per_row.entropy,
             # d (x / T) / dx = 1 / T goes into the row factors, which are few. They may arrive expanded, with stride 0.
             (per_row.grad_logprobs / temperature).contiguous(),

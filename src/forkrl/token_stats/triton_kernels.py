@@ -78,7 +78,8 @@ def grad_kernel(
     weight_ptr,
     targets_ptr,
     bias_ptr,
-    lse_ptr,
+    m_ptr,
+    log_s_ptr,
     entropy_ptr,
     grad_logprobs_ptr,
     grad_entropy_ptr,
@@ -103,10 +104,11 @@ def grad_kernel(
         D, HAS_BIAS, EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, UPCAST,
     )  # fmt: skip
     inside = rows < num_rows
-    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    m = tl.load(m_ptr + rows, mask=inside, other=0.0)
+    log_s = tl.load(log_s_ptr + rows, mask=inside, other=0.0)
     grad_logprobs = tl.load(grad_logprobs_ptr + rows, mask=inside, other=0.0)
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1).to(tl.int32)
-    log_p = x * inverse_temperature - lse[:, None]
+    log_p = (x - m[:, None]) * inverse_temperature - log_s[:, None]
     p = tl.exp(log_p)
     if ENTROPY_GRAD:
         entropy = tl.load(entropy_ptr + rows, mask=inside, other=0.0)
