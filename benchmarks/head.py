@@ -187,12 +187,14 @@ def errors(problem: Problem, logprobs: Tensor, entropy: Tensor | None) -> dict[s
     true_logprobs, true_entropy, true_grad_logits = definition(logits, targets, problem.factors[rows].double())
     pieces = zip(true_grad_logits.split(4096, 1), weight.split(4096), strict=True)
     true_grad = sum(grad @ some.double() for grad, some in pieces)
-    naive_logprobs, naive_entropy, _ = definition((hidden @ weight.T).float(), targets, problem.factors[rows])
+    naive_logits = (hidden @ weight.T).float()
+    naive_logprobs, naive_entropy, naive_grad_logits = definition(naive_logits, targets, problem.factors[rows])
     found = {"logprobs": (logprobs[rows], true_logprobs), "naive_logprobs": (naive_logprobs, true_logprobs)}
     if entropy is not None:
         found |= {"entropy": (entropy[rows], true_entropy), "naive_entropy": (naive_entropy, true_entropy)}
     if problem.hidden.grad is not None:
-        found |= {"grad_hidden": (problem.hidden.grad[rows], true_grad)}
+        naive_grad = naive_grad_logits.to(weight.dtype) @ weight
+        found |= {"grad_hidden": (problem.hidden.grad[rows], true_grad), "naive_grad_hidden": (naive_grad, true_grad)}
     return {name: float((one.double() - true).norm() / true.norm()) for name, (one, true) in found.items()}
 
 
