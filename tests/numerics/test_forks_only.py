@@ -31,10 +31,11 @@ from tests.numerics.test_update import recipe
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral with a sliding window", "gemma3", "gpt2"]
 
 
-@pytest.fixture(params=[1, 600, 1 << 19], ids="blocks of {} scores".format)
+@pytest.fixture(params=[(1, 5), (600, 7), (1 << 19, 4096)], ids="tiles of {0[0]} scores, {0[1]} keys".format)
 def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One query a block, a few, all."""
-    monkeypatch.setattr(selected_attention, "SCORES_CPU", request.param)
+    """One query a block, a few, all; a few keys a tile, and all."""
+    monkeypatch.setattr(selected_attention, "SCORES_CPU", request.param[0])
+    monkeypatch.setattr(selected_attention, "COLUMNS_CPU", request.param[1])
 
 
 def make_batch(policy: Policy) -> TokenBatch:

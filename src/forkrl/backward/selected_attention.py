@@ -2,7 +2,7 @@
 
 The keys and values of every position are there already, those of the few among them: nothing need be copied into
 place, and where the others are constants, the gradient of keys and values is one of few positions to few. Memory is a
-block of scores; queries come in order, so a block reads only the keys before its last query.
+tile of scores; queries come in order, so a block of them reads only the keys before its last one.
 
 A position that runs with weight ``w`` was drawn with probability ``1 / w``. The gradient that reaches its key and value
 from other positions counts ``w`` times, so that on average over draws every path through it counts once.
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SCORES_CPU = 1 << 19
-"""Scores of a block on a CPU: 2 MiB in fp32, which its cache holds."""
-SCORES = 1 << 26
-"""Scores of a block elsewhere."""
+SCORES_CPU, COLUMNS_CPU = 1 << 19, 1024
+"""Scores of a tile on a CPU, 2 MiB in fp32, which its cache holds; and its keys, which leave room for some queries."""
+SCORES, COLUMNS = 1 << 26, 16_384
+"""The same elsewhere."""
 
 
 class Layout(NamedTuple):
@@ -141,13 +141,18 @@ class _SelectedAttention(torch.autograd.Function):
         query_BKGSC = _group(_unpack(query, layout), key.shape[1])
         mixed_BKGSC, lse_BKGS = torch.empty_like(query_BKGSC), torch.empty_like(query_BKGSC[..., 0], dtype=_wide(query))
         for block in _blocks(layout, query.shape[1], all_keys.shape[2], window, query.device):
-            scores = _scores(query_BKGSC[..., block.rows, :], all_keys[:, :, block.columns], scaling)
-            _hide(scores, _query_places(layout, block.rows, all_keys.shape[2]), block, window)
-            highest = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(highest).exp_()
-            total = weights.sum(-1, keepdim=True)
+            part, place_BR = query_BKGSC[..., block.rows, :], _query_places(layout, block.rows, all_keys.shape[2])
+            highest = torch.full_like(part[..., :1], torch.finfo(_wide(part)).min, dtype=_wide(part))
+            total, mixed = torch.zeros_like(highest), torch.zeros_like(part, dtype=_wide(part))
+            for tile in block.tiles:
+                scores = _scores(part, all_keys[:, :, tile.columns], scaling)
+                _hide(scores, _sees(place_BR, tile.places(place_BR.device)[:, tile.clear :], window), tile.clear)
+                before, highest = highest, torch.maximum(highest, scores.amax(-1, keepdim=True))
+                weights, shrink = scores.sub_(highest).exp_(), (before - highest).exp()
+                total = total * shrink + weights.sum(-1, keepdim=True)
+                mixed = mixed * shrink + _mix(weights, all_values[:, :, tile.columns])
             lse_BKGS[..., block.rows] = (highest + total.log())[..., 0]
-            mixed_BKGSC[..., block.rows, :] = _mix(weights.div_(total), all_values[:, :, block.columns])
+            mixed_BKGSC[..., block.rows, :] = mixed / total
         mixed = _pack(mixed_BKGSC.flatten(1, 2), layout)
         ctx.save_for_backward(query, key, value, all_keys, all_values, mixed, lse_BKGS)
         ctx.layout, ctx.scaling, ctx.window = layout, scaling, window
@@ -163,26 +168,30 @@ class _SelectedAttention(torch.autograd.Function):
         grad_BKGSC = _group(_unpack(grad, layout) * layout.real_BS[:, None, :, None], num_kv)
         # The sum over keys of weight times its gradient, without either.
         dot_BKGS = (grad_BKGSC * _group(_unpack(mixed, layout), num_kv)).sum(-1, dtype=_wide(grad))
-        grad_query = torch.empty_like(query_BKGSC)
+        grad_query = torch.zeros_like(query_BKGSC, dtype=_wide(query))
         own = (all_keys, all_values) if to_all else (_unpack(key, layout), _unpack(value, layout))
         sums = [torch.zeros_like(each, dtype=_wide(each)) for each in own]
         for block in _blocks(layout, query.shape[1], all_keys.shape[2], window, query.device):
             part = _Part(*(each[..., block.rows, :] for each in (query_BKGSC, grad_BKGSC)),
                          *(each[..., block.rows] for each in (dot_BKGS, lse_BKGS)))  # fmt: skip
             place_BR = _query_places(layout, block.rows, all_keys.shape[2])
-            keys, values = all_keys[:, :, block.columns], all_values[:, :, block.columns]
-            weights, grad_scores = _again(part, keys, values, scaling, lambda s: _hide(s, place_BR, block, window))  # noqa: B023
-            grad_query[..., block.rows, :] = _mix(grad_scores, keys)
-            own_columns = block.columns
+            for tile in block.tiles:
+                columns = tile.columns
+                keys, values = all_keys[:, :, columns], all_values[:, :, columns]
+                seen_BRM = _sees(place_BR, tile.places(place_BR.device)[:, tile.clear :], window)
+                weights, grad_scores = _again(part, keys, values, scaling, seen_BRM, tile.clear)
+                grad_query[..., block.rows, :] += _mix(grad_scores, keys)
+                if to_all:
+                    sums[0][:, :, columns] += _mix_back(grad_scores, part.query)
+                    sums[1][:, :, columns] += _mix_back(weights, part.grad)
             if not to_all:
-                own_columns = slice(0, block.rows.stop)
-                keys, values = own[0][:, :, own_columns], own[1][:, :, own_columns]
-                seen = _sees(place_BR, layout.place_BS[:, own_columns], window)
-                weights, grad_scores = _again(part, keys, values, scaling, lambda s: _cover(s, seen))  # noqa: B023
+                columns = slice(0, block.rows.stop)
+                keys, values, places = own[0][:, :, columns], own[1][:, :, columns], layout.place_BS[:, columns]
+                weights, grad_scores = _again(part, keys, values, scaling, _sees(place_BR, places, window), 0)
                 for each in (weights, grad_scores):
                     _count(each, layout.weight_BS, block.rows)
-            sums[0][:, :, own_columns] += _mix_back(grad_scores, part.query)
-            sums[1][:, :, own_columns] += _mix_back(weights, part.grad)
+                sums[0][:, :, columns] += _mix_back(grad_scores, part.query)
+                sums[1][:, :, columns] += _mix_back(weights, part.grad)
         grads = [total.to(each.dtype) for total, each in zip(sums, own, strict=True)]
         rest: list[Tensor | None] = [None, None]
         if to_all:
@@ -206,27 +215,39 @@ class _Part(NamedTuple):
     lse: Tensor
 
 
+class _Tile(NamedTuple):
+    columns: slice
+    clear: int
+    """So many of its keys, from the first on, are seen by every query of the block."""
+
+    def places(self, device: torch.device) -> Tensor:
+        return torch.arange(self.columns.start, self.columns.stop, device=device)[None]
+
+
 class _Block(NamedTuple):
     rows: slice
-    columns: slice
-    hidden_from: int
-    """The first column that some query of the block does not see, where no window hides others."""
+    tiles: list[_Tile]
 
 
 def _blocks(
     layout: Layout, num_heads: int, num_positions: int, window: int | None, device: torch.device
 ) -> Iterator[_Block]:
-    budget = (SCORES_CPU if device.type == "cpu" else SCORES) // (len(layout.place_BS) * num_heads)
+    """Queries in order, as many at once as a tile has room for, each with the keys that it sees, tile by tile."""
+    budget, width = (SCORES_CPU, COLUMNS_CPU) if device.type == "cpu" else (SCORES, COLUMNS)
+    budget //= len(layout.place_BS) * num_heads
     start = 0
     while start < len(layout.bounds):
-        low = 0 if window is None else max(0, layout.bounds[start][0] - window + 1)
+        first = layout.bounds[start][0]
+        low = 0 if window is None else max(0, first - window + 1)
         stop, high = start, low
         while stop < len(layout.bounds):
             seen = min(num_positions, layout.bounds[stop][1] + 1)
-            if stop > start and (stop + 1 - start) * (seen - low) > budget:
+            if stop > start and (stop + 1 - start) * min(width, seen - low) > budget:
                 break
             stop, high = stop + 1, seen
-        yield _Block(slice(start, stop), slice(low, high), layout.bounds[start][0] + 1)
+        tiles = [slice(column, min(column + width, high)) for column in range(low, high, width)]
+        clear = [0 if window is not None else min(max(first + 1, tile.start), tile.stop) - tile.start for tile in tiles]
+        yield _Block(slice(start, stop), list(map(_Tile, tiles, clear)))
         start = stop
 
 
@@ -235,20 +256,15 @@ def _query_places(layout: Layout, rows: slice, num_positions: int) -> Tensor:
     return layout.place_BS[:, rows].clamp_max(num_positions - 1)
 
 
-def _again(part: _Part, keys: Tensor, values: Tensor, scaling: float, hide: Any) -> tuple[Tensor, Tensor]:
+def _again(
+    part: _Part, keys: Tensor, values: Tensor, scaling: float, seen_BRM: Tensor, clear: int
+) -> tuple[Tensor, Tensor]:
     """Attention weights and the gradient of the unscaled scores, ``[B, K, G, R, M]``."""
     scores = _scores(part.query, keys, scaling)
-    hide(scores)
+    _hide(scores, seen_BRM, clear)
     weights = scores.sub_(part.lse[..., None]).exp_()
     grad_scores = _scores(part.grad, values, 1.0).sub_(part.dot[..., None]).mul_(weights).mul_(scaling)
     return weights, grad_scores
-
-
-def _hide(scores: Tensor, place_BR: Tensor, block: _Block, window: int | None) -> None:
-    """Minus infinity where a query does not see a position."""
-    first = block.columns.start if window is not None else max(block.columns.start, block.hidden_from)
-    column_BM = torch.arange(first, block.columns.stop, device=scores.device)[None]
-    _cover(scores[..., first - block.columns.start :], _sees(place_BR, column_BM, window))
 
 
 def _sees(query_place_BR: Tensor, key_place_BM: Tensor, window: int | None) -> Tensor:
@@ -256,8 +272,9 @@ def _sees(query_place_BR: Tensor, key_place_BM: Tensor, window: int | None) -> T
     return distance_BRM >= 0 if window is None else (distance_BRM >= 0) & (distance_BRM < window)
 
 
-def _cover(scores: Tensor, seen_BRM: Tensor) -> None:
-    scores.masked_fill_(~seen_BRM[:, None, None], -torch.inf)
+def _hide(scores: Tensor, seen_BRM: Tensor, clear: int) -> None:
+    """Minus infinity where a query does not see a key, of those after the first ``clear``."""
+    scores[..., clear:].masked_fill_(~seen_BRM[:, None, None], -torch.inf)
 
 
 def _count(to_own: Tensor, weight_BS: Tensor | None, rows: slice) -> None:
