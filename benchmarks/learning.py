@@ -138,7 +138,7 @@ def plot(cases: list[dict[str, Any]], path: str) -> None:
             mean_X, half_X = mean_and_half_width(values_SX)
             axes.plot(x_X, mean_X, color=colour, label=f"{way} ({len(curves)} seeds)")
             axes.fill_between(x_X, mean_X - half_X, mean_X + half_X, color=colour, alpha=0.15, linewidth=0)
-    by_step.set(xlabel="step", ylabel="held-out accuracy")
+    by_step.set(xlabel="step", ylabel="held-out accuracy", xticks=curve(cases[0])[0])
     by_time.set(xlabel="seconds of steps, one thread")
     by_step.legend(frameon=False, loc="lower right", fontsize="small")
     for axes in (by_step, by_time):
