@@ -6,8 +6,8 @@ The work, in both: the embedded base model on Countdown, 32 prompts x 8 response
 step of the DAPO loss on the top 20% of tokens, no filtering of groups. The learning rate is so small that the lengths
 of the responses stay what they are. Each turn is a fresh process that takes one step to warm up and then ``--steps``
 that count; the settings of ForkRL and of the peer take turns, round after round, on the same cores. The ratios are of
-the medians over all counted steps, with the range over rounds, to each setting of ForkRL; the peer's fastest setting is
-the one to compare with.
+the medians over all counted steps, with the range over rounds, to each setting of ForkRL on as many threads; the peer's
+fastest setting is the one to compare with.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def main() -> None:
         print(json.dumps(steps[1:]))
         return
     setting = {**describe_setting(), "seed": options.seed}
-    ways = [("forkrl", name, options.threads) for name in OUR_SETTINGS]
-    ways += [(options.peer, name, count) for name in PEER_SETTINGS for count in sorted({1, options.threads})]
+    counts = sorted({1, options.threads})
+    settings = {"forkrl": list(OUR_SETTINGS), options.peer: list(PEER_SETTINGS)}
+    ways = [(who, name, count) for who, names in settings.items() for name in names for count in counts]
     cases: list[dict[str, Any]] = []
     for number in range(1, options.rounds + 1):
         for who, name, threads in ways:
@@ -193,7 +194,7 @@ def show(cases: list[dict[str, Any]], options: argparse.Namespace) -> None:
         cells = [
             f"{statistics.median(figures(way, name)):.2f}" for name in ("rollout_s", "update_s", "step_s", "length")
         ]
-        for ours in ways[: len(OUR_SETTINGS)]:
+        for ours in (("forkrl", name, way[2]) for name in OUR_SETTINGS):
             ratios = [
                 statistics.median(figures(way, "step_s", number)) / statistics.median(figures(ours, "step_s", number))
                 for number in range(1, options.rounds + 1)
