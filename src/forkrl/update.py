@@ -107,34 +107,45 @@ def update_policy(
             else:
                 cuts = [live_B[rows_B] for rows_B in cut_micro_batches(mini_batch.rows(live_B), max_tokens)]
 
-    drawn_BT = _draw(mini_batch, config, generator)
-    micro_batches = [mini_batch.rows(rows_B) for rows_B in cuts]
+    work = _divide_work(mini_batch, cuts, chosen_BT, _draw(mini_batch, config, generator), ahead)
+    counts = Counts(mini_batch.num_response_tokens, num_selected)
+    replicas.zero_gradients()
+    shares = replicas.map(accumulate_gradient, work, counts, config, sizes=_sizes([part.micro for part in work]))
+    replicas.sum_gradients()
+    _set_zero_gradients(replicas.policy)
+    grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
+
+    num_carrying = max(1, sum(share.num_carrying for share in shares))
+    metrics = {name: sum(share.losses[name] for share in shares) for name in shares[0].losses}
+    metrics |= {name: sum(share.sums[name] for share in shares) / num_carrying for name in shares[0].sums}
+    metrics |= {"loss/ratio_max": max(share.ratio_max for share in shares), "grad/norm": grad_norm}
+    return Update(*_selection_made(mini_batch, cuts, shares, ahead), metrics)
+
+
+def _divide_work(
+    mini_batch: TokenBatch, cuts: list[Tensor], chosen_BT: Tensor | None, drawn_BT: Tensor | None, ahead: Ahead | None
+) -> list[Work]:
+    """The mini-batch as it is cut, each part with what is known of it."""
     work = []
-    for number, (rows_B, micro) in enumerate(zip(cuts, micro_batches, strict=True)):
+    for number, rows_B in enumerate(cuts):
+        micro = mini_batch.rows(rows_B)
         width = micro.input_ids.shape[1]
         chosen, drawn = (None if each is None else each[rows_B, :width] for each in (chosen_BT, drawn_BT))
         work.append(Work(number, micro, chosen, drawn, ahead is not None and ahead.entropy_BT is not None))
-    counts = Counts(mini_batch.num_response_tokens, num_selected)
-    replicas.zero_gradients()
-    shares = replicas.map(accumulate_gradient, work, counts, config, sizes=_sizes(micro_batches))
-    replicas.sum_gradients()
-    if not any(share.num_carrying for share in shares):
-        _set_zero_gradients(replicas.policy)
-    grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
+    return work
 
+
+def _selection_made(
+    mini_batch: TokenBatch, cuts: list[Tensor], shares: list[Share], ahead: Ahead | None
+) -> tuple[Tensor, Tensor]:
+    """Selected tokens and entropies of the whole mini-batch, as known ahead or as its parts found them."""
     if ahead is not None and ahead.entropy_BT is not None:
-        selected_BT, entropy_BT = ahead.selected_BT, torch.where(mini_batch.response_mask, ahead.entropy_BT, 0.0)
-    else:
-        selected_BT = torch.zeros_like(mini_batch.response_mask)
-        entropy_BT = torch.zeros_like(mini_batch.old_logprobs)
-        for rows_B, share in zip(cuts, shares, strict=True):
-            width = share.selected_BT.shape[1]
-            selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = share.selected_BT, share.entropy_BT
-    num_seen = max(1, sum(share.num_carrying for share in shares))
-    metrics = {name: sum(share.losses[name] for share in shares) for name in shares[0].losses}
-    metrics |= {name: sum(share.sums[name] for share in shares) / num_seen for name in shares[0].sums}
-    metrics |= {"loss/ratio_max": max(share.ratio_max for share in shares), "grad/norm": grad_norm}
-    return Update(selected_BT, entropy_BT, metrics)
+        return ahead.selected_BT, torch.where(mini_batch.response_mask, ahead.entropy_BT, 0.0)
+    selected_BT, entropy_BT = torch.zeros_like(mini_batch.response_mask), torch.zeros_like(mini_batch.old_logprobs)
+    for rows_B, share in zip(cuts, shares, strict=True):
+        width = share.selected_BT.shape[1]
+        selected_BT[rows_B, :width], entropy_BT[rows_B, :width] = share.selected_BT, share.entropy_BT
+    return selected_BT, entropy_BT
 
 
 def _rows_with_gradient(mini_batch: TokenBatch, config: TrainConfig) -> Tensor:
@@ -149,9 +160,10 @@ def _rows_with_gradient(mini_batch: TokenBatch, config: TrainConfig) -> Tensor:
 
 
 def _set_zero_gradients(policy: Policy) -> None:
-    """Where nothing has run with gradients, so that the optimizer moves as it does on a gradient of zeros."""
-    for parameter in policy.model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
+    """Where nothing at all has run with gradients, so that the optimizer moves as it does on a gradient of zeros."""
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    if all(parameter.grad is None for parameter in trained):
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
 
 
