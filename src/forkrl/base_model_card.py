@@ -10,7 +10,7 @@ import torch
 
 from forkrl.atomic import write_text
 from forkrl.config import SftConfig, recipe_toml
-from forkrl.evaluation.statistics import Estimate, mean_with_interval
+from forkrl.intervals import Estimate, mean_with_interval
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.tasks.countdown import judge_tries, parse_problem, verify_countdown

@@ -189,7 +189,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """``forkrl eval``."""
-    from forkrl.evaluation.command import describe_figures, evaluate_model
+    from forkrl.commands.evaluate import describe_figures, evaluate_model
 
     figures = evaluate_model(
         arguments.model,

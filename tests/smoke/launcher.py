@@ -40,7 +40,7 @@ POINTS = {
 }
 _WARM = (
     "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.loop", "forkrl.run",
-    "forkrl.report", "forkrl.evaluation.command", "forkrl.cli",
+    "forkrl.report", "forkrl.commands.evaluate", "forkrl.cli",
 )  # fmt: skip
 _opened: list[Any] = []
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
@@ -172,7 +172,7 @@ def _leave_report_out() -> None:
 
 def _remember_opened_policies() -> None:
     run: Any = importlib.import_module("forkrl.run")
-    evaluation: Any = importlib.import_module("forkrl.evaluation.command")
+    evaluation: Any = importlib.import_module("forkrl.commands.subject")
     open_policy = run.open_policy
 
     def remembering(*args: Any) -> Any:

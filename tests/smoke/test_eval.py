@@ -64,7 +64,7 @@ def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("run", "model.path=model"), "model.path=model: has no effect; the model to evaluate is the first argument"),
+        (("run", "model.path=model"), "model.path=model: has no effect; the model is the first argument"),
         (("run", "rollout.top_p=0.5"), "rollout.top_p=0.5: has no effect on an evaluation"),
         (("run", "training.steps=9"), "training.steps=9: has no effect on an evaluation"),
         (("run", "eval={samples=2}"), "write each setting as section.key=value"),
@@ -72,7 +72,7 @@ def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world:
         (("run", "eval.smaples=2"), "eval.smaples is not a setting; did you mean eval.samples?"),
         (("run", "--recipe", "recipe.toml"), "run is a run and keeps its own recipe"),
         (("model", "task.data=prompts.jsonl"), "task.name"),
-        (("model", *DATASET, "task.data=prompts.jsonl", "task.held_out_rows=3"), "has no effect; all rows are evalua"),
+        (("model", *DATASET, "task.data=prompts.jsonl", "task.held_out_rows=3"), "has no effect; all rows are taken"),
         (("run", "task.data=a", "task.held_out_data=b"), "the prompts come from task.held_out_data = 'b'; set that"),
         (("run", "--out", "none/figures.json"), "--out none/figures.json: there is no folder none"),
         (("run", "--out", "model"), "--out model: is a folder"),

@@ -14,7 +14,7 @@ LEAVES = {
     "rewards", "selectors", "threads", "token_stats", "tracking",
 }  # fmt: skip
 STORES = {"checkpoint", "run_folder"}
-SHARED = {"atomic": STORES, "processes": {"rewards"}}  # small leaves that other leaves stand on
+SHARED = {"atomic": STORES, "processes": {"rewards"}, "intervals": {"analysis"}}  # small leaves that other leaves stand on
 
 
 def imports_of(part: str) -> set[str]:

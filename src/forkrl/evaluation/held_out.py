@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from forkrl.config import TrainConfig
-from forkrl.evaluation.statistics import mean_pass_at_k, mean_with_interval, mean_with_normal_interval
+from forkrl.intervals import mean_pass_at_k, mean_with_interval, mean_with_normal_interval
 from forkrl.model import Policy
 from forkrl.types import Prompt, RolloutEngine, RolloutGroup, SamplingParams, Verifier
 

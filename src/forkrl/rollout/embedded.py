@@ -85,6 +85,10 @@ class EmbeddedEngine:
         for prompt in prompts:
             self._encode(prompt)
 
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Tokens of a prompt; raises as ``check_prompts`` does."""
+        return len(self._encode(prompt))
+
     def _decode_wave(
         self, prompts_S: Sequence[tuple[int, ...]], sampling: SamplingParams, generator: torch.Generator
     ) -> list[Rollout]:

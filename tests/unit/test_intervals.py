@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from forkrl.evaluation import (
+from forkrl.intervals import (
     Estimate,
+    _student_quantile,
     mean_pass_at_k,
     mean_with_interval,
     mean_with_normal_interval,
     paired_difference,
     pass_at_k,
 )
-from forkrl.evaluation.statistics import _student_quantile
 
 SIMULATIONS = 2000
 

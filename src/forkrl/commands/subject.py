@@ -1,0 +1,203 @@
+"""What a command looks at: a model or a run, under which settings, on which prompts, and what it then works with.
+
+``open_subject`` reads settings and refuses those without effect; ``open_session`` loads weights and starts processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from forkrl.checkpoint import latest_checkpoint
+from forkrl.config import TrainConfig, load_recipe, parse_recipe
+from forkrl.errors import UserError
+from forkrl.model import Policy, open_policy
+from forkrl.replicas import Replicas, open_replicas
+from forkrl.rewards import open_verifier
+from forkrl.rewards.pool import VerifierPool
+from forkrl.rollout import open_engine
+from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.run_folder import read_recipe
+from forkrl.tasks import open_evaluation_task, open_task
+from forkrl.types import Prompt, Task
+
+# What these commands read of a recipe; an override of anything else would silently do nothing.
+_SETTINGS = {
+    "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
+    "rollout.stop", "rollout.max_sequences", "reward.workers", "reward.deadline_s", "reward.memory_mb",
+    "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.replicas", "runtime.threads",
+}  # fmt: skip
+_PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
+# Limits of training that the response length of these commands need not agree with.
+_UNBOUNDED = ("reward.overlong_cache=0", f"training.micro_batch_tokens={2**62}")
+
+
+class Subject(NamedTuple):
+    """A model as the user named it, with the settings to look at it under.
+
+    ``whole``: on all prompts of the data, nothing split off; ``limit``: at most so many of them; ``bounded``: somebody
+    chose ``rollout.max_response_tokens``.
+    """
+
+    name: str
+    config: TrainConfig
+    run: Path | None
+    whole: bool
+    limit: int | None
+    bounded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An open model with its prompts, and what samples and judges."""
+
+    config: TrainConfig
+    replicas: Replicas
+    engine: EmbeddedEngine
+    task: Task
+    prompts: Sequence[Prompt]
+    verifier: VerifierPool | None
+    """None where the prompts have no answers: nothing can be judged."""
+
+    @property
+    def policy(self) -> Policy:
+        return self.replicas.policy
+
+    def waves(self, group_size: int) -> list[Sequence[Prompt]]:
+        """The prompts in parts that fill whole batches of the engine: progress is seen, and no batch is left half
+        empty."""
+        size = math.lcm(self.engine.wave_sequences, group_size) // group_size
+        return [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
+
+
+def open_subject(
+    model: str,
+    *,
+    recipe: Path | None,
+    overrides: Sequence[str],
+    arguments: Mapping[str, float | None],
+    activity: str,
+) -> Subject:
+    """Settings for looking at ``model``; nothing is loaded yet.
+
+    Which prompts: a *run folder* stands for its newest checkpoint, its own recipe and its own held-out split. Any
+    *model* with ``task.name=dataset``, or a run with overrides that name other data, takes the whole of
+    ``task.held_out_data``, or where that is empty the whole of ``task.data``. Countdown has one held-out set.
+
+    Args:
+        model: a model folder or hub id, or a run folder.
+        recipe: where task, rollout and reward settings come from otherwise.
+        overrides: ``section.key=value``.
+        arguments: options of the command line that stand for a setting, by its name in ``eval``; None where not given.
+        activity: what an override without effect has none on, such as "an evaluation".
+
+    Raises:
+        UserError: the run, the recipe or a setting cannot be used, or an override has no effect.
+    """
+    _check_arguments(arguments)
+    folder = Path(model)
+    is_run = (folder / "config.toml").is_file()
+    if is_run and recipe is not None:
+        raise UserError(f"--recipe {recipe}: {folder} is a run and keeps its own recipe; change single settings of it")
+    stored = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml")) if is_run else None
+    given = {override.partition("=")[0].strip(): override for override in overrides}
+    config = load_recipe(TrainConfig, recipe, [*overrides, *_UNBOUNDED], base=stored)
+    whole = not is_run or not _PROMPT_SOURCES.isdisjoint(given)
+    taken = {f"eval.{name}" for name, value in arguments.items() if value is not None}
+    for key, override in given.items():
+        if reason := _why_without_effect(key, config, whole, taken, activity):
+            raise UserError(f"{override}: {reason}")
+    path, revision = model, config.model.revision
+    if is_run:
+        path, revision = newest_checkpoint(folder), None
+    elif "model.revision" not in given and model != config.model.path:
+        revision = None  # the recipe's is one of another model
+    whole_file = whole and config.task.name == "dataset"
+    return Subject(
+        name=model,
+        config=config.model_copy(
+            update={"model": config.model.model_copy(update={"path": path, "revision": revision})}
+        ),
+        run=folder if is_run else None,
+        whole=whole,
+        limit=None if whole_file and "eval.problems" not in given else config.eval.problems,
+        bounded=is_run or recipe is not None or "rollout.max_response_tokens" in given,
+    )
+
+
+def open_task_of(subject: Subject, policy: Policy) -> Task:
+    """The task whose held-out prompts are those to look at."""
+    return (open_evaluation_task if subject.whole else open_task)(subject.config.task, policy.tokenizer)
+
+
+@contextmanager
+def open_session(subject: Subject, problems: int | None = None) -> Iterator[Session]:
+    """Load the model and its prompts, check every prompt, and start replicas and verifiers.
+
+    Args:
+        subject: what to look at.
+        problems: so many prompts, from the first; None: what the subject's settings say.
+
+    Raises:
+        UserError: model, data or verifier cannot be used, or a prompt that the model cannot read.
+    """
+    policy = open_policy(subject.config.model, subject.config.runtime.device)
+    task = open_task_of(subject, policy)
+    prompts = task.held_out[: subject.limit if problems is None else problems]
+    with ExitStack() as stack:
+        replicas = stack.enter_context(open_replicas(policy, None, subject.config.runtime))
+        engine = open_engine(replicas, subject.config)
+        engine.check_prompts(prompts)
+        config = subject.config if subject.bounded else _bounded_by_positions(subject.config, engine, prompts)
+        verifier = stack.enter_context(open_verifier(task.verifier, config.reward)) if task.verifier else None
+        yield Session(config, replicas, engine, task, prompts, verifier)
+
+
+def newest_checkpoint(folder: Path) -> str:
+    """The path of a run's newest checkpoint.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{folder}: this run has no checkpoint yet")
+    return str(checkpoint)
+
+
+def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
+    """Nobody chose a length of responses: the default, or as much as the model has positions for."""
+    longest = max((engine.count_tokens(prompt) for prompt in prompts), default=0)
+    positions = getattr(engine.policy.model.config, "max_position_embeddings", None)
+    if positions is None or longest + config.rollout.max_response_tokens <= positions:
+        return config
+    limit = {"max_response_tokens": max(positions - longest, 1)}
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=limit)})
+
+
+def _check_arguments(arguments: Mapping[str, float | None]) -> None:
+    for name, least in (("problems", 1), ("samples", 1), ("temperature", 0)):
+        value = arguments.get(name)
+        if value is not None and not (least <= value < math.inf):
+            raise UserError(f"--{name} {value}: at least {least}")
+
+
+def _why_without_effect(key: str, config: TrainConfig, whole: bool, taken: set[str], activity: str) -> str:
+    """Why an override would do nothing here; empty if it does something."""
+    if "." not in key and key != "seed":
+        return "write each setting as section.key=value"
+    if key == "model.path":
+        return "has no effect; the model is the first argument of the command"
+    if key in taken:
+        return f"has no effect along with --{key.partition('.')[2]}; leave one of the two away"
+    if not key.startswith("task."):
+        return "" if key in _SETTINGS else f"has no effect on {activity}; leave it away"
+    if whole and key == "task.held_out_rows":
+        return "has no effect; all rows are taken (--problems takes the first so many)"
+    if whole and key == "task.data" and config.task.held_out_data:
+        return f"has no effect; the prompts come from task.held_out_data = {config.task.held_out_data!r}; set that one"
+    return ""
