@@ -14,7 +14,8 @@ LEAVES = {
     "rewards", "selectors", "threads", "token_stats", "tracking",
 }  # fmt: skip
 STORES = {"checkpoint", "run_folder"}
-SHARED = {"atomic": STORES, "processes": {"rewards"}, "intervals": {"analysis"}}  # small leaves that other leaves stand on
+# Small leaves that other leaves stand on.
+SHARED = {"atomic": STORES, "processes": {"rewards"}, "intervals": {"analysis"}}
 
 
 def imports_of(part: str) -> set[str]:
