@@ -201,7 +201,7 @@ def test_clustered_means_cover_the_truth() -> None:
     for _ in range(400):
         sums = ClusterSums(2)
         for _ in range(25):
-            count = rng.integers(1, 40)
+            count = int(rng.integers(1, 40))
             sums.add([count * (1.0 + rng.normal()) + rng.normal() * math.sqrt(count), count])
         low, high = sums.mean(0, 1)[1:]
         covered += low <= 1.0 <= high
