@@ -7,7 +7,7 @@ file of the user's; either way the source cuts them into parts that do not depen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -129,9 +129,13 @@ def write_missing_parts(folder: Path, source: ResponseSource, replicas: Replicas
             writer.write_table(_response_rows(responses))
 
 
-def read_responses(folder: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """The table of responses, all of it or some columns."""
-    return pq.read_table(folder / "responses", columns=list(columns) if columns is not None else None).to_pandas()
+def read_responses(
+    folder: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
+) -> pd.DataFrame:
+    """The table of responses: all of it, or some columns, or those to some prompts."""
+    chosen = None if numbers is None else [("number", "in", list(numbers))]
+    names = None if columns is None else list(columns)
+    return pq.read_table(folder / "responses", columns=names, filters=chosen).to_pandas()
 
 
 class TokenTexts:
