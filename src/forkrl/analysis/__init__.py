@@ -14,6 +14,7 @@ from forkrl.analysis.patterns import (
     token_types,
 )
 from forkrl.analysis.quantiles import exact_quantiles
+from forkrl.analysis.token_rows import measure_tokens
 from forkrl.analysis.token_table import TOKEN_SCHEMA, read_tokens
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "exact_quantiles",
     "fork_contexts",
     "fork_positions",
+    "measure_tokens",
     "overlap_ratio",
     "overlap_table",
     "percentile_table",

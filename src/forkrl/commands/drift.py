@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from forkrl import analysis
 from forkrl.analysis.drift import change_table
+from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import part_paths, token_batches
 from forkrl.atomic import write_text
 from forkrl.checkpoint import all_checkpoints
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request, tokens_of_prompts
 from forkrl.commands.token_parts import read_responses, writing_parquet
-from forkrl.commands.token_pass import Written, measure_responses
 from forkrl.commands.work_folder import (
     command_line,
     default_folder,
