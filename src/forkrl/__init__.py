@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from forkrl.advantages import group_advantages, overlong_penalty
     from forkrl.errors import TrainingHalted, UserError
     from forkrl.objectives import policy_loss
+    from forkrl.rollout.fork_temperature import ForkTemperature
     from forkrl.selectors import select_tokens
     from forkrl.token_stats import token_stats
     from forkrl.types import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ForkTemperature",
     "LossOutput",
     "Prompt",
     "Rollout",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ForkTemperature": "forkrl.rollout.fork_temperature",
     "TrainingHalted": "forkrl.errors",
     "UserError": "forkrl.errors",
     "group_advantages": "forkrl.advantages",
