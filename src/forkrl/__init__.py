@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forkrl.advantages import group_advantages, overlong_penalty
+    from forkrl.analysis import entropy_change_by_percentile, overlap_ratio
     from forkrl.errors import TrainingHalted, UserError
     from forkrl.objectives import policy_loss
     from forkrl.rollout.fork_temperature import ForkTemperature
@@ -49,7 +50,9 @@ __all__ = [
     "Verdict",
     "Verifier",
     "__version__",
+    "entropy_change_by_percentile",
     "group_advantages",
+    "overlap_ratio",
     "overlong_penalty",
     "policy_loss",
     "select_tokens",
@@ -60,7 +63,9 @@ _HOMES = {
     "ForkTemperature": "forkrl.rollout.fork_temperature",
     "TrainingHalted": "forkrl.errors",
     "UserError": "forkrl.errors",
+    "entropy_change_by_percentile": "forkrl.analysis",
     "group_advantages": "forkrl.advantages",
+    "overlap_ratio": "forkrl.analysis",
     "overlong_penalty": "forkrl.advantages",
     "policy_loss": "forkrl.objectives",
     "select_tokens": "forkrl.selectors",
