@@ -14,7 +14,6 @@ from forkrl.analysis.temperatures import (
     PAPER_TEMPERATURES,
     Setting,
     ends_in_loop,
-    entropy_percentile,
     holds_no_text,
     plan_settings,
     temperature_table,
@@ -33,36 +32,6 @@ def test_the_paper_s_eight_temperatures_make_fifteen_settings() -> None:
 def test_the_baseline_is_there_whatever_the_temperatures() -> None:
     assert plan_settings([0.5]) == [(1, 1), (0.5, 1), (1, 0.5)]
     assert plan_settings([1]) == [(1, 1)]
-
-
-@pytest.mark.parametrize(
-    ("entropy", "expected"),
-    [
-        ([0.1, 0.2, 0.3, 0.4, 0.5], 0.4),  # four of five are not above it
-        (list(range(1, 11)), 8),
-        (list(range(1, 12)), 9),  # 80% of 11 are 8.8: nine
-        ([0.7], 0.7),
-        ([0.0] * 9 + [2.0], 0.0),
-    ],
-)
-def test_the_percentile_is_an_entropy_that_occurs(entropy: list[float], expected: float) -> None:
-    random.Random(0).shuffle(entropy)
-    assert entropy_percentile(np.array(entropy)) == expected
-
-
-def test_the_percentile_equals_a_count_by_brute_force() -> None:
-    generator = np.random.default_rng(0)
-    for size in range(1, 60):
-        entropy = generator.integers(0, 12, size).astype(np.float32)
-        smallest = min(value for value in entropy if (entropy <= value).sum() >= 0.8 * size)
-        assert entropy_percentile(entropy) == smallest
-        assert (entropy > smallest).sum() <= 0.2 * size
-
-
-@pytest.mark.parametrize(("entropy", "says"), [([], "no tokens"), ([0.1, math.nan], "NaN")])
-def test_entropies_without_a_percentile_are_refused(entropy: list[float], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        entropy_percentile(np.array(entropy))
 
 
 A, B = [1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]

@@ -15,8 +15,8 @@ import pandas as pd
 from forkrl.intervals import Estimate, mean_with_interval, mean_with_normal_interval, paired_difference
 
 PAPER_TEMPERATURES = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
-FORK_PERCENTILE = 80.0
-"""The paper's forks are the fifth of the tokens with the highest entropy."""
+FORK_FRACTION = 0.8
+"""The paper's threshold is this quantile of the entropies: a fifth of the tokens lies above it."""
 LOOP_REPEATS, LOOP_TOKENS = 4, 32
 NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
@@ -41,21 +41,6 @@ def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES) -> list[Se
     """(1, 1), then every other temperature at forks with 1 elsewhere, then the reverse: 15 for the paper's 8."""
     others = [temperature for temperature in temperatures if temperature != 1]
     return [BASELINE, *(Setting(value, 1.0) for value in others), *(Setting(1.0, value) for value in others)]
-
-
-def entropy_percentile(entropy_N: npt.NDArray[Any], percent: float = FORK_PERCENTILE) -> float:
-    """The smallest entropy that at least ``percent`` of the tokens do not exceed.
-
-    Of all tokens, by sorting, with no interpolation: a value that occurs. At most the rest lies above it.
-
-    Raises:
-        ValueError: no tokens, or an entropy that is not finite.
-    """
-    if len(entropy_N) == 0:
-        raise ValueError("no tokens, so their entropies have no percentile")
-    if not np.isfinite(entropy_N).all():
-        raise ValueError("an entropy is NaN or infinite")
-    return float(np.percentile(entropy_N, percent, method="inverted_cdf"))
 
 
 def ends_in_loop(token_ids: Sequence[int]) -> bool:
