@@ -77,32 +77,27 @@ def telling_temperatures(table: pd.DataFrame) -> list[float]:
 
 def verdict(table: pd.DataFrame) -> str:
     """What a lower and a higher temperature do at forks and elsewhere, with the intervals of the paired differences."""
-    base, sentences = _at(table, "high", 1.0), []
+    sentences = []
     for value in telling_temperatures(table):
-        forks, elsewhere = (_at(table, varied, value) for varied in ("high", "low"))
-        sentences.append(
-            f"{'Lowering' if value < 1 else 'Raising'} the temperature at forks from 1 to {value:g} {_effect(forks)}; "
-            f"elsewhere it {_effect(elsewhere)}."
-        )
-        if value > 1:
-            sentences.append(
-                f"What is then written surprises the unscaled model by {forks['surprise']:.2f} and "
-                f"{elsewhere['surprise']:.2f} nats per token, instead of {base['surprise']:.2f}."
-            )
+        change = "Lowering" if value < 1 else "Raising"
+        forks, elsewhere = (_effect(_at(table, varied, value)) for varied in ("high", "low"))
+        sentences.append(f"{change} the temperature at forks from 1 to {value:g} {forks}; elsewhere it {elsewhere}.")
     if not sentences:
+        base = _at(table, "high", 1.0)
         return f"Accuracy at temperature 1 is {_percent(base, 'accuracy')}; no other temperature was tried."
     return " ".join(sentences)
 
 
 def _effect(row: pd.Series) -> str:
-    """What a setting does to accuracy, as a verb with its object."""
+    """What a setting does to accuracy: a verb, its object, and the interval of the paired difference."""
     points, low, high = (100 * float(row[name]) for name in ("difference", "difference_low", "difference_high"))
-    interval = "no interval from one problem" if math.isnan(low) else f"[{low:+.1f}, {high:+.1f}]"
+    if math.isnan(low):
+        return f"changes accuracy by {points:+.1f} points (one problem tells no interval)"
     if high < 0:
-        return f"costs {-points:.1f} points of accuracy {interval}"
+        return f"costs {-points:.1f} points of accuracy [{-high:.1f}, {-low:.1f}]"
     if low > 0:
-        return f"gains {points:.1f} points of accuracy {interval}"
-    return f"makes no clear difference to accuracy ({points:+.1f} points {interval})"
+        return f"gains {points:.1f} points of accuracy [{low:.1f}, {high:.1f}]"
+    return f"makes no clear difference to accuracy ({points:+.1f} points [{low:+.1f}, {high:+.1f}])"
 
 
 def _percent(row: pd.Series, name: str) -> str:
