@@ -38,7 +38,7 @@ def length_and_broken(table: pd.DataFrame) -> Figure:
     _draw(above, table, "length")
     _draw(below, table, "broken")
     below.yaxis.set_major_formatter(PERCENT)
-    finish(above, "tokens", bottom=0, last=False)
+    finish(above, "tokens", bottom=0, xlabel="temperature", last=False)
     finish(below, "broken", bottom=0, xlabel="temperature", legend=False)
     return figure
 

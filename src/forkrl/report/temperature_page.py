@@ -69,10 +69,10 @@ def temperature_page(sweep: Sweep) -> Page:
 
 
 def telling_temperatures(table: pd.DataFrame) -> list[float]:
-    """Those that the verdict speaks of: the middle one below 1, and the middle one above, where there are any."""
+    """Those that the verdict speaks of: the lowest, if below 1, and the first above 1, if any."""
     temperatures = sorted({*table["high"], *table["low"]})
     below, above = ([value for value in temperatures if sign * value > sign] for sign in (-1, 1))
-    return [part[len(part) // 2] for part in (below, above) if part]
+    return [*below[:1], *above[:1]]
 
 
 def verdict(table: pd.DataFrame) -> str:
