@@ -7,7 +7,6 @@ SIGTERM, with everything saved.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -334,7 +333,7 @@ def run_analyze(arguments: argparse.Namespace) -> int:
 
 def run_decode_temps(arguments: argparse.Namespace) -> int:
     """``forkrl decode-temps``."""
-    from forkrl.commands.decode_temps import decode_temps, describe_outcome
+    from forkrl.commands.decode_temps import decode_temps, describe_outcome, parse_temperatures
 
     outcome = decode_temps(
         arguments.model,
@@ -343,9 +342,8 @@ def run_decode_temps(arguments: argparse.Namespace) -> int:
         problems=arguments.problems,
         samples=arguments.samples,
         threshold=arguments.threshold,
-        temperatures=arguments.temperatures,
+        temperatures=parse_temperatures(arguments.temperatures),
         out=arguments.out,
-        command=shlex.join(["forkrl", *sys.argv[1:]]),
     )
     print(describe_outcome(outcome))
     print(f"report: {outcome.page}")

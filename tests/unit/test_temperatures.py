@@ -34,6 +34,12 @@ def test_the_baseline_is_there_whatever_the_temperatures() -> None:
     assert plan_settings([1]) == [(1, 1)]
 
 
+@pytest.mark.parametrize("temperatures", [[-0.1], [math.nan], [1, math.inf], [0.5, 0.5]], ids=str)
+def test_what_are_no_temperatures_make_no_settings(temperatures: list[float]) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        plan_settings(temperatures)
+
+
 A, B = [1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]
 LOOPS = [
     ("one token, 32 times", A + [7] * 32, True),

@@ -91,7 +91,7 @@ def make(name: str) -> Any:
 
 
 @pytest.mark.usefixtures("fake_vllm")
-@pytest.mark.parametrize("asked", [FORK, [0.5, 2.0, 1.0]], ids=["dictionary", "list, as vllm_xargs allows"])
+@pytest.mark.parametrize("asked", [FORK, [0.5, 2.0, 1.0], "0.5, 2,1"], ids=["dictionary", "list", "text"])
 def test_v1_rescales_the_rows_of_requests_that_ask_and_no_other(asked: Any) -> None:
     processor = make("ForkTemperatureV1")(None, torch.device("cpu"), False)
     assert isinstance(processor, RequestAdapter)
@@ -135,8 +135,9 @@ def test_v2_forgets_who_had_the_slot_before() -> None:
     [
         (Params({"fork_temperature": {**FORK, "high": -1}}), "high = -1"),
         (Params({"fork_temperature": {"high": 1, "low": 1}}), "give {'high'"),
-        (Params({"fork_temperature": [1, 2]}), "or a list of the three"),
-        (Params({"fork_temperature": "1,2,3"}), "or a list of the three"),
+        (Params({"fork_temperature": [1, 2]}), "or the three in this order"),
+        (Params({"fork_temperature": "1,2,hot"}), "or the three in this order"),
+        (Params({"fork_temperature": 7}), "or the three in this order"),
         (Params({"fork_temperature": FORK}, temperature=0.6), "temperature = 0.6 along with fork_temperature: set it"),
     ],
 )

@@ -5,6 +5,7 @@ Axes: ``P`` problems, ``K`` responses to each, ``N`` tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,15 @@ BASELINE = Setting(1.0, 1.0)
 
 
 def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES) -> list[Setting]:
-    """(1, 1), then every other temperature at forks with 1 elsewhere, then the reverse: 15 for the paper's 8."""
+    """(1, 1), then every other temperature at forks with 1 elsewhere, then the reverse: 15 for the paper's 8.
+
+    Raises:
+        ValueError: a temperature is negative, not finite, or there twice.
+    """
+    if wrong := [value for value in temperatures if not 0 <= value < math.inf]:
+        raise ValueError(f"{wrong[0]} is no temperature")
+    if len(set(temperatures)) < len(temperatures):
+        raise ValueError(f"a temperature stands twice among {', '.join(f'{value:g}' for value in temperatures)}")
     others = [temperature for temperature in temperatures if temperature != 1]
     return [BASELINE, *(Setting(value, 1.0) for value in others), *(Setting(1.0, value) for value in others)]
 

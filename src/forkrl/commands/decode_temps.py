@@ -43,6 +43,7 @@ BROKEN_MEANS = (
     "are no text."
 )
 _SHOWN_PROBLEMS = 12
+_FINGERPRINTS = ("schema", "weights", "data_fingerprint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +60,13 @@ class Outcome:
 def decode_temps(
     model: str,
     *,
-    recipe: Path | None,
-    overrides: Sequence[str],
-    problems: int | None,
-    samples: int | None,
-    threshold: float | None,
-    temperatures: str | None,
-    out: Path | None,
-    command: str,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    problems: int | None = None,
+    samples: int | None = None,
+    threshold: float | None = None,
+    temperatures: Sequence[float] = PAPER_TEMPERATURES,
+    out: Path | None = None,
 ) -> Outcome:
     """Sample every setting that is not on the disk yet, on the same problems with the same random numbers; summarise.
 
@@ -79,14 +79,13 @@ def decode_temps(
         problems: prompts, from the first; None: ``eval.problems``, or all of a prompt file.
         samples: responses to each; None: ``eval.samples``.
         threshold: nats; None: the 80th percentile of the entropies of the responses at (1, 1).
-        temperatures: separated by commas; None: the paper's eight.
+        temperatures: each is tried at forks with 1 elsewhere, and the reverse.
         out: folder; None: ``analyses/NAME-decode-temps``, or inside the run.
-        command: the command line, for the page.
 
     Raises:
         UserError: something cannot be used, is in the way, or the folder holds another sweep.
     """
-    settings = plan_settings(parse_temperatures(temperatures))
+    settings = plan_settings(temperatures)
     _check_threshold(threshold)
     _refuse_temperature(overrides)
     arguments = {"problems": problems, "samples": samples}
@@ -99,7 +98,7 @@ def decode_temps(
         with open_work_folder(out or default_folder(model, "decode-temps"), question) as folder:
             responses = SweepResponses(folder / "responses", settings)
             _sample_missing(responses, session, num_samples, threshold)
-            return _summarise(folder, responses, session, question, command)
+            return _summarise(folder, responses, session, question)
 
 
 def parse_temperatures(text: str | None) -> tuple[float, ...]:
@@ -135,7 +134,8 @@ def describe_outcome(outcome: Outcome) -> str:
         f"{base['problems']:.0f} problems, {base['samples']:.0f} responses to each"
     )
     for varied, title in (("high", "at forks, 1 elsewhere"), ("low", "elsewhere, 1 at forks")):
-        lines.append(f"\n{'temperature ' + title:34}{'difference to 1':>24}{'length':>9}{'broken':>8}{'surprise':>10}")
+        columns = f"{'difference to 1':>25}{'length':>9}{'broken':>8}{'surprise':>10}"
+        lines.append(f"\n{'temperature ' + title:39}{columns}")
         lines += [_describe_row(row, varied) for _, row in sweep_rows(table, varied).iterrows()]
     return "\n".join([*lines, "", outcome.verdict])
 
@@ -173,7 +173,8 @@ def _question(
         "model.precision": config.model.precision,
         "weights": weights_fingerprint(config.model.path),
         "task": session.task.name,
-        "data": session.task.fingerprint,
+        "verifier": session.task.verifier,
+        "data_fingerprint": session.task.fingerprint,
         "problems": len(session.prompts),
         "samples": num_samples,
         "temperatures": sorted({setting.high for setting in settings}),
@@ -224,15 +225,13 @@ def _sample(
     )
 
 
-def _summarise(
-    folder: Path, responses: SweepResponses, session: Session, question: dict[str, Any], command: str
-) -> Outcome:
+def _summarise(folder: Path, responses: SweepResponses, session: Session, question: dict[str, Any]) -> Outcome:
     """Table, JSON, CSV and page, from the files alone."""
     table, threshold = temperature_table(responses.figures()), responses.threshold()
     sentence = verdict(table)
     estimated = question["threshold"] is None
     origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature 1" if estimated else "given"
-    provenance = describe_provenance(session.config, session.task, session.replicas) | {"command": command}
+    provenance = describe_provenance(session.config, session.task, session.replicas)
     figures = {
         "schema": SCHEMA,
         "question": question,
@@ -251,9 +250,10 @@ def _summarise(
         threshold_origin=origin,
         broken_means=BROKEN_MEANS,
         shown=_shown(responses, table),
-        settings={key: _plain(value) for key, value in question.items()},
-        provenance={key: str(value) for key, value in provenance.items() if key != "command"},
-        command=command,
+        settings={key: _plain(value) for key, value in question.items() if key not in _FINGERPRINTS and value != ""},
+        provenance={key: str(value) for key, value in provenance.items() if key != "command"}
+        | {key: str(question[key]) for key in _FINGERPRINTS},
+        command=provenance["command"],
     )
     page = write_page(folder / "report.html", temperature_page(sweep))
     return Outcome(folder, table, threshold, sentence, page)
@@ -288,4 +288,4 @@ def _without_nan(row: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

@@ -78,6 +78,7 @@ def _draw(axes: Axes, table: pd.DataFrame, name: str) -> None:
             capsize=3,
             elinewidth=1.3,
             label=label,
+            clip_on=False,  # a share of 0 stands on the edge
         )
     if 1 in temperatures:
         axes.axvline(temperatures.index(1), color=MUTED, linewidth=0.9, linestyle=":", zorder=0)

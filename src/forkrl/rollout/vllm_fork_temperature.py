@@ -6,8 +6,8 @@ Name the class to vLLM when the engine starts, and the temperatures with every r
     temperatures = {"high": 1.0, "low": 0.3, "threshold": 0.672}
     llm.generate(prompts, SamplingParams(temperature=1, extra_args={"fork_temperature": temperatures}))
 
-A server takes ``--logits-processors`` and, as ``vllm_xargs`` may hold lists but no dictionaries, the three numbers in
-this order: ``"vllm_xargs": {"fork_temperature": [1.0, 0.3, 0.672]}``.
+A server takes ``--logits-processors`` and, as ``vllm_xargs`` may hold no dictionaries, the three numbers in this order:
+``"vllm_xargs": {"fork_temperature": "1.0,0.3,0.672"}``, or a list of them where that vLLM allows lists.
 
 ``ForkTemperatureV1`` is for the V1 model runner (vLLM 0.24 on; ``VLLM_USE_V2_MODEL_RUNNER=0`` where it is not the
 default), ``ForkTemperatureV2`` for Model Runner V2 (vLLM 0.32 on). Both runners call them before their own temperature,
@@ -44,11 +44,20 @@ def requested(params: Any) -> ForkTemperature | None:
         return None
     if params.temperature != 1:
         raise ValueError(f"temperature = {params.temperature:g} along with {KEY}: set it to 1, or both would apply")
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(_NAMES):
-        value = dict(zip(_NAMES, value, strict=True))
-    if not isinstance(value, Mapping) or set(value) != set(_NAMES):
-        raise ValueError(f"{KEY} = {value!r}: give {{'high': …, 'low': …, 'threshold': …}} or a list of the three")
-    return ForkTemperature(**value)
+    named = dict(zip(_NAMES, three, strict=True)) if len(three := _listed(value)) == len(_NAMES) else value
+    if not isinstance(named, Mapping) or set(named) != set(_NAMES):
+        raise ValueError(f"{KEY} = {value!r}: give {{'high': …, 'low': …, 'threshold': …}} or the three in this order")
+    return ForkTemperature(**named)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """A list as it is, numbers separated by commas as a list; nothing for anything else."""
+    if not isinstance(value, str):
+        return value if isinstance(value, Sequence) else ()
+    try:
+        return [float(word) for word in value.split(",")]
+    except ValueError:
+        return ()
 
 
 def _build_v1() -> type:
