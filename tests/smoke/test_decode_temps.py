@@ -189,7 +189,10 @@ def test_what_cannot_be_is_refused(world: World, sweep: Path, argv: tuple[str, .
 
 def test_problems_without_answers_are_refused(world: World) -> None:
     write_prompts(world.folder / "unanswered.jsonl", [{"prompt": "1="}])
-    assert "unanswered.jsonl line 1" in refused(world, "model", *DATASET, *SHORT, "task.data=unanswered.jsonl")
+    argv = ("model", *DATASET, *SHORT, "task.data=unanswered.jsonl")
+    assert "unanswered.jsonl line 1" in refused(world, *argv)
+    says = "unanswered.jsonl: its rows have no answers, so accuracy cannot be measured"
+    assert says in refused(world, *argv, "task.answer_column=''")
 
 
 def test_a_damaged_file_says_how_to_mend_it(world: World, run: Run) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from forkrl.report import write_page
-from forkrl.report.fork_view import ShownPrompt, ShownResponse
+from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.temperature_figures import (
     accuracy_against_temperature,
     length_and_broken,
@@ -92,10 +92,10 @@ def test_the_figures_draw_both_sweeps_at_even_distances() -> None:
 
 def sweep(**changes: Any) -> Sweep:
     response = ShownResponse("high 1, low 1", [HOSTILE, "b"], [[0.1, 0.9]], [-0.1, -0.9], score=1.0, finished=False)
-    shown = [ShownPrompt(HOSTILE, "right at 1, 1", [response])]
+    views = [View("t0", "Temperature 0", HOSTILE, [Frame("", [ShownPrompt(HOSTILE, "right", [response])])])]
     values: dict[str, Any] = {
         "name": HOSTILE, "table": TABLE, "threshold": 0.672, "threshold_origin": "given", "broken_means": "Broken is.",
-        "shown": shown, "settings": {"seed": "0"}, "provenance": {"torch": "2"}, "command": HOSTILE,
+        "views": views, "settings": {"seed": "0"}, "provenance": {"torch": "2"}, "command": HOSTILE,
     }  # fmt: skip
     return Sweep(**values | changes)
 
@@ -110,7 +110,7 @@ def test_the_page_holds_verdict_numbers_and_responses_and_no_markup_of_theirs(tm
 
 
 def test_a_page_without_responses_has_no_fork_view_and_failures_are_noted(tmp_path: Path) -> None:
-    page = temperature_page(sweep(shown=(), table=TABLE.assign(failures=1)))
+    page = temperature_page(sweep(views=(), table=TABLE.assign(failures=1)))
     assert page.forks is None
     assert page.notes == ["9 responses could not be verified; they count as wrong."]
     write_page(tmp_path / "report.html", page)

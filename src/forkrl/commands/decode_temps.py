@@ -28,7 +28,7 @@ from forkrl.commands.work_folder import default_folder, open_work_folder, weight
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score
 from forkrl.progress import progress
-from forkrl.report.fork_view import ShownPrompt, ShownResponse
+from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.page import write_page
 from forkrl.report.temperature_figures import sweep_rows
 from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
@@ -249,7 +249,7 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
         threshold=threshold,
         threshold_origin=origin,
         broken_means=BROKEN_MEANS,
-        shown=_shown(responses, table),
+        views=_views(responses, table),
         settings={key: _plain(value) for key, value in question.items() if key not in _FINGERPRINTS and value != ""},
         provenance={key: str(value) for key, value in provenance.items() if key != "command"}
         | {key: str(question[key]) for key in _FINGERPRINTS},
@@ -259,22 +259,39 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
     return Outcome(folder, table, threshold, sentence, page)
 
 
-def _shown(responses: SweepResponses, table: pd.DataFrame) -> list[ShownPrompt]:
-    """Problems with a response at (1, 1), one at a lower temperature at forks, and one at a higher one elsewhere."""
-    others = {
-        value < 1: Setting(value, 1.0) if value < 1 else Setting(1.0, value) for value in telling_temperatures(table)
-    }
-    frames = {setting: responses.first_responses(setting, _SHOWN_PROBLEMS) for setting in (BASELINE, *others.values())}
-    prompts = []
-    for problem, base in enumerate(frames[BASELINE].to_dict("records")):
-        shown = [_shown_response(setting, frame.iloc[problem]) for setting, frame in frames.items()]
-        prompts.append(ShownPrompt(base["prompt"], "right at 1, 1" if base["score"] > 0.5 else "wrong at 1, 1", shown))
-    return prompts
+def _views(responses: SweepResponses, table: pd.DataFrame) -> list[View]:
+    """A tab for each temperature that the verdict names, at forks beside elsewhere; and one for the unscaled model."""
+    pairs = {f"{value:g}": (Setting(value, 1.0), Setting(1.0, value)) for value in telling_temperatures(table)}
+    tabs = {**pairs, "1": (BASELINE,)}
+    return [
+        View(f"t{number}", f"Temperature {value}", _note(value), [Frame("", _shown(responses, settings))])
+        for number, (value, settings) in enumerate(tabs.items())
+    ]
 
 
-def _shown_response(setting: Setting, row: pd.Series) -> ShownResponse:
+def _note(value: str) -> str:
+    where = "" if value == "1" else f"Left: {value} at forks, 1 elsewhere; right: 1 at forks, {value} elsewhere. "
+    return f"{where}The first problems, the first response to each: none was picked for its looks."
+
+
+def _shown(responses: SweepResponses, settings: Sequence[Setting]) -> list[ShownPrompt]:
+    """The first problems with a response at each of one or two settings."""
+    frames = [responses.first_responses(setting, _SHOWN_PROBLEMS).to_dict("records") for setting in settings]
+    return [
+        ShownPrompt(rows[0]["prompt"], _outcome([row["score"] > 0.5 for row in rows]), list(map(_shown_response, rows)))
+        for rows in zip(*frames, strict=True)
+    ]
+
+
+def _outcome(right: Sequence[bool]) -> str:
+    if len(right) == 1 or right[0] == right[-1]:
+        return ("right" if right[0] else "wrong") + (" both times" if len(right) > 1 else "")
+    return "right on the left" if right[0] else "right on the right"
+
+
+def _shown_response(row: dict[Any, Any]) -> ShownResponse:
     return ShownResponse(
-        label=str(setting),
+        label=f"{row['high']:g} at forks, {row['low']:g} elsewhere",
         tokens=list(row["tokens"]),
         entropy=[row["entropy"].tolist()],
         logprobs=row["logprobs"].tolist(),

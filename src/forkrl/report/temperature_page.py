@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from forkrl.report.fork_view import ForkView, Frame, ShownPrompt, View
+from forkrl.report.fork_view import ForkView, View
 from forkrl.report.page import Card, Page
 from forkrl.report.sections import FigureSection, figure_section
 from forkrl.report.temperature_figures import (
@@ -31,7 +31,7 @@ class Sweep:
         threshold: nats.
         threshold_origin: where it comes from, such as "given".
         broken_means: what counts as broken, a sentence.
-        shown: problems with a response at each of a few settings.
+        views: responses at a few settings.
         settings: what was asked, as (key, value).
         provenance: versions, data, machine.
         command: the command line.
@@ -42,7 +42,7 @@ class Sweep:
     threshold: float
     threshold_origin: str
     broken_means: str
-    shown: Sequence[ShownPrompt] = ()
+    views: Sequence[View] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
@@ -154,8 +154,7 @@ def _sections(sweep: Sweep) -> list[FigureSection]:
 
 
 def _forks(sweep: Sweep) -> ForkView | None:
-    if not sweep.shown:
+    if not sweep.views:
         return None
-    note = f"The first {len(sweep.shown)} problems, the first response to each: none was picked for its looks."
     lead = "The keys visit the tokens above the threshold, which are those that got the temperature of forks."
-    return ForkView([View("settings", "Settings", note, [Frame("", list(sweep.shown))])], lead, sweep.threshold)
+    return ForkView(sweep.views, lead, sweep.threshold)
