@@ -17,6 +17,7 @@ from torch import Tensor
 from forkrl import ForkTemperature, SamplingParams
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.rollout.fork_temperature import entropy_of
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt
 from tests.models import random_policy
@@ -43,10 +44,9 @@ def test_a_fork_is_what_lies_above_the_threshold(row: Tensor, threshold: float, 
 
 
 def test_the_threshold_itself_is_no_fork() -> None:
-    certain = torch.tensor([0.0, -torch.inf])  # exactly 0 nats
-    assert ForkTemperature(1, 0, 0.0)(None, torch.zeros(2)).equal(torch.zeros(2))
-    assert ForkTemperature(0, 1, 0.0)(None, certain).equal(certain)
-    assert not ForkTemperature(0.5, 1, 0.0)(None, ROWS).equal(ROWS)
+    entropy = float(entropy_of(EVEN_FORK))
+    assert ForkTemperature(0, 1, entropy)(None, EVEN_FORK).equal(EVEN_FORK)
+    assert not ForkTemperature(0, 1, entropy - 1e-6)(None, EVEN_FORK).equal(EVEN_FORK)
 
 
 def test_it_is_the_unscaled_entropy_that_is_compared() -> None:
