@@ -179,7 +179,7 @@ def test_the_entropies_of_the_first_checkpoint_are_those_of_the_starting_model(w
     )
 
 
-READY = {
+READY: dict[str, list[dict[str, Any]]] = {
     "empty.jsonl": [{"prompt": "1+1=", "response": "2"}, {"prompt": "1+1=", "response": ""}],
     "foreign.jsonl": [{"prompt": "1+1=", "response": "1Z3"}],
     "promptless.jsonl": [{"response": "1"}],
