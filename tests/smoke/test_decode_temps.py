@@ -192,7 +192,7 @@ def test_problems_without_answers_are_refused(world: World) -> None:
     argv = ("model", *DATASET, *SHORT, "task.data=unanswered.jsonl")
     assert "unanswered.jsonl line 1" in refused(world, *argv)
     says = "unanswered.jsonl: its rows have no answers, so accuracy cannot be measured"
-    assert says in refused(world, *argv, "task.answer_column=''")
+    assert says in refused(world, *argv, "task.verifier=none")
 
 
 def test_a_damaged_file_says_how_to_mend_it(world: World, run: Run) -> None:
