@@ -14,6 +14,7 @@ from forkrl.analysis.patterns import (
     token_types,
 )
 from forkrl.analysis.quantiles import exact_quantiles
+from forkrl.analysis.temperatures import temperature_table
 from forkrl.analysis.token_rows import measure_tokens
 from forkrl.analysis.token_table import TOKEN_SCHEMA, read_tokens
 
@@ -35,6 +36,7 @@ __all__ = [
     "percentile_table",
     "read_tokens",
     "response_table",
+    "temperature_table",
     "token_details",
     "token_types",
 ]
