@@ -99,6 +99,18 @@ def test_token_outside_its_alternatives_is_added_with_its_own_probability(
     assert taken.get_attribute("title") == "written, rank 9"
 
 
+@pytest.mark.parametrize(("ranks", "marked"), [([2], [False, True, False]), ([], [True, False, False])])
+def test_of_two_alternatives_that_look_alike_the_rank_tells(
+    browser: webdriver.Chrome, tmp_path: Path, ranks: list[int], marked: list[bool]
+) -> None:
+    one = ShownResponse("r", ["a"], [[2.0]], [-1.0], ranks=ranks, alternatives=[[("a", 0.6), ("a", 0.3), ("b", 0.1)]])
+    forks = ForkView([View("v", "V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 1.0)
+    open_page(browser, made_page(tmp_path / "page.html", forks))
+    press(browser, "n")
+    rows = browser.find_elements(By.CSS_SELECTOR, "#tip .alternatives .line")
+    assert ["taken" in str(row.get_attribute("class")) for row in rows] == marked
+
+
 def test_branches_show_rate_interval_and_number(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
     press(browser, "b")
@@ -257,6 +269,12 @@ def test_twenty_thousand_tokens_are_not_drawn_to_reach_the_last(browser: webdriv
     assert held(browser)["seen"]
     assert "position\n19,995 of 20,000" in tip(browser)
     assert browser.execute_script("return document.querySelectorAll('#responses .t').length") < 6000
+
+
+def test_print_has_every_token(browser: webdriver.Chrome, page: Path) -> None:
+    open_page(browser, page)
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert browser.execute_script("return document.querySelectorAll('#responses .t').length") == 40 * 30
 
 
 def test_strip_over_a_long_response_leads_to_a_fork_there(browser: webdriver.Chrome, long_page: Path) -> None:
