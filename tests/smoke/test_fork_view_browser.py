@@ -99,7 +99,9 @@ def test_token_outside_its_alternatives_is_added_with_its_own_probability(
     assert taken.get_attribute("title") == "written, rank 9"
 
 
-@pytest.mark.parametrize(("ranks", "marked"), [([2], [False, True, False]), ([], [True, False, False])])
+@pytest.mark.parametrize(
+    ("ranks", "marked"), [([2], [False, True, False]), ([3], [True, False, False]), ([], [True, False, False])]
+)
 def test_of_two_alternatives_that_look_alike_the_rank_tells(
     browser: webdriver.Chrome, tmp_path: Path, ranks: list[int], marked: list[bool]
 ) -> None:
