@@ -70,7 +70,8 @@ class TaskConfig(Section):
     chat_template: bool = False
     """dataset: wrap the templated question as a user message with the tokenizer's chat template."""
     verifier: str = "forkrl.rewards.math:verify_math"
-    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]."""
+    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]. "none": nothing is judged and no
+    answers are read, for commands that can do without."""
 
     @model_validator(mode="after")
     def _data_is_named(self) -> TaskConfig:

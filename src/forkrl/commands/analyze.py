@@ -1,0 +1,186 @@
+"""``forkrl analyze``: where a model forks (arXiv 2506.01939v2, section 3), on its own responses or on given ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forkrl import analysis
+from forkrl.atomic import write_text
+from forkrl.commands.collect_tokens import collect_tokens, make_request, tokens_of_prompts
+from forkrl.commands.token_parts import read_responses
+from forkrl.commands.work_folder import command_line, default_folder, stored_question, work_provenance
+from forkrl.errors import UserError
+from forkrl.intervals import ClusterSums, Estimate
+from forkrl.progress import printable
+from forkrl.report.analysis_page import analysis_page
+from forkrl.report.page import write_page
+from forkrl.report.token_forks import choose_prompts, shown_prompts
+
+SCHEMA = "forkrl-analysis/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What an analysis found, beside the tables of tokens and responses in ``folder``."""
+
+    folder: Path
+    facts: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+    notes: list[str]
+
+    @property
+    def threshold(self) -> float:
+        """Entropy above which a token is a fork, in nats."""
+        return float(self.facts["threshold"])
+
+
+def analyze_model(
+    model: str,
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    responses: Path | None = None,
+    skip_unusable: bool = False,
+    problems: int | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
+    threshold: float | None = None,
+    min_count: int = 100,
+    out: Path | None = None,
+) -> Analysis:
+    """Generate (or read) responses, measure every token, and find the patterns of the paper and some more.
+
+    Work is kept part by part in ``out``: the same call goes on where an interrupted one stopped, and one that finished
+    only makes its tables anew.
+
+    Args:
+        model: and the arguments after it: see ``make_request``.
+        threshold: entropy above which a token is a fork, in nats; None: the 80th percentile found.
+        min_count: types and contexts seen less often are left out of the tables.
+        out: folder; None: ``RUN/analysis/analyze`` or ``analyses/NAME-analyze``.
+
+    Raises:
+        UserError: model, data, responses, a setting or the folder cannot be used.
+    """
+    if min_count < 1:
+        raise UserError(f"--min-count {min_count}: at least 1")
+    if threshold is not None and not 0 <= threshold < float("inf"):
+        raise UserError(f"--threshold {threshold}: an entropy in nats, at least 0")
+    request = make_request(
+        model,
+        recipe=recipe,
+        overrides=overrides,
+        responses=responses,
+        skip_unusable=skip_unusable,
+        problems=problems,
+        samples=samples,
+        temperature=temperature,
+        activity="an analysis",
+    )
+    folder = out or default_folder(model, "analyze")
+    notes = collect_tokens(folder, request, {"schema": SCHEMA})
+    return summarise(folder, threshold, min_count, notes)
+
+
+def summarise(folder: Path, threshold: float | None, min_count: int, notes: list[str]) -> Analysis:
+    """Make every table from the parts in ``folder``, and write them: ``tables/*.csv`` and ``analysis.json``."""
+    tokens = folder / "tokens"
+    summary = analysis.entropy_summary(tokens)
+    fork = float(summary["value"]["percentile_80"]) if threshold is None else threshold
+    per_response = analysis.response_table(tokens, fork)
+    tables = {
+        "summary": summary,
+        "histogram": analysis.entropy_histogram(tokens),
+        "types": analysis.token_types(tokens, min_count, fork),
+        "contexts": analysis.fork_contexts(tokens, fork, min_count=min_count),
+        "positions": analysis.fork_positions(tokens, fork),
+        "correctness": analysis.correct_against_incorrect(tokens, fork),
+        "density": analysis.density_against_correctness(per_response),
+        "responses": per_response,
+    }
+    facts = {
+        "schema": SCHEMA,
+        "model": stored_question(folder)["model"],
+        "threshold": fork,
+        "threshold_is": "given" if threshold is not None else "the 80th percentile",
+        "min_count": min_count,
+        "prompts": int(per_response["prompt"].nunique()),
+        "responses": len(per_response),
+        **_outcomes(folder),
+        **{name: float(value) for name, value in summary["value"].items()},
+    }
+    (folder / "tables").mkdir(exist_ok=True)
+    for name, table in tables.items():
+        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=name == "summary"))
+    write_text(folder / "analysis.json", json.dumps(facts, indent=2) + "\n")
+    return Analysis(folder, facts, tables, notes)
+
+
+def describe_analysis(found: Analysis) -> str:
+    """The main figures as a few lines for a person."""
+    facts, types = found.facts, found.tables["types"]
+    lines = [
+        f"{facts['model']}: {facts['tokens']:,.0f} tokens of {facts['responses']:,} responses "
+        f"to {facts['prompts']:,} prompts",
+        f"entropy below 0.01 nats  {facts['share_below_0.01']:.2%} of tokens  (the paper's Qwen3-8B: 50.64%)",
+        f"80th percentile          {facts['percentile_80']:.3f} nats  (the paper's Qwen3-8B: 0.672)",
+    ]
+    if facts["accuracy"] is not None:
+        interval = f"95% [{facts['accuracy_low']:.3f}, {facts['accuracy_high']:.3f}]"
+        lines.append(f"accuracy                 {facts['accuracy']:.3f}  {interval}")
+    if types.empty:
+        lines.append(f"no token type was seen {facts['min_count']} times: lower --min-count for tables of types")
+    else:
+        lines.append(f"highest mean entropy     {_listed(types.head(8))}")
+        lines.append(f"lowest mean entropy      {_listed(types.tail(8)[::-1])}")
+    return "\n".join([*lines, *found.notes])
+
+
+def _listed(types: pd.DataFrame) -> str:
+    return "  ".join(
+        f"{printable(text)!r} {mean:.2f}" for text, mean in zip(types["text"], types["mean_entropy"], strict=True)
+    )
+
+
+def _outcomes(folder: Path) -> dict[str, Any]:
+    """Accuracy with its interval, and the shares cut at the limit and not judged; None where nobody knows."""
+    responses = read_responses(folder, ["number", "finished", "correct", "failure"])
+    accuracy = Estimate(float("nan"), float("nan"), float("nan"))
+    judged = responses[responses["correct"].notna()]
+    sums = ClusterSums(2)
+    for _, group in judged.groupby("number"):
+        sums.add([float(group["correct"].astype(float).sum()), len(group)])
+    if len(judged):
+        accuracy = sums.share(0, 1)
+    known = responses["finished"].dropna()
+    values = {
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "truncated_fraction": float((~known.astype(bool)).mean()) if len(known) else float("nan"),
+    }
+    figures: dict[str, Any] = {name: None if value != value else value for name, value in values.items()}
+    return figures | {"judged": len(judged), "verifier_failures": int((responses["failure"] != "").sum())}
+
+
+def write_analysis_report(found: Analysis) -> Path:
+    """Write ``report.html`` beside the tables: the figures, and a sample of the responses to look at."""
+    per_response = found.tables["responses"]
+    numbers = choose_prompts(per_response)
+    responses = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
+    shown = shown_prompts(tokens_of_prompts(found.folder, numbers), responses)
+    page = analysis_page(
+        found.facts,
+        found.tables,
+        shown,
+        notes=found.notes,
+        provenance=work_provenance(found.folder),
+        command=command_line(),
+    )
+    return write_page(found.folder / "report.html", page)

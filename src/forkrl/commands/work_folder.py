@@ -1,0 +1,135 @@
+"""The folder of one command's work, resumable part by part.
+
+settings.json       what was asked; the same question goes on here, another one is refused
+…                   parts, each written all at once when it is done
+report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import forkrl
+from forkrl.atomic import explained_write_errors, temporary_beside, write_text
+from forkrl.errors import UserError
+from forkrl.model import model_location
+from forkrl.run_folder import LOCK, lock_folder
+
+SETTINGS = "settings.json"
+_EDGE_BYTES = 1 << 20
+
+
+def default_folder(model: str, command: str) -> Path:
+    """Where a command puts its work on a run (inside it) or on a model, unless ``--out`` says otherwise."""
+    if (Path(model) / "config.toml").is_file():
+        return Path(model) / "analysis" / command
+    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").removeprefix("embedded:").split("/")[-1]).strip("-.") or "model"
+    return Path("analyses") / f"{name}-{command}"
+
+
+@contextmanager
+def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
+    """Start the work that answers ``question`` in a new or empty folder, or go on with it; locked while open.
+
+    After Ctrl-C a line says that the same command goes on.
+
+    Args:
+        path: the folder.
+        question: whatever changes the numbers, as JSON can hold it; ``schema`` is among it.
+
+    Raises:
+        UserError: the folder holds something else, the answer to another question, or is in use.
+    """
+    with explained_write_errors(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; name another folder with --out")
+        path.mkdir(parents=True, exist_ok=True)
+        _require_question(path, dict(question))
+        lock = lock_folder(path, "at work")
+        try:
+            _require_question(path, dict(question))  # again: someone may have been faster
+            if not (path / SETTINGS).exists():
+                write_text(path / SETTINGS, json.dumps(question, indent=2) + "\n")
+            yield path
+        except KeyboardInterrupt:
+            print(f"forkrl: what was finished is kept in {path}; the same command goes on from there", file=sys.stderr)
+            raise
+        finally:
+            os.close(lock)
+
+
+def weights_fingerprint(path: str) -> str:
+    """Changes with the weights of a local model: a hash over sizes and ends of its safetensors files.
+
+    A hub model is known by its name and revision; its fingerprint is empty.
+    """
+    folder = Path(model_location(path))
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {size}\n".encode() + stream.read(_EDGE_BYTES))
+            stream.seek(max(size - _EDGE_BYTES, 0))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16] if files else ""
+
+
+def work_provenance(folder: Path) -> list[tuple[str, str]]:
+    """What the numbers in a work folder come from, for its report: the question and the versions at work."""
+    question = stored_question(folder)
+    rows = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in question.items()]
+    versions = {"forkrl": forkrl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return [*rows, *((f"version of {name}", version) for name, version in versions.items())]
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["forkrl", *sys.argv[1:]])
+
+
+def stored_question(folder: Path) -> dict[str, Any]:
+    """What the work in the folder answers; empty where none was started.
+
+    Raises:
+        UserError: settings.json is damaged.
+    """
+    try:
+        stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SETTINGS}: cannot be read ({error}); name another folder with --out") from error
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{folder / SETTINGS}: is no JSON object; name another folder with --out")
+    return stored
+
+
+def _require_question(path: Path, question: dict[str, Any]) -> None:
+    stored = stored_question(path)
+    if not stored:
+        ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
+        if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
+            raise UserError(
+                f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
+            )
+        return
+    asked = json.loads(json.dumps(question))
+    if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
+        key = changed[0]
+        raise UserError(
+            f"{path}: holds the answer to another question ({key} = {stored.get(key)!r}, now {asked.get(key)!r}); "
+            f"name another folder with --out, or remove this one"
+        )
