@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from forkrl import analysis
 from forkrl.analysis.drift import change_table
@@ -37,7 +37,7 @@ from forkrl.commands.work_folder import (
 )
 from forkrl.config import ModelConfig, TrainConfig, parse_recipe
 from forkrl.errors import UserError
-from forkrl.model import Policy, open_policy
+from forkrl.model import Policy, model_location, open_policy
 from forkrl.progress import progress
 from forkrl.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
@@ -216,10 +216,6 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Re
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    from forkrl.model import model_location
-
     return AutoTokenizer.from_pretrained(model_location(checkpoint.path), revision=checkpoint.revision)
 
 
