@@ -30,7 +30,7 @@ staying costs compute."""
 
 
 class Prefix(NamedTuple):
-    """What a sequence holds before the first token is drawn: a prompt, and perhaps the beginning of a response to it."""
+    """What a sequence holds before its first token is drawn: a prompt, and perhaps the beginning of a response."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...] = ()

@@ -1,0 +1,1 @@
+"""Numbers about tokens, as data frames: where a model forks, and what its forks are worth."""
