@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +21,19 @@ import pytest
 from forkrl.config import TrainConfig, load_recipe, recipe_toml
 from forkrl.errors import UserError
 from forkrl.report import write_run_report
+from forkrl.report.colors import token_colors
 from forkrl.report.figures import histogram_counts
-from forkrl.report.fork_view import fork_view, token_limit
-from forkrl.report.page import reproducing_command, token_colors
-from forkrl.report.run_data import evenly_spaced, read_run
+from forkrl.report.fork_data import fork_data
+from forkrl.report.run_data import read_run
+from forkrl.report.run_forks import run_forks
+from forkrl.report.run_page import reproducing_command
+from forkrl.report.sampling import evenly_spaced, token_limit
 from forkrl.report.summary import Estimate, duration, judge, verdict
 from forkrl.report.visible_text import script_json, visible, visible_token
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
+from tests.report_page import Page, decoded
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\x1b[31m\x00\u202e"
-
-
-class Page(HTMLParser):
-    """Text, elements and the data block of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(convert_charrefs=True)
-        self.source = path.read_text(encoding="utf-8")
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._inside = ""
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside not in ("script", "style"):
-            self.text += " ".join(data.split()) + " "
-
-    @property
-    def data(self) -> dict[str, Any]:
-        match = re.search(r'<script type="application/json" id="fork-data">(.*?)</script>', self.source, re.DOTALL)
-        assert match is not None
-        return dict(json.loads(match[1]))
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +117,10 @@ def test_histogram_loses_no_token() -> None:
 
 
 def test_before_and_after_answer_the_same_prompts(run: Path, page: Page) -> None:
-    view = page.data["views"][0]
-    cards = view["frames"][0]["cards"]
-    assert len(cards) == 24
-    assert view["note"].startswith("The first 24 of 40 held-out problems, in file order")
+    view = page.views[0]
+    cards = view["frames"][0]["prompts"]
+    assert len(cards) == 40
+    assert view["note"].startswith("The first 40 of 40 held-out problems, in file order")
     tables = {step: pq.read_table(run / f"rollouts/eval-{step:06d}.parquet").to_pylist() for step in (0, 60)}
     for index, card in enumerate(cards):
         before, after = card["responses"]
@@ -154,9 +128,9 @@ def test_before_and_after_answer_the_same_prompts(run: Path, page: Page) -> None
         for shown, row in ((before, tables[0][index]), (after, tables[60][index])):
             assert card["prompt"] == row["prompt"]
             assert shown["t"] == row["tokens"]
-            assert shown["e"] == pytest.approx(row["entropy"], abs=1e-4)
+            assert shown["e"][0] == pytest.approx(row["entropy"], abs=1e-4)
             assert shown["l"] == pytest.approx(row["logprobs"], abs=1e-4)
-            assert [bool(flag & 1) for flag in shown["f"]] == row["selected"]
+            assert [flag == "1" for flag in shown["f"]] == row["selected"]
             assert shown["score"] == row["score"]
         assert (card["outcome"] == "gained") == (before["score"] == 0 and after["score"] == 1)
 
@@ -166,7 +140,7 @@ def test_pairs_go_by_prompt_id_not_by_row(tmp_path: Path) -> None:
     one = {name: response_row([name], [0.5], prompt_id=name, prompt=name) for name in "abc"}
     write_rollouts(folder / "rollouts/eval-000000.parquet", [one["a"], one["b"], one["c"] | {"prompt_id": "b"}])
     write_rollouts(folder / "rollouts/eval-000009.parquet", [one["c"], one["b"]])
-    cards = fork_view(read_run(folder, 12))["views"][0]["frames"][0]["cards"]
+    cards = decoded(fork_data(run_forks(read_run(folder, 12))))[0]["frames"][0]["prompts"]
     assert [card["prompt"] for card in cards] == ["b"]
     assert [response["t"] for response in cards[0]["responses"]] == [["b"], ["b"]]
 
@@ -174,23 +148,13 @@ def test_pairs_go_by_prompt_id_not_by_row(tmp_path: Path) -> None:
 def test_training_samples_are_limited_and_say_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=0)
     for step in range(1, 31):
-        rows = [response_row(["x"], [0.1], prompt_id=str(i // 4)) for i in range(12)]
+        rows = [response_row(["x"], [0.1], prompt_id=str(i // 4)) for i in range(38)]
         write_rollouts(folder / f"rollouts/train-{step:06d}.parquet", rows)
-    view = fork_view(read_run(folder, 12))["views"][1]
+    view = decoded(fork_data(run_forks(read_run(folder, 12))))[1]
     assert len(view["frames"]) == 12
     assert (view["frames"][0]["label"], view["frames"][-1]["label"]) == ("1", "30")
-    assert [len(card["responses"]) for card in view["frames"][0]["cards"]] == [4, 4]
+    assert [len(card["responses"]) for card in view["frames"][0]["prompts"]] == [4] * 8
     assert "12 of 30 sampled steps" in view["note"]
-
-
-def test_long_responses_are_cut_and_say_so(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", steps=0)
-    rows = [response_row(["x"] * 3000, [0.1] * 3000, prompt_id=str(i)) for i in range(24)]
-    write_rollouts(folder / "rollouts/eval-000000.parquet", rows)
-    view = fork_view(read_run(folder, 12))["views"][0]
-    response = view["frames"][0]["cards"][0]["responses"][0]
-    assert (len(response["t"]), response["length"], response["selected"]) == (1250, 3000, 600)
-    assert "24 long responses are cut after 1,250 tokens." in view["note"]
 
 
 @pytest.mark.parametrize(
@@ -201,15 +165,19 @@ def test_token_limit(lengths: list[int], budget: int, limit: int) -> None:
     assert token_limit(lengths, budget) == limit
 
 
-@pytest.mark.parametrize(("rule", "forks_are_selected"), [("top_entropy", True), ("random", False), ("all", False)])
+@pytest.mark.parametrize(
+    ("rule", "mark", "outlined"),
+    [("top_entropy", None, "11111"), ("random", 0.72, "11111"), ("all", 0.72, "")],
+)
 def test_forks_are_the_selection_only_where_the_rule_means_that(
-    tmp_path: Path, rule: str, forks_are_selected: bool
+    tmp_path: Path, rule: str, mark: float | None, outlined: str
 ) -> None:
     folder = write_run(tmp_path / "run", steps=0, rule=rule)
     row = response_row(list("abcde"), [0.1, 0.2, 0.3, 0.4, 2.0]) | {"selected": [True] * 5}
     write_rollouts(folder / "rollouts/eval-000000.parquet", [row])
-    flags = fork_view(read_run(folder, 12))["views"][0]["frames"][0]["cards"][0]["responses"][0]["f"]
-    assert flags == ([3, 3, 3, 3, 3] if forks_are_selected else [1, 1, 1, 1, 3])
+    forks = run_forks(read_run(folder, 12))
+    assert forks.mark == (None if mark is None else pytest.approx(mark))
+    assert decoded(fork_data(forks))[0]["frames"][0]["prompts"][0]["responses"][0]["f"] == outlined
 
 
 def test_settings_provenance_and_what_differs(page: Page) -> None:
@@ -315,7 +283,7 @@ def test_hostile_text_everywhere_stays_text(tmp_path: Path) -> None:
     assert not re.search(
         "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", page.source
     )
-    shown = page.data["views"][0]["frames"][0]["cards"][0]
+    shown = page.views[0]["frames"][0]["prompts"][0]
     assert shown["responses"][0]["t"][0] == "</script><img src=x onerror=alert(1)>&⟨U+2028⟩␛[31m␀⟨U+202E⟩"
 
 
@@ -335,9 +303,10 @@ def test_run_that_never_logged(tmp_path: Path) -> None:
     assert "Nothing was evaluated on held-out problems; no training step was logged." in page.text
     assert "metrics.jsonl is missing" in page.text
     assert "no sampled responses that can be read" in page.text
-    assert page.text.count("Not recorded in this run:") == 6
-    assert "config.toml has no [provenance]" in page.text
-    assert page.data["views"] == []
+    assert page.source.count('class="empty"> Not recorded:') == 1
+    assert page.text.count("Not recorded: ") == 7
+    assert "Not recorded: versions and commit are unknown" in page.text
+    assert page.views == []
 
 
 def test_null_and_nan_metrics_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -352,7 +321,7 @@ def test_null_and_nan_metrics_are_left_out_and_counted(tmp_path: Path) -> None:
     page = Page(write_run_report(folder))
     assert "2 values are NaN or infinite" in page.text
     assert "Not recorded: entropy/selected_mean, entropy/unselected_mean, entropy/threshold." in page.text
-    assert "Not recorded in this run: grad/norm, loss/clip_fraction." in page.text
+    assert "Not recorded: grad/norm, loss/clip_fraction." in page.text
 
 
 @pytest.mark.parametrize(
@@ -375,8 +344,8 @@ def test_damaged_rollouts_are_named_and_the_next_best_is_shown(tmp_path: Path) -
     page = Page(write_run_report(folder))
     assert "rollouts/eval-000060.parquet cannot be read and is left out" in page.text
     assert "rollouts/train-000010.parquet is left out: it has no column entropy." in page.text
-    assert [r["label"] for r in page.data["views"][0]["frames"][0]["cards"][0]["responses"]] == ["Step 0", "Step 40"]
-    assert "10" not in [frame["label"] for frame in page.data["views"][1]["frames"]]
+    assert [r["label"] for r in page.views[0]["frames"][0]["prompts"][0]["responses"]] == ["Step 0", "Step 40"]
+    assert "10" not in [frame["label"] for frame in page.views[1]["frames"]]
 
 
 @pytest.mark.parametrize(
@@ -423,8 +392,8 @@ def test_values_that_are_not_finite_reach_the_page_as_gaps(tmp_path: Path) -> No
     row = response_row(["a", "b", "c"], [0.1, 0.2, 0.3])
     row |= {"entropy": [float("nan"), 0.2, float("inf")], "logprobs": [float("-inf"), -0.5, -0.1]}
     write_rollouts(folder / "rollouts/eval-000000.parquet", [row])
-    response = Page(write_run_report(folder)).data["views"][0]["frames"][0]["cards"][0]["responses"][0]
-    assert response["e"] == [None, 0.2, None]
+    response = Page(write_run_report(folder)).views[0]["frames"][0]["prompts"][0]["responses"][0]
+    assert response["e"] == [[None, 0.2, None]]
     assert response["l"] == [None, -0.5, -0.1]
 
 

@@ -1,8 +1,4 @@
-"""The figures of a run, as matplotlib Figures: they know nothing of HTML.
-
-Colours are those of Okabe and Ito, told apart by the colour-blind; line styles differ too, for print. Every colour is a
-constant of this file, so that a page can map each to its own theme.
-"""
+"""The figures of a run, as matplotlib Figures: they know nothing of HTML."""
 
 from __future__ import annotations
 
@@ -12,15 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from forkrl.report.run_data import Floats, RunData, Series
+from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, PURPLE, VERMILION, finish, panels
 
-INK, MUTED, GRID = "#22252b", "#6b7280", "#e3e5ea"
-BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b0568c"
-SIZE_INCHES = (5.2, 2.9)
 FEW_POINTS = 40
-PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 
 
 class Line(NamedTuple):
@@ -34,7 +27,7 @@ class Line(NamedTuple):
 
 def learning_curve(run: RunData) -> Figure:
     """Accuracy against step: training responses, and held-out problems with 95% intervals."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     _draw(axes, run, [Line("reward/accuracy", "training responses", MUTED)])
     held_out = run.series("eval/accuracy")
     if len(held_out):
@@ -56,13 +49,13 @@ def learning_curve(run: RunData) -> Figure:
             zorder=3,
         )
     axes.yaxis.set_major_formatter(PERCENT)
-    _finish(axes, "accuracy", bottom=0)
+    finish(axes, "accuracy", bottom=0)
     return figure
 
 
 def entropy_curves(run: RunData) -> Figure:
     """Entropy against step: all tokens, selected and unselected ones, and the threshold between them."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     lines = [
         Line("entropy/selected_mean", "selected", VERMILION),
         Line("entropy/threshold", "threshold", MUTED, ":"),
@@ -70,13 +63,13 @@ def entropy_curves(run: RunData) -> Figure:
         Line("entropy/unselected_mean", "unselected", GREEN, "--"),
     ]
     _draw(axes, run, lines)
-    _finish(axes, "entropy (nats)", bottom=0)
+    finish(axes, "entropy (nats)", bottom=0)
     return figure
 
 
 def kept_fraction(run: RunData) -> Figure:
     """Share of response tokens that carried gradient: of all, of good responses, of bad ones."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     lines = [
         Line("selection/kept_fraction_positive", "advantage > 0", GREEN, "--"),
         Line("selection/kept_fraction_negative", "advantage < 0", PURPLE, ":"),
@@ -84,13 +77,13 @@ def kept_fraction(run: RunData) -> Figure:
     ]
     _draw(axes, run, lines)
     axes.yaxis.set_major_formatter(PERCENT)
-    _finish(axes, "tokens kept", bottom=0)
+    finish(axes, "tokens kept", bottom=0)
     return figure
 
 
 def response_length(run: RunData) -> Figure:
     """Mean response length, and the fraction of responses cut at the limit."""
-    figure, (above, below) = _panels(2)
+    figure, (above, below) = panels(2)
     _draw(above, run, [Line("response/length", "training", BLUE), Line("eval/length", "held out", VERMILION, "--")])
     _draw(
         below,
@@ -101,22 +94,22 @@ def response_length(run: RunData) -> Figure:
         ],
     )
     below.yaxis.set_major_formatter(PERCENT)
-    _finish(above, "tokens", bottom=0, last=False)
-    _finish(below, "cut at limit", bottom=0, legend=False)
+    finish(above, "tokens", bottom=0, last=False)
+    finish(below, "cut at limit", bottom=0, legend=False)
     return figure
 
 
 def gradient(run: RunData) -> Figure:
     """Gradient norm before clipping, and the fraction of trained tokens whose ratio was clipped."""
-    figure, (above, below) = _panels(2)
+    figure, (above, below) = panels(2)
     _draw(above, run, [Line("grad/norm", "norm", BLUE)])
     limit = run.setting("optimizer.max_grad_norm")
     if isinstance(limit, int | float) and len(run.series("grad/norm")):
         above.axhline(limit, color=MUTED, linestyle=":", linewidth=1.2, label=f"clipped at {limit:g}")
     _draw(below, run, [Line("loss/clip_fraction", "clipped", VERMILION)])
     below.yaxis.set_major_formatter(PERCENT)
-    _finish(above, "gradient norm", bottom=0, last=False)
-    _finish(below, "ratio clipped", bottom=0, legend=False)
+    finish(above, "gradient norm", bottom=0, last=False)
+    finish(below, "ratio clipped", bottom=0, legend=False)
     return figure
 
 
@@ -138,7 +131,7 @@ def entropy_histogram(samples: Sequence[Floats], labels: Sequence[str], threshol
         labels: one name a sample.
         threshold: nats, or None to mark nothing.
     """
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     edges, counts = histogram_counts(samples)
     for count, label, color, style in zip(counts, labels, (MUTED, BLUE), ("--", "-"), strict=False):
         share = count / max(count.sum(), 1)
@@ -149,15 +142,8 @@ def entropy_histogram(samples: Sequence[Floats], labels: Sequence[str], threshol
     axes.yaxis.set_major_formatter(PERCENT)
     if threshold is not None:
         axes.axvline(threshold, color=VERMILION, linewidth=1.4, linestyle=":", label=f"threshold {threshold:.2f}")
-    _finish(axes, "share of tokens (log)", xlabel="entropy (nats)")
+    finish(axes, "share of tokens (log)", xlabel="entropy (nats)")
     return figure
-
-
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
-    return figure, list(axes)
 
 
 def _draw(axes: Axes, run: RunData, lines: Sequence[Line]) -> None:
@@ -180,44 +166,3 @@ def _draw(axes: Axes, run: RunData, lines: Sequence[Line]) -> None:
 def _aligned(run: RunData, series: Series, name: str) -> Floats:
     """``name`` at the steps of ``series``; NaN where it was not recorded."""
     return np.array([run.metrics[int(step)].get(name, np.nan) for step in series.steps], dtype=float)
-
-
-def _finish(
-    axes: Axes,
-    ylabel: str,
-    *,
-    bottom: float | None = None,
-    xlabel: str = "step",
-    last: bool = True,
-    legend: bool = True,
-) -> None:
-    axes.patch.set_visible(False)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=MUTED, length=0, labelsize=9)
-    axes.set_ylabel(ylabel, color=MUTED, fontsize=9)
-    if bottom is not None:
-        axes.set_ylim(bottom=bottom)
-        if axes.get_yscale() == "linear":
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    if last:
-        axes.set_xlabel(xlabel, color=MUTED, fontsize=9)
-    if xlabel == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    handles, labels = axes.get_legend_handles_labels()
-    if legend and len(labels) > 0:
-        axes.legend(
-            handles,
-            labels,
-            loc="lower left",
-            bbox_to_anchor=(-0.01, 1.0),
-            ncols=4,
-            frameon=False,
-            fontsize=9,
-            labelcolor=INK,
-            handlelength=1.6,
-            columnspacing=1.3,
-            borderaxespad=0.1,
-        )

@@ -1,58 +1,83 @@
-"""One self-contained HTML page about a run, written beside its data."""
+"""One self-contained HTML page, for whatever command has something to show.
+
+A page is plain data (``Page``): commands fill it in, and only this module knows HTML.
+"""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import hashlib
-import json
 import os
-import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 from markupsafe import Markup
-from matplotlib.colors import to_hex
 
-from forkrl.config import TrainConfig, recipe_toml
 from forkrl.errors import UserError
-from forkrl.report import fork_view, summary
-from forkrl.report.run_data import RunData, read_run
-from forkrl.report.sections import figure_sections
+from forkrl.report.colors import token_colors
+from forkrl.report.fork_data import fork_data
+from forkrl.report.fork_view import ForkView
+from forkrl.report.sections import FigureSection
 from forkrl.report.visible_text import script_json, visible
 
-# Magma: lightness falls evenly, and the order survives every kind of colour blindness. The page's own ground stands
-# for 0, so each theme takes the part of the map that starts near its ground.
-_LIGHT_MAP, _DARK_MAP = ("magma_r", 0.03, 0.80), ("magma", 0.16, 0.95)
+_SCRIPTS = ("report.js",)
 
 
-def write_run_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run folder, whole or not at all, and return its path.
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One number of the run: ``before`` is empty when there is only one."""
 
-    Reads only config.toml, metrics.jsonl and rollouts/*.parquet. What is missing or damaged is said in the page.
+    title: str
+    value: str
+    before: str = ""
+    note: str = ""
 
-    Raises:
-        UserError: the folder is no run, or the page cannot be written.
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a page says. Every text may be hostile: it is made visible and escaped when the page is rendered.
+
+    Args:
+        name: what the page is about, its heading.
+        kind: such as "training run", "analysis" or "drift".
+        verdict: one sentence on top: what was found.
+        figures: in reading order.
+        status: a sentence on work that is not finished; may be empty.
+        notes: what is missing, damaged or left out, a sentence each.
+        cards: the few numbers under the verdict.
+        forks: None: the page has no fork view.
+        settings: sections of (key, value, differs from the default).
+        provenance: versions, commit, data: what the numbers come from.
+        command: the command line that was run.
+        reproduce: a command line that does the same again.
+        figures_title: heading of the figures.
+        source: what the page was made from, for the footer.
     """
-    run = read_run(Path(run_dir), fork_view.MAX_TRAIN_STEPS)
-    path = Path(run_dir) / "report.html"
-    _write_atomically(path, render_run_report(run))
-    return path
+
+    name: str
+    kind: str
+    verdict: str
+    figures: Sequence[FigureSection]
+    status: str = ""
+    notes: Sequence[str] = ()
+    cards: Sequence[Card] = ()
+    forks: ForkView | None = None
+    settings: Sequence[tuple[str, Sequence[tuple[str, str, bool]]]] = ()
+    provenance: Sequence[tuple[str, str]] = ()
+    command: str = ""
+    reproduce: str = ""
+    figures_title: str = "How it went"
+    source: str = ""
 
 
-def run_verdict(run_dir: Path) -> str:
-    """The sentence that heads the report: accuracy before and after, with intervals, and what it took."""
-    return summary.verdict(read_run(Path(run_dir), max_train_files=0))
-
-
-def render_run_report(run: RunData) -> str:
-    """The page as text."""
-    script = Markup(_template("report.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    view = fork_view.fork_view(run)
+def render_page(page: Page) -> str:
+    """The page as HTML text."""
+    script = Markup("".join(map(_template, _SCRIPTS)))
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
@@ -62,106 +87,21 @@ def render_run_report(run: RunData) -> str:
         finalize=_visible_value,
     )
     return environment.get_template("report.html").render(
-        name=run.name,
-        verdict=summary.verdict(run),
-        status=summary.status(run),
-        notes=run.notes,
-        cards=summary.cards(run),
-        figures=figure_sections(run),
-        has_views=bool(view["views"]),
-        fork_note=_fork_note(run),
-        data=Markup(script_json(view)),
-        settings=_settings(run),
-        provenance=sorted((key, _plain(value)) for key, value in run.provenance.items() if key != "command"),
-        command=str(run.provenance.get("command", "")),
-        reproduce=reproducing_command(run.settings),
-        style=Markup(_template("report.css") + token_colors(fork_view.COLOR_BINS)),
+        page=page,
+        data=Markup(script_json(fork_data(page.forks or ForkView((), "", None)))),
+        style=Markup(_template("report.css") + token_colors()),
         script=script,
-        script_hash=digest,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def reproducing_command(settings: dict[str, Any]) -> str:
-    """A command line that resolves to the same recipe: every setting that differs from the defaults, as an override."""
-    defaults = recipe_toml(TrainConfig())
-    overrides = []
-    for section, table in settings.items():
-        if not isinstance(table, dict):
-            overrides += [] if defaults.get(section) == table else [f"{section}={_plain(table)}"]
-            continue
-        known = defaults.get(section, {})
-        overrides += [f"{section}.{key}={_plain(value)}" for key, value in table.items() if known.get(key) != value]
-    return " ".join(["forkrl train", *(shlex.quote(visible(override)) for override in overrides)])
+def write_page(path: Path, page: Page) -> Path:
+    """Write the page, whole or not at all, and return its path.
 
-
-def token_colors(bins: int) -> str:
-    """CSS for the classes ``.e0`` … of the entropy bins: ground and readable text, in both themes."""
-    rules = []
-    for index in range(bins):
-        light, dark = (_map_color(index / (bins - 1), *part) for part in (_LIGHT_MAP, _DARK_MAP))
-        rules.append(
-            f".e{index}{{background:light-dark({light},{dark});color:light-dark({_readable_on(light)},{_readable_on(dark)})}}"
-        )
-    return "\n".join(rules)
-
-
-def _map_color(fraction: float, name: str, start: float, stop: float) -> str:
-    return to_hex(matplotlib.colormaps[name](start + fraction * (stop - start)))
-
-
-def _readable_on(color: str) -> str:
-    """Black or white, whichever has the higher contrast (WCAG relative luminance) on ``color``."""
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
-
-
-def _fork_note(run: RunData) -> str:
-    rule = run.setting("selection.rule") or "not recorded"
-    if rule == "all":
-        return (
-            "This run trained on every token, so none is outlined; "
-            "the keys visit the fifth of the tokens shown with the highest entropy."
-        )
-    if rule in ("top_entropy", "threshold"):
-        return "Outlined tokens are those the run's rule selects to carry gradient; the keys visit them one by one."
-    return (
-        f"Outlined tokens are those the run's rule ({rule}) selects to carry gradient; "
-        "the keys visit the fifth of the tokens shown with the highest entropy."
-    )
-
-
-def _settings(run: RunData) -> list[tuple[str, list[tuple[str, str, bool]]]]:
-    """Sections of (key, value, differs from the default), settings outside any section first."""
-    defaults = recipe_toml(TrainConfig())
-    loose = [
-        (key, _plain(value), defaults.get(key) != value)
-        for key, value in run.settings.items()
-        if not isinstance(value, dict)
-    ]
-    tables = [
-        (section, [(key, _plain(value), defaults.get(section, {}).get(key) != value) for key, value in table.items()])
-        for section, table in run.settings.items()
-        if isinstance(table, dict)
-    ]
-    return ([("run", loose)] if loose else []) + [table for table in tables if table[1]]
-
-
-def _plain(value: Any) -> str:
-    """The value as TOML and JSON both write it; text bare."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _visible_value(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _template(name: str) -> str:
-    return files("forkrl.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _write_atomically(path: Path, text: str) -> None:
+    Raises:
+        UserError: the page cannot be written; an old one then stays as it was.
+    """
+    text = render_page(page)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -175,5 +115,14 @@ def _write_atomically(path: Path, text: str) -> None:
                 temporary.unlink()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free space or mend permissions, then forkrl report again"
+            f"{path}: cannot be written ({error.strerror}); free space or mend permissions, then run the command again"
         ) from None
+    return path
+
+
+def _visible_value(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _template(name: str) -> str:
+    return files("forkrl.report").joinpath("templates", name).read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forkrl.errors import UserError
+from forkrl.report.sampling import evenly_spaced
 
 Floats = npt.NDArray[np.float64]
 ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
@@ -146,13 +147,6 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
         num_train_files=len(train_paths),
         notes=notes,
     )
-
-
-def evenly_spaced(count: int, limit: int) -> list[int]:
-    """At most ``limit`` of ``range(count)``, evenly spaced, both ends among them."""
-    if count <= limit:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,30 +1,32 @@
-"""The figures of the page with the numbers behind each."""
+"""A titled figure with the numbers behind it, for any page."""
 
 from __future__ import annotations
 
 import base64
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
-from forkrl.report import figures
-from forkrl.report.run_data import RunData, evenly_spaced
+from forkrl.report.sampling import evenly_spaced
 from forkrl.report.svg import inline_svg
+from forkrl.report.visible_text import visible
 
 MAX_TABLE_ROWS = 200
-PAPER_LOW_ENTROPY = 0.01  # nats; the paper finds 50.64% of tokens below it (Qwen3-8B, section 3)
-
-Cell = float | int | str | None
+_FORMULA_STARTS = ("=", "+", "-", "@")
 
 
 @dataclass(frozen=True, slots=True)
 class FigureSection:
-    """A titled figure, one plain sentence about it, and its table. ``svg`` is empty when there was nothing to draw."""
+    """A titled figure, a plain sentence or two about it, and its table, all ready for the page.
+
+    ``svg`` is empty when there is a table only, or nothing at all; ``text_columns`` are the places of columns that
+    hold text, which stands to the left.
+    """
 
     title: str
     caption: str
@@ -35,134 +37,83 @@ class FigureSection:
     csv_name: str
     csv_uri: str
     missing: tuple[str, ...] = ()
+    text_columns: frozenset[int] = frozenset()
+    open_table: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    name: str
-    title: str
-    caption: str
-    metrics: tuple[str, ...]
-    draw: Callable[[RunData], Figure]
-
-
-_CURVES = (
-    _Curve(
-        "learning",
-        "Learning curve",
-        "Training accuracy is that of the sampled responses of each step; held-out problems are the same each time.",
-        ("reward/accuracy", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
-        figures.learning_curve,
-    ),
-    _Curve(
-        "entropy",
-        "Entropy",
-        "Mean entropy of the tokens that carried gradient, of the others, and of all; and the threshold between them.",
-        ("entropy/mean", "entropy/selected_mean", "entropy/unselected_mean", "entropy/threshold"),
-        figures.entropy_curves,
-    ),
-    _Curve(
-        "kept",
-        "Tokens kept",
-        "What the run really did: the fraction of response tokens that carried gradient, by the sign of the advantage.",
-        ("selection/kept_fraction", "selection/kept_fraction_positive", "selection/kept_fraction_negative"),
-        figures.kept_fraction,
-    ),
-    _Curve(
-        "length",
-        "Response length",
-        "Mean tokens per response, and the fraction that ran into the limit without a stop token.",
-        ("response/length", "response/truncated_fraction", "eval/length", "eval/truncated_fraction"),
-        figures.response_length,
-    ),
-    _Curve(
-        "gradient",
-        "Gradient and clipping",
-        "Gradient norm before clipping, and the fraction of trained tokens whose probability ratio was clipped.",
-        ("grad/norm", "loss/clip_fraction"),
-        figures.gradient,
-    ),
-)
-
-
-def figure_sections(run: RunData) -> list[FigureSection]:
-    """Every figure of the page, in reading order."""
-    curves = [_curve_section(run, curve) for curve in _CURVES]
-    return [*curves[:2], _histogram_section(run), *curves[2:]]
-
-
-def _curve_section(run: RunData, curve: _Curve) -> FigureSection:
-    missing = tuple(name for name in curve.metrics if not len(run.series(name)))
-    present = [name for name in curve.metrics if name not in missing]
-    rows: list[list[Cell]] = [
-        [step, *(row.get(name) for name in present)]
-        for step, row in run.metrics.items()
-        if any(name in row for name in present)
-    ]
-    svg = inline_svg(curve.draw(run), curve.name) if present else ""
-    return _section(curve.title, curve.caption, svg, ["step", *present], rows, curve.name, missing)
-
-
-def _histogram_section(run: RunData) -> FigureSection:
-    samples = list(run.evals) or list(run.train[-1:])
-    entropies = [sample.entropy for sample in samples]
-    kept = [(sample, entropy) for sample, entropy in zip(samples, entropies, strict=True) if len(entropy)]
-    title = "Entropy histogram"
-    if not kept:
-        return _section(title, "", "", [], [], "histogram", ("rollouts/*.parquet",))
-    labels = [f"step {sample.step}" for sample, _ in kept]
-    threshold = run.series("entropy/threshold")
-    last = float(threshold.values[-1]) if len(threshold) else None
-    source = "held-out responses" if run.evals else "training responses"
-    facts = "; ".join(
-        f"{label}: {len(entropy):,} tokens, {np.mean(entropy < PAPER_LOW_ENTROPY):.1%} below {PAPER_LOW_ENTROPY} nats, "
-        f"80th percentile {np.percentile(entropy, 80):.3f} nats"
-        for label, (_, entropy) in zip(labels, kept, strict=True)
-    )
-    edges, counts = figures.histogram_counts([entropy for _, entropy in kept])
-    rows: list[list[Cell]] = [
-        [float(low), float(high), *(int(count[i]) for count in counts)] for i, (low, high) in enumerate(pairwise(edges))
-    ]
-    figure = figures.entropy_histogram([entropy for _, entropy in kept], labels, last)
-    missing = () if len(threshold) else ("entropy/threshold",)
-    columns = ["from (nats)", "to (nats)", *(f"tokens, {label}" for label in labels)]
-    return _section(
-        title, f"All written {source}. {facts}.", inline_svg(figure, "histogram"), columns, rows, "histogram", missing
-    )
-
-
-def _section(
+def figure_section(
     title: str,
     caption: str,
-    svg: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Cell]],
+    figure: Figure | None,
+    table: pd.DataFrame,
     name: str,
-    missing: tuple[str, ...],
+    missing: Sequence[str] = (),
+    *,
+    open_table: bool = False,
+    outlines: bool = False,
 ) -> FigureSection:
-    shown = [rows[i] for i in evenly_spaced(len(rows), MAX_TABLE_ROWS)]
+    """A figure and the numbers behind it.
+
+    The page shows at most ``MAX_TABLE_ROWS`` rows, evenly spaced, and says so; the file to download has all. Cells may
+    be text that a model wrote: it is made visible here. The index of the table is left out.
+
+    Args:
+        title: a few words.
+        caption: what is seen, in a sentence or two.
+        figure: drawn as SVG; None for a table alone. Text of a model in it must be drawn with ``parse_math=False``.
+        table: numbers and texts, one row a point; empty when nothing was recorded.
+        name: letters, digits and dashes, unique in the page: the file to download is ``name.csv``.
+        missing: names of what was not recorded, said under the figure.
+        open_table: show the table without a click, and over the page's whole width.
+        outlines: draw letters as outlines, for figures that place each letter (word clouds).
+    """
+    columns = [visible(str(column)) for column in table.columns]
+    shown = table.iloc[evenly_spaced(len(table), MAX_TABLE_ROWS)]
     return FigureSection(
         title=title,
         caption=caption,
-        svg=svg,
+        svg="" if figure is None else inline_svg(figure, name, outlines=outlines),
         columns=tuple(columns),
-        rows=tuple(tuple(_cell(value) for value in row) for row in shown),
-        num_rows=len(rows),
+        rows=tuple(tuple(map(_cell, row)) for row in shown.itertuples(index=False, name=None)),
+        num_rows=len(table),
         csv_name=f"{name}.csv",
-        csv_uri=_csv_uri(columns, rows),
-        missing=missing,
+        csv_uri=_csv_uri(columns, table),
+        missing=tuple(missing),
+        text_columns=frozenset(i for i in range(len(columns)) if table.iloc[:, i].map(_is_text).any()),
+        open_table=open_table or figure is None,
     )
 
 
-def _cell(value: Cell) -> str:
-    if value is None:
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+
+
+def _cell(value: Any) -> str:
+    if _is_missing(value):
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
 
-def _csv_uri(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def _csv_uri(columns: Sequence[str], table: pd.DataFrame) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
+    writer.writerow(map(_csv_cell, columns))
+    writer.writerows(map(_csv_cell, row) for row in table.itertuples(index=False, name=None))
     return "data:text/csv;base64," + base64.b64encode(buffer.getvalue().encode()).decode()
+
+
+def _csv_cell(value: Any) -> Any:
+    """Text as the page shows it, with an apostrophe before what a spreadsheet would run as a formula.
+
+    A single sign is text to every spreadsheet, and a frequent token, so it stays as it is.
+    """
+    if _is_missing(value):
+        return ""
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return f"'{text}" if len(text) > 1 and text.startswith(_FORMULA_STARTS) else text

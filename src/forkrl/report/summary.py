@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from forkrl.report.page import Card
 from forkrl.report.run_data import RunData
 
 Judgement = Literal["better", "worse", "unclear", "unknown"]
@@ -22,16 +22,6 @@ class Estimate(NamedTuple):
         if self.low is None or self.high is None:
             return f"{self.value:.1%} (no interval recorded)"
         return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """One number of the run: ``before`` is empty when there is only one."""
-
-    title: str
-    value: str
-    before: str = ""
-    note: str = ""
 
 
 def evaluations(run: RunData) -> list[Estimate]:

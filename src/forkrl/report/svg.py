@@ -8,25 +8,29 @@ import re
 import matplotlib
 from matplotlib.figure import Figure
 
-from forkrl.report import figures
+from forkrl.report import style
+from forkrl.report.visible_text import visible
 
 _THEME_VARIABLES = {
-    figures.INK: "var(--ink)",
-    figures.MUTED: "var(--muted)",
-    figures.GRID: "var(--line)",
-    figures.BLUE: "var(--blue)",
-    figures.VERMILION: "var(--vermilion)",
-    figures.GREEN: "var(--green)",
-    figures.PURPLE: "var(--purple)",
+    style.INK: "var(--ink)",
+    style.MUTED: "var(--muted)",
+    style.GRID: "var(--line)",
+    style.BLUE: "var(--blue)",
+    style.VERMILION: "var(--vermilion)",
+    style.GREEN: "var(--green)",
+    style.PURPLE: "var(--purple)",
 }
 _NOT_FOR_PAGES = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL)
 
 
-def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element: ids prefixed with ``name``, colours as variables of the page's theme."""
+def inline_svg(figure: Figure, name: str, outlines: bool = False) -> str:
+    """The figure as an ``<svg>`` element: ids prefixed with ``name``, colours as variables of the page's theme.
+
+    Text stays text: crisp at any zoom, in the font of the page, and a fraction of the size of outlines. With
+    ``outlines`` letters are drawn as shapes instead, for figures whose layout depends on their exact widths.
+    """
     buffer = io.StringIO()
-    # Text stays text ("none"): crisp at any zoom, in the font of the page, and a fraction of the size of outlines.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "forkrl"}):
+    with matplotlib.rc_context({"svg.fonttype": "path" if outlines else "none", "svg.hashsalt": "forkrl"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = _NOT_FOR_PAGES.sub("", buffer.getvalue())
     text = text[text.index("<svg") :]
@@ -38,4 +42,4 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
     for color, variable in _THEME_VARIABLES.items():
         text = text.replace(color, variable)
-    return re.sub(r"\n\s*", "\n", text).strip()
+    return visible(re.sub(r"\n\s*", "\n", text).strip())

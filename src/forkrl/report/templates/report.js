@@ -31,6 +31,18 @@
   const data = JSON.parse(find("fork-data").textContent);
   if (!data.views.length) return;
 
+  // Until the new script: the compact data as the lists that this one reads.
+  for (const view of data.views) for (const frame of view.frames) {
+    frame.cards = frame.prompts;
+    for (const card of frame.cards) for (const r of card.responses) {
+      const e = r.e[0];
+      r.f = r.t.map((_, i) => (r.f[i] === "1" ? 1 : 0) + 2 * (data.mark === null ? r.f[i] === "1" : e[i] >= data.mark));
+      r.t = r.t.map((id) => data.texts[id]);
+      r.e = e.map((x) => x === null ? null : x / 10000);
+      r.l = r.t.map((_, i) => typeof r.l[i] === "number" ? r.l[i] / 10000 : null);
+    }
+  }
+
   const SELECTED = 1, FORK = 2, TOKENS_AT_ONCE = 4000, CARDS_AT_ONCE = 6;
   const state = { view: 0, frame: 0, outcome: "", now: null };
   const list = find("responses"), tip = find("tip");

@@ -1,0 +1,42 @@
+"""The entropy ramp: one scale of colours for page and terminal."""
+
+from __future__ import annotations
+
+import matplotlib
+from matplotlib.colors import to_hex
+
+COLOR_BINS = 24
+
+# Magma: lightness falls evenly, and the order survives every kind of colour blindness. The page's own ground stands
+# for 0, so each theme takes the part of the map that starts near its ground.
+_LIGHT_MAP, _DARK_MAP = ("magma_r", 0.03, 0.80), ("magma", 0.16, 0.95)
+
+
+def ramp(fraction: float, *, dark: bool) -> tuple[str, str]:
+    """Ground and readable ink, both ``#rrggbb``, for an entropy at ``fraction`` (0 to 1) of the scale."""
+    name, start, stop = _DARK_MAP if dark else _LIGHT_MAP
+    ground = to_hex(matplotlib.colormaps[name](start + fraction * (stop - start)))
+    return ground, _readable_on(ground)
+
+
+def color_bin(entropy: float, top: float) -> int:
+    """Which of the ``COLOR_BINS`` an entropy falls in when ``top`` (nats, above 0) has the last; never out of range."""
+    return min(COLOR_BINS - 1, round(max(entropy, 0.0) / top * (COLOR_BINS - 1)))
+
+
+def token_colors(bins: int = COLOR_BINS) -> str:
+    """CSS for the classes ``.e0`` … of the entropy bins: ground and readable text, in both themes."""
+    rules = []
+    for index in range(bins):
+        light, light_ink = ramp(index / (bins - 1), dark=False)
+        dark, dark_ink = ramp(index / (bins - 1), dark=True)
+        rules.append(f".e{index}{{background:light-dark({light},{dark});color:light-dark({light_ink},{dark_ink})}}")
+    return "\n".join(rules)
+
+
+def _readable_on(color: str) -> str:
+    """Black or white, whichever has the higher contrast (WCAG relative luminance) on ``color``."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"

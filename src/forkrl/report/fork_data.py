@@ -1,0 +1,211 @@
+"""The fork view as the compact JSON that the page carries.
+
+A thousand responses with five alternatives to every token must open at once, so texts go to one table and are named by
+number, and entropies and log-probs are whole numbers of 0.1 millinats. The page's script reads what is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from forkrl.report.colors import COLOR_BINS
+from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownResponse, View
+from forkrl.report.sampling import evenly_spaced, token_limit
+from forkrl.report.visible_text import visible, visible_token
+
+MAX_BYTES = 14_000_000  # of token data in a page; the rest of it is small
+MIN_TOKENS_SHOWN = 2_000  # sooner than cut a response below this, the page shows fewer prompts
+PER_NAT = 10_000
+PER_PROBABILITY = 100_000
+ABSENT = -1  # an alternative that is not there
+
+# Characters of JSON that a token, one entropy and one alternative take with a vocabulary of 150,000, rounded up.
+_TOKEN_BYTES, _LAYER_BYTES, _ALTERNATIVE_BYTES = 14, 6, 11
+
+
+class TextTable:
+    """Every text of the view once, made visible; a token is named by its place here."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+        self.texts: list[str] = []
+
+    def place(self, token: str) -> int:
+        place = self._places.get(token)
+        if place is None:
+            place = self._places[token] = len(self.texts)
+            self.texts.append(visible_token(token))
+        return place
+
+
+def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Everything the page's script needs, as plain JSON values; all text is already made visible.
+
+    Views have frames, frames have prompts, prompts have responses. A response holds, per token: text ``t`` (place in
+    ``texts``), entropy ``e`` (a list a layer, 1/10,000 nat) and log-prob ``l`` (the same unit), ``f`` (a string of 0
+    and 1: selected), rank ``r``; ``a`` and ``q`` hold ``w`` alternatives a token, texts and probabilities (1/100,000);
+    ``b`` the branches by position. Null stands for values that are not finite.
+
+    Args:
+        max_bytes: what the tokens may take; beyond it the views show fewer prompts and cut long responses, and say so.
+
+    Raises:
+        ValueError: the lists of a response are of different lengths, or there is not one list of entropies a layer.
+    """
+    table = TextTable()
+    views = [_view(view, max_bytes // len(forks.views), table) for view in forks.views]
+    return {
+        "bins": COLOR_BINS,
+        "scale": _scale(forks),
+        "mark": None if forks.mark is None else round(forks.mark * PER_NAT),
+        "texts": table.texts,
+        "views": views,
+    }
+
+
+def _scale(forks: ForkView) -> float:
+    """The entropy (nats) that gets the last colour: the 99.5th percentile of all layers, at least 0.5."""
+    layers = [layer for view in forks.views for response in _responses(view.frames) for layer in response.entropy]
+    entropy_N = np.fromiter(chain.from_iterable(layers), dtype=np.float64)
+    entropy_N = entropy_N[np.isfinite(entropy_N)]
+    top = float(np.percentile(entropy_N, 99.5)) if len(entropy_N) else 0.0
+    return round(max(float(np.ceil(top * 10)) / 10, 0.5), 1)
+
+
+def _responses(frames: Sequence[Frame]) -> Iterator[ShownResponse]:
+    return (response for frame in frames for prompt in frame.prompts for response in prompt.responses)
+
+
+def _view(view: View, max_bytes: int, table: TextTable) -> dict[str, Any]:
+    for response in _responses(view.frames):
+        _check(response, len(view.layers))
+    frames, limit = fitting(view.frames, max_bytes)
+    return {
+        "id": view.id,
+        "title": visible(view.title),
+        "note": visible(view.note + _said(view.frames, frames, limit)),
+        "layers": [visible(name) for name in view.layers],
+        "frameName": visible(view.frame_name),
+        "frames": [
+            {"label": visible(frame.label), "prompts": [_prompt(prompt, limit, table) for prompt in frame.prompts]}
+            for frame in frames
+        ],
+    }
+
+
+def fitting(frames: Sequence[Frame], max_bytes: int) -> tuple[list[Frame], int]:
+    """The frames with as many prompts as fit, evenly spaced, and the number of tokens after which responses are cut.
+
+    Prompts go before a response is cut below ``MIN_TOKENS_SHOWN``, for a tenth of a chain of thought shows little; the
+    last prompt of a frame never goes.
+    """
+    share = 1.0
+    while True:
+        kept = [
+            Frame(frame.label, [frame.prompts[i] for i in evenly_spaced(count, max(1, int(share * count)))])
+            for frame in frames
+            for count in [len(frame.prompts)]
+        ]
+        lengths = [len(response.tokens) for response in _responses(kept)]
+        cost = sum(map(_bytes_of, _responses(kept)))
+        limit = token_limit(lengths, int(max_bytes / max(cost, 1) * sum(lengths)))
+        whole = limit >= min(MIN_TOKENS_SHOWN, max(lengths, default=0))
+        if whole or all(len(frame.prompts) <= 1 for frame in kept):
+            return kept, limit
+        share *= 0.9
+
+
+def _bytes_of(response: ShownResponse) -> int:
+    alternatives = len(response.alternatives[0]) if response.alternatives else 0
+    per_token = _TOKEN_BYTES + _LAYER_BYTES * len(response.entropy) + _ALTERNATIVE_BYTES * alternatives
+    return per_token * len(response.tokens)
+
+
+def _said(before: Sequence[Frame], after: Sequence[Frame], limit: int) -> str:
+    """What was left out, as sentences that follow the note; empty when nothing was."""
+    asked, shown = (sum(len(frame.prompts) for frame in frames) for frames in (before, after))
+    cut = sum(len(response.tokens) > limit for response in _responses(after))
+    sentences = ""
+    if shown < asked:
+        sentences += f" To keep this page small, {shown:,} of {asked:,} prompts are shown, evenly spaced."
+    if cut:
+        sentences += f" {cut} long responses are cut after {limit:,} tokens."
+    return sentences
+
+
+def _check(response: ShownResponse, num_layers: int) -> None:
+    count = len(response.tokens)
+    optional = (response.logprobs, response.selected, response.ranks, response.alternatives)
+    if len(response.entropy) != num_layers or any(len(layer) != count for layer in response.entropy):
+        raise ValueError(f"{response.label}: needs {num_layers} lists of {count} entropies, one for each layer")
+    if any(len(values) not in (0, count) for values in optional):
+        raise ValueError(f"{response.label}: each list must have a value for each of the {count} tokens, or none")
+
+
+def _prompt(prompt: ShownPrompt, limit: int, table: TextTable) -> dict[str, Any]:
+    return {
+        "prompt": visible(prompt.prompt),
+        "outcome": visible(prompt.outcome),
+        "responses": [_response(response, limit, table) for response in prompt.responses],
+    }
+
+
+def _response(response: ShownResponse, limit: int, table: TextTable) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "label": visible(response.label),
+        "score": _rounded(response.score),
+        "reward": _rounded(response.reward),
+        "advantage": _rounded(response.advantage),
+        "finished": None if response.finished is None else bool(response.finished),
+        "length": len(response.tokens),
+        "selected": int(sum(response.selected)) if len(response.selected) else None,  # of the whole, like its length
+        "t": [table.place(token) for token in response.tokens[:limit]],
+        "e": [_whole(layer[:limit], PER_NAT) for layer in response.entropy],
+        "l": _whole(response.logprobs[:limit], PER_NAT),
+        "f": "".join("1" if chosen else "0" for chosen in response.selected[:limit]),
+    }
+    if len(response.ranks):
+        found["r"] = [int(rank) for rank in response.ranks[:limit]]
+    if len(response.alternatives):
+        found |= _alternatives(response.alternatives[:limit], table)
+    if response.branches:
+        found["b"] = {
+            str(position): [_branch(branch, table) for branch in branches]
+            for position, branches in sorted(response.branches.items())
+            if position < limit
+        }
+    return found
+
+
+def _alternatives(alternatives: Sequence[Sequence[tuple[str, float]]], table: TextTable) -> dict[str, Any]:
+    """``w`` alternatives for each token, in flat lists; a token that has fewer is filled up with ``ABSENT``."""
+    width = max(map(len, alternatives))
+    texts: list[int] = []
+    probabilities: list[float] = []
+    for found in alternatives:
+        gap = width - len(found)
+        texts += [table.place(text) for text, _ in found] + [ABSENT] * gap
+        probabilities += [probability for _, probability in found] + [0.0] * gap
+    return {"w": width, "a": texts, "q": _whole(probabilities, PER_PROBABILITY)}
+
+
+def _branch(branch: Branch, table: TextTable) -> list[float | None]:
+    numbers = (branch.probability, branch.rate, branch.low, branch.high)
+    return [table.place(branch.text), *map(_rounded, numbers), branch.count]
+
+
+def _whole(values: Sequence[float], per_unit: int) -> list[int | None]:
+    """Each value as a whole number of ``1 / per_unit``; None where it is not finite."""
+    scaled_T = np.asarray(values, dtype=np.float64) * per_unit
+    if np.isfinite(scaled_T).all():
+        whole: list[int | None] = np.rint(scaled_T).astype(np.int64).tolist()
+        return whole
+    return [round(value) if np.isfinite(value) else None for value in scaled_T.tolist()]
+
+
+def _rounded(value: float | None) -> float | None:
+    return round(float(value), 4) if value is not None and np.isfinite(value) else None
