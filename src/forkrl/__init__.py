@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forkrl.advantages import group_advantages, overlong_penalty
+    from forkrl.analysis import entropy_change_by_percentile, overlap_ratio
     from forkrl.errors import TrainingHalted, UserError
     from forkrl.objectives import policy_loss
     from forkrl.selectors import select_tokens
@@ -47,7 +48,9 @@ __all__ = [
     "Verdict",
     "Verifier",
     "__version__",
+    "entropy_change_by_percentile",
     "group_advantages",
+    "overlap_ratio",
     "overlong_penalty",
     "policy_loss",
     "select_tokens",
@@ -57,7 +60,9 @@ __all__ = [
 _HOMES = {
     "TrainingHalted": "forkrl.errors",
     "UserError": "forkrl.errors",
+    "entropy_change_by_percentile": "forkrl.analysis",
     "group_advantages": "forkrl.advantages",
+    "overlap_ratio": "forkrl.analysis",
     "overlong_penalty": "forkrl.advantages",
     "policy_loss": "forkrl.objectives",
     "select_tokens": "forkrl.selectors",

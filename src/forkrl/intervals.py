@@ -88,6 +88,63 @@ def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
     return _student(means_b_P - means_a_P)
 
 
+class ClusterSums:
+    """Means over tokens (or other small units) with intervals clustered by question, in constant memory.
+
+    Questions are met one at a time; of each, only sums enter: a mean is a sum over a count, both random, and its
+    standard error is the delta method's, ``sqrt(C / (C - 1) * sum_c e_c^2)`` over ``C`` questions, with
+    ``e_c = (y_c - mean * n_c) / sum(n)`` the pull of question c on the mean. The interval is Student's with C - 1
+    degrees of freedom; with one question its ends are NaN.
+
+    Args:
+        width: sums kept of each question.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self._sums = np.zeros(width)
+        self._products = np.zeros((width, width))
+
+    def add(self, sums: Sequence[float] | _Array) -> None:
+        """The ``[width]`` sums of one question."""
+        vector = np.asarray(sums, dtype=np.float64)
+        self.count += 1
+        self._sums += vector
+        self._products += np.outer(vector, vector)
+
+    def total(self, index: int) -> float:
+        """The sum over all questions."""
+        return float(self._sums[index])
+
+    def mean(self, value: int, count: int) -> Estimate:
+        """``sum(value) / sum(count)``; NaN where nothing was counted."""
+        mean, pull = self._mean_and_pull(value, count)
+        return self._estimate(mean, pull)
+
+    def difference(self, before: tuple[int, int], after: tuple[int, int]) -> Estimate:
+        """The mean ``after`` minus the mean ``before``, pairs as in ``mean``; questions are shared, so it is paired."""
+        mean_before, pull_before = self._mean_and_pull(*before)
+        mean_after, pull_after = self._mean_and_pull(*after)
+        return self._estimate(mean_after - mean_before, pull_after - pull_before)
+
+    def _mean_and_pull(self, value: int, count: int) -> tuple[float, _Array]:
+        """The mean, and the ``[width]`` weights with which a question's sums pull on it."""
+        pull = np.zeros(len(self._sums))
+        if not self._sums[count]:
+            return math.nan, pull
+        mean = float(self._sums[value] / self._sums[count])
+        pull[value] += 1 / self._sums[count]
+        pull[count] -= mean / self._sums[count]
+        return mean, pull
+
+    def _estimate(self, mean: float, pull: _Array) -> Estimate:
+        if self.count < 2 or math.isnan(mean):
+            return Estimate(mean, math.nan, math.nan)
+        squares = max(float(pull @ self._products @ pull), 0.0)  # the pulls themselves sum to 0
+        half = _student_quantile(self.count - 1) * math.sqrt(squares * self.count / (self.count - 1))
+        return Estimate(mean, mean - half, mean + half)
+
+
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     """Probability that at least one of ``k`` samples is right, without bias: ``1 - C(n - c, k) / C(n, k)``.
 

@@ -1,1 +1,36 @@
-"""Numbers about tokens, as data frames: where a model forks, and what its forks are worth."""
+"""The numbers behind the figures of the paper (arXiv 2506.01939v2, sections 3 and 4), as data frames."""
+
+from forkrl.analysis.contexts import fork_contexts
+from forkrl.analysis.drift import entropy_change_by_percentile, overlap_ratio, overlap_table, percentile_table
+from forkrl.analysis.measure import TokenDetails, token_details
+from forkrl.analysis.patterns import (
+    correct_against_incorrect,
+    density_against_correctness,
+    entropy_histogram,
+    entropy_summary,
+    fork_positions,
+    response_table,
+    token_types,
+)
+from forkrl.analysis.quantiles import exact_quantiles
+from forkrl.analysis.token_table import TOKEN_SCHEMA, read_tokens
+
+__all__ = [
+    "TOKEN_SCHEMA",
+    "TokenDetails",
+    "correct_against_incorrect",
+    "density_against_correctness",
+    "entropy_change_by_percentile",
+    "entropy_histogram",
+    "entropy_summary",
+    "exact_quantiles",
+    "fork_contexts",
+    "fork_positions",
+    "overlap_ratio",
+    "overlap_table",
+    "percentile_table",
+    "read_tokens",
+    "response_table",
+    "token_details",
+    "token_types",
+]

@@ -20,13 +20,13 @@ Intervals are 95% intervals, clustered by prompt: positions of one prompt are al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from forkrl.intervals import Estimate, mean_with_interval, mean_with_normal_interval
+from forkrl.intervals import ClusterSums, Estimate, mean_with_interval
 
 KINDS = ("fork", "random", "low")
 MEASURES = ("natural", "forced", "range", "gain")
@@ -175,16 +175,12 @@ def _from_halves(scores: Sequence[Floats], taken: int) -> tuple[float, float]:
     return spread, gain
 
 
-def ratio_with_interval(sums_P: npt.ArrayLike, counts_P: npt.ArrayLike) -> Estimate:
-    """``sum(sums) / sum(counts)`` over prompts with an interval clustered by prompt; NaN where nothing was counted.
-
-    The delta method: Student's interval of ``ratio + (sum_p - ratio * count_p) / mean(count)``; its mean is the ratio.
-    """
-    sums, counts = np.asarray(sums_P, dtype=np.float64), np.asarray(counts_P, dtype=np.float64)
-    if not counts.sum() > 0:
-        return Estimate(np.nan, np.nan, np.nan)
-    ratio = sums.sum() / counts.sum()
-    return mean_with_normal_interval((ratio + (sums - ratio * counts) / counts.mean())[:, None])
+def ratio_with_interval(sums_P: Iterable[float], counts_P: Iterable[float]) -> Estimate:
+    """``sum(sums) / sum(counts)`` over prompts with an interval clustered by prompt; NaN where nothing was counted."""
+    clusters = ClusterSums(2)
+    for pair in zip(sums_P, counts_P, strict=True):
+        clusters.add(pair)
+    return clusters.mean(0, 1)
 
 
 def summarise_kinds(spreads: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,173 @@
+"""How training moves entropy: overlap of the top positions (table 1), change by percentile (figure 4), percentiles
+(figure 5).
+
+All measure several policies on the *same* tokens (arXiv 2506.01939v2, section 4: responses of the final model).
+Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in reading order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from forkrl.intervals import ClusterSums, Estimate
+from forkrl.selectors import select_tokens
+
+
+def overlap_ratio(entropy_a: Tensor, entropy_b: Tensor, response_mask: Tensor, ratio: float = 0.2) -> float:
+    """The share of positions among the top ``ratio`` by entropy of one policy that are so by the other too (table 1).
+
+    Both tops hold exactly ``max(1, ceil(ratio * N))`` positions, of equal entropies the earliest, so the measure is
+    symmetric.
+
+    Args:
+        entropy_a: nats, any shape.
+        entropy_b: of another policy at the same positions.
+        response_mask: bool, same shape.
+        ratio: in (0, 1].
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: there is no response token, or as :func:`forkrl.select_tokens`.
+    """
+    if not bool(response_mask.any()):
+        raise ValueError("response_mask is empty: there are no positions to compare")
+    top_a = select_tokens(entropy_a, response_mask, "top_entropy", ratio)
+    top_b = select_tokens(entropy_b, response_mask, "top_entropy", ratio)
+    return int((top_a & top_b).sum()) / int(top_a.sum())
+
+
+def overlap_table(entropies: Mapping[str, Tensor], prompts: Tensor, ratio: float = 0.2) -> pd.DataFrame:
+    """Table 1: overlap of each checkpoint's top positions with those of the first and of the last, with intervals.
+
+    Args:
+        entropies: by the name of the checkpoint, in order of training; ``[N]`` each, nats.
+        prompts: ``[N]`` int64, the prompt each token answers; intervals are clustered by it.
+        ratio: in (0, 1].
+
+    Returns:
+        ``checkpoint``, ``with_first``, ``with_last``, the last two with ``_low`` and ``_high``.
+    """
+    everything = torch.ones_like(prompts, dtype=torch.bool)
+    names = list(entropies)
+    owner_N = np.unique(prompts.numpy(), return_inverse=True)[1]
+    tops = {end: select_tokens(entropies[end], everything, "top_entropy", ratio) for end in (names[0], names[-1])}
+    rows = []
+    for name in names:
+        top_N = select_tokens(entropies[name], everything, "top_entropy", ratio)
+        row: dict[str, str | float] = {"checkpoint": name}
+        for column, end in (("with_first", names[0]), ("with_last", names[-1])):
+            row |= _columns(column, _share_within(top_N & tops[end], top_N, owner_N))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def entropy_change_by_percentile(base: Tensor, trained: Tensor, mask: Tensor, bins: int = 20) -> pd.DataFrame:
+    """Figure 4: the mean change of entropy in each percentile range of the base policy's entropy.
+
+    Tokens are ranked by the base's entropy (of equal ones the earlier first) and cut into ``bins`` parts whose sizes
+    differ by one at most. Beware of regression to the mean: a token that ranks high by chance tends to fall.
+
+    Args:
+        base: nats, ``[B, T]``, or any shape.
+        trained: of another policy at the same positions.
+        mask: bool, same shape; True at the tokens that count.
+        bins: parts; 20 are the paper's 5%.
+
+    Returns:
+        ``from_percentile``, ``to_percentile``, ``tokens``, ``base_mean``, ``trained_mean``, ``change`` (trained minus
+        base, nats), and for ``[B, T]`` also ``change_low`` and ``change_high`` (95%, clustered by row of the batch).
+
+    Raises:
+        ValueError: shapes differ, an entropy is not finite, or there are fewer tokens than bins.
+    """
+    if not base.shape == trained.shape == mask.shape:
+        raise ValueError(
+            f"base {tuple(base.shape)}, trained {tuple(trained.shape)} and mask {tuple(mask.shape)} do not match"
+        )
+    base_N, trained_N = base[mask].double(), trained[mask].double()
+    clusters_N = mask.nonzero()[:, 0] if mask.ndim > 1 else None
+    return change_table(base_N, trained_N, clusters_N, bins)
+
+
+def change_table(base_N: Tensor, trained_N: Tensor, clusters_N: Tensor | None, bins: int = 20) -> pd.DataFrame:
+    """``entropy_change_by_percentile`` of flat tensors ``[N]``; ``clusters_N``: the prompt each token belongs to."""
+    if len(base_N) < bins:
+        raise ValueError(f"{len(base_N)} tokens are fewer than the {bins} percentile ranges; give more, or fewer bins")
+    if not bool(base_N.isfinite().all() and trained_N.isfinite().all()):
+        raise ValueError("an entropy is NaN or infinite")
+    rank_N = torch.empty(len(base_N), dtype=torch.int64)
+    rank_N[base_N.argsort(stable=True)] = torch.arange(len(base_N))
+    bin_N = (rank_N * bins // len(base_N)).numpy()
+    owner_N = np.zeros(len(bin_N), dtype=np.int64)
+    if clusters_N is not None:
+        owner_N = np.unique(clusters_N.numpy(), return_inverse=True)[1]
+    width = 3 * bins
+    sums_UW = np.zeros((int(owner_N.max()) + 1) * width)
+    values = (np.ones(len(bin_N)), base_N.numpy(), (trained_N - base_N).numpy())
+    for slot, value_N in enumerate(values):
+        sums_UW += np.bincount(owner_N * width + 3 * bin_N + slot, value_N, minlength=len(sums_UW))
+    sums = ClusterSums(width)
+    for vector in sums_UW.reshape(-1, width):
+        sums.add(vector)
+    rows = []
+    for index in range(bins):
+        count, base_mean = sums.total(3 * index), sums.total(3 * index + 1) / sums.total(3 * index)
+        change = sums.mean(3 * index + 2, 3 * index)
+        rows.append(
+            {
+                "from_percentile": 100 * index / bins,
+                "to_percentile": 100 * (index + 1) / bins,
+                "tokens": int(count),
+                "base_mean": base_mean,
+                "trained_mean": base_mean + change.mean,
+                **(_columns("change", change) if clusters_N is not None else {"change": change.mean}),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def percentile_table(
+    entropies: Mapping[str, Tensor], percentiles: Sequence[float] = tuple(range(0, 101, 5))
+) -> pd.DataFrame:
+    """Figure 5: percentiles of the entropy of each checkpoint, one row a checkpoint, in nats.
+
+    Args:
+        entropies: by the name of the checkpoint, in order of training; ``[N]`` each.
+        percentiles: in [0, 100].
+
+    Raises:
+        ValueError: there are no tokens.
+    """
+    rows = []
+    for name, entropy_N in entropies.items():
+        if len(entropy_N) == 0:
+            raise ValueError(f"{name}: no tokens to take percentiles of")
+        values = np.percentile(entropy_N.double().numpy(), list(percentiles))
+        columns = [f"percentile_{percent:g}" for percent in percentiles]
+        rows.append(
+            {
+                "checkpoint": name,
+                "mean": float(entropy_N.double().mean()),
+                **dict(zip(columns, values.tolist(), strict=True)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _share_within(both_N: Tensor, top_N: Tensor, owner_N: np.ndarray) -> Estimate:
+    sums = ClusterSums(2)
+    for vector in np.stack([np.bincount(owner_N, both_N.numpy()), np.bincount(owner_N, top_N.numpy())], axis=1):
+        sums.add(vector)
+    share = sums.mean(0, 1)
+    return Estimate(share.mean, max(share.low, 0.0), min(share.high, 1.0))
+
+
+def _columns(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -1,0 +1,74 @@
+"""The table of tokens: one row a response token, in Parquet parts, so that any number of them fits in small memory.
+
+A folder ``tokens/`` of ``part-00000.parquet`` … is one data set (``pandas.read_parquet`` of the folder reads all of
+it). A row group holds whole responses, and the responses to one prompt follow each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TOP = 5
+"""Alternatives kept of each position."""
+TOKEN_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
+        pa.field("position", pa.int32(), nullable=False),  # from 0
+        pa.field("length", pa.int32(), nullable=False),  # tokens of the whole response
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("text", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("entropy", pa.float32(), nullable=False),  # nats
+        pa.field("logprob", pa.float32(), nullable=False),  # nats
+        pa.field("rank", pa.int32(), nullable=False),  # 1: no token is likelier
+        pa.field("top_ids", pa.list_(pa.int32()), nullable=False),  # likeliest first
+        pa.field("top_texts", pa.list_(pa.string()), nullable=False),
+        pa.field("top_probs", pa.list_(pa.float32()), nullable=False),
+        pa.field("correct", pa.bool_()),  # null where nothing judged the response
+    ]
+)
+
+Tokens: TypeAlias = pd.DataFrame | str | Path
+"""Rows of ``TOKEN_SCHEMA``: a data frame, or the folder (or file) of Parquet that holds them."""
+
+
+def token_batches(tokens: Tokens, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+    """The rows in order, in data frames of whole responses, each with at least the given columns.
+
+    Raises:
+        ValueError: a column is missing, or the folder holds no part.
+    """
+    if isinstance(tokens, pd.DataFrame):
+        if missing := [name for name in columns if name not in tokens]:
+            raise ValueError(f"the table of tokens has no column {', '.join(missing)}")
+        yield tokens
+        return
+    for path in part_paths(Path(tokens)):
+        with pq.ParquetFile(path) as file:
+            if missing := [name for name in columns if name not in file.schema_arrow.names]:
+                raise ValueError(f"{path}: the table of tokens has no column {', '.join(missing)}")
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=list(columns)).to_pandas()
+
+
+def part_paths(tokens: Path) -> list[Path]:
+    """The files of a table, in order."""
+    if tokens.is_file():
+        return [tokens]
+    paths = sorted(tokens.glob("part-*.parquet"))
+    if not paths:
+        raise ValueError(f"{tokens}: holds no part-*.parquet")
+    return paths
+
+
+def read_tokens(tokens: str | Path, columns: Iterable[str] | None = None) -> pd.DataFrame:
+    """The whole table in memory, for a notebook: a million tokens take about 200 MB with all columns, 4 MB a number."""
+    names = list(columns) if columns is not None else TOKEN_SCHEMA.names
+    return pd.concat(list(token_batches(tokens, names)), ignore_index=True)

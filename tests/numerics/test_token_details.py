@@ -1,0 +1,60 @@
+"""Entropy, log-prob, rank and alternatives of each position against plain fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from forkrl.analysis import token_details
+
+
+def known_logits(probabilities: list[list[float]]) -> torch.Tensor:
+    """Logits whose softmax has exactly these probabilities, shifted by a constant a row."""
+    logits = torch.tensor(probabilities, dtype=torch.float64).log()
+    return logits + torch.arange(len(probabilities), dtype=torch.float64)[:, None]
+
+
+def test_known_distributions_by_hand() -> None:
+    logits = known_logits([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]])
+    found = token_details(logits, torch.eye(4, dtype=torch.float64), torch.tensor([1, 3, 0]), top=3)
+    assert found.entropy.tolist() == pytest.approx(
+        [1.75 * math.log(2), math.log(4), -0.7 * math.log(0.7) - 0.3 * math.log(0.1)]
+    )
+    assert found.logprobs.exp().tolist() == pytest.approx([0.25, 0.25, 0.7])
+    assert found.ranks.tolist() == [2, 1, 1]  # equal probabilities share the better rank
+    assert found.top_ids[0].tolist()[:2] == [0, 1]
+    assert found.top_probs[0].tolist() == pytest.approx([0.5, 0.25, 0.125])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_agrees_with_fp64(dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forkrl.analysis.measure.TILE_ELEMENTS", 101 * 7)  # several tiles, the last one short
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(30, 16, generator=generator).to(dtype)
+    weight = torch.randn(101, 16, generator=generator).to(dtype)
+    bias = torch.randn(101, generator=generator).to(dtype)
+    targets = torch.randint(101, (30,), generator=generator)
+    found = token_details(hidden, weight, targets, bias=bias, temperature=temperature)
+    logits = torch.nn.functional.linear(hidden, weight, bias).double() / temperature
+    log_p = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(found.entropy.double(), torch.special.entr(log_p.exp()).sum(1), rtol=1e-5, atol=1e-5)
+    target = log_p.gather(1, targets[:, None])
+    torch.testing.assert_close(found.logprobs.double(), target[:, 0], rtol=1e-5, atol=1e-5)
+    assert found.ranks.tolist() == ((log_p > target).sum(1) + 1).tolist()
+    torch.testing.assert_close(found.top_probs.double(), log_p.exp().topk(5).values, rtol=1e-5, atol=1e-6)
+    assert found.entropy.dtype == torch.float32
+
+
+def test_small_vocabularies_and_no_rows() -> None:
+    found = token_details(torch.zeros(0, 4), torch.randn(3, 4), torch.zeros(0, dtype=torch.int64))
+    assert found.top_ids.shape == (0, 3)
+
+
+def test_refuses_shapes_and_temperatures() -> None:
+    with pytest.raises(ValueError, match=r"must be \[N, D\], \[V, D\] and \[N\]"):
+        token_details(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="temperature = 0"):
+        token_details(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64), temperature=0)
