@@ -269,10 +269,11 @@ def entropy_relation(spreads: pd.DataFrame, seed: int, resamples: int = RESAMPLE
 
 def spearman(first_N: Floats, second_N: Floats) -> float:
     """Pearson's correlation of the ranks; equal values share their mean rank. NaN where one does not vary."""
-    ranks = np.stack([_ranks(first_N), _ranks(second_N)])
-    if len(first_N) < 2 or (ranks.std(axis=1) == 0).any():
+    if len(first_N) < 2:
         return float("nan")
-    return float(np.corrcoef(ranks)[0, 1])
+    first_N, second_N = (ranks - ranks.mean() for ranks in map(_ranks, (first_N, second_N)))
+    size = np.sqrt((first_N @ first_N) * (second_N @ second_N))
+    return float(first_N @ second_N / size) if size > 0 else float("nan")
 
 
 def _ranks(values_N: Floats) -> Floats:
