@@ -27,6 +27,18 @@ Every setting is section.key=value; --settings lists them all. Ctrl-C saves and 
 very same weights.
 """
 
+ANALYZE_HELP = """\
+examples:
+  forkrl analyze embedded:countdown-base --recipe recipes/countdown.toml --samples 4
+  forkrl analyze runs/first                                 a run: its newest checkpoint on its held-out problems
+  forkrl analyze Qwen/Qwen3-0.6B --data prompts.jsonl rollout.max_response_tokens=4096
+  forkrl analyze my-model --responses rollouts.jsonl        responses that you have: {"prompt": …, "response": …}
+
+Writes into --out (default: inside the run, or analyses/NAME-analyze): tokens/ (Parquet, a row for every token: text,
+entropy, log-prob, rank, five alternatives), responses/, tables/*.csv, analysis.json and report.html. Ctrl-C keeps what
+is finished; the same command goes on.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code is returned."""
@@ -103,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     evaluate.set_defaults(command=run_eval, activity="the evaluation")
 
+    add_analyze(commands)
+
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run", type=Path, help="a run folder")
     report.set_defaults(command=run_report, activity="the report")
@@ -110,6 +124,58 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can do")
     doctor.set_defaults(command=run_doctor, activity="the examination")
     return parser
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that looks at a model takes."""
+    parser.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
+    )
+    parser.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
+    parser.add_argument("--task", metavar="NAME", help="task.name: countdown, or dataset with --data")
+    parser.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .parquet or a hub data set (task.data)")
+    parser.add_argument("--problems", type=int, help="prompts, from the first")
+    parser.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
+    parser.add_argument("--temperature", type=float, help="of sampling, and of the distribution that is measured")
+
+
+def subject_overrides(arguments: argparse.Namespace) -> list[str]:
+    """The overrides, with those that --task and --data stand for."""
+    named = list(arguments.overrides)
+    if arguments.data is not None:
+        named += [f"task.name={arguments.task or 'dataset'}", f"task.data={arguments.data}"]
+    elif arguments.task is not None:
+        named.append(f"task.name={arguments.task}")
+    return named
+
+
+def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``forkrl analyze`` and its arguments."""
+    analyze = commands.add_parser(
+        "analyze",
+        help="where a model forks: the entropy of every token, and its patterns",
+        epilog=ANALYZE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_subject_arguments(analyze)
+    analyze.add_argument(
+        "--responses", type=Path, metavar="FILE", help="ready responses (JSON lines); then nothing is generated"
+    )
+    analyze.add_argument(
+        "--skip-unusable", action="store_true", help="leave out rows of --responses that cannot be used"
+    )
+    analyze.add_argument(
+        "--threshold",
+        type=float,
+        metavar="NATS",
+        help="entropy above which a token is a fork (default: 80th percentile)",
+    )
+    analyze.add_argument(
+        "--min-count", type=int, default=100, metavar="N", help="leave token types seen less often out (default: 100)"
+    )
+    analyze.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    analyze.set_defaults(command=run_analyze, activity="the analysis")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -201,6 +267,28 @@ def run_eval(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     print(describe_figures(figures))
+    return 0
+
+
+def run_analyze(arguments: argparse.Namespace) -> int:
+    """``forkrl analyze``."""
+    from forkrl.commands.analyze import analyze_model, describe_analysis, write_analysis_report
+
+    found = analyze_model(
+        arguments.model,
+        recipe=arguments.recipe,
+        overrides=subject_overrides(arguments),
+        responses=arguments.responses,
+        skip_unusable=arguments.skip_unusable,
+        problems=arguments.problems,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        threshold=arguments.threshold,
+        min_count=arguments.min_count,
+        out=arguments.out,
+    )
+    print(describe_analysis(found))
+    print(f"report: {write_analysis_report(found)}")
     return 0
 
 

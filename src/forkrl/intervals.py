@@ -49,7 +49,7 @@ def mean_with_interval(scores: Scores) -> Estimate:
     scores_PK = _as_matrix(scores)
     if scores_PK.min() < 0 or scores_PK.max() > 1:
         raise ValueError(f"scores span {scores_PK.min():g} to {scores_PK.max():g}; they must lie in [0, 1]")
-    return _wilson(scores_PK.mean(axis=1), most=scores_PK.size)
+    return _wilson_of_means(scores_PK.mean(axis=1), most=scores_PK.size)
 
 
 def mean_with_normal_interval(values: Scores) -> Estimate:
@@ -121,6 +121,13 @@ class ClusterSums:
         mean, pull = self._mean_and_pull(value, count)
         return self._estimate(mean, pull)
 
+    def share(self, value: int, count: int) -> Estimate:
+        """A mean of zeros and ones, with Wilson's interval at the effective sample size, as ``mean_with_interval``."""
+        mean, pull = self._mean_and_pull(value, count)
+        if math.isnan(mean):
+            return Estimate(mean, math.nan, math.nan)
+        return _wilson(mean, _effective_size(mean, self._squared_error(pull), self.count, self._sums[count]))
+
     def difference(self, before: tuple[int, int], after: tuple[int, int]) -> Estimate:
         """The mean ``after`` minus the mean ``before``, pairs as in ``mean``; questions are shared, so it is paired."""
         mean_before, pull_before = self._mean_and_pull(*before)
@@ -140,9 +147,13 @@ class ClusterSums:
     def _estimate(self, mean: float, pull: _Array) -> Estimate:
         if self.count < 2 or math.isnan(mean):
             return Estimate(mean, math.nan, math.nan)
-        squares = max(float(pull @ self._products @ pull), 0.0)  # the pulls themselves sum to 0
-        half = _student_quantile(self.count - 1) * math.sqrt(squares * self.count / (self.count - 1))
+        half = _student_quantile(self.count - 1) * math.sqrt(self._squared_error(pull))
         return Estimate(mean, mean - half, mean + half)
+
+    def _squared_error(self, pull: _Array) -> float:
+        """Of a mean with so many pulls; 0 with a single question, whose spread nobody knows."""
+        squares = max(float(pull @ self._products @ pull), 0.0)  # the pulls themselves sum to 0
+        return squares * self.count / max(self.count - 1, 1)
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
@@ -176,29 +187,32 @@ def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Esti
         ValueError: no questions, or as :func:`pass_at_k`.
     """
     estimates_P1 = _as_matrix([[pass_at_k(correct, num_samples, k)] for correct in num_correct])
-    return _wilson(estimates_P1[:, 0], most=estimates_P1.size * num_samples)
+    return _wilson_of_means(estimates_P1[:, 0], most=estimates_P1.size * num_samples)
 
 
-def _wilson(means_P: _Array, most: int) -> Estimate:
-    """Wilson's interval at the effective sample size, which lies between P and ``most``."""
-    mean = float(means_P.mean())
-    size = _effective_size(means_P, mean, most)
+def _wilson_of_means(means_P: _Array, most: int) -> Estimate:
+    """Wilson's interval of the mean over questions; ``most``: all samples."""
+    mean, squared_error = float(means_P.mean()), float(means_P.var(ddof=1)) / len(means_P) if len(means_P) > 1 else 0.0
+    return _wilson(mean, _effective_size(mean, squared_error, len(means_P), most))
+
+
+def _wilson(mean: float, size: float) -> Estimate:
+    """Wilson's interval at so many independent draws."""
     shrunk = (mean + _Z95**2 / (2 * size)) / (1 + _Z95**2 / size)
     half = _Z95 * math.sqrt(mean * (1 - mean) / size + _Z95**2 / (4 * size**2)) / (1 + _Z95**2 / size)
     # Rounding must not push an end past the mean: at p = 0 and p = 1 they coincide.
     return Estimate(mean, min(mean, max(0.0, shrunk - half)), max(mean, min(1.0, shrunk + half)))
 
 
-def _effective_size(means_P: _Array, mean: float, most: int) -> float:
-    least = len(means_P)
-    if least == 1 or mean in (0.0, 1.0):
-        return least
-    squared_error = float(means_P.var(ddof=1)) / least
+def _effective_size(mean: float, squared_error: float, questions: int, most: float) -> float:
+    """Independent yes-or-no draws that would be as uncertain, from ``questions`` to ``most``."""
+    if questions == 1 or mean in (0.0, 1.0):
+        return questions
     if squared_error == 0:
         return most
     # Few questions tell their spread badly; shrinking by (z / t)^2 turns Wilson's z into Student's t.
-    shrink = (_Z95 / _student_quantile(least - 1)) ** 2
-    return min(most, max(least, mean * (1 - mean) / squared_error * shrink))
+    shrink = (_Z95 / _student_quantile(questions - 1)) ** 2
+    return min(most, max(questions, mean * (1 - mean) / squared_error * shrink))
 
 
 def _student(means_P: _Array) -> Estimate:

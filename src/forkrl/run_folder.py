@@ -83,7 +83,7 @@ class RunFolder:
         refuse_occupied(path)
         with explained_write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            lock = _locked(path)
+            lock = lock_folder(path, "training")
             try:
                 refuse_occupied(path)  # again: someone may have been faster
                 for folder in ("checkpoints", "rollouts"):
@@ -105,7 +105,7 @@ class RunFolder:
         """
         config = _read_config(path)
         with explained_write_errors(path):
-            lock = _locked(path)
+            lock = lock_folder(path, "training")
             try:
                 return cls(path, lock, config)
             except BaseException:
@@ -292,8 +292,12 @@ def refuse_occupied(path: Path) -> None:
         )
 
 
-def _locked(path: Path) -> int:
-    """A descriptor that holds the exclusive lock of the folder."""
+def lock_folder(path: Path, activity: str) -> int:
+    """A descriptor that holds the exclusive lock of the folder until it is closed, or this process is gone.
+
+    Raises:
+        UserError: another process holds it; ``activity`` says what it is doing there.
+    """
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -301,7 +305,7 @@ def _locked(path: Path) -> int:
         holder = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
         raise UserError(
-            f"{path}: process {holder or 'unknown'} is training here; wait for it, stop it, or choose another --out"
+            f"{path}: process {holder or 'unknown'} is {activity} here; wait for it, stop it, or choose another --out"
         ) from None
     os.truncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -346,10 +350,11 @@ def _check_row(number: int, row: Mapping[str, Any]) -> None:
 
 
 def _encodable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with text that Parquet can hold: a lone surrogate, which UTF-8 cannot encode, is spelled out."""
-    texts = {name: _spelled_out(row[name]) for name in ("prompt_id", "prompt", "response")}
-    return {**row, **texts, "tokens": [_spelled_out(token) for token in row["tokens"]]}
+    """The row with text that Parquet can hold."""
+    texts = {name: encodable_text(row[name]) for name in ("prompt_id", "prompt", "response")}
+    return {**row, **texts, "tokens": [encodable_text(token) for token in row["tokens"]]}
 
 
-def _spelled_out(text: str) -> str:
+def encodable_text(text: str) -> str:
+    """Text that Parquet can hold: a lone surrogate, which UTF-8 cannot encode, is spelled out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from forkrl.intervals import (
+    ClusterSums,
     Estimate,
     _student_quantile,
     mean_pass_at_k,
@@ -172,3 +173,42 @@ def test_a_paired_difference_of_other_questions_is_refused() -> None:
 
 def test_estimate_prints_with_its_interval() -> None:
     assert str(Estimate(0.4, 0.3579, 0.44321)) == "0.4 [0.3579, 0.4432]"
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=30))
+def test_shares_of_equal_questions_are_the_mean_with_its_interval(rows: list[list[bool]]) -> None:
+    sums = ClusterSums(2)
+    for row in rows:
+        sums.add([sum(row), len(row)])
+    assert sums.share(0, 1) == pytest.approx(mean_with_interval(rows), abs=1e-12)
+
+
+def test_clustered_means_over_tokens_by_hand() -> None:
+    sums = ClusterSums(4)
+    for value, count in ((1.0, 2.0), (6.0, 3.0)):
+        sums.add([value, count, 2 * value, count])
+    # mean 7/5; pulls (1 - 2.8) / 5 and (6 - 4.2) / 5; error sqrt(2 * 2 * 0.36^2); t with one degree of freedom 12.706
+    mean, low, high = sums.mean(0, 1)
+    assert mean == pytest.approx(1.4)
+    assert (high - low) / 2 == pytest.approx(12.7062 * 2 * 0.36, rel=1e-4)
+    assert sums.difference((0, 1), (2, 3)).mean == pytest.approx(1.4)
+    assert sums.difference((0, 1), (0, 1)) == (0.0, 0.0, 0.0)
+
+
+def test_clustered_means_cover_the_truth() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for _ in range(400):
+        sums = ClusterSums(2)
+        for _ in range(25):
+            count = int(rng.integers(1, 40))
+            sums.add([count * (1.0 + rng.normal()) + rng.normal() * math.sqrt(count), count])
+        low, high = sums.mean(0, 1)[1:]
+        covered += low <= 1.0 <= high
+    assert 0.91 <= covered / 400 <= 0.985
+
+
+def test_a_mean_of_nothing_is_not_a_number() -> None:
+    sums = ClusterSums(2)
+    sums.add([0.0, 0.0])
+    assert all(math.isnan(value) for value in (*sums.mean(0, 1), *sums.share(0, 1)))

@@ -4,6 +4,7 @@ from forkrl.analysis.contexts import fork_contexts
 from forkrl.analysis.drift import entropy_change_by_percentile, overlap_ratio, overlap_table, percentile_table
 from forkrl.analysis.measure import TokenDetails, token_details
 from forkrl.analysis.patterns import (
+    LOW_ENTROPY,
     correct_against_incorrect,
     density_against_correctness,
     entropy_histogram,
@@ -16,6 +17,7 @@ from forkrl.analysis.quantiles import exact_quantiles
 from forkrl.analysis.token_table import TOKEN_SCHEMA, read_tokens
 
 __all__ = [
+    "LOW_ENTROPY",
     "TOKEN_SCHEMA",
     "TokenDetails",
     "correct_against_incorrect",

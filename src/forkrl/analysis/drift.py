@@ -165,8 +165,7 @@ def _share_within(both_N: Tensor, top_N: Tensor, owner_N: np.ndarray) -> Estimat
     sums = ClusterSums(2)
     for vector in np.stack([np.bincount(owner_N, both_N.numpy()), np.bincount(owner_N, top_N.numpy())], axis=1):
         sums.add(vector)
-    share = sums.mean(0, 1)
-    return Estimate(share.mean, max(share.low, 0.0), min(share.high, 1.0))
+    return sums.share(0, 1)
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:

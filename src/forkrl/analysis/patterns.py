@@ -128,7 +128,7 @@ def fork_positions(tokens: Tokens, threshold: float, bins: int = 20) -> pd.DataF
             "low": index / bins,
             "high": (index + 1) / bins,
             "tokens": int(sums.total(3 * index)),
-            **_columns("fork_share", sums.mean(3 * index + 1, 3 * index)),
+            **_columns("fork_share", sums.share(3 * index + 1, 3 * index)),
             **_columns("mean_entropy", sums.mean(3 * index + 2, 3 * index)),
         }
         for index in range(bins)
@@ -165,7 +165,7 @@ def correct_against_incorrect(tokens: Tokens, threshold: float) -> pd.DataFrame:
     if not sums.total(0) + sums.total(4):
         return pd.DataFrame()
     rows = [
-        _row(name, sums.total(at + 3), sums.total(at), sums.mean(at + 1, at), sums.mean(at + 2, at))
+        _row(name, sums.total(at + 3), sums.total(at), sums.mean(at + 1, at), sums.share(at + 2, at))
         for name, at in (("correct", 0), ("incorrect", 4))
     ]
     differences = (sums.difference((4 + value, 4), (value, 0)) for value in (1, 2))
@@ -222,7 +222,7 @@ def density_against_correctness(responses: pd.DataFrame, bins: int = 5) -> pd.Da
                 "low": float(density.min()),
                 "high": float(density.max()),
                 "responses": int(inside.sum()),
-                **_columns("accuracy", sums.mean(0, 1)),
+                **_columns("accuracy", sums.share(0, 1)),
             }
         )
     return pd.DataFrame(rows)

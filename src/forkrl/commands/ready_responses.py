@@ -1,0 +1,188 @@
+"""Responses that somebody already has: JSON lines with prompt and response, tokenised for the model that reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from forkrl.commands.token_parts import SourceResponse
+from forkrl.commands.token_pass import Written
+from forkrl.errors import UserError
+from forkrl.model import Policy
+from forkrl.progress import progress
+
+PART_TOKENS = 1 << 16
+"""Tokens after which a part ends: what an interruption can cost."""
+
+
+class _Row(NamedTuple):
+    place: str
+    offset: int
+    response: SourceResponse
+
+
+class ReadyResponses:
+    """The responses of a JSONL file, grouped by prompt in the order of their first appearance.
+
+    A row has ``prompt`` (text, exactly as the model read it) and ``response`` (text), or ``token_ids`` in place of a
+    text that does not survive the tokenizer; it may have ``correct`` (true or false) or ``score`` (1 is correct), and
+    ``prompt_id``. Every row is read and tokenised once before any work starts, so a bad one costs no hours. Of each row
+    only its place in the file stays in memory.
+
+    Args:
+        path: the file.
+        policy: whose tokenizer and number of positions.
+        skip_unusable: leave out rows that cannot be used, and count them.
+
+    Raises:
+        UserError: a row cannot be used (unless skipped), the file cannot be read, or it holds no rows.
+    """
+
+    def __init__(self, path: Path, policy: Policy, *, skip_unusable: bool = False) -> None:
+        self._path, self._policy = path, policy
+        self.skipped: list[str] = []
+        by_prompt: dict[str, list[tuple[int, int]]] = {}
+        digest = hashlib.sha256()
+        for row in progress(self._rows(skip_unusable), f"reading {path.name}"):
+            length = len(row.response.written.response_ids)
+            by_prompt.setdefault(row.response.prompt_id, []).append((row.offset, length))
+            digest.update(repr((row.response.prompt, row.response.written, row.response.correct)).encode())
+        self.fingerprint = digest.hexdigest()[:16]
+        if not by_prompt:
+            raise UserError(
+                f"{path}: holds no response that can be used" + (f"; {self.skipped[0]}" if self.skipped else "")
+            )
+        self._parts = _cut(by_prompt)
+        self.num_parts = len(self._parts)
+
+    def part(self, index: int) -> list[SourceResponse]:
+        responses = []
+        with self._path.open("rb") as file:
+            for offset, number, sample in self._parts[index]:
+                file.seek(offset)
+                response = self._parse(file.readline(), f"{self._path.name} at byte {offset}")
+                responses.append(response._replace(number=number, sample=sample))
+        return responses
+
+    def _rows(self, skip_unusable: bool) -> Iterator[_Row]:
+        try:
+            with self._path.open("rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    place = f"{self._path.name} line {number}"
+                    try:
+                        if line.strip():
+                            yield _Row(place, offset, self._parse(line, place))
+                    except UserError as error:
+                        if not skip_unusable:
+                            raise UserError(f"{error}; or leave such rows out with --skip-unusable") from None
+                        self.skipped.append(str(error))
+                    offset += len(line)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read ({error.strerror})") from None
+
+    def _parse(self, line: bytes, place: str) -> SourceResponse:
+        values = _object(line, place)
+        prompt = values.get("prompt")
+        if not isinstance(prompt, str):
+            raise UserError(
+                f"{place}: prompt is {type(prompt).__name__}, not text; give it exactly as the model read it"
+            )
+        prompt_ids = tuple(self._policy.tokenizer.encode(_text(prompt, "prompt", place)))
+        if not prompt_ids:
+            raise UserError(f"{place}: prompt has no tokens, so nothing predicts the first token of the response")
+        response_ids, text = self._response(values, place)
+        self._require_positions(len(prompt_ids) + len(response_ids), place)
+        given_id = values.get("prompt_id")
+        return SourceResponse(
+            prompt_id=str(given_id) if given_id is not None else hashlib.sha256(prompt.encode()).hexdigest()[:16],
+            prompt=prompt,
+            number=0,
+            sample=0,
+            text=text,
+            written=Written(prompt_ids, response_ids),
+            finished=None,
+            correct=_correct(values, place),
+        )
+
+    def _response(self, values: dict[str, Any], place: str) -> tuple[tuple[int, ...], str]:
+        """Token ids and text, from the ids where they are given."""
+        tokenizer, given = self._policy.tokenizer, values.get("token_ids")
+        if given is not None:
+            size = self._policy.head_weight.shape[0]
+            if not isinstance(given, list) or not given or not all(type(i) is int and 0 <= i < size for i in given):
+                raise UserError(f"{place}: token_ids is not a list of ids from 0 to {size - 1}, at least one")
+            return tuple(given), str(tokenizer.decode(list(given)))
+        text = values.get("response")
+        if not isinstance(text, str):
+            raise UserError(
+                f"{place}: has no response (text) and no token_ids; it has {', '.join(values) or 'nothing'}"
+            )
+        if not text:
+            raise UserError(f"{place}: response is empty; remove the row")
+        ids = tuple(tokenizer.encode(_text(text, "response", place), add_special_tokens=False))
+        back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        if back != text:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), min(len(back), len(text))
+            )
+            raise UserError(
+                f"{place}: response does not tokenise back: from character {at + 1} on {text[at : at + 12]!r} becomes "
+                f"{back[at : at + 12]!r}; use the tokenizer of the model that wrote it, or give its token_ids"
+            )
+        return ids, text
+
+    def _require_positions(self, length: int, place: str) -> None:
+        positions = getattr(self._policy.model.config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise UserError(f"{place}: prompt and response have {length} tokens, the model has {positions} positions")
+
+
+def _cut(by_prompt: dict[str, list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
+    """Parts of whole prompts: (offset, number of the prompt, sample) of each response."""
+    parts: list[list[tuple[int, int, int]]] = [[]]
+    size = 0
+    for number, rows in enumerate(by_prompt.values()):
+        tokens = sum(length for _, length in rows)
+        if parts[-1] and size + tokens > PART_TOKENS:
+            parts.append([])
+            size = 0
+        parts[-1] += [(offset, number, sample) for sample, (offset, _) in enumerate(rows)]
+        size += tokens
+    return parts
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: is not JSON ({error}); each line must be one JSON object") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{place}: is no JSON object")
+    return values
+
+
+def _text(text: str, key: str, place: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: {key} holds half a surrogate pair, which is no character; repair the row") from None
+    return text
+
+
+def _correct(values: dict[str, Any], place: str) -> bool | None:
+    correct, score = values.get("correct"), values.get("score")
+    if correct is not None:
+        if not isinstance(correct, bool):
+            raise UserError(f"{place}: correct = {correct!r} is neither true nor false")
+        return correct
+    if score is None:
+        return None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise UserError(f"{place}: score = {score!r} is no number from 0 to 1")
+    return score == 1

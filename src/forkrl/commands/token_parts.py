@@ -1,0 +1,229 @@
+"""Responses and their tokens on disk, part by part: ``tokens/part-00000.parquet`` and ``responses/part-00000.parquet``.
+
+A part is done when its file in ``responses/`` is there: it is written last. Responses are generated, or read from a
+file of the user's; either way the source cuts them into parts that do not depend on how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forkrl.analysis import TOKEN_SCHEMA, TokenDetails
+from forkrl.analysis.token_table import TOP
+from forkrl.atomic import explained_write_errors, fsync, temporary_beside
+from forkrl.commands.subject import Session
+from forkrl.commands.token_pass import Written, measure_responses
+from forkrl.evaluation.held_out import evaluation_sampling, score_groups
+from forkrl.progress import progress
+from forkrl.replicas import Replicas
+from forkrl.run_folder import encodable_text
+
+RESPONSE_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),  # of the prompt, from 0; "prompt" in the table of tokens
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("finished", pa.bool_()),  # null where nobody knows
+        pa.field("correct", pa.bool_()),  # null where nothing judged
+        pa.field("failure", pa.string(), nullable=False),  # why a verifier could not judge
+    ]
+)
+GROUP_TOKENS = 1 << 16
+"""Tokens of a row group: memory in reading and writing is bounded by it, or by the longest response."""
+
+
+class SourceResponse(NamedTuple):
+    """A response on its way into the tables."""
+
+    prompt_id: str
+    prompt: str
+    number: int
+    sample: int
+    text: str
+    written: Written
+    finished: bool | None
+    correct: bool | None
+    failure: str = ""
+
+
+class ResponseSource(Protocol):
+    """Where responses come from, in parts of a fixed cut."""
+
+    num_parts: int
+
+    def part(self, index: int) -> list[SourceResponse]:
+        """The responses of a part, ordered by prompt; the same whenever it is asked for."""
+        ...
+
+
+class GeneratedResponses:
+    """``num_samples`` responses to each of the session's prompts, a batch of the engine at a time.
+
+    Every part draws from a generator of its own, seeded by the recipe's seed and the part's number.
+    """
+
+    def __init__(self, session: Session, num_samples: int, temperature: float, prompts_per_part: int) -> None:
+        self._session = session
+        self._num_samples = num_samples
+        self._sampling = evaluation_sampling(session.config, temperature, session.policy)
+        self._prompts_per_part = prompts_per_part
+        self.num_parts = -(-len(session.prompts) // prompts_per_part)
+
+    def part(self, index: int) -> list[SourceResponse]:
+        start = index * self._prompts_per_part
+        prompts = self._session.prompts[start : start + self._prompts_per_part]
+        digest = hashlib.sha256(f"responses/{self._session.config.seed}/{index}".encode()).digest()
+        generator = torch.Generator(self._session.policy.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        groups = self._session.engine.generate(
+            prompts, group_size=self._num_samples, sampling=self._sampling, generator=generator
+        )
+        if self._session.verifier is not None:
+            groups = score_groups(groups, self._session.verifier)
+        return [
+            SourceResponse(
+                prompt_id=group.prompt.id,
+                prompt=group.prompt.text,
+                number=start + place,
+                sample=sample,
+                text=rollout.text,
+                written=Written(rollout.prompt_ids, rollout.response_ids),
+                finished=rollout.finished,
+                correct=group.verdicts[sample].score == 1 if group.verdicts else None,
+                failure=group.verdicts[sample].failure if group.verdicts else "",
+            )
+            for place, group in enumerate(groups)
+            for sample, rollout in enumerate(group.rollouts)
+        ]
+
+
+def write_missing_parts(folder: Path, source: ResponseSource, replicas: Replicas, temperature: float) -> None:
+    """Measure and write the parts that are not there yet, with progress and time left."""
+    for name in ("tokens", "responses"):
+        (folder / name).mkdir(exist_ok=True)
+    missing = [index for index in range(source.num_parts) if not _path(folder, "responses", index).exists()]
+    if 0 < len(missing) < source.num_parts:
+        print(f"{source.num_parts - len(missing)} of {source.num_parts} parts are in {folder} already", flush=True)
+    texts = TokenTexts(replicas.policy.tokenizer)
+    for index in progress(missing, "measuring tokens"):
+        responses = source.part(index)
+        with _writing(_path(folder, "tokens", index), TOKEN_SCHEMA) as writer:
+            for group in _groups(responses):
+                written = [response.written for response in group]
+                details = measure_responses(replicas, written, temperature=temperature, top=TOP)
+                writer.write_table(_token_rows(group, details, texts))
+        with _writing(_path(folder, "responses", index), RESPONSE_SCHEMA) as writer:
+            writer.write_table(_response_rows(responses))
+
+
+def read_responses(folder: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """The table of responses, all of it or some columns."""
+    return pq.read_table(folder / "responses", columns=list(columns) if columns is not None else None).to_pandas()
+
+
+class TokenTexts:
+    """The text of each token on its own, decoded once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token_id: int) -> str:
+        if token_id not in self._known:
+            self._known[token_id] = encodable_text(str(self._tokenizer.decode([token_id])))
+        return self._known[token_id]
+
+
+def _groups(responses: Sequence[SourceResponse]) -> Iterator[list[SourceResponse]]:
+    """Consecutive responses of at most ``GROUP_TOKENS`` tokens together, at least one."""
+    group: list[SourceResponse] = []
+    size = 0
+    for response in responses:
+        length = len(response.written.response_ids)
+        if group and size + length > GROUP_TOKENS:
+            yield group
+            group, size = [], 0
+        group.append(response)
+        size += length
+    if group:
+        yield group
+
+
+def _token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails], texts: TokenTexts) -> pa.Table:
+    lengths = [len(response.written.response_ids) for response in group]
+    ids = [token for response in group for token in response.written.response_ids]
+
+    def repeated(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+        owner = [row for row, length in enumerate(lengths) for _ in range(length)]
+        return pa.array(values, kind).take(pa.array(owner, pa.int32()))
+
+    top_ids = torch.cat([detail.top_ids for detail in details])
+    width = top_ids.shape[1]
+    flat_ids = top_ids.flatten().tolist()
+    offsets = pa.array(range(0, len(flat_ids) + 1, width) if width else [0] * (len(ids) + 1), pa.int32())
+    flat_probs = torch.cat([detail.top_probs for detail in details]).flatten().float().numpy()
+    columns = {
+        "prompt_id": repeated([response.prompt_id for response in group], pa.string()).dictionary_encode(),
+        "prompt": repeated([response.number for response in group], pa.int32()),
+        "sample": repeated([response.sample for response in group], pa.int32()),
+        "position": pa.array([position for length in lengths for position in range(length)], pa.int32()),
+        "length": repeated(lengths, pa.int32()),
+        "token_id": pa.array(ids, pa.int32()),
+        "text": pa.array([texts[token] for token in ids], pa.string()).dictionary_encode(),
+        "entropy": torch.cat([detail.entropy for detail in details]).float().numpy(),
+        "logprob": torch.cat([detail.logprobs for detail in details]).float().numpy(),
+        "rank": torch.cat([detail.ranks for detail in details]).numpy(),
+        "top_ids": pa.ListArray.from_arrays(offsets, pa.array(flat_ids, pa.int32())),
+        "top_texts": pa.ListArray.from_arrays(offsets, pa.array([texts[token] for token in flat_ids], pa.string())),
+        "top_probs": pa.ListArray.from_arrays(offsets, pa.array(flat_probs)),
+        "correct": repeated([response.correct for response in group], pa.bool_()),
+    }
+    return pa.table(columns, schema=TOKEN_SCHEMA)
+
+
+def _response_rows(responses: Sequence[SourceResponse]) -> pa.Table:
+    rows = [
+        {
+            "prompt_id": response.prompt_id,
+            "prompt": encodable_text(response.prompt),
+            "number": response.number,
+            "sample": response.sample,
+            "response": encodable_text(response.text),
+            "prompt_token_ids": list(response.written.prompt_ids),
+            "token_ids": list(response.written.response_ids),
+            "finished": response.finished,
+            "correct": response.correct,
+            "failure": response.failure,
+        }
+        for response in responses
+    ]
+    return pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA)
+
+
+def _path(folder: Path, table: str, index: int) -> Path:
+    return folder / table / f"part-{index:05d}.parquet"
+
+
+@contextmanager
+def _writing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A Parquet writer whose file appears at ``path`` all at once, when everything is in it."""
+    temporary = temporary_beside(path)
+    with explained_write_errors(path):
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            yield writer
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)

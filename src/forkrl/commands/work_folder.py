@@ -1,0 +1,103 @@
+"""The folder of one command's work, resumable part by part.
+
+settings.json       what was asked; the same question goes on here, another one is refused
+…                   parts, each written all at once when it is done
+report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from forkrl.atomic import explained_write_errors, temporary_beside, write_text
+from forkrl.errors import UserError
+from forkrl.model import model_location
+from forkrl.run_folder import LOCK, lock_folder
+
+SETTINGS = "settings.json"
+_EDGE_BYTES = 1 << 20
+
+
+def default_folder(model: str, command: str) -> Path:
+    """Where a command puts its work on a run (inside it) or on a model, unless ``--out`` says otherwise."""
+    if (Path(model) / "config.toml").is_file():
+        return Path(model) / "analysis" / command
+    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").removeprefix("embedded:").split("/")[-1]).strip("-.") or "model"
+    return Path("analyses") / f"{name}-{command}"
+
+
+@contextmanager
+def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
+    """Start the work that answers ``question`` in a new or empty folder, or go on with it; locked while open.
+
+    After Ctrl-C a line says that the same command goes on.
+
+    Args:
+        path: the folder.
+        question: whatever changes the numbers, as JSON can hold it; ``schema`` is among it.
+
+    Raises:
+        UserError: the folder holds something else, the answer to another question, or is in use.
+    """
+    with explained_write_errors(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; name another folder with --out")
+        path.mkdir(parents=True, exist_ok=True)
+        _require_question(path, dict(question))
+        lock = lock_folder(path, "at work")
+        try:
+            _require_question(path, dict(question))  # again: someone may have been faster
+            if not (path / SETTINGS).exists():
+                write_text(path / SETTINGS, json.dumps(question, indent=2) + "\n")
+            yield path
+        except KeyboardInterrupt:
+            print(f"forkrl: what was finished is kept in {path}; the same command goes on from there", file=sys.stderr)
+            raise
+        finally:
+            os.close(lock)
+
+
+def weights_fingerprint(path: str) -> str:
+    """Changes with the weights of a local model: a hash over sizes and ends of its safetensors files.
+
+    A hub model is known by its name and revision; its fingerprint is empty.
+    """
+    folder = Path(model_location(path))
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {size}\n".encode() + stream.read(_EDGE_BYTES))
+            stream.seek(max(size - _EDGE_BYTES, 0))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16] if files else ""
+
+
+def _require_question(path: Path, question: dict[str, Any]) -> None:
+    try:
+        stored = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
+        if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
+            raise UserError(
+                f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
+            ) from None
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / SETTINGS}: cannot be read ({error}); name another folder with --out") from error
+    asked = json.loads(json.dumps(question))
+    if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
+        key = changed[0]
+        raise UserError(
+            f"{path}: holds the answer to another question ({key} = {stored.get(key)!r}, now {asked.get(key)!r}); "
+            f"name another folder with --out, or remove this one"
+        )
