@@ -40,7 +40,7 @@ POINTS = {
 }
 _WARM = (
     "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.loop", "forkrl.run",
-    "forkrl.report", "forkrl.commands.evaluate", "forkrl.cli",
+    "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.branch", "forkrl.cli",
 )  # fmt: skip
 _opened: list[Any] = []
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000

@@ -187,8 +187,8 @@ def describe_work(num_prompts: int, design: Design, seconds: float) -> str:
 def expected_seconds(session: Session, design: Design, num_prompts: int) -> float:
     """Roughly, from the mean length of a few responses and the time of a few steps of a full batch.
 
-    A continuation is half a response on average; of ten branches that the top alternatives make, the token taken is an
-    additional one at few positions.
+    A continuation counts as a whole response: of what is left after a position, half a response is too little wherever
+    the model may give up or go on at any time. The token taken is seldom a branch of its own.
     """
     sampling = evaluation_sampling(session.config, design.temperature, session.policy)
     generator = evaluation_generator(session.config, session.policy.device)
@@ -199,7 +199,7 @@ def expected_seconds(session: Session, design: Design, num_prompts: int) -> floa
     began = time.monotonic()
     session.engine.generate(session.prompts[:1], group_size=sequences, sampling=short, generator=generator)
     per_token = (time.monotonic() - began) / (sequences * short.max_response_tokens)
-    return num_prompts * design.sequences_per_prompt * length / 2 * per_token
+    return num_prompts * design.sequences_per_prompt * length * per_token
 
 
 def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branching:
@@ -288,7 +288,8 @@ def describe_branching(found: Branching) -> str:
 
 
 def _with_interval(row: pd.Series, name: str) -> str:
-    return f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
+    mean, low, high = (round(float(row[name + end]), 4) + 0.0 for end in ("", "_low", "_high"))  # no -0.0
+    return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def write_branch_report(found: Branching) -> Path:

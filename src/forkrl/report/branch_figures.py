@@ -44,7 +44,7 @@ def natural_against_entropy(spreads: pd.DataFrame, bins: pd.DataFrame) -> Figure
         if len(points):
             axes.plot(
                 points["entropy"], points["natural"], color=kind.color, marker=kind.marker, linestyle="",
-                markersize=3, markeredgewidth=0, alpha=0.4, label=kind.label,
+                markersize=4, markeredgewidth=0, alpha=0.45, label=kind.label,
             )  # fmt: skip
     _interval_bars(axes, bins["entropy"].to_numpy(), bins, "natural", INK, "D", "mean, 95%")
     finish(axes, "variance it decides", xlabel="entropy (nats)")

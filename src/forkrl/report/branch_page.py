@@ -22,8 +22,7 @@ from forkrl.report.page import Card, Page
 from forkrl.report.sections import FigureSection, figure_section
 
 MAX_PROMPTS = 200
-_ESTIMATES = ("share", "natural", "forced", "range", "gain")
-_CALLED = {"fork": "one fork", "random": "a random other token", "low": "a token of low entropy"}
+_CALLED = {"fork": "one fork decides", "random": "a random other token", "low": "a token of low entropy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +75,8 @@ def branch_verdict(tables: Mapping[str, pd.DataFrame]) -> str:
     kinds = tables["kinds"].set_index("kind")
     if kinds["share"].isna().all():
         return "Nothing is decided anywhere: every continuation had the same outcome."
-    parts = [f"{_CALLED[kind]} decides {_percent(kinds.loc[kind])}" for kind in kinds.index]
-    sentence = f"Of the outcome's variance {', '.join(parts)} (95%)."
+    parts = [f"{_CALLED[kind]} {_percent(kinds.loc[kind])}" for kind in kinds.index]
+    sentence = f"Of the outcome's variance {', '.join(parts)} (95% intervals)."
     differences = tables["differences"]
     found = differences[differences["against"] == "random"] if len(differences) else differences
     if not len(found) or math.isnan(found.iloc[0]["natural_low"]):
@@ -91,9 +90,10 @@ def branch_verdict(tables: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _percent(row: pd.Series, name: str = "share") -> str:
-    if math.isnan(row[f"{name}_low"]):
-        return f"{100 * row[name]:.1f}%"
-    return f"{100 * row[name]:.1f}% [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
+    mean, low, high = (round(100 * float(row[name + end]), 1) + 0.0 for end in ("", "_low", "_high"))  # no -0.0
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.1f}%" if math.isnan(low) else f"{mean:.1f}% [{low:.1f}, {high:.1f}]"
 
 
 def _cards(report: BranchReport) -> list[Card]:
@@ -101,7 +101,7 @@ def _cards(report: BranchReport) -> list[Card]:
     shares = [
         Card(
             f"Decided at {KINDS[row['kind']].label}",
-            f"{row['share']:.1%}",
+            _percent(row).partition(" ")[0],
             note=f"of the outcome's variance, 95% {_percent(row).partition(' ')[2]}",
         )
         for _, row in kinds.iterrows()
@@ -117,16 +117,17 @@ def _sections(report: BranchReport) -> list[FigureSection]:
         figure_section(
             "By kind of position",
             "Natural: the variance of the success rates with the model's own probabilities, which is what this choice "
-            "decides. Forced: with equal weights, so it is large also where a slip that the model never makes would "
-            "derail the response. Both less the noise of sampling; share: natural over the whole variance of the outcome.",
+            "decides; where the model is certain, nothing is left to decide. Forced: with equal weights; large also "
+            "where a slip that the model never makes would derail the response. Both less the noise of sampling. "
+            "Share: natural over the whole variance of the outcome.",
             spread_by_kind(tables["kinds"]),
             tables["kinds"],
             "branch-kinds",
         ),
         figure_section(
             "Against entropy",
-            "The natural spread of every position, which is noisy and may fall below 0, and the means of bins of entropy "
-            f"with intervals clustered by prompt.{few} {_relation(tables['relation'])}",
+            "The natural spread of every position, which is noisy and may fall below 0, and the means of bins of "
+            f"entropy with intervals clustered by prompt.{few} {_relation(tables['relation'])}",
             natural_against_entropy(report.spreads, tables["bins"]),
             tables["bins"],
             "branch-entropy",
@@ -141,8 +142,8 @@ def _sections(report: BranchReport) -> list[FigureSection]:
         figure_section(
             "Forks against the controls of the same response",
             "Mean at the forks of a response minus mean at its control positions, over responses that have both. "
-            "Range: best minus worst branch; gain: best minus taken; chosen on one half of the continuations and measured "
-            "on the other.",
+            "Range: best minus worst branch; gain: best minus taken; chosen on one half of the continuations and "
+            "measured on the other.",
             None,
             tables["differences"],
             "branch-differences",
