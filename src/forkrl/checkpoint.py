@@ -137,6 +137,18 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     return None
 
 
+def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """Every checkpoint by its step, oldest first.
+
+    Raises:
+        UserError: a file of one is missing or damaged.
+    """
+    folders = dict(sorted(_step_folders(checkpoints).items()))
+    for folder in folders.values():
+        verify_checkpoint(folder)
+    return folders
+
+
 def load_checkpoint(
     path: Path,
     *,

@@ -54,6 +54,17 @@ model never makes would derail it. The cost, problems x positions x alternatives
 Ctrl-C keeps what is finished; the same command goes on.
 """
 
+DRIFT_HELP = """\
+examples:
+  forkrl train recipes/countdown.toml checkpoint.every=2 checkpoint.keep=100 --out runs/kept
+  forkrl drift runs/kept --samples 4                        the starting model and every checkpoint that was kept
+  forkrl drift base-model sft-model rl-model --data prompts.jsonl
+
+Every checkpoint reads the final one's responses. Writes into --out (default: inside the run, or analyses/NAME-drift):
+the tokens, tables/*.csv (overlap, change by percentile, percentiles), drift.json and report.html. Ctrl-C keeps what is
+finished; the same command goes on.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code is returned."""
@@ -132,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_analyze(commands)
     add_branch(commands)
+    add_drift(commands)
 
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run", type=Path, help="a run folder")
@@ -142,18 +154,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that looks at a model takes."""
-    parser.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
-    )
+def add_response_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that samples responses, or reads them, and measures their tokens."""
     parser.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
     parser.add_argument("--task", metavar="NAME", help="task.name: countdown, or dataset with --data")
     parser.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .parquet or a hub data set (task.data)")
     parser.add_argument("--problems", type=int, help="prompts, from the first")
     parser.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
     parser.add_argument("--temperature", type=float, help="of sampling, and of the distribution that is measured")
+    parser.add_argument(
+        "--responses", type=Path, metavar="FILE", help="ready responses (JSON lines); then nothing is generated"
+    )
+    parser.add_argument(
+        "--skip-unusable", action="store_true", help="leave out rows of --responses that cannot be used"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
 
 
 def subject_overrides(arguments: argparse.Namespace) -> list[str]:
@@ -174,13 +189,11 @@ def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog=ANALYZE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_subject_arguments(analyze)
+    analyze.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
     analyze.add_argument(
-        "--responses", type=Path, metavar="FILE", help="ready responses (JSON lines); then nothing is generated"
+        "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
     )
-    analyze.add_argument(
-        "--skip-unusable", action="store_true", help="leave out rows of --responses that cannot be used"
-    )
+    add_response_arguments(analyze)
     analyze.add_argument(
         "--threshold",
         type=float,
@@ -190,7 +203,6 @@ def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     analyze.add_argument(
         "--min-count", type=int, default=100, metavar="N", help="leave token types seen less often out (default: 100)"
     )
-    analyze.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     analyze.set_defaults(command=run_analyze, activity="the analysis")
 
 
@@ -230,6 +242,26 @@ def add_branch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="folder of the results (default: RUN/analysis/branch, or analyses/NAME-branch)",
     )
     branch.set_defaults(command=run_branch, activity="branching")
+
+
+def add_drift(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``forkrl drift`` and its arguments."""
+    drift = commands.add_parser(
+        "drift",
+        help="how training moved entropy, from checkpoint to checkpoint",
+        epilog=DRIFT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    drift.add_argument(
+        "overrides", nargs="+", metavar="RUN | MODEL MODEL ...",
+        help="a run folder, or the models of a series, first to last; and section.key=value settings",
+    )  # fmt: skip
+    add_response_arguments(drift)
+    drift.add_argument(
+        "--ratio", type=float, default=0.2, help="the top share whose overlap is measured (default: 0.2)"
+    )
+    drift.add_argument("--bins", type=int, default=20, help="percentile ranges of the change (default: 20)")
+    drift.set_defaults(command=run_drift, activity="the drift")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -366,6 +398,29 @@ def run_branch(arguments: argparse.Namespace) -> int:
     )
     print(describe_branching(found))
     print(f"report: {write_branch_report(found)}")
+    return 0
+
+
+def run_drift(arguments: argparse.Namespace) -> int:
+    """``forkrl drift``."""
+    from forkrl.commands.drift import describe_drift, measure_drift, write_drift_report
+
+    words = subject_overrides(arguments)
+    found = measure_drift(
+        [word for word in words if "=" not in word],
+        recipe=arguments.recipe,
+        overrides=[word for word in words if "=" in word],
+        responses=arguments.responses,
+        skip_unusable=arguments.skip_unusable,
+        problems=arguments.problems,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        ratio=arguments.ratio,
+        bins=arguments.bins,
+        out=arguments.out,
+    )
+    print(describe_drift(found))
+    print(f"report: {write_drift_report(found)}")
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ import pandas as pd
 
 from forkrl import analysis
 from forkrl.atomic import write_text
-from forkrl.commands.ready_responses import ReadyResponses
-from forkrl.commands.subject import Subject, open_session, open_subject
-from forkrl.commands.token_parts import GeneratedResponses, read_responses, write_missing_parts
-from forkrl.commands.work_folder import default_folder, open_work_folder, weights_fingerprint
+from forkrl.commands.collect_tokens import collect_tokens, make_request, tokens_of_prompts
+from forkrl.commands.token_parts import read_responses
+from forkrl.commands.work_folder import command_line, default_folder, stored_question, work_provenance
 from forkrl.errors import UserError
 from forkrl.intervals import ClusterSums, Estimate
-from forkrl.model import open_policy
 from forkrl.progress import printable
-from forkrl.replicas import open_replicas
+from forkrl.report.analysis_page import analysis_page
+from forkrl.report.page import write_page
+from forkrl.report.token_forks import choose_prompts, shown_prompts
 
 SCHEMA = "forkrl-analysis/1"
 
@@ -61,15 +60,7 @@ def analyze_model(
     only makes its tables anew.
 
     Args:
-        model: a model folder or hub id, or a run folder: its newest checkpoint. Which prompts: see ``open_subject``.
-        recipe: where task and rollout settings come from, unless ``model`` is a run.
-        overrides: ``section.key=value``.
-        responses: a JSONL file of ready responses (see ``ReadyResponses``); then nothing is generated.
-        skip_unusable: of it, leave out rows that cannot be used.
-        problems: prompts, from the first; None: what the settings say.
-        samples: responses to each; None: ``eval.samples``.
-        temperature: of sampling and of the distribution measured; 0 samples greedily and measures at 1.
-            None: ``eval.temperature``.
+        model: and the arguments after it: see ``make_request``.
         threshold: entropy above which a token is a fork, in nats; None: the 80th percentile found.
         min_count: types and contexts seen less often are left out of the tables.
         out: folder; None: ``RUN/analysis/analyze`` or ``analyses/NAME-analyze``.
@@ -81,16 +72,19 @@ def analyze_model(
         raise UserError(f"--min-count {min_count}: at least 1")
     if threshold is not None and not 0 <= threshold < float("inf"):
         raise UserError(f"--threshold {threshold}: an entropy in nats, at least 0")
-    arguments = {"problems": problems, "samples": samples, "temperature": temperature}
-    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity="an analysis")
-    temperature = subject.config.eval.temperature if temperature is None else temperature
-    samples_each = subject.config.eval.samples if samples is None else samples
+    request = make_request(
+        model,
+        recipe=recipe,
+        overrides=overrides,
+        responses=responses,
+        skip_unusable=skip_unusable,
+        problems=problems,
+        samples=samples,
+        temperature=temperature,
+        activity="an analysis",
+    )
     folder = out or default_folder(model, "analyze")
-    if responses is None:
-        notes = _measure_generated(subject, folder, problems, samples_each, temperature)
-    else:
-        _require_only_responses(responses, problems, samples, overrides)
-        notes = _measure_ready(subject, folder, responses, temperature, skip_unusable)
+    notes = collect_tokens(folder, request, {"schema": SCHEMA})
     return summarise(folder, threshold, min_count, notes)
 
 
@@ -110,10 +104,9 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "density": analysis.density_against_correctness(per_response),
         "responses": per_response,
     }
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     facts = {
         "schema": SCHEMA,
-        "model": settings["model"],
+        "model": stored_question(folder)["model"],
         "threshold": fork,
         "threshold_is": "given" if threshold is not None else "the 80th percentile",
         "min_count": min_count,
@@ -155,82 +148,6 @@ def _listed(types: pd.DataFrame) -> str:
     )
 
 
-def _measure_generated(
-    subject: Subject, folder: Path, problems: int | None, num_samples: int, temperature: float
-) -> list[str]:
-    """Sample, judge and measure what is not in the folder yet."""
-    with open_session(subject, problems) as session:
-        question = {
-            **_common_question(subject, temperature),
-            "data": session.task.fingerprint,
-            "prompts": len(session.prompts),
-            "samples": num_samples,
-            "seed": session.config.seed,
-            "max_response_tokens": session.config.rollout.max_response_tokens,
-            "stop": list(session.config.rollout.stop),
-            # Part of the question: it decides which responses share a generator.
-            "prompts_per_part": _prompts_per_part(folder, len(session.waves(num_samples)[0])),
-        }
-        with open_work_folder(folder, question):
-            source = GeneratedResponses(session, num_samples, temperature, question["prompts_per_part"])
-            write_missing_parts(folder, source, session.replicas, temperature or 1.0)
-    return []
-
-
-def _measure_ready(
-    subject: Subject, folder: Path, responses: Path, temperature: float, skip_unusable: bool
-) -> list[str]:
-    """Measure the ready responses that are not in the folder yet."""
-    policy = open_policy(subject.config.model, subject.config.runtime.device)
-    source = ReadyResponses(responses, policy, skip_unusable=skip_unusable)
-    question = {
-        **_common_question(subject, temperature),
-        "responses": str(responses),
-        "data": source.fingerprint,
-    }
-    with ExitStack() as stack:
-        stack.enter_context(open_work_folder(folder, question))
-        replicas = stack.enter_context(open_replicas(policy, None, subject.config.runtime))
-        write_missing_parts(folder, source, replicas, temperature or 1.0)
-    if not source.skipped:
-        return []
-    return [f"{len(source.skipped)} rows of {responses.name} could not be used and are left out; {source.skipped[0]}"]
-
-
-def _common_question(subject: Subject, temperature: float) -> dict[str, Any]:
-    config = subject.config
-    return {
-        "schema": SCHEMA,
-        "model": subject.name,
-        "weights": config.model.path,
-        "revision": config.model.revision,
-        "fingerprint": weights_fingerprint(config.model.path),
-        "precision": config.model.precision,
-        "temperature": temperature,
-    }
-
-
-def _prompts_per_part(folder: Path, default: int) -> int:
-    """What an earlier session on this folder took, for another number of replicas may be at work now."""
-    try:
-        stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return default
-    earlier = stored.get("prompts_per_part")
-    return earlier if isinstance(earlier, int) and earlier > 0 else default
-
-
-def _require_only_responses(
-    responses: Path, problems: int | None, samples: int | None, overrides: Sequence[str]
-) -> None:
-    given = [f"--{name}" for name, value in (("problems", problems), ("samples", samples)) if value is not None]
-    given += [
-        override for override in overrides if override.startswith(("task.", "rollout.", "reward.", "eval.", "seed"))
-    ]
-    if given:
-        raise UserError(f"{given[0]}: has no effect along with --responses {responses}, where nothing is generated")
-
-
 def _outcomes(folder: Path) -> dict[str, Any]:
     """Accuracy with its interval, and the shares cut at the limit and not judged; None where nobody knows."""
     responses = read_responses(folder, ["number", "finished", "correct", "failure"])
@@ -253,4 +170,17 @@ def _outcomes(folder: Path) -> dict[str, Any]:
 
 
 def write_analysis_report(found: Analysis) -> Path:
-    return found.folder / "report.html"
+    """Write ``report.html`` beside the tables: the figures, and a sample of the responses to look at."""
+    per_response = found.tables["responses"]
+    numbers = choose_prompts(per_response)
+    responses = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"])
+    shown = shown_prompts(tokens_of_prompts(found.folder, numbers), responses)
+    page = analysis_page(
+        found.facts,
+        found.tables,
+        shown,
+        notes=found.notes,
+        provenance=work_provenance(found.folder),
+        command=command_line(),
+    )
+    return write_page(found.folder / "report.html", page)

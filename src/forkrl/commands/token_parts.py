@@ -120,12 +120,12 @@ def write_missing_parts(folder: Path, source: ResponseSource, replicas: Replicas
     texts = TokenTexts(replicas.policy.tokenizer)
     for index in progress(missing, "measuring tokens"):
         responses = source.part(index)
-        with _writing(_path(folder, "tokens", index), TOKEN_SCHEMA) as writer:
+        with writing_parquet(_path(folder, "tokens", index), TOKEN_SCHEMA) as writer:
             for group in _groups(responses):
                 written = [response.written for response in group]
                 details = measure_responses(replicas, written, temperature=temperature, top=TOP)
                 writer.write_table(_token_rows(group, details, texts))
-        with _writing(_path(folder, "responses", index), RESPONSE_SCHEMA) as writer:
+        with writing_parquet(_path(folder, "responses", index), RESPONSE_SCHEMA) as writer:
             writer.write_table(_response_rows(responses))
 
 
@@ -218,7 +218,7 @@ def _path(folder: Path, table: str, index: int) -> Path:
 
 
 @contextmanager
-def _writing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     """A Parquet writer whose file appears at ``path`` all at once, when everything is in it."""
     temporary = temporary_beside(path)
     with explained_write_errors(path):

@@ -11,12 +11,17 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+import forkrl
 from forkrl.atomic import explained_write_errors, temporary_beside, write_text
 from forkrl.errors import UserError
 from forkrl.model import model_location
@@ -82,18 +87,45 @@ def weights_fingerprint(path: str) -> str:
     return digest.hexdigest()[:16] if files else ""
 
 
-def _require_question(path: Path, question: dict[str, Any]) -> None:
+def work_provenance(folder: Path) -> list[tuple[str, str]]:
+    """What the numbers in a work folder come from, for its report: the question and the versions at work."""
+    question = stored_question(folder)
+    rows = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in question.items()]
+    versions = {"forkrl": forkrl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return [*rows, *((f"version of {name}", version) for name, version in versions.items())]
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["forkrl", *sys.argv[1:]])
+
+
+def stored_question(folder: Path) -> dict[str, Any]:
+    """What the work in the folder answers; empty where none was started.
+
+    Raises:
+        UserError: settings.json is damaged.
+    """
     try:
-        stored = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SETTINGS}: cannot be read ({error}); name another folder with --out") from error
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{folder / SETTINGS}: is no JSON object; name another folder with --out")
+    return stored
+
+
+def _require_question(path: Path, question: dict[str, Any]) -> None:
+    stored = stored_question(path)
+    if not stored:
         ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
         if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
             raise UserError(
                 f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
-            ) from None
+            )
         return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / SETTINGS}: cannot be read ({error}); name another folder with --out") from error
     asked = json.loads(json.dumps(question))
     if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
         key = changed[0]

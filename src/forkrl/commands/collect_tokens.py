@@ -1,0 +1,152 @@
+"""The tokens a command looks at: of responses generated or given, each measured, kept part by part in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from forkrl.analysis import TOKEN_SCHEMA
+from forkrl.analysis.token_table import token_batches
+from forkrl.commands.ready_responses import ReadyResponses
+from forkrl.commands.subject import Subject, open_session, open_subject
+from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
+from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
+from forkrl.errors import UserError
+from forkrl.model import open_policy
+from forkrl.replicas import open_replicas
+
+
+class Request(NamedTuple):
+    """Which responses, and at which temperature they are sampled and measured."""
+
+    subject: Subject
+    responses: Path | None
+    """A file of ready responses; None: they are generated."""
+    skip_unusable: bool
+    problems: int | None
+    samples: int
+    temperature: float
+
+
+def make_request(
+    model: str,
+    *,
+    recipe: Path | None,
+    overrides: Sequence[str],
+    responses: Path | None,
+    skip_unusable: bool,
+    problems: int | None,
+    samples: int | None,
+    temperature: float | None,
+    activity: str,
+) -> Request:
+    """The options of a command put together; those without effect are refused.
+
+    Args:
+        model: a model folder or hub id, or a run folder: its newest checkpoint. Which prompts: see ``open_subject``.
+        recipe: where task and rollout settings come from, unless ``model`` is a run.
+        overrides: ``section.key=value``.
+        responses: a JSONL file of ready responses (see ``ReadyResponses``); then nothing is generated.
+        skip_unusable: of it, leave out rows that cannot be used.
+        problems: prompts, from the first; None: what the settings say.
+        samples: responses to each; None: ``eval.samples``.
+        temperature: of sampling and of the distribution measured; 0 samples greedily and measures at 1.
+            None: ``eval.temperature``.
+        activity: such as "an analysis", for messages.
+
+    Raises:
+        UserError: a setting cannot be used or has no effect.
+    """
+    arguments = {"problems": problems, "samples": samples, "temperature": temperature}
+    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity=activity)
+    if responses is not None:
+        given = [f"--{name}" for name, value in (("problems", problems), ("samples", samples)) if value is not None]
+        unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
+        given += [override for override in overrides if override.startswith(unread)]
+        if given:
+            raise UserError(f"{given[0]}: has no effect along with --responses {responses}: nothing is generated")
+    elif skip_unusable:
+        raise UserError("--skip-unusable: has no effect without --responses")
+    return Request(
+        subject=subject,
+        responses=responses,
+        skip_unusable=skip_unusable,
+        problems=problems,
+        samples=subject.config.eval.samples if samples is None else samples,
+        temperature=subject.config.eval.temperature if temperature is None else temperature,
+    )
+
+
+def collect_tokens(folder: Path, request: Request, question: Mapping[str, Any]) -> list[str]:
+    """Fill ``tokens/`` and ``responses/`` in the folder, from where an earlier session stopped.
+
+    Args:
+        folder: of the work; refused if it holds the answer to another question.
+        request: which responses.
+        question: what more the command asks; its ``schema`` is among it.
+
+    Returns:
+        Sentences on what was left out.
+
+    Raises:
+        UserError: model, data, responses or the folder cannot be used.
+    """
+    config = request.subject.config
+    asked = {
+        **question,
+        "model": request.subject.name,
+        "weights": config.model.path,
+        "revision": config.model.revision,
+        "fingerprint": weights_fingerprint(config.model.path),
+        "precision": config.model.precision,
+        "temperature": request.temperature,
+    }
+    if request.responses is not None:
+        return _measure_ready(folder, request, request.responses, asked)
+    _measure_generated(folder, request, asked)
+    return []
+
+
+def tokens_of_prompts(folder: Path, numbers: Collection[int]) -> pd.DataFrame:
+    """The rows of the table of tokens that belong to so many prompts."""
+    batches = token_batches(folder / "tokens", TOKEN_SCHEMA.names)
+    return pd.concat([batch[batch["prompt"].isin(numbers)] for batch in batches], ignore_index=True)
+
+
+def _measure_generated(folder: Path, request: Request, asked: dict[str, Any]) -> None:
+    """Sample, judge and measure what is not in the folder yet."""
+    with open_session(request.subject, request.problems) as session:
+        earlier = stored_question(folder).get("prompts_per_part")
+        asked |= {
+            "data": session.task.fingerprint,
+            "prompts": len(session.prompts),
+            "samples": request.samples,
+            "seed": session.config.seed,
+            "max_response_tokens": session.config.rollout.max_response_tokens,
+            "stop": list(session.config.rollout.stop),
+            # An earlier session's cut stands: it decides which responses share a generator, and another number of
+            # replicas may be at work now.
+            "prompts_per_part": earlier or len(session.waves(request.samples)[0]),
+        }
+        with open_work_folder(folder, asked):
+            source = GeneratedResponses(session, request.samples, request.temperature, asked["prompts_per_part"])
+            write_missing_parts(folder, source, session.replicas, request.temperature or 1.0)
+
+
+def _measure_ready(folder: Path, request: Request, responses: Path, asked: dict[str, Any]) -> list[str]:
+    """Measure the ready responses that are not in the folder yet."""
+    config = request.subject.config
+    policy = open_policy(config.model, config.runtime.device)
+    source = ReadyResponses(responses, policy, skip_unusable=request.skip_unusable)
+    asked |= {"responses": str(responses), "data": source.fingerprint}
+    with ExitStack() as stack:
+        stack.enter_context(open_work_folder(folder, asked))
+        replicas = stack.enter_context(open_replicas(policy, None, config.runtime))
+        write_missing_parts(folder, source, replicas, request.temperature or 1.0)
+    if not source.skipped:
+        return []
+    return [f"{len(source.skipped)} rows of {responses.name} could not be used and are left out; {source.skipped[0]}"]

@@ -1,0 +1,298 @@
+"""``forkrl drift``: how training moved entropy, from checkpoint to checkpoint (arXiv 2506.01939v2, section 4).
+
+All checkpoints read the same tokens, teacher-forced: responses of the final one, as in the paper.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from forkrl import analysis
+from forkrl.analysis.drift import change_table
+from forkrl.analysis.token_table import part_paths, token_batches
+from forkrl.atomic import write_text
+from forkrl.checkpoint import all_checkpoints
+from forkrl.commands.collect_tokens import Request, collect_tokens, make_request, tokens_of_prompts
+from forkrl.commands.token_parts import read_responses, writing_parquet
+from forkrl.commands.token_pass import Written, measure_responses
+from forkrl.commands.work_folder import (
+    command_line,
+    default_folder,
+    open_work_folder,
+    stored_question,
+    weights_fingerprint,
+    work_provenance,
+)
+from forkrl.config import ModelConfig, TrainConfig, parse_recipe
+from forkrl.errors import UserError
+from forkrl.model import Policy, open_policy
+from forkrl.progress import progress
+from forkrl.replicas import open_replicas
+from forkrl.report.drift_page import drift_page
+from forkrl.report.page import write_page
+from forkrl.report.sampling import evenly_spaced
+from forkrl.report.token_forks import choose_prompts, shown_prompts
+from forkrl.run_folder import read_recipe
+
+SCHEMA = "forkrl-drift/1"
+SHOWN_LAYERS = 12
+_ENTROPY = pa.schema([pa.field("entropy", pa.float32(), nullable=False)])
+
+
+class Checkpoint(NamedTuple):
+    """A model of the series, by the name that tables and figures give it."""
+
+    name: str
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """What was found, beside the tables of tokens and responses in ``folder``."""
+
+    folder: Path
+    facts: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+    entropies: dict[str, Tensor]
+    notes: list[str]
+
+
+def measure_drift(
+    models: Sequence[str],
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    responses: Path | None = None,
+    skip_unusable: bool = False,
+    problems: int | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
+    ratio: float = 0.2,
+    bins: int = 20,
+    out: Path | None = None,
+) -> Drift:
+    """Measure every checkpoint's entropy on the final one's responses, and compare.
+
+    Args:
+        models: one run folder (its starting model and all its checkpoints), or two models at least, the first to the
+            last of training.
+        recipe: and the arguments up to ``temperature``: see ``make_request``, of the final model.
+        overrides: ``section.key=value``.
+        responses: ready responses; else the final model's are generated.
+        skip_unusable: of them, leave out rows that cannot be used.
+        problems: prompts, from the first.
+        samples: responses to each.
+        temperature: of sampling and measuring.
+        ratio: the top share of positions whose overlap is measured.
+        bins: percentile ranges of the change.
+        out: folder; None: ``RUN/analysis/drift`` or ``analyses/NAME-drift``.
+
+    Raises:
+        UserError: a model, data, a setting or the folder cannot be used, or two checkpoints differ in vocabulary.
+    """
+    if not 0 < ratio <= 1:
+        raise UserError(f"--ratio {ratio}: a share above 0, at most 1")
+    if bins < 1:
+        raise UserError(f"--bins {bins}: at least 1")
+    series = _series(models)
+    final = models[0] if len(models) == 1 else models[-1]
+    request = make_request(
+        final,
+        recipe=recipe,
+        overrides=overrides,
+        responses=responses,
+        skip_unusable=skip_unusable,
+        problems=problems,
+        samples=samples,
+        temperature=temperature,
+        activity="a drift",
+    )
+    folder = out or default_folder(final, "drift")
+    named = [[point.name, point.path, weights_fingerprint(point.path)] for point in series]
+    notes = collect_tokens(folder, request, {"schema": SCHEMA, "checkpoints": named})
+    with open_work_folder(folder, stored_question(folder)):
+        _measure_checkpoints(folder, series, request)
+    return _summarise(folder, series, ratio, bins, notes)
+
+
+def describe_drift(found: Drift) -> str:
+    """The main figures as a few lines for a person."""
+    facts, overlap = found.facts, found.tables["overlap"]
+    lines = [
+        f"{facts['model']}: {len(overlap)} checkpoints on {facts['tokens']:,} tokens of the final one's responses",
+        f"overlap of the top {100 * facts['ratio']:g}% of positions, with 95% intervals:",
+        f"  {'checkpoint':24}  with {facts['first']!s:18}  with {facts['last']}",
+    ]
+    for _, row in overlap.iterrows():
+        shares = (f"{row[c]:6.1%} [{row[c + '_low']:.1%}, {row[c + '_high']:.1%}]" for c in ("with_first", "with_last"))
+        lines.append(f"  {row['checkpoint']:24}  " + "   ".join(shares))
+    change = found.tables["change"]
+    lines.append(
+        f"change of entropy from {facts['first']} to {facts['last']}: {change['change'].iloc[0]:+.4f} nats in the "
+        f"lowest of {len(change)} percentile ranges, {change['change'].iloc[-1]:+.4f} in the highest"
+    )
+    return "\n".join([*lines, *found.notes])
+
+
+def write_drift_report(found: Drift) -> Path:
+    """Write ``report.html``: the figures, and responses to look at under every checkpoint."""
+    names = [list(found.entropies)[i] for i in evenly_spaced(len(found.entropies), SHOWN_LAYERS)]
+    prompt_N, rows = _prompt_of_tokens(found.folder).numpy(), read_responses(found.folder)
+    lengths = pd.DataFrame({"prompt": rows["number"], "length": rows["token_ids"].map(len)})
+    numbers = choose_prompts(lengths, layers=len(names))
+    tokens = tokens_of_prompts(found.folder, numbers)
+    inside_N = pd.Series(prompt_N).isin(numbers).to_numpy()
+    for name in names:
+        tokens[f"entropy of {name}"] = found.entropies[name].numpy()[inside_N]
+    shown = shown_prompts(tokens, rows, [f"entropy of {name}" for name in names])
+    page = drift_page(
+        found.facts,
+        found.tables,
+        shown,
+        names,
+        notes=found.notes,
+        provenance=work_provenance(found.folder),
+        command=command_line(),
+    )
+    return write_page(found.folder / "report.html", page)
+
+
+def _series(models: Sequence[str]) -> list[Checkpoint]:
+    """The models to compare, in the order of training."""
+    if len(models) > 1:
+        short = [Path(model.rstrip("/")).name for model in models]
+        repeated = {name for name, count in Counter(short).items() if count > 1}
+        return [
+            Checkpoint(model if name in repeated else name, model) for name, model in zip(short, models, strict=True)
+        ]
+    folder = Path(models[0])
+    if not (folder / "config.toml").is_file():
+        raise UserError(
+            f"{models[0]}: is no run folder; name a run, or two models at least, the first to the last of training"
+        )
+    config = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml")).model
+    steps = [Checkpoint(f"step {step}", str(path)) for step, path in all_checkpoints(folder / "checkpoints").items()]
+    if not steps:
+        raise UserError(f"{folder}: this run has no checkpoint yet")
+    start = [] if steps[0].name == "step 0" else [Checkpoint("step 0", config.path, config.revision)]
+    return [*start, *steps]
+
+
+def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Request) -> None:
+    """Write ``entropies/N/part-*.parquet``, a value a token, of every checkpoint but the last, which wrote them."""
+    config = request.subject.config
+    parts = part_paths(folder / "responses")
+    final_tokenizer = None
+    for place, checkpoint in enumerate(series[:-1]):
+        target = folder / "entropies" / str(place)
+        target.mkdir(parents=True, exist_ok=True)
+        missing = [path for path in parts if not (target / path.name).exists()]
+        if not missing:
+            continue
+        model = ModelConfig(path=checkpoint.path, revision=checkpoint.revision, precision=config.model.precision)
+        policy = open_policy(model, config.runtime.device)
+        final_tokenizer = final_tokenizer or _tokenizer_of(series[-1])
+        _require_same_vocabulary(policy, checkpoint, final_tokenizer, series[-1])
+        with open_replicas(policy, None, config.runtime) as replicas:
+            for path in progress(missing, f"measuring {checkpoint.name} ({place + 1} of {len(series) - 1})"):
+                rows = pq.read_table(path, columns=["prompt_token_ids", "token_ids"]).to_pydict()
+                written = [Written(tuple(p), tuple(r)) for p, r in zip(*rows.values(), strict=True)]
+                details = measure_responses(replicas, written, temperature=request.temperature or 1.0, top=0)
+                with writing_parquet(target / path.name, _ENTROPY) as writer:
+                    entropy_N = torch.cat([detail.entropy for detail in details]).float().numpy()
+                    writer.write_table(pa.table({"entropy": entropy_N}, schema=_ENTROPY))
+
+
+def _tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    from forkrl.model import model_location
+
+    return AutoTokenizer.from_pretrained(model_location(checkpoint.path), revision=checkpoint.revision)
+
+
+def _require_same_vocabulary(
+    policy: Policy, checkpoint: Checkpoint, final: PreTrainedTokenizerBase, last: Checkpoint
+) -> None:
+    here, there = policy.tokenizer.get_vocab(), final.get_vocab()
+    if here == there:
+        return
+    token = min(here.items() ^ there.items(), key=lambda item: (item[1], item[0]))
+    raise UserError(
+        f"{checkpoint.path}: another vocabulary than that of {last.path} ({len(here)} tokens against {len(there)}, the "
+        f"first difference at token {token[1]}); drift compares checkpoints on the same tokens, so leave it out"
+    )
+
+
+def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: int, notes: list[str]) -> Drift:
+    entropies = {
+        point.name: _entropy(folder / "tokens" if place == len(series) - 1 else folder / "entropies" / str(place))
+        for place, point in enumerate(series)
+    }
+    first, last = series[0].name, series[-1].name
+    prompt_N = _prompt_of_tokens(folder)
+    if len(prompt_N) < bins:
+        raise UserError(
+            f"{folder}: {len(prompt_N)} tokens are fewer than the {bins} percentile ranges; take more responses "
+            f"(--samples, --problems) or fewer ranges (--bins)"
+        )
+    tables = {
+        "overlap": analysis.overlap_table(entropies, prompt_N, ratio),
+        "change": change_table(entropies[first].double(), entropies[last].double(), prompt_N, bins),
+        "percentiles": analysis.percentile_table(entropies),
+    }
+    facts = {
+        "schema": SCHEMA,
+        "model": stored_question(folder)["model"],
+        "checkpoints": [point.name for point in series],
+        "first": first,
+        "last": last,
+        "tokens": len(prompt_N),
+        "prompts": len(prompt_N.unique()),
+        "ratio": ratio,
+        "bins": bins,
+        "overlap_of_last_with_first": _last_with_first(tables["overlap"]),
+        "mean_entropy": {name: float(entropy_N.double().mean()) for name, entropy_N in entropies.items()},
+    }
+    (folder / "tables").mkdir(exist_ok=True)
+    for name, table in tables.items():
+        write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
+    write_text(folder / "drift.json", json.dumps(facts, indent=2) + "\n")
+    if len(series) == 2:
+        notes = [*notes, _few_checkpoints()]
+    return Drift(folder, facts, tables, entropies, notes)
+
+
+def _last_with_first(overlap: pd.DataFrame) -> Mapping[str, float]:
+    row = overlap.iloc[-1]
+    return {name: float(row[f"with_first{end}"]) for name, end in (("share", ""), ("low", "_low"), ("high", "_high"))}
+
+
+def _few_checkpoints() -> str:
+    return "Two checkpoints only; a run keeps more for this with checkpoint.every=5 checkpoint.keep=100."
+
+
+def _entropy(table: Path) -> Tensor:
+    """The entropy column of a table of parts, ``[N]``."""
+    return torch.cat(
+        [torch.from_numpy(batch["entropy"].to_numpy().copy()) for batch in token_batches(table, ["entropy"])]
+    )
+
+
+def _prompt_of_tokens(folder: Path) -> Tensor:
+    """The number of the prompt of each token, ``[N]``."""
+    batches = token_batches(folder / "tokens", ["prompt"])
+    return torch.cat([torch.from_numpy(batch["prompt"].to_numpy().copy()) for batch in batches]).long()
