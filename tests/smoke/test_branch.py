@@ -15,7 +15,7 @@ from tests.smoke.world import Outcome, Run, World, write_prompts
 SIZES = ("--problems", "5", "--forks", "2", "--random", "1", "--low", "1", "--continuations", "6")
 # Batches of 16: four of them hold the continuations of one prompt, so that there are five parts.
 SMALL = ("--recipe", "recipe.toml", "rollout.max_sequences=16", *SIZES)
-TABLES = ("kinds", "differences", "relation", "bins")
+TABLES = ("kinds", "differences", "relation", "bins", "tokens")
 
 
 def branched(world: World, out: str, *argv: str, **how: Any) -> tuple[Outcome, dict[str, Any]]:
@@ -155,6 +155,9 @@ def test_prompts_without_answers_are_refused(own_world: World) -> None:
     outcome = own_world.run("branch", "model", "--data", "bare.jsonl", "--out", "bare")
     assert outcome.code == 2
     assert "bare.jsonl line 1 has no column 'answer'" in outcome.line
+    outcome = own_world.run("branch", "model", "--data", "bare.jsonl", "task.answer_column=", "--out", "bare")
+    assert outcome.code == 2
+    assert "bare.jsonl: its rows have no answers, so no branch can be judged" in outcome.line
     assert not (own_world.folder / "bare").exists()
 
 

@@ -21,6 +21,7 @@ from forkrl.analysis.branching import (
     corrected_variance,
     entropy_bins,
     entropy_relation,
+    fork_tokens,
     position_spreads,
     spearman,
     summarise_kinds,
@@ -234,6 +235,21 @@ def test_ranks_equal_scipy_s_and_the_interval_holds_the_truth() -> None:
     assert relation.equals(entropy_relation(table(rows), seed=0, resamples=400).set_index("measure"))
     single = entropy_relation(table(rows[:5]), seed=0).set_index("measure")
     assert np.isnan(single.loc["natural", "low"])
+
+
+def test_forks_by_the_token_that_was_taken() -> None:
+    places = [("a", 0.3), ("b", 0.1), ("a", 0.5), ("b", 0.3), ("rare", 0.9)]
+    spreads = table([{"prompt": index, "natural": value} for index, (_, value) in enumerate(places)])
+    rows = [
+        {"prompt": index, "response": 0, "position": 0, "kind": "fork", "taken": taken, "token": name if taken else "c"}
+        for index, (name, _) in enumerate(places)
+        for taken in (True, False)
+    ]
+    found = fork_tokens(pd.DataFrame(rows), spreads, min_positions=2)
+    assert found["token"].tolist() == ["a", "b"]
+    assert found["natural"].tolist() == pytest.approx([0.4, 0.2])
+    assert found["positions"].tolist() == [2, 2]
+    assert fork_tokens(pd.DataFrame(rows), spreads).empty
 
 
 def test_bins_of_entropy_hold_every_position_once() -> None:

@@ -205,6 +205,20 @@ def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) 
     )
 
 
+def fork_tokens(branches: pd.DataFrame, spreads: pd.DataFrame, min_positions: int = 20) -> pd.DataFrame:
+    """The same for forks, by the token that was taken there (column token), if at so many of them; most decisive first.
+
+    Entropy says how undecided a model is, not what depends on the decision: this is where the two part.
+    """
+    taken = branches.loc[branches["taken"] & (branches["kind"] == KINDS[0]), [*_POSITION, "token"]]
+    found = [
+        {"token": token, **_means(group)}
+        for token, group in spreads.merge(taken, on=_POSITION).groupby("token")
+        if len(group) >= min_positions
+    ]
+    return pd.DataFrame(found).sort_values("natural", ascending=False, ignore_index=True) if found else pd.DataFrame()
+
+
 def _means(spreads: pd.DataFrame) -> dict[str, float]:
     by_prompt = spreads.groupby("prompt")
     sums, counts = by_prompt[[*MEASURES, "variance"]].sum(), by_prompt.size()

@@ -212,6 +212,7 @@ def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branc
         "differences": branching.compare_kinds(spreads),
         "relation": branching.entropy_relation(spreads, settings["seed"]),
         "bins": branching.entropy_bins(spreads),
+        "tokens": branching.fork_tokens(branches, spreads),
     }
     sums = ClusterSums(2)
     for _, scores in pd.DataFrame(rows).groupby("prompt")["score"]:

@@ -32,7 +32,7 @@ class BranchReport:
     Args:
         name: of the model.
         branches, spreads, tables: as ``forkrl.analysis.branching`` gives them (tables: kinds, differences, relation,
-            bins).
+            bins, tokens).
         rows: the responses, each with prompt_text, tokens, entropy, logprobs, score, finished and its branches.
         facts: the counts of the summary.
         settings: what was asked, as (key, value).
@@ -148,7 +148,29 @@ def _sections(report: BranchReport) -> list[FigureSection]:
             tables["differences"],
             "branch-differences",
         ),
+        *_token_section(tables["tokens"]),
     ]
+
+
+def _token_section(tokens: pd.DataFrame) -> list[FigureSection]:
+    if not len(tokens):
+        return []
+    columns = [
+        "token",
+        "positions",
+        "entropy",
+        "share",
+        "share_low",
+        "share_high",
+        "natural",
+        "natural_low",
+        "natural_high",
+    ]
+    caption = (
+        "Forks by the token that was taken there, the most decisive first: entropy says how undecided the model is, not "
+        "how much depends on what it decides."
+    )
+    return [figure_section("Which forks decide", caption, None, tokens[columns], "branch-tokens")]
 
 
 def _relation(relation: pd.DataFrame) -> str:
