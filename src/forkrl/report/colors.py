@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import matplotlib
+import numpy as np
 from matplotlib.colors import to_hex
 
 COLOR_BINS = 24
@@ -17,6 +20,14 @@ def ramp(fraction: float, *, dark: bool) -> tuple[str, str]:
     name, start, stop = _DARK_MAP if dark else _LIGHT_MAP
     ground = to_hex(matplotlib.colormaps[name](start + fraction * (stop - start)))
     return ground, _readable_on(ground)
+
+
+def top_entropy(entropy: Iterable[float]) -> float:
+    """The entropy (nats) that gets the last colour: the 99.5th percentile, rounded up to a tenth, at least 0.5."""
+    entropy_N = np.fromiter(entropy, dtype=np.float64)
+    entropy_N = entropy_N[np.isfinite(entropy_N)]
+    top = float(np.percentile(entropy_N, 99.5)) if len(entropy_N) else 0.0
+    return round(max(float(np.ceil(top * 10)) / 10, 0.5), 1)
 
 
 def color_bin(entropy: float, top: float) -> int:

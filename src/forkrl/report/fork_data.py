@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from forkrl.report.colors import COLOR_BINS
+from forkrl.report.colors import COLOR_BINS, top_entropy
 from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.sampling import evenly_spaced, token_limit
 from forkrl.report.visible_text import visible, visible_token
@@ -24,7 +24,7 @@ PER_PROBABILITY = 100_000
 ABSENT = -1  # an alternative that is not there
 
 # Characters of JSON that a token, one entropy and one alternative take with a vocabulary of 150,000, rounded up.
-_TOKEN_BYTES, _LAYER_BYTES, _ALTERNATIVE_BYTES = 14, 6, 11
+TOKEN_BYTES, LAYER_BYTES, ALTERNATIVE_BYTES = 17, 6, 13
 
 
 class TextTable:
@@ -57,23 +57,15 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         ValueError: the lists of a response are of different lengths, or there is not one list of entropies a layer.
     """
     table = TextTable()
+    layers = [layer for view in forks.views for response in _responses(view.frames) for layer in response.entropy]
     views = [_view(view, max_bytes // len(forks.views), table) for view in forks.views]
     return {
         "bins": COLOR_BINS,
-        "scale": _scale(forks),
+        "scale": top_entropy(chain.from_iterable(layers)),
         "mark": None if forks.mark is None else round(forks.mark * PER_NAT),
         "texts": table.texts,
         "views": views,
     }
-
-
-def _scale(forks: ForkView) -> float:
-    """The entropy (nats) that gets the last colour: the 99.5th percentile of all layers, at least 0.5."""
-    layers = [layer for view in forks.views for response in _responses(view.frames) for layer in response.entropy]
-    entropy_N = np.fromiter(chain.from_iterable(layers), dtype=np.float64)
-    entropy_N = entropy_N[np.isfinite(entropy_N)]
-    top = float(np.percentile(entropy_N, 99.5)) if len(entropy_N) else 0.0
-    return round(max(float(np.ceil(top * 10)) / 10, 0.5), 1)
 
 
 def _responses(frames: Sequence[Frame]) -> Iterator[ShownResponse]:
@@ -85,7 +77,7 @@ def _view(view: View, max_bytes: int, table: TextTable) -> dict[str, Any]:
         _check(response, len(view.layers))
     frames, limit = fitting(view.frames, max_bytes)
     return {
-        "id": view.id,
+        "id": visible(view.id),
         "title": visible(view.title),
         "note": visible(view.note + _said(view.frames, frames, limit)),
         "layers": [visible(name) for name in view.layers],
@@ -121,7 +113,7 @@ def fitting(frames: Sequence[Frame], max_bytes: int) -> tuple[list[Frame], int]:
 
 def _bytes_of(response: ShownResponse) -> int:
     alternatives = len(response.alternatives[0]) if response.alternatives else 0
-    per_token = _TOKEN_BYTES + _LAYER_BYTES * len(response.entropy) + _ALTERNATIVE_BYTES * alternatives
+    per_token = TOKEN_BYTES + LAYER_BYTES * len(response.entropy) + ALTERNATIVE_BYTES * alternatives
     return per_token * len(response.tokens)
 
 

@@ -25,7 +25,7 @@ from forkrl.report.fork_view import ForkView
 from forkrl.report.sections import FigureSection
 from forkrl.report.visible_text import script_json, visible
 
-_SCRIPTS = ("report.js",)
+_FORK_SCRIPTS = ("fork_model.js", "fork_blocks.js", "fork_tip.js", "fork_controls.js")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,8 @@ class Page:
 
 def render_page(page: Page) -> str:
     """The page as HTML text."""
-    script = Markup("".join(map(_template, _SCRIPTS)))
+    has_views = page.forks is not None and len(page.forks.views) > 0
+    script = Markup(_script("page.js", *(_FORK_SCRIPTS if has_views else ())))
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
@@ -88,7 +89,7 @@ def render_page(page: Page) -> str:
     )
     return environment.get_template("report.html").render(
         page=page,
-        data=Markup(script_json(fork_data(page.forks or ForkView((), "", None)))),
+        data=Markup(script_json(fork_data(page.forks))) if page.forks is not None and has_views else None,
         style=Markup(_template("report.css") + token_colors()),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -122,6 +123,11 @@ def write_page(path: Path, page: Page) -> Path:
 
 def _visible_value(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _script(*names: str) -> str:
+    """The scripts as one, in a scope of its own."""
+    return '"use strict";\n(() => {\n' + "".join(map(_template, names)) + "})();\n"
 
 
 def _template(name: str) -> str:

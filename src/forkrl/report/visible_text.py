@@ -30,9 +30,14 @@ def script_json(data: Any) -> str:
     return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_HTML_IN_JSON)
 
 
+def is_hidden(character: str) -> bool:
+    """Whether a character acts without being seen. A newline does not count: it is seen."""
+    return character != "\n" and unicodedata.category(character) in _HIDDEN
+
+
 def _visible_character(character: str) -> str:
     code = ord(character)
-    if character == "\n" or unicodedata.category(character) not in _HIDDEN:
+    if not is_hidden(character):
         return character
     if code < 0x20:
         return chr(0x2400 + code)
