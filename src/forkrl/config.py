@@ -64,7 +64,7 @@ class TaskConfig(Section):
     prompt_column: str = "prompt"
     """dataset: column with the question (text or chat messages). Dots reach inside: "reward_model.ground_truth"."""
     answer_column: str = "answer"
-    """dataset: column with the gold answer."""
+    """dataset: column with the gold answer. Empty: there are none, for commands that need not judge."""
     template: str = "{prompt}"
     """dataset: text around the question; {prompt} stands for it."""
     chat_template: bool = False

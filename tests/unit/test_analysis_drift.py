@@ -95,7 +95,7 @@ def test_overlap_table_knows_its_ends() -> None:
     first = torch.rand(200, generator=generator)
     last = torch.rand(200, generator=generator)
     table = overlap_table({"0": first, "1": (first + last) / 2, "2": last}, prompts).set_index("checkpoint")
-    assert table.loc["0", "with_first"] == 1.0
+    assert table.loc["0", ["with_first", "with_first_low", "with_first_high"]].tolist() == [1.0, 1.0, 1.0]
     assert table.loc["2", "with_last"] == 1.0
     assert table.loc["0", "with_last"] == table.loc["2", "with_first"]
     assert table.loc["0", "with_last"] == overlap_ratio(first, last, torch.ones(200, dtype=torch.bool))

@@ -63,7 +63,9 @@ def overlap_table(entropies: Mapping[str, Tensor], prompts: Tensor, ratio: float
         top_N = select_tokens(entropies[name], everything, "top_entropy", ratio)
         row: dict[str, str | float] = {"checkpoint": name}
         for column, end in (("with_first", names[0]), ("with_last", names[-1])):
-            row |= _columns(column, _share_within(top_N & tops[end], top_N, owner_N))
+            # With itself it is no estimate.
+            share = Estimate(1.0, 1.0, 1.0) if name == end else _share_within(top_N & tops[end], top_N, owner_N)
+            row |= _columns(column, share)
         rows.append(row)
     return pd.DataFrame(rows)
 
