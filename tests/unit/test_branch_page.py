@@ -101,7 +101,8 @@ def test_the_page_shows_the_branches_and_obeys_no_text(tmp_path: Path) -> None:
     assert len(view["frames"][0]["prompts"]) == 12
     response = view["frames"][0]["prompts"][0]["responses"][0]
     assert sorted(response["b"]) == ["0", "1", "2"]
-    assert response["f"] == "1110", "positions that were tried are outlined"
+    assert response["f"] == "", "no token carried gradient, so none is outlined"
+    assert page.data["mark"] == 9000  # of 0.9, 0.2, 0.01 and 0 nats in every response the fork is the top fifth
     first = report.branches.iloc[0]
     numbers = [first["probability"], first["rate"], first["low"], first["high"], 16]
     assert response["b"]["0"][0][1:] == pytest.approx(numbers, abs=1e-4)

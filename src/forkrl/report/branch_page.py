@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from forkrl.report.branch_figures import (
@@ -21,7 +22,8 @@ from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownR
 from forkrl.report.page import Card, Page
 from forkrl.report.sections import FigureSection, figure_section
 
-MAX_PROMPTS = 200
+MAX_PROMPTS = 24
+FORK_PERCENTILE = 80.0
 _CALLED = {"fork": "one fork decides", "random": "a random other token", "low": "a token of low entropy"}
 
 
@@ -167,7 +169,7 @@ def _token_section(tokens: pd.DataFrame) -> list[FigureSection]:
         "natural_high",
     ]
     caption = (
-        "Forks by the token that was taken there, the most decisive first: entropy says how undecided the model is, not "
+        "Forks by the token that was taken there, most decisive first: entropy says how undecided the model is, not "
         "how much depends on what it decides."
     )
     return [figure_section("Which forks decide", caption, None, tokens[columns], "branch-tokens")]
@@ -198,11 +200,12 @@ def _fork_view(report: BranchReport) -> ForkView:
         f"The first {len(prompts):,} of {report.facts['prompts']:,} prompts, in order: none was picked for its looks."
     )
     lead = (
-        "Outlined tokens are the positions where alternatives were forced; choose one to see its branches: what was "
+        "Underlined tokens are the positions where alternatives were forced; choose one to see its branches: what was "
         "tried, how probable it was, and how often its continuations came out right."
     )
+    entropy = np.concatenate([row["entropy"] for row in report.rows])
     view = View("branches", "Branches", note, [Frame("", list(prompts.values()))])
-    return ForkView([view], lead, mark=None)
+    return ForkView([view], lead, mark=float(np.percentile(entropy, FORK_PERCENTILE)))
 
 
 def _shown(row: Mapping[str, Any], branches: pd.DataFrame) -> ShownResponse:
@@ -215,7 +218,6 @@ def _shown(row: Mapping[str, Any], branches: pd.DataFrame) -> ShownResponse:
         tokens=row["tokens"],
         entropy=[row["entropy"]],
         logprobs=row["logprobs"],
-        selected=[position in tried for position in range(len(row["tokens"]))],
         branches=tried,
         score=row["score"],
         finished=row["finished"],
