@@ -64,13 +64,14 @@ class TaskConfig(Section):
     prompt_column: str = "prompt"
     """dataset: column with the question (text or chat messages). Dots reach inside: "reward_model.ground_truth"."""
     answer_column: str = "answer"
-    """dataset: column with the gold answer. Empty: there are none, for commands that need not judge."""
+    """dataset: column with the gold answer."""
     template: str = "{prompt}"
     """dataset: text around the question; {prompt} stands for it."""
     chat_template: bool = False
     """dataset: wrap the templated question as a user message with the tokenizer's chat template."""
     verifier: str = "forkrl.rewards.math:verify_math"
-    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]."""
+    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]. "none": nothing is judged and no
+    answers are read, for commands that can do without."""
 
     @model_validator(mode="after")
     def _data_is_named(self) -> TaskConfig:

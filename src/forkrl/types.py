@@ -164,7 +164,8 @@ class Task:
     """Prompts to learn from, prompts kept aside, and the import path of the function that judges answers.
 
     ``verifier`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in
-    [0, 1]. It is empty where there are no answers. ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
+    [0, 1]. It is empty where there are no answers. ``fingerprint`` changes whenever the prompts do: a resumed run
+    refuses other data.
     """
 
     name: str

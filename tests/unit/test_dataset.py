@@ -313,14 +313,14 @@ class TestHub:
 
 def test_prompts_without_answers_can_be_looked_at_and_not_trained_on(tmp_path: Path) -> None:
     path = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}."} for n in range(3)])
-    config = TaskConfig(name="dataset", data=str(path), answer_column="")
+    config = TaskConfig(name="dataset", data=str(path), verifier="none")
     task = load_evaluation_task(config, apply_chat_template=None)
     assert [prompt.answer for prompt in task.held_out] == ["", "", ""]
     assert task.verifier == ""
-    with pytest.raises(UserError, match="task.answer_column is empty: training needs answers"):
+    with pytest.raises(UserError, match="training needs something to judge"):
         load_dataset_task(config, apply_chat_template=None)
-    with pytest.raises(UserError, match=r"set task.answer_column \(empty where there are no answers\)"):
+    with pytest.raises(UserError, match=r"set task.answer_column \(or task.verifier=none"):
         load_evaluation_task(TaskConfig(name="dataset", data=str(path)), apply_chat_template=None)
     parquet = write(tmp_path / "prompts.parquet", [{"prompt": "Say 1."}])
-    config = TaskConfig(name="dataset", data=str(parquet), answer_column="")
+    config = TaskConfig(name="dataset", data=str(parquet), verifier="none")
     assert len(load_evaluation_task(config, apply_chat_template=None).held_out) == 1

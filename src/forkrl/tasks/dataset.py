@@ -26,6 +26,7 @@ ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
 _SUFFIXES = (".jsonl", ".parquet")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.\-+%\[\]:]+))?")
 _BATCH_ROWS = 1024
+NO_VERIFIER = "none"
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ def load_dataset_task(config: TaskConfig, *, apply_chat_template: ApplyChatTempl
     Raises:
         UserError: one line, with the row where it is one row's fault.
     """
-    if not config.answer_column:
-        raise UserError("task.answer_column is empty: training needs answers to judge responses by; name their column")
+    if config.verifier == NO_VERIFIER:
+        raise UserError(f"task.verifier = {NO_VERIFIER!r}: training needs something to judge responses by")
     render = _Renderer(config, apply_chat_template)
     questions = _read_distinct(config, config.data, "task.data")
     if config.held_out_data:
@@ -73,8 +74,8 @@ def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTe
     """Read the prompts that ``config`` names for evaluation alone: nothing is split off, nothing is left to train on.
 
     They are all distinct questions of ``held_out_data``; where it is empty, all of ``data``. A benchmark of 30 rows
-    needs no second file and no ``held_out_rows``. Whether a model has trained on them is for the caller to know. With an
-    empty ``answer_column`` there is nothing to judge by: ``Task.verifier`` is then empty.
+    needs no second file and no ``held_out_rows``. Whether a model has trained on them is for the caller to know. With
+    the verifier "none", ``Task.verifier`` is empty.
 
     Args:
         config: the recipe's ``task`` table.
@@ -86,7 +87,7 @@ def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTe
     render = _Renderer(config, apply_chat_template)
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
     prompts = [render(id, question) for id, question in _read_distinct(config, source, key).items()]
-    verifier = config.verifier if config.answer_column else ""
+    verifier = "" if config.verifier == NO_VERIFIER else config.verifier
     return Task(source, [], prompts, verifier, _fingerprint([], prompts))
 
 
@@ -153,7 +154,7 @@ def _question_content(config: TaskConfig, row: _Row) -> str | list[dict[str, str
 
 
 def _answer_text(config: TaskConfig, row: _Row) -> str:
-    if not config.answer_column:
+    if config.verifier == NO_VERIFIER:
         return ""
     value = _look_up(row, config.answer_column, "task.answer_column")
     if isinstance(value, list):
@@ -197,7 +198,9 @@ def _look_up(row: _Row, column: str, key: str) -> Any:
 
 def _no_such_column(place: str, column: str, key: str, names: list[str]) -> UserError:
     near = difflib.get_close_matches(column, names, n=1)
-    remedy = f"; set {key}" + (" (empty where there are no answers)" if key == "task.answer_column" else "")
+    remedy = f"; set {key}" + (
+        " (or task.verifier=none, where there are no answers)" if key == "task.answer_column" else ""
+    )
     suggestion = f"; did you mean {near[0]!r}?" if near else remedy
     listing = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return UserError(f"{place} has no column {column!r} ({key}); it has: {listing or 'none'}{suggestion}")
@@ -324,7 +327,7 @@ def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:
     """The columns that must be read so that the recipe's two, which may lie inside them, can be looked up."""
     needed: dict[str, None] = {}
     for key, column in (("task.prompt_column", config.prompt_column), ("task.answer_column", config.answer_column)):
-        if not column:
+        if key == "task.answer_column" and config.verifier == NO_VERIFIER:
             continue
         top = column if column in names else column.partition(".")[0]
         if top not in names:

@@ -1,0 +1,269 @@
+"""``forkrl analyze`` and ``forkrl drift``: numbers of the model itself, resuming, and one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.smoke.world import Run, World, make_model, write_prompts
+
+DATA = ("--data", "prompts.jsonl", "task.verifier=first_character:first_character")
+SHORT = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=12", "runtime.device=cpu")
+SMALL = ("rollout.max_sequences=6", "runtime.replicas=1")  # parts of three prompts, two samples each
+
+
+def analyzed(world: World, *argv: str) -> dict[str, Any]:
+    """The facts of an analysis that has to succeed, with what it printed."""
+    outcome = world.run("analyze", *argv, "--out", "found")
+    assert outcome.code == 0, outcome.stderr
+    facts: dict[str, Any] = json.loads((world.folder / "found/analysis.json").read_text())
+    return facts | {"stdout": outcome.stdout, "stderr": outcome.stderr}
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def run(world: World) -> Run:
+    return world.trained("run", "training.steps=3", "checkpoint.every=1", "checkpoint.keep=9")
+
+
+def test_tokens_are_what_the_model_says_of_them(own_world: World) -> None:
+    facts = analyzed(own_world, "model", *DATA, *SHORT, *SMALL, "--samples", "2", "--min-count", "1")
+    folder = own_world.folder / "found"
+    tokens = pd.read_parquet(folder / "tokens")
+    responses = pd.read_parquet(folder / "responses").set_index(["number", "sample"])
+    assert facts["prompts"] == 24
+    assert facts["responses"] == len(responses) == 48
+    assert facts["tokens"] == len(tokens) == responses["token_ids"].map(len).sum()
+    assert facts["percentile_80"] == pytest.approx(tokens["entropy"].astype(float).quantile(0.8))
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(own_world.folder / "model", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(own_world.folder / "model")
+    for key, rows in list(tokens.groupby(["prompt", "sample"]))[::7]:
+        response = responses.loc[key]
+        ids = [*response["prompt_token_ids"], *response["token_ids"]]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, len(response["prompt_token_ids"]) - 1 : -1]
+        log_p = torch.log_softmax(logits, -1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        target = log_p.gather(1, torch.tensor(rows["token_id"].to_numpy())[:, None].long())
+        assert rows["entropy"].tolist() == pytest.approx(entropy.tolist(), abs=1e-5)
+        assert rows["logprob"].tolist() == pytest.approx(target[:, 0].tolist(), abs=1e-4)
+        assert rows["rank"].tolist() == ((log_p > target).sum(1) + 1).tolist()
+        for found, expected in zip(rows["top_probs"], log_p.exp().topk(5).values.tolist(), strict=True):
+            assert list(found) == pytest.approx(expected, abs=1e-5)
+        for token_id, text in zip(rows["token_id"], rows["text"], strict=True):
+            assert text == tokenizer.decode([token_id])
+        first = response["response"][:1]
+        assert bool(response["correct"]) == (first != "" and first in "13579")
+    page = (folder / "report.html").read_text()
+    assert "24 prompts, with every response" in page
+    assert all(
+        (folder / "tables" / f"{name}.csv").is_file() for name in ("types", "contexts", "positions", "histogram")
+    )
+
+
+def test_a_killed_analysis_goes_on_without_repeating_work(own_world: World) -> None:
+    command = ("model", *DATA, *SHORT, *SMALL, "--samples", "2", "--out", "found")
+    whole = analyzed(own_world, *command[:-2])
+    expected = {path.name: pd.read_parquet(path) for path in (own_world.folder / "found/tokens").iterdir()}
+    assert len(expected) == 8
+    (own_world.folder / "found").rename(own_world.folder / "whole")
+
+    fault = {"point": "replace", "count": 8, "signal": signal.SIGKILL}  # settings, then two files a part
+    killed = own_world.run("analyze", *command, faults=[fault])
+    assert killed.code == -signal.SIGKILL
+    done = {path: path.stat().st_mtime_ns for path in (own_world.folder / "found").rglob("part-*.parquet")}
+    assert 0 < len(done) < 16
+    facts = analyzed(own_world, *command[:-2])
+    finished = [path for path in done if path.parent.name == "responses"]
+    assert f"{len(finished)} of 8 parts are in found already" in facts["stdout"]
+    for path in finished:
+        assert path.stat().st_mtime_ns == done[path], "a finished part is not made again"
+    for name, table in expected.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(own_world.folder / "found/tokens" / name), table)
+    assert {key: facts[key] for key in whole if key not in ("stdout", "stderr")} == {
+        key: value for key, value in whole.items() if key not in ("stdout", "stderr")
+    }
+
+
+def test_interrupted_by_ctrl_c_it_says_how_to_go_on(own_world: World) -> None:
+    command = ("analyze", "model", *DATA, *SHORT, *SMALL, "--out", "found")
+    outcome = own_world.run(*command, faults=[{"point": "token", "count": 20, "signal": signal.SIGINT}])
+    assert outcome.code == 130
+    assert "kept in found; the same command goes on" in outcome.stderr
+
+
+def test_ready_responses_are_measured_and_nothing_is_generated(own_world: World) -> None:
+    rows = [
+        {"prompt": "1+1=", "response": "13", "correct": True},
+        {"prompt": "2+2=", "response": "77 a", "score": 0},
+        {"prompt": "1+1=", "response": "9", "correct": False},
+        {"prompt": "3+", "token_ids": [5, 6, 1]},
+    ]
+    write_lines(own_world.folder / "ready.jsonl", rows)
+    facts = analyzed(own_world, "model", "--responses", "ready.jsonl", "runtime.device=cpu", "--min-count", "1")
+    tokens = pd.read_parquet(own_world.folder / "found/tokens")
+    assert facts["prompts"] == 3
+    assert facts["tokens"] == 2 + 4 + 1 + 3
+    assert facts["accuracy"] == pytest.approx(1 / 3)
+    assert tokens.groupby(["prompt", "sample"], sort=False)["length"].first().tolist() == [2, 1, 4, 3]
+    assert tokens["text"].tolist()[:3] == ["1", "3", "9"]
+    assert tokens["correct"].isna().sum() == 3
+
+
+def test_prompts_without_answers_need_no_judge(own_world: World) -> None:
+    write_prompts(own_world.folder / "plain.jsonl", [{"prompt": f"{n}+1"} for n in range(4)])
+    facts = analyzed(own_world, "model", "--data", "plain.jsonl", "task.verifier=none", *SHORT)
+    assert facts["accuracy"] is None
+    assert facts["judged"] == 0
+
+
+def test_a_model_without_a_chosen_limit_takes_the_positions_it_has(own_world: World) -> None:
+    facts = analyzed(own_world, "model", *DATA, "runtime.device=cpu", "--problems", "2")
+    settings = json.loads((own_world.folder / "found/settings.json").read_text())
+    assert settings["max_response_tokens"] == 64 - 4
+    assert facts["prompts"] == 2
+
+
+def test_drift_of_a_run(world: World, run: Run) -> None:
+    outcome = world.run("drift", "run", "--samples", "2", "--problems", "6", "--out", "drift")
+    assert outcome.code == 0, outcome.stderr
+    facts = json.loads((world.folder / "drift/drift.json").read_text())
+    assert facts["checkpoints"] == ["step 0", "step 1", "step 2", "step 3"]
+    overlap = pd.read_csv(world.folder / "drift/tables/overlap.csv")
+    assert overlap["with_first"].iloc[0] == 1.0
+    assert overlap["with_last"].iloc[-1] == 1.0
+    tokens = pd.read_parquet(world.folder / "drift/tokens")
+    base = pd.read_parquet(world.folder / "drift/entropies/0")["entropy"]
+    assert len(base) == len(tokens) == facts["tokens"]
+    k = math.ceil(0.2 * len(tokens))
+    tops = [set(values.sort_values(ascending=False, kind="stable").index[:k]) for values in (base, tokens["entropy"])]
+    assert facts["overlap_of_last_with_first"]["share"] == pytest.approx(len(tops[0] & tops[1]) / k)
+    change = pd.read_csv(world.folder / "drift/tables/change.csv")
+    weighted = (change["change"] * change["tokens"]).sum() / len(tokens)
+    assert weighted == pytest.approx((tokens["entropy"].astype(float) - base.astype(float)).mean(), abs=1e-6)
+    page = (world.folder / "drift/report.html").read_text()
+    assert "step 2" in page
+
+    again = world.run("drift", "run", "--samples", "2", "--problems", "6", "--out", "drift", "--bins", "5")
+    assert again.code == 0, again.stderr
+    assert len(pd.read_csv(world.folder / "drift/tables/change.csv")) == 5
+
+
+def test_the_entropies_of_the_first_checkpoint_are_those_of_the_starting_model(world: World, run: Run) -> None:
+    outcome = world.run("drift", "run", "--problems", "3", "--out", "own")
+    assert outcome.code == 0, outcome.stderr
+    responses = pd.read_parquet(world.folder / "own/responses")
+    rows = [
+        {"prompt": prompt, "token_ids": [int(i) for i in ids]}
+        for prompt, ids in zip(responses["prompt"], responses["token_ids"], strict=True)
+    ]
+    write_lines(world.folder / "written.jsonl", rows)
+    argv = ("model", "--responses", "written.jsonl", "runtime.device=cpu", "--out", "base")
+    assert world.run("analyze", *argv).code == 0
+    mine = pd.read_parquet(world.folder / "base/tokens")["entropy"]
+    assert mine.tolist() == pytest.approx(
+        pd.read_parquet(world.folder / "own/entropies/0")["entropy"].tolist(), abs=1e-5
+    )
+
+
+READY: dict[str, list[dict[str, Any]]] = {
+    "empty.jsonl": [{"prompt": "1+1=", "response": "2"}, {"prompt": "1+1=", "response": ""}],
+    "foreign.jsonl": [{"prompt": "1+1=", "response": "1Z3"}],
+    "promptless.jsonl": [{"response": "1"}],
+    "nothing.jsonl": [{"prompt": "1+"}],
+    "ids.jsonl": [{"prompt": "1+", "token_ids": [1, 20]}],
+    "long.jsonl": [{"prompt": "1+", "response": "1" * 63}],
+    "verdict.jsonl": [{"prompt": "1+", "response": "1", "correct": "yes"}],
+    "score.jsonl": [{"prompt": "1+", "response": "1", "score": 2}],
+    "noprompt.jsonl": [{"prompt": "", "response": "1"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (
+            ("--responses", "empty.jsonl"),
+            "empty.jsonl line 2: response is empty; remove the row; or leave such rows out",
+        ),
+        (
+            ("--responses", "foreign.jsonl"),
+            "foreign.jsonl line 1: response does not tokenise back: from character 2 on 'Z3' becomes '<pad>3'; use the "
+            "tokenizer of the model that wrote it, or give its token_ids",
+        ),
+        (("--responses", "promptless.jsonl"), "line 1: prompt is NoneType, not text"),
+        (("--responses", "nothing.jsonl"), "line 1: has no response (text) and no token_ids; it has prompt"),
+        (("--responses", "ids.jsonl"), "line 1: token_ids is not a list of ids from 0 to 19"),
+        (("--responses", "long.jsonl"), "line 1: prompt and response have 65 tokens, the model has 64 positions"),
+        (("--responses", "verdict.jsonl"), "line 1: correct = 'yes' is neither true nor false"),
+        (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
+        (("--responses", "noprompt.jsonl"), "line 1: prompt has no tokens"),
+        (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),
+        (("--responses", "recipe.toml"), "recipe.toml line 1: is not JSON"),
+        (("--responses", "empty.jsonl", "--samples", "2"), "--samples: has no effect along with --responses"),
+        (("--responses", "empty.jsonl", "seed=3"), "seed=3: has no effect along with --responses"),
+        ((*DATA, "--skip-unusable"), "--skip-unusable: has no effect without --responses"),
+        ((*DATA, "--min-count", "0"), "--min-count 0: at least 1"),
+        ((*DATA, "--threshold", "-1"), "--threshold -1.0: an entropy in nats, at least 0"),
+        ((*DATA, "training.steps=3"), "training.steps=3: has no effect on an analysis"),
+        ((*DATA, "--out", "prompts.jsonl"), "prompts.jsonl: is a file; name another folder with --out"),
+        ((*DATA, "--out", "model"), "model: is not empty (it holds config.json) and has no settings.json"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line(world: World, argv: tuple[str, ...], says: str) -> None:
+    for name, rows in READY.items():
+        write_lines(world.folder / name, rows)
+    out = () if "--out" in argv else ("--out", "refused")
+    outcome = world.run("analyze", "model", *argv, "runtime.device=cpu", *out)
+    assert outcome.code == 2, outcome
+    assert says in outcome.line
+
+
+def test_unusable_rows_are_left_out_and_counted_on_request(own_world: World) -> None:
+    write_lines(own_world.folder / "empty.jsonl", READY["empty.jsonl"])
+    facts = analyzed(own_world, "model", "--responses", "empty.jsonl", "--skip-unusable", "runtime.device=cpu")
+    assert facts["responses"] == 1
+    assert "1 rows of empty.jsonl could not be used and are left out; empty.jsonl line 2" in facts["stdout"]
+
+
+def test_another_question_in_the_same_folder_is_refused(own_world: World) -> None:
+    analyzed(own_world, "model", *DATA, *SHORT, "--problems", "2")
+    outcome = own_world.run("analyze", "model", *DATA, *SHORT, "--problems", "2", "--samples", "3", "--out", "found")
+    assert outcome.code == 2
+    assert "found: holds the answer to another question (samples = 1, now 3)" in outcome.line
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("model",), "model: is no run folder; name a run, or two models at least"),
+        (("run", "--ratio", "0"), "--ratio 0.0: a share above 0, at most 1"),
+        (("run", "--bins", "0"), "--bins 0: at least 1"),
+        (
+            ("run", "--problems", "1", "--bins", "99"),
+            "tokens are fewer than the 99 percentile ranges; take more responses",
+        ),
+        (("foreign", "model", *DATA, *SHORT), "foreign: another vocabulary than that of model (21 tokens against 20"),
+    ],
+)
+def test_bad_drifts_are_refused_in_a_line(world: World, run: Run, argv: tuple[str, ...], says: str) -> None:
+    make_model(world.folder / "foreign")
+    tokenizer = json.loads((world.folder / "foreign/tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["Z"] = 20
+    (world.folder / "foreign/tokenizer.json").write_text(json.dumps(tokenizer))
+    outcome = world.run("drift", *argv, "--out", f"refused-drift-{len(says)}")
+    assert outcome.code == 2, outcome
+    assert says in outcome.line
