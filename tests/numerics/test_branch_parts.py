@@ -58,6 +58,7 @@ def test_each_branch_has_the_rate_that_the_model_gives_it(temperature: float) ->
     encode = session.policy.tokenizer.encode
     odd = [encode(character)[0] for character in ODD]
     seen = set()
+    assert [(row["prompt"], row["response"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for row in rows:
         prompt_ids = encode(row["prompt_text"])
         for branch in row["branches"]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from forkrl.report.sampling import evenly_spaced
 from forkrl.report.style import BLUE, GREEN, INK, MUTED, PERCENT, VERMILION, finish, panels
 
-MAX_POINTS = 1500
+MAX_POINTS = 2000
 RATE_BINS = 10
 
 
