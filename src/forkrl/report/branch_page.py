@@ -119,9 +119,9 @@ def _sections(report: BranchReport) -> list[FigureSection]:
         figure_section(
             "By kind of position",
             "Natural: the variance of the success rates with the model's own probabilities, which is what this choice "
-            "decides of what is still open; where the model is certain, that is nothing. Forced: with equal weights; large also "
-            "where a slip that the model never makes would derail the response. Both less the noise of sampling. "
-            "Share: natural over the whole variance of the outcome.",
+            "decides of what is still open; where the model is certain, that is nothing. Forced: with equal weights; "
+            "large also where a slip that the model never makes would derail the response. Both less the noise of "
+            "sampling. Share: natural over the whole variance of the outcome.",
             spread_by_kind(tables["kinds"]),
             tables["kinds"],
             "branch-kinds",
