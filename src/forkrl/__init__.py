@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from forkrl.analysis import entropy_change_by_percentile, overlap_ratio
     from forkrl.errors import TrainingHalted, UserError
     from forkrl.objectives import policy_loss
+    from forkrl.rollout.fork_temperature import ForkTemperature
     from forkrl.selectors import select_tokens
     from forkrl.token_stats import token_stats
     from forkrl.types import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ForkTemperature",
     "LossOutput",
     "Prompt",
     "Rollout",
@@ -58,6 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ForkTemperature": "forkrl.rollout.fork_temperature",
     "TrainingHalted": "forkrl.errors",
     "UserError": "forkrl.errors",
     "entropy_change_by_percentile": "forkrl.analysis",

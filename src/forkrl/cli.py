@@ -27,6 +27,20 @@ Every setting is section.key=value; --settings lists them all. Ctrl-C saves and 
 very same weights.
 """
 
+DECODE_TEMPS_HELP = """\
+What do forks want: a high or a low temperature? One temperature applies where the model is undecided (the entropy
+of its unscaled distribution is above the threshold), another everywhere else. First one is swept while the other
+stays at 1, then the reverse: for the paper's eight temperatures 15 settings, all on the same problems with the same
+seed. You get accuracy with 95% intervals, length, and the share of broken outputs, as a table and a page.
+
+examples:
+  forkrl decode-temps embedded:countdown-base --recipe recipes/countdown.toml --problems 128 --samples 4
+  forkrl decode-temps runs/first --temperatures 0,0.5,1,2               the newest checkpoint of a run
+  forkrl decode-temps Qwen/Qwen3-0.6B --data prompts.jsonl --threshold 0.672
+
+Ctrl-C keeps the settings that are finished; the same command goes on from there.
+"""
+
 ANALYZE_HELP = """\
 examples:
   forkrl analyze embedded:countdown-base --recipe recipes/countdown.toml --samples 4
@@ -144,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_analyze(commands)
     add_branch(commands)
     add_drift(commands)
+    add_decode_temps(commands)
 
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run", type=Path, help="a run folder")
@@ -154,13 +169,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_response_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command takes that samples responses, or reads them, and measures their tokens."""
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that samples responses to prompts."""
     parser.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
     parser.add_argument("--task", metavar="NAME", help="task.name: countdown, or dataset with --data")
     parser.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .parquet or a hub data set (task.data)")
     parser.add_argument("--problems", type=int, help="prompts, from the first")
     parser.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
+
+
+def add_response_arguments(parser: argparse.ArgumentParser) -> None:
+    """What commands take besides that also read ready responses, and measure their tokens."""
+    add_prompt_arguments(parser)
     parser.add_argument("--temperature", type=float, help="of sampling, and of the distribution that is measured")
     parser.add_argument(
         "--responses", type=Path, metavar="FILE", help="ready responses (JSON lines); then nothing is generated"
@@ -262,6 +282,34 @@ def add_drift(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     drift.add_argument("--bins", type=int, default=20, help="percentile ranges of the change (default: 20)")
     drift.set_defaults(command=run_drift, activity="the drift")
+
+
+def add_decode_temps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``forkrl decode-temps`` and its arguments."""
+    temps = commands.add_parser(
+        "decode-temps",
+        help="accuracy against temperature, at forks and elsewhere",
+        epilog=DECODE_TEMPS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    temps.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
+    temps.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
+    )
+    add_prompt_arguments(temps)
+    temps.add_argument(
+        "--threshold",
+        type=float,
+        metavar="NATS",
+        help="entropy above which a token is a fork (default: the 80th percentile at temperature 1, measured first)",
+    )
+    temps.add_argument(
+        "--temperatures", metavar="T,T,...", help="from 0 (greedy) up (default: the paper's 0,.05,.3,.6,1,2,3,5)"
+    )
+    temps.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder (default: analyses/NAME-decode-temps, or inside the run)"
+    )
+    temps.set_defaults(command=run_decode_temps, activity="the sweep")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -421,6 +469,25 @@ def run_drift(arguments: argparse.Namespace) -> int:
     )
     print(describe_drift(found))
     print(f"report: {write_drift_report(found)}")
+    return 0
+
+
+def run_decode_temps(arguments: argparse.Namespace) -> int:
+    """``forkrl decode-temps``."""
+    from forkrl.commands.decode_temps import decode_temps, describe_outcome, parse_temperatures
+
+    outcome = decode_temps(
+        arguments.model,
+        recipe=arguments.recipe,
+        overrides=subject_overrides(arguments),
+        problems=arguments.problems,
+        samples=arguments.samples,
+        threshold=arguments.threshold,
+        temperatures=parse_temperatures(arguments.temperatures),
+        out=arguments.out,
+    )
+    print(describe_outcome(outcome))
+    print(f"report: {outcome.page}")
     return 0
 
 

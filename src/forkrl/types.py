@@ -72,15 +72,32 @@ class RolloutGroup:
         return tuple(verdict.score for verdict in self.verdicts)
 
 
+class TemperatureRule(Protocol):
+    """A temperature for every position by its entropy, such as ``forkrl.ForkTemperature``."""
+
+    def rescale(self, scores: Tensor, entropy: Tensor) -> Tensor:
+        """Scores ``[S, V]`` whose softmax is drawn from, given log-probs and their entropies ``[S]``."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How an engine samples. ``temperature`` 0 is greedy (log-probs and entropy then refer to temperature 1)."""
+    """How an engine samples. ``temperature`` 0 is greedy (log-probs and entropy then refer to temperature 1).
+
+    With ``fork_temperature``, tokens are drawn at its two temperatures, while log-probs and entropy are those of the
+    unscaled distribution; ``temperature`` must stay 1.
+    """
 
     max_response_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    fork_temperature: TemperatureRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.fork_temperature is not None and self.temperature != 1:
+            raise ValueError(f"temperature = {self.temperature:g} along with {self.fork_temperature}: leave it at 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from forkrl.analysis import token_details
+from forkrl.analysis import entropy_summary, measure_tokens, token_details
+from forkrl.config import ModelConfig
+from forkrl.model import open_policy
 
 
 def known_logits(probabilities: list[list[float]]) -> torch.Tensor:
@@ -58,3 +60,19 @@ def test_refuses_shapes_and_temperatures() -> None:
         token_details(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="temperature = 0"):
         token_details(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64), temperature=0)
+
+
+def test_the_table_of_a_model_in_a_notebook_is_what_the_model_says() -> None:
+    policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
+    prompts = ["2 5 9:90?", "1 2 3:6?", "2 5 9:90?"]
+    frame = measure_tokens(policy.model, policy.tokenizer, prompts, ["5*2=10", "1+", "9"], correct=[True, False, False])
+    assert frame.groupby(["prompt", "sample"])["length"].first().to_dict() == {(0, 0): 6, (0, 1): 1, (1, 0): 2}
+    ids = policy.tokenizer.encode(prompts[0] + "5*2=10")
+    with torch.no_grad():
+        log_p = torch.log_softmax(policy.model(torch.tensor([ids])).logits[0, -7:-1].double(), -1)
+    rows = frame[(frame["prompt"] == 0) & (frame["sample"] == 0)]
+    assert rows["entropy"].tolist() == pytest.approx(torch.special.entr(log_p.exp()).sum(1).tolist(), abs=1e-5)
+    assert "".join(rows["text"]) == "5*2=10"
+    assert entropy_summary(frame)["value"]["tokens"] == 9
+    with pytest.raises(ValueError, match="response 1: the response has no tokens"):
+        measure_tokens(policy.model, policy.tokenizer, ["1", "1"], ["2", ""])

@@ -106,7 +106,7 @@ def test_interrupted_by_ctrl_c_it_says_how_to_go_on(own_world: World) -> None:
 
 
 def test_ready_responses_are_measured_and_nothing_is_generated(own_world: World) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "1+1=", "response": "13", "correct": True},
         {"prompt": "2+2=", "response": "77 a", "score": 0},
         {"prompt": "1+1=", "response": "9", "correct": False},

@@ -14,6 +14,8 @@ from forkrl.analysis.patterns import (
     token_types,
 )
 from forkrl.analysis.quantiles import exact_quantiles
+from forkrl.analysis.temperatures import temperature_table
+from forkrl.analysis.token_rows import measure_tokens
 from forkrl.analysis.token_table import TOKEN_SCHEMA, read_tokens
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "exact_quantiles",
     "fork_contexts",
     "fork_positions",
+    "measure_tokens",
     "overlap_ratio",
     "overlap_table",
     "percentile_table",
     "read_tokens",
     "response_table",
+    "temperature_table",
     "token_details",
     "token_types",
 ]

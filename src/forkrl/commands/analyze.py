@@ -173,7 +173,7 @@ def write_analysis_report(found: Analysis) -> Path:
     """Write ``report.html`` beside the tables: the figures, and a sample of the responses to look at."""
     per_response = found.tables["responses"]
     numbers = choose_prompts(per_response)
-    responses = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"])
+    responses = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
     shown = shown_prompts(tokens_of_prompts(found.folder, numbers), responses)
     page = analysis_page(
         found.facts,

@@ -20,10 +20,10 @@ import torch
 
 from forkrl.analysis.branching import choose_positions
 from forkrl.analysis.measure import TokenDetails
+from forkrl.analysis.token_pass import Written, measure_responses
+from forkrl.analysis.token_rows import TokenTexts
 from forkrl.atomic import write_bytes
 from forkrl.commands.subject import Session
-from forkrl.commands.token_parts import TokenTexts
-from forkrl.commands.token_pass import Written, measure_responses
 from forkrl.evaluation.held_out import evaluation_sampling, sample_and_score
 from forkrl.rollout.embedded import Prefix, response_text, stop_tokens
 from forkrl.run_folder import encodable_text

@@ -130,7 +130,7 @@ def _measure_generated(folder: Path, request: Request, asked: dict[str, Any]) ->
             "stop": list(session.config.rollout.stop),
             # An earlier session's cut stands: it decides which responses share a generator, and another number of
             # replicas may be at work now.
-            "prompts_per_part": earlier or len(session.waves(request.samples)[0]),
+            "prompts_per_part": earlier or max(session.engine.wave_sequences // request.samples, 1),
         }
         with open_work_folder(folder, asked):
             source = GeneratedResponses(session, request.samples, request.temperature, asked["prompts_per_part"])

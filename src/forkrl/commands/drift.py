@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from forkrl import analysis
 from forkrl.analysis.drift import change_table
+from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import part_paths, token_batches
 from forkrl.atomic import write_text
 from forkrl.checkpoint import all_checkpoints
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request, tokens_of_prompts
 from forkrl.commands.token_parts import read_responses, writing_parquet
-from forkrl.commands.token_pass import Written, measure_responses
 from forkrl.commands.work_folder import (
     command_line,
     default_folder,
@@ -150,11 +150,10 @@ def describe_drift(found: Drift) -> str:
 def write_drift_report(found: Drift) -> Path:
     """Write ``report.html``: the figures, and responses to look at under every checkpoint."""
     names = [list(found.entropies)[i] for i in evenly_spaced(len(found.entropies), SHOWN_LAYERS)]
-    prompt_N, rows = _prompt_of_tokens(found.folder).numpy(), read_responses(found.folder)
-    lengths = pd.DataFrame({"prompt": rows["number"], "length": rows["token_ids"].map(len)})
-    numbers = choose_prompts(lengths, layers=len(names))
+    numbers = choose_prompts(_lengths(found.folder), layers=len(names))
+    rows = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
     tokens = tokens_of_prompts(found.folder, numbers)
-    inside_N = pd.Series(prompt_N).isin(numbers).to_numpy()
+    inside_N = pd.Series(_prompt_of_tokens(found.folder).numpy()).isin(numbers).to_numpy()
     for name in names:
         tokens[f"entropy of {name}"] = found.entropies[name].numpy()[inside_N]
     shown = shown_prompts(tokens, rows, [f"entropy of {name}" for name in names])
@@ -290,6 +289,12 @@ def _entropy(table: Path) -> Tensor:
     return torch.cat(
         [torch.from_numpy(batch["entropy"].to_numpy().copy()) for batch in token_batches(table, ["entropy"])]
     )
+
+
+def _lengths(folder: Path) -> pd.DataFrame:
+    """``prompt`` and ``length`` of every response."""
+    rows = read_responses(folder, ["number", "token_ids"])
+    return pd.DataFrame({"prompt": rows["number"], "length": rows["token_ids"].map(len)})
 
 
 def _prompt_of_tokens(folder: Path) -> Tensor:

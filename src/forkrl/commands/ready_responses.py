@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forkrl.commands.token_parts import SourceResponse
-from forkrl.commands.token_pass import Written
+from forkrl.analysis.token_pass import Written
+from forkrl.analysis.token_rows import SourceResponse
 from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.progress import progress

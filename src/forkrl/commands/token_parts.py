@@ -7,22 +7,22 @@ file of the user's; either way the source cuts them into parts that do not depen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from forkrl.analysis import TOKEN_SCHEMA, TokenDetails
+from forkrl.analysis import TOKEN_SCHEMA
+from forkrl.analysis.token_pass import Written, measure_responses
+from forkrl.analysis.token_rows import SourceResponse, TokenTexts, token_rows
 from forkrl.analysis.token_table import TOP
 from forkrl.atomic import explained_write_errors, fsync, temporary_beside
 from forkrl.commands.subject import Session
-from forkrl.commands.token_pass import Written, measure_responses
 from forkrl.evaluation.held_out import evaluation_sampling, score_groups
 from forkrl.progress import progress
 from forkrl.replicas import Replicas
@@ -44,20 +44,6 @@ RESPONSE_SCHEMA = pa.schema(
 )
 GROUP_TOKENS = 1 << 16
 """Tokens of a row group: memory in reading and writing is bounded by it, or by the longest response."""
-
-
-class SourceResponse(NamedTuple):
-    """A response on its way into the tables."""
-
-    prompt_id: str
-    prompt: str
-    number: int
-    sample: int
-    text: str
-    written: Written
-    finished: bool | None
-    correct: bool | None
-    failure: str = ""
 
 
 class ResponseSource(Protocol):
@@ -124,27 +110,18 @@ def write_missing_parts(folder: Path, source: ResponseSource, replicas: Replicas
             for group in _groups(responses):
                 written = [response.written for response in group]
                 details = measure_responses(replicas, written, temperature=temperature, top=TOP)
-                writer.write_table(_token_rows(group, details, texts))
+                writer.write_table(token_rows(group, details, texts))
         with writing_parquet(_path(folder, "responses", index), RESPONSE_SCHEMA) as writer:
             writer.write_table(_response_rows(responses))
 
 
-def read_responses(folder: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """The table of responses, all of it or some columns."""
-    return pq.read_table(folder / "responses", columns=list(columns) if columns is not None else None).to_pandas()
-
-
-class TokenTexts:
-    """The text of each token on its own, decoded once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def __getitem__(self, token_id: int) -> str:
-        if token_id not in self._known:
-            self._known[token_id] = encodable_text(str(self._tokenizer.decode([token_id])))
-        return self._known[token_id]
+def read_responses(
+    folder: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
+) -> pd.DataFrame:
+    """The table of responses: all of it, or some columns, or those to some prompts."""
+    chosen = None if numbers is None else [("number", "in", list(numbers))]
+    names = None if columns is None else list(columns)
+    return pq.read_table(folder / "responses", columns=names, filters=chosen).to_pandas()
 
 
 def _groups(responses: Sequence[SourceResponse]) -> Iterator[list[SourceResponse]]:
@@ -160,38 +137,6 @@ def _groups(responses: Sequence[SourceResponse]) -> Iterator[list[SourceResponse
         size += length
     if group:
         yield group
-
-
-def _token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails], texts: TokenTexts) -> pa.Table:
-    lengths = [len(response.written.response_ids) for response in group]
-    ids = [token for response in group for token in response.written.response_ids]
-
-    def repeated(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-        owner = [row for row, length in enumerate(lengths) for _ in range(length)]
-        return pa.array(values, kind).take(pa.array(owner, pa.int32()))
-
-    top_ids = torch.cat([detail.top_ids for detail in details])
-    width = top_ids.shape[1]
-    flat_ids = top_ids.flatten().tolist()
-    offsets = pa.array(range(0, len(flat_ids) + 1, width) if width else [0] * (len(ids) + 1), pa.int32())
-    flat_probs = torch.cat([detail.top_probs for detail in details]).flatten().float().numpy()
-    columns = {
-        "prompt_id": repeated([response.prompt_id for response in group], pa.string()).dictionary_encode(),
-        "prompt": repeated([response.number for response in group], pa.int32()),
-        "sample": repeated([response.sample for response in group], pa.int32()),
-        "position": pa.array([position for length in lengths for position in range(length)], pa.int32()),
-        "length": repeated(lengths, pa.int32()),
-        "token_id": pa.array(ids, pa.int32()),
-        "text": pa.array([texts[token] for token in ids], pa.string()).dictionary_encode(),
-        "entropy": torch.cat([detail.entropy for detail in details]).float().numpy(),
-        "logprob": torch.cat([detail.logprobs for detail in details]).float().numpy(),
-        "rank": torch.cat([detail.ranks for detail in details]).numpy(),
-        "top_ids": pa.ListArray.from_arrays(offsets, pa.array(flat_ids, pa.int32())),
-        "top_texts": pa.ListArray.from_arrays(offsets, pa.array([texts[token] for token in flat_ids], pa.string())),
-        "top_probs": pa.ListArray.from_arrays(offsets, pa.array(flat_probs)),
-        "correct": repeated([response.correct for response in group], pa.bool_()),
-    }
-    return pa.table(columns, schema=TOKEN_SCHEMA)
 
 
 def _response_rows(responses: Sequence[SourceResponse]) -> pa.Table:

@@ -18,12 +18,13 @@ def sample_tokens(
 
     Args:
         logits_SV: fp32 ``[S, V]``, as the model gives them.
-        sampling: temperature, top-k and top-p restrict what is *drawn*.
+        sampling: temperature or fork temperature, top-k and top-p shape what is *drawn*.
         generator: on the device of the logits.
 
     Returns:
         Tokens int64 ``[S]``; fp32 ``[S]`` log-probs and entropies (nats) of the full vocabulary at the sampling
-        temperature, whatever top-k and top-p leave out. At temperature 0 (greedy) they refer to temperature 1.
+        temperature, whatever top-k and top-p leave out. At temperature 0 (greedy), and with a fork temperature, they
+        refer to temperature 1: that entropy is the one compared with the threshold.
     """
     scaled_SV = logits_SV if sampling.temperature in (0, 1) else logits_SV / sampling.temperature
     logprobs_SV = torch.log_softmax(scaled_SV, dim=-1)
@@ -32,6 +33,8 @@ def sample_tokens(
     if sampling.temperature == 0:
         tokens_S = logits_SV.argmax(-1)
     else:
+        if sampling.fork_temperature is not None:  # not normalised: only the proportions of a row matter below
+            probs_SV = sampling.fork_temperature.rescale(logprobs_SV, entropy_S).exp()
         candidates_SV = _restrict(probs_SV, sampling)
         # The largest p / Exp(1) is a draw from p: exact, and without multinomial's host synchronisation.
         tokens_S = candidates_SV.div(torch.empty_like(probs_SV).exponential_(generator=generator)).argmax(-1)

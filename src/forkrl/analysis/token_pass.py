@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from forkrl.analysis import TokenDetails, token_details
+from forkrl.analysis.measure import TokenDetails, token_details
 from forkrl.errors import UserError
 from forkrl.replicas import Replica, Replicas
 

@@ -1,0 +1,152 @@
+"""Decoding with two temperatures: the sweep, what counts as broken, and the figures (arXiv 2506.01939, eq. 5, Fig. 3).
+
+Axes: ``P`` problems, ``K`` responses to each, ``N`` tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from forkrl.intervals import Estimate, mean_with_interval, mean_with_normal_interval, paired_difference
+
+PAPER_TEMPERATURES = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
+FORK_FRACTION = 0.8
+"""The paper's threshold is this quantile of the entropies: a fifth of the tokens lies above it."""
+LOOP_REPEATS, LOOP_TOKENS = 4, 32
+NO_TEXT = "\N{REPLACEMENT CHARACTER}"
+
+_Array = npt.NDArray[np.float64]
+
+
+class Setting(NamedTuple):
+    """Temperature at forks, and elsewhere."""
+
+    high: float
+    low: float
+
+    def __str__(self) -> str:
+        return f"high {self.high:g}, low {self.low:g}"
+
+
+BASELINE = Setting(1.0, 1.0)
+"""The unscaled model, which every other setting is compared with."""
+
+
+def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES) -> list[Setting]:
+    """(1, 1), then every other temperature at forks with 1 elsewhere, then the reverse: 15 for the paper's 8.
+
+    Raises:
+        ValueError: a temperature is negative, not finite, or there twice.
+    """
+    if wrong := [value for value in temperatures if not 0 <= value < math.inf]:
+        raise ValueError(f"{wrong[0]} is no temperature")
+    if len(set(temperatures)) < len(temperatures):
+        raise ValueError(f"a temperature stands twice among {', '.join(f'{value:g}' for value in temperatures)}")
+    others = [temperature for temperature in temperatures if temperature != 1]
+    return [BASELINE, *(Setting(value, 1.0) for value in others), *(Setting(1.0, value) for value in others)]
+
+
+def ends_in_loop(token_ids: Sequence[int]) -> bool:
+    """Whether the end is one block of tokens, ``LOOP_REPEATS`` times or more, over ``LOOP_TOKENS`` tokens or more.
+
+    The block may be of any length, from a single token; the last repetition may break off in the block's midst. A loop
+    that the response leaves again is none. Linear in the number of tokens.
+
+    Args:
+        token_ids: of the response, without a closing stop token.
+    """
+    ids = list(token_ids)[::-1]
+    # common[p]: how far the reversed text agrees with itself moved by p. These, and p more, repeat a block of p.
+    common = _common_prefixes(ids)
+    return any(common[p] + p >= max(LOOP_REPEATS * p, LOOP_TOKENS) for p in range(1, len(ids) // LOOP_REPEATS + 1))
+
+
+def _common_prefixes(ids: Sequence[int]) -> list[int]:
+    """The Z-function: for each place, the longest common prefix of the sequence and its rest from there."""
+    common = [0] * len(ids)
+    start = end = 0  # the stretch [start, end) that is known to agree with the beginning, and reaches furthest
+    for place in range(1, len(ids)):
+        length = min(end - place, common[place - start]) if place < end else 0
+        while place + length < len(ids) and ids[length] == ids[place + length]:
+            length += 1
+        common[place] = length
+        if place + length > end:
+            start, end = place, place + length
+    return common
+
+
+def holds_no_text(response: str) -> bool:
+    """Whether it holds U+FFFD, which a tokenizer writes where its bytes are no text."""
+    return NO_TEXT in response
+
+
+def temperature_table(responses: pd.DataFrame) -> pd.DataFrame:
+    """The figures of every setting, with 95% intervals clustered by problem.
+
+    Args:
+        responses: a row a response. ``high``, ``low``: the setting; ``problem``: an integer, the same problems in every
+            setting, each equally often; ``score`` in [0, 1]; ``length``: tokens; ``cut``, ``loop``, ``garbled``: bool;
+            ``surprise``: sum of -log-prob over its tokens under the unscaled model, nats; ``forks``: tokens above the
+            threshold; ``failure``: empty, or why the verifier gave no verdict.
+
+    Returns:
+        A row a setting, in the order of their first response. ``accuracy``, ``difference`` (of accuracy to (1, 1),
+        paired by problem; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or is garbled) and
+        ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``, ``loop``, ``garbled``,
+        ``forks``; counts ``problems``, ``samples``, ``tokens``, ``failures``.
+
+    Raises:
+        ValueError: no responses, or problems that differ in their number of responses, or between settings.
+    """
+    if responses.empty:
+        raise ValueError("no responses")
+    groups = {
+        Setting(float(high), float(low)): group for (high, low), group in responses.groupby(["high", "low"], sort=False)
+    }
+    baseline = groups.get(BASELINE)
+    rows = [_figures(setting, group, baseline) for setting, group in groups.items()]
+    if len({(row["problems"], row["samples"]) for row in rows}) > 1:
+        raise ValueError("the settings differ in their numbers of problems or of responses to each")
+    return pd.DataFrame(rows)
+
+
+def _figures(setting: Setting, group: pd.DataFrame, baseline: pd.DataFrame | None) -> dict[str, Any]:
+    """One row of the table."""
+    score_PK, length_PK, tokens = _matrix(group, "score"), _matrix(group, "length"), int(group["length"].sum())
+    broken = group[["cut", "loop", "garbled"]].any(axis=1)
+    nothing = Estimate(np.nan, np.nan, np.nan)
+    estimates = {
+        "accuracy": mean_with_interval(score_PK),
+        "difference": nothing if baseline is None else paired_difference(_matrix(baseline, "score"), score_PK),
+        "length": mean_with_normal_interval(length_PK),
+        "broken": mean_with_interval(_matrix(group.assign(broken=broken), "broken")),
+        "surprise": _per_token(_matrix(group, "surprise"), length_PK),
+    }
+    row: dict[str, Any] = {"high": setting.high, "low": setting.low}
+    for name, estimate in estimates.items():
+        row |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    row |= {name: float(group[name].mean()) for name in ("cut", "loop", "garbled")}
+    problems, samples = score_PK.shape
+    failures = int((group["failure"] != "").sum())
+    row |= {"forks": float(group["forks"].sum()) / tokens, "problems": problems, "samples": samples}
+    return row | {"tokens": tokens, "failures": failures}
+
+
+def _matrix(group: pd.DataFrame, column: str) -> _Array:
+    """``[P, K]``, problems in rising order."""
+    values = [part.to_numpy(np.float64) for _, part in group.groupby("problem", sort=True)[column]]
+    if len({len(part) for part in values}) > 1:
+        raise ValueError("problems differ in their number of responses")
+    return np.stack(values)
+
+
+def _per_token(sums_PK: _Array, lengths_PK: _Array) -> Estimate:
+    """Sum over sum, with the interval of a ratio: that of the deviations ``sum - ratio · length`` per mean length."""
+    ratio = float(sums_PK.sum() / lengths_PK.sum())
+    return mean_with_normal_interval(ratio + (sums_PK - ratio * lengths_PK) / lengths_PK.mean())

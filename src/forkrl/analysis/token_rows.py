@@ -1,0 +1,121 @@
+"""From responses and what a policy thinks of them to rows of the table of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forkrl.analysis.measure import TokenDetails
+from forkrl.analysis.token_pass import Written, measure_responses
+from forkrl.analysis.token_table import TOKEN_SCHEMA, TOP
+from forkrl.model import Policy
+from forkrl.replicas import Replicas
+from forkrl.run_folder import encodable_text
+
+
+class SourceResponse(NamedTuple):
+    """A response on its way into the tables."""
+
+    prompt_id: str
+    prompt: str
+    number: int
+    sample: int
+    text: str
+    written: Written
+    finished: bool | None
+    correct: bool | None
+    failure: str = ""
+
+
+def measure_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    correct: Sequence[bool] | None = None,
+    temperature: float = 1.0,
+) -> pd.DataFrame:
+    """The table of tokens of given responses, for a notebook: what ``forkrl analyze`` writes, in memory.
+
+    Args:
+        model: a causal language model, on any device, in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: ``[R]`` texts, exactly as the model read them. Equal ones are one prompt.
+        responses: ``[R]`` texts.
+        correct: ``[R]``; None: nobody knows.
+        temperature: divides the logits.
+
+    Returns:
+        Rows of ``TOKEN_SCHEMA``, by prompt, sample and position: what every function of this package takes.
+
+    Raises:
+        ValueError: lengths differ, or a prompt or response has no tokens.
+    """
+    known = [None] * len(prompts) if correct is None else list(correct)
+    numbers: dict[str, int] = {}
+    rows: list[SourceResponse] = []
+    for place, (prompt, text, verdict) in enumerate(zip(prompts, responses, known, strict=True)):
+        number = numbers.setdefault(prompt, len(numbers))
+        prompt_ids = tuple(tokenizer.encode(prompt))
+        response_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+        if not prompt_ids or not response_ids:
+            raise ValueError(f"response {place}: {'the prompt' if not prompt_ids else 'the response'} has no tokens")
+        written = Written(prompt_ids, response_ids)
+        sample = sum(row.number == number for row in rows)
+        rows.append(SourceResponse(str(number), prompt, number, sample, text, written, None, verdict))
+    rows.sort(key=lambda row: (row.number, row.sample))
+    with Replicas(Policy(model, tokenizer)) as replicas:
+        details = measure_responses(replicas, [row.written for row in rows], temperature=temperature, top=TOP)
+    return token_rows(rows, details, TokenTexts(tokenizer)).to_pandas()
+
+
+def token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails], texts: TokenTexts) -> pa.Table:
+    """Rows of ``TOKEN_SCHEMA`` for the responses, in order, with what was measured of each."""
+    lengths = [len(response.written.response_ids) for response in group]
+    ids = [token for response in group for token in response.written.response_ids]
+
+    def repeated(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+        owner = [row for row, length in enumerate(lengths) for _ in range(length)]
+        return pa.array(values, kind).take(pa.array(owner, pa.int32()))
+
+    top_ids = torch.cat([detail.top_ids for detail in details])
+    width = top_ids.shape[1]
+    flat_ids = top_ids.flatten().tolist()
+    offsets = pa.array(range(0, len(flat_ids) + 1, width) if width else [0] * (len(ids) + 1), pa.int32())
+    flat_probs = torch.cat([detail.top_probs for detail in details]).flatten().float().numpy()
+    columns = {
+        "prompt_id": repeated([response.prompt_id for response in group], pa.string()).dictionary_encode(),
+        "prompt": repeated([response.number for response in group], pa.int32()),
+        "sample": repeated([response.sample for response in group], pa.int32()),
+        "position": pa.array([position for length in lengths for position in range(length)], pa.int32()),
+        "length": repeated(lengths, pa.int32()),
+        "token_id": pa.array(ids, pa.int32()),
+        "text": pa.array([texts[token] for token in ids], pa.string()).dictionary_encode(),
+        "entropy": torch.cat([detail.entropy for detail in details]).float().numpy(),
+        "logprob": torch.cat([detail.logprobs for detail in details]).float().numpy(),
+        "rank": torch.cat([detail.ranks for detail in details]).numpy(),
+        "top_ids": pa.ListArray.from_arrays(offsets, pa.array(flat_ids, pa.int32())),
+        "top_texts": pa.ListArray.from_arrays(offsets, pa.array([texts[token] for token in flat_ids], pa.string())),
+        "top_probs": pa.ListArray.from_arrays(offsets, pa.array(flat_probs)),
+        "correct": repeated([response.correct for response in group], pa.bool_()),
+    }
+    return pa.table(columns, schema=TOKEN_SCHEMA)
+
+
+class TokenTexts:
+    """The text of each token on its own, decoded once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token_id: int) -> str:
+        if token_id not in self._known:
+            self._known[token_id] = encodable_text(str(self._tokenizer.decode([token_id])))
+        return self._known[token_id]

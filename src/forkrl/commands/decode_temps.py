@@ -1,0 +1,308 @@
+"""``forkrl decode-temps``: one temperature at forks, another elsewhere, swept (arXiv 2506.01939, eq. 5 and Fig. 3)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forkrl.analysis.temperatures import (
+    BASELINE,
+    FORK_FRACTION,
+    LOOP_REPEATS,
+    LOOP_TOKENS,
+    PAPER_TEMPERATURES,
+    Setting,
+    plan_settings,
+    temperature_table,
+)
+from forkrl.atomic import write_text
+from forkrl.commands.subject import Session, Subject, open_session, open_subject
+from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
+from forkrl.commands.work_folder import default_folder, open_work_folder, weights_fingerprint
+from forkrl.errors import UserError
+from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score
+from forkrl.progress import progress
+from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
+from forkrl.report.page import write_page
+from forkrl.report.temperature_figures import sweep_rows
+from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
+from forkrl.rollout.fork_temperature import ForkTemperature
+from forkrl.run import describe_provenance
+from forkrl.types import RolloutGroup
+
+SCHEMA = "forkrl-decode-temps/1"
+BROKEN_MEANS = (
+    "Broken is a response that is cut at the limit, or ends in a loop (one block of tokens at least "
+    f"{LOOP_REPEATS} times in a row, over at least {LOOP_TOKENS} tokens), or holds U+FFFD, which stands for bytes that "
+    "are no text."
+)
+_SHOWN_PROBLEMS = 12
+_FINGERPRINTS = ("schema", "weights", "data_fingerprint")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a sweep found: its folder, the table of settings, the threshold (nats) and a sentence."""
+
+    folder: Path
+    table: pd.DataFrame
+    threshold: float
+    verdict: str
+    page: Path
+
+
+def decode_temps(
+    model: str,
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    problems: int | None = None,
+    samples: int | None = None,
+    threshold: float | None = None,
+    temperatures: Sequence[float] = PAPER_TEMPERATURES,
+    out: Path | None = None,
+) -> Outcome:
+    """Sample every setting that is not on the disk yet, on the same problems with the same random numbers; summarise.
+
+    Which prompts: see ``open_subject``.
+
+    Args:
+        model: a model folder or hub id, or a run folder: its newest checkpoint, with the run's own settings.
+        recipe: where task, rollout and reward settings come from otherwise.
+        overrides: ``section.key=value``.
+        problems: prompts, from the first; None: ``eval.problems``, or all of a prompt file.
+        samples: responses to each; None: ``eval.samples``.
+        threshold: nats; None: the 80th percentile of the entropies of the responses at (1, 1).
+        temperatures: each is tried at forks with 1 elsewhere, and the reverse.
+        out: folder; None: ``analyses/NAME-decode-temps``, or inside the run.
+
+    Raises:
+        UserError: something cannot be used, is in the way, or the folder holds another sweep.
+    """
+    settings = plan_settings(temperatures)
+    _check_threshold(threshold)
+    _refuse_temperature(overrides)
+    arguments = {"problems": problems, "samples": samples}
+    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity="decode-temps")
+    with open_session(subject, problems) as session:
+        if session.verifier is None:
+            raise UserError(f"{session.task.name}: its rows have no answers, so accuracy cannot be measured")
+        num_samples = subject.config.eval.samples if samples is None else samples
+        question = _question(subject, session, settings, num_samples, threshold)
+        with open_work_folder(out or default_folder(model, "decode-temps"), question) as folder:
+            responses = SweepResponses(folder / "responses", settings)
+            _sample_missing(responses, session, num_samples, threshold)
+            return _summarise(folder, responses, session, question)
+
+
+def parse_temperatures(text: str | None) -> tuple[float, ...]:
+    """``0,0.3,1`` as numbers; None: the paper's eight.
+
+    Raises:
+        UserError: one of them is no number from 0 up, or stands there twice.
+    """
+    if text is None:
+        return PAPER_TEMPERATURES
+    values: list[float] = []
+    for word in text.split(","):
+        try:
+            value = float(word)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise UserError(
+                f"--temperatures {text}: {word.strip()!r} is no temperature; give numbers from 0 up: 0,0.3,2"
+            )
+        if value in values:
+            raise UserError(f"--temperatures {text}: {value:g} stands there twice")
+        values.append(value)
+    return tuple(values)
+
+
+def describe_outcome(outcome: Outcome) -> str:
+    """The figures as lines for a person."""
+    table, lines = outcome.table, []
+    base = table.iloc[0]
+    lines.append(
+        f"threshold {outcome.threshold:.4f} nats; {base['forks']:.1%} of the tokens lie above it at temperature 1; "
+        f"{base['problems']:.0f} problems, {base['samples']:.0f} responses to each"
+    )
+    for varied, title in (("high", "at forks, 1 elsewhere"), ("low", "elsewhere, 1 at forks")):
+        columns = f"{'difference to 1':>25}{'length':>9}{'broken':>8}{'surprise':>10}"
+        lines.append(f"\n{'temperature ' + title:39}{columns}")
+        lines += [_describe_row(row, varied) for _, row in sweep_rows(table, varied).iterrows()]
+    return "\n".join([*lines, "", outcome.verdict])
+
+
+def _describe_row(row: pd.Series, varied: str) -> str:
+    accuracy = f"{row['accuracy']:.3f} [{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}]"
+    difference = f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
+    if row["high"] == row["low"] == 1:
+        difference = ""
+    rest = f"{row['length']:9.1f}{row['broken']:8.1%}{row['surprise']:10.3f}"
+    return f"  {row[varied]:<6g}  accuracy {accuracy}{difference:>25}{rest}"
+
+
+def _check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise UserError(f"--threshold {threshold:g}: an entropy in nats, from 0 up")
+
+
+def _refuse_temperature(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if override.partition("=")[0].strip() == "eval.temperature":
+            raise UserError(f"{override}: has no effect on decode-temps; --temperatures says which ones are swept")
+
+
+def _question(
+    subject: Subject, session: Session, settings: Sequence[Setting], num_samples: int, threshold: float | None
+) -> dict[str, Any]:
+    """Whatever the numbers hang on: an answer to another question must not be mixed with this one's."""
+    config = session.config
+    return {
+        "schema": SCHEMA,
+        "model": subject.name,
+        "checkpoint": Path(config.model.path).name if subject.run else "",
+        "model.revision": config.model.revision,
+        "model.precision": config.model.precision,
+        "weights": weights_fingerprint(config.model.path),
+        "task": session.task.name,
+        "verifier": session.task.verifier,
+        "data_fingerprint": session.task.fingerprint,
+        "problems": len(session.prompts),
+        "samples": num_samples,
+        "temperatures": sorted({setting.high for setting in settings}),
+        "threshold": threshold,
+        "seed": config.seed,
+        "rollout.max_response_tokens": config.rollout.max_response_tokens,
+        "rollout.stop": list(config.rollout.stop),
+        # How sequences are divided decides which random numbers each of them gets.
+        "rollout.max_sequences": config.rollout.max_sequences,
+        "runtime.replicas": session.replicas.count,
+        "device": session.policy.device.type,
+    }
+
+
+def _sample_missing(responses: SweepResponses, session: Session, num_samples: int, threshold: float | None) -> None:
+    """Sample and judge what is missing, setting by setting; each is on the disk before the next begins."""
+    waves, missing = session.waves(num_samples), responses.missing
+    if BASELINE not in missing:
+        threshold = responses.threshold()
+    steps = [(setting, index) for setting in missing for index in range(len(waves))]
+    groups: list[RolloutGroup] = []
+    for setting, index in progress(steps, "sampling"):
+        if index == 0:
+            groups, generator = [], evaluation_generator(session.config, session.policy.device)
+        groups += _sample(session, waves[index], setting, num_samples, threshold, generator)
+        if index == len(waves) - 1:
+            if threshold is None:
+                threshold = fork_threshold(groups)
+            responses.write(setting, groups, threshold, session.policy.tokenizer)
+
+
+def _sample(
+    session: Session,
+    prompts: Sequence[Any],
+    setting: Setting,
+    num_samples: int,
+    threshold: float | None,
+    generator: Any,
+) -> list[RolloutGroup]:
+    """One wave at one setting, with its verdicts."""
+    assert session.verifier is not None
+    sampling = evaluation_sampling(session.config, 1.0, session.policy)
+    if setting != BASELINE:
+        assert threshold is not None, "(1, 1) comes first"
+        sampling = replace(sampling, fork_temperature=ForkTemperature(*setting, threshold))
+    return sample_and_score(
+        session.engine, session.verifier, prompts, group_size=num_samples, sampling=sampling, generator=generator
+    )
+
+
+def _summarise(folder: Path, responses: SweepResponses, session: Session, question: dict[str, Any]) -> Outcome:
+    """Table, JSON, CSV and page, from the files alone."""
+    table, threshold = temperature_table(responses.figures()), responses.threshold()
+    sentence = verdict(table)
+    estimated = question["threshold"] is None
+    origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature 1" if estimated else "given"
+    provenance = describe_provenance(session.config, session.task, session.replicas)
+    figures = {
+        "schema": SCHEMA,
+        "question": question,
+        "threshold": threshold,
+        "threshold_origin": origin,
+        "provenance": provenance,
+        "verdict": sentence,
+        "settings": [_without_nan(row) for row in table.to_dict("records")],
+    }
+    write_text(folder / "temperatures.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "temperatures.csv", table.to_csv(index=False))
+    sweep = Sweep(
+        name=str(question["model"]),
+        table=table,
+        threshold=threshold,
+        threshold_origin=origin,
+        broken_means=BROKEN_MEANS,
+        views=_views(responses, table),
+        settings={key: _plain(value) for key, value in question.items() if key not in _FINGERPRINTS and value != ""},
+        provenance={key: str(value) for key, value in provenance.items() if key != "command"}
+        | {key: str(question[key]) for key in _FINGERPRINTS},
+        command=provenance["command"],
+    )
+    page = write_page(folder / "report.html", temperature_page(sweep))
+    return Outcome(folder, table, threshold, sentence, page)
+
+
+def _views(responses: SweepResponses, table: pd.DataFrame) -> list[View]:
+    """A tab for each temperature that the verdict names, at forks beside elsewhere; and one for the unscaled model."""
+    pairs = {f"{value:g}": (Setting(value, 1.0), Setting(1.0, value)) for value in telling_temperatures(table)}
+    tabs = {**pairs, "1": (BASELINE,)}
+    return [
+        View(f"t{number}", f"Temperature {value}", _note(value), [Frame("", _shown(responses, settings))])
+        for number, (value, settings) in enumerate(tabs.items())
+    ]
+
+
+def _note(value: str) -> str:
+    where = "" if value == "1" else f"Left: {value} at forks, 1 elsewhere; right: 1 at forks, {value} elsewhere. "
+    return f"{where}The first problems, the first response to each: none was picked for its looks."
+
+
+def _shown(responses: SweepResponses, settings: Sequence[Setting]) -> list[ShownPrompt]:
+    """The first problems with a response at each of one or two settings."""
+    frames = [responses.first_responses(setting, _SHOWN_PROBLEMS).to_dict("records") for setting in settings]
+    return [
+        ShownPrompt(rows[0]["prompt"], _outcome([row["score"] > 0.5 for row in rows]), list(map(_shown_response, rows)))
+        for rows in zip(*frames, strict=True)
+    ]
+
+
+def _outcome(right: Sequence[bool]) -> str:
+    if len(right) == 1 or right[0] == right[-1]:
+        return ("right" if right[0] else "wrong") + (" both times" if len(right) > 1 else "")
+    return "right on the left" if right[0] else "right on the right"
+
+
+def _shown_response(row: dict[Any, Any]) -> ShownResponse:
+    return ShownResponse(
+        label=f"{row['high']:g} at forks, {row['low']:g} elsewhere",
+        tokens=list(row["tokens"]),
+        entropy=[row["entropy"].tolist()],
+        logprobs=row["logprobs"].tolist(),
+        score=float(row["score"]),
+        finished=not row["cut"],
+    )
+
+
+def _without_nan(row: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

@@ -1,0 +1,145 @@
+"""The responses of a temperature sweep on disk: one Parquet file a setting, there when the setting is finished."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from forkrl.analysis.quantiles import exact_quantiles
+from forkrl.analysis.temperatures import BASELINE, FORK_FRACTION, Setting, ends_in_loop, holds_no_text
+from forkrl.atomic import write_bytes
+from forkrl.errors import UserError
+from forkrl.run_folder import encodable_text
+from forkrl.types import Rollout, RolloutGroup
+
+RESPONSE_SCHEMA = pa.schema(
+    [
+        pa.field("high", pa.float64(), nullable=False),
+        pa.field("low", pa.float64(), nullable=False),
+        pa.field("threshold", pa.float64(), nullable=False),  # nats
+        pa.field("problem", pa.int32(), nullable=False),  # its number, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its problem, from 0
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("tokens", pa.list_(pa.string()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of the unscaled model, nats
+        pa.field("entropy", pa.list_(pa.float32()), nullable=False),  # likewise
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("failure", pa.string(), nullable=False),  # why the verifier gave no verdict; empty if it did
+        pa.field("length", pa.int32(), nullable=False),  # tokens, a closing stop token among them
+        pa.field("cut", pa.bool_(), nullable=False),
+        pa.field("loop", pa.bool_(), nullable=False),
+        pa.field("garbled", pa.bool_(), nullable=False),
+        pa.field("surprise", pa.float64(), nullable=False),  # sum of -log-prob, nats
+        pa.field("forks", pa.int32(), nullable=False),  # tokens with an entropy above the threshold
+    ]
+)
+_PER_TOKEN = ("token_ids", "tokens", "logprobs", "entropy")
+_FIGURES = [name for name in RESPONSE_SCHEMA.names if name not in (*_PER_TOKEN, "prompt_id", "prompt", "response")]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResponses:
+    """The files of one sweep.
+
+    Args:
+        folder: where they are; made when the first is written.
+        settings: all of the sweep, (1, 1) first.
+    """
+
+    folder: Path
+    settings: Sequence[Setting]
+
+    @property
+    def missing(self) -> list[Setting]:
+        """Settings still to be sampled, in order."""
+        return [setting for setting in self.settings if not self._path(setting).exists()]
+
+    def write(
+        self, setting: Setting, groups: Sequence[RolloutGroup], threshold: float, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Put a finished setting on the disk, all at once.
+
+        Raises:
+            UserError: the disk is full or refuses.
+        """
+        rows = list(_rows(setting, groups, threshold, tokenizer))
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, RESPONSE_SCHEMA), buffer, compression="zstd")
+        self.folder.mkdir(exist_ok=True)
+        write_bytes(self._path(setting), buffer.getvalue())
+
+    def threshold(self) -> float:
+        """The one that the sweep began with, from the file of (1, 1)."""
+        return float(self._read(BASELINE, ["threshold"])["threshold"].iloc[0])
+
+    def figures(self) -> pd.DataFrame:
+        """All responses of all settings without what is long: what ``temperature_table`` needs."""
+        return pd.concat([self._read(setting, _FIGURES) for setting in self.settings], ignore_index=True)
+
+    def first_responses(self, setting: Setting, problems: int) -> pd.DataFrame:
+        """The first response to each of the first problems, in full."""
+        wanted = [("problem", "<", problems), ("sample", "==", 0)]
+        return self._read(setting, RESPONSE_SCHEMA.names, wanted)
+
+    def _read(self, setting: Setting, columns: list[str], filters: Any = None) -> pd.DataFrame:
+        path = self._path(setting)
+        try:
+            frame: pd.DataFrame = pq.read_table(path, columns=columns, filters=filters).to_pandas()
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: cannot be read ({reason}); delete it, and the same command samples it") from error
+        return frame
+
+    def _path(self, setting: Setting) -> Path:
+        return self.folder / f"high-{setting.high!r}-low-{setting.low!r}.parquet"
+
+
+def fork_threshold(groups: Sequence[RolloutGroup]) -> float:
+    """The 80th percentile of the entropies of all tokens, nats: exact, as of ``forkrl analyze``."""
+    entropies = [rollout.entropy.numpy() for group in groups for rollout in group.rollouts]
+    return float(exact_quantiles(lambda: entropies, [FORK_FRACTION])[0])
+
+
+def _rows(
+    setting: Setting, groups: Sequence[RolloutGroup], threshold: float, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    """A row of ``RESPONSE_SCHEMA`` for each response."""
+    for problem, group in enumerate(groups):
+        for sample, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True)):
+            yield {
+                "high": setting.high,
+                "low": setting.low,
+                "threshold": threshold,
+                "problem": problem,
+                "sample": sample,
+                "prompt_id": encodable_text(group.prompt.id),
+                "prompt": encodable_text(group.prompt.text),
+                "response": encodable_text(rollout.text),
+                "token_ids": rollout.response_ids,
+                "tokens": [encodable_text(str(tokenizer.decode([token_id]))) for token_id in rollout.response_ids],
+                "logprobs": rollout.logprobs.numpy(),
+                "entropy": rollout.entropy.numpy(),
+                "score": verdict.score,
+                "failure": verdict.failure,
+                "length": len(rollout),
+                **_flags(rollout),
+                "surprise": -float(rollout.logprobs.double().sum()),
+                "forks": int((rollout.entropy > threshold).sum()),
+            }
+
+
+def _flags(rollout: Rollout) -> dict[str, bool]:
+    """The three ways to be broken."""
+    written = rollout.response_ids[:-1] if rollout.finished else rollout.response_ids
+    return {"cut": not rollout.finished, "loop": ends_in_loop(written), "garbled": holds_no_text(rollout.text)}
