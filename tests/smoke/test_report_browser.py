@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +11,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from forkrl.report import write_run_report
+from tests.chromium import chromium, current, log, needs_chromium, open_page, phone
 from tests.fabricated_run import response_row, write_rollouts, write_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs the programs chromium and chromedriver on PATH to look at the page"
-)
+pytestmark = needs_chromium
 
 HOSTILE = [
     "</script><img src=x onerror='window.__pwned=1'>",
@@ -32,27 +28,8 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "disable-dev-shm-usage",
-        "window-size=1280,1000",
-        f"user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=CHROMEDRIVER))
-    driver.set_page_load_timeout(60)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +37,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run_report(
         write_run(tmp_path_factory.mktemp("report") / "run", steps=20, planned_steps=20, problems=30)
     )
-
-
-def log(browser: webdriver.Chrome, name: str) -> list[dict[str, str]]:
-    """Entries since the last call."""
-    return list(browser.get_log(name))  # type: ignore[no-untyped-call]
-
-
-def open_page(browser: webdriver.Chrome, page: Path) -> None:
-    log(browser, "browser")  # what an earlier page said is not ours
-    log(browser, "performance")
-    browser.get(page.as_uri())
-
-
-def current(browser: webdriver.Chrome) -> int:
-    """Index of the token in hand among all tokens shown, -1 for none."""
-    script = "return [...document.querySelectorAll('#responses .t')].indexOf(document.querySelector('.t.now'))"
-    return int(browser.execute_script(script))
 
 
 def test_page_runs_without_errors_or_requests(browser: webdriver.Chrome, page: Path) -> None:
@@ -111,14 +71,16 @@ def test_keys_go_from_fork_to_fork(browser: webdriver.Chrome, page: Path) -> Non
     assert not browser.find_element(By.ID, "tip").is_displayed()
 
 
-def test_next_fork_goes_on_past_what_is_shown(browser: webdriver.Chrome, page: Path) -> None:
+def test_next_fork_goes_on_past_what_is_drawn(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
-    shown = len(browser.find_elements(By.CSS_SELECTOR, ".problem"))
-    last = browser.find_elements(By.CSS_SELECTOR, "#responses .t.fork")[-1]
+    cards = browser.find_elements(By.CSS_SELECTOR, ".problem")
+    drawn = [card for card in cards if card.find_elements(By.CSS_SELECTOR, ".t")]
+    assert 0 < len(drawn) < len(cards) == 30
+    last = drawn[-1].find_elements(By.CSS_SELECTOR, ".t.fork")[-1]
     browser.execute_script("arguments[0].click()", last)
     browser.switch_to.active_element.send_keys("n")
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".problem")) > shown
-    assert current(browser) > 0
+    held = browser.execute_script("return document.querySelector('.t.now').closest('.problem')")
+    assert held == cards[len(drawn)]
 
 
 def test_pointer_and_tap_show_a_token(browser: webdriver.Chrome, page: Path) -> None:
@@ -168,14 +130,9 @@ def test_training_view_has_a_step_selector(browser: webdriver.Chrome, page: Path
 
 
 def test_phone_page_does_not_scroll_sideways(browser: webdriver.Chrome, page: Path) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    )
-    try:
+    with phone(browser):
         open_page(browser, page)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_hostile_text_is_inert_and_visible(browser: webdriver.Chrome, tmp_path: Path) -> None:

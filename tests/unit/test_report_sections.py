@@ -37,6 +37,12 @@ def test_numbers_are_short_in_the_page_and_whole_in_the_file() -> None:
     assert section.csv_name == "types.csv"
 
 
+def test_a_cell_is_one_line_in_the_page_and_as_written_in_the_file() -> None:
+    section = figure_section("T", "C.", None, pd.DataFrame({"type": [".\n\n"]}), "types")
+    assert section.rows == ((".⏎⏎",),)
+    assert rows_of(section)[1] == [".\n\n"]
+
+
 def test_long_tables_are_sampled_in_the_page_alone() -> None:
     table = pd.DataFrame({"x": range(1000)})
     section = figure_section("T", "C.", drawn(), table, "long")

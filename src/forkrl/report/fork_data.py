@@ -17,7 +17,7 @@ from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownR
 from forkrl.report.sampling import evenly_spaced, token_limit
 from forkrl.report.visible_text import visible, visible_token
 
-MAX_BYTES = 14_000_000  # of token data in a page; the rest of it is small
+MAX_BYTES = 15_000_000  # of token data in a page; the rest of it is small
 MIN_TOKENS_SHOWN = 2_000  # sooner than cut a response below this, the page shows fewer prompts
 PER_NAT = 10_000
 PER_PROBABILITY = 100_000

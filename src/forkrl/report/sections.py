@@ -95,7 +95,7 @@ def _is_missing(value: Any) -> bool:
 def _cell(value: Any) -> str:
     if _is_missing(value):
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value)).replace("\n", "⏎")
 
 
 def _csv_uri(columns: Sequence[str], table: pd.DataFrame) -> str:

@@ -174,6 +174,10 @@ addEventListener("scroll", () => {
   if (box.bottom < 0 || box.top > root.clientHeight) tip.hidden = true;
 }, { passive: true });
 root.addEventListener("recolour", repaint);
+addEventListener("beforeprint", () => cards.forEach((card) => {
+  fill(card);
+  for (const { blocks } of card.panes) blocks.forEach(draw);
+}));
 
 find("next").addEventListener("click", () => jump(1));
 find("previous").addEventListener("click", () => jump(-1));

@@ -43,7 +43,9 @@ const alternativesOf = (response, index) => {
     if (response.a[i] >= 0) found.push({ id: response.a[i], probability: (response.q[i] ?? 0) / PER_PROBABILITY, rank: found.length + 1, taken: false });
   }
   const rank = response.r?.[index];
-  const taken = found[rank === undefined ? found.findIndex((each) => each.id === response.t[index]) : rank - 1];
+  // The rank tells apart two that look alike; of two that are equally likely it may name the other.
+  const alike = found.filter((each) => each.id === response.t[index]);
+  const taken = alike.find((each) => each.rank === rank) ?? alike[0];
   if (taken) taken.taken = true;
   else found.push({ id: response.t[index], probability: probabilityOf(response, index) ?? 0, rank, taken: true });
   return found;

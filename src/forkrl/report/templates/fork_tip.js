@@ -77,7 +77,7 @@ const branchesBox = (response, index) => {
     whisker.style.left = 100 * (low ?? 0) + "%";
     whisker.style.width = 100 * ((high ?? 0) - (low ?? 0)) + "%";
     track.append(whisker);
-    what.append(element("span", "chip", onOneLine(data.texts[id])), element("span", "chance", percent(probability)));
+    what.append(element("span", "chip", onOneLine(data.texts[id])), " ", element("span", "chance", percent(probability)));
     const whole = (share) => (share === null ? "–" : Math.round(100 * share));
     const number = element("span", "number", whole(rate) + "%");
     number.append(element("small", "", " [" + whole(low) + ", " + whole(high) + "] of " + count));
