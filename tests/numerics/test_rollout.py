@@ -9,10 +9,12 @@ from scipy import stats
 from forkrl.backward import compute_token_stats
 from forkrl.batching import collate
 from forkrl.errors import TrainingHalted, UserError
+from forkrl.model import Policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.rollout.embedded import Prefix
 from forkrl.rollout.sampling import sample_tokens
-from forkrl.types import Prompt, RolloutGroup, SamplingParams
+from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from tests.models import random_policy
 
 FAMILIES = ["qwen3", "llama", "mistral with a sliding window", "gpt2"]
@@ -184,3 +186,89 @@ def test_weights_that_are_nan_stop_the_sampling() -> None:
     engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
     with pytest.raises(TrainingHalted, match="NaN or infinite"):
         engine.generate(PROMPTS, group_size=2, sampling=SamplingParams(4), generator=torch.Generator())
+
+
+def _prefixes(policy: Policy) -> list[Prefix]:
+    """Beginnings of very different lengths, not in order, one of them a bare prompt."""
+    encode = policy.tokenizer.encode
+    texts = [("1 2", ""), ("5", "3" * 29), ("987654321 0", "4 4"), ("5", "0123456789" * 2), ("5", "7" * 37)]
+    return [Prefix(tuple(encode(prompt)), tuple(encode(response))) for prompt, response in texts]
+
+
+def continued(family: str = "qwen3", *, count: int = 60, max_sequences: int = 120) -> list[tuple[Rollout, ...]]:
+    policy = random_policy(family, sharpness=6.0)
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=max_sequences)
+    generator = torch.Generator().manual_seed(4)
+    return engine.continue_from(_prefixes(policy), count=count, sampling=SamplingParams(40), generator=generator)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("leaving", ["as soon as it pays", "never"])
+def test_continuations_keep_their_order_their_statistics_and_each_its_own_limit(
+    family: str, leaving: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if leaving == "never":  # those that are done linger, and what they still draw must not count
+        monkeypatch.setattr("forkrl.rollout.embedded.COMPACT_FRACTION", 2.0)
+    policy = random_policy(family, sharpness=6.0)
+    for prefix, rollouts in zip(_prefixes(policy), continued(family), strict=True):
+        room = 40 - len(prefix.response_ids)
+        assert len(rollouts) == 60
+        cut = {len(rollout) for rollout in rollouts if not rollout.finished}
+        assert cut == {room} if room < 12 else cut <= {room}  # with more room hardly one comes so far
+        for rollout in rollouts:
+            assert rollout.prompt_ids == prefix.ids
+            assert 1 <= len(rollout) <= room
+            assert rollout.finished == (rollout.response_ids[-1] == policy.tokenizer.eos_token_id)
+            assert policy.tokenizer.eos_token_id not in rollout.response_ids[:-1]
+        for rollout in rollouts[:8]:
+            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+            with torch.no_grad():
+                logprobs_TV = policy.model(input_ids=ids).logits[0, len(prefix.ids) - 1 : -1].log_softmax(-1)
+            expected = logprobs_TV.gather(1, ids[0, len(prefix.ids) :, None])[:, 0]
+            torch.testing.assert_close(rollout.logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_a_continuation_may_use_the_model_s_last_position_and_no_more() -> None:
+    """GPT-2 looks positions up in a table: one past its end is an error, also for a sequence that has been cut."""
+    policy = random_policy("gpt2")
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    # One alone is cut early: it lingers in the batch, too few to be worth leaving.
+    prefixes = [*[Prefix((2,) * 8)] * 99, Prefix((3,) * 8, (4,) * 100)]
+    greedy = SamplingParams(120, temperature=0)  # and this model never ends then
+    rollouts = engine.continue_from(prefixes, count=1, sampling=greedy, generator=torch.Generator())
+    assert [len(each[0]) for each in rollouts] == [120] * 99 + [20]
+    with pytest.raises(UserError, match="more than the 128 positions of the model; set it to 120 or less"):
+        engine.continue_from(prefixes, count=1, sampling=SamplingParams(121), generator=torch.Generator())
+
+
+def test_continuations_are_drawn_from_the_model_given_their_prefix() -> None:
+    """Next tokens after two prefixes that differ in their last token alone, against the model's own probabilities."""
+    policy = random_policy(sharpness=2.0)
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=1000)
+    prefixes = [Prefix((2, 3, 4), (5, 6, last)) for last in (7, 8)]
+    params, generator = SamplingParams(4), torch.Generator().manual_seed(5)
+    for prefix, rollouts in zip(
+        prefixes, engine.continue_from(prefixes, count=3000, sampling=params, generator=generator), strict=True
+    ):
+        drawn = torch.tensor([rollout.response_ids[0] for rollout in rollouts])
+        with torch.no_grad():
+            probs = policy.model(input_ids=torch.tensor([prefix.ids])).logits[0, -1].double().softmax(-1)
+        counts = drawn.bincount(minlength=len(probs))
+        assert stats.chisquare(counts.numpy(), (probs * 3000).numpy()).pvalue > 0.001
+
+
+def test_generating_is_continuing_from_bare_prompts() -> None:
+    policy = random_policy(sharpness=6.0)
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=7)
+    prefixes = [Prefix(tuple(policy.tokenizer.encode(prompt.text))) for prompt in PROMPTS]
+    rollouts = engine.continue_from(
+        prefixes, count=6, sampling=SamplingParams(40), generator=torch.Generator().manual_seed(0)
+    )
+    for group, continuations in zip(generate(max_sequences=7), rollouts, strict=True):
+        assert [rollout.response_ids for rollout in group.rollouts] == [each.response_ids for each in continuations]
+
+
+def test_a_prefix_without_room_is_refused() -> None:
+    engine = EmbeddedEngine(Replicas(random_policy()), max_prompt_tokens=16)
+    with pytest.raises(ValueError, match="a response of 4 tokens or more, the limit"):
+        engine.continue_from([Prefix((2,), (3,) * 4)], count=1, sampling=SamplingParams(4), generator=torch.Generator())

@@ -41,7 +41,8 @@ POINTS = {
 }
 _WARM = (
     "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.loop", "forkrl.run",
-    "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.decode_temps", "forkrl.cli",
+    "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.branch", "forkrl.commands.decode_temps",
+    "forkrl.cli",
 )  # fmt: skip
 _opened: list[Any] = []
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
 COMPACT_FRACTION = 0.03
 """Finished sequences leave once they are this share of the batch: leaving copies others into their places in the cache,
 staying costs compute."""
+
+
+class Prefix(NamedTuple):
+    """What a sequence holds before its first token is drawn: a prompt, and perhaps the beginning of a response."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.response_ids
 
 
 class EmbeddedEngine:
@@ -58,23 +69,45 @@ class EmbeddedEngine:
     ) -> list[RolloutGroup]:
         """Sample ``group_size`` responses to each prompt, in the order of the prompts.
 
-        Prompts are decoded in waves of at most ``wave_sequences``; a replica reads a prompt once for its whole group.
+        Raises as ``continue_from`` does, and:
 
         Raises:
-            UserError: a prompt is empty or longer than ``max_prompt_tokens``, or the model has no positions for so long
-                a response.
-            TrainingHalted: the model's logits are not finite.
+            UserError: a prompt is empty or longer than ``max_prompt_tokens``.
         """
-        prompt_ids = [self._encode(prompt) for prompt in prompts]
-        self._require_positions(max(map(len, prompt_ids), default=0), sampling.max_response_tokens)
-        owners = [prompt_ids[index] for index in range(len(prompts)) for _ in range(group_size)]
-        rollouts: list[Rollout] = []
+        prefixes = [Prefix(self._encode(prompt)) for prompt in prompts]
+        continued = self.continue_from(prefixes, count=group_size, sampling=sampling, generator=generator)
+        return [RolloutGroup(prompt, rollouts) for prompt, rollouts in zip(prompts, continued, strict=True)]
+
+    def continue_from(
+        self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
+    ) -> list[tuple[Rollout, ...]]:
+        """Sample ``count`` continuations of each prefix, in the order of the prefixes.
+
+        A continuation is a rollout whose prompt is the whole prefix: ids, log-probs, entropy and text are of what was
+        drawn after it. It may be as long as ``sampling.max_response_tokens`` leaves room for after the response's
+        beginning, and is cut there, unfinished.
+
+        Sequences are decoded in waves of at most ``wave_sequences``, those with alike room together; a replica reads a
+        prefix once for all of its sequences in a wave.
+
+        Raises:
+            UserError: the model has no positions for so long a response.
+            TrainingHalted: the model's logits are not finite.
+            ValueError: a prefix leaves no room for a token.
+        """
+        limit = sampling.max_response_tokens
+        self._require_positions(max((len(prefix.prompt_ids) for prefix in prefixes), default=0), limit)
+        if any(len(prefix.response_ids) >= limit for prefix in prefixes):
+            raise ValueError(f"a prefix holds a response of {limit} tokens or more, the limit: nothing can follow it")
+        order = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index].response_ids))
+        owners = [index for index in order for _ in range(count)]
+        continued: list[list[Rollout]] = [[] for _ in prefixes]
         for start in range(0, len(owners), self.wave_sequences):
-            rollouts += self._decode_wave(owners[start : start + self.wave_sequences], sampling, generator)
-        return [
-            RolloutGroup(prompt, tuple(rollouts[index * group_size : (index + 1) * group_size]))
-            for index, prompt in enumerate(prompts)
-        ]
+            wave = owners[start : start + self.wave_sequences]
+            rollouts = self._decode_wave([prefixes[index] for index in wave], sampling, generator)
+            for index, rollout in zip(wave, rollouts, strict=True):
+                continued[index].append(rollout)
+        return [tuple(rollouts) for rollouts in continued]
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse before a run the prompts that would end it when their turn comes.
@@ -90,11 +123,11 @@ class EmbeddedEngine:
         return len(self._encode(prompt))
 
     def _decode_wave(
-        self, prompts_S: Sequence[tuple[int, ...]], sampling: SamplingParams, generator: torch.Generator
+        self, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
     ) -> list[Rollout]:
         """Every replica decodes its part of the sequences, with random numbers of its own."""
-        size = -(-len(prompts_S) // self.replicas.count)
-        parts = [prompts_S[start : start + size] for start in range(0, len(prompts_S), size)]
+        size = -(-len(prefixes_S) // self.replicas.count)
+        parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
         seeds = torch.randint(2**62, (len(parts),), device=generator.device, generator=generator).tolist()
         decoded = self.replicas.map(_decode_part, list(zip(parts, seeds, strict=True)), sampling)
         return [rollout for part in decoded for rollout in part]
@@ -131,51 +164,49 @@ def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
     )
 
 
-def _decode_part(
-    replica: Replica, part: tuple[Sequence[tuple[int, ...]], int], sampling: SamplingParams
-) -> list[Rollout]:
-    prompts_S, seed = part
+def _decode_part(replica: Replica, part: tuple[Sequence[Prefix], int], sampling: SamplingParams) -> list[Rollout]:
+    prefixes_S, seed = part
     generator = torch.Generator(replica.policy.device).manual_seed(seed)
-    return decode(replica.policy, prompts_S, sampling, generator)
+    return decode(replica.policy, prefixes_S, sampling, generator)
 
 
 @torch.no_grad()
 def decode(
-    policy: Policy, prompts_S: Sequence[tuple[int, ...]], sampling: SamplingParams, generator: torch.Generator
+    policy: Policy, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
 ) -> list[Rollout]:
     """Decode one batch to its end. Buffers keep the original order; ``row_S`` maps those still decoding to it."""
-    device, num_sequences = policy.device, len(prompts_S)
-    stop_ids = torch.tensor([policy.tokenizer.eos_token_id, *sampling.stop_token_ids], device=device)
-    shape = (num_sequences, sampling.max_response_tokens)
-    tokens_ST = torch.zeros(shape, dtype=torch.int64, device=device)
-    logprobs_ST, entropy_ST = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    lengths_S = torch.full((num_sequences,), sampling.max_response_tokens, device=device)
+    device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
+    stop_ids = torch.tensor(stop_tokens(policy, sampling), device=device)
+    room = [sampling.max_response_tokens - len(prefix.response_ids) for prefix in prefixes_S]
+    lengths_S, most = torch.tensor(room, device=device), max(room)
+    tokens_ST = torch.zeros((num_sequences, most), dtype=torch.int64, device=device)
+    logprobs_ST, entropy_ST = torch.zeros(2, num_sequences, most, device=device)
     finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
-    row_S = torch.arange(num_sequences, device=device)
-    hidden_SD, cache, seen_ST = _read_prompts(policy, prompts_S)
+    row_S, going_S = torch.arange(num_sequences, device=device), ~finished_S
+    hidden_SD, cache, seen_ST = _read_prompts(policy, ids_S)
     position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
-    seen_ST = torch.nn.functional.pad(seen_ST, (0, sampling.max_response_tokens), value=True)
+    seen_ST = torch.nn.functional.pad(seen_ST, (0, most), value=True)
     advance = choose_step(policy)
-    for step in range(sampling.max_response_tokens):
+    for step in range(most):
         drawn_S, logprobs_S, entropy_S = sample_tokens(policy.logits(hidden_SD), sampling, generator)
         tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
-        stopped_S = torch.isin(drawn_S, stop_ids) & ~finished_S[row_S]
+        stopped_S = torch.isin(drawn_S, stop_ids) & going_S
         lengths_S[row_S[stopped_S]] = step + 1
         finished_S[row_S[stopped_S]] = True
 
-        going_S = ~finished_S[row_S]
+        going_S = ~finished_S[row_S] & (lengths_S[row_S] > step + 1)
         num_going = int(going_S.sum())
-        if num_going == 0 or step + 1 == sampling.max_response_tokens:
+        if num_going == 0:
             break
         if len(row_S) - num_going >= COMPACT_FRACTION * len(row_S):
             index_S = _close_gaps(going_S, num_going)
             select_sequences(cache, index_S)
             row_S, drawn_S, position_S = row_S[index_S], drawn_S[index_S], position_S[index_S]
-            seen_ST = seen_ST[index_S]
+            seen_ST, going_S = seen_ST[index_S], going_S[index_S]
         hidden_SD = advance(drawn_S, position_S, seen_ST[:, : cached + step + 1], cache)
-        position_S = position_S + 1
-    return _build_rollouts(policy, prompts_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
+        position_S = position_S + going_S  # one that lingers must not run past the model's last position
+    return _build_rollouts(policy, ids_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
 
 
 def _close_gaps(going_S: Tensor, num_going: int) -> Tensor:
@@ -231,16 +262,26 @@ def _build_rollouts(
     for row, (ids, length, finished) in enumerate(
         zip(tokens_ST.tolist(), lengths_S.tolist(), finished_S.tolist(), strict=True)
     ):
-        written = ids[: length - 1] if finished else ids[:length]
         rollouts.append(
             Rollout(
                 prompt_ids=prompts_S[row],
                 response_ids=tuple(ids[:length]),
                 logprobs=logprobs_ST[row, :length].clone(),
                 entropy=entropy_ST[row, :length].clone(),
-                # Special tokens stay visible: hiding them could turn a garbled answer into a right one.
-                text=str(policy.tokenizer.decode(written, skip_special_tokens=False)),
+                text=response_text(policy, ids[:length], finished),
                 finished=finished,
             )
         )
     return rollouts
+
+
+def stop_tokens(policy: Policy, sampling: SamplingParams) -> tuple[int, ...]:
+    """The ids of all tokens that end a response."""
+    return (policy.tokenizer.eos_token_id, *sampling.stop_token_ids)
+
+
+def response_text(policy: Policy, response_ids: Sequence[int], finished: bool) -> str:
+    """What a verifier reads of a response: all of it but the closing stop token of one that has finished."""
+    written = response_ids[:-1] if finished else response_ids
+    # Special tokens stay visible: hiding them could turn a garbled answer into a right one.
+    return str(policy.tokenizer.decode(list(written), skip_special_tokens=False))

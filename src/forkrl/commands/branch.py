@@ -1,0 +1,311 @@
+"""``forkrl branch``: what a token is worth. Force alternatives at forks and elsewhere, continue, compare outcomes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from forkrl import __version__
+from forkrl.analysis import branching
+from forkrl.atomic import write_bytes, write_text
+from forkrl.commands.branch_parts import (
+    Design,
+    PartSampler,
+    branches_table,
+    missing_parts,
+    prompts_per_part,
+    read_parts,
+    write_part,
+)
+from forkrl.commands.subject import Session, Subject, open_session, open_subject
+from forkrl.commands.work_folder import SETTINGS, default_folder, open_work_folder, weights_fingerprint
+from forkrl.errors import UserError
+from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling
+from forkrl.intervals import ClusterSums
+from forkrl.progress import duration, progress
+from forkrl.report import write_page
+from forkrl.report.branch_figures import KINDS
+from forkrl.report.branch_page import BranchReport, branch_page, branch_verdict
+from forkrl.types import SamplingParams, Verifier
+
+SCHEMA = "forkrl-branch/1"
+PROBE_PROMPTS, PROBE_STEPS = 16, 8
+_LEAST = {"responses": 1, "forks": 1, "random": 0, "low": 0, "alternatives": 2, "continuations": 2}
+_OPTIONS = {"responses": "responses-per-problem"}
+_OPTION_OF_SETTING = {
+    "eval.problems": "--problems",
+    "eval.samples": "--responses-per-problem",
+    "eval.temperature": "--temperature",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Branching:
+    """What was found: the responses with their branches as they were stored, tables, and the summary."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    branches: pd.DataFrame
+    spreads: pd.DataFrame
+    tables: dict[str, pd.DataFrame]
+    facts: dict[str, Any]
+
+
+def branch_model(
+    model: str,
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    problems: int = 64,
+    responses: int = 1,
+    forks: int = 4,
+    random: int = 2,
+    low: int = 2,
+    alternatives: int = 3,
+    continuations: int = 16,
+    temperature: float = 1.0,
+    out: Path | None = None,
+) -> Branching:
+    """Sample responses, force alternatives at some of their positions, continue each, judge, and compare.
+
+    Work is kept part by part in ``out``: the same call goes on where an interrupted one stopped, and one for more
+    problems adds those.
+
+    Args:
+        model: a model folder or hub id, or a run folder: its newest checkpoint. Which prompts: see ``open_subject``.
+        recipe: where task and rollout settings come from, unless ``model`` is a run.
+        overrides: ``section.key=value``.
+        problems: prompts, from the first.
+        responses: to each prompt.
+        forks, random, low: positions of each kind in a response; see ``branching.choose_positions``.
+        alternatives: likeliest tokens tried at a position; the token taken is tried too.
+        continuations: sampled of every branch.
+        temperature: of responses and continuations, and of the probabilities and entropies.
+        out: folder; None: ``RUN/analysis/branch`` or ``analyses/NAME-branch``.
+
+    Raises:
+        UserError: model, data, a setting or the folder cannot be used; before anything is sampled.
+    """
+    design = Design(responses, forks, random, low, alternatives, continuations, temperature)
+    _check(design, problems, overrides)
+    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments={}, activity="branching")
+    folder = out or default_folder(model, "branch")
+    with open_session(subject, problems) as session:
+        if session.verifier is None:
+            raise UserError(f"{session.task.name}: its rows have no answers, so no branch can be judged")
+        size = _prompts_per_part(folder, prompts_per_part(design, session.engine.wave_sequences))
+        with open_work_folder(folder, _question(subject, session, design, size)):
+            _write_missing(folder, session, session.verifier, design, size)
+            rows = read_parts(folder, size, len(session.prompts))
+        available = len(session.task.held_out)
+    return summarise(folder, rows, available)
+
+
+def _check(design: Design, problems: int, overrides: Sequence[str]) -> None:
+    if problems < 1:
+        raise UserError(f"--problems {problems}: at least 1")
+    for name, least in _LEAST.items():
+        if (value := getattr(design, name)) < least:
+            why = {"alternatives": ", for one alone is no fork", "continuations": ", to tell noise from difference"}
+            raise UserError(f"--{_OPTIONS.get(name, name)} {value}: at least {least}{why.get(name, '')}")
+    if not 0 < design.temperature < math.inf:
+        raise UserError(
+            f"--temperature {design.temperature:g}: above 0; greedy continuations of a branch would all be the same"
+        )
+    for override in overrides:
+        if option := _OPTION_OF_SETTING.get(override.partition("=")[0].strip()):
+            raise UserError(f"{override}: has no effect on branching; give {option}")
+
+
+def _question(subject: Subject, session: Session, design: Design, size: int) -> dict[str, Any]:
+    """Whatever changes the numbers. How many problems is no part of it: more of them go on in the same folder."""
+    config = session.config
+    return {
+        "schema": SCHEMA,
+        "model": subject.name,
+        "weights": config.model.path,
+        "revision": config.model.revision,
+        "fingerprint": weights_fingerprint(config.model.path),
+        "precision": config.model.precision,
+        "task": session.task.name,
+        "data": session.task.fingerprint,
+        "verifier": session.task.verifier,
+        "seed": config.seed,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "stop": list(config.rollout.stop),
+        **asdict(design),
+        "prompts_per_part": size,  # it decides which responses share a generator
+    }
+
+
+def _prompts_per_part(folder: Path, default: int) -> int:
+    """What an earlier session on this folder took, for batches of another size may be at work now."""
+    try:
+        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("prompts_per_part")
+    except (OSError, ValueError, AttributeError):
+        return default
+    return earlier if isinstance(earlier, int) and earlier > 0 else default
+
+
+def _write_missing(folder: Path, session: Session, verifier: Verifier, design: Design, size: int) -> None:
+    """Sample and write the parts that are not there yet, with progress and time left."""
+    (folder / "parts").mkdir(exist_ok=True)
+    missing = missing_parts(folder, session.prompts, size)
+    num_prompts = sum(len(prompts) for prompts in missing.values())
+    if done := len(session.prompts) - num_prompts:
+        print(f"{done} of {len(session.prompts)} prompts are in {folder} already", file=sys.stderr, flush=True)
+    if not missing:
+        return
+    print(
+        describe_work(num_prompts, design, expected_seconds(session, design, num_prompts)), file=sys.stderr, flush=True
+    )
+    sampler = PartSampler(session, verifier, design)
+    for index in progress(sorted(missing), "branching", total=len(missing)):
+        write_part(folder, index, index * size, sampler.rows(index, missing[index]))
+
+
+def describe_work(num_prompts: int, design: Design, seconds: float) -> str:
+    """One line on what is about to be sampled."""
+    most = num_prompts * design.responses * design.positions * (design.alternatives + 1) * design.continuations
+    return (
+        f"{num_prompts} prompts, {design.responses} response(s) to each; {design.positions} positions a response "
+        f"({design.forks} forks, {design.random} random, {design.low} of low entropy), {design.alternatives} "
+        f"alternatives and the token taken at each, {design.continuations} continuations of each branch: "
+        f"up to {most:,} continuations, roughly {duration(seconds)}"
+    )
+
+
+def expected_seconds(session: Session, design: Design, num_prompts: int) -> float:
+    """Roughly, from the mean length of a few responses and the time of a few steps of a full batch.
+
+    A continuation counts as a whole response: of what is left after a position, half a response is too little wherever
+    the model may give up or go on at any time. The token taken is seldom a branch of its own.
+    """
+    sampling = evaluation_sampling(session.config, design.temperature, session.policy)
+    generator = evaluation_generator(session.config, session.policy.device)
+    few = session.engine.generate(session.prompts[:PROBE_PROMPTS], group_size=1, sampling=sampling, generator=generator)
+    length = sum(len(group.rollouts[0]) for group in few) / len(few)
+    short = SamplingParams(min(PROBE_STEPS, sampling.max_response_tokens), temperature=design.temperature)
+    sequences = session.engine.wave_sequences
+    began = time.monotonic()
+    session.engine.generate(session.prompts[:1], group_size=sequences, sampling=short, generator=generator)
+    per_token = (time.monotonic() - began) / (sequences * short.max_response_tokens)
+    return num_prompts * design.sequences_per_prompt * length * per_token
+
+
+def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branching:
+    """Tables and figures from the stored responses; writes branches.parquet, branches.csv and branches.json."""
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    branches = branching.branch_rates(branches_table(rows))
+    spreads = branching.position_spreads(branches)
+    tables = {
+        "kinds": branching.summarise_kinds(spreads),
+        "differences": branching.compare_kinds(spreads),
+        "relation": branching.entropy_relation(spreads, settings["seed"]),
+        "bins": branching.entropy_bins(spreads),
+        "tokens": branching.fork_tokens(branches, spreads),
+    }
+    sums = ClusterSums(2)
+    for _, scores in pd.DataFrame(rows).groupby("prompt")["score"]:
+        sums.add([float(scores.sum()), len(scores)])
+    accuracy = sums.mean(0, 1)
+    facts = {
+        "settings": settings,
+        "prompts": len({row["prompt"] for row in rows}),
+        "prompts_available": available,
+        "responses": len(rows),
+        "positions": len(spreads),
+        "branches": len(branches),
+        "continuations": int(branches.loc[~branches["exact"], "count"].sum()),
+        "exact_branches": int(branches["exact"].sum()),
+        "cut_fraction": float(branches["cut"].mean()),
+        "verifier_failures": int(branches["failures"].sum()),
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+    }
+    found = Branching(folder, rows, branches, spreads, tables, facts)
+    _write_results(found)
+    return found
+
+
+def _write_results(found: Branching) -> None:
+    folder, branches = found.folder, found.branches
+    write_bytes(folder / "branches.parquet", branches.to_parquet(None, index=False))
+    # As JSON strings: any text keeps to its line, and none can start like a spreadsheet's formula.
+    quoted = {
+        name: [json.dumps(text, ensure_ascii=False) for text in branches[name]] for name in ("prompt_id", "token")
+    }
+    write_text(folder / "branches.csv", branches.drop(columns="scores").assign(**quoted).to_csv(index=False))
+    write_text(folder / "positions.csv", found.spreads.to_csv(index=False))
+    record = {"schema": SCHEMA, **found.facts}
+    record |= {name: table.to_dict("records") for name, table in found.tables.items()}
+    write_text(folder / "branches.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_branching(found: Branching) -> str:
+    """The main figures as a few lines for a person."""
+    facts, relation = found.facts, found.tables["relation"].set_index("measure")
+    lines = [
+        f"{facts['settings']['model']}: {facts['positions']:,} positions of {facts['responses']:,} responses to "
+        f"{facts['prompts']:,} of {facts['prompts_available']:,} prompts of {facts['settings']['task']}; "
+        f"{facts['branches']:,} branches, {facts['continuations']:,} continuations",
+        branch_verdict(found.tables),
+        "",
+        f"{'':14}{'positions':>9}{'entropy':>9}  {'natural (decides)':27}{'forced':27}{'gain (best - taken)'}",
+    ]
+    for _, row in found.tables["kinds"].iterrows():
+        figures = "".join(f"{_with_interval(row, name):27}" for name in ("natural", "forced", "gain"))
+        lines.append(f"{KINDS[row['kind']].label:14}{row['positions']:9,}{row['entropy']:9.3f}  {figures}".rstrip())
+    for _, row in found.tables["differences"].iterrows():
+        figures = "".join(f"{_with_interval(row, name):27}" for name in ("natural", "forced", "gain"))
+        lines.append(f"{'forks - ' + row['against']:14}{row['responses']:9,}{'':9}  {figures}".rstrip())
+    correlation = relation.loc["natural"]
+    lines.append(
+        f"Spearman's correlation of natural spread and entropy: {correlation['spearman']:.2f} "
+        f"[{correlation['low']:.2f}, {correlation['high']:.2f}]"
+    )
+    if facts["verifier_failures"]:
+        lines.append(f"{facts['verifier_failures']:,} continuations could not be verified and count as wrong")
+    return "\n".join(lines)
+
+
+def _with_interval(row: pd.Series, name: str) -> str:
+    mean, low, high = (round(float(row[name + end]), 4) + 0.0 for end in ("", "_low", "_high"))  # no -0.0
+    return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def write_branch_report(found: Branching) -> Path:
+    """Write ``report.html`` beside the results; its path."""
+    facts = found.facts
+    settings = {key: json.dumps(value) for key, value in facts["settings"].items()}
+    report = BranchReport(
+        name=facts["settings"]["model"],
+        branches=found.branches,
+        spreads=found.spreads,
+        tables=found.tables,
+        rows=found.rows,
+        facts=facts,
+        settings=settings,
+        provenance={"forkrl": __version__, "schema": SCHEMA},
+        command=shlex.join(["forkrl", *sys.argv[1:]]),
+    )
+    return write_page(found.folder / "report.html", branch_page(report))

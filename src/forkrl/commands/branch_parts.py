@@ -1,0 +1,276 @@
+"""Branches on disk, part by part: ``parts/part-00000.parquet`` …, a row a response with all that was tried in it.
+
+A part holds the responses to a few prompts and draws from a generator of its own, seeded by the recipe's seed and its
+number: an interrupted command that is given again neither repeats finished parts nor finds other numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from forkrl.analysis.branching import choose_positions
+from forkrl.analysis.measure import TokenDetails
+from forkrl.analysis.token_pass import Written, measure_responses
+from forkrl.analysis.token_rows import TokenTexts
+from forkrl.atomic import write_bytes
+from forkrl.commands.subject import Session
+from forkrl.evaluation.held_out import evaluation_sampling, sample_and_score
+from forkrl.rollout.embedded import Prefix, response_text, stop_tokens
+from forkrl.run_folder import encodable_text
+from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict, Verifier
+
+BRANCH = pa.struct(
+    [
+        pa.field("position", pa.int32(), nullable=False),  # in the response, from 0
+        pa.field("kind", pa.string(), nullable=False),  # why this position: "fork", "random" or "low"
+        pa.field("entropy", pa.float32(), nullable=False),  # nats
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("token", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),  # 1: the likeliest
+        pa.field("probability", pa.float32(), nullable=False),
+        pa.field("taken", pa.bool_(), nullable=False),  # by the response itself
+        pa.field("exact", pa.bool_(), nullable=False),  # ends the response: judged once, nothing sampled
+        pa.field("cut", pa.float32(), nullable=False),  # share of the continuations that ran into the limit
+        pa.field("length", pa.float32(), nullable=False),  # mean tokens of the whole response
+        pa.field(
+            "failures", pa.int32(), nullable=False
+        ),  # continuations that the verifier could not judge; they score 0
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),  # of every continuation
+    ]
+)
+PART_SCHEMA = pa.schema(
+    [
+        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
+        pa.field("response", pa.int32(), nullable=False),  # among those to its prompt, from 0
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("tokens", pa.list_(pa.string()), nullable=False),
+        pa.field("entropy", pa.list_(pa.float32()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("finished", pa.bool_(), nullable=False),
+        pa.field("branches", pa.list_(BRANCH), nullable=False),
+    ]
+)
+WAVES_PER_PART = 4
+"""Batches of the engine that a part fills at least: the last is seldom full, and a kill costs no more than these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What is tried: positions of each kind, alternatives at each, continuations of each; all at one temperature."""
+
+    responses: int
+    forks: int
+    random: int
+    low: int
+    alternatives: int
+    continuations: int
+    temperature: float
+
+    @property
+    def positions(self) -> int:
+        """Of one response, if it is long enough."""
+        return self.forks + self.random + self.low
+
+    @property
+    def sequences_per_prompt(self) -> int:
+        """At least, where no alternative ends the response; at most one more for each position, the token taken."""
+        return self.responses * self.positions * self.alternatives * self.continuations
+
+
+class Try(NamedTuple):
+    """A branch to be continued: whose it is, how it begins, and its columns of ``BRANCH`` that are known already."""
+
+    owner: int
+    prompt: Prompt
+    prefix: Prefix
+    ends: bool
+    stopped: bool
+    facts: dict[str, Any]
+
+
+def prompts_per_part(design: Design, wave_sequences: int) -> int:
+    """So many that a part fills a few batches of the engine."""
+    return max(1, -(-WAVES_PER_PART * wave_sequences // design.sequences_per_prompt))
+
+
+def missing_parts(folder: Path, prompts: Sequence[Prompt], size: int) -> dict[int, Sequence[Prompt]]:
+    """The parts that are not there yet, with their prompts. A last part with too few of them is not there."""
+    parts = {start // size: prompts[start : start + size] for start in range(0, len(prompts), size)}
+    return {index: part for index, part in parts.items() if not _holds(part_path(folder, index), part)}
+
+
+def _holds(path: Path, prompts: Sequence[Prompt]) -> bool:
+    """Whether a part is there with these prompts, and perhaps with more after them."""
+    if not path.exists():
+        return False
+    found = {
+        row["prompt"]: row["prompt_id"] for row in pq.read_table(path, columns=["prompt", "prompt_id"]).to_pylist()
+    }
+    return list(found.values())[: len(prompts)] == [encodable_text(prompt.id) for prompt in prompts]
+
+
+def part_path(folder: Path, index: int) -> Path:
+    return folder / "parts" / f"part-{index:05d}.parquet"
+
+
+def write_part(folder: Path, index: int, first: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a part, all at once; its prompts are numbered from ``first``."""
+    numbered = [row | {"prompt": first + row["prompt"]} for row in rows]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(numbered, schema=PART_SCHEMA), buffer, compression="zstd")
+    write_bytes(part_path(folder, index), buffer.getvalue().to_pybytes())
+
+
+def read_parts(folder: Path, size: int, num_prompts: int) -> list[dict[str, Any]]:
+    """The rows of the first so many prompts, in order, from parts of ``size`` prompts."""
+    paths = [part_path(folder, index) for index in range(-(-num_prompts // size))]
+    rows = [row for path in paths for row in pq.read_table(path, schema=PART_SCHEMA).to_pylist()]
+    return [row for row in rows if row["prompt"] < num_prompts]
+
+
+def branches_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """All branches as one table, as ``forkrl.analysis.branching`` wants it, with all columns of ``BRANCH``."""
+    place = ("prompt", "response", "prompt_id")
+    return pd.DataFrame([{name: row[name] for name in place} | branch for row in rows for branch in row["branches"]])
+
+
+class PartSampler:
+    """Samples responses, forces alternatives, continues and judges them, a part at a time."""
+
+    def __init__(self, session: Session, verifier: Verifier, design: Design) -> None:
+        self._session, self._verifier, self._design = session, verifier, design
+        self._sampling = evaluation_sampling(session.config, design.temperature, session.policy)
+        self._stops = stop_tokens(session.policy, self._sampling)
+        self._texts = TokenTexts(session.policy.tokenizer)
+
+    def rows(self, part: int, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Rows of ``PART_SCHEMA``, prompts numbered from 0; the same whenever they are asked for."""
+        digest = hashlib.sha256(f"branches/{self._session.config.seed}/{part}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little") >> 1
+        generator = torch.Generator(self._session.policy.device).manual_seed(seed)
+        groups = sample_and_score(
+            self._session.engine, self._verifier, prompts,
+            group_size=self._design.responses, sampling=self._sampling, generator=generator,
+        )  # fmt: skip
+        rows = [row for number, group in enumerate(groups) for row in self._response_rows(number, group)]
+        tries = self._tries(groups, np.random.default_rng(seed))
+        for each, branch in zip(tries, self._try_all(tries, generator), strict=True):
+            rows[each.owner]["branches"].append(each.facts | branch)
+        return rows
+
+    def _response_rows(self, number: int, group: RolloutGroup) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": number,
+                "response": place,
+                "prompt_id": encodable_text(group.prompt.id),
+                "prompt_text": encodable_text(group.prompt.text),
+                "token_ids": list(rollout.response_ids),
+                "tokens": [self._texts[token] for token in rollout.response_ids],
+                "entropy": rollout.entropy.tolist(),
+                "logprobs": rollout.logprobs.tolist(),
+                "score": verdict.score,
+                "finished": rollout.finished,
+                "branches": [],
+            }
+            for place, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True))
+        ]
+
+    def _tries(self, groups: Sequence[RolloutGroup], draws: np.random.Generator) -> list[Try]:
+        """All branches of all responses: the likeliest tokens at chosen positions, and the token taken."""
+        design = self._design
+        rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+        details = measure_responses(
+            self._session.replicas,
+            [Written(rollout.prompt_ids, rollout.response_ids) for _, rollout in rollouts],
+            temperature=design.temperature,
+            top=design.alternatives,
+        )
+        tries = []
+        for owner, ((prompt, rollout), detail) in enumerate(zip(rollouts, details, strict=True)):
+            entropy = rollout.entropy.numpy()
+            chosen = choose_positions(entropy, draws, forks=design.forks, random=design.random, low=design.low)
+            for position, kind in zip(chosen["position"], chosen["kind"], strict=True):
+                facts = {"position": int(position), "kind": kind, "entropy": float(entropy[position])}
+                tries += self._tries_at(owner, prompt, rollout, candidates(rollout, detail, int(position)), facts)
+        return tries
+
+    def _tries_at(
+        self,
+        owner: int,
+        prompt: Prompt,
+        rollout: Rollout,
+        tokens: dict[int, tuple[int, float]],
+        facts: dict[str, Any],
+    ) -> list[Try]:
+        position, tries = facts["position"], []
+        for token, (rank, probability) in tokens.items():
+            prefix = Prefix(rollout.prompt_ids, (*rollout.response_ids[:position], token))
+            stopped = token in self._stops
+            more = {
+                "token_id": token, "token": self._texts[token], "rank": rank, "probability": probability,
+                "taken": token == rollout.response_ids[position],
+            }  # fmt: skip
+            ends = stopped or len(prefix.response_ids) == self._sampling.max_response_tokens
+            tries.append(Try(owner, prompt, prefix, ends, stopped, facts | more))
+        return tries
+
+    def _try_all(self, tries: Sequence[Try], generator: torch.Generator) -> list[dict[str, Any]]:
+        """Continue and judge each: its other columns of ``BRANCH``. A branch that ends is judged as it is."""
+        continued = iter(
+            self._session.engine.continue_from(
+                [each.prefix for each in tries if not each.ends],
+                count=self._design.continuations, sampling=self._sampling, generator=generator,
+            )
+        )  # fmt: skip
+        outcomes = [
+            [(each.prefix.response_ids, each.stopped)]
+            if each.ends
+            else [(each.prefix.response_ids + more.response_ids, more.finished) for more in next(continued)]
+            for each in tries
+        ]
+        items = [
+            (each.prompt, response_text(self._session.policy, ids, finished))
+            for each, results in zip(tries, outcomes, strict=True)
+            for ids, finished in results
+        ]
+        verdicts = iter(self._verifier.verify(items))
+        return [
+            _outcome(each.ends, results, [next(verdicts) for _ in results])
+            for each, results in zip(tries, outcomes, strict=True)
+        ]
+
+
+def candidates(rollout: Rollout, detail: TokenDetails, position: int) -> dict[int, tuple[int, float]]:
+    """Rank and probability, by token id, of the likeliest tokens at a position and of the one taken there."""
+    top = zip(detail.top_ids[position].tolist(), detail.top_probs[position].tolist(), strict=True)
+    tokens = {token: (rank, probability) for rank, (token, probability) in enumerate(top, start=1)}
+    taken = rollout.response_ids[position]
+    if taken not in tokens:
+        tokens[taken] = (int(detail.ranks[position]), float(detail.logprobs[position].exp()))
+    return tokens
+
+
+def _outcome(
+    exact: bool, results: Sequence[tuple[tuple[int, ...], bool]], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    return {
+        "exact": exact,
+        "cut": sum(not finished for _, finished in results) / len(results),
+        "length": sum(len(ids) for ids, _ in results) / len(results),
+        "failures": sum(bool(verdict.failure) for verdict in verdicts),
+        "scores": [verdict.score for verdict in verdicts],
+    }
