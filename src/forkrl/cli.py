@@ -11,73 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from forkrl.arguments import parse_arguments, subject_overrides
 from forkrl.config import SftConfig, TrainConfig, load_recipe
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.recipe_reference import recipe_reference
 from forkrl.threads import configure_environment
-
-TRAIN_HELP = """\
-examples:
-  forkrl train recipes/countdown.toml --out runs/first      the embedded model, minutes on a laptop
-  forkrl train recipes/countdown.toml selection.rule=all    plain DAPO: one override
-  forkrl train recipes/qwen3-8b.toml --dry-run              what would run, in full
-  forkrl train --resume runs/first                          go on after Ctrl-C, a kill, a full disk
-
-Every setting is section.key=value; --settings lists them all. Ctrl-C saves and ends; --resume goes on to the
-very same weights.
-"""
-
-DECODE_TEMPS_HELP = """\
-What do forks want: a high or a low temperature? One temperature applies where the model is undecided (the entropy
-of its unscaled distribution is above the threshold), another everywhere else. First one is swept while the other
-stays at 1, then the reverse: for the paper's eight temperatures 15 settings, all on the same problems with the same
-seed. You get accuracy with 95% intervals, length, and the share of broken outputs, as a table and a page.
-
-examples:
-  forkrl decode-temps embedded:countdown-base --recipe recipes/countdown.toml --problems 128 --samples 4
-  forkrl decode-temps runs/first --temperatures 0,0.5,1,2               the newest checkpoint of a run
-  forkrl decode-temps Qwen/Qwen3-0.6B --data prompts.jsonl --threshold 0.672
-
-Ctrl-C keeps the settings that are finished; the same command goes on from there.
-"""
-
-ANALYZE_HELP = """\
-examples:
-  forkrl analyze embedded:countdown-base --recipe recipes/countdown.toml --samples 4
-  forkrl analyze runs/first                                 a run: its newest checkpoint on its held-out problems
-  forkrl analyze Qwen/Qwen3-0.6B --data prompts.jsonl rollout.max_response_tokens=4096
-  forkrl analyze my-model --responses rollouts.jsonl        responses that you have: {"prompt": …, "response": …}
-
-Writes into --out (default: inside the run, or analyses/NAME-analyze): tokens/ (Parquet, a row for every token: text,
-entropy, log-prob, rank, five alternatives), responses/, tables/*.csv, analysis.json and report.html. Ctrl-C keeps what
-is finished; the same command goes on.
-"""
-
-BRANCH_HELP = """\
-examples:
-  forkrl branch embedded:countdown-base --recipe recipes/countdown.toml     minutes on a laptop
-  forkrl branch runs/first --problems 128                                   the run's newest checkpoint
-  forkrl branch Qwen/Qwen3-1.7B --data math.jsonl task.chat_template=true --problems 20 --continuations 8
-
-At a few positions of a response (forks, and controls) each of the likeliest tokens is forced, continued many times and
-judged: the causal test of whether the outcome is decided there. Two spreads of the success rates, both corrected for
-the noise of sampling: "natural" weighs the branches by the model's own probabilities, and is the part of the outcome's
-variance that this one choice decides; "forced" weighs them alike, and is large also where a slip of the pen that the
-model never makes would derail it. The cost, problems x positions x alternatives x continuations, is said beforehand.
-
-Ctrl-C keeps what is finished; the same command goes on.
-"""
-
-DRIFT_HELP = """\
-examples:
-  forkrl train recipes/countdown.toml checkpoint.every=2 checkpoint.keep=100 --out runs/kept
-  forkrl drift runs/kept --samples 4                        the starting model and every checkpoint that was kept
-  forkrl drift base-model sft-model rl-model --data prompts.jsonl
-
-Every checkpoint reads the final one's responses. Writes into --out (default: inside the run, or analyses/NAME-drift):
-the tokens, tables/*.csv (overlap, change by percentile, percentiles), drift.json and report.html. Ctrl-C keeps what is
-finished; the same command goes on.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_environment()  # before anything imports torch
     arguments = parse_arguments(argv)
     try:
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
+        return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"forkrl: {error}", file=sys.stderr)
         return 2
@@ -97,219 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("forkrl: interrupted", file=sys.stderr)
         return 130
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a command; overrides may stand anywhere, before, between and after its options."""
-    parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if unknown := [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if rest:  # argparse takes positional arguments from one place only
-        arguments.overrides = [*arguments.overrides, *rest]
-    return arguments
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Every command with its arguments."""
-    parser = argparse.ArgumentParser(
-        prog="forkrl", description="Reinforcement learning of language models on their forking tokens."
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    train = commands.add_parser(
-        "train", help="train on forks", epilog=TRAIN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    train.add_argument("recipe", nargs="?", help="a TOML file; see recipes/")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    train.add_argument("--out", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
-    train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
-    train.add_argument("--settings", action="store_true", help="print every setting with its default, and stop")
-    train.set_defaults(command=run_train, activity="training")
-
-    sft = commands.add_parser(
-        "sft",
-        help="make a base model from generated traces",
-        epilog="forkrl train --settings lists the settings of this command too.",
-    )
-    sft.add_argument("recipe", help="a TOML file, such as recipes/countdown-base.toml")
-    sft.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    sft.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the model")
-    sft.set_defaults(command=run_sft, activity="training the base model")
-
-    evaluate = commands.add_parser("eval", help="accuracy of a model or run on held-out prompts, with intervals")
-    evaluate.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings, as in task.name=dataset task.data=prompts.jsonl",
-    )
-    evaluate.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
-    evaluate.add_argument(
-        "--problems", type=int, help="prompts, from the first (default: eval.problems; all of a prompt file)"
-    )
-    evaluate.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
-    evaluate.add_argument("--temperature", type=float, help="sampling temperature (default: eval.temperature)")
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    evaluate.set_defaults(command=run_eval, activity="the evaluation")
-
-    add_analyze(commands)
-    add_branch(commands)
-    add_drift(commands)
-    add_decode_temps(commands)
-
-    report = commands.add_parser("report", help="write report.html of a run, finished or not")
-    report.add_argument("run", type=Path, help="a run folder")
-    report.set_defaults(command=run_report, activity="the report")
-
-    doctor = commands.add_parser("doctor", help="what this machine can do")
-    doctor.set_defaults(command=run_doctor, activity="the examination")
-    return parser
-
-
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command takes that samples responses to prompts."""
-    parser.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
-    parser.add_argument("--task", metavar="NAME", help="task.name: countdown, or dataset with --data")
-    parser.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .parquet or a hub data set (task.data)")
-    parser.add_argument("--problems", type=int, help="prompts, from the first")
-    parser.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
-
-
-def add_response_arguments(parser: argparse.ArgumentParser) -> None:
-    """What commands take besides that also read ready responses, and measure their tokens."""
-    add_prompt_arguments(parser)
-    parser.add_argument("--temperature", type=float, help="of sampling, and of the distribution that is measured")
-    parser.add_argument(
-        "--responses", type=Path, metavar="FILE", help="ready responses (JSON lines); then nothing is generated"
-    )
-    parser.add_argument(
-        "--skip-unusable", action="store_true", help="leave out rows of --responses that cannot be used"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
-
-
-def subject_overrides(arguments: argparse.Namespace) -> list[str]:
-    """The overrides, with those that --task and --data stand for."""
-    named = list(arguments.overrides)
-    if arguments.data is not None:
-        named += [f"task.name={arguments.task or 'dataset'}", f"task.data={arguments.data}"]
-    elif arguments.task is not None:
-        named.append(f"task.name={arguments.task}")
-    return named
-
-
-def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``forkrl analyze`` and its arguments."""
-    analyze = commands.add_parser(
-        "analyze",
-        help="where a model forks: the entropy of every token, and its patterns",
-        epilog=ANALYZE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    analyze.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
-    analyze.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
-    )
-    add_response_arguments(analyze)
-    analyze.add_argument(
-        "--threshold",
-        type=float,
-        metavar="NATS",
-        help="entropy above which a token is a fork (default: 80th percentile)",
-    )
-    analyze.add_argument(
-        "--min-count", type=int, default=100, metavar="N", help="leave token types seen less often out (default: 100)"
-    )
-    analyze.set_defaults(command=run_analyze, activity="the analysis")
-
-
-def add_branch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``forkrl branch`` and its arguments."""
-    branch = commands.add_parser(
-        "branch",
-        help="what a fork is worth: force each alternative, continue, compare the outcomes",
-        epilog=BRANCH_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    branch.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
-    branch.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
-    )
-    branch.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
-    branch.add_argument("--task", metavar="NAME", help="task.name: countdown, or dataset with --data")
-    branch.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .parquet or a hub data set (task.data)")
-    counts = {
-        "--problems": (64, "prompts, from the first; more of them in the same folder only add to it"),
-        "--responses-per-problem": (1, "responses to each"),
-        "--forks": (4, "positions of highest entropy, in each response"),
-        "--random": (2, "positions drawn from all the others: the control"),
-        "--low": (2, "positions drawn from the half of lowest entropy"),
-        "--alternatives": (3, "likeliest tokens tried at each position; the one taken is tried too"),
-        "--continuations": (16, "sampled of each branch"),
-    }
-    for name, (default, text) in counts.items():
-        branch.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    branch.add_argument(
-        "--temperature", type=float, default=1.0, help="of all sampling, probabilities and entropies (default: 1)"
-    )
-    branch.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the results (default: RUN/analysis/branch, or analyses/NAME-branch)",
-    )
-    branch.set_defaults(command=run_branch, activity="branching")
-
-
-def add_drift(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``forkrl drift`` and its arguments."""
-    drift = commands.add_parser(
-        "drift",
-        help="how training moved entropy, from checkpoint to checkpoint",
-        epilog=DRIFT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    drift.add_argument(
-        "overrides", nargs="+", metavar="RUN | MODEL MODEL ...",
-        help="a run folder, or the models of a series, first to last; and section.key=value settings",
-    )  # fmt: skip
-    add_response_arguments(drift)
-    drift.add_argument(
-        "--ratio", type=float, default=0.2, help="the top share whose overlap is measured (default: 0.2)"
-    )
-    drift.add_argument("--bins", type=int, default=20, help="percentile ranges of the change (default: 20)")
-    drift.set_defaults(command=run_drift, activity="the drift")
-
-
-def add_decode_temps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``forkrl decode-temps`` and its arguments."""
-    temps = commands.add_parser(
-        "decode-temps",
-        help="accuracy against temperature, at forks and elsewhere",
-        epilog=DECODE_TEMPS_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    temps.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
-    temps.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
-    )
-    add_prompt_arguments(temps)
-    temps.add_argument(
-        "--threshold",
-        type=float,
-        metavar="NATS",
-        help="entropy above which a token is a fork (default: the 80th percentile at temperature 1, measured first)",
-    )
-    temps.add_argument(
-        "--temperatures", metavar="T,T,...", help="from 0 (greedy) up (default: the paper's 0,.05,.3,.6,1,2,3,5)"
-    )
-    temps.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder (default: analyses/NAME-decode-temps, or inside the run)"
-    )
-    temps.set_defaults(command=run_decode_temps, activity="the sweep")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -504,6 +228,19 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     from forkrl.doctor import run_doctor as examine
 
     return examine()
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": run_train,
+    "sft": run_sft,
+    "eval": run_eval,
+    "analyze": run_analyze,
+    "branch": run_branch,
+    "drift": run_drift,
+    "decode_temps": run_decode_temps,
+    "report": run_report,
+    "doctor": run_doctor,
+}
 
 
 if __name__ == "__main__":

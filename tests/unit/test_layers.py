@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "forkrl"
 NOUNS = {"types", "config", "errors"}
 LEAVES = {
-    "advantages", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference", "report",
+    "advantages", "arguments", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference", "report",
     "rewards", "selectors", "threads", "token_stats", "tracking",
 }  # fmt: skip
 STORES = {"checkpoint", "run_folder"}

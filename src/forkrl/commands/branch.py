@@ -27,7 +27,7 @@ from forkrl.commands.branch_parts import (
     write_part,
 )
 from forkrl.commands.subject import Session, Subject, open_session, open_subject
-from forkrl.commands.work_folder import SETTINGS, default_folder, open_work_folder, weights_fingerprint
+from forkrl.commands.work_folder import default_folder, open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling
 from forkrl.intervals import ClusterSums
@@ -102,7 +102,8 @@ def branch_model(
     with open_session(subject, problems) as session:
         if session.verifier is None:
             raise UserError(f"{session.task.name}: its rows have no answers, so no branch can be judged")
-        size = _prompts_per_part(folder, prompts_per_part(design, session.engine.wave_sequences))
+        earlier = stored_question(folder).get("prompts_per_part")
+        size = earlier or prompts_per_part(design, session.engine.wave_sequences)
         with open_work_folder(folder, _question(subject, session, design, size)):
             _write_missing(folder, session, session.verifier, design, size)
             rows = read_parts(folder, size, len(session.prompts))
@@ -145,15 +146,6 @@ def _question(subject: Subject, session: Session, design: Design, size: int) -> 
         **asdict(design),
         "prompts_per_part": size,  # it decides which responses share a generator
     }
-
-
-def _prompts_per_part(folder: Path, default: int) -> int:
-    """What an earlier session on this folder took, for batches of another size may be at work now."""
-    try:
-        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("prompts_per_part")
-    except (OSError, ValueError, AttributeError):
-        return default
-    return earlier if isinstance(earlier, int) and earlier > 0 else default
 
 
 def _write_missing(folder: Path, session: Session, verifier: Verifier, design: Design, size: int) -> None:
@@ -204,7 +196,7 @@ def expected_seconds(session: Session, design: Design, num_prompts: int) -> floa
 
 def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branching:
     """Tables and figures from the stored responses; writes branches.parquet, branches.csv and branches.json."""
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = stored_question(folder)
     branches = branching.branch_rates(branches_table(rows))
     spreads = branching.position_spreads(branches)
     tables = {
