@@ -227,9 +227,8 @@ def opening(driver: Any, path: Path) -> float:
 
 
 def show(cases: list[dict[str, Any]]) -> None:
-    table = Table(
-        "page", "tokens", "MB", "open s: min", "median", "max", "heap MB", "longest task ms: open", "scroll", "n"
-    )
+    head = ("page", "tokens", "MB", "open s: min", "median", "max", "heap MB", "longest task ms: open", "scroll", "n")
+    table = Table(*head, box=None)
     for case in cases:
         open_s = case["open_s"]
         tasks = (
