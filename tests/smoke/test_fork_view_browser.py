@@ -211,8 +211,9 @@ def test_search_reaches_what_is_not_drawn(browser: webdriver.Chrome, page: Path)
     look_for(browser, "so we")
     until(browser, lambda: matches(browser) != "")
     press(browser, Keys.SHIFT + Keys.ENTER, Keys.NULL)
+    until(browser, lambda: bool(held(browser)["seen"]))
     found = held(browser)
-    assert (found["prompt"], found["label"], found["index"], found["seen"]) == ("Problem 39", "Response 4", 56, True)
+    assert (found["prompt"], found["label"], found["index"]) == ("Problem 39", "Response 4", 56)
 
 
 def test_search_crosses_line_breaks_and_takes_signs_as_they_are(browser: webdriver.Chrome, page: Path) -> None:
@@ -276,7 +277,18 @@ def test_twenty_thousand_tokens_are_not_drawn_to_reach_the_last(browser: webdriv
 def test_print_has_every_token(browser: webdriver.Chrome, page: Path) -> None:
     open_page(browser, page)
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")
-    assert browser.execute_script("return document.querySelectorAll('#responses .t').length") == 40 * 30
+    assert browser.execute_script("return document.querySelectorAll('#responses .t').length") == 12 * 30
+
+
+def test_more_prompts_come_on_request(browser: webdriver.Chrome, page: Path) -> None:
+    open_page(browser, page)
+    for shown, left in ((12, "Show 12 more of 28"), (24, "Show 12 more of 16"), (36, "Show 4 more of 4")):
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".problem")) == shown
+        button = browser.find_element(By.ID, "more")
+        assert button.text == left
+        browser.execute_script("arguments[0].click()", button)
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".problem")) == 40
+    assert not browser.find_element(By.ID, "more").is_displayed()
 
 
 def test_strip_over_a_long_response_leads_to_a_fork_there(browser: webdriver.Chrome, long_page: Path) -> None:

@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "forkrl"
 NOUNS = {"types", "config", "errors"}
 LEAVES = {
-    "advantages", "arguments", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference", "report",
-    "rewards", "selectors", "threads", "token_stats", "tracking",
+    "advantages", "arguments", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference",
+    "report", "rewards", "selectors", "threads", "token_stats", "tracking",
 }  # fmt: skip
 STORES = {"checkpoint", "run_folder"}
 # Small leaves that other leaves stand on.
-SHARED = {"atomic": STORES, "processes": {"rewards"}, "intervals": {"analysis"}}
+SHARED = {"atomic": STORES | {"report"}, "processes": {"rewards"}, "intervals": {"analysis"}}
 
 
 def imports_of(part: str) -> set[str]:

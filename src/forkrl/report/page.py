@@ -6,9 +6,7 @@ A page is plain data (``Page``): commands fill it in, and only this module knows
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,7 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from forkrl.errors import UserError
+from forkrl.atomic import write_text
 from forkrl.report.colors import token_colors
 from forkrl.report.fork_data import fork_data
 from forkrl.report.fork_view import ForkView
@@ -102,22 +100,7 @@ def write_page(path: Path, page: Page) -> Path:
     Raises:
         UserError: the page cannot be written; an old one then stays as it was.
     """
-    text = render_page(page)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)  # os.replace: the old page or the new one, never half
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free space or mend permissions, then run the command again"
-        ) from None
+    write_text(path, render_page(page))
     return path
 
 

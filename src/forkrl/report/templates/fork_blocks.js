@@ -1,10 +1,11 @@
-// Drawing. Every prompt has its card in the page from the start, as an empty box of about the right height; what a box
-// holds is drawn when it comes near the screen, or when a jump needs it. A response is drawn in blocks of a few hundred
+// Drawing. A few prompts have their cards in the page at first, each an empty box of about the right height, and more
+// come on request; what a box holds is drawn when it comes near the screen, or when a jump needs it. A response is drawn in blocks of a few hundred
 // tokens, and blocks out of sight cost no layout (content-visibility): length does not slow the page down.
 const BLOCK_TOKENS = 250, BLOCK_MOST = 600, NEAR = "1200px 0px";
 const CHARACTER_WIDTH = 9.9, LINE_HEIGHT = 31.8, LONG_RESPONSE = 500; // pixels of .tokens; they need only be about right
 const list = find("responses");
-let cards = [];
+let cards = [], revealed = 0; // cards in the page: the first so many
+const CARDS_AT_ONCE = 12;
 const near = new Set(); // blocks
 const recordOf = new WeakMap(); // element -> its card or block
 
@@ -214,18 +215,31 @@ const makeCards = () => {
   near.clear();
   cards = promptsShown().map(makeCard);
   let above = 0;
-  for (const card of cards) {
+  for (const card of cards.slice(0, CARDS_AT_ONCE)) {
     if (above >= innerHeight) break;
     fill(card);
     above += 200;
   }
-  list.replaceChildren(...cards.map((card) => card.node));
-  for (const card of cards) arrivals.observe(card.node);
+  list.replaceChildren();
+  revealed = 0;
+  reveal(CARDS_AT_ONCE);
+};
+
+// Some cards at a time, on request: what stands below them on the page must stay within reach.
+const reveal = (count) => {
+  for (const card of cards.slice(revealed, count)) {
+    list.append(card.node);
+    arrivals.observe(card.node);
+  }
+  revealed = Math.min(Math.max(revealed, count), cards.length);
+  find("more").hidden = revealed === cards.length;
+  find("more").textContent = "Show " + Math.min(CARDS_AT_ONCE, cards.length - revealed) + " more of " + (cards.length - revealed).toLocaleString("en");
 };
 
 // The element of a token, drawn if it was not; null once its card is gone.
 const spanAt = (place) => {
   const card = cards[place.card];
+  if (place.card >= revealed) reveal(place.card + 1);
   fill(card);
   if (!responsesInSight(card.prompt).includes(place.response)) turnTo(card, place.response);
   const block = card.panes.find((pane) => pane.number === place.response).blocks.findLast((each) => each.start <= place.index);

@@ -174,11 +174,12 @@ addEventListener("scroll", () => {
   if (box.bottom < 0 || box.top > root.clientHeight) tip.hidden = true;
 }, { passive: true });
 root.addEventListener("recolour", repaint);
-addEventListener("beforeprint", () => cards.forEach((card) => {
+addEventListener("beforeprint", () => cards.slice(0, revealed).forEach((card) => {
   fill(card);
   for (const { blocks } of card.panes) blocks.forEach(draw);
 }));
 
+find("more").addEventListener("click", () => reveal(revealed + CARDS_AT_ONCE));
 find("next").addEventListener("click", () => jump(1));
 find("previous").addEventListener("click", () => jump(-1));
 find("next-tested").addEventListener("click", () => jump(1, isTested));

@@ -129,6 +129,21 @@ const release = () => {
   tip.hidden = true;
 };
 
+// Neither the toolbar nor, on a phone, the tip at the bottom may cover it.
+const bringIntoSight = (span) => {
+  const box = span.getBoundingClientRect();
+  const floor = getComputedStyle(tip).position === "fixed" ? tip.getBoundingClientRect().top : root.clientHeight - 170;
+  if (box.top < underBar() + 8 || box.bottom > floor - 8) scrollBy({ top: box.top - 0.5 * floor, behavior: "instant" });
+  placeTip();
+};
+
+// What is drawn because it came near may be of another height than was reserved: look again when it is.
+const settle = (span, frames) => requestAnimationFrame(() => {
+  if (held !== span) return;
+  bringIntoSight(span);
+  if (frames > 1) settle(span, frames - 1);
+});
+
 const hold = (place, { focus = true } = {}) => {
   release();
   const span = spanAt(place);
@@ -139,9 +154,6 @@ const hold = (place, { focus = true } = {}) => {
   span.setAttribute("aria-describedby", "tip");
   if (focus) span.focus({ preventScroll: true });
   describe(span);
-  // Neither the toolbar nor, on a phone, the tip at the bottom may cover it.
-  const box = span.getBoundingClientRect();
-  const floor = getComputedStyle(tip).position === "fixed" ? tip.getBoundingClientRect().top : root.clientHeight - 170;
-  if (box.top < underBar() + 8 || box.bottom > floor - 8) scrollBy({ top: box.top - 0.5 * floor, behavior: "instant" });
-  placeTip();
+  bringIntoSight(span);
+  settle(span, 4);
 };
