@@ -130,7 +130,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
 def run_analyze(arguments: argparse.Namespace) -> int:
     """``forkrl analyze``."""
-    from forkrl.commands.analyze import analyze_model, describe_analysis, write_analysis_report
+    from rich.console import Console
+
+    from forkrl.commands.analyze import analyze_model, coloured_sample, describe_analysis, write_analysis_report
 
     found = analyze_model(
         arguments.model,
@@ -145,6 +147,8 @@ def run_analyze(arguments: argparse.Namespace) -> int:
         min_count=arguments.min_count,
         out=arguments.out,
     )
+    if sys.stdout.isatty():
+        Console(highlight=False).print(coloured_sample(found))
     print(describe_analysis(found))
     print(f"report: {write_analysis_report(found)}")
     return 0

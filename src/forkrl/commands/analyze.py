@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Group
+from rich.text import Text
 
 from forkrl import analysis
 from forkrl.atomic import write_text
@@ -20,9 +22,11 @@ from forkrl.intervals import ClusterSums, Estimate
 from forkrl.progress import printable
 from forkrl.report.analysis_page import analysis_page
 from forkrl.report.page import write_page
+from forkrl.report.terminal import coloured_response, entropy_legend
 from forkrl.report.token_forks import choose_prompts, shown_prompts
 
 SCHEMA = "forkrl-analysis/1"
+SHOWN_IN_TERMINAL = 600  # tokens of a response
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,19 @@ def _outcomes(folder: Path) -> dict[str, Any]:
     }
     figures: dict[str, Any] = {name: None if value != value else value for name, value in values.items()}
     return figures | {"judged": len(judged), "verifier_failures": int((responses["failure"] != "").sum())}
+
+
+def coloured_sample(found: Analysis) -> Group:
+    """The first response, each token on the colour of its entropy, for a terminal."""
+    tokens = tokens_of_prompts(found.folder, [0])
+    rows = tokens[tokens["sample"] == 0].head(SHOWN_IN_TERMINAL)
+    more = int(rows["length"].iloc[0]) - len(rows)
+    prompt = read_responses(found.folder, ["prompt"], [0])["prompt"].iloc[0]
+    top = float(found.facts["max"])
+    response = coloured_response(rows["text"].astype(str).tolist(), rows["entropy"].tolist(), top=top)
+    if more > 0:
+        response.append(f" … {more:,} more tokens")
+    return Group(Text(printable(prompt), style="bold"), response, Text(), entropy_legend(top), Text())
 
 
 def write_analysis_report(found: Analysis) -> Path:

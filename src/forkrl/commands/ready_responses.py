@@ -14,7 +14,7 @@ from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.progress import progress
 
-PART_TOKENS = 1 << 16
+PART_TOKENS = 1 << 14
 """Tokens after which a part ends: what an interruption can cost."""
 
 
