@@ -92,7 +92,7 @@ class ClusterSums:
     """Means over tokens (or other small units) with intervals clustered by question, in constant memory.
 
     Questions are met one at a time; of each, only sums enter: a mean is a sum over a count, both random, and its
-    standard error is the delta method's, ``sqrt(C / (C - 1) * sum_c e_c^2)`` over ``C`` questions, with
+    standard error is the delta method's, ``sqrt(C / (C - 1) * sum_c e_c^2)`` over the ``C`` questions that count, with
     ``e_c = (y_c - mean * n_c) / sum(n)`` the pull of question c on the mean. The interval is Student's with C - 1
     degrees of freedom; with one question its ends are NaN.
 
@@ -101,14 +101,14 @@ class ClusterSums:
     """
 
     def __init__(self, width: int) -> None:
-        self.count = 0
+        self._questions = np.zeros(width)  # in which the sum is not 0
         self._sums = np.zeros(width)
         self._products = np.zeros((width, width))
 
     def add(self, sums: Sequence[float] | _Array) -> None:
         """The ``[width]`` sums of one question."""
         vector = np.asarray(sums, dtype=np.float64)
-        self.count += 1
+        self._questions += vector != 0
         self._sums += vector
         self._products += np.outer(vector, vector)
 
@@ -119,20 +119,23 @@ class ClusterSums:
     def mean(self, value: int, count: int) -> Estimate:
         """``sum(value) / sum(count)``; NaN where nothing was counted."""
         mean, pull = self._mean_and_pull(value, count)
-        return self._estimate(mean, pull)
+        return self._estimate(mean, pull, self._questions[count])
 
     def share(self, value: int, count: int) -> Estimate:
         """A mean of zeros and ones, with Wilson's interval at the effective sample size, as ``mean_with_interval``."""
         mean, pull = self._mean_and_pull(value, count)
         if math.isnan(mean):
             return Estimate(mean, math.nan, math.nan)
-        return _wilson(mean, _effective_size(mean, self._squared_error(pull), self.count, self._sums[count]))
+        questions = self._questions[count]
+        size = _effective_size(mean, self._squared_error(pull, questions), int(questions), self._sums[count])
+        return _wilson(mean, size)
 
     def difference(self, before: tuple[int, int], after: tuple[int, int]) -> Estimate:
         """The mean ``after`` minus the mean ``before``, pairs as in ``mean``; questions are shared, so it is paired."""
         mean_before, pull_before = self._mean_and_pull(*before)
         mean_after, pull_after = self._mean_and_pull(*after)
-        return self._estimate(mean_after - mean_before, pull_after - pull_before)
+        questions = min(self._questions[before[1]], self._questions[after[1]])
+        return self._estimate(mean_after - mean_before, pull_after - pull_before, questions)
 
     def _mean_and_pull(self, value: int, count: int) -> tuple[float, _Array]:
         """The mean, and the ``[width]`` weights with which a question's sums pull on it."""
@@ -144,16 +147,16 @@ class ClusterSums:
         pull[count] -= mean / self._sums[count]
         return mean, pull
 
-    def _estimate(self, mean: float, pull: _Array) -> Estimate:
-        if self.count < 2 or math.isnan(mean):
+    def _estimate(self, mean: float, pull: _Array, questions: float) -> Estimate:
+        if questions < 2 or math.isnan(mean):
             return Estimate(mean, math.nan, math.nan)
-        half = _student_quantile(self.count - 1) * math.sqrt(self._squared_error(pull))
+        half = _student_quantile(int(questions) - 1) * math.sqrt(self._squared_error(pull, questions))
         return Estimate(mean, mean - half, mean + half)
 
-    def _squared_error(self, pull: _Array) -> float:
-        """Of a mean with so many pulls; 0 with a single question, whose spread nobody knows."""
+    def _squared_error(self, pull: _Array, questions: float) -> float:
+        """Of a mean over so many questions with such pulls; 0 with a single one, whose spread nobody knows."""
         squares = max(float(pull @ self._products @ pull), 0.0)  # the pulls themselves sum to 0
-        return squares * self.count / max(self.count - 1, 1)
+        return squares * float(questions) / max(float(questions) - 1, 1)
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:

@@ -195,6 +195,20 @@ def test_clustered_means_over_tokens_by_hand() -> None:
     assert sums.difference((0, 1), (0, 1)) == (0.0, 0.0, 0.0)
 
 
+def test_questions_without_a_part_in_a_mean_do_not_narrow_its_interval() -> None:
+    sums, alone = ClusterSums(2), ClusterSums(2)
+    for value, count in ((1.0, 2.0), (6.0, 3.0)):
+        alone.add([value, count])
+        for vector in ([value, count], [0.0, 0.0], [0.0, 0.0]):
+            sums.add(vector)
+    assert sums.mean(0, 1) == pytest.approx(alone.mean(0, 1))
+    single = ClusterSums(2)
+    single.add([1.0, 2.0])
+    single.add([0.0, 0.0])
+    assert math.isnan(single.mean(0, 1).low)
+    assert single.share(0, 1).high > 0.9
+
+
 def test_clustered_means_cover_the_truth() -> None:
     rng = np.random.default_rng(5)
     covered = 0
