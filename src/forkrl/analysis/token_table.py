@@ -6,12 +6,13 @@ it). A row group holds whole responses, and the responses to one prompt follow e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 TOP = 5
@@ -56,6 +57,19 @@ def token_batches(tokens: Tokens, columns: Sequence[str]) -> Iterator[pd.DataFra
                 raise ValueError(f"{path}: the table of tokens has no column {', '.join(missing)}")
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=list(columns)).to_pandas()
+
+
+def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:
+    """The rows, with all columns, that belong to so many prompts (by ``prompt``, their number)."""
+    wanted = pa.array(sorted(numbers), pa.int32())
+    found = []
+    for path in part_paths(tokens):
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                # Filtered before it is a data frame: its lists would keep all of the row group alive.
+                found.append(table.filter(pc.is_in(table["prompt"], wanted)).combine_chunks())
+    return pa.concat_tables(found).unify_dictionaries().to_pandas()
 
 
 def part_paths(tokens: Path) -> list[Path]:

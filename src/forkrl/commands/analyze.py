@@ -13,8 +13,9 @@ from rich.console import Group
 from rich.text import Text
 
 from forkrl import analysis
+from forkrl.analysis.token_table import tokens_of_prompts
 from forkrl.atomic import write_text
-from forkrl.commands.collect_tokens import collect_tokens, make_request, tokens_of_prompts
+from forkrl.commands.collect_tokens import collect_tokens, make_request
 from forkrl.commands.token_parts import read_responses
 from forkrl.commands.work_folder import command_line, default_folder, stored_question, work_provenance
 from forkrl.errors import UserError
@@ -175,7 +176,7 @@ def _outcomes(folder: Path) -> dict[str, Any]:
 
 def coloured_sample(found: Analysis) -> Group:
     """The first response, each token on the colour of its entropy, for a terminal."""
-    tokens = tokens_of_prompts(found.folder, [0])
+    tokens = tokens_of_prompts(found.folder / "tokens", [0])
     rows = tokens[tokens["sample"] == 0].head(SHOWN_IN_TERMINAL)
     more = int(rows["length"].iloc[0]) - len(rows)
     prompt = read_responses(found.folder, ["prompt"], [0])["prompt"].iloc[0]
@@ -191,7 +192,7 @@ def write_analysis_report(found: Analysis) -> Path:
     per_response = found.tables["responses"]
     numbers = choose_prompts(per_response)
     responses = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
-    shown = shown_prompts(tokens_of_prompts(found.folder, numbers), responses)
+    shown = shown_prompts(tokens_of_prompts(found.folder / "tokens", numbers), responses)
     page = analysis_page(
         found.facts,
         found.tables,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-
-from forkrl.analysis import TOKEN_SCHEMA
-from forkrl.analysis.token_table import token_batches
 from forkrl.commands.ready_responses import ReadyResponses
 from forkrl.commands.subject import Subject, open_session, open_subject
 from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
@@ -109,12 +105,6 @@ def collect_tokens(folder: Path, request: Request, question: Mapping[str, Any]) 
         return _measure_ready(folder, request, request.responses, asked)
     _measure_generated(folder, request, asked)
     return []
-
-
-def tokens_of_prompts(folder: Path, numbers: Collection[int]) -> pd.DataFrame:
-    """The rows of the table of tokens that belong to so many prompts."""
-    batches = token_batches(folder / "tokens", TOKEN_SCHEMA.names)
-    return pd.concat([batch[batch["prompt"].isin(numbers)] for batch in batches], ignore_index=True)
 
 
 def _measure_generated(folder: Path, request: Request, asked: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from forkrl import analysis
 from forkrl.analysis.drift import change_table
 from forkrl.analysis.token_pass import Written, measure_responses
-from forkrl.analysis.token_table import part_paths, token_batches
+from forkrl.analysis.token_table import part_paths, token_batches, tokens_of_prompts
 from forkrl.atomic import write_text
 from forkrl.checkpoint import all_checkpoints
-from forkrl.commands.collect_tokens import Request, collect_tokens, make_request, tokens_of_prompts
+from forkrl.commands.collect_tokens import Request, collect_tokens, make_request
 from forkrl.commands.token_parts import read_responses, writing_parquet
 from forkrl.commands.work_folder import (
     command_line,
@@ -152,7 +152,7 @@ def write_drift_report(found: Drift) -> Path:
     names = [list(found.entropies)[i] for i in evenly_spaced(len(found.entropies), SHOWN_LAYERS)]
     numbers = choose_prompts(_lengths(found.folder), layers=len(names))
     rows = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
-    tokens = tokens_of_prompts(found.folder, numbers)
+    tokens = tokens_of_prompts(found.folder / "tokens", numbers)
     inside_N = pd.Series(_prompt_of_tokens(found.folder).numpy()).isin(numbers).to_numpy()
     for name in names:
         tokens[f"entropy of {name}"] = found.entropies[name].numpy()[inside_N]
