@@ -33,7 +33,7 @@ def test_known_distributions_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_agrees_with_fp64(dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("forkrl.analysis.measure.TILE_ELEMENTS", 101 * 7)  # several tiles, the last one short
+    monkeypatch.setattr("forkrl.analysis.measure.TILE_ELEMENTS_CPU", 101 * 7)  # several tiles, the last one short
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(30, 16, generator=generator).to(dtype)
     weight = torch.randn(101, 16, generator=generator).to(dtype)

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = 1 << 22
-"""Logits held at once: 16 MiB in fp32, 27 rows of a vocabulary of 150,000. Two or three such tiles coexist."""
+TILE_ELEMENTS_CPU = 1 << 22
+"""Logits held at once on a CPU: 16 MiB in fp32, 27 rows of a vocabulary of 150,000. Two or three such tiles coexist."""
+TILE_ELEMENTS = 1 << 25
+"""Logits held at once elsewhere: 128 MiB in fp32, so that kernels are few and large."""
 
 
 class TokenDetails(NamedTuple):
@@ -58,12 +60,24 @@ def token_details(
         )
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature} must be positive")
-    tile = max(TILE_ELEMENTS // len(weight), 1)
-    parts = [
-        _tile_details(hidden[start : start + tile], weight, targets[start : start + tile], bias, temperature, top)
-        for start in range(0, max(len(hidden), 1), tile)
-    ]
-    return TokenDetails(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    num_rows, num_top = len(hidden), min(top, len(weight))
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    # Before the first tile: small results that stay, allocated between large ones that go, would keep the allocator
+    # from ever using a tile's memory again (15 GB were seen for 8,000 rows of a vocabulary of 150,000).
+    found = TokenDetails(
+        entropy=hidden.new_empty(num_rows, dtype=dtype),
+        logprobs=hidden.new_empty(num_rows, dtype=dtype),
+        ranks=hidden.new_empty(num_rows, dtype=torch.int32),
+        top_ids=hidden.new_empty(num_rows, num_top, dtype=torch.int32),
+        top_probs=hidden.new_empty(num_rows, num_top, dtype=dtype),
+    )
+    tile = max((TILE_ELEMENTS_CPU if hidden.device.type == "cpu" else TILE_ELEMENTS) // len(weight), 1)
+    for start in range(0, num_rows, tile):
+        rows = slice(start, start + tile)
+        details = _tile_details(hidden[rows], weight, targets[rows], bias, temperature, num_top)
+        for column, part in zip(found, details, strict=True):
+            column[rows] = part
+    return found
 
 
 def _tile_details(
@@ -72,9 +86,9 @@ def _tile_details(
     logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V)
     log_p_RV = torch.log_softmax(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) / temperature, -1)
     logprobs_R1 = log_p_RV.gather(1, targets_R[:, None])
-    top_RK, ids_RK = log_p_RV.topk(min(top, log_p_RV.shape[1]), dim=1)
+    top_RK, ids_RK = log_p_RV.topk(top, dim=1)
     return TokenDetails(
-        entropy=torch.special.entr(log_p_RV.exp()).sum(1),
+        entropy=(log_p_RV.exp() * log_p_RV).sum(1).neg_().clamp_min_(0),
         logprobs=logprobs_R1[:, 0],
         ranks=((log_p_RV > logprobs_R1).sum(1) + 1).int(),
         top_ids=ids_RK.int(),
