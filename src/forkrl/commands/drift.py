@@ -163,10 +163,15 @@ def write_drift_report(found: Drift) -> Path:
         shown,
         names,
         notes=found.notes,
-        provenance=work_provenance(found.folder),
+        provenance=_provenance(found.folder),
         command=command_line(),
     )
     return write_page(found.folder / "report.html", page)
+
+
+def _provenance(folder: Path) -> list[tuple[str, str]]:
+    rows = [(key, value) for key, value in work_provenance(folder) if key != "checkpoints"]
+    return [*rows, *((name, path) for name, path, _ in stored_question(folder)["checkpoints"])]
 
 
 def _series(models: Sequence[str]) -> list[Checkpoint]:

@@ -132,7 +132,8 @@ def correct_against_incorrect(correctness: pd.DataFrame) -> Figure:
             _interval(axes, place, rows.iloc[place], column, color)
         axes.set_xticks([0, 1], ["correct", "incorrect"])
         axes.set_xlim(-0.6, 1.6)
-        finish(axes, label, bottom=0, xlabel="", legend=False)
+        axes.margins(y=0.25)
+        finish(axes, label, xlabel="", legend=False)
     right.yaxis.set_major_formatter(PERCENT)
     return figure
 
@@ -146,7 +147,7 @@ def density_against_correctness(density: pd.DataFrame) -> Figure:
     figure, (axes,) = panels(1)
     for place, row in density.iterrows():
         _interval(axes, int(place), row, "accuracy", BLUE)
-    names = [f"{100 * low:.0f}–{100 * high:.0f}%" for low, high in zip(density["low"], density["high"], strict=True)]
+    names = [f"{100 * low:.1f}–{100 * high:.1f}%" for low, high in zip(density["low"], density["high"], strict=True)]
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.yaxis.set_major_formatter(PERCENT)

@@ -13,6 +13,7 @@ from forkrl.report.fork_view import ForkView, Frame, ShownPrompt, View
 from forkrl.report.page import Card, Page
 from forkrl.report.sections import FigureSection, figure_section
 from forkrl.report.token_forks import describe_choice
+from forkrl.report.visible_text import visible_token
 
 TYPE_ROWS = 100
 
@@ -107,7 +108,7 @@ def _figures(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> li
                 f"Types of {word} mean entropy",
                 f"Token types seen at least {facts['min_count']} times ({len(types):,} of them); larger: {word}.",
                 analysis_figures.word_cloud(types, highest=highest),
-                end,
+                _with_marks(end, "text"),
                 f"types-{word}",
             )
         )
@@ -116,13 +117,18 @@ def _figures(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> li
             "What stands before a fork",
             f"Pairs of tokens seen at least {facts['min_count']} times, by the number of forks right after them.",
             None,
-            tables["contexts"].head(TYPE_ROWS),
+            _with_marks(tables["contexts"].head(TYPE_ROWS), "context"),
             "contexts",
             () if len(tables["contexts"]) else ("a pair of tokens seen so often (--min-count)",),
             open_table=True,
         )
     )
     return sections
+
+
+def _with_marks(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The table with a mark for every space of a text column: " 8" and "8" are different tokens."""
+    return table.assign(**{column: [visible_token(text).replace(" ", "␣") for text in table[column]]})
 
 
 def _correctness_figures(tables: Mapping[str, pd.DataFrame]) -> list[FigureSection]:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from forkrl.report.sampling import evenly_spaced
 from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, VERMILION, finish, panels
 
 
@@ -36,7 +37,7 @@ def overlap_curves(overlap: pd.DataFrame, ratio: float) -> Figure:
     axes.yaxis.set_major_formatter(PERCENT)
     _name_places(axes, overlap["checkpoint"].tolist())
     finish(axes, f"top {100 * ratio:g}% in common", xlabel="checkpoint")
-    axes.set_ylim(top=1.02)
+    axes.set_ylim(top=1.004)  # the marker at 100% whole, and no tick beyond it
     return figure
 
 
@@ -96,8 +97,8 @@ def _label_lines(axes: Axes, percentiles: pd.DataFrame, columns: Sequence[str]) 
 
 
 def _name_places(axes: Axes, names: Sequence[str]) -> None:
-    """Name at most eight of the places, both ends among them."""
-    shown = sorted({round(i * (len(names) - 1) / 7) for i in range(8)}) if len(names) > 8 else list(range(len(names)))
+    """Name at most six of the places, evenly spaced, both ends among them."""
+    shown = evenly_spaced(len(names), 6)
     axes.set_xticks(shown, [names[place] for place in shown])
     for label in axes.get_xticklabels():
         label.set_parse_math(False)
