@@ -204,7 +204,7 @@ READY: dict[str, list[dict[str, Any]]] = {
             "foreign.jsonl line 1: response does not tokenise back: from character 2 on 'Z3' becomes '<pad>3'; use the "
             "tokenizer of the model that wrote it, or give its token_ids",
         ),
-        (("--responses", "promptless.jsonl"), "line 1: prompt is NoneType, not text"),
+        (("--responses", "promptless.jsonl"), "line 1: prompt is missing, not text"),
         (("--responses", "nothing.jsonl"), "line 1: has no response (text) and no token_ids; it has prompt"),
         (("--responses", "ids.jsonl"), "line 1: token_ids is not a list of ids from 0 to 19"),
         (("--responses", "long.jsonl"), "line 1: prompt and response have 65 tokens, the model has 64 positions"),
@@ -212,7 +212,7 @@ READY: dict[str, list[dict[str, Any]]] = {
         (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
         (("--responses", "noprompt.jsonl"), "line 1: prompt has no tokens"),
         (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),
-        (("--responses", "recipe.toml"), "recipe.toml line 1: is not JSON"),
+        (("--responses", "recipe.toml"), "recipe.toml line 1 is not JSON"),
         (("--responses", "empty.jsonl", "--samples", "2"), "--samples: has no effect along with --responses"),
         (("--responses", "empty.jsonl", "seed=3"), "seed=3: has no effect along with --responses"),
         ((*DATA, "--skip-unusable"), "--skip-unusable: has no effect without --responses"),

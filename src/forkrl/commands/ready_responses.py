@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ from forkrl.analysis.token_rows import SourceResponse
 from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.progress import progress
+from forkrl.run_folder import encodable_text
+from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 
 PART_TOKENS = 1 << 14
 """Tokens after which a part ends: what an interruption can cost."""
@@ -44,11 +45,11 @@ class ReadyResponses:
     def __init__(self, path: Path, policy: Policy, *, skip_unusable: bool = False) -> None:
         self._path, self._policy = path, policy
         self.skipped: list[str] = []
-        by_prompt: dict[str, list[tuple[int, int]]] = {}
+        by_prompt: dict[tuple[str, str], list[tuple[int, int]]] = {}
         digest = hashlib.sha256()
         for row in progress(self._rows(skip_unusable), f"reading {path.name}"):
             length = len(row.response.written.response_ids)
-            by_prompt.setdefault(row.response.prompt_id, []).append((row.offset, length))
+            by_prompt.setdefault((row.response.prompt_id, row.response.prompt), []).append((row.offset, length))
             digest.update(repr((row.response.prompt, row.response.written, row.response.correct)).encode())
         self.fingerprint = digest.hexdigest()[:16]
         if not by_prompt:
@@ -85,20 +86,21 @@ class ReadyResponses:
             raise UserError(f"{self._path}: cannot be read ({error.strerror})") from None
 
     def _parse(self, line: bytes, place: str) -> SourceResponse:
-        values = _object(line, place)
+        values = json_object(line, place)
         prompt = values.get("prompt")
         if not isinstance(prompt, str):
-            raise UserError(
-                f"{place}: prompt is {type(prompt).__name__}, not text; give it exactly as the model read it"
-            )
-        prompt_ids = tuple(self._policy.tokenizer.encode(_text(prompt, "prompt", place)))
+            raise UserError(f"{place}: prompt is {kind_of(prompt)}, not text; give it exactly as the model read it")
+        require_characters(prompt, "prompt", place)
+        prompt_ids = tuple(self._policy.tokenizer.encode(prompt))
         if not prompt_ids:
             raise UserError(f"{place}: prompt has no tokens, so nothing predicts the first token of the response")
         response_ids, text = self._response(values, place)
         self._require_positions(len(prompt_ids) + len(response_ids), place)
         given_id = values.get("prompt_id")
         return SourceResponse(
-            prompt_id=str(given_id) if given_id is not None else hashlib.sha256(prompt.encode()).hexdigest()[:16],
+            prompt_id=encodable_text(str(given_id))
+            if given_id is not None
+            else hashlib.sha256(prompt.encode()).hexdigest()[:16],
             prompt=prompt,
             number=0,
             sample=0,
@@ -123,7 +125,8 @@ class ReadyResponses:
             )
         if not text:
             raise UserError(f"{place}: response is empty; remove the row")
-        ids = tuple(tokenizer.encode(_text(text, "response", place), add_special_tokens=False))
+        require_characters(text, "response", place)
+        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
         if back != text:
             at = next(
@@ -141,7 +144,7 @@ class ReadyResponses:
             raise UserError(f"{place}: prompt and response have {length} tokens, the model has {positions} positions")
 
 
-def _cut(by_prompt: dict[str, list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
+def _cut(by_prompt: dict[tuple[str, str], list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
     """Parts of whole prompts: (offset, number of the prompt, sample) of each response."""
     parts: list[list[tuple[int, int, int]]] = [[]]
     size = 0
@@ -153,26 +156,6 @@ def _cut(by_prompt: dict[str, list[tuple[int, int]]]) -> list[list[tuple[int, in
         parts[-1] += [(offset, number, sample) for sample, (offset, _) in enumerate(rows)]
         size += tokens
     return parts
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{place}: is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: is not JSON ({error}); each line must be one JSON object") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{place}: is no JSON object")
-    return values
-
-
-def _text(text: str, key: str, place: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: {key} holds half a surrogate pair, which is no character; repair the row") from None
-    return text
 
 
 def _correct(values: dict[str, Any], place: str) -> bool | None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
+from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, Task
 
 ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
@@ -131,7 +132,7 @@ def _question_content(config: TaskConfig, row: _Row) -> str | list[dict[str, str
     if isinstance(value, str):
         return _checked_text(value, config.prompt_column, row.place)
     if not isinstance(value, list):
-        raise UserError(f"{row.place}: {config.prompt_column} is {_kind(value)}, not text or a list of chat messages")
+        raise UserError(f"{row.place}: {config.prompt_column} is {kind_of(value)}, not text or a list of chat messages")
     if not config.chat_template:
         raise UserError(
             f"{row.place}: {config.prompt_column} is a list of chat messages; set task.chat_template = true, or take "
@@ -144,7 +145,7 @@ def _question_content(config: TaskConfig, row: _Row) -> str | list[dict[str, str
                 f"{row.place}: {config.prompt_column} holds {_short(message)}, which has no role and content"
             )
         if not isinstance(message["content"], str):
-            raise UserError(f"{row.place}: the content of a chat message is {_kind(message['content'])}, not text")
+            raise UserError(f"{row.place}: the content of a chat message is {kind_of(message['content'])}, not text")
         messages.append({"role": message["role"], "content": message["content"]})
     if not messages or messages[-1]["role"] != "user":
         raise UserError(f"{row.place}: the last chat message of {config.prompt_column} is not the user's")
@@ -165,19 +166,14 @@ def _answer_text(config: TaskConfig, row: _Row) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{row.place}: {config.answer_column} is {_kind(value)}, not text or a number")
+        raise UserError(f"{row.place}: {config.answer_column} is {kind_of(value)}, not text or a number")
     return _checked_text(value, config.answer_column, row.place)
 
 
 def _checked_text(text: str, column: str, place: str, *, may_be_empty: bool = False) -> str:
     if not text.strip() and not may_be_empty:
         raise UserError(f"{place}: {column} is empty; remove the row or fill it in")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{place}: {column} holds half a surrogate pair, which is no character; repair the row"
-        ) from None
+    require_characters(text, column, place)
     return text
 
 
@@ -272,21 +268,10 @@ def _read_jsonl(path: Path) -> Iterator[_Row]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _parse_line(line, f"{path.name} line {number}")
+                    place = f"{path.name} line {number}"
+                    yield _Row(place, json_object(line, place))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _parse_line(line: bytes, place: str) -> _Row:
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{place} is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{place} is {_kind(values)}, not a JSON object")
-    return _Row(place, values)
 
 
 def _read_parquet(config: TaskConfig, path: Path) -> Iterator[_Row]:
@@ -348,11 +333,6 @@ def _fingerprint(train: list[Prompt], held_out: list[Prompt]) -> str:
         for prompt in prompts:
             digest.update(json.dumps([prompt.id, prompt.text, prompt.answer]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "missing", bool: "true or false", dict: "an object", list: "a list", str: "text"}
-    return names.get(type(value), f"{value!r:.40} ({type(value).__name__})")
 
 
 def _short(value: Any) -> str:
