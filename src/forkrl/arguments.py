@@ -150,7 +150,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Where prompts come from; ``subject_overrides`` reads them."""
-    parser.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="take task and rollout settings from this recipe")
     parser.add_argument("--task", metavar="NAME", help="task.name: countdown, or dataset with --data")
     parser.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .parquet or a hub data set (task.data)")
 
@@ -158,14 +158,16 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command takes that samples so many responses to prompts."""
     add_task_arguments(parser)
-    parser.add_argument("--problems", type=int, help="prompts, from the first")
-    parser.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
+    parser.add_argument("--problems", type=int, metavar="N", help="prompts, from the first")
+    parser.add_argument("--samples", type=int, metavar="K", help="responses to each (default: eval.samples)")
 
 
 def add_response_arguments(parser: argparse.ArgumentParser) -> None:
     """What commands take besides that also read ready responses, and measure their tokens."""
     add_prompt_arguments(parser)
-    parser.add_argument("--temperature", type=float, help="of sampling, and of the distribution that is measured")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="of sampling, and of the distribution that is measured"
+    )
     parser.add_argument(
         "--responses", type=Path, metavar="FILE", help="ready responses (JSON lines); then nothing is generated"
     )
@@ -249,14 +251,16 @@ def add_drift(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     drift.add_argument(
-        "overrides", nargs="+", metavar="RUN | MODEL MODEL ...",
+        "overrides", nargs="+", metavar="RUN|MODEL",
         help="a run folder, or the models of a series, first to last; and section.key=value settings",
     )  # fmt: skip
     add_response_arguments(drift)
     drift.add_argument(
-        "--ratio", type=float, default=0.2, help="the top share whose overlap is measured (default: 0.2)"
+        "--ratio", type=float, default=0.2, metavar="R", help="the top share whose overlap is measured (default: 0.2)"
     )
-    drift.add_argument("--bins", type=int, default=20, help="percentile ranges of the change (default: 20)")
+    drift.add_argument(
+        "--bins", type=int, default=20, metavar="N", help="percentile ranges of the change (default: 20)"
+    )
     drift.set_defaults(command="drift", activity="the drift")
 
 
