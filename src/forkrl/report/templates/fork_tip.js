@@ -137,9 +137,10 @@ const bringIntoSight = (span) => {
   placeTip();
 };
 
-// What is drawn because it came near may be of another height than was reserved: look again when it is.
-const settle = (span, frames) => requestAnimationFrame(() => {
-  if (held !== span) return;
+// What is drawn because it came near may be of another height than was reserved: look again when it is, unless the
+// reader has scrolled on.
+const settle = (span, frames, left = scrollY) => requestAnimationFrame(() => {
+  if (held !== span || Math.abs(scrollY - left) > 1) return;
   bringIntoSight(span);
   if (frames > 1) settle(span, frames - 1);
 });
