@@ -154,6 +154,7 @@ def test_what_is_drawn_later_has_the_colours_of_the_checkpoint(browser: webdrive
     open_page(browser, page)
     press(browser, "n", "]")
     near = held(browser)["ground"]
+    press(browser, Keys.ESCAPE)  # a token in hand is kept in sight
     browser.execute_script("scrollTo(0, document.body.scrollHeight)")
     until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".problem:last-child .t.fork"))
     script = "return getComputedStyle(document.querySelector('.problem:last-child .t.fork')).backgroundColor"

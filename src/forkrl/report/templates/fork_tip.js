@@ -139,11 +139,13 @@ const bringIntoSight = (span) => {
 
 // What is drawn because it came near may be of another height than was reserved: look again when it is, unless the
 // reader has scrolled on.
-const settle = (span, frames, left = scrollY) => requestAnimationFrame(() => {
-  if (held !== span || Math.abs(scrollY - left) > 1) return;
+let settling = 0; // frames to go
+const settle = (span) => requestAnimationFrame(() => {
+  if (held !== span || settling-- <= 0) return;
   bringIntoSight(span);
-  if (frames > 1) settle(span, frames - 1);
+  settle(span);
 });
+for (const kind of ["wheel", "touchstart", "pointerdown", "keydown"]) addEventListener(kind, () => (settling = 0), { passive: true, capture: true });
 
 const hold = (place, { focus = true } = {}) => {
   release();
@@ -156,5 +158,6 @@ const hold = (place, { focus = true } = {}) => {
   if (focus) span.focus({ preventScroll: true });
   describe(span);
   bringIntoSight(span);
-  settle(span, 4);
+  settling = 4;
+  settle(span);
 };
