@@ -143,7 +143,8 @@ def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
     Raises:
         UserError: a file of one is missing or damaged.
     """
-    folders = dict(sorted(_step_folders(checkpoints).items()))
+    # A kill between two renames leaves a checkpoint under the name of what it was about to replace.
+    folders = dict(sorted((_step_folders(checkpoints, _REPLACED) | _step_folders(checkpoints)).items()))
     for folder in folders.values():
         verify_checkpoint(folder)
     return folders

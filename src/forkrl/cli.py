@@ -177,15 +177,20 @@ def run_branch(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def is_model(word: str) -> bool:
+    """Whether a word names a model and is no setting: folders of sweeps have ``=`` in their names."""
+    return "=" not in word or Path(word).is_dir()
+
+
 def run_drift(arguments: argparse.Namespace) -> int:
     """``forkrl drift``."""
     from forkrl.commands.drift import describe_drift, measure_drift, write_drift_report
 
     words = subject_overrides(arguments)
     found = measure_drift(
-        [word for word in words if "=" not in word],
+        [word for word in words if is_model(word)],
         recipe=arguments.recipe,
-        overrides=[word for word in words if "=" in word],
+        overrides=[word for word in words if not is_model(word)],
         responses=arguments.responses,
         skip_unusable=arguments.skip_unusable,
         problems=arguments.problems,

@@ -32,6 +32,11 @@ class Estimate(NamedTuple):
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
+def as_columns(name: str, estimate: Estimate) -> dict[str, float]:
+    """The estimate as three columns of a table: ``name``, ``name_low``, ``name_high``."""
+    return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
 def mean_with_interval(scores: Scores) -> Estimate:
     """Mean score with a Wilson interval at the effective sample size of the clustered standard error.
 

@@ -133,7 +133,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     model.eval()
     torch.nn.Module.to(model, pick_device(device))
     policy = Policy(model, tokenizer, config.precision)
-    _require_linear_head(policy, config.path)
+    require_linear_head(policy, config.path)
     return policy
 
 
@@ -170,7 +170,7 @@ def first_line(error: BaseException) -> str:
 
 
 @torch.no_grad()
-def _require_linear_head(policy: Policy, path: str) -> None:
+def require_linear_head(policy: Policy, path: str) -> None:
     """Refuse models whose logits are not ``hidden @ weight.T + bias``: ours would silently differ from theirs.
 
     The last hidden states are scaled up until the logits are large: near zero a soft cap is hardly felt.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from forkrl.analysis import entropy_summary, measure_tokens, token_details
 from forkrl.config import ModelConfig
+from forkrl.errors import UserError
 from forkrl.model import open_policy
 
 
@@ -76,3 +79,36 @@ def test_the_table_of_a_model_in_a_notebook_is_what_the_model_says() -> None:
     assert entropy_summary(frame)["value"]["tokens"] == 9
     with pytest.raises(ValueError, match="response 1: the response has no tokens"):
         measure_tokens(policy.model, policy.tokenizer, ["1", "1"], ["2", ""])
+
+
+def tiny_gemma() -> tuple[Any, Any]:
+    """A model that caps its logits softly, with the embedded tokenizer."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16, "bos_token_id": 1,
+    }  # fmt: skip
+    tokenizer = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu").tokenizer
+    return Gemma2ForCausalLM(Gemma2Config(**sizes)).eval(), tokenizer
+
+
+def test_a_notebooks_model_is_left_as_it_was_and_refused_where_its_logits_are_not_the_heads() -> None:
+    policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
+    policy.model.set_attn_implementation("sdpa")
+    measure_tokens(policy.model, policy.tokenizer, ["1 2 3:6?"], ["1+2"])
+    assert policy.model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="soft-capping"):
+        measure_tokens(*tiny_gemma(), ["1 2 3:6?"], ["1+2"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "says"),
+    [
+        ([], [], "no responses"),
+        (["1"], ["x"], "response 0: does not tokenise back"),
+        (["1"], ["1" * 512], "response 0: 513 tokens with its prompt, the model has 512 positions"),
+    ],
+)
+def test_what_a_notebook_cannot_have_measured(prompts: list[str], responses: list[str], says: str) -> None:
+    policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
+    with pytest.raises(ValueError, match=says):
+        measure_tokens(policy.model, policy.tokenizer, prompts, responses)

@@ -250,6 +250,8 @@ def test_another_question_in_the_same_folder_is_refused(own_world: World) -> Non
     ("argv", "says"),
     [
         (("model",), "model: is no run folder; name a run, or two models at least"),
+        (("seed=3",), "name a run, or two models at least"),
+        (("model", "model", *DATA, *SHORT), "model: is named twice"),
         (("run", "--ratio", "0"), "--ratio 0.0: a share above 0, at most 1"),
         (("run", "--bins", "0"), "--bins 0: at least 1"),
         (
@@ -267,3 +269,58 @@ def test_bad_drifts_are_refused_in_a_line(world: World, run: Run, argv: tuple[st
     outcome = world.run("drift", *argv, "--out", f"refused-drift-{len(says)}")
     assert outcome.code == 2, outcome
     assert says in outcome.line
+
+
+def test_another_model_at_the_same_path_is_another_question(own_world: World) -> None:
+    from safetensors.torch import load_file, save_file
+
+    analyzed(own_world, "model", *DATA, *SHORT, "--problems", "2")
+    path = own_world.folder / "model/model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.0.self_attn.q_proj.weight"] += 0.01
+    save_file(weights, path, {"format": "pt"})
+    outcome = own_world.run("analyze", "model", *DATA, *SHORT, "--problems", "2", "--out", "found")
+    assert outcome.code == 2
+    assert "another question (fingerprint = " in outcome.line
+
+
+def test_other_prompt_ids_are_another_question(own_world: World) -> None:
+    path = own_world.folder / "ready.jsonl"
+    write_lines(path, [{"prompt": "1+", "response": "1", "prompt_id": name} for name in ("a", "a")])
+    analyzed(own_world, "model", "--responses", "ready.jsonl", "runtime.device=cpu")
+    write_lines(path, [{"prompt": "1+", "response": "1", "prompt_id": name} for name in ("a", "b")])
+    outcome = own_world.run("analyze", "model", "--responses", "ready.jsonl", "runtime.device=cpu", "--out", "found")
+    assert outcome.code == 2
+    assert "another question (data = " in outcome.line
+
+
+@pytest.mark.parametrize("table", ["tokens", "responses"])
+def test_a_damaged_part_is_named_and_a_missing_one_made_anew(own_world: World, table: str) -> None:
+    command = ("model", *DATA, *SHORT, *SMALL, "--samples", "2")
+    whole = analyzed(own_world, *command)
+    part = own_world.folder / f"found/{table}/part-00003.parquet"
+    kept = part.read_bytes()
+    part.write_bytes(kept[:-20])
+    outcome = own_world.run("analyze", *command, "--out", "found")
+    assert outcome.code == 2
+    assert f"found/{table}/part-00003.parquet: cannot be read" in outcome.stderr.splitlines()[-1]
+    part.unlink()
+    assert analyzed(own_world, *command)["percentile_80"] == whole["percentile_80"]
+    assert part.read_bytes() == kept
+
+
+def test_drift_of_a_model_and_a_run_and_of_folders_named_like_settings(world: World, run: Run) -> None:
+    make_model(world.folder / "lr=1e-3", num_hidden_layers=1)
+    argv = ("drift", "lr=1e-3", "run", "--problems", "2", "--out", "mixed", "--bins", "2")
+    outcome = world.run(*argv)
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads((world.folder / "mixed/drift.json").read_text())["checkpoints"] == ["lr=1e-3", "run"]
+
+
+def test_drift_finds_a_checkpoint_under_the_name_a_kill_left_it(own_world: World) -> None:
+    run = own_world.trained("run", "training.steps=2", "checkpoint.every=1", "checkpoint.keep=9")
+    (run.folder / "checkpoints/step-2").rename(run.folder / "checkpoints/.replaced-step-2")
+    outcome = own_world.run("drift", "run", "--problems", "2", "--out", "found", "--bins", "2")
+    assert outcome.code == 0, outcome.stderr
+    facts = json.loads((own_world.folder / "found/drift.json").read_text())
+    assert facts["checkpoints"] == ["step 0", "step 1", "step 2"]

@@ -131,3 +131,21 @@ def test_percentile_table_by_hand() -> None:
 def test_what_cannot_be_measured_is_refused(call: object, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call()  # type: ignore[operator]
+
+
+def test_an_overlap_has_one_interval_whichever_comes_first() -> None:
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.arange(600) // 20
+    first = torch.rand(600, generator=generator)
+    last = (first + torch.rand(600, generator=generator) * (1 + prompts / 10)) / 2
+    table = overlap_table({"first": first, "last": last}, prompts)
+    columns = ["", "_low", "_high"]
+    forwards = [table["with_last" + end].iloc[0] for end in columns]
+    assert forwards == pytest.approx([table["with_first" + end].iloc[1] for end in columns])
+    rng = np.random.default_rng(0)
+    resampled = []
+    for _ in range(400):
+        rows = np.concatenate([np.flatnonzero(prompts.numpy() == p) for p in rng.integers(0, 30, 30)])
+        resampled.append(overlap_ratio(first[rows], last[rows], torch.ones(len(rows), dtype=torch.bool)))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    assert 0.9 <= (forwards[2] - forwards[1]) / (high - low) <= 1.5  # at most a little wide

@@ -208,3 +208,10 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         analysis.entropy_summary(TWO_PROMPTS.drop(columns="entropy"))
     with pytest.raises(ValueError, match="holds no part"):
         analysis.entropy_summary(tmp_path)
+
+
+def test_every_table_compares_with_a_threshold_alike() -> None:
+    frame = token_frame([(0, [1, 2], [0.1, 0.1], True)]).astype({"entropy": np.float32})  # a little above 0.1
+    assert analysis.response_table(frame, 0.1)["forks"].tolist() == [2]
+    assert analysis.token_types(frame, 1, 0.1)["fork_share"].tolist() == [1.0, 1.0]
+    assert analysis.fork_positions(frame, 0.1, bins=1)["fork_share"].tolist() == [1.0]

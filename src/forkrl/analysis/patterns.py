@@ -16,11 +16,10 @@ import pandas as pd
 
 from forkrl.analysis.quantiles import exact_quantiles
 from forkrl.analysis.token_table import Tokens, token_batches
-from forkrl.intervals import ClusterSums, Estimate
+from forkrl.intervals import ClusterSums, Estimate, as_columns
 
 LOW_ENTROPY = 0.01
 """Nats. The paper finds 50.64% of the tokens of Qwen3-8B below it."""
-FORK_PERCENTILE = 80.0
 PAPER = {"share_below_0.01": 0.5064, "percentile_80": 0.672}
 _PERCENTILES = (5, 25, 50, 75, 80, 90, 95, 99)
 
@@ -128,8 +127,8 @@ def fork_positions(tokens: Tokens, threshold: float, bins: int = 20) -> pd.DataF
             "low": index / bins,
             "high": (index + 1) / bins,
             "tokens": int(sums.total(3 * index)),
-            **_columns("fork_share", sums.share(3 * index + 1, 3 * index)),
-            **_columns("mean_entropy", sums.mean(3 * index + 2, 3 * index)),
+            **as_columns("fork_share", sums.share(3 * index + 1, 3 * index)),
+            **as_columns("mean_entropy", sums.mean(3 * index + 2, 3 * index)),
         }
         for index in range(bins)
     ]
@@ -181,7 +180,7 @@ def response_table(tokens: Tokens, threshold: float) -> pd.DataFrame:
     """
     parts = []
     for frame in token_batches(tokens, ["prompt", "sample", "length", "entropy", "correct"]):
-        whole = frame.assign(fork=frame["entropy"] > threshold)
+        whole = frame.assign(fork=frame["entropy"].astype(np.float64) > threshold)
         grouped = whole.groupby(["prompt", "sample"], sort=False, observed=True)
         found = grouped.agg(
             length=("length", "first"),
@@ -222,7 +221,7 @@ def density_against_correctness(responses: pd.DataFrame, bins: int = 5) -> pd.Da
                 "low": float(density.min()),
                 "high": float(density.max()),
                 "responses": int(inside.sum()),
-                **_columns("accuracy", sums.share(0, 1)),
+                **as_columns("accuracy", sums.share(0, 1)),
             }
         )
     return pd.DataFrame(rows)
@@ -267,15 +266,11 @@ def _verdicts(frame: pd.DataFrame) -> npt.NDArray[np.int64]:
     return np.where(correct.isna(), -1, correct.fillna(False).astype(bool).astype(np.int64))
 
 
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
-
 def _row(name: str, count: float, tokens: float, entropy: Estimate, forks: Estimate) -> dict[str, str | float]:
     return {
         "responses": name,
         "count": count,
         "tokens": tokens,
-        **_columns("mean_entropy", entropy),
-        **_columns("fork_share", forks),
+        **as_columns("mean_entropy", entropy),
+        **as_columns("fork_share", forks),
     }

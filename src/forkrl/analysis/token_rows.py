@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from forkrl.analysis.measure import TokenDetails
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import TOKEN_SCHEMA, TOP
-from forkrl.model import Policy
+from forkrl.model import Policy, require_linear_head
 from forkrl.replicas import Replicas
 from forkrl.run_folder import encodable_text
 
@@ -55,24 +55,45 @@ def measure_tokens(
         Rows of ``TOKEN_SCHEMA``, by prompt, sample and position: what every function of this package takes.
 
     Raises:
-        ValueError: lengths differ, or a prompt or response has no tokens.
+        UserError: the model transforms its logits after the output embedding (soft-capping), or they are not finite.
+        ValueError: lengths differ, there are no responses, or one has no tokens, does not tokenise back, or is longer
+            than the model has positions for.
     """
     known = [None] * len(prompts) if correct is None else list(correct)
-    numbers: dict[str, int] = {}
+    if not prompts:
+        raise ValueError("there are no responses to measure")
     rows: list[SourceResponse] = []
+    seen: dict[str, list[int]] = {}  # of each prompt its number, and how many responses it has so far
     for place, (prompt, text, verdict) in enumerate(zip(prompts, responses, known, strict=True)):
-        number = numbers.setdefault(prompt, len(numbers))
-        prompt_ids = tuple(tokenizer.encode(prompt))
-        response_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-        if not prompt_ids or not response_ids:
-            raise ValueError(f"response {place}: {'the prompt' if not prompt_ids else 'the response'} has no tokens")
-        written = Written(prompt_ids, response_ids)
-        sample = sum(row.number == number for row in rows)
-        rows.append(SourceResponse(str(number), prompt, number, sample, text, written, None, verdict))
+        written = _tokenised(model, tokenizer, prompt, text, place)
+        count = seen.setdefault(prompt, [len(seen), 0])
+        rows.append(SourceResponse(str(count[0]), prompt, count[0], count[1], text, written, None, verdict))
+        count[1] += 1
     rows.sort(key=lambda row: (row.number, row.sample))
-    with Replicas(Policy(model, tokenizer)) as replicas:
-        details = measure_responses(replicas, [row.written for row in rows], temperature=temperature, top=TOP)
+    attention = model.config._attn_implementation
+    try:
+        policy = Policy(model, tokenizer)
+        require_linear_head(policy, model.config.name_or_path or type(model).__name__)
+        with Replicas(policy) as replicas:
+            details = measure_responses(replicas, [row.written for row in rows], temperature=temperature, top=TOP)
+    finally:
+        model.set_attn_implementation(attention)  # the model is the caller's
     return token_rows(rows, details, TokenTexts(tokenizer)).to_pandas()
+
+
+def _tokenised(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, place: int
+) -> Written:
+    written = Written(tuple(tokenizer.encode(prompt)), tuple(tokenizer.encode(text, add_special_tokens=False)))
+    if not written.prompt_ids or not written.response_ids:
+        raise ValueError(f"response {place}: {'the response' if written.prompt_ids else 'the prompt'} has no tokens")
+    if tokenizer.decode(list(written.response_ids), clean_up_tokenization_spaces=False) != text:
+        raise ValueError(f"response {place}: does not tokenise back; another tokenizer wrote it")
+    length = len(written.prompt_ids) + len(written.response_ids)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(f"response {place}: {length} tokens with its prompt, the model has {positions} positions")
+    return written
 
 
 def token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails], texts: TokenTexts) -> pa.Table:

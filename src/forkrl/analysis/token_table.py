@@ -7,6 +7,7 @@ it). A row group holds whole responses, and the responses to one prompt follow e
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,6 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from forkrl.errors import UserError
 
 TOP = 5
 """Alternatives kept of each position."""
@@ -52,7 +55,7 @@ def token_batches(tokens: Tokens, columns: Sequence[str]) -> Iterator[pd.DataFra
         yield tokens
         return
     for path in part_paths(Path(tokens)):
-        with pq.ParquetFile(path) as file:
+        with reading_parquet(path), pq.ParquetFile(path) as file:
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise ValueError(f"{path}: the table of tokens has no column {', '.join(missing)}")
             for group in range(file.num_row_groups):
@@ -64,12 +67,28 @@ def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:
     wanted = pa.array(sorted(numbers), pa.int32())
     found = []
     for path in part_paths(tokens):
-        with pq.ParquetFile(path) as file:
+        with reading_parquet(path), pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group)
                 # Filtered before it is a data frame: its lists would keep all of the row group alive.
                 found.append(table.filter(pc.is_in(table["prompt"], wanted)).combine_chunks())
     return pa.concat_tables(found).unify_dictionaries().to_pandas()
+
+
+@contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Turn what a damaged part provokes into one line for the user.
+
+    Raises:
+        UserError: names the part, and how to make it anew.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{path}: cannot be read ({reason}); remove it and give the same command again, which makes it anew"
+        ) from error
 
 
 def part_paths(tokens: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from forkrl.analysis.branching import choose_positions
 from forkrl.analysis.measure import TokenDetails
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_rows import TokenTexts
+from forkrl.analysis.token_table import reading_parquet
 from forkrl.atomic import write_bytes
 from forkrl.commands.subject import Session
 from forkrl.evaluation.held_out import evaluation_sampling, sample_and_score
@@ -116,9 +117,9 @@ def _holds(path: Path, prompts: Sequence[Prompt]) -> bool:
     """Whether a part is there with these prompts, and perhaps with more after them."""
     if not path.exists():
         return False
-    found = {
-        row["prompt"]: row["prompt_id"] for row in pq.read_table(path, columns=["prompt", "prompt_id"]).to_pylist()
-    }
+    with reading_parquet(path):
+        rows = pq.read_table(path, columns=["prompt", "prompt_id"]).to_pylist()
+    found = {row["prompt"]: row["prompt_id"] for row in rows}
     return list(found.values())[: len(prompts)] == [encodable_text(prompt.id) for prompt in prompts]
 
 
@@ -137,7 +138,10 @@ def write_part(folder: Path, index: int, first: int, rows: Sequence[dict[str, An
 def read_parts(folder: Path, size: int, num_prompts: int) -> list[dict[str, Any]]:
     """The rows of the first so many prompts, in order, from parts of ``size`` prompts."""
     paths = [part_path(folder, index) for index in range(-(-num_prompts // size))]
-    rows = [row for path in paths for row in pq.read_table(path, schema=PART_SCHEMA).to_pylist()]
+    rows = []
+    for path in paths:
+        with reading_parquet(path):
+            rows += pq.read_table(path, schema=PART_SCHEMA).to_pylist()
     return [row for row in rows if row["prompt"] < num_prompts]
 
 

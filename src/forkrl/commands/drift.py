@@ -17,15 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from forkrl import analysis
 from forkrl.analysis.drift import change_table
 from forkrl.analysis.token_pass import Written, measure_responses
-from forkrl.analysis.token_table import part_paths, token_batches, tokens_of_prompts
+from forkrl.analysis.token_table import part_paths, reading_parquet, token_batches, tokens_of_prompts
 from forkrl.atomic import write_text
 from forkrl.checkpoint import all_checkpoints
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request
+from forkrl.commands.subject import newest_checkpoint
 from forkrl.commands.token_parts import read_responses, writing_parquet
 from forkrl.commands.work_folder import (
     command_line,
@@ -37,7 +38,7 @@ from forkrl.commands.work_folder import (
 )
 from forkrl.config import ModelConfig, TrainConfig, parse_recipe
 from forkrl.errors import UserError
-from forkrl.model import Policy, model_location, open_policy
+from forkrl.model import first_line, model_location, open_policy
 from forkrl.progress import progress
 from forkrl.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
@@ -108,6 +109,7 @@ def measure_drift(
     if bins < 1:
         raise UserError(f"--bins {bins}: at least 1")
     series = _series(models)
+    _require_one_vocabulary(series)
     final = models[0] if len(models) == 1 else models[-1]
     request = make_request(
         final,
@@ -175,17 +177,28 @@ def _provenance(folder: Path) -> list[tuple[str, str]]:
 
 
 def _series(models: Sequence[str]) -> list[Checkpoint]:
-    """The models to compare, in the order of training."""
-    if len(models) > 1:
-        short = [Path(model.rstrip("/")).name for model in models]
-        repeated = {name for name, count in Counter(short).items() if count > 1}
-        return [
-            Checkpoint(model if name in repeated else name, model) for name, model in zip(short, models, strict=True)
-        ]
-    folder = Path(models[0])
+    """The models to compare, in the order of training; a run among several stands for its newest checkpoint."""
+    if not models:
+        raise UserError("name a run, or two models at least, the first to the last of training")
+    if len(models) == 1:
+        return _series_of_run(Path(models[0]))
+    if repeated := [model for model, count in Counter(models).items() if count > 1]:
+        raise UserError(f"{repeated[0]}: is named twice; every model of a series is another one")
+    short = Counter(Path(model).name for model in models)
+    return [
+        Checkpoint(
+            name=Path(model).name if short[Path(model).name] == 1 else model,
+            path=newest_checkpoint(Path(model)) if (Path(model) / "config.toml").is_file() else model,
+        )
+        for model in models
+    ]
+
+
+def _series_of_run(folder: Path) -> list[Checkpoint]:
+    """The model that the run started from, and all its checkpoints."""
     if not (folder / "config.toml").is_file():
         raise UserError(
-            f"{models[0]}: is no run folder; name a run, or two models at least, the first to the last of training"
+            f"{folder}: is no run folder; name a run, or two models at least, the first to the last of training"
         )
     config = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml")).model
     steps = [Checkpoint(f"step {step}", str(path)) for step, path in all_checkpoints(folder / "checkpoints").items()]
@@ -195,11 +208,35 @@ def _series(models: Sequence[str]) -> list[Checkpoint]:
     return [*start, *steps]
 
 
+def _require_one_vocabulary(series: Sequence[Checkpoint]) -> None:
+    """Refuse, before any work, checkpoints that read other tokens than the last one writes."""
+    last = series[-1]
+    there = _vocabulary(last)
+    for checkpoint in series[:-1]:
+        here = _vocabulary(checkpoint)
+        if here != there:
+            token = min(here.items() ^ there.items(), key=lambda item: (item[1], item[0]))
+            raise UserError(
+                f"{checkpoint.path}: another vocabulary than that of {last.path} ({len(here)} tokens against "
+                f"{len(there)}, the first difference at token {token[1]}); drift compares checkpoints on the same "
+                f"tokens, so leave it out"
+            )
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_location(checkpoint.path), revision=checkpoint.revision)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
+        raise UserError(f"{checkpoint.path}: its tokenizer cannot be opened ({first_line(error)})") from error
+    return dict(tokenizer.get_vocab())
+
+
 def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Request) -> None:
     """Write ``entropies/N/part-*.parquet``, a value a token, of every checkpoint but the last, which wrote them."""
     config = request.subject.config
     parts = part_paths(folder / "responses")
-    final_tokenizer = None
     for place, checkpoint in enumerate(series[:-1]):
         target = folder / "entropies" / str(place)
         target.mkdir(parents=True, exist_ok=True)
@@ -208,33 +245,15 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Re
             continue
         model = ModelConfig(path=checkpoint.path, revision=checkpoint.revision, precision=config.model.precision)
         policy = open_policy(model, config.runtime.device)
-        final_tokenizer = final_tokenizer or _tokenizer_of(series[-1])
-        _require_same_vocabulary(policy, checkpoint, final_tokenizer, series[-1])
         with open_replicas(policy, None, config.runtime) as replicas:
             for path in progress(missing, f"measuring {checkpoint.name} ({place + 1} of {len(series) - 1})"):
-                rows = pq.read_table(path, columns=["prompt_token_ids", "token_ids"]).to_pydict()
+                with reading_parquet(path):
+                    rows = pq.read_table(path, columns=["prompt_token_ids", "token_ids"]).to_pydict()
                 written = [Written(tuple(p), tuple(r)) for p, r in zip(*rows.values(), strict=True)]
                 details = measure_responses(replicas, written, temperature=request.temperature or 1.0, top=0)
                 with writing_parquet(target / path.name, _ENTROPY) as writer:
                     entropy_N = torch.cat([detail.entropy for detail in details]).float().numpy()
                     writer.write_table(pa.table({"entropy": entropy_N}, schema=_ENTROPY))
-
-
-def _tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model_location(checkpoint.path), revision=checkpoint.revision)
-
-
-def _require_same_vocabulary(
-    policy: Policy, checkpoint: Checkpoint, final: PreTrainedTokenizerBase, last: Checkpoint
-) -> None:
-    here, there = policy.tokenizer.get_vocab(), final.get_vocab()
-    if here == there:
-        return
-    token = min(here.items() ^ there.items(), key=lambda item: (item[1], item[0]))
-    raise UserError(
-        f"{checkpoint.path}: another vocabulary than that of {last.path} ({len(here)} tokens against {len(there)}, the "
-        f"first difference at token {token[1]}); drift compares checkpoints on the same tokens, so leave it out"
-    )
 
 
 def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: int, notes: list[str]) -> Drift:

@@ -50,7 +50,7 @@ class ReadyResponses:
         for row in progress(self._rows(skip_unusable), f"reading {path.name}"):
             length = len(row.response.written.response_ids)
             by_prompt.setdefault((row.response.prompt_id, row.response.prompt), []).append((row.offset, length))
-            digest.update(repr((row.response.prompt, row.response.written, row.response.correct)).encode())
+            digest.update(repr((row.response.prompt_id, row.response.written, row.response.correct)).encode())
         self.fingerprint = digest.hexdigest()[:16]
         if not by_prompt:
             raise UserError(

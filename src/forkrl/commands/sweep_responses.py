@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from forkrl.analysis.quantiles import exact_quantiles
 from forkrl.analysis.temperatures import BASELINE, FORK_FRACTION, Setting, ends_in_loop, holds_no_text
+from forkrl.analysis.token_table import reading_parquet
 from forkrl.atomic import write_bytes
-from forkrl.errors import UserError
 from forkrl.run_folder import encodable_text
 from forkrl.types import Rollout, RolloutGroup
 
@@ -94,11 +94,8 @@ class SweepResponses:
 
     def _read(self, setting: Setting, columns: list[str], filters: Any = None) -> pd.DataFrame:
         path = self._path(setting)
-        try:
+        with reading_parquet(path):
             frame: pd.DataFrame = pq.read_table(path, columns=columns, filters=filters).to_pandas()
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: cannot be read ({reason}); delete it, and the same command samples it") from error
         return frame
 
     def _path(self, setting: Setting) -> Path:

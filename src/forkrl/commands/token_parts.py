@@ -20,7 +20,7 @@ import torch
 from forkrl.analysis import TOKEN_SCHEMA
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_rows import SourceResponse, TokenTexts, token_rows
-from forkrl.analysis.token_table import TOP
+from forkrl.analysis.token_table import TOP, part_paths, reading_parquet
 from forkrl.atomic import explained_write_errors, fsync, temporary_beside
 from forkrl.commands.subject import Session
 from forkrl.evaluation.held_out import evaluation_sampling, score_groups
@@ -98,9 +98,12 @@ class GeneratedResponses:
 
 def write_missing_parts(folder: Path, source: ResponseSource, replicas: Replicas, temperature: float) -> None:
     """Measure and write the parts that are not there yet, with progress and time left."""
-    for name in ("tokens", "responses"):
-        (folder / name).mkdir(exist_ok=True)
-    missing = [index for index in range(source.num_parts) if not _path(folder, "responses", index).exists()]
+    tables = ("tokens", "responses")
+    for table in tables:
+        (folder / table).mkdir(exist_ok=True)
+    missing = [
+        index for index in range(source.num_parts) if not all(_path(folder, table, index).exists() for table in tables)
+    ]
     if 0 < len(missing) < source.num_parts:
         print(f"{source.num_parts - len(missing)} of {source.num_parts} parts are in {folder} already", flush=True)
     texts = TokenTexts(replicas.policy.tokenizer)
@@ -121,7 +124,11 @@ def read_responses(
     """The table of responses: all of it, or some columns, or those to some prompts."""
     chosen = None if numbers is None else [("number", "in", list(numbers))]
     names = None if columns is None else list(columns)
-    return pq.read_table(folder / "responses", columns=names, filters=chosen).to_pandas()
+    frames = []
+    for path in part_paths(folder / "responses"):
+        with reading_parquet(path):
+            frames.append(pq.read_table(path, columns=names, filters=chosen).to_pandas())
+    return pd.concat(frames, ignore_index=True)
 
 
 def _groups(responses: Sequence[SourceResponse]) -> Iterator[list[SourceResponse]]:
@@ -167,8 +174,12 @@ def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]
     """A Parquet writer whose file appears at ``path`` all at once, when everything is in it."""
     temporary = temporary_beside(path)
     with explained_write_errors(path):
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            yield writer
-        fsync(temporary)
-        temporary.replace(path)
+        try:
+            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                yield writer
+            fsync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         fsync(path.parent)

@@ -25,10 +25,11 @@ import forkrl
 from forkrl.atomic import explained_write_errors, temporary_beside, write_text
 from forkrl.errors import UserError
 from forkrl.model import model_location
+from forkrl.progress import progress
 from forkrl.run_folder import LOCK, lock_folder
 
 SETTINGS = "settings.json"
-_EDGE_BYTES = 1 << 20
+_MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*.json")
 
 
 def default_folder(model: str, command: str) -> Path:
@@ -71,20 +72,19 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def weights_fingerprint(path: str) -> str:
-    """Changes with the weights of a local model: a hash over sizes and ends of its safetensors files.
+    """Changes with a local model: a hash of its weights, configuration and tokenizer, all of their bytes.
 
     A hub model is known by its name and revision; its fingerprint is empty.
     """
     folder = Path(model_location(path))
+    if not folder.is_dir():
+        return ""
     digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    for file in files:
-        size = file.stat().st_size
+    files = sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern))
+    for file in progress(files, f"reading {folder.name}"):
         with file.open("rb") as stream:
-            digest.update(f"{file.name} {size}\n".encode() + stream.read(_EDGE_BYTES))
-            stream.seek(max(size - _EDGE_BYTES, 0))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16] if files else ""
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def work_provenance(folder: Path) -> list[tuple[str, str]]:
@@ -130,6 +130,11 @@ def _require_question(path: Path, question: dict[str, Any]) -> None:
     if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
         key = changed[0]
         raise UserError(
-            f"{path}: holds the answer to another question ({key} = {stored.get(key)!r}, now {asked.get(key)!r}); "
-            f"name another folder with --out, or remove this one"
+            f"{path}: holds the answer to another question ({key} = {_short(stored.get(key))}, now "
+            f"{_short(asked.get(key))}); name another folder with --out, or remove this one"
         )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"

@@ -31,8 +31,10 @@ def top_entropy(entropy: Iterable[float]) -> float:
 
 
 def color_bin(entropy: float, top: float) -> int:
-    """Which of the ``COLOR_BINS`` an entropy falls in when ``top`` (nats, above 0) has the last; never out of range."""
-    return min(COLOR_BINS - 1, round(max(entropy, 0.0) / top * (COLOR_BINS - 1)))
+    """Which of the ``COLOR_BINS`` an entropy falls in when ``top`` (nats) has the last; never out of range."""
+    if entropy <= 0:
+        return 0
+    return min(COLOR_BINS - 1, round(min(entropy / top, 1.0) * (COLOR_BINS - 1))) if top > 0 else COLOR_BINS - 1
 
 
 def token_colors(bins: int = COLOR_BINS) -> str:

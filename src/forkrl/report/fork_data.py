@@ -6,6 +6,7 @@ number, and entropies and log-probs are whole numbers of 0.1 millinats. The page
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -62,7 +63,7 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     return {
         "bins": COLOR_BINS,
         "scale": top_entropy(chain.from_iterable(layers)),
-        "mark": None if forks.mark is None else round(forks.mark * PER_NAT),
+        "mark": None if forks.mark is None else math.floor(forks.mark * PER_NAT),
         "texts": table.texts,
         "views": views,
     }

@@ -103,7 +103,7 @@ class ForkView:
     Args:
         views: none where there is nothing to show; ``lead`` then says why.
         lead: the sentence under the heading.
-        mark: entropy (nats) from which a token counts as a fork, for the keys. None: the selected tokens are the forks.
+        mark: entropy (nats) above which a token is a fork, for the keys. None: the selected tokens are the forks.
     """
 
     views: Sequence[View]

@@ -31,7 +31,7 @@ const isSelected = (response, index) => response.f[index] === "1";
 const isFork = (response, index) => {
   if (data.mark === null) return isSelected(response, index);
   const value = response.e[state.layer][index];
-  return value !== null && value >= data.mark;
+  return value !== null && value > data.mark;
 };
 const isTested = (response, index) => response.b !== undefined && response.b[index] !== undefined;
 const textOf = (response, index) => data.texts[response.t[index]];
