@@ -246,6 +246,66 @@ def test_another_question_in_the_same_folder_is_refused(own_world: World) -> Non
     assert "found: holds the answer to another question (samples = 1, now 3)" in outcome.line
 
 
+ASKED = (*DATA, *SHORT, "--problems", "2")
+ASKED_READY = ("--responses", "ready.jsonl", "runtime.device=cpu")
+
+
+@pytest.fixture(scope="module")
+def answered(world: World) -> None:
+    """``asked``: an analysis of generated responses, and ``asked-ready``: one of ready ones."""
+    write_lines(world.folder / "ready.jsonl", [{"prompt": "1+1=", "response": "13"}])
+    write_lines(world.folder / "other-ready.jsonl", [{"prompt": "1+1=", "response": "31"}])
+    write_prompts(world.folder / "other.jsonl", [{"prompt": f"{n}*2=", "answer": "24680"} for n in range(8)])
+    for argv in (("model", *ASKED, "--out", "asked"), ("model", *ASKED_READY, "--out", "asked-ready")):
+        outcome = world.run("analyze", *argv)
+        assert outcome.code == 0, outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        (("model.precision=bf16",), "precision"),
+        (('rollout.stop=["a"]',), "stop"),
+        (("seed=1",), "seed"),
+        (("rollout.max_response_tokens=9",), "max_response_tokens"),
+        (("--temperature", "0.5"), "temperature"),
+        (("--samples", "2"), "samples"),
+        (("--problems", "3"), "prompts"),
+        (("--data", "other.jsonl"), "data"),
+    ],
+)
+def test_whatever_changes_the_tokens_is_another_question(
+    world: World, answered: None, changed: tuple[str, ...], key: str
+) -> None:
+    outcome = world.run("analyze", "model", *ASKED, *changed, "--out", "asked")
+    assert outcome.code == 2, outcome
+    assert f"asked: holds the answer to another question ({key} = " in outcome.line
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        (("model.precision=bf16",), "precision"),
+        (("--temperature", "0.5"), "temperature"),
+        (("--responses", "other-ready.jsonl"), "data"),
+    ],
+)
+def test_so_it_is_of_ready_responses(world: World, answered: None, changed: tuple[str, ...], key: str) -> None:
+    outcome = world.run("analyze", "model", *ASKED_READY, *changed, "--out", "asked-ready")
+    assert outcome.code == 2, outcome
+    assert f"asked-ready: holds the answer to another question ({key} = " in outcome.line
+
+
+@pytest.mark.parametrize(("argv", "out"), [(ASKED, "asked"), (ASKED_READY, "asked-ready")], ids=["asked", "ready"])
+def test_so_it_is_where_the_weights_have_changed(own_world: World, argv: tuple[str, ...], out: str) -> None:
+    write_lines(own_world.folder / "ready.jsonl", [{"prompt": "1+1=", "response": "13"}])
+    assert own_world.run("analyze", "model", *argv, "--out", out).code == 0
+    make_model(own_world.folder / "model", initializer_range=0.3)
+    outcome = own_world.run("analyze", "model", *argv, "--out", out)
+    assert outcome.code == 2, outcome
+    assert f"{out}: holds the answer to another question (fingerprint = " in outcome.line
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

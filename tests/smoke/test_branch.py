@@ -150,6 +150,36 @@ def test_what_cannot_be_is_refused(world: World, whole: dict[str, Any], argv: tu
     assert says in outcome.line
 
 
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        (("model.precision=bf16",), "precision"),
+        (('rollout.stop=["a"]',), "stop"),
+        (("seed=1",), "seed"),
+        (("rollout.max_response_tokens=5",), "max_response_tokens"),
+        (("task.data=elsewhere/prompts.jsonl",), "data"),
+        (("task.verifier=first_character:nobody",), "verifier"),
+        (("--temperature", "0.5"), "temperature"),
+        (("--responses-per-problem", "2"), "responses"),
+        (("--random", "2"), "random"),
+        (("--low", "0"), "low"),
+        (("--alternatives", "2"), "alternatives"),
+        (("--continuations", "5"), "continuations"),
+    ],
+)
+def test_whatever_changes_the_branches_is_another_question(
+    world: World, whole: dict[str, Any], changed: tuple[str, ...], key: str
+) -> None:
+    (world.folder / "elsewhere").mkdir(exist_ok=True)
+    rows = [{"prompt": f"{left}-{right}=", "answer": "02468"} for left in range(6) for right in range(4)]
+    write_prompts(world.folder / "elsewhere" / "prompts.jsonl", rows)
+    before = parts(world, "whole")
+    outcome = world.run("branch", "model", *SMALL, "--out", "whole", *changed)
+    assert outcome.code == 2, outcome
+    assert f"whole: holds the answer to another question ({key} = " in outcome.line
+    assert parts(world, "whole") == before
+
+
 def test_prompts_without_answers_are_refused(own_world: World) -> None:
     write_prompts(own_world.folder / "bare.jsonl", [{"prompt": f"{n}="} for n in range(9)])
     outcome = own_world.run("branch", "model", "--data", "bare.jsonl", "--out", "bare")

@@ -40,6 +40,12 @@ def test_summary_of_ten_tokens_by_hand() -> None:
     assert (paper["share_below_0.01"], paper["percentile_80"]) == (0.5064, 0.672)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_entropy_of_just_a_hundredth_is_not_below_it(dtype: str) -> None:
+    edge = token_frame([(0, [5, 6, 7, 8], [0.0099, 0.01, 0.0101, 0.5], None)]).astype({"entropy": dtype})
+    assert analysis.entropy_summary(edge)["value"]["share_below_0.01"] == 1 / 4
+
+
 def test_types_by_hand() -> None:
     types = analysis.token_types(TWO_PROMPTS, min_count=2, threshold=0.9).set_index("token_id")
     assert types.index.tolist() == [8, 6, 5]  # 7 was seen once; means 1, 0.75, 0.001
@@ -76,6 +82,14 @@ def test_correct_against_incorrect_by_hand() -> None:
     # Clustered by prompt, correct: prompt 0 has 3.0 over 4, prompt 1 3.0 over 4: no spread at all.
     assert rows.loc["correct", "mean_entropy_low"] == pytest.approx(0.75)
     assert math.isnan(rows.loc["difference within prompts", "mean_entropy_low"])
+
+
+def test_a_response_of_one_token_counts_as_a_response() -> None:
+    short = token_frame(
+        [(0, [5], [1.0], True), (0, [6], [0.0], False), (1, [5], [2.0], True), (1, [5, 6], [0, 0], True)]
+    )
+    rows = analysis.correct_against_incorrect(short, threshold=0.9).set_index("responses")
+    assert rows["count"].tolist() == [3, 1, 4, 1]
 
 
 def test_unjudged_responses_have_no_part_in_correctness() -> None:
@@ -169,6 +183,15 @@ def test_frequent_contexts_survive_a_memory_that_is_too_small(monkeypatch: pytes
     assert frequent <= set(found["context"])
     assert len(found) <= 12
     assert all(counts[context] == count for context, count in zip(found["context"], found["count"], strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", [4, 30, 1000])
+def test_the_memory_for_contexts_is_bounded(vocabulary: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(contexts, "CAPACITY", 12)
+    frame = random_frame(5, num_prompts=12, vocabulary=vocabulary)
+    for num_prompts in range(1, 13):  # so that it is seen after every batch, not just after the last
+        folder = write_parts(tmp_path / str(num_prompts), frame[frame["prompt"] < num_prompts])
+        assert len(contexts._frequent(folder, 2)) <= 12
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,20 @@ def test_the_page_shows_the_branches_and_obeys_no_text(tmp_path: Path) -> None:
         "Forks against the controls",
     ):
         assert title in page.text
+
+
+@pytest.mark.parametrize(
+    ("scores", "outcome"),
+    [([1.0], "right"), ([1.0, 1.0], "right"), ([0.0, 0.0], "wrong"), ([1.0, 0.0], "mixed"), ([0.0, 1.0, 1.0], "mixed")],
+)
+def test_a_prompt_with_right_and_wrong_responses_is_mixed(scores: Sequence[float], outcome: str) -> None:
+    report = made_up(1)
+    rows = [{**report.rows[0], "response": number, "score": score} for number, score in enumerate(scores)]
+    branches = pd.concat([report.branches.assign(response=number) for number in range(len(scores))], ignore_index=True)
+    forks = branch_page(replace(report, rows=rows, branches=branches)).forks
+    assert forks is not None
+    (prompt,) = forks.views[0].frames[0].prompts
+    assert (prompt.outcome, [response.score for response in prompt.responses]) == (outcome, list(scores))
 
 
 def test_figures_draw_the_numbers_of_their_tables() -> None:

@@ -226,3 +226,15 @@ def test_a_mean_of_nothing_is_not_a_number() -> None:
     sums = ClusterSums(2)
     sums.add([0.0, 0.0])
     assert all(math.isnan(value) for value in (*sums.mean(0, 1), *sums.share(0, 1)))
+
+
+def test_a_difference_is_no_surer_than_the_mean_that_fewer_questions_count_in() -> None:
+    sums, single = ClusterSums(4), ClusterSums(4)
+    for value, count in ((1.0, 2.0), (6.0, 3.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)):
+        sums.add([value, count, 3.0, 3.0])  # the second mean is 1 in each of five questions: it adds no spread
+    half = 12.7062 * 2 * 0.36  # as of the first mean alone, which counts in two
+    assert sums.difference((0, 1), (2, 3)) == pytest.approx((-0.4, -0.4 - half, -0.4 + half), rel=1e-4)
+    assert sums.difference((2, 3), (0, 1)) == pytest.approx((0.4, 0.4 - half, 0.4 + half), rel=1e-4)
+    single.add([1.0, 2.0, 3.0, 3.0])
+    single.add([0.0, 0.0, 4.0, 3.0])
+    assert math.isnan(single.difference((0, 1), (2, 3)).low), "one question tells nothing of its spread"

@@ -58,6 +58,21 @@ def test_the_verdict_says_what_each_temperature_does_with_its_interval() -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        ((-0.03, 0.0004), "makes no clear difference to accuracy (-1.0 points [-3.0, +0.0])"),
+        ((-0.03, -0.0004), "costs 1.0 points of accuracy [0.0, 3.0]"),
+        ((-0.0004, 0.03), "makes no clear difference to accuracy (+1.0 points [-0.0, +3.0])"),
+        ((0.0004, 0.03), "gains 1.0 points of accuracy [0.0, 3.0]"),
+    ],
+)
+def test_an_interval_that_holds_zero_by_little_settles_nothing(ends: tuple[float, float], says: str) -> None:
+    difference = math.copysign(0.01, sum(ends))
+    table = pd.DataFrame([row(1, 1), row(2, 1, difference=difference, difference_ends=ends), row(1, 2)])
+    assert f"at forks from 1 to 2 {says}" in verdict(table)
+
+
 def test_the_verdict_without_other_temperatures_or_intervals() -> None:
     assert verdict(TABLE.iloc[:1]) == "Accuracy at temperature 1 is 50.0% [45.0, 55.0]; no other temperature was tried."
     nothing = (math.nan, math.nan)

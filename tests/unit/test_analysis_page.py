@@ -1,0 +1,79 @@
+"""What the pages of an analysis and of a drift show: which prompts, which words, and from which entropy on a fork."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+
+from forkrl.analysis.drift import change_table, overlap_table, percentile_table
+from forkrl.report import analysis_figures
+from forkrl.report.drift_page import drift_page
+from forkrl.report.token_forks import SHOWN_RESPONSES, SHOWN_TOKENS, choose_prompts
+
+
+def lengths(num_prompts: int, length: int, samples: int = 1) -> pd.DataFrame:
+    prompts = np.repeat(np.arange(num_prompts), samples)
+    return pd.DataFrame({"prompt": prompts, "length": length})
+
+
+@pytest.mark.parametrize(("layers", "share"), [(1, 1.0), (5, 0.5), (9, 1 / 3)])
+def test_more_layers_leave_room_for_fewer_tokens(layers: int, share: float) -> None:
+    length = SHOWN_TOKENS // 60
+    chosen = choose_prompts(lengths(100, length), layers)
+    assert len(chosen) == 60 * share
+    assert len(choose_prompts(lengths(10, length), layers)) == 10, "what fits is shown whole"
+
+
+def test_a_page_shows_one_prompt_at_least_and_so_many_responses_at_most() -> None:
+    assert len(choose_prompts(lengths(5, 2 * SHOWN_TOKENS), layers=3)) == 1
+    assert len(choose_prompts(lengths(30, 1, samples=SHOWN_RESPONSES // 10))) == 10
+
+
+def drift_mark(first: list[float], last: list[float]) -> float | None:
+    """The mark of the page of a drift between two checkpoints, of responses to three prompts."""
+    entropies = {"step 0": torch.tensor(first), "step 9": torch.tensor(last)}
+    prompts = torch.arange(len(first)) % 3
+    tables = {
+        "overlap": overlap_table(entropies, prompts),
+        "change": change_table(entropies["step 0"].double(), entropies["step 9"].double(), prompts, bins=2),
+        "percentiles": percentile_table(entropies),
+    }
+    facts: dict[str, Any] = {
+        "model": "m", "first": "step 0", "last": "step 9", "ratio": 0.2, "prompts": 3, "tokens": len(first),
+        "overlap_of_last_with_first": {"share": 0.5, "low": 0.4, "high": 0.6},
+        "mean_entropy": {"step 0": 1.0, "step 9": 2.0},
+    }  # fmt: skip
+    page = drift_page(facts, tables, [], ["step 0", "step 9"], notes=[], provenance=[], command="")
+    assert page.forks is not None
+    assert page.forks.mark is not None and f"above {page.forks.mark:.3g} nats" in page.forks.lead
+    return page.forks.mark
+
+
+def test_forks_of_a_drift_are_those_of_its_first_checkpoint() -> None:
+    grows, shrinks = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    assert drift_mark(grows, shrinks) == pytest.approx(4.0)
+    assert drift_mark(shrinks, grows) == pytest.approx(0.4)
+
+
+def drawn(figure: Figure) -> list[np.ndarray]:
+    """The outlines of the words, largest first."""
+    return [np.asarray(patch.get_path().vertices) for patch in figure.axes[0].patches if isinstance(patch, PathPatch)]
+
+
+def test_each_word_cloud_draws_its_own_end_with_the_most_extreme_type_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis_figures, "CLOUD_WORDS", 3)
+    types = pd.DataFrame({"text": [" wait", " so", "but", " the", "then", " of", "tion", "ing"]})
+    lowest, highest = (drawn(analysis_figures.word_cloud(types, highest=end)) for end in (False, True))
+    turned = drawn(analysis_figures.word_cloud(types.iloc[[7, 6, 5]], highest=True))  # drawn alike but for the colour
+    alone = drawn(analysis_figures.word_cloud(types.iloc[:3], highest=True))
+    assert len(lowest) == len(highest) == 3
+    for found, expected in ((lowest, turned), (highest, alone)):
+        for outline, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(outline, other)
+    assert lowest[0].shape != highest[0].shape
