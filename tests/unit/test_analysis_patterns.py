@@ -233,6 +233,12 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         analysis.entropy_summary(tmp_path)
 
 
+def test_contexts_of_which_none_is_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "CAPACITY", 3)
+    distinct = token_frame([(0, [1, 2, 3, 4, 5, 6], [0.0] * 6, None)])
+    assert analysis.fork_contexts(distinct, 0.5, n=1, min_count=1).empty
+
+
 def test_every_table_compares_with_a_threshold_alike() -> None:
     frame = token_frame([(0, [1, 2], [0.1, 0.1], True)]).astype({"entropy": np.float32})  # a little above 0.1
     assert analysis.response_table(frame, 0.1)["forks"].tolist() == [2]

@@ -42,8 +42,7 @@ def fork_contexts(tokens: Tokens, threshold: float, n: int = 2, min_count: int =
     sums = np.zeros((3, len(candidates)))
     texts: dict[int, str] = {}
     for frame, keys_N, rows_N in _keys(tokens, ["entropy", "text"], n):
-        place_N = np.searchsorted(candidates, keys_N)
-        known = (place_N < len(candidates)) & (candidates[np.minimum(place_N, len(candidates) - 1)] == keys_N)
+        place_N, known = np.searchsorted(candidates, keys_N), np.isin(keys_N, candidates)
         entropy_N = frame["entropy"].to_numpy(np.float64)[rows_N][known]
         for row, weights_N in enumerate((None, entropy_N, entropy_N > threshold)):
             sums[row] += np.bincount(place_N[known], weights_N, minlength=len(candidates))
