@@ -126,13 +126,17 @@ class ClusterSums:
         mean, pull = self._mean_and_pull(value, count)
         return self._estimate(mean, pull, self._questions[count])
 
-    def share(self, value: int, count: int) -> Estimate:
-        """A mean of zeros and ones, with Wilson's interval at the effective sample size, as ``mean_with_interval``."""
+    def share(self, value: int, count: int, most: float | None = None) -> Estimate:
+        """A mean of zeros and ones, with Wilson's interval at the effective sample size, as ``mean_with_interval``.
+
+        ``most``: the largest that size can be; None: all that were counted.
+        """
         mean, pull = self._mean_and_pull(value, count)
         if math.isnan(mean):
             return Estimate(mean, math.nan, math.nan)
         questions = self._questions[count]
-        size = _effective_size(mean, self._squared_error(pull, questions), int(questions), self._sums[count])
+        most = self._sums[count] if most is None else most
+        size = _effective_size(mean, self._squared_error(pull, questions), int(questions), most)
         return _wilson(mean, size)
 
     def difference(self, before: tuple[int, int], after: tuple[int, int]) -> Estimate:

@@ -112,3 +112,13 @@ def test_what_a_notebook_cannot_have_measured(prompts: list[str], responses: lis
     policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
     with pytest.raises(ValueError, match=says):
         measure_tokens(policy.model, policy.tokenizer, prompts, responses)
+
+
+def test_a_notebooks_model_may_be_in_bf16_and_no_other_half() -> None:
+    policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
+    exact = measure_tokens(policy.model, policy.tokenizer, ["2 5 9:90?"], ["5*2=10"])
+    model: Any = policy.model
+    coarse = measure_tokens(model.to(torch.bfloat16), policy.tokenizer, ["2 5 9:90?"], ["5*2=10"])
+    assert coarse["entropy"].tolist() == pytest.approx(exact["entropy"].tolist(), abs=0.02)
+    with pytest.raises(ValueError, match=r"the model is in torch.float16"):
+        measure_tokens(model.to(torch.float16), policy.tokenizer, ["2 5 9:90?"], ["5*2=10"])

@@ -312,6 +312,7 @@ def test_so_it_is_where_the_weights_have_changed(own_world: World, argv: tuple[s
         (("model",), "model: is no run folder; name a run, or two models at least"),
         (("seed=3",), "name a run, or two models at least"),
         (("model", "model", *DATA, *SHORT), "model: is named twice"),
+        (("./model", "model/", *DATA, *SHORT), "model/: is named twice"),
         (("run", "--ratio", "0"), "--ratio 0.0: a share above 0, at most 1"),
         (("run", "--bins", "0"), "--bins 0: at least 1"),
         (

@@ -206,3 +206,15 @@ def test_token_limit(lengths: list[int], budget: int, limit: int) -> None:
 )
 def test_evenly_spaced(count: int, limit: int, chosen: list[int]) -> None:
     assert evenly_spaced(count, limit) == chosen
+
+
+def test_a_fork_in_the_page_is_strictly_above_the_mark() -> None:
+    rng = np.random.default_rng(4)
+    for mark in (0.0, 1e-5, 0.67206, 0.67204, 1.0):
+        near = mark + np.array([-1e-4, -4e-5, -1e-6, 0.0, 1e-6, 4e-5, 1e-4])
+        entropy = np.concatenate([near.clip(0), rng.exponential(0.5, 50), [math.nan]]).tolist()
+        one = ShownResponse("Response 1", ["x"] * 58, [entropy], [-0.5] * 58)
+        shown = fork_data(forks_of(one, mark=mark))
+        found = shown["views"][0]["frames"][0]["prompts"][0]["responses"][0]["e"][0]
+        above = [value is not None and value > shown["mark"] for value in found]
+        assert above == [value > mark for value in entropy]

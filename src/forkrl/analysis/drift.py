@@ -195,6 +195,7 @@ def _overlap(a: _Top, b: _Top, owner_N: npt.NDArray[np.int64]) -> Estimate:
     sums = ClusterSums(2)
     for vector in np.stack([value_C, fair_C], axis=1):
         sums.add(vector)
-    # Not a share of so many draws: that its size is fixed makes the overlap surer than Wilson's interval knows.
-    _, low, high = sums.mean(0, 1)
-    return Estimate(int(both_C.sum()) / int(in_a_C.sum()), max(low, 0.0), min(high, 1.0))
+    # Of N tokens K are the top: two tops without relation are K draws without replacement, worth K / (1 - K / N).
+    num_top = int(in_a_C.sum())
+    share = sums.share(0, 1, most=num_top / max(1 - num_top / len(owner_N), 1 / len(owner_N)))
+    return share._replace(mean=int(both_C.sum()) / num_top)  # without its rounding

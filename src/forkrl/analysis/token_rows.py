@@ -17,6 +17,8 @@ from forkrl.model import Policy, require_linear_head
 from forkrl.replicas import Replicas
 from forkrl.run_folder import encodable_text
 
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
 
 class SourceResponse(NamedTuple):
     """A response on its way into the tables."""
@@ -56,12 +58,14 @@ def measure_tokens(
 
     Raises:
         UserError: the model transforms its logits after the output embedding (soft-capping), or they are not finite.
-        ValueError: lengths differ, there are no responses, or one has no tokens, does not tokenise back, or is longer
-            than the model has positions for.
+        ValueError: the model is neither in fp32 nor in bf16, lengths differ, there are no responses, or one has no
+            tokens, does not tokenise back, or is longer than the model has positions for.
     """
     known = [None] * len(prompts) if correct is None else list(correct)
     if not prompts:
         raise ValueError("there are no responses to measure")
+    if model.dtype not in _PRECISIONS:
+        raise ValueError(f"the model is in {model.dtype}; load it with dtype=torch.float32 or torch.bfloat16")
     rows: list[SourceResponse] = []
     seen: dict[str, list[int]] = {}  # of each prompt its number, and how many responses it has so far
     for place, (prompt, text, verdict) in enumerate(zip(prompts, responses, known, strict=True)):
@@ -72,7 +76,7 @@ def measure_tokens(
     rows.sort(key=lambda row: (row.number, row.sample))
     attention = model.config._attn_implementation
     try:
-        policy = Policy(model, tokenizer)
+        policy = Policy(model, tokenizer, _PRECISIONS[model.dtype])
         require_linear_head(policy, model.config.name_or_path or type(model).__name__)
         with Replicas(policy) as replicas:
             details = measure_responses(replicas, [row.written for row in rows], temperature=temperature, top=TOP)

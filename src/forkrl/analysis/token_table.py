@@ -57,7 +57,9 @@ def token_batches(tokens: Tokens, columns: Sequence[str]) -> Iterator[pd.DataFra
     for path in part_paths(Path(tokens)):
         with reading_parquet(path), pq.ParquetFile(path) as file:
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise ValueError(f"{path}: the table of tokens has no column {', '.join(missing)}")
+                raise UserError(
+                    f"{path}: has no column {', '.join(missing)}; remove it and give the same command again"
+                )
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=list(columns)).to_pandas()
 

@@ -182,16 +182,18 @@ def _series(models: Sequence[str]) -> list[Checkpoint]:
         raise UserError("name a run, or two models at least, the first to the last of training")
     if len(models) == 1:
         return _series_of_run(Path(models[0]))
-    if repeated := [model for model, count in Counter(models).items() if count > 1]:
-        raise UserError(f"{repeated[0]}: is named twice; every model of a series is another one")
     short = Counter(Path(model).name for model in models)
-    return [
+    series = [
         Checkpoint(
             name=Path(model).name if short[Path(model).name] == 1 else model,
             path=newest_checkpoint(Path(model)) if (Path(model) / "config.toml").is_file() else model,
         )
         for model in models
     ]
+    places = Counter(Path(point.path).resolve() for point in series)
+    if repeated := [point.path for point in series if places[Path(point.path).resolve()] > 1]:
+        raise UserError(f"{repeated[-1]}: is named twice; every model of a series is another one")
+    return series
 
 
 def _series_of_run(folder: Path) -> list[Checkpoint]:

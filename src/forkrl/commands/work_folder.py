@@ -29,7 +29,10 @@ from forkrl.progress import progress
 from forkrl.run_folder import LOCK, lock_folder
 
 SETTINGS = "settings.json"
-_MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*.json")
+# Weights, architecture, and every file that a tokenizer may be made of.
+_MODEL_FILES = (
+    "*.safetensors", "config.json", "*token*.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
 
 
 def default_folder(model: str, command: str) -> Path:
@@ -80,7 +83,7 @@ def weights_fingerprint(path: str) -> str:
     if not folder.is_dir():
         return ""
     digest = hashlib.sha256()
-    files = sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern))
+    files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)})
     for file in progress(files, f"reading {folder.name}"):
         with file.open("rb") as stream:
             digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from forkrl.report.colors import COLOR_BINS, top_entropy
 from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownResponse, View
@@ -59,7 +60,7 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """
     table = TextTable()
     layers = [layer for view in forks.views for response in _responses(view.frames) for layer in response.entropy]
-    views = [_view(view, max_bytes // len(forks.views), table) for view in forks.views]
+    views = [_view(view, max_bytes // len(forks.views), table, forks.mark) for view in forks.views]
     return {
         "bins": COLOR_BINS,
         "scale": top_entropy(chain.from_iterable(layers)),
@@ -73,7 +74,7 @@ def _responses(frames: Sequence[Frame]) -> Iterator[ShownResponse]:
     return (response for frame in frames for prompt in frame.prompts for response in prompt.responses)
 
 
-def _view(view: View, max_bytes: int, table: TextTable) -> dict[str, Any]:
+def _view(view: View, max_bytes: int, table: TextTable, mark: float | None) -> dict[str, Any]:
     for response in _responses(view.frames):
         _check(response, len(view.layers))
     frames, limit = fitting(view.frames, max_bytes)
@@ -84,7 +85,10 @@ def _view(view: View, max_bytes: int, table: TextTable) -> dict[str, Any]:
         "layers": [visible(name) for name in view.layers],
         "frameName": visible(view.frame_name),
         "frames": [
-            {"label": visible(frame.label), "prompts": [_prompt(prompt, limit, table) for prompt in frame.prompts]}
+            {
+                "label": visible(frame.label),
+                "prompts": [_prompt(prompt, limit, table, mark) for prompt in frame.prompts],
+            }
             for frame in frames
         ],
     }
@@ -139,15 +143,15 @@ def _check(response: ShownResponse, num_layers: int) -> None:
         raise ValueError(f"{response.label}: each list must have a value for each of the {count} tokens, or none")
 
 
-def _prompt(prompt: ShownPrompt, limit: int, table: TextTable) -> dict[str, Any]:
+def _prompt(prompt: ShownPrompt, limit: int, table: TextTable, mark: float | None) -> dict[str, Any]:
     return {
         "prompt": visible(prompt.prompt),
         "outcome": visible(prompt.outcome),
-        "responses": [_response(response, limit, table) for response in prompt.responses],
+        "responses": [_response(response, limit, table, mark) for response in prompt.responses],
     }
 
 
-def _response(response: ShownResponse, limit: int, table: TextTable) -> dict[str, Any]:
+def _response(response: ShownResponse, limit: int, table: TextTable, mark: float | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "label": visible(response.label),
         "score": _rounded(response.score),
@@ -157,7 +161,7 @@ def _response(response: ShownResponse, limit: int, table: TextTable) -> dict[str
         "length": len(response.tokens),
         "selected": int(sum(response.selected)) if len(response.selected) else None,  # of the whole, like its length
         "t": [table.place(token) for token in response.tokens[:limit]],
-        "e": [_whole(layer[:limit], PER_NAT) for layer in response.entropy],
+        "e": [_whole(_on_its_side(layer[:limit], mark), PER_NAT) for layer in response.entropy],
         "l": _whole(response.logprobs[:limit], PER_NAT),
         "f": "".join("1" if chosen else "0" for chosen in response.selected[:limit]),
     }
@@ -191,7 +195,18 @@ def _branch(branch: Branch, table: TextTable) -> list[float | None]:
     return [table.place(branch.text), *map(_rounded, numbers), branch.count]
 
 
-def _whole(values: Sequence[float], per_unit: int) -> list[int | None]:
+def _on_its_side(entropy: Sequence[float], mark: float | None) -> npt.NDArray[np.float64]:
+    """The entropies so that rounding takes none across the mark, above which the page's script sees a fork."""
+    entropy_T = np.asarray(entropy, dtype=np.float64)
+    if mark is None:
+        return entropy_T
+    floor = math.floor(mark * PER_NAT)
+    below_T, whole_T = ~(entropy_T > mark), np.rint(entropy_T * PER_NAT)  # NaN stays as it is
+    whole_T = np.where(below_T, np.minimum(whole_T, floor), np.maximum(whole_T, floor + 1))
+    return np.asarray(whole_T / PER_NAT)
+
+
+def _whole(values: Sequence[float] | npt.NDArray[np.float64], per_unit: int) -> list[int | None]:
     """Each value as a whole number of ``1 / per_unit``; None where it is not finite."""
     scaled_T = np.asarray(values, dtype=np.float64) * per_unit
     if np.isfinite(scaled_T).all():
