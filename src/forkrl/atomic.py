@@ -6,11 +6,14 @@ The recipe is old: write beside the target, fsync, rename over it, fsync the fol
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from forkrl.errors import UserError
 
@@ -42,6 +45,22 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Put ``text`` at ``path`` as UTF-8, durably and all at once. Raises UserError as ``write_bytes`` does."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put ``value`` at ``path`` as JSON, durably and all at once, with null for NaN and infinity, which JSON lacks.
+
+    Raises UserError as ``write_bytes`` does.
+    """
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def temporary_beside(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from forkrl import analysis
 from forkrl.analysis.token_table import tokens_of_prompts
-from forkrl.atomic import write_text
+from forkrl.atomic import write_json, write_text
 from forkrl.commands.collect_tokens import collect_tokens, make_request
 from forkrl.commands.token_parts import read_responses
 from forkrl.commands.work_folder import command_line, default_folder, stored_question, work_provenance
@@ -123,7 +122,7 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
     (folder / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():
         write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=name == "summary"))
-    write_text(folder / "analysis.json", json.dumps(facts, indent=2) + "\n")
+    write_json(folder / "analysis.json", facts)
     return Analysis(folder, facts, tables, notes)
 
 

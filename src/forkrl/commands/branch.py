@@ -16,7 +16,7 @@ import pandas as pd
 
 from forkrl import __version__
 from forkrl.analysis import branching
-from forkrl.atomic import write_bytes, write_text
+from forkrl.atomic import write_bytes, write_json, write_text
 from forkrl.commands.branch_parts import (
     Design,
     PartSampler,
@@ -241,16 +241,7 @@ def _write_results(found: Branching) -> None:
     write_text(folder / "positions.csv", found.spreads.to_csv(index=False))
     record = {"schema": SCHEMA, **found.facts}
     record |= {name: table.to_dict("records") for name, table in found.tables.items()}
-    write_text(folder / "branches.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(folder / "branches.json", record)
 
 
 def describe_branching(found: Branching) -> str:

@@ -21,7 +21,7 @@ from forkrl.analysis.temperatures import (
     plan_settings,
     temperature_table,
 )
-from forkrl.atomic import write_text
+from forkrl.atomic import write_json, write_text
 from forkrl.commands.subject import Session, Subject, open_session, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
 from forkrl.commands.work_folder import default_folder, open_work_folder, weights_fingerprint
@@ -239,9 +239,9 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
         "threshold_origin": origin,
         "provenance": provenance,
         "verdict": sentence,
-        "settings": [_without_nan(row) for row in table.to_dict("records")],
+        "settings": table.to_dict("records"),
     }
-    write_text(folder / "temperatures.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "temperatures.json", figures)
     write_text(folder / "temperatures.csv", table.to_csv(index=False))
     sweep = Sweep(
         name=str(question["model"]),
@@ -298,10 +298,6 @@ def _shown_response(row: dict[Any, Any]) -> ShownResponse:
         score=float(row["score"]),
         finished=not row["cut"],
     )
-
-
-def _without_nan(row: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
 
 def _plain(value: Any) -> str:

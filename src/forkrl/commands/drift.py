@@ -5,7 +5,6 @@ All checkpoints read the same tokens, teacher-forced: responses of the final one
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from forkrl import analysis
 from forkrl.analysis.drift import change_table
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import part_paths, reading_parquet, token_batches, tokens_of_prompts
-from forkrl.atomic import write_text
+from forkrl.atomic import write_json, write_text
 from forkrl.checkpoint import all_checkpoints
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request
 from forkrl.commands.subject import newest_checkpoint
@@ -291,7 +290,7 @@ def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: i
     (folder / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():
         write_text(folder / "tables" / f"{name}.csv", table.to_csv(index=False))
-    write_text(folder / "drift.json", json.dumps(facts, indent=2) + "\n")
+    write_json(folder / "drift.json", facts)
     if len(series) == 2:
         notes = [*notes, _few_checkpoints()]
     return Drift(folder, facts, tables, entropies, notes)

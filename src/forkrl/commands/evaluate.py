@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forkrl.atomic import write_text
+from forkrl.atomic import write_json
 from forkrl.commands.subject import Session, open_session, open_subject
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
@@ -66,7 +65,7 @@ def evaluate_model(
         **summarise(groups),
     }
     if out is not None:
-        write_text(out, json.dumps(figures, indent=2) + "\n")
+        write_json(out, figures)
     return figures
 
 

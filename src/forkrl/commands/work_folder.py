@@ -22,7 +22,7 @@ import torch
 import transformers
 
 import forkrl
-from forkrl.atomic import explained_write_errors, temporary_beside, write_text
+from forkrl.atomic import explained_write_errors, temporary_beside, write_json
 from forkrl.errors import UserError
 from forkrl.model import model_location
 from forkrl.progress import progress
@@ -65,7 +65,7 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
         try:
             _require_question(path, dict(question))  # again: someone may have been faster
             if not (path / SETTINGS).exists():
-                write_text(path / SETTINGS, json.dumps(question, indent=2) + "\n")
+                write_json(path / SETTINGS, question)
             yield path
         except KeyboardInterrupt:
             print(f"forkrl: what was finished is kept in {path}; the same command goes on from there", file=sys.stderr)

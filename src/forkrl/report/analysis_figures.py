@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Affine2D
 from wordcloud import WordCloud
 
-from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, SIZE_INCHES, VERMILION, finish, panels
+from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, SIZE_INCHES, VERMILION, error_bars, finish, panels
 from forkrl.report.visible_text import visible_token
 
 CLOUD_WORDS = 100
@@ -156,7 +156,6 @@ def density_against_correctness(density: pd.DataFrame) -> Figure:
 
 
 def _interval(axes: Axes, place: float, row: pd.Series, column: str, color: str) -> None:
-    """A point with its interval; a missing end (NaN) draws no bar."""
-    value = row[column]
-    bars = np.fmax(np.array([[value - row[f"{column}_low"]], [row[f"{column}_high"] - value]], dtype=float), 0)
-    axes.errorbar([place], [value], bars, color=color, marker="o", markersize=5, capsize=3, elinewidth=1.4)
+    """A point with its interval."""
+    bars = error_bars([row[column]], [row[f"{column}_low"]], [row[f"{column}_high"]])
+    axes.errorbar([place], [row[column]], bars, color=color, marker="o", markersize=5, capsize=3, elinewidth=1.4)

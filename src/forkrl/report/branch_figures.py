@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forkrl.report.sampling import evenly_spaced
-from forkrl.report.style import BLUE, GREEN, INK, MUTED, PERCENT, VERMILION, finish, panels
+from forkrl.report.style import BLUE, GREEN, INK, MUTED, PERCENT, VERMILION, error_bars, finish, panels
 
 MAX_POINTS = 2000
 RATE_BINS = 10
@@ -90,7 +90,7 @@ def _interval_bars(
     axes: Axes, x: np.ndarray, table: pd.DataFrame, measure: str, color: str, marker: str, label: str
 ) -> None:
     mean = table[measure].to_numpy()
-    ends = np.stack([mean - table[f"{measure}_low"], table[f"{measure}_high"] - mean])
+    ends = error_bars(mean, table[f"{measure}_low"], table[f"{measure}_high"])
     axes.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
     axes.errorbar(
         x, mean, np.nan_to_num(ends), color=color, marker=marker, linestyle="", markersize=4.5,

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from forkrl.report.sampling import evenly_spaced
-from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, VERMILION, finish, panels
+from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, VERMILION, error_bars, finish, panels
 
 
 def overlap_curves(overlap: pd.DataFrame, ratio: float) -> Figure:
@@ -30,7 +30,7 @@ def overlap_curves(overlap: pd.DataFrame, ratio: float) -> Figure:
         ("with_last", "with the last", VERMILION, "--"),
     ):
         value = overlap[column].to_numpy(float)
-        bars = np.fmax(np.stack([value - overlap[f"{column}_low"], overlap[f"{column}_high"] - value]), 0)
+        bars = error_bars(value, overlap[f"{column}_low"], overlap[f"{column}_high"])
         axes.errorbar(
             place, value, bars, color=color, linestyle=style, marker="o", markersize=4, capsize=3, label=label
         )
@@ -54,7 +54,7 @@ def change_by_percentile(change: pd.DataFrame) -> Figure:
     colors = np.where(value >= 0, VERMILION, BLUE)
     axes.bar(middle, value, width=0.82 * width, color=colors, alpha=0.8)
     if "change_low" in change:
-        bars = np.fmax(np.stack([value - change["change_low"], change["change_high"] - value]), 0)
+        bars = error_bars(value, change["change_low"], change["change_high"])
         axes.errorbar(middle, value, bars, fmt="none", ecolor=MUTED, elinewidth=1.2, capsize=2)
     axes.axhline(0, color=MUTED, linewidth=0.8)
     axes.set_xlim(0, 100)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from forkrl.report.run_data import Floats, RunData, Series
-from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, PURPLE, VERMILION, finish, panels
+from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, PURPLE, VERMILION, error_bars, finish, panels
 
 FEW_POINTS = 40
 
@@ -33,8 +33,7 @@ def learning_curve(run: RunData) -> Figure:
     if len(held_out):
         low = _aligned(run, held_out, "eval/accuracy_low")
         high = _aligned(run, held_out, "eval/accuracy_high")
-        # A missing end (NaN) draws no bar; a value outside its own interval (rounding) gets no negative bar.
-        bars = np.fmax(np.stack([held_out.values - low, high - held_out.values]), 0)
+        bars = error_bars(held_out.values, low, high)
         axes.errorbar(
             held_out.steps,
             held_out.values,

@@ -6,9 +6,12 @@ constant of this file, so that a page can map each to its own theme.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import ArrayLike
 
 INK, MUTED, GRID = "#22252b", "#6b7280", "#e3e5ea"
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b0568c"
@@ -22,6 +25,16 @@ def panels(count: int, size_inches: tuple[float, float] = SIZE_INCHES) -> tuple[
     figure.patch.set_visible(False)
     axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     return figure, list(axes)
+
+
+def error_bars(values: ArrayLike, low: ArrayLike, high: ArrayLike) -> npt.NDArray[np.float64]:
+    """What ``errorbar`` draws for intervals given by their ends: ``[2, N]`` lengths, downwards and upwards.
+
+    A missing end (NaN) draws no bar; a value outside its own interval (rounding) gets no negative one.
+    """
+    values_N, low_N, high_N = (np.asarray(ends, dtype=np.float64) for ends in (values, low, high))
+    bars: npt.NDArray[np.float64] = np.fmax(np.stack([values_N - low_N, high_N - values_N]), 0)
+    return bars
 
 
 def finish(

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from forkrl.report.style import BLUE, MUTED, PERCENT, VERMILION, finish, panels
+from forkrl.report.style import BLUE, MUTED, PERCENT, VERMILION, error_bars, finish, panels
 
 _SWEEPS = (
     ("high", "low", "at forks (1 elsewhere)", VERMILION, "-", "o"),
@@ -64,8 +64,7 @@ def _draw(axes: Axes, table: pd.DataFrame, name: str) -> None:
         rows = sweep_rows(table, varied)
         places = np.array([temperatures.index(value) for value in rows[varied]], dtype=float)
         values, low, high = (rows[column].to_numpy(float) for column in (name, f"{name}_low", f"{name}_high"))
-        # An end that is NaN (one problem) draws no bar.
-        bars = np.fmax(np.stack([values - low, high - values]), 0)
+        bars = error_bars(values, low, high)
         axes.errorbar(
             places + side,
             values,
