@@ -27,11 +27,11 @@ from benchmarks._record import describe_setting, write_result
 from forkrl.advantages import group_advantages, informative_groups
 from forkrl.batching import collate
 from forkrl.config import TrainConfig, load_recipe
-from forkrl.evaluation.held_out import score_groups
 from forkrl.model import open_policy
 from forkrl.replicas import Replicas
 from forkrl.rewards.pool import open_verifier
 from forkrl.rollout import EmbeddedEngine
+from forkrl.scoring import score_groups
 from forkrl.tasks import open_task
 from forkrl.types import SamplingParams, TokenBatch
 from forkrl.update import update_policy

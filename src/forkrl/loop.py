@@ -18,9 +18,9 @@ from torch import Tensor
 from forkrl.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.batching import collate, mini_batches
 from forkrl.errors import NothingToLearn
-from forkrl.evaluation.held_out import score_groups
 from forkrl.metrics import accuracy, rollout_metrics, update_metrics
 from forkrl.run import Run, rollout_rows
+from forkrl.scoring import Scoring
 from forkrl.types import RolloutGroup, TokenBatch
 from forkrl.update import Update, update_policy
 
@@ -69,13 +69,18 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
         prompts = run.prompts.take((dynamic.generation_prompts or wanted) if dynamic.enabled else wanted)
         with run.phase("rollout"):
             started = time.perf_counter()
+            scoring = Scoring(run.verifier)
             groups = run.engine.generate(
-                prompts, group_size=run.config.rollout.group_size, sampling=run.sampling, generator=run.generator
+                prompts,
+                group_size=run.config.rollout.group_size,
+                sampling=run.sampling,
+                generator=run.generator,
+                on_finished=scoring.add,
             )
             seconds["rollout"] += time.perf_counter() - started
         with run.phase("reward"):
             started = time.perf_counter()
-            groups = score_groups(groups, run.verifier)
+            groups = scoring.finish(groups)
             seconds["reward"] += time.perf_counter() - started
         sampled += groups
         useful_P = informative_groups(torch.tensor([group.scores for group in groups]))

@@ -6,11 +6,13 @@ Shape legend, used in every module: ``B`` sequences, ``T`` token positions, ``V`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import torch
     from torch import Tensor
 
@@ -189,12 +191,19 @@ class RolloutEngine(Protocol):
     """Whatever turns prompts into rollouts: the embedded PyTorch engine, later vLLM."""
 
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, sampling: SamplingParams, generator: torch.Generator
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        sampling: SamplingParams,
+        generator: torch.Generator,
+        on_finished: Callable[[Prompt, Rollout], None] | None = None,
     ) -> list[RolloutGroup]:
         """Sample ``group_size`` responses to each prompt, in the order of the prompts.
 
-        The same weights, prompts, sampling and generator state give the same responses. Raises UserError for a prompt
-        that leaves no room for an answer.
+        The same weights, prompts, sampling and generator state give the same responses. ``on_finished`` is told of each
+        as soon as it has ended, while others are still being sampled. Raises UserError for a prompt that leaves no room
+        for an answer.
         """
         ...
 
@@ -202,7 +211,13 @@ class RolloutEngine(Protocol):
 class Verifier(Protocol):
     """Judges responses; never raises for what a response contains."""
 
-    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]: ...
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+        """A verdict for each pair of a prompt and a response, in order."""
+        ...
+
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
+        """The same, while the caller goes on."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

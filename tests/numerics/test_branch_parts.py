@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ class SecondOdd:
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         self.seen += items
         return [Verdict(float(text[1:2] in ODD)) for _, text in items]
+
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
+        future: Future[list[Verdict]] = Future()
+        future.set_result(self.verify(items))
+        return future
 
 
 def sampled(continuations: int, **design: Any) -> tuple[Session, SecondOdd, list[dict[str, Any]]]:

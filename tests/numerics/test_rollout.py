@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from scipy import stats
@@ -272,3 +274,49 @@ def test_a_prefix_without_room_is_refused() -> None:
     engine = EmbeddedEngine(Replicas(random_policy()), max_prompt_tokens=16)
     with pytest.raises(ValueError, match="a response of 4 tokens or more, the limit"):
         engine.continue_from([Prefix((2,), (3,) * 4)], count=1, sampling=SamplingParams(4), generator=torch.Generator())
+
+
+@pytest.mark.parametrize("max_sequences", [256, 7])
+def test_rollouts_are_given_as_they_end(max_sequences: int) -> None:
+    """Within a wave the shorter come first; nothing else differs from what is returned in the end."""
+    engine = EmbeddedEngine(Replicas(random_policy(sharpness=6.0)), max_prompt_tokens=16, max_sequences=max_sequences)
+    told: list[tuple[Prompt, Rollout]] = []
+    groups = engine.generate(
+        PROMPTS,
+        group_size=6,
+        sampling=SamplingParams(40),
+        generator=torch.Generator().manual_seed(0),
+        on_finished=lambda prompt, rollout: told.append((prompt, rollout)),
+    )
+    expected = generate(max_sequences=max_sequences)
+    assert [[r.response_ids for r in g.rollouts] for g in groups] == [
+        [r.response_ids for r in g.rollouts] for g in expected
+    ]
+    assert {(prompt.id, id(rollout)) for prompt, rollout in told} == {
+        (group.prompt.id, id(rollout)) for group in groups for rollout in group.rollouts
+    }
+    lengths = [len(rollout) for _, rollout in told]
+    waves = [lengths[start : start + max_sequences] for start in range(0, len(lengths), max_sequences)]
+    assert all(wave == sorted(wave) for wave in waves)
+    assert len(set(lengths)) > 2
+
+
+def test_an_ended_rollout_is_told_before_the_next_token_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return sample_tokens(*arguments)
+
+    monkeypatch.setattr("forkrl.rollout.embedded.sample_tokens", counted)
+    engine = EmbeddedEngine(Replicas(random_policy(sharpness=6.0)), max_prompt_tokens=16)
+    late: list[int] = []
+    engine.generate(
+        PROMPTS,
+        group_size=6,
+        sampling=SamplingParams(40),
+        generator=torch.Generator().manual_seed(0),
+        on_finished=lambda _, rollout: late.append(steps - len(rollout)),
+    )
+    assert set(late) == {0}

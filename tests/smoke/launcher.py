@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 # Where a fault can strike: the calls that make up a run, each counted over the whole command.
 POINTS = {
     "token": "forkrl.rollout.embedded:sample_tokens",
-    "reward": "forkrl.loop:score_groups",
+    "reward": "forkrl.scoring:Scoring.finish",
     "gradient": "torch:Tensor.backward",
     "optimizer": "torch.optim:AdamW.step",
     "eval": "forkrl.run:sample_and_score",

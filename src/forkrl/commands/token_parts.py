@@ -23,10 +23,11 @@ from forkrl.analysis.token_rows import SourceResponse, TokenTexts, token_rows
 from forkrl.analysis.token_table import TOP, part_paths, reading_parquet
 from forkrl.atomic import explained_write_errors, fsync, temporary_beside
 from forkrl.commands.subject import Session
-from forkrl.evaluation.held_out import evaluation_sampling, score_groups
+from forkrl.evaluation.held_out import evaluation_sampling
 from forkrl.progress import progress
 from forkrl.replicas import Replicas
 from forkrl.run_folder import encodable_text
+from forkrl.scoring import score_groups
 
 RESPONSE_SCHEMA = pa.schema(
     [

@@ -13,6 +13,7 @@ import torch
 from forkrl.config import TrainConfig
 from forkrl.intervals import mean_pass_at_k, mean_with_interval, mean_with_normal_interval
 from forkrl.model import Policy
+from forkrl.scoring import Scoring
 from forkrl.types import Prompt, RolloutEngine, RolloutGroup, SamplingParams, Verifier
 
 
@@ -54,16 +55,10 @@ def sample_and_score(
     generator: torch.Generator,
 ) -> list[RolloutGroup]:
     """Sample responses and have each judged: groups with their verdicts, in the order of the prompts."""
-    groups = engine.generate(prompts, group_size=group_size, sampling=sampling, generator=generator)
-    return score_groups(groups, verifier)
-
-
-def score_groups(groups: Sequence[RolloutGroup], verifier: Verifier) -> list[RolloutGroup]:
-    """The same groups with a verdict for every rollout."""
-    verdicts = iter(verifier.verify([(group.prompt, rollout.text) for group in groups for rollout in group.rollouts]))
-    return [
-        RolloutGroup(group.prompt, group.rollouts, tuple(next(verdicts) for _ in group.rollouts)) for group in groups
-    ]
+    scoring = Scoring(verifier)
+    return scoring.finish(
+        engine.generate(prompts, group_size=group_size, sampling=sampling, generator=generator, on_finished=scoring.add)
+    )
 
 
 def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:

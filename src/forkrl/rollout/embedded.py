@@ -5,7 +5,7 @@ Shapes: ``P`` prompts, ``S`` sequences being decoded, ``T`` tokens, ``D`` hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +40,14 @@ class Prefix(NamedTuple):
         return self.prompt_ids + self.response_ids
 
 
+class Ended(NamedTuple):
+    """A continuation that has ended: whose, which of its prefix's, and the rollout."""
+
+    prefix: int
+    number: int
+    rollout: Rollout
+
+
 class EmbeddedEngine:
     """Samples from a ``Policy``, with the fp32 log-prob and entropy of every token and no second pass.
 
@@ -65,27 +73,46 @@ class EmbeddedEngine:
         return self.max_sequences * self.replicas.count
 
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, sampling: SamplingParams, generator: torch.Generator
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        sampling: SamplingParams,
+        generator: torch.Generator,
+        on_finished: Callable[[Prompt, Rollout], None] | None = None,
     ) -> list[RolloutGroup]:
         """Sample ``group_size`` responses to each prompt, in the order of the prompts.
 
-        Raises as ``continue_from`` does, and:
+        Raises as ``stream`` does, and:
 
         Raises:
             UserError: a prompt is empty or longer than ``max_prompt_tokens``.
         """
-        prefixes = [Prefix(self._encode(prompt)) for prompt in prompts]
-        continued = self.continue_from(prefixes, count=group_size, sampling=sampling, generator=generator)
-        return [RolloutGroup(prompt, rollouts) for prompt, rollouts in zip(prompts, continued, strict=True)]
+        rollouts: list[dict[int, Rollout]] = [{} for _ in prompts]
+        prefixes = [self.prefix(prompt) for prompt in prompts]
+        for ended in self.stream(prefixes, count=group_size, sampling=sampling, generator=generator):
+            rollouts[ended.prefix][ended.number] = ended.rollout
+            if on_finished is not None:
+                on_finished(prompts[ended.prefix], ended.rollout)
+        return [RolloutGroup(prompt, _in_order(own)) for prompt, own in zip(prompts, rollouts, strict=True)]
 
     def continue_from(
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> list[tuple[Rollout, ...]]:
-        """Sample ``count`` continuations of each prefix, in the order of the prefixes.
+        """All that ``stream`` gives, in the order of the prefixes."""
+        continued: list[dict[int, Rollout]] = [{} for _ in prefixes]
+        for ended in self.stream(prefixes, count=count, sampling=sampling, generator=generator):
+            continued[ended.prefix][ended.number] = ended.rollout
+        return [_in_order(own) for own in continued]
 
-        A continuation is a rollout whose prompt is the whole prefix: ids, log-probs, entropy and text are of what was
-        drawn after it. It may be as long as ``sampling.max_response_tokens`` leaves room for after the response's
-        beginning, and is cut there, unfinished.
+    def stream(
+        self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
+    ) -> Iterator[Ended]:
+        """Sample ``count`` continuations of each prefix, and give each as soon as it has ended.
+
+        What several replicas decode is given when all of it has ended. A continuation is a rollout whose prompt is the
+        whole prefix: ids, log-probs, entropy and text are of what was drawn after it. It may be as long as
+        ``sampling.max_response_tokens`` leaves room for after the response's beginning, and is cut there, unfinished.
 
         Sequences are decoded in waves of at most ``wave_sequences``, those with alike room together; a replica reads a
         prefix once for all of its sequences in a wave.
@@ -100,14 +127,11 @@ class EmbeddedEngine:
         if any(len(prefix.response_ids) >= limit for prefix in prefixes):
             raise ValueError(f"a prefix holds a response of {limit} tokens or more, the limit: nothing can follow it")
         order = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index].response_ids))
-        owners = [index for index in order for _ in range(count)]
-        continued: list[list[Rollout]] = [[] for _ in prefixes]
+        owners = [(index, number) for index in order for number in range(count)]
         for start in range(0, len(owners), self.wave_sequences):
             wave = owners[start : start + self.wave_sequences]
-            rollouts = self._decode_wave([prefixes[index] for index in wave], sampling, generator)
-            for index, rollout in zip(wave, rollouts, strict=True):
-                continued[index].append(rollout)
-        return [tuple(rollouts) for rollouts in continued]
+            for place, rollout in self._decode_wave([prefixes[index] for index, _ in wave], sampling, generator):
+                yield Ended(*wave[place], rollout)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse before a run the prompts that would end it when their turn comes.
@@ -116,21 +140,24 @@ class EmbeddedEngine:
             UserError: a prompt is empty or longer than ``max_prompt_tokens``.
         """
         for prompt in prompts:
-            self._encode(prompt)
+            self.prefix(prompt)
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of a prompt; raises as ``check_prompts`` does."""
-        return len(self._encode(prompt))
+        return len(self.prefix(prompt).prompt_ids)
 
     def _decode_wave(
         self, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
-    ) -> list[Rollout]:
+    ) -> Iterator[tuple[int, Rollout]]:
         """Every replica decodes its part of the sequences, with random numbers of its own."""
         size = -(-len(prefixes_S) // self.replicas.count)
         parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
         seeds = torch.randint(2**62, (len(parts),), device=generator.device, generator=generator).tolist()
-        decoded = self.replicas.map(_decode_part, list(zip(parts, seeds, strict=True)), sampling)
-        return [rollout for part in decoded for rollout in part]
+        if self.replicas.count == 1:
+            yield from _decode_part(self.replicas.local, (parts[0], seeds[0]), sampling)
+            return
+        decoded = self.replicas.map(_decode_whole_part, list(zip(parts, seeds, strict=True)), sampling)
+        yield from enumerate(rollout for part in decoded for rollout in part)
 
     def _require_positions(self, prompt_tokens: int, response_tokens: int) -> None:
         """Refuse lengths for which the model has no positions: it would fail late, or write nonsense."""
@@ -141,7 +168,8 @@ class EmbeddedEngine:
                 f"than the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
             )
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def prefix(self, prompt: Prompt) -> Prefix:
+        """The tokens of a prompt; raises as ``check_prompts`` does."""
         ids = tuple(self.policy.tokenizer.encode(prompt.text, add_special_tokens=self.add_special_tokens))
         place = prompt.place or f"prompt {prompt.id}"
         if not ids:
@@ -151,7 +179,7 @@ class EmbeddedEngine:
                 f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {self.max_prompt_tokens}; "
                 f"raise the limit or remove the row"
             )
-        return ids
+        return Prefix(ids)
 
 
 def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
@@ -164,17 +192,30 @@ def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
     )
 
 
-def _decode_part(replica: Replica, part: tuple[Sequence[Prefix], int], sampling: SamplingParams) -> list[Rollout]:
+def _in_order(rollouts: dict[int, Rollout]) -> tuple[Rollout, ...]:
+    return tuple(rollouts[number] for number in range(len(rollouts)))
+
+
+def _decode_part(
+    replica: Replica, part: tuple[Sequence[Prefix], int], sampling: SamplingParams
+) -> Iterator[tuple[int, Rollout]]:
     prefixes_S, seed = part
     generator = torch.Generator(replica.policy.device).manual_seed(seed)
     return decode(replica.policy, prefixes_S, sampling, generator)
 
 
+def _decode_whole_part(replica: Replica, part: tuple[Sequence[Prefix], int], sampling: SamplingParams) -> list[Rollout]:
+    return list(_in_order(dict(_decode_part(replica, part, sampling))))
+
+
 @torch.no_grad()
 def decode(
     policy: Policy, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
-) -> list[Rollout]:
-    """Decode one batch to its end. Buffers keep the original order; ``row_S`` maps those still decoding to it."""
+) -> Iterator[tuple[int, Rollout]]:
+    """Decode one batch to its end, giving each sequence, with its place in the batch, as soon as it has ended.
+
+    Buffers keep the original order; ``row_S`` maps those still decoding to it.
+    """
     device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
     stop_ids = torch.tensor(stop_tokens(policy, sampling), device=device)
     room = [sampling.max_response_tokens - len(prefix.response_ids) for prefix in prefixes_S]
@@ -187,7 +228,7 @@ def decode(
     hidden_SD, cache, seen_ST = _read_prompts(policy, ids_S)
     position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
     seen_ST = torch.nn.functional.pad(seen_ST, (0, most), value=True)
-    advance = choose_step(policy)
+    advance, num_before = choose_step(policy), num_sequences
     for step in range(most):
         drawn_S, logprobs_S, entropy_S = sample_tokens(policy.logits(hidden_SD), sampling, generator)
         tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
@@ -195,10 +236,16 @@ def decode(
         lengths_S[row_S[stopped_S]] = step + 1
         finished_S[row_S[stopped_S]] = True
 
-        going_S = ~finished_S[row_S] & (lengths_S[row_S] > step + 1)
+        before_S, going_S = going_S, ~finished_S[row_S] & (lengths_S[row_S] > step + 1)
         num_going = int(going_S.sum())
+        if num_going < num_before:
+            for row in row_S[before_S & ~going_S].tolist():
+                length, finished = int(lengths_S[row]), bool(finished_S[row])
+                written = (tokens_ST[row, :length], logprobs_ST[row, :length], entropy_ST[row, :length])
+                yield row, _build_rollout(policy, ids_S[row], *written, finished=finished)
         if num_going == 0:
-            break
+            return
+        num_before = num_going
         if len(row_S) - num_going >= COMPACT_FRACTION * len(row_S):
             index_S = _close_gaps(going_S, num_going)
             select_sequences(cache, index_S)
@@ -206,7 +253,6 @@ def decode(
             seen_ST, going_S = seen_ST[index_S], going_S[index_S]
         hidden_SD = advance(drawn_S, position_S, seen_ST[:, : cached + step + 1], cache)
         position_S = position_S + going_S  # one that lingers must not run past the model's last position
-    return _build_rollouts(policy, ids_S, tokens_ST, logprobs_ST, entropy_ST, lengths_S, finished_S)
 
 
 def _close_gaps(going_S: Tensor, num_going: int) -> Tensor:
@@ -246,33 +292,26 @@ def _read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple
     return hidden_PTD[owner_S, -1], cache, mask_PT[owner_S]
 
 
-def _build_rollouts(
+def _build_rollout(
     policy: Policy,
-    prompts_S: Sequence[tuple[int, ...]],
-    tokens_ST: Tensor,
-    logprobs_ST: Tensor,
-    entropy_ST: Tensor,
-    lengths_S: Tensor,
-    finished_S: Tensor,
-) -> list[Rollout]:
-    if not (logprobs_ST.isfinite().all() and entropy_ST.isfinite().all()):
+    prompt_ids: tuple[int, ...],
+    tokens_T: Tensor,
+    logprobs_T: Tensor,
+    entropy_T: Tensor,
+    *,
+    finished: bool,
+) -> Rollout:
+    if not (logprobs_T.isfinite().all() and entropy_T.isfinite().all()):
         raise TrainingHalted("the model's logits are NaN or infinite while sampling; its weights have diverged")
-    logprobs_ST, entropy_ST = logprobs_ST.cpu(), entropy_ST.cpu()
-    rollouts = []
-    for row, (ids, length, finished) in enumerate(
-        zip(tokens_ST.tolist(), lengths_S.tolist(), finished_S.tolist(), strict=True)
-    ):
-        rollouts.append(
-            Rollout(
-                prompt_ids=prompts_S[row],
-                response_ids=tuple(ids[:length]),
-                logprobs=logprobs_ST[row, :length].clone(),
-                entropy=entropy_ST[row, :length].clone(),
-                text=response_text(policy, ids[:length], finished),
-                finished=finished,
-            )
-        )
-    return rollouts
+    ids = tokens_T.tolist()
+    return Rollout(
+        prompt_ids=prompt_ids,
+        response_ids=tuple(ids),
+        logprobs=logprobs_T.clone().cpu(),
+        entropy=entropy_T.clone().cpu(),
+        text=response_text(policy, ids, finished),
+        finished=finished,
+    )
 
 
 def stop_tokens(policy: Policy, sampling: SamplingParams) -> tuple[int, ...]:
