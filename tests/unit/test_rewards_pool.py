@@ -317,7 +317,7 @@ def test_a_starved_parent_does_not_take_its_own_delay_for_the_workers(
 
     pool = make_pool("equal", workers=3, deadline_s=0.3)
     monkeypatch.setattr("selectors.DefaultSelector", Starved)
-    assert pool.verify(items("right", *["wrong"] * 40)) == [Verdict(1.0), *[Verdict(0.0)] * 40]
+    assert pool.verify(items("right", *["wrong"] * 12)) == [Verdict(1.0), *[Verdict(0.0)] * 12]
 
 
 def test_an_interrupted_batch_leaves_no_answers_for_the_next(

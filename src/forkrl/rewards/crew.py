@@ -119,9 +119,16 @@ class Crew:
                 worker.end(None)
 
     def _hand_out(self) -> None:
+        """One each in turn, as long as there are workers with room."""
+        taking = [worker for worker in self.workers if worker.has_room]
+        while taking:
+            for worker in list(taking):
+                item = self._next_item(fresh=not worker.served) if worker.has_room else None
+                if item is None:
+                    taking.remove(worker)
+                else:
+                    worker.ask(item)
         for worker in self.workers:
-            while worker.has_room and (item := self._next_item(fresh=not worker.served)):
-                worker.ask(item)
             if worker.state == "ready":
                 worker.flush()
 
@@ -157,11 +164,13 @@ class Crew:
     def _accept(self, worker: WorkerProcess, line: Any) -> None:
         match line:
             case str(token) if worker.expects(token) and worker.in_flight[0].withdrawn:
-                worker.next_turn(served=False)
-            case [str(token), float(), "memory", str(message), None] if worker.expects(token):
+                worker.next_turn(None)
+            case [str(token), float(), "memory", str(message), None, float()] if worker.expects(token):
                 worker.end(Cause("memory", message))
-            case [str(token), float(score), str(failure), str(message), str() | None as read] if worker.expects(token):
-                self._settle(worker.next_turn(served=True), Verdict(score, failure, read), message)
+            case [str(token), float(score), str(failure), str(message), str() | None as read, float(took)] if (
+                worker.expects(token)
+            ):
+                self._settle(worker.next_turn(took), Verdict(score, failure, read), message)
                 if worker.has_swollen():
                     worker.end(None)
             case _:

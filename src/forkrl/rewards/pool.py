@@ -32,6 +32,7 @@ from forkrl.rewards.worker_process import Settings
 from forkrl.types import Prompt, Verdict, VerifierSpec
 
 _log = logging.getLogger("forkrl")
+_ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
 
 
 class VerifierPool:
@@ -202,8 +203,22 @@ class VerifierPool:
 
 
 def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
-    """The pool that a recipe asks for."""
-    return VerifierPool(verifiers, workers=config.workers, deadline_s=config.deadline_s, memory_mb=config.memory_mb)
+    """The pool that a recipe asks for.
+
+    Raises:
+        UserError: a verifier cannot be started; a server that is to judge cannot be reached.
+    """
+    prepared = {
+        source: _prepare_endpoint(spec, config) if spec.path == _ENDPOINT else spec
+        for source, spec in verifiers.items()
+    }
+    return VerifierPool(prepared, workers=config.workers, deadline_s=config.deadline_s, memory_mb=config.memory_mb)
+
+
+def _prepare_endpoint(spec: VerifierSpec, config: RewardConfig) -> VerifierSpec:
+    from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
+
+    return prepare_endpoint(spec, config.deadline_s if spec.deadline_s is None else spec.deadline_s)
 
 
 def _visible(text: str) -> str:

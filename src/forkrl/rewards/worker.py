@@ -42,7 +42,7 @@ def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, 
     Args:
         requests_fd: lines ``[token, source, answer, response]``, and ``token`` for a request that is withdrawn.
         answers_fd: first ``{"ready": process id}`` or ``{"failed": message, "path": verifier}``; then, in the order of
-            the requests, ``[token, score, failure, message, answer]``, or ``token`` for a withdrawn one.
+            the requests, ``[token, score, failure, message, answer, seconds]``, or ``token`` for a withdrawn one.
         verifiers: import path, options and deadline by source.
     """
     path = ""
@@ -64,10 +64,11 @@ def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, 
             continue
         token, source, answer, response = request
         _limit_cpu(judges[source].deadline_s)
+        began = time.monotonic()
         verdict = _judge(judges[source].function, answer, response)
         if os.getpid() != me:  # a fork that the verifier made has come back out of it
             os._exit(0)
-        send(answers_fd, [token, *verdict])
+        send(answers_fd, [token, *verdict, time.monotonic() - began])
 
 
 class _Requests:

@@ -162,12 +162,11 @@ class WorkerProcess:
         """Whether an answer with this token is the one due; none can be forged without having read its request."""
         return bool(self.in_flight) and token == self.in_flight[0].token
 
-    def next_turn(self, *, served: bool) -> Item:
-        """The first item is answered, or was withdrawn in time; it goes on to the one behind."""
+    def next_turn(self, took: float | None) -> Item:
+        """It goes on to the next item: the first was answered in so many seconds, or was withdrawn in time (None)."""
         item = self.in_flight.popleft().item
-        if served:
+        if took is not None:
             self.served += 1
-            took = time.monotonic() - self._turn_began
             if took < _QUICK_S:
                 self._depth = min(2 * self._depth, _PIPELINE)
             elif took > _SLOW_S:
