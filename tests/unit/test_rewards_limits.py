@@ -200,12 +200,17 @@ def test_one_hung_item_delays_nothing_else(make_pool: MakePool) -> None:
     assert not pool.failures
 
 
-def test_a_slow_worker_is_given_one_at_a_time_and_nothing_is_judged_twice(make_pool: MakePool) -> None:
-    pool = make_pool(workers=2, deadline_s=60)
+def test_what_went_to_another_worker_is_not_judged_twice(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(workers=2, deadline_s=600)
     pool.verify(items(*["right"] * 200))
     served = sum(worker.served for worker in pool._crew.workers)
-    assert pool.verify(items(*["slow 0.2"] * 8)) == [Verdict(1.0)] * 8
-    assert sum(worker.served for worker in pool._crew.workers) == served + 8
+    slow = pool.submit(items("wait_for go"))
+    behind = [pool.submit(items("right")) for _ in range(31)]
+    assert all(future.result(timeout=60) == [Verdict(1.0)] for future in behind)
+    (tmp_path / "go").touch()
+    assert slow.result(timeout=60) == [Verdict(1.0)]
+    assert pool.verify(items(*["slow 0.2"] * 4)) == [Verdict(1.0)] * 4  # both have been through what they held
+    assert sum(worker.served for worker in pool._crew.workers) == served + 1 + 31 + 4
 
 
 def test_batches_overlap_each_other_and_the_caller(make_pool: MakePool, tmp_path: Path) -> None:
@@ -243,6 +248,7 @@ def test_a_cancelled_batch_frees_its_worker(make_pool: MakePool) -> None:
     future = pool.submit(items("hang", "right"))
     assert wait_until(lambda: bool(pool._crew.workers[0].in_flight))
     assert future.cancel()
+    assert wait_until(lambda: pool._crew.workers[0].state == "resting", 5)  # at once, not with the next batch
     assert pool.submit(items("right")).result(timeout=30) == [Verdict(1.0)]
     assert not pool.failures
 
@@ -273,8 +279,10 @@ def test_nothing_that_a_verifier_started_outlives_it(make_pool: MakePool, tmp_pa
 @LINUX
 def test_a_fork_that_comes_back_out_of_the_verifier_is_ended(make_pool: MakePool) -> None:
     pool = make_pool()
+    before = pool._crew.workers[0].pid
     assert pool.verify(items("twin", *["right"] * 50)) == [Verdict(1.0)] * 51
     assert not pool.failures
+    assert pool._crew.workers[0].pid == before
 
 
 @LINUX

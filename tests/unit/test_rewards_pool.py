@@ -261,28 +261,18 @@ RETURNS = {
 }
 
 
-@pytest.mark.parametrize("returned", list(RETURNS))
-def test_what_a_verifier_may_return(returning: VerifierPool, returned: str) -> None:
-    verdict, message = RETURNS[returned]
-    before = returning.failures.total()
-    returning.first_failures.clear()
-    assert returning.verify(items(returned)) == [verdict]
-    assert returning.failures.total() - before == bool(message)
-    assert message in "".join(returning.first_failures.values())
-
-
-@pytest.fixture(scope="module")
-def returning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
-    """A pool whose verifier returns what the response says."""
-    folder = tmp_path_factory.mktemp("returning")
-    (folder / "returning.py").write_text(
+def test_what_a_verifier_may_return(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "returning.py").write_text(
         "from fractions import Fraction\nfrom forkrl.types import Judgement\n\n\n"
         "def f(answer, response):\n    return eval(response)\n"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        with VerifierPool({"": VerifierSpec("returning:f")}) as pool:
-            yield pool
+    with VerifierPool({"": VerifierSpec("returning:f")}) as pool:
+        for returned, (verdict, message) in RETURNS.items():
+            pool.failures.clear()
+            pool.first_failures.clear()
+            assert pool.verify(items(returned)) == [verdict], returned
+            assert pool.failures.total() == bool(message), returned
+            assert message in "".join(pool.first_failures.values()), returned
 
 
 def test_the_first_failure_of_each_kind_is_announced(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
@@ -466,7 +456,8 @@ def test_close_leaves_no_process_and_no_file(make_pool: MakePool) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a closed pipe is Linux's")
 @pytest.mark.parametrize("state", ["pid", "loop", "power", "child"])
-def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None:
+@pytest.mark.parametrize("warden_too", [False, True])
+def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str, warden_too: bool) -> None:
     script = f"""
         import subprocess, sys, threading, time
         from forkrl.rewards import VerifierPool
@@ -474,7 +465,7 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None
         pool = VerifierPool({{"": VerifierSpec("{hostile}:act")}}, deadline_s=3600)
         threading.Thread(target=pool.verify, args=([(Prompt("", "", ""), "{state}")],), daemon=True).start()
         time.sleep(0.3)
-        print(pool._crew.workers[0].pid, flush=True)
+        print(pool._crew.workers[0].pid, pool._crew.workers[0]._warden.pid, flush=True)
         time.sleep(3600)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -482,11 +473,14 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, env=environment
     ) as parent:
         assert parent.stdout is not None
-        pids = [int(parent.stdout.readline())]
-        if state == "child":
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        if state == "child" and not warden_too:
             assert wait_until(lambda: bool(Path("child.pid").exists() and Path("child.pid").read_text()))
             pids.append(int(Path("child.pid").read_text()))
         assert all(map(is_running, pids))
+        if warden_too:
+            parent.send_signal(signal.SIGSTOP)  # it must not notice
+            os.kill(pids[1], signal.SIGKILL)
         parent.kill()
     assert wait_until(lambda: not any(map(is_running, pids)))
 

@@ -122,6 +122,7 @@ class WorkerProcess:
         """Stay without a process until there is work."""
         self._close_pipes()
         self.state, self.due = "resting", _NEVER
+        self.in_flight.clear()
 
     def welcome(self, pid: int) -> None:
         """It has loaded its verifiers."""
@@ -183,7 +184,7 @@ class WorkerProcess:
 
     def end(self, cause: Cause | None) -> None:
         """Have it killed with all that it started. Its warden reports when that is done."""
-        if self.state == "ending":
+        if self.state not in ("starting", "ready"):
             return
         self.state, self.cause, self.due = "ending", cause, time.monotonic() + _END_LIMIT_S
         with suppress(ConnectionError):
