@@ -91,16 +91,17 @@ def hang_up(handler: Handler) -> None:
 
 
 def drip(handler: Handler) -> None:
-    """A byte now and then, without end."""
+    """A byte now and then, far longer than anybody should wait."""
     handler.send_response(200)
     handler.send_header("Content-Length", "100000")
     handler.end_headers()
     try:
-        while True:
+        for _ in range(60):
             handler.wfile.write(b" ")
             time.sleep(0.05)
     except OSError:
-        handler.close_connection = True
+        pass
+    handler.close_connection = True
 
 
 def stall(handler: Handler) -> None:
