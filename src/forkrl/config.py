@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,8 +71,11 @@ class TaskConfig(Section):
     chat_template: bool = False
     """dataset: wrap the templated question as a user message with the tokenizer's chat template."""
     verifier: str = "forkrl.rewards.math:verify_math"
-    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]. "none": nothing is judged and no
-    answers are read, for commands that can do without."""
+    """dataset: import path "module:function" of (answer, response) -> score in [0, 1], or the "http://…" or "https://…"
+    address of a server that judges (docs/verifiers.md). "none": nothing is judged and no answers are read, for commands
+    that can do without."""
+    verifier_options: dict[str, Any] = {}
+    """dataset: further arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1."""
 
     @model_validator(mode="after")
     def _data_is_named(self) -> TaskConfig:
@@ -85,6 +89,10 @@ class TaskConfig(Section):
             raise ValueError(
                 'task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"'
             )
+        if self.verifier_options and self.verifier == "none":
+            raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; leave them out')
+        for name, value in self.verifier_options.items():
+            _require_json(f"task.verifier_options.{name}", value)
         if "{prompt}" not in self.template:
             raise ValueError("task.template has no {prompt}; every prompt would be the same text")
         return self
@@ -432,12 +440,22 @@ def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> R
 def recipe_differences(old: Section, new: Section) -> list[str]:
     """``key: old -> new`` for every setting that differs, in recipe order."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    return [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in after.items() if before.get(key) != value]
+    changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed]
 
 
 def recipe_toml(recipe: Section) -> dict[str, Any]:
     """The recipe as plain values that TOML can hold: unset options are left out."""
     return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def _require_json(key: str, value: Any) -> None:
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ValueError(
+            f"{key} = {value!r} is no text, number, truth value, list or table; write it as text"
+        ) from None
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,12 +6,13 @@ Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from forkrl.types import RolloutGroup, TokenBatch
+from forkrl.types import FAILURES, RolloutGroup, TokenBatch
 from forkrl.update import Update
 
 
@@ -35,7 +36,7 @@ def rollout_metrics(
         "sampling/groups_kept": float(num_kept),
         "sampling/dropped_all_right": float(sum(max(group.scores) > 0 for group in dropped)),
         "sampling/dropped_all_wrong": float(sum(max(group.scores) == 0 for group in dropped)),
-        "verifier/failures": float(sum(bool(verdict.failure) for group in sampled for verdict in group.verdicts)),
+        **_failures(sampled),
         "time/rollout_s": seconds["rollout"],
         "time/reward_s": seconds["reward"],
     }
@@ -65,6 +66,13 @@ def accuracy(groups: Sequence[RolloutGroup]) -> float:
     """Mean score of all responses."""
     scores = [score for group in groups for score in group.scores]
     return sum(scores) / len(scores)
+
+
+def _failures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """How many responses could not be judged, in all and by reason; every reason has its column in every step."""
+    counts = Counter(verdict.failure for group in groups for verdict in group.verdicts if verdict.failure)
+    by_reason = {f"verifier/failures_{reason}": float(counts[reason]) for reason in FAILURES}
+    return {"verifier/failures": float(counts.total()), **by_reason}
 
 
 def _mean(values_N: Tensor) -> float:

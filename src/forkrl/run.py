@@ -339,6 +339,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         run.display = stack.enter_context(
             TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
         )
+        verifier.announce = run.display.message
         if resume is not None and (changes := _changed_arithmetic(folder.provenance, provenance)):
             run.display.message(f"resuming with {changes}: the run goes on, but no longer the same to the bit")
         with _early_ends(run):

@@ -43,12 +43,16 @@ class Judgement(NamedTuple):
     answer: str | None = None
 
 
+FAILURES = ("deadline", "crash", "memory", "error")
+"""Why a verifier may give no score: too slow, its process died, out of memory, it raised or returned no score."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verifier said of one response.
 
     ``score`` is the correctness in [0, 1]. ``failure`` is empty when the verifier answered; otherwise it names why it
-    could not ("deadline", "crash", "memory", "error"): the score is then 0, and the reason is counted and logged.
+    could not, as one of ``FAILURES``: the score is then 0, and the reason is counted and logged.
     ``answer`` is the final answer that it read, as in ``Judgement``.
     """
 

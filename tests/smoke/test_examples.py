@@ -10,6 +10,21 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+PRINTS = {
+    "forks_in_python.py": ["overlap of the top fifth"],
+    "own_verifier.py": [
+        "function\n  pi: 'It is about 3.14' Verdict(score=1.0, failure='', answer='3.14')",
+        "server\n  pi: 'It is about 3.14' Verdict(score=1.0, failure='', answer='3.14')",
+        "failures: {'error': 1}",
+    ],
+}
+WARNS = {
+    "own_verifier.py": [
+        "prompt odd: ValueError: could not convert string to float: 'not a number'",
+        "answered 422 could not convert string to float",
+    ],
+}
+WRITES = {"forks_in_python.py": "histogram.svg"}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
@@ -19,5 +34,9 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
         [sys.executable, EXAMPLES / name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "overlap of the top fifth" in done.stdout
-    assert (tmp_path / "histogram.svg").stat().st_size > 1000
+    for text in PRINTS[name]:
+        assert text in done.stdout
+    for text in WARNS.get(name, []):
+        assert text in done.stderr
+    if name in WRITES:
+        assert (tmp_path / WRITES[name]).stat().st_size > 1000

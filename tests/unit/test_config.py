@@ -113,3 +113,32 @@ def test_differences_name_the_key_and_both_values() -> None:
     old, new = TrainConfig(), load_recipe(TrainConfig, None, ["optimizer.lr=2e-6", "selection.ratio=0.1"])
     assert recipe_differences(old, new) == ["selection.ratio: 0.2 -> 0.1", "optimizer.lr: 1e-06 -> 2e-06"]
     assert not recipe_differences(old, TrainConfig())
+
+
+def test_options_of_a_verifier_are_a_table_of_their_own(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[task]\nname = "dataset"\ndata = "x.jsonl"\n[task.verifier_options]\ntolerance = 0.1\n')
+    options = ["task.verifier_options.units.length=m"]
+    config = load_recipe(TrainConfig, recipe, options)
+    assert config.task.verifier_options == {"tolerance": 0.1, "units": {"length": "m"}}
+    assert TrainConfig.model_validate(recipe_toml(config)) == config
+    assert recipe_differences(config, load_recipe(TrainConfig, recipe, [])) == [
+        "task.verifier_options.units.length: 'm' -> None"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.verifier_options.day=2026-01-01", "task.verifier_options.day = datetime.date(2026, 1, 1) is no text"),
+        ("task.verifier_options=3", "task.verifier_options = 3: input should be a valid dictionary"),
+        ("task.verifier=none", 'task.verifier_options are for a verifier, but task.verifier = "none"'),
+        ("task.name=countdown", 'task.data is for task.name = "dataset"'),
+    ],
+)
+def test_options_that_no_verifier_could_take_are_refused(override: str, message: str) -> None:
+    dataset = ["task.name=dataset", "task.data=x.jsonl", "task.verifier_options.tolerance=1"]
+    with pytest.raises(UserError) as caught:
+        load_recipe(TrainConfig, None, [*dataset, override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

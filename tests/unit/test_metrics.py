@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from forkrl.metrics import update_metrics
-from forkrl.types import TokenBatch
+from forkrl.metrics import rollout_metrics, update_metrics
+from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch, Verdict
 from forkrl.update import Update
 
 
@@ -50,3 +50,18 @@ def test_the_largest_ratio_of_a_step_is_that_of_any_gradient_step() -> None:
     figures = update_metrics([mini_batch([1.0])] * 3, updates)
     assert figures["loss/ratio_max"] == 4
     assert figures["loss/approx_kl"] == 2
+
+
+def test_responses_that_could_not_be_judged_are_counted_by_reason() -> None:
+    verdicts = tuple(Verdict(0.0, failure) for failure in ("", "crash", "error", "crash"))
+    rollout = Rollout((1,), (2,), torch.zeros(1), torch.zeros(1), "", finished=True)
+    group = RolloutGroup(Prompt("", "", ""), (rollout,) * 4, verdicts)
+    figures = rollout_metrics([group, group], [], 2, 1, {"rollout": 1.0, "reward": 1.0})
+    failures = {name: value for name, value in figures.items() if name.startswith("verifier/")}
+    assert failures == {
+        "verifier/failures": 6,
+        "verifier/failures_deadline": 0,
+        "verifier/failures_crash": 4,
+        "verifier/failures_memory": 0,
+        "verifier/failures_error": 2,
+    }

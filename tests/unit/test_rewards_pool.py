@@ -239,11 +239,112 @@ def test_failures_are_named_counted_and_do_no_harm(
     assert pool.first_failures[failure].startswith("prompt id-1: ")
 
 
-def test_a_score_must_be_a_number(hostile: str, tmp_path: Path) -> None:
-    (tmp_path / "scores.py").write_text("def score(answer, response):\n    return {'t': True, 'n': None}[response]\n")
-    with VerifierPool({"": VerifierSpec("scores:score")}) as pool:
-        assert pool.verify(items("t", "n", "?")) == [Verdict(1.0), Verdict(0.0, "error"), Verdict(0.0, "error")]
-        assert "NoneType" in pool.first_failures["error"]
+RETURNS = {
+    "True": (Verdict(1.0), ""),
+    "0": (Verdict(0.0), ""),
+    "(1, '')": (Verdict(1.0, "", ""), ""),
+    "(0.5, None)": (Verdict(0.5), ""),
+    "Judgement(1.0, 'x')": (Verdict(1.0, "", "x"), ""),
+    "Fraction(1, 4)": (Verdict(0.25), ""),
+    "None": (Verdict(0.0, "error"), "returned None (NoneType), not a score in [0, 1]"),
+    "'1.0'": (Verdict(0.0, "error"), "returned '1.0' (str), not a score"),
+    "float('nan')": (Verdict(0.0, "error"), "returned nan (float), not a score"),
+    "float('inf')": (Verdict(0.0, "error"), "returned inf (float), not a score"),
+    "2.0": (Verdict(0.0, "error"), "returned 2.0 (float), not a score"),
+    "-0.1": (Verdict(0.0, "error"), "returned -0.1 (float), not a score"),
+    "1j": (Verdict(0.0, "error"), "returned something (complex), not a score"),
+    "[1.0]": (Verdict(0.0, "error"), "returned something (list), not a score"),
+    "(1.0, 7)": (Verdict(0.0, "error"), "returned the answer as int, not text"),
+    "(1.0, 'a', 'b')": (Verdict(0.0, "error"), "returned something (tuple), not a score"),
+    "('x', 1.0)": (Verdict(0.0, "error"), "returned 'x' (str), not a score"),
+    "1 / 0": (Verdict(0.0, "error"), "ZeroDivisionError: division by zero"),
+}
+
+
+def test_what_a_verifier_may_return(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "returning.py").write_text(
+        "from fractions import Fraction\nfrom forkrl.types import Judgement\n\n\n"
+        "def f(answer, response):\n    return eval(response)\n"
+    )
+    with VerifierPool({"": VerifierSpec("returning:f")}) as pool:
+        for returned, (verdict, message) in RETURNS.items():
+            pool.failures.clear()
+            pool.first_failures.clear()
+            assert pool.verify(items(returned)) == [verdict], returned
+            assert pool.failures.total() == bool(message), returned
+            assert message in "".join(pool.first_failures.values()), returned
+
+
+def test_the_first_failure_of_each_kind_is_announced(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    pool = make_pool(deadline_s=0.5)
+    pool.verify(items("right", "sysexit", "loop", "nan", "loop"))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("verifier failure (error), prompt id-1: SystemExit: bye; the response scores 0")
+    assert second.startswith("verifier failure (deadline), prompt id-2: gave no answer within 0.5 s;")
+
+
+def test_an_announcement_cannot_steer_the_terminal(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "steering.py").write_text("def f(answer, response):\n    raise ValueError('\\x1b[2J\\u202e\\n')\n")
+    told: list[str] = []
+    with VerifierPool({"": VerifierSpec("steering:f")}) as pool:
+        pool.announce = told.append
+        pool.verify([(Prompt("id\x07", "?", ""), "")])
+    assert len(told) == 1
+    assert told[0].isprintable()
+    assert r"prompt id\x07: ValueError: \x1b[2J\u202e" in told[0]
+
+
+OPTIONS = """
+from functools import partial
+
+def near(answer, response, *, tolerance=0.0, units=()):
+    return float(abs(float(answer) - float(response)) <= tolerance)
+
+def all_of_them(answer, response, **options):
+    return float(options == {"tolerance": 0.5, "units": ["m", {"s": None}]})
+
+def two(answer, response):
+    return 1.0
+
+def three(answer, response, tolerance, more):
+    return 1.0
+"""
+
+
+def test_options_reach_the_verifier(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "options.py").write_text(OPTIONS)
+    options = {"tolerance": 0.5, "units": ["m", {"s": None}]}
+    with VerifierPool({"": VerifierSpec("options:all_of_them", options)}) as pool:
+        assert pool.verify(items("")) == [Verdict(1.0)]
+    with VerifierPool({"": VerifierSpec("options:near", options), "strict": VerifierSpec("options:near")}) as pool:
+        batch = [(Prompt("", "", "1.0", source=source), "1.4") for source in ("", "strict")]
+        assert pool.verify(batch) == [Verdict(1.0), Verdict(0.0)]
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("near", {"tolerence": 1}, "options:near(answer, response, *, tolerance=0.0, units=()): got an unexpected"),
+        ("two", {"tolerance": 1}, "unexpected keyword argument 'tolerance'"),
+        ("three", {"tolerance": 1}, "missing a required argument: 'more'"),
+        ("near", {"answer": "x"}, "multiple values for argument 'answer'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_at_the_start(
+    hostile: str, tmp_path: Path, function: str, options: dict[str, object], message: str
+) -> None:
+    (tmp_path / "options.py").write_text(OPTIONS)
+    with pytest.raises(UserError) as caught:
+        VerifierPool({"": VerifierSpec(f"options:{function}", options)})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_from_nowhere_is_refused(make_pool: MakePool) -> None:
+    pool = make_pool()
+    with pytest.raises(UserError, match="prompt p: no verifier for its source 'elsewhere'"):
+        pool.verify([(Prompt("p", "", "", source="elsewhere"), "")])
+    assert pool.verify(items("right")) == [Verdict(1.0)]
 
 
 def test_prints_cannot_forge_a_verdict(make_pool: MakePool) -> None:
@@ -290,7 +391,7 @@ def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_th
         thread.join(30)
     expected = [Verdict(1.0), Verdict(0.0, "deadline"), Verdict(0.0)]
     assert verdicts == {0: expected, 1: expected}
-    pids = [worker._process.pid for worker in pool._workers]  # a thread that has ended started it
+    pids = [worker.pid for worker in pool._crew.workers]  # a thread that has ended started it
     assert not wait_until(lambda: not all(map(is_running, pids)), limit_s=0.3)
     assert pool.verify(items("right")) == [Verdict(1.0)]
     assert pool.failures == {"deadline": 2}
@@ -298,9 +399,10 @@ def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_th
 
 def test_a_worker_that_died_while_idle_is_replaced(make_pool: MakePool) -> None:
     pool = make_pool()
-    (worker,) = pool._workers
-    os.kill(worker._process.pid, signal.SIGKILL)
-    assert wait_until(lambda: not is_running(worker._process.pid))
+    (worker,) = pool._crew.workers
+    pid = worker.pid
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not is_running(pid))
     assert pool.verify(items("right")) == [Verdict(1.0)]
     assert not pool.failures
 
@@ -316,7 +418,7 @@ def test_a_starved_parent_does_not_take_its_own_delay_for_the_workers(
 
     pool = make_pool("equal", workers=3, deadline_s=0.3)
     monkeypatch.setattr("selectors.DefaultSelector", Starved)
-    assert pool.verify(items("right", *["wrong"] * 40)) == [Verdict(1.0), *[Verdict(0.0)] * 40]
+    assert pool.verify(items("right", *["wrong"] * 12)) == [Verdict(1.0), *[Verdict(0.0)] * 12]
 
 
 def test_an_interrupted_batch_leaves_no_answers_for_the_next(
@@ -353,8 +455,10 @@ def test_close_leaves_no_process_and_no_file(make_pool: MakePool) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a closed pipe is Linux's")
-@pytest.mark.parametrize("state", ["pid", "loop", "power", "child"])
-def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "warden_too"), [("pid", False), ("power", False), ("child", False), ("loop", False), ("loop", True)]
+)
+def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str, warden_too: bool) -> None:
     script = f"""
         import subprocess, sys, threading, time
         from forkrl.rewards import VerifierPool
@@ -362,7 +466,7 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None
         pool = VerifierPool({{"": VerifierSpec("{hostile}:act")}}, deadline_s=3600)
         threading.Thread(target=pool.verify, args=([(Prompt("", "", ""), "{state}")],), daemon=True).start()
         time.sleep(0.3)
-        print(pool._workers[0]._process.pid, flush=True)
+        print(pool._crew.workers[0].pid, pool._crew.workers[0]._warden.pid, flush=True)
         time.sleep(3600)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -370,11 +474,14 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, env=environment
     ) as parent:
         assert parent.stdout is not None
-        pids = [int(parent.stdout.readline())]
+        pids = [int(word) for word in parent.stdout.readline().split()]
         if state == "child":
             assert wait_until(lambda: bool(Path("child.pid").exists() and Path("child.pid").read_text()))
             pids.append(int(Path("child.pid").read_text()))
         assert all(map(is_running, pids))
+        if warden_too:
+            parent.send_signal(signal.SIGSTOP)  # it must not notice
+            os.kill(pids[1], signal.SIGKILL)
         parent.kill()
     assert wait_until(lambda: not any(map(is_running, pids)))
 

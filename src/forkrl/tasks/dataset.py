@@ -92,7 +92,12 @@ def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTe
 
 
 def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
-    return {} if config.verifier == NO_VERIFIER else {"": VerifierSpec(config.verifier)}
+    if config.verifier == NO_VERIFIER:
+        return {}
+    if config.verifier.startswith(("http://", "https://")):
+        options = config.verifier_options | {"url": config.verifier}
+        return {"": VerifierSpec("forkrl.rewards.endpoint:verify_at_endpoint", options)}
+    return {"": VerifierSpec(config.verifier, config.verifier_options)}
 
 
 class _Row(NamedTuple):

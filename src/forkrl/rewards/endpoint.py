@@ -1,0 +1,143 @@
+"""Judges by asking an HTTP server: POST ``{"answer", "response"}``, get ``{"score", "answer"?}``.
+
+It runs in the pool's workers like any other verifier, so the pool's deadline holds whatever the server does. Each
+worker keeps one connection open.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from forkrl.errors import UserError
+from forkrl.types import Judgement, VerifierSpec
+
+_SHARE_OF_DEADLINE = 0.8
+"""Of the pool's deadline goes to the server; the rest is for saying what went wrong with it."""
+_BACKOFF_S = (0.2, 0.8)
+"""Waits before the second and the third attempt."""
+_MAX_BODY = 1 << 16
+"""Bytes of a reply; no honest one is longer."""
+_PROBE_S = 5.0
+
+
+class EndpointError(Exception):
+    """The server gave no judgement."""
+
+
+class _TryAgain(Exception):
+    """It may yet: connections break, and servers are busy or restarting."""
+
+
+def verify_at_endpoint(
+    answer: str, response: str, *, url: str, timeout_s: float = 8.0, headers: Mapping[str, str] | None = None
+) -> Judgement:
+    """Have a server judge.
+
+    Args:
+        answer: the gold answer.
+        response: what the model wrote.
+        url: where to POST; redirects are not followed.
+        timeout_s: seconds for all attempts together; below the deadline of the pool, or that is what one will read.
+        headers: further headers, such as ``Authorization``.
+
+    Raises:
+        EndpointError: after two retries at connections that fail, 429 and 5xx; at once for any other status than 200,
+            and for a reply that is no judgement.
+    """
+    # ASCII JSON carries anything a Python string can hold, lone surrogates too.
+    body = json.dumps({"answer": answer, "response": response}).encode("ascii")
+    ends = time.monotonic() + timeout_s
+    for wait in (*_BACKOFF_S, None):
+        try:
+            return _judgement(_post(url, body, dict(headers or {}), ends), url)
+        except _TryAgain as error:
+            if wait is None or time.monotonic() + wait >= ends:
+                raise EndpointError(f"{shown(url)} {error}") from None
+            time.sleep(wait)
+    raise AssertionError
+
+
+def prepare_endpoint(spec: VerifierSpec, deadline_s: float) -> VerifierSpec:
+    """The same endpoint with a time-out below the pool's deadline, once its server has answered anything at all.
+
+    Raises:
+        UserError: it cannot be reached, or the time-out is no less than the deadline.
+    """
+    url = spec.options["url"]
+    timeout_s = spec.options.get("timeout_s", _SHARE_OF_DEADLINE * deadline_s)
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < deadline_s:
+        raise UserError(
+            f"task.verifier_options.timeout_s = {timeout_s!r} must lie between 0 and reward.deadline_s = "
+            f"{deadline_s:g}; leave it out to take {_SHARE_OF_DEADLINE:.0%} of that"
+        )
+    try:
+        httpx.options(url, timeout=_PROBE_S)
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(
+            f"task.verifier = {shown(url)!r} cannot be reached ({reason}); start the server, or mend the address"
+        ) from None
+    return VerifierSpec(spec.path, {**spec.options, "timeout_s": timeout_s}, spec.deadline_s)
+
+
+def shown(url: str) -> str:
+    """A URL without what must not stand in a log: user, password and query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+@cache
+def _client() -> httpx.Client:
+    return httpx.Client(follow_redirects=False)
+
+
+def _post(url: str, body: bytes, headers: dict[str, str], ends: float) -> bytes:
+    """The body of a reply with status 200."""
+    # No compression: a few kilobytes of it could unpack to gigabytes.
+    sent = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | headers
+    left = max(ends - time.monotonic(), 0.01)
+    try:
+        with _client().stream("POST", url, content=body, headers=sent, timeout=left) as reply:
+            if reply.status_code == 429 or reply.status_code >= 500:
+                raise _TryAgain(f"answered {reply.status_code} {reply.reason_phrase}")
+            if reply.status_code != 200:
+                hint = "; redirects are not followed" if reply.is_redirect else ""
+                raise EndpointError(f"{shown(url)} answered {reply.status_code} {reply.reason_phrase}{hint}")
+            return _read(reply, url, ends)
+    except httpx.TimeoutException:
+        raise EndpointError(f"{shown(url)} gave no answer in time") from None
+    except httpx.TransportError as error:
+        raise _TryAgain(f"could not be asked: {str(error) or type(error).__name__}") from None
+
+
+def _read(reply: httpx.Response, url: str, ends: float) -> bytes:
+    body = b""
+    for part in reply.iter_raw():
+        body += part
+        if len(body) > _MAX_BODY:
+            raise EndpointError(f"{shown(url)} answered with more than {_MAX_BODY:,} bytes")
+        if time.monotonic() > ends:
+            raise EndpointError(f"{shown(url)} gave no whole answer in time")
+    return body
+
+
+def _judgement(body: bytes, url: str) -> Judgement:
+    try:
+        reply: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        raise EndpointError(f"{shown(url)} answered with what is not JSON: {body[:60]!r}") from None
+    match reply:
+        case {"score": int() | float() as score}:
+            answer = reply.get("answer")
+        case _:
+            raise EndpointError(f'{shown(url)} answered without a number as "score": {body[:60]!r}')
+    if answer is not None and not isinstance(answer, str):
+        raise EndpointError(f'{shown(url)} answered with an "answer" that is not text: {body[:60]!r}')
+    return Judgement(float(score), answer)

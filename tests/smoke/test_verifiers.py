@@ -1,0 +1,83 @@
+"""A user's own verifier, in a file or behind a server, from the command line."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.smoke.world import World
+
+SHORT = ("training.steps=1", "eval.every=0", "eval.problems=1", "log.rollouts_sampled=0", "checkpoint.keep=1")
+MOODY = """
+import os
+
+def judge(answer, response, *, raise_at="", leave_at="", odd=1.0):
+    if response[:1] in tuple(raise_at):
+        raise ValueError("not in the mood")
+    if response[:1] in tuple(leave_at):
+        os._exit(1)
+    return odd if response[:1] in tuple(answer) else 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    class Judge(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            score = float(asked["response"][:1] in tuple(asked["answer"]))
+            body = json.dumps({"score": score}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as listening:
+        threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}/judge"
+        listening.shutdown()
+
+
+def test_failures_are_counted_by_reason_and_their_first_is_shown(world: World) -> None:
+    (world.folder / "moody.py").write_text(MOODY)
+    moods = ('task.verifier_options.raise_at="024"', 'task.verifier_options.leave_at="6"')
+    run = world.trained("moody", *SHORT, "task.verifier=moody:judge", *moods)
+    lines = [line for line in run.outcome.stdout.splitlines() if line.startswith("verifier failure (")]
+    assert [line.split(")")[0] for line in sorted(lines)] == ["verifier failure (crash", "verifier failure (error"]
+    assert "ValueError: not in the mood" in "".join(lines)
+    step = run.metrics[1]
+    assert step["verifier/failures_error"] > step["verifier/failures_crash"] > 0
+    assert step["verifier/failures"] == step["verifier/failures_error"] + step["verifier/failures_crash"]
+
+
+def test_an_option_that_the_verifier_does_not_take_stops_before_the_run(world: World) -> None:
+    (world.folder / "moody.py").write_text(MOODY)
+    outcome = world.train("misspelt", *SHORT, "task.verifier=moody:judge", "task.verifier_options.rais_at=0")
+    assert outcome.code == 2
+    assert "got an unexpected keyword argument 'rais_at'" in outcome.line
+    assert "moody:judge(answer, response, *, raise_at='', leave_at='', odd=1.0)" in outcome.line
+    assert not (world.folder / "misspelt").exists()
+
+
+def test_a_server_judges_as_the_function_does(world: World, server: str) -> None:
+    by_server = world.trained("server", *SHORT, f"task.verifier={server}")
+    by_function = world.trained("function", *SHORT)
+    assert by_server.weights == by_function.weights
+    assert by_server.metrics[1]["verifier/failures"] == 0
+
+
+def test_a_server_that_is_not_there_stops_before_the_run(world: World) -> None:
+    outcome = world.train("alone", *SHORT, "task.verifier=http://127.0.0.1:9/judge")
+    assert outcome.code == 2
+    assert "task.verifier = 'http://127.0.0.1:9/judge' cannot be reached" in outcome.line
+    assert "start the server" in outcome.line
+    assert not (world.folder / "alone").exists()
