@@ -1,20 +1,20 @@
-r"""What a final answer is (a number, a list, an interval, a word, ...), and when two of them are the same."""
+r"""What a final answer is (a number, a list, an interval, a word, ...), read from its notation."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from forkrl.rewards.math_formula import Formula, TooLarge, difference, is_multiple, read_formula, same_formula
+from forkrl.rewards.math_formula import Formula, read_formula
 from forkrl.rewards.math_notation import closing_place, plain_notation, split_outside
-from forkrl.rewards.math_numbers import Number, number_word, read_number, same_number
-from forkrl.rewards.math_units import NO_UNIT, Unit, scale_between, split_unit
+from forkrl.rewards.math_numbers import Number, number_word, read_number
+from forkrl.rewards.math_units import NO_UNIT, Unit, split_unit
 
 Kind = Literal[
     "value", "words", "choice", "clock", "ratio", "base", "list", "set", "brackets", "union", "equation", "inequality",
-    "approximation", "unreadable",
+    "approximation", "text", "unreadable",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Answer:
                 return " ∪ ".join(members) if self.kind == "union" else "{" + ", ".join(members) + "}"
             case "brackets":
                 return self.mark[0] + ", ".join(map(str, self.parts)) + self.mark[1]
-            case "equation" if _is_name(self.parts[0].text):
+            case "equation" if tells_a_value(self.parts[0].text):
                 return str(self.parts[-1])
             case "equation" | "inequality":
                 return f" {self.mark} ".join(map(str, self.parts))
@@ -54,9 +54,8 @@ class Answer:
         return self.text
 
 
-_SEPARATOR = re.compile(
-    r"\s*[,;]\s*(?:(?:and|or)(?![a-zA-Z])|\\text\{(?:and|or)\})?|\s*(?:(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|\\text\{,?\s*(?:and|or)\})"
-)
+_JOIN = r"(?:(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|\\text\{,?\s*(?:and|or)\})"
+_SEPARATOR = re.compile(rf"\s*[,;]\s*{_JOIN}?|\s*{_JOIN}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _MEMBER_OF = re.compile(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _EQUALS = re.compile(r"(?<![\\<>!])=")
@@ -64,7 +63,8 @@ _ORDER = re.compile(r"<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])")
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])")
 _CALL = r"(?:\\?[a-zA-Z]+'*(?:_(?:\{[^{}]*\}|\w))?)"
 _NAME = re.compile(
-    rf"(?:{_CALL}|\\text\{{[^{{}}]*\}}|\\(?:angle|overline|overrightarrow|vec|triangle)\s*\{{?\s*[A-Z]+\s*\}}?|\|\s*[A-Z]+\s*\|"
+    rf"(?:{_CALL}|\\text\{{[^{{}}]*\}}"
+    r"|\\(?:angle|overline|overrightarrow|vec|triangle)\s*\{?\s*[A-Z]+\s*\}?|\|\s*[A-Z]+\s*\|"
     rf"|{_CALL}\s*\([^()=]*\)|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))"
 )
 _WHOLE_TEXT = re.compile(r"(?:\\text\{([^{}]*)\}\s*)+")
@@ -76,10 +76,13 @@ _CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s*|([A-J])\s*[.:)]\s*)(\S.*)", r
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _BASE = re.compile(r"([0-9A-F]+)\s*_\s*(?:\{\s*(?:\\text\{)?(\d+)\}?\s*\}|(\d))")
-_LETTER = re.compile(r"(?<!\\)[a-zA-Z](?![a-zA-Z])")
+_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
+_NUMERIC_COMMANDS = re.compile(r"\\(?:cdot|times|div|frac|sqrt|binom|pi)(?![a-zA-Z])")
+_QUANTITY = re.compile(r"-?[a-zA-Z](?:\s*[-+]?\s*[a-zA-Z])*")
 _TWO_SIGNS = re.compile(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])")
-_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
-_MOST_COMPARED = 50
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_CONTENT = re.compile(r"[^\W_]")
+FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def read_answer(text: str) -> Answer:
@@ -106,17 +109,21 @@ def _read(text: str, depth: int) -> Answer:
 
 def _read_words(text: str) -> Answer | None:
     whole = _WHOLE_TEXT.fullmatch(text)
-    words = " ".join(" ".join(_TEXT.findall(text)).split()) if whole else text
+    words = " ".join(_TEXT.sub(r" \1 ", text).split())
     if _CHOICE.fullmatch(words) or not re.search(r"[^\W\d_]", words) or (not whole and not _WORDS.fullmatch(words)):
         return None
     if _CHOICE_WITH_TEXT.fullmatch(words) or (whole and len(words) < 2):
         return None
-    lower = words.rstrip(".").casefold()
+    lower = plain_words(words)
     longest = max(map(len, re.split(r"[ '-]", lower)))
     if not (whole or longest >= 4 or lower in _SHORT_WORDS or number_word(lower) or words.istitle()):
         return None  # a product of variables
     number = number_word(lower)
     return Answer("value", text, value=number) if number else Answer("words", text, mark=lower)
+
+
+def plain_words(text: str) -> str:
+    return " ".join(_TEXT.sub(r" \1 ", text).split()).rstrip(".").casefold()
 
 
 def _read_choice(text: str, depth: int) -> Answer | None:
@@ -139,7 +146,7 @@ def _read_several(text: str, depth: int) -> Answer | None:
         return members[0]
     if members:
         is_union = all(
-            member.kind == "brackets" and member.mark != "()" or _ORDER.search(member.text) for member in members
+            (member.kind == "brackets" and member.mark != "()") or _ORDER.search(member.text) for member in members
         )
         return Answer("union" if is_union else "list", text, tuple(_unpacked(members)))
     return None
@@ -176,12 +183,12 @@ def _read_relation(text: str, depth: int) -> Answer | None:
     sides = [side.strip() for side in split_outside(text, _APPROXIMATELY)]
     if len(sides) == 2:
         name, result = sides
-        if _is_name(name) or not name:
+        if is_name(name) or not name:
             return _read(result, depth)
         return Answer("approximation", text, (_read(name, depth), _read(result, depth)))
     sides = [side.strip() for side in split_outside(text, _EQUALS)]
     if len(sides) > 1 and all(sides):
-        first = Answer("unreadable", sides[0]) if _is_name(sides[0]) else _read(sides[0], depth)
+        first = Answer("unreadable", sides[0]) if is_name(sides[0]) else _read(sides[0], depth)
         last = _read(sides[-1], depth)
         if last.kind == "list" and r"\pm" in text:
             return last
@@ -194,9 +201,9 @@ def _read_relation(text: str, depth: int) -> Answer | None:
 
 
 def _read_inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Answer | None:
-    if len(sides) == 3 and len(set(sign in ("<", r"\le") for sign in signs)) == 1:
+    if len(sides) == 3 and len({sign in ("<", r"\le") for sign in signs}) == 1:
         if signs[0] in (">", r"\ge"):
-            sides, signs = sides[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+            sides, signs = sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
         ends = (_read(sides[0], depth), _read(sides[2], depth))
         return Answer(
             "brackets", text, ends, mark=("[" if signs[0] == r"\le" else "(") + ("]" if signs[1] == r"\le" else ")")
@@ -205,7 +212,7 @@ def _read_inequality(text: str, sides: list[str], signs: list[str], depth: int) 
         return None
     left, right, sign = sides[0], sides[1], signs[0]
     if len(right) == 1 and right.isalpha():
-        left, right, sign = right, left, _FLIPPED[sign]
+        left, right, sign = right, left, FLIPPED[sign]
     if len(left) == 1 and left.isalpha() and left not in _LETTER.findall(right):
         end, infinity = _read(right, depth), _read(r"\infty" if sign in (">", r"\ge") else r"-\infty", depth)
         closed = sign in (r"\ge", r"\le")
@@ -217,7 +224,7 @@ def _read_inequality(text: str, sides: list[str], signs: list[str], depth: int) 
 
 def _read_two_signs(text: str, depth: int) -> Answer | None:
     signs = _TWO_SIGNS.findall(text)
-    if not signs:
+    if not 1 <= len(signs) <= 2:
         return None
     plus = _TWO_SIGNS.sub(lambda sign: "+" if sign[0] == r"\pm" else "-", text)
     minus = _TWO_SIGNS.sub(lambda sign: "-" if sign[0] == r"\pm" else "+", text)
@@ -252,121 +259,18 @@ def _read_value(text: str) -> Answer:
     if isinstance(value, Number) and percent:
         value = value._replace(is_percent=True)
     if value is None:
-        return Answer("unreadable", text)
+        return Answer("text" if _CONTENT.search(_COMMAND.sub("", text)) else "unreadable", text)
     return Answer("value", text, value=value)
 
 
-def is_same(gold: Answer, found: Answer) -> bool:
-    """Whether the found answer is the gold one. Not symmetric: gold says what kind of answer is wanted."""
-    if gold.text == found.text:
-        return True
-    if gold.kind == "approximation" or found.kind == "approximation":
-        return any(is_same(g, f) for g in _readings(gold) for f in _readings(found))
-    if found.kind == "equation" or gold.kind == "equation":
-        return _same_equation(gold, found)
-    match gold.kind, found.kind:
-        case "value", "value":
-            return _same_value(gold, found)
-        case "value", "choice":
-            return any(is_same(gold, part) for part in found.parts)
-        case ("words", "words") | ("choice", "choice") | ("ratio", "ratio") | ("base", "base"):
-            return gold.mark == found.mark
-        case "clock", "clock":
-            return gold.mark == found.mark and scale_between(gold.unit, found.unit) is not None
-        case "base", "value":
-            return gold.mark.partition("_")[0] == found.text
-        case "brackets", "brackets":
-            return gold.mark == found.mark and _same_in_order(gold.parts, found.parts)
-        case "brackets", "list":
-            return gold.mark == "()" and _same_in_order(gold.parts, _in_name_order(found.parts))
-        case ("list", "brackets") | ("set", "list"):
-            return (found.kind == "list" or found.mark in ("()", "[]")) and _same_members(gold.parts, found.parts)
-        case ("list", "list") | ("list", "set") | ("set", "set") | ("union", "union") | ("union", "list"):
-            return _same_members(gold.parts, found.parts)
-        case ("set" | "list", "value") | ("value", "set" | "list"):
-            return _same_members(gold.parts or (gold,), found.parts or (found,)) if gold.kind != "set" else False
-        case "inequality", "inequality":
-            return _same_inequality(gold, found)
-    return False
+def tells_a_value(text: str) -> bool:
+    """Whether the right side of an equation with this left side is an answer: 2x + 1 = 7 is not the answer 7."""
+    return (
+        is_name(text)
+        or bool(_QUANTITY.fullmatch(text))
+        or not re.search(r"[a-zA-Z\\]", _NUMERIC_COMMANDS.sub("", text))
+    )
 
 
-def _readings(answer: Answer) -> tuple[Answer, ...]:
-    """Both sides of an approximation; but a number is not excused by what it is said to be near to."""
-    if answer.kind != "approximation":
-        return (answer,)
-    left, right = answer.parts
-    return (left,) if isinstance(left.value, Number) else (left, right)
-
-
-def _same_value(gold: Answer, found: Answer) -> bool:
-    factor = scale_between(gold.unit, found.unit)
-    if factor is None or gold.value is None or found.value is None:
-        return False
-    value: Any = found.value
-    if isinstance(value, Number):
-        value = value._replace(value=value.value * factor)
-        if isinstance(gold.value, Number):
-            return same_number(gold.value, value)
-    elif factor != 1:
-        return False
-    return same_formula(gold.value, value)
-
-
-def _same_in_order(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
-    return len(gold) == len(found) and all(map(is_same, gold, found))
-
-
-def _same_members(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
-    """Whether every member has its equal on the other side; how often and in which order does not count."""
-    if {str(answer) for answer in gold} == {str(answer) for answer in found}:
-        return True
-    if max(len(gold), len(found)) > _MOST_COMPARED:
-        return False
-    return all(any(is_same(g, f) for f in found) for g in gold) and all(any(is_same(g, f) for g in gold) for f in found)
-
-
-def _in_name_order(parts: Sequence[Answer]) -> Sequence[Answer]:
-    """``y=2, x=1`` as (1, 2)."""
-    named = all(part.kind == "equation" for part in parts)
-    return sorted(parts, key=lambda part: part.parts[0].text) if named else parts
-
-
-def _same_equation(gold: Answer, found: Answer) -> bool:
-    if gold.kind == found.kind:
-        names = [_is_name(side.parts[0].text) for side in (gold, found)]
-        if all(names) and gold.parts[0].text == found.parts[0].text:
-            return is_same(gold.parts[-1], found.parts[-1])
-        gaps = [_gap(side) for side in (gold, found)]
-        return gaps[0] is not None and gaps[1] is not None and is_multiple(gaps[0], gaps[1], positive=False)
-    equation = gold if gold.kind == "equation" else found
-    left, right = equation.parts
-    if not _is_name(left.text) and (equation is gold or _LETTER.search(left.text)):
-        return False  # 2x + 1 = 7 does not answer 7
-    return is_same(right, found) if equation is gold else is_same(gold, right)
-
-
-def _same_inequality(gold: Answer, found: Answer) -> bool:
-    gaps = [_gap(side) for side in (gold, found)]
-    if gaps[0] is None or gaps[1] is None:
-        return False
-    if found.mark == gold.mark:
-        return is_multiple(gaps[0], gaps[1], positive=True)
-    turned = Formula(-gaps[1].expression, False)
-    return _FLIPPED[found.mark] == gold.mark and is_multiple(gaps[0], turned, positive=True)
-
-
-def _gap(relation: Answer) -> Formula | None:
-    """Left side minus right side."""
-    left, right = (_side_value(part) for part in relation.parts)
-    return difference(left, right) if left is not None and right is not None else None
-
-
-def _side_value(side: Answer) -> Formula | Number | None:
-    return side.value if side.value is not None else read_formula(side.text)
-
-
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
-
-
-__all__ = ["Answer", "TooLarge", "is_same", "read_answer"]

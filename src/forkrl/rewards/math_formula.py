@@ -29,7 +29,7 @@ _MAX_NODES = 400
 _MAX_DIGITS = 4_000
 """Python refuses to print integers of more than 4,300."""
 _MAX_BINOMIAL = 10_000
-_MAX_EXPANDED_POWER = 12
+_MAX_TERMS = 100
 
 _UNFINISHED = re.compile(
     r"\\(?:sum|int|iint|oint|prod|lim|gcd|lcm|def|newcommand|input|include|write|csname|loop)(?![a-z])"
@@ -56,6 +56,11 @@ class Formula(NamedTuple):
 
     def __str__(self) -> str:
         return _describe(self.expression)
+
+    def renamed(self, old: str, new: str) -> Formula:
+        """The same with another name for a variable."""
+        names = {symbol: sympy.Symbol(new, real=True) for symbol in self.expression.free_symbols if symbol.name == old}
+        return self._replace(expression=self.expression.xreplace(names))
 
 
 @lru_cache(maxsize=512)
@@ -89,7 +94,7 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         return _same_matrix(gold, found)
     is_decimal = any(
-        isinstance(side, Formula) and side.is_decimal or isinstance(side, Number) and side.is_decimal
+        (isinstance(side, Formula) and side.is_decimal) or (isinstance(side, Number) and side.is_decimal)
         for side in (gold, found)
     )
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
@@ -103,7 +108,7 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
     if len(known) < 2:
         return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
     digits = 6 if is_decimal else 15
-    return all(_near(left, right, digits) for left, right in known)
+    return all(_is_within(left - right, left, right, digits) for left, right in known)
 
 
 def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:
@@ -119,7 +124,7 @@ def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bo
         ratios.append(left / right)
     return (
         len(ratios) >= 2
-        and all(_near(ratios[0], ratio, 15) for ratio in ratios)
+        and all(_is_within(ratios[0] - ratio, ratio, ratio, 15) for ratio in ratios)
         and not (positive and not (ratios[0].is_real and ratios[0] > 0))
     )
 
@@ -199,7 +204,7 @@ def _size(node: Any, digits: float) -> float:
 
 
 def _exact(expression: Any) -> Formula | Number | None:
-    floats = [part for part in expression.atoms(sympy.Float)]
+    floats = list(expression.atoms(sympy.Float))
     exact = expression.xreplace({part: sympy.Rational(str(part)) for part in floats}) if floats else expression
     imaginary = {symbol: sympy.I for symbol in exact.free_symbols if symbol.name == "i"}
     exact = exact.xreplace(imaginary) if imaginary else exact
@@ -239,9 +244,22 @@ def _same_constant(a: Any, b: Any, is_decimal: bool) -> bool:
         return is_close(_fraction(a), _fraction(b), is_decimal)
     if gap.is_Rational:
         return bool(gap == 0)
-    size = abs(sympy.N(a, 15)) + abs(sympy.N(b, 15))
     # Of an exact zero, cancellation at 100 digits leaves next to nothing.
-    return bool(abs(gap.evalf(15, maxn=100)) <= size * sympy.Float("1e-40"))
+    return _is_within(gap.evalf(15, maxn=100), a, b, 40)
+
+
+def _is_within(gap: Any, a: Any, b: Any, digits: int) -> bool:
+    """Whether the gap is so many digits smaller than the two numbers; False where one of the three is no number."""
+    sizes = [_magnitude(value) for value in (gap, a, b)]
+    known = [size for size in sizes if size is not None]
+    return len(known) == 3 and bool(known[0] <= (known[1] + known[2]) * sympy.Float(10) ** -digits)
+
+
+def _magnitude(value: Any) -> Any:
+    parts = sympy.N(value, 15).as_real_imag()
+    return (
+        sympy.sqrt(sum(part**2 for part in parts)) if all(part.is_Number and part.is_finite for part in parts) else None
+    )
 
 
 def _fraction(constant: Any) -> Fraction:
@@ -262,18 +280,23 @@ def _at(expression: Any, point: int) -> Any:
     if functions:
         return _at(expression.xreplace(functions), point)
     value = expression.xreplace(values).evalf(_DIGITS)
-    return value if value.is_number and value.is_finite else None
-
-
-def _near(a: Any, b: Any, digits: int) -> bool:
-    return bool(abs(sympy.N(a - b, 15)) <= (abs(sympy.N(a, 15)) + abs(sympy.N(b, 15))) * sympy.Float(10) ** -digits)
+    return value if value.is_finite and all(part.is_Number for part in value.as_real_imag()) else None
 
 
 def _describe(expression: Any) -> str:
     """Expanded where that is cheap, so that equal answers are mostly equal text."""
-    if not isinstance(expression, sympy.Expr):
-        return str(expression)
-    powers = [power.exp for power in expression.atoms(sympy.Pow) if power.base.free_symbols]
-    if all(power.is_Integer and abs(power) <= _MAX_EXPANDED_POWER for power in powers):
+    if isinstance(expression, sympy.Expr) and _terms(expression) <= _MAX_TERMS:
         expression = sympy.expand(expression)
     return str(expression)
+
+
+def _terms(node: Any) -> float:
+    """A bound of the number of terms that a node has when it is expanded."""
+    parts: list[float] = [_terms(part) for part in node.args]
+    if isinstance(node, sympy.Add):
+        return sum(parts)
+    if isinstance(node, sympy.Mul):
+        return float(math.prod(parts))
+    if isinstance(node, sympy.Pow) and node.exp.is_Rational and parts[0] > 1:
+        return float(parts[0] ** min(abs(float(node.exp)), 100.0))
+    return max(parts, default=1.0)

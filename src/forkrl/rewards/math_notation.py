@@ -11,11 +11,11 @@ import unicodedata
 
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑‒﹣－", "-"),
-    **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/"},
-    **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "},
-    **{"∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "},
-    **{"°": r"^\circ ", "⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "，": ",", "、": ",", "。": "."},
-}
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/",
+    "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
+    "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "°": r"^\circ ", "⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "，": ",", "、": ",", "。": ".",
+}  # fmt: skip
 _SUPERSCRIPTS = {
     "⁰": "0",
     "¹": "1",
@@ -82,12 +82,14 @@ _REWRITES = [
 ]
 _OPENING = re.compile(r"^(?:[\s:=*]|\\approx(?![a-zA-Z])|\+(?=[\d.\\]))+")
 _CLOSING = re.compile(r"(?:[\s.,;:*]|\\\\|(?<!\\)\\(?=$))+$")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _SPACES = re.compile(r"\s+")
 _PLAIN = re.compile(r"[\w./(), -]*\w", re.ASCII)
 
 
 def plain_notation(text: str) -> str:
     """The text in ASCII and in one way of writing, without spacing commands, dollars and closing punctuation."""
+    text = _CONTROL.sub("", text)
     if not text.isascii():
         text = _to_ascii(text)
     if not _PLAIN.fullmatch(text) or "sqrt" in text or "inf" in text or "percent" in text:

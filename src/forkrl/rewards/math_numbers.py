@@ -22,15 +22,15 @@ _FRACTION = re.compile(
 )
 _SLASH = re.compile(r"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+) +)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)")
 _PERCENT = re.compile(r"\s*\\%$")
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_WORDS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+]  # fmt: skip
 _TOLERANCE = Fraction(1, 2_000_000)
 
 
 class Number(NamedTuple):
-    """A number as written: its value without the percent sign, whether it is a decimal fraction, whether a percentage."""
+    """A number as written: its value without the percent sign, and whether it is a decimal fraction or a percentage."""
 
     value: Fraction
     is_decimal: bool = False

@@ -69,7 +69,7 @@ def _boxed(text: str) -> str | None:
     while last and _BETWEEN_BOXES.fullmatch(text[boxes[last - 1][2] + 1 : boxes[last][0]][:40]):
         last -= 1
     contents = list(dict.fromkeys(text[content:end].strip() for _, content, end in boxes[last:]))
-    joined = ", ".join(contents)
+    joined = r" \text{ and } ".join(contents)
     if len(joined) > MAX_ANSWER:
         return joined
     inner = _boxed(joined) if _BOX_START.search(joined) else None
@@ -116,7 +116,7 @@ def _joined(text: str, formulas: list[re.Match[str]], last: int) -> str:
     first = last
     while first and _BETWEEN_FORMULAS.fullmatch(text[formulas[first - 1].end() : formulas[first].start()]):
         first -= 1
-    return ", ".join(_content(formula) for formula in formulas[first : last + 1])
+    return r" \text{ and } ".join(_content(formula) for formula in formulas[first : last + 1])
 
 
 def _content(formula: re.Match[str]) -> str:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """What is measured, and in multiples of what; a unit that we do not know measures ""."""
+    """What is measured ("" without a unit, "?" in one that we do not know), and in multiples of what."""
 
     measures: str = ""
     factor: Fraction = Fraction(1)
 
 
 NO_UNIT = Unit()
+_UNKNOWN = Unit("?")
 
 _SCALES: dict[str, dict[str, str]] = {
     "length": {
@@ -62,14 +63,14 @@ def split_unit(text: str) -> tuple[str, Unit]:
     if match := _BEHIND_IN_TEXT.match(text):
         return match[1].strip(), _unit(match[2], match[3] or match[4])
     match = _BEHIND_A_NUMBER.match(text)
-    if match and (_unit(match[2], None).measures or _WORD_APART.search(text)):  # 2xy is no number of things
+    if match and (_unit(match[2], None) is not _UNKNOWN or _WORD_APART.search(text)):  # 2xy is no number of things
         return match[1].strip(), _unit(match[2], match[3] or match[4])
     return text, NO_UNIT
 
 
 def scale_between(gold: Unit, found: Unit) -> Fraction | None:
     """What the found number is to be multiplied with before it is compared; None where no factor makes them agree."""
-    if not gold.measures or not found.measures:
+    if not {"", "?"}.isdisjoint((gold.measures, found.measures)):
         return Fraction(1)
     if gold.measures != found.measures or not gold.factor or not found.factor:
         return Fraction(1) if gold == found else None
@@ -83,7 +84,7 @@ def _unit(words: str, power: str | None) -> Unit:
     if match := _SQUARED.match(name):
         power = "2" if match[1].startswith("sq") else "3"
         name = name[match.end() :]
-    unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or NO_UNIT
-    if not unit.measures or power in (None, "1"):
+    unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or _UNKNOWN
+    if unit is _UNKNOWN or power in (None, "1"):
         return unit
     return Unit(f"{unit.measures}^{power}", unit.factor ** int(power or 1))
