@@ -58,6 +58,7 @@ _JOIN = r"(?:(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|\\text\{,?\s*(?:and|or)\})"
 _SEPARATOR = re.compile(rf"\s*[,;]\s*{_JOIN}?|\s*{_JOIN}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _MEMBER_OF = re.compile(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
+_SET_OF_ALL = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?::|\||\\mid(?![a-zA-Z]))(.*)\\\}")
 _EQUALS = re.compile(r"(?<![\\<>!])=")
 _ORDER = re.compile(r"<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])")
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])")
@@ -161,6 +162,8 @@ def _read_brackets(text: str, depth: int) -> Answer | None:
     if text == r"\emptyset":
         return Answer("set", text)
     text = _MEMBER_OF.sub("", text)
+    if match := _SET_OF_ALL.fullmatch(text):
+        return _read(match[1].strip(), depth)
     for opening, closing, mark in ((r"\{", r"\}", "{}"), (r"\langle", r"\rangle", "()")):
         if text.startswith(opening) and text.endswith(closing) and text.count(opening) == 1:
             return _bracketed(text, text[len(opening) : -len(closing)], mark, depth)

@@ -42,8 +42,12 @@ def is_same(gold: Answer, found: Answer) -> bool:
             return gold.mark == found.mark and _same_in_order(gold.parts, found.parts)
         case "brackets", "list":
             return gold.mark == "()" and _same_in_order(gold.parts, _as_point(found))
-        case ("list", "brackets") | ("set", "list"):
-            return (found.kind == "list" or found.mark in ("()", "[]")) and _same_members(gold.parts, found.parts)
+        case "list", "brackets":
+            if all(part.kind == "equation" for part in gold.parts):
+                return found.mark == "()" and _same_in_order(_as_point(gold), found.parts)
+            return found.mark in ("()", "[]") and _same_members(gold.parts, found.parts)
+        case "set", "list":
+            return _same_members(gold.parts, found.parts)
         case ("list", "list") | ("list", "set") | ("set", "set") | ("union", "union") | ("union", "list"):
             return _same_members(gold.parts, found.parts)
         case "list", "value":
@@ -93,7 +97,8 @@ def _same_in_order(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
 
 def _same_members(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
     """Whether every member has its equal on the other side; how often and in which order does not count."""
-    if {str(answer) for answer in gold} == {str(answer) for answer in found}:
+    names_count = any(answer.kind == "equation" for answer in (*gold, *found))
+    if not names_count and {str(answer) for answer in gold} == {str(answer) for answer in found}:
         return True
     if max(len(gold), len(found)) > _MOST_COMPARED:
         return False

@@ -16,7 +16,10 @@ _BOX_START = re.compile(r"\\+(?:boxed|fbox)\s*\{")
 _BETWEEN_BOXES = re.compile(r"[\s$.]*(?:,|;|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
-_ANNOUNCED = re.compile(r"\banswers?\b[ \t]*(?:is|are|would be|equals|=|:)(?:[ \t]*:)?\**[ \t]*\n?", re.IGNORECASE)
+_ANNOUNCED = re.compile(
+    r"\b(?:answers?|correct (?:option|choice))\b[ \t]*(?:is|are|would be|equals|=|:)(?:[ \t]*:)?\**[ \t]*\n?",
+    re.IGNORECASE,
+)
 _FORMULA = re.compile(
     r"\$\$(?P<a>[^$]{1,1000})\$\$|\\\[(?P<b>(?:[^\\]|\\(?!\])){1,1000})\\\]|"
     r"(?<![\\\d])\$(?P<c>[^$\n]{1,1000})(?<!\\)\$|\\\((?P<d>(?:[^\\\n]|\\(?!\))){1,1000})\\\)"
@@ -24,7 +27,8 @@ _FORMULA = re.compile(
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:,|,?\s*(?:and|or))\s*")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _NUMBER = re.compile(
-    r"(?<![\w.\\])[-−–]?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?(?:\s*/\s*\d+)?(?:\s?(?:\\?%|percent))?"
+    r"(?<![\w.\\{^_])[-−–]?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
+    r"(?:\s*/\s*\d+)?(?:\s?(?:\\?%|percent))?(?![\w{}])"
 )
 _DECORATION = " \t\n*_`\"'​‌‍﻿"
 
