@@ -37,6 +37,7 @@ from forkrl.types import Prompt, VerifierSpec
 PAIRS = ROOT / "tests" / "data" / "math_pairs.json"
 NUM_RESPONSES = 2000
 WORKERS = 2
+UNSEEN = ("second", "third")
 Row = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ def judge(rows: Sequence[Row], verifier: Callable[[str, str], bool]) -> list[boo
 def error_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dict[str, Any]]:
     """Rates over everything, at first sight, and by category; and the rows that are misjudged."""
     cases = []
-    everything, unseen = range(len(rows)), [index for index, row in enumerate(rows) if row["set"] != "first"]
+    everything, unseen = range(len(rows)), [index for index, row in enumerate(rows) if row["set"] in UNSEEN]
     at_first_sight = [bool(row["truth"]) != ("misjudged_at_first_sight" in row) for row in rows]
     for way, verdicts in judged.items():
         cases.append({"what": "errors", "rows": "all", "way": way, **rates(rows, verdicts, everything)})

@@ -116,7 +116,7 @@ def _as_point(found: Answer) -> Sequence[Answer]:
 def _same_equation(gold: Answer, found: Answer) -> bool:
     if gold.kind == found.kind:
         names = [is_name(side.parts[0].text) for side in (gold, found)]
-        if all(names) and gold.parts[0].text == found.parts[0].text:
+        if all(names) and _bare(gold.parts[0].text) == _bare(found.parts[0].text):
             return is_same(gold.parts[-1], found.parts[-1])
         functions = [_FUNCTION.fullmatch(side.parts[0].text) for side in (gold, found)]
         if functions[0] and functions[1] and functions[0][1] == functions[1][1]:  # f(n) = n and f(x) = x

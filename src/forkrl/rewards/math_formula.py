@@ -34,8 +34,12 @@ _MAX_TERMS = 100
 _UNFINISHED = re.compile(
     r"\\(?:sum|int|iint|oint|prod|lim|gcd|lcm|def|newcommand|input|include|write|csname|loop)(?![a-z])"
 )
-_BINOMIAL = re.compile(r"\\[dt]?binom|\\choose|\{\}_|C_")
+_BINOMIAL = re.compile(r"\\[dt]?binom|\\choose")
 _NUMERAL = re.compile(r"\d+")
+_PRODUCT = re.compile(r"((?<![_\d.])\d+(?:\.\d+)?|\))\s*(?=\()|\)\s*(?=\\frac)")
+_PRODUCT_WITH_FRACTION = re.compile(r"(?<![_^\d])(\d+)\s*(\\frac\{(\d+)\}\{(\d+)\})")
+_NUMBERS_SIDE_BY_SIDE = re.compile(r"(?<![_^\d])\d+(?:\s+|\s*\\?[{\[]\s*)\d")
+_POINT_WITHOUT_PLACES = re.compile(r"(?<=\d)\.(?!\d)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _POINTS = (1, -1, 2)
 _DIGITS = 30
@@ -76,6 +80,9 @@ def read_formula(text: str) -> Formula | Number | None:
     _refuse_large_text(text)
     if TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
+    if _NUMBERS_SIDE_BY_SIDE.search(text):
+        return None
+    text = _with_products(_POINT_WITHOUT_PLACES.sub("", text))
     try:
         expression = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None)
     except (MemoryError, RecursionError):
@@ -135,6 +142,14 @@ def difference(left: Formula | Number, right: Formula | Number) -> Formula | Non
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return None
     return Formula(sympy.Add(a, sympy.Mul(-1, b)), False)
+
+
+def _with_products(text: str) -> str:
+    r"""The text with a sign between factors that the reader takes for a mixed number: 2(3), (2)(3), 2\frac{3}{2}."""
+    text = _PRODUCT.sub(lambda factor: factor[0].rstrip() + r"\cdot ", text)
+    return _PRODUCT_WITH_FRACTION.sub(
+        lambda factor: rf"{factor[1]}\cdot {factor[2]}" if int(factor[3]) >= int(factor[4]) else factor[0], text
+    )
 
 
 def _refuse_large_text(text: str) -> None:

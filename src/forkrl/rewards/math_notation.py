@@ -48,7 +48,7 @@ _REWRITES = [
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (rf"\\(?:{_TEXT_COMMANDS})\s*\{{", r"\\text{"),
         (r"\\text\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
-        (r"\\text\{([-+]?[\d.,/]*\d)\}", r"\1"),
+        (r"\\text\{([-+]?[\d.,/]*\d|[ei])\}", r"\1"),
         (r"\\text\{(?:percent|percentage)\}|(?<![a-zA-Z])percent(?:age)?(?![a-zA-Z])|(?<!\\)%", r"\\%"),
         (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""),
         (r"\\(?:leqslant|leq|le)(?![a-zA-Z])", r"\\le "),

@@ -20,7 +20,7 @@ _FRACTION = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:(?P<whole>{_DIGITS})\s*)?"
     rf"\\frac\s*\{{\s*(?P<top>-?\s*{_DIGITS})\s*\}}\s*\{{\s*(?P<bottom>-?\s*{_DIGITS})\s*\}}"
 )
-_SLASH = re.compile(r"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+) +)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)")
+_SLASH = re.compile(r"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+) +)?(?P<top>\d+)\.?\s*/\s*(?P<bottom>\d+)\.?")
 _PERCENT = re.compile(r"\s*\\%$")
 _WORDS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
