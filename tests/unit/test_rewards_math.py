@@ -121,6 +121,7 @@ def test_the_answer_is_given_in_one_form(answer: str, texts: list[str]) -> None:
         ("The answer is $x$ or $y$, I think.", r"x \text{ and } y"),
         ("Answer: 12 apples. Good!", "12 apples"),
         ("<answer>5</answer> #### 6", "5"),
+        ("so we need 7x", ""),
         ("first 3.\n\nIn total 1,234.5 of them", "1,234.5"),
         ("The answer is that nobody of the 5 can know the 7.", "7"),
     ],
