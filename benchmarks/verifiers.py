@@ -5,7 +5,8 @@ r"""How often the mathematics verifier errs and how fast it is, beside raw math-
 Errors: tests/data/math_pairs.json holds gold answers and responses with known truth. A false positive is a wrong answer
 that is judged right, a false negative the reverse; their rates have Wilson's 95% intervals, every row a question of its
 own. The rows of the sets "second" and "third" were first judged when the verifier was written; what it misjudged then
-is marked, and makes the rates "at first sight", which nothing had been fitted to. Raw math-verify is used as its README
+is marked, and makes the rates "at first sight", which nothing had been fitted to. The set "fourth" was chosen because
+the LaTeX reader that both use errs there; it enters no rate but its category's. Raw math-verify is used as its README
 says, gold answers in dollars.
 
 Speed: 2,000 different responses to questions with integers and simple fractions for answers, half of them right,
@@ -38,6 +39,7 @@ PAIRS = ROOT / "tests" / "data" / "math_pairs.json"
 NUM_RESPONSES = 2000
 WORKERS = 2
 UNSEEN = ("second", "third")
+CHOSEN_FOR_FAULTS = "fourth"
 Row = dict[str, Any]
 
 
@@ -77,10 +79,11 @@ def judge(rows: Sequence[Row], verifier: Callable[[str, str], bool]) -> list[boo
 def error_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dict[str, Any]]:
     """Rates over everything, at first sight, and by category; and the rows that are misjudged."""
     cases = []
-    everything, unseen = range(len(rows)), [index for index, row in enumerate(rows) if row["set"] in UNSEEN]
+    counted = [index for index, row in enumerate(rows) if row["set"] != CHOSEN_FOR_FAULTS]
+    unseen = [index for index in counted if rows[index]["set"] in UNSEEN]
     at_first_sight = [bool(row["truth"]) != ("misjudged_at_first_sight" in row) for row in rows]
     for way, verdicts in judged.items():
-        cases.append({"what": "errors", "rows": "all", "way": way, **rates(rows, verdicts, everything)})
+        cases.append({"what": "errors", "rows": "sets 1 to 3", "way": way, **rates(rows, verdicts, counted)})
         first = at_first_sight if way == "forkrl" else verdicts
         cases.append({"what": "errors", "rows": "at first sight", "way": way, **rates(rows, first, unseen)})
         for category in dict.fromkeys(row["category"] for row in rows):
