@@ -1,0 +1,279 @@
+r"""What a final answer is (a number, a list, an interval, a word, ...), read from its notation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from forkrl.rewards.math_formula import Formula, read_formula
+from forkrl.rewards.math_notation import closing_place, plain_notation, split_outside
+from forkrl.rewards.math_numbers import Number, number_word, read_number
+from forkrl.rewards.math_units import NO_UNIT, Unit, split_unit
+
+Kind = Literal[
+    "value", "words", "choice", "clock", "ratio", "base", "list", "set", "brackets", "union", "equation", "inequality",
+    "approximation", "text", "unreadable",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A final answer.
+
+    ``text`` is its notation, ``parts`` the members of a list or the sides of a relation, ``mark`` what tells two of a
+    kind apart beside their parts: the brackets of an interval, the sign of a relation, a word, a base.
+    """
+
+    kind: Kind
+    text: str
+    parts: tuple[Answer, ...] = ()
+    mark: str = ""
+    value: Number | Formula | None = None
+    unit: Unit = NO_UNIT
+
+    def __str__(self) -> str:
+        """In a form in which equal answers are mostly equal text."""
+        match self.kind:
+            case "value":
+                return str(self.value)
+            case "words" | "choice" | "clock" | "ratio" | "base":
+                return self.mark
+            case "list" | "set" | "union":
+                members = sorted({str(part) for part in self.parts})
+                return " ∪ ".join(members) if self.kind == "union" else "{" + ", ".join(members) + "}"
+            case "brackets":
+                return self.mark[0] + ", ".join(map(str, self.parts)) + self.mark[1]
+            case "equation" if tells_a_value(self.parts[0].text):
+                return str(self.parts[-1])
+            case "equation" | "inequality":
+                return f" {self.mark} ".join(map(str, self.parts))
+            case "approximation":
+                return str(self.parts[0])
+        return self.text
+
+
+_JOIN = r"(?:(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|\\text\{,?\s*(?:and|or)\})"
+_SEPARATOR = re.compile(rf"\s*[,;]\s*{_JOIN}?|\s*{_JOIN}")
+_CUP = re.compile(r"\\cup(?![a-zA-Z])")
+_MEMBER_OF = re.compile(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
+_SET_OF_ALL = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?::|\||\\mid(?![a-zA-Z]))(.*)\\\}")
+_EQUALS = re.compile(r"(?<![\\<>!])=")
+_ORDER = re.compile(r"<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])")
+_APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])")
+_CALL = r"(?:\\?[a-zA-Z]+'*(?:_(?:\{[^{}]*\}|\w))?)"
+_NAME = re.compile(
+    rf"(?:{_CALL}|\\text\{{[^{{}}]*\}}"
+    r"|\\(?:angle|overline|overrightarrow|vec|triangle)\s*\{?\s*[A-Z]+\s*\}?|\|\s*[A-Z]+\s*\|"
+    rf"|{_CALL}\s*\([^()=]*\)|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))"
+)
+_WHOLE_TEXT = re.compile(r"(?:\\text\{([^{}]*)\}\s*)+")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*\.?")
+_SHORT_WORDS = {"yes", "no", "odd", "even", "true", "all", "none", "never"}
+_CHOICE = re.compile(r"\(?([A-J])\)?")
+_CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s*|([A-J])\s*[.:)]\s*)(\S.*)", re.DOTALL)
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
+_BASE = re.compile(r"([0-9A-F]+)\s*_\s*(?:\{\s*(?:\\text\{)?(\d+)\}?\s*\}|(\d))")
+_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
+_NUMERIC_COMMANDS = re.compile(r"\\(?:cdot|times|div|frac|sqrt|binom|pi)(?![a-zA-Z])")
+_QUANTITY = re.compile(r"-?[a-zA-Z](?:\s*[-+]?\s*[a-zA-Z])*")
+_TWO_SIGNS = re.compile(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_CONTENT = re.compile(r"[^\W_]")
+FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+
+
+def read_answer(text: str) -> Answer:
+    """The answer that a text is; of kind "unreadable" where it is none.
+
+    Raises:
+        TooLarge: a formula in it exceeds the bounds of ``read_formula``.
+    """
+    return _read(plain_notation(text), depth=0)
+
+
+def _read(text: str, depth: int) -> Answer:
+    if not text or depth > 8:
+        return Answer("unreadable", text)
+    if number := read_number(text):
+        return Answer("value", text, value=number)
+    if words := _read_words(text):
+        return words
+    for read in (_read_choice, _read_several, _read_brackets, _read_relation, _read_two_signs, _read_notation):
+        if answer := read(text, depth + 1):
+            return answer
+    return _read_value(text)
+
+
+def _read_words(text: str) -> Answer | None:
+    whole = _WHOLE_TEXT.fullmatch(text)
+    words = " ".join(_TEXT.sub(r" \1 ", text).split())
+    if _CHOICE.fullmatch(words) or not re.search(r"[^\W\d_]", words) or (not whole and not _WORDS.fullmatch(words)):
+        return None
+    if _CHOICE_WITH_TEXT.fullmatch(words) or (whole and len(words) < 2):
+        return None
+    lower = plain_words(words)
+    longest = max(map(len, re.split(r"[ '-]", lower)))
+    if not (whole or longest >= 4 or lower in _SHORT_WORDS or number_word(lower) or words.istitle()):
+        return None  # a product of variables
+    number = number_word(lower)
+    return Answer("value", text, value=number) if number else Answer("words", text, mark=lower)
+
+
+def plain_words(text: str) -> str:
+    return " ".join(_TEXT.sub(r" \1 ", text).split()).rstrip(".").casefold()
+
+
+def _read_choice(text: str, depth: int) -> Answer | None:
+    plain = _TEXT.sub(r"\1", text).strip()
+    if match := _CHOICE.fullmatch(plain):
+        return Answer("choice", text, mark=match[1])
+    if match := _CHOICE_WITH_TEXT.fullmatch(plain):
+        return Answer("choice", text, (_read(match[3].strip("\\ "), depth),), mark=match[1] or match[2])
+    return None
+
+
+def _read_several(text: str, depth: int) -> Answer | None:
+    """Unions and lists."""
+    sets = split_outside(_MEMBER_OF.sub("", text), _CUP)
+    if len(sets) > 1:
+        return Answer("union", text, tuple(_read(part.strip(), depth) for part in sets))
+    pieces = [piece.strip() for piece in split_outside(text, _SEPARATOR)]
+    members = [_read(piece, depth) for piece in pieces if piece] if len(pieces) > 1 else []
+    if len(members) == 1:
+        return members[0]
+    if members:
+        is_union = all(
+            (member.kind == "brackets" and member.mark != "()") or _ORDER.search(member.text) for member in members
+        )
+        return Answer("union" if is_union else "list", text, tuple(_unpacked(members)))
+    return None
+
+
+def _unpacked(members: Sequence[Answer]) -> list[Answer]:
+    r"""Lists within lists made one: ``0, \pm 2``."""
+    return [part for member in members for part in (member.parts if member.kind == "list" else (member,))]
+
+
+def _read_brackets(text: str, depth: int) -> Answer | None:
+    if text == r"\emptyset":
+        return Answer("set", text)
+    text = _MEMBER_OF.sub("", text)
+    if match := _SET_OF_ALL.fullmatch(text):
+        return _read(match[1].strip(), depth)
+    for opening, closing, mark in ((r"\{", r"\}", "{}"), (r"\langle", r"\rangle", "()")):
+        if text.startswith(opening) and text.endswith(closing) and text.count(opening) == 1:
+            return _bracketed(text, text[len(opening) : -len(closing)], mark, depth)
+    if text[0] in "([" and closing_place(text, 0) == len(text) - 1:
+        return _bracketed(text, text[1:-1], text[0] + text[-1], depth)
+    return None
+
+
+def _bracketed(text: str, inside: str, mark: str, depth: int) -> Answer | None:
+    pieces = [piece.strip() for piece in split_outside(inside, re.compile("[,;]"))]
+    if mark == "{}":
+        members = tuple(_read(piece, depth) for piece in pieces if piece)
+        return Answer("set", text, tuple(_unpacked(members)))
+    if len(pieces) == 1:
+        return _read(inside.strip(), depth) if mark == "()" else None
+    return Answer("brackets", text, tuple(_read(piece, depth) for piece in pieces), mark=mark)
+
+
+def _read_relation(text: str, depth: int) -> Answer | None:
+    sides = [side.strip() for side in split_outside(text, _APPROXIMATELY)]
+    if len(sides) == 2:
+        name, result = sides
+        if is_name(name) or not name:
+            return _read(result, depth)
+        return Answer("approximation", text, (_read(name, depth), _read(result, depth)))
+    sides = [side.strip() for side in split_outside(text, _EQUALS)]
+    if len(sides) > 1 and all(sides):
+        first = Answer("unreadable", sides[0]) if is_name(sides[0]) else _read(sides[0], depth)
+        last = _read(sides[-1], depth)
+        if last.kind == "list" and r"\pm" in text:
+            return last
+        return Answer("equation", text, (first, last), mark="=")
+    sides = [side.strip() for side in split_outside(text, _ORDER)]
+    if 2 <= len(sides) <= 3 and all(sides):
+        signs = [sign.strip() for sign in _ORDER.findall(text)]
+        return _read_inequality(text, sides, signs, depth) if len(signs) == len(sides) - 1 else None
+    return None
+
+
+def _read_inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Answer | None:
+    if len(sides) == 3 and len({sign in ("<", r"\le") for sign in signs}) == 1:
+        if signs[0] in (">", r"\ge"):
+            sides, signs = sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
+        ends = (_read(sides[0], depth), _read(sides[2], depth))
+        return Answer(
+            "brackets", text, ends, mark=("[" if signs[0] == r"\le" else "(") + ("]" if signs[1] == r"\le" else ")")
+        )
+    if len(sides) == 3:
+        return None
+    left, right, sign = sides[0], sides[1], signs[0]
+    if len(right) == 1 and right.isalpha():
+        left, right, sign = right, left, FLIPPED[sign]
+    if len(left) == 1 and left.isalpha() and left not in _LETTER.findall(right):
+        end, infinity = _read(right, depth), _read(r"\infty" if sign in (">", r"\ge") else r"-\infty", depth)
+        closed = sign in (r"\ge", r"\le")
+        if sign in (">", r"\ge"):
+            return Answer("brackets", text, (end, infinity), mark=("[" if closed else "(") + ")")
+        return Answer("brackets", text, (infinity, end), mark="(" + ("]" if closed else ")"))
+    return Answer("inequality", text, (_read(left, depth), _read(right, depth)), mark=sign)
+
+
+def _read_two_signs(text: str, depth: int) -> Answer | None:
+    signs = _TWO_SIGNS.findall(text)
+    if not 1 <= len(signs) <= 2:
+        return None
+    plus = _TWO_SIGNS.sub(lambda sign: "+" if sign[0] == r"\pm" else "-", text)
+    minus = _TWO_SIGNS.sub(lambda sign: "-" if sign[0] == r"\pm" else "+", text)
+    return Answer("list", text, tuple(_read(each.strip().removeprefix("+").strip(), depth) for each in (plus, minus)))
+
+
+def _read_notation(text: str, depth: int) -> Answer | None:
+    """Clock times, ratios, numbers with a base."""
+    bare, unit = split_unit(text)
+    if match := _CLOCK.fullmatch(bare):
+        return Answer("clock", text, mark=f"{int(match[1])}:{match[2]}", unit=unit)
+    if _RATIO.fullmatch(bare):
+        terms = [read_number(term.strip()) for term in bare.split(":")]
+        first = terms[0].value if terms[0] else 0
+        if first:
+            mark = ":".join(str(term.value / first) for term in terms if term)
+            return Answer("ratio", text, mark=mark)
+    if match := _BASE.fullmatch(bare):
+        base = int(match[2] or match[3])
+        if 2 <= base <= 36 and (base > 10 or match[1].isdecimal()):
+            return Answer("base", text, mark=f"{match[1].lstrip('0') or '0'}_{base}")
+    return None
+
+
+def _read_value(text: str) -> Answer:
+    bare, unit = split_unit(text)
+    if bare != text:
+        inner = _read(bare, depth=4)
+        return replace(inner, text=text, unit=unit if unit.measures else inner.unit)
+    percent = bare.endswith(r"\%")
+    value = read_formula(bare.removesuffix(r"\%").strip() if percent else bare)
+    if isinstance(value, Number) and percent:
+        value = value._replace(is_percent=True)
+    if value is None:
+        return Answer("text" if _CONTENT.search(_COMMAND.sub("", text)) else "unreadable", text)
+    return Answer("value", text, value=value)
+
+
+def tells_a_value(text: str) -> bool:
+    """Whether the right side of an equation with this left side is an answer: 2x + 1 = 7 is not the answer 7."""
+    return (
+        is_name(text)
+        or bool(_QUANTITY.fullmatch(text))
+        or not re.search(r"[a-zA-Z\\]", _NUMERIC_COMMANDS.sub("", text))
+    )
+
+
+def is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None

@@ -1,0 +1,317 @@
+r"""Formulas as sympy expressions: read by latex2sympy, bounded before anything is computed, compared by value.
+
+Two formulas are equal if they have the same value: constants to forty digits beyond their leading one, formulas in
+variables at three points each (an identity that holds at three unrelated points holds). ``simplify`` is not used: its
+time has no bound. Where nothing can be computed (sets, relations of sets), math-verify's ``verify`` decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import zlib
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import sympy
+from latex2sympy2_extended import latex2sympy
+from math_verify import verify
+from sympy.core.function import AppliedUndef
+
+from forkrl.rewards.math_numbers import Number, is_close
+from forkrl.rewards.math_units import TRIGONOMETRY
+
+_MAX_TEXT = 400
+_MAX_DEPTH = 20
+_MAX_NODES = 400
+_MAX_DIGITS = 4_000
+"""Python refuses to print integers of more than 4,300."""
+_MAX_BINOMIAL = 10_000
+_MAX_TERMS = 100
+
+_UNFINISHED = re.compile(
+    r"\\(?:sum|int|iint|oint|prod|lim|gcd|lcm|def|newcommand|input|include|write|csname|loop)(?![a-z])"
+)
+_BINOMIAL = re.compile(r"\\[dt]?binom|\\choose")
+_NUMERAL = re.compile(r"\d+")
+_PRODUCT = re.compile(r"((?<![_\d.])\d+(?:\.\d+)?|\))\s*(?=\()|\)\s*(?=\\frac)")
+_PRODUCT_WITH_FRACTION = re.compile(r"(?<![_^\d])(\d+)\s*(\\frac\{(\d+)\}\{(\d+)\})")
+_NUMBERS_SIDE_BY_SIDE = re.compile(r"(?<![_^\d])\d+(?:\s+|\s*\\?[{\[]\s*)\d")
+_POINT_WITHOUT_PLACES = re.compile(r"(?<=\d)\.(?!\d)")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
+_POINTS = (1, -1, 2)
+_DIGITS = 30
+
+# Its only warning is that time-outs are off, which is meant.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+class TooLarge(ValueError):
+    """A bound is exceeded: no final answer looks like this, and computing it might take for ever."""
+
+
+class Formula(NamedTuple):
+    """An expression with exact numbers, and whether it was written with decimal fractions."""
+
+    expression: Any
+    is_decimal: bool
+
+    def __str__(self) -> str:
+        return _describe(self.expression)
+
+    def renamed(self, old: str, new: str) -> Formula:
+        """The same with another name for a variable."""
+        names = {symbol: sympy.Symbol(new, real=True) for symbol in self.expression.free_symbols if symbol.name == old}
+        return self._replace(expression=self.expression.xreplace(names))
+
+
+@lru_cache(maxsize=512)
+def read_formula(text: str) -> Formula | Number | None:
+    """The formula that the text is, in the notation of ``plain_notation``; a rational one as the number it is.
+
+    Returns:
+        None where the text is no mathematics, or has no value (0/0).
+
+    Raises:
+        TooLarge: reading or computing it is refused.
+    """
+    _refuse_large_text(text)
+    if TRIGONOMETRY.search(text):
+        text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
+    if _NUMBERS_SIDE_BY_SIDE.search(text):
+        return None
+    text = _with_products(_POINT_WITHOUT_PLACES.sub("", text))
+    try:
+        expression = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # its parser and sympy raise many kinds, bare Exception among them
+        return None
+    if isinstance(expression, list) or not isinstance(expression, sympy.Basic | sympy.MatrixBase):
+        return None
+    _refuse_large_value(expression)
+    return _exact(expression)
+
+
+def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
+    """Whether both have the same value for all values of their variables."""
+    a, b = _expression(gold), _expression(found)
+    if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
+        return _same_matrix(gold, found)
+    is_decimal = any(
+        (isinstance(side, Formula) and side.is_decimal) or (isinstance(side, Number) and side.is_decimal)
+        for side in (gold, found)
+    )
+    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
+        return bool(verify(a, b, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True))
+    if _names(a) != _names(b):
+        return False
+    if not _names(a):
+        return _same_constant(a, b, is_decimal)
+    values = [(_at(a, point), _at(b, point)) for point in _POINTS]
+    known = [(left, right) for left, right in values if left is not None and right is not None]
+    if len(known) < 2:
+        return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
+    digits = 6 if is_decimal else 15
+    return all(_is_within(left - right, left, right, digits) for left, right in known)
+
+
+def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:
+    """Whether one is the other times a number (a positive one): then their zeros (their signs) are the same."""
+    a, b = _expression(gold), _expression(found)
+    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr) or _names(a) != _names(b):
+        return False
+    ratios = []
+    for point in _POINTS:
+        left, right = _at(a, point), _at(b, point)
+        if left is None or right is None or left == 0 or right == 0:
+            continue
+        ratios.append(left / right)
+    return (
+        len(ratios) >= 2
+        and all(_is_within(ratios[0] - ratio, ratio, ratio, 15) for ratio in ratios)
+        and not (positive and not (ratios[0].is_real and ratios[0] > 0))
+    )
+
+
+def difference(left: Formula | Number, right: Formula | Number) -> Formula | None:
+    """``left - right``; None where that makes no sense."""
+    a, b = _expression(left), _expression(right)
+    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
+        return None
+    return Formula(sympy.Add(a, sympy.Mul(-1, b)), False)
+
+
+def _with_products(text: str) -> str:
+    r"""The text with a sign between factors that the reader takes for a mixed number: 2(3), (2)(3), 2\frac{3}{2}."""
+    text = _PRODUCT.sub(lambda factor: factor[0].rstrip() + r"\cdot ", text)
+    return _PRODUCT_WITH_FRACTION.sub(
+        lambda factor: rf"{factor[1]}\cdot {factor[2]}" if int(factor[3]) >= int(factor[4]) else factor[0], text
+    )
+
+
+def _refuse_large_text(text: str) -> None:
+    if len(text) > _MAX_TEXT:
+        raise TooLarge(f"{len(text)} characters")
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "{([") - (character in "})]")
+        deepest = max(deepest, depth)
+    if deepest > _MAX_DEPTH:
+        raise TooLarge(f"brackets {deepest} deep")
+    if _UNFINISHED.search(text):
+        raise TooLarge("a sum, integral or limit is no final answer")
+    # The parser computes binomial coefficients while it reads.
+    if _BINOMIAL.search(text) and (
+        "^" in text or "!" in text or max(map(int, _NUMERAL.findall(text)), default=0) > _MAX_BINOMIAL
+    ):
+        raise TooLarge("a binomial coefficient of large numbers")
+
+
+def _refuse_large_value(expression: Any) -> None:
+    parts = list(expression) if isinstance(expression, sympy.MatrixBase) else [expression]
+    nodes = sum(1 for part in parts for _ in sympy.preorder_traversal(part))
+    if nodes > _MAX_NODES:
+        raise TooLarge(f"{nodes} operations")
+    for part in parts:
+        _log10(part)
+
+
+def _log10(node: Any) -> float:
+    """A bound of the decimal digits before and after the point of a node's value, found without computing it."""
+    digits = _log10_of_parts(node)
+    if digits > _MAX_DIGITS:
+        raise TooLarge(f"a number of more than {_MAX_DIGITS:,} digits")
+    return digits
+
+
+def _log10_of_parts(node: Any) -> float:
+    if isinstance(node, sympy.Rational):
+        return max(abs(int(node.p)).bit_length(), int(node.q).bit_length()) * math.log10(2)
+    if isinstance(node, sympy.Float):
+        return abs(float(sympy.log(abs(node), 10))) if node else 0.0
+    parts = [_log10(part) for part in getattr(node, "args", ())]
+    if not parts:
+        return 1.0
+    if isinstance(node, sympy.Pow | sympy.exp):
+        exponent = node.args[-1]
+        if exponent.free_symbols:
+            return max(parts)
+        if parts[-1] > 6:
+            raise TooLarge("an exponent of more than a million")
+        base = parts[0] if isinstance(node, sympy.Pow) else 1.0
+        return base * _size(exponent, parts[-1])
+    if isinstance(node, sympy.factorial | sympy.factorial2 | sympy.gamma | sympy.subfactorial):
+        if parts[0] > 5:
+            raise TooLarge("a factorial of a large number")
+        size = _size(node.args[0], parts[0])
+        return size * math.log10(size + 2)
+    if isinstance(node, sympy.Mul):
+        return sum(parts)
+    return max(parts) + (math.log10(len(parts)) if isinstance(node, sympy.Add) else 0.0)
+
+
+def _size(node: Any, digits: float) -> float:
+    """How large a number of at most so many digits can be; exactly where it is a plain one."""
+    return abs(float(node)) if isinstance(node, sympy.Rational) else float(10**digits)
+
+
+def _exact(expression: Any) -> Formula | Number | None:
+    floats = list(expression.atoms(sympy.Float))
+    exact = expression.xreplace({part: sympy.Rational(str(part)) for part in floats}) if floats else expression
+    imaginary = {symbol: sympy.I for symbol in exact.free_symbols if symbol.name == "i"}
+    exact = exact.xreplace(imaginary) if imaginary else exact
+    if isinstance(exact, sympy.MatrixBase):
+        return Formula(exact.applyfunc(lambda part: part.doit()).as_immutable(), bool(floats))
+    if isinstance(exact, sympy.Expr):
+        exact = exact.doit()
+        if exact.has(sympy.nan, sympy.zoo):
+            return None
+        if isinstance(exact, sympy.Rational):
+            return Number(Fraction(int(exact.p), int(exact.q)), bool(floats))
+    return Formula(exact, bool(floats))
+
+
+def _expression(value: Formula | Number) -> Any:
+    if isinstance(value, Formula):
+        return value.expression
+    return sympy.Rational(value.amount.numerator, value.amount.denominator)
+
+
+def _same_matrix(gold: Formula | Number, found: Formula | Number) -> bool:
+    a, b = _expression(gold), _expression(found)
+    if not isinstance(a, sympy.MatrixBase) or not isinstance(b, sympy.MatrixBase) or a.shape != b.shape:
+        return False
+    decimals = [isinstance(side, Formula) and side.is_decimal for side in (gold, found)]
+    pairs = zip(a, b, strict=True)
+    return all(same_formula(Formula(x, decimals[0]), Formula(y, decimals[1])) for x, y in pairs)
+
+
+def _same_constant(a: Any, b: Any, is_decimal: bool) -> bool:
+    if a == b:
+        return True
+    if a.is_infinite or b.is_infinite:
+        return False
+    gap = sympy.Add(a, -b)
+    if is_decimal and a.is_real and b.is_real:
+        return is_close(_fraction(a), _fraction(b), is_decimal)
+    if gap.is_Rational:
+        return bool(gap == 0)
+    # Of an exact zero, cancellation at 100 digits leaves next to nothing.
+    return _is_within(gap.evalf(15, maxn=100), a, b, 40)
+
+
+def _is_within(gap: Any, a: Any, b: Any, digits: int) -> bool:
+    """Whether the gap is so many digits smaller than the two numbers; False where one of the three is no number."""
+    sizes = [_magnitude(value) for value in (gap, a, b)]
+    known = [size for size in sizes if size is not None]
+    return len(known) == 3 and bool(known[0] <= (known[1] + known[2]) * sympy.Float(10) ** -digits)
+
+
+def _magnitude(value: Any) -> Any:
+    parts = sympy.N(value, 15).as_real_imag()
+    return (
+        sympy.sqrt(sum(part**2 for part in parts)) if all(part.is_Number and part.is_finite for part in parts) else None
+    )
+
+
+def _fraction(constant: Any) -> Fraction:
+    return Fraction(str(sympy.N(constant, _DIGITS)))
+
+
+def _names(expression: Any) -> set[str]:
+    return {symbol.name for symbol in expression.free_symbols}
+
+
+def _at(expression: Any, point: int) -> Any:
+    """The value where every variable stands for a number of its own, positive or negative by ``point``."""
+    values = {
+        symbol: sympy.Rational(point * (300 + zlib.crc32(f"{symbol.name} {point}".encode()) % 997), 499)
+        for symbol in expression.free_symbols
+    }
+    functions = {call: sympy.Symbol(str(call)) for call in expression.atoms(AppliedUndef)}
+    if functions:
+        return _at(expression.xreplace(functions), point)
+    value = expression.xreplace(values).evalf(_DIGITS)
+    return value if value.is_finite and all(part.is_Number for part in value.as_real_imag()) else None
+
+
+def _describe(expression: Any) -> str:
+    """Expanded where that is cheap, so that equal answers are mostly equal text."""
+    if isinstance(expression, sympy.Expr) and _terms(expression) <= _MAX_TERMS:
+        expression = sympy.expand(expression)
+    return str(expression)
+
+
+def _terms(node: Any) -> float:
+    """A bound of the number of terms that a node has when it is expanded."""
+    parts: list[float] = [_terms(part) for part in node.args]
+    if isinstance(node, sympy.Add):
+        return sum(parts)
+    if isinstance(node, sympy.Mul):
+        return float(math.prod(parts))
+    if isinstance(node, sympy.Pow) and node.exp.is_Rational and parts[0] > 1:
+        return float(parts[0] ** min(abs(float(node.exp)), 100.0))
+    return max(parts, default=1.0)

@@ -1,0 +1,164 @@
+r"""One way of writing for the many ways in which the same mathematics is typed.
+
+Nothing here understands an expression; it only makes ``½``, ``\dfrac12`` and ``\frac {1} {2}`` the same text, and takes
+away what is only for the eye. The text is a final answer of bounded length, so every pattern may be quadratic.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_CHARACTERS = {
+    **dict.fromkeys("−–—‐‑‒﹣－", "-"),
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/",
+    "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
+    "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "°": r"^\circ ", "⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "，": ",", "、": ",", "。": ".",
+}  # fmt: skip
+_SUPERSCRIPTS = {
+    "⁰": "0",
+    "¹": "1",
+    "²": "2",
+    "³": "3",
+    "⁴": "4",
+    "⁵": "5",
+    "⁶": "6",
+    "⁷": "7",
+    "⁸": "8",
+    "⁹": "9",
+    "⁻": "-",
+}
+_SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+|[a-zA-Z]))")
+
+_TEXT_COMMANDS = "text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol"
+_ROWS = re.compile(r"matrix|array|cases")
+_DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[a-zA-Z])")
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<=\d)(?:\{,\}|,\\!|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\(?:left|right)\s*\.", ""),
+        (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
+        (r"\\!", ""),
+        (r"\\\\\s*\[[^\[\]]*\]", r"\\\\"),  # extra space between rows
+        (r"(?<!\\)\\[,;:> ]|~", " "),
+        (r"\\(?:q?quad|displaystyle|textstyle|limits|hfill|,)(?![a-zA-Z])", " "),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (rf"\\(?:{_TEXT_COMMANDS})\s*\{{", r"\\text{"),
+        (r"\\text\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
+        (r"\\text\{([-+]?[\d.,/]*\d|[ei])\}", r"\1"),
+        (r"\\text\{(?:percent|percentage)\}|(?<![a-zA-Z])percent(?:age)?(?![a-zA-Z])|(?<!\\)%", r"\\%"),
+        (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""),
+        (r"\\(?:leqslant|leq|le)(?![a-zA-Z])", r"\\le "),
+        (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])", r"\\ge "),
+        (r"\\neq(?![a-zA-Z])", r"\\ne "),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"<=|=<", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\*\*", "^"),
+        (r"\*|\\ast(?![a-zA-Z])", r"\\cdot "),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
+        (r"(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])|\\infin(?![a-zA-Z])", r"\\infty"),
+        (
+            r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))|\\(?:text)?degree(?![a-zA-Z])",
+            r"^\\circ",
+        ),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"(?<![a-zA-Z\\])sqrt(?![a-zA-Z])", r"\\sqrt"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\frac\s*(\\pi|[0-9a-zA-Z])", r"\\frac{\1}"),
+        (r"\\frac\s*(\{[^{}]*\})\s*(\\pi|[0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (r"\\frac\s+\{", r"\\frac{"),
+        (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
+        (r"\^\s*(-?\d{2,}|-\d)", r"^{\1}"),
+        (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    )
+]
+_OPENING = re.compile(r"^(?:[\s:=*]|\\approx(?![a-zA-Z])|\+(?=[\d.\\]))+")
+_CLOSING = re.compile(r"(?:[\s.,;:*]|\\\\|(?<!\\)\\(?=$))+$")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+_SPACES = re.compile(r"\s+")
+_PLAIN = re.compile(r"[\w./(), -]*\w", re.ASCII)
+
+
+def plain_notation(text: str) -> str:
+    """The text in ASCII and in one way of writing, without spacing commands, dollars and closing punctuation."""
+    text = _CONTROL.sub("", text)
+    if not text.isascii():
+        text = _to_ascii(text)
+    if not _PLAIN.fullmatch(text) or "sqrt" in text or "inf" in text or "percent" in text:
+        if not _ROWS.search(text):
+            text = _DOUBLED_BACKSLASH.sub(r"\\", text)
+        for pattern, replacement in _REWRITES:
+            text = pattern.sub(replacement, text)
+        text = _CLOSING.sub("", _OPENING.sub("", text))
+    text = _SPACES.sub(" ", text).strip()
+    while text.startswith("{") and closing_place(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
+def _to_ascii(text: str) -> str:
+    text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + "".join(map(_SUPERSCRIPTS.__getitem__, run[0])) + "}", text)
+    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or root[3]}}}", text)
+    return "".join(character if character.isascii() else _one_to_ascii(character) for character in text)
+
+
+def _one_to_ascii(character: str) -> str:
+    if character in _CHARACTERS:
+        return _CHARACTERS[character]
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
+    if category.startswith("Z"):
+        return " "
+    if category in ("Cf", "Cc", "Cs", "Cn"):  # joiners, direction marks, surrogates: nothing that can be seen
+        return ""
+    folded = unicodedata.normalize("NFKC", character)
+    if "⁄" in folded:  # ½
+        top, _, bottom = folded.partition("⁄")
+        return rf"\frac{{{top}}}{{{bottom}}}"
+    return folded
+
+
+def closing_place(text: str, start: int) -> int:
+    """Where the bracket at ``start`` is closed; -1 if never. Kinds of brackets may be mixed, for intervals."""
+    depth = 0
+    place = start
+    while place < len(text):
+        character = text[place]
+        if character == "\\" and text[place + 1 : place + 2] not in ("{", "}"):
+            place += 2
+            continue
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+            if depth == 0:
+                return place
+        place += 1
+    return -1
+
+
+def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
+    """Pieces between the matches of ``separator`` that stand outside of all brackets."""
+    pieces, depth, begin, place = [], 0, 0, 0
+    while place < len(text):
+        match = separator.match(text, place) if depth == 0 else None
+        if match and match.end() > place:
+            pieces.append(text[begin:place])
+            begin = place = match.end()
+            continue
+        character = text[place]
+        if character == "\\" and text[place + 1 : place + 2] not in ("{", "}"):
+            place += 2
+            continue
+        depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        place += 1
+    return [*pieces, text[begin:]]

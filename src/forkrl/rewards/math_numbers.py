@@ -1,0 +1,131 @@
+r"""Plain numbers, exactly: integers, decimals, fractions, mixed numbers, percentages, powers of ten.
+
+Most final answers are one of these, and need no algebra: a pattern and a ``Fraction`` judge them in microseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
+_POWER = r"10\s*\^\s*(?:\{\s*(?P<braced>[+-]?\d{1,3})\s*\}|(?P<bare>\d))"
+_DECIMAL = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?:(?P<whole>{_DIGITS})?(?P<point>\.(?P<places>\d*)(?:\\overline\{{(?P<repeating>\d{{1,20}})\}})?)?)"
+    rf"(?:[eE](?P<exponent>[+-]?\d{{1,3}})|\s*(?:\\times|\\cdot)\s*{_POWER})?"
+)
+_POWER_OF_TEN = re.compile(rf"(?P<sign>-?)\s*{_POWER}")
+_FRACTION = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?:(?P<whole>{_DIGITS})\s*)?"
+    rf"\\frac\s*\{{\s*(?P<top>-?\s*{_DIGITS})\s*\}}\s*\{{\s*(?P<bottom>-?\s*{_DIGITS})\s*\}}"
+)
+_SLASH = re.compile(r"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+) +)?(?P<top>\d+)\.?\s*/\s*(?P<bottom>\d+)\.?")
+_PERCENT = re.compile(r"\s*\\%$")
+_WORDS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+]  # fmt: skip
+_TOLERANCE = Fraction(1, 2_000_000)
+
+
+class Number(NamedTuple):
+    """A number as written: its value without the percent sign, and whether it is a decimal fraction or a percentage."""
+
+    value: Fraction
+    is_decimal: bool = False
+    is_percent: bool = False
+
+    @property
+    def amount(self) -> Fraction:
+        """25% is a quarter."""
+        return self.value / 100 if self.is_percent else self.value
+
+    def __str__(self) -> str:
+        return f"{self.value}%" if self.is_percent else str(self.value)
+
+
+def read_number(text: str) -> Number | None:
+    """The number that the whole text is, in the notation of ``plain_notation``; None where it is none."""
+    if text.isdecimal() and len(text) < 1000:
+        return Number(Fraction(int(text)))
+    unsigned = _PERCENT.sub("", text)
+    is_percent = unsigned != text
+    if match := _DECIMAL.fullmatch(unsigned):
+        return _decimal(match, is_percent)
+    if match := _FRACTION.fullmatch(unsigned) or _SLASH.fullmatch(unsigned):
+        return _fraction(match, is_percent)
+    if match := _POWER_OF_TEN.fullmatch(unsigned):
+        return Number(_signed(match["sign"], Fraction(10) ** _exponent(match)), False, is_percent)
+    return None
+
+
+def number_word(word: str) -> Number | None:
+    """The number named by an English word from zero to twenty."""
+    return Number(Fraction(_WORDS.index(word))) if word in _WORDS else None
+
+
+def same_number(gold: Number, found: Number) -> bool:
+    """Whether the numbers agree.
+
+    Percentages are equal by amount (25% is 0.25), or by the number before the sign, which many golds leave away: 25%
+    for 25 and 25 for 25%. A gold below 1 is not taken for a percentage without its sign: 0.5% is no 0.5.
+    """
+    is_decimal = gold.is_decimal or found.is_decimal
+    if is_close(gold.amount, found.amount, is_decimal):
+        return True
+    sign_left_away = gold.is_percent != found.is_percent and (gold.is_percent or abs(gold.value) >= 1)
+    return sign_left_away and is_close(gold.value, found.value, is_decimal)
+
+
+def is_close(gold: Fraction, found: Fraction, is_decimal: bool) -> bool:
+    """Equal; or, where one of them is a decimal fraction, equal to the sixth decimal.
+
+    Below 1 that is the sixth significant digit: to six decimals every charge of an electron would be 0.
+    """
+    if gold == found:
+        return True
+    if not is_decimal:
+        return False
+    scale = max(abs(gold), abs(found))
+    unit = Fraction(1)
+    if scale < 1:
+        unit = Fraction(1, 10 ** (len(str(scale.denominator // scale.numerator)) - 1))
+    return abs(gold - found) <= _TOLERANCE * unit
+
+
+def _decimal(match: re.Match[str], is_percent: bool) -> Number | None:
+    whole, places, repeating = match["whole"] or "", match["places"] or "", match["repeating"] or ""
+    if not whole and not places and not repeating:
+        return None
+    value = Fraction(int(_bare(whole) + places or "0"), 10 ** len(places))
+    if repeating:
+        value += Fraction(int(repeating), (10 ** len(repeating) - 1) * 10 ** len(places))
+    power = Fraction(10) ** _exponent(match)
+    is_decimal = bool(match["point"]) and not repeating
+    return Number(_signed(match["sign"], value * power), is_decimal, is_percent)
+
+
+def _fraction(match: re.Match[str], is_percent: bool) -> Number | None:
+    top, bottom = int(_bare(match["top"])), int(_bare(match["bottom"]))
+    if bottom == 0:
+        return None
+    value = Fraction(top, bottom)
+    if match["whole"]:
+        if not 0 < value < 1:
+            return None  # 2\frac{3}{2} is no mixed number
+        value += int(_bare(match["whole"]))
+    return Number(_signed(match["sign"], value), False, is_percent)
+
+
+def _bare(digits: str) -> str:
+    return digits.replace(",", "").replace(" ", "")
+
+
+def _signed(sign: str, value: Fraction) -> Fraction:
+    return -value if sign == "-" else value
+
+
+def _exponent(match: re.Match[str]) -> int:
+    groups = match.groupdict()
+    return int(groups.get("exponent") or groups["braced"] or groups["bare"] or 0)
