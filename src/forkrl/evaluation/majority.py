@@ -62,7 +62,8 @@ def majority_at_k(votes: Ballot, numbers: Sequence[int]) -> list[float]:
         for index, number in enumerate(numbers):
             if number >= right:
                 favourable[index] += math.comb(votes.right, right) * float(shared[number - right])
-    return [ways / math.comb(total, number) for ways, number in zip(favourable, numbers, strict=True)]
+    chances = (ways / math.comb(total, number) for ways, number in zip(favourable, numbers, strict=True))
+    return [min(1.0, chance) for chance in chances]  # rounding
 
 
 def _ways_of_others(votes: Ballot, limit: int, draws: int) -> npt.NDArray[np.float64]:
