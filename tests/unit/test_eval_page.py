@@ -119,10 +119,10 @@ def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: P
 def test_a_page_of_one_benchmark_without_anything_beside_it(tmp_path: Path) -> None:
     write_evaluation(tmp_path, {"mine": random_responses(1, 1, answers=False)})
     results = results_of(tmp_path)
-    results["benchmarks"][0] |= {"expected_questions": 5}
+    results["benchmarks"][0] |= {"available_questions": 5, "notice": "mine: 5 questions, not 6."}
     page = Page(write_eval_page(tmp_path, results))
     assert "mine: Acc@1" in page.text and "on 1 questions" in page.text
-    assert "1 of 5 questions; not the whole benchmark" in page.text
+    assert "mine: the first 1 of 5 questions." in page.text and "mine: 5 questions, not 6." in page.text
     assert "the paper's Table 2" not in page.text and "Responses to read" not in page.text
     assert "nan" not in page.text.lower().split()
 
