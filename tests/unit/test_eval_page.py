@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_shown_questions_go_from_hard_to_easy_with_each_outcome(folder: Path) ->
     for question in shown:
         for response in question["responses"]:
             assert f"The response {response['sample']} to {int(question['question'][1:])}," in response["text"]
+
+
+def test_a_question_with_a_failure_is_shown_wherever_it_stands(tmp_path: Path) -> None:
+    calm = [replace(each, failure="", answer=each.answer or "") for each in random_responses(30, 4)]
+    by_place = sorted(
+        {each.question for each in calm}, key=lambda q: (sum(r.score for r in calm if r.question == q), q)
+    )
+    failing = by_place[2]  # of 30, eight evenly spaced are 0, 4, 8, …
+    assert failing not in [by_place[place] for place in (0, 4, 8, 12, 17, 21, 25, 29)]
+    harmed = [replace(each, failure="crash", score=0.0) if each.question == failing else each for each in calm]
+    write_evaluation(tmp_path, {"x": harmed})
+    shown = shown_questions(tmp_path, "x", harmed, 4)
+    assert "crash" in [response["failure"] for question in shown for response in question["responses"]]
 
 
 def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: Path) -> None:
