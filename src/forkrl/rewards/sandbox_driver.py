@@ -53,19 +53,17 @@ _DYNAMIC = {"eval", "exec", "globals"}
 
 def enter_sandbox() -> None:
     """Process 1: says that the sandbox stands, lets a child run the program, and ends with it."""
-    answers_fd, go_fd, program_fd, *limits = map(int, sys.argv[1:-1])
+    answers_fd, lifeline_fd, program_fd, *limits = map(int, sys.argv[1:-1])
     function = sys.argv[-1]
     os.write(answers_fd, b"ready\n")
-    if not os.read(go_fd, 1):
-        os._exit(1)  # the judge has died meanwhile, and nobody would end this sandbox any more
-    os.close(go_fd)
+    if not os.read(lifeline_fd, 1):
+        os._exit(1)  # the judge has died meanwhile
     child = os.fork()
     if child:
-        os.closerange(0, 256)
-        while True:
-            process, status = os.wait()
-            if process == child:
-                os._exit(os.waitstatus_to_exitcode(status) & 255)
+        for fd in (0, 1, 2, answers_fd, program_fd):
+            os.close(fd)
+        end_with(child, lifeline_fd)
+    os.close(lifeline_fd)
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 2)  # until here stderr explained what went wrong
     os.close(null)
@@ -81,6 +79,22 @@ def enter_sandbox() -> None:
         os.dup2(2, 0)
         set_limits(*limits)
         call_function(source, function, inputs, answers_fd)
+
+
+def end_with(child: int, lifeline_fd: int) -> None:
+    """End this process, and with it every other one in here, when the program ends or the judge outside has died.
+
+    The judge holds the other end of the lifeline, a socket: nobody in here could keep it open in its place.
+    """
+    import select
+
+    child_fd = os.pidfd_open(child)
+    waiting = select.poll()
+    waiting.register(child_fd, select.POLLIN)
+    waiting.register(lifeline_fd, select.POLLIN)
+    if child_fd in [fd for fd, _ in waiting.poll()]:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+    os._exit(1)
 
 
 def set_limits(memory: int, cpu_seconds: int, file_size: int, processes: int) -> None:

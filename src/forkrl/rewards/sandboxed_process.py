@@ -12,6 +12,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -77,14 +78,17 @@ class SandboxedProcess:
             private, private_end = _pipe(self._ours, theirs)
             self._stderr, stderr_end = _pipe(self._ours, theirs)
             self._info, info_end = _pipe(self._ours, theirs)
-            go_end, go = _pipe(theirs, self._ours)
+            lifeline, lifeline_end = socket.socketpair()
+            self._ours.enter_context(lifeline)
+            theirs.enter_context(lifeline_end)
+            fds = (private_end, lifeline_end.fileno(), program_fd)
             try:
                 self._process = subprocess.Popen(
-                    [*command(seccomp_fd, info_end), *map(str, (private_end, go_end, program_fd)), *arguments],
+                    [*command(seccomp_fd, info_end), *map(str, fds), *arguments],
                     stdin=stdin_fd,
                     stdout=subprocess.DEVNULL if answers else stdout_end,
                     stderr=stderr_end,
-                    pass_fds=(seccomp_fd, info_end, private_end, go_end, program_fd),
+                    pass_fds=(seccomp_fd, info_end, *fds),
                     cwd="/",
                     env={},
                     user=user,
@@ -103,7 +107,7 @@ class SandboxedProcess:
         self._output = private if answers else stdout
         self._polled = select.poll()
         self._polled.register(self._output, select.POLLIN)
-        os.write(go, b"g")
+        lifeline.send(b"g")
 
     def __enter__(self) -> SandboxedProcess:
         return self
