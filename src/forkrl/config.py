@@ -70,8 +70,9 @@ class TaskConfig(Section):
     chat_template: bool = False
     """dataset: wrap the templated question as a user message with the tokenizer's chat template."""
     verifier: str = "forkrl.rewards.math:verify_math"
-    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]. "none": nothing is judged and no
-    answers are read, for commands that can do without."""
+    """dataset: import path "module:function" of (answer, response) -> score in [0, 1]. "code": the answers
+    are tests of programs, which run in a sandbox (docs/code-rewards.md). "none": nothing is judged and no answers are
+    read, for commands that can do without."""
 
     @model_validator(mode="after")
     def _data_is_named(self) -> TaskConfig:
@@ -300,6 +301,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"reward.overlong_cache = {self.reward.overlong_cache} is not below rollout.max_response_tokens = "
                 f"{self.rollout.max_response_tokens}; every response would be penalised (0 turns the penalty off)"
+            )
+        if self.task.verifier == "code" and self.sandbox.memory_mb + 256 > self.reward.memory_mb:
+            raise ValueError(
+                f"sandbox.memory_mb = {self.sandbox.memory_mb} does not fit in reward.memory_mb = "
+                f"{self.reward.memory_mb} with 256 to spare; raise that, or lower it"
             )
         self._forks_only_fits()
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens

@@ -177,9 +177,9 @@ def _find_python(wanted: str) -> _Python:
         question = "import sys; print(sys.executable); print(sys.base_prefix); assert sys.version_info >= (3, 9)"
         try:
             asked = subprocess.run([wanted, "-S", "-c", question], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            executable, prefix = asked.stdout.splitlines()
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
             raise UserError(f"sandbox.python = {wanted!r} is no Python 3.9 or newer that runs here ({error})") from None
-        executable, prefix = asked.stdout.splitlines()
     executable = os.path.realpath(executable)
     system = {str(folder) for folder in _libraries()}
     folders = (f"{prefix}/lib", f"{prefix}/lib64")

@@ -10,17 +10,33 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
 from forkrl.config import SandboxConfig
-from forkrl.rewards.code_tests import CallTest, CodeTests, pack_tests, tests_from_livecodebench, unpack_tests
+from forkrl.rewards.code_tests import (
+    CODE_VERIFIER,
+    CallTest,
+    CodeTests,
+    pack_tests,
+    tests_from_livecodebench,
+    unpack_tests,
+)
 from forkrl.rewards.programs import Sandbox
-from forkrl.rewards.sandbox import open_sandbox
+from forkrl.rewards.sandbox import open_sandbox, require_sandbox
 from forkrl.types import Judgement, VerifierSpec
 
-__all__ = ["code_verifier", "last_program", "pack_tests", "tests_from_livecodebench", "unpack_tests", "verify_code"]
+__all__ = [
+    "code_verifier",
+    "last_program",
+    "pack_tests",
+    "tests_from_livecodebench",
+    "unpack_tests",
+    "verify_code",
+    "with_sandbox",
+]
 
 _MARGIN_S = 30.0
 """From the end of a program's own time to the pool's deadline, which would make a failure of it."""
@@ -33,6 +49,17 @@ def code_verifier(config: SandboxConfig) -> VerifierSpec:
     """The verifier that judges programs within the limits of a recipe's ``[sandbox]``."""
     options = config.model_dump(mode="json")
     return VerifierSpec("forkrl.rewards.code:verify_code", options, deadline_s=config.total_seconds + _MARGIN_S)
+
+
+def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -> dict[str, VerifierSpec]:
+    """The verifiers of a task, with the one called "code" bound to a sandbox that has just proved to work.
+
+    Raises:
+        UserError: there is a "code" among them, and no sandbox; says how to get one.
+    """
+    if any(spec.path == CODE_VERIFIER for spec in verifiers.values()):
+        require_sandbox(config)
+    return {source: code_verifier(config) if spec.path == CODE_VERIFIER else spec for source, spec in verifiers.items()}
 
 
 def verify_code(answer: str, response: str, **options: Any) -> Judgement:

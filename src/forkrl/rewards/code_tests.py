@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
 
+CODE_VERIFIER = "code"
+"""What task.verifier calls the verifier of programs; ``with_sandbox`` makes of it one that a pool can run."""
+
 _COMPRESSED = "zlib+base64:"
 _LONG = 4_000
 """Characters; shorter tests stay readable in rollouts and data."""
@@ -58,11 +61,19 @@ def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = ""
         ValueError: not one output for each input, or none at all.
     """
     tests = {"inputs": list(inputs), "outputs": list(outputs)} | ({"fn_name": function} if function else {})
-    text = json.dumps(tests)
+    return repack_tests(json.dumps(tests))
+
+
+def repack_tests(text: str) -> str:
+    """The same tests, compressed where they are long.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
     unpack_tests(text)
-    if len(text) <= _LONG:
+    if len(text) <= _LONG or text.startswith(_COMPRESSED):
         return text
-    return _COMPRESSED + base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
+    return _COMPRESSED + base64.b64encode(zlib.compress(text.encode("utf-8", "surrogatepass"), 9)).decode("ascii")
 
 
 def unpack_tests(text: str) -> CodeTests:
@@ -74,13 +85,13 @@ def unpack_tests(text: str) -> CodeTests:
     Raises:
         ValueError: it is no such text.
     """
-    if text.startswith(_COMPRESSED):
-        text = zlib.decompress(base64.b64decode(text.removeprefix(_COMPRESSED))).decode("utf-8")
     try:
+        if text.startswith(_COMPRESSED):
+            text = zlib.decompress(base64.b64decode(text.removeprefix(_COMPRESSED))).decode("utf-8", "surrogatepass")
         tests = json.loads(text)
         inputs, outputs = tests["inputs"], tests["outputs"]
         function = tests.get("fn_name") or ""
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, zlib.error):
         raise ValueError('the tests are not JSON of the form {"inputs": [...], "outputs": [...]}') from None
     if not (isinstance(inputs, list) and isinstance(outputs, list) and isinstance(function, str)):
         raise ValueError("the tests' inputs and outputs must be lists, and fn_name text")  # noqa: TRY004

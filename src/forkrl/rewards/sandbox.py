@@ -9,7 +9,6 @@ from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
 from forkrl.rewards.bubblewrap import Bubblewrap
 from forkrl.rewards.programs import Sandbox, SandboxUnavailableError
-from forkrl.rewards.sandbox_fusion import SandboxFusion
 
 _UBUNTU = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 _QUESTION, _ANSWER = "print(6 * 7)", b"42\n"
@@ -21,7 +20,11 @@ def open_sandbox(config: SandboxConfig) -> Sandbox:
     Raises:
         UserError: there is none here; says how to get one.
     """
-    return SandboxFusion(config) if config.server else Bubblewrap(config)
+    if config.server:
+        from forkrl.rewards.sandbox_fusion import SandboxFusion  # here, as it brings an HTTP client along
+
+        return SandboxFusion(config)
+    return Bubblewrap(config)
 
 
 def require_sandbox(config: SandboxConfig) -> Sandbox:
