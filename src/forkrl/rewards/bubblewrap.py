@@ -127,11 +127,13 @@ def _command(
         "--as-pid-1", "--cap-drop", "ALL", "--uid", str(_USER), "--gid", str(_USER), "--hostname", "sandbox",
         "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "PYTHONHASHSEED", "0",
-        *_system(), *(word for path, place in shown.items() for word in ("--ro-bind", place, path)),
+        *_system(),
         # Bubblewrap's own folders are writable and unbounded until they are told otherwise.
         "--proc", "/proc", "--remount-ro", "/proc",
         "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
-        "--size", str(file_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp",
+        "--size", str(file_bytes), "--tmpfs", "/tmp",
+        *(word for path, place in shown.items() for word in ("--ro-bind", place, path)),  # after /tmp: it may lie there
+        "--remount-ro", "/", "--chdir", "/tmp",
         "--seccomp", str(seccomp_fd), "--info-fd", str(info_fd), "--",
         python.executable, "-s", "-S", "-B", "-X", "utf8", "-c", DRIVER + "\n\nenter_sandbox()\n",
     ]  # fmt: skip
