@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser demo test lint format bench bench-gpu clean
+.PHONY: help setup setup-browser setup-sandbox demo test lint format bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -49,12 +49,20 @@ setup-browser: ## Chromium for the tests that look at the report (Debian, as roo
 	echo "No chromium and chromedriver here: the browser tests will be skipped. On Debian:" \
 		"apt-get install chromium chromium-driver"
 
+setup-sandbox: ## bubblewrap for the tests that run programs (Debian, as root)
+	@if command -v bwrap >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			bubblewrap >/dev/null && exit 0; \
+	fi; \
+	echo "No bubblewrap here: the tests of code rewards will be skipped. On Debian: apt-get install bubblewrap"
+
 demo: setup ## train the embedded model on two cores, then name the report
 	@out=runs/demo; if [ -e "$$out" ]; then out=runs/demo-$$(date +%Y%m%d-%H%M%S); fi; \
 	$(BIN)/forkrl train recipes/countdown.toml --out "$$out"
 
 # One OpenMP thread a worker: the workers already fill the cores.
-test: setup setup-browser ## every test that needs no accelerator (TEST_WORKERS=8, ARGS="-k selectors")
+test: setup setup-browser setup-sandbox ## every test that needs no accelerator (TEST_WORKERS=8, ARGS="-k selectors")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
 lint: setup ## ruff and mypy, over everything

@@ -72,8 +72,9 @@ class TaskConfig(Section):
     """dataset: wrap the templated question as a user message with the tokenizer's chat template."""
     verifier: str = "forkrl.rewards.math:verify_math"
     """dataset: import path "module:function" of (answer, response) -> score in [0, 1], or the "http://…" or "https://…"
-    address of a server that judges (docs/verifiers.md). "none": nothing is judged and no answers are read, for commands
-    that can do without."""
+    address of a server that judges (docs/verifiers.md). "code": the answers are tests of programs, which run in a
+    sandbox (docs/code-rewards.md). "none": nothing is judged and no answers are read, for commands that can do
+    without."""
     verifier_options: dict[str, Any] = {}
     """dataset: further arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1."""
 
@@ -128,6 +129,27 @@ class RewardConfig(Section):
     """Wall-clock limit for judging one response; a worker past it is killed and replaced."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
     """Address space of one verifier process."""
+
+
+class SandboxConfig(Section):
+    """Where and within what limits code rewards run programs (docs/code-rewards.md)."""
+
+    server: str = ""
+    """Address of a SandboxFusion server, such as "http://localhost:8080". Empty: bubblewrap, on this machine."""
+    python: str = ""
+    """Interpreter of the programs, with its standard library alone. Empty: the one that runs ForkRL."""
+    seconds: Annotated[float, Field(ge=0.1)] = 6.0
+    """CPU time for one test, and half of the wall-clock time that it may take."""
+    total_seconds: Annotated[float, Field(ge=0.1)] = 60.0
+    """Wall-clock time for all tests of one program; past it the program has failed."""
+    memory_mb: Annotated[int, Field(ge=64)] = 1024
+    """Memory of one program with all its processes, in MiB; below reward.memory_mb by 256 at least."""
+    output_kb: PositiveInt = 16384
+    """KiB that a program may print in one test; twice the expected output is allowed in any case."""
+    files_mb: PositiveInt = 64
+    """MiB of files that a program may have at a time; they are gone after the test."""
+    processes: PositiveInt = 32
+    """Processes and threads of one program at a time."""
 
 
 class DynamicSamplingConfig(Section):
@@ -263,6 +285,7 @@ class TrainConfig(Section):
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     selection: SelectionConfig = SelectionConfig()
     loss: LossConfig = LossConfig()
@@ -286,6 +309,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"reward.overlong_cache = {self.reward.overlong_cache} is not below rollout.max_response_tokens = "
                 f"{self.rollout.max_response_tokens}; every response would be penalised (0 turns the penalty off)"
+            )
+        if self.task.verifier == "code" and self.sandbox.memory_mb + 256 > self.reward.memory_mb:
+            raise ValueError(
+                f"sandbox.memory_mb = {self.sandbox.memory_mb} does not fit in reward.memory_mb = "
+                f"{self.reward.memory_mb} with 256 to spare; raise that, or lower it"
             )
         self._forks_only_fits()
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from forkrl.config import SandboxConfig
+from forkrl.errors import UserError
 from forkrl.threads import available_cores
 
 if TYPE_CHECKING:
@@ -262,11 +264,16 @@ def _check_extra(package: str) -> Check:
 
 
 def _check_bubblewrap() -> Check:
+    """Try it: bubblewrap may be there and forbidden, as in most containers."""
+    from forkrl.rewards.sandbox import require_sandbox
+
     found = shutil.which("bwrap")
-    if found:
-        return Check("bubblewrap", "ok", found)
-    detail = "optional: isolates rewards that execute generated code; no shipped verifier does"
-    return Check("bubblewrap", "missing", detail, "apt-get install bubblewrap")
+    try:
+        require_sandbox(SandboxConfig())
+    except UserError as error:
+        detail, _, remedy = str(error).partition(": ") if found is None else str(error).rpartition("; ")
+        return Check("bubblewrap", "missing", f'optional: task.verifier = "code"; {detail}', remedy)
+    return Check("bubblewrap", "ok", f'{found} runs programs: task.verifier = "code"')
 
 
 def _first_line(error: BaseException) -> str:

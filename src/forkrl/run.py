@@ -32,6 +32,7 @@ from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
+from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.selectors import select_tokens
@@ -306,7 +307,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         engine = open_engine(replicas, config)
         engine.check_prompts(task.train)
         engine.check_prompts(task.held_out)
-        verifier = stack.enter_context(open_verifier(task.verifiers, config.reward))
+        verifier = stack.enter_context(open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward))
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
         provenance = describe_provenance(config, task, replicas)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))

@@ -18,6 +18,7 @@ from forkrl.errors import UserError
 from forkrl.model import Policy, open_policy
 from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
+from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.pool import VerifierPool
 from forkrl.rollout import open_engine
 from forkrl.rollout.embedded import EmbeddedEngine
@@ -153,7 +154,8 @@ def open_session(subject: Subject, problems: int | None = None) -> Iterator[Sess
         engine = open_engine(replicas, subject.config)
         engine.check_prompts(prompts)
         config = subject.config if subject.bounded else _bounded_by_positions(subject.config, engine, prompts)
-        verifier = stack.enter_context(open_verifier(task.verifiers, config.reward)) if task.verifiers else None
+        verifiers = with_sandbox(task.verifiers, config.sandbox)
+        verifier = stack.enter_context(open_verifier(verifiers, config.reward)) if verifiers else None
         yield Session(config, replicas, engine, task, prompts, verifier)
 
 

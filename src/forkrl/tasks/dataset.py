@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
+from forkrl.rewards.code_tests import CODE_VERIFIER, repack_tests
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
 
@@ -166,6 +167,8 @@ def _answer_text(config: TaskConfig, row: _Row) -> str:
     if config.verifier == NO_VERIFIER:
         return ""
     value = _look_up(row, config.answer_column, "task.answer_column")
+    if config.verifier == CODE_VERIFIER:
+        return _tests_text(config, value, row.place)
     if isinstance(value, list):
         raise UserError(
             f"{row.place}: {config.answer_column} is a list of {len(value)}; a verifier takes one answer, such as "
@@ -176,6 +179,18 @@ def _answer_text(config: TaskConfig, row: _Row) -> str:
     if not isinstance(value, str):
         raise UserError(f"{row.place}: {config.answer_column} is {kind_of(value)}, not text or a number")
     return _checked_text(value, config.answer_column, row.place)
+
+
+def _tests_text(config: TaskConfig, value: Any, place: str) -> str:
+    """A program's tests: the ecosystem's JSON, as text or in the row itself."""
+    text = json.dumps(value) if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {config.answer_column} is {kind_of(value)}, not the tests of a program")
+    require_characters(text, config.answer_column, place)
+    try:
+        return repack_tests(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {config.answer_column}: {error}") from None
 
 
 def _checked_text(text: str, column: str, place: str, *, may_be_empty: bool = False) -> str:
