@@ -90,7 +90,7 @@ def sample_batch(policy: Any, config: TrainConfig, seed: int) -> TokenBatch:
         sampling=SamplingParams(config.rollout.max_response_tokens),
         generator=generator,
     )
-    with open_verifier(task.verifier, config.reward) as verifier:
+    with open_verifier(task.verifiers, config.reward) as verifier:
         groups = score_groups(groups, verifier)
     useful = informative_groups(torch.tensor([group.scores for group in groups]))
     kept = [group for group, yes in zip(groups, useful, strict=True) if yes][: config.training.mini_batch_prompts]

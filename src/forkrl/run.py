@@ -306,7 +306,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         engine = open_engine(replicas, config)
         engine.check_prompts(task.train)
         engine.check_prompts(task.held_out)
-        verifier = stack.enter_context(open_verifier(task.verifier, config.reward))
+        verifier = stack.enter_context(open_verifier(task.verifiers, config.reward))
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
         provenance = describe_provenance(config, task, replicas)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))

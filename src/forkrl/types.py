@@ -6,9 +6,9 @@ Shape legend, used in every module: ``B`` sequences, ``T`` token positions, ``V`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +20,25 @@ class Prompt:
     """A question, exactly as the model reads it, with what its verifier needs to judge an answer.
 
     ``place`` is where it stands in the user's data, as an error names it ("train.jsonl line 7"); empty if nowhere.
+    ``source`` is the part of a mixed task that it comes from; empty in a task of one part.
     """
 
     id: str
     text: str
     answer: str
     place: str = field(default="", compare=False)
+    source: str = ""
+
+
+class Judgement(NamedTuple):
+    """What a verifier function may return in place of a bare score.
+
+    ``answer`` is what it read as the final answer, in a form in which equal answers are mostly equal text, for votes
+    among responses; "" where it found none, None where it does not say.
+    """
+
+    score: float
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +47,26 @@ class Verdict:
 
     ``score`` is the correctness in [0, 1]. ``failure`` is empty when the verifier answered; otherwise it names why it
     could not ("deadline", "crash", "memory", "error"): the score is then 0, and the reason is counted and logged.
+    ``answer`` is the final answer that it read, as in ``Judgement``.
     """
 
     score: float
     failure: str = ""
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierSpec:
+    """Which function judges, and how.
+
+    ``path`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in [0, 1]
+    or a ``Judgement``. ``options`` are further arguments of it by name, as JSON can hold them. ``deadline_s`` is the
+    wall-clock limit for one response; None: the recipe's ``reward.deadline_s``.
+    """
+
+    path: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +207,14 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Prompts to learn from, prompts kept aside, and the import path of the function that judges answers.
+    """Prompts to learn from, prompts kept aside, and what judges answers.
 
-    ``verifier`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in
-    [0, 1]. It is empty where there are no answers. ``fingerprint`` changes whenever the prompts do: a resumed run
-    refuses other data.
+    ``verifiers`` holds one for every ``Prompt.source``: under "" in a task of one part. It is empty where there are no
+    answers. ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
     """
 
     name: str
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
-    verifier: str
+    verifiers: Mapping[str, VerifierSpec]
     fingerprint: str = field(default="")

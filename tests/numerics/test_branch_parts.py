@@ -39,7 +39,7 @@ def sampled(continuations: int, **design: Any) -> tuple[Session, SecondOdd, list
     config = TrainConfig.model_validate({"rollout": sizes, "reward": {"overlong_cache": 0}})
     replicas = Replicas(policy)
     engine = EmbeddedEngine(replicas, max_prompt_tokens=8, max_sequences=300)
-    session = Session(config, replicas, engine, Task("test", [], PROMPTS, "", ""), PROMPTS, None)
+    session = Session(config, replicas, engine, Task("test", [], PROMPTS, {}), PROMPTS, None)
     numbers = {"responses": 2, "forks": 4, "random": 0, "low": 0, "alternatives": 4, "temperature": 1.0} | design
     rows = PartSampler(session, verifier, Design(continuations=continuations, **numbers)).rows(0, PROMPTS)
     return session, verifier, rows

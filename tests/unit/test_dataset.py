@@ -15,7 +15,7 @@ import pytest
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.tasks.dataset import load_dataset_task, load_evaluation_task
-from forkrl.types import Prompt, Task
+from forkrl.types import Prompt, Task, VerifierSpec
 
 Rows = list[dict[str, Any]]
 
@@ -53,7 +53,7 @@ def test_rows_become_prompts_in_file_order(tmp_path: Path, suffix: str) -> None:
     assert numbers == sorted(numbers)
     assert {(p.text, p.answer) for p in all_prompts(task)} == {(row["prompt"], row["answer"]) for row in rows(3000)}
     assert len({prompt.id for prompt in all_prompts(task)}) == 3000
-    assert task.verifier == "forkrl.rewards.math:verify_math"
+    assert task.verifiers == {"": VerifierSpec("forkrl.rewards.math:verify_math")}
 
 
 def test_jsonl_and_parquet_and_a_folder_of_both_agree(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_prompts_without_answers_can_be_looked_at_and_not_trained_on(tmp_path: P
     config = TaskConfig(name="dataset", data=str(path), verifier="none")
     task = load_evaluation_task(config, apply_chat_template=None)
     assert [prompt.answer for prompt in task.held_out] == ["", "", ""]
-    assert task.verifier == ""
+    assert task.verifiers == {}
     with pytest.raises(UserError, match="training needs something to judge"):
         load_dataset_task(config, apply_chat_template=None)
     with pytest.raises(UserError, match=r"set task.answer_column \(or task.verifier=none"):

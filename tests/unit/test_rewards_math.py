@@ -15,7 +15,7 @@ import pytest
 
 from forkrl.rewards import VerifierPool
 from forkrl.rewards.math import verify_math
-from forkrl.types import Prompt
+from forkrl.types import Prompt, VerifierSpec
 
 CASES: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data/math_cases.json").read_text())
 
@@ -26,7 +26,7 @@ def response_of(case: dict[str, Any]) -> str:
 
 
 def test_the_table_holds_as_in_use() -> None:
-    with VerifierPool("forkrl.rewards.math:verify_math", deadline_s=2) as pool:
+    with VerifierPool({"": VerifierSpec("forkrl.rewards.math:verify_math")}, deadline_s=2) as pool:
         items = [(Prompt(str(row), "?", case["answer"]), response_of(case)) for row, case in enumerate(CASES)]
         verdicts = pool.verify(items)
     wrong = [
@@ -47,7 +47,7 @@ def test_an_unreadable_gold_answer_is_an_error_whatever_the_response(answer: str
 
 
 def test_an_unreadable_gold_answer_is_a_counted_failure_not_a_wrong_answer() -> None:
-    with VerifierPool("forkrl.rewards.math:verify_math") as pool:
+    with VerifierPool({"": VerifierSpec("forkrl.rewards.math:verify_math")}) as pool:
         (verdict,) = pool.verify([(Prompt("p", "?", "???"), r"\boxed{1}")])
     assert verdict.failure == "error"
     assert "???" in pool.first_failures["error"]

@@ -17,7 +17,7 @@ import pytest
 
 from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool
-from forkrl.types import Prompt, Verdict
+from forkrl.types import Prompt, Verdict, VerifierSpec
 
 HOSTILE = r'''
 import ctypes, json, os, subprocess, sys, time
@@ -162,7 +162,7 @@ def make_pool(hostile: str) -> Iterator[MakePool]:
     pools: list[VerifierPool] = []
 
     def make(function: str = "act", **settings: float) -> VerifierPool:
-        pools.append(VerifierPool(f"{hostile}:{function}", **settings))  # type: ignore[arg-type]
+        pools.append(VerifierPool({"": VerifierSpec(f"{hostile}:{function}")}, **settings))  # type: ignore[arg-type]
         return pools[-1]
 
     yield make
@@ -241,7 +241,7 @@ def test_failures_are_named_counted_and_do_no_harm(
 
 def test_a_score_must_be_a_number(hostile: str, tmp_path: Path) -> None:
     (tmp_path / "scores.py").write_text("def score(answer, response):\n    return {'t': True, 'n': None}[response]\n")
-    with VerifierPool("scores:score") as pool:
+    with VerifierPool({"": VerifierSpec("scores:score")}) as pool:
         assert pool.verify(items("t", "n", "?")) == [Verdict(1.0), Verdict(0.0, "error"), Verdict(0.0, "error")]
         assert "NoneType" in pool.first_failures["error"]
 
@@ -358,8 +358,8 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None
     script = f"""
         import subprocess, sys, threading, time
         from forkrl.rewards import VerifierPool
-        from forkrl.types import Prompt
-        pool = VerifierPool("{hostile}:act", deadline_s=3600)
+        from forkrl.types import Prompt, VerifierSpec
+        pool = VerifierPool({{"": VerifierSpec("{hostile}:act")}}, deadline_s=3600)
         threading.Thread(target=pool.verify, args=([(Prompt("", "", ""), "{state}")],), daemon=True).start()
         time.sleep(0.3)
         print(pool._workers[0]._process.pid, flush=True)
@@ -396,7 +396,7 @@ def test_a_verifier_that_cannot_be_imported_is_the_users_error(
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "leaves.py").write_text("import os, sys\nprint('farewell', file=sys.stderr, flush=True)\nos._exit(7)\n")
     with pytest.raises(UserError) as caught:
-        VerifierPool(path, workers=2)
+        VerifierPool({"": VerifierSpec(path)}, workers=2)
     assert path in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -404,19 +404,19 @@ def test_a_verifier_that_cannot_be_imported_is_the_users_error(
 
 def test_too_little_memory_to_start_is_the_users_error() -> None:
     with pytest.raises(UserError, match=r"reward\.memory_mb = 64"):
-        VerifierPool("forkrl.rewards.math:verify_math", memory_mb=64)
+        VerifierPool({"": VerifierSpec("forkrl.rewards.math:verify_math")}, memory_mb=64)
 
 
 def test_a_verifier_that_breaks_between_two_starts_ends_the_batch(hostile: str, tmp_path: Path) -> None:
     module = tmp_path / "fickle.py"
     module.write_text("import os\n\n\ndef f(answer, response):\n    os.unlink(__file__)\n    os._exit(1)\n")
-    with VerifierPool("fickle:f") as pool, pytest.raises(UserError, match="fickle"):
+    with VerifierPool({"": VerifierSpec("fickle:f")}) as pool, pytest.raises(UserError, match="fickle"):
         pool.verify(items("a", "b"))
 
 
 def test_time_to_start_is_not_the_items(hostile: str, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\n\ntime.sleep(1)\n\n\ndef f(answer, response):\n    return 1\n")
-    with VerifierPool("slow:f", deadline_s=0.4) as pool:
+    with VerifierPool({"": VerifierSpec("slow:f")}, deadline_s=0.4) as pool:
         assert pool.verify(items("a", "b")) == [Verdict(1.0)] * 2
 
 
@@ -426,5 +426,5 @@ def test_a_worker_is_light_and_single_threaded(hostile: str, tmp_path: Path) -> 
         "def f(answer, response):\n"
         "    return float('torch' not in sys.modules and os.environ['OMP_NUM_THREADS'] == '1')\n"
     )
-    with VerifierPool("inside:f") as pool:
+    with VerifierPool({"": VerifierSpec("inside:f")}) as pool:
         assert pool.verify(items("")) == [Verdict(1.0)]

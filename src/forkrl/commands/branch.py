@@ -139,7 +139,7 @@ def _question(subject: Subject, session: Session, design: Design, size: int) -> 
         "precision": config.model.precision,
         "task": session.task.name,
         "data": session.task.fingerprint,
-        "verifier": session.task.verifier,
+        "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},
         "seed": config.seed,
         "max_response_tokens": config.rollout.max_response_tokens,
         "stop": list(config.rollout.stop),

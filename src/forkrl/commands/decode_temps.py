@@ -173,7 +173,7 @@ def _question(
         "model.precision": config.model.precision,
         "weights": weights_fingerprint(config.model.path),
         "task": session.task.name,
-        "verifier": session.task.verifier,
+        "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},
         "data_fingerprint": session.task.fingerprint,
         "problems": len(session.prompts),
         "samples": num_samples,

@@ -153,7 +153,7 @@ def open_session(subject: Subject, problems: int | None = None) -> Iterator[Sess
         engine = open_engine(replicas, subject.config)
         engine.check_prompts(prompts)
         config = subject.config if subject.bounded else _bounded_by_positions(subject.config, engine, prompts)
-        verifier = stack.enter_context(open_verifier(task.verifier, config.reward)) if task.verifier else None
+        verifier = stack.enter_context(open_verifier(task.verifiers, config.reward)) if task.verifiers else None
         yield Session(config, replicas, engine, task, prompts, verifier)
 
 

@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from forkrl.config import RewardConfig
 from forkrl.errors import UserError
 from forkrl.processes import child_environment
-from forkrl.types import Prompt, Verdict
+from forkrl.types import Prompt, Verdict, VerifierSpec
 
 _START_LIMIT_S = 60.0
 """For the interpreter and the verifier's imports, on a loaded machine; no item pays for it."""
@@ -43,13 +43,13 @@ _FORGERY = "wrote on the pipe that carries verdicts"
 
 
 class VerifierPool:
-    """Processes that run one verifier; a context manager.
+    """Processes that run verifiers; a context manager.
 
     Args:
-        verifier: import path ``"module:function"`` of ``(answer, response) -> score in [0, 1]``. Imported in the
-            workers only, with the import path of this process and the current folder.
+        verifiers: one for every ``Prompt.source``. Imported in the workers only, with the import path of this process
+            and the current folder.
         workers: number of processes.
-        deadline_s: wall-clock seconds for judging one response.
+        deadline_s: wall-clock seconds for judging one response, where the verifier sets none.
         memory_mb: address space of one process, in MiB. macOS enforces none; a warning says so.
 
     Attributes:
@@ -57,18 +57,26 @@ class VerifierPool:
         first_failures: for each kind seen, the prompt and the message of its first failure.
 
     Raises:
-        UserError: the verifier cannot be imported, naming the path and the reason.
+        UserError: a verifier cannot be imported, naming the path and the reason.
     """
 
-    def __init__(self, verifier: str, *, workers: int = 1, deadline_s: float = 10.0, memory_mb: int = 2048) -> None:
-        module, _, function = verifier.partition(":")
-        if not module or not function:
-            raise UserError(f'task.verifier = {verifier!r} is not an import path; write "module:function"')
+    def __init__(
+        self,
+        verifiers: Mapping[str, VerifierSpec],
+        *,
+        workers: int = 1,
+        deadline_s: float = 10.0,
+        memory_mb: int = 2048,
+    ) -> None:
+        for spec in verifiers.values():
+            module, _, function = spec.path.partition(":")
+            if not module or not function:
+                raise UserError(f'task.verifier = {spec.path!r} is not an import path; write "module:function"')
         if sys.platform == "darwin":
             warnings.warn("macOS does not enforce reward.memory_mb; only the deadline bounds a verifier", stacklevel=2)
         self.failures: Counter[str] = Counter()
         self.first_failures: dict[str, str] = {}
-        self._verifier, self._memory_mb = verifier, memory_mb
+        self._verifiers, self._memory_mb = dict(verifiers), memory_mb
         self._num_workers, self._deadline_s = workers, deadline_s
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
@@ -127,7 +135,7 @@ class VerifierPool:
     def _step(self, batch: _Batch) -> None:
         """Hand out work, wait for whatever happens first, and deal with it."""
         for worker in self._workers:
-            worker.feed(batch, self._deadline_s)
+            worker.feed(batch, self._deadline_of)
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.answers_fd, selectors.EVENT_READ, worker)
@@ -157,12 +165,13 @@ class VerifierPool:
         if isinstance(line, dict) and line.get("ready") is True:
             worker.ready, worker.deadline = True, float("inf")
         else:
-            raise self._start_failure(str(line.get("failed") if isinstance(line, dict) else line))
+            told = line if isinstance(line, dict) else {"failed": str(line)}
+            raise self._start_failure(str(told.get("failed")), str(told.get("path") or ""))
 
     def _accept(self, worker: _Worker, batch: _Batch, line: Any) -> bool:
         """Take one answer; False where the worker had to go."""
         match line:
-            case [str(token), float(score), str(failure), str(message)] if worker.expects(token):
+            case [str(token), float(score), str(failure), str(message), str() | None as read] if worker.expects(token):
                 pass
             case _:
                 self._dismiss(worker, batch, "crash", _FORGERY)
@@ -170,13 +179,13 @@ class VerifierPool:
         if failure == "memory":
             self._dismiss(worker, batch, failure, message)
             return False
-        self._settle(batch, worker.in_flight.popleft().item, Verdict(score, failure), message)
+        self._settle(batch, worker.in_flight.popleft().item, Verdict(score, failure, read), message)
         worker.served += 1
-        worker.deadline = time.monotonic() + self._deadline_s if worker.in_flight else float("inf")
+        worker.start_clock(batch, self._deadline_of)
         return True
 
     def _end_overdue(self, worker: _Worker, batch: _Batch) -> None:
-        limit = self._deadline_s if worker.ready else _START_LIMIT_S
+        limit = self._deadline_of(batch.items[worker.in_flight[0].item][0]) if worker.ready else _START_LIMIT_S
         self._dismiss(worker, batch, "deadline", f"gave no answer within {limit:g} s")
 
     def _dismiss(self, worker: _Worker, batch: _Batch, failure: str, message: str) -> None:
@@ -199,7 +208,11 @@ class VerifierPool:
     def _staff(self) -> None:
         """Bring the workers to full number."""
         while len(self._workers) < self._num_workers:
-            self._workers.append(_Worker(self._verifier, self._memory_mb))
+            self._workers.append(_Worker(self._verifiers, self._memory_mb))
+
+    def _deadline_of(self, prompt: Prompt) -> float:
+        own = self._verifiers[prompt.source].deadline_s
+        return self._deadline_s if own is None else own
 
     def _bury_dead(self) -> None:
         """Remove the workers that died since the last batch, so that no item of this one is blamed for it."""
@@ -211,16 +224,17 @@ class VerifierPool:
         while self._workers:
             self._workers.pop().end()
 
-    def _start_failure(self, reason: str) -> UserError:
+    def _start_failure(self, reason: str, path: str = "") -> UserError:
+        named = path or ", ".join(dict.fromkeys(spec.path for spec in self._verifiers.values()))
         return UserError(
-            f'task.verifier = "{self._verifier}" could not be started: {reason}; '
+            f'task.verifier = "{named}" could not be started: {reason}; '
             f"name an importable module:function that fits in reward.memory_mb = {self._memory_mb}"
         )
 
 
-def open_verifier(path: str, config: RewardConfig) -> VerifierPool:
-    """The pool that a recipe asks for, running the verifier ``"module:function"``."""
-    return VerifierPool(path, workers=config.workers, deadline_s=config.deadline_s, memory_mb=config.memory_mb)
+def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
+    """The pool that a recipe asks for."""
+    return VerifierPool(verifiers, workers=config.workers, deadline_s=config.deadline_s, memory_mb=config.memory_mb)
 
 
 class _Request(NamedTuple):
@@ -244,7 +258,7 @@ class _Batch:
 class _Worker:
     """The parent's end of one verifier process. Nothing here waits for the process, except ``end``."""
 
-    def __init__(self, verifier: str, memory_mb: int) -> None:
+    def __init__(self, verifiers: Mapping[str, VerifierSpec], memory_mb: int) -> None:
         theirs_requests, self.requests_fd = os.pipe()
         self.answers_fd, theirs_answers = os.pipe()
         theirs_lifeline, self._lifeline_fd = os.pipe()
@@ -252,7 +266,7 @@ class _Worker:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "forkrl.rewards.worker", verifier, str(memory_mb), *map(str, theirs)],
+                [sys.executable, "-P", "-m", "forkrl.rewards.worker", str(memory_mb), *map(str, theirs)],
                 pass_fds=theirs,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -271,22 +285,28 @@ class _Worker:
         self.ready = False
         self.served = 0
         self.in_flight: deque[_Request] = deque()
-        self.outbox = bytearray()
+        named = {source: [spec.path, dict(spec.options)] for source, spec in verifiers.items()}
+        self.outbox = bytearray(json.dumps(named).encode("ascii") + b"\n")
         self.deadline = time.monotonic() + _START_LIMIT_S
         self._inbox = b""
         self._words = ""
 
-    def feed(self, batch: _Batch, deadline_s: float) -> None:
+    def feed(self, batch: _Batch, deadline_of: Callable[[Prompt], float]) -> None:
         """Give the worker pending items as far as its pipeline has room."""
         while self.ready and batch.pending and len(self.in_flight) < _PIPELINE and len(self.outbox) < _MAX_OUTBOX:
             request = _Request(batch.pending.popleft(), secrets.token_hex(8))
             prompt, response = batch.items[request.item]
             # ASCII JSON carries anything a Python string can hold, lone surrogates and NULs too.
-            self.outbox += json.dumps([request.token, prompt.answer, response]).encode("ascii") + b"\n"
-            if not self.in_flight:
-                self.deadline = time.monotonic() + deadline_s
+            self.outbox += json.dumps([request.token, prompt.source, prompt.answer, response]).encode("ascii") + b"\n"
             self.in_flight.append(request)
+            if len(self.in_flight) == 1:
+                self.start_clock(batch, deadline_of)
         self.flush()
+
+    def start_clock(self, batch: _Batch, deadline_of: Callable[[Prompt], float]) -> None:
+        """From now on the first of the requests in flight is being judged; without one, nothing is awaited."""
+        limit = deadline_of(batch.items[self.in_flight[0].item][0]) if self.in_flight else float("inf")
+        self.deadline = time.monotonic() + limit
 
     def expects(self, token: str) -> bool:
         """Whether an answer with this token is the one due; none can be forged without having read its request."""

@@ -1,7 +1,8 @@
 """One verifier process: reads responses, answers with scores, and can be killed at any moment.
 
-``VerifierPool`` starts it as ``python -m forkrl.rewards.worker``. Requests and answers are JSON lines on two private
-pipes; standard output is /dev/null, so nothing that a verifier prints can be taken for a verdict.
+``VerifierPool`` starts it as ``python -m forkrl.rewards.worker`` and writes first which verifiers to load. Requests and
+answers are JSON lines on two private pipes; standard output is /dev/null, so nothing that a verifier prints can be
+taken for a verdict.
 """
 
 from __future__ import annotations
@@ -14,32 +15,38 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from forkrl.processes import die_with_parent
 
 _MAX_MESSAGE = 300
+_MAX_ANSWER = 1_000
+"""Characters of an answer that are kept; more is no final answer."""
 
 
 def main() -> None:
-    """Serve the verifier named on the command line until the request pipe closes."""
-    path, memory_mb, *fds = sys.argv[1:]
+    """Load the verifiers named on the first line, and serve them until the request pipe closes."""
+    memory_mb, *fds = sys.argv[1:]
     requests_fd, answers_fd, lifeline_fd = map(int, fds)
     for fd in (requests_fd, answers_fd, lifeline_fd):
         os.set_inheritable(fd, False)  # a process the verifier starts must not hold the pipes open
     die_with_parent(lifeline_fd)
-    try:
-        _limit_resources(int(memory_mb) << 20)
-        verifier = _load(path)
-    except BaseException as error:
-        _send(answers_fd, {"failed": _describe(error)})
-        sys.exit(1)
-    _send(answers_fd, {"ready": True})
-    os.dup2(1, 2)  # stderr explained a failed start; from here it could only grow
     with os.fdopen(requests_fd, "rb") as requests:
+        path = ""
+        try:
+            _limit_resources(int(memory_mb) << 20)
+            verifiers = {}
+            for source, (path, options) in json.loads(requests.readline()).items():
+                verifiers[source] = partial(_load(path), **options)
+        except BaseException as error:
+            _send(answers_fd, {"failed": _describe(error), "path": path})
+            sys.exit(1)
+        _send(answers_fd, {"ready": True})
+        os.dup2(1, 2)  # stderr explained a failed start; from here it could only grow
         for line in requests:
-            token, answer, response = json.loads(line)
-            _send(answers_fd, [token, *_judge(verifier, answer, response)])
+            token, source, answer, response = json.loads(line)
+            _send(answers_fd, [token, *_judge(verifiers[source], answer, response)])
 
 
 def _limit_resources(memory: int) -> None:
@@ -60,18 +67,21 @@ def _load(path: str) -> Callable[[str, str], object]:
     return function  # type: ignore[no-any-return]
 
 
-def _judge(verifier: Callable[[str, str], object], answer: str, response: str) -> tuple[float, str, str]:
-    """Score, failure and message of one response; whatever the verifier raises is a verdict, SystemExit too."""
+def _judge(verifier: Callable[[str, str], object], answer: str, response: str) -> tuple[float, str, str, str | None]:
+    """Score, failure, message and the answer read; whatever the verifier raises is a verdict, SystemExit too."""
     try:
-        score = verifier(answer, response)
+        returned = verifier(answer, response)
+        score, read = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         value = float(score) if isinstance(score, numbers.Real) else math.nan
     except MemoryError:
-        return 0.0, "memory", "out of memory"
+        return 0.0, "memory", "out of memory", None
     except BaseException as error:
-        return 0.0, "error", _describe(error)
+        return 0.0, "error", _describe(error), None
     if not 0 <= value <= 1:  # NaN is not either
-        return 0.0, "error", f"returned {value} ({type(score).__name__}), not a score in [0, 1]"
-    return value, "", ""
+        return 0.0, "error", f"returned {value} ({type(score).__name__}), not a score in [0, 1]", None
+    if read is not None and not isinstance(read, str):
+        return 0.0, "error", f"returned the answer as {type(read).__name__}, not text", None
+    return value, "", "", read if read is None else read[:_MAX_ANSWER]
 
 
 def _describe(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from forkrl.config import SearchHabits
-from forkrl.types import Prompt, Task
+from forkrl.types import Prompt, Task, VerifierSpec
 
 CHARACTERS = "0123456789+-*/=,:;!?[] "
 NUM_NUMBERS = 3
@@ -57,7 +57,7 @@ def countdown_task(*, validation: bool = False) -> Task:
         name="countdown-validation" if validation else "countdown",
         train=tuple(parts[0]),
         held_out=tuple(parts[1]),
-        verifier="forkrl.tasks.countdown:verify_countdown",
+        verifiers={"": VerifierSpec("forkrl.tasks.countdown:verify_countdown")},
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )
 

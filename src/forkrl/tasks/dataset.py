@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
-from forkrl.types import Prompt, Task
+from forkrl.types import Prompt, Task, VerifierSpec
 
 ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
 
@@ -68,7 +68,7 @@ def load_dataset_task(config: TaskConfig, *, apply_chat_template: ApplyChatTempl
         aside = {id: questions[id] for id in sorted(questions)[: config.held_out_rows]}
     train = [render(id, question) for id, question in questions.items() if id not in aside]
     held_out = [render(id, question) for id, question in aside.items()]
-    return Task(config.data, train, held_out, config.verifier, _fingerprint(train, held_out))
+    return Task(config.data, train, held_out, _verifiers(config), _fingerprint(train, held_out))
 
 
 def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
@@ -76,7 +76,7 @@ def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTe
 
     They are all distinct questions of ``held_out_data``; where it is empty, all of ``data``. A benchmark of 30 rows
     needs no second file and no ``held_out_rows``. Whether a model has trained on them is for the caller to know. With
-    the verifier "none", ``Task.verifier`` is empty.
+    the verifier "none", ``Task.verifiers`` is empty.
 
     Args:
         config: the recipe's ``task`` table.
@@ -88,8 +88,11 @@ def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTe
     render = _Renderer(config, apply_chat_template)
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
     prompts = [render(id, question) for id, question in _read_distinct(config, source, key).items()]
-    verifier = "" if config.verifier == NO_VERIFIER else config.verifier
-    return Task(source, [], prompts, verifier, _fingerprint([], prompts))
+    return Task(source, [], prompts, _verifiers(config), _fingerprint([], prompts))
+
+
+def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
+    return {} if config.verifier == NO_VERIFIER else {"": VerifierSpec(config.verifier)}
 
 
 class _Row(NamedTuple):
