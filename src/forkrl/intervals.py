@@ -93,6 +93,60 @@ def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
     return _student(means_b_P - means_a_P)
 
 
+def mean_of_question_values(values: Sequence[float], num_samples: int) -> Estimate:
+    """Mean over questions of one value in [0, 1] each, made from ``num_samples`` samples, with a 95% interval.
+
+    For what is estimated a question at a time and is no mean of samples, such as pass@k or a majority vote. The
+    interval is Wilson's at the effective sample size of the spread over questions, as in :func:`mean_with_interval`.
+
+    Raises:
+        ValueError: no values, or one outside [0, 1].
+    """
+    values_P1 = _as_matrix([[value] for value in values])
+    if values_P1.min() < 0 or values_P1.max() > 1:
+        raise ValueError(f"values span {values_P1.min():g} to {values_P1.max():g}; they must lie in [0, 1]")
+    return _wilson_of_means(values_P1[:, 0], most=values_P1.size * num_samples)
+
+
+def mean_of_estimates(estimates: Sequence[Estimate], num_questions: Sequence[int]) -> Estimate:
+    """The mean of independent estimates, each weighing the same, whatever its number of questions.
+
+    For a score averaged over benchmarks: they are what they are, and were not drawn, so only the questions within each
+    make the mean uncertain. Its squared standard error is the sum of theirs over their number squared, and the degrees
+    of freedom are Welch's and Satterthwaite's, rounded down.
+
+    Args:
+        estimates: with Student's intervals, as :func:`paired_difference` gives them.
+        num_questions: of each, so its degrees of freedom are one less.
+
+    Returns:
+        The mean; its ends are NaN if those of an estimate are.
+    """
+    mean = math.fsum(estimate.mean for estimate in estimates) / len(estimates)
+    if any(math.isnan(estimate.low) for estimate in estimates):
+        return Estimate(mean, math.nan, math.nan)
+    freedoms = [questions - 1 for questions in num_questions]
+    halves = [(estimate.high - estimate.low) / 2 for estimate in estimates]
+    variances = [(half / _student_quantile(free)) ** 2 for half, free in zip(halves, freedoms, strict=True)]
+    if not any(variances):
+        return Estimate(mean, mean, mean)
+    scaled = [variance / max(variances) for variance in variances]  # squares of tiny ones would vanish
+    freedom = sum(scaled) ** 2 / sum(each**2 / free for each, free in zip(scaled, freedoms, strict=True))
+    half = _student_quantile(int(freedom + 1e-9)) * math.sqrt(sum(variances)) / len(estimates)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def student_interval(mean: float, error: float, num_questions: int) -> Estimate:
+    """Student's interval around a mean whose standard error is known, from resampling for instance.
+
+    Its ends are NaN with one question, of whose spread nothing is known.
+    """
+    if num_questions == 1:
+        return Estimate(mean, math.nan, math.nan)
+    half = _student_quantile(num_questions - 1) * error
+    return Estimate(mean, mean - half, mean + half)
+
+
 class ClusterSums:
     """Means over tokens (or other small units) with intervals clustered by question, in constant memory.
 
@@ -198,8 +252,7 @@ def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Esti
     Raises:
         ValueError: no questions, or as :func:`pass_at_k`.
     """
-    estimates_P1 = _as_matrix([[pass_at_k(correct, num_samples, k)] for correct in num_correct])
-    return _wilson_of_means(estimates_P1[:, 0], most=estimates_P1.size * num_samples)
+    return mean_of_question_values([pass_at_k(correct, num_samples, k) for correct in num_correct], num_samples)
 
 
 def _wilson_of_means(means_P: _Array, most: int) -> Estimate:
@@ -228,11 +281,8 @@ def _effective_size(mean: float, squared_error: float, questions: int, most: flo
 
 
 def _student(means_P: _Array) -> Estimate:
-    mean = float(means_P.mean())
-    if len(means_P) == 1:
-        return Estimate(mean, math.nan, math.nan)
-    half = _student_quantile(len(means_P) - 1) * float(means_P.std(ddof=1)) / math.sqrt(len(means_P))
-    return Estimate(mean, mean - half, mean + half)
+    error = float(means_P.std(ddof=1)) / math.sqrt(len(means_P)) if len(means_P) > 1 else math.nan
+    return student_interval(float(means_P.mean()), error, len(means_P))
 
 
 def _student_quantile(freedom: int) -> float:

@@ -1,0 +1,153 @@
+"""Accuracy against tokens: what would be left of it if longer responses did not count.
+
+Axes: ``P`` questions, ``K`` samples each.
+
+At a budget of ``b`` tokens a response counts as right if it is right and no longer than ``b``; a longer one is stopped
+there, having *spent* ``b``. Two models compare at equal budgets (each response may take as long) or at equal spending
+(their responses cost as much on average, so that the model that writes more has the smaller budget).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forkrl.intervals import mean_with_interval, paired_difference, student_interval
+
+NUM_BUDGETS = 20
+RESAMPLES = 1000
+FRACTIONS = tuple(0.05 * step for step in range(1, 21))
+
+Floats = npt.NDArray[np.float64]
+_ROUNDING = 1e-6
+"""A budget found by interpolation must not miss the response that it stands at."""
+
+
+class Outcomes(NamedTuple):
+    """Scores and lengths (tokens) of an evaluation, both ``[P, K]``."""
+
+    scores: Floats
+    tokens: Floats
+
+
+def token_budgets(tokens: Floats) -> list[int]:
+    """About 20 budgets, evenly spaced on a logarithmic scale from the length of a short response to the longest's."""
+    longest = max(1, round(float(tokens.max())))
+    short = max(1, int(np.quantile(tokens, 0.01)))
+    return sorted({*(round(float(budget)) for budget in np.geomspace(short, longest, NUM_BUDGETS)), longest})
+
+
+def within_budget(outcomes: Outcomes, budget: float) -> Floats:
+    """``[P, K]``: the scores, 0 where the response is longer than ``budget`` tokens."""
+    return np.where(outcomes.tokens <= budget, outcomes.scores, 0.0)
+
+
+def budget_curve(outcomes: Outcomes, budgets: list[int]) -> list[dict[str, Any]]:
+    """Accuracy with its interval at every budget, and the mean of the tokens spent."""
+    return [
+        {
+            "tokens": budget,
+            "accuracy": mean_with_interval(within_budget(outcomes, budget))._asdict(),
+            "spent": float(np.minimum(outcomes.tokens, budget).mean()),
+        }
+        for budget in budgets
+    ]
+
+
+def compare_at_budgets(a: Outcomes, b: Outcomes) -> list[dict[str, Any]]:
+    """Both accuracies and their paired difference with its interval, at equal budgets; row p is the same question."""
+    rows = []
+    for budget in token_budgets(np.concatenate([a.tokens.ravel(), b.tokens.ravel()])):
+        cut_a, cut_b = within_budget(a, budget), within_budget(b, budget)
+        rows.append(
+            {
+                "tokens": budget,
+                "a": mean_with_interval(cut_a)._asdict(),
+                "b": mean_with_interval(cut_b)._asdict(),
+                "difference": paired_difference(cut_a, cut_b)._asdict(),
+                "spent_a": float(np.minimum(a.tokens, budget).mean()),
+                "spent_b": float(np.minimum(b.tokens, budget).mean()),
+            }
+        )
+    return rows
+
+
+class Spending:
+    """Accuracy of one evaluation as a function of the mean tokens spent, for any weights of its questions.
+
+    Spending grows with the budget without a jump, so each amount up to the mean length belongs to one budget.
+    """
+
+    def __init__(self, outcomes: Outcomes) -> None:
+        samples = outcomes.tokens.shape[1]
+        order = np.argsort(outcomes.tokens, axis=None, kind="stable")
+        self._lengths = outcomes.tokens.ravel()[order]
+        self._scores = outcomes.scores.ravel()[order]
+        self._questions = np.arange(outcomes.tokens.size)[order] // samples
+        self._samples = samples
+
+    def at(self, amounts: Floats, weights_P: Floats) -> tuple[Floats, Floats]:
+        """Budgets at which so many tokens are spent on average, and the accuracies there, ``[J]`` each."""
+        weights = weights_P[self._questions]
+        total = weights_P.sum() * self._samples
+        counted = np.cumsum(weights)
+        spent = (np.cumsum(weights * self._lengths) + self._lengths * (total - counted)) / total
+        budgets = np.interp(amounts, np.append(0.0, spent), np.append(0.0, self._lengths))
+        right = np.append(0.0, np.cumsum(weights * self._scores))
+        accuracies = right[np.searchsorted(self._lengths, budgets + _ROUNDING, side="right")] / total
+        return budgets, accuracies
+
+    def mean_length(self, weights_P: Floats) -> float:
+        """Mean tokens of a response: what is spent without a budget."""
+        return float(weights_P[self._questions] @ self._lengths / (weights_P.sum() * self._samples))
+
+
+def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[str, Any]]:
+    """Both accuracies and their paired difference where both spend the same on average; row p is the same question.
+
+    The amounts are twentieths of the smaller mean length; at the last one the evaluation of shorter responses is whole,
+    and the other is cut at the budget that makes it spend as much. Amounts and budgets come from the data too, so the
+    interval is Student's with the standard error of ``RESAMPLES`` resamples of the questions, each of which finds them
+    anew.
+
+    Args:
+        a: before.
+        b: after.
+        seed: of the resamples.
+    """
+    sides, questions = (Spending(a), Spending(b)), len(a.scores)
+    ones = np.ones(questions)
+    amounts = np.array(FRACTIONS) * min(side.mean_length(ones) for side in sides)
+    (budgets_a, accuracy_a), (budgets_b, accuracy_b) = (side.at(amounts, ones) for side in sides)
+    differences = accuracy_b - accuracy_a
+    errors = _resampled_errors(sides, questions, seed)
+    return [
+        {
+            "spent": float(amounts[j]),
+            "budget_a": float(budgets_a[j]),
+            "budget_b": float(budgets_b[j]),
+            "a": float(accuracy_a[j]),
+            "b": float(accuracy_b[j]),
+            "difference": student_interval(float(differences[j]), float(errors[j]), questions)._asdict(),
+        }
+        for j in range(len(amounts))
+    ]
+
+
+def _resampled_errors(sides: tuple[Spending, Spending], questions: int, seed: int) -> Floats:
+    """``[J]`` standard errors of the differences at equal spending; NaN with one question."""
+    if questions == 1:
+        return np.full(len(FRACTIONS), math.nan)
+    generator = np.random.default_rng(seed)
+    found = np.empty((RESAMPLES, len(FRACTIONS)))
+    for row in found:
+        weights_P = generator.multinomial(questions, np.full(questions, 1 / questions)).astype(np.float64)
+        amounts = np.array(FRACTIONS) * min(side.mean_length(weights_P) for side in sides)
+        (_, before), (_, after) = (side.at(amounts, weights_P) for side in sides)
+        row[:] = after - before
+    # Resampling n questions with replacement shows (n - 1) / n of the variance.
+    errors: Floats = found.std(axis=0, ddof=1) * math.sqrt(questions / (questions - 1))
+    return errors

@@ -1,0 +1,82 @@
+"""maj@k: how often the most frequent answer of ``k`` responses is right, exactly, from ``n >= k`` responses.
+
+Axes: ``P`` questions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forkrl.evaluation.responses import ScoredResponse
+
+MAX_VOTES = 64
+"""Votes beyond this are not counted: the time grows with their square, and 64 responses tell what more would."""
+
+
+class Ballot(NamedTuple):
+    """The responses to one question, sorted by what they answer.
+
+    ``right``: right ones, one class whatever their text. ``wrong``: the size of each class of equal wrong answers,
+    largest first. ``silent``: those with no answer, which do not vote.
+    """
+
+    right: int
+    wrong: tuple[int, ...]
+    silent: int
+
+
+def ballot(responses: Sequence[ScoredResponse]) -> Ballot:
+    """How the responses to one question vote, where the verifier names answers.
+
+    A response that could not be judged has none.
+    """
+    wrong = Counter(response.answer or "" for response in responses if response.score != 1)
+    silent = wrong.pop("", 0)
+    return Ballot(len(responses) - wrong.total() - silent, tuple(sorted(wrong.values(), reverse=True)), silent)
+
+
+def majority_at_k(votes: Ballot, numbers: Sequence[int]) -> list[float]:
+    """For each ``k`` of ``numbers``, the probability that the majority of ``k`` responses is right.
+
+    The mean over all C(n, k) subsets of the responses, so it is unbiased, without going through them: for each number
+    r of right responses in the subset, the rest is counted by dynamic programming over the wrong answers, none of
+    which may have more than r votes. Where t wrong answers have r votes too, the right one wins in 1 of t + 1 cases.
+    Where only responses without an answer are drawn, the vote is wrong.
+
+    Args:
+        votes: of one question.
+        numbers: each from 1 to the number of responses and to ``MAX_VOTES``.
+    """
+    total = votes.right + sum(votes.wrong) + votes.silent
+    most = max(numbers)
+    favourable = [0.0] * len(numbers)
+    for right in range(1, min(votes.right, most) + 1):
+        others = _ways_of_others(votes, right, most - right)
+        shared = others @ (1 / np.arange(1.0, others.shape[1] + 1))  # by the number drawn
+        for index, number in enumerate(numbers):
+            if number >= right:
+                favourable[index] += math.comb(votes.right, right) * float(shared[number - right])
+    chances = (ways / math.comb(total, number) for ways, number in zip(favourable, numbers, strict=True))
+    return [min(1.0, chance) for chance in chances]  # rounding
+
+
+def _ways_of_others(votes: Ballot, limit: int, draws: int) -> npt.NDArray[np.float64]:
+    """``[draws + 1, ties + 1]``: ways to draw so many wrong and silent responses, so many answers having ``limit``.
+
+    No wrong answer has more than ``limit`` votes.
+    """
+    ways = np.zeros((draws + 1, draws // limit + 1))
+    ways[:, 0] = [math.comb(votes.silent, drawn) for drawn in range(draws + 1)]
+    for size in votes.wrong:
+        after = np.zeros_like(ways)
+        for drawn in range(min(size, limit, draws) + 1):
+            tie = int(drawn == limit)
+            after[drawn:, tie:] += math.comb(size, drawn) * ways[: draws + 1 - drawn, : ways.shape[1] - tie]
+        ways = after
+    return ways
