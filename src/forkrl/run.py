@@ -134,7 +134,7 @@ class Run:
                 self.task.held_out[: self.config.eval.problems],
                 group_size=self.config.eval.samples,
                 sampling=evaluation_sampling(self.config, self.config.eval.temperature, self.policy),
-                generator=evaluation_generator(self.config, self.policy.device),
+                generator=evaluation_generator(self.config.seed, self.policy.device),
             )
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         self.folder.write_rollouts(f"eval-{self.step:06d}", self._evaluation_rows(written))

@@ -37,10 +37,10 @@ def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy)
     )
 
 
-def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Generator:
+def evaluation_generator(seed: int, device: torch.device) -> torch.Generator:
     """The random numbers of every evaluation with this seed: the same each time, in a run and by ``forkrl eval``."""
     # Hashed: training draws from a generator of the bare seed, and the two must not run in step.
-    digest = hashlib.sha256(f"evaluation/{config.seed}".encode()).digest()
+    digest = hashlib.sha256(f"evaluation/{seed}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

@@ -21,7 +21,7 @@ TABLE_2: dict[str, dict[str, PaperPair]] = {
     "amc23": {"8B": PaperPair(77.81, 77.19), "14B": PaperPair(89.53, 91.56), "32B": PaperPair(91.88, 94.22)},
     "math500": {"8B": PaperPair(89.24, 89.70), "14B": PaperPair(92.23, 93.59), "32B": PaperPair(94.36, 94.88)},
     "minerva": {"8B": PaperPair(39.77, 40.26), "14B": PaperPair(42.16, 43.20), "32B": PaperPair(45.70, 45.82)},
-    "olympiadbench": {"8B": PaperPair(56.67, 57.43), "14B": PaperPair(61.14, 64.62), "32B": PaperPair(66.16, 69.02)},
+    "olympiad": {"8B": PaperPair(56.67, 57.43), "14B": PaperPair(61.14, 64.62), "32B": PaperPair(66.16, 69.02)},
 }
 """Accuracy by benchmark and size of the Qwen3 base model."""
 

@@ -16,7 +16,7 @@ from forkrl.types import Prompt, Task
 __all__ = ["PromptStream", "open_evaluation_task", "open_task"]
 
 
-def open_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def open_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None) -> Task:
     """The configured task, its prompts as the model will read them.
 
     Raises:
@@ -27,7 +27,7 @@ def open_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     return load_dataset_task(config, apply_chat_template=_chat_template(config, tokenizer))
 
 
-def open_evaluation_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def open_evaluation_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None) -> Task:
     """The configured task with every prompt to evaluate on in ``held_out``, and, for a data set, none to train on.
 
     A data set gives all of ``held_out_data``, or where that is empty all of ``data``. Countdown gives the problems
@@ -41,10 +41,10 @@ def open_evaluation_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase)
     return load_evaluation_task(config, apply_chat_template=_chat_template(config, tokenizer))
 
 
-def _chat_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> ApplyChatTemplate | None:
+def _chat_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None) -> ApplyChatTemplate | None:
     if not config.chat_template:
         return None
-    if not tokenizer.chat_template:
+    if tokenizer is None or not tokenizer.chat_template:
         raise UserError(
             "task.chat_template = true, but the tokenizer has no chat template (base models often have none); "
             "set it to false and put the wording into task.template"
