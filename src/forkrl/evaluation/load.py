@@ -6,11 +6,14 @@ A mirror holds ``owner/name`` as ``hf download --repo-type dataset owner/name`` 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +24,13 @@ from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt
 
 
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
+
+
 class Questions(NamedTuple):
     """The questions of a benchmark, each the text of one user message with its answer.
 
-    ``revision`` is the commit that was asked of the hub, or "mirror"; empty where it was the newest. ``notice`` says
+    ``revision`` is the hub's commit that they come from, or "mirror"; empty where the hub did not say. ``notice`` says
     what is odd about them; empty where nothing is.
     """
 
@@ -55,7 +61,8 @@ def load_questions(benchmark: Benchmark, mirror: Path | None) -> Questions:
     """
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    for row in _read_rows(benchmark, mirror):
+    rows, revision = _read_rows(benchmark, mirror)
+    for row in rows:
         if benchmark.wanted is not None and not benchmark.wanted(row.values):
             continue
         question, answer = benchmark.question_and_answer(row.values)
@@ -73,7 +80,6 @@ def load_questions(benchmark: Benchmark, mirror: Path | None) -> Questions:
         )
     if not prompts:
         raise UserError(f"{benchmark.name}: {_source(benchmark, mirror)} holds no questions; {_remedy(benchmark)}")
-    revision = "mirror" if mirror is not None else benchmark.revision or ""
     return Questions(prompts, revision, _count_notice(benchmark, mirror, len(prompts)))
 
 
@@ -102,38 +108,53 @@ def _count_notice(benchmark: Benchmark, mirror: Path | None, count: int) -> str:
     )
 
 
-def _read_rows(benchmark: Benchmark, mirror: Path | None) -> Iterator[_Row]:
+def _read_rows(benchmark: Benchmark, mirror: Path | None) -> tuple[Iterable[_Row], str]:
+    """The rows, and the revision that they come from."""
     if mirror is not None and not _mirrored(benchmark, mirror).is_dir():
         raise UserError(
             f"{benchmark.name}: --mirror {mirror} holds no folder {benchmark.hub}; fill it with: "
             f"{mirror_command(benchmark, str(mirror))}"
         )
     if benchmark.files:
-        for name in benchmark.files:
-            yield from _read_file(benchmark, _local_file(benchmark, mirror, name))
-    else:
-        yield from _read_split(benchmark, mirror)
+        files = (_local_file(benchmark, mirror, name) for name in benchmark.files)
+        rows = itertools.chain.from_iterable(_read_file(benchmark, file) for file in files)
+        return rows, "mirror" if mirror is not None else benchmark.revision or ""
+    return _read_split(benchmark, mirror)
 
 
-def _read_split(benchmark: Benchmark, mirror: Path | None) -> Iterator[_Row]:
+def _read_split(benchmark: Benchmark, mirror: Path | None) -> tuple[list[_Row], str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        # The library's own cache would give a mirror's earlier content, or that of another mirror.
+        rows = _load_split(benchmark, mirror, None if mirror is None else scratch)
+        _require_columns(benchmark, rows.column_names, _source(benchmark, mirror))
+        # Others may hold pictures, which would be decoded.
+        wanted = rows.select_columns(list(benchmark.all_columns))
+        read = [_Row(f"{benchmark.name} row {number}", values) for number, values in enumerate(wanted, start=1)]
+        return read, "mirror" if mirror is not None else benchmark.revision or _commit(rows.info.download_checksums)
+
+
+def _commit(addresses: Iterable[str] | None) -> str:
+    """The commit in the addresses that a data set was downloaded from, such as ``hf://datasets/owner/name@COMMIT/…``;
+    empty where they do not say."""
+    found = {match[1] for address in addresses or () if (match := _COMMIT.search(address))}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _load_split(benchmark: Benchmark, mirror: Path | None, cache: str | None) -> Any:
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # in a log they are noise around the lines that matter
-    path = benchmark.hub if mirror is None else str(_mirrored(benchmark, mirror))
     try:
-        rows = datasets.load_dataset(
-            path,
+        return datasets.load_dataset(
+            _source(benchmark, mirror),
             benchmark.subset,
             split=benchmark.split,
             revision=benchmark.revision if mirror is None else None,
+            cache_dir=cache,
         )
     except Exception as error:  # network, unknown name or split, damaged files: dozens of types, one remedy
         raise _unreadable(benchmark, mirror, error) from error
-    _require_columns(benchmark, rows.column_names, _source(benchmark, mirror))
-    # Others may hold pictures, which would be decoded.
-    for number, values in enumerate(rows.select_columns(list(benchmark.all_columns)), start=1):
-        yield _Row(f"{benchmark.name} row {number}", values)
 
 
 def _local_file(benchmark: Benchmark, mirror: Path | None, name: str) -> Path:
