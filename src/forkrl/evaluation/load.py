@@ -23,7 +23,6 @@ from forkrl.progress import progress
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt
 
-
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
