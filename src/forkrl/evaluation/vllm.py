@@ -1,0 +1,157 @@
+"""An evaluation's responses from vLLM in this process, each yielded as it finishes.
+
+Written against vLLM's documented ``EngineArgs``, ``LLMEngine`` and ``SamplingParams`` (0.24 on) and tested against a
+stand-in with that interface: no real vLLM has run it yet. Importing this module does not import vLLM.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from forkrl.errors import UserError
+from forkrl.evaluation.request_seed import request_seed
+from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
+
+
+class VllmSampler:
+    """Samples with vLLM's engine, a request a response, so that an evaluation can be resumed to the response.
+
+    Args:
+        model: folder or hub id.
+        revision: of the model and its tokenizer on the hub; None is the newest.
+        max_model_len: tokens of prompt and response together that the engine makes room for; None: what the model has.
+        seed: of the engine. Responses have seeds of their own.
+        tensor_parallel_size: accelerators that share the model.
+        add_special_tokens: let the tokenizer add its own to ``Prompt.text``; not where a chat template has already.
+        max_requests: in the engine at once. It batches as many as fit; the others wait in it.
+
+    Raises:
+        UserError: vLLM is not installed, or cannot open the model.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+        add_special_tokens: bool = True,
+        max_requests: int = 1024,
+    ) -> None:
+        self._vllm = _import_vllm()
+        self.add_special_tokens = add_special_tokens
+        self.max_requests = max_requests
+        self._numbers = itertools.count()
+        try:
+            arguments = self._vllm.EngineArgs(
+                model=model,
+                revision=revision,
+                tokenizer_revision=revision,
+                max_model_len=max_model_len,
+                seed=seed,
+                tensor_parallel_size=tensor_parallel_size,
+            )
+            self.engine = self._vllm.LLMEngine.from_engine_args(arguments)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise UserError(f"vLLM cannot open {model}: {_first_line(error)}") from error
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
+        """Sample a response to every request, yielding each as it finishes, in any order.
+
+        Closing the iterator, or an exception such as KeyboardInterrupt, takes the others out of the engine.
+
+        Raises:
+            UserError: a prompt leaves no room for a response, or vLLM fails; what was yielded counts.
+        """
+        ids_by_question = self._encode(requests, sampling)
+        backlog = iter(requests)
+        inside: dict[str, SampleRequest] = {}
+        try:
+            while True:
+                for request in itertools.islice(backlog, self.max_requests - len(inside)):
+                    inside[self._add(request, ids_by_question[request.prompt.id], sampling)] = request
+                if not inside:
+                    return
+                for output in self._step(len(inside)):
+                    if output.finished:
+                        yield _sampled(inside.pop(output.request_id), output.outputs[0])
+        finally:
+            if inside:
+                self.engine.abort_request(list(inside))
+
+    def _encode(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Mapping[str, list[int]]:
+        """Every question's tokens. vLLM itself would cut a response short that it has no room for, and say nothing."""
+        tokenizer, room = self.engine.get_tokenizer(), self.engine.model_config.max_model_len
+        encoded: dict[str, list[int]] = {}
+        for prompt, _ in requests:
+            if prompt.id in encoded:
+                continue
+            ids = list(tokenizer.encode(prompt.text, add_special_tokens=self.add_special_tokens))
+            if not ids:
+                raise UserError(f"question {prompt.id}: no tokens; an empty prompt cannot be continued")
+            if len(ids) + sampling.max_response_tokens > room:
+                raise UserError(
+                    f"question {prompt.id}: {len(ids)} tokens and --max-tokens {sampling.max_response_tokens} are more "
+                    f"than the model's {room}; set --max-tokens to {max(room - len(ids), 0)} or less"
+                )
+            encoded[prompt.id] = ids
+        return encoded
+
+    def _add(self, request: SampleRequest, prompt_ids: list[int], sampling: EvalSampling) -> str:
+        """Put a request into the engine; returns what the engine calls it."""
+        name = str(next(self._numbers))
+        params = self._vllm.SamplingParams(
+            n=1,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_response_tokens,
+            seed=request_seed(sampling.seed, request.prompt.id, request.sample),
+            stop=list(sampling.stop) or None,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+        self.engine.add_request(name, {"prompt_token_ids": prompt_ids}, params)
+        return name
+
+    def _step(self, num_inside: int) -> list[Any]:
+        """What one step of the engine brought."""
+        if not self.engine.has_unfinished_requests():
+            # A step would wait for ever.
+            raise UserError(f"vLLM has lost {num_inside} requests; nothing is lost here, the same command goes on")
+        try:
+            return list(self.engine.step())
+        except Exception as error:
+            # Its engine runs in a process of its own and may die of anything, out of memory first of all.
+            raise UserError(
+                f"vLLM's engine failed ({_first_line(error)}); nothing is lost, the same command goes on"
+            ) from error
+
+
+def _sampled(request: SampleRequest, completion: Any) -> Sampled:
+    """A finished ``CompletionOutput`` as a response; its token ids hold the closing token, as everywhere in ForkRL."""
+    if completion.finish_reason not in ("stop", "length"):
+        raise UserError(
+            f"question {request.prompt.id}: vLLM ended a response with {completion.finish_reason!r}; "
+            f"nothing is lost, the same command goes on"
+        )
+    finished = completion.finish_reason == "stop"
+    return Sampled(request, completion.text, len(completion.token_ids), finished=finished, entropy=None)
+
+
+def _import_vllm() -> Any:
+    try:
+        import vllm
+        import vllm.sampling_params
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise UserError("--engine vllm needs vLLM; install it with: pip install 'forkrl[vllm]'") from error
+    return vllm
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
