@@ -290,7 +290,7 @@ def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_th
         thread.join(30)
     expected = [Verdict(1.0), Verdict(0.0, "deadline"), Verdict(0.0)]
     assert verdicts == {0: expected, 1: expected}
-    pids = [worker._process.pid for worker in pool._workers]  # a thread that has ended started it
+    pids = [worker.pid for worker in pool._crew.workers]  # a thread that has ended started it
     assert not wait_until(lambda: not all(map(is_running, pids)), limit_s=0.3)
     assert pool.verify(items("right")) == [Verdict(1.0)]
     assert pool.failures == {"deadline": 2}
@@ -298,9 +298,10 @@ def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_th
 
 def test_a_worker_that_died_while_idle_is_replaced(make_pool: MakePool) -> None:
     pool = make_pool()
-    (worker,) = pool._workers
-    os.kill(worker._process.pid, signal.SIGKILL)
-    assert wait_until(lambda: not is_running(worker._process.pid))
+    (worker,) = pool._crew.workers
+    pid = worker.pid
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not is_running(pid))
     assert pool.verify(items("right")) == [Verdict(1.0)]
     assert not pool.failures
 
@@ -362,7 +363,7 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str) -> None
         pool = VerifierPool({{"": VerifierSpec("{hostile}:act")}}, deadline_s=3600)
         threading.Thread(target=pool.verify, args=([(Prompt("", "", ""), "{state}")],), daemon=True).start()
         time.sleep(0.3)
-        print(pool._workers[0]._process.pid, flush=True)
+        print(pool._crew.workers[0].pid, flush=True)
         time.sleep(3600)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

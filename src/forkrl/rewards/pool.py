@@ -2,44 +2,36 @@
 
 Model output is hostile text, and a verifier fed with it may loop inside C code, exhaust memory or crash. No time-out
 inside the process survives that (a SIGALRM one does not even work off the main thread, and then scores 0 in silence),
-so every verifier runs in a process of its own session: past the deadline the whole session is killed, that response
-gets a verdict that says so, and a fresh process takes over. The workers are new interpreters, not forks: a fork of a
-process that holds torch threads or an accelerator is not safe, and would weigh as much.
+so every verifier runs in a process of its own session: past the deadline it is killed with all that it started, that
+response gets a verdict that says so, and a fresh process takes over. The workers are forked from small processes of
+one thread (``warden.py``), never from this one: a fork of a process that holds torch threads or an accelerator is not
+safe, and would weigh as much.
+
+``submit`` hands responses to a thread of the pool's own, which works while the caller does something else: it waits on
+pipes, and only a few percent of one core's time go to it.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import secrets
-import selectors
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
-import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from forkrl.config import RewardConfig
 from forkrl.errors import UserError
-from forkrl.processes import child_environment
+from forkrl.rewards.batch import Batch, Item
+from forkrl.rewards.crew import Crew
+from forkrl.rewards.worker_process import Settings
 from forkrl.types import Prompt, Verdict, VerifierSpec
 
-_START_LIMIT_S = 60.0
-"""For the interpreter and the verifier's imports, on a loaded machine; no item pays for it."""
-_PIPELINE = 16
-"""Requests given to a worker ahead of its answers, so that it need not wait for the parent between two of them."""
-_MAX_OUTBOX = 1 << 20
-"""Bytes waiting for one worker above which it is given no further request."""
-_MAX_LINE = 1 << 14
-"""No honest answer is longer."""
-_FORGERY = "wrote on the pipe that carries verdicts"
+_log = logging.getLogger("forkrl")
 
 
 class VerifierPool:
@@ -55,9 +47,11 @@ class VerifierPool:
     Attributes:
         failures: how many verdicts were failures, by kind ("deadline", "crash", "memory", "error").
         first_failures: for each kind seen, the prompt and the message of its first failure.
+        announce: called with one line at the first failure of each kind, from the pool's thread; the log's warnings
+            unless set.
 
     Raises:
-        UserError: a verifier cannot be imported, naming the path and the reason.
+        UserError: a verifier cannot be imported or does not take its options, naming the path and the reason.
     """
 
     def __init__(
@@ -76,15 +70,22 @@ class VerifierPool:
             warnings.warn("macOS does not enforce reward.memory_mb; only the deadline bounds a verifier", stacklevel=2)
         self.failures: Counter[str] = Counter()
         self.first_failures: dict[str, str] = {}
-        self._verifiers, self._memory_mb = dict(verifiers), memory_mb
-        self._num_workers, self._deadline_s = workers, deadline_s
-        self._workers: list[_Worker] = []
+        self.announce: Callable[[str], None] = _log.warning
+        self._deadlines = {
+            source: deadline_s if spec.deadline_s is None else spec.deadline_s for source, spec in verifiers.items()
+        }
+        named = {source: (spec.path, dict(spec.options), self._deadlines[source]) for source, spec in verifiers.items()}
+        self._crew = Crew(Settings(named, memory_mb), workers, self._note_failure)
         self._lock = threading.Lock()
+        self._handed_in: deque[Batch] = deque()
         self._closed = False
+        self._wake_fd, self._waker_fd = os.pipe()
+        os.set_blocking(self._waker_fd, False)
+        self._opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
+        self._thread.start()
         try:
-            self._staff()
-            while not all(worker.ready for worker in self._workers):
-                self._step(_Batch(()))
+            self._opened.result()
         except BaseException:
             self.close()
             raise
@@ -98,138 +99,106 @@ class VerifierPool:
         self.close()
 
     def close(self) -> None:
-        """Kill the workers and wait for them; may be called twice."""
+        """Cancel what waits, kill the workers and wait for them; may be called twice."""
         with self._lock:
             self._closed = True
-            self._kill_all()
+            self._wake()
+        self._thread.join()
+        with self._lock:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+                os.close(self._waker_fd)
+                self._wake_fd = self._waker_fd = -1
 
-    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        """Judge responses; never raises for what a response contains. May be called from any thread.
-
-        A verdict depends on its own item alone. What the worker answered before may have filled its memory, so
-        "crash" and "memory" from a worker that had answered other items are tried once more in a fresh one.
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
+        """Have responses judged while the caller does something else. May be called from any thread, and again before
+        the first are judged.
 
         Args:
             items: pairs of a prompt and a response to it.
 
         Returns:
-            One verdict an item, in order.
+            One verdict an item, in order, once all are there. It never fails for what a response contains; UserError
+            means that a replacement worker could not be started. Cancelling it abandons what is not judged yet.
+        """
+        batch = Batch(items, self._deadline_of)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this VerifierPool is closed")
+            self._handed_in.append(batch)
+            self._wake()
+        batch.future.add_done_callback(self._wake_if_cancelled)
+        return batch.future
+
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+        """``submit``, and wait; on Ctrl-C the batch is abandoned and the pool goes on.
 
         Raises:
             UserError: a replacement worker could not be started.
         """
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("this VerifierPool is closed")
-            batch = _Batch(items)
-            try:
-                self._bury_dead()
-                self._staff()
-                while batch.unanswered:
-                    self._step(batch)
-            except BaseException:
-                self._kill_all()  # what they still answer belongs to a batch that nobody waits for
-                raise
-            return [batch.verdicts[index] for index in range(len(items))]
-
-    def _step(self, batch: _Batch) -> None:
-        """Hand out work, wait for whatever happens first, and deal with it."""
-        for worker in self._workers:
-            worker.feed(batch, self._deadline_of)
-        with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
-                selector.register(worker.answers_fd, selectors.EVENT_READ, worker)
-                if worker.outbox:
-                    selector.register(worker.requests_fd, selectors.EVENT_WRITE, worker)
-            wake = min(worker.deadline for worker in self._workers)
-            asked = time.monotonic()
-            events = selector.select(max(0.0, wake - asked) if wake < float("inf") else None)
-        readable = {key.data for key, mask in events if mask & selectors.EVENT_READ}
-        for worker in list(self._workers):
-            if worker in readable:
-                self._collect(worker, batch)
-            elif asked >= worker.deadline:  # as of the question: an answer that came while we slept is still read
-                self._end_overdue(worker, batch)
-
-    def _collect(self, worker: _Worker, batch: _Batch) -> None:
-        lines, ended = worker.read()
-        for line in lines:
-            if not worker.ready:
-                self._welcome(worker, line)
-            elif not self._accept(worker, batch, line):
-                return
-        if ended:
-            self._dismiss(worker, batch, "crash", ended)
-
-    def _welcome(self, worker: _Worker, line: Any) -> None:
-        if isinstance(line, dict) and line.get("ready") is True:
-            worker.ready, worker.deadline = True, float("inf")
-        else:
-            told = line if isinstance(line, dict) else {"failed": str(line)}
-            raise self._start_failure(str(told.get("failed")), str(told.get("path") or ""))
-
-    def _accept(self, worker: _Worker, batch: _Batch, line: Any) -> bool:
-        """Take one answer; False where the worker had to go."""
-        match line:
-            case [str(token), float(score), str(failure), str(message), str() | None as read] if worker.expects(token):
-                pass
-            case _:
-                self._dismiss(worker, batch, "crash", _FORGERY)
-                return False
-        if failure == "memory":
-            self._dismiss(worker, batch, failure, message)
-            return False
-        self._settle(batch, worker.in_flight.popleft().item, Verdict(score, failure, read), message)
-        worker.served += 1
-        worker.start_clock(batch, self._deadline_of)
-        return True
-
-    def _end_overdue(self, worker: _Worker, batch: _Batch) -> None:
-        limit = self._deadline_of(batch.items[worker.in_flight[0].item][0]) if worker.ready else _START_LIMIT_S
-        self._dismiss(worker, batch, "deadline", f"gave no answer within {limit:g} s")
-
-    def _dismiss(self, worker: _Worker, batch: _Batch, failure: str, message: str) -> None:
-        """Kill a worker, blame the item it was at, give the items behind that one to others, and replace it."""
-        worker.end()
-        if not worker.ready:
-            raise self._start_failure(f"it {message}{worker.last_words()}")
-        self._workers.remove(worker)
-        if worker.in_flight and (failure == "deadline" or not worker.served):
-            self._settle(batch, worker.in_flight.popleft().item, Verdict(0.0, failure), message)
-        batch.pending.extendleft(request.item for request in reversed(worker.in_flight))
-        self._staff()
-
-    def _settle(self, batch: _Batch, index: int, verdict: Verdict, message: str) -> None:
-        batch.verdicts[index] = verdict
-        if verdict.failure:
-            self.failures[verdict.failure] += 1
-            self.first_failures.setdefault(verdict.failure, f"prompt {batch.items[index][0].id}: {message}")
-
-    def _staff(self) -> None:
-        """Bring the workers to full number."""
-        while len(self._workers) < self._num_workers:
-            self._workers.append(_Worker(self._verifiers, self._memory_mb))
+        future = self.submit(items)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
 
     def _deadline_of(self, prompt: Prompt) -> float:
-        own = self._verifiers[prompt.source].deadline_s
-        return self._deadline_s if own is None else own
+        if prompt.source not in self._deadlines:
+            raise UserError(f"prompt {prompt.id}: no verifier for its source {prompt.source!r}")
+        return self._deadlines[prompt.source]
 
-    def _bury_dead(self) -> None:
-        """Remove the workers that died since the last batch, so that no item of this one is blamed for it."""
-        for worker in [worker for worker in self._workers if worker.ready and worker.died_idle()]:
-            worker.end()
-            self._workers.remove(worker)
+    def _wake_if_cancelled(self, future: Future[Any]) -> None:
+        if future.cancelled():
+            with self._lock:
+                if not self._closed:
+                    self._wake()
 
-    def _kill_all(self) -> None:
-        while self._workers:
-            self._workers.pop().end()
+    def _wake(self) -> None:
+        """Make the thread look around; the lock is held."""
+        try:
+            if self._waker_fd >= 0:
+                os.write(self._waker_fd, b"!")
+        except BlockingIOError:
+            pass  # the pipe is full of reasons to look around
 
-    def _start_failure(self, reason: str, path: str = "") -> UserError:
-        named = path or ", ".join(dict.fromkeys(spec.path for spec in self._verifiers.values()))
-        return UserError(
-            f'task.verifier = "{named}" could not be started: {reason}; '
-            f"name an importable module:function that fits in reward.memory_mb = {self._memory_mb}"
-        )
+    def _run(self) -> None:
+        """The pool's thread: all that touches the crew."""
+        try:
+            self._open()
+            while not self._closed:
+                try:
+                    self._take_in()
+                    self._crew.step(self._wake_fd)
+                except BaseException as error:  # whoever waits is told, and the next batch gets new workers
+                    self._crew.abandon(error)
+        except BaseException as error:
+            self._opened.set_exception(error)
+        finally:
+            self._take_in()
+            self._crew.close()
+
+    def _open(self) -> None:
+        self._crew.staff()
+        while not self._closed and not self._crew.is_ready:
+            self._crew.step(self._wake_fd)
+        self._opened.set_result(None)
+
+    def _take_in(self) -> None:
+        with self._lock:
+            arrived = list(self._handed_in)
+            self._handed_in.clear()
+        for batch in arrived:
+            batch.finish_if_settled()  # an empty one
+            self._crew.add(batch)
+
+    def _note_failure(self, item: Item, kind: str, message: str) -> None:
+        self.failures[kind] += 1
+        if kind not in self.first_failures:
+            self.first_failures[kind] = _visible(f"prompt {item.prompt.id}: {message}")
+            self.announce(
+                f"verifier failure ({kind}), {self.first_failures[kind]}; the response scores 0, and further failures "
+                f"of this kind are only counted (docs/verifiers.md)"
+            )
 
 
 def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
@@ -237,140 +206,6 @@ def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -
     return VerifierPool(verifiers, workers=config.workers, deadline_s=config.deadline_s, memory_mb=config.memory_mb)
 
 
-class _Request(NamedTuple):
-    item: int
-    token: str
-
-
-class _Batch:
-    """The items of one ``verify`` call: which still wait, and the verdicts so far."""
-
-    def __init__(self, items: Sequence[tuple[Prompt, str]]) -> None:
-        self.items = items
-        self.pending = deque(range(len(items)))
-        self.verdicts: dict[int, Verdict] = {}
-
-    @property
-    def unanswered(self) -> int:
-        return len(self.items) - len(self.verdicts)
-
-
-class _Worker:
-    """The parent's end of one verifier process. Nothing here waits for the process, except ``end``."""
-
-    def __init__(self, verifiers: Mapping[str, VerifierSpec], memory_mb: int) -> None:
-        theirs_requests, self.requests_fd = os.pipe()
-        self.answers_fd, theirs_answers = os.pipe()
-        theirs_lifeline, self._lifeline_fd = os.pipe()
-        theirs = (theirs_requests, theirs_answers, theirs_lifeline)
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "forkrl.rewards.worker", str(memory_mb), *map(str, theirs)],
-                pass_fds=theirs,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._stderr,
-                env=child_environment(1) | {"PYTHONHASHSEED": "0"},  # the same hash order, hence the same verdicts
-                start_new_session=True,
-            )
-        except BaseException:
-            self._close_files()
-            raise
-        finally:
-            for fd in theirs:
-                os.close(fd)
-        os.set_blocking(self.requests_fd, False)
-        os.set_blocking(self.answers_fd, False)
-        self.ready = False
-        self.served = 0
-        self.in_flight: deque[_Request] = deque()
-        named = {source: [spec.path, dict(spec.options)] for source, spec in verifiers.items()}
-        self.outbox = bytearray(json.dumps(named).encode("ascii") + b"\n")
-        self.deadline = time.monotonic() + _START_LIMIT_S
-        self._inbox = b""
-        self._words = ""
-
-    def feed(self, batch: _Batch, deadline_of: Callable[[Prompt], float]) -> None:
-        """Give the worker pending items as far as its pipeline has room."""
-        while self.ready and batch.pending and len(self.in_flight) < _PIPELINE and len(self.outbox) < _MAX_OUTBOX:
-            request = _Request(batch.pending.popleft(), secrets.token_hex(8))
-            prompt, response = batch.items[request.item]
-            # ASCII JSON carries anything a Python string can hold, lone surrogates and NULs too.
-            self.outbox += json.dumps([request.token, prompt.source, prompt.answer, response]).encode("ascii") + b"\n"
-            self.in_flight.append(request)
-            if len(self.in_flight) == 1:
-                self.start_clock(batch, deadline_of)
-        self.flush()
-
-    def start_clock(self, batch: _Batch, deadline_of: Callable[[Prompt], float]) -> None:
-        """From now on the first of the requests in flight is being judged; without one, nothing is awaited."""
-        limit = deadline_of(batch.items[self.in_flight[0].item][0]) if self.in_flight else float("inf")
-        self.deadline = time.monotonic() + limit
-
-    def expects(self, token: str) -> bool:
-        """Whether an answer with this token is the one due; none can be forged without having read its request."""
-        return bool(self.in_flight) and token == self.in_flight[0].token
-
-    def flush(self) -> None:
-        """Write what the pipe takes now."""
-        try:
-            while self.outbox:
-                del self.outbox[: os.write(self.requests_fd, self.outbox)]
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            self.outbox.clear()  # it is dead; the end of its answers will say so, after those it still gave
-
-    def read(self) -> tuple[list[Any], str]:
-        """The answers that have arrived and, where they are the last that can be believed, why."""
-        data = os.read(self.answers_fd, 1 << 16)
-        *lines, self._inbox = (self._inbox + data).split(b"\n")
-        answers = []
-        for line in lines:
-            try:
-                answers.append(json.loads(line))
-            except (ValueError, RecursionError):
-                return answers, _FORGERY
-        if len(self._inbox) > _MAX_LINE:
-            return answers, _FORGERY
-        return answers, "" if data else self.end()
-
-    def died_idle(self) -> bool:
-        """Whether the process has gone while it had nothing to do (or has written unasked, and had better go)."""
-        if self.in_flight:
-            return False
-        try:
-            os.read(self.answers_fd, 1)
-        except BlockingIOError:
-            return False
-        return True
-
-    def end(self) -> str:
-        """Kill the process and all that it started, reap it, and say how it ended.
-
-        After the end of its answers, that is how it ended by itself: a dying process closes its files after its exit
-        code is settled.
-        """
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError, PermissionError):  # macOS forbids it for a session of dead processes
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._words = self._read_stderr()
-            self._close_files()
-        code = self._process.returncode
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
-    def last_words(self) -> str:
-        """The last line on stderr of a process that has ended before it was ready, to follow a message."""
-        return f" ({self._words})" if self._words else ""
-
-    def _read_stderr(self) -> str:
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
-        return lines[-1][:300] if lines else ""
-
-    def _close_files(self) -> None:
-        for fd in (self.requests_fd, self.answers_fd, self._lifeline_fd):
-            os.close(fd)
-        self._stderr.close()
+def _visible(text: str) -> str:
+    """Text that came out of a verifier, with nothing left in it that a terminal would obey."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

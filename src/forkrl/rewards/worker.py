@@ -1,63 +1,134 @@
 """One verifier process: reads responses, answers with scores, and can be killed at any moment.
 
-``VerifierPool`` starts it as ``python -m forkrl.rewards.worker`` and writes first which verifiers to load. Requests and
-answers are JSON lines on two private pipes; standard output is /dev/null, so nothing that a verifier prints can be
-taken for a verdict.
+``warden.py`` forks it. Requests and answers are JSON lines on two private pipes; standard output is /dev/null, so
+nothing that a verifier prints can be taken for a verdict.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import json
 import math
 import numbers
 import os
 import resource
+import select
 import sys
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
-
-from forkrl.processes import die_with_parent
+from typing import Any, NamedTuple
 
 _MAX_MESSAGE = 300
 _MAX_ANSWER = 1_000
 """Characters of an answer that are kept; more is no final answer."""
+_MAX_FILE_BYTES = 64 << 20
+"""No file that a verifier writes grows beyond this; it meets an OSError."""
+_CPU_PER_DEADLINE = 10
+"""CPU seconds that one response may take, in deadlines: more than its threads can use before the clock ends it."""
 
 
-def main() -> None:
-    """Load the verifiers named on the first line, and serve them until the request pipe closes."""
-    memory_mb, *fds = sys.argv[1:]
-    requests_fd, answers_fd, lifeline_fd = map(int, fds)
-    for fd in (requests_fd, answers_fd, lifeline_fd):
-        os.set_inheritable(fd, False)  # a process the verifier starts must not hold the pipes open
-    die_with_parent(lifeline_fd)
-    with os.fdopen(requests_fd, "rb") as requests:
-        path = ""
-        try:
-            _limit_resources(int(memory_mb) << 20)
-            verifiers = {}
-            for source, (path, options) in json.loads(requests.readline()).items():
-                verifiers[source] = partial(_load(path), **options)
-        except BaseException as error:
-            _send(answers_fd, {"failed": _describe(error), "path": path})
-            sys.exit(1)
-        _send(answers_fd, {"ready": True})
-        os.dup2(1, 2)  # stderr explained a failed start; from here it could only grow
-        for line in requests:
-            token, source, answer, response = json.loads(line)
-            _send(answers_fd, [token, *_judge(verifiers[source], answer, response)])
+class _Judge(NamedTuple):
+    function: Callable[[str, str], object]
+    deadline_s: float
 
 
-def _limit_resources(memory: int) -> None:
+def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, dict[str, Any], float]]) -> None:
+    """Load the verifiers and judge with them until the request pipe closes.
+
+    Args:
+        requests_fd: lines ``[token, source, answer, response]``, and ``token`` for a request that is withdrawn.
+        answers_fd: first ``{"ready": process id}`` or ``{"failed": message, "path": verifier}``; then, in the order of
+            the requests, ``[token, score, failure, message, answer]``, or ``token`` for a withdrawn one.
+        verifiers: import path, options and deadline by source.
+    """
+    path = ""
+    try:
+        _limit_files()
+        judges = {}
+        for source, (path, options, deadline_s) in verifiers.items():
+            judges[source] = _Judge(bind_options(load_verifier(path), path, options), deadline_s)
+    except BaseException as error:
+        send(answers_fd, {"failed": describe(error), "path": path})
+        os._exit(1)
+    me = os.getpid()
+    send(answers_fd, {"ready": me})
+    os.dup2(1, 2)  # stderr explained a failed start; from here it could only grow
+    requests = _Requests(requests_fd)
+    while (request := requests.next()) is not None:
+        if isinstance(request, str):
+            send(answers_fd, request)
+            continue
+        token, source, answer, response = request
+        _limit_cpu(judges[source].deadline_s)
+        verdict = _judge(judges[source].function, answer, response)
+        if os.getpid() != me:  # a fork that the verifier made has come back out of it
+            os._exit(0)
+        send(answers_fd, [token, *verdict])
+
+
+class _Requests:
+    """The requests on a pipe, in order, a withdrawn one as its bare token."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+        self._parts: list[bytes] = []
+        self._waiting: deque[list[str]] = deque()
+        self._withdrawn: set[str] = set()
+
+    def next(self) -> list[str] | str | None:
+        """The next request, once all that has arrived is read: it may be withdrawn in there. None at the end."""
+        while not self._waiting or self._poll.poll(0):
+            data = os.read(self._fd, 1 << 16)
+            if not data:
+                return None
+            self._take(data)
+        request = self._waiting.popleft()
+        if request[0] in self._withdrawn:
+            self._withdrawn.remove(request[0])
+            return request[0]
+        return request
+
+    def _take(self, data: bytes) -> None:
+        *whole, rest = data.split(b"\n")
+        for line in whole:
+            request = json.loads(b"".join([*self._parts, line]))
+            self._parts.clear()
+            if isinstance(request, list):
+                self._waiting.append(request)
+            elif any(request == waiting[0] for waiting in self._waiting):  # else it is answered already
+                self._withdrawn.add(request)
+        self._parts.append(rest)
+
+
+def limit_memory(memory: int) -> None:
+    """Bound the address space of this process and of those it forks, in bytes; no core files."""
     if sys.platform != "darwin":  # there a process maps more than any sensible limit from the start
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _set_soft_limit(resource.RLIMIT_AS, memory)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a segfault is an answer here, not something to debug
 
 
-def _load(path: str) -> Callable[[str, str], object]:
+def _limit_files() -> None:
+    _set_soft_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
+
+
+def _limit_cpu(deadline_s: float) -> None:
+    """For this process from now on, and for each process that it starts: those may outlast the response."""
+    _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_DEADLINE * deadline_s) + 1)
+
+
+def _set_soft_limit(kind: int, limit: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def load_verifier(path: str) -> Callable[..., object]:
+    """The function at ``"module:function"``. Raises whatever its import raises."""
     module, _, name = path.partition(":")
     function: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -67,7 +138,24 @@ def _load(path: str) -> Callable[[str, str], object]:
     return function  # type: ignore[no-any-return]
 
 
-def _judge(verifier: Callable[[str, str], object], answer: str, response: str) -> tuple[float, str, str, str | None]:
+def bind_options(function: Callable[..., object], path: str, options: Mapping[str, Any]) -> Callable[..., object]:
+    """The function with its options given.
+
+    Raises:
+        TypeError: it does not take them along with an answer and a response; the message says what it takes.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C do not tell
+        return partial(function, **options)
+    try:
+        signature.bind("", "", **options)
+    except TypeError as error:
+        raise TypeError(f"(answer, response) and task.verifier_options do not fit {path}{signature}: {error}") from None
+    return partial(function, **options)
+
+
+def _judge(verifier: Callable[..., object], answer: str, response: str) -> tuple[float, str, str, str | None]:
     """Score, failure, message and the answer read; whatever the verifier raises is a verdict, SystemExit too."""
     try:
         returned = verifier(answer, response)
@@ -76,15 +164,28 @@ def _judge(verifier: Callable[[str, str], object], answer: str, response: str) -
     except MemoryError:
         return 0.0, "memory", "out of memory", None
     except BaseException as error:
-        return 0.0, "error", _describe(error), None
+        return 0.0, "error", describe(error), None
     if not 0 <= value <= 1:  # NaN is not either
-        return 0.0, "error", f"returned {value} ({type(score).__name__}), not a score in [0, 1]", None
+        return 0.0, "error", f"returned {_show(score)} ({type(score).__name__}), not a score in [0, 1]", None
     if read is not None and not isinstance(read, str):
         return 0.0, "error", f"returned the answer as {type(read).__name__}, not text", None
-    return value, "", "", read if read is None else read[:_MAX_ANSWER]
+    return value, "", "", read if read is None else _shorten(read)
 
 
-def _describe(error: BaseException) -> str:
+def _shorten(answer: str) -> str:
+    """Long answers by their beginning and a hash of all: different ones stay different."""
+    if len(answer) <= _MAX_ANSWER:
+        return str(answer)
+    digest = hashlib.sha256(answer.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{answer[:_MAX_ANSWER]}… {digest}"
+
+
+def _show(value: object) -> str:
+    return repr(value)[:40] if type(value) in (int, float, str, bytes, bool, type(None)) else "something"
+
+
+def describe(error: BaseException) -> str:
+    """The error as one line of bounded length."""
     try:
         text = str(error)
     except Exception:  # an exception class of the verifier's own may fail at this as well
@@ -97,11 +198,8 @@ def _clip(text: str) -> str:
     return line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + "…"
 
 
-def _send(fd: int, message: object) -> None:
+def send(fd: int, message: object) -> None:
+    """Write a JSON line."""
     line = json.dumps(message).encode("ascii") + b"\n"
     while line:
         line = line[os.write(fd, line) :]
-
-
-if __name__ == "__main__":
-    main()
