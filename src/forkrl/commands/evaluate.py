@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,13 +93,15 @@ def evaluate_model(
             asked = [ask_task(subject, engine.tokenizer, options.problems)]
         config = engine.settings_for([prompt for benchmark in asked for prompt in benchmark.prompts])
         question = _question(subject, choice, engine, config, asked, options, prompt_format)
-        verifiers = all_verifiers(asked)
-        with (
-            open_work_folder(options.out or _default_folder(model, options), question) as folder,
-            open_verifier(verifiers, config.reward) as pool,
-        ):
-            for benchmark in asked:
-                _evaluate(folder, benchmark, question, engine, pool, config)
+        with open_work_folder(options.out or _default_folder(model, options), question) as folder, ExitStack() as stack:
+            # All of them before the first is sampled: what cannot go on is refused now.
+            files = [
+                stack.enter_context(BenchmarkFiles(folder, each.name, each.prompts, question["samples"]))
+                for each in asked
+            ]
+            pool = stack.enter_context(open_verifier(all_verifiers(asked), config.reward))
+            for benchmark, file in zip(asked, files, strict=True):
+                _evaluate(folder, benchmark, file, question, engine, pool)
             return Evaluation(folder, _read_results(folder))
 
 
@@ -169,21 +172,19 @@ def _question(
 def _evaluate(
     folder: Path,
     benchmark: AskedBenchmark,
+    files: BenchmarkFiles,
     question: Mapping[str, Any],
     engine: EvalEngine,
     pool: VerifierPool,
-    config: TrainConfig,
 ) -> None:
     """Bring one benchmark to its end, and put its figures into ``results.json``."""
     sampling = EvalSampling(
         max_response_tokens=question["max_response_tokens"],
         temperature=question["temperature"],
         seed=question["seed"],
-        stop=tuple(config.rollout.stop),
+        stop=tuple(question["rollout.stop"]),
     )
-    with BenchmarkFiles(folder, benchmark.name, benchmark.prompts, question["samples"]) as files:
-        tokens, seconds = _sample_and_judge(files, engine, pool, sampling, benchmark.title)
-        scored = files.scored()
+    tokens, seconds = _sample_and_judge(files, engine, pool, sampling, benchmark.title)
     earlier = next((each for each in _earlier(folder) if each["name"] == benchmark.name), {})
     figures = {
         "name": benchmark.name,
@@ -199,7 +200,7 @@ def _evaluate(
         # Of the last call that sampled anything.
         "seconds": seconds if tokens else earlier.get("seconds", 0.0),
         "tokens_per_s": tokens / seconds if tokens else earlier.get("tokens_per_s"),
-        **summarise_benchmark(scored, question["samples"]),
+        **summarise_benchmark(files.scored(), question["samples"]),
     }
     _write_results(folder, question, figures)
 

@@ -117,11 +117,14 @@ def open_subject(
         raise UserError(f"--recipe {recipe}: {folder} is a run and keeps its own recipe; change single settings of it")
     stored = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml")) if is_run else None
     given = {override.partition("=")[0].strip(): override for override in overrides}
+    for key, override in given.items():
+        if reason := _why_unused(key, unused):
+            raise UserError(f"{override}: {reason}")
     limits = [f"{key}={value}" for key, value in chosen.items() if key == "rollout.max_response_tokens"]
     config = load_recipe(TrainConfig, recipe, [*overrides, *limits, *_UNBOUNDED], base=stored)
     whole = not is_run or not _PROMPT_SOURCES.isdisjoint(given)
     for key, override in given.items():
-        if reason := _why_unused(key, unused) or _why_without_effect(key, config, whole, set(chosen), activity):
+        if reason := _why_without_effect(key, config, whole, set(chosen), activity):
             raise UserError(f"{override}: {reason}")
     path, revision = model, config.model.revision
     if is_run:
