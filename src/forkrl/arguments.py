@@ -82,6 +82,16 @@ the tokens, tables/*.csv (overlap, change by percentile, percentiles), drift.jso
 finished; the same command goes on.
 """
 
+COMPARE_HELP = """\
+examples:
+  forkrl compare evals/base evals/trained
+  forkrl compare evals/all-tokens evals/forks --out analyses/forks
+
+B minus A, paired by question: accuracy with a 95% interval and a p-value, length, pass@k, maj@k, and accuracy at equal
+tokens, since longer responses alone can raise it. What forkrl eval --out wrote is all that is read. Writes
+comparison.json and report.html.
+"""
+
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a command; overrides may stand anywhere, before, between and after its options."""
@@ -123,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     sft.set_defaults(command="sft", activity="training the base model")
 
     add_eval(commands)
+    add_compare(commands)
     add_analyze(commands)
     add_branch(commands)
     add_drift(commands)
@@ -223,6 +234,21 @@ def add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="of a response (rollout.max_response_tokens)")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     evaluate.set_defaults(command="eval", activity="the evaluation")
+
+
+def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``forkrl compare`` and its arguments."""
+    compare = commands.add_parser(
+        "compare",
+        help="how much better one evaluation is than another, with an interval and a p-value",
+        epilog=COMPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("a", type=Path, metavar="EVAL_A", help="a folder that forkrl eval --out wrote: before")
+    compare.add_argument("b", type=Path, metavar="EVAL_B", help="another one, on the same benchmarks: after")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: analyses/A-vs-B)")
+    compare.add_argument("--seed", type=int, default=0, help="of resampling (default: 0)")
+    compare.set_defaults(command="compare", activity="the comparison")
 
 
 def add_analyze(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -134,6 +134,16 @@ def run_eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_compare(arguments: argparse.Namespace) -> int:
+    """``forkrl compare``."""
+    from forkrl.commands.compare import compare_evaluations, describe_comparison
+
+    found = compare_evaluations(arguments.a, arguments.b, seed=arguments.seed, out=arguments.out)
+    print(describe_comparison(found.comparison))
+    print(f"report: {found.page}")
+    return 0
+
+
 def run_analyze(arguments: argparse.Namespace) -> int:
     """``forkrl analyze``."""
     from rich.console import Console
@@ -249,6 +259,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "sft": run_sft,
     "eval": run_eval,
+    "compare": run_compare,
     "analyze": run_analyze,
     "branch": run_branch,
     "drift": run_drift,

@@ -6,7 +6,7 @@ Axes: ``P`` questions, ``K`` samples each.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from forkrl.evaluation.responses import ScoredResponse
 from forkrl.intervals import (
     ClusterSums,
     Estimate,
+    mean_of_estimates,
     mean_of_question_values,
     mean_pass_at_k,
     mean_with_interval,
@@ -155,3 +156,23 @@ def _length_histogram(outcomes: Outcomes) -> dict[str, list[float]]:
         name: np.histogram(outcomes.tokens[chosen], edges)[0] for name, chosen in (("right", right), ("wrong", ~right))
     }
     return {"edges": edges.tolist(), **{name: count.tolist() for name, count in counts.items()}}
+
+
+def average_over_benchmarks(
+    scored: Mapping[str, Sequence[ScoredResponse]], samples: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """Mean ``accuracy`` and ``length`` over benchmarks, each weighing the same, with intervals; None for a single one.
+
+    Raises:
+        ValueError: as ``summarise_benchmark``.
+    """
+    if len(scored) < 2:
+        return None
+    outcomes = [outcomes_of(list(by_question(scored[name], samples[name]).values())) for name in scored]
+    questions = [len(each.scores) for each in outcomes]
+    return {
+        "accuracy": mean_of_estimates(
+            [mean_with_normal_interval(each.scores) for each in outcomes], questions
+        )._asdict(),
+        "length": mean_of_estimates([mean_with_normal_interval(each.tokens) for each in outcomes], questions)._asdict(),
+    }

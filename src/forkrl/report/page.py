@@ -20,6 +20,7 @@ from forkrl.atomic import write_text
 from forkrl.report.colors import token_colors
 from forkrl.report.fork_data import fork_data
 from forkrl.report.fork_view import ForkView
+from forkrl.report.reading import Shelf
 from forkrl.report.sections import FigureSection
 from forkrl.report.visible_text import script_json, visible
 
@@ -49,6 +50,7 @@ class Page:
         notes: what is missing, damaged or left out, a sentence each.
         cards: the few numbers under the verdict.
         forks: None: the page has no fork view.
+        shelves: responses to read, one shelf a benchmark.
         settings: sections of (key, value, differs from the default).
         provenance: versions, commit, data: what the numbers come from.
         command: the command line that was run.
@@ -65,6 +67,7 @@ class Page:
     notes: Sequence[str] = ()
     cards: Sequence[Card] = ()
     forks: ForkView | None = None
+    shelves: Sequence[Shelf] = ()
     settings: Sequence[tuple[str, Sequence[tuple[str, str, bool]]]] = ()
     provenance: Sequence[tuple[str, str]] = ()
     command: str = ""

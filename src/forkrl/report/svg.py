@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -30,7 +31,12 @@ def inline_svg(figure: Figure, name: str, outlines: bool = False) -> str:
     ``outlines`` letters are drawn as shapes instead, for figures whose layout depends on their exact widths.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path" if outlines else "none", "svg.hashsalt": "forkrl"}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "path" if outlines else "none", "svg.hashsalt": "forkrl"}),
+        warnings.catch_warnings(),
+    ):
+        if not outlines:  # the fonts of whoever reads the page have the letters that matplotlib's lacks
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = _NOT_FOR_PAGES.sub("", buffer.getvalue())
     text = text[text.index("<svg") :]

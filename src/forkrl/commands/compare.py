@@ -1,0 +1,140 @@
+"""``forkrl compare``: two evaluations on the same questions, and how much better the second is."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import forkrl
+from forkrl.atomic import explained_write_errors, write_json
+from forkrl.errors import UserError
+from forkrl.evaluation.comparison import compare
+from forkrl.evaluation.folder import read_evaluation, read_questions
+from forkrl.report.compare_page import compare_verdict, probability, write_compare_page
+from forkrl.report.eval_page import percent
+
+SCHEMA = "forkrl-compare/1"
+COMPARISON = "comparison.json"
+_STATED = ("model", "engine", "prompt_format", "samples", "temperature", "max_response_tokens", "seed")
+_SHOULD_AGREE = ("engine", "prompt_format", "samples", "temperature", "max_response_tokens")
+
+
+class Outcome(NamedTuple):
+    """What was found, and the page that shows it."""
+
+    comparison: dict[str, Any]
+    page: Path
+
+
+def compare_evaluations(folder_a: Path, folder_b: Path, *, seed: int = 0, out: Path | None = None) -> Outcome:
+    """Compare two evaluation folders, B minus A; writes ``comparison.json`` and ``report.html``.
+
+    Args:
+        folder_a: before.
+        folder_b: after.
+        seed: of resamples and draws.
+        out: folder; None: ``analyses/A-vs-B``.
+
+    Raises:
+        UserError: a folder cannot be read or is not finished, nothing is common to both, or ``out`` is in use for
+            something else.
+    """
+    out = out or Path("analyses") / f"{folder_a.resolve().name}-vs-{folder_b.resolve().name}"
+    _check_out(out)
+    (results_a, scored_a), (results_b, scored_b) = read_evaluation(folder_a), read_evaluation(folder_b)
+    found = compare(scored_a, scored_b, seed)
+    titles = {each["name"]: each["title"] for each in results_a["benchmarks"]}
+    comparison = {
+        "schema": SCHEMA,
+        "a": {"folder": str(folder_a), **_stated(results_a)},
+        "b": {"folder": str(folder_b), **_stated(results_b)},
+        "command": shlex.join(["forkrl", *sys.argv[1:]]),
+        "version": forkrl.__version__,
+        "seed": seed,
+        "benchmarks": [{"name": row["name"], "title": titles[row["name"]], **row} for row in found["benchmarks"]],
+        "pooled": found["pooled"],
+        "notices": [*_differences_of_setting(results_a, results_b), *found["notices"]],
+    }
+    with explained_write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(out / COMPARISON, comparison)
+    prompts = {name: _prompts(folder_a, name) for name in (row["name"] for row in found["benchmarks"])}
+    return Outcome(comparison, write_compare_page(out, comparison, prompts))
+
+
+def describe_comparison(comparison: Mapping[str, Any]) -> str:
+    """The comparison as a table for a person."""
+    header = f"{'':16}{'A':>8}{'B':>8}  {'B - A, points':24}{'p':>8}{'Holm':>8}  {'at equal spending':24}{'tokens':>16}"
+    lines = [f"A: {_called(comparison['a'])}", f"B: {_called(comparison['b'])}", header]
+    rows = [(row["title"], row) for row in comparison["benchmarks"]]
+    if comparison["pooled"] is not None:
+        rows.append(("mean", comparison["pooled"]))
+    lines += [_table_line(title, row) for title, row in rows]
+    lines += [f"note: {notice}" for notice in comparison["notices"]]
+    return "\n".join([*lines, compare_verdict(comparison)])
+
+
+def _table_line(title: str, row: Mapping[str, Any]) -> str:
+    accuracy, length = ({side: _mean(row[name][side]) for side in ("a", "b")} for name in ("accuracy", "length"))
+    tokens = f"{length['a']:,.0f} → {length['b']:,.0f}"
+    p, adjusted = (_bare(row[name]) if name in row else "" for name in ("p", "p_holm"))
+    return (
+        f"{title:16.16}{accuracy['a']:8.1%}{accuracy['b']:8.1%}  {percent(row['accuracy']['difference'], '+'):24}"
+        f"{p:>8}{adjusted:>8}  {percent(row['length_matched']['difference'], '+'):24}{tokens:>16}"
+    )
+
+
+def _bare(p: float) -> str:
+    return probability(p).removeprefix("p ").removeprefix("= ")
+
+
+def _mean(value: Any) -> float:
+    return float(value["mean"] if isinstance(value, Mapping) else value)
+
+
+def _called(side: Mapping[str, Any]) -> str:
+    return f"{side['folder']} ({side.get('model', 'model unknown')})"
+
+
+def _stated(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: results[key] for key in _STATED if key in results}
+
+
+def _differences_of_setting(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Sentences on what, besides the model, is not the same: it may be what makes the difference."""
+    notices = [
+        f"{key} differs: {a.get(key)} for A, {b.get(key)} for B." for key in _SHOULD_AGREE if a.get(key) != b.get(key)
+    ]
+    entries = {each["name"]: each for each in b["benchmarks"]}
+    for each in a["benchmarks"]:
+        other = entries.get(each["name"], each)
+        if each.get("fingerprint") != other.get("fingerprint"):
+            notices.append(
+                f"{each['name']}: the data differ (fingerprint {each.get('fingerprint')} for A, "
+                f"{other.get('fingerprint')} for B); questions are matched by their ids."
+            )
+    return notices
+
+
+def _prompts(folder: Path, name: str) -> dict[str, str]:
+    return {question: row["prompt"] for question, row in read_questions(folder, name).items()}
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that holds something else; a comparison may be made again."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not _is_comparison(out):
+        raise UserError(f"--out {out}: is not empty and holds no comparison; name another folder")
+
+
+def _is_comparison(folder: Path) -> bool:
+    try:
+        stored = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and stored.get("schema") == SCHEMA

@@ -1,0 +1,243 @@
+"""The pages of ``forkrl eval`` and ``forkrl compare``: their sentences, their numbers, and text that means harm."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forkrl.errors import UserError
+from forkrl.evaluation.eval_report import shown_questions, write_eval_report
+from forkrl.evaluation.folder import read_evaluation, read_questions
+from forkrl.evaluation.paper import TABLE_2
+from forkrl.report.compare_figures import budget_curves, difference_forest, spending_curves
+from forkrl.report.compare_page import compare_verdict, probability, write_compare_page
+from forkrl.report.eval_figures import accuracy_against_budget, accuracy_beside_paper, pass_and_majority
+from forkrl.report.eval_page import eval_page, eval_verdict, percent, write_eval_page
+from forkrl.report.reading import READ_CHARACTERS, shortened
+from tests.fabricated_evaluation import HOSTILE, random_responses, write_evaluation, write_lines
+from tests.report_page import Page
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    benchmarks = {"aime24": random_responses(30, 4), "mine": random_responses(12, 4, seed=1, answers=False)}
+    return write_evaluation(tmp_path_factory.mktemp("evaluation"), benchmarks, model=f"model{HOSTILE}")
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def test_a_folder_is_read_back_as_it_was_written(folder: Path) -> None:
+    results, scored = read_evaluation(folder)
+    assert results["model"] == f"model{HOSTILE}"
+    expected = random_responses(30, 4)
+    assert [(r.question, r.sample, r.score, r.failure, r.answer, r.tokens, r.entropy) for r in scored["aime24"]] == [
+        (r.question, r.sample, r.score, r.failure, r.answer, r.tokens, r.entropy) for r in expected
+    ]
+    assert {response.text for response in scored["aime24"]} == {""}
+    assert read_questions(folder, "aime24")["q003"]["prompt"] == f"What is q003? {HOSTILE}"
+    assert read_questions(folder, "other") == {}
+
+
+def test_the_last_verdict_counts(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, {"x": random_responses(2, 2)})
+    with (tmp_path / "verdicts" / "x.jsonl").open("a") as file:
+        verdict = {"question": "q001", "sample": 0, "score": 0.25, "failure": "", "answer": "again"}
+        file.write(json.dumps(verdict) + "\n")
+    _, scored = read_evaluation(tmp_path)
+    assert [(r.score, r.answer) for r in scored["x"] if (r.question, r.sample) == ("q001", 0)] == [(0.25, "again")]
+
+
+def damage(path: Path, number: int, **changes: Any) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[number] |= changes
+    write_lines(path, rows)
+
+
+FINISH = "which samples and judges only what is missing"
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda f: (f / "results.json").unlink(), f"this evaluation is not finished; .*{FINISH}"),
+        (lambda f: (f / "results.json").write_text("{"), "results.json: cannot be read"),
+        (lambda f: (f / "results.json").write_text("[]"), "has schema None, not 'forkrl-eval/2'"),
+        (lambda f: (f / "results.json").write_text('{"schema": "forkrl-eval/1"}'), "has schema 'forkrl-eval/1'"),
+        (lambda f: (f / "responses" / "x.jsonl").unlink(), f"x.jsonl: is missing; .*{FINISH}"),
+        (lambda f: (f / "responses" / "x.jsonl").write_text('{"question": "q000", "sam'), "x.jsonl line 1 is not JSON"),
+        (lambda f: damage(f / "responses" / "x.jsonl", 1, tokens="many"), "responses/x.jsonl line 2: tokens is text"),
+        (lambda f: damage(f / "responses" / "x.jsonl", 1, finished=None), "line 2: finished is missing"),
+        (lambda f: damage(f / "verdicts" / "x.jsonl", 3, score=math.nan), "verdicts/x.jsonl line 4: score is nan"),
+        (lambda f: damage(f / "verdicts" / "x.jsonl", 3, score=1.5), "line 4: score 1.5 is not in"),
+        (lambda f: damage(f / "verdicts" / "x.jsonl", 0, sample=7), "sample 0 of question q000 of x has no verdict"),
+        (lambda f: damage(f / "responses" / "x.jsonl", 0, question="q001"), "x has 3 responses to 2 questions, not 2"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_refused_in_a_line(tmp_path: Path, harm: Any, says: str) -> None:
+    write_evaluation(tmp_path, {"x": random_responses(2, 2)})
+    harm(tmp_path)
+    with pytest.raises(UserError, match=says) as refused:
+        read_evaluation(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_shown_questions_go_from_hard_to_easy_with_each_outcome(folder: Path) -> None:
+    _, scored = read_evaluation(folder)
+    assert any(response.failure for response in scored["aime24"])
+    shown = shown_questions(folder, "aime24", scored["aime24"], 4)
+    accuracies = [question["accuracy"] for question in shown]
+    assert accuracies == sorted(accuracies) and accuracies[0] < 0.5 < accuracies[-1]
+    outcomes = {(r["score"], bool(r["failure"])) for question in shown for r in question["responses"]}
+    assert outcomes == {(0.0, False), (1.0, False), (0.0, True)}
+    for question in shown:
+        for response in question["responses"]:
+            assert f"The response {response['sample']} to {int(question['question'][1:])}," in response["text"]
+
+
+def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: Path) -> None:
+    page = Page(write_eval_report(folder))
+    (first, second) = results_of(folder)["benchmarks"]
+    assert HOSTILE not in page.source and "<script>alert" not in page.source and "\u202e" not in page.source
+    assert "from The response" not in page.text and "The response 0 to 0" not in page.source.partition("</style>")[0]
+    mean = (first["accuracy"]["mean"] + second["accuracy"]["mean"]) / 2
+    assert f"Acc@4 {100 * mean:.1f}% [" in page.text
+    for text in ("55.83 → 63.54", percent(first["accuracy"]), "could not be judged (deadline", "no answer found"):
+        assert text in page.text, text
+    assert page.text.count("What is q0") >= 8
+    names = ("accuracy", "pass-majority", "budget", "lengths", "paper", "trouble")
+    assert all(f"eval-{name}.csv" in page.source for name in names)
+
+
+def test_a_page_of_one_benchmark_without_anything_beside_it(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, {"mine": random_responses(1, 1, answers=False)})
+    results = results_of(tmp_path)
+    results["benchmarks"][0] |= {"expected_questions": 5}
+    page = Page(write_eval_page(tmp_path, results))
+    assert "mine: Acc@1" in page.text and "on 1 questions" in page.text
+    assert "1 of 5 questions; not the whole benchmark" in page.text
+    assert "the paper's Table 2" not in page.text and "Responses to read" not in page.text
+    assert "nan" not in page.text.lower().split()
+
+
+def test_the_verdict_names_the_hardest_and_the_easiest(folder: Path) -> None:
+    results = results_of(folder)
+    for each, mean in zip(results["benchmarks"], (0.75, 0.25), strict=True):
+        each["accuracy"]["mean"] = mean
+    average = {
+        "accuracy": {"mean": 0.5, "low": 0.25, "high": 0.75},
+        "length": {"mean": 1234.5, "low": None, "high": None},
+    }
+    assert eval_verdict(results, average) == (
+        "Acc@4 50.0% [25.0, 75.0] on average over 2 benchmarks, from 25.0% (mine) to 75.0% (AIME'24), with "
+        "1,234 tokens a response."
+    )
+
+
+def test_figures_draw_the_numbers(folder: Path) -> None:
+    benchmarks = results_of(folder)["benchmarks"]
+    (axes,) = accuracy_beside_paper(benchmarks, TABLE_2).axes
+    drawn = {round(float(x), 6) for line in axes.lines for x in np.atleast_1d(line.get_xdata())}
+    assert {round(each["accuracy"]["mean"], 6) for each in benchmarks} <= drawn
+    assert {0.3333, 0.6354} <= drawn
+    above, below = pass_and_majority(benchmarks).axes
+    assert (len(above.lines), len(below.lines)) == (2, 1), "maj@k of a verifier that names no answers is not drawn"
+    assert np.asarray(above.lines[0].get_ydata()).tolist() == [
+        each["mean"] for each in benchmarks[0]["pass@k"].values()
+    ]
+    assert len(pass_and_majority(benchmarks[1:]).axes) == 1
+    (axes,) = accuracy_against_budget(benchmarks).axes
+    assert np.asarray(axes.lines[1].get_xdata()).tolist() == [row["tokens"] for row in benchmarks[1]["budget"]]
+
+
+def test_long_text_keeps_its_beginning_and_its_longer_end() -> None:
+    text = "a" * READ_CHARACTERS + "b" * READ_CHARACTERS
+    short = shortened(text)
+    assert short.startswith("a" * (READ_CHARACTERS // 4) + "\n") and short.endswith("b" * (READ_CHARACTERS * 3 // 4))
+    assert f"[… {READ_CHARACTERS:,} characters are left out here …]" in short
+    assert shortened("b" * READ_CHARACTERS) == "b" * READ_CHARACTERS
+
+
+def difference(mean: float, low: float | None, high: float | None) -> dict[str, float | None]:
+    return {"mean": mean, "low": low, "high": high}
+
+
+def sides(a: float, b: float, half: float) -> dict[str, Any]:
+    """Two estimates and their difference, all with intervals that reach ``half`` to either side."""
+    means = {"a": a, "b": b, "difference": b - a}
+    return {name: difference(mean, mean - half, mean + half) for name, mean in means.items()}
+
+
+def comparison(**changes: Any) -> dict[str, Any]:
+    """A comparison of one made-up benchmark, as ``comparison.json`` holds it."""
+    at = {"a": 0.4, "b": 0.42, "difference": difference(0.02, -0.01, 0.05)}
+    each = {
+        "name": "x", "title": HOSTILE, "questions": 30, "p": 0.0004, "p_holm": 0.0004,
+        "better": 9, "worse": 2, "same": 19,
+        "accuracy": sides(0.4, 0.5, 0.05), "length": sides(900, 1100, 110),
+        "pass@k": {"1": at}, "maj@k": None, "length_matched": at,
+        "budget": [{"tokens": n, **sides(n / 1e4, 0.1, 0.05)} for n in (100, 1000)],
+        "equal_spending": [{"spent": s, "budget_a": s, "budget_b": s, **at} for s in (50.0, 900.0)],
+        "changes": [{"question": "q1", "a": 0.0, "b": 1.0, "difference": 1.0, "length_a": 5.0, "length_b": 9.0}],
+    }  # fmt: skip
+    side = {"folder": "evals/a", "model": HOSTILE, "samples": 4}
+    return {
+        "a": side, "b": side, "command": f"forkrl compare {HOSTILE}", "version": "0.1", "seed": 0, "pooled": None,
+        "notices": ["samples differs."], "benchmarks": [each | changes],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "B is 10.0 points [5.0, 15.0] better than A on x, p < 0.001. Its responses are 200 tokens longer; where "
+             "both spend the same, it is 2.0 points [-1.0, 5.0] better than A."),
+        ({"accuracy": {"difference": difference(-0.1, -0.15, 0.05)}, "p": 0.0312},
+         "B is 10.0 points [-5.0, 15.0] worse than A on x, p = 0.031. Its"),
+        ({"length": {"difference": difference(0.2, -1, 1)}}, "p < 0.001. Responses are as long."),
+        ({"accuracy": {"difference": difference(0.1, None, None)}}, "B is 10.0 points better than A on x"),
+        ({"accuracy": {"difference": difference(0.0, -0.01, 0.01)}}, "B is 0.0 points apart from A [-1.0, +1.0]"),
+    ],
+)  # fmt: skip
+def test_the_verdict_of_a_comparison(changes: dict[str, Any], says: str) -> None:
+    assert says in compare_verdict(comparison(title="x", **changes))
+
+
+def test_p_values_are_never_zero() -> None:
+    assert [probability(p) for p in (1.0, 0.04321, 0.001, 0.00099)] == ["p = 1", "p = 0.043", "p = 0.001", "p < 0.001"]
+
+
+def test_the_page_of_a_comparison(tmp_path: Path) -> None:
+    found = comparison()
+    page = Page(write_compare_page(tmp_path, found, {"x": {"q1": f"What? {HOSTILE}"}}))
+    assert "<script>alert" not in page.source and "\u202e" not in page.source
+    for text in ("40.0% → 50.0%", "+10.0", "samples differs.", "What? <script>", "9 better, 2 worse, 19 the same"):
+        assert text in page.text, text
+    assert "nan" not in page.text.lower().split()
+    found["pooled"] = {name: found["benchmarks"][0][name] for name in ("accuracy", "length", "length_matched", "p")}
+    found["benchmarks"] *= 3
+    page = Page(write_compare_page(tmp_path, found, {}))
+    assert "on average over 3 benchmarks" in page.text
+
+
+def test_figures_of_a_comparison_draw_its_numbers() -> None:
+    rows = comparison()["benchmarks"]
+    (axes,) = difference_forest(rows, None).axes
+    drawn = {round(float(x), 6) for line in axes.lines for x in np.atleast_1d(line.get_xdata())}
+    assert {0.1, 0.02, 0.05, 0.15} <= drawn
+    assert np.asarray(budget_curves(rows).axes[0].lines[0].get_ydata()).tolist() == [0.01, 0.1]
+    assert np.asarray(spending_curves(rows * 3).axes[2].lines[1].get_xdata()).tolist() == [50.0, 900.0]
+
+
+def test_an_average_without_an_interval_is_shown_without_one(folder: Path) -> None:
+    average = {"accuracy": difference(0.5, None, None), "length": difference(10, None, None)}
+    page = eval_page(results_of(folder), average=average, shown={}, paper={})
+    assert page.shelves == []
+    assert (page.cards[0].value, page.cards[0].note) == ("50.0%", "mean of the benchmarks")
