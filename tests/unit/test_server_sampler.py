@@ -275,6 +275,20 @@ def test_a_request_may_be_told_to_wait_more_often_than_it_may_fail(busy: int) ->
                 list(answers)
 
 
+def test_a_response_in_between_restores_the_patience() -> None:
+    seen = set()
+
+    def every_first_try_fails(exchange: Exchange, fields: dict[str, Any]) -> None:
+        if fields["seed"] in seen:
+            return echo(exchange, fields)
+        seen.add(fields["seed"])
+        return exchange.answer({}, 500)
+
+    with OpenAIServer(every_first_try_fails) as server:
+        answers = sampler(server, patience=2, concurrency=1).sample(requests(questions=10), SAMPLING)
+        assert len(list(answers)) == 10
+
+
 def test_a_server_that_only_says_wait_ends_it_too() -> None:
     with OpenAIServer(lambda x, f: x.answer({"message": "quota used up"}, 429)) as server:
         answers = sampler(server, patience=3, concurrency=2).sample(requests(questions=30), SAMPLING)
