@@ -245,6 +245,27 @@ class RewardConfig(Section):
     """Address space of one verifier process."""
 
 
+class SandboxConfig(Section):
+    """Where and within what limits code rewards run programs (docs/code-rewards.md)."""
+
+    server: str = ""
+    """Address of a SandboxFusion server, such as "http://localhost:8080". Empty: bubblewrap, on this machine."""
+    python: str = ""
+    """Interpreter of the programs, with its standard library alone. Empty: the one that runs ForkRL."""
+    seconds: Annotated[float, Field(ge=0.1)] = 6.0
+    """CPU time for one test, and half of the wall-clock time that it may take."""
+    total_seconds: Annotated[float, Field(ge=0.1)] = 60.0
+    """Wall-clock time for all tests of one program; past it the program has failed."""
+    memory_mb: Annotated[int, Field(ge=64)] = 1024
+    """Memory of one program with all its processes, in MiB; below reward.memory_mb by 256 at least."""
+    output_kb: PositiveInt = 16384
+    """KiB that a program may print in one test; twice the expected output is allowed in any case."""
+    files_mb: PositiveInt = 64
+    """MiB of files that a program may have at a time; they are gone after the test."""
+    processes: PositiveInt = 32
+    """Processes and threads of one program at a time."""
+
+
 class DynamicSamplingConfig(Section):
     enabled: bool = True
     """Drop groups whose responses are all right or all wrong, and sample on until the step is full."""
@@ -378,6 +399,7 @@ class TrainConfig(Section):
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     selection: SelectionConfig = SelectionConfig()
     loss: LossConfig = LossConfig()

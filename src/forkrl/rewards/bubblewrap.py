@@ -1,0 +1,192 @@
+"""Programs inside bubblewrap, on this machine.
+
+What a program finds there: Python's standard library and the C libraries, read-only; an empty /tmp of limited size; its
+own processes; no network, no other file of the system, no environment, no privileges, a user id that nobody has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from forkrl.config import SandboxConfig
+from forkrl.errors import UserError
+from forkrl.rewards.programs import DRIVER, LimitReachedError, Outcome
+from forkrl.rewards.sandboxed_process import SandboxedProcess
+from forkrl.rewards.seccomp import build_filter, supports
+
+_USER = 65533
+"""Who programs are, outside too where ForkRL runs as root. No system gives this id to anybody."""
+_ADDRESS_SPACE_BEYOND = 256 << 20
+"""What a process may reserve beyond the memory it may fill."""
+_OLDEST = (0, 8)
+_INSTALL = "apt-get install bubblewrap"
+_INSTEAD = "or set sandbox.server to the address of a SandboxFusion server"
+
+
+class Bubblewrap:
+    """A sandbox of this machine.
+
+    Raises:
+        UserError: there is no bubblewrap, or it is too old, or cannot work on this kind of machine.
+    """
+
+    def __init__(self, config: SandboxConfig) -> None:
+        self._limits = config
+        self._bwrap = _find_bubblewrap()
+        self._seccomp = build_filter(platform.machine())
+        self._python = _find_python(config.python)
+        self._user = _USER if os.geteuid() == 0 else None
+        # Root's own folders are closed to the user that programs run as.
+        self._behind_doors = self._user is not None and not all(map(_open_to_all, self._python.mounts))
+
+    def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
+        """Run a program to its end, as ``Sandbox`` has it."""
+        printed = []
+        with self._start(source, stdin.encode("utf-8", "replace"), max_output=max_output) as process:
+            process.allow(self._limits.seconds, deadline)
+            try:
+                while data := process.read():
+                    printed.append(data)
+            except LimitReachedError as limit:
+                return Outcome(b"".join(printed), str(limit))
+            return Outcome(b"".join(printed), "exit" if process.exit_code() else "")
+
+    @contextmanager
+    def call_function(
+        self, source: str, function: str, inputs: Sequence[Sequence[str]], *, max_output: int, deadline: float
+    ) -> Iterator[Iterator[bytes]]:
+        """Call one function with several inputs, as ``Sandbox`` has it; every call has a test's limits of time."""
+        arguments = json.dumps(inputs).encode("ascii")
+        with self._start(source, arguments, function=function, max_output=max_output) as process:
+            yield self._answers(process, deadline)
+
+    def _answers(self, process: SandboxedProcess, deadline: float) -> Iterator[bytes]:
+        rest = b""
+        process.allow(self._limits.seconds, deadline)
+        try:
+            while data := process.read():
+                *lines, rest = (rest + data).split(b"\n")
+                yield from lines
+                if lines:
+                    process.allow(self._limits.seconds, deadline)
+        except LimitReachedError:
+            return
+
+    def _start(self, source: str, stdin: bytes, *, max_output: int, function: str = "") -> SandboxedProcess:
+        limits = self._limits
+        memory = limits.memory_mb << 20
+        # Calls share a process, so the kernel's own limit on its CPU time can only be that of all of them.
+        cpu_seconds = int(limits.total_seconds if function else limits.seconds) + 1
+        numbers = (memory + _ADDRESS_SPACE_BEYOND, cpu_seconds, limits.files_mb << 20, limits.processes + 1)
+        return SandboxedProcess(
+            partial(_command, self._bwrap, self._python, limits.files_mb << 20, self._behind_doors),
+            [*map(str, numbers), function],
+            program=source.encode("utf-8", "replace"),
+            stdin=stdin,
+            seccomp=self._seccomp,
+            user=None if self._behind_doors else self._user,
+            memory=memory,
+            max_output=max_output,
+            answers=bool(function),
+        )
+
+
+class _Python(NamedTuple):
+    executable: str
+    mounts: tuple[str, ...]
+    """The executable and the folders of its standard library, where they are not among the system's."""
+
+
+def _command(
+    bwrap: str, python: _Python, file_bytes: int, behind_doors: bool, seccomp_fd: int, info_fd: int
+) -> list[str]:
+    """The command line up to the driver's arguments."""
+    outer: list[str] = []
+    shown = {path: path for path in python.mounts}
+    if behind_doors:
+        # As root, put the interpreter where the user of the programs can reach it, in a mount namespace of our own,
+        # and become that user.
+        shown = {path: f"/tmp/{number}" for number, path in enumerate(python.mounts)}
+        outer = [bwrap, "--die-with-parent", "--dev-bind", "/", "/", "--tmpfs", "/tmp"]
+        outer += [word for path, place in shown.items() for word in ("--ro-bind", path, place)]
+        outer += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--", "setpriv"]
+        outer += ["--reuid", str(_USER), "--regid", str(_USER), "--clear-groups", "--"]
+    return [
+        *outer, bwrap, "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+        "--as-pid-1", "--cap-drop", "ALL", "--uid", str(_USER), "--gid", str(_USER), "--hostname", "sandbox",
+        "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
+        "--setenv", "PYTHONHASHSEED", "0",
+        *_system(), *(word for path, place in shown.items() for word in ("--ro-bind", place, path)),
+        # Bubblewrap's own folders are writable and unbounded until they are told otherwise.
+        "--proc", "/proc", "--remount-ro", "/proc",
+        "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
+        "--size", str(file_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp",
+        "--seccomp", str(seccomp_fd), "--info-fd", str(info_fd), "--",
+        python.executable, "-s", "-S", "-B", "-X", "utf8", "-c", DRIVER + "\n\nenter_sandbox()\n",
+    ]  # fmt: skip
+
+
+def _system() -> list[str]:
+    """Arguments that show the system's libraries, and nothing else of it."""
+    words = ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for folder in _libraries():
+        if folder.is_symlink():
+            words += ["--symlink", str(folder.readlink()), str(folder)]
+        elif folder.is_dir():
+            words += ["--ro-bind", str(folder), str(folder)]
+    return words
+
+
+def _libraries() -> list[Path]:
+    return [Path(parent) / name for parent in ("/usr", "/") for name in ("lib", "lib32", "lib64", "libx32")]
+
+
+def _find_bubblewrap() -> str:
+    if sys.platform != "linux" or not supports(platform.machine()):
+        raise UserError(
+            f"code rewards need a sandbox, and bubblewrap needs Linux on x86_64 or aarch64, which this is not "
+            f"({sys.platform}, {platform.machine()}); set sandbox.server to the address of a SandboxFusion server"
+        )
+    found = shutil.which("bwrap")
+    if found is None:
+        raise UserError(f"code rewards need a sandbox, and there is no bubblewrap here: {_INSTALL}, {_INSTEAD}")
+    words = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    version = tuple(map(int, re.findall(r"\d+", words)[:2]))
+    if version < _OLDEST:
+        raise UserError(
+            f"code rewards need bubblewrap 0.8 or newer (Debian 12, Ubuntu 24.04), and {found} is {words.strip()}; "
+            f"update it, {_INSTEAD}"
+        )
+    return found
+
+
+def _find_python(wanted: str) -> _Python:
+    executable, prefix = getattr(sys, "_base_executable", sys.executable), sys.base_prefix
+    if wanted:
+        question = "import sys; print(sys.executable); print(sys.base_prefix); assert sys.version_info >= (3, 9)"
+        try:
+            asked = subprocess.run([wanted, "-S", "-c", question], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"sandbox.python = {wanted!r} is no Python 3.9 or newer that runs here ({error})") from None
+        executable, prefix = asked.stdout.splitlines()
+    executable = os.path.realpath(executable)
+    system = {str(folder) for folder in _libraries()}
+    folders = (f"{prefix}/lib", f"{prefix}/lib64")
+    return _Python(executable, (executable, *(path for path in folders if path not in system and Path(path).is_dir())))
+
+
+def _open_to_all(path: str) -> bool:
+    """Whether any user can reach and read a file or folder."""
+    parents = Path(path).resolve().parents
+    return all(folder.stat().st_mode & 0o001 for folder in parents) and bool(Path(path).stat().st_mode & 0o004)

@@ -1,0 +1,170 @@
+"""Tests of programs, in the form in which they travel as ``Prompt.answer``.
+
+That form is the ecosystem's: a JSON object with ``inputs``, ``outputs`` and, where a function is called instead of the
+program run, its ``fn_name``. Long ones are compressed. LiveCodeBench's rows are turned into it without unpickling.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import pickletools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from forkrl.errors import UserError
+
+_COMPRESSED = "zlib+base64:"
+_LONG = 4_000
+"""Characters; shorter tests stay readable in rollouts and data."""
+_STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_BORING_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
+
+
+class ProgramTest(NamedTuple):
+    """Standard input and the standard output that belongs to it."""
+
+    stdin: str
+    stdout: str
+
+
+class CallTest(NamedTuple):
+    """Arguments of a call, each as JSON, and the values any of which it may return."""
+
+    arguments: tuple[str, ...]
+    accepted: tuple[Any, ...]
+
+
+class CodeTests(NamedTuple):
+    """The tests of one problem: of one kind, all about ``function`` where there is one."""
+
+    function: str
+    programs: tuple[ProgramTest, ...] = ()
+    calls: tuple[CallTest, ...] = ()
+
+
+def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = "") -> str:
+    """The text of a problem's tests.
+
+    Args:
+        inputs: standard inputs; for a function, the arguments of each call: text with a JSON value on each line, or a
+            list of values.
+        outputs: standard outputs; for a function, JSON text of the value, or the value itself where it is not text.
+        function: name of the function, or of the method of ``class Solution``.
+
+    Raises:
+        ValueError: not one output for each input, or none at all.
+    """
+    tests = {"inputs": list(inputs), "outputs": list(outputs)} | ({"fn_name": function} if function else {})
+    text = json.dumps(tests)
+    unpack_tests(text)
+    if len(text) <= _LONG:
+        return text
+    return _COMPRESSED + base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
+
+
+def unpack_tests(text: str) -> CodeTests:
+    """Read what ``pack_tests`` wrote, or the ecosystem's JSON.
+
+    An output that is a list in the JSON itself, rather than text, may also be the value in a list of its own: both
+    habits are found in data sets.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    if text.startswith(_COMPRESSED):
+        text = zlib.decompress(base64.b64decode(text.removeprefix(_COMPRESSED))).decode("utf-8")
+    try:
+        tests = json.loads(text)
+        inputs, outputs = tests["inputs"], tests["outputs"]
+        function = tests.get("fn_name") or ""
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError('the tests are not JSON of the form {"inputs": [...], "outputs": [...]}') from None
+    if not (isinstance(inputs, list) and isinstance(outputs, list) and isinstance(function, str)):
+        raise ValueError("the tests' inputs and outputs must be lists, and fn_name text")  # noqa: TRY004
+    if not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"the tests have {len(inputs)} inputs and {len(outputs)} outputs")
+    pairs = list(zip(inputs, outputs, strict=True))
+    if function:
+        return CodeTests(function, calls=tuple(CallTest(_arguments(given), _accepted(due)) for given, due in pairs))
+    return CodeTests("", programs=tuple(ProgramTest(_lines(given), _lines(due)) for given, due in pairs))
+
+
+def tests_from_livecodebench(row: Mapping[str, Any]) -> str:
+    """The tests of a row of ``livecodebench/code_generation_lite``, public and private, as ``pack_tests`` writes them.
+
+    Raises:
+        UserError: the row is not of that form; names the question and the column.
+    """
+    place = f"question {row.get('question_id', '?')!r}"
+    cases = _cases(row, "public_test_cases", place) + _cases(row, "private_test_cases", place)
+    kinds = {case.get("testtype") for case in cases}
+    if kinds not in ({"stdin"}, {"functional"}):
+        raise UserError(f"{place}: its tests are of the kinds {sorted(map(str, kinds))}, not all stdin or functional")
+    function = ""
+    if kinds == {"functional"}:
+        try:
+            function = json.loads(row["metadata"])["func_name"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{place}: metadata is no JSON with the func_name that functional tests need") from None
+    try:
+        return pack_tests([case["input"] for case in cases], [case["output"] for case in cases], function)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _cases(row: Mapping[str, Any], column: str, place: str) -> list[dict[str, Any]]:
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise UserError(f"{place} has no text in column {column}; is this livecodebench/code_generation_lite?")
+    try:
+        try:
+            cases = json.loads(text)
+        except ValueError:
+            cases = json.loads(_only_string(zlib.decompress(base64.b64decode(text, validate=True))))
+    except (ValueError, binascii.Error, zlib.error) as error:
+        raise UserError(f"{place}: {column} is neither JSON nor compressed JSON ({error})") from None
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise UserError(f"{place}: {column} is no list of tests")
+    return cases
+
+
+def _only_string(data: bytes) -> str:
+    """The string that a pickle of one string holds. Its opcodes are read; nothing is unpickled."""
+    strings = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in _STRING_OPCODES:
+            strings.append(argument)
+        elif opcode.name not in _BORING_OPCODES:
+            raise ValueError(f"a pickle with more than a string in it: {opcode.name}")
+    if len(strings) != 1:
+        raise ValueError(f"a pickle with {len(strings)} strings in it")
+    return str(strings[0])
+
+
+def _lines(text: Any) -> str:
+    """Standard input or output; some data sets have it as a list of lines."""
+    if isinstance(text, list) and all(isinstance(line, str) for line in text):
+        return "\n".join(text)
+    if not isinstance(text, str):
+        raise ValueError(f"a test without fn_name has a {type(text).__name__} where text is due")  # noqa: TRY004
+    return text
+
+
+def _arguments(given: Any) -> tuple[str, ...]:
+    if isinstance(given, str):
+        lines = [line for line in given.split("\n") if line.strip()]
+        for line in lines:
+            json.loads(line)
+        return tuple(lines)
+    if not isinstance(given, list):
+        raise ValueError(f"a test of a function has a {type(given).__name__} where its arguments are due")  # noqa: TRY004
+    return tuple(json.dumps(value) for value in given)
+
+
+def _accepted(due: Any) -> tuple[Any, ...]:
+    if isinstance(due, str):
+        return (json.loads(due),)
+    return (due, due[0]) if isinstance(due, list) and len(due) == 1 else (due,)

@@ -1,0 +1,77 @@
+"""Programs on a SandboxFusion server, over HTTP (https://github.com/bytedance/SandboxFusion).
+
+The server isolates; the verdict is still formed here, from what a program has printed. A server that cannot be reached,
+or that answers with an error or with something else, has failed, not the program.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from forkrl.config import SandboxConfig
+from forkrl.rewards.programs import DRIVER, Outcome, SandboxUnavailableError
+
+_ANSWER_LIMIT_S = 30.0
+"""For the server's queue and the network, on top of the program's own time."""
+
+
+class SandboxFusion:
+    """A sandbox behind ``sandbox.server``."""
+
+    def __init__(self, config: SandboxConfig) -> None:
+        self._limits = config
+        self._url = config.server.rstrip("/") + "/run_code"
+
+    def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
+        """Run a program to its end, as ``Sandbox`` has it."""
+        seconds = min(self._limits.seconds, deadline - time.monotonic())
+        return self._post(f"run_program({source!r})", stdin, seconds, max_output)
+
+    @contextmanager
+    def call_function(
+        self, source: str, function: str, inputs: Sequence[Sequence[str]], *, max_output: int, deadline: float
+    ) -> Iterator[Iterator[bytes]]:
+        """Call one function with several inputs, as ``Sandbox`` has it, in one request for all."""
+        seconds = min(self._limits.seconds * len(inputs), deadline - time.monotonic())
+        call = f"answer_on_stdout({source!r}, {function!r})"
+        outcome = self._post(call, json.dumps(inputs), seconds, max_output)
+        yield iter(outcome.output.split(b"\n")[:-1])
+
+    def _post(self, last_line: str, stdin: str, seconds: float, max_output: int) -> Outcome:
+        if seconds <= 0:
+            return Outcome(b"", "time")
+        request = {
+            "code": f"{DRIVER}\n\n{last_line}\n",
+            "language": "python",
+            "stdin": stdin,
+            "run_timeout": seconds,
+            "memory_limit_MB": self._limits.memory_mb,
+        }
+        try:
+            response = httpx.post(self._url, json=request, timeout=seconds + _ANSWER_LIMIT_S)
+            response.raise_for_status()
+            return _read(response.json(), max_output)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise SandboxUnavailableError(f"{self._url}: {type(error).__name__} {error}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise SandboxUnavailableError(f"{self._url} did not answer as SandboxFusion does ({error!r})") from error
+
+
+def _read(answer: dict[str, Any], max_output: int) -> Outcome:
+    if answer["status"] not in ("Success", "Failed"):
+        raise SandboxUnavailableError(f"the server says {answer['status']}: {str(answer.get('message'))[:200]}")
+    result = answer["run_result"]
+    output = (result["stdout"] or "").encode("utf-8", "replace")
+    if len(output) > max_output:
+        return Outcome(output[:max_output], "output")
+    if result["status"] == "TimeLimitExceeded":
+        return Outcome(output, "time")
+    if result["status"] != "Finished":
+        raise SandboxUnavailableError(f"the server says that the run is {result['status']}")
+    return Outcome(output, "" if result["return_code"] == 0 else "exit")

@@ -1,0 +1,229 @@
+"""One program inside bubblewrap, watched from outside until nothing of it is left.
+
+Its input is a sealed file in memory, so a program that never reads cannot keep the judge waiting. What the limits
+inside cannot bound, because it is spread over several processes or files, is looked at every 50 ms through the
+sandbox's own ``/proc``, which shows its processes and no others: memory, CPU time, number of files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from types import TracebackType
+
+from forkrl.rewards.programs import LimitReachedError, SandboxUnavailableError
+
+_START_LIMIT_S = 20.0
+"""For bubblewrap and the interpreter, on a loaded machine; no program pays for it."""
+_PATIENCE = 2
+"""Wall-clock seconds for every second of CPU time: programs wait for each other on a loaded machine."""
+_WATCH_S = 0.05
+_MAX_FILES = 10_000
+_READY = b"ready\n"
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class SandboxedProcess:
+    """A program that has begun; leave the ``with`` block, and it and all that it started have ended.
+
+    Args:
+        command: makes the command line, up to the driver's arguments, from the file descriptors of the seccomp filter
+            and of bubblewrap's report about itself.
+        arguments: the driver's further arguments.
+        program: source text, for the driver.
+        stdin: what the program finds on standard input.
+        seccomp: the filter, assembled.
+        user: user and group id to start as, or None for our own.
+        memory: bytes of physical memory, over all processes.
+        max_output: bytes.
+        answers: read the driver's private pipe instead of standard output, which then goes nowhere.
+
+    Attributes:
+        first_pid: process id, outside, of the sandbox's process 1.
+
+    Raises:
+        SandboxUnavailableError: the sandbox does not start.
+    """
+
+    def __init__(
+        self,
+        command: Callable[[int, int], list[str]],
+        arguments: Sequence[str],
+        *,
+        program: bytes,
+        stdin: bytes,
+        seccomp: bytes,
+        user: int | None,
+        memory: int,
+        max_output: int,
+        answers: bool,
+    ) -> None:
+        self._memory, self._max_output = memory, max_output
+        self._written = 0
+        self._next_watch = self._deadline = self._cpu_allowed = 0.0
+        self._ours = ExitStack()
+        self._first: int | None = None
+        with ExitStack() as theirs:
+            stdin_fd, program_fd, seccomp_fd = (_sealed_file(theirs, data) for data in (stdin, program, seccomp))
+            stdout, stdout_end = _pipe(self._ours, theirs)
+            private, private_end = _pipe(self._ours, theirs)
+            self._stderr, stderr_end = _pipe(self._ours, theirs)
+            self._info, info_end = _pipe(self._ours, theirs)
+            go_end, go = _pipe(theirs, self._ours)
+            try:
+                self._process = subprocess.Popen(
+                    [*command(seccomp_fd, info_end), *map(str, (private_end, go_end, program_fd)), *arguments],
+                    stdin=stdin_fd,
+                    stdout=subprocess.DEVNULL if answers else stdout_end,
+                    stderr=stderr_end,
+                    pass_fds=(seccomp_fd, info_end, private_end, go_end, program_fd),
+                    cwd="/",
+                    env={},
+                    user=user,
+                    group=user,
+                    extra_groups=None if user is None else (),
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                self._ours.close()
+                raise SandboxUnavailableError(f"bubblewrap cannot be started: {error}") from error
+        try:
+            self._await_ready(private)
+            self._look_inside()
+        except BaseException:
+            self.close()
+            raise
+        self._output = private if answers else stdout
+        self._polled = select.poll()
+        self._polled.register(self._output, select.POLLIN)
+        os.write(go, b"g")
+
+    def __enter__(self) -> SandboxedProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def allow(self, seconds: float, deadline: float) -> None:
+        """From now on: so many seconds of CPU time, twice that on the clock, and not past ``deadline`` (monotonic)."""
+        _, cpu = self._usage()
+        self._cpu_allowed = cpu + seconds * _TICKS_PER_S
+        self._deadline = min(time.monotonic() + _PATIENCE * seconds, deadline)
+
+    def read(self) -> bytes:
+        """The next output, b"" at its end.
+
+        Raises:
+            LimitReachedError: a limit has been reached, or is while we wait.
+        """
+        while True:
+            now = time.monotonic()
+            if now >= self._next_watch:
+                self._watch()
+                self._next_watch = now + _WATCH_S
+            if now >= self._deadline:
+                raise LimitReachedError("time")
+            if self._polled.poll(1000 * min(_WATCH_S, self._deadline - now)):
+                data = os.read(self._output, 1 << 16)
+                self._written += len(data)
+                if self._written > self._max_output:
+                    raise LimitReachedError("output")
+                return data
+
+    def exit_code(self) -> int:
+        """Of the program, once its standard output has ended: with it ends the whole sandbox."""
+        return self._process.wait()
+
+    def close(self) -> None:
+        """Kill what is left and wait for its end."""
+        if self._first is None:
+            self._process.kill()  # bubblewrap's processes die with each other, up to the outermost
+        else:
+            with suppress(ProcessLookupError):  # process 1 takes all others with it, and only then bubblewrap ends
+                signal.pidfd_send_signal(self._first, signal.SIGKILL)
+        self._process.wait()
+        self._ours.close()
+
+    def _await_ready(self, private: int) -> None:
+        waiting = select.poll()
+        waiting.register(private, select.POLLIN)
+        if not waiting.poll(1000 * _START_LIMIT_S):
+            raise SandboxUnavailableError(f"bubblewrap did not start within {_START_LIMIT_S:g} s")
+        if os.read(private, len(_READY)) != _READY:
+            self._process.wait()
+            words = os.read(self._stderr, 4096).decode("utf-8", "replace").strip().splitlines()
+            raise SandboxUnavailableError(words[-1] if words else f"bubblewrap ended with {self._process.returncode}")
+
+    def _look_inside(self) -> None:
+        """Take hold of process 1, of the sandbox's /proc and of its /tmp, while the program has yet to begin."""
+        self.first_pid = int(json.loads(os.read(self._info, 4096))["child-pid"])
+        try:
+            self._first = _held(self._ours, os.pidfd_open(self.first_pid))
+            root = f"/proc/{self.first_pid}/root"
+            self._proc = _held(self._ours, os.open(f"{root}/proc", os.O_RDONLY | os.O_DIRECTORY))
+            self._tmp = _held(self._ours, os.open(f"{root}/tmp", os.O_RDONLY | os.O_DIRECTORY))
+        except OSError as error:
+            raise SandboxUnavailableError(f"the sandbox cannot be watched: {error}") from error
+
+    def _watch(self) -> None:
+        memory, cpu = self._usage()
+        if memory > self._memory:
+            raise LimitReachedError("memory")
+        if cpu > self._cpu_allowed:
+            raise LimitReachedError("time")
+        files = os.fstatvfs(self._tmp)
+        if files.f_files - files.f_ffree > _MAX_FILES:
+            raise LimitReachedError("files")
+
+    def _usage(self) -> tuple[int, int]:
+        """Bytes of memory of the processes inside, and CPU ticks of them and of those they have outlived."""
+        pages = ticks = 0
+        with suppress(ProcessLookupError, FileNotFoundError):  # the whole sandbox has ended
+            for name in os.listdir(self._proc):  # noqa: PTH208  # an open folder has no path
+                if name.isdigit() and (stat := _read_stat(self._proc, name)):
+                    ticks += sum(map(int, stat[11:15]))
+                    pages += int(stat[21])
+        return pages * _PAGE, ticks
+
+
+def _read_stat(proc: int, pid: str) -> list[bytes]:
+    """The fields after the name, which may itself hold anything; none of a process that has just ended."""
+    try:
+        fd = os.open(f"{pid}/stat", os.O_RDONLY, dir_fd=proc)
+    except (ProcessLookupError, FileNotFoundError):
+        return []
+    try:
+        return os.read(fd, 4096).rpartition(b")")[2].split()
+    except ProcessLookupError:
+        return []
+    finally:
+        os.close(fd)
+
+
+def _held(files: ExitStack, fd: int) -> int:
+    files.callback(os.close, fd)
+    return fd
+
+
+def _pipe(readers: ExitStack, writers: ExitStack) -> tuple[int, int]:
+    reader, writer = os.pipe()
+    return _held(readers, reader), _held(writers, writer)
+
+
+def _sealed_file(files: ExitStack, data: bytes) -> int:
+    """A file in memory that nobody can change any more, to be read from its beginning."""
+    fd = _held(files, os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    with os.fdopen(fd, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return fd
