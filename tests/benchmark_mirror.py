@@ -46,20 +46,21 @@ OLYMPIAD: Rows = [
 GSM8K: Rows = [
     {"question": "Ann has 3 apples, Bob 1,000. Together?", "answer": "3+1000=<<3+1000=1003>>1003\n#### 1,003"}
 ]
+_STARTER = "class Solution:\n    def twice(self, n: int) -> int:\n        "
 LIVECODEBENCH: Rows = [
     {
         "question_title": "Twice", "question_content": "Print twice the number.", "platform": "atcoder",
         "question_id": f"abc{number}_a", "contest_id": f"abc{number}", "contest_date": date, "starter_code": starter,
         "difficulty": "easy",
-        "public_test_cases": json.dumps([{"input": "2\n", "output": "4\n", "testtype": "stdin"}]),
-        "private_test_cases": json.dumps([{"input": "5\n", "output": "10\n", "testtype": "stdin"}]),
+        "public_test_cases": json.dumps([{"input": f"2{end}", "output": f"4{end}", "testtype": kind}]),
+        "private_test_cases": json.dumps([{"input": f"5{end}", "output": f"10{end}", "testtype": kind}]),
         "metadata": json.dumps({"func_name": "twice"} if starter else {}),
     }
-    for number, date, starter in (
-        (1, "2024-07-31T00:00:00", ""),
-        (2, "2024-08-01T00:00:00", ""),
-        (3, "2025-01-31T23:59:59", "class Solution:\n    def twice(self, n: int) -> int:\n        "),
-        (4, "2025-02-01T00:00:00", ""),
+    for number, date, starter, kind, end in (
+        (1, "2024-07-31T00:00:00", "", "stdin", "\n"),
+        (2, "2024-08-01T00:00:00", "", "stdin", "\n"),
+        (3, "2025-01-31T23:59:59", _STARTER, "functional", ""),
+        (4, "2025-02-01T00:00:00", "", "stdin", "\n"),
     )
 ]  # fmt: skip
 _CONFIGS = {

@@ -130,7 +130,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     options = EvalOptions(**{each.name: getattr(arguments, each.name) for each in fields(EvalOptions)})
     found = evaluate_model(arguments.model, recipe=arguments.recipe, overrides=overrides, options=options)
     print(describe_evaluation(found.results))
-    print(f"results: {found.folder}")
+    print(f"report: {found.page}")
     return 0
 
 

@@ -172,6 +172,8 @@ def _leave_report_out() -> None:
     """Drawing costs more than the tiny training that it draws."""
     report: Any = importlib.import_module("forkrl.report")
     report.write_run_report = lambda folder: folder / "report.html"
+    evaluate: Any = importlib.import_module("forkrl.commands.evaluate")
+    evaluate.write_eval_report = lambda folder: folder / "report.html"
 
 
 def _remember_opened_policies() -> None:

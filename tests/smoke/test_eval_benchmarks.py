@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from forkrl.config import SandboxConfig
+from forkrl.errors import UserError
+from forkrl.rewards.sandbox import require_sandbox
 from tests.benchmark_mirror import AIME25, make_mirror, write_rows
 from tests.openai_server import MODEL, Exchange, OpenAIServer, completion
 from tests.smoke.world import Outcome, World, make_model
@@ -18,6 +21,17 @@ SHORT = ("--samples", "4", "--max-tokens", "10", "rollout.max_sequences=5", "run
 BOTH = ("--bench", "aime25", "math500", "--mirror", "mirror")
 NAMES = ("aime25", "math500")
 CLOCK = ("seconds", "tokens_per_s")
+
+
+def sandbox_works() -> bool:
+    try:
+        require_sandbox(SandboxConfig())
+    except UserError:
+        return False
+    return True
+
+
+SANDBOX_WORKS = sandbox_works()
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +49,11 @@ def whole(here: World) -> Path:
     assert outcome.code == 0, outcome.stderr
     (here.folder / "stdout").write_text(outcome.stdout)
     return here.folder / "whole"
+
+
+def run(world: World, *argv: str, **how: Any) -> Outcome:
+    """Without the page, which costs more than the tiny model."""
+    return world.run(*argv, without_report=True, **how)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -87,6 +106,7 @@ def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) 
     assert asked["prompt"] == f"User:\n0 + 1 =\n{wording}\n\nAssistant:\n"
     assert asked["answer"] == "1"
     stdout = (here.folder / "stdout").read_text()
+    assert "report: whole/report.html" in stdout and (whole / "report.html").is_file()
     assert "AIME'25            4  0." in stdout and "25.42 → 26.25" in stdout
 
 
@@ -98,21 +118,21 @@ def test_a_kill_loses_nothing_that_was_finished(here: World, whole: Path, point:
     out = f"killed-{point}-{count}"
     command = ("eval", "wide", *BOTH, *SHORT, "--out", out)
     fatal = {"point": point, "count": count, "signal": signal.SIGKILL}
-    assert here.run(*command, faults=[fatal]).code == -signal.SIGKILL
+    assert run(here, *command, faults=[fatal]).code == -signal.SIGKILL
     folder = here.folder / out
     before = {path: path.read_bytes() for path in sorted(folder.glob("*s/*.jsonl"))}
-    assert here.run(*command).code == 0
+    assert run(here, *command).code == 0
     assert all(path.read_bytes().startswith(content) for path, content in before.items())
     assert_same(folder, whole)
 
 
 def test_ctrl_c_keeps_everything(here: World, whole: Path) -> None:
     command = ("eval", "wide", *BOTH, *SHORT, "--out", "stopped")
-    outcome = here.run(*command, faults=[{"point": "response", "count": 9, "signal": signal.SIGINT}])
+    outcome = run(here, *command, faults=[{"point": "response", "count": 9, "signal": signal.SIGINT}])
     assert outcome.code == 130
     assert "what was finished is kept in stopped; the same command goes on from there" in outcome.stderr
     assert len(responses(here.folder / "stopped", "aime25")) == 8
-    assert here.run(*command).code == 0
+    assert run(here, *command).code == 0
     assert_same(here.folder / "stopped", whole)
 
 
@@ -121,7 +141,7 @@ def test_a_torn_line_is_dropped(here: World, whole: Path) -> None:
     for part in ("responses", "verdicts"):
         path = torn / part / "math500.jsonl"
         path.write_bytes(path.read_bytes()[:-7])
-    assert here.run("eval", "wide", *BOTH, *SHORT, "--out", "torn").code == 0
+    assert run(here, "eval", "wide", *BOTH, *SHORT, "--out", "torn").code == 0
     assert_same(torn, whole)
 
 
@@ -136,14 +156,14 @@ def test_a_damaged_line_is_named(here: World, whole: Path) -> None:
 def test_a_finished_evaluation_samples_nothing_and_judges_nothing(here: World, whole: Path) -> None:
     copy = shutil.copytree(whole, here.folder / "again")
     faults = [{"point": point, "count": 1, "signal": signal.SIGKILL} for point in ("token", "response", "verdict")]
-    assert here.run("eval", "wide", *BOTH, *SHORT, "--out", "again", faults=faults).code == 0
+    assert run(here, "eval", "wide", *BOTH, *SHORT, "--out", "again", faults=faults).code == 0
     assert results(copy)["benchmarks"] == results(whole)["benchmarks"]
 
 
 def test_a_further_benchmark_joins_the_folder(here: World, whole: Path) -> None:
     command = ("eval", "wide", "--mirror", "mirror", *SHORT, "--out", "joined")
     for name in reversed(NAMES):
-        assert here.run(*command, "--bench", name).code == 0
+        assert run(here, *command, "--bench", name).code == 0
     assert sorted(timeless(here.folder / "joined"), key=lambda each: str(each["name"])) == timeless(whole)
 
 
@@ -182,7 +202,7 @@ def test_what_could_not_be_judged_is_judged_again(own_world: World) -> None:
         "out",
     )
     (own_world.folder / "broken").touch()
-    outcome = own_world.run(*command)
+    outcome = run(own_world, *command)
     assert outcome.code == 0, outcome.stderr
     folder = own_world.folder / "out"
     (figures,) = results(folder)["benchmarks"]
@@ -191,7 +211,7 @@ def test_what_could_not_be_judged_is_judged_again(own_world: World) -> None:
     assert f"({len(failed)} by error); the same command judges them again" in outcome.stdout
     (own_world.folder / "broken").unlink()
     never = {"point": "token", "count": 1, "signal": signal.SIGKILL}
-    assert own_world.run(*command, faults=[never]).code == 0
+    assert run(own_world, *command, faults=[never]).code == 0
     (again,) = results(folder)["benchmarks"]
     assert again["failures"] == {}
     assert len(lines(folder, "verdicts", "prompts")) == 96 + len(failed)
@@ -206,8 +226,8 @@ def answer_one(exchange: Exchange, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("prompt", ["plain", "chat"])
 def test_a_server_samples(here: World, prompt: str) -> None:
     with OpenAIServer(answer_one) as server:
-        outcome = here.run(
-            "eval", MODEL, "--bench", "aime25", "--mirror", "mirror", "--server", server.root, "--prompt", prompt,
+        outcome = run(
+            here, "eval", MODEL, "--bench", "aime25", "--mirror", "mirror", "--server", server.root, "--prompt", prompt,
             "--samples", "2", "--max-tokens", "9", "--out", f"served-{prompt}",
         )  # fmt: skip
         assert outcome.code == 0, outcome.stderr
@@ -232,8 +252,8 @@ def test_a_server_that_dies_loses_nothing(here: World) -> None:
             exchange.answer({"error": {"message": "who are you?"}}, status=401)
 
     def go(server: OpenAIServer) -> Outcome:
-        return here.run(
-            "eval", MODEL, "--bench", "aime25", "--mirror", "mirror", "--server", server.root, "--samples", "2",
+        return run(
+            here, "eval", MODEL, "--bench", "aime25", "--mirror", "mirror", "--server", server.root, "--samples", "2",
             "--max-tokens", "9", "--out", "dying",
         )  # fmt: skip
 
@@ -245,6 +265,42 @@ def test_a_server_that_dies_loses_nothing(here: World) -> None:
         assert go(server).code == 0
         assert len(server.asked) == 8 - len(kept)
     assert responses(here.folder / "dying", "aime25")[: len(kept)] == kept
+
+
+def write_program(exchange: Exchange, fields: dict[str, Any]) -> None:
+    """A server whose even seeds are programmers: of whole programs, and of the class that is asked for."""
+    prompt = fields["prompt"]
+    program = "print(2 * int(input()))"
+    if "starter code" in prompt:
+        program = "class Solution:\n    def twice(self, n: int) -> int:\n        return 2 * n"
+    text = f"```python\n{program if fields['seed'] % 2 else 'import os; os._exit(0)'}\n```"
+    exchange.answer(completion(fields, text))
+
+
+@pytest.mark.skipif(not SANDBOX_WORKS, reason="there is no sandbox here")
+def test_programs_are_run(here: World) -> None:
+    with OpenAIServer(write_program) as server:
+        outcome = run(
+            here, "eval", MODEL, "--bench", "livecodebench", "--mirror", "mirror", "--server", server.root,
+            "--samples", "4", "--out", "programs", "sandbox.seconds=5",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.stderr
+        right = [fields["seed"] % 2 for fields in server.asked]
+    (figures,) = results(here.folder / "programs")["benchmarks"]
+    assert (figures["questions"], figures["failures"]) == (2, {})
+    assert 0 < figures["accuracy"]["mean"] < 1
+    assert figures["accuracy"]["mean"] == sum(right) / len(right)
+
+
+def test_questions_of_reasoning_gym(here: World) -> None:
+    pytest.importorskip("reasoning_gym")
+    outcome = run(here, "eval", "wide", "--bench", "gym:chain_sum", "--problems", "3", *SHORT, "--out", "gym")
+    assert outcome.code == 0, outcome.stderr
+    (figures,) = results(here.folder / "gym")["benchmarks"]
+    assert (figures["name"], figures["questions"], figures["failures"]) == ("gym:chain_sum", 3, {})
+    assert figures["revision"].startswith("reasoning-gym ")
+    asked = lines(here.folder / "gym", "questions", "gym:chain_sum")
+    assert len(asked) == 3 and all("<answer>" in each["prompt"] for each in asked)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +322,7 @@ def test_a_server_that_dies_loses_nothing(here: World) -> None:
         (("--bench", "aime25", "--mirror", "mirror", "--prompt", "chat"), "--prompt chat: the tokenizer has no chat"),
         ((*BOTH, *SHORT, "--out", "whole", "seed=4"), "whole: holds the answer to another question (seed = 0, now 4)"),
         ((*BOTH, *SHORT, "--out", "changed"), "changed/questions/aime25.jsonl: the questions, or their prompts or"),
+        ((*BOTH, "sandbox.seconds=3"), "sandbox.seconds=3: has no effect on an evaluation; leave it away"),
         ((*BOTH, "rollout.max_prompt_tokens=20"), "aime25 row 1: 97 tokens, over rollout.max_prompt_tokens = 20"),
     ],
 )
@@ -275,7 +332,7 @@ def test_what_cannot_be_is_refused(here: World, whole: Path, argv: tuple[str, ..
     if not (here.folder / "changed").exists():
         asked = shutil.copytree(whole, here.folder / "changed") / "questions/aime25.jsonl"
         asked.write_text(asked.read_text().replace('"answer": "1"', '"answer": "7"'))
-    outcome = here.run("eval", "wide", *argv)
+    outcome = run(here, "eval", "wide", *argv)
     assert outcome.code == 2, outcome
     assert says in outcome.stderr.splitlines()[-1]
     assert not outcome.stdout

@@ -11,6 +11,7 @@ import pytest
 from forkrl.errors import UserError
 from forkrl.evaluation.benchmarks import BENCHMARKS, BOXED, find_benchmark
 from forkrl.evaluation.load import Questions, fingerprint, load_questions, mirror_command
+from forkrl.rewards.code_tests import ProgramTest, unpack_tests
 from tests import benchmark_mirror
 from tests.benchmark_mirror import make_mirror, write_rows
 
@@ -180,10 +181,22 @@ def test_revisions_are_commits() -> None:
     assert len(revisions) == 6 and all(len(each) == 40 and int(each, 16) for each in revisions)
 
 
-def test_contests_of_the_papers_window_alone_are_taken(mirror: Path) -> None:
-    entry = find_benchmark("livecodebench")
-    assert entry.wanted is not None
-    assert [entry.wanted(row) for row in benchmark_mirror.LIVECODEBENCH] == [False, True, True, False]
+def test_programs_of_the_papers_window_are_asked_in_the_benchmarks_wording(mirror: Path) -> None:
+    program, method = loaded("livecodebench", mirror).prompts
+    task = (
+        "You are an expert Python programmer. You will be given a question (problem specification) and will generate "
+        "a correct Python program that matches the specification and passes all tests.\n\n"
+        "### Question:\nPrint twice the number.\n\n### Format: "
+    )
+    end = "\n```\n\n### Answer: (use the provided format with backticks)\n"
+    assert program.text.startswith(f"{task}Read the inputs from stdin solve the problem and write the answer to stdout")
+    assert program.text.endswith(f"```python\n# YOUR CODE HERE{end}")
+    assert method.text == (
+        f"{task}You will use the following starter code to write the solution to the problem and enclose your code "
+        f"within delimiters.\n```python\n{benchmark_mirror.LIVECODEBENCH[2]['starter_code']}{end}"
+    )
+    assert unpack_tests(program.answer).programs == (ProgramTest("2\n", "4\n"), ProgramTest("5\n", "10\n"))
+    assert unpack_tests(method.answer).function == "twice"
 
 
 def test_the_hub_is_asked_for_the_pinned_commit_and_the_answer_says_which_it_was(

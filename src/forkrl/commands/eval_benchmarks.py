@@ -5,19 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.commands.subject import Subject
+from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.evaluation.benchmarks import find_benchmark
+from forkrl.evaluation.benchmarks import CODE, GYM, Benchmark, find_benchmark, runs_programs
 from forkrl.evaluation.load import fingerprint, load_questions
+from forkrl.rewards.code import code_verifier
+from forkrl.rewards.sandbox import require_sandbox
 from forkrl.tasks import open_evaluation_task, open_task
+from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
 from forkrl.types import Prompt, VerifierSpec
 
 PLAIN = "User:\n{question}\n\nAssistant:\n"
 """The paper's prompt of base models (arXiv 2506.01939v2, section 5.2)."""
+
+GYM_QUESTIONS = 100
+"""Of a reasoning-gym generator, which could make any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,36 +51,60 @@ class AskedBenchmark:
         return replace(self, prompts=[replace(prompt, text=render(prompt.text)) for prompt in self.prompts])
 
 
-def ask_benchmarks(names: Sequence[str], mirror: Path | None, problems: int | None) -> list[AskedBenchmark]:
+def ask_benchmarks(
+    names: Sequence[str], mirror: Path | None, problems: int | None, sandbox: SandboxConfig
+) -> list[AskedBenchmark]:
     """Load the named benchmarks, each once.
 
     Args:
-        names: as in ``BENCHMARKS``.
+        names: as in ``BENCHMARKS``, or ``gym:NAME``.
         mirror: see ``load_questions``.
-        problems: questions of each, from the first; None: all.
+        problems: questions of each, from the first; None: all, of reasoning-gym ``GYM_QUESTIONS``.
+        sandbox: where programs run, where there are any.
 
     Raises:
-        UserError: an unknown name, or data that cannot be used.
+        UserError: an unknown name, data that cannot be used, or no sandbox.
     """
-    entries = [find_benchmark(name) for name in dict.fromkeys(names)]  # all names are checked before any is loaded
-    asked = []
-    for entry in entries:
-        questions = load_questions(entry, mirror)
-        asked.append(
-            AskedBenchmark(
-                name=entry.name,
-                title=entry.title,
-                hub=entry.hub,
-                revision=questions.revision or None,
-                fingerprint=fingerprint(questions.prompts),
-                available=len(questions.prompts),
-                expected=entry.expected_questions,
-                prompts=questions.prompts[:problems],
-                verifiers={entry.name: entry.verifier},
-                notice=questions.notice,
-            )
-        )
-    return asked
+    # All names, and the sandbox, are checked before anything is loaded.
+    entries = [name if name.startswith(GYM) else find_benchmark(name) for name in dict.fromkeys(names)]
+    if runs_programs(names):
+        require_sandbox(sandbox)
+    return [
+        _ask_gym(entry, problems) if isinstance(entry, str) else _ask(entry, mirror, problems, sandbox)
+        for entry in entries
+    ]
+
+
+def _ask(entry: Benchmark, mirror: Path | None, problems: int | None, sandbox: SandboxConfig) -> AskedBenchmark:
+    questions = load_questions(entry, mirror)
+    return AskedBenchmark(
+        name=entry.name,
+        title=entry.title,
+        hub=entry.hub,
+        revision=questions.revision or None,
+        fingerprint=fingerprint(questions.prompts),
+        available=len(questions.prompts),
+        expected=entry.expected_questions,
+        prompts=questions.prompts[:problems],
+        verifiers={entry.name: code_verifier(sandbox) if entry.verifier == CODE else entry.verifier},
+        notice=questions.notice,
+    )
+
+
+def _ask_gym(name: str, problems: int | None) -> AskedBenchmark:
+    """Questions of a reasoning-gym generator, the same ones whatever the seed of sampling."""
+    made = gym_prompts(name.removeprefix(GYM), count=problems or GYM_QUESTIONS)
+    return AskedBenchmark(
+        name=name,
+        title=name.removeprefix(GYM),
+        hub="",
+        revision=f"reasoning-gym {version('reasoning-gym')}",
+        fingerprint=fingerprint(made),
+        available=len(made),
+        expected=None,
+        prompts=[replace(prompt, source=name) for prompt in made],
+        verifiers={name: GYM_VERIFIER},
+    )
 
 
 def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, problems: int | None) -> AskedBenchmark:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,17 @@ from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.work_folder import command_line, default_folder, open_work_folder
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.evaluation.benchmarks import runs_programs
+from forkrl.evaluation.eval_report import write_eval_report
+from forkrl.evaluation.folder import RESULTS, SCHEMA, read_results
 from forkrl.evaluation.response_files import BenchmarkFiles
 from forkrl.evaluation.samplers import EvalSampling
 from forkrl.evaluation.summary import summarise_benchmark
 from forkrl.progress import progress
 from forkrl.rewards import open_verifier
 from forkrl.rewards.pool import VerifierPool
+from forkrl.types import VerifierSpec
 
-SCHEMA = "forkrl-eval/2"
-RESULTS = "results.json"
 BENCHMARK_SAMPLES = 16
 """Responses to each question of a benchmark, as in the paper, unless another number is given."""
 _VERSIONED = ("forkrl", "torch", "transformers", "math-verify", "datasets", "vllm")
@@ -56,10 +57,11 @@ class EvalOptions:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A finished evaluation: its folder, and ``results.json`` as it stands there."""
+    """A finished evaluation: its folder, ``results.json`` as it stands there, and the page."""
 
     folder: Path
     results: dict[str, Any]
+    page: Path
 
 
 def evaluate_model(
@@ -102,7 +104,7 @@ def evaluate_model(
             pool = stack.enter_context(open_verifier(all_verifiers(asked), config.reward))
             for benchmark, file in zip(asked, files, strict=True):
                 _evaluate(folder, benchmark, file, question, engine, pool)
-            return Evaluation(folder, _read_results(folder))
+            return Evaluation(folder, read_results(folder), write_eval_report(folder))
 
 
 def _subject_and_benchmarks(
@@ -119,12 +121,19 @@ def _subject_and_benchmarks(
         unused = dict(choice.unused)
     arguments = {name: getattr(options, name) for name in ("problems", "samples", "temperature", "max_tokens")}
     subject = open_subject(
-        model, recipe=recipe, overrides=overrides, arguments=arguments, activity="an evaluation", unused=unused
+        model,
+        recipe=recipe,
+        overrides=overrides,
+        arguments=arguments,
+        activity="an evaluation",
+        unused=unused,
+        used=("sandbox",) if runs_programs(options.bench) else (),
     )
     if not options.bench:
         return subject, []
     limit = subject.config.eval.problems if "eval.problems" in subject.given else None
-    asked = ask_benchmarks(options.bench, options.mirror, limit if options.problems is None else options.problems)
+    problems = limit if options.problems is None else options.problems
+    asked = ask_benchmarks(options.bench, options.mirror, problems, subject.config.sandbox)
     for benchmark in asked:
         if benchmark.notice:
             print(f"forkrl: {benchmark.notice}", file=sys.stderr)
@@ -152,12 +161,13 @@ def _question(
     if samples is None:
         takes_default = bool(options.bench) and "eval.samples" not in subject.given
         samples = BENCHMARK_SAMPLES if takes_default else config.eval.samples
-    verifiers = {} if options.bench else all_verifiers(asked)
+    # A benchmark's own go with its name, but for the limits of programs.
+    judged = config.sandbox.model_dump(mode="json") if options.bench else _as_json(all_verifiers(asked))
     return {
         "schema": SCHEMA,
         **identity(subject, choice),
         "task": "" if options.bench else asked[0].title,
-        "verifiers": {source: [spec.path, dict(spec.options)] for source, spec in verifiers.items()},
+        "sandbox" if options.bench else "verifiers": judged,
         "prompt_format": prompt_format,
         "problems": options.problems,
         "samples": samples,
@@ -196,7 +206,7 @@ def _evaluate(
         "available_questions": benchmark.available,
         "expected_questions": benchmark.expected,
         "notice": benchmark.notice,
-        "verifiers": {source: spec.path for source, spec in benchmark.verifiers.items()},
+        "verifiers": _as_json(benchmark.verifiers),
         # Of the last call that sampled anything.
         "seconds": seconds if tokens else earlier.get("seconds", 0.0),
         "tokens_per_s": tokens / seconds if tokens else earlier.get("tokens_per_s"),
@@ -245,15 +255,11 @@ def _write_results(folder: Path, question: Mapping[str, Any], figures: dict[str,
 
 def _earlier(folder: Path) -> list[dict[str, Any]]:
     """The figures of the benchmarks that the folder holds already."""
-    return list(_read_results(folder)["benchmarks"]) if (folder / RESULTS).exists() else []
+    return list(read_results(folder)["benchmarks"]) if (folder / RESULTS).exists() else []
 
 
-def _read_results(folder: Path) -> dict[str, Any]:
-    try:
-        results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / RESULTS}: cannot be read ({error}); remove it and repeat the command") from error
-    return results
+def _as_json(verifiers: Mapping[str, VerifierSpec]) -> dict[str, Any]:
+    return {source: [spec.path, dict(spec.options)] for source, spec in verifiers.items()}
 
 
 def _version(name: str) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ def open_subject(
     arguments: Mapping[str, float | None],
     activity: str,
     unused: Mapping[str, str] = MappingProxyType({}),
+    used: Collection[str] = (),
 ) -> Subject:
     """Settings for looking at ``model``; nothing is loaded yet.
 
@@ -106,6 +107,7 @@ def open_subject(
             None where not given.
         activity: what an override without effect has none on, such as "an evaluation".
         unused: settings, or sections with a dot after them, without effect here, each with what else to say of it.
+        used: further sections that have an effect here.
 
     Raises:
         UserError: the run, the recipe or a setting cannot be used, or an override has no effect.
@@ -124,7 +126,9 @@ def open_subject(
     config = load_recipe(TrainConfig, recipe, [*overrides, *limits, *_UNBOUNDED], base=stored)
     whole = not is_run or not _PROMPT_SOURCES.isdisjoint(given)
     for key, override in given.items():
-        if reason := _why_without_effect(key, config, whole, set(chosen), activity):
+        if key.partition(".")[0] not in used and (
+            reason := _why_without_effect(key, config, whole, set(chosen), activity)
+        ):
             raise UserError(f"{override}: {reason}")
     path, revision = model, config.model.revision
     if is_run:

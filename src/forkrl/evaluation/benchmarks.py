@@ -20,6 +20,7 @@ BOXED = PROMPT + "\nPlease reason step by step, and put your final answer within
 """The paper's wording (arXiv 2506.01939v2, section 5.2)."""
 MATH = VerifierSpec("forkrl.rewards.math:verify_math")
 CODE = VerifierSpec("forkrl.rewards.code:verify_code")
+"""Its options are the recipe's ``[sandbox]``."""
 
 Row = Mapping[str, Any]
 
@@ -80,6 +81,11 @@ def find_benchmark(name: str) -> Benchmark:
     near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"--bench {name}: no such benchmark; {guess}forkrl eval --list shows all of them")
+
+
+def runs_programs(names: Sequence[str]) -> bool:
+    """Whether any of these benchmarks has programs to run."""
+    return any(name in BENCHMARKS and BENCHMARKS[name].verifier == CODE for name in names)
 
 
 def after_hashes(row: Row) -> QuestionAndAnswer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,29 +23,36 @@ from forkrl.types import Prompt, Verdict
 
 _SHOWN_ANSWER = 2000
 """Characters of an answer that are kept: the tests of a programming task are megabytes."""
+_BLOCK = 1 << 20
+_UNJUDGED = {"failure": "not judged"}
 
 
 class LineFile:
     """A file of JSON objects, one a line, that only grows.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is made, and half a last line is dropped.
 
     Raises:
-        UserError: a line is damaged, or the file cannot be read or written.
+        UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with explained_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.ftruncate(self._descriptor, whole)
-        lines = content[:whole].split(b"\n")[:-1]
-        self.rows = [json_object(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._descriptor, _end_of_whole_lines(self._descriptor))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What the file holds, line by line.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield json_object(line, f"{self.path} line {number}")
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one line.
@@ -62,7 +69,6 @@ class LineFile:
             except BaseException:
                 os.ftruncate(self._descriptor, end)
                 raise
-        self.rows.append(dict(row))
 
     def close(self) -> None:
         """Wait until all lines are on the disk, and close the file."""
@@ -72,11 +78,25 @@ class LineFile:
             fsync(self.path.parent)
 
 
+def _end_of_whole_lines(descriptor: int) -> int:
+    """Bytes up to the last line break."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - _BLOCK)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
 Key = tuple[str, int]
 
 
 class BenchmarkFiles:
     """What is known of one benchmark so far: which responses there are, and which of them are judged.
+
+    Texts, which can be gigabytes, stay on the disk, but for those that are still to be judged.
 
     Args:
         folder: of the evaluation.
@@ -89,11 +109,18 @@ class BenchmarkFiles:
     """
 
     def __init__(self, folder: Path, name: str, prompts: Sequence[Prompt], samples: int) -> None:
-        self.prompts = prompts
         self.grid = [SampleRequest(prompt, sample) for prompt in prompts for sample in range(samples)]
         _require_questions(folder / "questions" / f"{name}.jsonl", prompts)
-        self._responses = LineFile(folder / "responses" / f"{name}.jsonl")
-        self._verdicts = LineFile(folder / "verdicts" / f"{name}.jsonl")
+        self._verdict_file = LineFile(folder / "verdicts" / f"{name}.jsonl")
+        self._response_file = LineFile(folder / "responses" / f"{name}.jsonl")
+        self._verdicts = {_key(row): row for row in self._verdict_file.rows()}  # of several, the last
+        self._responses: dict[Key, dict[str, Any]] = {}
+        self._texts: dict[Key, str] = {}
+        for row in self._response_file.rows():
+            key, text = _key(row), row.pop("text")
+            self._responses[key] = row
+            if self._verdicts.get(key, _UNJUDGED)["failure"]:
+                self._texts[key] = text
 
     def __enter__(self) -> BenchmarkFiles:
         return self
@@ -101,63 +128,53 @@ class BenchmarkFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._responses.close()
-        self._verdicts.close()
+        self._response_file.close()
+        self._verdict_file.close()
 
     def missing(self) -> list[SampleRequest]:
         """Responses that are still to be sampled."""
-        known = set(map(_key, self._responses.rows))
-        return [request for request in self.grid if (request.prompt.id, request.sample) not in known]
+        return [request for request in self.grid if (request.prompt.id, request.sample) not in self._responses]
 
     def unjudged(self) -> list[tuple[SampleRequest, str]]:
-        """Responses without a verdict, and those whose verifier could not answer, with their texts."""
-        judged = {key for key, row in self._latest_verdicts().items() if not row["failure"]}
-        texts = {_key(row): row["text"] for row in self._responses.rows}
-        return [
-            (request, texts[key])
-            for request in self.grid
-            if (key := (request.prompt.id, request.sample)) in texts and key not in judged
-        ]
+        """Responses that stood here without a verdict, or whose verifier could not answer, with their texts."""
+        pairs = ((request, (request.prompt.id, request.sample)) for request in self.grid)
+        return [(request, self._texts[key]) for request, key in pairs if key in self._texts]
 
     def add_response(self, sampled: Sampled) -> None:
         """Keep a response."""
         prompt, sample = sampled.request
-        self._responses.append(
-            {
-                "question": prompt.id,
-                "sample": sample,
-                "text": sampled.text,
-                "tokens": sampled.tokens,
-                "finished": sampled.finished,
-                "entropy": sampled.entropy,
-            }
-        )
+        row = {
+            "question": prompt.id,
+            "sample": sample,
+            "text": sampled.text,
+            "tokens": sampled.tokens,
+            "finished": sampled.finished,
+            "entropy": sampled.entropy,
+        }
+        self._response_file.append(row)
+        del row["text"]
+        self._responses[_key(row)] = row
 
     def add_verdict(self, request: SampleRequest, verdict: Verdict) -> None:
         """Keep a verdict."""
-        self._verdicts.append(
-            {
-                "question": request.prompt.id,
-                "sample": request.sample,
-                "score": verdict.score,
-                "failure": verdict.failure,
-                "answer": verdict.answer,
-            }
-        )
+        row = {
+            "question": request.prompt.id,
+            "sample": request.sample,
+            "score": verdict.score,
+            "failure": verdict.failure,
+            "answer": verdict.answer,
+        }
+        self._verdict_file.append(row)
+        self._verdicts[_key(row)] = row
 
     def scored(self) -> list[ScoredResponse]:
-        """Every judged response, in the order of the questions."""
-        responses = {_key(row): row for row in self._responses.rows}
-        verdicts = self._latest_verdicts()
-        keys = [(request.prompt.id, request.sample) for request in self.grid]
+        """Every judged response, in the order of the questions, without its text."""
+        keys = ((request.prompt.id, request.sample) for request in self.grid)
         return [
-            ScoredResponse(**responses[key], **{name: verdicts[key][name] for name in ("score", "failure", "answer")})
+            ScoredResponse(**self._responses[key] | self._verdicts[key], text="")
             for key in keys
-            if key in responses and key in verdicts
+            if key in self._responses and key in self._verdicts
         ]
-
-    def _latest_verdicts(self) -> dict[Key, dict[str, Any]]:
-        return {_key(row): row for row in self._verdicts.rows}  # of several, the last
 
 
 def _key(row: Mapping[str, Any]) -> Key:
