@@ -212,7 +212,9 @@ def add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="section.key=value",
         help="settings, as in task.name=dataset task.data=prompts.jsonl",
     )
-    evaluate.add_argument("--bench", nargs="+", default=[], metavar="NAME", help="benchmarks; --list shows them")
+    evaluate.add_argument(
+        "--bench", nargs="+", action="extend", default=[], metavar="NAME", help="benchmarks; --list shows them"
+    )
     evaluate.add_argument("--list", action="store_true", help="list the benchmarks and stop")
     evaluate.add_argument("--mirror", type=Path, metavar="DIR", help="local copies of the benchmarks: DIR/owner/name")
     evaluate.add_argument("--recipe", type=Path, metavar="FILE", help="take task and rollout settings from this recipe")

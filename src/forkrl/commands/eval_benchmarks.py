@@ -130,7 +130,7 @@ def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, proble
         fingerprint=task.fingerprint,
         available=len(task.held_out),
         expected=None,
-        prompts=task.held_out[: subject.limit if problems is None else problems],
+        prompts=task.held_out[:problems],
         verifiers=task.verifiers,
     )
 

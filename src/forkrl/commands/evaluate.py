@@ -92,7 +92,7 @@ def evaluate_model(
             render = prompt_renderer(prompt_format, engine.tokenizer)
             asked = [benchmark.rendered(render) for benchmark in asked]
         else:
-            asked = [ask_task(subject, engine.tokenizer, options.problems)]
+            asked = [ask_task(subject, engine.tokenizer, _limit(subject, options))]
         config = engine.settings_for([prompt for benchmark in asked for prompt in benchmark.prompts])
         question = _question(subject, choice, engine, config, asked, options, prompt_format)
         with open_work_folder(options.out or _default_folder(model, options), question) as folder, ExitStack() as stack:
@@ -131,14 +131,21 @@ def _subject_and_benchmarks(
     )
     if not options.bench:
         return subject, []
-    limit = subject.config.eval.problems if "eval.problems" in subject.given else None
-    problems = limit if options.problems is None else options.problems
-    asked = ask_benchmarks(options.bench, options.mirror, problems, subject.config.sandbox)
+    asked = ask_benchmarks(options.bench, options.mirror, _limit(subject, options), subject.config.sandbox)
     for benchmark in asked:
         if benchmark.notice:
             print(f"forkrl: {benchmark.notice}", file=sys.stderr)
     task = subject.config.task.model_copy(update={"chat_template": options.prompt == "chat"})
     return subject._replace(config=subject.config.model_copy(update={"task": task})), asked
+
+
+def _limit(subject: Subject, options: EvalOptions) -> int | None:
+    """How many questions, from the first; None: all. A recipe's ``eval.problems`` is for its own task."""
+    if options.problems is not None:
+        return options.problems
+    if options.bench:
+        return subject.config.eval.problems if "eval.problems" in subject.given else None
+    return subject.limit
 
 
 def _default_folder(model: str, options: EvalOptions) -> Path:
@@ -169,7 +176,7 @@ def _question(
         "task": "" if options.bench else asked[0].title,
         "sandbox" if options.bench else "verifiers": judged,
         "prompt_format": prompt_format,
-        "problems": options.problems,
+        "problems": _limit(subject, options),
         "samples": samples,
         "temperature": config.eval.temperature if temperature is None else temperature,
         "seed": config.seed,
