@@ -16,7 +16,7 @@ from forkrl.evaluation.summary import summarise_benchmark
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e$x_1$"
 TITLES = {
     "aime24": "AIME'24", "aime25": "AIME'25", "amc23": "AMC'23", "math500": "MATH500", "minerva": "Minerva",
-    "olympiadbench": "OlympiadBench",
+    "olympiad": "OlympiadBench",
 }  # fmt: skip
 LIMIT = 4000
 
@@ -70,7 +70,8 @@ def write_evaluation(
         entries.append(
             {
                 "name": name, "title": TITLES.get(name, name), "hub": f"made-up/{name}", "revision": "main",
-                "fingerprint": f"f-{name}", "questions": len(ids), "expected_questions": len(ids), "seconds": 12.5,
+                "fingerprint": f"f-{name}", "questions": len(ids), "available_questions": len(ids),
+                "expected_questions": len(ids), "notice": "", "seconds": 12.5,
                 "tokens_per_s": 1000.0, **summarise_benchmark(responses, samples),
             }
         )  # fmt: skip

@@ -22,6 +22,7 @@ def evals(world: World) -> Path:
     write_evaluation(folder / "a", before, model="base")
     write_evaluation(folder / "b", after, model="trained", temperature=0.6)
     write_evaluation(folder / "other", {"aime25": random_responses(3, 4)})
+    (folder / "b" / "responses" / "amc23.jsonl").write_text("")
     (folder / "empty").mkdir()
     return folder
 
@@ -34,6 +35,7 @@ def test_a_comparison_is_printed_and_written(world: World, evals: Path) -> None:
     assert [line.split()[0] for line in lines[3:6]] == ["AIME'24", "mine", "mean"]
     assert "note: temperature differs: 1.0 for A, 0.6 for B." in lines
     assert "note: aime24: 2 of 20 questions of A are not in the other; left out." in lines
+    assert any(line.startswith("note: amc23: evals/b has not finished it") for line in lines)
     assert lines[-1] == "report: analyses/a-vs-b/report.html"
     stored = json.loads((world.folder / "analyses/a-vs-b/comparison.json").read_text())
     first = stored["benchmarks"][0]

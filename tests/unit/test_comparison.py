@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 from forkrl.errors import UserError
-from forkrl.evaluation import permutation
+from forkrl.evaluation import budgets, permutation
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.permutation import drawn_sign_flip_p, exact_sign_flip_p, holm
@@ -136,7 +136,9 @@ def test_the_same_evaluation_twice_differs_in_nothing() -> None:
 def test_sample_counts_may_differ_and_fractions_are_drawn() -> None:
     (row,) = compare({"x": responses(A)}, {"x": responses([[*each, 0.5] for each in B])})["benchmarks"]
     assert (row["samples"], row["p_method"]) == ({"a": 2, "b": 3}, "draws")
-    assert list(row["pass@k"]) == ["1", "2"]
+    assert row["p"] == pytest.approx(enumerated_p([2.5 / 3 - 1 / 2, 1.5 / 3, 2.5 / 3 - 1, 0.5 / 3]), abs=0.01)
+    (row,) = compare({"x": responses([[*each, 1, 0] for each in A])}, {"x": responses(B)})["benchmarks"]
+    assert list(row["pass@k"]) == list(row["maj@k"]) == ["1", "2"]
     (row,) = compare({"x": responses(A)}, {"x": responses([[*each, 1] for each in B])})["benchmarks"]
     assert row["p_method"] == "exact"
     assert row["p"] == pytest.approx(enumerated_p([3 - 3 / 2, 2 - 0, 3 - 3, 1 - 0]))
@@ -177,6 +179,9 @@ def test_pooling_weighs_benchmarks_alike() -> None:
     assert pooled["accuracy"]["difference"]["mean"] == (2 / 8 + 0) / 2
     assert (pooled["accuracy"]["a"], pooled["accuracy"]["b"]) == ((3 / 8 + 1 / 4) / 2, (5 / 8 + 1 / 4) / 2)
     assert pooled["p"] == pytest.approx(0.5, abs=0.02)
+    zeros, wins, loss = [[0.0]] * 4, [[1.0]] * 4, [[1.0]]  # a loss in one of one question weighs as much as four wins
+    even = compare({"x": responses(zeros), "y": responses(loss)}, {"x": responses(wins), "y": responses(zeros[:1])})
+    assert even["pooled"]["accuracy"]["difference"]["mean"] == 0 and even["pooled"]["p"] == 1
     one = compare({"x": responses(A), "y": responses(same[:1])}, {"x": responses(B), "y": responses(same[:1])})
     assert math.isnan(one["pooled"]["accuracy"]["difference"]["low"])
 
@@ -190,6 +195,31 @@ def test_the_mean_of_two_estimates_is_welchs() -> None:
     mean = (x.mean() - y.mean()) / 2
     assert found == pytest.approx((mean, mean - half, mean + half), rel=3e-3)
     assert mean_of_estimates([Estimate(1, 1, 1), Estimate(2, 2, 2)], [5, 5]) == (1.5, 1.5, 1.5)
+
+
+def test_the_freedom_of_a_mean_of_estimates_lies_between_the_least_and_the_sum() -> None:
+    values = np.random.default_rng(8).normal(0, 1, 12)[:, None]
+    twice = mean_of_estimates([paired_difference(np.zeros((12, 1)), sign * values) for sign in (1, -1)], [12, 12])
+    half = float(scipy.stats.t.ppf(0.975, 22)) * float(values.std(ddof=1)) / math.sqrt(12) / math.sqrt(2)
+    assert twice == pytest.approx((0, -half, half), rel=1e-3, abs=1e-9)
+
+
+def test_the_largest_changes_come_first_and_lost_ones_count() -> None:
+    before = [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    after = [[0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+    (row,) = compare({"x": responses(before)}, {"x": responses(after)})["benchmarks"]
+    assert [(each["question"], each["difference"]) for each in row["changes"]] == [
+        ("q000", -0.75), ("q002", 0.5), ("q001", 0.25)
+    ]  # fmt: skip
+
+
+def test_where_all_is_spent_no_response_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "RESAMPLES", 2)
+    generator = np.random.default_rng(9)
+    for _ in range(200):
+        short = Outcomes(np.ones((5, 3)), generator.integers(1, 10_000, (5, 3)).astype(float))
+        long = Outcomes(np.ones((5, 3)), short.tokens + 3)
+        assert compare_at_equal_spending(short, long, seed=0)[-1]["a"] == 1.0
 
 
 def test_question_values_beyond_a_share_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def test_shown_questions_go_from_hard_to_easy_with_each_outcome(folder: Path) ->
             assert f"The response {response['sample']} to {int(question['question'][1:])}," in response["text"]
 
 
+def test_a_question_with_a_failure_is_shown_wherever_it_stands(tmp_path: Path) -> None:
+    calm = [replace(each, failure="", answer=each.answer or "") for each in random_responses(30, 4)]
+    by_place = sorted(
+        {each.question for each in calm}, key=lambda q: (sum(r.score for r in calm if r.question == q), q)
+    )
+    failing = by_place[2]  # of 30, eight evenly spaced are 0, 4, 8, …
+    assert failing not in [by_place[place] for place in (0, 4, 8, 12, 17, 21, 25, 29)]
+    harmed = [replace(each, failure="crash", score=0.0) if each.question == failing else each for each in calm]
+    write_evaluation(tmp_path, {"x": harmed})
+    shown = shown_questions(tmp_path, "x", harmed, 4)
+    assert "crash" in [response["failure"] for question in shown for response in question["responses"]]
+
+
 def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: Path) -> None:
     page = Page(write_eval_report(folder))
     (first, second) = results_of(folder)["benchmarks"]
@@ -119,10 +133,10 @@ def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: P
 def test_a_page_of_one_benchmark_without_anything_beside_it(tmp_path: Path) -> None:
     write_evaluation(tmp_path, {"mine": random_responses(1, 1, answers=False)})
     results = results_of(tmp_path)
-    results["benchmarks"][0] |= {"expected_questions": 5}
+    results["benchmarks"][0] |= {"available_questions": 5, "notice": "mine: 5 questions, not 6."}
     page = Page(write_eval_page(tmp_path, results))
     assert "mine: Acc@1" in page.text and "on 1 questions" in page.text
-    assert "1 of 5 questions; not the whole benchmark" in page.text
+    assert "mine: the first 1 of 5 questions." in page.text and "mine: 5 questions, not 6." in page.text
     assert "the paper's Table 2" not in page.text and "Responses to read" not in page.text
     assert "nan" not in page.text.lower().split()
 

@@ -162,6 +162,12 @@ def test_spending_finds_the_budget_that_costs_so_much(amount: float) -> None:
     assert accuracies == pytest.approx(outcomes.scores[outcomes.tokens <= budgets + 1e-9].sum() / 6)
 
 
+def test_an_amount_that_rounding_put_below_a_response_still_pays_for_it() -> None:
+    outcomes = Outcomes(np.array([[1.0, 1.0, 1.0]]), np.array([[10.0, 10.0, 30.0]]))
+    (_, (accuracy,)) = Spending(outcomes).at(np.array([np.nextafter(10.0, 0)]), np.ones(1))
+    assert accuracy == 2 / 3
+
+
 def test_spending_of_weighted_questions_is_that_of_repeated_ones() -> None:
     generator = np.random.default_rng(2)
     outcomes = Outcomes(generator.integers(0, 2, (6, 3)).astype(float), generator.integers(1, 90, (6, 3)).astype(float))

@@ -13,7 +13,7 @@ import forkrl
 from forkrl.atomic import explained_write_errors, write_json
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
-from forkrl.evaluation.folder import read_evaluation, read_questions
+from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks
 from forkrl.report.compare_page import compare_verdict, probability, write_compare_page
 from forkrl.report.eval_page import percent
 
@@ -57,7 +57,12 @@ def compare_evaluations(folder_a: Path, folder_b: Path, *, seed: int = 0, out: P
         "seed": seed,
         "benchmarks": [{"name": row["name"], "title": titles[row["name"]], **row} for row in found["benchmarks"]],
         "pooled": found["pooled"],
-        "notices": [*_differences_of_setting(results_a, results_b), *found["notices"]],
+        "notices": [
+            *_differences_of_setting(results_a, results_b),
+            *_unfinished(folder_a, results_a),
+            *_unfinished(folder_b, results_b),
+            *found["notices"],
+        ],
     }
     with explained_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -118,6 +123,13 @@ def _differences_of_setting(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[
                 f"{other.get('fingerprint')} for B); questions are matched by their ids."
             )
     return notices
+
+
+def _unfinished(folder: Path, results: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {folder} has not finished it; left out. The command that began it goes on with it."
+        for name in unfinished_benchmarks(folder, results)
+    ]
 
 
 def _prompts(folder: Path, name: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise UserError(f"{path}: has schema {schema!r}, not {SCHEMA!r}; evaluate again with this version of ForkRL")
     return dict(results)
+
+
+def unfinished_benchmarks(folder: Path, results: Mapping[str, Any]) -> list[str]:
+    """Names of benchmarks that have responses but no figures yet: results are written one benchmark at a time."""
+    finished = {benchmark["name"] for benchmark in results["benchmarks"]}
+    return sorted(path.stem for path in (folder / "responses").glob("*.jsonl") if path.stem not in finished)
 
 
 def read_questions(folder: Path, name: str) -> dict[str, dict[str, Any]]:

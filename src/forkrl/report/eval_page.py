@@ -115,9 +115,11 @@ def _notes(benchmarks: Sequence[Results]) -> list[str]:
             notes.append(
                 f"{each['title']}: {failures:,} responses could not be judged ({reasons}); they count as wrong."
             )
-        expected = each.get("expected_questions")
-        if expected and expected != each["questions"]:
-            notes.append(f"{each['title']}: {each['questions']:,} of {expected:,} questions; not the whole benchmark.")
+        if each.get("notice"):
+            notes.append(each["notice"])
+        there = each.get("available_questions") or each["questions"]
+        if each["questions"] < there:
+            notes.append(f"{each['title']}: the first {each['questions']:,} of {there:,} questions.")
     return notes
 
 
