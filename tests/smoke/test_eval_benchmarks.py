@@ -176,6 +176,28 @@ def test_the_first_problems(here: World) -> None:
     assert "2 of 4" in outcome.stdout
 
 
+def test_two_evaluations_are_compared(here: World, whole: Path) -> None:
+    shutil.copytree(whole, here.folder / "same")
+    outcome = here.run("compare", "whole", "same", "--out", "compared")
+    assert outcome.code == 0, outcome.stderr
+    assert "AIME'25" in outcome.stdout and "0.0 points apart" in outcome.stdout
+
+
+def test_a_chat_template_is_put_around_the_question(here: World) -> None:
+    model = shutil.copytree(here.folder / "wide", here.folder / "chatty")
+    (model / "chat_template.jinja").write_text(
+        "{{ messages[0]['content'] }} /{% if add_generation_prompt %}*{% endif %}"
+    )
+    outcome = run(
+        here, "eval", "chatty", "--bench", "aime25", "--mirror", "mirror", "--prompt", "chat", *SHORT, "--out", "chat",
+        "--problems", "1",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    (asked,) = lines(here.folder / "chat", "questions", "aime25")
+    assert asked["prompt"].startswith("0 + 1 =\nPlease reason") and asked["prompt"].endswith("\\boxed{}. /*")
+    assert results(here.folder / "chat")["prompt_format"] == "chat"
+
+
 FLAKY = '''"""Cannot judge while a file lies beside it."""
 
 from pathlib import Path

@@ -8,6 +8,8 @@ from typing import Any
 from forkrl.evaluation.benchmarks import BENCHMARKS, GYM
 from forkrl.evaluation.paper import TABLE_2
 
+_PROMPTS = {"plain": "plain prompt", "chat": "chat prompt", "template": "the task's own prompt"}
+
 
 def list_benchmarks() -> str:
     """The benchmarks that there are."""
@@ -29,7 +31,7 @@ def describe_evaluation(results: Mapping[str, Any]) -> str:
     benchmarks = results["benchmarks"]
     lines = [
         f"{results['model']}: {samples} response(s) to each question, temperature {results['temperature']:g}, at most "
-        f"{results['max_response_tokens']:,} tokens, {results['prompt_format']} prompt",
+        f"{results['max_response_tokens']:,} tokens, {_PROMPTS[results['prompt_format']]}",
         "",
         _table(header, [_row(benchmark) for benchmark in benchmarks], right=range(1, len(header))),
     ]

@@ -94,7 +94,7 @@ def evaluate_model(
         else:
             asked = [ask_task(subject, engine.tokenizer, _limit(subject, options))]
         config = engine.settings_for([prompt for benchmark in asked for prompt in benchmark.prompts])
-        question = _question(subject, choice, engine, config, asked, options, prompt_format)
+        question = _question(subject, choice, engine, config, asked, options)
         with open_work_folder(options.out or _default_folder(model, options), question) as folder, ExitStack() as stack:
             # All of them before the first is sampled: what cannot go on is refused now.
             files = [
@@ -160,7 +160,6 @@ def _question(
     config: TrainConfig,
     asked: Sequence[AskedBenchmark],
     options: EvalOptions,
-    prompt_format: str,
 ) -> dict[str, Any]:
     """Whatever the numbers of a benchmark hang on, but for its questions: those are kept beside its responses, so that
     further benchmarks may join the folder."""
@@ -168,6 +167,7 @@ def _question(
     if samples is None:
         takes_default = bool(options.bench) and "eval.samples" not in subject.given
         samples = BENCHMARK_SAMPLES if takes_default else config.eval.samples
+    prompt_format = "chat" if config.task.chat_template else "plain" if options.bench else "template"
     # A benchmark's own go with its name, but for the limits of programs.
     judged = config.sandbox.model_dump(mode="json") if options.bench else _as_json(all_verifiers(asked))
     return {
