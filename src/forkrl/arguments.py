@@ -40,7 +40,7 @@ examples:
   forkrl eval runs/first --samples 16                       without --bench: the run's own held-out problems
   forkrl eval my-model --recipe recipes/countdown.toml      ... or those of a recipe
 
-Writes into --out (default: inside the run, or evals/NAME-benchmarks): responses/, verdicts/ and questions/ (JSON
+Writes into --out (default: inside the run, or evals/NAME): responses/, verdicts/ and questions/ (JSON
 lines), results.json and report.html. Ctrl-C keeps every response that is finished; the same command goes on.
 """
 

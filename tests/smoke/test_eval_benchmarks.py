@@ -132,7 +132,9 @@ def test_ctrl_c_keeps_everything(here: World, whole: Path) -> None:
     assert outcome.code == 130
     assert "what was finished is kept in stopped; the same command goes on from there" in outcome.stderr
     assert len(responses(here.folder / "stopped", "aime25")) == 8
-    assert run(here, *command).code == 0
+    again = run(here, *command)
+    assert again.code == 0
+    assert "forkrl: AIME'25: 8 of 16 responses are there already" in again.stderr.splitlines()
     assert_same(here.folder / "stopped", whole)
 
 
@@ -316,12 +318,12 @@ def test_programs_are_run(here: World) -> None:
 
 def test_questions_of_reasoning_gym(here: World) -> None:
     pytest.importorskip("reasoning_gym")
-    outcome = run(here, "eval", "wide", "--bench", "gym:chain_sum", "--problems", "3", *SHORT, "--out", "gym")
+    outcome = run(here, "eval", "wide", "--bench", "gym:chain_sum", "--problems", "3", *SHORT)
     assert outcome.code == 0, outcome.stderr
-    (figures,) = results(here.folder / "gym")["benchmarks"]
+    (figures,) = results(here.folder / "evals/wide")["benchmarks"]
     assert (figures["name"], figures["questions"], figures["failures"]) == ("gym:chain_sum", 3, {})
     assert figures["revision"].startswith("reasoning-gym ")
-    asked = lines(here.folder / "gym", "questions", "gym:chain_sum")
+    asked = lines(here.folder / "evals/wide", "questions", "gym:chain_sum")
     assert len(asked) == 3 and all("<answer>" in each["prompt"] for each in asked)
 
 

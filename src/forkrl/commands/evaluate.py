@@ -150,7 +150,7 @@ def _limit(subject: Subject, options: EvalOptions) -> int | None:
 
 def _default_folder(model: str, options: EvalOptions) -> Path:
     folder = default_folder(model, "benchmarks" if options.bench else "eval")
-    return folder if folder.parent.name == "analysis" else Path("evals") / folder.name
+    return folder if folder.parent.name == "analysis" else Path("evals") / folder.name.removesuffix("-benchmarks")
 
 
 def _question(
@@ -227,6 +227,9 @@ def _sample_and_judge(
 ) -> tuple[int, float]:
     """Sample and judge what is missing; returns the tokens sampled, and the seconds it took."""
     missing = files.missing()
+    if 0 < len(missing) < len(files.grid):
+        kept = len(files.grid) - len(missing)
+        print(f"forkrl: {title}: {kept} of {len(files.grid)} responses are there already", file=sys.stderr)
     began, tokens = time.monotonic(), 0
     with Judging(pool, files) as judging:
         for request, text in files.unjudged():
