@@ -31,6 +31,19 @@ examples:
 Ctrl-C keeps the settings that are finished; the same command goes on from there.
 """
 
+EVAL_HELP = """\
+examples:
+  forkrl eval --list                                        the benchmarks
+  forkrl eval Qwen/Qwen3-8B-Base --bench aime24 math500     as in the paper: 16 responses a question, temperature 1
+  forkrl eval runs/first --bench aime24 --mirror mirrors    a run's newest checkpoint, data sets from local copies
+  forkrl eval Qwen/Qwen3-8B --bench gsm8k --prompt chat --server http://localhost:8000/v1
+  forkrl eval runs/first --samples 16                       without --bench: the run's own held-out problems
+  forkrl eval my-model --recipe recipes/countdown.toml      ... or those of a recipe
+
+Writes into --out (default: inside the run, or evals/NAME): responses/, verdicts/ and questions/ (JSON
+lines), results.json and report.html. Ctrl-C keeps every response that is finished; the same command goes on.
+"""
+
 ANALYZE_HELP = """\
 examples:
   forkrl analyze embedded:countdown-base --recipe recipes/countdown.toml --samples 4
@@ -119,23 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     sft.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the model")
     sft.set_defaults(command="sft", activity="training the base model")
 
-    evaluate = commands.add_parser("eval", help="accuracy of a model or run on held-out prompts, with intervals")
-    evaluate.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="settings, as in task.name=dataset task.data=prompts.jsonl",
-    )
-    evaluate.add_argument("--recipe", type=Path, help="take task and rollout settings from this recipe")
-    evaluate.add_argument(
-        "--problems", type=int, help="prompts, from the first (default: eval.problems; all of a prompt file)"
-    )
-    evaluate.add_argument("--samples", type=int, help="responses to each (default: eval.samples)")
-    evaluate.add_argument("--temperature", type=float, help="sampling temperature (default: eval.temperature)")
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    evaluate.set_defaults(command="eval", activity="the evaluation")
-
+    add_eval(commands)
     add_compare(commands)
     add_analyze(commands)
     add_branch(commands)
@@ -196,6 +193,49 @@ def subject_overrides(arguments: argparse.Namespace) -> list[str]:
     elif arguments.task is not None:
         named.append(f"task.name={arguments.task}")
     return named
+
+
+def add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``forkrl eval`` and its arguments."""
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy of a model or run on benchmarks or held-out prompts, with intervals",
+        epilog=EVAL_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument(
+        "model", nargs="?", help="a model folder, hub id, embedded:countdown-base, a run folder, or a server's model"
+    )
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings, as in task.name=dataset task.data=prompts.jsonl",
+    )
+    evaluate.add_argument(
+        "--bench", nargs="+", action="extend", default=[], metavar="NAME", help="benchmarks; --list shows them"
+    )
+    evaluate.add_argument("--list", action="store_true", help="list the benchmarks and stop")
+    evaluate.add_argument("--mirror", type=Path, metavar="DIR", help="local copies of the benchmarks: DIR/owner/name")
+    evaluate.add_argument("--recipe", type=Path, metavar="FILE", help="take task and rollout settings from this recipe")
+    evaluate.add_argument("--engine", choices=("embedded", "vllm"), default="embedded", help="what samples")
+    evaluate.add_argument("--server", metavar="URL", help="an OpenAI-compatible server samples, as http://host:8000/v1")
+    evaluate.add_argument(
+        "--prompt", choices=("plain", "chat"), help="of benchmarks: the paper's for base models, or the chat template"
+    )
+    evaluate.add_argument(
+        "--problems",
+        type=int,
+        metavar="N",
+        help="questions of each, from the first (default: all; of a task: eval.problems)",
+    )
+    evaluate.add_argument(
+        "--samples", type=int, metavar="K", help="responses to each (default: 16; of a task: eval.samples)"
+    )
+    evaluate.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: eval.temperature)")
+    evaluate.add_argument("--max-tokens", type=int, metavar="N", help="of a response (rollout.max_response_tokens)")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    evaluate.set_defaults(command="eval", activity="the evaluation")
 
 
 def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

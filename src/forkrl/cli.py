@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from forkrl.arguments import parse_arguments, subject_overrides
@@ -113,18 +114,23 @@ def run_sft(arguments: argparse.Namespace) -> int:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """``forkrl eval``."""
-    from forkrl.commands.evaluate import describe_figures, evaluate_model
+    if arguments.list:
+        from forkrl.commands.eval_table import list_benchmarks
 
-    figures = evaluate_model(
-        arguments.model,
-        recipe=arguments.recipe,
-        overrides=arguments.overrides,
-        problems=arguments.problems,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        out=arguments.out,
-    )
-    print(describe_figures(figures))
+        print(list_benchmarks())
+        return 0
+    if arguments.model is None or not is_model(arguments.model):
+        raise UserError("forkrl eval: name a model first: forkrl eval MODEL --bench NAME (--list shows the benchmarks)")
+    # Settings that follow --bench look like names of benchmarks to argparse.
+    overrides = [*arguments.overrides, *(word for word in arguments.bench if "=" in word)]
+    arguments.bench = [word for word in arguments.bench if "=" not in word]
+    from forkrl.commands.eval_table import describe_evaluation
+    from forkrl.commands.evaluate import EvalOptions, evaluate_model
+
+    options = EvalOptions(**{each.name: getattr(arguments, each.name) for each in fields(EvalOptions)})
+    found = evaluate_model(arguments.model, recipe=arguments.recipe, overrides=overrides, options=options)
+    print(describe_evaluation(found.results))
+    print(f"report: {found.page}")
     return 0
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from forkrl.errors import UserError
 
@@ -25,6 +26,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 FROM_LIST = Field(strict=False)
 """TOML has arrays, not tuples."""
+GYM_INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -34,6 +36,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _default_of(schema: type[Section], key: str) -> Any:
+    return schema.model_fields[key].get_default()
 
 
 class ModelConfig(Section):
@@ -47,10 +53,43 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
+class CurriculumConfig(Section):
+    """Levels of difficulty that follow how well the model does, for a reasoning-gym generator that has them."""
+
+    raise_above: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Go one level up when the mean accuracy of the last `window` groups is above this. Not set: no curriculum."""
+    lower_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Go one level down when it is below this. 0: never."""
+    window: PositiveInt = 64
+    """Groups of responses, all of the present level; after each change of level they are counted anew."""
+    start: Count = 0
+    """The first level."""
+    most: Count | None = None
+    """The last level. Not set: the last that the generator has."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> CurriculumConfig:
+        if self.raise_above is None:
+            changed = [name for name in type(self).model_fields if getattr(self, name) != _default_of(type(self), name)]
+            if changed:
+                raise ValueError(
+                    f"task.curriculum.{changed[0]} has no effect without task.curriculum.raise_above; set that too"
+                )
+            return self
+        if self.lower_below >= self.raise_above:
+            raise ValueError(
+                f"task.curriculum.lower_below = {self.lower_below} is not below raise_above = {self.raise_above}; "
+                f"every window would change the level"
+            )
+        if self.most is not None and self.most < self.start:
+            raise ValueError(f"task.curriculum.most = {self.most} is below start = {self.start}; raise it")
+        return self
+
+
 class TaskConfig(Section):
-    name: Literal["countdown", "countdown-validation", "dataset"] = "countdown"
+    name: Literal["countdown", "countdown-validation", "dataset", "reasoning-gym", "mix"] = "countdown"
     """"countdown" makes its own problems; "countdown-validation" evaluates on others than those, for choosing settings;
-    "dataset" reads yours."""
+    "dataset" reads yours; "reasoning-gym" takes one of that package's generators; "mix" mixes several tasks."""
     data: str = ""
     """dataset: a .jsonl or .parquet file, a folder of them, or a hub id."""
     subset: str | None = None
@@ -61,15 +100,15 @@ class TaskConfig(Section):
     """dataset: prompts to evaluate on, in the same columns; a hub id may name its split, "owner/name:test". Empty:
     `held_out_rows` rows are kept aside from `data`."""
     held_out_rows: PositiveInt = 256
-    """dataset: how many rows to keep aside when `held_out_data` is empty."""
+    """dataset: how many rows to keep aside when `held_out_data` is empty. reasoning-gym: questions to evaluate on."""
     prompt_column: str = "prompt"
     """dataset: column with the question (text or chat messages). Dots reach inside: "reward_model.ground_truth"."""
     answer_column: str = "answer"
     """dataset: column with the gold answer."""
     template: str = "{prompt}"
-    """dataset: text around the question; {prompt} stands for it."""
+    """dataset, reasoning-gym: text around the question; {prompt} stands for it."""
     chat_template: bool = False
-    """dataset: wrap the templated question as a user message with the tokenizer's chat template."""
+    """dataset, reasoning-gym: wrap the templated question as a user message with the tokenizer's chat template."""
     verifier: str = "forkrl.rewards.math:verify_math"
     """dataset: import path "module:function" of (answer, response) -> score in [0, 1], or the "http://…" or "https://…"
     address of a server that judges (docs/verifiers.md). "code": the answers are tests of programs, which run in a
@@ -77,15 +116,32 @@ class TaskConfig(Section):
     without."""
     verifier_options: dict[str, Any] = {}
     """dataset: further arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1."""
+    generator: str = ""
+    """reasoning-gym: the generator's name, such as "chain_sum" (docs/tasks.md lists them)."""
+    settings: dict[str, JsonValue] = {}
+    """reasoning-gym: the generator's own settings, such as { min_terms = 2, max_terms = 3 }."""
+    difficulty: Count | None = None
+    """reasoning-gym: a fixed level of the generator's curriculum, from 0. Not set: the generator's own defaults."""
+    train_prompts: PositiveInt = 2048
+    """reasoning-gym: distinct questions to train on, at each level of a curriculum."""
+    question_seed: Seed = 0
+    """reasoning-gym: of the questions themselves; `seed` orders them."""
+    instruction: str = GYM_INSTRUCTION
+    """reasoning-gym: what follows the question inside {prompt}. Only what stands in <answer> tags is judged."""
+    strict: bool = False
+    """reasoning-gym: only full marks count; the fractions that many scorers give become 0."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    parts: Annotated[tuple[PartConfig, ...], FROM_LIST] = ()
+    """mix: the tasks, each a table [[task.parts]] with the settings of [task] and those below."""
 
     @model_validator(mode="after")
-    def _data_is_named(self) -> TaskConfig:
-        defaults = {key: field.default for key, field in type(self).model_fields.items() if key != "name"}
-        foreign = [key for key, value in defaults.items() if getattr(self, key) != value]
-        if self.name != "dataset" and foreign:
-            raise ValueError(
-                f'task.{foreign[0]} is for task.name = "dataset", but task.name = "{self.name}"; set task.name too'
-            )
+    def _settings_go_with_the_name(self) -> TaskConfig:
+        for key in TaskConfig.model_fields:
+            owners = _TASK_KEYS.get(key, ("dataset",))
+            if key != "name" and self.name not in owners and getattr(self, key) != _default_of(TaskConfig, key):
+                raise ValueError(
+                    f'task.{key} is for task.name = "{owners[0]}", but task.name = "{self.name}"; set task.name too'
+                )
         if self.name == "dataset" and not self.data:
             raise ValueError(
                 'task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"'
@@ -94,9 +150,76 @@ class TaskConfig(Section):
             raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; leave them out')
         for name, value in self.verifier_options.items():
             _require_json(f"task.verifier_options.{name}", value)
+        if self.name == "reasoning-gym" and not self.generator:
+            raise ValueError(
+                'task.generator is empty; name one of reasoning-gym\'s, such as "chain_sum" (docs/tasks.md lists them)'
+            )
         if "{prompt}" not in self.template:
             raise ValueError("task.template has no {prompt}; every prompt would be the same text")
+        if self.difficulty is not None and self.curriculum.raise_above is not None:
+            raise ValueError(
+                f"task.difficulty = {self.difficulty} is a fixed level, and task.curriculum changes levels; set one of "
+                f"the two (task.curriculum.start is the first level)"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _parts_are_told_apart(self) -> TaskConfig:
+        if self.name != "mix":
+            return self
+        if not self.parts:
+            raise ValueError('task.parts is empty; give a table [[task.parts]] for each task of task.name = "mix"')
+        labels = [part.label for part in self.parts]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f'task.parts has two parts called "{twice}"; give one of them another source')
+        return self
+
+
+class PartConfig(TaskConfig):
+    """One task of a mix."""
+
+    source: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    """What the part is called in metrics and reports. Empty: after its generator, its data or its name."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the prompts is this over the sum of all weights."""
+
+    @model_validator(mode="after")
+    def _is_no_mix(self) -> PartConfig:
+        if self.name == "mix":
+            raise ValueError("task.name: a part of a mix cannot be a mix; list its parts beside the others")
+        if self.verifier == "none":
+            raise ValueError('task.verifier = "none" judges nothing, and a mix is trained on')
+        return self
+
+    @property
+    def label(self) -> str:
+        """``source``, or a name made of what the part is."""
+        own = {"dataset": Path(self.data).stem if self.data.endswith((".jsonl", ".parquet")) else Path(self.data).name}
+        name = self.source or self.generator or own.get(self.name, self.name)
+        return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+
+
+_TASK_KEYS = {
+    **dict.fromkeys(
+        (
+            "generator",
+            "settings",
+            "difficulty",
+            "train_prompts",
+            "question_seed",
+            "instruction",
+            "strict",
+            "curriculum",
+        ),
+        ("reasoning-gym",),
+    ),
+    **dict.fromkeys(("held_out_rows", "template", "chat_template"), ("dataset", "reasoning-gym")),
+    "parts": ("mix",),
+}
+"""The tasks that read a setting; those that are not here are for "dataset" alone."""
+
+
+TaskConfig.model_rebuild()
 
 
 class RolloutConfig(Section):
@@ -541,7 +664,7 @@ def _explain(schema: type[Section], item: Any) -> str:
         return f"{key} is not a setting" + (f"; did you mean {nearest}?" if nearest else "")
     message = str(item["msg"]).removeprefix("Value error, ")
     if not key or (item["type"] == "value_error" and "." in message.split(" ")[0]):
-        return message
+        return f"{key}: {message}" if key[-1:].isdigit() else message  # of a list of tables, say which
     return f"{key} = {item['input']!r}: {message[0].lower() + message[1:]}"
 
 
@@ -552,10 +675,18 @@ def _nearest_key(key: str, known: list[str]) -> str | None:
     return next(iter(moved or difflib.get_close_matches(key, known, n=1)), None)
 
 
+def item_section(annotation: Any) -> type[Section] | None:
+    """The kind of table that a setting lists, as ``task.parts`` does; None for other settings."""
+    kind = next(iter(get_args(annotation)), None)
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
 def _known_keys(schema: type[Section], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         inner = field.annotation
+        if (listed := item_section(inner)) is not None:
+            inner = None if listed is schema else listed
         if isinstance(inner, type) and issubclass(inner, Section):
             keys += [prefix + name, *_known_keys(inner, f"{prefix}{name}.")]
         else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from forkrl.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.batching import collate, mini_batches
 from forkrl.errors import NothingToLearn
-from forkrl.metrics import accuracy, rollout_metrics, update_metrics
+from forkrl.metrics import accuracy, part_metrics, rollout_metrics, update_metrics
 from forkrl.run import Run, rollout_rows
 from forkrl.scoring import Scoring
 from forkrl.types import RolloutGroup, TokenBatch
@@ -82,6 +82,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
             started = time.perf_counter()
             groups = scoring.finish(groups)
             seconds["reward"] += time.perf_counter() - started
+        run.prompts.observe(groups)
         sampled += groups
         useful_P = informative_groups(torch.tensor([group.scores for group in groups]))
         for group, useful in zip(groups, useful_P, strict=True):
@@ -93,7 +94,8 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
             f"rollout.group_size, or raise dynamic_sampling.max_generation_batches"
         )
     kept = kept[:wanted]
-    return kept, rollout_metrics(sampled, dropped, len(kept), num_batches, seconds)
+    metrics = rollout_metrics(sampled, dropped, len(kept), num_batches, seconds)
+    return kept, metrics | part_metrics(sampled, dropped)
 
 
 def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:

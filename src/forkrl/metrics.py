@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from forkrl.evaluation.held_out import by_source
 from forkrl.types import FAILURES, RolloutGroup, TokenBatch
 from forkrl.update import Update
 
@@ -40,6 +41,26 @@ def rollout_metrics(
         "time/rollout_s": seconds["rollout"],
         "time/reward_s": seconds["reward"],
     }
+
+
+def part_metrics(sampled: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup]) -> dict[str, float]:
+    """What sampling gave for each part of a mixed task, by ``area/name/PART``; nothing for a task of one part."""
+    metrics: dict[str, float] = {}
+    for source, groups in by_source(sampled).items():
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        metrics |= {
+            f"reward/accuracy/{source}": accuracy(groups),
+            f"response/length/{source}": sum(map(len, rollouts)) / len(rollouts),
+            f"response/truncated_fraction/{source}": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
+            f"sampling/groups/{source}": float(len(groups)),
+            f"sampling/dropped/{source}": float(sum(group.prompt.source == source for group in dropped)),
+        }
+    return metrics
+
+
+def level_metrics(levels: Mapping[str, int]) -> dict[str, float]:
+    """The level that each curriculum stands at, as ``task/level/PART``; ``task/level`` in a task of one part."""
+    return {f"task/level/{source}".rstrip("/"): float(level) for source, level in levels.items()}
 
 
 def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from forkrl.config import Section, SftConfig, TrainConfig
+from forkrl.config import Section, SftConfig, TrainConfig, item_section
 
 
 def recipe_reference() -> str:
@@ -39,7 +39,21 @@ def _tables(schema: type[Section], prefix: str = "") -> list[str]:
             lines.append(f"| `{name}` | {_value(field)} | {_reason(field)} |")
     for name, section in sections.items():
         lines += ["", f"### [{prefix}{name}]", *_tables(section, f"{prefix}{name}.")]
+    for name, field in schema.model_fields.items():
+        if (listed := item_section(field.annotation)) is not None:
+            lines += ["", f"### [[{prefix}{name}]]", *_own_settings(listed)]
     return lines
+
+
+def _own_settings(listed: type[Section]) -> list[str]:
+    """What a listed table has beyond the settings of the section that it extends."""
+    inherited = {name for base in listed.__mro__[1:] if issubclass(base, Section) for name in base.model_fields}
+    lines = ["", "| setting | default | what it does |", "|---|---|---|"]
+    return lines + [
+        f"| `{name}` | {_value(field)} | {_reason(field)} |"
+        for name, field in listed.model_fields.items()
+        if name not in inherited
+    ]
 
 
 def _section(field: Any) -> type[Section] | None:

@@ -28,6 +28,7 @@ from forkrl.config import TrainConfig, parse_recipe, recipe_differences, recipe_
 from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
+from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.replicas import Replicas, open_replicas
@@ -36,7 +37,7 @@ from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.selectors import select_tokens
-from forkrl.tasks import PromptStream, open_task
+from forkrl.tasks import PromptStream, open_stream, open_task
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, RolloutGroup, SamplingParams, Task, Verifier
 
@@ -61,7 +62,7 @@ class Run:
     gradient_steps: int = 0
     _saved_step: int | None = None
     _evaluated_step: int | None = None
-    _step_start: tuple[int, torch.Tensor] = field(init=False)
+    _step_start: tuple[dict[str, Any], torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._mark()
@@ -111,7 +112,7 @@ class Run:
         self._mark()
         if samples:
             self.folder.write_rollouts(f"train-{self.step:06d}", samples)
-        self._log(metrics)
+        self._log({**metrics, **level_metrics(self.prompts.levels)})
         if self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps:
             self.save()
 
@@ -135,7 +136,7 @@ class Run:
                 self.task.held_out[: self.config.eval.problems],
                 group_size=self.config.eval.samples,
                 sampling=evaluation_sampling(self.config, self.config.eval.temperature, self.policy),
-                generator=evaluation_generator(self.config, self.policy.device),
+                generator=evaluation_generator(self.config.seed, self.policy.device),
             )
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         self.folder.write_rollouts(f"eval-{self.step:06d}", self._evaluation_rows(written))
@@ -157,7 +158,7 @@ class Run:
             progress={
                 "step": self.step,
                 "gradient_steps": self.gradient_steps,
-                "prompt_position": self.prompts.position,
+                "prompts": self.prompts.state(),
                 "metrics_bytes": self.folder.metrics_bytes,
                 "evaluated_step": self._evaluated_step,
             },
@@ -167,8 +168,8 @@ class Run:
 
     def stop(self) -> None:
         """Abandon the step under way, if any, and save the finished ones."""
-        position, generator_state = self._step_start
-        self.prompts.position = position
+        prompts_state, generator_state = self._step_start
+        self.prompts.restore(prompts_state)
         self.generator.set_state(generator_state)
         self.save()
 
@@ -185,7 +186,10 @@ class Run:
             path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
         )
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
-        self.prompts.position = progress["prompt_position"]
+        if "prompts" in progress:
+            self.prompts.restore(progress["prompts"])
+        else:  # of the first versions
+            self.prompts.restore_position(progress["prompt_position"])
         self._evaluated_step = progress["evaluated_step"]
         evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
         if evaluation_bytes:
@@ -222,7 +226,7 @@ class Run:
         return len(line + newline) if logged else 0
 
     def _mark(self) -> None:
-        self._step_start = (self.prompts.position, self.generator.get_state())
+        self._step_start = (self.prompts.state(), self.generator.get_state())
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         record = {"step": self.step, **metrics}
@@ -326,7 +330,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
             engine=engine,
             verifier=verifier,
             task=task,
-            prompts=PromptStream(task.train, config.seed),
+            prompts=open_stream(task.train, config.task, config.seed),
             generator=torch.Generator(policy.device).manual_seed(config.seed),
             tracker=Tracker({}),
             display=TrainingDisplay(config.training.steps),

@@ -22,7 +22,8 @@ class Prompt:
     """A question, exactly as the model reads it, with what its verifier needs to judge an answer.
 
     ``place`` is where it stands in the user's data, as an error names it ("train.jsonl line 7"); empty if nowhere.
-    ``source`` is the part of a mixed task that it comes from; empty in a task of one part.
+    ``source`` is the part of a mixed task that it comes from; empty in a task of one part. ``level`` is its place in a
+    curriculum; 0 where there is none.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Prompt:
     answer: str
     place: str = field(default="", compare=False)
     source: str = ""
+    level: int = 0
 
 
 class Judgement(NamedTuple):

@@ -30,6 +30,8 @@ POINTS = {
     "optimizer": "torch.optim:AdamW.step",
     "eval": "forkrl.run:sample_and_score",
     "setting": "forkrl.commands.decode_temps:sample_and_score",
+    "response": "forkrl.evaluation.response_files:BenchmarkFiles.add_response",
+    "verdict": "forkrl.evaluation.response_files:BenchmarkFiles.add_verdict",
     "log": "forkrl.run_folder:RunFolder.append_metrics",
     "sample": "forkrl.run_folder:RunFolder.write_rollouts",
     "save": "forkrl.run:save_checkpoint",
@@ -42,7 +44,7 @@ POINTS = {
 _WARM = (
     "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.loop", "forkrl.run",
     "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.branch", "forkrl.commands.decode_temps",
-    "forkrl.cli",
+    "datasets", "forkrl.cli",
 )  # fmt: skip
 _opened: list[Any] = []
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
@@ -170,6 +172,8 @@ def _leave_report_out() -> None:
     """Drawing costs more than the tiny training that it draws."""
     report: Any = importlib.import_module("forkrl.report")
     report.write_run_report = lambda folder: folder / "report.html"
+    evaluate: Any = importlib.import_module("forkrl.commands.evaluate")
+    evaluate.write_eval_report = lambda folder: folder / "report.html"
 
 
 def _remember_opened_policies() -> None:

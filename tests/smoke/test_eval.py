@@ -1,8 +1,10 @@
-"""``forkrl eval``: which prompts it takes, that it measures what a run does, and that it refuses before it samples."""
+"""``forkrl eval`` without benchmarks: which prompts it takes, that it measures what a run does, and that it refuses
+before it samples."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,15 @@ from tests.smoke.world import Outcome, Run, World, write_prompts
 
 DATASET = ("task.name=dataset", "task.verifier=first_character:first_character")
 SHORT = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6", "runtime.device=cpu")
-FIGURES = ("accuracy", "accuracy_low", "accuracy_high", "length", "entropy", "truncated_fraction", "problems")
 
 
 def evaluated(world: World, *argv: str) -> dict[str, Any]:
-    """The figures of an evaluation that has to succeed."""
-    outcome = world.run("eval", *argv, "--out", "figures.json")
+    """The figures of an evaluation that has to succeed, of its one benchmark."""
+    shutil.rmtree(world.folder / "evaluation", ignore_errors=True)
+    outcome = world.run("eval", *argv, "--out", "evaluation", without_report=True)
     assert outcome.code == 0, outcome.stderr
-    figures: dict[str, Any] = json.loads((world.folder / "figures.json").read_text())
-    return figures | {"stdout": outcome.stdout}
+    (figures,) = json.loads((world.folder / "evaluation/results.json").read_text())["benchmarks"]
+    return {**figures, "stdout": outcome.stdout}
 
 
 def refused(world: World, *argv: str) -> str:
@@ -41,15 +43,21 @@ def run(world: World) -> Run:
 def test_a_run_is_evaluated_as_it_was_while_it_trained(world: World, run: Run) -> None:
     figures = evaluated(world, "run", "--problems", "7", "--samples", "2", "--temperature", "1")
     last = run.metrics[-1]
-    assert {name: figures[name] for name in FIGURES} == {name: last[f"eval/{name}"] for name in FIGURES}
-    assert "the first 7 of 8 held-out problems of prompts.jsonl" in figures["stdout"]
+    accuracy, length = figures["accuracy"], figures["length"]
+    measured = {
+        "accuracy": accuracy["mean"], "accuracy_low": accuracy["low"], "accuracy_high": accuracy["high"],
+        "length": length["mean"], "truncated_fraction": figures["truncated"], "entropy": figures["entropy"],
+        "pass@2": figures["pass@k"]["2"]["mean"], "problems": figures["questions"],
+    }  # fmt: skip
+    assert measured == pytest.approx({name: last[f"eval/{name}"] for name in measured}, rel=1e-6)
+    assert 0 < accuracy["mean"] < 1
+    assert "prompts.jsonl     7 of 8" in figures["stdout"]
 
 
 def test_a_file_is_evaluated_whole(world: World) -> None:
     write_prompts(world.folder / "aime.jsonl", [{"prompt": f"{n}=", "answer": "13579"} for n in range(30)])
     figures = evaluated(world, "model", *DATASET, *SHORT, "task.data=aime.jsonl", "--samples", "1")
-    assert figures["problems"] == 30
-    assert "all 30 problems of aime.jsonl" in figures["stdout"]
+    assert figures["questions"] == 30
 
 
 def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world: World, run: Run) -> None:
@@ -57,8 +65,8 @@ def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world:
     for model in ("model", "run"):
         recipe = ("--recipe", "recipe.toml") if model == "model" else ()
         figures = evaluated(world, model, *recipe, "task.held_out_data=aside.jsonl")
-        assert figures["problems"] == 11, model
-    assert evaluated(world, "run", "task.held_out_data=aside.jsonl", "eval.problems=4")["problems"] == 4
+        assert figures["questions"] == 11, model
+    assert evaluated(world, "run", "task.held_out_data=aside.jsonl", "eval.problems=4")["questions"] == 4
 
 
 @pytest.mark.parametrize(
@@ -74,9 +82,18 @@ def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world:
         (("model", "task.data=prompts.jsonl"), "task.name"),
         (("model", *DATASET, "task.data=prompts.jsonl", "task.held_out_rows=3"), "has no effect; all rows are taken"),
         (("run", "task.data=a", "task.held_out_data=b"), "the prompts come from task.held_out_data = 'b'; set that"),
-        (("run", "--out", "none/figures.json"), "--out none/figures.json: there is no folder none"),
-        (("run", "--out", "model"), "--out model: is a folder"),
+        (("run", "--out", "recipe.toml"), "recipe.toml: is a file; name another folder with --out"),
+        (("run", "--out", "model"), "model: is not empty (it holds config.json) and has no settings.json"),
         (("run", "--samples", "0"), "--samples 0: at least 1"),
+        (("run", "--max-tokens", "0"), "--max-tokens 0: at least 1"),
+        (("run", "--max-tokens", "4", "rollout.max_response_tokens=5"), "has no effect along with --max-tokens"),
+        (("run", "--prompt", "chat"), "--prompt: is for --bench; a task has settings of its own"),
+        (("run", "--mirror", "there"), "--mirror: is for --bench; a task has settings of its own"),
+        (("run", "--server", "http://127.0.0.1:9"), "give the model's name at the server in place of the run"),
+        (("model", "--server", "http://127.0.0.1:9", "rollout.max_sequences=4"), "on a model that a server holds"),
+        (("model", "--server", "http://127.0.0.1:9"), "--server http://127.0.0.1:9/v1: cannot be reached"),
+        (("model", "--engine", "vllm", "runtime.device=cpu"), "has no effect on vLLM, which decides that itself"),
+        ((), "name a model first: forkrl eval MODEL --bench NAME"),
         (("run", "--temperature", "-1"), "--temperature -1.0: at least 0"),
         (("run", "--temperature", "nan"), "--temperature nan: at least 0"),
     ],
@@ -111,4 +128,4 @@ def test_responses_shorter_than_the_penalty_of_training(world: World, tmp_path: 
     figures = evaluated(
         world, "model", *DATASET, "task.data=prompts.jsonl", "rollout.max_response_tokens=2", "--problems", "3"
     )
-    assert figures["length"] <= 2
+    assert figures["length"]["mean"] <= 2

@@ -41,7 +41,7 @@ def test_the_uninterrupted_run_meets_what_resuming_must_restore(uninterrupted: R
     assert uninterrupted.checkpoints == ["step-4", "step-6"]
     progress = json.loads((uninterrupted.last_checkpoint / "trainer/progress.json").read_text())
     assert (progress["step"], progress["gradient_steps"]) == (6, 12)
-    assert progress["prompt_position"] > 16, "it never came to a second epoch"
+    assert progress["prompts"]["drawn"][""]["0"] > 16, "it never came to a second epoch"
     assert [record["step"] for record in uninterrupted.metrics] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
 
 

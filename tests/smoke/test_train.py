@@ -119,13 +119,17 @@ def test_a_run_prints_what_it_does_as_plain_lines(learned: Run) -> None:
 
 
 def test_eval_of_a_run_takes_its_newest_checkpoint_and_its_task(world: World, learned: Run) -> None:
-    outcome = world.run("eval", "learned", "--problems", "12", "--samples", "4", "--out", "figures.json")
+    outcome = world.run(
+        "eval", "learned", "--problems", "12", "--samples", "4", "--out", "evaluation", without_report=True
+    )
     assert outcome.code == 0, outcome.stderr
-    assert "on all 12 held-out problems of prompts.jsonl, 4 response(s) each" in outcome.stdout
-    figures = json.loads((world.folder / "figures.json").read_text())
-    assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
-    assert abs(figures["accuracy"] - learned.column("eval/accuracy")[-1]) < 0.15
-    assert figures["accuracy"] <= figures["pass@2"] <= figures["pass@4"]
+    assert "learned: 4 response(s) to each question" in outcome.stdout
+    (figures,) = json.loads((world.folder / "evaluation/results.json").read_text())["benchmarks"]
+    accuracy, pass_at = figures["accuracy"], figures["pass@k"]
+    assert (figures["questions"], figures["available_questions"]) == (12, 12)
+    assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
+    assert abs(accuracy["mean"] - learned.column("eval/accuracy")[-1]) < 0.15
+    assert accuracy["mean"] <= pass_at["2"]["mean"] <= pass_at["4"]["mean"]
 
 
 def test_report_is_written_anew(world: World, learned: Run) -> None:

@@ -124,5 +124,6 @@ def test_the_stream_goes_through_every_prompt_once_an_epoch_and_resumes_anywhere
         assert sorted(drawn[7 * epoch : 7 * epoch + 7]) == [str(index) for index in range(7)]
     assert drawn[:7] != drawn[7:14]
     for position in (0, 6, 7, 13):
-        resumed = PromptStream(prompts, seed=3, position=position)
+        resumed = PromptStream(prompts, seed=3)
+        resumed.restore_position(position)
         assert [prompt.id for prompt in resumed.take(21 - position)] == drawn[position:]

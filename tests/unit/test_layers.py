@@ -15,7 +15,12 @@ LEAVES = {
 }  # fmt: skip
 STORES = {"checkpoint", "run_folder"}
 # Small leaves that other leaves stand on.
-SHARED = {"atomic": STORES | {"report"}, "processes": {"rewards"}, "intervals": {"analysis"}}
+SHARED = {
+    "atomic": STORES | {"report"},
+    "processes": {"rewards"},
+    "intervals": {"analysis"},
+    "gym_entries": {"rewards", "gym_questions"},
+}
 
 
 def imports_of(part: str) -> set[str]:

@@ -183,7 +183,7 @@ def expected_seconds(session: Session, design: Design, num_prompts: int) -> floa
     the model may give up or go on at any time. The token taken is seldom a branch of its own.
     """
     sampling = evaluation_sampling(session.config, design.temperature, session.policy)
-    generator = evaluation_generator(session.config, session.policy.device)
+    generator = evaluation_generator(session.config.seed, session.policy.device)
     few = session.engine.generate(session.prompts[:PROBE_PROMPTS], group_size=1, sampling=sampling, generator=generator)
     length = sum(len(group.rollouts[0]) for group in few) / len(few)
     short = SamplingParams(min(PROBE_STEPS, sampling.max_response_tokens), temperature=design.temperature)

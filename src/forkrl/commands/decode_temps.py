@@ -198,7 +198,7 @@ def _sample_missing(responses: SweepResponses, session: Session, num_samples: in
     groups: list[RolloutGroup] = []
     for setting, index in progress(steps, "sampling"):
         if index == 0:
-            groups, generator = [], evaluation_generator(session.config, session.policy.device)
+            groups, generator = [], evaluation_generator(session.config.seed, session.policy.device)
         groups += _sample(session, waves[index], setting, num_samples, threshold, generator)
         if index == len(waves) - 1:
             if threshold is None:

@@ -1,118 +1,279 @@
-"""``forkrl eval``: a model on a prompt file or on held-out problems, or a run's newest checkpoint on its own."""
+"""``forkrl eval``: benchmarks, or a recipe's own task, on a model or on a run's newest checkpoint."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from forkrl.atomic import write_json
-from forkrl.commands.subject import Session, open_session, open_subject
+from forkrl.commands.eval_benchmarks import AskedBenchmark, all_verifiers, ask_benchmarks, ask_task, prompt_renderer
+from forkrl.commands.eval_engines import EngineChoice, EvalEngine, PromptFormat, identity, open_eval_engine
+from forkrl.commands.judging import Judging
+from forkrl.commands.subject import Subject, open_subject
+from forkrl.commands.work_folder import command_line, default_folder, open_work_folder
+from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
+from forkrl.evaluation.benchmarks import runs_programs
+from forkrl.evaluation.eval_report import write_eval_report
+from forkrl.evaluation.folder import RESULTS, SCHEMA, read_results
+from forkrl.evaluation.response_files import BenchmarkFiles
+from forkrl.evaluation.samplers import EvalSampling
+from forkrl.evaluation.summary import summarise_benchmark
 from forkrl.progress import progress
-from forkrl.types import RolloutGroup
+from forkrl.rewards import open_verifier
+from forkrl.rewards.pool import VerifierPool
+from forkrl.types import VerifierSpec
+
+BENCHMARK_SAMPLES = 16
+"""Responses to each question of a benchmark, as in the paper, unless another number is given."""
+_VERSIONED = ("forkrl", "torch", "transformers", "math-verify", "datasets", "vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """What the command line says of an evaluation; None where it says nothing.
+
+    ``bench``: names of benchmarks; empty: the task of the recipe or run. ``mirror``: folder of local copies of the
+    benchmarks' data. ``prompt``: plain or chat, of benchmarks. The rest stands for settings or names the folder.
+    """
+
+    bench: Sequence[str] = ()
+    mirror: Path | None = None
+    engine: str = "embedded"
+    server: str | None = None
+    prompt: PromptFormat | None = None
+    problems: int | None = None
+    samples: int | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished evaluation: its folder, ``results.json`` as it stands there, and the page."""
+
+    folder: Path
+    results: dict[str, Any]
+    page: Path
 
 
 def evaluate_model(
-    model: str,
-    *,
-    recipe: Path | None,
-    overrides: Sequence[str],
-    problems: int | None,
-    samples: int | None,
-    temperature: float | None,
-    out: Path | None,
-) -> dict[str, Any]:
-    """Sample, score, summarise; returns the figures, and writes them to ``out`` as JSON.
+    model: str, *, recipe: Path | None = None, overrides: Sequence[str] = (), options: EvalOptions | None = None
+) -> Evaluation:
+    """Sample what is missing, judge it, summarise; all of it in a folder that the same call goes on with.
 
-    Which prompts: see ``open_subject``. The first ``eval.problems`` of a run are those it was evaluated on while it
-    trained, so that the two figures compare.
+    Which prompts without benchmarks: see ``open_subject``. The first ``eval.problems`` of a run are those it was
+    evaluated on while it trained, so that the two figures compare.
 
     Args:
-        model: a model folder or hub id, or a run folder: its newest checkpoint, with the run's own settings.
+        model: a model folder or hub id, the name of one at a server, or a run folder: its newest checkpoint, with the
+            run's own settings.
         recipe: where task, rollout and reward settings come from otherwise.
-        overrides: ``section.key=value``.
-        problems: prompts, from the first. None: ``eval.problems``, or of a data set that is evaluated whole, all
-            (there only an override sets ``eval.problems``: a recipe's bounds the time of training's evaluations).
-        samples: responses to each; None: ``eval.samples``.
-        temperature: of sampling, 0 is greedy; None: ``eval.temperature``. ``rollout.top_p`` and ``top_k`` never apply.
-        out: JSON file, or None.
+        overrides: ``section.key=value``. ``rollout.top_p`` and ``top_k`` never apply to an evaluation.
+        options: None: the model's own task, on the embedded engine.
 
     Raises:
-        UserError: the model, the data or a setting cannot be used, an override has no effect, or ``out`` cannot be
-            written; all before the first response is sampled.
+        UserError: the model, the data or a setting cannot be used, or an override has no effect: before the first
+            response is sampled. Or the engine or the disk gave up: what was sampled is kept.
     """
-    if out is not None:
-        _check_out(out)
-    arguments = {"problems": problems, "samples": samples, "temperature": temperature}
-    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity="an evaluation")
-    num_samples = subject.config.eval.samples if samples is None else samples
-    temperature = subject.config.eval.temperature if temperature is None else temperature
-    with open_session(subject, problems) as session:
-        groups = _sample_all(session, num_samples, temperature)
-    task = session.task
-    figures = {
-        "schema": "forkrl-eval/1",
-        "model": model,
-        "task": task.name,
-        "prompts": "all" if subject.whole and subject.config.task.name == "dataset" else "held-out",
-        "problems_available": len(task.held_out),
-        "data_fingerprint": task.fingerprint,
-        "seed": subject.config.seed,
-        "temperature": temperature,
-        **summarise(groups),
-    }
-    if out is not None:
-        write_json(out, figures)
-    return figures
+    options = options or EvalOptions()
+    choice = EngineChoice(options.engine, options.server)
+    subject, asked = _subject_and_benchmarks(model, recipe, overrides, options, choice)
+    prompt_format: PromptFormat = "chat" if subject.config.task.chat_template else "plain"
+    with open_eval_engine(subject, choice, prompt_format) as engine:
+        if asked:
+            render = prompt_renderer(prompt_format, engine.tokenizer)
+            asked = [benchmark.rendered(render) for benchmark in asked]
+        else:
+            asked = [ask_task(subject, engine.tokenizer, _limit(subject, options))]
+        config = engine.settings_for([prompt for benchmark in asked for prompt in benchmark.prompts])
+        question = _question(subject, choice, engine, config, asked, options)
+        with open_work_folder(options.out or _default_folder(model, options), question) as folder, ExitStack() as stack:
+            # All of them before the first is sampled: what cannot go on is refused now.
+            files = [
+                stack.enter_context(BenchmarkFiles(folder, each.name, each.prompts, question["samples"]))
+                for each in asked
+            ]
+            pool = stack.enter_context(open_verifier(all_verifiers(asked), config.reward))
+            for benchmark, file in zip(asked, files, strict=True):
+                _evaluate(folder, benchmark, file, question, engine, pool)
+            return Evaluation(folder, read_results(folder), write_eval_report(folder))
 
 
-def describe_figures(figures: dict[str, Any]) -> str:
-    """The figures as a few lines for a person."""
-    problems, samples, available = (int(figures[name]) for name in ("problems", "samples", "problems_available"))
-    share = f"all {problems}" if problems == available else f"the first {problems} of {available}"
-    kind = "held-out problems" if figures["prompts"] == "held-out" else "problems"
-    lines = [
-        f"{figures['model']} on {share} {kind} of {figures['task']}, {samples} response(s) each, "
-        f"temperature {figures['temperature']:g}",
-        f"accuracy (avg@{samples})  {_with_interval(figures, 'accuracy')}",
-    ]
-    names = (name for name in figures if name.startswith("pass@") and name.count("_") == 0)
-    lines += [f"{name:18}  {_with_interval(figures, name)}" for name in names]
-    lines.append(
-        f"mean length {figures['length']:.1f} tokens, {figures['truncated_fraction']:.1%} cut at the limit, "
-        f"mean entropy {figures['entropy']:.3f} nats"
+def _subject_and_benchmarks(
+    model: str, recipe: Path | None, overrides: Sequence[str], options: EvalOptions, choice: EngineChoice
+) -> tuple[Subject, list[AskedBenchmark]]:
+    """The model and settings to look at it under, and the benchmarks that were named, their prompts not yet put into
+    the engine's form. Everything that needs no model is refused here."""
+    if options.bench:
+        unused = {**choice.unused, "task.": "along with --bench, which brings questions of its own"}
+    elif options.prompt is not None or options.mirror is not None:
+        option = "--mirror" if options.prompt is None else "--prompt"
+        raise UserError(f"{option}: is for --bench; a task has settings of its own (task.chat_template, task.data)")
+    else:
+        unused = dict(choice.unused)
+    arguments = {name: getattr(options, name) for name in ("problems", "samples", "temperature", "max_tokens")}
+    subject = open_subject(
+        model,
+        recipe=recipe,
+        overrides=overrides,
+        arguments=arguments,
+        activity="an evaluation",
+        unused=unused,
+        used=("sandbox",) if runs_programs(options.bench) else (),
     )
-    if figures["verifier_failures"]:
-        lines.append(f"{figures['verifier_failures']:.0f} responses could not be verified and count as wrong")
-    return "\n".join(lines)
+    if not options.bench:
+        return subject, []
+    asked = ask_benchmarks(options.bench, options.mirror, _limit(subject, options), subject.config.sandbox)
+    for benchmark in asked:
+        if benchmark.notice:
+            print(f"forkrl: {benchmark.notice}", file=sys.stderr)
+    task = subject.config.task.model_copy(update={"chat_template": options.prompt == "chat"})
+    return subject._replace(config=subject.config.model_copy(update={"task": task})), asked
 
 
-def _with_interval(figures: dict[str, Any], name: str) -> str:
-    return f"{figures[name]:.3f}  95% [{figures[name + '_low']:.3f}, {figures[name + '_high']:.3f}]"
+def _limit(subject: Subject, options: EvalOptions) -> int | None:
+    """How many questions, from the first; None: all. A recipe's ``eval.problems`` is for its own task."""
+    if options.problems is not None:
+        return options.problems
+    if options.bench:
+        return subject.config.eval.problems if "eval.problems" in subject.given else None
+    return subject.limit
 
 
-def _sample_all(session: Session, num_samples: int, temperature: float) -> list[RolloutGroup]:
-    """All responses with their verdicts."""
-    if session.verifier is None:
-        raise UserError(f"{session.task.name}: its rows have no answers, so nothing can be judged")
-    sampling = evaluation_sampling(session.config, temperature, session.policy)
-    generator = evaluation_generator(session.config, session.policy.device)
-    groups: list[RolloutGroup] = []
-    for wave in progress(session.waves(num_samples), "evaluating"):
-        groups += sample_and_score(
-            session.engine, session.verifier, wave, group_size=num_samples, sampling=sampling, generator=generator
-        )
-    return groups
+def _default_folder(model: str, options: EvalOptions) -> Path:
+    folder = default_folder(model, "benchmarks" if options.bench else "eval")
+    return folder if folder.parent.name == "analysis" else Path("evals") / folder.name.removesuffix("-benchmarks")
 
 
-def _check_out(out: Path) -> None:
-    """Refuse before hours of sampling what could not be written after them."""
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file in it")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: the folder {out.parent} may not be written; choose another")
+def _question(
+    subject: Subject,
+    choice: EngineChoice,
+    engine: EvalEngine,
+    config: TrainConfig,
+    asked: Sequence[AskedBenchmark],
+    options: EvalOptions,
+) -> dict[str, Any]:
+    """Whatever the numbers of a benchmark hang on, but for its questions: those are kept beside its responses, so that
+    further benchmarks may join the folder."""
+    samples, temperature = options.samples, options.temperature
+    if samples is None:
+        takes_default = bool(options.bench) and "eval.samples" not in subject.given
+        samples = BENCHMARK_SAMPLES if takes_default else config.eval.samples
+    prompt_format = "chat" if config.task.chat_template else "plain" if options.bench else "template"
+    # A benchmark's own go with its name, but for the limits of programs.
+    judged = config.sandbox.model_dump(mode="json") if options.bench else _as_json(all_verifiers(asked))
+    return {
+        "schema": SCHEMA,
+        **identity(subject, choice),
+        "task": "" if options.bench else asked[0].title,
+        "sandbox" if options.bench else "verifiers": judged,
+        "prompt_format": prompt_format,
+        "problems": _limit(subject, options),
+        "samples": samples,
+        "temperature": config.eval.temperature if temperature is None else temperature,
+        "seed": config.seed,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "rollout.stop": list(config.rollout.stop),
+        **engine.facts,
+    }
+
+
+def _evaluate(
+    folder: Path,
+    benchmark: AskedBenchmark,
+    files: BenchmarkFiles,
+    question: Mapping[str, Any],
+    engine: EvalEngine,
+    pool: VerifierPool,
+) -> None:
+    """Bring one benchmark to its end, and put its figures into ``results.json``."""
+    sampling = EvalSampling(
+        max_response_tokens=question["max_response_tokens"],
+        temperature=question["temperature"],
+        seed=question["seed"],
+        stop=tuple(question["rollout.stop"]),
+    )
+    tokens, seconds = _sample_and_judge(files, engine, pool, sampling, benchmark.title)
+    earlier = next((each for each in _earlier(folder) if each["name"] == benchmark.name), {})
+    figures = {
+        "name": benchmark.name,
+        "title": benchmark.title,
+        "hub": benchmark.hub,
+        "revision": benchmark.revision,
+        "fingerprint": benchmark.fingerprint,
+        "questions": len(benchmark.prompts),
+        "available_questions": benchmark.available,
+        "expected_questions": benchmark.expected,
+        "notice": benchmark.notice,
+        "verifiers": _as_json(benchmark.verifiers),
+        # Of the last call that sampled anything.
+        "seconds": seconds if tokens else earlier.get("seconds", 0.0),
+        "tokens_per_s": tokens / seconds if tokens else earlier.get("tokens_per_s"),
+        **summarise_benchmark(files.scored(), question["samples"]),
+    }
+    _write_results(folder, question, figures)
+
+
+def _sample_and_judge(
+    files: BenchmarkFiles, engine: EvalEngine, pool: VerifierPool, sampling: EvalSampling, title: str
+) -> tuple[int, float]:
+    """Sample and judge what is missing; returns the tokens sampled, and the seconds it took."""
+    missing = files.missing()
+    if 0 < len(missing) < len(files.grid):
+        kept = len(files.grid) - len(missing)
+        print(f"forkrl: {title}: {kept} of {len(files.grid)} responses are there already", file=sys.stderr)
+    began, tokens = time.monotonic(), 0
+    with Judging(pool, files) as judging:
+        for request, text in files.unjudged():
+            judging.add(request, text)
+        responses = engine.sampler(files.grid).sample(missing, sampling)
+        for sampled in progress(responses, f"{title}: responses", total=len(missing)):
+            files.add_response(sampled)
+            judging.add(sampled.request, sampled.text)
+            tokens += sampled.tokens
+        seconds = time.monotonic() - began
+        judging.finish()
+    return tokens, seconds
+
+
+def _write_results(folder: Path, question: Mapping[str, Any], figures: dict[str, Any]) -> None:
+    """Put a benchmark's figures among those that the folder has."""
+    benchmarks = {each["name"]: each for each in _earlier(folder)} | {figures["name"]: figures}
+    results = {
+        "schema": SCHEMA,
+        "model": question["model"],
+        "engine": question["engine"],
+        "command": command_line(),
+        "seed": question["seed"],
+        "temperature": question["temperature"],
+        "samples": question["samples"],
+        "max_response_tokens": question["max_response_tokens"],
+        "prompt_format": question["prompt_format"],
+        "versions": {name: found for name in _VERSIONED if (found := _version(name))},
+        "benchmarks": list(benchmarks.values()),
+    }
+    write_json(folder / RESULTS, results)
+
+
+def _earlier(folder: Path) -> list[dict[str, Any]]:
+    """The figures of the benchmarks that the folder holds already."""
+    return list(read_results(folder)["benchmarks"]) if (folder / RESULTS).exists() else []
+
+
+def _as_json(verifiers: Mapping[str, VerifierSpec]) -> dict[str, Any]:
+    return {source: [spec.path, dict(spec.options)] for source, spec in verifiers.items()}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

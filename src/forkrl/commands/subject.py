@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from forkrl.checkpoint import latest_checkpoint
@@ -35,13 +36,20 @@ _SETTINGS = {
 _PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
 # Limits of training that the response length of these commands need not agree with.
 _UNBOUNDED = ("reward.overlong_cache=0", f"training.micro_batch_tokens={2**62}")
+# Options of the command line, the setting that each stands for, and its least value.
+_OPTIONS = {
+    "problems": ("eval.problems", 1),
+    "samples": ("eval.samples", 1),
+    "temperature": ("eval.temperature", 0),
+    "max_tokens": ("rollout.max_response_tokens", 1),
+}
 
 
 class Subject(NamedTuple):
     """A model as the user named it, with the settings to look at it under.
 
     ``whole``: on all prompts of the data, nothing split off; ``limit``: at most so many of them; ``bounded``: somebody
-    chose ``rollout.max_response_tokens``.
+    chose ``rollout.max_response_tokens``; ``given``: the settings that were given as overrides.
     """
 
     name: str
@@ -50,6 +58,7 @@ class Subject(NamedTuple):
     whole: bool
     limit: int | None
     bounded: bool
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,8 @@ def open_subject(
     overrides: Sequence[str],
     arguments: Mapping[str, float | None],
     activity: str,
+    unused: Mapping[str, str] = MappingProxyType({}),
+    used: Collection[str] = (),
 ) -> Subject:
     """Settings for looking at ``model``; nothing is loaded yet.
 
@@ -93,24 +104,32 @@ def open_subject(
         model: a model folder or hub id, or a run folder.
         recipe: where task, rollout and reward settings come from otherwise.
         overrides: ``section.key=value``.
-        arguments: options of the command line that stand for a setting, by its name in ``eval``; None where not given.
+        arguments: options of the command line that stand for a setting: problems, samples, temperature, max_tokens;
+            None where not given.
         activity: what an override without effect has none on, such as "an evaluation".
+        unused: settings, or sections with a dot after them, without effect here, each with what else to say of it.
+        used: further sections that have an effect here.
 
     Raises:
         UserError: the run, the recipe or a setting cannot be used, or an override has no effect.
     """
-    _check_arguments(arguments)
+    chosen = _chosen(arguments)
     folder = Path(model)
     is_run = (folder / "config.toml").is_file()
     if is_run and recipe is not None:
         raise UserError(f"--recipe {recipe}: {folder} is a run and keeps its own recipe; change single settings of it")
     stored = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml")) if is_run else None
     given = {override.partition("=")[0].strip(): override for override in overrides}
-    config = load_recipe(TrainConfig, recipe, [*overrides, *_UNBOUNDED], base=stored)
-    whole = not is_run or not _PROMPT_SOURCES.isdisjoint(given)
-    taken = {f"eval.{name}" for name, value in arguments.items() if value is not None}
     for key, override in given.items():
-        if reason := _why_without_effect(key, config, whole, taken, activity):
+        if reason := _why_unused(key, unused):
+            raise UserError(f"{override}: {reason}")
+    limits = [f"{key}={value}" for key, value in chosen.items() if key == "rollout.max_response_tokens"]
+    config = load_recipe(TrainConfig, recipe, [*overrides, *limits, *_UNBOUNDED], base=stored)
+    whole = not is_run or not _PROMPT_SOURCES.isdisjoint(given)
+    for key, override in given.items():
+        if key.partition(".")[0] not in used and (
+            reason := _why_without_effect(key, config, whole, set(chosen), activity)
+        ):
             raise UserError(f"{override}: {reason}")
     path, revision = model, config.model.revision
     if is_run:
@@ -126,13 +145,26 @@ def open_subject(
         run=folder if is_run else None,
         whole=whole,
         limit=None if whole_file and "eval.problems" not in given else config.eval.problems,
-        bounded=is_run or recipe is not None or "rollout.max_response_tokens" in given,
+        bounded=is_run or recipe is not None or "rollout.max_response_tokens" in given.keys() | chosen.keys(),
+        given=frozenset(given),
     )
 
 
 def open_task_of(subject: Subject, policy: Policy) -> Task:
     """The task whose held-out prompts are those to look at."""
     return (open_evaluation_task if subject.whole else open_task)(subject.config.task, policy.tokenizer)
+
+
+@contextmanager
+def open_model(subject: Subject) -> Iterator[Replicas]:
+    """Load the model and start its replicas.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    policy = open_policy(subject.config.model, subject.config.runtime.device)
+    with open_replicas(policy, None, subject.config.runtime) as replicas:
+        yield replicas
 
 
 @contextmanager
@@ -146,14 +178,12 @@ def open_session(subject: Subject, problems: int | None = None) -> Iterator[Sess
     Raises:
         UserError: model, data or verifier cannot be used, or a prompt that the model cannot read.
     """
-    policy = open_policy(subject.config.model, subject.config.runtime.device)
-    task = open_task_of(subject, policy)
-    prompts = task.held_out[: subject.limit if problems is None else problems]
     with ExitStack() as stack:
-        replicas = stack.enter_context(open_replicas(policy, None, subject.config.runtime))
+        replicas = stack.enter_context(open_model(subject))
+        task = open_task_of(subject, replicas.policy)
+        prompts = task.held_out[: subject.limit if problems is None else problems]
         engine = open_engine(replicas, subject.config)
-        engine.check_prompts(prompts)
-        config = subject.config if subject.bounded else _bounded_by_positions(subject.config, engine, prompts)
+        config = checked_config(subject, engine, prompts)
         verifiers = with_sandbox(task.verifiers, config.sandbox)
         verifier = stack.enter_context(open_verifier(verifiers, config.reward)) if verifiers else None
         yield Session(config, replicas, engine, task, prompts, verifier)
@@ -171,6 +201,17 @@ def newest_checkpoint(folder: Path) -> str:
     return str(checkpoint)
 
 
+def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
+    """The subject's settings, once every prompt is found to fit; with the length of responses that the model's
+    positions leave, where nobody chose one.
+
+    Raises:
+        UserError: a prompt is empty or too long.
+    """
+    engine.check_prompts(prompts)
+    return subject.config if subject.bounded else _bounded_by_positions(subject.config, engine, prompts)
+
+
 def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
     """Nobody chose a length of responses: the default, or as much as the model has positions for."""
     longest = max((engine.count_tokens(prompt) for prompt in prompts), default=0)
@@ -181,11 +222,26 @@ def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: 
     return config.model_copy(update={"rollout": config.rollout.model_copy(update=limit)})
 
 
-def _check_arguments(arguments: Mapping[str, float | None]) -> None:
-    for name, least in (("problems", 1), ("samples", 1), ("temperature", 0)):
-        value = arguments.get(name)
-        if value is not None and not (least <= value < math.inf):
-            raise UserError(f"--{name} {value}: at least {least}")
+def _chosen(arguments: Mapping[str, float | None]) -> dict[str, float]:
+    """The settings that options of the command line stand for, with their values."""
+    chosen = {}
+    for name, value in arguments.items():
+        key, least = _OPTIONS[name]
+        if value is None:
+            continue
+        if not least <= value < math.inf:
+            raise UserError(f"{_option(name)} {value}: at least {least}")
+        chosen[key] = value
+    return chosen
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _why_unused(key: str, unused: Mapping[str, str]) -> str:
+    section = key.partition(".")[0] + "."
+    return next((f"has no effect {unused[name]}; leave it away" for name in (key, section) if name in unused), "")
 
 
 def _why_without_effect(key: str, config: TrainConfig, whole: bool, taken: set[str], activity: str) -> str:
@@ -195,7 +251,8 @@ def _why_without_effect(key: str, config: TrainConfig, whole: bool, taken: set[s
     if key == "model.path":
         return "has no effect; the model is the first argument of the command"
     if key in taken:
-        return f"has no effect along with --{key.partition('.')[2]}; leave one of the two away"
+        option = next(_option(name) for name, (setting, _) in _OPTIONS.items() if setting == key)
+        return f"has no effect along with {option}; leave one of the two away"
     if not key.startswith("task."):
         return "" if key in _SETTINGS else f"has no effect on {activity}; leave it away"
     if whole and key == "task.held_out_rows":

@@ -38,10 +38,10 @@ def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy)
     )
 
 
-def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Generator:
+def evaluation_generator(seed: int, device: torch.device) -> torch.Generator:
     """The random numbers of every evaluation with this seed: the same each time, in a run and by ``forkrl eval``."""
     # Hashed: training draws from a generator of the bare seed, and the two must not run in step.
-    digest = hashlib.sha256(f"evaluation/{config.seed}".encode()).digest()
+    digest = hashlib.sha256(f"evaluation/{seed}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -61,8 +61,19 @@ def sample_and_score(
     )
 
 
+def by_source(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGroup]]:
+    """The groups of each part of a mixed task, in the order of its name; empty for a task of one part."""
+    found: dict[str, list[RolloutGroup]] = {}
+    for group in groups:
+        found.setdefault(group.prompt.source, []).append(group)
+    return {source: found[source] for source in sorted(found) if source}
+
+
 def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Figures of an evaluation: avg@K with its 95% interval clustered by prompt, unbiased pass@k, lengths, entropy."""
+    """Figures of an evaluation: avg@K with its 95% interval clustered by prompt, unbiased pass@k, lengths, entropy.
+
+    Of a mixed task, accuracy and length of each part as well: ``accuracy/PART``.
+    """
     num_samples = len(groups[0].rollouts)
     accuracy = mean_with_interval([list(group.scores) for group in groups])
     length = mean_with_normal_interval([[float(len(rollout)) for rollout in group.rollouts] for group in groups])
@@ -78,6 +89,16 @@ def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "samples": float(num_samples),
         "verifier_failures": float(sum(bool(verdict.failure) for group in groups for verdict in group.verdicts)),
     }
+    for source, part in by_source(groups).items():
+        of_part = mean_with_interval([list(group.scores) for group in part])
+        lengths = mean_with_normal_interval([[float(len(rollout)) for rollout in group.rollouts] for group in part])
+        figures |= {
+            f"accuracy/{source}": of_part.mean,
+            f"accuracy_low/{source}": of_part.low,
+            f"accuracy_high/{source}": of_part.high,
+            f"length/{source}": lengths.mean,
+            f"problems/{source}": float(len(part)),
+        }
     solved = [sum(score == 1 for score in group.scores) for group in groups]
     for k in (2**power for power in range(1, num_samples.bit_length())):
         estimate = mean_pass_at_k(solved, num_samples, k)

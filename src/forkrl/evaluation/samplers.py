@@ -1,11 +1,14 @@
-"""What the engines of an evaluation have in common: asked for responses, they yield each as it finishes."""
+"""The engines of an evaluation: asked for responses, they yield each as it finishes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from forkrl.types import Prompt
+from forkrl.types import Prompt, SamplingParams
+
+if TYPE_CHECKING:  # torch, which an evaluation on a server need not load
+    from forkrl.rollout.embedded import EmbeddedEngine
 
 
 class SampleRequest(NamedTuple):
@@ -46,3 +49,51 @@ class Sampler(Protocol):
             UserError: the engine cannot go on, such as a server that stopped to answer; what was yielded counts.
         """
         ...
+
+
+class EmbeddedSampler:
+    """The embedded engine, whose responses are drawn in waves: those of a wave share their random numbers.
+
+    A wave of which any response is asked for is decoded whole, with the random numbers that it has in an evaluation
+    that is never interrupted, and only what was asked for is yielded. So an interruption changes no number; and drawing
+    anew the responses alone that had not finished would favour short ones.
+
+    Args:
+        engine: with the model.
+        grid: every response of the benchmark, in order, asked for or not: waves are cut from it.
+    """
+
+    name = "embedded"
+
+    def __init__(self, engine: EmbeddedEngine, grid: Sequence[SampleRequest]) -> None:
+        self._engine = engine
+        size = engine.wave_sequences
+        self._waves = [grid[start : start + size] for start in range(0, len(grid), size)]
+
+    def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
+        """See ``Sampler``; responses come wave by wave.
+
+        Raises:
+            UserError: the model has no positions for so long a response, or a stop token is not one token.
+            TrainingHalted: the model's logits are not finite.
+        """
+        from forkrl.evaluation.held_out import evaluation_generator
+
+        wanted = {(request.prompt.id, request.sample) for request in requests}
+        generator = evaluation_generator(sampling.seed, self._engine.policy.device)
+        how = SamplingParams(
+            max_response_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=self._engine.policy.stop_token_ids(sampling.stop),
+        )
+        for wave in self._waves:
+            if wanted.isdisjoint((request.prompt.id, request.sample) for request in wave):
+                self._engine.pass_over(len(wave), generator)
+                continue
+            prompts = [request.prompt for request in wave]
+            groups = self._engine.generate(prompts, group_size=1, sampling=how, generator=generator)
+            for request, group in zip(wave, groups, strict=True):
+                if (request.prompt.id, request.sample) in wanted:
+                    (rollout,) = group.rollouts
+                    entropy = float(rollout.entropy.mean())
+                    yield Sampled(request, rollout.text, len(rollout), rollout.finished, entropy)

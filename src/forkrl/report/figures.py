@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from forkrl.report.run_data import Floats, RunData, Series
-from forkrl.report.style import BLUE, GREEN, MUTED, PERCENT, PURPLE, VERMILION, error_bars, finish, panels
+from forkrl.report.style import (
+    BLUE,
+    GREEN,
+    MUTED,
+    PERCENT,
+    PURPLE,
+    SIZE_INCHES,
+    VERMILION,
+    error_bars,
+    finish,
+    panels,
+)
 
 FEW_POINTS = 40
 
@@ -28,28 +40,40 @@ class Line(NamedTuple):
 def learning_curve(run: RunData) -> Figure:
     """Accuracy against step: training responses, and held-out problems with 95% intervals."""
     figure, (axes,) = panels(1)
-    _draw(axes, run, [Line("reward/accuracy", "training responses", MUTED)])
-    held_out = run.series("eval/accuracy")
-    if len(held_out):
-        low = _aligned(run, held_out, "eval/accuracy_low")
-        high = _aligned(run, held_out, "eval/accuracy_high")
-        bars = error_bars(held_out.values, low, high)
-        axes.errorbar(
-            held_out.steps,
-            held_out.values,
-            bars,
-            color=BLUE,
-            marker="o",
-            markersize=4.5,
-            linewidth=1.8,
-            capsize=3,
-            elinewidth=1.4,
-            label="held out, 95% interval",
-            zorder=3,
-        )
-    axes.yaxis.set_major_formatter(PERCENT)
+    _draw_accuracy(axes, run, "")
     finish(axes, "accuracy", bottom=0)
     return figure
+
+
+def accuracy_by_part(run: RunData) -> Figure:
+    """The learning curve of each part of a mixed task, one above the other."""
+    width, height = SIZE_INCHES
+    figure, plots = panels(len(run.parts), (width, max(height, 1.3 * len(run.parts) + 0.6)))
+    for number, (axes, part) in enumerate(zip(plots, run.parts, strict=True), start=1):
+        _draw_accuracy(axes, run, f"/{part}")
+        finish(axes, shortened(part), bottom=0, last=number == len(run.parts), legend=number == 1)
+        axes.yaxis.label.set_parse_math(False)  # a part's name is no formula
+    return figure
+
+
+def levels(run: RunData) -> Figure:
+    """The level of difficulty of each curriculum against step."""
+    figure, (axes,) = panels(1)
+    styles = itertools.cycle(itertools.product(("-", "--", ":"), (BLUE, VERMILION, GREEN, PURPLE)))
+    for name, (style, color) in zip(run.level_names, styles, strict=False):
+        series = run.series(name)
+        label = shortened(name.removeprefix("task/level").strip("/")) or "level"
+        axes.step(series.steps, series.values, where="post", color=color, linestyle=style, linewidth=1.7, label=label)
+    finish(axes, "level", bottom=0)
+    legend = axes.get_legend()
+    for text in legend.get_texts() if legend is not None else ():
+        text.set_parse_math(False)  # a part's name is no formula
+    return figure
+
+
+def shortened(name: str, limit: int = 22) -> str:
+    """A name that fits beside an axis."""
+    return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
 def entropy_curves(run: RunData) -> Figure:
@@ -160,6 +184,30 @@ def _draw(axes: Axes, run: RunData, lines: Sequence[Line]) -> None:
                 markersize=2.6,
                 label=line.label,
             )
+
+
+def _draw_accuracy(axes: Axes, run: RunData, part: str) -> None:
+    """Training and held-out accuracy, of all prompts or, with "/PART", of those of one part."""
+    _draw(axes, run, [Line(f"reward/accuracy{part}", "training responses", MUTED)])
+    held_out = run.series(f"eval/accuracy{part}")
+    if len(held_out):
+        low = _aligned(run, held_out, f"eval/accuracy_low{part}")
+        high = _aligned(run, held_out, f"eval/accuracy_high{part}")
+        bars = error_bars(held_out.values, low, high)
+        axes.errorbar(
+            held_out.steps,
+            held_out.values,
+            bars,
+            color=BLUE,
+            marker="o",
+            markersize=4.5,
+            linewidth=1.8,
+            capsize=3,
+            elinewidth=1.4,
+            label="held out, 95% interval",
+            zorder=3,
+        )
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def _aligned(run: RunData, series: Series, name: str) -> Floats:

@@ -107,6 +107,19 @@ class RunData:
         return Series(np.array([p[0] for p in pairs], dtype=float), np.array([p[1] for p in pairs], dtype=float))
 
     @property
+    def parts(self) -> list[str]:
+        """The parts of a mixed task, by the names of the metrics; none in a task of one part."""
+        names = {name for row in self.metrics.values() for name in row}
+        prefixes = ("reward/accuracy/", "eval/accuracy/")
+        return sorted({name.removeprefix(prefix) for prefix in prefixes for name in names if name.startswith(prefix)})
+
+    @property
+    def level_names(self) -> list[str]:
+        """The metrics that hold a curriculum's level."""
+        names = {name for row in self.metrics.values() for name in row}
+        return sorted(name for name in names if name == "task/level" or name.startswith("task/level/"))
+
+    @property
     def num_steps(self) -> int:
         """The last step that trained, as the metrics tell."""
         return max(

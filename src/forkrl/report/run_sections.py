@@ -67,8 +67,36 @@ _CURVES = (
 
 def figure_sections(run: RunData) -> list[FigureSection]:
     """Every figure of the page, in reading order."""
-    curves = [_curve_section(run, curve) for curve in _CURVES]
-    return [*curves[:2], _histogram_section(run), *curves[2:]]
+    learning, entropy, *others = [_curve_section(run, curve) for curve in _CURVES]
+    parts = [_curve_section(run, curve) for curve in _part_curves(run)]
+    return [learning, *parts, entropy, _histogram_section(run), *others]
+
+
+def _part_curves(run: RunData) -> list[_Curve]:
+    """What a mixed task, and one with a curriculum, have besides."""
+    curves = []
+    if run.parts:
+        areas = ("reward/accuracy", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
+        curves.append(
+            _Curve(
+                "parts",
+                "Accuracy by part",
+                "The same for each part of the mixed task; held-out accuracy with a 95% interval clustered by problem.",
+                tuple(f"{area}/{part}" for part in run.parts for area in areas),
+                figures.accuracy_by_part,
+            )
+        )
+    if run.level_names:
+        curves.append(
+            _Curve(
+                "levels",
+                "Level of difficulty",
+                "Where each curriculum stood after the step.",
+                tuple(run.level_names),
+                figures.levels,
+            )
+        )
+    return curves
 
 
 def _curve_section(run: RunData, curve: _Curve) -> FigureSection:

@@ -133,6 +133,12 @@ class EmbeddedEngine:
             for place, rollout in self._decode_wave([prefixes[index] for index, _ in wave], sampling, generator):
                 yield Ended(*wave[place], rollout)
 
+    def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
+        """Draw what decoding so many sequences, one wave, would draw from ``generator``: the waves after it stay the
+        same when it need not be decoded again."""
+        size = -(-num_sequences // self.replicas.count)
+        self._draw_seeds(-(-num_sequences // size), generator)
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse before a run the prompts that would end it when their turn comes.
 
@@ -152,12 +158,16 @@ class EmbeddedEngine:
         """Every replica decodes its part of the sequences, with random numbers of its own."""
         size = -(-len(prefixes_S) // self.replicas.count)
         parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
-        seeds = torch.randint(2**62, (len(parts),), device=generator.device, generator=generator).tolist()
+        seeds = self._draw_seeds(len(parts), generator)
         if self.replicas.count == 1:
             yield from _decode_part(self.replicas.local, (parts[0], seeds[0]), sampling)
             return
         decoded = self.replicas.map(_decode_whole_part, list(zip(parts, seeds, strict=True)), sampling)
         yield from enumerate(rollout for part in decoded for rollout in part)
+
+    def _draw_seeds(self, count: int, generator: torch.Generator) -> list[int]:
+        seeds: list[int] = torch.randint(2**62, (count,), device=generator.device, generator=generator).tolist()
+        return seeds
 
     def _require_positions(self, prompt_tokens: int, response_tokens: int) -> None:
         """Refuse lengths for which the model has no positions: it would fail late, or write nonsense."""

@@ -69,7 +69,7 @@ def load_dataset_task(config: TaskConfig, *, apply_chat_template: ApplyChatTempl
         aside = {id: questions[id] for id in sorted(questions)[: config.held_out_rows]}
     train = [render(id, question) for id, question in questions.items() if id not in aside]
     held_out = [render(id, question) for id, question in aside.items()]
-    return Task(config.data, train, held_out, _verifiers(config), _fingerprint(train, held_out))
+    return Task(config.data, train, held_out, _verifiers(config), fingerprint_of(train, held_out))
 
 
 def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
@@ -89,7 +89,7 @@ def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTe
     render = _Renderer(config, apply_chat_template)
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
     prompts = [render(id, question) for id, question in _read_distinct(config, source, key).items()]
-    return Task(source, [], prompts, _verifiers(config), _fingerprint([], prompts))
+    return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts))
 
 
 def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
@@ -122,7 +122,7 @@ def _read_distinct(config: TaskConfig, source: str, key: str) -> dict[str, _Ques
         num_rows += 1
         content = _question_content(config, row)
         answer = _answer_text(config, row)
-        id = _hash(content)
+        id = question_id(content)
         known = questions.setdefault(id, _Question(content, answer, row.place))
         if known.answer != answer:
             raise UserError(
@@ -344,12 +344,14 @@ def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:
     return list(needed)
 
 
-def _hash(content: str | list[dict[str, str]]) -> str:
+def question_id(content: str | list[dict[str, str]]) -> str:
+    """The id of a question by what it asks alone: the same in every file, in any order, under any template."""
     canonical = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _fingerprint(train: list[Prompt], held_out: list[Prompt]) -> str:
+def fingerprint_of(train: list[Prompt], held_out: list[Prompt]) -> str:
+    """A hash of all that the model reads and is judged by."""
     digest = hashlib.sha256()
     for name, prompts in (("train", train), ("held_out", held_out)):
         digest.update(f"{name} {len(prompts)}\n".encode())

@@ -1,0 +1,145 @@
+"""What samples an evaluation: the embedded engine, vLLM, or a server; each opened once for all benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from forkrl.commands.subject import Subject, checked_config, open_model
+from forkrl.commands.work_folder import weights_fingerprint
+from forkrl.config import TrainConfig
+from forkrl.errors import UserError
+from forkrl.evaluation.samplers import EmbeddedSampler, Sampler, SampleRequest
+from forkrl.model import model_location
+from forkrl.replicas import Replicas
+from forkrl.rollout import open_engine
+from forkrl.types import Prompt
+
+PromptFormat = Literal["plain", "chat"]
+_FOR_OUR_ENGINE = ("model.precision", "rollout.max_prompt_tokens", "rollout.max_sequences", "runtime.")
+_UNUSED = {
+    "vllm": dict.fromkeys(_FOR_OUR_ENGINE, "on vLLM, which decides that itself"),
+    "server": dict.fromkeys((*_FOR_OUR_ENGINE, "model.revision"), "on a model that a server holds"),
+}
+
+
+class EngineChoice(NamedTuple):
+    """Which engine, as the command line says it. ``server``: the address of one; then ``engine`` plays no part."""
+
+    engine: str
+    server: str | None
+
+    @property
+    def name(self) -> str:
+        return "server" if self.server is not None else self.engine
+
+    @property
+    def unused(self) -> Mapping[str, str]:
+        """Settings without effect, for ``open_subject``."""
+        return _UNUSED.get(self.name, {})
+
+
+class EvalEngine(Protocol):
+    """An engine with its model.
+
+    ``facts`` are what the numbers hang on besides the settings of every evaluation; ``tokenizer`` is None where a
+    server keeps it.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None
+    facts: Mapping[str, Any]
+
+    def settings_for(self, prompts: Sequence[Prompt]) -> TrainConfig:
+        """The settings for these prompts, once each is known to fit.
+
+        Raises:
+            UserError: one is empty or too long.
+        """
+        ...
+
+    def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
+        """What samples a benchmark; ``grid`` is all of its responses, in order."""
+        ...
+
+
+class _Embedded:
+    name = "embedded"
+
+    def __init__(self, subject: Subject, replicas: Replicas) -> None:
+        self._subject = subject
+        self._engine = open_engine(replicas, subject.config)
+        self.tokenizer: PreTrainedTokenizerBase | None = replicas.policy.tokenizer
+        # How sequences are divided decides which random numbers each of them gets.
+        self.facts: Mapping[str, Any] = {
+            "model.precision": subject.config.model.precision,
+            "rollout.max_sequences": subject.config.rollout.max_sequences,
+            "runtime.replicas": replicas.count,
+            "device": replicas.policy.device.type,
+        }
+
+    def settings_for(self, prompts: Sequence[Prompt]) -> TrainConfig:
+        return checked_config(self._subject, self._engine, prompts)
+
+    def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
+        return EmbeddedSampler(self._engine, grid)
+
+
+class _Whole:
+    """An engine that needs no grid: every response has random numbers of its own."""
+
+    def __init__(self, subject: Subject, sampler: Sampler, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.name = sampler.name
+        self.tokenizer = tokenizer
+        self.facts: Mapping[str, Any] = {}
+        self._config = subject.config
+        self._sampler = sampler
+
+    def settings_for(self, prompts: Sequence[Prompt]) -> TrainConfig:
+        return self._config
+
+    def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
+        return self._sampler
+
+
+@contextmanager
+def open_eval_engine(subject: Subject, choice: EngineChoice, prompt_format: PromptFormat) -> Iterator[EvalEngine]:
+    """Open the chosen engine with the subject's model.
+
+    Raises:
+        UserError: the model, vLLM or the server cannot be used.
+    """
+    model = subject.config.model
+    if choice.server is not None:
+        if subject.run is not None:
+            raise UserError(f"--server {choice.server}: give the model's name at the server in place of the run")
+        from forkrl.evaluation.server import ServerSampler
+
+        yield _Whole(subject, ServerSampler(choice.server, subject.name, prompt_format=prompt_format), None)
+    elif choice.engine == "vllm":
+        from forkrl.evaluation.vllm import VllmSampler
+
+        path = model_location(model.path)
+        sampler = VllmSampler(
+            path, revision=model.revision, seed=subject.config.seed, add_special_tokens=prompt_format == "plain"
+        )
+        yield _Whole(subject, sampler, AutoTokenizer.from_pretrained(path, revision=model.revision))
+    else:
+        with open_model(subject) as replicas:
+            yield _Embedded(subject, replicas)
+
+
+def identity(subject: Subject, choice: EngineChoice) -> dict[str, Any]:
+    """Which model it is, as far as can be told from here."""
+    model = subject.config.model
+    here = choice.server is None
+    return {
+        "model": subject.name,
+        "engine": choice.name,
+        "checkpoint": model.path.rpartition("/")[2] if subject.run else "",
+        "model.revision": model.revision,
+        "weights": weights_fingerprint(model.path) if here else "",
+    }

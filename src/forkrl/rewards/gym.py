@@ -1,0 +1,130 @@
+"""Judges answers to reasoning-gym's questions with reasoning-gym's own scorers.
+
+The answer is what stands in the last ``<answer>...</answer>``. A prompt carries no more of its question than where it
+came from (generator, settings, seed, index); the worker makes the entry again, since entries hold what JSON cannot, and
+refuses to judge where that gives another question.
+
+Nine scorers hand the answer to ``eval`` or to sympy's parser, which evaluates Python. Model output must not run as
+code, so what reaches those is first held to a small language that can call nothing: see ``_READABLE``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import string
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from forkrl.gym_entries import Source, make_entry, open_source
+from forkrl.types import Judgement
+
+_MAX_ANSWER = 20_000
+"""Characters; the longest right answers, ARC's grids, have about 2,000."""
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What scorers raise on text that is no answer of the form they expect."""
+
+
+def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement:
+    """reasoning-gym's score of the final answer of a response; 0 without one.
+
+    Args:
+        answer: where the question came from, as JSON (``tasks/gym.py`` writes it).
+        response: what the model wrote.
+        strict: only full marks count; any partial score becomes 0.
+
+    Returns:
+        The score in [0, 1], and the answer as written, its white space made single spaces.
+
+    Raises:
+        ValueError: the question cannot be made again as it was; its responses cannot be judged.
+    """
+    dataset, entry = _entry(answer)
+    written = final_answer(response)
+    if written is None:
+        return Judgement(0.0, "")
+    score = _score(json.loads(answer)["generator"], dataset, entry, written)
+    return Judgement(float(score == 1) if strict else score, " ".join(written.split()))
+
+
+def final_answer(response: str) -> str | None:
+    """What stands in the last complete ``<answer>...</answer>``, stripped; None without one. Linear in the length."""
+    end = response.rfind("</answer>")
+    start = response.rfind("<answer>", 0, max(end, 0))
+    return response[start + len("<answer>") : end].strip() if start >= 0 else None
+
+
+def _score(generator: str, dataset: Any, entry: Any, written: str) -> float:
+    if len(written) > _MAX_ANSWER or not _READABLE.get(generator, _anything)(written):
+        return 0.0
+    try:
+        score = float(dataset.score_answer(written, entry))
+    except _UNREADABLE:
+        return 0.0
+    return score
+
+
+@lru_cache(maxsize=256)
+def _entry(answer: str) -> tuple[Any, Any]:
+    """The generator and the entry that ``answer`` names; a group's responses share it."""
+    place = json.loads(answer)
+    settings = json.dumps(place["settings"], sort_keys=True)
+    source = Source(place["generator"], settings, place["level"], place["seed"], place["size"])
+    entry = make_entry(source, place["index"])
+    if hashlib.sha256(entry["question"].encode()).hexdigest() != place["question_sha256"]:
+        raise ValueError(
+            f"reasoning-gym's {place['generator']} gives another question at seed {place['seed']}, index "
+            f"{place['index']} than when the prompt was made; is it another version?"
+        )
+    return open_source(source), entry
+
+
+def _anything(written: str) -> bool:
+    return True
+
+
+_WORDS = re.compile(r"[A-Za-z0-9_\s]*")
+_ARITHMETIC = re.compile(r"(?!.*\*\s*\*)[0-9+\-*/().\s]*", re.DOTALL)
+_FORMULA = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]+|[-+*/^()\s])*")
+_FUNCTIONS = ["sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"]
+_NAMES = frozenset([*_FUNCTIONS, "exp", "log", "ln", "sqrt", "pi", *string.ascii_letters])
+
+
+def _is_words_or_literal(written: str) -> bool:
+    """Bare words, which ``eval`` can only look up, or a Python literal, which it can only build."""
+    if _WORDS.fullmatch(written):
+        return True
+    try:
+        ast.literal_eval(written)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def _is_arithmetic(written: str) -> bool:
+    """Numbers, the four operations and brackets; no powers, which no right answer needs."""
+    return _ARITHMETIC.fullmatch(written) is not None
+
+
+def _is_formula(written: str) -> bool:
+    """Numbers, one-letter names, functions of calculus, operations and brackets: no attribute, no string, no index."""
+    return _FORMULA.fullmatch(written) is not None and _NAMES.issuperset(re.findall("[A-Za-z]+", written))
+
+
+_READABLE: dict[str, Callable[[str], bool]] = {
+    # These scorers eval the answer.
+    "binary_matrix": _is_words_or_literal,
+    "n_queens": _is_words_or_literal,
+    "spiral_matrix": _is_words_or_literal,
+    "string_insertion": _is_words_or_literal,
+    # These hand it to sympy.parse_expr, which evals what it makes of it.
+    "countdown": _is_arithmetic,
+    "puzzle24": _is_arithmetic,
+    "simple_integration": _is_formula,
+    "intermediate_integration": _is_formula,
+    "polynomial_multiplication": _is_formula,
+}
+"""By generator: whether its scorer may see an answer."""

@@ -1,0 +1,81 @@
+"""Several tasks as one: each prompt knows its part, each part has its own verifier and template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from forkrl.config import PartConfig, TaskConfig
+from forkrl.errors import UserError
+from forkrl.types import Prompt, Task
+
+_log = logging.getLogger(__name__)
+
+
+def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
+    """All parts of a mix, told apart by ``Prompt.source``.
+
+    A question that one part holds out is trained on in no other, and one that two parts hold out is kept by the first;
+    both are counted in the log. The held-out prompts of the parts take turns by their weights, so that the first so
+    many of them are a mix in the same proportions, as long as each part has some left.
+
+    Args:
+        config: the recipe's ``task`` table.
+        open_part: the task of one part.
+
+    Raises:
+        UserError: a part cannot be opened, or is left without prompts. The line names the part.
+    """
+    tasks = {part.label: _open(part, open_part) for part in config.parts}
+    held_out: dict[str, list[Prompt]] = {}
+    aside: set[str] = set()
+    for label, task in tasks.items():
+        held_out[label] = [replace(prompt, source=label) for prompt in task.held_out if prompt.id not in aside]
+        _tell(label, "held-out questions are held out by a part before it", len(task.held_out) - len(held_out[label]))
+        aside.update(prompt.id for prompt in held_out[label])
+    train: list[Prompt] = []
+    for label, task in tasks.items():
+        kept = [replace(prompt, source=label) for prompt in task.train if prompt.id not in aside]
+        _tell(label, "questions are held out by another part and will not be trained on", len(task.train) - len(kept))
+        if task.train and not kept:
+            raise UserError(f"task.parts: every question of {label} is held out by another part; nothing is left")
+        train += kept
+    verifiers = {label: spec for label, task in tasks.items() for spec in task.verifiers.values()}
+    in_turns = _take_turns(config.parts, held_out)
+    return Task("mix", train, in_turns, verifiers, _fingerprint(train, in_turns))
+
+
+def _open(part: PartConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
+    try:
+        return open_part(part)
+    except UserError as error:
+        raise UserError(f"part {part.label} of task.parts: {error}") from error
+
+
+def _tell(label: str, what: str, count: int) -> None:
+    if count:
+        _log.info("%s: %d %s", label, count, what)
+
+
+def _take_turns(parts: Sequence[PartConfig], prompts: dict[str, list[Prompt]]) -> list[Prompt]:
+    """Next is always the part that lags furthest behind its weight, among those that have a prompt left."""
+    mixed: list[Prompt] = []
+    taken = dict.fromkeys(prompts, 0)
+    weights = {part.label: part.weight for part in parts}
+    while left := [label for label in prompts if taken[label] < len(prompts[label])]:
+        label = min(left, key=lambda name: (taken[name] + 1) / weights[name])
+        mixed.append(prompts[label][taken[label]])
+        taken[label] += 1
+    return mixed
+
+
+def _fingerprint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompts in (train, held_out):
+        digest.update(f"{len(prompts)}\n".encode())
+        for prompt in prompts:
+            digest.update(json.dumps([prompt.source, prompt.id, prompt.text, prompt.answer]).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""The endless stream of prompts that training draws from, and the levels of difficulty that it moves between."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from forkrl.config import CurriculumConfig, TaskConfig
+from forkrl.types import Prompt, RolloutGroup
+
+
+class PromptStream:
+    """Prompts without end: each part's own epoch after epoch, each epoch in its own seeded order.
+
+    Between the parts of a mix, the next prompt is always of the part that lags furthest behind its weight: at any
+    moment the numbers drawn are in the proportions of the weights, as nearly as whole prompts can be. A part with a
+    curriculum gives prompts of its present level; ``observe`` moves it. ``state`` alone restores all of it.
+
+    Args:
+        prompts: of all parts (``Prompt.source``) and levels (``Prompt.level``).
+        seed: of the orders.
+        weights: by source, above 0; not given, all weigh the same.
+        curricula: by source, for the parts that have one.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        *,
+        weights: Mapping[str, float] | None = None,
+        curricula: Mapping[str, CurriculumConfig] | None = None,
+    ) -> None:
+        pools: dict[str, dict[int, list[Prompt]]] = {}
+        for prompt in prompts:
+            pools.setdefault(prompt.source, {}).setdefault(prompt.level, []).append(prompt)
+        sources = sorted(pools)
+        random.Random(f"{seed}/sources").shuffle(sources)  # who comes first where two lag equally
+        self._seed = seed
+        self._curricula = dict(curricula or {})
+        given = weights or dict.fromkeys(sources, 1.0)
+        self._shares = {source: given[source] / sum(given[name] for name in sources) for source in sources}
+        self._pools = {
+            source: {level: _Pool(pools[source][level], self._pool_seed(source, level)) for level in pools[source]}
+            for source in sources
+        }
+        # A fixed difficulty is a level as well, and the only one of its part.
+        self._levels = {source: min(pools[source]) for source in sources}
+        self._windows: dict[str, list[float]] = {source: [] for source in self._curricula}
+
+    @property
+    def levels(self) -> dict[str, int]:
+        """The present level of each part that has a curriculum."""
+        return {source: self._levels[source] for source in self._curricula}
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts."""
+        return [self._next() for _ in range(count)]
+
+    def observe(self, groups: Sequence[RolloutGroup]) -> None:
+        """Take in the scores of sampled groups, in their order: they are what a curriculum goes by."""
+        for group in groups:
+            source = group.prompt.source
+            if source in self._curricula and group.prompt.level == self._levels[source]:
+                self._windows[source].append(sum(group.scores) / len(group.scores))
+                self._move(source, self._curricula[source])
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON can hold it."""
+        drawn = {
+            source: {str(level): pool.position for level, pool in levels.items()}
+            for source, levels in self._pools.items()
+        }
+        return {"drawn": drawn, "levels": self.levels, "windows": copy.deepcopy(self._windows)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to where ``state`` was taken, in a stream of the same prompts."""
+        for source, levels in state["drawn"].items():
+            for level, position in levels.items():
+                self._pools[source][int(level)].position = position
+        self._levels |= state["levels"]
+        self._windows = {source: list(window) for source, window in state["windows"].items()}
+
+    def restore_position(self, position: int) -> None:
+        """Go to where a checkpoint stands that was written when tasks had one part, and no levels."""
+        ((pool,),) = (levels.values() for levels in self._pools.values())
+        pool.position = position
+
+    def _next(self) -> Prompt:
+        drawn = {source: sum(pool.position for pool in levels.values()) for source, levels in self._pools.items()}
+        total = sum(drawn.values()) + 1
+        source = max(drawn, key=lambda name: self._shares[name] * total - drawn[name])
+        return self._pools[source][self._levels[source]].next()
+
+    def _move(self, source: str, curriculum: CurriculumConfig) -> None:
+        """Change the level once a window is full; a full window that changes nothing slides on."""
+        window = self._windows[source]
+        del window[: -curriculum.window]
+        if len(window) < curriculum.window:
+            return
+        accuracy = sum(window) / len(window)
+        assert curriculum.raise_above is not None
+        step = 1 if accuracy > curriculum.raise_above else -1 if accuracy < curriculum.lower_below else 0
+        if step and self._levels[source] + step in self._pools[source]:
+            self._levels[source] += step
+            window.clear()
+
+    def _pool_seed(self, source: str, level: int) -> str:
+        return f"{self._seed}/{source}/{level}" if source or level else f"{self._seed}"
+
+
+class _Pool:
+    """The prompts of one part and level, epoch after epoch. ``position`` alone restores it."""
+
+    def __init__(self, prompts: list[Prompt], seed: str) -> None:
+        self.position = 0
+        self._prompts = prompts
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def next(self) -> Prompt:
+        epoch, index = divmod(self.position, len(self._prompts))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = random.Random(f"{self._seed}/{epoch}").sample(range(len(self._prompts)), len(self._prompts))
+        self.position += 1
+        return self._prompts[self._order[index]]
+
+
+def open_stream(prompts: Sequence[Prompt], config: TaskConfig, seed: int) -> PromptStream:
+    """The stream that a recipe asks for, of the prompts that its task trains on."""
+    parts: dict[str, TaskConfig] = {part.label: part for part in config.parts} or {"": config}
+    return PromptStream(
+        prompts,
+        seed,
+        weights={part.label: part.weight for part in config.parts} or None,
+        curricula={
+            source: part.curriculum for source, part in parts.items() if part.curriculum.raise_above is not None
+        },
+    )

@@ -1,0 +1,104 @@
+"""What each of reasoning-gym's generators can do here, as the table of docs/tasks.md: ``python -m tests.gym_survey``.
+
+Questions are made in one process and judged in another, as in training. For each generator: whether every question is
+made again as it was, what its own gold answers score, and what the best of a few wrong ones does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import NamedTuple
+
+from reasoning_gym.factory import DATASETS
+
+from forkrl.gym_entries import REFUSED, Source, highest_level, make_entry, open_source
+from forkrl.rewards import VerifierPool
+from forkrl.rewards.gym import _READABLE
+from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
+from forkrl.types import Prompt
+
+QUESTIONS = 5
+WRONG = ("wrong", "[]", "{}", "None", "( )", "-", "banana banana", "x = x", '{"a": 1}', "1 2 3 4 5 6 7 8 9 10 11 12 13")
+EXAMPLES = {
+    "graph_color": "possible_answer",
+    "propositional_logic": "example_answer",
+    "rubiks_cube": "example_correct_answer",
+}
+"""Generators without a gold answer whose entries hold an example of a right one."""
+
+
+class Finding(NamedTuple):
+    """One generator's row."""
+
+    generator: str
+    levels: str
+    ms_a_question: float
+    gold: list[float]
+    best_wrong: float
+    failures: list[str]
+
+
+def examine(generator: str, pool: VerifierPool) -> Finding:
+    """Make questions, and have gold and wrong answers judged."""
+    started = time.perf_counter()
+    prompts = gym_prompts(generator, count=QUESTIONS)
+    seconds = time.perf_counter() - started
+    gold = [(prompt, answer) for prompt in prompts if (answer := gold_answer(prompt)) is not None]
+    right = pool.verify([(prompt, f"<answer>{answer}</answer>") for prompt, answer in gold])
+    wrong = pool.verify([(prompt, f"<answer>{text}</answer>") for prompt in prompts for text in WRONG])
+    failures = [verdict.failure for verdict in (*right, *wrong) if verdict.failure]
+    return Finding(
+        generator,
+        usable_levels(generator),
+        1000 * seconds / QUESTIONS,
+        [verdict.score for verdict in right],
+        max(verdict.score for verdict in wrong),
+        failures,
+    )
+
+
+def gold_answer(prompt: Prompt) -> str | None:
+    """The generator's own answer to a question, or an example of a right one."""
+    place = json.loads(prompt.answer)
+    if place["answer"] is not None or place["generator"] not in EXAMPLES:
+        answer = place["answer"]
+        return answer if answer is None else str(answer)
+    settings = json.dumps(place["settings"])
+    source = Source(place["generator"], settings, place["level"], place["seed"], place["size"])
+    entry = make_entry(source, place["index"])
+    example = entry["metadata"][EXAMPLES[place["generator"]]]
+    return example if isinstance(example, str) else json.dumps(example)
+
+
+def usable_levels(generator: str) -> str:
+    """The levels whose settings the generator accepts, such as "0-3"; "-" where there are none."""
+    top = highest_level(generator)
+    good = []
+    for level in range(0 if top is None else top + 1):
+        try:
+            open_source(Source(generator, "{}", level, 0, 10))
+        except ValueError:
+            continue
+        good.append(level)
+    if not good:
+        return "-"
+    return f"{good[0]}-{good[-1]}" if good == list(range(good[0], good[-1] + 1)) else ", ".join(map(str, good))
+
+
+def main() -> None:
+    """Print the table."""
+    print("| generator | levels | ms a question | gold answers score | best wrong answer | |")
+    print("|---|---|---:|---|---:|---|")
+    with VerifierPool({"": GYM_VERIFIER}, deadline_s=30) as pool:
+        for generator in sorted(set(DATASETS) - set(REFUSED)):
+            found = examine(generator, pool)
+            gold = "none known" if not found.gold else "1" if min(found.gold) == 1 else str(found.gold)
+            note = "guarded" if generator in _READABLE else ""
+            note += f" failures: {sorted(set(found.failures))}" if found.failures else ""
+            row = (found.generator, found.levels, f"{found.ms_a_question:.0f}", gold, f"{found.best_wrong:.2g}", note)
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Which engine an evaluation opens, with what; vLLM and the server stand in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forkrl.commands.eval_engines import EngineChoice, identity, open_eval_engine
+from forkrl.commands.subject import open_subject
+from forkrl.errors import UserError
+from tests.smoke.world import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("engines") / "model"
+    make_model(folder)
+    return str(folder)
+
+
+class Recorded:
+    """Notes what it was made with."""
+
+    name = "vllm"
+    made: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        type(self).made = (args, named)
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+def test_vllm_gets_the_model_and_adds_special_tokens_to_plain_prompts_alone(
+    model: str, prompt_format: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forkrl.evaluation.vllm.VllmSampler", Recorded)
+    choice = EngineChoice("vllm", None)
+    subject = open_subject(
+        model, recipe=None, overrides=["seed=7"], arguments={"max_tokens": 5}, activity="it", unused=choice.unused
+    )
+    with open_eval_engine(subject, choice, prompt_format) as engine:
+        assert engine.tokenizer is not None and engine.tokenizer.eos_token == "<eos>"
+        assert engine.settings_for([]).rollout.max_response_tokens == 5
+        assert isinstance(engine.sampler([]), Recorded)
+    assert Recorded.made == (
+        (model,), {"revision": None, "seed": 7, "add_special_tokens": prompt_format == "plain"},
+    )  # fmt: skip
+
+
+def test_the_weights_are_known_where_the_model_is_here(model: str) -> None:
+    subject = open_subject(model, recipe=None, overrides=(), arguments={}, activity="it")
+    assert len(identity(subject, EngineChoice("embedded", None))["weights"]) == 16
+    assert identity(subject, EngineChoice("embedded", "http://there"))["weights"] == ""
+    assert EngineChoice("embedded", "http://there").name == "server"
+
+
+@pytest.mark.parametrize(
+    ("choice", "override", "says"),
+    [
+        (EngineChoice("vllm", None), "runtime.replicas=2", "has no effect on vLLM, which decides that itself"),
+        (EngineChoice("vllm", "http://there"), "model.revision=x", "has no effect on a model that a server holds"),
+        (EngineChoice("embedded", "http://there"), "model.precision=bf16", "on a model that a server holds"),
+    ],
+)
+def test_settings_without_effect(model: str, choice: EngineChoice, override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        open_subject(model, recipe=None, overrides=[override], arguments={}, activity="it", unused=choice.unused)
+
+
+def test_settings_that_vllm_heeds(model: str) -> None:
+    subject = open_subject(
+        model,
+        recipe=None,
+        overrides=["model.revision=x", 'rollout.stop=["a"]'],
+        arguments={},
+        activity="it",
+        unused=EngineChoice("vllm", None).unused,
+    )
+    assert (subject.config.model.revision, subject.config.rollout.stop) == ("x", ("a",))
+
+
+def test_a_run_has_no_name_at_a_server(model: str, tmp_path: Path) -> None:
+    subject = open_subject(model, recipe=None, overrides=(), arguments={}, activity="it")._replace(run=tmp_path)
+    with (
+        pytest.raises(UserError, match="give the model's name at the server in place of the run"),
+        open_eval_engine(subject, EngineChoice("embedded", "http://there"), "plain"),
+    ):
+        pass
