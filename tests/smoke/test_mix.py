@@ -4,6 +4,7 @@ again, evaluated."""
 from __future__ import annotations
 
 import json
+import re
 import signal
 import tomllib
 from pathlib import Path
@@ -96,6 +97,13 @@ def test_every_part_has_its_metrics(whole: Run) -> None:
     assert any(row.get("reward/accuracy/gcd", 0) > 0 for row in steps), "no verifier of reasoning-gym ever paid"
     assert any(row.get("reward/accuracy/prompts", 0) > 0 for row in steps), "no verifier of the file ever paid"
     assert all(row["verifier/failures"] == 0 for row in steps)
+
+
+def test_metrics_of_parts_have_every_documented_name_and_no_other(whole: Run) -> None:
+    text = (Path(__file__).parents[2] / "docs/run-folder.md").read_text()
+    documented = set(re.findall(r"`([a-z_/]+)/PART`", text))
+    written = {name for row in whole.metrics for name in row if name.endswith(("/gcd", "/countdown", "/prompts"))}
+    assert {name.rpartition("/")[0] for name in written} == documented
 
 
 def test_the_level_rises(whole: Run) -> None:
