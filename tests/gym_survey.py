@@ -6,8 +6,10 @@ made again as it was, what its own gold answers score, and what the best of a fe
 
 from __future__ import annotations
 
+import io
 import json
 import time
+from contextlib import redirect_stdout
 from typing import NamedTuple
 
 from reasoning_gym.factory import DATASETS
@@ -18,7 +20,7 @@ from forkrl.rewards.gym import _READABLE
 from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
 from forkrl.types import Prompt
 
-QUESTIONS = 5
+QUESTIONS = 20
 WRONG = ("wrong", "[]", "{}", "None", "( )", "-", "banana banana", "x = x", '{"a": 1}', "1 2 3 4 5 6 7 8 9 10 11 12 13")
 EXAMPLES = {
     "graph_color": "possible_answer",
@@ -41,9 +43,7 @@ class Finding(NamedTuple):
 
 def examine(generator: str, pool: VerifierPool) -> Finding:
     """Make questions, and have gold and wrong answers judged."""
-    started = time.perf_counter()
     prompts = gym_prompts(generator, count=QUESTIONS)
-    seconds = time.perf_counter() - started
     gold = [(prompt, answer) for prompt in prompts if (answer := gold_answer(prompt)) is not None]
     right = pool.verify([(prompt, f"<answer>{answer}</answer>") for prompt, answer in gold])
     wrong = pool.verify([(prompt, f"<answer>{text}</answer>") for prompt in prompts for text in WRONG])
@@ -51,11 +51,22 @@ def examine(generator: str, pool: VerifierPool) -> Finding:
     return Finding(
         generator,
         usable_levels(generator),
-        1000 * seconds / QUESTIONS,
+        ms_a_question(generator),
         [verdict.score for verdict in right],
         max(verdict.score for verdict in wrong),
         failures,
     )
+
+
+def ms_a_question(generator: str) -> float:
+    """Milliseconds to make one, once the generator is open."""
+    source = Source(generator, "{}", None, 12345, 100)
+    open_source(source)
+    started = time.perf_counter()
+    with redirect_stdout(io.StringIO()):  # some generators print
+        for index in range(QUESTIONS):
+            make_entry(source, index)
+    return 1000 * (time.perf_counter() - started) / QUESTIONS
 
 
 def gold_answer(prompt: Prompt) -> str | None:
@@ -88,15 +99,15 @@ def usable_levels(generator: str) -> str:
 
 def main() -> None:
     """Print the table."""
-    print("| generator | levels | ms a question | gold answers score | best wrong answer | |")
+    print("| generator | levels | ms a question | gold answers with full marks | best wrong answer | |")
     print("|---|---|---:|---|---:|---|")
     with VerifierPool({"": GYM_VERIFIER}, deadline_s=30) as pool:
         for generator in sorted(set(DATASETS) - set(REFUSED)):
             found = examine(generator, pool)
-            gold = "none known" if not found.gold else "1" if min(found.gold) == 1 else str(found.gold)
+            gold = f"{sum(score == 1 for score in found.gold)} of {len(found.gold)}" if found.gold else "none known"
             note = "guarded" if generator in _READABLE else ""
             note += f" failures: {sorted(set(found.failures))}" if found.failures else ""
-            row = (found.generator, found.levels, f"{found.ms_a_question:.0f}", gold, f"{found.best_wrong:.2g}", note)
+            row = (found.generator, found.levels, f"{found.ms_a_question:.3g}", gold, f"{found.best_wrong:.2g}", note)
             print("| " + " | ".join(row) + " |", flush=True)
 
 

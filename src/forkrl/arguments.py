@@ -159,7 +159,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Where prompts come from; ``subject_overrides`` reads them."""
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="take task and rollout settings from this recipe")
-    parser.add_argument("--task", metavar="NAME", help="task.name: countdown, or dataset with --data")
+    parser.add_argument("--task", metavar="NAME", help="task.name: countdown, dataset with --data, or reasoning-gym")
     parser.add_argument("--data", metavar="FILE", help="prompts: .jsonl, .parquet or a hub data set (task.data)")
 
 

@@ -4,6 +4,7 @@ again, evaluated."""
 from __future__ import annotations
 
 import json
+import re
 import signal
 import tomllib
 from pathlib import Path
@@ -98,6 +99,13 @@ def test_every_part_has_its_metrics(whole: Run) -> None:
     assert all(row["verifier/failures"] == 0 for row in steps)
 
 
+def test_metrics_of_parts_have_every_documented_name_and_no_other(whole: Run) -> None:
+    text = (Path(__file__).parents[2] / "docs/run-folder.md").read_text()
+    documented = set(re.findall(r"`([a-z_/]+)/PART`", text))
+    written = {name for row in whole.metrics for name in row if name.endswith(("/gcd", "/countdown", "/prompts"))}
+    assert {name.rpartition("/")[0] for name in written} == documented
+
+
 def test_the_level_rises(whole: Run) -> None:
     levels = whole.column("task/level/gcd")
     assert levels == sorted(levels)
@@ -124,12 +132,15 @@ def test_killed_and_taken_up_again(mixed: World, whole: Run, point: str, count: 
 
 
 def test_the_run_is_evaluated_by_part(mixed: World, whole: Run) -> None:
-    outcome = mixed.run("eval", "whole", "--out", "eval.json")
+    assert whole.folder.name == "whole"
+    outcome = mixed.run("eval", "whole", "--out", "evaluated", without_report=True)
     assert outcome.code == 0, outcome.stderr
-    figures = json.loads((mixed.folder / "eval.json").read_text())
-    last = whole.metrics[-1]
-    for part in PARTS:
-        assert figures[f"accuracy/{part}"] == last[f"eval/accuracy/{part}"]
+    results = json.loads((mixed.folder / "evaluated" / "results.json").read_text())
+    by_part = {benchmark["name"]: benchmark for benchmark in results["benchmarks"]}
+    assert {part: by_part[part]["questions"] for part in by_part} == {"countdown": 3, "gcd": 6, "prompts": 3}
+    for figures in by_part.values():
+        assert figures["accuracy"]["low"] <= figures["accuracy"]["mean"] <= figures["accuracy"]["high"]
+        assert not figures["failures"]
 
 
 def test_the_recipe_of_the_run_is_its_own(whole: Run) -> None:

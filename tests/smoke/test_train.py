@@ -25,7 +25,7 @@ SHORT = ("training.steps=2", "eval.problems=1", "eval.every=0", "log.rollouts_sa
 
 def documented_metrics() -> set[str]:
     """The names in the table of docs/run-folder.md, with pass@k spelled out for the samples of ``LEARNING``."""
-    table = RUN_FOLDER.read_text().partition("## metrics.jsonl")[2].partition("\n## ")[0]
+    table = RUN_FOLDER.read_text().partition("## metrics.jsonl")[2].partition("\n###")[0]
     first_column = "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))
     names = set(re.findall("`(.+?)`", first_column))
     for_each_k = {name for name in names if "@k" in name}

@@ -34,11 +34,9 @@ class Counting(EmbeddedEngine):
         super().__init__(Replicas(policy), max_prompt_tokens=64, max_sequences=4)
         self.waves = waves
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, sampling: SamplingParams, generator: torch.Generator
-    ) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, **settings: Any) -> list[RolloutGroup]:
         self.waves.append(len(prompts) * group_size)
-        return super().generate(prompts, group_size=group_size, sampling=sampling, generator=generator)
+        return super().generate(prompts, group_size=group_size, **settings)
 
 
 def texts(policy: Policy, requests: Sequence[SampleRequest], waves: list[int] | None = None) -> dict[object, str]:

@@ -15,7 +15,7 @@ import torch
 from forkrl.config import CurriculumConfig, TaskConfig, TrainConfig, parse_recipe
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import summarise
-from forkrl.metrics import level_metrics, part_metrics
+from forkrl.metrics import level_metrics, part_metrics, rollout_metrics
 from forkrl.report.run_data import RunData, read_run
 from forkrl.report.run_sections import figure_sections
 from forkrl.tasks.mix import mix_task
@@ -244,6 +244,13 @@ def test_metrics_of_each_part() -> None:
     assert (figures["accuracy"], figures["accuracy/a"], figures["accuracy/b"]) == (0.5, 0.75, 0.0)
     assert figures["accuracy_low/a"] < 0.75 < figures["accuracy_high/a"]
     assert figures["problems/a"] == 2
+
+
+def test_a_dropped_group_of_equal_partial_marks_was_not_right() -> None:
+    a = prompts("a", 3)
+    dropped = [group(a[0], 0.01, 0.01), group(a[1], 1.0, 1.0), group(a[2], 0.0, 0.0)]
+    metrics = rollout_metrics(dropped, dropped, 0, 1, {"rollout": 1.0, "reward": 1.0})
+    assert (metrics["sampling/dropped_all_right"], metrics["sampling/dropped_all_wrong"]) == (1.0, 2.0)
 
 
 def test_the_report_shows_each_part_and_each_level(tmp_path: Path) -> None:

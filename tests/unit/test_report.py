@@ -189,6 +189,15 @@ def test_reproducing_command_resolves_to_the_same_recipe() -> None:
     assert load_recipe(TrainConfig, None, found) == recipe
 
 
+def test_reproducing_command_of_a_mix() -> None:
+    gym = '{name="reasoning-gym", generator="gcd", settings={max_value=9}, curriculum={raise_above=0.5}}'
+    overrides = ["task.name=mix", f'task.parts=[{{name="dataset", data="it\'s.jsonl", weight=2}}, {gym}]']
+    recipe = load_recipe(TrainConfig, None, overrides)
+    found = shlex.split(reproducing_command(recipe_toml(recipe)))[2:]
+    assert len(found) == 2
+    assert load_recipe(TrainConfig, None, found) == recipe
+
+
 def test_recorded_command_is_shown(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=0)
     config = folder / "config.toml"

@@ -19,7 +19,7 @@ from forkrl.rewards.code import code_verifier
 from forkrl.rewards.sandbox import require_sandbox
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
-from forkrl.types import Prompt, VerifierSpec
+from forkrl.types import Prompt, Task, VerifierSpec
 
 PLAIN = "User:\n{question}\n\nAssistant:\n"
 """The paper's prompt of base models (arXiv 2506.01939v2, section 5.2)."""
@@ -107,10 +107,15 @@ def _ask_gym(name: str, problems: int | None) -> AskedBenchmark:
     )
 
 
-def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, problems: int | None) -> AskedBenchmark:
-    """The held-out prompts of the subject's own task, as the model reads them.
+def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, problems: int | None) -> list[AskedBenchmark]:
+    """The held-out prompts of the subject's own task, as the model reads them; of a mix, each part as a benchmark.
 
     Without a tokenizer the chat template is left to the server: a prompt is then the text of one user message.
+
+    Args:
+        subject: the model and its settings.
+        tokenizer: the model's; None where a server keeps it.
+        problems: of all parts together, from the first; None: all.
 
     Raises:
         UserError: the task cannot be opened, or has no answers.
@@ -121,17 +126,28 @@ def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, proble
     task = (open_evaluation_task if subject.whole else open_task)(config, tokenizer)
     if not task.verifiers:
         raise UserError(f"{task.name}: its rows have no answers, so nothing can be judged")
-    name = re.sub(r"[^\w.-]+", "-", Path(task.name).stem).strip("-.") or "task"
+    asked = task.held_out[:problems]
+    return [
+        _ask_part(task, source, [prompt for prompt in asked if prompt.source == source]) for source in _parts(asked)
+    ]
+
+
+def _parts(prompts: Sequence[Prompt]) -> list[str]:
+    return list(dict.fromkeys(prompt.source for prompt in prompts))
+
+
+def _ask_part(task: Task, source: str, prompts: Sequence[Prompt]) -> AskedBenchmark:
+    name = source or re.sub(r"[^\w.-]+", "-", Path(task.name).stem).strip("-.") or "task"
     return AskedBenchmark(
         name=name,
-        title=task.name,
+        title=source or task.name,
         hub="",
         revision=None,
         fingerprint=task.fingerprint,
-        available=len(task.held_out),
+        available=sum(prompt.source == source for prompt in task.held_out),
         expected=None,
-        prompts=task.held_out[:problems],
-        verifiers=task.verifiers,
+        prompts=prompts,
+        verifiers={source: task.verifiers[source]},
     )
 
 

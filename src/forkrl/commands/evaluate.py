@@ -92,7 +92,7 @@ def evaluate_model(
             render = prompt_renderer(prompt_format, engine.tokenizer)
             asked = [benchmark.rendered(render) for benchmark in asked]
         else:
-            asked = [ask_task(subject, engine.tokenizer, _limit(subject, options))]
+            asked = ask_task(subject, engine.tokenizer, _limit(subject, options))
         config = engine.settings_for([prompt for benchmark in asked for prompt in benchmark.prompts])
         question = _question(subject, choice, engine, config, asked, options)
         with open_work_folder(options.out or _default_folder(model, options), question) as folder, ExitStack() as stack:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forkrl.config import TrainConfig, recipe_toml
+from forkrl.config import PartConfig, TrainConfig, recipe_toml
 from forkrl.report import run_forks, summary
 from forkrl.report.page import Page, write_page
 from forkrl.report.run_data import RunData, read_run
@@ -54,12 +55,15 @@ def run_page(run: RunData) -> Page:
 def reproducing_command(settings: dict[str, Any]) -> str:
     """A command line that resolves to the same recipe: every setting that differs from the defaults, as an override."""
     defaults = recipe_toml(TrainConfig())
+    of_part = recipe_toml(PartConfig())
     overrides = []
     for section, table in settings.items():
         if not isinstance(table, dict):
             overrides += [] if defaults.get(section) == table else [f"{section}={_plain(table)}"]
             continue
         known = defaults.get(section, {})
+        if section == "task" and isinstance(table.get("parts"), list):
+            table = {**table, "parts": [_changed(part, of_part) for part in table["parts"]]}
         overrides += [f"{section}.{key}={_plain(value)}" for key, value in table.items() if known.get(key) != value]
     return " ".join(["forkrl train", *(shlex.quote(visible(override)) for override in overrides)])
 
@@ -80,6 +84,21 @@ def _settings(run: RunData) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     return ([("run", loose)] if loose else []) + [table for table in tables if table[1]]
 
 
+def _changed(table: Any, defaults: Mapping[str, Any]) -> Any:
+    """What a table sets to something else than its default."""
+    if not isinstance(table, dict):
+        return table
+    return {key: value for key, value in table.items() if defaults.get(key) != value}
+
+
 def _plain(value: Any) -> str:
-    """The value as TOML and JSON both write it; text bare."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """The value as TOML writes it on one line; text bare."""
+    return value if isinstance(value, str) else _inline(value)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_inline(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value, ensure_ascii=False, default=str)
