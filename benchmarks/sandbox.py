@@ -20,7 +20,7 @@ from benchmarks._record import describe_setting, write_result
 from forkrl.config import SandboxConfig
 from forkrl.rewards import VerifierPool
 from forkrl.rewards.code import code_verifier, pack_tests, verify_code
-from forkrl.rewards.sandbox import require_sandbox
+from forkrl.rewards.code.sandbox import require_sandbox
 from forkrl.types import Prompt
 
 TESTS = pack_tests(["1\n2"] * 10, ["3"] * 10)

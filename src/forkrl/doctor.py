@@ -265,7 +265,7 @@ def _check_extra(package: str) -> Check:
 
 def _check_bubblewrap() -> Check:
     """Try it: bubblewrap may be there and forbidden, as in most containers."""
-    from forkrl.rewards.sandbox import require_sandbox
+    from forkrl.rewards.code.sandbox import require_sandbox
 
     found = shutil.which("bwrap")
     try:

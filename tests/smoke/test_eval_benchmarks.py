@@ -12,7 +12,7 @@ import pytest
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.sandbox import require_sandbox
+from forkrl.rewards.code.sandbox import require_sandbox
 from tests.benchmark_mirror import AIME25, make_mirror, write_rows
 from tests.openai_server import MODEL, Exchange, OpenAIServer, completion
 from tests.smoke.world import Outcome, World, make_model

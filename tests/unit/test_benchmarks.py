@@ -11,7 +11,7 @@ import pytest
 from forkrl.errors import UserError
 from forkrl.evaluation.benchmarks import BENCHMARKS, BOXED, find_benchmark
 from forkrl.evaluation.load import Questions, fingerprint, load_questions, mirror_command
-from forkrl.rewards.code_tests import ProgramTest, unpack_tests
+from forkrl.rewards.code.test_cases import ProgramTest, unpack_tests
 from tests import benchmark_mirror
 from tests.benchmark_mirror import make_mirror, write_rows
 

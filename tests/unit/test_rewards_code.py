@@ -19,13 +19,14 @@ import pytest
 
 from forkrl.config import SandboxConfig, TaskConfig, TrainConfig, load_recipe
 from forkrl.errors import UserError
-from forkrl.rewards import VerifierPool, bubblewrap, code_tests, sandbox
-from forkrl.rewards.code import code_verifier, last_program, verify_code, with_sandbox
-from forkrl.rewards.code_tests import pack_tests, repack_tests, unpack_tests
-from forkrl.rewards.programs import SandboxUnavailableError
-from forkrl.rewards.sandbox import require_sandbox
-from forkrl.rewards.sandboxed_process import SandboxedProcess
-from forkrl.rewards.seccomp import build_filter
+from forkrl.rewards import VerifierPool
+from forkrl.rewards.code import bubblewrap, code_verifier, last_program, sandbox, verify_code, with_sandbox
+from forkrl.rewards.code import test_cases as code_tests
+from forkrl.rewards.code.programs import SandboxUnavailableError
+from forkrl.rewards.code.sandbox import require_sandbox
+from forkrl.rewards.code.sandboxed_process import SandboxedProcess
+from forkrl.rewards.code.seccomp import build_filter
+from forkrl.rewards.code.test_cases import pack_tests, repack_tests, unpack_tests
 from forkrl.tasks.dataset import load_evaluation_task
 from forkrl.types import Prompt, VerifierSpec
 from tests.sandbox_here import needs_bubblewrap

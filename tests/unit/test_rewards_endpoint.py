@@ -193,8 +193,9 @@ def free_url() -> str:
         return f"http://127.0.0.1:{unused.getsockname()[1]}/judge"
 
 
-@pytest.mark.parametrize("url", [free_url(), "http://", "https://no host/", "http://127.0.0.1:99999/"])
+@pytest.mark.parametrize("url", ["", "http://", "https://no host/", "http://127.0.0.1:99999/"])
 def test_a_server_that_is_not_there_is_refused_at_the_start(url: str) -> None:
+    url = url or free_url()
     with pytest.raises(UserError, match=r"task\.verifier = .* cannot be reached .*start the server") as caught:
         open_verifier({"": VerifierSpec(PATH, {"url": url})}, RewardConfig())
     assert "\n" not in str(caught.value)

@@ -22,8 +22,8 @@ from math_verify import parse, verify
 
 from forkrl.rewards import VerifierPool
 from forkrl.rewards.math import verify_math
-from forkrl.rewards.math_formula import TooLarge, read_formula
-from forkrl.rewards.math_response import boxed_or_bare, final_answer
+from forkrl.rewards.math.formula import TooLarge, read_formula
+from forkrl.rewards.math.response import boxed_or_bare, final_answer
 from forkrl.types import Judgement, Prompt, VerifierSpec
 
 DATA = Path(__file__).parents[1] / "data"
@@ -202,6 +202,6 @@ def test_what_sympy_raises_is_not_taken_for_a_wrong_answer(monkeypatch: pytest.M
     def exhausted(*_: object, **__: object) -> bool:
         raise MemoryError
 
-    monkeypatch.setattr("forkrl.rewards.math_equality.same_formula", exhausted)
+    monkeypatch.setattr("forkrl.rewards.math.equality.same_formula", exhausted)
     with pytest.raises(MemoryError):
         verify_math(r"\sqrt{12}", r"\boxed{\sqrt{13}}")

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from forkrl.config import SandboxConfig
-from forkrl.rewards import bubblewrap, sandboxed_process, seccomp
-from forkrl.rewards.bubblewrap import Bubblewrap
-from forkrl.rewards.programs import Outcome
-from forkrl.rewards.sandbox import require_sandbox
-from forkrl.rewards.sandboxed_process import SandboxedProcess
+from forkrl.rewards.code import bubblewrap, sandboxed_process, seccomp
+from forkrl.rewards.code.bubblewrap import Bubblewrap
+from forkrl.rewards.code.programs import Outcome
+from forkrl.rewards.code.sandbox import require_sandbox
+from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from tests.sandbox_here import needs_bubblewrap
 
 pytestmark = needs_bubblewrap
@@ -172,7 +172,7 @@ def test_nothing_outlives_a_judge_that_is_killed(leader: bool) -> None:
     """As the pool kills it, with its session, or on its own, as the kernel's OOM killer would."""
     program = (
         "import time\nfrom forkrl.config import SandboxConfig\nfrom forkrl.rewards import bubblewrap\n"
-        "from forkrl.rewards.sandboxed_process import SandboxedProcess\n"
+        "from forkrl.rewards.code.sandboxed_process import SandboxedProcess\n"
         "look = SandboxedProcess._look_inside\n"
         "def tell(self):\n    look(self)\n    print(self.first_pid, flush=True)\n"
         "SandboxedProcess._look_inside = tell\n"
@@ -203,7 +203,7 @@ def test_many_at_once_do_not_count_each_other() -> None:
     """The limit of processes is each sandbox's own."""
     program = "import os, time\nfor _ in range(20):\n  if os.fork() == 0:\n    time.sleep(0.2); os._exit(0)\nprint(1)"
     script = (
-        "import time\nfrom forkrl.config import SandboxConfig\nfrom forkrl.rewards.bubblewrap import Bubblewrap\n"
+        "import time\nfrom forkrl.config import SandboxConfig\nfrom forkrl.rewards.code.bubblewrap import Bubblewrap\n"
         f"print(Bubblewrap(SandboxConfig(processes=24)).run_program({program!r}, '', max_output=99,"
         " deadline=time.monotonic() + 60).output)"
     )
@@ -219,7 +219,7 @@ def test_works_for_ordinary_users(tmp_path: Path) -> None:
     """For them bubblewrap's user namespace is enough; the same probes are contained."""
     script = (
         "import json, os, sys, time\n"
-        "from forkrl.config import SandboxConfig\nfrom forkrl.rewards.sandbox import require_sandbox\n"
+        "from forkrl.config import SandboxConfig\nfrom forkrl.rewards.code.sandbox import require_sandbox\n"
         "os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
         "sandbox = require_sandbox(SandboxConfig(python='/usr/bin/python3', seconds=5.0, memory_mb=128))\n"
         "for program in json.load(sys.stdin):\n"

@@ -16,7 +16,7 @@ from forkrl.errors import UserError
 from forkrl.evaluation.benchmarks import CODE, GYM, Benchmark, find_benchmark, runs_programs
 from forkrl.evaluation.load import fingerprint, load_questions
 from forkrl.rewards.code import code_verifier
-from forkrl.rewards.sandbox import require_sandbox
+from forkrl.rewards.code.sandbox import require_sandbox
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
 from forkrl.types import Prompt, Task, VerifierSpec

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
-from forkrl.rewards.code_tests import CODE_VERIFIER, repack_tests
+from forkrl.rewards.code.test_cases import CODE_VERIFIER, repack_tests
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
 

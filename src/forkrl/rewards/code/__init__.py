@@ -16,7 +16,9 @@ from functools import lru_cache
 from typing import Any
 
 from forkrl.config import SandboxConfig
-from forkrl.rewards.code_tests import (
+from forkrl.rewards.code.programs import Sandbox
+from forkrl.rewards.code.sandbox import open_sandbox, require_sandbox
+from forkrl.rewards.code.test_cases import (
     CODE_VERIFIER,
     CallTest,
     CodeTests,
@@ -24,8 +26,6 @@ from forkrl.rewards.code_tests import (
     tests_from_livecodebench,
     unpack_tests,
 )
-from forkrl.rewards.programs import Sandbox
-from forkrl.rewards.sandbox import open_sandbox, require_sandbox
 from forkrl.types import Judgement, VerifierSpec
 
 __all__ = [

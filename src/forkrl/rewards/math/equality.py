@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from forkrl.rewards.math_answer import FLIPPED, Answer, is_name, plain_words, tells_a_value
-from forkrl.rewards.math_formula import Formula, difference, is_multiple, read_formula, same_formula
-from forkrl.rewards.math_numbers import Number, same_number
-from forkrl.rewards.math_units import scale_between
+from forkrl.rewards.math.answer import FLIPPED, Answer, is_name, plain_words, tells_a_value
+from forkrl.rewards.math.formula import Formula, difference, is_multiple, read_formula, same_formula
+from forkrl.rewards.math.numbers import Number, same_number
+from forkrl.rewards.math.units import scale_between
 
 _CONJUNCTION = re.compile(r"(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from forkrl.config import SandboxConfig
-from forkrl.rewards.programs import DRIVER, Outcome, SandboxUnavailableError
+from forkrl.rewards.code.programs import DRIVER, Outcome, SandboxUnavailableError
 
 _ANSWER_LIMIT_S = 30.0
 """For the server's queue and the network, on top of the program's own time."""

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.programs import DRIVER, LimitReachedError, Outcome
-from forkrl.rewards.sandboxed_process import SandboxedProcess
-from forkrl.rewards.seccomp import build_filter, supports
+from forkrl.rewards.code.programs import DRIVER, LimitReachedError, Outcome
+from forkrl.rewards.code.sandboxed_process import SandboxedProcess
+from forkrl.rewards.code.seccomp import build_filter, supports
 
 _USER = 65533
 """Who programs are, outside too where ForkRL runs as root. No system gives this id to anybody."""

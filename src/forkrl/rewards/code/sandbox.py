@@ -7,8 +7,8 @@ from pathlib import Path
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.bubblewrap import Bubblewrap
-from forkrl.rewards.programs import Sandbox, SandboxUnavailableError
+from forkrl.rewards.code.bubblewrap import Bubblewrap
+from forkrl.rewards.code.programs import Sandbox, SandboxUnavailableError
 
 _UBUNTU = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 _QUESTION, _ANSWER = "print(6 * 7)", b"42\n"
@@ -21,7 +21,7 @@ def open_sandbox(config: SandboxConfig) -> Sandbox:
         UserError: there is none here; says how to get one.
     """
     if config.server:
-        from forkrl.rewards.sandbox_fusion import SandboxFusion  # here, as it brings an HTTP client along
+        from forkrl.rewards.code.sandbox_fusion import SandboxFusion  # here, as it brings an HTTP client along
 
         return SandboxFusion(config)
     return Bubblewrap(config)

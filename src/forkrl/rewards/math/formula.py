@@ -20,8 +20,8 @@ from latex2sympy2_extended import latex2sympy
 from math_verify import verify
 from sympy.core.function import AppliedUndef
 
-from forkrl.rewards.math_numbers import Number, is_close
-from forkrl.rewards.math_units import TRIGONOMETRY
+from forkrl.rewards.math.numbers import Number, is_close
+from forkrl.rewards.math.units import TRIGONOMETRY
 
 _MAX_TEXT = 400
 _MAX_DEPTH = 20

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from forkrl.rewards.math_answer import Answer, read_answer
-from forkrl.rewards.math_equality import is_same
-from forkrl.rewards.math_formula import TooLarge
-from forkrl.rewards.math_response import boxed_or_bare, final_answer
+from forkrl.rewards.math.answer import Answer, read_answer
+from forkrl.rewards.math.equality import is_same
+from forkrl.rewards.math.formula import TooLarge
+from forkrl.rewards.math.response import boxed_or_bare, final_answer
 from forkrl.types import Judgement
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from forkrl.rewards.math_formula import Formula, read_formula
-from forkrl.rewards.math_notation import closing_place, plain_notation, split_outside
-from forkrl.rewards.math_numbers import Number, number_word, read_number
-from forkrl.rewards.math_units import NO_UNIT, Unit, split_unit
+from forkrl.rewards.math.formula import Formula, read_formula
+from forkrl.rewards.math.notation import closing_place, plain_notation, split_outside
+from forkrl.rewards.math.numbers import Number, number_word, read_number
+from forkrl.rewards.math.units import NO_UNIT, Unit, split_unit
 
 Kind = Literal[
     "value", "words", "choice", "clock", "ratio", "base", "list", "set", "brackets", "union", "equation", "inequality",

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
-from forkrl.rewards.programs import LimitReachedError, SandboxUnavailableError
+from forkrl.rewards.code.programs import LimitReachedError, SandboxUnavailableError
 
 _START_LIMIT_S = 20.0
 """For bubblewrap and the interpreter, on a loaded machine; no program pays for it."""
