@@ -221,6 +221,9 @@ def add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     evaluate.add_argument("--engine", choices=("embedded", "vllm"), default="embedded", help="what samples")
     evaluate.add_argument("--server", metavar="URL", help="an OpenAI-compatible server samples, as http://host:8000/v1")
     evaluate.add_argument(
+        "--concurrency", type=int, metavar="N", help="requests that a server is given at once (default: 32)"
+    )
+    evaluate.add_argument(
         "--prompt", choices=("plain", "chat"), help="of benchmarks: the paper's for base models, or the chat template"
     )
     evaluate.add_argument(

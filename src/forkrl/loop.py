@@ -88,10 +88,13 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
         for group, useful in zip(groups, useful_P, strict=True):
             (kept if useful or not dynamic.enabled else dropped).append(group)
     if not kept:
+        unjudged = sum(bool(verdict.failure) for group in sampled for verdict in group.verdicts)
         raise NothingToLearn(
             f"nothing to learn: every group of {len(sampled)} prompts in {num_batches} generation batches was all "
-            f"right or all wrong (accuracy {accuracy(sampled):.3f}); take easier or harder prompts, a larger "
-            f"rollout.group_size, or raise dynamic_sampling.max_generation_batches"
+            f"right or all wrong (accuracy {accuracy(sampled):.3f}"
+            + (f", {unjudged} responses could not be judged" if unjudged else "")
+            + "); take easier or harder prompts, a larger rollout.group_size, or raise "
+            "dynamic_sampling.max_generation_batches"
         )
     kept = kept[:wanted]
     metrics = rollout_metrics(sampled, dropped, len(kept), num_batches, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,18 @@ def answer_one(exchange: Exchange, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("prompt", ["plain", "chat"])
 def test_a_server_samples(here: World, prompt: str) -> None:
-    with OpenAIServer(answer_one) as server:
+    together = threading.Lock()
+
+    def answer_alone(exchange: Exchange, fields: dict[str, Any]) -> None:
+        alone.append(together.acquire(blocking=False))
+        answer_one(exchange, fields)
+        together.release()
+
+    alone: list[bool] = []
+    with OpenAIServer(answer_alone) as server:
         outcome = run(
             here, "eval", MODEL, "--bench", "aime25", "--mirror", "mirror", "--server", server.root, "--prompt", prompt,
-            "--samples", "2", "--max-tokens", "9", "--out", f"served-{prompt}",
+            "--samples", "2", "--max-tokens", "9", "--concurrency", "1", "--out", f"served-{prompt}",
         )  # fmt: skip
         assert outcome.code == 0, outcome.stderr
         asked = server.asked
@@ -260,6 +269,7 @@ def test_a_server_samples(here: World, prompt: str) -> None:
     texts = [fields["prompt"] if prompt == "plain" else fields["messages"][0]["content"] for fields in asked]
     assert (f"User:\n{question}\n\nAssistant:\n" if prompt == "plain" else question) in texts
     assert len(asked) == 8 and {fields["max_tokens"] for fields in asked} == {9}
+    assert all(alone), "one request at a time"
     (figures,) = results(here.folder / f"served-{prompt}")["benchmarks"]
     assert (figures["accuracy"]["mean"], figures["length"]["mean"], figures["entropy"]) == (0.25, 7, None)
 
@@ -343,6 +353,7 @@ def test_questions_of_reasoning_gym(here: World) -> None:
             "task.template=x: has no effect along with --bench",
         ),
         (("--bench", "aime25", "--mirror", "mirror", "--samples", "0"), "--samples 0: at least 1"),
+        (("--bench", "aime25", "--mirror", "mirror", "--concurrency", "4"), "--concurrency 4: is for --server"),
         (("--bench", "aime25", "--mirror", "mirror", "--prompt", "chat"), "--prompt chat: the tokenizer has no chat"),
         ((*BOTH, *SHORT, "--out", "whole", "seed=4"), "whole: holds the answer to another question (seed = 0, now 4)"),
         ((*BOTH, *SHORT, "--out", "changed"), "changed/questions/aime25.jsonl: the questions, or their prompts or"),

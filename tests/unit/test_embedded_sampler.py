@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,8 @@ from forkrl.evaluation.samplers import EmbeddedSampler, EvalSampling, SampleRequ
 from forkrl.model import Policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.types import Prompt, RolloutGroup, SamplingParams
+from forkrl.rollout.embedded import Ended, Prefix
+from forkrl.types import Prompt, SamplingParams
 from tests.models import random_policy
 
 SAMPLING = EvalSampling(max_response_tokens=6, temperature=1.0, seed=5, stop=())
@@ -34,9 +35,9 @@ class Counting(EmbeddedEngine):
         super().__init__(Replicas(policy), max_prompt_tokens=64, max_sequences=4)
         self.waves = waves
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, **settings: Any) -> list[RolloutGroup]:
-        self.waves.append(len(prompts) * group_size)
-        return super().generate(prompts, group_size=group_size, **settings)
+    def stream(self, prefixes: Sequence[Prefix], **settings: Any) -> Iterator[Ended]:
+        self.waves.append(len(prefixes))
+        return super().stream(prefixes, **settings)
 
 
 def texts(policy: Policy, requests: Sequence[SampleRequest], waves: list[int] | None = None) -> dict[object, str]:
@@ -69,7 +70,8 @@ def test_only_waves_with_something_missing_are_decoded_and_give_the_same(
     whole = texts(policy, GRID)
     some = texts(policy, [GRID[index] for index in missing], waves)
     assert waves == decoded
-    assert some == {key: text for index, (key, text) in enumerate(whole.items()) if index in missing}
+    asked = {(GRID[index].prompt.id, GRID[index].sample) for index in missing}
+    assert some == {key: text for key, text in whole.items() if key in asked}
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
@@ -81,7 +83,7 @@ def test_a_wave_that_is_passed_over_draws_what_its_decoding_would(policy: Policy
         return [[SimpleNamespace() for _ in part] for part, _ in parts]
 
     stub: Any = SimpleNamespace(count=replicas, policy=policy, map=note)
-    engine = EmbeddedEngine(stub, max_prompt_tokens=64, max_sequences=4)
+    engine = EmbeddedEngine(Replicas(policy) if replicas == 1 else stub, max_prompt_tokens=64, max_sequences=4)
     for count in range(1, 4 * replicas + 1):
         after = []
         for decoded in (True, False):
@@ -93,4 +95,4 @@ def test_a_wave_that_is_passed_over_draws_what_its_decoding_would(policy: Policy
                 engine.pass_over(count, generator)
             after.append(generator.get_state().tolist())
         assert after[0] == after[1], count
-    assert len(seeds) == 4 * replicas
+    assert len(seeds) == (0 if replicas == 1 else 4 * replicas)

@@ -27,10 +27,14 @@ _UNUSED = {
 
 
 class EngineChoice(NamedTuple):
-    """Which engine, as the command line says it. ``server``: the address of one; then ``engine`` plays no part."""
+    """Which engine, as the command line says it. ``server``: the address of one; then ``engine`` plays no part.
+
+    ``concurrency``: requests that the server is given at once; None: as many as is usual.
+    """
 
     engine: str
     server: str | None
+    concurrency: int | None = None
 
     @property
     def name(self) -> str:
@@ -113,12 +117,18 @@ def open_eval_engine(subject: Subject, choice: EngineChoice, prompt_format: Prom
         UserError: the model, vLLM or the server cannot be used.
     """
     model = subject.config.model
+    if choice.concurrency is not None and (choice.server is None or choice.concurrency < 1):
+        reason = "is for --server" if choice.server is None else "at least 1"
+        raise UserError(f"--concurrency {choice.concurrency}: {reason}")
     if choice.server is not None:
         if subject.run is not None:
             raise UserError(f"--server {choice.server}: give the model's name at the server in place of the run")
-        from forkrl.evaluation.server import ServerSampler
+        from forkrl.evaluation.server import CONCURRENCY, ServerSampler
 
-        yield _Whole(subject, ServerSampler(choice.server, subject.name, prompt_format=prompt_format), None)
+        server = ServerSampler(
+            choice.server, subject.name, prompt_format=prompt_format, concurrency=choice.concurrency or CONCURRENCY
+        )
+        yield _Whole(subject, server, None)
     elif choice.engine == "vllm":
         from forkrl.evaluation.vllm import VllmSampler
 

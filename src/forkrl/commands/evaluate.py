@@ -40,13 +40,15 @@ class EvalOptions:
     """What the command line says of an evaluation; None where it says nothing.
 
     ``bench``: names of benchmarks; empty: the task of the recipe or run. ``mirror``: folder of local copies of the
-    benchmarks' data. ``prompt``: plain or chat, of benchmarks. The rest stands for settings or names the folder.
+    benchmarks' data. ``concurrency``: requests that the server is given at once. ``prompt``: plain or chat, of
+    benchmarks. The rest stands for settings or names the folder.
     """
 
     bench: Sequence[str] = ()
     mirror: Path | None = None
     engine: str = "embedded"
     server: str | None = None
+    concurrency: int | None = None
     prompt: PromptFormat | None = None
     problems: int | None = None
     samples: int | None = None
@@ -84,7 +86,7 @@ def evaluate_model(
             response is sampled. Or the engine or the disk gave up: what was sampled is kept.
     """
     options = options or EvalOptions()
-    choice = EngineChoice(options.engine, options.server)
+    choice = EngineChoice(options.engine, options.server, options.concurrency)
     subject, asked = _subject_and_benchmarks(model, recipe, overrides, options, choice)
     prompt_format: PromptFormat = "chat" if subject.config.task.chat_template else "plain"
     with open_eval_engine(subject, choice, prompt_format) as engine:

@@ -71,7 +71,7 @@ class EmbeddedSampler:
         self._waves = [grid[start : start + size] for start in range(0, len(grid), size)]
 
     def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
-        """See ``Sampler``; responses come wave by wave.
+        """See ``Sampler``; responses come wave by wave, the shorter ones of a wave first.
 
         Raises:
             UserError: the model has no positions for so long a response, or a stop token is not one token.
@@ -90,10 +90,9 @@ class EmbeddedSampler:
             if wanted.isdisjoint((request.prompt.id, request.sample) for request in wave):
                 self._engine.pass_over(len(wave), generator)
                 continue
-            prompts = [request.prompt for request in wave]
-            groups = self._engine.generate(prompts, group_size=1, sampling=how, generator=generator)
-            for request, group in zip(wave, groups, strict=True):
+            prefixes = [self._engine.prefix(request.prompt) for request in wave]
+            for place, _, rollout in self._engine.stream(prefixes, count=1, sampling=how, generator=generator):
+                request = wave[place]
                 if (request.prompt.id, request.sample) in wanted:
-                    (rollout,) = group.rollouts
                     entropy = float(rollout.entropy.mean())
                     yield Sampled(request, rollout.text, len(rollout), rollout.finished, entropy)

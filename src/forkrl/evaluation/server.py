@@ -23,6 +23,8 @@ from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
 from forkrl.evaluation.server_answers import Answer, Failure, read_response, request_body, shown
 from forkrl.evaluation.server_models import client_options, find_server
 
+CONCURRENCY = 32
+"""Requests in flight, unless another number is given."""
 _LONGEST_WAIT_S = 60.0
 _CONNECT_S = 10.0
 _STOP_S = 5.0
@@ -55,7 +57,7 @@ class ServerSampler:
         model: str,
         *,
         prompt_format: Literal["plain", "chat"],
-        concurrency: int = 32,
+        concurrency: int = CONCURRENCY,
         api_key: str | None = None,
         timeout_s: float = 3600.0,
         patience: int = 8,
