@@ -26,8 +26,9 @@ from torch.nn.functional import cosine_similarity
 from benchmarks._record import describe_setting, write_result
 from forkrl.advantages import group_advantages, informative_groups
 from forkrl.batching import collate
-from forkrl.config import TrainConfig, load_recipe
+from forkrl.config import TrainConfig
 from forkrl.model import open_policy
+from forkrl.recipe import load_recipe
 from forkrl.replicas import Replicas
 from forkrl.rewards.pool import open_verifier
 from forkrl.rollout import EmbeddedEngine

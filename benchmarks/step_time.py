@@ -90,8 +90,9 @@ def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
     from forkrl.threads import configure_environment
 
     configure_environment()
-    from forkrl.config import TrainConfig, load_recipe
+    from forkrl.config import TrainConfig
     from forkrl.loop import train
+    from forkrl.recipe import load_recipe
     from forkrl.run import open_run
 
     overrides = [

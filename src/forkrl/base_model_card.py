@@ -9,8 +9,9 @@ import tomli_w
 import torch
 
 from forkrl.atomic import write_text
-from forkrl.config import SftConfig, recipe_toml
+from forkrl.config import SftConfig
 from forkrl.intervals import Estimate, mean_with_interval
+from forkrl.recipe import recipe_toml
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.tasks.countdown import judge_tries, parse_problem, verify_countdown

@@ -13,8 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from forkrl.arguments import parse_arguments, subject_overrides
-from forkrl.config import SftConfig, TrainConfig, load_recipe
+from forkrl.config import SftConfig, TrainConfig
 from forkrl.errors import TrainingHalted, UserError
+from forkrl.recipe import load_recipe
 from forkrl.recipe_reference import recipe_reference
 from forkrl.threads import configure_environment
 
@@ -79,8 +80,8 @@ def print_recipe(config: TrainConfig) -> int:
     """The resolved recipe as TOML, and in a sentence what it selects."""
     import tomli_w
 
-    from forkrl.config import recipe_toml
     from forkrl.progress import describe_selection
+    from forkrl.recipe import recipe_toml
 
     print(tomli_w.dumps(recipe_toml(config)))
     print(f"# {describe_selection(config)}")

@@ -24,13 +24,14 @@ import transformers
 import forkrl
 from forkrl.backward import require_forks_only
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from forkrl.config import TrainConfig, parse_recipe, recipe_differences, recipe_toml
+from forkrl.config import TrainConfig
 from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox

@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from forkrl.base_model_card import measure_base_model, write_model_card
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from forkrl.config import SftConfig, parse_recipe, recipe_differences, recipe_toml
+from forkrl.config import SftConfig
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.interruption import Interruption
 from forkrl.model import Policy, pick_device
 from forkrl.progress import progress
+from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.replicas import Replica, Replicas, open_replicas
 from forkrl.tasks.countdown import countdown_task, random_problem, write_trace
 from forkrl.types import Task

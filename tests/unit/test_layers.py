@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "forkrl"
-NOUNS = {"types", "config", "errors"}
+NOUNS = {"types", "config", "recipe", "errors"}
 LEAVES = {
     "advantages", "arguments", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference",
     "report", "rewards", "selectors", "threads", "token_stats", "tracking",

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from forkrl.config import CurriculumConfig, TaskConfig, TrainConfig, parse_recipe
+from forkrl.config import CurriculumConfig, TaskConfig, TrainConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import summarise
 from forkrl.metrics import level_metrics, part_metrics, rollout_metrics
+from forkrl.recipe import parse_recipe
 from forkrl.report.run_data import RunData, read_run
 from forkrl.report.run_sections import figure_sections
 from forkrl.tasks.mix import mix_task

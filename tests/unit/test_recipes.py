@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from forkrl.config import SftConfig, TrainConfig, load_recipe, recipe_differences
+from forkrl.config import SftConfig, TrainConfig
+from forkrl.recipe import load_recipe, recipe_differences
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER = ("qwen3-8b", "qwen3-14b", "qwen3-32b")

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forkrl.config import TrainConfig, load_recipe, recipe_toml
+from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.recipe import load_recipe, recipe_toml
 from forkrl.report import write_run_report
 from forkrl.report.figures import histogram_counts
 from forkrl.report.fork_data import fork_data

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from forkrl.config import TrainConfig, parse_recipe, recipe_toml
+from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.recipe import parse_recipe, recipe_toml
 from forkrl.run_folder import ROLLOUT_SCHEMA, RunFolder
 
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}

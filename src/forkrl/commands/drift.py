@@ -35,10 +35,11 @@ from forkrl.commands.work_folder import (
     weights_fingerprint,
     work_provenance,
 )
-from forkrl.config import ModelConfig, TrainConfig, parse_recipe
+from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import first_line, model_location, open_policy
 from forkrl.progress import progress
+from forkrl.recipe import parse_recipe
 from forkrl.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
 from forkrl.report.page import write_page

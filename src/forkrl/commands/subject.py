@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from forkrl.checkpoint import latest_checkpoint
-from forkrl.config import TrainConfig, load_recipe, parse_recipe
+from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import Policy, open_policy
+from forkrl.recipe import load_recipe, parse_recipe
 from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forkrl.config import PartConfig, TrainConfig, recipe_toml
+from forkrl.config import PartConfig, TrainConfig
+from forkrl.recipe import recipe_toml
 from forkrl.report import run_forks, summary
 from forkrl.report.page import Page, write_page
 from forkrl.report.run_data import RunData, read_run

@@ -1,0 +1,155 @@
+"""Reading a recipe: a TOML file, and ``section.key=value`` on the command line over it. Imports no torch.
+
+Unknown keys are errors that name the nearest real one.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from forkrl.config import Section
+from forkrl.errors import UserError
+
+Recipe = TypeVar("Recipe", bound=Section)
+
+
+def load_recipe(
+    schema: type[Recipe], path: str | Path | None, overrides: Sequence[str] = (), *, base: Recipe | None = None
+) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` overrides.
+
+    Args:
+        schema: what kind of recipe.
+        path: a TOML file, or None for ``base``, or for the defaults where there is none.
+        overrides: each ``section.key=value``; the value is TOML, a bare word is a string, and an empty one restores
+            the default.
+        base: the recipe to override when there is no file.
+
+    Raises:
+        UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or range. One line,
+            naming the place (the file, or the command line), the key, the value, and what is allowed.
+    """
+    values = _read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
+    values.pop("provenance", None)  # the config.toml of a run is a recipe too
+    overridden = copy.deepcopy(values)
+    for override in overrides:
+        _apply_override(overridden, override)
+    faults = _faults(schema, overridden)
+    if path is not None and faults:
+        without_overrides = _faults(schema, values)
+        places: dict[str, list[str]] = {}
+        for fault in faults:
+            places.setdefault(str(path) if fault in without_overrides else "command line", []).append(fault)
+        raise UserError("; ".join(f"{place}: {'; '.join(there)}" for place, there in places.items()))
+    return parse_recipe(schema, overridden, "command line")
+
+
+def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
+    """Validate a table of values; errors name ``source`` and the key."""
+    if faults := _faults(schema, values):
+        raise UserError(f"{source}: " + "; ".join(faults))
+    return schema.model_validate(values)
+
+
+def recipe_differences(old: Section, new: Section) -> list[str]:
+    """``key: old -> new`` for every setting that differs, in recipe order."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed]
+
+
+def recipe_toml(recipe: Section) -> dict[str, Any]:
+    """The recipe as plain values that TOML can hold: unset options are left out."""
+    return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; shipped ones are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a recipe ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in nested ``values``. The value is TOML; a bare word is a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r} is not an override; write section.key=value, as in optimizer.lr=1e-5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = values
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{override!r}: {section} is a value, not a section")
+    if text.strip():
+        table[name] = value
+    else:
+        table.pop(name, None)
+
+
+def _faults(schema: type[Section], values: dict[str, Any]) -> list[str]:
+    """Everything that is wrong with a table of values, a phrase each."""
+    try:
+        schema.model_validate(values)
+    except ValidationError as error:
+        return [_explain(schema, item) for item in error.errors()]
+    return []
+
+
+def _explain(schema: type[Section], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        nearest = _nearest_key(key, _known_keys(schema))
+        return f"{key} is not a setting" + (f"; did you mean {nearest}?" if nearest else "")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not key or (item["type"] == "value_error" and "." in message.split(" ")[0]):
+        return f"{key}: {message}" if key[-1:].isdigit() else message  # of a list of tables, say which
+    return f"{key} = {item['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _nearest_key(key: str, known: list[str]) -> str | None:
+    """The setting most likely meant: the same name in another section, else the closest spelling."""
+    name = key.rpartition(".")[2]
+    moved = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    return next(iter(moved or difflib.get_close_matches(key, known, n=1)), None)
+
+
+def item_section(annotation: Any) -> type[Section] | None:
+    """The kind of table that a setting lists, as ``task.parts`` does; None for other settings."""
+    kind = next(iter(get_args(annotation)), None)
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _known_keys(schema: type[Section], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        if (listed := item_section(inner)) is not None:
+            inner = None if listed is schema else listed
+        if isinstance(inner, type) and issubclass(inner, Section):
+            keys += [prefix + name, *_known_keys(inner, f"{prefix}{name}.")]
+        else:
+            keys.append(prefix + name)
+    return keys
