@@ -263,7 +263,7 @@ def test_weights_that_become_nan_stop_the_run(world: World) -> None:
     """Found by whatever reads them first: the loss, or the sampling of the next step."""
     for point, count, after, cause in (
         ("gradient", 9, False, "the gradient norm is nan"),
-        ("reward", 3, True, "NaN"),
+        ("reward", 6, True, "NaN"),
         ("optimizer", 6, True, "the optimizer's step left weights that are NaN or infinite"),
     ):
         out = f"nan-{point}"

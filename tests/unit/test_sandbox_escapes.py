@@ -171,7 +171,7 @@ def test_the_probes_can_fail() -> None:
 def test_nothing_outlives_a_judge_that_is_killed(leader: bool) -> None:
     """As the pool kills it, with its session, or on its own, as the kernel's OOM killer would."""
     program = (
-        "import time\nfrom forkrl.config import SandboxConfig\nfrom forkrl.rewards import bubblewrap\n"
+        "import time\nfrom forkrl.config import SandboxConfig\nfrom forkrl.rewards.code import bubblewrap\n"
         "from forkrl.rewards.code.sandboxed_process import SandboxedProcess\n"
         "look = SandboxedProcess._look_inside\n"
         "def tell(self):\n    look(self)\n    print(self.first_pid, flush=True)\n"
