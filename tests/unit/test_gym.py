@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,30 @@ def test_right_answers_pass_the_guard(generator: str) -> None:
         if "Integral" in entry["answer"]:  # the generator could not solve its own question
             continue
         assert _READABLE[generator](entry["answer"].strip())
+
+
+@pytest.mark.parametrize(
+    ("generator", "answer"),
+    [
+        ("complex_arithmetic", "nan"),
+        ("complex_arithmetic", "(nan)"),
+        ("coin_flip", "0"),
+        ("coin_flip", "0.0"),
+        ("coin_flip", "1e-999999999"),
+        ("simple_integration", "m" * 5_000 + "!"),
+        ("polynomial_multiplication", "1" * 5_000 + "!"),
+    ],
+)
+def test_what_would_fool_a_scorer_or_hold_it_up_scores_nothing(generator: str, answer: str) -> None:
+    prompt = _one_prompt(generator)
+    assert verify_gym(prompt.answer, f"<answer>{answer}</answer>").score == 0
+
+
+def test_a_probability_is_right_where_it_is_close() -> None:
+    for entry in asked("coin_flip", held_out=12, train=0):
+        prompt = forkrl.tasks.gym._prompt(TaskConfig(name="reasoning-gym", generator="coin_flip"), entry, "")
+        assert verify_gym(prompt.answer, f"<answer>{Fraction(entry['answer'])}</answer>").score == 1
+        assert verify_gym(prompt.answer, f"<answer>{float(entry['answer']) * 1.5}</answer>").score < 1
 
 
 def test_an_integral_left_as_it_was_is_no_answer() -> None:

@@ -145,6 +145,8 @@ def test_comparison_of_values() -> None:
     [
         ("print(int(input()) + 1)", 1),
         ("x = int(input())\nprint(x + 1 if x < 2 else 0)", 0),
+        ("print(int(input()) + 1)\nquit()", 1),
+        ("def main():\n    print(int(input()) + 1)\n    exit(0)\nmain()", 1),
         ("print(int(input()) + 1)\nraise ValueError", 0),
         ("print(int(input()) + 1)\nimport sys\nsys.exit(3)", 0),
         ("print(int(input()) + 1)\nimport os\nos._exit(0)", 0),  # never flushed

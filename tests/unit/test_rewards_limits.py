@@ -115,6 +115,11 @@ def murder():
     time.sleep(3600)
 
 
+def freeze():
+    os.kill(os.getppid(), signal.SIGSTOP)
+    os._exit(0)
+
+
 def big_file():
     with open("big", "wb") as file:
         file.truncate((64 << 20) + 1)
@@ -292,6 +297,42 @@ def test_a_verifier_that_kills_its_warden_ends_itself(make_pool: MakePool, tmp_p
     assert "SIGKILL" in pool.first_failures["crash"]
     pool.close()
     assert survivors(tmp_path) == []
+
+
+@LINUX
+def test_a_stopped_warden_is_killed_without_further_waiting(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "_END_LIMIT_S", 0.5)
+    patience: list[float] = []
+    close = worker_process.WorkerProcess.close
+
+    def note(worker: worker_process.WorkerProcess, patience_s: float = 600.0) -> str:
+        patience.append(patience_s)
+        return close(worker, patience_s)
+
+    monkeypatch.setattr(worker_process.WorkerProcess, "close", note)
+    pool = make_pool()
+    assert pool.verify(items("freeze", "right")) == [Verdict(0.0, "crash"), Verdict(1.0)]
+    assert patience == [0.0]
+
+
+def test_a_fork_of_the_pools_process_does_not_hold_up_its_end(make_pool: MakePool) -> None:
+    pool = make_pool()
+    pipe, end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end)
+        os.read(pipe, 1)  # until the test has ended
+        os._exit(0)
+    os.close(pipe)
+    try:
+        wardens = [worker._warden for worker in pool._crew.workers]
+        pool.close()
+        assert [warden.returncode for warden in wardens] == [0]  # not killed after ten seconds
+    finally:
+        os.close(end)
+        os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize(

@@ -205,3 +205,51 @@ def test_what_sympy_raises_is_not_taken_for_a_wrong_answer(monkeypatch: pytest.M
     monkeypatch.setattr("forkrl.rewards.math.equality.same_formula", exhausted)
     with pytest.raises(MemoryError):
         verify_math(r"\sqrt{12}", r"\boxed{\sqrt{13}}")
+
+
+ZERO = r"(\sqrt{3+2\sqrt{2}}-1-\sqrt{2})"
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "score"),
+    [
+        ("42", rf"42+{ZERO}\approx 43", 1),  # two answers; the first one counts
+        ("43", rf"42+{ZERO}\approx 43", 0),
+        ("3.14", r"\pi\approx 3.14", 1),
+        ("63", r"20\pi\approx 63", 1),
+        ("10^{20}+x", "10^{20}+2x", 0),
+        ("2^{2023}-n", "2^{2023}-2n", 0),
+        (r"5\text{ cm}, 6\text{ cm}", r"5\text{ m}, 6\text{ m}", 0),
+        (r"5\text{ m}, 6\text{ m}", r"500\text{ cm}, 600\text{ cm}", 1),
+        (r"1:20\text{ a.m.}, 3:00\text{ p.m.}", r"1:20\text{ p.m.}, 3:00\text{ a.m.}", 0),
+        ("5", r"5\text{ or six}", 0),
+        ("5", r"5\text{ oranges}", 1),
+        ("A", r"\text{(A) and (B)}", 0),
+        ("A", "(A)(B)", 0),
+        ("A", "(A) 7", 1),
+        ("e^{-x^4}", r"\frac{1}{e^{x^4}}", 1),
+        ("2^{2^{n}}", "4^{2^{n-1}}", 1),
+    ],
+)
+def test_two_answers_in_one_do_not_pay(gold: str, found: str, score: float) -> None:
+    assert verify_math(gold, rf"So \boxed{{{found}}}.").score == score
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\sin(10^{10^{10^{x}}})",
+        r"\ln(\cos(10^{10^{x}}))",
+        r"2^{2^{2^{2^{x}}}}",
+        r"10^{10^6 x}",
+        r"\begin{pmatrix}x&2\\3&4\end{pmatrix}^{399}",
+        r"\Gamma(\Gamma(\Gamma(10)))",
+        r"\Gamma(99999999)",
+        r"\sqrt{10^{3999}+1}",
+        "-" * 390 + "1",
+        "x_{" * 18 + "1" + "}" * 18,
+    ],
+)
+def test_functions_and_matrices_are_bounded_as_numbers_are(text: str) -> None:
+    with pytest.raises(TooLarge):
+        read_formula(text)

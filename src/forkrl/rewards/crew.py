@@ -193,18 +193,18 @@ class Crew:
         if asked >= worker.due:
             if worker.state == "starting":
                 raise self._start_failure(f"it was not ready in time{worker.last_words()}")
-            if worker.state == "ending":  # something below it cannot be killed at present
-                self._replace(worker)
+            if worker.state == "ending":  # the warden is stopped, or something below it cannot be killed at present
+                self._replace(worker, patience_s=0.0)  # it has had its time, and the other workers wait for this thread
             else:
                 limit = worker.in_flight[0].item.deadline_s
                 worker.end(Cause("deadline", f"gave no answer within {limit:g} s"))
         elif asked >= self._lingers_at(worker):
             self._waiting.extendleft(reversed(worker.take_back()))
 
-    def _replace(self, worker: WorkerProcess) -> None:
+    def _replace(self, worker: WorkerProcess, **patience: float) -> None:
         """End a warden, and with it its worker; another takes over once there is work."""
         self.workers.remove(worker)
-        self._bury(worker, f"lost its warden, which {worker.close()}")
+        self._bury(worker, f"lost its warden, which {worker.close(**patience)}")
 
     def _bury(self, worker: WorkerProcess, how: str) -> None:
         """A worker is dead: believe what it still said, blame the item it was at, and give the others back."""

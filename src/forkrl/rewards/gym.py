@@ -16,6 +16,7 @@ import json
 import re
 import string
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -62,9 +63,17 @@ def _score(generator: str, dataset: Any, entry: Any, written: str) -> float:
         return 0.0
     try:
         score = float(dataset.score_answer(written, entry))
+        if generator == "coin_flip" and score == 1 and not _is_close(written, entry["answer"]):
+            return 0.0
     except _UNREADABLE:
         return 0.0
     return score
+
+
+def _is_close(written: str, gold: str) -> bool:
+    """Whether a probability is the gold one; the scorer of coin_flip gives full marks to its first digits, 0 too."""
+    found, due = Fraction(written.replace(",", "")), Fraction(gold.replace(",", ""))
+    return abs(found - due) <= min(Fraction(1, 10_000), due / 100)
 
 
 @lru_cache(maxsize=256)
@@ -88,7 +97,9 @@ def _anything(written: str) -> bool:
 
 _WORDS = re.compile(r"[A-Za-z0-9_\s]*")
 _ARITHMETIC = re.compile(r"(?!.*\*\s*\*)[0-9+\-*/().\s]*", re.DOTALL)
-_FORMULA = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]+|[-+*/^()\s])*")
+_FORMULA = re.compile(r"(?:[0-9]++(?:\.[0-9]++)?|[A-Za-z]++|[-+*/^()\s])*+")  # possessive: linear in the length
+_COMPLEX = re.compile(r"[0-9.+\-eijEIJ()\s]*")
+_PROBABILITY = re.compile(r"[0-9.,/\s]*(?:[eE]-?[0-9]{1,2})?")
 _FUNCTIONS = ["sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"]
 _NAMES = frozenset([*_FUNCTIONS, "exp", "log", "ln", "sqrt", "pi", *string.ascii_letters])
 
@@ -109,6 +120,16 @@ def _is_arithmetic(written: str) -> bool:
     return _ARITHMETIC.fullmatch(written) is not None
 
 
+def _is_complex_number(written: str) -> bool:
+    """No ``nan``: the distance of that from anything is 0 to the scorer."""
+    return _COMPLEX.fullmatch(written) is not None
+
+
+def _is_probability(written: str) -> bool:
+    """A fraction or decimal; ``Fraction`` would compute the power of ten of any exponent."""
+    return _PROBABILITY.fullmatch(written) is not None
+
+
 def _is_formula(written: str) -> bool:
     """Numbers, one-letter names, functions of calculus, operations and brackets: no attribute, no string, no index."""
     return _FORMULA.fullmatch(written) is not None and _NAMES.issuperset(re.findall("[A-Za-z]+", written))
@@ -126,5 +147,8 @@ _READABLE: dict[str, Callable[[str], bool]] = {
     "simple_integration": _is_formula,
     "intermediate_integration": _is_formula,
     "polynomial_multiplication": _is_formula,
+    # What these would be fooled or held up by.
+    "coin_flip": _is_probability,
+    "complex_arithmetic": _is_complex_number,
 }
 """By generator: whether its scorer may see an answer."""

@@ -235,12 +235,14 @@ class WorkerProcess:
             self._words = self._stderr.read().decode("utf-8", "replace").strip()
         return f" ({self._words.splitlines()[-1][:300]})" if self._words else ""
 
-    def close(self) -> str:
-        """End the warden, and with it all below it; say how it ended."""
+    def close(self, patience_s: float = _END_LIMIT_S) -> str:
+        """End the warden, and with it all below it; say how it ended. It is killed after ``patience_s``."""
         self._close_pipes()
+        with suppress(OSError):  # the warden has gone already
+            self.control.shutdown(socket.SHUT_RDWR)  # a fork of this process may hold the socket open
         self.control.close()
         try:
-            self._warden.wait(_END_LIMIT_S)
+            self._warden.wait(patience_s)
         except subprocess.TimeoutExpired:
             self._warden.kill()
             self._warden.wait()

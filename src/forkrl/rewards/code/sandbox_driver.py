@@ -151,6 +151,8 @@ def answer_on_stdout(source: str, function: str) -> None:
 def _new_module(name: str, source: str) -> ModuleType:
     sys.argv[:] = ["program.py"]
     sys.path[:] = [folder for folder in sys.path if folder]
+    for leave in ("exit", "quit"):  # from Python's site module, which is left out because it costs time
+        setattr(builtins, leave, sys.exit)
     module = sys.modules[name] = ModuleType(name)
     if _needs_prelude(source):
         exec(_PRELUDE, module.__dict__)

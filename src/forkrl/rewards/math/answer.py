@@ -74,6 +74,7 @@ _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*\.?")
 _SHORT_WORDS = {"yes", "no", "odd", "even", "true", "all", "none", "never"}
 _CHOICE = re.compile(r"\(?([A-J])\)?")
 _CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s*|([A-J])\s*[.:)]\s*)(\S.*)", re.DOTALL)
+_ANOTHER_CHOICE = re.compile(r"(?:and|or|,)?\s*\(?[A-J]\)?", re.IGNORECASE)
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _BASE = re.compile(r"([0-9A-F]+)\s*_\s*(?:\{\s*(?:\\text\{)?(\d+)\}?\s*\}|(\d))")
@@ -131,7 +132,8 @@ def _read_choice(text: str, depth: int) -> Answer | None:
     plain = _TEXT.sub(r"\1", text).strip()
     if match := _CHOICE.fullmatch(plain):
         return Answer("choice", text, mark=match[1])
-    if match := _CHOICE_WITH_TEXT.fullmatch(plain):
+    match = _CHOICE_WITH_TEXT.fullmatch(plain)
+    if match and not _ANOTHER_CHOICE.fullmatch(match[3]):
         return Answer("choice", text, (_read(match[3].strip("\\ "), depth),), mark=match[1] or match[2])
     return None
 

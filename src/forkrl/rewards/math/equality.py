@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from forkrl.rewards.math.answer import FLIPPED, Answer, is_name, plain_words, tells_a_value
-from forkrl.rewards.math.formula import Formula, difference, is_multiple, read_formula, same_formula
+from forkrl.rewards.math.formula import Formula, difference, is_multiple, is_rounded, read_formula, same_formula
 from forkrl.rewards.math.numbers import Number, same_number
 from forkrl.rewards.math.units import scale_between
 
 _CONJUNCTION = re.compile(r"(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
+_PLACES = re.compile(r"\.(\d+)")
 _MOST_COMPARED = 50
 
 
@@ -64,11 +65,16 @@ def _bare(text: str) -> str:
 
 
 def _readings(answer: Answer) -> tuple[Answer, ...]:
-    """Both sides of an approximation; but a number is not excused by what it is said to be near to."""
+    """Both sides of an approximation where the right one is the left one rounded, else the left one: two answers that
+    are merely said to be near each other are no answer and its decimal fraction."""
     if answer.kind != "approximation":
         return (answer,)
     left, right = answer.parts
-    return (left,) if isinstance(left.value, Number) else (left, right)
+    if not isinstance(left.value, Formula) or not isinstance(right.value, Number):
+        return (left,)
+    places = _PLACES.search(right.text)
+    is_rounding = is_rounded(left.value, right.value, len(places[1]) if places else 0)
+    return (left, right) if is_rounding else (left,)
 
 
 def _same_value(gold: Answer, found: Answer) -> bool:
@@ -97,12 +103,17 @@ def _same_in_order(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
 
 def _same_members(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
     """Whether every member has its equal on the other side; how often and in which order does not count."""
-    names_count = any(answer.kind == "equation" for answer in (*gold, *found))
-    if not names_count and {str(answer) for answer in gold} == {str(answer) for answer in found}:
+    if all(map(_says_all, (*gold, *found))) and {str(answer) for answer in gold} == {str(answer) for answer in found}:
         return True
     if max(len(gold), len(found)) > _MOST_COMPARED:
         return False
     return all(any(is_same(g, f) for f in found) for g in gold) and all(any(is_same(g, f) for g in gold) for f in found)
+
+
+def _says_all(answer: Answer) -> bool:
+    """Whether answers with its text are equal to it: no name, no unit is left out of the text."""
+    no_name = answer.kind not in ("equation", "approximation")
+    return no_name and not answer.unit.measures and all(map(_says_all, answer.parts))
 
 
 def _as_point(found: Answer) -> Sequence[Answer]:

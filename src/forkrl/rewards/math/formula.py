@@ -28,13 +28,18 @@ _MAX_DEPTH = 20
 _MAX_NODES = 400
 _MAX_DIGITS = 4_000
 """Python refuses to print integers of more than 4,300."""
+_MAX_DIGITS_OF_FUNCTION = 20_000
+"""At the points where functions are compared."""
+_MAX_ROOT_DIGITS = 1_000
 _MAX_BINOMIAL = 10_000
 _MAX_TERMS = 100
 
 _UNFINISHED = re.compile(
     r"\\(?:sum|int|iint|oint|prod|lim|gcd|lcm|def|newcommand|input|include|write|csname|loop)(?![a-z])"
 )
-_BINOMIAL = re.compile(r"\\[dt]?binom|\\choose")
+_BINOMIAL = re.compile(r"\\[dt]?binom|\\choose|\\Gamma(?![a-z])")
+_NESTED_GAMMA = re.compile(r"\\Gamma(?![a-z]).*\\Gamma(?![a-z])", re.DOTALL)
+_SUBSCRIPTS_DEEP = re.compile(r"(?:_\s*\{[^{}_]*){3}_")
 _NUMERAL = re.compile(r"\d+")
 _PRODUCT = re.compile(r"((?<![_\d.])\d+(?:\.\d+)?|\))\s*(?=\()|\)\s*(?=\\frac)")
 _PRODUCT_WITH_FRACTION = re.compile(r"(?<![_^\d])(\d+)\s*(\\frac\{(\d+)\}\{(\d+)\})")
@@ -42,6 +47,8 @@ _NUMBERS_SIDE_BY_SIDE = re.compile(r"(?<![_^\d])\d+(?:\s+|\s*\\?[{\[]\s*)\d")
 _POINT_WITHOUT_PLACES = re.compile(r"(?<=\d)\.(?!\d)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _POINTS = (1, -1, 2)
+_LOG10_OF_VARIABLE = 0.72
+"""A bound: ``_at`` puts no variable beyond 5.2. The constants that have names are smaller."""
 _DIGITS = 30
 
 # Its only warning is that time-outs are off, which is meant.
@@ -85,8 +92,10 @@ def read_formula(text: str) -> Formula | Number | None:
     text = _with_products(_POINT_WITHOUT_PLACES.sub("", text))
     try:
         expression = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None)
-    except (MemoryError, RecursionError):
+    except MemoryError:
         raise
+    except RecursionError:
+        raise TooLarge("deeper than the reader can follow") from None
     except Exception:  # its parser and sympy raise many kinds, bare Exception among them
         return None
     if isinstance(expression, list) or not isinstance(expression, sympy.Basic | sympy.MatrixBase):
@@ -110,12 +119,15 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
         return False
     if not _names(a):
         return _same_constant(a, b, is_decimal)
-    values = [(_at(a, point), _at(b, point)) for point in _POINTS]
-    known = [(left, right) for left, right in values if left is not None and right is not None]
+    # The gap is computed as one formula: x and 2x beside 10^20 are told apart.
+    gap = sympy.Add(a, sympy.Mul(-1, b))
+    values = [(_at(gap, point), _at(a, point), _at(b, point)) for point in _POINTS]
+    known = [sizes for sizes in values if None not in sizes]
     if len(known) < 2:
         return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
-    digits = 6 if is_decimal else 15
-    return all(_is_within(left - right, left, right, digits) for left, right in known)
+    if is_decimal:
+        return all(_is_within(*sizes, 6) for sizes in known)
+    return all(sizes[0] == 0 if sizes[0].is_Rational else _is_within(*sizes, 40) for sizes in known)
 
 
 def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:
@@ -134,6 +146,14 @@ def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bo
         and all(_is_within(ratios[0] - ratio, ratio, ratio, 15) for ratio in ratios)
         and not (positive and not (ratios[0].is_real and ratios[0] > 0))
     )
+
+
+def is_rounded(exact: Formula, found: Number, places: int) -> bool:
+    """Whether a constant rounded to so many places, or cut off there, is the number found."""
+    constant = exact.expression
+    if not isinstance(constant, sympy.Expr) or constant.free_symbols or not constant.is_real or constant.is_infinite:
+        return False
+    return abs(_fraction(constant) - found.value) <= (Fraction(1, 10**places) if places else Fraction(1, 2))
 
 
 def difference(left: Formula | Number, right: Formula | Number) -> Formula | None:
@@ -163,11 +183,15 @@ def _refuse_large_text(text: str) -> None:
         raise TooLarge(f"brackets {deepest} deep")
     if _UNFINISHED.search(text):
         raise TooLarge("a sum, integral or limit is no final answer")
-    # The parser computes binomial coefficients while it reads.
+    if _SUBSCRIPTS_DEEP.search(text):
+        raise TooLarge("subscripts of subscripts")  # each level doubles the parser's time
+    # The parser computes binomial coefficients and gamma functions while it reads.
+    if _NESTED_GAMMA.search(text):
+        raise TooLarge("a gamma function of gamma functions")
     if _BINOMIAL.search(text) and (
         "^" in text or "!" in text or max(map(int, _NUMERAL.findall(text)), default=0) > _MAX_BINOMIAL
     ):
-        raise TooLarge("a binomial coefficient of large numbers")
+        raise TooLarge("a binomial coefficient or a gamma function of large numbers")
 
 
 def _refuse_large_value(expression: Any) -> None:
@@ -181,27 +205,29 @@ def _refuse_large_value(expression: Any) -> None:
 
 def _log10(node: Any) -> float:
     """A bound of the decimal digits before and after the point of a node's value, found without computing it."""
+    if isinstance(node, sympy.Pow | sympy.MatPow) and any(isinstance(part, sympy.MatrixBase) for part in node.args):
+        raise TooLarge("a power of a matrix")  # sympy multiplies it out, in any variables
     digits = _log10_of_parts(node)
-    if digits > _MAX_DIGITS:
+    if digits > (_MAX_DIGITS_OF_FUNCTION if node.free_symbols else _MAX_DIGITS):
         raise TooLarge(f"a number of more than {_MAX_DIGITS:,} digits")
     return digits
 
 
 def _log10_of_parts(node: Any) -> float:
     if isinstance(node, sympy.Rational):
-        return max(abs(int(node.p)).bit_length(), int(node.q).bit_length()) * math.log10(2)
+        return math.log10(max(abs(int(node.p)), int(node.q)))
     if isinstance(node, sympy.Float):
         return abs(float(sympy.log(abs(node), 10))) if node else 0.0
     parts = [_log10(part) for part in getattr(node, "args", ())]
     if not parts:
-        return 1.0
+        return _LOG10_OF_VARIABLE if isinstance(node, sympy.Symbol | sympy.NumberSymbol) else 1.0
     if isinstance(node, sympy.Pow | sympy.exp):
         exponent = node.args[-1]
-        if exponent.free_symbols:
-            return max(parts)
         if parts[-1] > 6:
             raise TooLarge("an exponent of more than a million")
-        base = parts[0] if isinstance(node, sympy.Pow) else 1.0
+        if parts[0] > _MAX_ROOT_DIGITS and not node.free_symbols and exponent.is_Integer is False:
+            raise TooLarge("a root of a large number")  # sympy looks for its factors
+        base = parts[0] if isinstance(node, sympy.Pow) else math.log10(math.e)
         return base * _size(exponent, parts[-1])
     if isinstance(node, sympy.factorial | sympy.factorial2 | sympy.gamma | sympy.subfactorial):
         if parts[0] > 5:
@@ -294,7 +320,8 @@ def _at(expression: Any, point: int) -> Any:
     functions = {call: sympy.Symbol(str(call)) for call in expression.atoms(AppliedUndef)}
     if functions:
         return _at(expression.xreplace(functions), point)
-    value = expression.xreplace(values).evalf(_DIGITS)
+    value = expression.xreplace(values)
+    value = value if value.is_Rational else value.evalf(_DIGITS)
     return value if value.is_finite and all(part.is_Number for part in value.as_real_imag()) else None
 
 

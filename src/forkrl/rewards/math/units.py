@@ -49,6 +49,8 @@ TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREE = re.compile(r"\s*\^\\circ$")
 _MONEY = re.compile(r"^(-?)\s*(?:\\\$|[$€£¥₹])\s*(?=[-\d.\\(])")
 _SQUARED = re.compile(r"^(square|cubic|sq|cu) ")
+_NO_UNIT_WORDS = re.compile(r"\b(?:or|and|nor|not|but)\b", re.IGNORECASE)
+"""In no unit, but in ``5 or six``: a second answer, not a measure of the first."""
 
 
 def split_unit(text: str) -> tuple[str, Unit]:
@@ -60,10 +62,15 @@ def split_unit(text: str) -> tuple[str, Unit]:
         return rest, unit if unit.measures else _UNITS["dollar"]
     if _DEGREE.search(text) and not TRIGONOMETRY.search(text):
         return _DEGREE.sub("", text), _UNITS["degree"]
-    if match := _BEHIND_IN_TEXT.match(text):
+    match = _BEHIND_IN_TEXT.match(text)
+    if match and not _NO_UNIT_WORDS.search(match[2]):
         return match[1].strip(), _unit(match[2], match[3] or match[4])
     match = _BEHIND_A_NUMBER.match(text)
-    if match and (_unit(match[2], None) is not _UNKNOWN or _WORD_APART.search(text)):  # 2xy is no number of things
+    if (
+        match
+        and not _NO_UNIT_WORDS.search(match[2])
+        and (_unit(match[2], None) is not _UNKNOWN or _WORD_APART.search(text))
+    ):  # 2xy is no number of things
         return match[1].strip(), _unit(match[2], match[3] or match[4])
     return text, NO_UNIT
 
