@@ -60,12 +60,36 @@ def test_half_a_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
     assert path.read_bytes() == whole
     lines.append({"a": 3})
     lines.close()
-    assert [row["a"] for row in LineFile(path).rows()] == [1, 2, 3]
+    assert [row["a"] for row in LineFile(path).rows({})] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "says"),
+    [
+        ("responses", "{}", "line 2: question is missing"),
+        ("responses", '{"question": ["q1"], "sample": 0}', "line 2: question is "),
+        ("responses", "{torn", "line 2 is not JSON"),
+        ("verdicts", '{"question": "q1", "sample": 0, "failure": "", "answer": null}', "line 2: score is "),
+        (
+            "verdicts",
+            '{"question": "q1", "sample": 0, "score": 7, "failure": "", "answer": null}',
+            r"line 2: score 7 is not in \[0, 1\]",
+        ),
+    ],
+)
+def test_a_damaged_line_is_named_with_what_to_do(tmp_path: Path, name: str, line: str, says: str) -> None:
+    with opened(tmp_path) as files:
+        files.add_response(sampled(files.grid[0], "text"))
+        files.add_verdict(files.grid[0], Verdict(1.0, answer="2"))
+    path = tmp_path / name / "sums.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=rf"{name}/sums.jsonl {says}.*remove that line"):
+        opened(tmp_path)
 
 
 def test_a_file_of_half_a_line_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_bytes(b'{"a"')
-    assert list(LineFile(tmp_path / "lines.jsonl").rows()) == []
+    assert list(LineFile(tmp_path / "lines.jsonl").rows({})) == []
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +109,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     assert len(calls) == 2
     lines.append({"a": 3})
-    assert [row["a"] for row in lines.rows()] == [1, 3]
+    assert [row["a"] for row in lines.rows({})] == [1, 3]
 
 
 def test_text_that_is_no_text_is_kept(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ _NUMBER = (int, float)
 _NOTHING = type(None)
 Kinds = dict[str, tuple[type, ...]]
 Key = tuple[str, int]
-_RESPONSE: Kinds = {
+RESPONSE: Kinds = {
     "question": (str,), "sample": (int,), "text": (str,), "tokens": (int,), "finished": (bool,),
     "entropy": (*_NUMBER, _NOTHING),
 }  # fmt: skip
-_VERDICT: Kinds = {
+VERDICT: Kinds = {
     "question": (str,), "sample": (int,), "score": _NUMBER, "failure": (str,), "answer": (str, _NOTHING),
 }  # fmt: skip
 _QUESTION: Kinds = {"question": (str,), "prompt": (str,), "answer": (str,)}
@@ -86,7 +86,7 @@ def read_questions(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     path = folder / "questions" / f"{name}.jsonl"
     if not path.is_file():
         return {}
-    return {row["question"]: row for row in _rows(path, _QUESTION)}
+    return {row["question"]: row for row in checked_rows(path, _QUESTION)}
 
 
 def read_texts(folder: Path, name: str, wanted: Set[Key]) -> dict[Key, str]:
@@ -95,14 +95,14 @@ def read_texts(folder: Path, name: str, wanted: Set[Key]) -> dict[Key, str]:
     Raises:
         UserError: a line is damaged.
     """
-    rows = _rows(folder / "responses" / f"{name}.jsonl", _RESPONSE)
+    rows = checked_rows(folder / "responses" / f"{name}.jsonl", RESPONSE)
     return {_key(row): row["text"] for row in rows if _key(row) in wanted}
 
 
 def _scored_responses(folder: Path, name: str) -> list[ScoredResponse]:
     """Each response with its last verdict: one that failed may have been judged again."""
-    responses = _by_key(folder / "responses" / f"{name}.jsonl", _RESPONSE)
-    verdicts = _by_key(folder / "verdicts" / f"{name}.jsonl", _VERDICT)
+    responses = _by_key(folder / "responses" / f"{name}.jsonl", RESPONSE)
+    verdicts = _by_key(folder / "verdicts" / f"{name}.jsonl", VERDICT)
     if missing := [key for key in responses if key not in verdicts]:
         question, sample = missing[0]
         raise UserError(
@@ -128,15 +128,19 @@ def _scored(response: dict[str, Any], verdict: dict[str, Any]) -> ScoredResponse
 def _by_key(path: Path, kinds: Kinds) -> dict[Key, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: is missing; {_how_to_finish(path.parent.parent)}")
-    return {_key(row): row | {"text": ""} for row in _rows(path, kinds)}
+    return {_key(row): row | {"text": ""} for row in checked_rows(path, kinds)}
 
 
 def _key(row: dict[str, Any]) -> Key:
     return row["question"], row["sample"]
 
 
-def _rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines, each with the keys asked for and values of their kinds."""
+def checked_rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
+    """The objects of a file of lines in an evaluation's folder, each with the keys asked for and values of their kinds.
+
+    Raises:
+        UserError: a line is damaged; it names the line and how to go on.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path} line {number}"

@@ -16,9 +16,9 @@ from typing import Any
 
 from forkrl.atomic import explained_write_errors, fsync, write_text
 from forkrl.errors import UserError
+from forkrl.evaluation.folder import RESPONSE, VERDICT, Key, Kinds, checked_rows
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.evaluation.samplers import Sampled, SampleRequest
-from forkrl.tasks.json_lines import json_object
 from forkrl.types import Prompt, Verdict
 
 _SHOWN_ANSWER = 2000
@@ -44,15 +44,13 @@ class LineFile:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             os.ftruncate(self._descriptor, _end_of_whole_lines(self._descriptor))
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """What the file holds, line by line.
+    def rows(self, kinds: Kinds) -> Iterator[dict[str, Any]]:
+        """What the file holds, line by line; see ``checked_rows``.
 
         Raises:
-            UserError: a line is damaged.
+            UserError: a line is damaged, or lacks a key or has a value of another kind.
         """
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield json_object(line, f"{self.path} line {number}")
+        return checked_rows(self.path, kinds)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one line.
@@ -90,9 +88,6 @@ def _end_of_whole_lines(descriptor: int) -> int:
     return 0
 
 
-Key = tuple[str, int]
-
-
 class BenchmarkFiles:
     """What is known of one benchmark so far: which responses there are, and which of them are judged.
 
@@ -113,10 +108,10 @@ class BenchmarkFiles:
         _require_questions(folder / "questions" / f"{name}.jsonl", prompts)
         self._verdict_file = LineFile(folder / "verdicts" / f"{name}.jsonl")
         self._response_file = LineFile(folder / "responses" / f"{name}.jsonl")
-        self._verdicts = {_key(row): row for row in self._verdict_file.rows()}  # of several, the last
+        self._verdicts = {_key(row): row for row in self._verdict_file.rows(VERDICT)}  # of several, the last
         self._responses: dict[Key, dict[str, Any]] = {}
         self._texts: dict[Key, str] = {}
-        for row in self._response_file.rows():
+        for row in self._response_file.rows(RESPONSE):
             key, text = _key(row), row.pop("text")
             self._responses[key] = row
             if self._verdicts.get(key, _UNJUDGED)["failure"]:
