@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+CLUSTER_STAMP := $(VENV)/.setup-cluster-done
 TEST_WORKERS ?= 2
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser setup-sandbox demo test lint format bench bench-gpu clean
+.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test lint format bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -40,6 +41,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+setup-cluster: $(CLUSTER_STAMP) ## verl, for the tests of --engine verl
+
+$(CLUSTER_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[verl]'
+	@touch $@
+
 setup-browser: ## Chromium for the tests that look at the report (Debian, as root)
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -62,7 +69,7 @@ demo: setup ## train the embedded model on two cores, then name the report
 	$(BIN)/forkrl train recipes/countdown.toml --out "$$out"
 
 # One OpenMP thread a worker: the workers already fill the cores.
-test: setup setup-browser setup-sandbox ## every test that needs no accelerator (TEST_WORKERS=8, ARGS="-k selectors")
+test: setup setup-cluster setup-browser setup-sandbox ## every test that needs no accelerator (TEST_WORKERS=8, ARGS="-k selectors")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
 lint: setup ## ruff and mypy, over everything

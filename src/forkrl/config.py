@@ -285,8 +285,9 @@ class SelectionConfig(Section):
     """rho: the fraction kept by top_entropy, bottom_entropy and random."""
     threshold: NonNegative | None = None
     """rule "threshold" only: keep tokens with entropy of at least so many nats (the paper's 80th percentile: 0.672)."""
-    scope: Literal["micro_batch", "mini_batch", "sequence"] = "micro_batch"
-    """Over what tokens the fraction is taken. The paper: one micro-batch. "mini_batch" does not depend on the cut."""
+    scope: Literal["micro_batch", "mini_batch", "rollout_batch", "sequence"] = "micro_batch"
+    """Over what tokens the fraction is taken. The paper: one micro-batch. "mini_batch" does not depend on the cut;
+    "rollout_batch", all tokens of a step, is known before its first update: with entropy = "rollout"."""
     entropy: Literal["current", "rollout"] = "current"
     """Whose entropy: the policy being trained, as in the paper, or the policy that sampled."""
 
@@ -294,6 +295,15 @@ class SelectionConfig(Section):
     def _threshold_goes_with_its_rule(self) -> SelectionConfig:
         if (self.threshold is None) == (self.rule == "threshold"):
             raise ValueError('selection.threshold goes with selection.rule = "threshold", and only with it')
+        return self
+
+    @model_validator(mode="after")
+    def _rollout_batch_is_chosen_before_it_is_trained_on(self) -> SelectionConfig:
+        if self.scope == "rollout_batch" and self.entropy == "current":
+            raise ValueError(
+                'selection.scope = "rollout_batch" is chosen before the first update, when no other entropy than that '
+                'of the rollout is known; set selection.entropy = "rollout", or scope = "mini_batch"'
+            )
         return self
 
 
@@ -388,9 +398,41 @@ class RuntimeConfig(Section):
     """"auto" takes an accelerator where there is one; else "cpu", "cuda:0", "mps"."""
     threads: Count = 0
     """CPU threads in all; 0 takes OMP_NUM_THREADS where it is set, else one per core (docs/threads.md)."""
+    engine: Literal["local", "verl"] = "local"
+    """"local" trains in this process. "verl" spreads the same recipe over a Ray cluster (docs/cluster.md); so does
+    --engine verl."""
     replicas: Count = 0
     """Processes on the CPU that share the weights, the work and the threads; 0: one a thread for a small model (up to
     50M parameters), which several threads at once would only slow down, else one. An accelerator takes one."""
+
+
+class ClusterConfig(Section):
+    """How `--engine verl` spreads a run over GPUs and nodes (docs/cluster.md)."""
+
+    address: str = ""
+    """A running Ray cluster, "10.0.0.1:6379" or "auto". Empty: Ray is started on this machine for the run."""
+    nodes: PositiveInt = 1
+    """Machines that train."""
+    gpus_per_node: PositiveInt = 1
+    """GPUs of each."""
+    trainer: Literal["sync", "colocate_async"] = "sync"
+    """"sync" samples with the weights it then trains. "colocate_async" samples the next step meanwhile, with older
+    weights."""
+    rollout_engine: Literal["vllm", "sglang"] = "vllm"
+    """What samples on GPUs."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one copy of the model while sampling."""
+    sequence_parallel: PositiveInt = 1
+    """GPUs that share each sequence while training (Ulysses)."""
+    gpu_memory: Fraction = 0.6
+    """Share of a GPU's memory that the sampling engine may take."""
+    offload: bool = False
+    """Keep weights and optimizer state in the host's memory while the GPU does something else."""
+    reward_workers: PositiveInt = 1
+    """Ray actors that judge, spread over the nodes, each with reward.workers verifier processes."""
+    overrides: Annotated[tuple[str, ...], FROM_LIST] = ()
+    """Further settings of verl, as its command line takes them: "actor_rollout_ref.rollout.max_num_seqs=512". A key
+    that ForkRL sets itself is refused."""
 
 
 class TrainConfig(Section):
@@ -413,6 +455,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> TrainConfig:
@@ -433,6 +476,13 @@ class TrainConfig(Section):
                 f"{self.reward.memory_mb} with 256 to spare; raise that, or lower it"
             )
         self._forks_only_fits()
+        if self.runtime.engine == "local" and self.cluster != ClusterConfig():
+            changed = next(
+                key for key in ClusterConfig.model_fields if getattr(self.cluster, key) != _default_of(ClusterConfig, key)
+            )
+            raise ValueError(
+                f'cluster.{changed} is read by runtime.engine = "verl" alone; add --engine verl, or leave it out'
+            )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:
             raise ValueError(

@@ -1,0 +1,18 @@
+"""The cluster engine: the same recipe and the same leaves on verl (Ray, FSDP2, vLLM), as a plug-in of its trainer.
+
+    translate.py     recipe -> verl's settings; what verl cannot do is refused
+    data.py          prompts -> Parquet, verifiers -> JSON
+    launch.py        forkrl train --engine verl
+    plugin.py        what verl loads: registers the trainers and the agent loop
+    options.py       +forkrl.* on verl's command line
+    trainer.py       verl's trainers, with selection, metrics and records added
+    selection.py     which tokens of a rollout batch carry gradient
+    worker.py        loss and gradient step inside each rank
+    replay.py        dynamic sampling with an end
+    agent_loop.py    prompts exactly as the recipe words them
+    rewards.py       rewards by ForkRL's verifiers
+    record.py        the run folder, as the local engine writes it
+    cpu_testing/     a platform and a sampler for tests without a GPU
+
+Only ``translate``, ``data`` and ``launch`` are imported outside verl's processes; they do without it.
+"""
