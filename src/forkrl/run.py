@@ -347,7 +347,7 @@ def describe_provenance(config: TrainConfig, task: Task, replicas: Replicas) -> 
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "data_fingerprint": task.fingerprint,
         "replicas": replicas.count,
         "threads": torch.get_num_threads(),
@@ -362,7 +362,7 @@ def _changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of a source checkout, marked if it has changes; empty for an installed package."""
     source = Path(__file__).resolve().parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -377,7 +377,7 @@ def _open_folder(
 ) -> RunFolder:
     if resume is None:
         assert out is not None
-        return RunFolder.create(out, recipe_toml(config), {**provenance, "run_id": _new_id()})
+        return RunFolder.create(out, recipe_toml(config), {**provenance, "run_id": new_run_id()})
     folder = RunFolder.open(resume)
     before, now = folder.provenance.get("data_fingerprint"), provenance["data_fingerprint"]
     if before != now:
@@ -391,7 +391,7 @@ def _open_folder(
 
 def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
     """The trackers of the recipe. Where one refuses to start, a new run's folder goes again, as after any mistake."""
-    run_id = run.folder.provenance.get("run_id") or _new_id()  # runs of the first versions have none
+    run_id = run.folder.provenance.get("run_id") or new_run_id()  # runs of the first versions have none
     try:
         return open_sinks(
             run.config.log.sinks,
@@ -403,7 +403,7 @@ def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
         raise
 
 
-def _new_id() -> str:
+def new_run_id() -> str:
     """No other run has it, whatever the name of its folder. Takes nothing from the seeded generators."""
     return uuid.uuid4().hex[:12]
 
