@@ -178,7 +178,7 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        fields = [getattr(self, name) for name in self.__slots__]
+        fields: list[Any] = [getattr(self, name) for name in self.__slots__]
         return TokenBatch(*(None if each is None else each.to(device) for each in fields))
 
 
