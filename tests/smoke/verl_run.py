@@ -6,7 +6,6 @@ share one among the tests of a module.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -22,8 +21,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pytest
-
 from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.config import RewardConfig
 from forkrl.model import model_location
@@ -32,10 +29,9 @@ from forkrl.types import Prompt, VerifierSpec
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_RESPONSE_TOKENS = 64
+OVERLONG_CACHE = 16
 _MARK = "FORKRL_TEST_VERL_RUN"
 _PATIENCE_S = 20.0
-
-needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason='needs the extra "verl"')
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def write_countdown(
     write_verifiers(
         files.verifiers,
         task.verifiers if verifiers is None else verifiers,
-        RewardConfig(overlong_cache=16) if reward is None else reward,
+        RewardConfig(overlong_cache=OVERLONG_CACHE) if reward is None else reward,
         max_response_tokens=MAX_RESPONSE_TOKENS,
     )
     return files
