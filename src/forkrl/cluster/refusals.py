@@ -94,10 +94,11 @@ def _refuse_what_is_of_one_machine(config: TrainConfig) -> None:
 
 
 def _refuse_of_the_task(config: TrainConfig) -> None:
-    for place, task in [("task", config.task), *((f"task.parts ({part.label})", part) for part in config.task.parts)]:
+    tasks = [("task.", config.task), *((f"task.parts ({part.label}): ", part) for part in config.task.parts)]
+    for place, task in tasks:
         if task.curriculum.raise_above is not None:
             raise UserError(
-                f"{place}: curriculum.raise_above = {task.curriculum.raise_above} follows the run, and verl draws from "
+                f"{place}curriculum.raise_above = {task.curriculum.raise_above} follows the run, and verl draws from "
                 f'all prompts alike; set difficulty instead, or use runtime.engine = "local"'
             )
 
