@@ -478,7 +478,9 @@ class TrainConfig(Section):
         self._forks_only_fits()
         if self.runtime.engine == "local" and self.cluster != ClusterConfig():
             changed = next(
-                key for key in ClusterConfig.model_fields if getattr(self.cluster, key) != _default_of(ClusterConfig, key)
+                key
+                for key in ClusterConfig.model_fields
+                if getattr(self.cluster, key) != _default_of(ClusterConfig, key)
             )
             raise ValueError(
                 f'cluster.{changed} is read by runtime.engine = "verl" alone; add --engine verl, or leave it out'

@@ -19,7 +19,8 @@ from forkrl.advantages import group_advantages, informative_groups, overlong_pen
 from forkrl.batching import collate, mini_batches
 from forkrl.errors import NothingToLearn
 from forkrl.metrics import accuracy, part_metrics, rollout_metrics, update_metrics
-from forkrl.run import Run, rollout_rows
+from forkrl.rollout_rows import rollout_rows
+from forkrl.run import Run
 from forkrl.scoring import Scoring
 from forkrl.types import RolloutGroup, TokenBatch
 from forkrl.update import Update, update_policy
@@ -141,4 +142,4 @@ def sample_rows(
         for selected_T, mask_T in zip(update.selected_BT, part.response_mask, strict=True)
     ]
     rewards, advantages = rewards_PG.flatten().tolist(), advantages_PG.flatten().tolist()
-    return rollout_rows(run.step + 1, groups[:num_groups], run.policy, selected, rewards, advantages)
+    return rollout_rows(run.step + 1, groups[:num_groups], run.policy.tokenizer, selected, rewards, advantages)
