@@ -92,7 +92,7 @@ TRANSLATED = (
         ("+forkrl.max_generation_batches",),
         "verl has a setting of that name and does not read it; the plug-in counts in units of prompts_per_step",
     ),
-    Counterpart("selection.rule", ("+forkrl.rule", _ACTOR + "calculate_entropy")),
+    Counterpart("selection.rule", ("+forkrl.rule",)),
     Counterpart("selection.ratio", ("+forkrl.ratio",)),
     Counterpart("selection.threshold", ("+forkrl.threshold",)),
     Counterpart(
@@ -102,7 +102,7 @@ TRANSLATED = (
     ),
     Counterpart(
         "selection.entropy",
-        ("+forkrl.entropy", _ACTOR + "calculate_entropy"),
+        ("+forkrl.entropy",),
         '"rollout": of the policy at the start of the step, which with cluster.trainer = "colocate_async" has moved on '
         "from the one that sampled",
     ),
@@ -111,7 +111,7 @@ TRANSLATED = (
     Counterpart("loss.dual_clip", (_ACTOR + "clip_ratio_c",), "Not set becomes infinity; verl's own default is 3"),
     Counterpart("loss.denominator", ("+forkrl.denominator",)),
     Counterpart("loss.kl_coef", (_ACTOR + "use_kl_loss", _ACTOR + "kl_loss_coef")),
-    Counterpart("loss.entropy_coef", (_ACTOR + "entropy_coeff", _ACTOR + "calculate_entropy")),
+    Counterpart("loss.entropy_coef", (_ACTOR + "entropy_coeff",)),
     Counterpart("optimizer.lr", (_ACTOR + "optim.lr",)),
     Counterpart(
         "optimizer.warmup_steps",

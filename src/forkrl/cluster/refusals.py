@@ -9,12 +9,6 @@ from forkrl.errors import UserError
 
 _LARGEST_SEED = 2**31
 """Samplers add the number of their replica to it, and keep it in 32 bits."""
-_READS_ENTROPY = ("top_entropy", "bottom_entropy", "threshold")
-
-
-def read_in_gradient_step(config: TrainConfig) -> bool:
-    """Whether the selection needs the entropy of the policy as it is being trained."""
-    return config.selection.entropy == "current" and config.selection.rule in _READS_ENTROPY
 
 
 def refuse_untranslatable(config: TrainConfig) -> None:
