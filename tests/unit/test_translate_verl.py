@@ -20,7 +20,7 @@ from forkrl.cluster.translate import VerlPaths, verl_overrides, verl_settings
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import model_location
-from forkrl.recipe import load_recipe
+from tests.verl_recipes import CPU, recipe
 
 pytestmark = [
     pytest.mark.verl,
@@ -36,7 +36,6 @@ REFUSED = {
     "gym-curriculum": ("task.curriculum.raise_above", ["task.curriculum="]),
 }
 """Shipped recipes that verl cannot do as they are, with what to change."""
-CPU = ("runtime.device=cpu", "cluster.gpus_per_node=2")
 NASTY = [
     "/a b",
     "/a,b",
@@ -82,12 +81,8 @@ def paths(model: str = "/run/model", folder: str = "/run") -> VerlPaths:
     return VerlPaths(model, own / "train.parquet", own / "held_out.parquet", own / "verifiers.json", own / "verl", own)
 
 
-def recipe(path: Path | None, *overrides: str) -> TrainConfig:
-    return load_recipe(TrainConfig, path, ["runtime.engine=verl", *overrides])
-
-
 def verl_recipe(path: Path) -> TrainConfig:
-    return recipe(path, *(REFUSED[path.stem][1] if path.stem in REFUSED else []))
+    return recipe(*(REFUSED[path.stem][1] if path.stem in REFUSED else []), path=path)
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +147,13 @@ def test_verl_takes_every_shipped_recipe(path: Path, compose: Callable[[Sequence
 @pytest.mark.parametrize("name", REFUSED)
 def test_shipped_recipes_that_verl_cannot_do_are_refused_as_they_are(name: str) -> None:
     with pytest.raises(UserError, match=REFUSED[name][0]):
-        verl_overrides(recipe(RECIPES / f"{name}.toml"), paths(), stop_token_ids=[])
+        verl_overrides(recipe(path=RECIPES / f"{name}.toml"), paths(), stop_token_ids=[])
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        CPU,
+        (*CPU, "cluster.gpus_per_node=2"),
         (*CPU, "dynamic_sampling.enabled=false", "selection.rule=all", "training.steps=2", "eval.every=0"),
         ("loss.kl_coef=0.01", "loss.dual_clip=3.5", "loss.entropy_coef=-0.001", "eval.temperature=0.0"),
         ("cluster.gpus_per_node=8", "cluster.sequence_parallel=8", "model.precision=bf16", "cluster.offload=true"),
@@ -170,20 +165,20 @@ def test_shipped_recipes_that_verl_cannot_do_are_refused_as_they_are(name: str) 
     ids=["cpu", "plain", "kl", "ulysses", "async", "nodes", "threshold", "sampling"],
 )
 def test_verl_takes_recipes_of_many_kinds(overrides: Sequence[str], compose: Callable[[Sequence[str]], Any]) -> None:
-    assert_verl_takes(compose, recipe(None, *overrides), paths())
+    assert_verl_takes(compose, recipe(*overrides), paths())
 
 
 def test_verl_reads_nasty_paths_as_they_are(compose: Callable[[Sequence[str]], Any]) -> None:
     name = "/runs/a 'b' \"c\", {d} [e] $HOME=é\\"
-    assert_verl_takes(compose, recipe(None), paths(model=f"{name}/model", folder=name))
+    assert_verl_takes(compose, recipe(), paths(model=f"{name}/model", folder=name))
 
 
 def test_verl_loads_the_model_that_it_is_given(compose: Callable[[Sequence[str]], Any]) -> None:
     from verl.utils.config import omega_conf_to_dataclass
 
     folder = str(model_location("embedded:countdown-base"))
-    for overrides, attention in (((*CPU,), "sdpa"), (("model.precision=bf16",), "flash_attention_2")):
-        read = assert_verl_takes(compose, recipe(None, *overrides), paths(model=folder))
+    for overrides, attention in ((CPU, "sdpa"), (("model.precision=bf16",), "flash_attention_2")):
+        read = assert_verl_takes(compose, recipe(*overrides), paths(model=folder))
         model = omega_conf_to_dataclass(read.actor_rollout_ref.model)
         assert model.local_path == folder
         assert model.hf_config._attn_implementation == attention
@@ -192,7 +187,7 @@ def test_verl_loads_the_model_that_it_is_given(compose: Callable[[Sequence[str]]
 
 def test_a_users_own_setting_is_read_as_verls_command_line_reads_it(compose: Callable[[Sequence[str]], Any]) -> None:
     own = "cluster.overrides=['actor_rollout_ref.rollout.enforce_eager=true', '+a.b={c: [1, x]}']"
-    read = assert_verl_takes(compose, recipe(None, own), paths())
+    read = assert_verl_takes(compose, recipe(own), paths())
     assert read.actor_rollout_ref.rollout.enforce_eager is True
     assert read.a.b.c == [1, "x"]
 
