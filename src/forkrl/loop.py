@@ -23,7 +23,7 @@ from forkrl.rollout_rows import rollout_rows
 from forkrl.run import Run
 from forkrl.scoring import Scoring
 from forkrl.types import RolloutGroup, TokenBatch
-from forkrl.update import Update, update_policy
+from forkrl.update import Update, select_in_rollout_batch, update_policy
 
 
 def train(run: Run) -> None:
@@ -44,6 +44,7 @@ def train(run: Run) -> None:
 
         update_started = time.perf_counter()
         run.display.phase("update")
+        batch = select_in_rollout_batch(batch, run.config, run.generator)
         parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
         updates = [take_gradient_step(run, part, on_policy=number == 0) for number, part in enumerate(parts)]
 

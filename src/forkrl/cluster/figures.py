@@ -18,7 +18,9 @@ def step_figures(
     timing: Mapping[str, float],
     kept: Sequence[RolloutGroup],
     dropped: Sequence[RolloutGroup],
+    *,
     num_batches: float,
+    reward: float,
     seconds: float,
 ) -> dict[str, float]:
     """All that a local run logs of a step, by the same names; takes the workers' sums out of ``metrics``.
@@ -29,6 +31,7 @@ def step_figures(
         kept: the groups trained on.
         dropped: those that dynamic sampling drew and dropped.
         num_batches: prompts drawn, in batches of a step's size.
+        reward: mean of the kept responses, the penalty for long ones in it.
         seconds: the step in all.
     """
     told = {name.removeprefix(TOLD): float(metrics.pop(name)) for name in list(metrics) if name.startswith(TOLD)}
@@ -42,7 +45,7 @@ def step_figures(
         | _update_figures(told)
         | {
             "sampling/generation_batches": num_batches,
-            "reward/mean": float(metrics.get("critic/rewards/mean", math.nan)),
+            "reward/mean": reward,
             "grad/norm": float(metrics["actor/grad_norm"]),
             "optimizer/lr": float(metrics["actor/lr"]),
             "time/update_s": timing.get("old_log_prob", 0.0) + timing.get("update_actor", 0.0),

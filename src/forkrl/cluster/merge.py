@@ -18,7 +18,7 @@ _STEP = re.compile(r"global_step_(\d+)")
 
 
 def verl_checkpoints(folder: Path) -> dict[int, Path]:
-    """verl's whole checkpoints by step, oldest first: those that its tracker has come to, and that still have shards."""
+    """verl's whole checkpoints by step, oldest first: those its tracker has come to, that still have shards."""
     tracker = folder / TRACKER
     newest = int(tracker.read_text()) if tracker.is_file() else -1
     steps = {int(match[1]): path for path in folder.glob("global_step_*") if (match := _STEP.fullmatch(path.name))}

@@ -36,6 +36,8 @@ class ForkOptions(Section):
     """Batches of prompts that dynamic sampling may draw for one step; 0: no bound, as in verl."""
     poll_s: Annotated[float, Field(gt=0)] = 2.0
     """Seconds between two looks at what has been sampled; verl's is 2."""
+    patience_s: Annotated[float, Field(gt=0)] = 3600.0
+    """A step in which nothing is sampled or judged for so long ends the run."""
     run_folder: str | None = None
     """Where metrics.jsonl and rollouts/ are written, in the form of a local run; not set: nowhere."""
     rollouts_every: PositiveInt = 10

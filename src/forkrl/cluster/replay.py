@@ -6,13 +6,14 @@ everything, that is for ever.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from forkrl.errors import NothingToLearn
+from forkrl.errors import NothingToLearn, TrainingHalted
 
 
 class PromptsSpent(Exception):
@@ -25,10 +26,14 @@ class _Accounting:
     Attributes:
         on_drop: called with the keys of trajectories that will not be trained on.
         on_validation: called with a batch of validation, before verl takes it apart.
+        patience_s: how long it may be that nothing is sampled or judged.
     """
 
     on_drop: Callable[[Sequence[str]], None]
     on_validation: Callable[[KVBatchMeta], None]
+    patience_s: float
+    _seen: tuple[int, ...] = ()
+    _since: float = 0.0
 
     @classmethod
     def taking_over(cls, buffer: ReplayBuffer, **attributes: Any) -> Any:
@@ -44,6 +49,31 @@ class _Accounting:
         super()._clear_groups(partition_id, uids)  # type: ignore[misc]
 
 
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        """Wait as verl does, but not for ever: a sampler or a reward worker that hangs would never be noticed.
+
+        Raises:
+            TrainingHalted: nothing has changed for longer than ``patience_s``.
+        """
+        waiting: Any = self
+        seen = (
+            len(waiting.pending_keys[partition_id]),
+            len(waiting.running_keys[partition_id]),
+            len(waiting.finished_keys[partition_id]),
+            len(waiting.failure_keys[partition_id]),
+            len(waiting.partitions[partition_id]),
+        )
+        now = time.monotonic()
+        if seen != self._seen:
+            self._seen, self._since = seen, now
+        elif now - self._since > self.patience_s:
+            raise TrainingHalted(
+                f"no response has been sampled or judged for {self.patience_s:g} s, and {seen[0] + seen[1]} prompts "
+                f"wait; a sampler or a reward worker hangs (cluster.patience_s sets how long to wait)"
+            )
+        return float(super()._wait_for_next_poll(partition_id, last_debug_time))  # type: ignore[misc]
+
+
 class BoundedReplayBuffer(_Accounting, ReplayBuffer):  # type: ignore[misc]
     """Of a synchronous trainer: once its prompts are spent, a step takes the groups at hand."""
 
@@ -53,6 +83,7 @@ class BoundedReplayBuffer(_Accounting, ReplayBuffer):  # type: ignore[misc]
         Raises:
             NothingToLearn: it may draw no more, and not one group can teach anything.
         """
+        self._seen = ()  # a wait of its own: the update before it may have taken longer than that
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
         except PromptsSpent as spent:
@@ -85,6 +116,7 @@ class AccountingReplayBufferAsync(_Accounting, ReplayBufferAsync):  # type: igno
         Raises:
             NothingToLearn: the step may draw no more prompts, and has too few groups that can teach something.
         """
+        self._seen = ()  # a wait of its own: the update before it may have taken longer than that
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
         except PromptsSpent as spent:

@@ -113,9 +113,16 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         self._drawn, self._dropped, self._told = 0, [], {}
         batch = super().step(metrics, timing_raw)
         seconds = time.perf_counter() - started
-        kept = self._groups([key for key in batch.keys if not key.startswith("pad")], "train")
+        keys = [key for key in batch.keys if not key.startswith("pad")]
+        shaped = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores"])["rm_scores"]
         ours = step_figures(
-            metrics, timing_raw, kept, self._dropped, self._drawn / self.config.data.train_batch_size, seconds
+            metrics,
+            timing_raw,
+            self._groups(keys, "train"),
+            self._dropped,
+            num_batches=self._drawn / self.config.data.train_batch_size,
+            reward=float(shaped.values().sum()) / len(keys),
+            seconds=seconds,
         )
         metrics.update(ours)
         if self.record is not None:
@@ -136,6 +143,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return own.taking_over(
             super()._build_replay_buffer(),
             poll_interval=self.options.poll_s,
+            patience_s=self.options.patience_s,
             on_drop=self._note_dropped,
             on_validation=self._note_validated,
         )

@@ -107,7 +107,8 @@ class ForkLoss:
         if ROW not in data:
             return
         lengths_B = data["response_mask"].offsets().diff().tolist()
-        for place, row in enumerate(data[ROW].flatten().tolist()):
+        rows_B = data[ROW].values() if data[ROW].is_nested else data[ROW].flatten()
+        for place, row in enumerate(rows_B.tolist()):
             if row >= 0:
                 selected, entropy = selected_BT[place, : lengths_B[place]], entropy_BT[place, : lengths_B[place]]
                 self.told.append({"row": row, "selected": selected.tolist(), "entropy": entropy.tolist()})
