@@ -9,12 +9,6 @@ from forkrl.errors import UserError
 
 _LARGEST_SEED = 2**31
 """Samplers add the number of their replica to it, and keep it in 32 bits."""
-_READS_ENTROPY = ("top_entropy", "bottom_entropy", "threshold")
-
-
-def read_in_gradient_step(config: TrainConfig) -> bool:
-    """Whether the selection needs the entropy of the policy as it is being trained."""
-    return config.selection.entropy == "current" and config.selection.rule in _READS_ENTROPY
 
 
 def refuse_untranslatable(config: TrainConfig) -> None:
@@ -94,10 +88,11 @@ def _refuse_what_is_of_one_machine(config: TrainConfig) -> None:
 
 
 def _refuse_of_the_task(config: TrainConfig) -> None:
-    for place, task in [("task", config.task), *((f"task.parts ({part.label})", part) for part in config.task.parts)]:
+    tasks = [("task.", config.task), *((f"task.parts ({part.label}): ", part) for part in config.task.parts)]
+    for place, task in tasks:
         if task.curriculum.raise_above is not None:
             raise UserError(
-                f"{place}: curriculum.raise_above = {task.curriculum.raise_above} follows the run, and verl draws from "
+                f"{place}curriculum.raise_above = {task.curriculum.raise_above} follows the run, and verl draws from "
                 f'all prompts alike; set difficulty instead, or use runtime.engine = "local"'
             )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from forkrl.cluster.hydra_text import Value, overridden_key, override
-from forkrl.cluster.refusals import read_in_gradient_step, refuse_untranslatable
+from forkrl.cluster.refusals import refuse_untranslatable
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 
@@ -197,7 +197,6 @@ def _actor(config: TrainConfig) -> dict[str, Value]:
         f"{ACTOR}.kl_loss_coef": loss.kl_coef,
         f"{ACTOR}.kl_loss_type": "low_var_kl",
         f"{ACTOR}.entropy_coeff": loss.entropy_coef,
-        f"{ACTOR}.calculate_entropy": read_in_gradient_step(config) or loss.entropy_coef != 0,
         # fp32 a chunk at a time, where verl otherwise takes the logits' own 16 bits; and no graph of it is kept.
         f"{ACTOR}.entropy_from_logits_with_chunking": True,
         f"{ACTOR}.entropy_checkpointing": True,
