@@ -40,7 +40,7 @@ def test_two_words_more_are_enough() -> None:
         ("+forkrl.ratio=1.5", ["+forkrl.*", "ratio", "1.5"]),
         ("+forkrl.ratio=many", ["ratio", "many"]),
         ("+forkrl.rule=best", ["rule", "best", "top_entropy"]),
-        ("+forkrl.entropy=current", ["rollout_batch", "current"]),
+        ("+forkrl.entropy=current", ["rollout_batch", "+forkrl.entropy"]),
         ("+forkrl.rule=threshold", ["threshold"]),
         ("+forkrl.stop_token_ids=[a]", ["stop_token_ids"]),
     ],

@@ -17,6 +17,9 @@ from forkrl.errors import UserError
 
 Value: TypeAlias = "bool | int | float | str | Path | Sequence[Value] | Mapping[str, Value] | None"
 _OVERRIDE = re.compile(r"\+{0,2}(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)=.*", re.DOTALL)
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*", re.ASCII)
+_WORDS = {"true", "false", "null", "none", "inf", "nan", "yes", "no", "on", "off"}
+"""Read as something else where they stand bare, by hydra or by YAML."""
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -51,7 +54,9 @@ def _literal(key: str, value: Value) -> str:
     if value is None:
         return "null"
     if isinstance(value, (str, Path)):
-        return _quoted(key, str(value))
+        text = str(value)
+        bare = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
+        return text if bare else _quoted(key, text)
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{key} is not a number")
     if isinstance(value, (bool, int, float)):
