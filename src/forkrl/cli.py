@@ -52,7 +52,11 @@ def run_train(arguments: argparse.Namespace) -> int:
     given = load_recipe(TrainConfig, recipe, overrides, base=stored)
     out = arguments.out or Path("runs") / (Path(recipe).stem if recipe else "train")
     if arguments.dry_run:
-        return print_recipe(given) if given.runtime.engine == "local" else print_verl_command(given, out)
+        return (
+            print_recipe(given)
+            if given.runtime.engine == "local"
+            else print_verl_command(given, arguments.resume or out)
+        )
     if arguments.resume is not None and arguments.out is not None:
         raise UserError("--resume goes on in its own folder; leave --out away")
 

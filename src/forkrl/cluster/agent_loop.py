@@ -19,11 +19,13 @@ class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships n
     tokenizer's EOS or one of the stop tokens, which it then holds, or at ``rollout.response_length``.
     """
 
-    def __init__(self, **given: Any) -> None:
-        # By the type of the model verl prepares for later turns of its chat, and raises where the tokenizer lacks that
-        # chat's tokens, as those of base models do. There are no later turns here; without a type nothing is prepared.
-        super().__init__(**given | {"hf_model_type": None})
-        self._options = read_options(self.config)
+    def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **unused: Any) -> None:
+        # Without verl's own __init__: it prepares for the later turns of a chat by the type of the model, and raises
+        # where the tokenizer lacks that chat's tokens, as those of base models do.
+        self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
+        self.server_manager = server_manager
+        self.tokenizer = tokenizer
+        self._options = read_options(trainer_config.config)
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Sample one response.

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from forkrl.atomic import write_bytes, write_json
 from forkrl.config import RewardConfig
 from forkrl.errors import UserError
+from forkrl.recipe import parse_recipe
 from forkrl.types import Prompt, VerifierSpec
 
 PROMPT_SCHEMA = pa.schema(
@@ -116,14 +117,11 @@ def read_verifiers(path: Path) -> Judging:
     """
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        return Judging(
-            {source: VerifierSpec(**spec) for source, spec in written["verifiers"].items()},
-            RewardConfig(**written["reward"]),
-            int(written["max_response_tokens"]),
-        )
+        verifiers = {source: VerifierSpec(**spec) for source, spec in written["verifiers"].items()}
+        reward, max_response_tokens = dict(written["reward"]), int(written["max_response_tokens"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"forkrl.verifiers = {str(path)!r} cannot be read ({type(error).__name__}: {reason}); give the file that "
-            f"forkrl train --engine verl wrote"
+            f"forkrl.verifiers = {str(path)!r} cannot be read as verifiers ({type(error).__name__}: {error}); give the "
+            f"file that forkrl train --engine verl wrote"
         ) from error
+    return Judging(verifiers, parse_recipe(RewardConfig, reward, str(path)), max_response_tokens)

@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import metadata
@@ -23,10 +24,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import forkrl
 from forkrl.atomic import explained_write_errors
+from forkrl.checkpoint import MANIFEST
 from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.cluster.ending import explain_end
 from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
-from forkrl.cluster.processes import run_and_watch
+from forkrl.cluster.processes import GRACE_S, run_and_watch
 from forkrl.cluster.record import ENDED, OWN, PROGRESS, STOP
 from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
@@ -71,8 +73,10 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     """
     require_verl()
     require_sinks(config.log.sinks)
-    prepared = prepare(config)
     path = resume or out
+    if resume is not None and _is_finished(config, resume):
+        return
+    prepared = prepare(config)
     with ExitStack() as stack:
         folder = _open_folder(config, prepared.task, out, resume)
         stack.callback(folder.close)
@@ -101,7 +105,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
             )
         finally:
             display.phase("merge")
-            with RunFolder.open(path) as run:
+            with _reopen(path) as run:
                 merge_checkpoints(run, files.checkpoints, environment, display.message)
         explain_end(path, status)
 
@@ -213,6 +217,27 @@ def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None
     return folder
 
 
+def _reopen(path: Path) -> RunFolder:
+    """The folder again, as soon as verl's trainer, which outlives its driver by a moment, has let go of it."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        try:
+            return RunFolder.open(path)
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _is_finished(config: TrainConfig, folder: Path) -> bool:
+    """Whether a run has come to its last step, and been evaluated there and merged."""
+    last = config.training.steps
+    if not (folder / "checkpoints" / f"step-{last}" / MANIFEST).is_file():
+        return False
+    with RunFolder.open(folder) as run:
+        return any(record.get("step") == last and "eval/accuracy" in record for record in run.read_metrics())
+
+
 def _write_files(config: TrainConfig, prepared: Prepared, run_folder: Path, *, fresh: bool) -> VerlPaths:
     """What verl reads; a resumed run reads what it read before, whatever its order, so that it goes on in it."""
     files, task = _paths(run_folder, prepared.model), prepared.task
@@ -247,7 +272,7 @@ def _take_up(folder: RunFolder) -> int:
     try:
         progress = json.loads((whole[step] / PROGRESS).read_text(encoding="utf-8"))
         size = int(progress["metrics_bytes"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{whole[step] / PROGRESS}: cannot be read ({first_line(error)}); write {step - 1} or an older step into "
             f"{own / TRACKER} to go on from there"

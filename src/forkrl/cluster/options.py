@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from forkrl.config import FROM_LIST, Count, Fraction, NonNegative, PositiveInt, Section, Seed, SelectionConfig
 from forkrl.errors import UserError
@@ -51,7 +51,11 @@ class ForkOptions(Section):
 
     @model_validator(mode="after")
     def _selection_is_one(self) -> ForkOptions:
-        _ = self.selection
+        try:
+            _ = self.selection
+        except ValidationError as error:
+            said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise ValueError(said.replace("selection.", "+forkrl.")) from None
         return self
 
     @property

@@ -48,7 +48,6 @@ class _Accounting:
             self.on_drop([key for key in self.partitions[partition_id] if key.split("_")[0] in uids])  # type: ignore[attr-defined]
         super()._clear_groups(partition_id, uids)  # type: ignore[misc]
 
-
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
         """Wait as verl does, but not for ever: a sampler or a reward worker that hangs would never be noticed.
 

@@ -95,15 +95,20 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             super().fit(agent_loop_manager)
         except (NothingToLearn, StopRequested) as error:
             note_end(self.options.run_folder, error, self.global_steps)
-            self.global_steps -= 1  # the step under way has changed no weights
-            if self.global_steps > 0 and self._saved_step != self.global_steps and self.config.trainer.save_freq > 0:
-                self._save_checkpoint()
+            self._save_finished()
             self._shutdown_dump_executor()
             if not isinstance(error, StopRequested):
                 raise
         except Exception as error:
             note_end(self.options.run_folder, error, self.global_steps)
             raise
+
+    def _save_finished(self) -> None:
+        """Save the steps before the one under way, which has changed no weights."""
+        self.global_steps -= 1
+        if self.global_steps > 0 and self._saved_step != self.global_steps and self.config.trainer.save_freq > 0:
+            self.checkpoint_manager.sleep_replicas()  # a save needs the room that samplers take
+            self._save_checkpoint()
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
         """One step of verl's, and its figures under ForkRL's names, recorded before a checkpoint counts on them."""
