@@ -52,8 +52,8 @@ TRANSLATED = (
     Counterpart(
         "seed",
         ("data.seed", _ROLLOUT + "seed", _ACTOR + "data_loader_seed", _ACTOR + "fsdp_config.seed", "+forkrl.seed"),
-        "Of the order of prompts, of sampling, and of dealing responses to mini-batches. vLLM does not repeat itself bit "
-        "by bit, whatever the seed",
+        "Of the order of prompts, of sampling, and of dealing responses to mini-batches. vLLM does not repeat itself "
+        "bit by bit, whatever the seed",
     ),
     Counterpart(
         "model.precision",
