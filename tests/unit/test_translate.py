@@ -115,6 +115,7 @@ CHANGES: dict[str, tuple[Sequence[str], str, list[object]]] = {
     "cluster.gpu_memory": ((), "cluster.gpu_memory=0.8", [0.8]),
     "cluster.offload": ((), "cluster.offload=true", [True, True]),
     "cluster.reward_workers": ((), "cluster.reward_workers=4", [4]),
+    "cluster.patience_s": ((), "cluster.patience_s=60.0", [60.0]),
 }
 """A change of each setting that is handed on, with what must be set beside it, and what its counterparts then are.
 ``selection.threshold`` comes with its rule, and has a test of its own."""

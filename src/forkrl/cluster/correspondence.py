@@ -52,7 +52,8 @@ TRANSLATED = (
     Counterpart(
         "seed",
         ("data.seed", _ROLLOUT + "seed", _ACTOR + "data_loader_seed", _ACTOR + "fsdp_config.seed", "+forkrl.seed"),
-        "Order of the prompts and sampling. vLLM does not repeat itself bit by bit, whatever the seed",
+        "Of the order of prompts, of sampling, and of dealing responses to mini-batches. vLLM does not repeat itself "
+        "bit by bit, whatever the seed",
     ),
     Counterpart(
         "model.precision",
@@ -130,7 +131,7 @@ TRANSLATED = (
     Counterpart(
         "training.mini_batch_prompts",
         (_ACTOR + "ppo_mini_batch_size",),
-        "A gradient step takes as many responses as that many groups have",
+        "A gradient step takes as many responses as that many groups have, drawn from all groups of the step",
     ),
     Counterpart(
         "training.micro_batch_tokens",
@@ -184,6 +185,7 @@ TRANSLATED = (
     Counterpart("cluster.gpu_memory", (_ROLLOUT + "gpu_memory_utilization",)),
     Counterpart("cluster.offload", (_ACTOR + "fsdp_config.param_offload", _ACTOR + "fsdp_config.optimizer_offload")),
     Counterpart("cluster.reward_workers", ("reward.num_workers",)),
+    Counterpart("cluster.patience_s", ("+forkrl.patience_s",)),
 )
 
 _PROMPTS = "prompts, written to Parquet as the model reads them"
@@ -328,7 +330,11 @@ FIXED = (
     Fixed("algorithm.filter_groups.metric", "score", 'correctness; "reward" holds the overlong penalty'),
     Fixed(_ACTOR + "strategy", "fsdp2", "what the plug-in's worker is written for"),
     Fixed(_ACTOR + "ppo_epochs", "1", "each response is trained on once"),
-    Fixed(_ACTOR + "shuffle", "false", "likewise for the order of mini-batches"),
+    Fixed(
+        _ACTOR + "shuffle",
+        "true",
+        "responses lie in the order in which they ended: the first gradient steps would get the short ones",
+    ),
     Fixed(_ACTOR + "use_dynamic_bsz", "true", "micro-batches are counted in tokens"),
     Fixed(_ACTOR + "loss_agg_mode", "token-mean", _DAPO + ", eq. 4; loss.denominator says over which tokens"),
     Fixed(_ACTOR + "kl_loss_type", "low_var_kl", "the k3 estimator"),

@@ -183,7 +183,8 @@ def _actor(config: TrainConfig) -> dict[str, Value]:
         f"{ACTOR}.strategy": "fsdp2",
         f"{ACTOR}.ppo_mini_batch_size": config.training.mini_batch_prompts,
         f"{ACTOR}.ppo_epochs": 1,
-        f"{ACTOR}.shuffle": False,
+        # Responses lie in the order in which they ended. Unshuffled, the first gradient steps would get the short ones.
+        f"{ACTOR}.shuffle": True,
         f"{ACTOR}.data_loader_seed": config.seed,
         f"{ACTOR}.use_dynamic_bsz": True,
         # verl multiplies it by the GPUs that share a sequence; log-prob passes take the same.
@@ -289,6 +290,7 @@ def _forkrl(config: TrainConfig, paths: VerlPaths, stop_token_ids: Sequence[int]
         "warmup_steps": config.optimizer.warmup_steps,
         "max_generation_batches": config.dynamic_sampling.max_generation_batches,
         "poll_s": 0.1 if _on_cpu(config) else 2.0,
+        "patience_s": config.cluster.patience_s,
         "run_folder": paths.run_folder,
         "rollouts_every": config.log.rollouts_every,
         "rollouts_sampled": config.log.rollouts_sampled,
