@@ -106,7 +106,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
         finally:
             display.phase("merge")
             with _reopen(path) as run:
-                merge_checkpoints(run, files.checkpoints, environment, display.message)
+                merge_checkpoints(run, files.checkpoints, environment, display.message, keep=config.checkpoint.keep)
         explain_end(path, status)
 
 

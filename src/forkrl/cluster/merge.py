@@ -25,19 +25,27 @@ def verl_checkpoints(folder: Path) -> dict[int, Path]:
     return {step: steps[step] for step in sorted(steps) if step <= newest and any((steps[step] / "actor").glob("*.pt"))}
 
 
-def merge_checkpoints(run: RunFolder, own: Path, environment: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Write ``checkpoints/step-N`` for each of verl's checkpoints that has none, and drop those verl has dropped.
+def merge_checkpoints(
+    run: RunFolder, own: Path, environment: Mapping[str, str], say: Callable[[str], None], *, keep: int
+) -> None:
+    """Write ``checkpoints/step-N`` for the newest of verl's checkpoints, and drop all older ones.
+
+    verl drops those that its own process wrote, and forgets those from before a resume.
 
     Args:
         run: the run folder.
         own: verl's checkpoints.
         environment: of verl's processes.
         say: told of each.
+        keep: how many.
 
     Raises:
         UserError: verl's merger fails; its shards are intact.
     """
-    found = verl_checkpoints(own)
+    whole = verl_checkpoints(own)
+    found = dict(list(whole.items())[-keep:])
+    for step in whole.keys() - found.keys():
+        shutil.rmtree(whole[step])
     for step, folder in found.items():
         if (run.checkpoints / f"step-{step}" / MANIFEST).is_file():
             continue
