@@ -179,7 +179,8 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
         fields: list[Any] = [getattr(self, name) for name in self.__slots__]
-        return TokenBatch(*(None if each is None else each.to(device) for each in fields))
+        moved: list[Any] = [None if each is None else each.to(device) for each in fields]
+        return TokenBatch(*moved)
 
 
 class TokenStats(NamedTuple):

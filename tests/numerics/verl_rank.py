@@ -153,7 +153,9 @@ def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig)
                 "advantages": batch.advantages[row].expand(length - start).clone(),
             }
         )
-    fields = {name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in rows[0]}
+    fields: dict[str, Any] = {
+        name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in rows[0]
+    }
     if config.selection.scope == "rollout_batch":  # what the trainer adds
         mask_N = fields["response_mask"].values().bool()
         chosen_N = select(fields["entropy"].values(), mask_N, config.selection, seeded("any"))

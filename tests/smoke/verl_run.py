@@ -185,7 +185,7 @@ def _run_once(overrides: Sequence[str], folder: Path, timeout_s: float, environm
     ray_folder = Path(tempfile.mkdtemp(prefix="fk-", dir="/tmp"))
     mark, metrics = uuid4().hex, folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    variables = cpu_environment() | {_MARK: mark, "VERL_FILE_LOGGER_PATH": str(metrics)} | environment
+    variables = cpu_environment() | {_MARK: mark, "VERL_FILE_LOGGER_PATH": str(metrics)} | dict(environment)
     own = f"+ray_kwargs.ray_init._temp_dir={ray_folder}"
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides, own]
     try:
