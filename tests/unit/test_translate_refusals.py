@@ -71,7 +71,6 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ),
     ("cluster.rollout_engine", [*CPU, "cluster.rollout_engine=sglang"], "set it to 'vllm'"),
     ("cluster.offload", [*CPU, "cluster.offload=true"], "set it to False"),
-    ("cluster.address", [*CPU, "cluster.address=auto"], "set it to ''"),
     ("model.precision", [*CPU, "model.precision=bf16"], "set it to 'fp32'"),
     ("loss.kl_coef", [*CPU, "loss.kl_coef=0.1"], "set it to 0.0"),
 ]

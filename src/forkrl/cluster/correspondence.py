@@ -291,7 +291,6 @@ REFUSED = (
             ("cluster.sequence_parallel", "1"),
             ("cluster.rollout_engine", '"vllm"'),
             ("cluster.offload", "false"),
-            ("cluster.address", '""'),
             ("model.precision", '"fp32"'),
             ("loss.kl_coef", "0"),
         )

@@ -166,7 +166,6 @@ def _refuse_on_cpu(config: TrainConfig) -> None:
         "cluster.sequence_parallel": (cluster.sequence_parallel, 1),
         "cluster.rollout_engine": (cluster.rollout_engine, "vllm"),
         "cluster.offload": (cluster.offload, False),
-        "cluster.address": (cluster.address, ""),
         "model.precision": (config.model.precision, "fp32"),
         "loss.kl_coef": (config.loss.kl_coef, 0.0),
     }

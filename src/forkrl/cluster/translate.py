@@ -266,7 +266,7 @@ def _ray(config: TrainConfig) -> dict[str, Value]:
         f"{STORAGE}.total_storage_size": None,  # no limit: a step holds as many responses as it must
         f"{STORAGE}.num_data_storage_units": 1 if _on_cpu(config) else max(8, 2 * cluster.nodes),
     }
-    if _on_cpu(config):
+    if _on_cpu(config) and not cluster.address:
         settings |= {
             # Each of verl's actors reserves a core, and each rank a GPU; here neither is one of the machine's.
             f"{RAY}.num_cpus": 16 + 2 * cluster.gpus_per_node + cluster.reward_workers,
