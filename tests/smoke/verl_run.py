@@ -179,7 +179,7 @@ def run_verl(
     return outcome
 
 
-def _run_once(overrides: Sequence[str], folder: Path, timeout_s: float, environment: Mapping[str, str]) -> VerlOutcome:
+def _run_once(overrides: Sequence[str], folder: Path, timeout_s: float, environment: dict[str, str]) -> VerlOutcome:
     began = time.monotonic()
     # Ray's sockets lie in its folder, and a socket's path is limited to about a hundred characters: not below pytest's.
     ray_folder = Path(tempfile.mkdtemp(prefix="fk-", dir="/tmp"))
