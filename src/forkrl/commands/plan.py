@@ -191,7 +191,8 @@ def describe_room(record: Mapping[str, Any]) -> str:
     if rollout["room_full"] > rollout["limit"]:
         text += f" and takes rollout.max_sequences = {rollout['limit']}"
     return (
-        f"{text}; {counted(layout['replicas'], 'replica')} hold {rollout['at_once_full']:,} at once, so that "
+        f"{text}; {counted(layout['replicas'], 'replica')} decode{'s' * (layout['replicas'] == 1)} "
+        f"{rollout['at_once_full']:,} at once, so that "
         f"{rollout['sequences']:,} responses, if all were of full length, are {counted(rollout['waves_full'], 'wave')}."
     )
 
@@ -254,8 +255,9 @@ def describe_assumptions(assumed: Mapping[str, Any]) -> str:
         rate = f"{assumed['rollout_efficiency']:.0%} of what memory or arithmetic allows (--rollout-efficiency)"
     return (
         f"Assumed: responses of {assumed['mean_response']:,.0f} tokens on average (--mean-response), prompts of "
-        f"{assumed['mean_prompt']:,.0f} (--mean-prompt), {assumed['oversampling']:.3g} responses sampled for one that is "
-        f"trained on (--oversampling), training at {assumed['mfu']:.0%} of the card's rate (--mfu), sampling at {rate}."
+        f"{assumed['mean_prompt']:,.0f} (--mean-prompt), {assumed['oversampling']:.3g} responses sampled for one "
+        f"that is trained on (--oversampling), training at {assumed['mfu']:.0%} of the card's rate (--mfu), sampling "
+        f"at {rate}."
     )
 
 

@@ -51,9 +51,25 @@ def find_remedies(config: TrainConfig, shape: ModelShape, card: Card) -> list[Re
     alone. Empty: nothing that was tried helps.
     """
     same = _search(config, shape, card, more_gpus=False)
-    more = _search(config, shape, card, more_gpus=True)
+    more = _on_cluster(config, shape, card)
+    if config.runtime.engine == "verl":
+        more = _search(config, shape, card, more_gpus=True)
     enough = [set(remedy.changes) for remedy in same]
     return [*same, *(remedy for remedy in more if not any(those <= set(remedy.changes) for those in enough))]
+
+
+def _on_cluster(config: TrainConfig, shape: ModelShape, card: Card) -> list[Remedy]:
+    """Ways for a recipe of the local engine: the same on verl, on a node at first."""
+    if config.runtime.engine == "verl" or config.training.backward != "dense":
+        return []
+    moves: tuple[Change, ...] = ()
+    for count in (2, 4, 8):
+        moves = (Change("runtime.engine", "verl"), Change("cluster.gpus_per_node", count))
+        if (moved := _first_fit(config, shape, card, [[move] for move in moves])) is not None:
+            return [moved]
+    base = changed(config, moves)
+    found = _search(base, shape, card, more_gpus=False) or _search(base, shape, card, more_gpus=True)
+    return [Remedy((*moves, *remedy.changes), remedy.plan) for remedy in found]
 
 
 class Faster(NamedTuple):

@@ -172,9 +172,12 @@ def _tiled_head(config: TrainConfig, shape: ModelShape) -> Item:
 def _sharing_rollout(config: TrainConfig, shape: ModelShape, layout: Layout, card: Card) -> tuple[Item, ...]:
     """The sampling engine has its share of the card; what training keeps there stands beside it."""
     weights, budget = _engine_weights(config, shape, layout), config.cluster.gpu_memory * card.memory
+    parallel = layout.tensor_parallel
     cache = max(0.0, budget - weights - ENGINE_WORKSPACE)
     items = [
-        Item(f"sampling weights, {config.model.precision}", weights, f"one copy on {layout.tensor_parallel} GPU(s)"),
+        Item(
+            f"sampling weights, {config.model.precision}", weights, f"shared by {parallel} GPUs" if parallel > 1 else ""
+        ),
         Item("sampling workspace", float(ENGINE_WORKSPACE), "assumed"),
         Item("KV cache", cache, f"the rest of cluster.gpu_memory = {config.cluster.gpu_memory:g} of the card"),
     ]
@@ -240,7 +243,10 @@ def find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> Phase:
         items.append(Item("offloaded weights and Adam, fp32", moved, "pinned, while the GPUs sample"))
     if layout.sharded and config.loss.kl_coef:
         items.append(Item("reference policy, fp32", 4 * shape.parameters / layout.nodes, "verl keeps it on the host"))
-    copies = layout.gpus_per_node if layout.sharded and shape.tied else 1
-    note = "while loading, on each node: tied embeddings" if copies > 1 else "while loading, on the first node"
+    copies, note = 1, "while loading"
+    if layout.sharded and shape.tied:
+        copies, note = layout.gpus_per_node, "while loading: with tied embeddings verl reads it once for each GPU"
+    elif layout.nodes > 1:
+        note = "while loading, on the first node"
     items.append(Item("model as loaded, fp32", 4 * shape.parameters * copies, note))
     return Phase("main memory of a node", tuple(items))

@@ -63,7 +63,7 @@ def memory_bars(rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> F
         left += sizes
     axes.axvline(card["memory"] / GIB, color=INK, linewidth=1.2)
     axes.axvline(card["usable"] / GIB, color=MUTED, linewidth=1, linestyle="--")
-    finish(axes, "", xlabel=f"GiB of one GPU; the line: {card['name']}, dashed: a tenth of it left", legend=False)
+    finish(axes, "", xlabel="GiB of one GPU", legend=False)
     axes.grid(visible=False, axis="y")
     axes.set_yticks(places, [f"{row['phase']}, {row['gpus']} GPU{'s' * (row['gpus'] > 1)}" for row in rows])
     axes.set_ylim(places[-1] - 0.6, 0.6)

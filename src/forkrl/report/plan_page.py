@@ -83,7 +83,7 @@ def _memory(record: Record) -> FigureSection:
     return figure_section(
         "Memory of one GPU",
         "By phase of a step and number of GPUs. What is sharded shrinks with more of them; activations and logits of a "
-        "micro-batch do not.",
+        "micro-batch do not. The line is the memory of the card, the dashed one leaves a tenth of it.",
         memory_bars(record["other_nodes"], record["card"]),
         pd.DataFrame(rows),
         "plan-memory",
