@@ -178,7 +178,10 @@ def _choices(config: TrainConfig, *, more_gpus: bool) -> Iterator[list[Change]]:
     """The values to try of each setting, from the mildest on."""
     if not config.model.gradient_checkpointing and config.training.backward == "dense":
         yield [Change("model.gradient_checkpointing", True)]
-    if config.training.micro_batch_tokens > (longest := full_length(config)):
+    # Where tokens are selected within a micro-batch, its size is part of the method.
+    if config.selection.scope != "micro_batch" and config.training.micro_batch_tokens > (
+        longest := full_length(config)
+    ):
         yield [Change("training.micro_batch_tokens", longest)]
     if config.runtime.engine == "local":
         yield [Change("rollout.max_sequences", size) for size in _halves(config.rollout.max_sequences)]
