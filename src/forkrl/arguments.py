@@ -14,6 +14,7 @@ examples:
   forkrl train recipes/countdown.toml selection.rule=all    plain DAPO: one override
   forkrl train recipes/qwen3-8b.toml --dry-run              what would run, in full
   forkrl train --resume runs/first                          go on after Ctrl-C, a kill, a full disk
+  forkrl train recipes/verl/qwen3-8b.toml --engine verl     the same method on a cluster (--dry-run: verl's command)
 
 Every setting is section.key=value; --settings lists them all. Ctrl-C saves and ends; --resume goes on to the
 very same weights.
@@ -120,7 +121,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    train.add_argument(
+        "--engine",
+        choices=["local", "verl"],
+        help="local (default): in this process; verl: the same recipe on a Ray cluster (docs/cluster.md)",
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and stop; with --engine verl, the complete command for verl",
+    )
     train.add_argument("--settings", action="store_true", help="print every setting with its default, and stop")
     train.set_defaults(command="train", activity="training")
 

@@ -112,6 +112,34 @@ def save_checkpoint(
     return final
 
 
+def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
+    """Make a folder with a model and its tokenizer, written by another program, the checkpoint of ``step``.
+
+    It has weights alone: it loads as any model, and training cannot go on from it.
+
+    Args:
+        checkpoints: Folder of all checkpoints of the run, on the same file system as ``saved``.
+        step: Of the run. An older checkpoint of the same step is replaced.
+        saved: The folder; it is gone afterwards.
+
+    Raises:
+        UserError: the disk is full or refuses; ``saved`` holds no model.
+    """
+    final, temporary = checkpoints / f"step-{step}", checkpoints / f"{_SAVING}step-{step}"
+    if not (saved / "config.json").is_file():
+        raise UserError(f"{saved}: no model was written there, it has no config.json")
+    with explained_write_errors(final):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _settle(checkpoints)
+        try:
+            saved.rename(temporary)
+            _write_manifest(temporary, step, weights_only=True)
+            _swap_in(temporary, final)
+        finally:
+            _settle(checkpoints)
+    return final
+
+
 def latest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint whose every file is what its manifest says, or None if there is none at all.
 
@@ -233,14 +261,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, allow_nan=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_manifest(folder: Path, step: int) -> None:
+def _write_manifest(folder: Path, step: int, *, weights_only: bool = False) -> None:
     """Put every file on the disk, and then the list of them."""
     files: dict[str, dict[str, int | str]] = {}
     for path in sorted(folder.rglob("*")):
         fsync(path)
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = {"format": FORMAT, "step": step, "files": files}
+    manifest = {"format": FORMAT, "step": step, "files": files} | ({"weights_only": True} if weights_only else {})
     _write_json(folder / MANIFEST, manifest)
     fsync(folder / MANIFEST)
     fsync(folder)
@@ -311,7 +339,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise UserError(f"{path}: no checkpoint of ForkRL, or not a whole one: it has no {MANIFEST}")
     try:
         manifest = json.loads(file.read_bytes())
-        found, step = manifest["format"], manifest["step"]
+        found, step, weights_only = manifest["format"], manifest["step"], bool(manifest.get("weights_only"))
         listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged checkpoint: not a manifest ({type(error).__name__}: {error})") from error
@@ -322,7 +350,8 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     for name in listed:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             raise UserError(f"{file}: damaged checkpoint: it lists {name!r}, outside the checkpoint")
-    for name in sorted({OPTIMIZER_TENSORS, OPTIMIZER_GROUPS, RANDOM_STATES, PROGRESS, "config.json"} - listed.keys()):
+    training = set() if weights_only else {OPTIMIZER_TENSORS, OPTIMIZER_GROUPS, RANDOM_STATES, PROGRESS}
+    for name in sorted(({"config.json"} | training) - listed.keys()):
         raise UserError(f"{file}: damaged checkpoint: it does not list {name}")
     return listed
 

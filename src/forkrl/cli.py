@@ -47,27 +47,52 @@ def run_train(arguments: argparse.Namespace) -> int:
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # an override where the recipe could stand
         recipe, overrides = None, [recipe, *overrides]
+    if arguments.engine is not None:
+        overrides.append(f"runtime.engine={arguments.engine}")
     stored = resumed(arguments.resume, None) if arguments.resume is not None else None
     given = load_recipe(TrainConfig, recipe, overrides, base=stored)
+    out = arguments.out or Path("runs") / (Path(recipe).stem if recipe else "train")
     if arguments.dry_run:
-        return print_recipe(given)
+        return (
+            print_recipe(given)
+            if given.runtime.engine == "local"
+            else print_verl_command(given, arguments.resume or out)
+        )
     if arguments.resume is not None and arguments.out is not None:
         raise UserError("--resume goes on in its own folder; leave --out away")
 
     from forkrl.interruption import Interrupted
-    from forkrl.loop import train
-    from forkrl.run import open_run
 
     config = resumed(arguments.resume, given) if arguments.resume is not None else given
-    out = arguments.out or Path("runs") / (Path(recipe).stem if recipe else "train")
     try:
-        with open_run(config, out, resume=arguments.resume) as run:
-            train(run)
+        train_by_engine(config, out, arguments.resume)
     except Interrupted as stop:
         folder = arguments.resume or out
         print(f"forkrl: {stop} and saved; go on with: forkrl train --resume {folder}", file=sys.stderr)
         return int(stop.exit_code)
     return print_outcome(arguments.resume or out)
+
+
+def train_by_engine(config: TrainConfig, out: Path, resume: Path | None) -> None:
+    """Train in this process, or by verl."""
+    if config.runtime.engine == "verl":
+        from forkrl.cluster.launch import train_on_cluster
+
+        train_on_cluster(config, out, resume=resume)
+        return
+    from forkrl.loop import train
+    from forkrl.run import open_run
+
+    with open_run(config, out, resume=resume) as run:
+        train(run)
+
+
+def print_verl_command(config: TrainConfig, out: Path) -> int:
+    """The complete command that would hand the recipe to verl."""
+    from forkrl.cluster.launch import dry_run
+
+    print(dry_run(config, out))
+    return 0
 
 
 def resumed(folder: Path, given: TrainConfig | None) -> TrainConfig:

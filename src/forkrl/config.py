@@ -430,6 +430,8 @@ class ClusterConfig(Section):
     """Keep weights and optimizer state in the host's memory while the GPU does something else."""
     reward_workers: PositiveInt = 1
     """Ray actors that judge, spread over the nodes, each with reward.workers verifier processes."""
+    patience_s: Annotated[float, Field(gt=0)] = 3600.0
+    """A step in which no response is sampled or judged for so many seconds ends the run: something hangs."""
     overrides: Annotated[tuple[str, ...], FROM_LIST] = ()
     """Further settings of verl, as its command line takes them: "actor_rollout_ref.rollout.max_num_seqs=512". A key
     that ForkRL sets itself is refused."""
@@ -478,7 +480,9 @@ class TrainConfig(Section):
         self._forks_only_fits()
         if self.runtime.engine == "local" and self.cluster != ClusterConfig():
             changed = next(
-                key for key in ClusterConfig.model_fields if getattr(self.cluster, key) != _default_of(ClusterConfig, key)
+                key
+                for key in ClusterConfig.model_fields
+                if getattr(self.cluster, key) != _default_of(ClusterConfig, key)
             )
             raise ValueError(
                 f'cluster.{changed} is read by runtime.engine = "verl" alone; add --engine verl, or leave it out'

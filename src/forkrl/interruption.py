@@ -26,6 +26,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._signals = 0
         self._allowed = False
         self._previous: dict[int, Any] = {}
 
@@ -57,6 +58,11 @@ class Interruption:
         """Whether a signal has come."""
         return self._signum is not None
 
+    @property
+    def signalled_again(self) -> bool:
+        """Whether a second one has."""
+        return self._signals > 1
+
     def check(self) -> None:
         """Stop here if a signal has come."""
         if self._signum is not None:
@@ -65,5 +71,6 @@ class Interruption:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first = self._signum is None
         self._signum = signum
+        self._signals += 1
         if first and self._allowed:
             raise Interrupted(signum)

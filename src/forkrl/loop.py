@@ -19,10 +19,11 @@ from forkrl.advantages import group_advantages, informative_groups, overlong_pen
 from forkrl.batching import collate, mini_batches
 from forkrl.errors import NothingToLearn
 from forkrl.metrics import accuracy, part_metrics, rollout_metrics, update_metrics
-from forkrl.run import Run, rollout_rows
+from forkrl.rollout_rows import rollout_rows
+from forkrl.run import Run
 from forkrl.scoring import Scoring
 from forkrl.types import RolloutGroup, TokenBatch
-from forkrl.update import Update, update_policy
+from forkrl.update import Update, select_in_rollout_batch, update_policy
 
 
 def train(run: Run) -> None:
@@ -43,6 +44,7 @@ def train(run: Run) -> None:
 
         update_started = time.perf_counter()
         run.display.phase("update")
+        batch = select_in_rollout_batch(batch, run.config, run.generator)
         parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
         updates = [take_gradient_step(run, part, on_policy=number == 0) for number, part in enumerate(parts)]
 
@@ -141,4 +143,4 @@ def sample_rows(
         for selected_T, mask_T in zip(update.selected_BT, part.response_mask, strict=True)
     ]
     rewards, advantages = rewards_PG.flatten().tolist(), advantages_PG.flatten().tolist()
-    return rollout_rows(run.step + 1, groups[:num_groups], run.policy, selected, rewards, advantages)
+    return rollout_rows(run.step + 1, groups[:num_groups], run.policy.tokenizer, selected, rewards, advantages)

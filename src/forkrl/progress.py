@@ -65,7 +65,12 @@ def _selection(config: TrainConfig) -> str:
     whose = {"current": "current policy", "rollout": "rollout policy"}[selection.entropy]
     if selection.rule == "threshold":
         return f"training on tokens with entropy ≥ {selection.threshold} nats of the {whose}, {mean}"
-    scope = {"micro_batch": "each micro-batch", "mini_batch": "each mini-batch", "sequence": "each response"}
+    scope = {
+        "micro_batch": "each micro-batch",
+        "mini_batch": "each mini-batch",
+        "rollout_batch": "each rollout batch",
+        "sequence": "each response",
+    }
     share = f"{100 * selection.ratio:g}%"
     if selection.rule == "random":
         return f"training on a random {share} of the tokens of {scope[selection.scope]}, {mean}"

@@ -36,11 +36,11 @@ from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
+from forkrl.rollout_rows import evaluation_rows
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
-from forkrl.selectors import select_tokens
 from forkrl.tasks import PromptStream, open_stream, open_task
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
-from forkrl.types import RolloutEngine, RolloutGroup, SamplingParams, Task, Verifier
+from forkrl.types import RolloutEngine, SamplingParams, Task, Verifier
 
 
 @dataclass
@@ -140,7 +140,8 @@ class Run:
                 generator=evaluation_generator(self.config.seed, self.policy.device),
             )
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
-        self.folder.write_rollouts(f"eval-{self.step:06d}", self._evaluation_rows(written))
+        rows = evaluation_rows(self.step, written, self.policy.tokenizer, self.config.selection, seed=self.config.seed)
+        self.folder.write_rollouts(f"eval-{self.step:06d}", rows)
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
         self._evaluated_step = self.step
 
@@ -234,56 +235,6 @@ class Run:
         self.folder.append_metrics(record)
         self.tracker.log(self.step, metrics)
         self.display.update(record)
-
-    def _evaluation_rows(self, groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
-        """Rows for the run folder; ``selected`` is what the recipe's rule would pick over these very responses."""
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        entropy_N = torch.cat([rollout.entropy for rollout in rollouts])
-        selection = self.config.selection
-        selected_N = select_tokens(
-            entropy_N,
-            torch.ones_like(entropy_N, dtype=torch.bool),
-            selection.rule,
-            selection.ratio,
-            threshold=selection.threshold,
-            generator=torch.Generator().manual_seed(self.config.seed),
-        )
-        selected = [part.tolist() for part in selected_N.split([len(rollout) for rollout in rollouts])]
-        return rollout_rows(self.step, groups, self.policy, selected)
-
-
-def rollout_rows(
-    step: int,
-    groups: Sequence[RolloutGroup],
-    policy: Policy,
-    selected: Sequence[Sequence[bool]],
-    rewards: Sequence[float] | None = None,
-    advantages: Sequence[float] | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of ``rollouts/*.parquet``, one a response; without rewards they are the scores, without advantages null."""
-    judged = [
-        (group.prompt, rollout, score)
-        for group in groups
-        for rollout, score in zip(group.rollouts, group.scores, strict=True)
-    ]
-    return [
-        {
-            "step": step,
-            "prompt_id": prompt.id,
-            "prompt": prompt.text,
-            "response": rollout.text,
-            "token_ids": list(rollout.response_ids),
-            "tokens": [policy.tokenizer.decode([token_id]) for token_id in rollout.response_ids],
-            "logprobs": rollout.logprobs.tolist(),
-            "entropy": rollout.entropy.tolist(),
-            "selected": list(selected[row]),
-            "score": score,
-            "reward": score if rewards is None else rewards[row],
-            "advantage": None if advantages is None else advantages[row],
-            "finished": rollout.finished,
-        }
-        for row, (prompt, rollout, score) in enumerate(judged)
-    ]
 
 
 @contextmanager
@@ -396,7 +347,7 @@ def describe_provenance(config: TrainConfig, task: Task, replicas: Replicas) -> 
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "data_fingerprint": task.fingerprint,
         "replicas": replicas.count,
         "threads": torch.get_num_threads(),
@@ -411,7 +362,7 @@ def _changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of a source checkout, marked if it has changes; empty for an installed package."""
     source = Path(__file__).resolve().parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -426,7 +377,7 @@ def _open_folder(
 ) -> RunFolder:
     if resume is None:
         assert out is not None
-        return RunFolder.create(out, recipe_toml(config), {**provenance, "run_id": _new_id()})
+        return RunFolder.create(out, recipe_toml(config), {**provenance, "run_id": new_run_id()})
     folder = RunFolder.open(resume)
     before, now = folder.provenance.get("data_fingerprint"), provenance["data_fingerprint"]
     if before != now:
@@ -440,7 +391,7 @@ def _open_folder(
 
 def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
     """The trackers of the recipe. Where one refuses to start, a new run's folder goes again, as after any mistake."""
-    run_id = run.folder.provenance.get("run_id") or _new_id()  # runs of the first versions have none
+    run_id = run.folder.provenance.get("run_id") or new_run_id()  # runs of the first versions have none
     try:
         return open_sinks(
             run.config.log.sinks,
@@ -452,7 +403,7 @@ def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
         raise
 
 
-def _new_id() -> str:
+def new_run_id() -> str:
     """No other run has it, whatever the name of its folder. Takes nothing from the seeded generators."""
     return uuid.uuid4().hex[:12]
 

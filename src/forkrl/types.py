@@ -152,6 +152,7 @@ class TokenBatch:
     old_logprobs: Tensor  # [B, T] fp32, of the policy that sampled; 0 outside the response
     rollout_entropy: Tensor  # [B, T] fp32 nats, of the policy that sampled; 0 outside the response
     advantages: Tensor  # [B] fp32
+    selected: Tensor | None = None  # [B, T] bool, where chosen before the first update; None: each update chooses
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -172,11 +173,13 @@ class TokenBatch:
             old_logprobs=self.old_logprobs[index, :longest],
             rollout_entropy=self.rollout_entropy[index, :longest],
             advantages=self.advantages[index],
+            selected=None if self.selected is None else self.selected[index, :longest],
         )
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        return TokenBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+        fields: list[Any] = [getattr(self, name) for name in self.__slots__]
+        return TokenBatch(*(None if each is None else each.to(device) for each in fields))
 
 
 class TokenStats(NamedTuple):

@@ -10,7 +10,7 @@ Axes: ``B`` sequences, ``T`` token positions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -120,6 +120,19 @@ def update_policy(
     metrics |= {name: sum(share.sums[name] for share in shares) / num_carrying for name in shares[0].sums}
     metrics |= {"loss/ratio_max": max(share.ratio_max for share in shares), "grad/norm": grad_norm}
     return Update(*_selection_made(mini_batch, cuts, shares, ahead), metrics)
+
+
+def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> TokenBatch:
+    """The batch with its selection, where the scope is all of it; else as it is, and every update chooses.
+
+    Raises:
+        TrainingHalted: an entropy that the rule reads is NaN or infinite.
+    """
+    if config.selection.scope != "rollout_batch":
+        return batch
+    there = batch.to(generator.device)
+    selected_BT = _select(there.rollout_entropy, there.response_mask, config, [], generator)
+    return replace(batch, selected=selected_BT.to(batch.response_mask.device))
 
 
 def _divide_work(
@@ -288,6 +301,8 @@ def _select_ahead(
     on_policy: bool,
 ) -> Ahead | None:
     """The selection before any loss, or None where each micro-batch can select from its own forward pass."""
+    if mini_batch.selected is not None:
+        return Ahead(mini_batch.selected, mini_batch.rollout_entropy if on_policy else None, kept=False)
     forks_only, reads_current = config.training.backward == "forks_only", reads_current_entropy(config.selection)
     must_know = needs_entropy_ahead(config.selection)
     if reads_current and not must_know and not (forks_only and on_policy):

@@ -158,6 +158,7 @@ VARIATIONS = {
     "ratio": ("selection.ratio=0.4",),
     "scope mini_batch": ("selection.scope=mini_batch",),
     "scope sequence": ("selection.scope=sequence",),
+    "scope rollout_batch": ("selection.scope=rollout_batch", "selection.entropy=rollout"),
     "entropy rollout": ("selection.entropy=rollout",),
     "denominator": ("loss.denominator=response",),
     "clip low": ("loss.clip_low=0.01",),

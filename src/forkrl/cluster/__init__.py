@@ -1,6 +1,9 @@
 """The cluster engine: the same recipe and the same leaves on verl (Ray, FSDP2, vLLM), as a plug-in of its trainer.
 
-    translate.py     recipe -> verl's settings; what verl cannot do is refused
+    translate.py     recipe -> verl's command line
+    correspondence.py  where every setting of a recipe goes; settings_page.py prints it as docs/cluster-settings.md
+    refusals.py      what verl cannot do
+    hydra_text.py    values as hydra reads them
     data.py          prompts -> Parquet, verifiers -> JSON
     launch.py        forkrl train --engine verl
     plugin.py        what verl loads: registers the trainers and the agent loop

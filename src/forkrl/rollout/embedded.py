@@ -220,11 +220,16 @@ def _decode_whole_part(replica: Replica, part: tuple[Sequence[Prefix], int], sam
 
 @torch.no_grad()
 def decode(
-    policy: Policy, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
+    policy: Policy,
+    prefixes_S: Sequence[Prefix],
+    sampling: SamplingParams,
+    generator: torch.Generator,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Rollout]]:
     """Decode one batch to its end, giving each sequence, with its place in the batch, as soon as it has ended.
 
-    Buffers keep the original order; ``row_S`` maps those still decoding to it.
+    ``interrupted`` is asked after every token: once it says so, the sequences still decoding are given as they are,
+    unfinished. Buffers keep the original order; ``row_S`` maps those still decoding to it.
     """
     device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
     stop_ids = torch.tensor(stop_tokens(policy, sampling), device=device)
@@ -245,6 +250,8 @@ def decode(
         stopped_S = torch.isin(drawn_S, stop_ids) & going_S
         lengths_S[row_S[stopped_S]] = step + 1
         finished_S[row_S[stopped_S]] = True
+        if interrupted():
+            lengths_S[row_S[going_S & ~stopped_S]] = step + 1
 
         before_S, going_S = going_S, ~finished_S[row_S] & (lengths_S[row_S] > step + 1)
         num_going = int(going_S.sum())

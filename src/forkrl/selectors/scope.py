@@ -1,4 +1,4 @@
-"""Over which tokens a fraction is taken: one micro-batch (the paper), the whole mini-batch, or each sequence.
+"""Over which tokens a fraction is taken: one micro-batch (the paper), the mini-batch, the rollout batch, a sequence.
 
 Axes: ``B`` sequences of a mini-batch, ``T`` token positions.
 """
@@ -26,6 +26,8 @@ def select_in_scope(
 ) -> Tensor:
     """The trained tokens of a mini-batch, ``[B, T]`` bool, by the configured rule in the configured scope.
 
+    Of a rollout batch, where that is the scope.
+
     Args:
         entropy_BT: nats; read only by rules that look at entropy.
         response_mask_BT: bool.
@@ -49,7 +51,7 @@ def select_in_scope(
 
     if config.scope == "sequence":
         return select(select_tokens_per_sequence, slice(None))
-    if config.scope == "mini_batch":
+    if config.scope in ("mini_batch", "rollout_batch"):
         return select(select_tokens, slice(None))
     selected_BT = torch.zeros_like(response_mask_BT)
     for rows_B in micro_batches:
@@ -84,6 +86,6 @@ def count_selected(response_mask_BT: Tensor, config: SelectionConfig, micro_batc
         return int(lengths_B.sum())
     if config.scope == "sequence":
         return sum(num_selected(length, config.ratio) for length in lengths_B.tolist())
-    if config.scope == "mini_batch":
+    if config.scope in ("mini_batch", "rollout_batch"):
         return num_selected(int(lengths_B.sum()), config.ratio)
     return sum(num_selected(int(lengths_B[rows_B].sum()), config.ratio) for rows_B in micro_batches)

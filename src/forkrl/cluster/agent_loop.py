@@ -1,0 +1,65 @@
+"""verl's step from a prompt to a response, with the prompt exactly as the recipe words it."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.utils.profiler import simple_timer
+
+from forkrl.cluster.options import read_options
+
+
+@register("forkrl_exact_prompt")
+class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships no types
+    """One response to a prompt that is already all the model is to read: no chat template is applied to it.
+
+    Reads ``forkrl.add_special_tokens`` and ``forkrl.stop_token_ids`` of verl's settings. A response ends with the
+    tokenizer's EOS or one of the stop tokens, which it then holds, or at ``rollout.response_length``.
+    """
+
+    def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **unused: Any) -> None:
+        # Without verl's own __init__: it prepares for the later turns of a chat by the type of the model, and raises
+        # where the tokenizer lacks that chat's tokens, as those of base models do.
+        self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
+        self.server_manager = server_manager
+        self.tokenizer = tokenizer
+        self._options = read_options(trainer_config.config)
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        """Sample one response.
+
+        Raises:
+            ValueError: the prompt is empty or longer than ``rollout.prompt_length``.
+        """
+        prompt_ids = self._prompt_ids(row)
+        limit = self.rollout_config.response_length
+        stop_ids = [self.tokenizer.eos_token_id, *self._options.stop_token_ids]
+        timing: dict[str, float] = {}
+        with simple_timer("generate_sequences", timing):
+            answer = await self.server_manager.generate(
+                request_id=uuid4().hex,
+                prompt_ids=prompt_ids,
+                sampling_params=sampling_params | {"stop_token_ids": stop_ids, "max_tokens": limit},
+            )
+        preempted = -1 if answer.num_preempted is None else answer.num_preempted
+        response_ids = list(answer.token_ids[:limit])
+        return AgentLoopOutput(
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            response_mask=[1] * len(response_ids),
+            response_logprobs=answer.log_probs[:limit] if answer.log_probs else None,
+            num_turns=2,
+            metrics=AgentLoopMetrics(num_preempted=preempted, **timing),
+            # The two empty lists are what verl's own loops write: its batches want the same fields of every loop.
+            extra_fields=answer.extra_fields | {"turn_scores": [], "tool_rewards": []},
+        )
+
+    def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
+        [message] = row["raw_prompt"]
+        ids: list[int] = self.tokenizer.encode(message["content"], add_special_tokens=self._options.add_special_tokens)
+        longest = self.rollout_config.prompt_length
+        if not 0 < len(ids) <= longest:
+            raise ValueError(f"prompt {row['index']}: {len(ids)} tokens, not 1 .. rollout.prompt_length = {longest}")
+        return ids

@@ -1,0 +1,121 @@
+"""Groups of responses as they lie in verl's TransferQueue, read as ForkRL's own nouns.
+
+Keys are ``{uid}_{session}_{index}``: a prompt, one of its responses, a turn of it. ForkRL's tasks have one turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
+
+_BASE = ("prompts", "responses", "rm_scores", "extra_fields", "extra_info", "reward_model", "raw_prompt")
+_NOTHING = torch.zeros(0)
+
+
+def read_groups(
+    keys: Sequence[str],
+    partition_id: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    per_token: Mapping[str, str] | None = None,
+    *,
+    with_text: bool = False,
+) -> list[RolloutGroup]:
+    """The groups of these trajectories, in the order of their first keys, each response with its verdict.
+
+    Args:
+        keys: of trajectories; padding that verl added must be left out.
+        partition_id: "train" or "val".
+        tokenizer: the model's.
+        stop_ids: what ends a response.
+        per_token: which fields hold ``logprobs`` and ``entropy``; left empty where they are not wanted.
+        with_text: spell prompts and responses, which takes its time for a large batch; else their text is empty.
+    """
+    if not keys:
+        return []
+    names = per_token or {}
+    data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[*_BASE, *names.values()])
+    members: dict[str, list[tuple[Rollout, Verdict]]] = {}
+    prompts: dict[str, Prompt] = {}
+    for place, key in enumerate(keys):
+        uid = key.split("_")[0]
+        own = {name: _item(data, name, place) for name in _BASE}
+        rollout = _rollout(
+            own,
+            tokenizer if with_text else None,
+            stop_ids,
+            {name: _item(data, field, place) for name, field in names.items()},
+        )
+        members.setdefault(uid, []).append((rollout, _verdict(own)))
+        if uid not in prompts:
+            prompts[uid] = _prompt(own, tokenizer if with_text else None)
+    return [
+        RolloutGroup(prompts[uid], tuple(rollout for rollout, _ in pairs), tuple(verdict for _, verdict in pairs))
+        for uid, pairs in members.items()
+    ]
+
+
+def _item(data: TensorDict, name: str, place: int) -> Any:
+    """One trajectory's value: a tensor, or whatever Python object verl keeps there; None where it has no such field."""
+    if name not in data.keys():  # noqa: SIM118  # a TensorDict is no dict: `in` of it asks something else
+        return None
+    value = data[name]
+    if isinstance(value, Tensor):
+        return value[place]
+    item = value[place]
+    return getattr(item, "data", item)
+
+
+def _rollout(
+    own: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    stop_ids: Sequence[int],
+    per_token: Mapping[str, Tensor | None],
+) -> Rollout:
+    ids = tuple(own["responses"].tolist())
+    finished = bool(ids) and ids[-1] in stop_ids
+    return Rollout(
+        prompt_ids=tuple(own["prompts"].tolist()),
+        response_ids=ids,
+        logprobs=_values(per_token.get("logprobs"), len(ids)),
+        entropy=_values(per_token.get("entropy"), len(ids)),
+        text=_spell(tokenizer, ids[:-1] if finished else ids),
+        finished=finished,
+    )
+
+
+def _values(values_T: Tensor | None, length: int) -> Tensor:
+    return _NOTHING if values_T is None else values_T[:length].detach().float().cpu()
+
+
+def _verdict(own: Mapping[str, Any]) -> Verdict:
+    """What the reward said: ForkRL's verifier its score and failure, another reward function a score or the reward."""
+    said: Mapping[str, Any] = (own["extra_fields"] or {}).get("reward_extra_info") or {}
+    score = said.get("score", said.get("acc"))
+    return Verdict(float(own["rm_scores"].sum() if score is None else score), str(said.get("failure", "")))
+
+
+def _spell(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> str:
+    return "" if tokenizer is None else str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _prompt(own: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
+    info, messages = own["extra_info"] or {}, own["raw_prompt"]
+    single = len(messages) == 1 if messages is not None else False
+    text = str(messages[0]["content"]) if single else _spell(tokenizer, own["prompts"].tolist())
+    return Prompt(
+        id=str(info.get("id", info.get("index", ""))),
+        text=text,
+        answer=str((own["reward_model"] or {}).get("ground_truth", "")),
+        place=str(info.get("place") or ""),
+        source=str(info.get("source") or ""),
+        level=int(info.get("level") or 0),
+    )

@@ -1,0 +1,303 @@
+"""``forkrl train --engine verl``: hand a recipe to verl, watch it, and leave a run folder like a local one.
+
+verl runs in a process of its own, with its output in ``verl/log.txt``. It writes metrics and rollouts itself
+(``record.py``); what is done here is everything before and after, and showing how far it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import forkrl
+from forkrl.atomic import explained_write_errors
+from forkrl.checkpoint import MANIFEST
+from forkrl.cluster.data import write_prompts, write_verifiers
+from forkrl.cluster.ending import explain_end
+from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
+from forkrl.cluster.processes import GRACE_S, run_and_watch
+from forkrl.cluster.record import ENDED, OWN, PROGRESS, STOP
+from forkrl.cluster.refusals import refuse_unsuitable_prompts
+from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
+from forkrl.config import TrainConfig
+from forkrl.errors import UserError
+from forkrl.model import first_line, model_location
+from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.recipe import recipe_toml
+from forkrl.rewards import open_verifier
+from forkrl.rewards.code import with_sandbox
+from forkrl.run import commit, new_run_id
+from forkrl.run_folder import RunFolder
+from forkrl.tasks import open_task
+from forkrl.tracking import TrackedRun, open_sinks, require_sinks
+from forkrl.types import Prompt, Task
+
+INSTALL = "pip install 'forkrl[verl]'"
+
+
+class Prepared(NamedTuple):
+    """All that a recipe names, found and checked."""
+
+    task: Task
+    stop_token_ids: tuple[int, ...]
+    model: str
+
+
+def require_verl() -> None:
+    """Raises UserError, with the line that installs it, where verl is missing."""
+    missing = [name for name in ("verl", "ray", "transfer_queue", "hydra") if find_spec(name) is None]
+    if missing:
+        raise UserError(f'runtime.engine = "verl" needs {missing[0]}, which is not installed: {INSTALL}')
+
+
+def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = None) -> None:
+    """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one.
+
+    Raises:
+        UserError: anything the user can mend, before verl is started wherever that can be told.
+        TrainingHalted: verl ended before its last step; the line says why, and where its log is.
+        Interrupted: Ctrl-C or SIGTERM; verl has saved the finished steps.
+    """
+    require_verl()
+    require_sinks(config.log.sinks)
+    path = resume or out
+    if resume is not None and _is_finished(config, resume):
+        return
+    prepared = prepare(config)
+    with ExitStack() as stack:
+        folder = _open_folder(config, prepared.task, out, resume)
+        stack.callback(folder.close)
+        start = _take_up(folder) if resume is not None else 0
+        files = _write_files(config, prepared, path.resolve(), fresh=resume is None)
+        tracked = TrackedRun(path, recipe_toml(config), folder.provenance["run_id"], start)
+        tracker = stack.enter_context(open_sinks(config.log.sinks, tracked))
+        command = verl_command(config, files, stop_token_ids=prepared.stop_token_ids)
+        if resume is not None and not _evaluation_due(config, folder, start):
+            command.append("trainer.val_before_train=False")
+        known = len(folder.read_metrics())
+        folder.close()  # verl's trainer holds it now
+        environment = child_environment(config)
+        header = f"{describe_selection(config)}; by verl on {_described_machines(config)}"
+        display = stack.enter_context(TrainingDisplay(config.training.steps, start, header=header))
+        display.message(f"verl starts, which takes a minute; its log: {path / OWN / 'log.txt'}")
+        try:
+            status = run_and_watch(
+                command,
+                environment,
+                log=path / OWN / "log.txt",
+                stop=path / OWN / STOP,
+                metrics=path / "metrics.jsonl",
+                known=known,
+                on_metrics=lambda record: _take_in(record, display, tracker),
+            )
+        finally:
+            display.phase("merge")
+            with _reopen(path) as run:
+                merge_checkpoints(run, files.checkpoints, environment, display.message)
+        explain_end(path, status)
+
+
+def dry_run(config: TrainConfig, out: Path) -> str:
+    """The complete command that ``train_on_cluster`` would run, one setting a line, with its environment.
+
+    Raises:
+        UserError: as ``train_on_cluster`` before it starts verl.
+    """
+    prepared = prepare(config)
+    command = verl_command(config, _paths(out.resolve(), prepared.model), stop_token_ids=prepared.stop_token_ids)
+    environment = [f"{name}={shlex.quote(value)}" for name, value in verl_environment(config).items()]
+    return " \\\n  ".join([*environment, shlex.join(command[:3]), *map(shlex.quote, command[3:])])
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Find and check what a recipe names: tokenizer, prompts, verifiers.
+
+    Raises:
+        UserError: something is missing, unusable, or not for verl.
+    """
+    refuse_untranslatable(config)
+    model = model_location(config.model.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever a damaged or foreign folder provokes inside the library
+        raise UserError(f"model.path = {config.model.path!r} has no usable tokenizer: {first_line(error)}") from error
+    task = open_task(config.task, tokenizer)
+    held_out = task.held_out[: config.eval.problems]
+    for prompt in (*task.train, *held_out):
+        _check_prompt(prompt, tokenizer, config)
+    counts: dict[str, int] = {}
+    for prompt in task.train:
+        counts[prompt.source] = counts.get(prompt.source, 0) + 1
+    refuse_unsuitable_prompts(config, counts)
+    with open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward):
+        pass  # a verifier that cannot be imported is better told here than from inside an actor
+    return Prepared(task, _stop_token_ids(tokenizer, config), model)
+
+
+def child_environment(config: TrainConfig) -> dict[str, str]:
+    """The environment of verl's processes: this one's, and what verl and Ray need to find the same code."""
+    environment = {**os.environ, **verl_environment(config)}
+    source = str(Path(forkrl.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
+    environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environment.setdefault("HYDRA_FULL_ERROR", "1")
+    if config.runtime.device == "cpu":
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses more GPUs than it lists
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
+def _check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+    ids = tokenizer.encode(prompt.text, add_special_tokens=not config.task.chat_template)
+    place, most = prompt.place or f"prompt {prompt.id}", config.rollout.max_prompt_tokens
+    if not ids:
+        raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
+    if len(ids) > most:
+        raise UserError(
+            f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {most}; raise the limit or remove the row"
+        )
+
+
+def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> tuple[int, ...]:
+    ids = []
+    for text in config.rollout.stop:
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
+        ids.append(encoded[0])
+    return tuple(ids)
+
+
+def _paths(run_folder: Path, model: str) -> VerlPaths:
+    own = run_folder / OWN
+    return VerlPaths(
+        model=model,
+        train=own / "train.parquet",
+        held_out=own / "held_out.parquet",
+        verifiers=own / "verifiers.json",
+        checkpoints=own / "checkpoints",
+        run_folder=run_folder,
+    )
+
+
+def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None) -> RunFolder:
+    provenance = {
+        "engine": "verl",
+        "forkrl": forkrl.__version__,
+        **{name: metadata.version(name) for name in ("verl", "torch", "transformers", "ray")},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "data_fingerprint": task.fingerprint,
+        "command": shlex.join(["forkrl", *sys.argv[1:]]),
+        "run_id": new_run_id(),
+    }
+    if resume is None:
+        return RunFolder.create(out, recipe_toml(config), provenance)
+    folder = RunFolder.open(resume)
+    before, now = folder.provenance.get("data_fingerprint"), task.fingerprint
+    if before != now:
+        folder.close()
+        raise UserError(
+            f"--resume {resume}: the prompts of task.{config.task.name} are not those the run began with "
+            f"(fingerprint {str(before)[:12]} then, {str(now)[:12]} now); restore the data, or start a new run"
+        )
+    return folder
+
+
+def _reopen(path: Path) -> RunFolder:
+    """The folder again, as soon as verl's trainer, which outlives its driver by a moment, has let go of it."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        try:
+            return RunFolder.open(path)
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _is_finished(config: TrainConfig, folder: Path) -> bool:
+    """Whether a run has come to its last step, and been evaluated there and merged."""
+    last = config.training.steps
+    if not (folder / "checkpoints" / f"step-{last}" / MANIFEST).is_file():
+        return False
+    with RunFolder.open(folder) as run:
+        return any(record.get("step") == last and "eval/accuracy" in record for record in run.read_metrics())
+
+
+def _write_files(config: TrainConfig, prepared: Prepared, run_folder: Path, *, fresh: bool) -> VerlPaths:
+    """What verl reads; a resumed run reads what it read before, whatever its order, so that it goes on in it."""
+    files, task = _paths(run_folder, prepared.model), prepared.task
+    with explained_write_errors(run_folder):
+        (run_folder / OWN).mkdir(exist_ok=True)
+        for name in (STOP, ENDED):
+            (run_folder / OWN / name).unlink(missing_ok=True)
+    if fresh or not files.train.is_file():
+        write_prompts(files.train, task.train, task.name)
+        write_prompts(files.held_out, task.held_out[: config.eval.problems], task.name)
+    write_verifiers(
+        files.verifiers,
+        with_sandbox(task.verifiers, config.sandbox),
+        config.reward,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
+    return files
+
+
+def _take_up(folder: RunFolder) -> int:
+    """The step of verl's newest whole checkpoint, with everything after it forgotten; 0 where there is none."""
+    own = folder.path / OWN / "checkpoints"
+    whole = verl_checkpoints(own)
+    for leftover in own.glob("global_step_*") if own.is_dir() else ():
+        if leftover not in whole.values() and int(leftover.name.rpartition("_")[2]) > max(whole, default=0):
+            shutil.rmtree(leftover)  # begun, and never finished
+    if not whole:
+        (own / TRACKER).unlink(missing_ok=True)
+        folder.discard_after(-1, 0)
+        return 0
+    step = max(whole)
+    try:
+        progress = json.loads((whole[step] / PROGRESS).read_text(encoding="utf-8"))
+        size = int(progress["metrics_bytes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{whole[step] / PROGRESS}: cannot be read ({first_line(error)}); write {step - 1} or an older step into "
+            f"{own / TRACKER} to go on from there"
+        ) from error
+    line, newline, _ = (folder.path / "metrics.jsonl").read_bytes()[size:].partition(b"\n")
+    if newline and b'"eval/accuracy"' in line and json.loads(line).get("step") == step:
+        size += len(line + newline)  # evaluated since, and not to be evaluated again
+    folder.discard_after(step, size)
+    return step
+
+
+def _evaluation_due(config: TrainConfig, folder: RunFolder, step: int) -> bool:
+    """Whether the evaluation that belongs to the checkpoint was never finished."""
+    due = step in (0, config.training.steps) or (config.eval.every and step % config.eval.every == 0)
+    done = any(record.get("step") == step and "eval/accuracy" in record for record in folder.read_metrics())
+    return bool(due) and not done
+
+
+def _take_in(record: Mapping[str, Any], display: TrainingDisplay, tracker: Any) -> None:
+    figures = {name: value for name, value in record.items() if value is not None}
+    display.update(figures)
+    tracker.log(int(record["step"]), {name: value for name, value in figures.items() if name != "step"})
+
+
+def _described_machines(config: TrainConfig) -> str:
+    cluster, what = config.cluster, "CPU ranks (for tests)" if config.runtime.device == "cpu" else "GPUs"
+    where = f"the Ray cluster at {cluster.address}" if cluster.address else "this machine"
+    return f"{cluster.nodes} x {cluster.gpus_per_node} {what} of {where}"

@@ -1,0 +1,84 @@
+"""Rewards by ForkRL's verifiers, in the place of verl's reward manager.
+
+``reward.reward_manager.source=importlib reward.reward_manager.module.path=pkg://forkrl.cluster.rewards
+reward.reward_manager.name=ForkRewardManager forkrl.verifiers=verifiers.json``
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+
+from forkrl.advantages import overlong_penalty
+from forkrl.cluster.data import read_verifiers
+from forkrl.cluster.options import read_options
+from forkrl.errors import UserError
+from forkrl.rewards import open_verifier
+from forkrl.types import Prompt
+
+
+class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types
+    """Judges responses in a pool of processes that can be killed (``forkrl.rewards``), one pool a reward worker.
+
+    The reward is the verifier's score and DAPO's penalty for long responses. A verifier that hangs is killed at its
+    deadline: its response scores 0, and ``failure`` in the extra information says why.
+
+    Reads ``forkrl.verifiers`` and ``forkrl.stop_token_ids`` of verl's settings. Opening takes about a second and ends
+    the worker where a verifier cannot be loaded.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, **unused: Any) -> None:
+        super().__init__(config, tokenizer, compute_score)
+        options = read_options(config)
+        if options.verifiers is None:
+            raise UserError("+forkrl.verifiers is not set; give ForkRewardManager the file that names the verifiers")
+        self._judging = read_verifiers(Path(options.verifiers))
+        self._stop_ids = {tokenizer.eos_token_id, *options.stop_token_ids}
+        self._pool = open_verifier(self._judging.verifiers, self._judging.reward)
+        atexit.register(self._pool.close)
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """Score and reward of one response, as verl's reward worker asks for them.
+
+        ``data`` is a DataProto of the outputs of one conversation; the last one is the response.
+        """
+        item = data[len(data) - 1]
+        responses_T = item.batch["responses"]
+        length = int(item.batch["attention_mask"][-len(responses_T) :].sum())
+        ids = responses_T[:length].tolist()
+        finished = bool(ids) and ids[-1] in self._stop_ids
+        # As the local engine's response_text: special tokens stay visible, all but the closing stop token.
+        text = self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+        [verdict] = await asyncio.wrap_future(self._pool.submit([(read_prompt(item.non_tensor_batch), text)]))
+        return {
+            "reward_score": verdict.score + self._penalty(length),
+            "reward_extra_info": {
+                "acc": verdict.score,
+                "score": verdict.score,
+                "failure": verdict.failure,
+                "finished": finished,
+            },
+        }
+
+    def _penalty(self, length: int) -> float:
+        longest, cache = self._judging.max_response_tokens, self._judging.reward.overlong_cache
+        return float(overlong_penalty(torch.tensor(length), longest, cache))
+
+
+def read_prompt(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row that ``forkrl.cluster.data.write_prompts`` wrote, as verl hands it around."""
+    [message], told = row["raw_prompt"], row["extra_info"]
+    return Prompt(
+        id=told["id"],
+        text=message["content"],
+        answer=row["reward_model"]["ground_truth"],
+        place=told["place"],
+        source=told["source"],
+        level=told["level"],
+    )

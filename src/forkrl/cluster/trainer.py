@@ -1,0 +1,313 @@
+"""verl's trainers with forking tokens: chosen by ``trainer.v1.trainer_mode``, everything else stays verl's.
+
+    forkrl                  of verl's "sync"
+    forkrl_colocate_async   of "colocate_async"
+    forkrl_separate_async   of "separate_async"
+
+A step of verl's is: sample groups, balance them over the ranks, measure log-probs and entropies of the policy that
+sampled, advantages, update. Added are the selection over the whole batch after the advantages (other scopes are chosen
+in ``worker.py``), figures under the names of the local engine, and the run folder.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig, open_dict
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.workers.utils.padding import response_from_nested
+
+from forkrl.cluster.figures import step_figures
+from forkrl.cluster.groups import read_groups
+from forkrl.cluster.options import read_options, refuse_unsupported
+from forkrl.cluster.record import Record, StopRequested, note_end
+from forkrl.cluster.replay import AccountingReplayBufferAsync, BoundedReplayBuffer, PromptsSpent
+from forkrl.cluster.selection import seeded, select
+from forkrl.cluster.worker import ROW, SELECTED, ForkWorker
+from forkrl.errors import NothingToLearn
+from forkrl.evaluation.held_out import summarise
+from forkrl.rollout_rows import rollout_rows
+from forkrl.selectors.scope import reads_current_entropy
+from forkrl.types import RolloutGroup
+
+
+class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
+    """What the three have in common; mixed in before one of verl's trainers."""
+
+    base_mode: ClassVar[str]
+
+    def __init__(self, config: DictConfig) -> None:
+        self.options = read_options(config)
+        self.global_steps = 0
+        try:
+            refuse_unsupported(config, self.options)
+            self._adopt(config)
+            self.record = (
+                Record(
+                    Path(self.options.run_folder),
+                    every=self.options.rollouts_every,
+                    sampled=self.options.rollouts_sampled,
+                )
+                if self.options.run_folder
+                else None
+            )
+            super().__init__(config)
+        except Exception as error:
+            note_end(self.options.run_folder, error, 0)
+            raise
+        self._saved_step: int | None = None
+        self._drawn = 0
+        self._dropped: list[RolloutGroup] = []
+        self._validated: list[RolloutGroup] = []
+        self._told: dict[str, dict[str, Any]] = {}
+
+    def _adopt(self, config: DictConfig) -> None:
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
+            config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
+            # Where a micro-batch chooses by its own entropies. Otherwise the update does without computing them.
+            if reads_current_entropy(self.options.selection) and self.options.scope in ("micro_batch", "sequence"):
+                config.actor_rollout_ref.actor.calculate_entropy = True
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_token_id, *self.options.stop_token_ids)
+
+    # -- a run -------------------------------------------------------------------------------------------------------
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """Train as verl does; where there is nothing more to learn, or a stop was asked for, save what is finished."""
+        try:
+            super().fit(agent_loop_manager)
+        except (NothingToLearn, StopRequested) as error:
+            note_end(self.options.run_folder, error, self.global_steps)
+            self._save_finished()
+            self._shutdown_dump_executor()
+            if not isinstance(error, StopRequested):
+                raise
+        except Exception as error:
+            note_end(self.options.run_folder, error, self.global_steps)
+            raise
+
+    def _save_finished(self) -> None:
+        """Save the steps before the one under way, which has changed no weights."""
+        self.global_steps -= 1
+        if self.global_steps > 0 and self._saved_step != self.global_steps and self.config.trainer.save_freq > 0:
+            self.checkpoint_manager.sleep_replicas()  # a save needs the room that samplers take
+            self._save_checkpoint()
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
+        """One step of verl's, and its figures under ForkRL's names, recorded before a checkpoint counts on them."""
+        if self.record is not None:
+            self.record.raise_if_stopped()
+        started = time.perf_counter()
+        self._drawn, self._dropped, self._told = 0, [], {}
+        batch = super().step(metrics, timing_raw)
+        seconds = time.perf_counter() - started
+        keys = [key for key in batch.keys if not key.startswith("pad")]
+        shaped = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores"])["rm_scores"]
+        ours = step_figures(
+            metrics,
+            timing_raw,
+            self._groups(keys, "train"),
+            self._dropped,
+            num_batches=self._drawn / self.config.data.train_batch_size,
+            reward=float(shaped.values().sum()) / len(keys),
+            seconds=seconds,
+        )
+        metrics.update(ours)
+        if self.record is not None:
+            self.record.add_step(self.global_steps, ours, self._rows())
+        return batch
+
+    def _save_checkpoint(self) -> None:
+        if self.record is not None:
+            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            self.record.before_checkpoint(folder, self.global_steps)
+        super()._save_checkpoint()
+        self._saved_step = self.global_steps
+
+    # -- sampling ----------------------------------------------------------------------------------------------------
+
+    def _build_replay_buffer(self) -> Any:
+        own = BoundedReplayBuffer if self.base_mode == "sync" else AccountingReplayBufferAsync
+        return own.taking_over(
+            super()._build_replay_buffer(),
+            poll_interval=self.options.poll_s,
+            patience_s=self.options.patience_s,
+            on_drop=self._note_dropped,
+            on_validation=self._note_validated,
+        )
+
+    def _add_prompts_to_generate(self, num_prompts: int) -> int:
+        limit = self.options.max_generation_batches * self.config.data.train_batch_size
+        left = limit - self._drawn if limit else num_prompts
+        if left <= 0:
+            raise PromptsSpent(
+                f"nothing to learn: every group of {self._drawn} prompts in {self.options.max_generation_batches} "
+                f"generation batches was all right or all wrong, or too few were not; take easier or harder prompts, a "
+                f"larger rollout.group_size, or raise dynamic_sampling.max_generation_batches"
+            )
+        return int(super()._add_prompts_to_generate(min(num_prompts, left)))
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        self._drawn += len(batch)
+        return int(super()._submit_batch_to_rollout(batch))
+
+    def _note_dropped(self, keys: Sequence[str]) -> None:
+        self._dropped += self._groups(keys, "train")
+
+    def _groups(self, keys: Sequence[str], partition_id: str, **how: Any) -> list[RolloutGroup]:
+        return read_groups(keys, partition_id, self.tokenizer, self.stop_ids, **how)
+
+    # -- selection ---------------------------------------------------------------------------------------------------
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in self.role_worker_mapping:
+            if "actor" in str(role):
+                self.role_worker_mapping[role] = ray.remote(ForkWorker)
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch = super()._compute_advantage(batch, metrics)
+        marked = self._marked_rows(batch)
+        fields: dict[str, torch.Tensor] = {ROW: torch.tensor(marked)[:, None]}
+        if self.options.scope == "rollout_batch":
+            fields[SELECTED] = self._select_in_batch(batch)
+        return tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
+
+    def _select_in_batch(self, batch: KVBatchMeta) -> torch.Tensor:
+        """Over all tokens of all ranks, which are here in one place; nested ``[B, T]`` int8."""
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy", "response_mask"]
+        )
+        mask_N = data["response_mask"].values().bool()
+        seed = f"{self.options.seed}/{self.global_steps}/{self.local_trigger_step}"
+        chosen_N = select(data["entropy"].values().float(), mask_N, self.options.selection, seeded(seed))
+        return torch.nested.nested_tensor_from_jagged(chosen_N.to(torch.int8), data["response_mask"].offsets())
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch = super()._update_actor(batch, metrics)
+        for told in self.actor_rollout_wg.take_told():
+            self._told |= {batch.keys[each["row"]]: each for each in told}
+        return batch
+
+    def _marked_rows(self, batch: KVBatchMeta) -> list[int]:
+        """Of each sequence its own place where the workers are to tell of it, else -1: the first groups by name."""
+        if self.record is None or not self.record.wants_rows(self.global_steps):
+            return [-1] * len(batch)
+        own = [key.split("_")[0] for key in batch.keys]
+        wanted = -(-self.record.sampled // self.config.actor_rollout_ref.rollout.n)
+        chosen = set(sorted({uid for uid in own if not uid.startswith("pad")})[:wanted])
+        return [row if uid in chosen else -1 for row, uid in enumerate(own)]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The sampled responses with what the workers told of them."""
+        keys = sorted(self._told)
+        if not keys:
+            return []
+        groups = self._groups(keys, "train", per_token={"logprobs": "old_log_probs"}, with_text=True)
+        told = iter([self._told[key] for key in keys])  # sorted: the responses of a group follow each other
+        selected: list[list[bool]] = []
+        for place, group in enumerate(groups):
+            rollouts = []
+            for rollout in group.rollouts:
+                own = next(told)
+                selected.append(own["selected"])
+                rollouts.append(replace(rollout, entropy=torch.tensor(own["entropy"])))
+            groups[place] = replace(group, rollouts=tuple(rollouts))
+        data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores", "advantages"])
+        rewards = [float(values.sum()) for values in data["rm_scores"]]
+        advantages = [float(values[0]) for values in data["advantages"]]
+        return rollout_rows(self.global_steps, groups, self.tokenizer, selected, rewards, advantages)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, float]:
+        self._validated = []
+        metrics = dict(super()._validate())
+        if self._validated:
+            figures = summarise(self._validated)
+            figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+            metrics |= {f"eval/{name}": value for name, value in figures.items()}
+            if self.record is not None:
+                self.record.add_evaluation(
+                    self.global_steps,
+                    figures,
+                    self._validated,
+                    self.tokenizer,
+                    self.options.selection,
+                    self.options.seed,
+                )
+        return metrics
+
+    def _note_validated(self, batch: KVBatchMeta) -> None:
+        """Keep the responses of an evaluation, with their entropies, before verl forgets them."""
+        per_token = self._measure_validation(batch) if self.base_mode == "sync" else {}
+        self._validated += self._groups(batch.keys, batch.partition_id, per_token=per_token, with_text=True)
+
+    def _measure_validation(self, batch: KVBatchMeta) -> dict[str, str]:
+        """Entropies of held-out responses, at the temperature they were sampled at; names the fields they are in."""
+        rollout = self.config.actor_rollout_ref.rollout
+        at_once = 1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu
+        multiple = at_once * self.resource_pool_manager.get_n_gpus()
+        alone = KVBatchMeta(partition_id=batch.partition_id, keys=list(batch.keys), tags=list(batch.tags))
+        padded = upsample_batch_to_divisible_size(alone, multiple, self.tokenizer.eos_token_id)
+        temperature = float(rollout.val_kwargs.temperature) or 1.0
+        padded.extra_info.update(calculate_entropy=True, compute_loss=False, temperature=temperature)
+        # As verl does around a reward model on the same GPUs: the samplers make room, and come back with the weights.
+        self.checkpoint_manager.sleep_replicas()
+        self.actor_rollout_wg.compute_log_prob(padded)
+        self.checkpoint_manager.update_weights(self.global_steps)
+        data = tq.kv_batch_get(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            select_fields=["entropy", "log_probs", "response_mask"],
+        )
+        fields = {
+            "entropy": response_from_nested(data["entropy"], data["response_mask"]),
+            "old_log_probs": response_from_nested(data["log_probs"], data["response_mask"]),
+        }
+        tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
+        )
+        if added := [key for key in padded.keys if key not in set(batch.keys)]:  # a list of them
+            tq.kv_clear(keys=added, partition_id=batch.partition_id)
+        return {"entropy": "entropy", "logprobs": "old_log_probs"}
+
+
+@register_trainer("forkrl")
+class ForkTrainerSync(ForkTrainer, PPOTrainerSync):  # type: ignore[misc]
+    """Samples with the weights that it then trains."""
+
+    base_mode = "sync"
+
+
+@register_trainer("forkrl_colocate_async")
+class ForkTrainerColocateAsync(ForkTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
+    """Samples ahead on the same GPUs, with weights that are older by as much as verl allows."""
+
+    base_mode = "colocate_async"
+
+
+@register_trainer("forkrl_separate_async")
+class ForkTrainerSeparateAsync(ForkTrainer, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """Samples ahead on GPUs of their own."""
+
+    base_mode = "separate_async"

@@ -1,0 +1,146 @@
+"""For the same batch, verl with the plug-in has the gradient of ForkRL's own loop, on one rank and on two."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from forkrl.backward import compute_token_stats
+from forkrl.cluster.translate import verl_environment
+from forkrl.config import ModelConfig, TrainConfig
+from forkrl.model import Policy, open_policy
+from forkrl.replicas import Replicas
+from forkrl.update import select_in_rollout_batch, update_policy
+from tests.numerics.test_golden_trace import build_batch
+
+pytestmark = [
+    pytest.mark.verl,
+    pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason='needs the extra "verl"'),
+]
+BASE: dict[str, Any] = {
+    "rollout": {"max_response_tokens": 64, "max_prompt_tokens": 16, "prompts_per_step": 8, "group_size": 2},
+    "reward": {"overlong_cache": 0},
+    "training": {"mini_batch_prompts": 4, "micro_batch_tokens": 4096},
+    "optimizer": {"max_grad_norm": 1e9},
+    "runtime": {"device": "cpu"},
+}
+SMALL = {"mini_batch_prompts": 4, "micro_batch_tokens": 120}
+CASES: dict[str, dict[str, Any]] = {
+    "all tokens": {"selection": {"rule": "all", "scope": "mini_batch"}},
+    "rollout batch": {"selection": {"scope": "rollout_batch", "entropy": "rollout"}},
+    "rollout batch, all response tokens below": {
+        "selection": {"scope": "rollout_batch", "entropy": "rollout"},
+        "loss": {"denominator": "response"},
+    },
+    "mini-batch, rollout entropy": {"selection": {"scope": "mini_batch", "entropy": "rollout"}},
+    "mini-batch, current entropy": {"selection": {"scope": "mini_batch"}},
+    "mini-batch, current entropy, many micro-batches": {"selection": {"scope": "mini_batch"}, "training": SMALL},
+    "micro-batch": {"selection": {"scope": "micro_batch"}},
+    "sequence": {"selection": {"scope": "sequence"}, "training": SMALL},
+    "sequence, rollout entropy": {"selection": {"scope": "sequence", "entropy": "rollout"}},
+    "threshold": {"selection": {"rule": "threshold", "threshold": 0.4}},
+    "bottom": {"selection": {"rule": "bottom_entropy", "ratio": 0.8, "scope": "mini_batch"}},
+    "clip, dual clip, KL": {
+        "selection": {"scope": "mini_batch"},
+        "loss": {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.5, "kl_coef": 0.1},
+    },
+    "entropy bonus": {"selection": {"scope": "mini_batch"}, "loss": {"entropy_coef": 0.05}},
+}
+ONE_RANK_ONLY = {"micro-batch"}  # with two ranks there are two micro-batches, and two selections
+
+
+def recipe(sections: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**BASE.get(name, {}), **sections.get(name, {})} for name in {*BASE, *sections}}
+
+
+@pytest.fixture(scope="module")
+def policies() -> tuple[Policy, Policy]:
+    """The policy that is trained, some way from the one that it started from."""
+    start = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
+    trained = Policy(copy.deepcopy(start.model), start.tokenizer)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return trained, start
+
+
+@pytest.fixture(scope="module")
+def verl_gradients(
+    policies: tuple[Policy, Policy], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, dict[str, Tensor]]]:
+    """verl's, by number of ranks and case."""
+    folder = tmp_path_factory.mktemp("verl-gradient")
+    trained, start = policies
+    trained.model.save_pretrained(folder / "model")
+    start.tokenizer.save_pretrained(folder / "model")
+    with torch.no_grad():
+        reference_BT = compute_token_stats(start, build_batch(), temperature=1.0).logprobs
+    (folder / "reference.json").write_text(json.dumps(reference_BT.tolist()))
+    (folder / "recipe.json").write_text(json.dumps(recipe({"runtime": {"engine": "verl"}})))
+    (folder / "cases.json").write_text(json.dumps({name: recipe(sections) for name, sections in CASES.items()}))
+    for size in (1, 2):
+        run_ranks(folder, size)
+    return {size: {name: load_file(folder / f"{name}-{size}.safetensors") for name in CASES} for size in (1, 2)}
+
+
+def run_ranks(folder: Path, size: int) -> None:
+    config = TrainConfig.model_validate(recipe({}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, **verl_environment(config), "PYTHONPATH": os.pathsep.join(["src", "."])}
+    environment |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"OMP_NUM_THREADS": "1", "RAY_LOCAL_WORLD_SIZE": str(size)}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.numerics.verl_rank", str(folder)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), "\n".join(output[-4000:] for output in outputs)
+
+
+def own_gradient(policies: tuple[Policy, Policy], name: str) -> dict[str, Tensor]:
+    trained, start = policies
+    working = Policy(copy.deepcopy(trained.model), trained.tokenizer)
+    config = TrainConfig.model_validate(recipe(CASES[name]))
+    generator = torch.Generator().manual_seed(1)
+    batch = select_in_rollout_batch(build_batch(), config, generator)
+    optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+    update_policy(Replicas(working, start if config.loss.kl_coef else None), optimizer, batch, config, generator)
+    return {key: parameter.grad for key, parameter in working.model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_verl_has_the_gradient_of_the_local_loop(
+    policies: tuple[Policy, Policy], verl_gradients: dict[int, dict[str, dict[str, Tensor]]], name: str, size: int
+) -> None:
+    if size == 2 and name in ONE_RANK_ONLY:
+        pytest.skip("two ranks are two micro-batches")
+    own, theirs = own_gradient(policies, name), verl_gradients[size][name]
+    assert own.keys() == theirs.keys()
+    largest = max(float(value.abs().max()) for value in own.values())
+    assert largest > 1e-3
+    difference = max(float((own[key] - theirs[key]).abs().max()) for key in own)
+    assert difference < 1e-5 * max(1.0, largest), f"{difference:.2g} beside a largest gradient of {largest:.2g}"

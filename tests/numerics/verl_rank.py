@@ -1,0 +1,167 @@
+"""One rank of verl's, without Ray: the gradients of its actor on a given batch, by ForkRL's loss.
+
+Run by test_verl_gradient.py, a process a rank: ``python -m tests.numerics.verl_rank FOLDER``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+import torch
+import verl
+from omegaconf import open_dict
+from safetensors.torch import save_file
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+
+from forkrl.cluster.options import ForkOptions
+from forkrl.cluster.selection import seeded, select
+from forkrl.cluster.translate import VerlPaths, verl_overrides
+from forkrl.cluster.worker import SELECTED, ForkLoss, ForkWorker
+from forkrl.config import TrainConfig
+from forkrl.recipe import parse_recipe
+from forkrl.types import TokenBatch
+from tests.numerics.test_golden_trace import build_batch
+
+
+def main(folder: Path) -> None:
+    cases = json.loads((folder / "cases.json").read_text())
+    worker = open_worker(folder)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    batch = build_batch()
+    reference_BT = _read(folder / "reference.json")
+    for name, sections in cases.items():
+        config = parse_recipe(TrainConfig, sections, name)
+        gradients = gradient(worker, config, batch, reference_BT, rank, size)
+        if rank == 0:
+            save_file(gradients, folder / f"{name}-{size}.safetensors")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _read(path: Path) -> Tensor:
+    return torch.tensor(json.loads(path.read_text()), dtype=torch.float32)
+
+
+def open_worker(folder: Path) -> Any:
+    """An actor as verl's trainer makes it, from a recipe."""
+    config = parse_recipe(TrainConfig, json.loads((folder / "recipe.json").read_text()), "recipe")
+    paths = VerlPaths(str(folder / "model"), *[folder / name for name in ("a", "b", "c", "d", "e")])
+    configs = Path(verl.__file__).parent / "trainer" / "config"
+    with hydra.initialize_config_dir(str(configs), version_base=None):
+        composed = hydra.compose("ppo_trainer", verl_overrides(config, paths, stop_token_ids=()))
+    with open_dict(composed):
+        composed.actor_rollout_ref.forkrl = composed.forkrl
+        composed.actor_rollout_ref.actor.optim.total_training_steps = 1
+    worker = ForkWorker(config=composed.actor_rollout_ref, role="actor")
+    worker.init_model()
+    return worker
+
+
+def gradient(
+    worker: Any, config: TrainConfig, batch: TokenBatch, reference_BT: Tensor, rank: int, size: int
+) -> dict[str, Tensor]:
+    """What the optimizer would step by, whole, of every parameter."""
+    training, caught = worker.actor, {}
+    training.set_loss_fn(ForkLoss(_options(config), _loss_settings(config)))
+    original = training.engine.optimizer_step
+
+    def catch() -> float:
+        for name, parameter in training.engine.module.named_parameters():
+            whole = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            caught[name] = whole.detach().clone().contiguous()
+        return 1.0  # the weights stay as they are
+
+    training.engine.optimizer_step = catch
+    try:
+        data = as_verl_has_it(batch, reference_BT, config)
+        own = tu.chunk_tensordict(data, size)[rank]
+        tu.assign_non_tensor(
+            own,
+            mini_batch_size=len(batch),
+            epochs=1,
+            seed=0,
+            dataloader_kwargs={"shuffle": False},
+            temperature=config.rollout.temperature,
+            global_batch_size=len(batch),
+            calculate_entropy=_reads_own_entropies(config),
+            max_token_len_per_gpu=config.training.micro_batch_tokens,
+        )
+        training.train_mini_batch(own)
+    finally:
+        training.engine.optimizer_step = original
+    return caught
+
+
+def _options(config: TrainConfig) -> ForkOptions:
+    selection = config.selection
+    return ForkOptions(
+        rule=selection.rule,
+        ratio=selection.ratio,
+        threshold=selection.threshold,
+        scope=selection.scope,
+        entropy=selection.entropy,
+        denominator=config.loss.denominator,
+    )
+
+
+def _reads_own_entropies(config: TrainConfig) -> bool:
+    selection = config.selection
+    in_loss = selection.entropy == "current" and selection.scope in ("micro_batch", "sequence")
+    return in_loss or config.loss.entropy_coef != 0
+
+
+def _loss_settings(config: TrainConfig) -> SimpleNamespace:
+    loss = config.loss
+    return SimpleNamespace(
+        clip_ratio_low=loss.clip_low,
+        clip_ratio_high=loss.clip_high,
+        clip_ratio_c=float("inf") if loss.dual_clip is None else loss.dual_clip,
+        use_kl_loss=loss.kl_coef > 0,
+        kl_loss_coef=loss.kl_coef,
+        entropy_coeff=loss.entropy_coef,
+    )
+
+
+def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig) -> TensorDict:
+    """The batch as it lies in the TransferQueue when a trainer calls for the update: nested, one row a response."""
+    rows: list[dict[str, Tensor]] = []
+    for row in range(len(batch)):
+        length = int(batch.attention_mask[row].sum())
+        ids = torch.cat([batch.input_ids[row, :length], batch.targets[row, length - 1 : length]])
+        start = int(batch.response_mask[row].nonzero()[0])
+        own = slice(start, length)
+        ones = torch.ones(length - start, dtype=torch.int64)
+        rows.append(
+            {
+                "input_ids": ids,
+                "position_ids": torch.arange(len(ids)),
+                "prompts": ids[: start + 1],
+                "responses": ids[start + 1 :],
+                "response_mask": ones,
+                "loss_mask": ones,
+                "old_log_probs": batch.old_logprobs[row, own],
+                "ref_log_prob": reference_BT[row, own],
+                "entropy": batch.rollout_entropy[row, own],
+                "advantages": batch.advantages[row].expand(length - start).clone(),
+            }
+        )
+    fields = {name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in rows[0]}
+    if config.selection.scope == "rollout_batch":  # what the trainer adds
+        mask_N = fields["response_mask"].values().bool()
+        chosen_N = select(fields["entropy"].values(), mask_N, config.selection, seeded("any"))
+        fields[SELECTED] = torch.nested.nested_tensor_from_jagged(
+            chosen_N.to(torch.int8), fields["response_mask"].offsets()
+        )
+    return TensorDict(fields, batch_size=len(batch))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,290 @@
+"""``forkrl train --engine verl``: one run on two ranks without a GPU, hurt again and again, and taken up each time.
+
+Starting verl takes most of a minute, so all tests here read the same story: a rank is killed between two saves, then
+the sampler in the middle of a step, then the user stops the run, then it comes to its end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forkrl.run_folder import RunFolder
+
+pytestmark = [
+    pytest.mark.verl,
+    pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason='needs the extra "verl"'),
+]
+PATIENCE_S = 400.0
+STEPS = 6
+VERIFIER = '''"""Countdown's verifier, but for one response in some, on which it never comes back."""
+
+from forkrl.tasks.countdown import verify_countdown
+
+
+def verify(answer, response):
+    while len(response) % 11 == 5:
+        pass
+    return verify_countdown(answer, response)
+'''
+RECIPE = f"""\
+seed = 0
+[task]
+name = "dataset"
+data = "prompts.jsonl"
+held_out_rows = 8
+verifier = "slow_verifier:verify"
+[rollout]
+prompts_per_step = 4
+group_size = 4
+max_prompt_tokens = 16
+max_response_tokens = 96
+[reward]
+overlong_cache = 32
+deadline_s = 0.5
+workers = 2
+[dynamic_sampling]
+max_generation_batches = 8
+[selection]
+scope = "rollout_batch"
+entropy = "rollout"
+[optimizer]
+lr = 3e-4
+weight_decay = 0.0
+warmup_steps = 20
+[training]
+steps = {STEPS}
+mini_batch_prompts = 2
+micro_batch_tokens = 1024
+[eval]
+every = 0
+problems = 8
+samples = 2
+[checkpoint]
+every = 2
+[log]
+rollouts_every = 2
+rollouts_sampled = 8
+sinks = ["tensorboard"]
+[runtime]
+device = "cpu"
+[cluster]
+gpus_per_node = 2
+"""
+
+
+@dataclass
+class Attempt:
+    """One process of ``forkrl train`` and how it ended."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    output: str = ""
+    seen: list[str] = field(default_factory=list)
+
+    def wait_for(self, what: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Until the run's metrics say so."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not what(metrics_of(self.folder)):
+            assert time.monotonic() < deadline and self.process.poll() is None, self.finish()
+            time.sleep(0.1)
+
+    def kill_inside(self, name: str) -> None:
+        """SIGKILL to a Ray process of this run, by the beginning of its title."""
+        import psutil
+
+        own = psutil.Process(self.process.pid).children(recursive=True)
+        named = [each for each in own if (each.cmdline() or [""])[0].startswith(f"ray::{name}")]
+        assert named, [(each.cmdline() or [each.name()])[0] for each in own]
+        named[-1].kill()
+
+    def finish(self) -> str:
+        self.output = self.process.communicate(timeout=PATIENCE_S)[0]
+        return self.output
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def steps_of(metrics: list[dict[str, Any]]) -> list[int]:
+    return [record["step"] for record in metrics if "reward/accuracy" in record]
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Processes that still have to do with a run."""
+    import psutil
+
+    found = []
+    for each in psutil.process_iter(["cmdline"]):
+        words = " ".join(each.info["cmdline"] or [])
+        if str(folder) in words:
+            found.append(words[:200])
+    return found
+
+
+@dataclass
+class Story:
+    folder: Path
+    rank_killed: Attempt
+    after_rank_killed: list[dict[str, Any]]
+    sampler_killed: Attempt
+    interrupted: Attempt
+    after_interruption: list[dict[str, Any]]
+    finished: Attempt
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    place = tmp_path_factory.mktemp("verl-engine")
+    write_world(place)
+    folder = place / "run"
+
+    rank_killed = start(place, "recipe.toml", "--engine", "verl", "--out", "run")
+    rank_killed.wait_for(lambda metrics: 3 in steps_of(metrics))
+    rank_killed.kill_inside("WorkerDict")
+    rank_killed.finish()
+    after_rank_killed = metrics_of(folder)
+
+    sampler_killed = start(place, "--resume", "run")
+    sampler_killed.wait_for(lambda metrics: steps_of(metrics)[-1:] == [4] or len(steps_of(metrics)) > 3)
+    sampler_killed.kill_inside("CpuServer")
+    sampler_killed.finish()
+
+    interrupted = start(place, "--resume", "run")
+    done = max(steps_of(metrics_of(folder)))
+    interrupted.wait_for(lambda metrics: max(steps_of(metrics), default=0) == min(done + 1, STEPS - 1))
+    interrupted.process.send_signal(signal.SIGINT)
+    interrupted.finish()
+    after_interruption = metrics_of(folder)
+
+    finished = start(place, "--resume", "run")
+    finished.finish()
+    return Story(folder, rank_killed, after_rank_killed, sampler_killed, interrupted, after_interruption, finished)
+
+
+def write_world(place: Path) -> None:
+    from forkrl.tasks.countdown import countdown_task
+
+    prompts = countdown_task().train[:96]
+    rows = [json.dumps({"prompt": prompt.text, "answer": prompt.answer}) for prompt in prompts]
+    (place / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    (place / "slow_verifier.py").write_text(VERIFIER)
+    (place / "recipe.toml").write_text(RECIPE)
+
+
+def start(place: Path, *arguments: str) -> Attempt:
+    source = Path(__file__).parents[2] / "src"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(place)]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "forkrl.cli", "train", *arguments],
+        cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Attempt(process, place / "run")
+
+
+def test_a_killed_rank_ends_the_run_with_a_line_that_says_how_to_go_on(story: Story) -> None:
+    last = story.rank_killed.output.strip().splitlines()[-1]
+    assert story.rank_killed.process.returncode == 1, story.rank_killed.output
+    assert last.startswith("forkrl: training stopped") and "forkrl train --resume" in last and "log.txt" in last
+
+
+def test_a_killed_sampler_ends_it_likewise(story: Story) -> None:
+    last = story.sampler_killed.output.strip().splitlines()[-1]
+    assert story.sampler_killed.process.returncode == 1, story.sampler_killed.output
+    assert last.startswith("forkrl: training stopped") and "forkrl train --resume" in last
+
+
+def test_ctrl_c_saves_the_finished_steps(story: Story) -> None:
+    assert story.interrupted.process.returncode == 130, story.interrupted.output
+    assert "and saved; go on with: forkrl train --resume" in story.interrupted.output
+    assert story.finished.process.returncode == 0, story.finished.output
+    first = next(line for line in story.finished.output.splitlines() if line.startswith("step "))
+    assert first.startswith(f"step {max(steps_of(story.after_interruption)) + 1}/{STEPS}")
+
+
+def test_resuming_loses_the_unsaved_steps_and_nothing_else(story: Story) -> None:
+    assert steps_of(story.after_rank_killed) == [1, 2, 3]
+    metrics = metrics_of(story.folder)
+    assert steps_of(metrics) == list(range(1, STEPS + 1))
+    kept = [record for record in metrics if record["step"] <= 2]
+    assert kept == [record for record in story.after_rank_killed if record["step"] <= 2]
+    assert [record["step"] for record in metrics if "eval/accuracy" in record] == [0, STEPS]
+
+
+def test_no_process_stays_behind(story: Story) -> None:
+    assert not left_behind(story.folder)
+
+
+def test_metrics_have_the_names_of_a_local_run(story: Story) -> None:
+    local = {
+        "reward/accuracy", "reward/mean", "response/length", "response/truncated_fraction", "entropy/mean",
+        "entropy/threshold", "entropy/selected_mean", "entropy/unselected_mean", "selection/kept_fraction",
+        "selection/kept_fraction_positive", "selection/kept_fraction_negative", "loss/policy", "loss/clip_fraction",
+        "loss/approx_kl", "loss/ratio_max", "loss/kl", "loss/entropy", "grad/norm", "optimizer/lr", "rollout/tokens",
+        "rollout/tokens_per_s", "time/rollout_s", "time/update_s", "time/step_s", "sampling/generation_batches",
+        "sampling/groups_kept", "sampling/dropped_all_right", "sampling/dropped_all_wrong", "verifier/failures",
+    }  # fmt: skip
+    for record in metrics_of(story.folder):
+        if "reward/accuracy" in record:
+            assert local <= record.keys()
+            assert record["selection/kept_fraction"] == pytest.approx(0.2, abs=0.01)
+            assert record["entropy/selected_mean"] > record["entropy/threshold"] > record["entropy/unselected_mean"]
+            assert record["reward/mean"] <= record["reward/accuracy"] + 1
+
+
+def test_the_warm_up_counts_gradient_steps_through_every_resume(story: Story) -> None:
+    rates = [record["optimizer/lr"] for record in metrics_of(story.folder) if "reward/accuracy" in record]
+    # Two gradient steps a batch: the mean of the rates of the first two is 1.5 twentieths.
+    assert rates == pytest.approx([3e-4 * (2 * step + 1.5) / 20 for step in range(STEPS)], rel=1e-6)
+
+
+def test_a_verifier_that_hangs_is_killed_and_counted(story: Story) -> None:
+    assert sum(record.get("verifier/failures_deadline", 0) for record in metrics_of(story.folder)) > 0
+
+
+def test_rollouts_have_entropies_and_the_selection(story: Story) -> None:
+    with RunFolder.open(story.folder) as run:
+        assert run.rollout_names == [
+            "eval-000000", f"eval-{STEPS:06d}", *[f"train-{step:06d}" for step in range(2, STEPS + 1, 2)]
+        ]  # fmt: skip
+        rows = run.read_rollouts("train-000002")
+        assert len(rows) == 8
+        entropies = [value for row in rows for value in row["entropy"]]
+        chosen = [value for row in rows for value in row["selected"]]
+        assert min(e for e, c in zip(entropies, chosen, strict=True) if c) >= max(
+            e for e, c in zip(entropies, chosen, strict=True) if not c
+        )
+        for row in rows:
+            assert "".join(row["tokens"][: len(row["response"])]) == row["response"]
+            assert row["advantage"] is not None and row["prompt"] and row["prompt_id"]
+
+
+def test_the_merged_model_evaluates(story: Story) -> None:
+    assert {path.name for path in (story.folder / "checkpoints").iterdir()} == {f"step-{STEPS - 2}", f"step-{STEPS}"}
+    command = [sys.executable, "-m", "forkrl.cli", "eval", str(story.folder), "--problems", "8", "--samples", "2"]
+    command += ["task.name=countdown", "--out", str(story.folder.parent / "evaluated")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=story.folder.parent, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    assert "report:" in done.stdout
+
+
+def test_the_run_has_report_provenance_and_its_tracker(story: Story) -> None:
+    assert (story.folder / "report.html").is_file()
+    provenance = tomllib.loads((story.folder / "config.toml").read_text())["provenance"]
+    assert provenance["engine"] == "verl" and provenance["verl"]
+    assert list(story.folder.rglob("*tfevents*"))

@@ -1,0 +1,229 @@
+"""Around verl's process: how a run ended, where it is taken up again, which of verl's checkpoints are whole."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forkrl.checkpoint import adopt_weights, all_checkpoints
+from forkrl.cluster.ending import explain_end, last_error
+from forkrl.cluster.launch import require_verl
+from forkrl.cluster.merge import TRACKER, verl_checkpoints
+from forkrl.cluster.processes import run_and_watch
+from forkrl.cluster.record import OWN, PROGRESS, StopRequested, note_end
+from forkrl.errors import NothingToLearn, TrainingHalted, UserError
+from forkrl.interruption import Interrupted
+from forkrl.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    RunFolder.create(tmp_path / "run", {}, {"run_id": "abc"}).close()
+    (tmp_path / "run" / OWN / "checkpoints").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def shards(run: Path, step: int, metrics_bytes: int | None = 0) -> Path:
+    folder = run / OWN / "checkpoints" / f"global_step_{step}"
+    (folder / "actor").mkdir(parents=True)
+    (folder / "actor" / "model_world_size_1_rank_0.pt").write_bytes(b"")
+    if metrics_bytes is not None:
+        (folder / PROGRESS).write_text(json.dumps({"step": step, "metrics_bytes": metrics_bytes}))
+    return folder
+
+
+def track(run: Path, step: int) -> None:
+    (run / OWN / "checkpoints" / TRACKER).write_text(str(step))
+
+
+def test_without_verl_the_error_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forkrl.cluster.launch.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'runtime.engine = "verl" needs verl.*pip install .forkrl\[verl\].'):
+        require_verl()
+
+
+def test_a_checkpoint_that_the_tracker_has_not_come_to_is_not_whole(run: Path) -> None:
+    for step in (2, 4, 6):
+        shards(run, step)
+    own = run / OWN / "checkpoints"
+    assert verl_checkpoints(own) == {}
+    track(run, 4)
+    assert list(verl_checkpoints(own)) == [2, 4]
+    (own / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt").unlink()  # verl keeps data.pt of older ones
+    assert list(verl_checkpoints(own)) == [4]
+
+
+def test_taking_up_forgets_what_came_after_the_checkpoint(run: Path) -> None:
+    from forkrl.cluster.launch import _take_up
+
+    with RunFolder.open(run) as folder:
+        for step in (1, 2):
+            folder.append_metrics({"step": step, "reward/accuracy": 0.5})
+        shards(run, 2, folder.metrics_bytes)
+        track(run, 2)
+        folder.append_metrics({"step": 3, "reward/accuracy": 0.5})
+        begun = shards(run, 4, None)
+        assert _take_up(folder) == 2
+        assert [record["step"] for record in folder.read_metrics()] == [1, 2]
+        assert not begun.exists()
+
+
+def test_an_evaluation_made_after_the_save_is_kept(run: Path) -> None:
+    from forkrl.cluster.launch import _take_up
+
+    with RunFolder.open(run) as folder:
+        folder.append_metrics({"step": 2, "reward/accuracy": 0.5})
+        shards(run, 2, folder.metrics_bytes)
+        track(run, 2)
+        folder.append_metrics({"step": 2, "eval/accuracy": 0.25})
+        folder.append_metrics({"step": 3, "reward/accuracy": 0.5})
+        assert _take_up(folder) == 2
+        assert [sorted(record) for record in folder.read_metrics()] == [
+            ["reward/accuracy", "step"], ["eval/accuracy", "step"]
+        ]  # fmt: skip
+
+
+def test_without_a_checkpoint_the_run_begins_anew(run: Path) -> None:
+    from forkrl.cluster.launch import _take_up
+
+    with RunFolder.open(run) as folder:
+        folder.append_metrics({"step": 1, "reward/accuracy": 0.5})
+        shards(run, 2, None)
+        assert _take_up(folder) == 0
+        assert folder.read_metrics() == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 2}', "{"])
+def test_damaged_progress_names_the_file_and_a_way_on(run: Path, content: str) -> None:
+    from forkrl.cluster.launch import _take_up
+
+    (shards(run, 2) / PROGRESS).write_text(content)
+    track(run, 2)
+    with RunFolder.open(run) as folder, pytest.raises(UserError, match=rf"{PROGRESS}.*{TRACKER}"):
+        _take_up(folder)
+
+
+def test_a_run_that_came_to_its_end_has_nothing_to_explain(run: Path) -> None:
+    explain_end(run, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (UserError("algorithm.x = 1 is wrong; set it to 2"), UserError, ["algorithm.x = 1"]),
+        (NothingToLearn("nothing to learn"), NothingToLearn, ["step 3", "nothing to learn", "--resume"]),
+        (TrainingHalted("the loss is nan"), TrainingHalted, ["step 3", "the loss is nan", "--resume"]),
+    ],
+)
+def test_what_the_trainer_noted_is_what_the_user_reads(
+    run: Path, error: Exception, raised: type[Exception], words: list[str]
+) -> None:
+    note_end(str(run), error, 3)
+    with pytest.raises(raised) as caught:
+        explain_end(run, 1)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_stop_on_request_is_no_failure(run: Path) -> None:
+    note_end(str(run), StopRequested(), 3)
+    explain_end(run, 0)
+
+
+def test_other_ends_show_the_last_error_of_the_log(run: Path) -> None:
+    log = run / OWN / "log.txt"
+    log.write_text(
+        "step\n\x1b[36m(WorkerDict pid=1)\x1b[0m Traceback (most recent call last):\n"
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n"
+        "\tclass_name: create_colocated_worker_cls.<locals>.WorkerDict\n"
+    )
+    with pytest.raises(
+        TrainingHalted, match=r"status 1: ray.exceptions.ActorDiedError: The actor died .*log.txt.*--resume"
+    ):
+        explain_end(run, 1)
+
+
+def test_a_log_without_an_error_gives_its_last_line(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_bytes(b"one\ntwo \xff\n\n")
+    assert last_error(tmp_path / "log.txt").startswith("two")
+    (tmp_path / "log.txt").write_bytes(b"")
+    assert last_error(tmp_path / "log.txt") == "it printed nothing"
+
+
+CHILD = """
+import pathlib, sys, time
+metrics, stop = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+with metrics.open("a") as file:
+    file.write('{"step": 1}\\n'); file.flush()
+    while not stop.exists() and len(sys.argv) > 3:
+        time.sleep(0.05)
+    file.write('{"step": 2}\\n')
+print("said")
+"""
+
+
+def watch(tmp_path: Path, *more: str, seen: list[Any]) -> int:
+    metrics, stop = tmp_path / "metrics.jsonl", tmp_path / "stop"
+    metrics.write_text('{"step": 0}\n')
+    return run_and_watch(
+        [sys.executable, "-c", CHILD, str(metrics), str(stop), *more],
+        {"PATH": "/usr/bin:/bin"},
+        log=tmp_path / "log.txt",
+        stop=stop,
+        metrics=metrics,
+        known=1,
+        on_metrics=seen.append,
+    )
+
+
+def test_every_new_line_is_told_once(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    assert watch(tmp_path, seen=seen) == 0
+    assert seen == [{"step": 1}, {"step": 2}]
+    assert (tmp_path / "log.txt").read_text() == "said\n"
+
+
+def test_a_signal_asks_for_the_end_and_waits_for_it(tmp_path: Path) -> None:
+    class Seen(list[Any]):
+        def append(self, record: Any) -> None:
+            super().append(record)
+            if len(self) == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    seen = Seen()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        watch(tmp_path, "until stopped", seen=seen)
+    assert seen == [{"step": 1}, {"step": 2}]
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    class Seen(list[Any]):
+        def append(self, record: Any) -> None:
+            super().append(record)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        watch(tmp_path, "until stopped", seen=Seen())
+    assert time.monotonic() - began < 15
+
+
+def test_a_merged_folder_becomes_a_checkpoint_of_weights(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    with pytest.raises(UserError, match=r"no config.json"):
+        adopt_weights(tmp_path / "checkpoints", 4, saved)
+    (saved / "config.json").write_text("{}")
+    (saved / "model.safetensors").write_bytes(b"weights")
+    folder = adopt_weights(tmp_path / "checkpoints", 4, saved)
+    assert all_checkpoints(tmp_path / "checkpoints") == {4: folder}
+    assert not saved.exists()
+    (folder / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(UserError, match=r"model.safetensors"):
+        all_checkpoints(tmp_path / "checkpoints")
