@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from forkrl.plan_arguments import add_plan
+
 TRAIN_HELP = """\
 examples:
   forkrl train recipes/countdown.toml --out runs/first      the embedded model, minutes on a laptop
@@ -148,6 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_branch(commands)
     add_drift(commands)
     add_decode_temps(commands)
+
+    add_plan(commands)
 
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run", type=Path, help="a run folder")

@@ -7,6 +7,7 @@ SIGTERM, with everything saved.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -266,6 +267,24 @@ def run_decode_temps(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_plan(arguments: argparse.Namespace) -> int:
+    """``forkrl plan``."""
+    from forkrl.commands.plan import PlanOptions, plan_run, print_plan
+
+    recipe, overrides = arguments.recipe, list(arguments.overrides)
+    if "=" in recipe:  # an override where the recipe could stand
+        recipe, overrides = None, [recipe, *overrides]
+    options = PlanOptions(**{each.name: getattr(arguments, each.name) for each in fields(PlanOptions)})
+    found = plan_run(recipe, overrides, options)
+    if arguments.json:
+        print(json.dumps(found.record, indent=2, allow_nan=False))
+        return 0
+    print_plan(found.record)
+    if found.page is not None:
+        print(f"report: {found.page}")
+    return 0
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     """``forkrl report``."""
     from forkrl.report import write_run_report
@@ -290,6 +309,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "branch": run_branch,
     "drift": run_drift,
     "decode_temps": run_decode_temps,
+    "plan": run_plan,
     "report": run_report,
     "doctor": run_doctor,
 }

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "forkrl"
 NOUNS = {"types", "config", "recipe", "errors"}
 LEAVES = {
-    "advantages", "arguments", "atomic", "batching", "interruption", "objectives", "progress", "recipe_reference",
-    "report", "rewards", "selectors", "threads", "token_stats", "tracking",
+    "advantages", "arguments", "atomic", "batching", "interruption", "objectives", "planning", "progress",
+    "recipe_reference", "report", "rewards", "selectors", "threads", "token_stats", "tracking",
 }  # fmt: skip
 STORES = {"checkpoint", "run_folder"}
 # Small leaves that other leaves stand on.
@@ -19,6 +19,7 @@ SHARED = {
     "atomic": STORES | {"report"},
     "processes": {"rewards"},
     "intervals": {"analysis"},
+    "plan_arguments": {"arguments"},
     "gym_entries": {"rewards", "gym_questions"},
 }
 

@@ -1,0 +1,57 @@
+"""The arguments of ``forkrl plan``. Imports nothing of weight, like ``arguments``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+PLAN_HELP = """\
+examples:
+  forkrl plan recipes/qwen3-8b.toml runtime.engine=verl cluster.nodes=2 cluster.gpus_per_node=8
+  forkrl plan recipes/small-gpu.toml --gpu rtx4090
+  forkrl plan recipes/qwen3-32b.toml runtime.engine=verl cluster.nodes=4 cluster.gpus_per_node=8 --mean-response 7000
+  forkrl plan recipes/qwen3-8b.toml --gpu-memory 94 --gpu-tflops 835 --gpu-bandwidth 3.9 --json
+
+From the shapes of the model alone: memory of each GPU in every phase of a step, what fits and which settings make the
+rest fit, operations and hours. Nothing is run and no weights are read. docs/plan.md has the formulas and what they
+leave out. With --out DIR also plan.json and report.html.
+"""
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``forkrl plan`` and its arguments."""
+    plan = commands.add_parser(
+        "plan",
+        help="what a run needs: memory of each GPU, operations, hours",
+        epilog=PLAN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("recipe", help="a TOML file; see recipes/")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    plan.add_argument("--gpu", metavar="NAME", help="h100 (default), h200, a100-80, l40s, rtx4090, …")
+    plan.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="of a card of your own, or in a named one's place"
+    )
+    plan.add_argument("--gpu-tflops", type=float, metavar="T", help="its dense bf16 rate, in 10^12 operations a second")
+    plan.add_argument("--gpu-bandwidth", type=float, metavar="TB", help="of its memory, in 10^12 bytes a second")
+    plan.add_argument(
+        "--mean-response", type=float, metavar="N", help="tokens of a response on average (default: half the limit)"
+    )
+    plan.add_argument("--mean-prompt", type=float, metavar="N", help="tokens of a prompt on average (default: 256)")
+    plan.add_argument(
+        "--oversampling", type=float, metavar="X",
+        help="responses sampled for one that is trained on (default: 1; local engine: one generation batch)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--mfu", type=float, default=0.4, metavar="X", help="share of the card's rate that training has (default: 0.4)"
+    )
+    plan.add_argument(
+        "--rollout-efficiency", type=float, default=0.5, metavar="X",
+        help="share of what memory or arithmetic allows that decoding has (default: 0.5)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--rollout-tokens-per-s", type=float, metavar="N", help="of one GPU, as measured: nothing is estimated then"
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--out", type=Path, metavar="DIR", help="write plan.json and report.html there")
+    plan.set_defaults(command="plan", activity="the plan")

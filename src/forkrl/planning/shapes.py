@@ -1,0 +1,209 @@
+"""The sizes of a model that memory and time follow from, without its weights.
+
+Symbols in the formulas of this package: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` heads
+of keys and values, ``C`` channels of a head, ``V`` vocabulary, ``T`` tokens, ``N`` parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from forkrl.errors import UserError
+
+EMBEDDED_PREFIX = "embedded:"
+_ARCHITECTURES = ("qwen3", "qwen2", "llama")
+_OWNER = "Qwen/"
+
+
+class ModelShape(NamedTuple):
+    """A dense decoder of the Llama family: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+
+    architecture: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    """The output head is the embedding."""
+    max_positions: int | None
+    """The longest sequence that the model is declared to handle."""
+    qk_norm: bool
+    """Queries and keys are normalised, as in Qwen3."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys of one token in one layer; values are as wide."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def layer_matrices(self) -> int:
+        """Weights of a layer's matrix products."""
+        attention = 2 * self.hidden * (self.query_width + self.kv_width)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def layer_parameters(self) -> int:
+        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        biases = (self.query_width + 2 * self.kv_width if self.qkv_bias else 0) + (self.hidden if self.out_bias else 0)
+        biases += 2 * self.intermediate + self.hidden if self.mlp_bias else 0
+        return self.layer_matrices + norms + biases
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the embedding, or of the head: each is one such matrix."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        outside = self.embedding_parameters * (1 if self.tied else 2) + self.hidden
+        return self.layers * self.layer_parameters + outside
+
+    @property
+    def matrices(self) -> int:
+        """Weights that one token is multiplied by: all matrix products, the head's too, but no look-up."""
+        return self.layers * self.layer_matrices + self.embedding_parameters
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers that the KV cache holds of one token."""
+        return 2 * self.layers * self.kv_width
+
+
+class FoundShape(NamedTuple):
+    """A shape and, in words, where it comes from."""
+
+    shape: ModelShape
+    source: str
+
+
+def find_shape(path: str, revision: str | None = None) -> FoundShape:
+    """The shape of ``model.path``: a local folder first, then what the package knows by name, then the hub.
+
+    Raises:
+        UserError: there is no such model, its ``config.json`` cannot be had, or its architecture is not modelled.
+    """
+    if path.startswith(EMBEDDED_PREFIX):
+        folder = Path(str(resources.files("forkrl"))) / "assets" / path.removeprefix(EMBEDDED_PREFIX)
+        if not folder.is_dir():
+            raise UserError(f"model.path = {path!r}: no such embedded model")
+        return FoundShape(_read_config(folder / "config.json", path), "config.json in the package")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return FoundShape(_read_config(folder / "config.json", path), str(folder / "config.json"))
+    if (known := known_shape(path)) is not None:
+        return known
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"model.path = {path!r}: no such folder, and no shape of that name is known")
+    return FoundShape(_read_config(_download_config(path, revision), path), f"config.json of {path} on the hub")
+
+
+def known_shape(path: str) -> FoundShape | None:
+    """A shape by name, as in "Qwen/Qwen3-8B-Base" or "./Qwen3-32B-Base" (a folder that is not there yet)."""
+    known = json.loads(resources.files("forkrl.planning").joinpath("known_shapes.json").read_text(encoding="utf-8"))
+    name = path.rstrip("/").rpartition("/")[2]
+    local = path.startswith((".", "/", "~")) or "/" not in path
+    if not local and path != _OWNER + name:
+        return None
+    model = known["same_shape_as"].get(name, name)
+    if model not in known["shapes"]:
+        return None
+    values = known["shared"] | known["shapes"][model]
+    source = f"shapes in the package (config.json of {_OWNER}{model})"
+    return FoundShape(parse_shape(values, path), source)
+
+
+def parse_shape(values: Mapping[str, Any], path: str) -> ModelShape:
+    """A shape from the values of a ``config.json``.
+
+    Raises:
+        UserError: another architecture, a mixture of experts, or sizes that make no sense.
+    """
+    architecture = str(values.get("model_type", "unknown"))
+    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if values.get(key)), None)
+    if experts is not None or "moe" in architecture:
+        raise UserError(
+            f"model.path = {path!r} is a mixture of experts ({architecture}), which forkrl plan does not model; it "
+            f"knows dense models: {', '.join(_ARCHITECTURES)}"
+        )
+    if architecture not in _ARCHITECTURES:
+        raise UserError(
+            f"model.path = {path!r} is of architecture {architecture!r}, which forkrl plan does not model; it knows "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    if values.get("use_sliding_window"):
+        raise UserError(f"model.path = {path!r}: sliding-window attention is not modelled by forkrl plan")
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise UserError(f"model.path = {path!r}: hidden_act = {activation!r} is not modelled by forkrl plan; silu is")
+    hidden, heads = _size(values, "hidden_size", path), _size(values, "num_attention_heads", path)
+    default_head_dim = 128 if architecture == "qwen3" else hidden // heads
+    shape = ModelShape(
+        architecture=architecture,
+        hidden=hidden,
+        intermediate=_size(values, "intermediate_size", path),
+        layers=_size(values, "num_hidden_layers", path),
+        heads=heads,
+        kv_heads=_size(values, "num_key_value_heads", path, default=heads),
+        head_dim=_size(values, "head_dim", path, default=default_head_dim),
+        vocabulary=_size(values, "vocab_size", path),
+        tied=bool(values.get("tie_word_embeddings", False)),
+        max_positions=values.get("max_position_embeddings"),
+        qk_norm=architecture == "qwen3",
+        qkv_bias=architecture == "qwen2" or bool(values.get("attention_bias")),
+        out_bias=architecture != "qwen2" and bool(values.get("attention_bias")),
+        mlp_bias=architecture == "llama" and bool(values.get("mlp_bias")),
+    )
+    if shape.heads % shape.kv_heads:
+        raise UserError(
+            f"model.path = {path!r}: num_key_value_heads = {shape.kv_heads} does not divide num_attention_heads = "
+            f"{shape.heads}"
+        )
+    return shape
+
+
+def _size(values: Mapping[str, Any], key: str, path: str, default: int | None = None) -> int:
+    value = values.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"model.path = {path!r}: its config.json has {key} = {value!r}, no positive whole number")
+    return value
+
+
+def _read_config(file: Path, path: str) -> ModelShape:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"model.path = {path!r}: there is no {file}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path = {path!r}: {file} cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"model.path = {path!r}: {file} holds no table of settings")
+    return parse_shape(values, path)
+
+
+def _download_config(path: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(path, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.path = {path!r}: its config.json cannot be had from the hub ({first}); name a local folder that "
+            f"holds one"
+        ) from None

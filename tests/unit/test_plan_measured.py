@@ -1,0 +1,246 @@
+"""What ``forkrl plan`` foretells, beside the bytes that PyTorch really keeps, on a CPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from forkrl.config import ModelConfig, TrainConfig
+from forkrl.model import Policy, open_policy
+from forkrl.planning.activations import Arithmetic, kept_in_all, kept_outside, stream_bytes
+from forkrl.planning.cards import CARDS
+from forkrl.planning.memory import find_phases
+from forkrl.planning.plan import plan_memory
+from forkrl.planning.shapes import ModelShape, find_shape, parse_shape
+from forkrl.recipe import load_recipe
+
+TOLERANCE = 0.05
+"""Of activations; parameters, gradients, Adam's averages and logits are exact."""
+
+
+class Sizes(NamedTuple):
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+SMALL, MEDIUM = Sizes(128, 256, 4, 4, 2, 32, 64), Sizes(512, 1536, 6, 8, 4, 64, 1000)
+KINDS: dict[str, tuple[type[Any], type[Any]]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def build(sizes: Sizes, arithmetic: Arithmetic, kind: str = "qwen3", **more: Any) -> tuple[PreTrainedModel, ModelShape]:
+    """A model of random weights, in the precision that its weights have while it trains."""
+    config_class, model_class = KINDS[kind]
+    config = config_class(
+        vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim, max_position_embeddings=8192, **{"tie_word_embeddings": False, **more},
+    )  # fmt: skip
+    model: PreTrainedModel = model_class(config).to(torch.bfloat16 if arithmetic == "bf16" else torch.float32)
+    nn.Module.eval(model)
+    return model, parse_shape(config.to_dict(), "random")
+
+
+def runner(model: PreTrainedModel, arithmetic: Arithmetic, tokens: int) -> Callable[[], Tensor]:
+    """A forward pass as the engine runs it: verl's plain model, or the local engine's policy."""
+    ids_1T = torch.randint(model.config.vocab_size, (1, tokens))
+    if arithmetic == "bf16":
+        decoder: Any = model.get_decoder()
+        return lambda: cast(Tensor, decoder(input_ids=ids_1T, use_cache=False).last_hidden_state)
+    tokenizer: Any = SimpleNamespace(eos_token_id=0)
+    policy = Policy(model, tokenizer, "bf16" if arithmetic == "autocast" else "fp32")
+    return lambda: policy.hidden_states(ids_1T, use_cache=False)
+
+
+def kept_bytes(model: PreTrainedModel, run: Callable[[], Tensor]) -> int:
+    """Bytes of all tensors saved for the backward, the weights themselves left out, and of the result."""
+    sizes: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pack(run())
+    return sum(sizes.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made inside that are still there, and the most there were at once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        there = [*model.parameters(), *(each.grad for each in model.parameters() if each.grad is not None)]
+        self.before = {tensor.untyped_storage()._cdata for tensor in there}
+        self.seen: dict[int, weakref.ref[Any]] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._count(result.untyped_storage())
+        return results
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen or key in self.before or not size:
+            return
+
+        def gone(_: Any) -> None:
+            del self.seen[key]
+            self.now -= size
+
+        self.seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def cast_weights(shape: ModelShape, arithmetic: Arithmetic) -> int:
+    """Autocast's bf16 copies, which the plan has as an item of its own."""
+    return 2 * shape.layers * shape.layer_matrices if arithmetic == "autocast" else 0
+
+
+@pytest.mark.parametrize("arithmetic", ["bf16", "autocast", "fp32"])
+@pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 1024), (SMALL, 4096), (MEDIUM, 1024), (MEDIUM, 2048)])
+def test_activations_are_what_pytorch_keeps(sizes: Sizes, tokens: int, arithmetic: Arithmetic) -> None:
+    model, shape = build(sizes, arithmetic)
+    measured = kept_bytes(model, runner(model, arithmetic, tokens))
+    attention = None if arithmetic == "bf16" else 4  # the local engine attends in fp32 on a CPU
+    a_token = kept_in_all(shape, arithmetic, checkpointing=False, attention_bytes=attention)
+    assert tokens * a_token + cast_weights(shape, arithmetic) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("arithmetic", ["bf16", "autocast"])
+def test_activations_of_the_other_architectures(kind: str, arithmetic: Arithmetic) -> None:
+    model, shape = build(MEDIUM, arithmetic, kind)
+    assert shape.parameters == model.num_parameters()
+    measured = kept_bytes(model, runner(model, arithmetic, 1024))
+    attention = None if arithmetic == "bf16" else 4
+    a_token = kept_in_all(shape, arithmetic, checkpointing=False, attention_bytes=attention)
+    assert 1024 * a_token + cast_weights(shape, arithmetic) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 4096), (MEDIUM, 1024)])
+def test_with_checkpointing_the_inputs_of_the_layers_are_kept(sizes: Sizes, tokens: int) -> None:
+    model, shape = build(sizes, "bf16")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    nn.Module.train(model)  # transformers recomputes in training mode only
+    run = runner(model, "bf16", tokens)
+    with LiveBytes(model) as live:
+        hidden_1TD = run()
+    expected = tokens * (shape.layers * stream_bytes(shape, "bf16") + kept_outside(shape, "bf16"))
+    assert live.now == pytest.approx(expected, rel=TOLERANCE)
+    assert hidden_1TD.requires_grad
+
+
+@pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 2048), (MEDIUM, 1024)])
+def test_with_checkpointing_the_peak_is_one_whole_layer_and_what_flows_through_it(sizes: Sizes, tokens: int) -> None:
+    """The plan leaves the gradients inside a layer to its headroom: here they are what is above it, within a bound."""
+    model, shape = build(sizes, "bf16")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    nn.Module.train(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run = runner(model, "bf16", tokens)
+    with LiveBytes(model) as live:
+        run().float().sum().backward()
+    planned = tokens * kept_in_all(shape, "bf16", checkpointing=True)
+    flowing = tokens * (3 * 2 * shape.intermediate + 4 * 4 * shape.hidden) + 4 * shape.layer_parameters
+    assert 0.95 * planned < live.peak < planned + flowing
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_parameters_are_those_of_the_model(kind: str, tied: bool) -> None:
+    model, shape = build(SMALL, "fp32", kind, tie_word_embeddings=tied)
+    assert shape.parameters == model.num_parameters()
+
+
+def test_parameters_with_biases_are_those_of_the_model() -> None:
+    model, shape = build(SMALL, "fp32", "llama", attention_bias=True, mlp_bias=True)
+    assert shape.parameters == model.num_parameters()
+    model, shape = build(SMALL, "fp32", "qwen3", attention_bias=True)
+    assert shape.parameters == model.num_parameters()
+
+
+def test_weights_gradients_and_adam_of_the_embedded_model_are_exact() -> None:
+    policy = open_policy(ModelConfig(), "cpu")
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    policy.logits(policy.hidden_states(torch.arange(8)[None])[0]).sum().backward()
+    optimizer.step()
+    parameters = list(policy.model.parameters())
+    averages = [average.nbytes for state in optimizer.state.values() for average in state.values() if average.ndim > 0]
+    found = find_shape("embedded:countdown-base").shape
+    planned = plan_memory(TrainConfig(), found, CARDS["h100"])
+    update = {item.name: item.num_bytes for item in planned.phases[1].items}
+    assert update["weights, fp32"] == sum(parameter.nbytes for parameter in parameters)
+    gradients = [parameter.grad.nbytes for parameter in parameters if parameter.grad is not None]
+    assert update["gradients, fp32"] == sum(gradients)
+    assert update["Adam's averages, fp32"] == sum(averages)
+
+
+def test_logits_are_exact() -> None:
+    tokens = 4096
+    model, shape = build(SMALL._replace(vocabulary=1000), "bf16")
+    config = load_recipe(
+        TrainConfig,
+        None,
+        [
+            "runtime.engine=verl", "model.precision=bf16", "rollout.max_prompt_tokens=96",
+            "rollout.max_response_tokens=4000", "reward.overlong_cache=0", f"training.micro_batch_tokens={tokens}",
+            "selection.entropy=rollout",
+        ],
+    )  # fmt: skip
+    planned = plan_memory(config, shape, CARDS["h100"])
+    (logits,) = [item.num_bytes for item in planned.phases[1].items if item.name == "logits"]
+    with torch.no_grad():
+        logits_TV: Tensor = cast(Any, model)(input_ids=torch.zeros(1, tokens, dtype=torch.int64)).logits[0]
+    chunk_CV = logits_TV[:2048].float()  # as verl's entropy_from_logits_with_chunking: that, its softmax, a product
+    assert logits == logits_TV.nbytes + 3 * chunk_CV.nbytes
+
+
+def test_the_local_cache_of_a_token_is_what_decoding_stores() -> None:
+    from forkrl.rollout.growing_cache import build_cache
+
+    model, shape = build(SMALL, "fp32")
+    cache = build_cache(model.config)
+    with torch.no_grad():
+        cast(Any, model)(input_ids=torch.zeros(1, 100, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    layers = cast(Any, cache).layers
+    stored = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+    assert stored == 100 * shape.kv_numbers
+    phases = find_phases(TrainConfig(), shape, plan_memory(TrainConfig(), shape, CARDS["h100"]).layout, CARDS["h100"])
+    (planned,) = [item.num_bytes for item in phases[0].items if item.name == "KV cache"]
+    held = sum(buffer.nbytes for layer in layers for buffer in layer.buffers)
+    assert planned / (256 * (2048 + 20480)) == pytest.approx(1.5 * 4 * shape.kv_numbers)
+    assert held <= 4 * shape.kv_numbers * (100 + max(64, 50))
