@@ -7,10 +7,10 @@ from pathlib import Path
 
 PLAN_HELP = """\
 examples:
-  forkrl plan recipes/qwen3-8b.toml runtime.engine=verl cluster.nodes=2 cluster.gpus_per_node=8
-  forkrl plan recipes/small-gpu.toml --gpu rtx4090
-  forkrl plan recipes/qwen3-32b.toml runtime.engine=verl cluster.nodes=4 cluster.gpus_per_node=8 --mean-response 7000
-  forkrl plan recipes/qwen3-8b.toml --gpu-memory 94 --gpu-tflops 835 --gpu-bandwidth 3.9 --json
+  forkrl plan recipes/verl/qwen3-8b.toml                    on H100s, as the recipe stands
+  forkrl plan recipes/verl/qwen3-32b.toml cluster.nodes=2 --gpu h200 --mean-response 7000
+  forkrl plan recipes/small-gpu.toml --gpu rtx4090          one card, ForkRL's own loop
+  forkrl plan recipes/verl/qwen3-8b.toml --gpu-memory 94 --gpu-tflops 835 --gpu-bandwidth 3.9 --json
 
 From the shapes of the model alone: memory of each GPU in every phase of a step, what fits and which settings make the
 rest fit, operations and hours. Nothing is run and no weights are read. docs/plan.md has the formulas and what they

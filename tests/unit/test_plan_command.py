@@ -38,7 +38,7 @@ def test_the_table_names_every_item_the_verdict_and_what_was_assumed(capsys: pyt
 
 def test_json_holds_the_sums_that_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:
     found = record(capsys, *PAPER_8B)
-    for phase in [*found["phases"], found["host"]]:
+    for phase in [*found["phases"], *found["host"]]:
         assert phase["bytes"] == sum(item["bytes"] for item in phase["items"])
     assert found["step"]["seconds"] == pytest.approx(sum(part["seconds"] for part in found["step"]["parts"]))
     run = found["run"]
@@ -138,6 +138,17 @@ def test_a_damaged_config_is_one_line(content: str, tmp_path: Path, capsys: pyte
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     assert main([*PAPER_8B, f"model.path={tmp_path}"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "qwen3-14b", "qwen3-32b", "qwen3-32b-29k"])
+def test_the_recipes_for_clusters_fit_cards_of_80_gb(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", str(RECIPES / "verl" / f"{name}.toml")]
+    if name.endswith("29k"):  # its model is a run's checkpoint
+        assert main(argv) == 2
+        assert "for a plan name a model of the same shape" in capsys.readouterr().err
+        argv.append("model.path=./Qwen3-32B-Base")
+    for gpu in ("h100", "a100-80"):
+        assert record(capsys, *argv, "--gpu", gpu)["fits"]
 
 
 def test_a_recipe_is_not_needed(capsys: pytest.CaptureFixture[str]) -> None:

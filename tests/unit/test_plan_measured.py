@@ -130,7 +130,7 @@ def cast_weights(shape: ModelShape, arithmetic: Arithmetic) -> int:
 
 
 @pytest.mark.parametrize("arithmetic", ["bf16", "autocast", "fp32"])
-@pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 1024), (SMALL, 4096), (MEDIUM, 1024), (MEDIUM, 2048)])
+@pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 1024), (SMALL, 4096), (MEDIUM, 1024)])
 def test_activations_are_what_pytorch_keeps(sizes: Sizes, tokens: int, arithmetic: Arithmetic) -> None:
     model, shape = build(sizes, arithmetic)
     measured = kept_bytes(model, runner(model, arithmetic, tokens))

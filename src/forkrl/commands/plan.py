@@ -142,7 +142,8 @@ def print_plan(record: Mapping[str, Any], console: Console | None = None) -> Non
     console.print(escape(_heading(record)))
     for phase in record["phases"]:
         console.print(_memory_table(phase, record["card"]))
-    console.print(_memory_table(record["host"], None))
+    for phase in record["host"]:
+        console.print(_memory_table(phase, None))
     console.print(escape(describe_room(record)))
     console.print(_time_table(record))
     for line in [*_advice(record), *_small_print(record)]:

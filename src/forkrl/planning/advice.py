@@ -189,7 +189,8 @@ def _choices(config: TrainConfig, *, more_gpus: bool) -> Iterator[list[Change]]:
     cluster = config.cluster
     if not cluster.offload:
         yield [Change("cluster.offload", True)]
-    yield [Change("cluster.sequence_parallel", size) for size in _doubles(cluster.sequence_parallel, 16)]
+    within = _doubles(cluster.sequence_parallel, cluster.gpus_per_node)  # between nodes it would crawl
+    yield [Change("cluster.sequence_parallel", size) for size in within]
     yield [Change("cluster.tensor_parallel", size) for size in _doubles(cluster.tensor_parallel, 8)]
     shares = [share / 100 for share in range(30, 90, 5)]
     nearest = sorted(shares, key=lambda share: abs(share - cluster.gpu_memory))

@@ -236,18 +236,20 @@ def fit_rollout(config: TrainConfig, shape: ModelShape, layout: Layout, card: Ca
     return RolloutFit(a_token, cache, length, room, config.rollout.max_sequences, layout.replicas, share)
 
 
-def find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> Phase:
-    """Main memory of one node; of the first one, while the model is loaded."""
-    items = []
+def find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:
+    """Main memory of one node while the model is loaded, and while the GPUs sample."""
+    copies, note = 1, ""
+    if layout.sharded and shape.tied:
+        copies, note = layout.gpus_per_node, "with tied embeddings verl reads it once for each GPU"
+    elif layout.nodes > 1:
+        note = "on the first node"
+    phases = [Phase("main memory, loading", (Item("model, fp32", 4.0 * shape.parameters * copies, note),))]
+    kept = []
     if layout.sharded and config.cluster.offload:
         moved = 12 * shape.parameters / layout.nodes
-        items.append(Item("offloaded weights and Adam, fp32", moved, "pinned, while the GPUs sample"))
+        kept.append(Item("offloaded weights, Adam, fp32", moved, "of each node, pinned"))
     if layout.sharded and config.loss.kl_coef:
-        items.append(Item("reference policy, fp32", 4 * shape.parameters / layout.nodes, "verl keeps it on the host"))
-    copies, note = 1, "while loading"
-    if layout.sharded and shape.tied:
-        copies, note = layout.gpus_per_node, "while loading: with tied embeddings verl reads it once for each GPU"
-    elif layout.nodes > 1:
-        note = "while loading, on the first node"
-    items.append(Item("model as loaded, fp32", 4 * shape.parameters * copies, note))
-    return Phase("main memory of a node", tuple(items))
+        kept.append(Item("reference policy, fp32", 4 * shape.parameters / layout.nodes, "verl keeps it on the host"))
+    if kept:
+        phases.append(Phase("main memory, sampling", tuple(kept)))
+    return tuple(phases)

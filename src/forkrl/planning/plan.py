@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     layout: Layout
     card: Card
     phases: tuple[Phase, ...]
-    host: Phase
+    host: tuple[Phase, ...]
     rollout: RolloutFit
 
     @property

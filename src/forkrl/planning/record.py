@@ -37,7 +37,7 @@ def plan_record(
         "phases": [
             _phase_record(phase) | {"verdict": plan.verdict(phase), "why": plan.why(phase)} for phase in plan.phases
         ],
-        "host": _phase_record(plan.host),
+        "host": [_phase_record(phase) for phase in plan.host],
         "rollout": _rollout_record(config, plan, timing, assumed),
         "step": {
             "parts": [part._asdict() for part in timing.parts],

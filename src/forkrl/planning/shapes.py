@@ -107,7 +107,10 @@ def find_shape(path: str, revision: str | None = None) -> FoundShape:
     if (known := known_shape(path)) is not None:
         return known
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path = {path!r}: no such folder, and no shape of that name is known")
+        raise UserError(
+            f"model.path = {path!r}: no such folder, and no shape of that name is known; for a plan name a model of "
+            f"the same shape, as in model.path=Qwen/Qwen3-8B-Base"
+        )
     return FoundShape(_read_config(_download_config(path, revision), path), f"config.json of {path} on the hub")
 
 

@@ -93,7 +93,7 @@ def _memory(record: Record) -> FigureSection:
 def _items(record: Record) -> FigureSection:
     rows = [
         {"phase": phase["name"], "item": item["name"], "GiB": item["bytes"] / GIB, "how": item["note"]}
-        for phase in [*record["phases"], record["host"]]
+        for phase in [*record["phases"], *record["host"]]
         for item in phase["items"]
     ]
     return figure_section("Item by item", "As the recipe stands.", None, pd.DataFrame(rows), "plan-items")
