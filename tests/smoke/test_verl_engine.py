@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason='needs the extra "verl"'),
 ]
 PATIENCE_S = 400.0
-STEPS = 6
+STEPS = 8
 VERIFIER = '''"""Countdown's verifier, but for one response in some, on which it never comes back."""
 
 from forkrl.tasks.countdown import verify_countdown
@@ -188,13 +188,17 @@ def write_world(place: Path) -> None:
 
 
 def start(place: Path, *arguments: str) -> Attempt:
-    source = Path(__file__).parents[2] / "src"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(place)]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "forkrl.cli", "train", *arguments],
-        cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=place, env=environment_in(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return Attempt(process, place / "run")
+
+
+def environment_in(place: Path) -> dict[str, str]:
+    """Where the verifier can be imported."""
+    source = Path(__file__).parents[2] / "src"
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(place)]), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_killed_rank_ends_the_run_with_a_line_that_says_how_to_go_on(story: Story) -> None:
@@ -277,8 +281,11 @@ def test_rollouts_have_entropies_and_the_selection(story: Story) -> None:
 def test_the_merged_model_evaluates(story: Story) -> None:
     assert {path.name for path in (story.folder / "checkpoints").iterdir()} == {f"step-{STEPS - 2}", f"step-{STEPS}"}
     command = [sys.executable, "-m", "forkrl.cli", "eval", str(story.folder), "--problems", "8", "--samples", "2"]
-    command += ["task.name=countdown", "--out", str(story.folder.parent / "evaluated")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=story.folder.parent, timeout=PATIENCE_S)
+    command += ["--out", "evaluated"]
+    place = story.folder.parent
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=place, env=environment_in(place), timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr
     assert "report:" in done.stdout
 
