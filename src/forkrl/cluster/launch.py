@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import forkrl
 from forkrl.atomic import explained_write_errors
@@ -144,7 +144,7 @@ def prepare(config: TrainConfig) -> Prepared:
     refuse_unsuitable_prompts(config, counts)
     with open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward):
         pass  # a verifier that cannot be imported is better told here than from inside an actor
-    return Prepared(task, _stop_token_ids(tokenizer, config), model)
+    return Prepared(task, _stop_token_ids(tokenizer, config, model), model)
 
 
 def child_environment(config: TrainConfig) -> dict[str, str]:
@@ -171,14 +171,23 @@ def _check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: Tr
         )
 
 
-def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> tuple[int, ...]:
-    ids = []
+def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: TrainConfig, model: str) -> tuple[int, ...]:
+    """The recipe's, and those of the model's generation_config.json: vLLM stops there whatever it is told."""
+    ids = [each for each in _generation_eos(model) if each != tokenizer.eos_token_id]
     for text in config.rollout.stop:
         encoded = tokenizer.encode(text, add_special_tokens=False)
         if len(encoded) != 1:
             raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
         ids.append(encoded[0])
-    return tuple(ids)
+    return tuple(dict.fromkeys(ids))
+
+
+def _generation_eos(model: str) -> list[int]:
+    try:
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # many models have no such file
+        return []
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 def _paths(run_folder: Path, model: str) -> VerlPaths:
