@@ -167,13 +167,16 @@ print("said")
 """
 
 
-def watch(tmp_path: Path, *more: str, seen: list[Any]) -> int:
+def watch(tmp_path: Path, *more: str, seen: list[Any], begun: bool = True) -> int:
     metrics, stop = tmp_path / "metrics.jsonl", tmp_path / "stop"
+    if begun:
+        (tmp_path / "begun").touch()
     metrics.write_text('{"step": 0}\n')
     return run_and_watch(
         [sys.executable, "-c", CHILD, str(metrics), str(stop), *more],
         {"PATH": "/usr/bin:/bin"},
         log=tmp_path / "log.txt",
+        begun=tmp_path / "begun",
         stop=stop,
         metrics=metrics,
         known=1,
@@ -211,6 +214,18 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(Interrupted):
         watch(tmp_path, "until stopped", seen=Seen())
+    assert time.monotonic() - began < 15
+
+
+def test_before_the_first_step_one_signal_is_enough(tmp_path: Path) -> None:
+    class Seen(list[Any]):
+        def append(self, record: Any) -> None:
+            super().append(record)
+            signal.raise_signal(signal.SIGINT)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="SIGINT"):
+        watch(tmp_path, "until stopped", seen=Seen(), begun=False)
     assert time.monotonic() - began < 15
 
 

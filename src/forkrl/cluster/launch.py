@@ -29,7 +29,7 @@ from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.cluster.ending import explain_end
 from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import GRACE_S, run_and_watch
-from forkrl.cluster.record import ENDED, OWN, PROGRESS, STOP
+from forkrl.cluster.record import BEGUN, ENDED, OWN, PROGRESS, STOP
 from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
 from forkrl.config import TrainConfig
@@ -98,6 +98,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
                 command,
                 environment,
                 log=path / OWN / "log.txt",
+                begun=path / OWN / BEGUN,
                 stop=path / OWN / STOP,
                 metrics=path / "metrics.jsonl",
                 known=known,
@@ -252,7 +253,7 @@ def _write_files(config: TrainConfig, prepared: Prepared, run_folder: Path, *, f
     files, task = _paths(run_folder, prepared.model), prepared.task
     with explained_write_errors(run_folder):
         (run_folder / OWN).mkdir(exist_ok=True)
-        for name in (STOP, ENDED):
+        for name in (STOP, ENDED, BEGUN):
             (run_folder / OWN / name).unlink(missing_ok=True)
     if fresh or not files.train.is_file():
         write_prompts(files.train, task.train, task.name)

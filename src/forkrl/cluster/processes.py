@@ -24,6 +24,7 @@ def run_and_watch(
     environment: Mapping[str, str],
     *,
     log: Path,
+    begun: Path,
     stop: Path,
     metrics: Path,
     known: int,
@@ -31,12 +32,14 @@ def run_and_watch(
 ) -> int:
     """Run verl to its end and tell of every line it adds to the metrics.
 
-    The first Ctrl-C or SIGTERM asks it to end after the step under way and to save; a second one ends it at once.
+    The first Ctrl-C or SIGTERM asks it to end after the step under way and to save; a second one ends it at once, and
+    so does the first as long as no step has begun, when there is nothing to save.
 
     Args:
         command: verl's.
         environment: its whole environment.
         log: what it prints goes to the end of this file.
+        begun: is there once verl does steps.
         stop: made to ask for the end.
         metrics: the run's metrics.jsonl.
         known: lines of it that are there already.
@@ -61,7 +64,7 @@ def run_and_watch(
                     stop.touch()
                 time.sleep(POLL_S)
                 known += _tell(metrics, known, on_metrics)
-                if interruption.signalled_again:
+                if interruption.signalled_again or (interruption.signalled and not begun.exists()):
                     break
         finally:
             _end(process)

@@ -20,6 +20,7 @@ from forkrl.types import RolloutGroup
 OWN = "verl"
 ENDED = "ended.json"
 STOP = "stop"
+BEGUN = "begun"
 PROGRESS = "forkrl.json"
 """In each of verl's checkpoints: how far the run folder had come."""
 
@@ -75,8 +76,9 @@ class Record:
         checkpoint.mkdir(parents=True, exist_ok=True)
         write_text(checkpoint / PROGRESS, json.dumps({"step": step, "metrics_bytes": self.folder.metrics_bytes}))
 
-    def raise_if_stopped(self) -> None:
-        """Raises StopRequested once the launcher has asked for it."""
+    def begin_step(self) -> None:
+        """Tell the launcher that steps are being done; raises StopRequested once it has asked for their end."""
+        (self.folder.path / OWN / BEGUN).touch()
         if (self.folder.path / OWN / STOP).exists():
             raise StopRequested
 

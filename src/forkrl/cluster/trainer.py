@@ -113,7 +113,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
         """One step of verl's, and its figures under ForkRL's names, recorded before a checkpoint counts on them."""
         if self.record is not None:
-            self.record.raise_if_stopped()
+            self.record.begin_step()
         started = time.perf_counter()
         self._drawn, self._dropped, self._told = 0, [], {}
         batch = super().step(metrics, timing_raw)
