@@ -148,6 +148,12 @@ def test_other_ends_show_the_last_error_of_the_log(run: Path) -> None:
         explain_end(run, 1)
 
 
+def test_a_ray_that_does_not_answer_is_the_users_to_start(run: Path) -> None:
+    (run / OWN / "log.txt").write_text("ConnectionError: Failed to connect to Ray cluster at 10.0.0.1:6379\n")
+    with pytest.raises(UserError, match=r"cluster.address.*10.0.0.1:6379.*ray start.*RAY_AUTH_MODE"):
+        explain_end(run, 1)
+
+
 def test_a_log_without_an_error_gives_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_bytes(b"one\ntwo \xff\n\n")
     assert last_error(tmp_path / "log.txt").startswith("two")

@@ -31,9 +31,13 @@ def explain_end(run_folder: Path, status: int) -> None:
     if kind == TrainingHalted.__name__:
         raise TrainingHalted(f"step {step}: {message}; {way_on}")
     if status:
-        raise TrainingHalted(
-            f"verl ended with status {status}: {last_error(own / 'log.txt')}; its log is {own / 'log.txt'}; {way_on}"
-        )
+        last = last_error(own / "log.txt")
+        if "connect to Ray cluster" in last:
+            raise UserError(
+                f"cluster.address: {last}; start Ray there (ray start --head), with the same RAY_AUTH_MODE and token "
+                f"as here (docs/cluster.md)"
+            )
+        raise TrainingHalted(f"verl ended with status {status}: {last}; its log is {own / 'log.txt'}; {way_on}")
 
 
 def last_error(log: Path) -> str:
