@@ -266,6 +266,9 @@ def test_rollouts_have_entropies_and_the_selection(story: Story) -> None:
         assert run.rollout_names == [
             "eval-000000", f"eval-{STEPS:06d}", *[f"train-{step:06d}" for step in range(2, STEPS + 1, 2)]
         ]  # fmt: skip
+        before, after = (run.read_rollouts(f"eval-{step:06d}") for step in (0, STEPS))
+        # Held-out prompts come in the order of the file each time, so that a report can set them side by side.
+        assert [row["prompt_id"] for row in before] == [row["prompt_id"] for row in after]
         rows = run.read_rollouts("train-000002")
         assert len(rows) == 8
         entropies = [value for row in rows for value in row["entropy"]]

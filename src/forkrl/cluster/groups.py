@@ -63,6 +63,13 @@ def read_groups(
     ]
 
 
+def in_file_order(keys: Sequence[str], partition_id: str) -> list[str]:
+    """The keys by the row of their prompt in the data, whichever response ended first."""
+    data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=["index"])
+    rows = [int(_item(data, "index", place)) for place in range(len(keys))]
+    return [key for _, key in sorted(zip(rows, keys, strict=True))]
+
+
 def _item(data: TensorDict, name: str, place: int) -> Any:
     """One trajectory's value: a tensor, or whatever Python object verl keeps there; None where it has no such field."""
     if name not in data.keys():  # noqa: SIM118  # a TensorDict is no dict: `in` of it asks something else

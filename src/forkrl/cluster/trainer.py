@@ -32,7 +32,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested
 
 from forkrl.cluster.figures import step_figures
-from forkrl.cluster.groups import read_groups
+from forkrl.cluster.groups import in_file_order, read_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end
 from forkrl.cluster.replay import AccountingReplayBufferAsync, BoundedReplayBuffer, PromptsSpent
@@ -260,7 +260,8 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     def _note_validated(self, batch: KVBatchMeta) -> None:
         """Keep the responses of an evaluation, with their entropies, before verl forgets them."""
         per_token = self._measure_validation(batch) if self.base_mode == "sync" else {}
-        self._validated += self._groups(batch.keys, batch.partition_id, per_token=per_token, with_text=True)
+        keys = in_file_order(batch.keys, batch.partition_id)  # the same prompts come first each time
+        self._validated += self._groups(keys, batch.partition_id, per_token=per_token, with_text=True)
 
     def _measure_validation(self, batch: KVBatchMeta) -> dict[str, str]:
         """Entropies of held-out responses, at the temperature they were sampled at; names the fields they are in."""
