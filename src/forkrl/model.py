@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from forkrl.attention import use_grouped_attention
 from forkrl.errors import UserError
+from forkrl.types import Prompt
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
     from forkrl.config import ModelConfig
@@ -72,13 +73,7 @@ class Policy:
         Raises:
             UserError: one of them is not exactly one token of this tokenizer.
         """
-        ids = []
-        for text in stop:
-            encoded = self.tokenizer.encode(text, add_special_tokens=False)
-            if len(encoded) != 1:
-                raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
-            ids.append(encoded[0])
-        return tuple(ids)
+        return stop_token_ids(self.tokenizer, stop)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the configured precision; weights stay fp32."""
@@ -100,6 +95,36 @@ class Policy:
         """fp32 logits ``[N, V]`` of a few rows, with the head in the configured precision."""
         with self.autocast():
             return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> tuple[int, ...]:
+    """As ``Policy.stop_token_ids``, where there is a tokenizer only."""
+    ids = []
+    for text in stop:
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
+        ids.append(encoded[0])
+    return tuple(ids)
+
+
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, most: int, add_special_tokens: bool
+) -> tuple[int, ...]:
+    """The tokens of a prompt.
+
+    Raises:
+        UserError: there are none, or more than ``most``, the recipe's ``rollout.max_prompt_tokens``.
+    """
+    ids = tuple(tokenizer.encode(prompt.text, add_special_tokens=add_special_tokens))
+    place = prompt.place or f"prompt {prompt.id}"
+    if not ids:
+        raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
+    if len(ids) > most:
+        raise UserError(
+            f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {most}; raise the limit or remove the row"
+        )
+    return ids
 
 
 def open_policy(config: ModelConfig, device: str = "auto") -> Policy:

@@ -379,14 +379,23 @@ def _open_folder(
         assert out is not None
         return RunFolder.create(out, recipe_toml(config), {**provenance, "run_id": new_run_id()})
     folder = RunFolder.open(resume)
-    before, now = folder.provenance.get("data_fingerprint"), provenance["data_fingerprint"]
-    if before != now:
+    refuse_other_data(folder, config, provenance["data_fingerprint"])
+    return folder
+
+
+def refuse_other_data(folder: RunFolder, config: TrainConfig, fingerprint: str) -> None:
+    """Give the folder free and refuse, if a run is to be resumed on other prompts than it began with.
+
+    Raises:
+        UserError: both fingerprints.
+    """
+    before = folder.provenance.get("data_fingerprint")
+    if before != fingerprint:
         folder.close()
         raise UserError(
-            f"--resume {resume}: the prompts of task.{config.task.name} are not those the run began with "
-            f"(fingerprint {str(before)[:12]} then, {str(now)[:12]} now); restore the data, or start a new run"
+            f"--resume {folder.path}: the prompts of task.{config.task.name} are not those the run began with "
+            f"(fingerprint {str(before)[:12]} then, {fingerprint[:12]} now); restore the data, or start a new run"
         )
-    return folder
 
 
 def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:

@@ -34,16 +34,16 @@ from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.model import first_line, model_location
+from forkrl.model import first_line, model_location, prompt_token_ids, stop_token_ids
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.recipe import recipe_toml
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
-from forkrl.run import commit, new_run_id
+from forkrl.run import commit, new_run_id, refuse_other_data
 from forkrl.run_folder import RunFolder
 from forkrl.tasks import open_task
 from forkrl.tracking import TrackedRun, open_sinks, require_sinks
-from forkrl.types import Prompt, Task
+from forkrl.types import Task
 
 INSTALL = "pip install 'forkrl[verl]'"
 
@@ -138,7 +138,12 @@ def prepare(config: TrainConfig) -> Prepared:
     task = open_task(config.task, tokenizer)
     held_out = task.held_out[: config.eval.problems]
     for prompt in (*task.train, *held_out):
-        _check_prompt(prompt, tokenizer, config)
+        prompt_token_ids(
+            tokenizer,
+            prompt,
+            most=config.rollout.max_prompt_tokens,
+            add_special_tokens=not config.task.chat_template,
+        )
     counts: dict[str, int] = {}
     for prompt in task.train:
         counts[prompt.source] = counts.get(prompt.source, 0) + 1
@@ -161,26 +166,11 @@ def child_environment(config: TrainConfig) -> dict[str, str]:
     return environment
 
 
-def _check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
-    ids = tokenizer.encode(prompt.text, add_special_tokens=not config.task.chat_template)
-    place, most = prompt.place or f"prompt {prompt.id}", config.rollout.max_prompt_tokens
-    if not ids:
-        raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
-    if len(ids) > most:
-        raise UserError(
-            f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {most}; raise the limit or remove the row"
-        )
-
-
 def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: TrainConfig, model: str) -> tuple[int, ...]:
     """The recipe's, and those of the model's generation_config.json: vLLM stops there whatever it is told."""
-    ids = [each for each in _generation_eos(model) if each != tokenizer.eos_token_id]
-    for text in config.rollout.stop:
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        if len(encoded) != 1:
-            raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
-        ids.append(encoded[0])
-    return tuple(dict.fromkeys(ids))
+    own = stop_token_ids(tokenizer, config.rollout.stop)
+    further = [each for each in _generation_eos(model) if each != tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*own, *further]))
 
 
 def _generation_eos(model: str) -> list[int]:
@@ -217,13 +207,7 @@ def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None
     if resume is None:
         return RunFolder.create(out, recipe_toml(config), provenance)
     folder = RunFolder.open(resume)
-    before, now = folder.provenance.get("data_fingerprint"), task.fingerprint
-    if before != now:
-        folder.close()
-        raise UserError(
-            f"--resume {resume}: the prompts of task.{config.task.name} are not those the run began with "
-            f"(fingerprint {str(before)[:12]} then, {str(now)[:12]} now); restore the data, or start a new run"
-        )
+    refuse_other_data(folder, config, task.fingerprint)
     return folder
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.model import Policy
+from forkrl.model import Policy, prompt_token_ids
 from forkrl.replicas import Replica, Replicas
 from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
@@ -180,15 +180,12 @@ class EmbeddedEngine:
 
     def prefix(self, prompt: Prompt) -> Prefix:
         """The tokens of a prompt; raises as ``check_prompts`` does."""
-        ids = tuple(self.policy.tokenizer.encode(prompt.text, add_special_tokens=self.add_special_tokens))
-        place = prompt.place or f"prompt {prompt.id}"
-        if not ids:
-            raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
-        if len(ids) > self.max_prompt_tokens:
-            raise UserError(
-                f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {self.max_prompt_tokens}; "
-                f"raise the limit or remove the row"
-            )
+        ids = prompt_token_ids(
+            self.policy.tokenizer,
+            prompt,
+            most=self.max_prompt_tokens,
+            add_special_tokens=self.add_special_tokens,
+        )
         return Prefix(ids)
 
 
