@@ -41,7 +41,8 @@ def explain_end(run_folder: Path, status: int, *, since: int = 0) -> None:
         raise TrainingHalted(f"step {step}: {message}; {way_on}")
     if status:
         raise TrainingHalted(
-            f"verl ended with status {status}: {last_error(own / 'log.txt', since)}; its log is {own / 'log.txt'}; {way_on}"
+            f"verl ended with status {status}: {last_error(own / 'log.txt', since)}; its log is "
+            f"{own / 'log.txt'}; {way_on}"
         )
 
 
