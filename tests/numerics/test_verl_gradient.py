@@ -1,4 +1,8 @@
-"""For the same batch, verl with the plug-in has the gradient of ForkRL's own loop, on one rank and on two."""
+"""For the same batch, verl with the plug-in has the gradient of ForkRL's own loop, on one rank and on two.
+
+And the same figures, and the same selection; and padding, which verl appends to a batch that does not divide, adds to
+none of them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +23,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from forkrl.backward import compute_token_stats
+from forkrl.cluster.figures import _update_figures
 from forkrl.cluster.translate import verl_environment
 from forkrl.config import ModelConfig, TrainConfig
+from forkrl.metrics import update_metrics
 from forkrl.model import Policy, open_policy
 from forkrl.replicas import Replicas
-from forkrl.update import select_in_rollout_batch, update_policy
+from forkrl.types import TokenBatch
+from forkrl.update import Update, select_in_rollout_batch, update_policy
 from tests.numerics.test_golden_trace import build_batch
 
 pytestmark = [
     pytest.mark.verl,
     pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason='needs the extra "verl"'),
 ]
+PREFIX = "forkrl/"
 BASE: dict[str, Any] = {
     "rollout": {"max_response_tokens": 64, "max_prompt_tokens": 16, "prompts_per_step": 8, "group_size": 2},
     "reward": {"overlong_cache": 0},
@@ -58,7 +67,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "entropy bonus": {"selection": {"scope": "mini_batch"}, "loss": {"entropy_coef": 0.05}},
 }
-ONE_RANK_ONLY = {"micro-batch"}  # with two ranks there are two micro-batches, and two selections
+LAYOUTS = {"one rank": (1, 0), "two ranks": (2, 0), "a rank of padding": (2, 8)}
+"""Ranks, and sequences of padding behind the batch."""
+TWO_MICRO_BATCHES = {("micro-batch", "two ranks")}  # and two selections
+CURRENT_ENTROPY = {"micro-batch", "sequence", "threshold", "entropy bonus"}
+"""Elsewhere the update does without the current policy's entropies, and tells those before it (docs/cluster.md)."""
+Found = dict[str, dict[str, tuple[dict[str, Tensor], dict[str, float], dict[int, dict[str, Any]]]]]
+"""Gradient, metrics, and what was told of each sequence, by layout and case."""
 
 
 def recipe(sections: dict[str, Any]) -> dict[str, Any]:
@@ -78,25 +93,41 @@ def policies() -> tuple[Policy, Policy]:
 
 
 @pytest.fixture(scope="module")
-def verl_gradients(
-    policies: tuple[Policy, Policy], tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, dict[str, dict[str, Tensor]]]:
-    """verl's, by number of ranks and case."""
+def batch(policies: tuple[Policy, Policy]) -> TokenBatch:
+    """Sampled by a policy so near that most tokens are not clipped: a token selected wrongly shows in the gradient."""
+    made, generator = build_batch(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        logprobs_BT = compute_token_stats(policies[0], made, temperature=1.0).logprobs
+    noise_BT = 0.2 * torch.randn(logprobs_BT.shape, generator=generator)
+    return replace(made, old_logprobs=(logprobs_BT + noise_BT) * made.response_mask)
+
+
+@pytest.fixture(scope="module")
+def found(policies: tuple[Policy, Policy], batch: TokenBatch, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """verl's."""
     folder = tmp_path_factory.mktemp("verl-gradient")
     trained, start = policies
     trained.model.save_pretrained(folder / "model")
     start.tokenizer.save_pretrained(folder / "model")
     with torch.no_grad():
-        reference_BT = compute_token_stats(start, build_batch(), temperature=1.0).logprobs
+        reference_BT = compute_token_stats(start, batch, temperature=1.0).logprobs
     (folder / "reference.json").write_text(json.dumps(reference_BT.tolist()))
+    (folder / "old.json").write_text(json.dumps(batch.old_logprobs.tolist()))
     (folder / "recipe.json").write_text(json.dumps(recipe({"runtime": {"engine": "verl"}})))
     (folder / "cases.json").write_text(json.dumps({name: recipe(sections) for name, sections in CASES.items()}))
-    for size in (1, 2):
-        run_ranks(folder, size)
-    return {size: {name: load_file(folder / f"{name}-{size}.safetensors") for name in CASES} for size in (1, 2)}
+    for size, padding in LAYOUTS.values():
+        run_ranks(folder, size, padding)
+    return {layout: {name: read(folder, name, *ranks) for name in CASES} for layout, ranks in LAYOUTS.items()}
 
 
-def run_ranks(folder: Path, size: int) -> None:
+def read(folder: Path, name: str, size: int, padding: int) -> Any:
+    said = [json.loads((folder / f"{name}-{size}-{padding}-{rank}.json").read_text()) for rank in range(size)]
+    told = {each["row"]: each for rank in said for each in rank["told"]}
+    gradient = load_file(folder / f"{name}-{size}-{padding}-0.safetensors")
+    return gradient, {key.removeprefix(PREFIX): value for key, value in said[0]["metrics"].items()}, told
+
+
+def run_ranks(folder: Path, size: int, padding: int) -> None:
     config = TrainConfig.model_validate(recipe({}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,7 +138,7 @@ def run_ranks(folder: Path, size: int) -> None:
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.numerics.verl_rank", str(folder)],
+            [sys.executable, "-m", "tests.numerics.verl_rank", str(folder), str(padding)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
@@ -120,27 +151,54 @@ def run_ranks(folder: Path, size: int) -> None:
     assert not any(rank.returncode for rank in ranks), "\n".join(output[-4000:] for output in outputs)
 
 
-def own_gradient(policies: tuple[Policy, Policy], name: str) -> dict[str, Tensor]:
+def own_update(
+    policies: tuple[Policy, Policy], batch: TokenBatch, name: str
+) -> tuple[dict[str, Tensor], dict[str, float], Update]:
+    """Gradient, metrics and selection of the local loop."""
     trained, start = policies
     working = Policy(copy.deepcopy(trained.model), trained.tokenizer)
     config = TrainConfig.model_validate(recipe(CASES[name]))
     generator = torch.Generator().manual_seed(1)
-    batch = select_in_rollout_batch(build_batch(), config, generator)
+    chosen = select_in_rollout_batch(batch, config, generator)
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-    update_policy(Replicas(working, start if config.loss.kl_coef else None), optimizer, batch, config, generator)
-    return {key: parameter.grad for key, parameter in working.model.named_parameters() if parameter.grad is not None}
+    update = update_policy(
+        Replicas(working, start if config.loss.kl_coef else None), optimizer, chosen, config, generator
+    )
+    found = {key: parameter.grad for key, parameter in working.model.named_parameters() if parameter.grad is not None}
+    return found, update_metrics([batch], [update]), update
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_verl_has_the_gradient_of_the_local_loop(
-    policies: tuple[Policy, Policy], verl_gradients: dict[int, dict[str, dict[str, Tensor]]], name: str, size: int
+    policies: tuple[Policy, Policy], batch: TokenBatch, found: Found, name: str, layout: str
 ) -> None:
-    if size == 2 and name in ONE_RANK_ONLY:
+    if (name, layout) in TWO_MICRO_BATCHES:
         pytest.skip("two ranks are two micro-batches")
-    own, theirs = own_gradient(policies, name), verl_gradients[size][name]
+    own, _, _ = own_update(policies, batch, name)
+    theirs, _, _ = found[layout][name]
     assert own.keys() == theirs.keys()
     largest = max(float(value.abs().max()) for value in own.values())
     assert largest > 1e-3
     difference = max(float((own[key] - theirs[key]).abs().max()) for key in own)
-    assert difference < 1e-5 * max(1.0, largest), f"{difference:.2g} beside a largest gradient of {largest:.2g}"
+    assert difference < 1e-5 * largest, f"{difference:.2g} beside a largest gradient of {largest:.2g}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_verl_has_the_figures_and_the_selection_of_the_local_loop(
+    policies: tuple[Policy, Policy], batch: TokenBatch, found: Found, name: str, layout: str
+) -> None:
+    if (name, layout) in TWO_MICRO_BATCHES:
+        pytest.skip("two ranks are two micro-batches")
+    _, own, update = own_update(policies, batch, name)
+    _, told, rows = found[layout][name]
+    figures = _update_figures(told)
+    names = [key for key in own if key.startswith(("selection/", "loss/"))]
+    if name in CURRENT_ENTROPY:
+        names += [key for key in own if key.startswith("entropy/")]
+    for key in names:
+        assert figures[key] == pytest.approx(own[key], rel=1e-4, abs=1e-6, nan_ok=True), key
+    assert sorted(rows) == list(range(len(batch)))
+    for row in rows:
+        assert rows[row]["selected"] == update.selected_BT[row][batch.response_mask[row]].tolist()

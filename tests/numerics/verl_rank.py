@@ -1,6 +1,6 @@
 """One rank of verl's, without Ray: the gradients of its actor on a given batch, by ForkRL's loss.
 
-Run by test_verl_gradient.py, a process a rank: ``python -m tests.numerics.verl_rank FOLDER``.
+Run by test_verl_gradient.py, a process a rank: ``python -m tests.numerics.verl_rank FOLDER PADDING``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,24 +25,25 @@ from verl.utils import tensordict_utils as tu
 from forkrl.cluster.options import ForkOptions
 from forkrl.cluster.selection import seeded, select
 from forkrl.cluster.translate import VerlPaths, verl_overrides
-from forkrl.cluster.worker import SELECTED, ForkLoss, ForkWorker
+from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker
 from forkrl.config import TrainConfig
 from forkrl.recipe import parse_recipe
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, padding: int) -> None:
+    """Every case, once; with so many sequences of padding behind the batch, as verl fills one up."""
     cases = json.loads((folder / "cases.json").read_text())
     worker = open_worker(folder)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    batch = build_batch()
+    batch = replace(build_batch(), old_logprobs=_read(folder / "old.json"))
     reference_BT = _read(folder / "reference.json")
     for name, sections in cases.items():
         config = parse_recipe(TrainConfig, sections, name)
-        gradients = gradient(worker, config, batch, reference_BT, rank, size)
-        if rank == 0:
-            save_file(gradients, folder / f"{name}-{size}.safetensors")
+        gradients, metrics, told = gradient(worker, config, batch, reference_BT, rank, size, padding)
+        save_file(gradients, folder / f"{name}-{size}-{padding}-{rank}.safetensors")
+        (folder / f"{name}-{size}-{padding}-{rank}.json").write_text(json.dumps({"metrics": metrics, "told": told}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -66,9 +68,9 @@ def open_worker(folder: Path) -> Any:
 
 
 def gradient(
-    worker: Any, config: TrainConfig, batch: TokenBatch, reference_BT: Tensor, rank: int, size: int
-) -> dict[str, Tensor]:
-    """What the optimizer would step by, whole, of every parameter."""
+    worker: Any, config: TrainConfig, batch: TokenBatch, reference_BT: Tensor, rank: int, size: int, padding: int
+) -> tuple[dict[str, Tensor], dict[str, float], list[dict[str, Any]]]:
+    """What the optimizer would step by, whole; the metrics; what this rank tells of its sequences."""
     training, caught = worker.actor, {}
     training.set_loss_fn(ForkLoss(_options(config), _loss_settings(config)))
     original = training.engine.optimizer_step
@@ -81,23 +83,24 @@ def gradient(
 
     training.engine.optimizer_step = catch
     try:
-        data = as_verl_has_it(batch, reference_BT, config)
+        data = as_verl_has_it(batch, reference_BT, config, padding)
         own = tu.chunk_tensordict(data, size)[rank]
         tu.assign_non_tensor(
             own,
-            mini_batch_size=len(batch),
+            mini_batch_size=len(data),
             epochs=1,
             seed=0,
             dataloader_kwargs={"shuffle": False},
             temperature=config.rollout.temperature,
-            global_batch_size=len(batch),
+            global_batch_size=len(data),
             calculate_entropy=_reads_own_entropies(config),
             max_token_len_per_gpu=config.training.micro_batch_tokens,
         )
-        training.train_mini_batch(own)
+        output = training.train_mini_batch(own)
     finally:
         training.engine.optimizer_step = original
-    return caught
+    metrics = {key: float(values[0]) for key, values in tu.get(output, "metrics").items() if key.startswith(PREFIX)}
+    return caught, metrics, training.loss_fn.told
 
 
 def _options(config: TrainConfig) -> ForkOptions:
@@ -130,7 +133,7 @@ def _loss_settings(config: TrainConfig) -> SimpleNamespace:
     )
 
 
-def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig) -> TensorDict:
+def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig, padding: int) -> TensorDict:
     """The batch as it lies in the TransferQueue when a trainer calls for the update: nested, one row a response."""
     rows: list[dict[str, Tensor]] = []
     for row in range(len(batch)):
@@ -153,6 +156,7 @@ def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig)
                 "advantages": batch.advantages[row].expand(length - start).clone(),
             }
         )
+    rows += [_padding(rows[0]) for _ in range(padding)]
     fields: dict[str, Any] = {
         name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in rows[0]
     }
@@ -162,8 +166,19 @@ def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig)
         fields[SELECTED] = torch.nested.nested_tensor_from_jagged(
             chosen_N.to(torch.int8), fields["response_mask"].offsets()
         )
-    return TensorDict(fields, batch_size=len(batch))
+    fields[ROW] = torch.tensor([*range(len(batch)), *[-1] * padding])[:, None]
+    return TensorDict(fields, batch_size=len(rows))
+
+
+def _padding(like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A sequence that verl appends to a batch which does not divide: one token of response, and that masked."""
+    ids, none = torch.ones(16, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    whole = {"input_ids": ids, "position_ids": torch.arange(len(ids)), "prompts": ids[:-1], "responses": ids[-1:]}
+    masks = {"response_mask": none, "loss_mask": none}
+    # Log-probs and entropies are measured of it as of any other; its advantage is 0.
+    measured = {name: torch.full((1,), 9.0) for name in ("old_log_probs", "ref_log_prob", "entropy")}
+    return {**like, **whole, **masks, **measured, "advantages": torch.zeros(1)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -154,6 +154,35 @@ def test_a_ray_that_does_not_answer_is_the_users_to_start(run: Path) -> None:
         explain_end(run, 1)
 
 
+WARNED = (
+    "\x1b[36m(RewardLoopWorker pid=7)\x1b[0m forkrl.errors.UserError: task.verifier = 'a:b' could not be started\n"
+    "\x1b[36m(TaskRunner pid=6)\x1b[0m ValueError: Received an empty list as keys.\n"
+    "\x1b[36m(pid=6596)\x1b[0m engine/__init__.py:69: UserWarning: megatron engine is not available: "
+    "ModuleNotFoundError(\"No module named 'megatron'\")\n"
+    '\x1b[36m(pid=6596)\x1b[0m   warnings.warn(f"megatron engine is not available: {e!r}", stacklevel=1)\n'
+)
+
+
+def test_what_verl_warns_of_is_not_why_it_ended(run: Path) -> None:
+    (run / OWN / "log.txt").write_text(WARNED.replace("forkrl.errors.UserError", "x"))
+    assert last_error(run / OWN / "log.txt") == "ValueError: Received an empty list as keys."
+
+
+def test_forkrls_own_word_goes_before_what_followed_from_it(run: Path) -> None:
+    (run / OWN / "log.txt").write_text(WARNED)
+    assert last_error(run / OWN / "log.txt") == "task.verifier = 'a:b' could not be started"
+
+
+def test_only_this_attempts_part_of_the_log_is_read(run: Path) -> None:
+    log = run / OWN / "log.txt"
+    log.write_text(WARNED)
+    since = log.stat().st_size
+    with log.open("a") as file:
+        file.write("OSError: [Errno 28] No space left on device\n")
+    with pytest.raises(TrainingHalted, match="status 1: OSError: .*No space left"):
+        explain_end(run, 1, since=since)
+
+
 def test_a_log_without_an_error_gives_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_bytes(b"one\ntwo \xff\n\n")
     assert last_error(tmp_path / "log.txt").startswith("two")

@@ -9,12 +9,21 @@ from pathlib import Path
 from forkrl.cluster.record import ENDED, OWN
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
 
-_ERROR = re.compile(r"(?:^|\s)((?:[A-Za-z_]+\.)*[A-Z][A-Za-z]*(?:Error|Exception|Died|Timeout)\b.*)")
+_ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Died|Timeout)\b.*")
+"""As a traceback ends. Errors that a warning quotes stand further along a line."""
+_OWN_ERROR = re.compile(r"forkrl\.errors\.\w+: (.*)")
+_PROCESS = re.compile(r"\([^()]*pid=[^()]*\)\s*")
+"""Before a line that Ray hands on from another process."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def explain_end(run_folder: Path, status: int) -> None:
+def explain_end(run_folder: Path, status: int, *, since: int = 0) -> None:
     """Say why a run ended that did not come to its last step; nothing where it did.
+
+    Args:
+        run_folder: the run's.
+        status: that verl ended with.
+        since: bytes of the log that are of attempts before this one.
 
     Raises:
         UserError: verl was asked for something that it cannot do.
@@ -31,7 +40,7 @@ def explain_end(run_folder: Path, status: int) -> None:
     if kind == TrainingHalted.__name__:
         raise TrainingHalted(f"step {step}: {message}; {way_on}")
     if status:
-        last = last_error(own / "log.txt")
+        last = last_error(own / "log.txt", since)
         if "connect to Ray cluster" in last:
             raise UserError(
                 f"cluster.address: {last}; start Ray there (ray start --head), with the same RAY_AUTH_MODE and token "
@@ -40,10 +49,12 @@ def explain_end(run_folder: Path, status: int) -> None:
         raise TrainingHalted(f"verl ended with status {status}: {last}; its log is {own / 'log.txt'}; {way_on}")
 
 
-def last_error(log: Path) -> str:
-    """The last line of a log that names an error; else its last line."""
-    lines = [_COLOUR.sub("", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    for line in reversed(lines[-2000:]):
-        if found := _ERROR.search(line):
-            return found[1][:300]
+def last_error(log: Path, since: int = 0) -> str:
+    """The line of a log that names why it ends: ForkRL's last error, else the last of all, else its last line."""
+    text = log.read_bytes()[since:].decode(errors="replace")
+    lines = [_PROCESS.sub("", _COLOUR.sub("", line).strip(), count=1) for line in text.splitlines()]
+    for pattern, group in ((_OWN_ERROR, 1), (_ERROR, 0)):
+        for line in reversed(lines):
+            if found := pattern.match(line):
+                return found[group][:300]
     return next((line[:300] for line in reversed(lines) if line), "it printed nothing")

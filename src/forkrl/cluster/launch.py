@@ -90,14 +90,16 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
         known = len(folder.read_metrics())
         folder.close()  # verl's trainer holds it now
         environment = child_environment(config)
+        log = path / OWN / "log.txt"
+        logged = log.stat().st_size if log.is_file() else 0
         header = f"{describe_selection(config)}; by verl on {_described_machines(config)}"
         display = stack.enter_context(TrainingDisplay(config.training.steps, start, header=header))
-        display.message(f"verl starts, which takes a minute; its log: {path / OWN / 'log.txt'}")
+        display.message(f"verl starts, which takes a minute; its log: {log}")
         try:
             status = run_and_watch(
                 command,
                 environment,
-                log=path / OWN / "log.txt",
+                log=log,
                 begun=path / OWN / BEGUN,
                 stop=path / OWN / STOP,
                 metrics=path / "metrics.jsonl",
@@ -108,7 +110,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
             display.phase("merge")
             with _reopen(path) as run:
                 merge_checkpoints(run, files.checkpoints, environment, display.message, keep=config.checkpoint.keep)
-        explain_end(path, status)
+        explain_end(path, status, since=logged)
 
 
 def dry_run(config: TrainConfig, out: Path) -> str:
