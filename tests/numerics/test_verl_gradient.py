@@ -32,6 +32,7 @@ from forkrl.replicas import Replicas
 from forkrl.types import TokenBatch
 from forkrl.update import Update, select_in_rollout_batch, update_policy
 from tests.numerics.test_golden_trace import build_batch
+from tests.once import once
 
 pytestmark = [
     pytest.mark.verl,
@@ -105,18 +106,21 @@ def batch(policies: tuple[Policy, Policy]) -> TokenBatch:
 @pytest.fixture(scope="module")
 def found(policies: tuple[Policy, Policy], batch: TokenBatch, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """verl's."""
-    folder = tmp_path_factory.mktemp("verl-gradient")
-    trained, start = policies
-    trained.model.save_pretrained(folder / "model")
-    start.tokenizer.save_pretrained(folder / "model")
-    with torch.no_grad():
-        reference_BT = compute_token_stats(start, batch, temperature=1.0).logprobs
-    (folder / "reference.json").write_text(json.dumps(reference_BT.tolist()))
-    (folder / "old.json").write_text(json.dumps(batch.old_logprobs.tolist()))
-    (folder / "recipe.json").write_text(json.dumps(recipe({"runtime": {"engine": "verl"}})))
-    (folder / "cases.json").write_text(json.dumps({name: recipe(sections) for name, sections in CASES.items()}))
-    for size, padding in LAYOUTS.values():
-        run_ranks(folder, size, padding)
+
+    def run(folder: Path) -> None:
+        trained, start = policies
+        trained.model.save_pretrained(folder / "model")
+        start.tokenizer.save_pretrained(folder / "model")
+        with torch.no_grad():
+            reference_BT = compute_token_stats(start, batch, temperature=1.0).logprobs
+        (folder / "reference.json").write_text(json.dumps(reference_BT.tolist()))
+        (folder / "old.json").write_text(json.dumps(batch.old_logprobs.tolist()))
+        (folder / "recipe.json").write_text(json.dumps(recipe({"runtime": {"engine": "verl"}})))
+        (folder / "cases.json").write_text(json.dumps({name: recipe(sections) for name, sections in CASES.items()}))
+        for size, padding in LAYOUTS.values():
+            run_ranks(folder, size, padding)
+
+    folder, _ = once(tmp_path_factory, "verl-gradient", run)
     return {layout: {name: read(folder, name, *ranks) for name in CASES} for layout, ranks in LAYOUTS.items()}
 
 

@@ -6,7 +6,6 @@ the sampler in the middle of a step, then the user stops the run, then it comes 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,18 +14,17 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forkrl.run_folder import RunFolder
+from tests.once import once
+from tests.verl_here import needs_verl
 
-pytestmark = [
-    pytest.mark.verl,
-    pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason='needs the extra "verl"'),
-]
+pytestmark = needs_verl
 PATIENCE_S = 400.0
 STEPS = 8
 VERIFIER = '''"""Countdown's verifier, but for one response in some, on which it never comes back."""
@@ -87,18 +85,16 @@ gpus_per_node = 2
 
 @dataclass
 class Attempt:
-    """One process of ``forkrl train`` and how it ended."""
+    """A process of ``forkrl train`` that runs."""
 
     process: subprocess.Popen[str]
     folder: Path
-    output: str = ""
-    seen: list[str] = field(default_factory=list)
 
     def wait_for(self, what: Callable[[list[dict[str, Any]]], bool]) -> None:
         """Until the run's metrics say so."""
         deadline = time.monotonic() + PATIENCE_S
         while not what(metrics_of(self.folder)):
-            assert time.monotonic() < deadline and self.process.poll() is None, self.finish()
+            assert time.monotonic() < deadline and self.process.poll() is None, self.end()
             time.sleep(0.1)
 
     def kill_inside(self, name: str) -> None:
@@ -110,9 +106,9 @@ class Attempt:
         assert named, [(each.cmdline() or [each.name()])[0] for each in own]
         named[-1].kill()
 
-    def finish(self) -> str:
-        self.output = self.process.communicate(timeout=PATIENCE_S)[0]
-        return self.output
+    def end(self) -> dict[str, Any]:
+        output = self.process.communicate(timeout=PATIENCE_S)[0]
+        return {"code": self.process.returncode, "output": output}
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
@@ -138,43 +134,53 @@ def left_behind(folder: Path) -> list[str]:
 
 
 @dataclass
+class Ended:
+    """One process of ``forkrl train``, as it ended."""
+
+    code: int
+    output: str
+
+
+@dataclass
 class Story:
     folder: Path
-    rank_killed: Attempt
+    rank_killed: Ended
     after_rank_killed: list[dict[str, Any]]
-    sampler_killed: Attempt
-    interrupted: Attempt
+    sampler_killed: Ended
+    interrupted: Ended
     after_interruption: list[dict[str, Any]]
-    finished: Attempt
+    finished: Ended
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    place = tmp_path_factory.mktemp("verl-engine")
+    place, told = once(tmp_path_factory, "verl-engine", tell)
+    kept = {name: Ended(**value) if isinstance(value, dict) else value for name, value in told.items()}
+    return Story(folder=place / "run", **kept)
+
+
+def tell(place: Path) -> dict[str, Any]:
+    """Live through it all."""
     write_world(place)
     folder = place / "run"
 
     rank_killed = start(place, "recipe.toml", "--engine", "verl", "--out", "run")
     rank_killed.wait_for(lambda metrics: 3 in steps_of(metrics))
     rank_killed.kill_inside("WorkerDict")
-    rank_killed.finish()
-    after_rank_killed = metrics_of(folder)
+    told: dict[str, Any] = {"rank_killed": rank_killed.end(), "after_rank_killed": metrics_of(folder)}
 
     sampler_killed = start(place, "--resume", "run")
     sampler_killed.wait_for(lambda metrics: steps_of(metrics)[-1:] == [4] or len(steps_of(metrics)) > 3)
     sampler_killed.kill_inside("CpuServer")
-    sampler_killed.finish()
+    told |= {"sampler_killed": sampler_killed.end()}
 
-    interrupted = start(place, "--resume", "run")
     done = max(steps_of(metrics_of(folder)))
+    interrupted = start(place, "--resume", "run")
     interrupted.wait_for(lambda metrics: max(steps_of(metrics), default=0) == min(done + 1, STEPS - 1))
     interrupted.process.send_signal(signal.SIGINT)
-    interrupted.finish()
-    after_interruption = metrics_of(folder)
+    told |= {"interrupted": interrupted.end(), "after_interruption": metrics_of(folder)}
 
-    finished = start(place, "--resume", "run")
-    finished.finish()
-    return Story(folder, rank_killed, after_rank_killed, sampler_killed, interrupted, after_interruption, finished)
+    return told | {"finished": start(place, "--resume", "run").end()}
 
 
 def write_world(place: Path) -> None:
@@ -203,20 +209,20 @@ def environment_in(place: Path) -> dict[str, str]:
 
 def test_a_killed_rank_ends_the_run_with_a_line_that_says_how_to_go_on(story: Story) -> None:
     last = story.rank_killed.output.strip().splitlines()[-1]
-    assert story.rank_killed.process.returncode == 1, story.rank_killed.output
+    assert story.rank_killed.code == 1, story.rank_killed.output
     assert last.startswith("forkrl: training stopped") and "forkrl train --resume" in last and "log.txt" in last
 
 
 def test_a_killed_sampler_ends_it_likewise(story: Story) -> None:
     last = story.sampler_killed.output.strip().splitlines()[-1]
-    assert story.sampler_killed.process.returncode == 1, story.sampler_killed.output
+    assert story.sampler_killed.code == 1, story.sampler_killed.output
     assert last.startswith("forkrl: training stopped") and "forkrl train --resume" in last
 
 
 def test_ctrl_c_saves_the_finished_steps(story: Story) -> None:
-    assert story.interrupted.process.returncode == 130, story.interrupted.output
+    assert story.interrupted.code == 130, story.interrupted.output
     assert "and saved; go on with: forkrl train --resume" in story.interrupted.output
-    assert story.finished.process.returncode == 0, story.finished.output
+    assert story.finished.code == 0, story.finished.output
     first = next(line for line in story.finished.output.splitlines() if line.startswith("step "))
     assert first.startswith(f"step {max(steps_of(story.after_interruption)) + 1}/{STEPS}")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.smoke.verl_run import VerlOutcome, run_verl, stock_overrides, write_countdown
+from tests.smoke.verl_run import VerlOutcome, run_once, stock_overrides
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl
@@ -15,20 +15,18 @@ pytestmark = needs_verl
 @pytest.fixture(scope="module")
 def literal(tmp_path_factory: pytest.TempPathFactory) -> VerlOutcome:
     """The paper's literal variant, on two ranks: the current policy's entropy, micro-batch by micro-batch."""
-    files = write_countdown(tmp_path_factory.mktemp("literal"))
     chosen = ["trainer.v1.trainer_mode=forkrl", "+forkrl.scope=micro_batch", "+forkrl.entropy=current"]
-    return run_verl(
-        [*stock_overrides(files, ranks=2), *chosen, "+forkrl.ratio=0.3", "+forkrl.poll_s=0.1"], files.folder
-    )
+    chosen += ["+forkrl.ratio=0.3", "+forkrl.poll_s=0.1"]
+    return run_once(tmp_path_factory, "literal", lambda files: [*stock_overrides(files, ranks=2), *chosen])[1]
 
 
 @pytest.fixture(scope="module")
 def ahead(tmp_path_factory: pytest.TempPathFactory) -> VerlOutcome:
     """verl's trainer that samples the next step meanwhile, with groups filtered and the rollout batch as scope."""
-    files = write_countdown(tmp_path_factory.mktemp("ahead"))
     chosen = ["trainer.v1.trainer_mode=forkrl_colocate_async", "+forkrl.ratio=0.25", "+forkrl.poll_s=0.1"]
     filtered = ["algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=score"]
-    return run_verl([*stock_overrides(files), *chosen, *filtered, "trainer.total_training_steps=3"], files.folder)
+    more = [*chosen, *filtered, "trainer.total_training_steps=3"]
+    return run_once(tmp_path_factory, "ahead", lambda files: [*stock_overrides(files), *more])[1]
 
 
 def steps_of(outcome: VerlOutcome) -> list[dict[str, Any]]:

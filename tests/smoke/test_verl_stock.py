@@ -15,9 +15,8 @@ from tests.smoke.verl_run import (
     VerlFiles,
     VerlOutcome,
     read_lines,
-    run_verl,
+    run_once,
     stock_overrides,
-    write_countdown,
 )
 from tests.verl_here import needs_verl
 
@@ -27,13 +26,18 @@ STEPS, PROMPTS, GROUP = 2, 4, 4
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> VerlFiles:
-    return write_countdown(tmp_path_factory.mktemp("stock"))
+def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[VerlFiles, VerlOutcome]:
+    return run_once(tmp_path_factory, "stock", stock_overrides)
 
 
 @pytest.fixture(scope="module")
-def outcome(files: VerlFiles) -> VerlOutcome:
-    return run_verl(stock_overrides(files), files.folder)
+def files(stock: tuple[VerlFiles, VerlOutcome]) -> VerlFiles:
+    return stock[0]
+
+
+@pytest.fixture(scope="module")
+def outcome(stock: tuple[VerlFiles, VerlOutcome]) -> VerlOutcome:
+    return stock[1]
 
 
 def test_it_ends_and_leaves_no_process(outcome: VerlOutcome) -> None:

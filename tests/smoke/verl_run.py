@@ -15,18 +15,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import pytest
 
 from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.config import RewardConfig
 from forkrl.model import model_location
 from forkrl.tasks.countdown import countdown_task
 from forkrl.types import Prompt, VerifierSpec
+from tests.once import once
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_RESPONSE_TOKENS = 64
@@ -158,6 +161,20 @@ def _hardware(ranks: int) -> list[str]:
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "transfer_queue.backend.SimpleStorage.total_storage_size=4096",
     ]
+
+
+def run_once(
+    factory: pytest.TempPathFactory, name: str, overrides: Callable[[VerlFiles], Sequence[str]], **how: Any
+) -> tuple[VerlFiles, VerlOutcome]:
+    """Countdown's files and a run on them, the same one for all of pytest's processes."""
+
+    def run(folder: Path) -> dict[str, Any]:
+        files = write_countdown(folder)
+        return asdict(run_verl(overrides(files), folder, **how))
+
+    folder, said = once(factory, name, run)
+    task = countdown_task()
+    return VerlFiles(folder, list(task.train[:64]), list(task.held_out[:4])), VerlOutcome(**said)
 
 
 def run_verl(
