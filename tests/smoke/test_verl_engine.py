@@ -155,8 +155,15 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     place, told = once(tmp_path_factory, "verl-engine", tell)
-    kept = {name: Ended(**value) if isinstance(value, dict) else value for name, value in told.items()}
-    return Story(folder=place / "run", **kept)
+    return Story(
+        folder=place / "run",
+        rank_killed=Ended(**told["rank_killed"]),
+        after_rank_killed=told["after_rank_killed"],
+        sampler_killed=Ended(**told["sampler_killed"]),
+        interrupted=Ended(**told["interrupted"]),
+        after_interruption=told["after_interruption"],
+        finished=Ended(**told["finished"]),
+    )
 
 
 def tell(place: Path) -> dict[str, Any]:
