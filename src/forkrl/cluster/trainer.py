@@ -31,13 +31,13 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested
 
+# As modules: either may be what is importing verl, and thereby this module, and then has no names yet.
+from forkrl.cluster import replay, worker
 from forkrl.cluster.figures import step_figures
 from forkrl.cluster.groups import read_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end
-from forkrl.cluster.replay import AccountingReplayBufferAsync, BoundedReplayBuffer, PromptsSpent
 from forkrl.cluster.selection import seeded, select
-from forkrl.cluster.worker import ROW, SELECTED, ForkWorker
 from forkrl.errors import NothingToLearn
 from forkrl.evaluation.held_out import summarise
 from forkrl.rollout_rows import rollout_rows
@@ -144,7 +144,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     # -- sampling ----------------------------------------------------------------------------------------------------
 
     def _build_replay_buffer(self) -> Any:
-        own = BoundedReplayBuffer if self.base_mode == "sync" else AccountingReplayBufferAsync
+        own = replay.BoundedReplayBuffer if self.base_mode == "sync" else replay.AccountingReplayBufferAsync
         return own.taking_over(
             super()._build_replay_buffer(),
             poll_interval=self.options.poll_s,
@@ -157,7 +157,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         limit = self.options.max_generation_batches * self.config.data.train_batch_size
         left = limit - self._drawn if limit else num_prompts
         if left <= 0:
-            raise PromptsSpent(
+            raise replay.PromptsSpent(
                 f"nothing to learn: every group of {self._drawn} prompts in {self.options.max_generation_batches} "
                 f"generation batches was all right or all wrong, or too few were not; take easier or harder prompts, a "
                 f"larger rollout.group_size, or raise dynamic_sampling.max_generation_batches"
@@ -180,14 +180,14 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         super()._init_resource_pool_mgr()
         for role in self.role_worker_mapping:
             if "actor" in str(role):
-                self.role_worker_mapping[role] = ray.remote(ForkWorker)
+                self.role_worker_mapping[role] = ray.remote(worker.ForkWorker)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
         marked = self._marked_rows(batch)
-        fields: dict[str, torch.Tensor] = {ROW: torch.tensor(marked)[:, None]}
+        fields: dict[str, torch.Tensor] = {worker.ROW: torch.tensor(marked)[:, None]}
         if self.options.scope == "rollout_batch":
-            fields[SELECTED] = self._select_in_batch(batch)
+            fields[worker.SELECTED] = self._select_in_batch(batch)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
         )
