@@ -34,7 +34,7 @@ from verl.workers.utils.padding import response_from_nested
 # As modules: either may be what is importing verl, and thereby this module, and then has no names yet.
 from forkrl.cluster import replay, worker
 from forkrl.cluster.figures import step_figures
-from forkrl.cluster.groups import read_groups
+from forkrl.cluster.groups import read_groups, whole_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end
 from forkrl.cluster.selection import seeded, select
@@ -78,6 +78,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     def _adopt(self, config: DictConfig) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
+            config.trainer.v1.sampler.sync_refill_failed_groups = True  # replay.py says which
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
             # Where a micro-batch chooses by its own entropies. Otherwise the update does without computing them.
             if reads_current_entropy(self.options.selection) and self.options.scope in ("micro_batch", "sequence"):
@@ -258,9 +259,16 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return metrics
 
     def _note_validated(self, batch: KVBatchMeta) -> None:
-        """Keep the responses of an evaluation, with their entropies, before verl forgets them."""
+        """Keep the responses of an evaluation, with their entropies, before verl forgets them.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if not batch.keys:
+            raise RuntimeError("no response of the evaluation could be sampled or judged; the log has the errors")
         per_token = self._measure_validation(batch) if self.base_mode == "sync" else {}
-        self._validated += self._groups(batch.keys, batch.partition_id, per_token=per_token, with_text=True)
+        groups = self._groups(batch.keys, batch.partition_id, per_token=per_token, with_text=True)
+        self._validated += whole_groups(groups, self.config.actor_rollout_ref.rollout.val_kwargs.n)
 
     def _measure_validation(self, batch: KVBatchMeta) -> dict[str, str]:
         """Entropies of held-out responses, at the temperature they were sampled at; names the fields they are in."""
