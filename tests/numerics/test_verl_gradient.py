@@ -39,6 +39,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason='needs the extra "verl"'),
 ]
 PREFIX = "forkrl/"
+WEIGHTED = "importance weights"
+"""verl's ``rollout_is``: weights of responses, by which the local loop would have other advantages."""
 BASE: dict[str, Any] = {
     "rollout": {"max_response_tokens": 64, "max_prompt_tokens": 16, "prompts_per_step": 8, "group_size": 2},
     "reward": {"overlong_cache": 0},
@@ -58,20 +60,23 @@ CASES: dict[str, dict[str, Any]] = {
     "mini-batch, current entropy": {"selection": {"scope": "mini_batch"}},
     "mini-batch, current entropy, many micro-batches": {"selection": {"scope": "mini_batch"}, "training": SMALL},
     "micro-batch": {"selection": {"scope": "micro_batch"}},
+    "micro-batch, many": {"selection": {"scope": "micro_batch"}, "training": SMALL},
     "sequence": {"selection": {"scope": "sequence"}, "training": SMALL},
     "sequence, rollout entropy": {"selection": {"scope": "sequence", "entropy": "rollout"}},
     "threshold": {"selection": {"rule": "threshold", "threshold": 0.4}},
     "bottom": {"selection": {"rule": "bottom_entropy", "ratio": 0.8, "scope": "mini_batch"}},
     "clip, dual clip, KL": {
         "selection": {"scope": "mini_batch"},
-        "loss": {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.5, "kl_coef": 0.1},
+        "loss": {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.1, "kl_coef": 0.1},
     },
+    WEIGHTED: {"selection": {"scope": "mini_batch"}},
     "entropy bonus": {"selection": {"scope": "mini_batch"}, "loss": {"entropy_coef": 0.05}},
 }
 LAYOUTS = {"one rank": (1, 0), "two ranks": (2, 0), "a rank of padding": (2, 8)}
 """Ranks, and sequences of padding behind the batch."""
-TWO_MICRO_BATCHES = {("micro-batch", "two ranks")}  # and two selections
-CURRENT_ENTROPY = {"micro-batch", "sequence", "threshold", "entropy bonus"}
+OTHER_CUTS = {("micro-batch", "two ranks"), *(("micro-batch, many", layout) for layout in LAYOUTS)}
+"""Where verl has other micro-batches, so that other tokens are selected in them; the loss is then compared on those."""
+CURRENT_ENTROPY = {"micro-batch", "micro-batch, many", "sequence", "threshold", "entropy bonus"}
 """Elsewhere the update does without the current policy's entropies, and tells those before it (docs/cluster.md)."""
 Found = dict[str, dict[str, tuple[dict[str, Tensor], dict[str, float], dict[int, dict[str, Any]]]]]
 """Gradient, metrics, and what was told of each sequence, by layout and case."""
@@ -100,7 +105,9 @@ def batch(policies: tuple[Policy, Policy]) -> TokenBatch:
     with torch.no_grad():
         logprobs_BT = compute_token_stats(policies[0], made, temperature=1.0).logprobs
     noise_BT = 0.2 * torch.randn(logprobs_BT.shape, generator=generator)
-    return replace(made, old_logprobs=(logprobs_BT + noise_BT) * made.response_mask)
+    advantages = made.advantages.clone()
+    advantages[3] = 0.0  # a response that carries no gradient counts among the selected all the same
+    return replace(made, old_logprobs=(logprobs_BT + noise_BT) * made.response_mask, advantages=advantages)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +122,8 @@ def found(policies: tuple[Policy, Policy], batch: TokenBatch, tmp_path_factory: 
             reference_BT = compute_token_stats(start, batch, temperature=1.0).logprobs
         (folder / "reference.json").write_text(json.dumps(reference_BT.tolist()))
         (folder / "old.json").write_text(json.dumps(batch.old_logprobs.tolist()))
+        (folder / "advantages.json").write_text(json.dumps(batch.advantages.tolist()))
+        (folder / "weights.json").write_text(json.dumps(importance(batch).tolist()))
         (folder / "recipe.json").write_text(json.dumps(recipe({"runtime": {"engine": "verl"}})))
         (folder / "cases.json").write_text(json.dumps({name: recipe(sections) for name, sections in CASES.items()}))
         for size, padding in LAYOUTS.values():
@@ -122,6 +131,11 @@ def found(policies: tuple[Policy, Policy], batch: TokenBatch, tmp_path_factory: 
 
     folder, _ = once(tmp_path_factory, "verl-gradient", run)
     return {layout: {name: read(folder, name, *ranks) for name in CASES} for layout, ranks in LAYOUTS.items()}
+
+
+def importance(batch: TokenBatch) -> Tensor:
+    """A weight for each response, ``[B]``."""
+    return torch.linspace(0.5, 2.0, len(batch))
 
 
 def read(folder: Path, name: str, size: int, padding: int) -> Any:
@@ -156,18 +170,24 @@ def run_ranks(folder: Path, size: int, padding: int) -> None:
 
 
 def own_update(
-    policies: tuple[Policy, Policy], batch: TokenBatch, name: str
+    policies: tuple[Policy, Policy], batch: TokenBatch, name: str, told: dict[int, dict[str, Any]] | None
 ) -> tuple[dict[str, Tensor], dict[str, float], Update]:
-    """Gradient, metrics and selection of the local loop."""
+    """Gradient, metrics and selection of the local loop; with the selection that was told, where one is given."""
     trained, start = policies
     working = Policy(copy.deepcopy(trained.model), trained.tokenizer)
     config = TrainConfig.model_validate(recipe(CASES[name]))
     generator = torch.Generator().manual_seed(1)
     chosen = select_in_rollout_batch(batch, config, generator)
+    if told is not None:
+        selected_BT = torch.zeros_like(batch.response_mask)
+        for row, each in told.items():
+            selected_BT[row, batch.response_mask[row]] = torch.tensor(each["selected"])
+        chosen = replace(batch, selected=selected_BT)
+    if name == WEIGHTED:
+        chosen = replace(chosen, advantages=chosen.advantages * importance(batch))
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-    update = update_policy(
-        Replicas(working, start if config.loss.kl_coef else None), optimizer, chosen, config, generator
-    )
+    reference = start if config.loss.kl_coef else None
+    update = update_policy(Replicas(working, reference), optimizer, chosen, config, generator)
     found = {key: parameter.grad for key, parameter in working.model.named_parameters() if parameter.grad is not None}
     return found, update_metrics([batch], [update]), update
 
@@ -177,10 +197,8 @@ def own_update(
 def test_verl_has_the_gradient_of_the_local_loop(
     policies: tuple[Policy, Policy], batch: TokenBatch, found: Found, name: str, layout: str
 ) -> None:
-    if (name, layout) in TWO_MICRO_BATCHES:
-        pytest.skip("two ranks are two micro-batches")
-    own, _, _ = own_update(policies, batch, name)
-    theirs, _, _ = found[layout][name]
+    theirs, _, told = found[layout][name]
+    own, _, _ = own_update(policies, batch, name, told if (name, layout) in OTHER_CUTS else None)
     assert own.keys() == theirs.keys()
     largest = max(float(value.abs().max()) for value in own.values())
     assert largest > 1e-3
@@ -193,16 +211,15 @@ def test_verl_has_the_gradient_of_the_local_loop(
 def test_verl_has_the_figures_and_the_selection_of_the_local_loop(
     policies: tuple[Policy, Policy], batch: TokenBatch, found: Found, name: str, layout: str
 ) -> None:
-    if (name, layout) in TWO_MICRO_BATCHES:
-        pytest.skip("two ranks are two micro-batches")
-    _, own, update = own_update(policies, batch, name)
-    _, told, rows = found[layout][name]
-    figures = _update_figures(told)
+    _, figures, told = found[layout][name]
+    other = (name, layout) in OTHER_CUTS
+    _, own, update = own_update(policies, batch, name, told if other else None)
+    figures = _update_figures(figures)
     names = [key for key in own if key.startswith(("selection/", "loss/"))]
-    if name in CURRENT_ENTROPY:
+    if name in CURRENT_ENTROPY and not other:
         names += [key for key in own if key.startswith("entropy/")]
     for key in names:
         assert figures[key] == pytest.approx(own[key], rel=1e-4, abs=1e-6, nan_ok=True), key
-    assert sorted(rows) == list(range(len(batch)))
-    for row in rows:
-        assert rows[row]["selected"] == update.selected_BT[row][batch.response_mask[row]].tolist()
+    assert sorted(told) == list(range(len(batch)))
+    for row in told:
+        assert told[row]["selected"] == update.selected_BT[row][batch.response_mask[row]].tolist()

@@ -37,11 +37,20 @@ def main(folder: Path, padding: int) -> None:
     cases = json.loads((folder / "cases.json").read_text())
     worker = open_worker(folder)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    batch = replace(build_batch(), old_logprobs=_read(folder / "old.json"))
+    batch = replace(
+        build_batch(), old_logprobs=_read(folder / "old.json"), advantages=_read(folder / "advantages.json")
+    )
+    weights_B = _read(folder / "weights.json")
     reference_BT = _read(folder / "reference.json")
     for name, sections in cases.items():
         config = parse_recipe(TrainConfig, sections, name)
-        gradients, metrics, told = gradient(worker, config, batch, reference_BT, rank, size, padding)
+        data = as_verl_has_it(batch, reference_BT, config, padding)
+        if name == "importance weights":
+            lengths_B = data["response_mask"].offsets().diff()
+            weights = [*weights_B.tolist(), *[1.0] * padding]
+            rows = [torch.full((n,), w) for n, w in zip(lengths_B.tolist(), weights, strict=True)]
+            data["rollout_is_weights"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        gradients, metrics, told = gradient(worker, config, data, rank, size)
         save_file(gradients, folder / f"{name}-{size}-{padding}-{rank}.safetensors")
         (folder / f"{name}-{size}-{padding}-{rank}.json").write_text(json.dumps({"metrics": metrics, "told": told}))
     torch.distributed.barrier()
@@ -68,7 +77,7 @@ def open_worker(folder: Path) -> Any:
 
 
 def gradient(
-    worker: Any, config: TrainConfig, batch: TokenBatch, reference_BT: Tensor, rank: int, size: int, padding: int
+    worker: Any, config: TrainConfig, data: TensorDict, rank: int, size: int
 ) -> tuple[dict[str, Tensor], dict[str, float], list[dict[str, Any]]]:
     """What the optimizer would step by, whole; the metrics; what this rank tells of its sequences."""
     training, caught = worker.actor, {}
@@ -83,7 +92,6 @@ def gradient(
 
     training.engine.optimizer_step = catch
     try:
-        data = as_verl_has_it(batch, reference_BT, config, padding)
         own = tu.chunk_tensordict(data, size)[rank]
         tu.assign_non_tensor(
             own,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,15 @@ def composed(*overrides: str) -> Any:
 
     with hydra.initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
         return hydra.compose("ppo_trainer", ["actor_rollout_ref.rollout.name=vllm", *overrides])
+
+
+@pytest.mark.parametrize("module", ["worker", "replay"])
+def test_a_module_of_the_plug_in_can_be_what_loads_verl(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import forkrl.cluster.{module}; import forkrl.cluster.trainer"],
+        capture_output=True, text=True, env={**os.environ, "VERL_USE_EXTERNAL_MODULES": "forkrl.cluster.plugin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-600:]
 
 
 def test_two_words_more_are_enough() -> None:

@@ -49,16 +49,19 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     return queue
 
 
-def open_buffer(refill: Callable[[int], int], dropped: list[str], patience_s: float = 60.0) -> Any:
-    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+def open_buffer(
+    refill: Callable[[int], int], dropped: list[str], patience_s: float = 60.0, *, ahead: bool = False
+) -> Any:
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-    from forkrl.cluster.replay import BoundedReplayBuffer
+    from forkrl.cluster.replay import AccountingReplayBufferAsync, BoundedReplayBuffer
 
-    verls = ReplayBuffer(
-        "sync", {}, 8, "drop", {},
+    verls = (ReplayBufferAsync if ahead else ReplayBuffer)(
+        "colocate_async" if ahead else "sync", {}, 8, "drop", {},
         refill_fn=refill, filter_groups_metric="score", train_batch_size=2, gen_batch_size=1,
+        sync_refill_failed_groups=True,
     )  # fmt: skip
-    return BoundedReplayBuffer.taking_over(
+    return (AccountingReplayBufferAsync if ahead else BoundedReplayBuffer).taking_over(
         verls, poll_interval=0.001, patience_s=patience_s, on_drop=dropped.extend, on_validation=lambda batch: None
     )
 
@@ -118,3 +121,38 @@ def test_a_step_in_which_nothing_moves_ends_the_run(queue: Queue) -> None:
     queue.add_group("a", [], status="running")
     with pytest.raises(TrainingHalted, match=r"0.05 s, and 1 prompts wait.*cluster.patience_s"):
         buffer.sample(1, "train", 2)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_where_every_group_fails_the_step_ends(queue: Queue, ahead: bool) -> None:
+    names = iter(range(10**6))
+
+    def refill(number: int) -> int:
+        for _ in range(number):
+            queue.add_group(f"x{next(names)}", [], status="failure")
+        assert next(names) < 1000, "for ever"
+        return number
+
+    refill(2)
+    with pytest.raises(RuntimeError, match="could not be sampled or judged"):
+        open_buffer(refill, [], ahead=ahead).sample(1, "train", 2)
+
+
+def test_failures_are_not_taken_for_wrong_answers(queue: Queue) -> None:
+    queue.add_group("a", [], status="failure")
+    queue.add_group("b", [0.0, 0.0])
+    with pytest.raises(NothingToLearn, match="all the same; 1 of the prompts could not be sampled or judged"):
+        open_buffer(spent, []).sample(1, "train", 2)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_group_that_lost_a_response_is_replaced(queue: Queue, ahead: bool) -> None:
+    def refill(number: int) -> int:
+        queue.add_group("c", [0.0, 1.0])
+        return number
+
+    dropped: list[str] = []
+    queue.add_group("a", [1.0], status="failure")
+    queue.add_group("b", [1.0, 0.0])
+    batch, _ = open_buffer(refill, dropped, ahead=ahead).sample(1, "train", 2)
+    assert {key[0] for key in batch.keys} == {"b", "c"} and dropped == ["a_0_0"]

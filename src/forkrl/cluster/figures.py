@@ -29,13 +29,14 @@ def step_figures(
         metrics: verl's of this step.
         timing: verl's, in seconds.
         kept: the groups trained on.
-        dropped: those that dynamic sampling drew and dropped.
+        dropped: those drawn and not trained on: all right, all wrong, one too many, or short of a response.
         num_batches: prompts drawn, in batches of a step's size.
         reward: mean of the kept responses, the penalty for long ones in it.
         seconds: the step in all.
     """
     told = {name.removeprefix(TOLD): float(metrics.pop(name)) for name in list(metrics) if name.startswith(TOLD)}
     sampled = [*kept, *dropped]
+    dropped = [group for group in dropped if min(group.scores) == max(group.scores)]  # as the local engine counts
     rollout_s = timing.get("gen", 0.0)
     # verl judges each response while others are being sampled: what rewards take is inside the time of the rollout.
     figures = rollout_metrics(sampled, dropped, len(kept), 1, {"rollout": max(rollout_s, 1e-9), "reward": 0.0})

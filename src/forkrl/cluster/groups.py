@@ -70,6 +70,18 @@ def in_file_order(keys: Sequence[str], partition_id: str) -> list[str]:
     return [key for _, key in sorted(zip(rows, keys, strict=True))]
 
 
+def whole_groups(groups: Sequence[RolloutGroup], size: int) -> list[RolloutGroup]:
+    """Those with all their responses: where sampling or judging fails, verl goes on without the response.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    whole = [group for group in groups if len(group.rollouts) == size]
+    if not whole:
+        raise RuntimeError(f"none of {len(groups)} problems has all its {size} responses; the log has the errors")
+    return whole
+
+
 def _item(data: TensorDict, name: str, place: int) -> Any:
     """One trajectory's value: a tensor, or whatever Python object verl keeps there; None where it has no such field."""
     if name not in data.keys():  # noqa: SIM118  # a TensorDict is no dict: `in` of it asks something else

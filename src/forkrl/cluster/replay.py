@@ -1,7 +1,7 @@
-"""verl's replay buffers, with what they leave out: an end to dynamic sampling, and an account of what it dropped.
+"""verl's replay buffers, with what they leave out: an end to drawing prompts, and an account of what was dropped.
 
 verl draws further prompts as long as groups are all right or all wrong; with a model that can do nothing, or
-everything, that is for ever.
+everything, that is for ever. So it does, asynchronously, where sampling or judging always fails.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class _Accounting:
     patience_s: float
     _seen: tuple[int, ...] = ()
     _since: float = 0.0
+    _failed: int = 0
+    _most_failed: int = 0
 
     @classmethod
     def taking_over(cls, buffer: ReplayBuffer, **attributes: Any) -> Any:
@@ -42,6 +44,32 @@ class _Accounting:
         vars(own).update(vars(buffer))
         vars(own).update(attributes)
         return own
+
+    def _begin(self, batch_size: int) -> None:
+        """A step, or an evaluation, waits on its own account: the update before it may have taken long."""
+        self._seen, self._failed, self._most_failed = (), 0, 2 * batch_size
+
+    def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> Any:
+        """As verl's, with every group that lost a response among the failed ones: what is left of it has no baseline.
+
+        verl keeps such a group where it trains in step, and drops it where it samples ahead.
+        """
+        stale, same, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)  # type: ignore[misc]
+        if partition_id == "train":
+            failed = set(self.failure_keys[partition_id])  # type: ignore[attr-defined]
+        return stale, same, failed, counts
+
+    def _evict_terminal_groups(self, global_steps: int, partition_id: str, reasons: Any) -> Any:
+        """Raises RuntimeError where so many groups of a step have failed that no further one will do better."""
+        self._failed += len(reasons[2])
+        if self._failed > self._most_failed:
+            raise RuntimeError(
+                f"{self._failed} prompts of one step could not be sampled or judged; the log has the errors"
+            )
+        return super()._evict_terminal_groups(global_steps, partition_id, reasons)  # type: ignore[misc]
+
+    def _said_of_failures(self) -> str:
+        return f"; {self._failed} of the prompts could not be sampled or judged (see the log)" if self._failed else ""
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
         if partition_id == "train" and uids:
@@ -82,13 +110,13 @@ class BoundedReplayBuffer(_Accounting, ReplayBuffer):  # type: ignore[misc]
         Raises:
             NothingToLearn: it may draw no more, and not one group can teach anything.
         """
-        self._seen = ()  # a wait of its own: the update before it may have taken longer than that
+        self._begin(batch_size)
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
         except PromptsSpent as spent:
             num_ready = self._wait_for_groups(global_steps, partition_id)
             if not num_ready:
-                raise NothingToLearn(str(spent)) from None
+                raise NothingToLearn(f"{spent}{self._said_of_failures()}") from None
             batch, metrics = super().sample(global_steps, partition_id, min(num_ready, batch_size))
         if partition_id == "val":
             self.on_validation(batch)
@@ -115,11 +143,11 @@ class AccountingReplayBufferAsync(_Accounting, ReplayBufferAsync):  # type: igno
         Raises:
             NothingToLearn: the step may draw no more prompts, and has too few groups that can teach something.
         """
-        self._seen = ()  # a wait of its own: the update before it may have taken longer than that
+        self._begin(batch_size)
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
         except PromptsSpent as spent:
-            raise NothingToLearn(str(spent)) from None
+            raise NothingToLearn(f"{spent}{self._said_of_failures()}") from None
         if partition_id == "val":
             self.on_validation(batch)
         return batch, metrics

@@ -31,13 +31,13 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested
 
+# As modules: either may be what is importing verl, and thereby this module, and then has no names yet.
+from forkrl.cluster import replay, worker
 from forkrl.cluster.figures import step_figures
-from forkrl.cluster.groups import in_file_order, read_groups
+from forkrl.cluster.groups import in_file_order, read_groups, whole_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end
-from forkrl.cluster.replay import AccountingReplayBufferAsync, BoundedReplayBuffer, PromptsSpent
 from forkrl.cluster.selection import seeded, select
-from forkrl.cluster.worker import ROW, SELECTED, ForkWorker
 from forkrl.errors import NothingToLearn
 from forkrl.evaluation.held_out import summarise
 from forkrl.rollout_rows import rollout_rows
@@ -78,6 +78,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     def _adopt(self, config: DictConfig) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
+            config.trainer.v1.sampler.sync_refill_failed_groups = True  # replay.py says which
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
             # Where a micro-batch chooses by its own entropies. Otherwise the update does without computing them.
             if reads_current_entropy(self.options.selection) and self.options.scope in ("micro_batch", "sequence"):
@@ -144,7 +145,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     # -- sampling ----------------------------------------------------------------------------------------------------
 
     def _build_replay_buffer(self) -> Any:
-        own = BoundedReplayBuffer if self.base_mode == "sync" else AccountingReplayBufferAsync
+        own = replay.BoundedReplayBuffer if self.base_mode == "sync" else replay.AccountingReplayBufferAsync
         return own.taking_over(
             super()._build_replay_buffer(),
             poll_interval=self.options.poll_s,
@@ -157,7 +158,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         limit = self.options.max_generation_batches * self.config.data.train_batch_size
         left = limit - self._drawn if limit else num_prompts
         if left <= 0:
-            raise PromptsSpent(
+            raise replay.PromptsSpent(
                 f"nothing to learn: every group of {self._drawn} prompts in {self.options.max_generation_batches} "
                 f"generation batches was all right or all wrong, or too few were not; take easier or harder prompts, a "
                 f"larger rollout.group_size, or raise dynamic_sampling.max_generation_batches"
@@ -180,14 +181,14 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         super()._init_resource_pool_mgr()
         for role in self.role_worker_mapping:
             if "actor" in str(role):
-                self.role_worker_mapping[role] = ray.remote(ForkWorker)
+                self.role_worker_mapping[role] = ray.remote(worker.ForkWorker)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
         marked = self._marked_rows(batch)
-        fields: dict[str, torch.Tensor] = {ROW: torch.tensor(marked)[:, None]}
+        fields: dict[str, torch.Tensor] = {worker.ROW: torch.tensor(marked)[:, None]}
         if self.options.scope == "rollout_batch":
-            fields[SELECTED] = self._select_in_batch(batch)
+            fields[worker.SELECTED] = self._select_in_batch(batch)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
         )
@@ -258,10 +259,17 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return metrics
 
     def _note_validated(self, batch: KVBatchMeta) -> None:
-        """Keep the responses of an evaluation, with their entropies, before verl forgets them."""
+        """Keep the responses of an evaluation, with their entropies, before verl forgets them.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if not batch.keys:
+            raise RuntimeError("no response of the evaluation could be sampled or judged; the log has the errors")
         per_token = self._measure_validation(batch) if self.base_mode == "sync" else {}
         keys = in_file_order(batch.keys, batch.partition_id)  # the same prompts come first each time
-        self._validated += self._groups(keys, batch.partition_id, per_token=per_token, with_text=True)
+        groups = self._groups(keys, batch.partition_id, per_token=per_token, with_text=True)
+        self._validated += whole_groups(groups, self.config.actor_rollout_ref.rollout.val_kwargs.n)
 
     def _measure_validation(self, batch: KVBatchMeta) -> dict[str, str]:
         """Entropies of held-out responses, at the temperature they were sampled at; names the fields they are in."""

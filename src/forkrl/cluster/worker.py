@@ -187,7 +187,7 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
     def _measure_entropies(self, data: TensorDict) -> Tensor:
         """A pass without gradients over the mini-batch: the current policy's entropies, nested ``[B, T]``."""
         ahead = data.select(*data.keys())
-        tu.assign_non_tensor(ahead, calculate_entropy=True, **self._engine_settings())
+        tu.assign_non_tensor(ahead, calculate_entropy=True, **self._engine_settings(data))
         with self.engine.eval_mode(disable_auto_offload=True):
             output = self.engine.infer_batch(ahead, loss_function=None)
         entropy: Tensor = response_from_nested(output["model_output"]["entropy"].cpu(), data["response_mask"].cpu())
@@ -196,7 +196,7 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
     def _cut(self, data: TensorDict) -> list[Tensor]:
         """The rows of each micro-batch, as verl's engine is about to cut them."""
         cut = data.select(*data.keys())
-        tu.assign_non_tensor(cut, sp_size=self.engine.ulysses_sequence_parallel_size, **self._engine_settings())
+        tu.assign_non_tensor(cut, sp_size=self.engine.ulysses_sequence_parallel_size, **self._engine_settings(data))
         parts, rows = prepare_micro_batches(
             data=cut, dp_group=self.engine.get_data_parallel_group(), same_micro_num_in_dp=True
         )
@@ -204,15 +204,16 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
             return [torch.as_tensor(part) for part in rows]
         return list(torch.arange(len(data)).split([len(part) for part in parts]))
 
-    def _engine_settings(self) -> dict[str, Any]:
-        """What verl's own ``train_batch`` tells its engine."""
-        return {
+    def _engine_settings(self, data: TensorDict) -> dict[str, Any]:
+        """What verl's own ``train_batch`` is about to tell its engine, where the batch does not say it already."""
+        settings = {
             "use_remove_padding": self.model_config.get("use_remove_padding", False),
             "use_dynamic_bsz": self.engine_config.use_dynamic_bsz,
             "max_token_len_per_gpu": self.engine_config.max_token_len_per_gpu,
             "micro_batch_size_per_gpu": self.engine_config.micro_batch_size_per_gpu,
             "use_fused_kernels": self.engine_config.use_fused_kernels,
         }
+        return {name: value for name, value in settings.items() if name not in data}
 
 
 def _of_mini_batch(metrics: dict[str, Any]) -> dict[str, Any]:
