@@ -49,10 +49,11 @@ def test_without_verl_the_error_names_the_line_that_installs_it(monkeypatch: pyt
 
 
 def test_a_checkpoint_that_the_tracker_has_not_come_to_is_not_whole(run: Path) -> None:
-    for step in (2, 4, 6):
-        shards(run, step)
+    shards(run, 2)
     own = run / OWN / "checkpoints"
     assert verl_checkpoints(own) == {}
+    for step in (4, 6):
+        shards(run, step)
     track(run, 4)
     assert list(verl_checkpoints(own)) == [2, 4]
     (own / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt").unlink()  # verl keeps data.pt of older ones
@@ -97,6 +98,38 @@ def test_without_a_checkpoint_the_run_begins_anew(run: Path) -> None:
         shards(run, 2, None)
         assert _take_up(folder) == 0
         assert folder.read_metrics() == []
+
+
+@pytest.mark.parametrize("content", ["", "four", "-", "\xff"])
+def test_a_damaged_tracker_is_told_and_nothing_is_deleted(run: Path, content: str) -> None:
+    from forkrl.cluster.launch import _take_up
+
+    kept = [shards(run, 2), shards(run, 4)]
+    (run / OWN / "checkpoints" / TRACKER).write_bytes(content.encode("latin-1"))
+    with RunFolder.open(run) as folder, pytest.raises(UserError, match=rf"{TRACKER}.*write 4"):
+        _take_up(folder)
+    assert all(folder.is_dir() for folder in kept)
+
+
+def test_a_lost_tracker_costs_no_checkpoint(run: Path) -> None:
+    from forkrl.cluster.launch import _take_up
+
+    kept = [shards(run, 2), shards(run, 4)]
+    with RunFolder.open(run) as folder, pytest.raises(UserError, match=rf"{TRACKER}.*write 4"):
+        _take_up(folder)
+    assert all(folder.is_dir() for folder in kept)
+
+
+def test_a_folder_of_the_users_among_the_checkpoints_stays(run: Path) -> None:
+    from forkrl.cluster.launch import _take_up
+
+    shards(run, 2)
+    track(run, 2)
+    own = run / OWN / "checkpoints" / "global_step_2-copy"
+    own.mkdir()
+    with RunFolder.open(run) as folder:
+        assert _take_up(folder) == 2
+    assert own.is_dir()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 2}', "{"])
@@ -202,7 +235,7 @@ print("said")
 """
 
 
-def watch(tmp_path: Path, *more: str, seen: list[Any], begun: bool = True) -> int:
+def watch(tmp_path: Path, *more: str, seen: list[Any], said: list[str] | None = None, begun: bool = True) -> int:
     metrics, stop = tmp_path / "metrics.jsonl", tmp_path / "stop"
     if begun:
         (tmp_path / "begun").touch()
@@ -216,6 +249,7 @@ def watch(tmp_path: Path, *more: str, seen: list[Any], begun: bool = True) -> in
         metrics=metrics,
         known=1,
         on_metrics=seen.append,
+        on_stop=lambda: said.append("stopping") if said is not None else None,
     )
 
 
@@ -233,10 +267,11 @@ def test_a_signal_asks_for_the_end_and_waits_for_it(tmp_path: Path) -> None:
             if len(self) == 1:
                 signal.raise_signal(signal.SIGTERM)
 
-    seen = Seen()
+    seen, said = Seen(), list[str]()
     with pytest.raises(Interrupted, match="SIGTERM"):
-        watch(tmp_path, "until stopped", seen=seen)
+        watch(tmp_path, "until stopped", seen=seen, said=said)
     assert seen == [{"step": 1}, {"step": 2}]
+    assert said == ["stopping"]
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from forkrl.atomic import explained_write_errors
 from forkrl.checkpoint import MANIFEST
 from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.cluster.ending import explain_end
-from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
+from forkrl.cluster.merge import TRACKER, begun_checkpoints, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import GRACE_S, run_and_watch
 from forkrl.cluster.record import BEGUN, ENDED, OWN, PROGRESS, STOP
 from forkrl.cluster.refusals import refuse_unsuitable_prompts
@@ -40,7 +40,7 @@ from forkrl.recipe import recipe_toml
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.run import commit, new_run_id, refuse_other_data
-from forkrl.run_folder import RunFolder
+from forkrl.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import open_task
 from forkrl.tracking import TrackedRun, open_sinks, require_sinks
 from forkrl.types import Task
@@ -74,17 +74,24 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     require_verl()
     require_sinks(config.log.sinks)
     path = resume or out
-    if resume is not None and _is_finished(config, resume):
+    if resume is None:
+        refuse_occupied(out)  # before all prompts are read
+    elif _is_finished(config, resume):
         return
     prepared = prepare(config)
+    command = _checked_command(config, _paths(path.resolve(), prepared.model), prepared)
     with ExitStack() as stack:
         folder = _open_folder(config, prepared.task, out, resume)
         stack.callback(folder.close)
         start = _take_up(folder) if resume is not None else 0
         files = _write_files(config, prepared, path.resolve(), fresh=resume is None)
         tracked = TrackedRun(path, recipe_toml(config), folder.provenance["run_id"], start)
-        tracker = stack.enter_context(open_sinks(config.log.sinks, tracked))
-        command = verl_command(config, files, stop_token_ids=prepared.stop_token_ids)
+        try:
+            tracker = stack.enter_context(open_sinks(config.log.sinks, tracked))
+        except BaseException:
+            if resume is None:
+                folder.remove()  # as after any other mistake
+            raise
         if resume is not None and not _evaluation_due(config, folder, start):
             command.append("trainer.val_before_train=False")
         known = len(folder.read_metrics())
@@ -105,6 +112,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
                 metrics=path / "metrics.jsonl",
                 known=known,
                 on_metrics=lambda record: _take_in(record, display, tracker),
+                on_stop=lambda: display.message("verl ends after the step under way; once more ends it at once"),
             )
         finally:
             display.phase("merge")
@@ -120,9 +128,38 @@ def dry_run(config: TrainConfig, out: Path) -> str:
         UserError: as ``train_on_cluster`` before it starts verl.
     """
     prepared = prepare(config)
-    command = verl_command(config, _paths(out.resolve(), prepared.model), stop_token_ids=prepared.stop_token_ids)
+    files = _paths(out.resolve(), prepared.model)
+    command = _checked_command(config, files, prepared)
     environment = [f"{name}={shlex.quote(value)}" for name, value in verl_environment(config).items()]
-    return " \\\n  ".join([*environment, shlex.join(command[:3]), *map(shlex.quote, command[3:])])
+    written = ", ".join(shlex.quote(str(path)) for path in (files.train, files.held_out, files.verifiers))
+    return (
+        f"# Reads what forkrl train --engine verl writes before it starts verl, and writes into that run folder:\n"
+        f"# {files.run_folder}, with {written}\n"
+    ) + " \\\n  ".join([*environment, shlex.join(command[:3]), *map(shlex.quote, command[3:])])
+
+
+def _checked_command(config: TrainConfig, files: VerlPaths, prepared: Prepared) -> list[str]:
+    """verl's command, with the user's own settings held against verl's configuration where verl is installed.
+
+    Raises:
+        UserError: verl has no such setting.
+    """
+    command = verl_command(config, files, stop_token_ids=prepared.stop_token_ids)
+    verl = find_spec("verl")
+    if config.cluster.overrides and verl is not None and verl.submodule_search_locations is not None:
+        from hydra import compose, initialize_config_dir
+        from hydra.errors import HydraException
+
+        settings = Path(next(iter(verl.submodule_search_locations))) / "trainer" / "config"
+        try:
+            with initialize_config_dir(str(settings), version_base=None):
+                compose("ppo_trainer", command[3:])
+        except HydraException as error:
+            raise UserError(
+                f"cluster.overrides = {list(config.cluster.overrides)}: verl cannot take them ({first_line(error)}); a "
+                f'setting that its files do not have is added by "+section.key=value"'
+            ) from error
+    return command
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -257,8 +294,8 @@ def _take_up(folder: RunFolder) -> int:
     """The step of verl's newest whole checkpoint, with everything after it forgotten; 0 where there is none."""
     own = folder.path / OWN / "checkpoints"
     whole = verl_checkpoints(own)
-    for leftover in own.glob("global_step_*") if own.is_dir() else ():
-        if leftover not in whole.values() and int(leftover.name.rpartition("_")[2]) > max(whole, default=0):
+    for step, leftover in begun_checkpoints(own).items():
+        if step > max(whole, default=0):
             shutil.rmtree(leftover)  # begun, and never finished
     if not whole:
         (own / TRACKER).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from forkrl.checkpoint import MANIFEST, adopt_weights
 from forkrl.errors import UserError
+from forkrl.model import first_line
 from forkrl.run_folder import RunFolder
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -18,11 +19,30 @@ _STEP = re.compile(r"global_step_(\d+)")
 
 
 def verl_checkpoints(folder: Path) -> dict[int, Path]:
-    """verl's whole checkpoints by step, oldest first: those its tracker has come to, that still have shards."""
-    tracker = folder / TRACKER
-    newest = int(tracker.read_text()) if tracker.is_file() else -1
-    steps = {int(match[1]): path for path in folder.glob("global_step_*") if (match := _STEP.fullmatch(path.name))}
-    return {step: steps[step] for step in sorted(steps) if step <= newest and any((steps[step] / "actor").glob("*.pt"))}
+    """verl's whole checkpoints by step, oldest first: those its tracker has come to, that still have shards.
+
+    Raises:
+        UserError: the tracker cannot be read, or is gone from beside several checkpoints. verl writes it anew after
+            each, and not atomically.
+    """
+    tracker, begun = folder / TRACKER, begun_checkpoints(folder)
+    sharded = [step for step, path in begun.items() if any((path / "actor").glob("*.pt"))]
+    newest = -1
+    if tracker.is_file() or len(sharded) > 1:
+        try:
+            newest = int(tracker.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{tracker}: does not say which checkpoint is the newest ({first_line(error)}); write "
+                f"{max(sharded, default=0)} into it, or an older step of those beside it"
+            ) from error
+    return {step: begun[step] for step in sharded if step <= newest}
+
+
+def begun_checkpoints(folder: Path) -> dict[int, Path]:
+    """Those that verl has begun to write, by step, oldest first."""
+    found = {int(match[1]): path for path in folder.glob("global_step_*") if (match := _STEP.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def merge_checkpoints(

@@ -29,6 +29,7 @@ def run_and_watch(
     metrics: Path,
     known: int,
     on_metrics: Callable[[Mapping[str, Any]], None],
+    on_stop: Callable[[], None],
 ) -> int:
     """Run verl to its end and tell of every line it adds to the metrics.
 
@@ -44,6 +45,7 @@ def run_and_watch(
         metrics: the run's metrics.jsonl.
         known: lines of it that are there already.
         on_metrics: called with each further line.
+        on_stop: called once the end has been asked for, which may be minutes before it comes.
 
     Returns:
         The status that verl ended with.
@@ -62,6 +64,7 @@ def run_and_watch(
             while (status := process.poll()) is None:
                 if interruption.signalled and not stop.exists():
                     stop.touch()
+                    on_stop()
                 time.sleep(POLL_S)
                 known += _tell(metrics, known, on_metrics)
                 if interruption.signalled_again or (interruption.signalled and not begun.exists()):

@@ -1,0 +1,87 @@
+"""What the launcher finds out before verl is started, and leaves behind where it does."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forkrl.cluster import launch
+from forkrl.config import TrainConfig
+from forkrl.errors import UserError
+from forkrl.recipe import parse_recipe
+from tests.verl_here import needs_verl
+
+pytestmark = needs_verl
+
+
+def recipe(**sections: Any) -> TrainConfig:
+    return parse_recipe(
+        TrainConfig,
+        {
+            "task": {"name": "countdown"},
+            "rollout": {
+                "prompts_per_step": 4, "group_size": 2, "max_prompt_tokens": 16, "max_response_tokens": 32,
+            },
+            "reward": {"overlong_cache": 0},
+            "training": {"steps": 2, "mini_batch_prompts": 2, "micro_batch_tokens": 1024},
+            "eval": {"problems": 2},
+            "runtime": {"engine": "verl", "device": "cpu"},
+            **sections,
+        },
+        "recipe",
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def verl_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **named: Any) -> int:
+        raise AssertionError("verl was started")
+
+    monkeypatch.setattr(launch, "run_and_watch", refuse)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.nonsense=3", "Could not override 'trainer.nonsense'"),
+        ("trainer.balance_batch=[", "verl cannot take them"),
+        ("trainer.nnodes=2", "sets what ForkRL sets itself"),
+    ],
+)
+def test_an_override_that_verl_does_not_take_leaves_no_folder(tmp_path: Path, override: str, words: str) -> None:
+    config = recipe(cluster={"overrides": [override]})
+    with pytest.raises(UserError, match=words):
+        launch.train_on_cluster(config, tmp_path / "run")
+    with pytest.raises(UserError, match=words):
+        launch.dry_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_told_before_prompts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "prepare", lambda config: pytest.fail("prompts were read"))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"not empty .it holds notes.txt"):
+        launch.train_on_cluster(recipe(), tmp_path)
+
+
+def test_a_tracker_that_refuses_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise UserError("no tracker")
+
+    monkeypatch.setattr(launch, "open_sinks", refuse)
+    with pytest.raises(UserError, match="no tracker"):
+        launch.train_on_cluster(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_its_command_reads(tmp_path: Path) -> None:
+    printed = launch.dry_run(recipe(), tmp_path / "run")
+    noted = [line for line in printed.splitlines() if line.startswith("# ")]
+    words = shlex.split(printed, comments=True)
+    reads = [word.partition("=")[2] for word in words if "_files=" in word or word.startswith("+forkrl.verifiers=")]
+    assert len(reads) == 3
+    assert all(any(read in line for line in noted) for read in [*reads, str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
