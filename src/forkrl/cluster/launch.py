@@ -71,7 +71,7 @@ def _require_answer(address: str) -> None:
     if not host or not port.isdigit() or "/" in address:  # "auto" and the like, which Ray answers at once
         return
     try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cluster.address = {address!r}: no Ray cluster answers there ({error}); start one with ray start --head, "
