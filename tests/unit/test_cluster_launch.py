@@ -60,6 +60,16 @@ def test_an_override_that_verl_does_not_take_leaves_no_folder(tmp_path: Path, ov
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("port", ["1", "99999999999"])
+def test_an_address_at_which_nobody_listens_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: str
+) -> None:
+    monkeypatch.setattr(launch, "prepare", lambda config: pytest.fail("prompts were read"))
+    with pytest.raises(UserError, match=rf"cluster.address = '127.0.0.1:{port}': no Ray cluster answers"):
+        launch.train_on_cluster(recipe(cluster={"address": f"127.0.0.1:{port}"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_in_use_is_told_before_prompts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "prepare", lambda config: pytest.fail("prompts were read"))
     (tmp_path / "notes.txt").touch()

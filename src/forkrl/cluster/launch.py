@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ from forkrl.tasks import open_task
 from forkrl.tracking import TrackedRun, open_sinks, require_sinks
 from forkrl.types import Task
 
+ANSWER_S = 10.0
 INSTALL = "pip install 'forkrl[verl]'"
 
 
@@ -63,6 +65,20 @@ def require_verl() -> None:
         raise UserError(f'runtime.engine = "verl" needs {missing[0]}, which is not installed: {INSTALL}')
 
 
+def _require_answer(address: str) -> None:
+    """Raises UserError where nobody listens at ``host:port``: Ray would try for minutes, and say so in a log alone."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:  # "auto" and the like, which Ray answers at once
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cluster.address = {address!r}: no Ray cluster answers there ({error}); start one with ray start --head, "
+            f"or leave the address empty to have one on this machine for the run"
+        ) from error
+
+
 def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = None) -> None:
     """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one.
 
@@ -73,6 +89,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     """
     require_verl()
     require_sinks(config.log.sinks)
+    _require_answer(config.cluster.address)
     path = resume or out
     if resume is None:
         refuse_occupied(out)  # before all prompts are read
