@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MISSING = ("pydantic", "rich", "math_verify", "matplotlib", "datasets", "pyarrow", "tomli_w", "trl")
+MISSING = ("pydantic", "rich", "math_verify", "matplotlib", "datasets", "pyarrow", "tomli_w", "trl", "verl")
 
 _START = f"""
 import importlib.machinery as machinery

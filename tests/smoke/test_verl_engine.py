@@ -150,6 +150,7 @@ class Story:
     interrupted: Ended
     after_interruption: list[dict[str, Any]]
     finished: Ended
+    left_behind: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         interrupted=Ended(**told["interrupted"]),
         after_interruption=told["after_interruption"],
         finished=Ended(**told["finished"]),
+        left_behind=told["left_behind"],
     )
 
 
@@ -187,7 +189,8 @@ def tell(place: Path) -> dict[str, Any]:
     interrupted.process.send_signal(signal.SIGINT)
     told |= {"interrupted": interrupted.end(), "after_interruption": metrics_of(folder)}
 
-    return told | {"finished": start(place, "--resume", "run").end()}
+    told |= {"finished": start(place, "--resume", "run").end()}
+    return told | {"left_behind": left_behind(folder)}
 
 
 def write_world(place: Path) -> None:
@@ -244,7 +247,7 @@ def test_resuming_loses_the_unsaved_steps_and_nothing_else(story: Story) -> None
 
 
 def test_no_process_stays_behind(story: Story) -> None:
-    assert not left_behind(story.folder)
+    assert not story.left_behind
 
 
 def test_metrics_have_the_names_of_a_local_run(story: Story) -> None:
