@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,6 +39,42 @@ def test_a_group_too_many_is_neither_all_right_nor_all_wrong() -> None:
     figures = step_figures(metrics, {}, [group("a", 1.0, 0.0)], dropped, num_batches=1.0, reward=0.0, seconds=1.0)
     assert figures["sampling/dropped_all_right"] == figures["sampling/dropped_all_wrong"] == 1
     assert figures["reward/accuracy"] == 0.5
+
+
+class Spelling:
+    """A tokenizer of single letters."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        assert not skip_special_tokens
+        return "".join(chr(97 + each) for each in ids)
+
+
+def test_groups_are_read_with_verdict_text_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from forkrl.cluster import groups as module
+
+    def row(ids: list[int], said: dict[str, object]) -> dict[str, Any]:
+        rewards_T = torch.zeros(len(ids))
+        rewards_T[-1] = 0.25  # the score and a penalty
+        return {
+            "prompts": torch.tensor([9]),
+            "responses": torch.tensor(ids),
+            "rm_scores": rewards_T,
+            "extra_fields": {"reward_extra_info": said},
+            "extra_info": {"id": "p", "place": "file:1", "source": "s", "level": 2},
+            "reward_model": {"ground_truth": "42"},
+            "raw_prompt": [{"role": "user", "content": "question"}],
+        }
+
+    rows = [row([1, 2, 0], {"score": 1.0, "failure": ""}), row([1, 2], {"score": 0.0, "failure": "deadline"})]
+    rows.append(row([3], {}))  # of another reward function
+    held = {name: [each[name] for each in rows] for name in rows[0]}
+    monkeypatch.setattr("transfer_queue.kv_batch_get", lambda **asked: held)
+    keys = ["u_0_0", "u_1_0", "w_0_0"]
+    first, second = module.read_groups(keys, "train", Spelling(), [0], with_text=True)  # type: ignore[arg-type]
+    assert [(each.text, each.finished) for each in first.rollouts] == [("bc", True), ("bc", False)]
+    assert [(each.score, each.failure) for each in first.verdicts] == [(1.0, ""), (0.0, "deadline")]
+    assert first.prompt == Prompt(id="p", text="question", answer="42", place="file:1", source="s", level=2)
+    assert second.verdicts[0].score == 0.25
 
 
 def test_an_evaluation_is_of_the_problems_with_all_their_responses() -> None:

@@ -12,6 +12,7 @@ from forkrl.cluster import launch
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.recipe import parse_recipe
+from forkrl.run_folder import RunFolder
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl
@@ -95,3 +96,26 @@ def test_a_dry_run_says_what_its_command_reads(tmp_path: Path) -> None:
     assert len(reads) == 3
     assert all(any(read in line for line in noted) for read in [*reads, str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_over_the_limit_is_named(tmp_path: Path) -> None:
+    config = recipe(rollout={"prompts_per_step": 4, "group_size": 2, "max_prompt_tokens": 3, "max_response_tokens": 32})
+    with pytest.raises(UserError, match=r"prompt .*tokens, over rollout.max_prompt_tokens = 3"):
+        launch.prepare(config)
+
+
+def test_other_prompts_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", {}, {"run_id": "a", "data_fingerprint": "of others"}).close()
+    with pytest.raises(UserError, match="are not those the run began with"):
+        launch.train_on_cluster(recipe(), tmp_path / "run", resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "due"), [(0, 0, True), (1, 0, False), (2, 0, True), (1, 1, True), (1, 2, False)]
+)
+def test_a_resumed_run_evaluates_what_it_had_not(tmp_path: Path, step: int, every: int, due: bool) -> None:
+    config = recipe(eval={"problems": 2, "every": every})
+    with RunFolder.create(tmp_path / "run", {}, {"run_id": "a"}) as folder:
+        assert launch._evaluation_due(config, folder, step) is due
+        folder.append_metrics({"step": step, "eval/accuracy": 0.5})
+        assert not launch._evaluation_due(config, folder, step)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from forkrl.checkpoint import adopt_weights, all_checkpoints
+from forkrl.checkpoint import MANIFEST, adopt_weights, all_checkpoints
 from forkrl.cluster.ending import explain_end, last_error
 from forkrl.cluster.launch import require_verl
-from forkrl.cluster.merge import TRACKER, verl_checkpoints
+from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import run_and_watch
 from forkrl.cluster.record import OWN, PROGRESS, StopRequested, note_end
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
@@ -140,6 +140,21 @@ def test_damaged_progress_names_the_file_and_a_way_on(run: Path, content: str) -
     track(run, 2)
     with RunFolder.open(run) as folder, pytest.raises(UserError, match=rf"{PROGRESS}.*{TRACKER}"):
         _take_up(folder)
+
+
+def test_older_checkpoints_than_are_kept_go_in_both_forms(run: Path) -> None:
+    for step in (2, 4, 6):
+        shards(run, step)
+        (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (run / "checkpoints" / f"step-{step}" / MANIFEST).touch()
+    track(run, 6)
+    with RunFolder.open(run) as folder:
+        merge_checkpoints(folder, run / OWN / "checkpoints", {}, print, keep=2)
+    assert sorted(path.name for path in (run / OWN / "checkpoints").glob("global*")) == [
+        "global_step_4",
+        "global_step_6",
+    ]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-4", "step-6"]
 
 
 def test_a_run_that_came_to_its_end_has_nothing_to_explain(run: Path) -> None:
