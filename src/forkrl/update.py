@@ -100,12 +100,11 @@ def update_policy(
         chosen_BT, num_selected = None, count_selected(mini_batch.response_mask, config.selection, cuts)
     else:
         chosen_BT, num_selected = ahead.selected_BT, int(ahead.selected_BT.sum())
-        if ahead.entropy_BT is not None:
-            live_B = _rows_with_gradient(mini_batch, config)
-            if ahead.kept:  # keys and values of these very micro-batches
-                chosen_BT = torch.zeros_like(chosen_BT).index_copy_(0, live_B, chosen_BT[live_B])
-            else:
-                cuts = [live_B[rows_B] for rows_B in cut_micro_batches(mini_batch.rows(live_B), max_tokens)]
+    if ahead is not None and ahead.entropy_BT is not None and _only_carrying_tokens_count(config):
+        chosen_BT = ahead.selected_BT & (mini_batch.advantages != 0)[:, None]
+        if not ahead.kept:  # else keys and values of these very micro-batches lie ready
+            live_B = _rows_carrying(chosen_BT)
+            cuts = [live_B[rows_B] for rows_B in cut_micro_batches(mini_batch.rows(live_B), max_tokens)]
 
     work = _divide_work(mini_batch, cuts, chosen_BT, _draw(mini_batch, config, generator), ahead)
     counts = Counts(mini_batch.num_response_tokens, num_selected)
@@ -161,14 +160,14 @@ def _selection_made(
     return selected_BT, entropy_BT
 
 
-def _rows_with_gradient(mini_batch: TokenBatch, config: TrainConfig) -> Tensor:
-    """The sequences that move the weights: where the advantage is 0, so is every term of the policy's loss.
+def _only_carrying_tokens_count(config: TrainConfig) -> bool:
+    """Whether the loss has no term but the policy's, which is 0 where a token is not selected or has no advantage."""
+    return not (config.loss.kl_coef or config.loss.entropy_coef)
 
-    All of them if the loss has other terms, and at least one: the optimizer's own state moves on a zero gradient too.
-    """
-    if config.loss.kl_coef or config.loss.entropy_coef:
-        return torch.arange(len(mini_batch))
-    live_B = mini_batch.advantages.cpu().nonzero()[:, 0]
+
+def _rows_carrying(carrying_BT: Tensor) -> Tensor:
+    """The sequences that move the weights, or one: the optimizer's own state moves on a zero gradient too."""
+    live_B = carrying_BT.any(1).cpu().nonzero()[:, 0]
     return live_B if len(live_B) else torch.zeros(1, dtype=torch.int64)
 
 
@@ -202,9 +201,17 @@ def accumulate_gradient(replica: Replica, work: Work, counts: Counts, config: Tr
 
 
 def _run_all(replica: Replica, work: Work, config: TrainConfig) -> tuple[TokenStats, Tensor, Tensor]:
-    """Statistics with gradients of every response token, their entropies, and which of them are selected."""
+    """Statistics with gradients, entropies, and which tokens are selected.
+
+    Of every response token; of the selected ones alone where nothing else is asked of the others.
+    """
+    asked_BT = work.chosen_BT if work.entropy_known and _only_carrying_tokens_count(config) else None
     stats = compute_token_stats(
-        replica.policy, work.micro, temperature=config.rollout.temperature, entropy_grad=config.loss.entropy_coef != 0
+        replica.policy,
+        work.micro,
+        temperature=config.rollout.temperature,
+        entropy_grad=config.loss.entropy_coef != 0,
+        at_BT=asked_BT,
     )
     entropy_BT = stats.entropy.detach()
     return stats, entropy_BT, _chosen(work, entropy_BT, config)

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from forkrl.backward import dense
 from forkrl.batching import collate, cut_micro_batches
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
 from forkrl.model import Policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.types import Prompt, SamplingParams, TokenBatch
+from forkrl.token_stats import token_stats
+from forkrl.types import Prompt, SamplingParams, TokenBatch, TokenStats
 from forkrl.update import Update, update_policy
 from tests.models import random_policy
 
@@ -259,7 +261,9 @@ def test_sequences_without_advantage_are_left_out_and_change_nothing(
     config = recipe(selection={"scope": "mini_batch"})
     update = update_policy(Replicas(working), optimizer, some_idle, config, torch.Generator(), on_policy=on_policy)
     hook.remove()
-    assert seen == [(NUM_PROMPTS - 2) * GROUP]
+    carrying_B = (update.selected_BT & (advantages_B != 0)[:, None]).any(1)
+    assert seen == [int(carrying_B.sum())]
+    assert int(carrying_B.sum()) < (NUM_PROMPTS - 2) * GROUP, "some sequence has an advantage and no selected token"
     measured = torch.cat([p.grad.flatten() for p in working.model.parameters() if p.grad is not None])
     kept = int(update.selected_BT.sum())
     assert kept == -(-batch.num_response_tokens // 5), "tokens without advantage compete for the selection all the same"
@@ -269,6 +273,29 @@ def test_sequences_without_advantage_are_left_out_and_change_nothing(
     else:
         assert bool((update.entropy_BT[batch.response_mask] > 0).all())
     assert close(measured, naive_gradient(policy, some_idle, update.selected_BT, kept))
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_once_entropies_are_known_the_head_is_asked_about_selected_tokens_alone(
+    policy: Policy, batch: TokenBatch, on_policy: bool, kl_coef: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def spy(hidden_ND: torch.Tensor, *args: Any, **kwargs: Any) -> TokenStats:
+        if torch.is_grad_enabled():
+            asked.append(len(hidden_ND))
+        return token_stats(hidden_ND, *args, **kwargs)
+
+    monkeypatch.setattr(dense, "token_stats", spy)
+    working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    replicas = Replicas(working, Policy(copy.deepcopy(policy.model), policy.tokenizer) if kl_coef else None)
+    optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+    config = recipe(selection={"scope": "mini_batch"}, loss={"kl_coef": kl_coef})
+    update = update_policy(replicas, optimizer, batch, config, torch.Generator(), on_policy=on_policy)
+    num_carrying = int((update.selected_BT & (batch.advantages != 0)[:, None]).sum())
+    # A KL penalty is of every token.
+    assert sum(asked) == (batch.num_response_tokens if kl_coef else num_carrying)
 
 
 def test_without_any_advantage_the_gradient_is_zero_and_there(policy: Policy, batch: TokenBatch) -> None:
