@@ -219,6 +219,17 @@ def test_statistics_equal_a_pass_of_the_model_itself(steps_are: list[int]) -> No
     assert len({len(rollout) for rollout in rollouts}) > 10
 
 
+def test_a_stop_token_beyond_the_limit_does_not_count() -> None:
+    policy = random_policy(sharpness=2.0)
+    engine = GraphedEngine(Replicas(policy), max_prompt_tokens=16)
+    prefixes = [Prefix((2,), (3,) * 61), Prefix((2,))]  # the other one needs whole strides
+    params, generator = SamplingParams(LONGEST), torch.Generator().manual_seed(4)
+    rollouts, _ = engine.continue_from(prefixes, count=100, sampling=params, generator=generator)
+    eos = policy.tokenizer.eos_token_id
+    assert all(rollout.finished == (rollout.response_ids[-1] == eos) for rollout in rollouts)
+    assert {(len(rollout), rollout.finished) for rollout in rollouts} == {(1, True), (2, True), (3, True), (3, False)}
+
+
 def test_a_seed_gives_the_same_responses_again_and_a_wave_alone_those_that_it_had() -> None:
     policy, params = random_policy(sharpness=6.0), SamplingParams(LONGEST)
     engine = GraphedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=24)
@@ -311,7 +322,7 @@ def test_another_device_is_refused_when_the_engine_is_opened() -> None:
 def test_graphs_on_a_gpu_give_what_the_same_steps_give_without(
     precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = random_policy(sharpness=6.0, head_dim=64)
+    policy = random_policy(sharpness=6.0)
     torch.nn.Module.to(policy.model, "cuda")
     policy.precision = precision
     require_graphs(policy)
@@ -327,5 +338,6 @@ def test_graphs_on_a_gpu_give_what_the_same_steps_give_without(
     assert len(captured) > 3
     monkeypatch.setattr(graphed_step, "Capture", lambda device: lambda run: run)
     assert_same(graphed, rollouts_of(GraphedEngine, policy, max_sequences=24), tolerance=tolerance)
-    greedy = [rollouts_of(kind, policy, temperature=0.0) for kind in (EmbeddedEngine, GraphedEngine)]
-    assert_same(greedy[1], greedy[0], tolerance=tolerance)
+    if precision == "fp32":  # in bf16 a token may fall otherwise where two are as likely
+        greedy = [rollouts_of(kind, policy, temperature=0.0) for kind in (EmbeddedEngine, GraphedEngine)]
+        assert_same(greedy[1], greedy[0], tolerance=tolerance)
