@@ -1,7 +1,7 @@
 """Tokens a second of decoding alone, beside ``model.generate``, with the same model and the same prompts.
 
     python -m benchmarks.decode [--prompts 32] [--group 8] [--tokens 128] [--rounds 3]
-    python -m benchmarks.decode --model 28x1024 --device cuda --ways forkrl generate --tokens 512
+    python -m benchmarks.decode --model 28x1024 --device cuda --ways forkrl "forkrl, graphed" generate vLLM --tokens 512
 
 The model is the embedded base model or, as LAYERSxWIDTH, random weights in a Qwen3 shape (which seldom stop, so that
 every response is of full length). Sampling is from the full softmax at temperature 1. Each turn is a fresh process
@@ -9,6 +9,9 @@ that decodes once to warm up and then ``--repeats`` times; the ways take turns, 
 What counts is the tokens of the responses up to their ends, a second. "no entropies" is ForkRL with log-probs alone, to
 see what the entropies cost. One thread each; "threads" and "replicas" take all cores, the latter
 as processes of one thread.
+
+For a GPU, and asked for by name: "forkrl, graphed" decodes by CUDA graphs (on a CPU the same steps without graphs);
+"vLLM" is given the same weights and prompts, ends where the others do, and reports no log-probs.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +43,11 @@ WAYS = {
     "forkrl, replicas": 0,
     "generate, threads": 0,
     "generate, static cache, threads": 0,
+    "forkrl, graphed": 1,
+    "vLLM": 0,
 }
 """Threads of each way; 0 for as many as there are cores."""
+FOR_A_GPU = ("forkrl, graphed", "vLLM")
 
 
 def main() -> None:
@@ -66,7 +73,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=8, help="responses to each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="at most, of a response")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=[way for way in WAYS if way not in FOR_A_GPU])
     parser.add_argument("--repeats", type=int, default=3, help="decodes of a turn that count")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--seed", type=int, default=0)
@@ -103,15 +110,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     speeds = [count / second for count, second in zip(tokens, seconds, strict=True)]
     figures = {"tokens_per_second": statistics.median(speeds), "seconds": seconds, "tokens": tokens}
-    if options.device == "cuda":
+    if options.device == "cuda" and options.work != "vLLM":  # which has a process of its own there
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     return figures
 
 
 def prepare(options: argparse.Namespace) -> Callable[[int], int]:
     """A function that decodes the whole batch with a seed, and returns how many tokens it made."""
+    if options.work == "vLLM":
+        require_vllm()
+        options.device = "cpu"  # vLLM reads the weights from a folder, into memory that is all its own
     policy = random_policy(options) if is_shape(options.model) else open_embedded(options)
     texts_P = random_texts(options) if is_shape(options.model) else countdown_texts(options)
+    if options.work == "vLLM":
+        return prepare_vllm(policy, texts_P, options)
     if options.work == "generate, continuous batching":
         return prepare_continuous(policy, texts_P, options)
     if options.work.startswith("generate"):
@@ -124,10 +136,12 @@ def prepare(options: argparse.Namespace) -> Callable[[int], int]:
 def prepare_forkrl(policy: Any, texts_P: list[str], options: argparse.Namespace) -> Callable[[int], int]:
     from forkrl.replicas import Replicas
     from forkrl.rollout import EmbeddedEngine
+    from forkrl.rollout.graphed_engine import GraphedEngine
     from forkrl.types import Prompt, SamplingParams
 
     count = available_cores() if options.work == "forkrl, replicas" else 1
-    engine = EmbeddedEngine(Replicas(policy, count=count), max_prompt_tokens=1024, max_sequences=4096)
+    kind = GraphedEngine if options.work == "forkrl, graphed" else EmbeddedEngine
+    engine = kind(Replicas(policy, count=count), max_prompt_tokens=1024, max_sequences=4096)
     prompts = [Prompt(str(place), text, "") for place, text in enumerate(texts_P)]
 
     def decode(seed: int) -> int:
@@ -194,6 +208,35 @@ def prepare_continuous(policy: Any, texts_P: list[str], options: argparse.Namesp
         if len(made) != len(ids_S):
             raise RuntimeError(f"generate_batch returned {len(made)} of {len(ids_S)} responses")
         return sum(len(output.generated_tokens) for output in made.values())
+
+    return decode
+
+
+def require_vllm() -> None:
+    try:
+        importlib.import_module("vllm")
+    except ImportError as error:
+        raise SystemExit(f"vLLM cannot be imported here ({error}): pip install 'forkrl[vllm]'") from None
+
+
+def prepare_vllm(policy: Any, texts_P: list[str], options: argparse.Namespace) -> Callable[[int], int]:
+    """``vllm.LLM`` as its users call it, from a folder that is gone once it has been read."""
+    import vllm
+
+    ids_P = [list(policy.tokenizer.encode(text)) for text in texts_P]
+    with tempfile.TemporaryDirectory() as folder:
+        policy.model.save_pretrained(folder)
+        engine = vllm.LLM(
+            model=folder, skip_tokenizer_init=True, dtype={"bf16": "bfloat16", "fp32": "float32"}[options.precision],
+            max_model_len=max(map(len, ids_P)) + options.tokens, generation_config="vllm", disable_log_stats=True,
+        )  # fmt: skip
+    sampling = {"n": options.group, "temperature": 1.0, "max_tokens": options.tokens, "detokenize": False}
+    ends = {"stop_token_ids": [policy.tokenizer.eos_token_id], "ignore_eos": True}  # ours alone ends, not the folder's
+
+    def decode(seed: int) -> int:
+        params = vllm.SamplingParams(seed=seed, **sampling, **ends)
+        made = engine.generate([{"prompt_token_ids": ids} for ids in ids_P], params, use_tqdm=False)
+        return sum(len(response.token_ids) for request in made for response in request.outputs)
 
     return decode
 

@@ -3,8 +3,9 @@
     make bench-gpu                                    (the python3 of the machine, nothing installed)
     python -m benchmarks.gpu --device cpu --small     (the same code in a minute on any machine)
 
-Decoding beside ``model.generate``, the head, the forks-only backward, and whole steps on random weights in the shapes
-of Qwen3-0.6B, beside TRL's where that is installed, and 8B, beside the card's own limits, which are measured first.
+Decoding, by CUDA graphs and without, beside ``transformers``' two ways and vLLM, the head, the forks-only backward, and
+whole steps on random weights in the shapes of Qwen3-0.6B, beside TRL's where that is installed, and 8B, beside the
+card's own limits, which are measured first.
 Each part is a process of its own with its own share of the time. What a part has written counts even if it fails or
 runs over, which is recorded with its last words; the others go on, and the file is written anew after each.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,25 +46,37 @@ class Part(NamedTuple):
 
 FULL = (
     Part("gpu.limits", "", 40),
-    Part("gpu.steps", "--shape 0.6B --response 2048", 70),
+    Part("gpu.steps", "--shape 0.6B --response 2048 --graphs", 95),
     Part("gpu.peer", "--shape 0.6B --response 2048", 80),
     Part("head", "--hidden 1024 4096 --dtypes bfloat16", 100),
     Part(
         "decode",
-        "--model 28x1024 --precision bf16 --ways forkrl generate --prompts 16 --tokens 256 --repeats 1 --rounds 1",
-        80,
+        "--model 28x1024 --precision bf16 --prompts 16 --tokens 256 --repeats 1 --rounds 1 "
+        "--ways forkrl 'forkrl, graphed' generate 'generate, continuous batching'",
+        110,
     ),
     Part("backward", "", 80),
     Part("gpu.steps", "--shape 8B --response 2048", 100),
     Part("gpu.steps", "--shape 0.6B --response 8192", 80),
     Part("gpu.steps", "--shape 8B --response 8192", 130),
+    Part(  # last: where vLLM is installed, it takes a minute before it decodes
+        "decode",
+        "--model 28x1024 --precision bf16 --prompts 16 --tokens 256 --repeats 1 --rounds 1 --ways vLLM "
+        "--name decode-vllm",
+        130,
+    ),
 )
 SMALL = (
     Part("gpu.limits", "--small", 60),
-    Part("gpu.steps", "--shape tiny --response 16", 60),
+    Part("gpu.steps", "--shape tiny --response 16 --graphs", 60),
     Part("gpu.peer", "--shape tiny --response 16", 60),
     Part("head", "--small", 60),
-    Part("decode", "--model 1x64 --ways forkrl generate --prompts 2 --group 2 --tokens 4 --repeats 1 --rounds 1", 60),
+    Part(
+        "decode",
+        "--model 1x64 --prompts 2 --group 2 --tokens 4 --repeats 1 --rounds 1 "
+        "--ways forkrl 'forkrl, graphed' generate 'generate, continuous batching' vLLM",
+        90,
+    ),
     Part("backward", "--lengths 64 --hidden 128 --layers 2", 60),
 )
 
@@ -140,7 +154,7 @@ def run_within(part: Part, device: str, seconds: float, folder: Path) -> str:
     """Run a part with all its processes, and end them when its time is up; empty, or why it failed."""
     if seconds < 5:
         return "no time was left"
-    command = [sys.executable, "-m", f"benchmarks.{part.module}", "--device", device, *part.arguments.split()]
+    command = [sys.executable, "-m", f"benchmarks.{part.module}", "--device", device, *shlex.split(part.arguments)]
     environment = os.environ | {"FORKRL_RESULTS": str(folder)}
     with (folder / "output").open("w+") as output:
         process = subprocess.Popen(

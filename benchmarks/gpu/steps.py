@@ -1,6 +1,6 @@
 """Whole RL steps on random weights: rollout and update through ForkRL's own functions, in the shapes of Qwen3.
 
-    python -m benchmarks.gpu.steps --shape 0.6B --response 2048 [--device cuda]
+    python -m benchmarks.gpu.steps --shape 0.6B --response 2048 [--device cuda] [--graphs]
 
 Weights and gradients are fp32 and products bf16, as ForkRL trains. The optimizer is AdamW, but for 8B: there its
 averages would take the memory from 66 to 131 GB before anything is computed, so the step is plain SGD, which takes
@@ -8,7 +8,9 @@ hundredths of a second less of an update of many; and its dense update recompute
 not fit.
 
 Every response has the full length (no token ends one). A rollout is measured in two windows, of the first and of the
-last tokens, and their mean stands for every token: the time of a token grows linearly with what the cache holds. The
+last tokens, and their mean stands for every token: the time of a token grows linearly with what the cache holds. With
+--graphs there is another rollout besides, by CUDA graphs, which is decoded whole: the time of capturing them cannot be
+told from two windows. ``way`` says which a rollout was; whole steps are with the first. The
 update is of one batch, in both ways, the forks-only and the dense. Operations are those that a way needs: layers that
 are recomputed count once. ``share`` is of the rate of a bf16 product measured here, ``bandwidth_share`` that of a copy,
 where a token reads the bf16 weights and the cache once.
@@ -35,6 +37,7 @@ from forkrl.batching import cut_micro_batches
 from forkrl.model import Policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.rollout.graphed_engine import GraphedEngine
 from forkrl.types import Prompt, SamplingParams, TokenBatch
 from forkrl.update import update_policy
 
@@ -91,6 +94,8 @@ def main() -> None:
 
     policy = Policy(model, Numerals(shape.vocabulary), "bf16")  # type: ignore[arg-type]
     rollout = record("rollout", lambda: measure_rollout(policy, shape, options, limits))
+    if options.graphs:
+        record("rollout, graphed", lambda: measure_graphed_rollout(policy, shape, options, limits))
     batch = with_statistics(policy, batch, shape)
     optimizer = build_optimizer(model, shape)
     for way in ("dense", "forks_only"):
@@ -105,6 +110,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--response", type=int, default=2048, help="tokens of every response")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--graphs", action="store_true", help="measure a rollout by CUDA graphs too")
     return parser.parse_args()
 
 
@@ -196,13 +202,31 @@ def peak_bytes(device: str) -> int:
 
 def measure_rollout(policy: Policy, shape: Shape, options: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     """Seconds of a whole rollout, from reading the prompts and from two windows of decoding."""
-    response: int = options.response
-    num_sequences = count_sequences(shape, response)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=2**20, max_sequences=2**20)
+    seconds = rollout_clock(EmbeddedEngine, policy, shape, options)
+    times = extrapolate_rollout(seconds, options.response, shape.window)
+    return {"way": "growing cache"} | times | rollout_rates(times["seconds"], shape, options.response, limits)
+
+
+def measure_graphed_rollout(
+    policy: Policy, shape: Shape, options: argparse.Namespace, limits: Limits
+) -> dict[str, Any]:
+    """Seconds of a whole rollout, all of it decoded, the capturing of its graphs included."""
+    seconds = rollout_clock(GraphedEngine, policy, shape, options)
+    seconds(PROMPT, 3)  # warm
+    rollout_s = seconds(PROMPT, options.response)
+    way = "CUDA graphs" if policy.device.type == "cuda" else "fixed shapes without graphs"
+    return {"way": way, "seconds": rollout_s} | rollout_rates(rollout_s, shape, options.response, limits)
+
+
+def rollout_clock(
+    kind: type[EmbeddedEngine], policy: Policy, shape: Shape, options: argparse.Namespace
+) -> Callable[[int, int], float]:
+    """A function that decodes so many tokens after prompts of so many others, and tells the seconds."""
+    engine = kind(Replicas(policy), max_prompt_tokens=2**20, max_sequences=2**20)
 
     def seconds(prompt_tokens: int, tokens: int) -> float:
-        ids = torch.randint(shape.vocabulary, (num_sequences // GROUP, prompt_tokens)).tolist()
-        prompts = [Prompt(str(place), " ".join(map(str, row)), "") for place, row in enumerate(ids)]
+        ids = torch.randint(shape.vocabulary, (count_sequences(shape, options.response) // GROUP, prompt_tokens))
+        prompts = [Prompt(str(place), " ".join(map(str, row)), "") for place, row in enumerate(ids.tolist())]
         generator = torch.Generator(options.device).manual_seed(0)
         synchronize(options.device)
         began = time.perf_counter()
@@ -210,12 +234,15 @@ def measure_rollout(policy: Policy, shape: Shape, options: argparse.Namespace, l
         synchronize(options.device)
         return time.perf_counter() - began
 
-    times = extrapolate_rollout(seconds, response, shape.window)
-    rollout_s: float = times["seconds"]
+    return seconds
+
+
+def rollout_rates(rollout_s: float, shape: Shape, response: int, limits: Limits) -> dict[str, float]:
+    num_sequences = count_sequences(shape, response)
     read = PROMPT / GROUP  # a group's prompt is read once
     flops = num_sequences * (response * head_flops(shape) + (read + response) * layer_flops(shape, response))
     bytes_per_token = 2 * matrix_weights(shape) + num_sequences * (PROMPT + response / 2) * cache_bytes(shape)
-    return times | {
+    return {
         "tokens_per_s": num_sequences * response / rollout_s,
         "flops": flops,
         "share": flops / rollout_s / limits.flops,

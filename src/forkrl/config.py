@@ -235,6 +235,9 @@ class RolloutConfig(Section):
     """Further stop tokens, each exactly one token of the tokenizer; its EOS always stops."""
     max_sequences: PositiveInt = 256
     """Sequences decoded at once by one replica; bounds its KV cache."""
+    cuda_graphs: bool = False
+    """Decode by CUDA graphs (docs/engines.md): on a GPU, for Llama, Mistral, Qwen2 and Qwen3. Off because it has not
+    run on a GPU yet."""
 
 
 class RewardConfig(Section):

@@ -33,11 +33,24 @@ def test_parts_run_where_nothing_is_installed(tmp_path: Path) -> None:
     rates = [next(rate for key, rate in case.items() if key != "what") for case in limits["results"]["limits"]["cases"]]
     assert len(rates) == 4 and all(rate > 0 for rate in rates)
     cases = {case["stage"]: case for case in steps["results"]["steps-tiny-16"]["cases"]}
-    assert list(cases) == ["rollout", "update, dense", "step, dense", "update, forks_only", "step, forks_only"]
+    rollouts, updates = list(cases)[:2], list(cases)[2:]
+    assert rollouts == ["rollout", "rollout, graphed"]
+    assert updates == ["update, dense", "step, dense", "update, forks_only", "step, forks_only"]
+    assert [cases[each]["way"] for each in rollouts] == ["growing cache", "fixed shapes without graphs"]
+    assert all(cases[each]["tokens_per_s"] > 0 for each in rollouts)
     assert cases["step, dense"]["tokens_per_s"] > 0 and 0 < cases["update, dense"]["share"] < 1
     ways = {case["way"]: case for case in head["results"]["head"]["cases"]}
     assert ways["ours, chunked"]["best_peer_with_entropy"] == "materialised"
     assert "No module named 'verl'" in ways["verl"]["failed"]
+
+
+def test_ways_of_decoding_stand_beside_each_other_and_a_missing_one_says_so(tmp_path: Path) -> None:
+    (decode,) = run_small(tmp_path, "decode")
+    assert not decode["failed"]
+    cases = {case["way"]: case for case in decode["results"]["decode"]["cases"]}
+    assert list(cases) == ["forkrl", "forkrl, graphed", "generate", "generate, continuous batching", "vLLM"]
+    assert all(cases[way]["tokens"] == [16] for way in ("forkrl", "forkrl, graphed", "generate"))
+    assert cases["vLLM"]["failed"].startswith("vLLM cannot be imported here (")
 
 
 def test_a_peer_that_is_missing_is_told_and_is_no_failure(tmp_path: Path) -> None:

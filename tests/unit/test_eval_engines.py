@@ -59,6 +59,7 @@ def test_the_weights_are_known_where_the_model_is_here(model: str) -> None:
     ("choice", "override", "says"),
     [
         (EngineChoice("vllm", None), "runtime.replicas=2", "has no effect on vLLM, which decides that itself"),
+        (EngineChoice("vllm", None), "rollout.cuda_graphs=true", "has no effect on vLLM, which decides that itself"),
         (EngineChoice("vllm", "http://there"), "model.revision=x", "has no effect on a model that a server holds"),
         (EngineChoice("embedded", "http://there"), "model.precision=bf16", "on a model that a server holds"),
     ],

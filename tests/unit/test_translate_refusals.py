@@ -39,6 +39,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
         ],
         "take a multiple",
     ),
+    ("rollout.cuda_graphs", ["rollout.cuda_graphs=true"], "set it to false"),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
     ("runtime.device", ["runtime.device=mps"], 'set it to "auto"'),
     ("runtime.device", ['runtime.device="cuda:0"'], 'set it to "auto"'),

@@ -255,6 +255,7 @@ REFUSED = (
         "other proportions than the parts' numbers of rows, by more than one in a hundred",
         "verl draws from all rows alike",
     ),
+    Refusal("rollout.cuda_graphs", "true", "of ForkRL's own sampler; verl's decode by graphs of their own"),
     Refusal("rollout.prompts_per_step", "more than there are prompts to train on", "verl counts epochs in whole steps"),
     Refusal(
         "dynamic_sampling.generation_prompts",

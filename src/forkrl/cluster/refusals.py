@@ -69,6 +69,11 @@ def _refuse_what_is_of_one_machine(config: TrainConfig) -> None:
             f'training.backward = "{config.training.backward}" is of ForkRL\'s own loop; set it to "dense" for '
             f'runtime.engine = "verl"'
         )
+    if config.rollout.cuda_graphs:
+        raise UserError(
+            "rollout.cuda_graphs = true is of ForkRL's own sampler; verl's decode by graphs of their own: set it to "
+            'false for runtime.engine = "verl"'
+        )
     runtime = config.runtime
     if runtime.device not in ("auto", "cuda", "cpu"):
         raise UserError(

@@ -22,7 +22,7 @@ from forkrl.analysis.temperatures import (
     temperature_table,
 )
 from forkrl.atomic import write_json, write_text
-from forkrl.commands.subject import Session, Subject, open_session, open_subject
+from forkrl.commands.subject import Session, Subject, graphs_fact, open_session, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
 from forkrl.commands.work_folder import default_folder, open_work_folder, weights_fingerprint
 from forkrl.errors import UserError
@@ -186,6 +186,7 @@ def _question(
         "rollout.max_sequences": config.rollout.max_sequences,
         "runtime.replicas": session.replicas.count,
         "device": session.policy.device.type,
+        **graphs_fact(config),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from forkrl.commands.subject import Subject, checked_config, open_model
+from forkrl.commands.subject import Subject, checked_config, graphs_fact, open_model
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
@@ -19,7 +19,9 @@ from forkrl.rollout import open_engine
 from forkrl.types import Prompt
 
 PromptFormat = Literal["plain", "chat"]
-_FOR_OUR_ENGINE = ("model.precision", "rollout.max_prompt_tokens", "rollout.max_sequences", "runtime.")
+_FOR_OUR_ENGINE = (
+    "model.precision", "rollout.max_prompt_tokens", "rollout.max_sequences", "rollout.cuda_graphs", "runtime."
+)  # fmt: skip
 _UNUSED = {
     "vllm": dict.fromkeys(_FOR_OUR_ENGINE, "on vLLM, which decides that itself"),
     "server": dict.fromkeys((*_FOR_OUR_ENGINE, "model.revision"), "on a model that a server holds"),
@@ -83,6 +85,7 @@ class _Embedded:
             "rollout.max_sequences": subject.config.rollout.max_sequences,
             "runtime.replicas": replicas.count,
             "device": replicas.policy.device.type,
+            **graphs_fact(subject.config),
         }
 
     def settings_for(self, prompts: Sequence[Prompt]) -> TrainConfig:

@@ -31,8 +31,9 @@ from forkrl.types import Prompt, Task
 # What these commands read of a recipe; an override of anything else would silently do nothing.
 _SETTINGS = {
     "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
-    "rollout.stop", "rollout.max_sequences", "reward.workers", "reward.deadline_s", "reward.memory_mb",
-    "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.replicas", "runtime.threads",
+    "rollout.stop", "rollout.max_sequences", "rollout.cuda_graphs", "reward.workers", "reward.deadline_s",
+    "reward.memory_mb", "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.replicas",
+    "runtime.threads",
 }  # fmt: skip
 _PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
 # Limits of training that the response length of these commands need not agree with.
@@ -200,6 +201,11 @@ def newest_checkpoint(folder: Path) -> str:
     if checkpoint is None:
         raise UserError(f"{folder}: this run has no checkpoint yet")
     return str(checkpoint)
+
+
+def graphs_fact(config: TrainConfig) -> dict[str, bool]:
+    """For a command's question, which names the setting only where it is on: it is younger than the questions are."""
+    return {"rollout.cuda_graphs": True} if config.rollout.cuda_graphs else {}
 
 
 def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:

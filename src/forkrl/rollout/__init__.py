@@ -1,5 +1,6 @@
 """Engines that turn prompts into rollouts; ``forkrl.types.RolloutEngine`` is what they have in common."""
 
-from forkrl.rollout.embedded import EmbeddedEngine, open_engine
+from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.rollout.opening import open_engine
 
 __all__ = ["EmbeddedEngine", "open_engine"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
-
-if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
-    from forkrl.config import TrainConfig
 
 COMPACT_FRACTION = 0.03
 """Finished sequences leave once they are this share of the batch: leaving copies others into their places in the cache,
@@ -128,10 +125,10 @@ class EmbeddedEngine:
             raise ValueError(f"a prefix holds a response of {limit} tokens or more, the limit: nothing can follow it")
         order = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index].response_ids))
         owners = [(index, number) for index in order for number in range(count)]
-        for start in range(0, len(owners), self.wave_sequences):
-            wave = owners[start : start + self.wave_sequences]
-            for place, rollout in self._decode_wave([prefixes[index] for index, _ in wave], sampling, generator):
-                yield Ended(*wave[place], rollout)
+        waves = [owners[start : start + self.wave_sequences] for start in range(0, len(owners), self.wave_sequences)]
+        prefixes_of = [[prefixes[index] for index, _ in wave] for wave in waves]
+        for number, place, rollout in self._decode_waves(prefixes_of, sampling, generator):
+            yield Ended(*waves[number][place], rollout)
 
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
         """Draw what decoding so many sequences, one wave, would draw from ``generator``: the waves after it stay the
@@ -151,6 +148,14 @@ class EmbeddedEngine:
     def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of a prompt; raises as ``check_prompts`` does."""
         return len(self.prefix(prompt).prompt_ids)
+
+    def _decode_waves(
+        self, waves: Sequence[Sequence[Prefix]], sampling: SamplingParams, generator: torch.Generator
+    ) -> Iterator[tuple[int, int, Rollout]]:
+        """One wave after the other: the number of the wave, the place in it, and the rollout."""
+        for number, prefixes_S in enumerate(waves):
+            for place, rollout in self._decode_wave(prefixes_S, sampling, generator):
+                yield number, place, rollout
 
     def _decode_wave(
         self, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
@@ -187,16 +192,6 @@ class EmbeddedEngine:
             add_special_tokens=self.add_special_tokens,
         )
         return Prefix(ids)
-
-
-def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
-    """The engine that a recipe asks for."""
-    return EmbeddedEngine(
-        replicas,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_sequences=config.rollout.max_sequences,
-        add_special_tokens=not config.task.chat_template,
-    )
 
 
 def _in_order(rollouts: dict[int, Rollout]) -> tuple[Rollout, ...]:
@@ -237,7 +232,9 @@ def decode(
     finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
     row_S, going_S = torch.arange(num_sequences, device=device), ~finished_S
-    hidden_SD, cache, seen_ST = _read_prompts(policy, ids_S)
+    hidden_PD, cache, seen_PT, owner_S = read_prompts(policy, ids_S)
+    select_sequences(cache, owner_S)
+    hidden_SD, seen_ST = hidden_PD[owner_S], seen_PT[owner_S]
     position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
     seen_ST = torch.nn.functional.pad(seen_ST, (0, most), value=True)
     advance, num_before = choose_step(policy), num_sequences
@@ -256,7 +253,7 @@ def decode(
             for row in row_S[before_S & ~going_S].tolist():
                 length, finished = int(lengths_S[row]), bool(finished_S[row])
                 written = (tokens_ST[row, :length], logprobs_ST[row, :length], entropy_ST[row, :length])
-                yield row, _build_rollout(policy, ids_S[row], *written, finished=finished)
+                yield row, build_rollout(policy, ids_S[row], *written, finished=finished)
         if num_going == 0:
             return
         num_before = num_going
@@ -288,8 +285,13 @@ def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: T
     )[:, -1]
 
 
-def _read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Fill the cache with each distinct prompt once: last hidden state ``[S, D]``, cache, bool ``[S, T]`` of tokens."""
+def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    """Fill a cache with each distinct prompt, once.
+
+    Returns:
+        Last hidden states ``[P, D]``, the cache, bool ``[P, T]`` of what is a token in it (padding stands on the left),
+        and which prompt is whose, ``[S]``.
+    """
     distinct = list(dict.fromkeys(prompts_S))
     longest = max(map(len, distinct))
     pad_id = policy.tokenizer.eos_token_id
@@ -302,11 +304,10 @@ def _read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple
     )
     place = {ids: index for index, ids in enumerate(distinct)}
     owner_S = torch.tensor([place[ids] for ids in prompts_S], device=policy.device)
-    select_sequences(cache, owner_S)
-    return hidden_PTD[owner_S, -1], cache, mask_PT[owner_S]
+    return hidden_PTD[:, -1].clone(), cache, mask_PT, owner_S  # a view would keep all of them
 
 
-def _build_rollout(
+def build_rollout(
     policy: Policy,
     prompt_ids: tuple[int, ...],
     tokens_T: Tensor,

@@ -14,6 +14,7 @@ Shapes: ``S`` sequences, ``D`` hidden, ``H`` query heads, ``K`` heads of keys an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -98,14 +99,23 @@ class FlatStep:
             seen_ST: bool, False where a place in the cache is padding, the new token's included.
             cache: of all tokens before.
         """
+        bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
+        return self.run_layers(tokens_S, position_S, bias, cache.layers)
+
+    def run_layers(self, tokens_S: Tensor, position_S: Tensor, bias: Tensor, stores: Sequence[Any]) -> Tensor:
+        """The step with the mask ``[S, 1, 1, T]`` as what is added to scores, and whatever holds keys and values.
+
+        Args:
+            stores: of each layer, an object whose ``update(key, value)`` takes the new tokens' ``[S, K, 1, C]`` and
+                gives all that is attended to, ``[S, K, T, C]``.
+        """
         decoder: Any = self.policy.decoder
         hidden_SD = embedding(tokens_S, decoder.embed_tokens.weight)
         cos_S1C, sin_S1C = decoder.rotary_emb(hidden_SD, position_S[:, None])
         # rotate_half(x) is the halves of x exchanged, the first with its sign turned; the sine takes the sign.
         half = self.head_dim // 2
         sin_S1C = torch.cat([-sin_S1C[..., :half], sin_S1C[..., half:]], -1)
-        bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
-        for layer, stored in zip(self.layers, cache.layers, strict=True):
+        for layer, stored in zip(self.layers, stores, strict=True):
             mixed_SD = self._attend(layer, self._norm(hidden_SD, layer.input_norm), (cos_S1C, sin_S1C), bias, stored)
             hidden_SD = _add_product(hidden_SD, mixed_SD, layer.out)
             normed_SD = self._norm(hidden_SD, layer.mlp_norm)

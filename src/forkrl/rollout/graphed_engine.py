@@ -1,0 +1,149 @@
+"""The embedded engine by CUDA graphs: the host launches a step at once, and looks for ends only every few tokens.
+
+What it gives is what the embedded engine gives: responses end where they end, and what a row computes after its end is
+thrown away. The random numbers of a token are drawn for all rows of the batch, and rows leave at other moments than
+there, so that the same seed gives other responses; the same each time.
+
+Shapes: ``S`` rows of the batch, ``P`` prompts, ``T`` tokens, ``N`` tokens of a stride, ``D`` hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from forkrl.errors import UserError
+from forkrl.model import Policy
+from forkrl.rollout.embedded import EmbeddedEngine, Prefix, build_rollout, read_prompts, stop_tokens
+from forkrl.rollout.graphed_step import LEAST_ROWS, GraphedStep, bucket, static
+from forkrl.rollout.sampling import sample_tokens
+from forkrl.types import Rollout, SamplingParams
+
+STRIDE = 8
+"""Tokens between two looks at what has ended: at each the host waits for the device. A row that has ended is computed
+on until the next, four tokens in vain on average."""
+
+
+class GraphedEngine(EmbeddedEngine):
+    """As ``EmbeddedEngine``, for a policy on a GPU; on any other device it runs the same steps without graphs.
+
+    The buffers (see ``graphed_step``) are as long as the longest sequence can become. They and the graphs live as long
+    as one call of ``stream``: training has the memory for itself.
+    """
+
+    def _decode_waves(
+        self, waves: Sequence[Sequence[Prefix]], sampling: SamplingParams, generator: torch.Generator
+    ) -> Iterator[tuple[int, int, Rollout]]:
+        if self.replicas.count > 1:
+            raise ValueError("graphs are of one replica")
+        if not waves:
+            return
+        capacity = max(max(len(prefix.ids) for prefix in wave) + max(_rooms(wave, sampling)) for wave in waves)
+        with torch.no_grad():
+            step = GraphedStep(self.policy, max(map(len, waves)), capacity)
+        for number, prefixes_S in enumerate(waves):
+            (seed,) = self._draw_seeds(1, generator)
+            own = torch.Generator(self.policy.device).manual_seed(seed)
+            for place, rollout in decode_in_strides(self.policy, step, prefixes_S, sampling, own):
+                yield number, place, rollout
+
+
+def require_graphs(policy: Policy) -> None:
+    """Refuse ``rollout.cuda_graphs`` where there would be none.
+
+    Raises:
+        UserError: the device is not CUDA, or the step does not reproduce the model.
+    """
+    remedy = "set rollout.cuda_graphs = false"
+    if policy.device.type != "cuda":
+        raise UserError(
+            f"rollout.cuda_graphs = true: the model is on {policy.device}, which has no CUDA graphs; {remedy}"
+        )
+    if not static(policy):
+        raise UserError(
+            f"rollout.cuda_graphs = true: {type(policy.model).__name__} with these options has no decoding step of "
+            f"fixed shapes; Llama, Mistral, Qwen2 and Qwen3 with full attention have one; {remedy}"
+        )
+
+
+@torch.no_grad()
+def decode_in_strides(
+    policy: Policy,
+    step: GraphedStep,
+    prefixes_S: Sequence[Prefix],
+    sampling: SamplingParams,
+    generator: torch.Generator,
+) -> Iterator[tuple[int, Rollout]]:
+    """Decode one batch to its end, giving each sequence, with its place in the batch, soon after it has ended.
+
+    Of one stride the shorter come first. The batch is filled up with copies of its first sequence to a bucket of rows,
+    which count as ended from the start.
+    """
+    ids_S, room = [prefix.ids for prefix in prefixes_S], _rooms(prefixes_S, sampling)
+    num_rows, most = bucket(len(ids_S), LEAST_ROWS), max(room)
+    stop_ids = torch.tensor(stop_tokens(policy, sampling), device=policy.device)
+    tokens_ST = torch.zeros((num_rows, most), dtype=torch.int64, device=policy.device)
+    logprobs_ST, entropy_ST = torch.zeros(2, num_rows, most, device=policy.device)
+    hidden_PD, cache, seen_PT, owner_S = read_prompts(policy, ids_S)
+    owner_S = torch.nn.functional.pad(owner_S, (0, num_rows - len(ids_S)), value=int(owner_S[0]))
+    step.begin(cache, seen_PT, owner_S)
+    hidden_SD = hidden_PD[owner_S]
+    del cache, hidden_PD
+
+    row, going = list(range(num_rows)), [place < len(ids_S) for place in range(num_rows)]
+    row_S = torch.arange(num_rows, device=policy.device)
+    for start in range(0, most, STRIDE):
+        end = min(start + STRIDE, most)
+        drawn_S, written = _stride(step, hidden_SD, end - start, sampling, generator)
+        for each_ST, written_SN in zip((tokens_ST, logprobs_ST, entropy_ST), written, strict=True):
+            each_ST[row_S, start:end] = written_SN
+        stops = [start + count for count in _count_to_stop(written[0], stop_ids).tolist()]  # the host waits here
+        ended = sorted(
+            (min(stops[place], room[row[place]]), place)
+            for place in range(len(row))
+            if going[place] and min(stops[place], room[row[place]]) <= end
+        )
+        for length, place in ended:
+            going[place] = False
+            which = row[place]
+            told = (each_ST[which, :length].cpu() for each_ST in (tokens_ST, logprobs_ST, entropy_ST))
+            yield which, build_rollout(policy, ids_S[which], *told, finished=stops[place] <= room[which])
+        if not any(going):
+            return
+        num_rows = bucket(sum(going), LEAST_ROWS)
+        if num_rows < len(row):
+            kept = _kept_places(going, num_rows)
+            step.keep(kept)
+            row, going = [row[place] for place in kept], [going[place] for place in kept]
+            row_S, drawn_S = torch.tensor(row, device=policy.device), drawn_S[torch.tensor(kept, device=policy.device)]
+        hidden_SD = step.advance(drawn_S)
+
+
+def _rooms(prefixes: Sequence[Prefix], sampling: SamplingParams) -> list[int]:
+    return [sampling.max_response_tokens - len(prefix.response_ids) for prefix in prefixes]
+
+
+def _stride(
+    step: GraphedStep, hidden_SD: Tensor, count: int, sampling: SamplingParams, generator: torch.Generator
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Draw ``count`` tokens: the last, and all ``[S, N]`` with log-probs and entropies."""
+    drawn = [sample_tokens(step.logits(hidden_SD), sampling, generator)]
+    while len(drawn) < count:
+        # Rows that have ended run on: a place beyond the model's last is just another angle, nothing is looked up.
+        drawn.append(sample_tokens(step.logits(step.advance(drawn[-1][0])), sampling, generator))
+    return drawn[-1][0], tuple(torch.stack(each, 1) for each in zip(*drawn, strict=True))
+
+
+def _count_to_stop(tokens_SN: Tensor, stop_ids: Tensor) -> Tensor:
+    """How many tokens of each row there are up to the first that stops, itself included; more than any where none."""
+    stop_SN = torch.isin(tokens_SN, stop_ids)
+    none = torch.iinfo(torch.int32).max
+    return torch.where(stop_SN.any(1), stop_SN.int().argmax(1) + 1, none)
+
+
+def _kept_places(going: Sequence[bool], num_rows: int) -> list[int]:
+    """What stands in each of the rows that are left: itself, or one that still goes on and would be cut off."""
+    homeless = [place for place in range(num_rows, len(going)) if going[place]]
+    return [place if going[place] or not homeless else homeless.pop() for place in range(num_rows)]

@@ -1,0 +1,29 @@
+"""The engine that a recipe asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forkrl.replicas import Replicas
+from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import TrainConfig
+
+
+def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
+    """The embedded engine, with graphs or without.
+
+    Raises:
+        UserError: ``rollout.cuda_graphs`` for a model or a device without them.
+    """
+    if config.rollout.cuda_graphs:
+        require_graphs(replicas.policy)
+    kind = GraphedEngine if config.rollout.cuda_graphs else EmbeddedEngine
+    return kind(
+        replicas,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_sequences=config.rollout.max_sequences,
+        add_special_tokens=not config.task.chat_template,
+    )
