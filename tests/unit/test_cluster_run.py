@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from forkrl.checkpoint import MANIFEST, adopt_weights, all_checkpoints
+from forkrl.checkpoint import adopt_weights, all_checkpoints
+from forkrl.checkpoint.manifest import MANIFEST
 from forkrl.cluster.ending import explain_end, last_error
 from forkrl.cluster.launch import require_verl
 from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints

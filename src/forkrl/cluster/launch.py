@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 import forkrl
 from forkrl.atomic import explained_write_errors
-from forkrl.checkpoint import MANIFEST
+from forkrl.checkpoint.manifest import MANIFEST
 from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.cluster.ending import explain_end
 from forkrl.cluster.merge import TRACKER, begun_checkpoints, merge_checkpoints, verl_checkpoints
