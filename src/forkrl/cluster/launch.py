@@ -37,10 +37,10 @@ from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import first_line, model_location, prompt_token_ids, stop_token_ids
 from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.provenance import commit, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
-from forkrl.run import commit, new_run_id, refuse_other_data
 from forkrl.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import open_task
 from forkrl.tracking import TrackedRun, open_sinks, require_sinks
