@@ -68,7 +68,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         train_by_engine(config, out, arguments.resume)
     except Interrupted as stop:
         folder = arguments.resume or out
-        print(f"forkrl: {stop} and saved; go on with: forkrl train --resume {folder}", file=sys.stderr)
+        print(f"forkrl: {stop} {stop.outcome}; go on with: forkrl train --resume {folder}", file=sys.stderr)
         return int(stop.exit_code)
     return print_outcome(arguments.resume or out)
 

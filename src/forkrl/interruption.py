@@ -11,11 +11,15 @@ from typing import Any
 
 
 class Interrupted(BaseException):
-    """The user or the system asked the run to stop. Not an ``Exception``: nothing on the way up may swallow it."""
+    """The user or the system asked the run to stop. Not an ``Exception``: nothing on the way up may swallow it.
+
+    ``outcome``: what became of the finished steps, as the sentence "stopped by SIGINT and saved" goes on.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
+        self.outcome = "and saved"
 
 
 class Interruption:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from forkrl.config import Section
+from forkrl.config.sections import Section
 from forkrl.errors import UserError
 
 Recipe = TypeVar("Recipe", bound=Section)

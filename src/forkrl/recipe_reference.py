@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from forkrl.config import Section, SftConfig, TrainConfig
+from forkrl.config import SftConfig, TrainConfig
+from forkrl.config.sections import Section
 from forkrl.recipe import item_section
 
 

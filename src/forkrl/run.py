@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
-import shlex
-import subprocess
-import sys
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import forkrl
 from forkrl.backward import require_forks_only
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from forkrl.config import TrainConfig
+from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
 from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
@@ -253,10 +247,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
     require_sinks(config.log.sinks)
     with ExitStack() as stack:
         torch.manual_seed(config.seed)
-        policy = open_policy(config.model, config.runtime.device)
-        if config.training.backward == "forks_only":
-            require_forks_only(policy, projections=config.forks_only.projections)
-        policy.stop_token_ids(config.rollout.stop)  # a wrong one is better told before the run than in it
+        policy = _open_policy(config)
         task = open_task(config.task, policy.tokenizer)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None
         replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
@@ -265,20 +256,14 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         engine.check_prompts(task.held_out)
         verifier = stack.enter_context(open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward))
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
-        provenance = describe_provenance(config, task, replicas)
+        provenance = describe_provenance(task, replicas)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))
         interruption = Interruption()
         run = Run(
             config=config,
             folder=folder,
             replicas=replicas,
-            optimizer=torch.optim.AdamW(
-                policy.model.parameters(),
-                lr=config.optimizer.lr,
-                betas=config.optimizer.betas,
-                eps=config.optimizer.eps,
-                weight_decay=config.optimizer.weight_decay,
-            ),
+            optimizer=_open_optimizer(policy, config.optimizer),
             engine=engine,
             verifier=verifier,
             task=task,
@@ -297,7 +282,7 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
             TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
         )
         verifier.announce = run.display.message
-        if resume is not None and (changes := _changed_arithmetic(folder.provenance, provenance)):
+        if resume is not None and (changes := changed_arithmetic(folder.provenance, provenance)):
             run.display.message(f"resuming with {changes}: the run goes on, but no longer the same to the bit")
         with _early_ends(run):
             yield run
@@ -340,36 +325,23 @@ def resumed_config(folder: Path, recipe: TrainConfig | None) -> TrainConfig:
     return stored
 
 
-def describe_provenance(config: TrainConfig, task: Task, replicas: Replicas) -> dict[str, Any]:
-    """What a figure needs to be repeated: versions, commit, data, threads, device."""
-    return {
-        "forkrl": forkrl.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "data_fingerprint": task.fingerprint,
-        "replicas": replicas.count,
-        "threads": torch.get_num_threads(),
-        "device": str(replicas.policy.device),
-        "command": shlex.join(["forkrl", *sys.argv[1:]]),
-    }
+def _open_policy(config: TrainConfig) -> Policy:
+    """The model, once it is found to do what the recipe asks of it: better told before the run than in it."""
+    policy = open_policy(config.model, config.runtime.device)
+    if config.training.backward == "forks_only":
+        require_forks_only(policy, projections=config.forks_only.projections)
+    policy.stop_token_ids(config.rollout.stop)
+    return policy
 
 
-def _changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs of all that the last bits of a result depend on, as one phrase; empty where nothing does."""
-    names = [name for name in ("replicas", "threads", "torch", "transformers") if then.get(name) != now[name]]
-    return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
-
-
-def commit() -> str:
-    """The commit of a source checkout, marked if it has changes; empty for an installed package."""
-    source = Path(__file__).resolve().parent
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+def _open_optimizer(policy: Policy, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        policy.model.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def _open_folder(
@@ -381,21 +353,6 @@ def _open_folder(
     folder = RunFolder.open(resume)
     refuse_other_data(folder, config, provenance["data_fingerprint"])
     return folder
-
-
-def refuse_other_data(folder: RunFolder, config: TrainConfig, fingerprint: str) -> None:
-    """Give the folder free and refuse, if a run is to be resumed on other prompts than it began with.
-
-    Raises:
-        UserError: both fingerprints.
-    """
-    before = folder.provenance.get("data_fingerprint")
-    if before != fingerprint:
-        folder.close()
-        raise UserError(
-            f"--resume {folder.path}: the prompts of task.{config.task.name} are not those the run began with "
-            f"(fingerprint {str(before)[:12]} then, {fingerprint[:12]} now); restore the data, or start a new run"
-        )
 
 
 def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
@@ -410,11 +367,6 @@ def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
         if remove_on_failure:
             run.folder.remove()
         raise
-
-
-def new_run_id() -> str:
-    """No other run has it, whatever the name of its folder. Takes nothing from the seeded generators."""
-    return uuid.uuid4().hex[:12]
 
 
 def _frozen_copy(policy: Policy) -> Policy:

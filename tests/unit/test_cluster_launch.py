@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
+from forkrl.cli import main
 from forkrl.cluster import launch
+from forkrl.cluster.merge import TRACKER
+from forkrl.cluster.record import OWN
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.recipe import parse_recipe
+from forkrl.interruption import Interrupted
+from forkrl.recipe import parse_recipe, recipe_toml
 from forkrl.run_folder import RunFolder
 from tests.verl_here import needs_verl
 
@@ -108,6 +114,39 @@ def test_other_prompts_than_the_run_began_with_are_refused(tmp_path: Path) -> No
     RunFolder.create(tmp_path / "run", {}, {"run_id": "a", "data_fingerprint": "of others"}).close()
     with pytest.raises(UserError, match="are not those the run began with"):
         launch.train_on_cluster(recipe(), tmp_path / "run", resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("step", "outcome"), [(None, "before anything was saved"), (2, "with step 2 saved")], ids=["early", "later"]
+)
+def test_the_last_line_after_ctrl_c_is_true(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int | None,
+    outcome: str,
+) -> None:
+    run = tmp_path / "run"
+
+    def stop(*arguments: Any, **named: Any) -> int:
+        if step is not None:
+            actor = run / OWN / "checkpoints" / f"global_step_{step}" / "actor"
+            actor.mkdir(parents=True)
+            (actor / "model_world_size_1_rank_0.pt").touch()
+            (actor.parents[1] / TRACKER).write_text(str(step))
+        raise Interrupted(signal.SIGINT)
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise UserError("verl's merger failed")
+
+    monkeypatch.setattr(launch, "run_and_watch", stop)
+    monkeypatch.setattr(launch, "merge_checkpoints", fail)
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(recipe_toml(recipe())))
+    assert main(["train", str(path), "--out", str(run)]) == 130
+    shown = capsys.readouterr()
+    assert shown.err == f"forkrl: stopped by SIGINT {outcome}; go on with: forkrl train --resume {run}\n"
+    assert shown.out.endswith("verl's checkpoints were not merged: verl's merger failed\n")
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forkrl.checkpoint import MANIFEST, adopt_weights, all_checkpoints
-from forkrl.cluster.ending import explain_end, last_error
+from forkrl.checkpoint import adopt_weights, all_checkpoints
+from forkrl.checkpoint.manifest import MANIFEST
+from forkrl.cluster.ending import conclude, explain_end, last_error
 from forkrl.cluster.launch import require_verl
 from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import run_and_watch
@@ -238,6 +241,58 @@ def test_a_log_without_an_error_gives_its_last_line(tmp_path: Path) -> None:
     assert last_error(tmp_path / "log.txt") == "it printed nothing"
 
 
+def fail_to_merge() -> None:
+    raise UserError("verl's merger failed")
+
+
+@pytest.mark.parametrize("merge", [lambda: None, fail_to_merge])
+@pytest.mark.parametrize(
+    ("steps", "tracked", "outcome"),
+    [
+        ([], None, r"^before anything was saved$"),
+        ([2], None, r"^before anything was saved$"),  # begun, and not finished
+        ([2, 4], "4", r"^with step 4 saved$"),
+        ([2, 4], "2", r"^with step 2 saved$"),
+        ([2, 4], "", rf"^but .*{TRACKER}.*write 4"),
+    ],
+)
+def test_an_interruption_says_what_is_saved(
+    run: Path, steps: list[int], tracked: str | None, outcome: str, merge: Callable[[], None]
+) -> None:
+    for step in steps:
+        shards(run, step)
+    if tracked is not None:
+        (run / OWN / "checkpoints" / TRACKER).write_text(tracked)
+    stop = Interrupted(signal.SIGINT)
+    with pytest.raises(Interrupted), conclude(merge, run / OWN / "checkpoints", print):
+        raise stop
+    assert re.search(outcome, stop.outcome)
+
+
+@pytest.mark.parametrize("error", [TrainingHalted("the loss is nan"), OSError("no space"), KeyboardInterrupt()])
+def test_a_failing_merge_does_not_hide_what_ended_the_run(run: Path, error: BaseException) -> None:
+    said: list[str] = []
+    with pytest.raises(type(error)) as ended, conclude(fail_to_merge, run / OWN / "checkpoints", said.append):
+        raise error
+    assert ended.value is error
+    assert said == ["verl's checkpoints were not merged: verl's merger failed"]
+
+
+def test_a_merge_that_alone_fails_is_what_ended_the_run(run: Path) -> None:
+    with pytest.raises(UserError, match="merger failed"), conclude(fail_to_merge, run / OWN / "checkpoints", print):
+        pass
+
+
+def test_what_is_saved_is_merged_whatever_ended_the_run(run: Path) -> None:
+    merged: list[str] = []
+    with conclude(lambda: merged.append("at its end"), run / OWN / "checkpoints", print):
+        assert not merged
+    after = conclude(lambda: merged.append("after a failure"), run / OWN / "checkpoints", print)
+    with pytest.raises(TrainingHalted), after:
+        raise TrainingHalted("the loss is nan")
+    assert merged == ["at its end", "after a failure"]
+
+
 CHILD = """
 import pathlib, sys, time
 metrics, stop = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
@@ -308,10 +363,11 @@ def test_before_the_first_step_one_signal_is_enough(tmp_path: Path) -> None:
             super().append(record)
             signal.raise_signal(signal.SIGINT)
 
-    began = time.monotonic()
+    began, said = time.monotonic(), list[str]()
     with pytest.raises(Interrupted, match="SIGINT"):
-        watch(tmp_path, "until stopped", seen=Seen(), begun=False)
+        watch(tmp_path, "until stopped", seen=Seen(), said=said, begun=False)
     assert time.monotonic() - began < 15
+    assert not said, "no step is under way that could be waited for"
 
 
 def test_a_merged_folder_becomes_a_checkpoint_of_weights(tmp_path: Path) -> None:

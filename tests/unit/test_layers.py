@@ -21,6 +21,7 @@ SHARED = {
     "intervals": {"analysis"},
     "plan_arguments": {"arguments"},
     "gym_entries": {"rewards", "gym_questions"},
+    "even_shares": {"planning"},
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forkrl.cluster.refusals import refuse_untranslatable
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.planning.advice import Change, changed, find_faster, find_remedies
@@ -178,9 +179,18 @@ def test_offloading_frees_the_gpu_while_sampling_and_takes_main_memory() -> None
         (("cluster.gpus_per_node=6", "cluster.nodes=2", "cluster.tensor_parallel=4"), "cluster.tensor_parallel = 4"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(overrides: tuple[str, ...], says: str) -> None:
-    with pytest.raises(UserError, match=says.replace(".", r"\.")):
-        plan(recipe("qwen3-8b", *ON_VERL, *overrides))
+def test_sizes_that_do_not_divide_are_refused_as_on_launching(overrides: tuple[str, ...], says: str) -> None:
+    config = recipe("qwen3-8b", *ON_VERL, "cluster.address=auto", *overrides)
+    with pytest.raises(UserError, match=says.replace(".", r"\.")) as planned:
+        plan(config)
+    with pytest.raises(UserError) as launched:
+        refuse_untranslatable(config)
+    assert str(planned.value) == str(launched.value)
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match=r"cluster\.tensor_parallel = 64 does not divide the 32 query heads"):
+        plan(recipe("qwen3-8b", *ON_VERL, "cluster.nodes=8", "cluster.tensor_parallel=64"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from forkrl.config import Section, SftConfig, TrainConfig
+from forkrl.config import SftConfig, TrainConfig
+from forkrl.config.sections import Section
 from forkrl.recipe_reference import recipe_reference
 
 

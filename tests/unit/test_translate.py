@@ -20,7 +20,8 @@ from forkrl.cluster.translate import (
     verl_overrides,
     verl_settings,
 )
-from forkrl.config import Section, TrainConfig
+from forkrl.config import TrainConfig
+from forkrl.config.sections import Section
 from forkrl.recipe import item_section
 from tests.verl_recipes import CPU, ONE_GYM, PATHS, recipe
 

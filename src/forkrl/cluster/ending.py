@@ -1,13 +1,17 @@
-"""How a run of verl's ended, in one line for the user."""
+"""How a run of verl's ended, in one line for the user, and what is left of it."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from forkrl.cluster.merge import verl_checkpoints
 from forkrl.cluster.record import ENDED, OWN
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
+from forkrl.interruption import Interrupted
 
 _ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Died|Timeout)\b.*")
 """As a traceback ends. Errors that a warning quotes stand further along a line."""
@@ -15,6 +19,39 @@ _OWN_ERROR = re.compile(r"forkrl\.errors\.\w+: (.*)")
 _PROCESS = re.compile(r"\([^()]*pid=[^()]*\)\s*")
 """Before a line that Ray hands on from another process."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@contextmanager
+def conclude(merge: Callable[[], None], checkpoints: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Merge what verl has saved, however the run inside ends.
+
+    What ended it is what is raised; a merge that fails besides is told in a line of its own. An interruption learns
+    what there is to go on from: unlike the local engine, verl may be stopped before it has saved, or while it does.
+
+    Args:
+        merge: raises UserError or OSError where it cannot.
+        checkpoints: verl's own, which a resumed run goes on from.
+        say: prints a line.
+    """
+    try:
+        yield
+    except BaseException as ended:
+        if isinstance(ended, Interrupted):
+            ended.outcome = _what_is_saved(checkpoints)
+        try:
+            merge()
+        except (UserError, OSError) as error:
+            say(f"verl's checkpoints were not merged: {error}")
+        raise
+    merge()
+
+
+def _what_is_saved(checkpoints: Path) -> str:
+    try:
+        newest = max(verl_checkpoints(checkpoints), default=None)
+    except UserError as error:  # ended while verl wrote down which is the newest
+        return f"but {error}"
+    return "before anything was saved" if newest is None else f"with step {newest} saved"
 
 
 def explain_end(run_folder: Path, status: int, *, since: int = 0) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,9 +26,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 import forkrl
 from forkrl.atomic import explained_write_errors
-from forkrl.checkpoint import MANIFEST
+from forkrl.checkpoint.manifest import MANIFEST
 from forkrl.cluster.data import write_prompts, write_verifiers
-from forkrl.cluster.ending import explain_end
+from forkrl.cluster.ending import conclude, explain_end
 from forkrl.cluster.merge import TRACKER, begun_checkpoints, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import GRACE_S, run_and_watch
 from forkrl.cluster.record import BEGUN, ENDED, OWN, PROGRESS, STOP
@@ -37,10 +38,10 @@ from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import first_line, model_location, prompt_token_ids, stop_token_ids
 from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.provenance import commit, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
-from forkrl.run import commit, new_run_id, refuse_other_data
 from forkrl.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import open_task
 from forkrl.tracking import TrackedRun, open_sinks, require_sinks
@@ -85,7 +86,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     Raises:
         UserError: anything the user can mend, before verl is started wherever that can be told.
         TrainingHalted: verl ended before its last step; the line says why, and where its log is.
-        Interrupted: Ctrl-C or SIGTERM; verl has saved the finished steps.
+        Interrupted: Ctrl-C or SIGTERM; its ``outcome`` says what verl has saved.
     """
     require_verl()
     require_sinks(config.log.sinks)
@@ -119,7 +120,8 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
         header = f"{describe_selection(config)}; by verl on {_described_machines(config)}"
         display = stack.enter_context(TrainingDisplay(config.training.steps, start, header=header))
         display.message(f"verl starts, which takes a minute; its log: {log}")
-        try:
+        merge = partial(_merge, path, files.checkpoints, environment, display, keep=config.checkpoint.keep)
+        with conclude(merge, files.checkpoints, display.message):
             status = run_and_watch(
                 command,
                 environment,
@@ -131,11 +133,15 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
                 on_metrics=lambda record: _take_in(record, display, tracker),
                 on_stop=lambda: display.message("verl ends after the step under way; once more ends it at once"),
             )
-        finally:
-            display.phase("merge")
-            with _reopen(path) as run:
-                merge_checkpoints(run, files.checkpoints, environment, display.message, keep=config.checkpoint.keep)
-        explain_end(path, status, since=logged)
+            explain_end(path, status, since=logged)
+
+
+def _merge(
+    path: Path, checkpoints: Path, environment: Mapping[str, str], display: TrainingDisplay, *, keep: int
+) -> None:
+    display.phase("merge")
+    with _reopen(path) as run:
+        merge_checkpoints(run, checkpoints, environment, display.message, keep=keep)
 
 
 def dry_run(config: TrainConfig, out: Path) -> str:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from forkrl.checkpoint import MANIFEST, adopt_weights
+from forkrl.checkpoint import adopt_weights
+from forkrl.checkpoint.manifest import MANIFEST
 from forkrl.errors import UserError
 from forkrl.model import first_line
 from forkrl.run_folder import RunFolder

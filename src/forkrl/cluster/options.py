@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
-from forkrl.config import FROM_LIST, Count, Fraction, NonNegative, PositiveInt, Section, Seed, SelectionConfig
+from forkrl.config import SelectionConfig
+from forkrl.config.sections import FROM_LIST, Count, Fraction, NonNegative, PositiveInt, Section, Seed
 from forkrl.errors import UserError
 from forkrl.recipe import parse_recipe
 

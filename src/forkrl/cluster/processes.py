@@ -62,13 +62,13 @@ def run_and_watch(
     with interruption:
         try:
             while (status := process.poll()) is None:
+                if interruption.signalled_again or (interruption.signalled and not begun.exists()):
+                    break
                 if interruption.signalled and not stop.exists():
                     stop.touch()
                     on_stop()
                 time.sleep(POLL_S)
                 known += _tell(metrics, known, on_metrics)
-                if interruption.signalled_again or (interruption.signalled and not begun.exists()):
-                    break
         finally:
             _end(process)
         _tell(metrics, known, on_metrics)

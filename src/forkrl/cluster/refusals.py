@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.even_shares import require_even_shares
 
 _LARGEST_SEED = 2**31
 """Samplers add the number of their replica to it, and keep it in 32 bits."""
@@ -20,7 +21,7 @@ def refuse_untranslatable(config: TrainConfig) -> None:
     _refuse_what_is_of_one_machine(config)
     _refuse_of_the_task(config)
     _refuse_uneven_sampling(config)
-    _refuse_uneven_shares(config)
+    require_even_shares(config)
     _refuse_of_the_cluster(config)
     if config.runtime.device == "cpu":
         _refuse_on_cpu(config)
@@ -113,43 +114,6 @@ def _refuse_uneven_sampling(config: TrainConfig) -> None:
         raise UserError(
             f'dynamic_sampling.generation_prompts = {at_a_time} is for cluster.trainer = "sync"; with '
             f'"{config.cluster.trainer}" set it to 0, one step is sampled ahead'
-        )
-
-
-def _refuse_uneven_shares(config: TrainConfig) -> None:
-    cluster = config.cluster
-    gpus = cluster.nodes * cluster.gpus_per_node
-    if gpus % cluster.tensor_parallel:
-        raise UserError(
-            f"cluster.tensor_parallel = {cluster.tensor_parallel} does not divide the {gpus} GPUs of cluster.nodes x "
-            f"gpus_per_node; take a divisor"
-        )
-    if max(cluster.tensor_parallel, cluster.gpus_per_node) % min(cluster.tensor_parallel, cluster.gpus_per_node):
-        raise UserError(
-            f"cluster.tensor_parallel = {cluster.tensor_parallel} does not fit nodes of cluster.gpus_per_node = "
-            f"{cluster.gpus_per_node}; take a divisor or a multiple of it"
-        )
-    if gpus % cluster.sequence_parallel:
-        raise UserError(
-            f"cluster.sequence_parallel = {cluster.sequence_parallel} does not divide the {gpus} GPUs of cluster.nodes "
-            f"x gpus_per_node; take a divisor"
-        )
-    ranks = gpus // cluster.sequence_parallel
-    responses = config.training.mini_batch_prompts * config.rollout.group_size
-    if responses % ranks:
-        raise UserError(
-            f"training.mini_batch_prompts x rollout.group_size = {responses} responses of a gradient step cannot be "
-            f"dealt evenly to {ranks} ranks (cluster.nodes x gpus_per_node / sequence_parallel); change one of them"
-        )
-    if config.training.micro_batch_tokens % cluster.sequence_parallel:
-        raise UserError(
-            f"training.micro_batch_tokens = {config.training.micro_batch_tokens} cannot be dealt evenly to "
-            f"cluster.sequence_parallel = {cluster.sequence_parallel} GPUs; take a multiple"
-        )
-    if cluster.sequence_parallel > 1 and config.model.precision != "bf16":
-        raise UserError(
-            f"cluster.sequence_parallel = {cluster.sequence_parallel} needs sequences without padding, which "
-            f'FlashAttention runs in 16 bits only; set model.precision = "bf16", or sequence_parallel to 1'
         )
 
 

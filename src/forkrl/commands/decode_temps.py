@@ -28,12 +28,12 @@ from forkrl.commands.work_folder import default_folder, open_work_folder, weight
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score
 from forkrl.progress import progress
+from forkrl.provenance import describe_provenance
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.page import write_page
 from forkrl.report.temperature_figures import sweep_rows
 from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
 from forkrl.rollout.fork_temperature import ForkTemperature
-from forkrl.run import describe_provenance
 from forkrl.types import RolloutGroup
 
 SCHEMA = "forkrl-decode-temps/1"
@@ -232,7 +232,7 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
     sentence = verdict(table)
     estimated = question["threshold"] is None
     origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature 1" if estimated else "given"
-    provenance = describe_provenance(session.config, session.task, session.replicas)
+    provenance = describe_provenance(session.task, session.replicas)
     figures = {
         "schema": SCHEMA,
         "question": question,

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from forkrl.checkpoint import latest_checkpoint
-from forkrl.config import TrainConfig
+from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import Policy, open_policy
 from forkrl.recipe import load_recipe, parse_recipe
@@ -116,40 +116,42 @@ def open_subject(
         UserError: the run, the recipe or a setting cannot be used, or an override has no effect.
     """
     chosen = _chosen(arguments)
-    folder = Path(model)
-    is_run = (folder / "config.toml").is_file()
-    if is_run and recipe is not None:
-        raise UserError(f"--recipe {recipe}: {folder} is a run and keeps its own recipe; change single settings of it")
-    stored = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml")) if is_run else None
+    run = Path(model) if (Path(model) / "config.toml").is_file() else None
+    if run is not None and recipe is not None:
+        raise UserError(f"--recipe {recipe}: {run} is a run and keeps its own recipe; change single settings of it")
+    stored = None if run is None else parse_recipe(TrainConfig, read_recipe(run), str(run / "config.toml"))
     given = {override.partition("=")[0].strip(): override for override in overrides}
     for key, override in given.items():
         if reason := _why_unused(key, unused):
             raise UserError(f"{override}: {reason}")
     limits = [f"{key}={value}" for key, value in chosen.items() if key == "rollout.max_response_tokens"]
     config = load_recipe(TrainConfig, recipe, [*overrides, *limits, *_UNBOUNDED], base=stored)
-    whole = not is_run or not _PROMPT_SOURCES.isdisjoint(given)
+    whole = run is None or not _PROMPT_SOURCES.isdisjoint(given)
     for key, override in given.items():
         if key.partition(".")[0] not in used and (
             reason := _why_without_effect(key, config, whole, set(chosen), activity)
         ):
             raise UserError(f"{override}: {reason}")
-    path, revision = model, config.model.revision
-    if is_run:
-        path, revision = newest_checkpoint(folder), None
-    elif "model.revision" not in given and model != config.model.path:
-        revision = None  # the recipe's is one of another model
     whole_file = whole and config.task.name == "dataset"
     return Subject(
         name=model,
-        config=config.model_copy(
-            update={"model": config.model.model_copy(update={"path": path, "revision": revision})}
-        ),
-        run=folder if is_run else None,
+        config=config.model_copy(update={"model": _located(config.model, model, run, given)}),
+        run=run,
         whole=whole,
         limit=None if whole_file and "eval.problems" not in given else config.eval.problems,
-        bounded=is_run or recipe is not None or "rollout.max_response_tokens" in given.keys() | chosen.keys(),
+        bounded=run is not None or recipe is not None or "rollout.max_response_tokens" in given.keys() | chosen.keys(),
         given=frozenset(given),
     )
+
+
+def _located(settings: ModelConfig, model: str, run: Path | None, given: Collection[str]) -> ModelConfig:
+    """The settings of a model, with the place of the weights that ``model`` stands for."""
+    path, revision = model, settings.revision
+    if run is not None:
+        path, revision = newest_checkpoint(run), None
+    elif "model.revision" not in given and model != settings.path:
+        revision = None  # the recipe's is one of another model
+    return settings.model_copy(update={"path": path, "revision": revision})
 
 
 def open_task_of(subject: Subject, policy: Policy) -> Task:

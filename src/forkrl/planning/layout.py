@@ -1,4 +1,4 @@
-"""How a recipe spreads over GPUs, and the divisions that must come out even."""
+"""How a recipe and a model spread over GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.even_shares import require_even_shares
 from forkrl.planning.activations import Arithmetic
 from forkrl.planning.shapes import ModelShape
 
@@ -34,7 +35,7 @@ def find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
     """The layout of a recipe.
 
     Raises:
-        UserError: one of its sizes does not divide another.
+        UserError: one of its sizes does not divide another, or the heads of the model.
     """
     if config.runtime.engine == "local":
         return Layout(1, 1, 1, 1, sharded=False)
@@ -42,47 +43,26 @@ def find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
     layout = Layout(
         cluster.nodes, cluster.gpus_per_node, cluster.tensor_parallel, cluster.sequence_parallel, sharded=True
     )
-    gpus = f"cluster.nodes x cluster.gpus_per_node = {layout.gpus}"
-    _divide("cluster.tensor_parallel", layout.tensor_parallel, gpus, layout.gpus)
-    _divide("cluster.tensor_parallel", layout.tensor_parallel, f"the {shape.heads} query heads", shape.heads)
-    _divide("cluster.sequence_parallel", layout.sequence_parallel, gpus, layout.gpus)
-    _divide("cluster.sequence_parallel", layout.sequence_parallel, f"the {shape.heads} query heads", shape.heads)
-    if max(layout.tensor_parallel, layout.gpus_per_node) % min(layout.tensor_parallel, layout.gpus_per_node):
-        raise UserError(
-            f"cluster.tensor_parallel = {layout.tensor_parallel} does not fit nodes of cluster.gpus_per_node = "
-            f"{layout.gpus_per_node}; take a divisor or a multiple of it"
-        )
-    _align("cluster.tensor_parallel", layout.tensor_parallel, shape)
-    _align("cluster.sequence_parallel", layout.sequence_parallel, shape)
-    _divide(
-        "cluster.sequence_parallel", layout.sequence_parallel, "training.micro_batch_tokens",
-        config.training.micro_batch_tokens,
-    )  # fmt: skip
-    sequences = config.training.mini_batch_prompts * config.rollout.group_size
-    ranks = layout.gpus // layout.sequence_parallel
-    if sequences % ranks:
-        raise UserError(
-            f"training.mini_batch_prompts x rollout.group_size = {sequences} sequences cannot be dealt evenly to "
-            f"{ranks} ranks (cluster.nodes x cluster.gpus_per_node / cluster.sequence_parallel); change one of them"
-        )
-    if layout.sequence_parallel > 1 and config.model.precision != "bf16":
-        raise UserError(
-            f'cluster.sequence_parallel = {layout.sequence_parallel} needs model.precision = "bf16": FlashAttention '
-            f"runs in 16 bits only"
-        )
+    require_even_shares(config)
+    for key, value in (
+        ("cluster.tensor_parallel", layout.tensor_parallel),
+        ("cluster.sequence_parallel", layout.sequence_parallel),
+    ):
+        _divide_heads(key, value, shape)
     return layout
 
 
-def _divide(key: str, value: int, what: str, whole: int) -> None:
-    if whole % value:
-        raise UserError(f"{key} = {value} does not divide {what}; choose a divisor of {whole}")
-
-
-def _align(key: str, value: int, shape: ModelShape) -> None:
-    """Heads of keys and values are divided, or each is repeated equally often."""
+def _divide_heads(key: str, value: int, shape: ModelShape) -> None:
+    """Query heads are divided; heads of keys and values are too, or each is repeated equally often."""
+    if shape.heads % value:
+        raise UserError(
+            f"{key} = {value} does not divide the {shape.heads} query heads; choose a divisor of {shape.heads}"
+        )
     if shape.kv_heads % value and value % shape.kv_heads:
-        raise UserError(f"{key} = {value} neither divides the {shape.kv_heads} heads of keys and values nor is a "
-                        f"multiple of them; choose a divisor of {shape.kv_heads}")  # fmt: skip
+        raise UserError(
+            f"{key} = {value} neither divides the {shape.kv_heads} heads of keys and values nor is a multiple of them; "
+            f"choose a divisor of {shape.kv_heads}"
+        )
 
 
 def training_arithmetic(config: TrainConfig) -> Arithmetic:

@@ -197,8 +197,7 @@ def _local_rollout(config: TrainConfig, shape: ModelShape) -> tuple[Item, ...]:
     cache = sequences * full_length(config) * shape.kv_numbers * size * CACHE_GROWTH
     items = [
         Item("weights, fp32", 4 * shape.parameters),
-        Item("gradients, fp32", 4 * shape.parameters, "of the last update, until the next one"),
-        Item("Adam's averages, fp32", 8 * shape.parameters),
+        Item("Adam's averages, fp32", 8 * shape.parameters, "gradients are freed"),
         Item("stacked layers", size * shape.layers * shape.layer_matrices, "the sampler's copy, while a batch decodes"),
         Item("KV cache", cache, f"{sequences} sequences of {full_length(config):,} tokens, with room to grow"),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),

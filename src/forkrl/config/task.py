@@ -1,0 +1,192 @@
+"""Which prompts a run is about, and what judges the responses to them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, model_validator
+
+from forkrl.config.sections import FROM_LIST, Count, PositiveInt, Section, Seed, default_of
+
+GYM_INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
+
+
+class CurriculumConfig(Section):
+    """Levels of difficulty that follow how well the model does, for a reasoning-gym generator that has them."""
+
+    raise_above: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Go one level up when the mean accuracy of the last `window` groups is above this. Not set: no curriculum."""
+    lower_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Go one level down when it is below this. 0: never."""
+    window: PositiveInt = 64
+    """Groups of responses, all of the present level; after each change of level they are counted anew."""
+    start: Count = 0
+    """The first level."""
+    most: Count | None = None
+    """The last level. Not set: the last that the generator has."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> CurriculumConfig:
+        if self.raise_above is None:
+            changed = [name for name in type(self).model_fields if getattr(self, name) != default_of(type(self), name)]
+            if changed:
+                raise ValueError(
+                    f"task.curriculum.{changed[0]} has no effect without task.curriculum.raise_above; set that too"
+                )
+            return self
+        if self.lower_below >= self.raise_above:
+            raise ValueError(
+                f"task.curriculum.lower_below = {self.lower_below} is not below raise_above = {self.raise_above}; "
+                f"every window would change the level"
+            )
+        if self.most is not None and self.most < self.start:
+            raise ValueError(f"task.curriculum.most = {self.most} is below start = {self.start}; raise it")
+        return self
+
+
+class TaskConfig(Section):
+    name: Literal["countdown", "countdown-validation", "dataset", "reasoning-gym", "mix"] = "countdown"
+    """"countdown" makes its own problems; "countdown-validation" evaluates on others than those, for choosing settings;
+    "dataset" reads yours; "reasoning-gym" takes one of that package's generators; "mix" mixes several tasks."""
+    data: str = ""
+    """dataset: a .jsonl or .parquet file, a folder of them, or a hub id."""
+    subset: str | None = None
+    """dataset: configuration name of a hub data set."""
+    split: str = "train"
+    """dataset: the split to train on."""
+    held_out_data: str = ""
+    """dataset: prompts to evaluate on, in the same columns; a hub id may name its split, "owner/name:test". Empty:
+    `held_out_rows` rows are kept aside from `data`."""
+    held_out_rows: PositiveInt = 256
+    """dataset: how many rows to keep aside when `held_out_data` is empty. reasoning-gym: questions to evaluate on."""
+    prompt_column: str = "prompt"
+    """dataset: column with the question (text or chat messages). Dots reach inside: "reward_model.ground_truth"."""
+    answer_column: str = "answer"
+    """dataset: column with the gold answer."""
+    template: str = "{prompt}"
+    """dataset, reasoning-gym: text around the question; {prompt} stands for it."""
+    chat_template: bool = False
+    """dataset, reasoning-gym: wrap the templated question as a user message with the tokenizer's chat template."""
+    verifier: str = "forkrl.rewards.math:verify_math"
+    """dataset: import path "module:function" of (answer, response) -> score in [0, 1], or the "http://…" or "https://…"
+    address of a server that judges (docs/verifiers.md). "code": the answers are tests of programs, which run in a
+    sandbox (docs/code-rewards.md). "none": nothing is judged and no answers are read, for commands that can do
+    without."""
+    verifier_options: dict[str, Any] = Field(default={})
+    """dataset: further arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1."""
+    generator: str = ""
+    """reasoning-gym: the generator's name, such as "chain_sum" (docs/tasks.md lists them)."""
+    settings: dict[str, JsonValue] = Field(default={})
+    """reasoning-gym: the generator's own settings, such as { min_terms = 2, max_terms = 3 }."""
+    difficulty: Count | None = None
+    """reasoning-gym: a fixed level of the generator's curriculum, from 0. Not set: the generator's own defaults."""
+    train_prompts: PositiveInt = 2048
+    """reasoning-gym: distinct questions to train on, at each level of a curriculum."""
+    question_seed: Seed = 0
+    """reasoning-gym: of the questions themselves; `seed` orders them."""
+    instruction: str = GYM_INSTRUCTION
+    """reasoning-gym: what follows the question inside {prompt}. Only what stands in <answer> tags is judged."""
+    strict: bool = False
+    """reasoning-gym: only full marks count; the fractions that many scorers give become 0."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    parts: Annotated[tuple[PartConfig, ...], FROM_LIST] = ()
+    """mix: the tasks, each a table [[task.parts]] with the settings of [task] and those below."""
+
+    @model_validator(mode="after")
+    def _settings_go_with_the_name(self) -> TaskConfig:
+        for key in TaskConfig.model_fields:
+            owners = _TASK_KEYS.get(key, ("dataset",))
+            if key != "name" and self.name not in owners and getattr(self, key) != default_of(TaskConfig, key):
+                raise ValueError(
+                    f'task.{key} is for task.name = "{owners[0]}", but task.name = "{self.name}"; set task.name too'
+                )
+        if self.name == "dataset" and not self.data:
+            raise ValueError(
+                'task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"'
+            )
+        if self.verifier_options and self.verifier == "none":
+            raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; leave them out')
+        for name, value in self.verifier_options.items():
+            _require_json(f"task.verifier_options.{name}", value)
+        if self.name == "reasoning-gym" and not self.generator:
+            raise ValueError(
+                'task.generator is empty; name one of reasoning-gym\'s, such as "chain_sum" (docs/tasks.md lists them)'
+            )
+        if "{prompt}" not in self.template:
+            raise ValueError("task.template has no {prompt}; every prompt would be the same text")
+        if self.difficulty is not None and self.curriculum.raise_above is not None:
+            raise ValueError(
+                f"task.difficulty = {self.difficulty} is a fixed level, and task.curriculum changes levels; set one of "
+                f"the two (task.curriculum.start is the first level)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_told_apart(self) -> TaskConfig:
+        if self.name != "mix":
+            return self
+        if not self.parts:
+            raise ValueError('task.parts is empty; give a table [[task.parts]] for each task of task.name = "mix"')
+        labels = [part.label for part in self.parts]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f'task.parts has two parts called "{twice}"; give one of them another source')
+        return self
+
+
+class PartConfig(TaskConfig):
+    """One task of a mix."""
+
+    source: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    """What the part is called in metrics and reports. Empty: after its generator, its data or its name."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the prompts is this over the sum of all weights."""
+
+    @model_validator(mode="after")
+    def _is_no_mix(self) -> PartConfig:
+        if self.name == "mix":
+            raise ValueError("task.name: a part of a mix cannot be a mix; list its parts beside the others")
+        if self.verifier == "none":
+            raise ValueError('task.verifier = "none" judges nothing, and a mix is trained on')
+        return self
+
+    @property
+    def label(self) -> str:
+        """``source``, or a name made of what the part is."""
+        own = {"dataset": Path(self.data).stem if self.data.endswith((".jsonl", ".parquet")) else Path(self.data).name}
+        name = self.source or self.generator or own.get(self.name, self.name)
+        return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+
+
+_TASK_KEYS = {
+    **dict.fromkeys(
+        (
+            "generator",
+            "settings",
+            "difficulty",
+            "train_prompts",
+            "question_seed",
+            "instruction",
+            "strict",
+            "curriculum",
+        ),
+        ("reasoning-gym",),
+    ),
+    **dict.fromkeys(("held_out_rows", "template", "chat_template"), ("dataset", "reasoning-gym")),
+    "parts": ("mix",),
+}
+"""The tasks that read a setting; those that are not here are for "dataset" alone."""
+
+
+TaskConfig.model_rebuild()
+
+
+def _require_json(key: str, value: Any) -> None:
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ValueError(
+            f"{key} = {value!r} is no text, number, truth value, list or table; write it as text"
+        ) from None
