@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from forkrl.batching import collate
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model import Policy
 from forkrl.replicas import Replicas
-from forkrl.rollout import EmbeddedEngine
+from forkrl.rollout import EmbeddedEngine, embedded
 from forkrl.rollout.embedded import Prefix
+from forkrl.rollout.growing_cache import ROOM, GrowingLayer
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from tests.models import random_policy
@@ -320,3 +322,52 @@ def test_an_ended_rollout_is_told_before_the_next_token_is_drawn(monkeypatch: py
         on_finished=lambda _, rollout: late.append(steps - len(rollout)),
     )
     assert set(late) == {0}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_sequences_that_have_ended_leave_the_batch_and_prompts_are_read_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine computes, not what it gives: rows of every step, and rows of the pass over the prompts."""
+    stepped: list[int] = []
+    read: list[int] = []
+    choose = embedded.choose_step
+
+    def watched(policy: Policy) -> Any:
+        advance = choose(policy)
+
+        def step(tokens_S: torch.Tensor, *rest: Any) -> torch.Tensor:
+            stepped.append(len(tokens_S))
+            return advance(tokens_S, *rest)
+
+        return step
+
+    monkeypatch.setattr(embedded, "choose_step", watched)
+    policy = random_policy(family, sharpness=6.0)
+    policy.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])) if not stepped else None, with_kwargs=True
+    )
+    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    groups = engine.generate(
+        PROMPTS, group_size=6, sampling=SamplingParams(40), generator=torch.Generator().manual_seed(0)
+    )
+    assert read == [len(PROMPTS)], "each prompt once, for all of its group"
+    lengths = [len(rollout) for group in groups for rollout in group.rollouts]
+    going = [sum(length > step + 1 for length in lengths) for step in range(max(lengths) - 1)]
+    assert stepped == going, "of so few, each leaves at once"
+
+
+def test_a_new_token_copies_nothing_of_what_is_cached() -> None:
+    """Until a buffer is full, and then it grows by more than one token."""
+    layer = GrowingLayer()
+    first, token = torch.randn(2, 3, 2, 5, 4), torch.randn(2, 3, 2, 1, 4)
+    layer.update(*first)
+    keys, _ = layer.update(*token)
+    places = [keys.data_ptr()]
+    for _ in range(3 * ROOM):
+        keys, values = layer.update(*token)
+        places.append(keys.data_ptr())
+    assert keys.shape[2] == values.shape[2] == 6 + 3 * ROOM
+    assert torch.equal(keys[:, :, :5], first[0]), "what was there is there"
+    assert torch.equal(values[:, :, -1:], token[1])
+    assert sum(here != there for here, there in pairwise(places)) <= 3

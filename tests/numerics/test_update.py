@@ -276,9 +276,9 @@ def test_sequences_without_advantage_are_left_out_and_change_nothing(
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("loss", [{}, {"kl_coef": 0.1}, {"entropy_coef": 0.01}], ids=["alone", "kl", "bonus"])
 def test_once_entropies_are_known_the_head_is_asked_about_selected_tokens_alone(
-    policy: Policy, batch: TokenBatch, on_policy: bool, kl_coef: float, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, batch: TokenBatch, on_policy: bool, loss: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
 
@@ -289,13 +289,13 @@ def test_once_entropies_are_known_the_head_is_asked_about_selected_tokens_alone(
 
     monkeypatch.setattr(dense, "token_stats", spy)
     working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
-    replicas = Replicas(working, Policy(copy.deepcopy(policy.model), policy.tokenizer) if kl_coef else None)
+    replicas = Replicas(working, policy if "kl_coef" in loss else None)
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-    config = recipe(selection={"scope": "mini_batch"}, loss={"kl_coef": kl_coef})
+    config = recipe(selection={"scope": "mini_batch"}, loss=loss)
     update = update_policy(replicas, optimizer, batch, config, torch.Generator(), on_policy=on_policy)
     num_carrying = int((update.selected_BT & (batch.advantages != 0)[:, None]).sum())
-    # A KL penalty is of every token.
-    assert sum(asked) == (batch.num_response_tokens if kl_coef else num_carrying)
+    # A KL penalty and an entropy bonus are of every token.
+    assert sum(asked) == (batch.num_response_tokens if loss else num_carrying)
 
 
 def test_without_any_advantage_the_gradient_is_zero_and_there(policy: Policy, batch: TokenBatch) -> None:
