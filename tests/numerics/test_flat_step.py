@@ -129,3 +129,21 @@ def test_on_a_cpu_attention_is_fp32_whatever_the_precision() -> None:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
         policy.hidden_states(torch.randint(2, 9, (2, 5)))
     assert set(seen) == {torch.float32}
+
+
+def test_the_models_own_step_copies_no_keys_for_the_query_heads_that_share_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sliding window keeps the model to its own code; PyTorch's attention would get a copy of the cache a token."""
+    policy = random_policy("mistral with a sliding window")
+    cache, seen_ST, position_S = read(policy)
+    seen_ST = torch.nn.functional.pad(seen_ST, (0, 1), value=True)
+    tokens_S = torch.full((len(LENGTHS),), 3)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("this attention repeats keys and values")
+
+    monkeypatch.setattr("forkrl.attention.sdpa_attention_forward", refuse)
+    with torch.no_grad():
+        hidden_SD = choose_step(policy)(tokens_S, position_S, seen_ST, cache)
+    assert hidden_SD.shape == (len(LENGTHS), policy.head_weight.shape[1])
