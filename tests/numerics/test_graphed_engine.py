@@ -341,3 +341,17 @@ def test_graphs_on_a_gpu_give_what_the_same_steps_give_without(
     if precision == "fp32":  # in bf16 a token may fall otherwise where two are as likely
         greedy = [rollouts_of(kind, policy, temperature=0.0) for kind in (EmbeddedEngine, GraphedEngine)]
         assert_same(greedy[1], greedy[0], tolerance=tolerance)
+
+
+def test_the_host_looks_for_ends_every_eight_tokens_and_no_oftener(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    plain = graphed_engine._count_to_stop
+
+    def watched(tokens_SN: Tensor, stop_ids: Tensor) -> Tensor:
+        looked_at.append(tokens_SN.shape[1])
+        return plain(tokens_SN, stop_ids)
+
+    monkeypatch.setattr(graphed_engine, "_count_to_stop", watched)
+    longest = max(len(rollout) for rollout in rollouts_of(GraphedEngine, random_policy(), max_response_tokens=61))
+    assert longest > 40
+    assert looked_at == [8] * (longest // 8) + ([longest % 8 if longest == 61 else 8] if longest % 8 else [])
