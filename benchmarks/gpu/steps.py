@@ -362,12 +362,10 @@ def layer_flops(shape: Shape, length: int) -> float:
 
 
 def update_flops(shape: Shape, batch: TokenBatch, way: str) -> float:
-    """Of a gradient step; the backward takes twice its forward, in the head of the selected rows alone."""
+    """Of a gradient step that knows the entropies; the backward takes twice its forward, the head selected rows."""
     layers = batch.input_ids.numel() * layer_flops(shape, batch.input_ids.shape[1])
-    head = batch.num_response_tokens * head_flops(shape)
-    if way == "dense":
-        return 3 * layers + head + 2 * RATIO * head
-    return (1 + 3 * RATIO) * layers + 3 * RATIO * head
+    head = RATIO * batch.num_response_tokens * head_flops(shape)
+    return (3 if way == "dense" else 1 + 3 * RATIO) * layers + 3 * head
 
 
 def cache_bytes(shape: Shape) -> int:

@@ -195,17 +195,42 @@ def _rollout_part(
 def _update_flops(
     config: TrainConfig, layout: Layout, layers: float, head: float, assumed: Assumptions
 ) -> tuple[float, str]:
-    """The backward takes twice its forward; checkpointing runs the layers forward once more."""
+    """The backward takes twice its forward; checkpointing runs the layers forward once more.
+
+    The local engine's head is asked about the selected tokens alone where entropies are known before the loss. It keeps
+    no logits, so that its backward computes those of its rows again.
+    """
     recompute = 1 if config.model.gradient_checkpointing else 0
     if layout.sharded:
         return (3 + recompute) * layers + 3 * head, f"{6 + 2 * recompute}N a token"
     responses = assumed.mean_response / (assumed.mean_prompt + assumed.mean_response)
     head, selected = head * responses, selected_share(config)
+    first, measured, known = _share_of_steps(config)
     if config.training.backward == "forks_only":
         share = share_with_gradients(config)
-        return (1 + 3 * share) * layers + (1 + 3 * selected) * head, f"{2 + 6 * share:.3g}N a token: forks_only"
-    rows = f", the head's backward on {selected:.0%} of the rows" if selected < 1 else ""
-    return (3 + recompute) * layers + (1 + 2 * selected) * head, f"{6 + 2 * recompute}N a token{rows}"
+        head_passes = 1 - first + 4 * selected
+        return (1 + 3 * share) * layers + head_passes * head, f"{2 + 6 * share:.3g}N a token: forks_only"
+    asked = known * selected + 1 - known
+    learning = 1.0 if _other_terms(config) else selected
+    rows = f", {asked:.0%} of the rows through the head and {learning:.0%} back" if asked < 1 or learning < 1 else ""
+    passes = 3 + recompute + measured
+    return passes * layers + (measured + asked + 3 * learning) * head, f"{2 * passes:.3g}N a token{rows}"
+
+
+def _other_terms(config: TrainConfig) -> bool:
+    """Terms of the loss that every response token adds to."""
+    return bool(config.loss.kl_coef or config.loss.entropy_coef)
+
+
+def _share_of_steps(config: TrainConfig) -> tuple[float, float, float]:
+    """Of all gradient steps: the first of their batch, those with a pass for entropies, and those that know them."""
+    selection = config.selection
+    first = 1 / math.ceil(config.rollout.prompts_per_step / config.training.mini_batch_prompts)
+    current = selection.rule not in ("all", "random") and selection.entropy == "current"
+    compete = current and (selection.scope == "mini_batch" or selection.rule == "threshold")
+    measured = 1 - first if compete else 0.0
+    known = measured + (first if compete or not current else 0.0)
+    return first, measured, 0.0 if _other_terms(config) else known
 
 
 def evaluation_seconds(
