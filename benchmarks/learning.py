@@ -6,7 +6,7 @@
 Each run is ``forkrl train`` on one thread, evaluated every few steps on the held-out problems. Runs take turns, seed
 by seed, so that whatever else the machine does falls on all of them; the result is written after each, and a run that
 it holds already is not made again. Curves are means over seeds with 95% intervals (Student's t), against steps and
-against the seconds of their steps.
+against the seconds of their steps; of a way that was added to a seed on a later occasion, the seconds do not count.
 """
 
 from __future__ import annotations
@@ -97,6 +97,12 @@ def curve(case: dict[str, Any]) -> tuple[list[int], list[float], list[float]]:
     return [step for step, _ in points], [now[step] for step, _ in points], [accuracy for _, accuracy in points]
 
 
+def beside_the_others(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that took turns with the first way of their seed."""
+    first = {case["seed"]: number for number, case in reversed(list(enumerate(cases)))}
+    return [case for number, case in enumerate(cases) if number - first[case["seed"]] < len(WAYS)]
+
+
 def mean_and_half_width(values_SX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Over seeds, with Student's t."""
     count = len(values_SX)
@@ -111,12 +117,13 @@ def show(cases: list[dict[str, Any]]) -> None:
             continue
         accuracy_SX = np.array([accuracy for _, _, accuracy in curves])
         gain, half = mean_and_half_width(accuracy_SX[:, -1:] - accuracy_SX[:, :1])
-        update = [sum(r.get("time/update_s", 0.0) for r in case["records"]) for case in cases if case["way"] == way]
-        whole = [seconds[-1] for _, seconds, _ in curves]
+        timed = [case for case in beside_the_others(cases) if case["way"] == way]
+        update = [sum(record.get("time/update_s", 0.0) for record in case["records"]) for case in timed]
+        whole = [curve(case)[1][-1] for case in timed]
         finals = " ".join(f"{value:.3f}" for value in accuracy_SX[:, -1])
         print(
             f"{way:25} seeds {len(curves)}  last {finals}  gain {100 * gain[0]:+.1f} ± {100 * half[0]:.1f} points  "
-            f"updates {np.mean(update):.1f} s  steps {np.mean(whole):.1f} s"
+            f"updates {np.mean(update):.1f} s  steps {np.mean(whole):.1f} s of {len(timed)} seeds"
         )
 
 
@@ -130,18 +137,18 @@ def plot(cases: list[dict[str, Any]], path: str) -> None:
         curves = [curve(case) for case in cases if case["way"] == way]
         if not curves:
             continue
+        timed = [curve(case) for case in beside_the_others(cases) if case["way"] == way]
+        grid_X = np.linspace(0, min(seconds[-1] for _, seconds, _ in timed), 60)
+        at_SX = np.array([np.interp(grid_X, seconds, accuracy) for _, seconds, accuracy in timed])
         accuracy_SX = np.array([accuracy for _, _, accuracy in curves])
-        seconds_SX = np.array([seconds for _, seconds, _ in curves])
-        grid_X = np.linspace(0, seconds_SX[:, -1].min(), 60)
-        at_SX = np.array([np.interp(grid_X, *pair) for pair in zip(seconds_SX, accuracy_SX, strict=True)])
         for axes, x_X, values_SX in ((by_step, curves[0][0], accuracy_SX), (by_time, grid_X, at_SX)):
             mean_X, half_X = mean_and_half_width(values_SX)
-            axes.plot(x_X, mean_X, color=colour, label=f"{way} ({len(curves)} seeds)")
+            axes.plot(x_X, mean_X, color=colour, label=f"{way} ({len(values_SX)} seeds)")
             axes.fill_between(x_X, mean_X - half_X, mean_X + half_X, color=colour, alpha=0.15, linewidth=0)
     by_step.set(xlabel="step", ylabel="held-out accuracy", xticks=curve(cases[0])[0])
     by_time.set(xlabel="seconds of steps, one thread")
-    by_step.legend(frameon=False, loc="lower right", fontsize="small")
     for axes in (by_step, by_time):
+        axes.legend(frameon=False, loc="lower right", fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.savefig(path, metadata={"Date": None})
