@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tests.pretend_autocast import install_autocast, operation
+from tests.pretend_autocast import NAME, install_autocast, operation
 
-NAME = "pretend"
 DEVICE_COUNT = 1
 aten = torch.ops.aten
 

@@ -1,7 +1,7 @@
 """Autocast on the pretend accelerator, as it is on CUDA: of what a language model and its losses are made of.
 
-The tables are those of PyTorch's ``aten/src/ATen/autocast_mode.h``. What it promotes to the widest type there is left to
-the operations, which do so by themselves.
+The tables are those of PyTorch's ``aten/src/ATen/autocast_mode.h``. What it promotes to the widest type there is left
+to the operations, which do so by themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+NAME = "pretend"
 KEY = "AutocastPrivateUse1"
 TO_LOWER_PRECISION = (
     "linear", "matmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "prelu", "conv1d",
@@ -52,7 +53,7 @@ def _without_autocast(func: Any, args: Any, kwargs: Any) -> Any:
 def _eligible(value: Any) -> bool:
     """A number of the CPU is not cast, nor anything in fp64."""
     floating = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    return floating and value.device.type == torch._C._get_privateuse1_backend_name()
+    return floating and value.device.type == NAME
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
@@ -63,9 +64,7 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 
 def _in_lower_precision(func: Any, *args: Any, **kwargs: Any) -> Any:
-    return _without_autocast(
-        func, *_cast((args, kwargs), torch.get_autocast_dtype(torch._C._get_privateuse1_backend_name()))
-    )
+    return _without_autocast(func, *_cast((args, kwargs), torch.get_autocast_dtype(NAME)))
 
 
 def _in_fp32(func: Any, *args: Any, **kwargs: Any) -> Any:
