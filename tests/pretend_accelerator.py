@@ -23,12 +23,11 @@ from __future__ import annotations
 import functools
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tests.pretend_autocast import NAME, install_autocast, operation
 
@@ -120,54 +119,83 @@ class PretendTensor(Tensor):
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
     """One operation, once its tensors are found to be where CUDA would have them."""
-    flat, form = tree_flatten((args, kwargs))
-    there = [each for each in flat if isinstance(each, PretendTensor)]
-    here = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, PretendTensor)]
+    there: list[PretendTensor] = []
+    here: list[Tensor] = []
+    inner_args = [_inside(each, there, here) for each in args]
+    inner_kwargs = {name: _inside(each, there, here) for name, each in kwargs.items()}
     if there and here and not _taken_mixed(func, args, kwargs, here):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu! "
             f"({func}, on the cpu {', '.join(str(list(each.shape)) for each in here)})"
         )
-    for each in flat:
-        if isinstance(each, torch.device) and each.type == NAME and (each.index or 0) >= DEVICE_COUNT:
-            raise RuntimeError(f"invalid device ordinal: there is no {each}")
+    facts = _facts(func)
     for each in there:
         _require_same_shape(func, each)
-
-    inner_args, inner_kwargs = tree_unflatten([_inside(each) for each in flat], form)
-    if _draws_unasked(func, kwargs):
+    if facts.draws and kwargs.get("generator") is None:
         inner_kwargs["generator"] = BACKEND.generator
     made = func(*inner_args, **inner_kwargs)
 
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != NAME:
         return made
-    known = {id(each.held): each for each in there} | {id(each): each for each in here}
-    result = tree_map(lambda each: _wrapped(each, known), made)
-    for each in there if func._schema.is_mutable else ():
-        _require_same_shape(func, each)
-    return result
+    # What an operation in place gives is the tensor that it was given.
+    known: dict[int, Tensor] = {}
+    if facts.written:
+        known = {id(each.held): each for each in there} | {id(each): each for each in here}
+        for each in there:
+            _require_same_shape(func, each)
+    return _wrapped(made, known)
 
 
-def _inside(value: Any) -> Any:
-    if isinstance(value, PretendTensor):
+def _inside(value: Any, there: list[PretendTensor], here: list[Tensor]) -> Any:
+    """What stands for an argument on the CPU; tensors in it are noted by where they are."""
+    kind = type(value)
+    if kind is PretendTensor:
+        there.append(value)
         return value.held
-    return torch.device("cpu") if isinstance(value, torch.device) else value
+    if kind is list or kind is tuple:
+        return kind(_inside(each, there, here) for each in value)
+    if kind is torch.device:
+        if value.type == NAME and (value.index or 0) >= DEVICE_COUNT:
+            raise RuntimeError(f"invalid device ordinal: there is no {value}")
+        return torch.device("cpu")
+    if isinstance(value, Tensor):
+        here.append(value)
+    return value
 
 
 def _wrapped(value: Any, known: dict[int, Tensor]) -> Any:
-    """What an operation in place gives is the tensor that it was given."""
-    if not isinstance(value, Tensor):
-        return value
-    return known[id(value)] if id(value) in known else PretendTensor(value)
+    if isinstance(value, Tensor):
+        return known[id(value)] if id(value) in known else PretendTensor(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_wrapped(each, known) for each in value)
+    return value
+
+
+class Facts(NamedTuple):
+    """What the declaration of an operation says."""
+
+    draws: bool
+    written: frozenset[str]
+    """The arguments that it writes to."""
+    reshapes: bool
+    """It changes the shape of what it is given."""
+
+
+@functools.cache
+def _facts(func: Any) -> Facts:
+    arguments = func._schema.arguments
+    return Facts(
+        draws=any(each.name == "generator" for each in arguments),
+        written=frozenset(each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write),
+        reshapes=torch.Tag.inplace_view in func.tags,
+    )
 
 
 def _require_same_shape(func: Any, tensor: PretendTensor) -> None:
-    inner = tensor.held
-    if torch.Tag.inplace_view in func.tags or tensor.shape != inner.shape or tensor.dtype != inner.dtype:
-        raise NotImplementedError(
-            f"{func}: a tensor of the pretend accelerator cannot change its shape or type in place"
-        )
+    held = tensor.held
+    if _facts(func).reshapes or tensor.shape != held.shape or tensor.dtype != held.dtype:
+        raise NotImplementedError(f"{func}: a tensor of {tensor.device} cannot change its shape or type in place")
 
 
 def _taken_mixed(func: Any, args: Any, kwargs: Any, here: list[Tensor]) -> bool:
@@ -182,7 +210,7 @@ def _taken_mixed(func: Any, args: Any, kwargs: Any, here: list[Tensor]) -> bool:
         return values_fit and (first_there or not any(isinstance(index, PretendTensor) for index in args[1]))
     if func in READS_A_NUMBER:
         return first_there and numbers
-    written = [value for name, value in _arguments(func, args, kwargs) if name in _written(func)]
+    written = [value for name, value in _arguments(func, args, kwargs) if name in _facts(func).written]
     return (
         torch.Tag.pointwise in func.tags
         and numbers
@@ -191,24 +219,9 @@ def _taken_mixed(func: Any, args: Any, kwargs: Any, here: list[Tensor]) -> bool:
     )
 
 
-@functools.cache
-def _written(func: Any) -> frozenset[str]:
-    arguments = func._schema.arguments
-    return frozenset(each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write)
-
-
 def _arguments(func: Any, args: Any, kwargs: Any) -> list[tuple[str, Any]]:
     names = [each.name for each in func._schema.arguments]
     return [*zip(names, args, strict=False), *kwargs.items()]
-
-
-@functools.cache
-def _takes_generator(func: Any) -> bool:
-    return any(each.name == "generator" for each in func._schema.arguments)
-
-
-def _draws_unasked(func: Any, kwargs: Any) -> bool:
-    return _takes_generator(func) and kwargs.get("generator") is None
 
 
 class Generator(torch.Generator):

@@ -174,7 +174,7 @@ def test_the_demonstration_runs(elsewhere: World) -> None:
         "train", recipe, "--out", "demo", *SHORT, "rollout.prompts_per_step=4",
         "rollout.group_size=4", "rollout.max_response_tokens=64", "reward.overlong_cache=16",
         "training.mini_batch_prompts=2",
-        "dynamic_sampling.generation_prompts=4", without_report=True,
+        "dynamic_sampling.enabled=false", without_report=True,
     )  # fmt: skip
     assert outcome.code == 0, outcome.stderr
 
