@@ -17,7 +17,7 @@ def on_accelerator(body: Callable[..., None]) -> Callable[..., None]:
     def test(accelerated: Launcher, **arguments: Any) -> None:
         where = [body.__module__, body.__name__]
         outcome = accelerated.start(Path.cwd(), test=where, arguments=arguments).wait()
-        assert outcome.code == 0, outcome.stderr
+        assert outcome.code == 0, outcome.stdout + outcome.stderr
 
     own = inspect.signature(body)
     launcher = inspect.Parameter("accelerated", inspect.Parameter.POSITIONAL_OR_KEYWORD)
