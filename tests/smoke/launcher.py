@@ -5,6 +5,9 @@ command has its own signals, threads, random states, file descriptors and exit c
 
 Requests are JSON lines on standard input, one answer each on standard output: ``{"argv": […], …}`` starts a command and
 answers with its process id, ``{"wait": PID}`` answers with its exit status once it has ended, with null before.
+``{"test": [module, name], "arguments": {…}, …}`` starts the body of a test instead (``tests/elsewhere.py``).
+
+With ``--accelerator`` every child has the pretend accelerator.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 def main() -> None:
     for name in _WARM:
         importlib.import_module(name)
+    if "--accelerator" in sys.argv:
+        importlib.import_module("tests.pretend_accelerator").install()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -77,7 +82,6 @@ def _run_child(request: dict[str, Any]) -> NoReturn:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(file, descriptor)
-        sys.argv = ["forkrl", *request["argv"]]
         sys.path.insert(0, request["cwd"])
         if disk := request.get("disk"):
             _mount_small_disk(disk)
@@ -85,9 +89,7 @@ def _run_child(request: dict[str, Any]) -> NoReturn:
             _leave_report_out()
         for fault in request.get("faults", ()):
             _arrange(**fault)
-        from forkrl.cli import main as command
-
-        code = command(request["argv"])
+        code = _run_test(request) if "test" in request else _run_command(request["argv"])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
@@ -98,6 +100,19 @@ def _run_child(request: dict[str, Any]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _run_command(argv: list[str]) -> int:
+    from forkrl.cli import main as command
+
+    sys.argv = ["forkrl", *argv]
+    return command(argv)
+
+
+def _run_test(request: dict[str, Any]) -> int:
+    module, name = request["test"]
+    getattr(importlib.import_module(module), name).body(**request["arguments"])
+    return 0
 
 
 def _arrange(point: str, count: int, signal: int | None = None, action: str = "", after: bool = False) -> None:

@@ -126,15 +126,16 @@ class Started:
 
 @dataclass
 class Launcher:
-    """The process that forks the commands; see ``launcher.py``."""
+    """The process that forks the commands; see ``launcher.py``. With ``accelerator``, all have the pretend one."""
 
     scratch: Path
+    accelerator: bool = False
     _process: subprocess.Popen[str] = field(init=False)
     _count: int = 0
 
     def __post_init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.smoke.launcher"],
+            [sys.executable, "-m", "tests.smoke.launcher", *(["--accelerator"] if self.accelerator else [])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
@@ -145,12 +146,11 @@ class Launcher:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, argv: Sequence[str], cwd: Path, **how: Any) -> Started:
+    def start(self, cwd: Path, **request: Any) -> Started:
+        """Start a command (``argv``) or a test, with all that ``launcher.py`` knows to arrange."""
         self._count += 1
         files = {name: self.scratch / f"{self._count}.{name}" for name in ("stdout", "stderr")}
-        pid = self.ask(
-            {"argv": list(argv), "cwd": str(cwd), **{name: str(path) for name, path in files.items()}, **how}
-        )
+        pid = self.ask({"cwd": str(cwd), **{name: str(path) for name, path in files.items()}, **request})
         return Started(pid, self, files)
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ class World:
 
     def start(self, *argv: str | Path, **how: Any) -> Started:
         """Start ``forkrl ARGV``. ``how``: faults, disk, environment, without_report of ``launcher.py``."""
-        return self.launcher.start([str(part) for part in argv], self.folder, **how)
+        return self.launcher.start(self.folder, argv=[str(part) for part in argv], **how)
 
     def run(self, *argv: str | Path, **how: Any) -> Outcome:
         """Run ``forkrl ARGV`` to its end."""

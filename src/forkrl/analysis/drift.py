@@ -56,12 +56,13 @@ def overlap_table(entropies: Mapping[str, Tensor], prompts: Tensor, ratio: float
     Returns:
         ``checkpoint``, ``with_first``, ``with_last``, the last two with ``_low`` and ``_high``.
     """
-    everything = torch.ones_like(prompts, dtype=torch.bool)
+    everything = torch.ones(prompts.shape, dtype=torch.bool)
     names = list(entropies)
-    owner_N = np.unique(prompts.numpy(), return_inverse=True)[1]
+    owner_N = np.unique(prompts.cpu().numpy(), return_inverse=True)[1]
 
     def top(name: str) -> _Top:
-        return _Top(entropies[name], select_tokens(entropies[name], everything, "top_entropy", ratio))
+        entropy_N = entropies[name].cpu()
+        return _Top(entropy_N, select_tokens(entropy_N, everything, "top_entropy", ratio))
 
     ends = {end: top(end) for end in (names[0], names[-1])}
     rows = []
@@ -98,13 +99,13 @@ def entropy_change_by_percentile(base: Tensor, trained: Tensor, mask: Tensor, bi
         raise ValueError(
             f"base {tuple(base.shape)}, trained {tuple(trained.shape)} and mask {tuple(mask.shape)} do not match"
         )
-    base_N, trained_N = base[mask].double(), trained[mask].double()
-    clusters_N = mask.nonzero()[:, 0] if mask.ndim > 1 else None
+    base_N, trained_N = base[mask].cpu().double(), trained[mask].cpu().double()
+    clusters_N = mask.nonzero()[:, 0].cpu() if mask.ndim > 1 else None
     return change_table(base_N, trained_N, clusters_N, bins)
 
 
 def change_table(base_N: Tensor, trained_N: Tensor, clusters_N: Tensor | None, bins: int = 20) -> pd.DataFrame:
-    """``entropy_change_by_percentile`` of flat tensors ``[N]``; ``clusters_N``: the prompt each token belongs to."""
+    """``entropy_change_by_percentile`` of CPU tensors ``[N]``; ``clusters_N``: the prompt each token belongs to."""
     if len(base_N) < bins:
         raise ValueError(f"{len(base_N)} tokens are fewer than the {bins} percentile ranges; give more, or fewer bins")
     if not bool(base_N.isfinite().all() and trained_N.isfinite().all()):
@@ -156,12 +157,13 @@ def percentile_table(
     for name, entropy_N in entropies.items():
         if len(entropy_N) == 0:
             raise ValueError(f"{name}: no tokens to take percentiles of")
-        values = np.percentile(entropy_N.double().numpy(), list(percentiles))
+        entropy_N = entropy_N.cpu().double()
+        values = np.percentile(entropy_N.numpy(), list(percentiles))
         columns = [f"percentile_{percent:g}" for percent in percentiles]
         rows.append(
             {
                 "checkpoint": name,
-                "mean": float(entropy_N.double().mean()),
+                "mean": float(entropy_N.mean()),
                 **dict(zip(columns, values.tolist(), strict=True)),
             }
         )
