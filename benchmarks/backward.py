@@ -21,11 +21,10 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -33,7 +32,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks._record import describe_setting, write_result
 from forkrl.backward import compute_selected_stats, compute_token_stats
 from forkrl.model import Policy
-from forkrl.sft import build_character_tokenizer
 from forkrl.types import TokenBatch
 
 PARTS = ("", "_first_layer", "_last_layer")
@@ -118,7 +116,7 @@ ATTENTION: dict[Any, Any] = {
 
 
 def build_policy(hidden: int, layers: int, *, checkpointing: bool) -> Policy:
-    tokenizer = build_character_tokenizer("0123456789+-*/=,:;!?[] ")
+    tokenizer: Any = SimpleNamespace(eos_token_id=None)  # no text is read here
     config = Qwen3Config(
         vocab_size=1024, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, head_dim=64,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, tie_word_embeddings=True,
@@ -153,8 +151,9 @@ def gradient(policy: Policy, batch: TokenBatch, selected: Tensor, way: str) -> l
 
 
 def show(cases: list[dict[str, Any]]) -> None:
+    """A line for each case, in plain text: a foreign machine may lack what draws tables."""
     columns = ("shape", "way", "seconds", "of dense", "peak MiB", "of dense", "operations of dense")
-    table = Table(*columns, "cosine", "first", "last", box=None)
+    rows: list[tuple[str, ...]] = [(*columns, "cosine", "first", "last")]
     for case in cases:
         shape = tuple(case[key] for key in ("length", "hidden", "layers"))
         dense = next(c for c in cases if (c["length"], c["hidden"], c["layers"], c["way"]) == (*shape, "dense"))
@@ -162,8 +161,9 @@ def show(cases: list[dict[str, Any]]) -> None:
         cells = [f"{case['seconds']:.2f}", f"{ratios['seconds']:.2f}", f"{case['peak_mib']:.0f}"]
         cells += [f"{ratios['peak_mib']:.2f}", f"{ratios['flops']:.2f}" if "flops" in case else ""]
         cells += [f"{case[f'cosine{part}']:.3f}" for part in PARTS] if "cosine" in case else []
-        table.add_row("{}:{}x{}".format(*shape), case["way"], *cells)
-    Console(width=160).print(table)
+        rows.append(("{}:{}x{}".format(*shape), case["way"], *cells))
+    for row in rows:
+        print(f"{row[0]:14} {row[1]:24}" + "".join(f"{cell:>20}" for cell in row[2:]))
 
 
 if __name__ == "__main__":

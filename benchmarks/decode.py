@@ -11,7 +11,8 @@ see what the entropies cost. One thread each; "threads" and "replicas" take all 
 as processes of one thread.
 
 For a GPU, and asked for by name: "forkrl, graphed" decodes by CUDA graphs (on a CPU the same steps without graphs);
-"vLLM" is given the same weights and prompts, ends where the others do, and reports no log-probs.
+"vLLM" is given the same shape and prompts, ends where the others do, and reports no log-probs; random weights are drawn
+on another device than those of the other ways.
 """
 
 from __future__ import annotations
@@ -297,7 +298,7 @@ def random_texts(options: argparse.Namespace) -> list[str]:
 
 
 def show(cases: list[dict[str, Any]], ways: list[str]) -> None:
-    """A line for each way, and how many times faster than it ForkRL with as many cores is."""
+    """A line for each way, and how many times faster than it ForkRL with as many cores is, and with graphs."""
 
     def speed(way: str) -> float:
         made = [case["tokens_per_second"] for case in cases if case["way"] == way and "failed" not in case]
@@ -305,10 +306,12 @@ def show(cases: list[dict[str, Any]], ways: list[str]) -> None:
 
     for way in ways:
         failed = next((case["failed"] for case in cases if case["way"] == way and "failed" in case), None)
-        ours = speed("forkrl" if WAYS[way] else "forkrl, replicas")
-        print(
-            f"{way:32} " + (f"failed: {failed}" if failed else f"{speed(way):9,.0f} tokens/s {ours / speed(way):6.2f}")
-        )
+        if failed:
+            print(f"{way:32} failed: {failed}")
+            continue
+        ours = ["forkrl, replicas" if not WAYS[way] and "forkrl, replicas" in ways else "forkrl", "forkrl, graphed"]
+        ratios = "".join(f"{speed(each) / speed(way):6.2f} ({each})" for each in ours if each in ways)
+        print(f"{way:32} {speed(way):9,.0f} tokens/s {ratios}")
 
 
 if __name__ == "__main__":

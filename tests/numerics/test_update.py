@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forkrl.backward import dense
+from forkrl.backward import compute_token_stats, dense
 from forkrl.batching import collate, cut_micro_batches
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
@@ -296,6 +296,22 @@ def test_once_entropies_are_known_the_head_is_asked_about_selected_tokens_alone(
     num_carrying = int((update.selected_BT & (batch.advantages != 0)[:, None]).sum())
     # A KL penalty and an entropy bonus are of every token.
     assert sum(asked) == (batch.num_response_tokens if loss else num_carrying)
+
+
+@pytest.mark.parametrize(
+    "selection", [{"rule": "random"}, {"entropy": "rollout", "scope": "mini_batch"}, {"rule": "all"}], ids=str
+)
+def test_entropies_that_are_logged_are_of_every_token_and_current(
+    policy: Policy, batch: TokenBatch, selection: dict[str, Any]
+) -> None:
+    """Off policy, where the rule reads no entropy or an old one: the gradient's own pass measures them."""
+    working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+    with torch.no_grad():
+        expected = compute_token_stats(policy, batch, temperature=1.0).entropy
+    update = update_policy(Replicas(working), optimizer, batch, recipe(selection=selection), torch.Generator())
+    torch.testing.assert_close(update.entropy_BT, expected, atol=1e-5, rtol=1e-5)
+    assert bool((update.entropy_BT[batch.response_mask] > 0).all())
 
 
 def test_without_any_advantage_the_gradient_is_zero_and_there(policy: Policy, batch: TokenBatch) -> None:

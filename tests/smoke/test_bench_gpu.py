@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.backward import WAYS
 from benchmarks.gpu.__main__ import Part, compare_with_peer, run_part
 from benchmarks.gpu.steps import RATIO, SHAPES, build_settings, extrapolate_rollout, matrix_weights
 from forkrl.config import TrainConfig
@@ -28,8 +29,9 @@ def run_small(tmp_path: Path, *modules: str) -> list[dict[str, Any]]:
 
 
 def test_parts_run_where_nothing_is_installed(tmp_path: Path) -> None:
-    limits, steps, head = run_small(tmp_path, "gpu.limits", "gpu.steps", "head")
-    assert not limits["failed"]
+    limits, steps, head, backward = run_small(tmp_path, "gpu.limits", "gpu.steps", "head", "backward")
+    assert not limits["failed"] and not backward["failed"]
+    assert {case["way"] for case in backward["results"]["backward"]["cases"]} == set(WAYS)
     rates = [next(rate for key, rate in case.items() if key != "what") for case in limits["results"]["limits"]["cases"]]
     assert len(rates) == 4 and all(rate > 0 for rate in rates)
     cases = {case["stage"]: case for case in steps["results"]["steps-tiny-16"]["cases"]}

@@ -318,6 +318,21 @@ def test_a_recipe_too_large_for_one_gpu_is_sent_to_a_cluster() -> None:
     assert plan(changed(config, remedy.changes)).fits
 
 
+def test_the_way_to_a_cluster_leaves_behind_what_verl_would_refuse() -> None:
+    config = recipe("qwen3-32b", "rollout.cuda_graphs=true")
+    (remedy, *_) = find_remedies(config, shape_of(config), H100)
+    assert Change("rollout.cuda_graphs", False) in remedy.changes
+
+
+def test_graphs_decode_in_buffers_that_do_not_grow_and_copy_the_head() -> None:
+    size = ("model.precision=bf16", "rollout.max_sequences=32")
+    growing = items(plan(recipe("qwen3-8b", *size)), "rollout")
+    fixed = items(plan(recipe("qwen3-8b", *size, "rollout.cuda_graphs=true")), "rollout")
+    assert fixed["KV cache"] == pytest.approx(growing["KV cache"] / 1.5)
+    assert fixed["head, copy"] == 2 * 151_936 * 4096
+    assert "head, copy" not in growing
+
+
 def test_a_model_that_no_number_of_such_cards_can_hold_has_no_remedy() -> None:
     config = recipe("qwen3-32b", *ON_VERL)
     assert find_remedies(config, shape_of(config), H100._replace(memory=2 * GIB)) == []

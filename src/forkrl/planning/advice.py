@@ -62,9 +62,12 @@ def _on_cluster(config: TrainConfig, shape: ModelShape, card: Card) -> list[Reme
     """Ways for a recipe of the local engine: the same on verl, on a node at first."""
     if config.runtime.engine == "verl" or config.training.backward != "dense":
         return []
+    first: tuple[Change, ...] = (Change("runtime.engine", "verl"),)
+    if config.rollout.cuda_graphs:  # the local engine's alone; verl's samplers have their own
+        first = (Change("rollout.cuda_graphs", False), *first)
     moves: tuple[Change, ...] = ()
     for count in (2, 4, 8):
-        moves = (Change("runtime.engine", "verl"), Change("cluster.gpus_per_node", count))
+        moves = (*first, Change("cluster.gpus_per_node", count))
         if (moved := _first_fit(config, shape, card, [[move] for move in moves])) is not None:
             return [moved]
     base = changed(config, moves)

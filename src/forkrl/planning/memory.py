@@ -194,17 +194,25 @@ def _engine_weights(config: TrainConfig, shape: ModelShape, layout: Layout) -> f
 
 def _local_rollout(config: TrainConfig, shape: ModelShape) -> tuple[Item, ...]:
     size, sequences = product_bytes(config), local_sequences(config)
-    cache = sequences * full_length(config) * shape.kv_numbers * size * CACHE_GROWTH
+    cache = sequences * full_length(config) * shape.kv_numbers * size * _room(config)
+    room = "in buffers of full length" if config.rollout.cuda_graphs else "with room to grow"
     items = [
         Item("weights, fp32", 4 * shape.parameters),
         Item("Adam's averages, fp32", 8 * shape.parameters, "gradients are freed"),
         Item("stacked layers", size * shape.layers * shape.layer_matrices, "the sampler's copy, while a batch decodes"),
-        Item("KV cache", cache, f"{sequences} sequences of {full_length(config):,} tokens, with room to grow"),
+        Item("KV cache", cache, f"{sequences} sequences of {full_length(config):,} tokens, {room}"),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
+    if config.rollout.cuda_graphs and size < 4:
+        items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy, while a step decodes"))
     if config.loss.kl_coef:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
     return tuple(items)
+
+
+def _room(config: TrainConfig) -> float:
+    """What the local engine's cache takes, of what it holds at most."""
+    return 1.0 if config.rollout.cuda_graphs else CACHE_GROWTH
 
 
 def local_sequences(config: TrainConfig) -> int:
@@ -229,7 +237,7 @@ def fit_rollout(config: TrainConfig, shape: ModelShape, layout: Layout, card: Ca
     else:
         others = sum(item.num_bytes for item in _local_rollout(config, shape) if item.name != "KV cache")
         share = (1 - HEADROOM) * card.memory
-        cache = (share - others) / CACHE_GROWTH
+        cache = (share - others) / _room(config)
     length = full_length(config)
     room = max(0, int(cache // (length * a_token)))
     return RolloutFit(a_token, cache, length, room, config.rollout.max_sequences, layout.replicas, share)
