@@ -1,11 +1,12 @@
 """Time, memory and operations of the update's backward pass: forks-only beside dense, with and without checkpointing.
 
-    python -m benchmarks.backward [--shapes 1024:512x4 8192:512x4 ...] [--ratio 0.2]
+    python -m benchmarks.backward [--shapes 1024:512x4 8192:512x4 ...] [--ratio 0.2] [--device cuda]
 
 Random weights in a Qwen3 shape (grouped queries 2:1), given as POSITIONS:WIDTHxLAYERS; one sequence, every position a
 response token, the given share of them selected at random; one gradient of the sum of the selected log-probs. Each case
 runs in a process of its own, so that its peak memory is its own: what the process holds above the model itself. Seconds
-are the processor's, of one thread; forks-only counts its pass without gradients, as it is where entropies are known
+are the processor's, of one thread, in fp32; on an accelerator the clock's, in bf16, and memory the allocator's, of the
+second of two gradients. Forks-only counts its pass without gradients, as it is where entropies are known
 (it then ends at the last layer's keys and values). Where the shape allows it in
 reasonable time, operations are counted (of matrix products; in attention the half that a causal mask leaves) and the
 cosine with the dense gradient is taken, of the whole and of the first and last layers. With random weights and random
@@ -51,10 +52,8 @@ def main() -> None:
     for shape, way in itertools.product(options.shapes, WAYS):
         length, hidden, layers = map(int, shape.replace("x", ":").split(":"))
         sizes = {"length": length, "hidden": hidden, "layers": layers, "ratio": options.ratio}
-        case = {**sizes, "way": way, "seed": options.seed}
-        command = [sys.executable, "-m", "benchmarks.backward", "--case", json.dumps(case)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        cases.append(case | json.loads(output))
+        case = {**sizes, "way": way, "seed": options.seed, "device": options.device}
+        cases.append(case | (measure_apart(case) if options.device == "cpu" else measure(case)))
         print(json.dumps(cases[-1]), flush=True)
         path = write_result("backward", setting, cases)
     show(cases)
@@ -66,22 +65,32 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="POSITIONS:WIDTHxLAYERS")
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+def measure_apart(case: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: the peak of a process cannot be reset."""
+    command = [sys.executable, "-m", "benchmarks.backward", "--case", json.dumps(case)]
+    figures: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return figures
+
+
 def measure(case: dict[str, Any]) -> dict[str, float]:
     """Seconds, peak mebibytes above the model, and for forks-only the cosines with the dense gradient."""
-    torch.set_num_threads(1)
     torch.manual_seed(case["seed"])
-    policy = build_policy(case["hidden"], case["layers"], checkpointing="checkpointing" in case["way"])
-    batch, selected = build_batch(case["length"], case["ratio"])
-    gradient(policy, *build_batch(64, case["ratio"]), case["way"])  # warm: code paths, and memory for the gradients
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.process_time()
+    device = torch.device(case["device"])
+    policy = build_policy(case["hidden"], case["layers"], device, checkpointing="checkpointing" in case["way"])
+    batch, selected = build_batch(case["length"], case["ratio"], device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        gradient(policy, *build_batch(64, case["ratio"], device), case["way"])  # warm: code paths, gradients' memory
+    else:
+        gradient(policy, batch, selected, case["way"])
+    memory_before, began = start_peak(device), seconds_now(device)
     parts = gradient(policy, batch, selected, case["way"])
-    figures = {"seconds": time.process_time() - began}
-    figures["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    figures = {"seconds": seconds_now(device) - began, "peak_mib": (peak_bytes(device) - memory_before) / 2**20}
     if case["length"] > MOST_POSITIONS_REPEATED or case["layers"] > MOST_LAYERS_REPEATED:
         return figures
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as operations:  # it slows small operations
@@ -94,6 +103,28 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         for name, one, other in zip(PARTS, ours, theirs, strict=True):
             figures[f"cosine{name}"] = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
     return figures
+
+
+def seconds_now(device: torch.device) -> float:
+    """The processor's own time, which other work does not lengthen, or the clock's once the device has done all."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def start_peak(device: torch.device) -> int:
+    """Bytes in use; the peak is counted from here."""
+    if device.type == "cpu":
+        return peak_bytes(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    return torch.accelerator.memory_allocated(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated(device)
 
 
 def attention_flops(query: Any, key: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -115,25 +146,27 @@ ATTENTION: dict[Any, Any] = {
 """PyTorch's own counter leaves these out."""
 
 
-def build_policy(hidden: int, layers: int, *, checkpointing: bool) -> Policy:
+def build_policy(hidden: int, layers: int, device: torch.device, *, checkpointing: bool) -> Policy:
     tokenizer: Any = SimpleNamespace(eos_token_id=None)  # no text is read here
     config = Qwen3Config(
         vocab_size=1024, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, head_dim=64,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, tie_word_embeddings=True,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    with device:
+        model = Qwen3ForCausalLM(config)
     if checkpointing:
         model.gradient_checkpointing_enable()
     torch.nn.Module.eval(model)
-    return Policy(model, tokenizer)
+    return Policy(model, tokenizer, "fp32" if device.type == "cpu" else "bf16")
 
 
-def build_batch(length: int, ratio: float) -> tuple[TokenBatch, Tensor]:
+def build_batch(length: int, ratio: float, device: torch.device) -> tuple[TokenBatch, Tensor]:
     ids = torch.randint(1024, (1, length + 1))
     mask, nothing = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length)
     selected = torch.zeros_like(mask)
     selected[0, torch.randperm(length)[: max(1, int(ratio * length))]] = True
-    return TokenBatch(ids[:, :-1], ids[:, 1:], mask, mask, nothing, nothing, nothing[:, 0]), selected
+    batch = TokenBatch(ids[:, :-1], ids[:, 1:], mask, mask, nothing, nothing, nothing[:, 0])
+    return batch.to(device), selected.to(device)
 
 
 def gradient(policy: Policy, batch: TokenBatch, selected: Tensor, way: str) -> list[Tensor]:

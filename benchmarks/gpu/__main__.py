@@ -55,7 +55,7 @@ FULL = (
         "--ways forkrl 'forkrl, graphed' generate 'generate, continuous batching'",
         110,
     ),
-    Part("backward", "", 80),
+    Part("backward", "--shapes 2048:1024x28 8192:1024x28 16384:1024x28", 80),
     Part("gpu.steps", "--shape 8B --response 2048", 100),
     Part("gpu.steps", "--shape 0.6B --response 8192", 80),
     Part("gpu.steps", "--shape 8B --response 8192", 130),
@@ -77,7 +77,7 @@ SMALL = (
         "--ways forkrl 'forkrl, graphed' generate 'generate, continuous batching' vLLM",
         90,
     ),
-    Part("backward", "--lengths 64 --hidden 128 --layers 2", 60),
+    Part("backward", "--shapes 64:128x2", 60),
 )
 
 

@@ -19,11 +19,15 @@ DATASHEET = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e1
 """Dense bf16 operations and bytes of memory a second of the SXM cards, by their vendor."""
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Rates of matrix products and copies.")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
     size, num_bytes = (256, 2**20) if options.small else (8192, 2**33)
     torch.manual_seed(0)
     cases: list[dict[str, Any]] = []

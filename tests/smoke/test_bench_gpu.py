@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.backward import WAYS
-from benchmarks.gpu.__main__ import Part, compare_with_peer, run_part
+from benchmarks.gpu.__main__ import FULL, SMALL, Part, compare_with_peer, run_part
 from benchmarks.gpu.steps import RATIO, SHAPES, build_settings, extrapolate_rollout, matrix_weights
 from forkrl.config import TrainConfig
 from tests.foreign_machine import without_packages
@@ -44,6 +46,14 @@ def test_parts_run_where_nothing_is_installed(tmp_path: Path) -> None:
     ways = {case["way"]: case for case in head["results"]["head"]["cases"]}
     assert ways["ours, chunked"]["best_peer_with_entropy"] == "materialised"
     assert "No module named 'verl'" in ways["verl"]["failed"]
+
+
+@pytest.mark.parametrize("part", [*FULL, *SMALL], ids=lambda part: part.name)
+def test_every_part_takes_the_arguments_it_is_given(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator's nine minutes would be lost on."""
+    module = importlib.import_module(f"benchmarks.{part.module}")
+    monkeypatch.setattr(sys, "argv", [part.module, "--device", "cuda", *shlex.split(part.arguments)])
+    assert module.parse_options().device == "cuda"
 
 
 def test_ways_of_decoding_stand_beside_each_other_and_a_missing_one_says_so(tmp_path: Path) -> None:
