@@ -78,3 +78,30 @@ class Interruption:
         self._signals += 1
         if first and self._allowed:
             raise Interrupted(signum)
+
+
+@contextmanager
+def signals_put_off() -> Iterator[None]:
+    """A stretch that must not be left half-way: what SIGINT and SIGTERM would do meanwhile, they do at its end.
+
+    Blocking them for this thread would not help: the system gives them to another, and Python handles them here anyway.
+    """
+    came: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+        yield
+        return
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: handler for signum, handler in handlers.items() if callable(handler)}
+    try:
+        for signum in handlers:
+            signal.signal(signum, note)
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for number in came:
+            signal.raise_signal(number)

@@ -20,7 +20,7 @@ from forkrl.rollout import EmbeddedEngine, graphed_engine, graphed_step, open_en
 from forkrl.rollout.embedded import Prefix, read_prompts
 from forkrl.rollout.flat_step import FlatStep
 from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
-from forkrl.rollout.graphed_step import GraphedStep, bucket, static
+from forkrl.rollout.graphed_step import GraphedStep, static
 from forkrl.rollout.growing_cache import select_sequences
 from forkrl.types import Rollout, SamplingParams
 from tests.models import random_policy
@@ -273,21 +273,25 @@ def test_rows_that_would_be_cut_off_take_the_places_of_those_that_have_ended() -
     assert graphed_engine._kept_places([False, False, False, True], 1) == [3]
 
 
-def test_buckets_hold_what_they_must_and_at_most_a_quarter_more() -> None:
-    assert sorted({bucket(number, 8) for number in range(1, 257)}) == [
-        8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256,
-    ]  # fmt: skip
-    for number in range(1, 5000):
-        assert number <= bucket(number, 64) < max(64 + number, 1.25 * number + 1)
-        assert bucket(bucket(number, 64), 64) == bucket(number, 64)
-
-
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "another architecture": ("gpt2", {}),
     "a sliding window": ("mistral with a sliding window", {}),
     "angles that follow the length": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    ),
+    "other angles beyond a length": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64,
+            }
+        },
     ),
 }
 
@@ -313,7 +317,39 @@ def test_another_device_is_refused_when_the_engine_is_opened() -> None:
     replicas = Replicas(random_policy())
     with pytest.raises(UserError, match=r"^rollout.cuda_graphs = true: the model is on cpu, which has no CUDA graphs"):
         open_engine(replicas, TrainConfig.model_validate({"rollout": {"cuda_graphs": True}}))
-    assert type(open_engine(replicas, TrainConfig())) is EmbeddedEngine
+
+
+@pytest.mark.parametrize(("graphs", "kind"), [(True, GraphedEngine), (False, EmbeddedEngine)])
+def test_the_setting_decides_which_engine_is_opened(
+    graphs: bool, kind: type[EmbeddedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Policy] = []
+    monkeypatch.setattr("forkrl.rollout.opening.require_graphs", asked.append)
+    replicas = Replicas(random_policy())
+    engine = open_engine(replicas, TrainConfig.model_validate({"rollout": {"cuda_graphs": graphs}}))
+    assert type(engine) is kind
+    assert asked == [replicas.policy] * graphs
+
+
+def test_several_replicas_are_refused() -> None:
+    replicas = Replicas(random_policy())
+    replicas.count = 2
+    engine = GraphedEngine(replicas, max_prompt_tokens=16)
+    with pytest.raises(ValueError, match="graphs are of one replica"):
+        engine.continue_from([Prefix((2,))], count=2, sampling=SamplingParams(4), generator=torch.Generator())
+
+
+def test_one_step_just_large_enough_serves_all_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+
+    class Counted(GraphedStep):
+        def __init__(self, policy: Policy, num_sequences: int, capacity: int) -> None:
+            made.append((num_sequences, capacity))
+            super().__init__(policy, num_sequences, capacity)
+
+    monkeypatch.setattr(graphed_engine, "GraphedStep", Counted)
+    assert len(rollouts_of(GraphedEngine, random_policy(), max_sequences=17)) == 40
+    assert made == [(17, 94)], "of the second wave: 30 tokens, and room for 64 after a shorter one"
 
 
 @pytest.mark.gpu

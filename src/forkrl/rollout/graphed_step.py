@@ -6,10 +6,13 @@ that changes may come from Python. So keys and values stand in buffers of full l
 is written to is a number on the device; and tokens, positions, the mask and the hidden states have buffers of their
 own. The layers are those of :class:`forkrl.rollout.flat_step.FlatStep`.
 
-A step attends over a *bucket* of the buffers' length, not over all of it, and runs a bucket of their rows; each pair of
-buckets that comes up is captured once, which takes about as long as three ordinary steps. The next bucket is at most a
-quarter larger, so that much is computed in vain at most, and a batch that shrinks while its sequences grow meets no
-more pairs than there are buckets of both kinds together.
+A step attends over a *bucket* of the buffers' length, not over all of it, and runs a bucket of their rows. What is
+computed in vain is at most 63 tokens (7 rows), or a quarter of what is needed where that is more; and a batch that
+shrinks while its sequences grow meets no more pairs of buckets than there are of both kinds together.
+
+Each pair that comes up is captured once: the step runs as it is, then once more into the graph. Before that
+``torch.cuda.graph`` waits for the device and empties the allocator's cache, so that what is allocated next has to ask
+the driver for memory again. Some three ordinary steps together is an estimate, which no card has confirmed.
 
 The head and the sampling are left out of the graph: some fifteen kernels against the twenty of every layer. Inside,
 the logits of every bucket would need memory of their own, and the generator would have to be known to each graph.
@@ -26,6 +29,7 @@ Shapes: ``S`` rows, ``P`` prompts, ``K`` heads of keys and values, ``C`` channel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +37,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import DynamicCache
 
+from forkrl.interruption import signals_put_off
 from forkrl.model import Policy
 from forkrl.rollout.flat_step import FlatStep, reproducible
 
@@ -158,6 +163,14 @@ def _as_it_is(run: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the process: cuBLAS keeps a workspace for each stream that it has worked on."""
+    # All graphs captured on a stream write to that workspace, so those of two GraphedSteps may not run at the same
+    # time. They do not: decoding is one batch after another.
+    return torch.cuda.Stream(device)
+
+
 class Capture:
     """Turns functions that work from buffers to buffers into CUDA graphs, all of which work in the same memory.
 
@@ -166,7 +179,7 @@ class Capture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _capture_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -176,6 +189,7 @@ class Capture:
                 run()  # libraries set themselves up at their first call, which no graph may hold
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # Left half-way, between the capture's beginning and its end, the stream would go on capturing.
+            with signals_put_off(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 run()
         return graph.replay
