@@ -206,13 +206,8 @@ def _run_all(replica: Replica, work: Work, config: TrainConfig) -> tuple[TokenSt
     Of every response token; of the selected ones alone where nothing else is asked of the others.
     """
     asked_BT = work.chosen_BT if work.entropy_known and _only_carrying_tokens_count(config) else None
-    stats = compute_token_stats(
-        replica.policy,
-        work.micro,
-        temperature=config.rollout.temperature,
-        entropy_grad=config.loss.entropy_coef != 0,
-        at_BT=asked_BT,
-    )
+    temperature, bonus = config.rollout.temperature, config.loss.entropy_coef != 0
+    stats = compute_token_stats(replica.policy, work.micro, temperature=temperature, entropy_grad=bonus, at_BT=asked_BT)
     entropy_BT = stats.entropy.detach()
     return stats, entropy_BT, _chosen(work, entropy_BT, config)
 

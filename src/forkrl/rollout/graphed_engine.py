@@ -56,7 +56,7 @@ def require_graphs(policy: Policy) -> None:
     Raises:
         UserError: the device is not CUDA, or the step does not reproduce the model.
     """
-    remedy = "set rollout.cuda_graphs = false"
+    remedy = "set rollout.cuda_graphs = false (a run that began with it needs a new --out)"
     if policy.device.type != "cuda":
         raise UserError(
             f"rollout.cuda_graphs = true: the model is on {policy.device}, which has no CUDA graphs; {remedy}"
