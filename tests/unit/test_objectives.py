@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from forkrl.objectives import kl_penalty, policy_loss
@@ -198,6 +200,50 @@ def test_bad_input_is_named(changes: dict[str, object], message: str) -> None:
         policy_loss(**(arguments | changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("log_ratio", [21.0, 89.0, 100.0, 3e38, -21.0, -100.0, -3e38])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_a_log_ratio_beyond_20_has_no_gradient(log_ratio: float, advantage: float, dual_clip: float | None) -> None:
+    """fp32 overflows above 88, and infinity times the zero gradient of a clipped token would be NaN."""
+    logprobs = torch.tensor([[-1.0, max(0.0, log_ratio)]]).requires_grad_()
+    old = torch.tensor([[-1.0, max(0.0, -log_ratio)]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    loss, metrics = policy_loss(logprobs, old, torch.tensor([advantage]), mask, dual_clip=dual_clip)
+    assert loss.isfinite()
+    assert gradient(loss, logprobs).tolist() == [[-advantage / 2, 0.0]]
+    assert all(value.isfinite() for value in metrics.values())
+    assert metrics["clip_fraction"] == 0.5
+    assert metrics["ratio_max"].item() == pytest.approx(math.exp(20.0) if log_ratio > 0 else 1.0)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(*[st.floats(-(2.0**100), 0, width=32)] * 2, st.floats(-10, 10, width=32)), min_size=1, max_size=8),
+    st.sampled_from([None, 3.0]),
+)
+def test_losses_and_gradients_are_finite_for_any_finite_logprobs(
+    tokens: list[tuple[float, float, float]], dual_clip: float | None
+) -> None:
+    logprobs_B1, other_B1, advantages_B1 = torch.tensor(tokens).T[..., None]
+    mask_B1 = torch.ones_like(other_B1, dtype=torch.bool)
+    logprobs_B1.requires_grad_()
+    for loss, metrics in (
+        policy_loss(logprobs_B1, other_B1, advantages_B1, mask_B1, dual_clip=dual_clip),
+        kl_penalty(logprobs_B1, other_B1, mask_B1),
+    ):
+        assert loss.isfinite() and gradient(loss, logprobs_B1).isfinite().all()
+        assert all(value.isfinite() for value in metrics.values())
+
+
+def test_clamping_changes_nothing_up_to_20() -> None:
+    log_ratio = torch.tensor([[19.9, -19.9, 3.0, -3.0]], dtype=torch.float64)
+    logprobs = log_ratio.clone().requires_grad_()
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    loss, _ = policy_loss(logprobs, torch.zeros_like(log_ratio), torch.tensor([-1.0]).double(), mask)
+    expected = torch.where(log_ratio > 0, log_ratio.exp(), 0.0) / 4  # below 1 - clip_low a clip holds
+    torch.testing.assert_close(gradient(loss, logprobs), expected)
+
+
 def test_kl_by_hand() -> None:
     """d = ln 2: 2 - ln 2 - 1; d = -ln 2: 1/2 + ln 2 - 1. Their derivative in the log-prob is 1 - exp(d): -1 and 1/2."""
     difference = torch.tensor([[math.log(2), -math.log(2), math.nan]], dtype=torch.float64)
@@ -208,6 +254,18 @@ def test_kl_by_hand() -> None:
     assert metrics["num_response"].item() == 2
     torch.testing.assert_close(gradient(loss, logprobs), torch.tensor([[-0.5, 0.25, 0.0]], dtype=torch.float64))
     assert kl_penalty(logprobs, logprobs.detach() + difference, mask, 10).loss.item() == pytest.approx(0.05)
+
+
+def test_kl_far_from_the_reference() -> None:
+    """d = ref - logprob. Above 20 exp is clamped, without gradient; far below, k3 is -d - 1, whose gradient remains."""
+    difference = torch.tensor([[100.0, 3e38, -100.0, -1000.0]])
+    for place, (value, slope) in enumerate([(math.exp(20) - 21, 0.0)] * 2 + [(99.0, 1.0), (999.0, 1.0)]):
+        logprobs = -difference[:, [place]].clamp(min=0)
+        ref_logprobs = logprobs + difference[:, [place]]
+        logprobs.requires_grad_()
+        loss, _ = kl_penalty(logprobs, ref_logprobs, torch.ones(1, 1, dtype=torch.bool))
+        assert loss.item() == pytest.approx(value)
+        assert gradient(loss, logprobs).item() == slope
 
 
 def test_kl_keeps_its_digits_near_zero() -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from forkrl.objectives.policy_loss import MAX_LOG_RATIO
 from forkrl.objectives.reduction import check_like, masked_sum_over
 from forkrl.types import LossOutput
 
@@ -23,6 +24,10 @@ def kl_penalty(
     """Mean k3 estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = ref_logprobs - logprobs``.
 
     Never negative, token by token, and unbiased for tokens sampled from the policy (GRPO, arXiv 2402.03300, eq. 4).
+
+    ``d`` is clamped from above at ``MAX_LOG_RATIO``, so that ``exp`` cannot overflow; such a token has zero gradient.
+    Unlike verl, which also clamps ``d`` from below and the estimate to 10, nothing else is clamped: those clamps remove
+    the gradient where the policy is far from the reference (d > 2.6 or d < -11).
 
     Args:
         logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
@@ -41,6 +46,7 @@ def kl_penalty(
         raise ValueError(f'denominator = {denominator!r} must be "response" or a number')
     num_response = response_mask.sum()
     difference_BT = torch.where(response_mask, ref_logprobs.detach(), 0.0) - torch.where(response_mask, logprobs, 0.0)
+    difference_BT = difference_BT.clamp(max=MAX_LOG_RATIO)
     kl_BT = difference_BT.expm1() - difference_BT  # expm1: exp(d) - 1 loses all digits of a small d
     loss = masked_sum_over(kl_BT, response_mask, num_response if isinstance(denominator, str) else denominator)
     return LossOutput(

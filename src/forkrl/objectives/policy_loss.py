@@ -14,6 +14,9 @@ from torch import Tensor
 from forkrl.objectives.reduction import check_like, masked_sum_over
 from forkrl.types import LossOutput
 
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to this magnitude before ``exp``, as in verl; fp32 overflows above 88."""
+
 
 def policy_loss(
     logprobs: Tensor,
@@ -34,6 +37,10 @@ def policy_loss(
     Their sum is divided by the denominator. Tokens that are not selected give exactly zero gradient, whatever they
     hold, NaN included.
 
+    The log-ratio is clamped to +-``MAX_LOG_RATIO``. This differs from eq. 6 only where ``|log r| > 20``: such a token
+    has zero gradient, also where the equation gives one (A < 0 and r > e^20 without ``dual_clip``; A > 0 and
+    r < e^-20).
+
     Args:
         logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
         old_logprobs: ``[B, T]``, of the policy that sampled.
@@ -49,7 +56,7 @@ def policy_loss(
 
     Returns:
         The loss to minimise, and over the selected tokens of this call ``clip_fraction`` (tokens whose gradient a clip
-        cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and ``num_selected``
+        or the clamp cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and ``num_selected``
         to weigh the means by; all are 0 when nothing is selected.
 
     Raises:
@@ -71,7 +78,8 @@ def policy_loss(
 
     # Masked before exp and again in the sum: 0 times the gradient of an infinite ratio would be NaN.
     advantages_BT = advantages_BT.detach()
-    log_ratio_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
+    exact_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
+    log_ratio_BT = exact_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio_BT = log_ratio_BT.exp()
     unclipped_BT = ratio_BT * advantages_BT
     objective_BT = torch.minimum(unclipped_BT, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT)
@@ -85,7 +93,8 @@ def policy_loss(
     else:
         counted = denominator
     loss = masked_sum_over(-objective_BT, selected_mask, counted)
-    return LossOutput(loss, _metrics(log_ratio_BT.detach(), objective_BT != unclipped_BT, selected_mask))
+    clipped_BT = (objective_BT != unclipped_BT) | (log_ratio_BT != exact_BT)
+    return LossOutput(loss, _metrics(log_ratio_BT.detach(), clipped_BT, selected_mask))
 
 
 def _metrics(log_ratio_BT: Tensor, clipped_BT: Tensor, selected_mask: Tensor) -> dict[str, Tensor]:
