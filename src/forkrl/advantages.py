@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from forkrl.types import require_tensors
+
 _EPS = 1e-6  # as in verl's GRPO: keeps a group of nearly equal rewards finite
 
 
@@ -66,6 +68,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -> Ten
     Raises:
         ValueError: ``cache_length`` is negative or larger than ``max_length``.
     """
+    require_tensors(lengths=lengths)
     if not 0 <= cache_length <= max_length:
         raise ValueError(f"cache_length = {cache_length} must lie in 0 .. max_length = {max_length}")
     if cache_length == 0:
@@ -75,6 +78,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -> Ten
 
 
 def _as_groups(values: Tensor) -> Tensor:
+    require_tensors(rewards=values)
     if values.ndim != 2 or values.shape[1] < 2:
         raise ValueError(f"rewards {tuple(values.shape)} must be [P, G] with at least 2 responses to a prompt")
     values = values.to(torch.promote_types(values.dtype, torch.float32))

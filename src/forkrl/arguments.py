@@ -188,7 +188,10 @@ def add_response_arguments(parser: argparse.ArgumentParser) -> None:
     """What commands take besides that also read ready responses, and measure their tokens."""
     add_prompt_arguments(parser)
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="of sampling, and of the distribution that is measured"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of sampling, and at which entropies are measured; 0 samples greedily (default: eval.temperature)",
     )
     parser.add_argument(
         "--responses", type=Path, metavar="FILE", help="ready responses (JSON lines); then nothing is generated"
@@ -314,7 +317,10 @@ def add_branch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for name, (default, text) in counts.items():
         branch.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     branch.add_argument(
-        "--temperature", type=float, default=1.0, help="of all sampling, probabilities and entropies (default: 1)"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of all sampling, probabilities and entropies (default: eval.temperature)",
     )
     branch.add_argument(
         "--out",
@@ -361,7 +367,13 @@ def add_decode_temps(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "--threshold",
         type=float,
         metavar="NATS",
-        help="entropy above which a token is a fork (default: the 80th percentile at temperature 1, measured first)",
+        help="entropy above which a token is a fork (default: the 80th percentile at --temperature, measured first)",
+    )
+    temps.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="where nothing is swept, and of the baseline (default: eval.temperature)",
     )
     temps.add_argument(
         "--temperatures", metavar="T,T,...", help="from 0 (greedy) up (default: the paper's 0,.05,.3,.6,1,2,3,5)"

@@ -258,6 +258,7 @@ def run_decode_temps(arguments: argparse.Namespace) -> int:
         overrides=subject_overrides(arguments),
         problems=arguments.problems,
         samples=arguments.samples,
+        temperature=arguments.temperature,
         threshold=arguments.threshold,
         temperatures=parse_temperatures(arguments.temperatures),
         out=arguments.out,

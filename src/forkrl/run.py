@@ -37,7 +37,7 @@ from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, SamplingParams, Task, Verifier
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """The state of a run between its steps. ``step`` counts finished steps; 0 is the untrained model."""
 

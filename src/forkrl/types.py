@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def require_tensors(**values: object) -> None:
+    """Raise TypeError for an argument that is not a torch tensor, such as a NumPy array or a list."""
+    import torch
+
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+            raise TypeError(f"{name}: torch tensor expected, got {kind}; convert it with torch.as_tensor")
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A question, exactly as the model reads it, with what its verifier needs to judge an answer.
@@ -77,7 +87,7 @@ class VerifierSpec:
     deadline_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """One sampled response with the policy's own account of every token.
 
@@ -137,7 +147,7 @@ class SamplingParams:
             raise ValueError(f"temperature = {self.temperature:g} along with {self.fork_temperature}: leave it at 1")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
     """Sequences padded on the right, seen as next-token predictions.
 

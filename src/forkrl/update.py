@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
     from forkrl.config import ForksOnlyConfig, TrainConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Update:
     """What a gradient step did: which tokens carried gradient, their entropies, and figures to log."""
 

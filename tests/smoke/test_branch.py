@@ -129,8 +129,11 @@ def test_a_run_is_branched_in_its_own_folder(world: World) -> None:
         (("--random", "-1"), "--random -1: at least 0"),
         (("--problems", "0"), "--problems 0: at least 1"),
         (("--responses-per-problem", "0"), "--responses-per-problem 0: at least 1"),
-        (("--temperature", "0"), "--temperature 0: above 0; greedy continuations of a branch would all be the same"),
-        (("--temperature", "nan"), "--temperature nan: above 0"),
+        (
+            ("--temperature", "0"),
+            "temperature = 0: must be above 0, as greedy continuations of a branch are all the same",
+        ),
+        (("--temperature", "nan"), "--temperature nan: at least 0"),
         (("eval.samples=2",), "eval.samples=2: has no effect on branching; give --responses-per-problem"),
         (("eval.problems=2",), "eval.problems=2: has no effect on branching; give --problems"),
         (("training.steps=2",), "training.steps=2: has no effect on branching; leave it away"),

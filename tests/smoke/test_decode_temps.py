@@ -175,7 +175,7 @@ def test_one_problem_is_a_sweep_without_intervals(world: World, run: Run) -> Non
         (("run", "--temperatures", "0.3,.3"), "0.3 stands there twice"),
         (("run", "--problems", "0"), "--problems 0: at least 1"),
         (("run", "--samples", "0"), "--samples 0: at least 1"),
-        (("run", "eval.temperature=0.5"), "eval.temperature=0.5: has no effect on decode-temps; --temperatures says"),
+        (("run", "eval.temperature=0.5", "--temperature", "1"), "has no effect along with --temperature"),
         (("run", "rollout.top_p=0.5"), "rollout.top_p=0.5: has no effect on decode-temps"),
         (("run", "eval.samples=2", "--samples", "3"), "has no effect along with --samples"),
         (("run", "--recipe", "recipe.toml"), "run is a run and keeps its own recipe"),

@@ -218,7 +218,9 @@ def test_a_log_ratio_beyond_20_has_no_gradient(log_ratio: float, advantage: floa
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(*[st.floats(-(2.0**100), 0, width=32)] * 2, st.floats(-10, 10, width=32)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(*[st.floats(-(2.0**100), 0, width=32)] * 2, st.floats(-10, 10, width=32)), min_size=1, max_size=8
+    ),
     st.sampled_from([None, 3.0]),
 )
 def test_losses_and_gradients_are_finite_for_any_finite_logprobs(

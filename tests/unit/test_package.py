@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import subprocess
@@ -9,9 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import forkrl
+from forkrl.types import Rollout
 from tests.foreign_machine import without_packages
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +68,50 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     assert "forkrl/py.typed" in expected
     assert expected <= shipped
     assert any(name.endswith("entry_points.txt") for name in shipped)
+
+
+LOGPROBS, MASK = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+CALLS = {
+    "select_tokens": (LOGPROBS, MASK),
+    "policy_loss": (LOGPROBS, LOGPROBS, torch.ones(2), MASK, MASK),
+    "group_advantages": (LOGPROBS,),
+    "overlong_penalty": (torch.ones(2, 3).int(), 8, 2),
+    "token_stats": (LOGPROBS, torch.zeros(4, 3), torch.tensor([0, 1])),
+    "overlap_ratio": (LOGPROBS, LOGPROBS, MASK),
+    "entropy_change_by_percentile": (LOGPROBS, LOGPROBS, MASK, 2),
+}
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_an_array_in_place_of_a_tensor_is_named(function: str) -> None:
+    call, arguments = getattr(forkrl, function), CALLS[function]
+    call(*arguments)
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            wrong = [*arguments[:place], argument.numpy(), *arguments[place + 1 :]]
+            with pytest.raises(TypeError, match=r"^\w+: torch tensor expected, got numpy.ndarray; convert it with"):
+                call(*wrong)
+    with pytest.raises(TypeError, match="entropy: torch tensor expected, got list"):
+        forkrl.select_tokens([0.1, 0.2], MASK)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scores: torch tensor expected"):
+        forkrl.ForkTemperature(1, 1, 1)(None, np.zeros((1, 4)))  # type: ignore[arg-type]
+
+
+def test_dataclasses_that_hold_tensors_compare_by_identity() -> None:
+    """The generated ``==`` would take the truth value of a tensor with several elements, which raises."""
+    one, other = (Rollout((1,), (2, 3), torch.zeros(2), torch.zeros(2), "", finished=True) for _ in range(2))
+    assert one == one
+    assert one != other
+    arrays = {"Tensor", "DataFrame", "Series", "NDArray", "ndarray", "_Array"}
+    for path in sorted((ROOT / "src" / "forkrl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            decorators = [text for text in map(ast.unparse, node.decorator_list) if text.startswith("dataclass")]
+            annotations = [field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]
+            names = {getattr(part, "id", getattr(part, "attr", "")) for each in annotations for part in ast.walk(each)}
+            if decorators and names & arrays:
+                assert "eq=False" in decorators[0], f"{path}: {node.name}"
 
 
 def test_version_is_that_of_the_installed_package() -> None:

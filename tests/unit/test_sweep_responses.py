@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forkrl.analysis.temperatures import BASELINE
+from forkrl.analysis.temperatures import UNSCALED
 from forkrl.commands.sweep_responses import SweepResponses
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
 from tests.smoke.world import make_tokenizer
@@ -37,7 +37,7 @@ def test_a_closing_stop_token_is_left_out_of_a_loop(
 ) -> None:
     rollout = Rollout((2,), ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "3" * len(ids), finished)
     group = RolloutGroup(Prompt("p", "0", ""), (rollout,), (Verdict(1.0),))
-    sweep = SweepResponses(tmp_path / "responses", [BASELINE])
-    sweep.write(BASELINE, [group], 0.5, tokenizer)
+    sweep = SweepResponses(tmp_path / "responses", [UNSCALED])
+    sweep.write(UNSCALED, [group], 0.5, tokenizer)
     row = sweep.figures().iloc[0]
     assert (row["loop"], row["cut"], row["length"]) == (loop, not finished, len(ids))

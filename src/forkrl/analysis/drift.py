@@ -18,6 +18,7 @@ from torch import Tensor
 
 from forkrl.intervals import ClusterSums, Estimate, as_columns
 from forkrl.selectors import select_tokens
+from forkrl.types import require_tensors
 
 
 def overlap_ratio(entropy_a: Tensor, entropy_b: Tensor, response_mask: Tensor, ratio: float = 0.2) -> float:
@@ -38,6 +39,7 @@ def overlap_ratio(entropy_a: Tensor, entropy_b: Tensor, response_mask: Tensor, r
     Raises:
         ValueError: there is no response token, or as :func:`forkrl.select_tokens`.
     """
+    require_tensors(entropy_a=entropy_a, entropy_b=entropy_b, response_mask=response_mask)
     if not bool(response_mask.any()):
         raise ValueError("response_mask is empty: there are no positions to compare")
     top_a = select_tokens(entropy_a, response_mask, "top_entropy", ratio)
@@ -95,6 +97,7 @@ def entropy_change_by_percentile(base: Tensor, trained: Tensor, mask: Tensor, bi
     Raises:
         ValueError: shapes differ, an entropy is not finite, or there are fewer tokens than bins.
     """
+    require_tensors(base=base, trained=trained, mask=mask)
     if not base.shape == trained.shape == mask.shape:
         raise ValueError(
             f"base {tuple(base.shape)}, trained {tuple(trained.shape)} and mask {tuple(mask.shape)} do not match"

@@ -20,6 +20,8 @@ from forkrl.intervals import ClusterSums, Estimate, as_columns
 
 LOW_ENTROPY = 0.01
 """Nats. The paper finds 50.64% of the tokens of Qwen3-8B below it."""
+PAPER_TEMPERATURE = 1.0
+"""Of the paper's responses and entropies. Both figures below depend on it."""
 PAPER = {"share_below_0.01": 0.5064, "percentile_80": 0.672}
 _PERCENTILES = (5, 25, 50, 75, 80, 90, 95, 99)
 

@@ -34,12 +34,12 @@ class Setting(NamedTuple):
         return f"high {self.high:g}, low {self.low:g}"
 
 
-BASELINE = Setting(1.0, 1.0)
-"""The unscaled model, which every other setting is compared with."""
+UNSCALED = Setting(1.0, 1.0)
+"""The model's own distribution."""
 
 
-def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES) -> list[Setting]:
-    """(1, 1), then every other temperature at forks with 1 elsewhere, then the reverse: 15 for the paper's 8.
+def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES, base: float = 1.0) -> list[Setting]:
+    """(base, base), then every other temperature at forks with ``base`` elsewhere, then the reverse.
 
     Raises:
         ValueError: a temperature is negative, not finite, or there twice.
@@ -48,8 +48,12 @@ def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES) -> list[Se
         raise ValueError(f"{wrong[0]} is no temperature")
     if len(set(temperatures)) < len(temperatures):
         raise ValueError(f"a temperature stands twice among {', '.join(f'{value:g}' for value in temperatures)}")
-    others = [temperature for temperature in temperatures if temperature != 1]
-    return [BASELINE, *(Setting(value, 1.0) for value in others), *(Setting(1.0, value) for value in others)]
+    others = [temperature for temperature in temperatures if temperature != base]
+    return [
+        Setting(base, base),
+        *(Setting(value, base) for value in others),
+        *(Setting(base, value) for value in others),
+    ]
 
 
 def ends_in_loop(token_ids: Sequence[int]) -> bool:
@@ -86,7 +90,7 @@ def holds_no_text(response: str) -> bool:
     return NO_TEXT in response
 
 
-def temperature_table(responses: pd.DataFrame) -> pd.DataFrame:
+def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFrame:
     """The figures of every setting, with 95% intervals clustered by problem.
 
     Args:
@@ -94,11 +98,12 @@ def temperature_table(responses: pd.DataFrame) -> pd.DataFrame:
             setting, each equally often; ``score`` in [0, 1]; ``length``: tokens; ``cut``, ``loop``, ``garbled``: bool;
             ``surprise``: sum of -log-prob over its tokens under the unscaled model, nats; ``forks``: tokens above the
             threshold; ``failure``: empty, or why the verifier gave no verdict.
+        base: the temperature of the setting that the others are compared with, at forks and elsewhere.
 
     Returns:
-        A row a setting, in the order of their first response. ``accuracy``, ``difference`` (of accuracy to (1, 1),
-        paired by problem; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or is garbled) and
-        ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``, ``loop``, ``garbled``,
+        A row a setting, in the order of their first response. ``accuracy``, ``difference`` (of accuracy to
+        (base, base), paired by problem; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or
+        is garbled) and ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``, ``loop``, ``garbled``,
         ``forks``; counts ``problems``, ``samples``, ``tokens``, ``failures``.
 
     Raises:
@@ -109,7 +114,7 @@ def temperature_table(responses: pd.DataFrame) -> pd.DataFrame:
     groups = {
         Setting(float(high), float(low)): group for (high, low), group in responses.groupby(["high", "low"], sort=False)
     }
-    baseline = groups.get(BASELINE)
+    baseline = groups.get(Setting(base, base))
     rows = [_figures(setting, group, baseline) for setting, group in groups.items()]
     if len({(row["problems"], row["samples"]) for row in rows}) > 1:
         raise ValueError("the settings differ in their numbers of problems or of responses to each")

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from forkrl import analysis
+from forkrl.analysis.patterns import PAPER_TEMPERATURE
 from forkrl.analysis.token_table import tokens_of_prompts
 from forkrl.atomic import write_json, write_text
 from forkrl.commands.collect_tokens import collect_tokens, make_request
@@ -29,7 +30,7 @@ SCHEMA = "forkrl-analysis/1"
 SHOWN_IN_TERMINAL = 600  # tokens of a response
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
     """What an analysis found, beside the tables of tokens and responses in ``folder``."""
 
@@ -108,9 +109,14 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "density": analysis.density_against_correctness(per_response),
         "responses": per_response,
     }
+    question = stored_question(folder)
+    temperature = question["temperature"] or 1.0
+    if temperature != PAPER_TEMPERATURE:
+        notes = [*notes, _another_temperature(temperature)]
     facts = {
         "schema": SCHEMA,
-        "model": stored_question(folder)["model"],
+        "model": question["model"],
+        "temperature": temperature,
         "threshold": fork,
         "threshold_is": "given" if threshold is not None else "the 80th percentile",
         "min_count": min_count,
@@ -129,11 +135,12 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
 def describe_analysis(found: Analysis) -> str:
     """The main figures as a few lines for a person."""
     facts, types = found.facts, found.tables["types"]
+    paper = f"the paper's Qwen3-8B at temperature {PAPER_TEMPERATURE:g}"
     lines = [
         f"{facts['model']}: {facts['tokens']:,.0f} tokens of {facts['responses']:,} responses "
-        f"to {facts['prompts']:,} prompts",
-        f"entropy below 0.01 nats  {facts['share_below_0.01']:.2%} of tokens  (the paper's Qwen3-8B: 50.64%)",
-        f"80th percentile          {facts['percentile_80']:.3f} nats  (the paper's Qwen3-8B: 0.672)",
+        f"to {facts['prompts']:,} prompts; entropies at temperature {facts['temperature']:g}",
+        f"entropy below 0.01 nats  {facts['share_below_0.01']:.2%} of tokens  ({paper}: 50.64%)",
+        f"80th percentile          {facts['percentile_80']:.3f} nats  ({paper}: 0.672)",
     ]
     if facts["accuracy"] is not None:
         interval = f"95% [{facts['accuracy_low']:.3f}, {facts['accuracy_high']:.3f}]"
@@ -144,6 +151,13 @@ def describe_analysis(found: Analysis) -> str:
         lines.append(f"highest mean entropy     {_listed(types.head(8))}")
         lines.append(f"lowest mean entropy      {_listed(types.tail(8)[::-1])}")
     return "\n".join([*lines, *found.notes])
+
+
+def _another_temperature(temperature: float) -> str:
+    return (
+        f"Entropies are measured at temperature {temperature:g}, the paper's at {PAPER_TEMPERATURE:g}: compare figures "
+        f"with the paper's only at --temperature {PAPER_TEMPERATURE:g}."
+    )
 
 
 def _listed(types: pd.DataFrame) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 import time
@@ -44,11 +43,10 @@ _OPTIONS = {"responses": "responses-per-problem"}
 _OPTION_OF_SETTING = {
     "eval.problems": "--problems",
     "eval.samples": "--responses-per-problem",
-    "eval.temperature": "--temperature",
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Branching:
     """What was found: the responses with their branches as they were stored, tables, and the summary."""
 
@@ -72,7 +70,7 @@ def branch_model(
     low: int = 2,
     alternatives: int = 3,
     continuations: int = 16,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     out: Path | None = None,
 ) -> Branching:
     """Sample responses, force alternatives at some of their positions, continue each, judge, and compare.
@@ -89,15 +87,19 @@ def branch_model(
         forks, random, low: positions of each kind in a response; see ``branching.choose_positions``.
         alternatives: likeliest tokens tried at a position; the token taken is tried too.
         continuations: sampled of every branch.
-        temperature: of responses and continuations, and of the probabilities and entropies.
+        temperature: of responses and continuations, and of the probabilities and entropies; None:
+            ``eval.temperature``.
         out: folder; None: ``RUN/analysis/branch`` or ``analyses/NAME-branch``.
 
     Raises:
         UserError: model, data, a setting or the folder cannot be used; before anything is sampled.
     """
-    design = Design(responses, forks, random, low, alternatives, continuations, temperature)
-    _check(design, problems, overrides)
-    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments={}, activity="branching")
+    _check_overrides(overrides)
+    arguments = {"temperature": temperature}
+    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity="branching")
+    at = subject.config.eval.temperature if temperature is None else temperature
+    design = Design(responses, forks, random, low, alternatives, continuations, at)
+    _check(design, problems)
     folder = out or default_folder(model, "branch")
     with open_session(subject, problems) as session:
         if session.verifier is None:
@@ -111,17 +113,21 @@ def branch_model(
     return summarise(folder, rows, available)
 
 
-def _check(design: Design, problems: int, overrides: Sequence[str]) -> None:
+def _check(design: Design, problems: int) -> None:
     if problems < 1:
         raise UserError(f"--problems {problems}: at least 1")
     for name, least in _LEAST.items():
         if (value := getattr(design, name)) < least:
             why = {"alternatives": ", for one alone is no fork", "continuations": ", to tell noise from difference"}
             raise UserError(f"--{_OPTIONS.get(name, name)} {value}: at least {least}{why.get(name, '')}")
-    if not 0 < design.temperature < math.inf:
+    if not design.temperature > 0:
         raise UserError(
-            f"--temperature {design.temperature:g}: above 0; greedy continuations of a branch would all be the same"
+            f"temperature = {design.temperature:g}: must be above 0, as greedy continuations of a branch are all the "
+            "same; give --temperature (default: eval.temperature)"
         )
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
         if option := _OPTION_OF_SETTING.get(override.partition("=")[0].strip()):
             raise UserError(f"{override}: has no effect on branching; give {option}")
@@ -250,7 +256,8 @@ def describe_branching(found: Branching) -> str:
     lines = [
         f"{facts['settings']['model']}: {facts['positions']:,} positions of {facts['responses']:,} responses to "
         f"{facts['prompts']:,} of {facts['prompts_available']:,} prompts of {facts['settings']['task']}; "
-        f"{facts['branches']:,} branches, {facts['continuations']:,} continuations",
+        f"{facts['branches']:,} branches, {facts['continuations']:,} continuations; temperature "
+        f"{facts['settings']['temperature']:g}",
         branch_verdict(found.tables),
         "",
         f"{'':14}{'positions':>9}{'entropy':>9}  {'natural (decides)':27}{'forced':27}{'gain (best - taken)'}",

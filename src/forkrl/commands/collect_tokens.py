@@ -27,6 +27,11 @@ class Request(NamedTuple):
     samples: int
     temperature: float
 
+    @property
+    def entropy_temperature(self) -> float:
+        """At which entropies are measured: those of greedy responses are at temperature 1."""
+        return self.temperature or 1.0
+
 
 def make_request(
     model: str,
@@ -124,7 +129,7 @@ def _measure_generated(folder: Path, request: Request, asked: dict[str, Any]) ->
         }
         with open_work_folder(folder, asked):
             source = GeneratedResponses(session, request.samples, request.temperature, asked["prompts_per_part"])
-            write_missing_parts(folder, source, session.replicas, request.temperature or 1.0)
+            write_missing_parts(folder, source, session.replicas, request.entropy_temperature)
 
 
 def _measure_ready(folder: Path, request: Request, responses: Path, asked: dict[str, Any]) -> list[str]:
@@ -136,7 +141,7 @@ def _measure_ready(folder: Path, request: Request, responses: Path, asked: dict[
     with ExitStack() as stack:
         stack.enter_context(open_work_folder(folder, asked))
         replicas = stack.enter_context(open_replicas(policy, None, config.runtime))
-        write_missing_parts(folder, source, replicas, request.temperature or 1.0)
+        write_missing_parts(folder, source, replicas, request.entropy_temperature)
     if not source.skipped:
         return []
     return [f"{len(source.skipped)} rows of {responses.name} could not be used and are left out; {source.skipped[0]}"]

@@ -12,11 +12,11 @@ from typing import Any
 import pandas as pd
 
 from forkrl.analysis.temperatures import (
-    BASELINE,
     FORK_FRACTION,
     LOOP_REPEATS,
     LOOP_TOKENS,
     PAPER_TEMPERATURES,
+    UNSCALED,
     Setting,
     plan_settings,
     temperature_table,
@@ -46,12 +46,13 @@ _SHOWN_PROBLEMS = 12
 _FINGERPRINTS = ("schema", "weights", "data_fingerprint")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What a sweep found: its folder, the table of settings, the threshold (nats) and a sentence."""
+    """What a sweep found: its folder, the table of settings, the temperature and threshold (nats), and a sentence."""
 
     folder: Path
     table: pd.DataFrame
+    temperature: float
     threshold: float
     verdict: str
     page: Path
@@ -64,6 +65,7 @@ def decode_temps(
     overrides: Sequence[str] = (),
     problems: int | None = None,
     samples: int | None = None,
+    temperature: float | None = None,
     threshold: float | None = None,
     temperatures: Sequence[float] = PAPER_TEMPERATURES,
     out: Path | None = None,
@@ -78,18 +80,18 @@ def decode_temps(
         overrides: ``section.key=value``.
         problems: prompts, from the first; None: ``eval.problems``, or all of a prompt file.
         samples: responses to each; None: ``eval.samples``.
-        threshold: nats; None: the 80th percentile of the entropies of the responses at (1, 1).
-        temperatures: each is tried at forks with 1 elsewhere, and the reverse.
+        temperature: of the baseline, and where a setting changes nothing; None: ``eval.temperature``.
+        threshold: nats; None: the 80th percentile of the entropies of the baseline's responses.
+        temperatures: each is tried at forks with ``temperature`` elsewhere, and the reverse.
         out: folder; None: ``analyses/NAME-decode-temps``, or inside the run.
 
     Raises:
         UserError: something cannot be used, is in the way, or the folder holds another sweep.
     """
-    settings = plan_settings(temperatures)
     _check_threshold(threshold)
-    _refuse_temperature(overrides)
-    arguments = {"problems": problems, "samples": samples}
+    arguments = {"problems": problems, "samples": samples, "temperature": temperature}
     subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity="decode-temps")
+    settings = plan_settings(temperatures, subject.config.eval.temperature if temperature is None else temperature)
     with open_session(subject, problems) as session:
         if session.verifier is None:
             raise UserError(f"{session.task.name}: its rows have no answers, so accuracy cannot be measured")
@@ -128,22 +130,22 @@ def parse_temperatures(text: str | None) -> tuple[float, ...]:
 def describe_outcome(outcome: Outcome) -> str:
     """The figures as lines for a person."""
     table, lines = outcome.table, []
-    base = table.iloc[0]
+    base, base_at = table.iloc[0], f"{outcome.temperature:g}"
     lines.append(
-        f"threshold {outcome.threshold:.4f} nats; {base['forks']:.1%} of the tokens lie above it at temperature 1; "
-        f"{base['problems']:.0f} problems, {base['samples']:.0f} responses to each"
+        f"threshold {outcome.threshold:.4f} nats; {base['forks']:.1%} of the tokens lie above it at temperature "
+        f"{base_at}; {base['problems']:.0f} problems, {base['samples']:.0f} responses to each"
     )
-    for varied, title in (("high", "at forks, 1 elsewhere"), ("low", "elsewhere, 1 at forks")):
-        columns = f"{'difference to 1':>25}{'length':>9}{'broken':>8}{'surprise':>10}"
+    for varied, title in (("high", f"at forks, {base_at} elsewhere"), ("low", f"elsewhere, {base_at} at forks")):
+        columns = f"{f'difference to {base_at}':>25}{'length':>9}{'broken':>8}{'surprise':>10}"
         lines.append(f"\n{'temperature ' + title:39}{columns}")
-        lines += [_describe_row(row, varied) for _, row in sweep_rows(table, varied).iterrows()]
+        lines += [_describe_row(row, varied) for _, row in sweep_rows(table, varied, outcome.temperature).iterrows()]
     return "\n".join([*lines, "", outcome.verdict])
 
 
 def _describe_row(row: pd.Series, varied: str) -> str:
     accuracy = f"{row['accuracy']:.3f} [{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}]"
     difference = f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-    if row["high"] == row["low"] == 1:
+    if row["high"] == row["low"]:  # the baseline itself
         difference = ""
     rest = f"{row['length']:9.1f}{row['broken']:8.1%}{row['surprise']:10.3f}"
     return f"  {row[varied]:<6g}  accuracy {accuracy}{difference:>25}{rest}"
@@ -152,12 +154,6 @@ def _describe_row(row: pd.Series, varied: str) -> str:
 def _check_threshold(threshold: float | None) -> None:
     if threshold is not None and not 0 <= threshold < math.inf:
         raise UserError(f"--threshold {threshold:g}: an entropy in nats, from 0 up")
-
-
-def _refuse_temperature(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        if override.partition("=")[0].strip() == "eval.temperature":
-            raise UserError(f"{override}: has no effect on decode-temps; --temperatures says which ones are swept")
 
 
 def _question(
@@ -177,6 +173,7 @@ def _question(
         "data_fingerprint": session.task.fingerprint,
         "problems": len(session.prompts),
         "samples": num_samples,
+        "temperature": settings[0].high,
         "temperatures": sorted({setting.high for setting in settings}),
         "threshold": threshold,
         "seed": config.seed,
@@ -193,7 +190,7 @@ def _question(
 def _sample_missing(responses: SweepResponses, session: Session, num_samples: int, threshold: float | None) -> None:
     """Sample and judge what is missing, setting by setting; each is on the disk before the next begins."""
     waves, missing = session.waves(num_samples), responses.missing
-    if BASELINE not in missing:
+    if responses.settings[0] not in missing:
         threshold = responses.threshold()
     steps = [(setting, index) for setting in missing for index in range(len(waves))]
     groups: list[RolloutGroup] = []
@@ -218,9 +215,9 @@ def _sample(
     """One wave at one setting, with its verdicts."""
     assert session.verifier is not None
     sampling = evaluation_sampling(session.config, 1.0, session.policy)
-    if setting != BASELINE:
-        assert threshold is not None, "(1, 1) comes first"
-        sampling = replace(sampling, fork_temperature=ForkTemperature(*setting, threshold))
+    if setting != UNSCALED:
+        assert threshold is not None or setting.high == setting.low, "the baseline comes first; it needs no threshold"
+        sampling = replace(sampling, fork_temperature=ForkTemperature(*setting, threshold or 0.0))
     return sample_and_score(
         session.engine, session.verifier, prompts, group_size=num_samples, sampling=sampling, generator=generator
     )
@@ -228,10 +225,11 @@ def _sample(
 
 def _summarise(folder: Path, responses: SweepResponses, session: Session, question: dict[str, Any]) -> Outcome:
     """Table, JSON, CSV and page, from the files alone."""
-    table, threshold = temperature_table(responses.figures()), responses.threshold()
-    sentence = verdict(table)
+    base = responses.settings[0].high
+    table, threshold = temperature_table(responses.figures(), base), responses.threshold()
+    sentence = verdict(table, base)
     estimated = question["threshold"] is None
-    origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature 1" if estimated else "given"
+    origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature {base:g}" if estimated else "given"
     provenance = describe_provenance(session.task, session.replicas)
     figures = {
         "schema": SCHEMA,
@@ -250,28 +248,31 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
         threshold=threshold,
         threshold_origin=origin,
         broken_means=BROKEN_MEANS,
-        views=_views(responses, table),
+        base=base,
+        views=_views(responses, table, base),
         settings={key: _plain(value) for key, value in question.items() if key not in _FINGERPRINTS and value != ""},
         provenance={key: str(value) for key, value in provenance.items() if key != "command"}
         | {key: str(question[key]) for key in _FINGERPRINTS},
         command=provenance["command"],
     )
     page = write_page(folder / "report.html", temperature_page(sweep))
-    return Outcome(folder, table, threshold, sentence, page)
+    return Outcome(folder, table, base, threshold, sentence, page)
 
 
-def _views(responses: SweepResponses, table: pd.DataFrame) -> list[View]:
-    """A tab for each temperature that the verdict names, at forks beside elsewhere; and one for the unscaled model."""
-    pairs = {f"{value:g}": (Setting(value, 1.0), Setting(1.0, value)) for value in telling_temperatures(table)}
-    tabs = {**pairs, "1": (BASELINE,)}
+def _views(responses: SweepResponses, table: pd.DataFrame, base: float) -> list[View]:
+    """A tab for each temperature that the verdict names, at forks beside elsewhere; and one for the baseline."""
+    telling = telling_temperatures(table, base)
+    pairs = {f"{value:g}": (Setting(value, base), Setting(base, value)) for value in telling}
+    tabs = {**pairs, f"{base:g}": (Setting(base, base),)}
     return [
-        View(f"t{number}", f"Temperature {value}", _note(value), [Frame("", _shown(responses, settings))])
+        View(f"t{number}", f"Temperature {value}", _note(value, f"{base:g}"), [Frame("", _shown(responses, settings))])
         for number, (value, settings) in enumerate(tabs.items())
     ]
 
 
-def _note(value: str) -> str:
-    where = "" if value == "1" else f"Left: {value} at forks, 1 elsewhere; right: 1 at forks, {value} elsewhere. "
+def _note(value: str, base: str) -> str:
+    left, right = f"{value} at forks, {base} elsewhere", f"{base} at forks, {value} elsewhere"
+    where = "" if value == base else f"Left: {left}; right: {right}. "
     return f"{where}The first problems, the first response to each: none was picked for its looks."
 
 

@@ -60,7 +60,7 @@ class Checkpoint(NamedTuple):
     revision: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Drift:
     """What was found, beside the tables of tokens and responses in ``folder``."""
 
@@ -134,7 +134,8 @@ def describe_drift(found: Drift) -> str:
     """The main figures as a few lines for a person."""
     facts, overlap = found.facts, found.tables["overlap"]
     lines = [
-        f"{facts['model']}: {len(overlap)} checkpoints on {facts['tokens']:,} tokens of the final one's responses",
+        f"{facts['model']}: {len(overlap)} checkpoints on {facts['tokens']:,} tokens of the final one's responses; "
+        f"entropies at temperature {facts['temperature']:g}",
         f"overlap of the top {100 * facts['ratio']:g}% of positions, with 95% intervals:",
         f"  {'checkpoint':24}  with {facts['first']!s:18}  with {facts['last']}",
     ]
@@ -252,7 +253,7 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Re
                 with reading_parquet(path):
                     rows = pq.read_table(path, columns=["prompt_token_ids", "token_ids"]).to_pydict()
                 written = [Written(tuple(p), tuple(r)) for p, r in zip(*rows.values(), strict=True)]
-                details = measure_responses(replicas, written, temperature=request.temperature or 1.0, top=0)
+                details = measure_responses(replicas, written, temperature=request.entropy_temperature, top=0)
                 with writing_parquet(target / path.name, _ENTROPY) as writer:
                     entropy_N = torch.cat([detail.entropy for detail in details]).float().numpy()
                     writer.write_table(pa.table({"entropy": entropy_N}, schema=_ENTROPY))
@@ -281,6 +282,7 @@ def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: i
         "checkpoints": [point.name for point in series],
         "first": first,
         "last": last,
+        "temperature": stored_question(folder)["temperature"] or 1.0,
         "tokens": len(prompt_N),
         "prompts": len(prompt_N.unique()),
         "ratio": ratio,

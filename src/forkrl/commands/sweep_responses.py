@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.analysis.quantiles import exact_quantiles
-from forkrl.analysis.temperatures import BASELINE, FORK_FRACTION, Setting, ends_in_loop, holds_no_text
+from forkrl.analysis.temperatures import FORK_FRACTION, Setting, ends_in_loop, holds_no_text
 from forkrl.analysis.token_table import reading_parquet
 from forkrl.atomic import write_bytes
 from forkrl.run_folder import encodable_text
@@ -54,7 +54,7 @@ class SweepResponses:
 
     Args:
         folder: where they are; made when the first is written.
-        settings: all of the sweep, (1, 1) first.
+        settings: all of the sweep, the baseline first.
     """
 
     folder: Path
@@ -80,8 +80,8 @@ class SweepResponses:
         write_bytes(self._path(setting), buffer.getvalue())
 
     def threshold(self) -> float:
-        """The one that the sweep began with, from the file of (1, 1)."""
-        return float(self._read(BASELINE, ["threshold"])["threshold"].iloc[0])
+        """The one that the sweep began with, from the file of the baseline."""
+        return float(self._read(self.settings[0], ["threshold"])["threshold"].iloc[0])
 
     def figures(self) -> pd.DataFrame:
         """All responses of all settings without what is long: what ``temperature_table`` needs."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forkrl.objectives.policy_loss import MAX_LOG_RATIO
 from forkrl.objectives.reduction import check_like, masked_sum_over
-from forkrl.types import LossOutput
+from forkrl.types import LossOutput, require_tensors
 
 
 def kl_penalty(
@@ -40,7 +40,9 @@ def kl_penalty(
 
     Raises:
         ValueError: shapes disagree, the mask is not bool, or the denominator is no count.
+        TypeError: an argument that must be a tensor is not one.
     """
+    require_tensors(logprobs=logprobs)
     check_like(logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
     if isinstance(denominator, str) and denominator != "response":
         raise ValueError(f'denominator = {denominator!r} must be "response" or a number')

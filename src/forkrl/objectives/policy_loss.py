@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forkrl.objectives.reduction import check_like, masked_sum_over
-from forkrl.types import LossOutput
+from forkrl.types import LossOutput, require_tensors
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to this magnitude before ``exp``, as in verl; fp32 overflows above 88."""
@@ -56,13 +56,15 @@ def policy_loss(
 
     Returns:
         The loss to minimise, and over the selected tokens of this call ``clip_fraction`` (tokens whose gradient a clip
-        or the clamp cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and ``num_selected``
-        to weigh the means by; all are 0 when nothing is selected.
+        or the clamp cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and
+        ``num_selected`` to weigh the means by; all are 0 when nothing is selected.
 
     Raises:
         ValueError: shapes disagree, a mask is not bool, a selected token lies outside the response, or a setting is out
             of range.
+        TypeError: an argument that must be a tensor is not one.
     """
+    require_tensors(logprobs=logprobs, advantages=advantages)
     selected_mask = response_mask if selected_mask is None else selected_mask
     advantages_BT = advantages[:, None].expand(-1, logprobs.shape[-1]) if advantages.ndim == 1 else advantages
     _check_settings(clip_low, clip_high, dual_clip, denominator)

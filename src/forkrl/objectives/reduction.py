@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from forkrl.types import require_tensors
+
 
 def masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Tensor) -> Tensor:
     """``sum(values[mask]) / denominator``, and 0, still attached to the graph, where the denominator counts nothing.
@@ -35,7 +37,13 @@ def masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Ten
 
 
 def check_like(reference_BT: Tensor, **others: Tensor) -> None:
-    """Raise ValueError for a tensor whose shape differs from the first; masks (named ``*_mask``) must be bool."""
+    """Check that all are tensors of the first one's shape, and that masks (named ``*_mask``) are bool.
+
+    Raises:
+        TypeError: one is not a tensor.
+        ValueError: a shape differs, or a mask is not bool.
+    """
+    require_tensors(**others)
     for name, tensor in others.items():
         if tensor.shape != reference_BT.shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} is not shaped like logprobs {tuple(reference_BT.shape)}")

@@ -58,9 +58,10 @@ def analysis_page(
 
 def _verdict(facts: Mapping[str, Any]) -> str:
     return (
-        f"{facts['share_below_0.01']:.1%} of {facts['tokens']:,.0f} tokens were written with less than 0.01 nats of "
-        f"entropy; the fifth with the most has more than {facts['percentile_80']:.3g} nats "
-        f"(the paper's Qwen3-8B: 50.6% and 0.672)."
+        f"At temperature {facts['temperature']:g}, {facts['share_below_0.01']:.1%} of {facts['tokens']:,.0f} tokens "
+        f"were written with less than 0.01 nats of entropy; the fifth with the most has more than "
+        f"{facts['percentile_80']:.3g} nats "
+        f"(the paper's Qwen3-8B at temperature 1: 50.6% and 0.672)."
     )
 
 
@@ -69,8 +70,10 @@ def _cards(facts: Mapping[str, Any]) -> list[Card]:
         Card(
             "Tokens", f"{facts['tokens']:,.0f}", note=f"{facts['responses']:,} responses, {facts['prompts']:,} prompts"
         ),
-        Card("Below 0.01 nats", f"{facts['share_below_0.01']:.1%}", note="of tokens; the paper: 50.64%"),
-        Card("80th percentile", f"{facts['percentile_80']:.3g} nats", note="the paper: 0.672"),
+        Card(
+            "Below 0.01 nats", f"{facts['share_below_0.01']:.1%}", note="of tokens; the paper at temperature 1: 50.64%"
+        ),
+        Card("80th percentile", f"{facts['percentile_80']:.3g} nats", note="the paper at temperature 1: 0.672"),
         Card("Mean entropy", f"{facts['mean']:.3g} nats", note=f"the highest is {facts['max']:.3g}"),
     ]
     if facts["accuracy"] is not None:

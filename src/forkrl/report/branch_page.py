@@ -27,7 +27,7 @@ FORK_PERCENTILE = 80.0
 _CALLED = {"fork": "one fork decides", "random": "a random other token", "low": "a token of low entropy"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BranchReport:
     """What a page is made from.
 

@@ -67,7 +67,8 @@ def _verdict(facts: Mapping[str, Any], change: pd.DataFrame) -> str:
     size = change["change"].abs()
     top_share = size.iloc[-max(len(size) // 5, 1) :].sum() / max(size.sum(), 1e-12)
     return (
-        f"From {facts['first']} to {facts['last']}, {overlap['share']:.1%} [{100 * overlap['low']:.1f}, "
+        f"At temperature {facts['temperature']:g}, from {facts['first']} to {facts['last']}, "
+        f"{overlap['share']:.1%} [{100 * overlap['low']:.1f}, "
         f"{100 * overlap['high']:.1f}] of the top {100 * facts['ratio']:g}% of positions stayed there (the paper's "
         f"14B: 86.7%), and {top_share:.0%} of the change of entropy lies in the fifth of the tokens that had the most."
     )

@@ -21,7 +21,7 @@ from forkrl.report.temperature_figures import (
 _SHARES = ("broken", "broken_low", "broken_high", "cut", "loop", "garbled")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sweep:
     """What a page is made from.
 
@@ -31,6 +31,7 @@ class Sweep:
         threshold: nats.
         threshold_origin: where it comes from, such as "given".
         broken_means: what counts as broken, a sentence.
+        base: the temperature that every other setting is compared with.
         views: responses at a few settings.
         settings: what was asked, as (key, value).
         provenance: versions, data, machine.
@@ -42,6 +43,7 @@ class Sweep:
     threshold: float
     threshold_origin: str
     broken_means: str
+    base: float = 1.0
     views: Sequence[View] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +57,7 @@ def temperature_page(sweep: Sweep) -> Page:
     return Page(
         name=sweep.name,
         kind="decoding temperatures",
-        verdict=verdict(sweep.table),
+        verdict=verdict(sweep.table, sweep.base),
         figures=_sections(sweep),
         figures_title="Accuracy, length and nonsense against temperature",
         notes=notes,
@@ -68,23 +70,24 @@ def temperature_page(sweep: Sweep) -> Page:
     )
 
 
-def telling_temperatures(table: pd.DataFrame) -> list[float]:
-    """Those that the verdict speaks of: the lowest, if below 1, and the first above 1, if any."""
+def telling_temperatures(table: pd.DataFrame, base: float = 1.0) -> list[float]:
+    """Those that the verdict speaks of: the lowest, if below ``base``, and the first above it, if any."""
     temperatures = sorted({*table["high"], *table["low"]})
-    below, above = ([value for value in temperatures if sign * value > sign] for sign in (-1, 1))
+    below, above = ([value for value in temperatures if sign * value > sign * base] for sign in (-1, 1))
     return [*below[:1], *above[:1]]
 
 
-def verdict(table: pd.DataFrame) -> str:
+def verdict(table: pd.DataFrame, base: float = 1.0) -> str:
     """What a lower and a higher temperature do at forks and elsewhere, with the intervals of the paired differences."""
     sentences = []
-    for value in telling_temperatures(table):
-        change = "Lowering" if value < 1 else "Raising"
-        forks, elsewhere = (_effect(_at(table, varied, value)) for varied in ("high", "low"))
-        sentences.append(f"{change} the temperature at forks from 1 to {value:g} {forks}; elsewhere it {elsewhere}.")
+    for value in telling_temperatures(table, base):
+        change = "Lowering" if value < base else "Raising"
+        forks, elsewhere = (_effect(_at(table, varied, value, base)) for varied in ("high", "low"))
+        change += f" the temperature at forks from {base:g} to {value:g}"
+        sentences.append(f"{change} {forks}; elsewhere it {elsewhere}.")
     if not sentences:
-        base = _at(table, "high", 1.0)
-        return f"Accuracy at temperature 1 is {_percent(base, 'accuracy')}; no other temperature was tried."
+        row = _at(table, "high", base, base)
+        return f"Accuracy at temperature {base:g} is {_percent(row, 'accuracy')}; no other temperature was tried."
     return " ".join(sentences)
 
 
@@ -104,17 +107,18 @@ def _percent(row: pd.Series, name: str) -> str:
     return f"{100 * row[name]:.1f}% [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
 
 
-def _at(table: pd.DataFrame, varied: str, value: float) -> pd.Series:
-    rows = sweep_rows(table, varied)
+def _at(table: pd.DataFrame, varied: str, value: float, base: float) -> pd.Series:
+    rows = sweep_rows(table, varied, base)
     return rows[rows[varied] == value].iloc[0]
 
 
 def _cards(sweep: Sweep) -> list[Card]:
-    base = _at(sweep.table, "high", 1.0)
+    base, temperature = _at(sweep.table, "high", sweep.base, sweep.base), f"{sweep.base:g}"
+    interval = _percent(base, "accuracy").partition(" ")[2]
     return [
-        Card("Accuracy at 1, 1", f"{base['accuracy']:.1%}", note=f"95% {_percent(base, 'accuracy').partition(' ')[2]}"),
+        Card(f"Accuracy at {temperature}, {temperature}", f"{base['accuracy']:.1%}", note=f"95% {interval}"),
         Card("Threshold", f"{sweep.threshold:.3f} nats", note=sweep.threshold_origin),
-        Card("Tokens above it", f"{base['forks']:.1%}", note="at temperature 1"),
+        Card("Tokens above it", f"{base['forks']:.1%}", note=f"at temperature {temperature}"),
         Card("Responses", f"{len(sweep.table) * base['problems'] * base['samples']:,.0f}", note=_scale(base)),
     ]
 
@@ -124,29 +128,30 @@ def _scale(base: pd.Series) -> str:
 
 
 def _sections(sweep: Sweep) -> list[FigureSection]:
-    table, settings = sweep.table, ["high", "low"]
+    table, settings, base = sweep.table, ["high", "low"], sweep.base
     spread = {name: [name, f"{name}_low", f"{name}_high"] for name in ("accuracy", "difference", "length", "surprise")}
     return [
         figure_section(
             "Accuracy",
             "One line varies the temperature where the unscaled entropy is above the threshold, the other where it is "
-            "not; the rest stays at 1. Bars: 95%, clustered by problem. The difference to (1, 1) is paired by problem.",
-            accuracy_against_temperature(table),
+            f"not; the rest stays at {base:g}. Bars: 95%, clustered by problem. The difference to ({base:g}, {base:g}) "
+            "is paired by problem.",
+            accuracy_against_temperature(table, base),
             table[settings + spread["accuracy"] + spread["difference"]],
             "temperature-accuracy",
         ),
         figure_section(
             "Length and broken outputs",
             f"Mean tokens per response, and the share of broken outputs. {sweep.broken_means}",
-            length_and_broken(table),
+            length_and_broken(table, base),
             table[[*settings, *spread["length"], *_SHARES]],
             "temperature-length-broken",
         ),
         figure_section(
             "Surprise",
-            "Mean of -ln p of the tokens written, p by the unscaled model: far above its value at 1, the text is "
-            "nonsense to the model that wrote it. Forks: the share of tokens above the threshold.",
-            surprise_against_temperature(table),
+            f"Mean of -ln p of the tokens written, p by the unscaled model: far above its value at {base:g}, the text "
+            "is nonsense to the model that wrote it. Forks: the share of tokens above the threshold.",
+            surprise_against_temperature(table, base),
             table[[*settings, *spread["surprise"], "forks", "tokens"]],
             "temperature-surprise",
         ),

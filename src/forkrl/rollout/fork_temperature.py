@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from forkrl.types import require_tensors
+
 
 @dataclass(frozen=True)
 class ForkTemperature(LogitsProcessor):
@@ -55,6 +57,7 @@ class ForkTemperature(LogitsProcessor):
             New scores of the same shape and dtype. A row with NaN or +inf in it, or with nothing but -inf, is returned
             as it is: whoever samples meets it as without this processor, and no step waits for a check.
         """
+        require_tensors(scores=scores)
         return self.rescale(scores, entropy_of(scores))
 
     def rescale(self, scores: Tensor, entropy: Tensor) -> Tensor:

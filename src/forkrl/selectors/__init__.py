@@ -18,6 +18,7 @@ from forkrl.selectors.everything import select_everything
 from forkrl.selectors.threshold import select_threshold
 from forkrl.selectors.top_entropy import select_top_entropy
 from forkrl.selectors.uniform_random import select_uniform_random
+from forkrl.types import require_tensors
 
 __all__ = ["RULES", "entropy_threshold", "num_selected", "select_tokens", "select_tokens_per_sequence"]
 
@@ -67,6 +68,7 @@ def select_tokens(
     Raises:
         ValueError: shapes or dtypes disagree, the rule is unknown, ratio or threshold is out of range, or the rule
             reads an entropy that is NaN or infinite.
+        TypeError: ``entropy`` or ``response_mask`` is not a tensor.
     """
     _check_request(entropy, response_mask, rule, threshold)
     entropy_N = _of_response(entropy.detach(), response_mask)
@@ -103,7 +105,7 @@ def select_tokens_per_sequence(
         ``[B, T]`` bool.
 
     Raises:
-        ValueError: as in :func:`select_tokens`.
+        ValueError, TypeError: as in :func:`select_tokens`.
     """
     _check_request(entropy, response_mask, rule, threshold)
     selected_BT = torch.zeros_like(response_mask)
@@ -114,6 +116,7 @@ def select_tokens_per_sequence(
 
 def entropy_threshold(entropy: Tensor, selected_mask: Tensor) -> Tensor:
     """The lowest entropy among the selected tokens, tau of eq. 6, as a scalar to log; NaN if none is selected."""
+    require_tensors(entropy=entropy, selected_mask=selected_mask)
     entropy_N = entropy.detach()[selected_mask]
     return entropy_N.min() if len(entropy_N) else entropy.new_full((), math.nan)
 
@@ -129,6 +132,7 @@ def _of_response(entropy: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def _check_request(entropy: Tensor, response_mask: Tensor, rule: str, threshold: float | None) -> None:
+    require_tensors(entropy=entropy, response_mask=response_mask)
     if entropy.shape != response_mask.shape:
         raise ValueError(f"entropy {tuple(entropy.shape)} and response_mask {tuple(response_mask.shape)} do not match")
     if response_mask.dtype != torch.bool or not entropy.is_floating_point():

@@ -16,7 +16,7 @@ CHUNK = 1 << 20
 _INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
     """The response tokens a rule chooses among."""
 

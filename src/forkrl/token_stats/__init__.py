@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forkrl.token_stats.chunked import chunked_token_stats
 from forkrl.token_stats.reference import reference_token_stats
-from forkrl.types import TokenStats
+from forkrl.types import TokenStats, require_tensors
 
 __all__ = ["BACKENDS", "token_stats"]
 
@@ -102,6 +102,7 @@ def token_stats(
             finite number, the backend is unknown, or it cannot take these tensors.
         ModuleNotFoundError: backend "triton" where Triton is not installed.
     """
+    require_tensors(hidden=hidden, weight=weight, targets=targets, **({} if bias is None else {"bias": bias}))
     hidden, weight, bias = _as_autocast_would(hidden, weight, bias)
     _check_tensors(hidden, weight, targets, bias)
     if not (math.isfinite(temperature) and temperature > 0):
