@@ -18,10 +18,10 @@ from torch import Tensor
 from forkrl.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.batching import collate, mini_batches
 from forkrl.errors import NothingToLearn
-from forkrl.metrics import accuracy, part_metrics, rollout_metrics, update_metrics
+from forkrl.metrics import part_metrics, rollout_metrics, update_metrics
 from forkrl.rollout_rows import rollout_rows
 from forkrl.run import Run
-from forkrl.scoring import Scoring
+from forkrl.scoring import Scoring, why_nothing_to_learn
 from forkrl.types import RolloutGroup, TokenBatch
 from forkrl.update import Update, select_in_rollout_batch, update_policy
 
@@ -90,14 +90,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
         for group, useful in zip(groups, useful_P, strict=True):
             (kept if useful or not dynamic.enabled else dropped).append(group)
     if not kept:
-        unjudged = sum(bool(verdict.failure) for group in sampled for verdict in group.verdicts)
-        raise NothingToLearn(
-            f"nothing to learn: every group of {len(sampled)} prompts in {num_batches} generation batches was all "
-            f"right or all wrong (accuracy {accuracy(sampled):.3f}"
-            + (f", {unjudged} responses could not be judged" if unjudged else "")
-            + "); take easier or harder prompts, a larger rollout.group_size, or raise "
-            "dynamic_sampling.max_generation_batches"
-        )
+        raise NothingToLearn(why_nothing_to_learn(sampled, num_batches, run.verifier.first_failures))
     kept = kept[:wanted]
     metrics = rollout_metrics(sampled, dropped, len(kept), num_batches, seconds)
     return kept, metrics | part_metrics(sampled, dropped)

@@ -32,6 +32,7 @@ from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
 from forkrl.rollout_rows import evaluation_rows
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
+from forkrl.scoring import none_judged
 from forkrl.tasks import PromptStream, open_stream, open_task
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, SamplingParams, Task, Verifier
@@ -133,6 +134,10 @@ class Run:
                 sampling=evaluation_sampling(self.config, self.config.eval.temperature, self.policy),
                 generator=evaluation_generator(self.config.seed, self.policy.device),
             )
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
+        failures = sum(bool(verdict.failure) for verdict in verdicts)
+        if reason := none_judged(failures, len(verdicts), self.verifier.first_failures):
+            self.display.message(f"evaluation at step {self.step}: {reason}; its accuracy of 0 measures nothing")
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         rows = evaluation_rows(self.step, written, self.policy.tokenizer, self.config.selection, seed=self.config.seed)
         self.folder.write_rollouts(f"eval-{self.step:06d}", rows)

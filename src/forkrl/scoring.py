@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict, Verifier
@@ -32,6 +32,35 @@ class Scoring:
             )
             for group in groups
         ]
+
+
+def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]) -> str:
+    """A sentence for the case that the verifier judged no response at all; empty if it judged one.
+
+    Args:
+        failures: responses that could not be judged.
+        responses: all of them.
+        first_failures: of the verifier, see ``VerifierPool``; may be empty.
+    """
+    if failures < responses:
+        return ""
+    error = next((f"; the verifier's first error ({kind}): {text}" for kind, text in first_failures.items()), "")
+    return f"none of the {responses:,} responses could be judged{error}"
+
+
+def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, first_failures: Mapping[str, str]) -> str:
+    """Why no group of a step has a gradient, and what to change."""
+    verdicts = [verdict for group in sampled for verdict in group.verdicts]
+    unjudged = sum(bool(verdict.failure) for verdict in verdicts)
+    if reason := none_judged(unjudged, len(verdicts), first_failures):
+        return f"{reason}; correct task.verifier or its settings (docs/verifiers.md)"
+    accuracy = sum(verdict.score for verdict in verdicts) / len(verdicts)
+    failed = f", {unjudged} responses could not be judged" if unjudged else ""
+    return (
+        f"nothing to learn: every group of {len(sampled)} prompts in {num_batches} generation batches was all right or "
+        f"all wrong (accuracy {accuracy:.3f}{failed}); take easier or harder prompts, a larger rollout.group_size, or "
+        "raise dynamic_sampling.max_generation_batches"
+    )
 
 
 def score_groups(groups: Sequence[RolloutGroup], verifier: Verifier) -> list[RolloutGroup]:

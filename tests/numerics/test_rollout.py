@@ -117,6 +117,25 @@ def test_top_k_and_top_p_restrict_the_draw_but_not_the_statistics() -> None:
         torch.testing.assert_close(entropy, -(expected.exp() * expected).sum().expand(2000))
 
 
+def drawn(probs: list[float], **restrictions: Any) -> set[int]:
+    """Every token that 500 draws give."""
+    logits_SV = torch.tensor(probs).log().expand(500, -1)
+    tokens_S, _, _ = sample_tokens(logits_SV, SamplingParams(1, **restrictions), torch.Generator().manual_seed(0))
+    return set(tokens_S.tolist())
+
+
+def test_the_nucleus_is_taken_of_what_top_k_leaves() -> None:
+    """Of 0.4 and 0.3, top-k leaves 0.57 and 0.43: half of the mass is reached with the first. Of all four it is not."""
+    probs = [0.4, 0.3, 0.2, 0.1]
+    assert drawn(probs, top_k=2, top_p=0.5) == {0}
+    assert drawn(probs, top_k=2) == drawn(probs, top_p=0.5) == {0, 1}
+
+
+def test_a_nucleus_that_is_reached_exactly_takes_no_further_token() -> None:
+    assert drawn([0.25] * 4, top_p=0.5) == {0, 1}
+    assert drawn([0.25] * 4, top_p=0.51) == {0, 1, 2}
+
+
 def test_greedy_takes_the_likeliest_and_reports_temperature_1() -> None:
     logits_SV = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
     tokens, logprobs, _ = sample_tokens(logits_SV, SamplingParams(1, temperature=0), torch.Generator())

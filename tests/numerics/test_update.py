@@ -220,6 +220,33 @@ def test_temperature_reaches_the_gradient(policy: Policy, batch: TokenBatch) -> 
     assert not close(gradient(policy, batch, recipe())[0], gradient(policy, batch, TrainConfig(**values))[0])
 
 
+def test_the_reference_is_measured_at_the_rollout_s_temperature(policy: Policy, batch: TokenBatch) -> None:
+    """A reference with the policy's own weights is at no distance, whatever the temperature."""
+    values = recipe(loss={"kl_coef": 1.0}).model_dump()
+    values["rollout"]["temperature"] = 0.7
+    _, update = gradient(policy, batch, TrainConfig(**values), reference=policy)
+    assert update.metrics["loss/kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
+def test_clip_fraction_is_over_the_tokens_that_contribute(policy: Policy, batch: TokenBatch, scope: str) -> None:
+    """Selected tokens of sequences without an advantage have no gradient to clip; they are not counted."""
+    advantages_B = batch.advantages.clone()
+    advantages_B[: 2 * GROUP] = 0.0
+    fields = {name: getattr(batch, name) for name in batch.__slots__}
+    some_idle = TokenBatch(**fields | {"advantages": advantages_B})
+    _, update = gradient(policy, some_idle, recipe(selection={"scope": scope, "ratio": 0.5}))
+    with torch.no_grad():
+        ratio_BT = (compute_token_stats(policy, batch, temperature=1.0).logprobs - batch.old_logprobs).exp()
+    advantages_BT = advantages_B[:, None].expand_as(ratio_BT)
+    clipped_BT = ((ratio_BT > 1.28) & (advantages_BT > 0)) | ((ratio_BT < 0.8) & (advantages_BT < 0))
+    carrying_BT = update.selected_BT & (advantages_BT != 0)
+    assert 0 < carrying_BT.sum() < update.selected_BT.sum()
+    expected = float(clipped_BT[carrying_BT].float().mean())
+    assert 0 < expected < 1
+    assert update.metrics["loss/clip_fraction"] == pytest.approx(expected)
+
+
 def test_padding_cannot_reach_the_gradient(policy: Policy, batch: TokenBatch) -> None:
     padding = ~batch.attention_mask
     assert padding.any()

@@ -385,3 +385,15 @@ def test_drift_finds_a_checkpoint_under_the_name_a_kill_left_it(own_world: World
     assert outcome.code == 0, outcome.stderr
     facts = json.loads((own_world.folder / "found/drift.json").read_text())
     assert facts["checkpoints"] == ["step 0", "step 1", "step 2"]
+
+
+@pytest.mark.parametrize(("given", "measured"), [("0.5", 0.5), ("0", 1.0)])
+def test_the_temperature_of_entropies_is_stated(own_world: World, given: str, measured: float) -> None:
+    facts = analyzed(own_world, "model", *DATA, *SHORT, "--problems", "2", "--temperature", given)
+    page = (own_world.folder / "found/report.html").read_text()
+    assert facts["temperature"] == measured
+    assert f"prompts; entropies at temperature {measured:g}\n" in facts["stdout"]
+    assert "the paper's Qwen3-8B at temperature 1: 50.64%" in facts["stdout"]
+    assert f"At temperature {measured:g}, " in page
+    for text in (facts["stdout"], page):
+        assert ("compare figures with the paper's only at --temperature 1" in " ".join(text.split())) == (measured != 1)

@@ -207,3 +207,14 @@ def test_a_response_of_a_single_token_and_hostile_text_are_no_trouble(own_world:
     assert (summary["positions"], summary["continuations"], summary["exact_branches"]) == (3, 0, summary["branches"])
     folder: Path = own_world.folder / "hostile"
     assert "=1+<script>" not in (folder / "report.html").read_text()
+
+
+def test_a_run_branches_at_its_own_temperature(world: World) -> None:
+    world.trained("warm", "training.steps=1", "eval.temperature=0.5")
+    for argv, temperature in (((), 0.5), (("--temperature", "0.7"), 0.7), (("eval.temperature=0.8",), 0.8)):
+        outcome, summary = branched(world, f"warm-{temperature}", "warm", *SIZES, *argv)
+        assert summary["settings"]["temperature"] == temperature
+        assert f"continuations; temperature {temperature}" in outcome.stdout
+    outcome = world.run("branch", "warm", *SIZES, "eval.temperature=0")
+    assert outcome.code == 2
+    assert "temperature = 0: must be above 0" in outcome.line

@@ -214,3 +214,30 @@ def test_weights_that_become_nan_stop_the_sweep(world: World, run: Run) -> None:
     assert outcome.code == 1, outcome
     assert outcome.stderr.splitlines()[-1].startswith("forkrl: the sweep stopped: the model's logits are NaN")
     assert not list((world.folder / "poisoned").glob("responses/*"))
+
+
+def test_a_run_is_swept_around_its_own_temperature(world: World) -> None:
+    """The baseline draws as an evaluation at that temperature does; entropies stay those of the unscaled model."""
+    world.trained("warm", "training.steps=1", "eval.temperature=0.5", "eval.problems=7", "eval.samples=2")
+    outcome = world.run("decode-temps", "warm", *SWEEP, "--temperatures", "0,1")
+    assert outcome.code == 0, outcome.stderr
+    assert "lie above it at temperature 0.5;" in outcome.stdout and "difference to 0.5" in outcome.stdout
+    sweep = world.folder / "warm" / "analysis" / "decode-temps"
+    found = figures(sweep)
+    assert [(row["high"], row["low"]) for row in found["settings"]] == [
+        (0.5, 0.5), (0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1),
+    ]  # fmt: skip
+    assert found["settings"][1]["difference"] is not None
+    assert world.run("eval", "warm", *SWEEP, "--out", "at-half", without_report=True).code == 0
+    (evaluated,) = json.loads((world.folder / "at-half/results.json").read_text())["benchmarks"]
+    base = found["settings"][0]
+    measured = (evaluated["accuracy"]["mean"], evaluated["length"]["mean"])
+    assert measured == pytest.approx((base["accuracy"], base["length"]))
+    rows = responses(sweep)
+    first = rows[(rows.high == 0.5) & (rows.low == 0.5) & (rows["sample"] == 0)].iloc[0]
+    greedy = rows[(rows.high == 0) & (rows.low == 0.5) & (rows.prompt == first.prompt)].iloc[0]
+    assert first.entropy[0] == pytest.approx(greedy.entropy[0], rel=1e-5), "the first position has one distribution"
+    assert (
+        world.run("decode-temps", "warm", *SWEEP, "--temperatures", "0", "--temperature", "1", "--out", "one").code == 0
+    )
+    assert figures(world.folder / "one")["settings"][0]["high"] == 1

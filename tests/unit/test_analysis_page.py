@@ -46,10 +46,12 @@ def drift_mark(first: list[float], last: list[float]) -> float | None:
     }
     facts: dict[str, Any] = {
         "model": "m", "first": "step 0", "last": "step 9", "ratio": 0.2, "prompts": 3, "tokens": len(first),
+        "temperature": 0.7,
         "overlap_of_last_with_first": {"share": 0.5, "low": 0.4, "high": 0.6},
         "mean_entropy": {"step 0": 1.0, "step 9": 2.0},
     }  # fmt: skip
     page = drift_page(facts, tables, [], ["step 0", "step 9"], notes=[], provenance=[], command="")
+    assert page.verdict.startswith("At temperature 0.7, ")
     assert page.forks is not None
     assert page.forks.mark is not None and f"above {page.forks.mark:.3g} nats" in page.forks.lead
     return page.forks.mark

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from torch import Tensor
 
 from forkrl import loop
 from forkrl.config import TrainConfig
+from forkrl.errors import NothingToLearn
 from forkrl.run import Run, open_run
+from forkrl.scoring import Scoring
+from forkrl.types import RolloutGroup, Verdict
 
 RECIPE: dict[str, Any] = {
     "rollout": {"prompts_per_step": 2, "group_size": 2, "max_prompt_tokens": 64, "max_response_tokens": 8},
@@ -40,3 +49,78 @@ def test_no_gradient_is_kept_through_the_next_rollout(
         assert len(run.optimizer.state) == len(list(run.policy.model.parameters())), "every parameter had a gradient"
         assert all(parameter.grad is None for parameter in run.policy.model.parameters())
     assert kept == [False, False]
+
+
+def first_is_right(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
+    """Rewards with an advantage, whatever the responses are."""
+    return torch.tensor([[1.0, 0.0]] * len(groups))
+
+
+@pytest.mark.parametrize(("mini_batch_prompts", "moved"), [(2, False), (1, True)])
+def test_only_the_first_gradient_step_of_a_batch_takes_the_rollouts_entropies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_batch_prompts: int, moved: bool
+) -> None:
+    """The second step's weights have changed, so its selection and metrics need current entropies."""
+    monkeypatch.setattr(loop, "shaped_rewards", first_is_right)
+    training = {"steps": 1, "mini_batch_prompts": mini_batch_prompts, "micro_batch_tokens": 512}
+    sections: dict[str, Any] = {"selection": {"scope": "mini_batch"}, "optimizer": {"lr": 1e-2}, "training": training}
+    config = TrainConfig.model_validate(
+        RECIPE | sections | {"log": {"rollouts_every": 1, "rollouts_sampled": 4}, "runtime": {"device": "cpu"}}
+    )
+    with open_run(config, tmp_path / "run") as run:
+        loop.train(run)
+    rollouts = pd.read_parquet(tmp_path / "run/rollouts/train-000001.parquet")
+    assert len(rollouts) == 4
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (measured,) = [row["entropy/mean"] for row in rows if "entropy/mean" in row]
+    sampled = float(np.concatenate(rollouts["entropy"].to_list()).mean())
+    assert (abs(measured - sampled) > 1e-3) == moved
+
+
+def all_wrong(scoring: Scoring, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    return [RolloutGroup(group.prompt, group.rollouts, tuple(Verdict(0.0) for _ in group.rollouts)) for group in groups]
+
+
+def test_dynamic_sampling_asks_what_was_right_not_how_long_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The overlong penalty gives the wrong responses of a group different rewards; the group teaches nothing still."""
+    seen: list[RolloutGroup] = []
+
+    def finish(scoring: Scoring, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        seen.extend(all_wrong(scoring, groups))
+        return all_wrong(scoring, groups)
+
+    monkeypatch.setattr(Scoring, "finish", finish)
+    sections: dict[str, Any] = {
+        "rollout": RECIPE["rollout"] | {"max_response_tokens": 64},
+        "reward": {"overlong_cache": 64},
+        "dynamic_sampling": {"max_generation_batches": 1},
+        "runtime": {"device": "cpu"},
+    }
+    with open_run(TrainConfig.model_validate(RECIPE | sections), tmp_path / "run") as run:
+        with pytest.raises(NothingToLearn, match=r"^nothing to learn: every group of 2 prompts .* \(accuracy 0.000\)"):
+            loop.collect_groups(run)
+        rewards_PG = loop.shaped_rewards(run, seen)
+    assert (rewards_PG != rewards_PG[:, :1]).any(), "no two lengths differ"
+
+
+def test_a_verifier_that_judges_nothing_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("def judge(answer, response):\n    raise KeyError('no such field')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sections: dict[str, Any] = {
+        "task": {"verifier": "broken:judge"},
+        "dynamic_sampling": {"max_generation_batches": 1},
+        "runtime": {"device": "cpu"},
+    }
+    with open_run(TrainConfig.model_validate(RECIPE | sections), tmp_path / "run") as run:
+        said: list[str] = []
+        monkeypatch.setattr(run.display, "message", said.append)
+        with pytest.raises(NothingToLearn) as caught:
+            loop.train(run)
+    error = r"could be judged; the verifier's first error (error): prompt "
+    assert str(caught.value).startswith(f"step 1: none of the 4 responses {error}")
+    assert "KeyError: 'no such field'; correct task.verifier or its settings" in str(caught.value)
+    assert "harder prompts" not in str(caught.value)
+    (told,) = [line for line in said if line.startswith("evaluation at step 0: ")]
+    assert f"none of the 1 responses {error}" in told and told.endswith("; its accuracy of 0 measures nothing")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from forkrl.config import SelectionConfig
 from forkrl.selectors import (
     RULES,
     candidates,
@@ -19,6 +20,7 @@ from forkrl.selectors import (
     select_tokens,
     select_tokens_per_sequence,
 )
+from forkrl.selectors.scope import count_selected, select_in_scope
 
 EXACT_RULES = ["top_entropy", "bottom_entropy", "random"]
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -157,6 +159,23 @@ def test_per_sequence_keeps_a_fraction_of_each() -> None:
     everywhere = torch.ones(40, 10, dtype=torch.bool)
     rows = select_tokens_per_sequence(torch.zeros(40, 10), everywhere, "random", generator=seeded())
     assert (rows.sum(1) == 2).all() and len({tuple(row) for row in rows.tolist()}) > 10, "rows must not share a draw"
+
+
+@settings(deadline=None)
+@given(
+    token_grids(),
+    st.sampled_from(["all", *EXACT_RULES]),
+    st.sampled_from(["micro_batch", "mini_batch", "rollout_batch", "sequence"]),
+    ratios,
+)
+def test_the_count_known_ahead_is_that_of_the_selection(
+    grid: tuple[Tensor, Tensor], rule: str, scope: str, ratio: float
+) -> None:
+    entropy, mask = grid
+    config = SelectionConfig.model_validate({"rule": rule, "scope": scope, "ratio": ratio, "entropy": "rollout"})
+    cuts = list(torch.arange(len(mask)).split(2))
+    selected = select_in_scope(entropy, mask, config, cuts, seeded())
+    assert count_selected(mask, config, cuts) == int(selected.sum())
 
 
 def test_entropy_threshold() -> None:

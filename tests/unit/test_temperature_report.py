@@ -22,6 +22,11 @@ from forkrl.report.temperature_page import Sweep, telling_temperatures, temperat
 HOSTILE = "<script>alert(1)</script>\ufffd\u202e"
 
 
+def at_half(table: pd.DataFrame) -> pd.DataFrame:
+    """The same figures of a sweep whose baseline is temperature 0.5."""
+    return table.assign(**{name: table[name].replace(1, 0.5) for name in ("high", "low")})
+
+
 def row(high: float, low: float, **changes: Any) -> dict[str, Any]:
     estimates = {"accuracy": 0.5, "difference": 0.0, "length": 80.0, "broken": 0.1, "surprise": 0.2}
     figures = {name: changes.pop(name, value) for name, value in estimates.items()}
@@ -113,6 +118,21 @@ def sweep(**changes: Any) -> Sweep:
         "views": views, "settings": {"seed": "0"}, "provenance": {"torch": "2"}, "command": HOSTILE,
     }  # fmt: skip
     return Sweep(**values | changes)
+
+
+def test_a_sweep_around_another_temperature_names_it_everywhere(tmp_path: Path) -> None:
+    table = at_half(TABLE)
+    assert verdict(table, 0.5).startswith("Lowering the temperature at forks from 0.5 to 0 costs 12.0 points")
+    assert telling_temperatures(table, 0.5) == [0, 0.6]
+    assert verdict(table.iloc[:1], 0.5).startswith("Accuracy at temperature 0.5 is 50.0%")
+    (axes,) = accuracy_against_temperature(table, 0.5).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "at forks (0.5 elsewhere)",
+        "elsewhere (0.5 at forks)",
+    ]
+    text = write_page(tmp_path / "report.html", temperature_page(sweep(table=table, base=0.5))).read_text()
+    for part in ("Accuracy at 0.5, 0.5", "the rest stays at 0.5", "difference to (0.5, 0.5)", "at temperature 0.5"):
+        assert part in text
 
 
 def test_the_page_holds_verdict_numbers_and_responses_and_no_markup_of_theirs(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_the_paper_s_eight_temperatures_make_fifteen_settings() -> None:
 def test_the_baseline_is_there_whatever_the_temperatures() -> None:
     assert plan_settings([0.5]) == [(1, 1), (0.5, 1), (1, 0.5)]
     assert plan_settings([1]) == [(1, 1)]
+    assert plan_settings([0.5, 1], base=0.5) == [(0.5, 0.5), (1, 0.5), (0.5, 1)]
 
 
 @pytest.mark.parametrize("temperatures", [[-0.1], [math.nan], [1, math.inf], [0.5, 0.5]], ids=str)

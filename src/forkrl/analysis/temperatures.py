@@ -103,8 +103,8 @@ def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFram
     Returns:
         A row a setting, in the order of their first response. ``accuracy``, ``difference`` (of accuracy to
         (base, base), paired by problem; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or
-        is garbled) and ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``, ``loop``, ``garbled``,
-        ``forks``; counts ``problems``, ``samples``, ``tokens``, ``failures``.
+        is garbled) and ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``,
+        ``loop``, ``garbled``, ``forks``; counts ``problems``, ``samples``, ``tokens``, ``failures``.
 
     Raises:
         ValueError: no responses, or problems that differ in their number of responses, or between settings.

@@ -25,6 +25,7 @@ from forkrl.report.analysis_page import analysis_page
 from forkrl.report.page import write_page
 from forkrl.report.terminal import coloured_response, entropy_legend
 from forkrl.report.token_forks import choose_prompts, shown_prompts
+from forkrl.scoring import none_judged
 
 SCHEMA = "forkrl-analysis/1"
 SHOWN_IN_TERMINAL = 600  # tokens of a response
@@ -109,6 +110,9 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "density": analysis.density_against_correctness(per_response),
         "responses": per_response,
     }
+    outcomes = _outcomes(folder)
+    if reason := none_judged(outcomes["verifier_failures"], len(per_response), {}):
+        notes = [f"{reason[0].upper()}{reason[1:]}.", *notes]
     question = stored_question(folder)
     temperature = question["temperature"] or 1.0
     if temperature != PAPER_TEMPERATURE:
@@ -122,7 +126,7 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "min_count": min_count,
         "prompts": int(per_response["prompt"].nunique()),
         "responses": len(per_response),
-        **_outcomes(folder),
+        **outcomes,
         **{name: float(value) for name, value in summary["value"].items()},
     }
     (folder / "tables").mkdir(exist_ok=True)

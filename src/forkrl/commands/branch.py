@@ -34,6 +34,7 @@ from forkrl.progress import duration, progress
 from forkrl.report import write_page
 from forkrl.report.branch_figures import KINDS
 from forkrl.report.branch_page import BranchReport, branch_page, branch_verdict
+from forkrl.scoring import none_judged
 from forkrl.types import SamplingParams, Verifier
 
 SCHEMA = "forkrl-branch/1"
@@ -227,6 +228,7 @@ def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branc
         "exact_branches": int(branches["exact"].sum()),
         "cut_fraction": float(branches["cut"].mean()),
         "verifier_failures": int(branches["failures"].sum()),
+        "unjudged": none_judged(int(branches["failures"].sum()), int(branches["count"].sum()), {}),
         "accuracy": accuracy.mean,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
@@ -254,6 +256,7 @@ def describe_branching(found: Branching) -> str:
     """The main figures as a few lines for a person."""
     facts, relation = found.facts, found.tables["relation"].set_index("measure")
     lines = [
+        *([f"{facts['unjudged']}; the rates of 0 below measure nothing"] if facts["unjudged"] else []),
         f"{facts['settings']['model']}: {facts['positions']:,} positions of {facts['responses']:,} responses to "
         f"{facts['prompts']:,} of {facts['prompts_available']:,} prompts of {facts['settings']['task']}; "
         f"{facts['branches']:,} branches, {facts['continuations']:,} continuations; temperature "

@@ -34,6 +34,7 @@ from forkrl.report.page import write_page
 from forkrl.report.temperature_figures import sweep_rows
 from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
 from forkrl.rollout.fork_temperature import ForkTemperature
+from forkrl.scoring import none_judged
 from forkrl.types import RolloutGroup
 
 SCHEMA = "forkrl-decode-temps/1"
@@ -130,6 +131,9 @@ def parse_temperatures(text: str | None) -> tuple[float, ...]:
 def describe_outcome(outcome: Outcome) -> str:
     """The figures as lines for a person."""
     table, lines = outcome.table, []
+    unjudged = bool((table["failures"] == table["problems"] * table["samples"]).all())
+    if unjudged:
+        lines.append(outcome.verdict)
     base, base_at = table.iloc[0], f"{outcome.temperature:g}"
     lines.append(
         f"threshold {outcome.threshold:.4f} nats; {base['forks']:.1%} of the tokens lie above it at temperature "
@@ -139,7 +143,7 @@ def describe_outcome(outcome: Outcome) -> str:
         columns = f"{f'difference to {base_at}':>25}{'length':>9}{'broken':>8}{'surprise':>10}"
         lines.append(f"\n{'temperature ' + title:39}{columns}")
         lines += [_describe_row(row, varied) for _, row in sweep_rows(table, varied, outcome.temperature).iterrows()]
-    return "\n".join([*lines, "", outcome.verdict])
+    return "\n".join(lines if unjudged else [*lines, "", outcome.verdict])
 
 
 def _describe_row(row: pd.Series, varied: str) -> str:
@@ -227,7 +231,10 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
     """Table, JSON, CSV and page, from the files alone."""
     base = responses.settings[0].high
     table, threshold = temperature_table(responses.figures(), base), responses.threshold()
-    sentence = verdict(table, base)
+    responses_in_all = int((table["problems"] * table["samples"]).sum())
+    failures = session.verifier.first_failures if session.verifier is not None else {}
+    unjudged = none_judged(int(table["failures"].sum()), responses_in_all, failures)
+    sentence = f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else verdict(table, base)
     estimated = question["threshold"] is None
     origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature {base:g}" if estimated else "given"
     provenance = describe_provenance(session.task, session.replicas)
@@ -247,6 +254,7 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
         table=table,
         threshold=threshold,
         threshold_origin=origin,
+        sentence=sentence,
         broken_means=BROKEN_MEANS,
         base=base,
         views=_views(responses, table, base),

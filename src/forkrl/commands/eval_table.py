@@ -7,6 +7,7 @@ from typing import Any
 
 from forkrl.evaluation.benchmarks import BENCHMARKS, GYM
 from forkrl.evaluation.paper import TABLE_2
+from forkrl.report.eval_page import unjudged_benchmarks
 
 _PROMPTS = {"plain": "plain prompt", "chat": "chat prompt", "template": "the task's own prompt"}
 
@@ -30,6 +31,7 @@ def describe_evaluation(results: Mapping[str, Any]) -> str:
     )  # fmt: skip
     benchmarks = results["benchmarks"]
     lines = [
+        *unjudged_benchmarks(benchmarks),
         f"{results['model']}: {samples} response(s) to each question, temperature {results['temperature']:g}, at most "
         f"{results['max_response_tokens']:,} tokens, {_PROMPTS[results['prompt_format']]}",
         "",

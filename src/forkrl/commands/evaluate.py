@@ -221,6 +221,8 @@ def _evaluate(
         "tokens_per_s": tokens / seconds if tokens else earlier.get("tokens_per_s"),
         **summarise_benchmark(files.scored(), question["samples"]),
     }
+    # What could not be judged has just been tried, if by an earlier call too.
+    figures["first_failure"] = next(iter(pool.first_failures.values()), "") if figures["failures"] else ""
     _write_results(folder, question, figures)
 
 

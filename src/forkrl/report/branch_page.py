@@ -55,11 +55,11 @@ class BranchReport:
 
 def branch_page(report: BranchReport) -> Page:
     """What the page says of a branching."""
-    failures = report.facts["verifier_failures"]
+    failures, unjudged = report.facts["verifier_failures"], report.facts.get("unjudged", "")
     return Page(
         name=report.name,
         kind="what a fork is worth",
-        verdict=branch_verdict(report.tables),
+        verdict=f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else branch_verdict(report.tables),
         figures=_sections(report),
         figures_title="What one token decides",
         notes=[f"{failures:,} continuations could not be verified; they count as wrong."] if failures else [],

@@ -74,9 +74,22 @@ def eval_page(results: Results, *, average: Results | None, shown: Shown, paper:
     )
 
 
+def unjudged_benchmarks(benchmarks: Sequence[Results]) -> list[str]:
+    """A sentence for each benchmark of which no response could be judged: its accuracy of 0 measures nothing."""
+    sentences = []
+    for each in benchmarks:
+        responses = each["questions"] * each["samples"]
+        if sum(each["failures"].values()) == responses:
+            error = f"; the verifier's first error: {each['first_failure']}" if each.get("first_failure") else ""
+            sentences.append(f"{each['title']}: none of the {responses:,} responses could be judged{error}.")
+    return sentences
+
+
 def eval_verdict(results: Results, average: Results | None) -> str:
     """Accuracy with its interval, over all benchmarks or of the one, and the length of the responses."""
     benchmarks, samples = results["benchmarks"], results["samples"]
+    if unjudged := unjudged_benchmarks(benchmarks):
+        return " ".join(unjudged)
     if average is None:
         (each,) = benchmarks
         return (

@@ -128,6 +128,8 @@ def _histogram_section(run: RunData) -> FigureSection:
     low, high = zip(*pairwise(edges), strict=True)
     columns = {f"tokens, {label}": count.astype(int) for label, count in zip(labels, counts, strict=True)}
     table = pd.DataFrame({"from (nats)": low, "to (nats)": high, **columns})
+    temperature = run.settings.get("eval" if run.evals else "rollout", {}).get("temperature")
+    measured = "" if temperature is None else f", entropies at temperature {temperature or 1:g}"
     figure = figures.entropy_histogram(entropies, labels, last)
     missing = () if len(threshold) else ("entropy/threshold",)
-    return figure_section(title, f"All written {source}. {facts}.", figure, table, "histogram", missing)
+    return figure_section(title, f"All written {source}{measured}. {facts}.", figure, table, "histogram", missing)

@@ -31,6 +31,7 @@ class Sweep:
         threshold: nats.
         threshold_origin: where it comes from, such as "given".
         broken_means: what counts as broken, a sentence.
+        sentence: the verdict; empty: what the table says.
         base: the temperature that every other setting is compared with.
         views: responses at a few settings.
         settings: what was asked, as (key, value).
@@ -43,6 +44,7 @@ class Sweep:
     threshold: float
     threshold_origin: str
     broken_means: str
+    sentence: str = ""
     base: float = 1.0
     views: Sequence[View] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -57,7 +59,7 @@ def temperature_page(sweep: Sweep) -> Page:
     return Page(
         name=sweep.name,
         kind="decoding temperatures",
-        verdict=verdict(sweep.table, sweep.base),
+        verdict=sweep.sentence or verdict(sweep.table, sweep.base),
         figures=_sections(sweep),
         figures_title="Accuracy, length and nonsense against temperature",
         notes=notes,
