@@ -396,4 +396,6 @@ def test_the_temperature_of_entropies_is_stated(own_world: World, given: str, me
     assert "the paper's Qwen3-8B at temperature 1: 50.64%" in facts["stdout"]
     assert f"At temperature {measured:g}, " in page
     for text in (facts["stdout"], page):
-        assert ("compare figures with the paper's only at --temperature 1" in " ".join(text.split())) == (measured != 1)
+        assert ("compare figures with those of the paper only at --temperature 1" in " ".join(text.split())) == (
+            measured != 1
+        )

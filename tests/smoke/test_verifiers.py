@@ -81,3 +81,22 @@ def test_a_server_that_is_not_there_stops_before_the_run(world: World) -> None:
     assert "task.verifier = 'http://127.0.0.1:9/judge' cannot be reached" in outcome.line
     assert "start the server" in outcome.line
     assert not (world.folder / "alone").exists()
+
+
+def test_a_verifier_that_judges_nothing_is_named_before_the_figures(world: World) -> None:
+    """An accuracy of 0 that measures nothing must not read like a result."""
+    (world.folder / "broken.py").write_text("def judge(answer, response):\n    raise KeyError('no such field')\n")
+    broken = ("model", "--recipe", "recipe.toml", "task.verifier=broken:judge", "--problems", "2")
+    few = ("--forks", "1", "--random", "0", "--low", "0", "--continuations", "2")
+    asked: dict[str, tuple[str, ...]] = {
+        "eval": (), "analyze": (), "branch": few, "decode-temps": ("--temperatures", "1"),
+    }  # fmt: skip
+    for command, options in asked.items():
+        outcome = world.run(command, *broken, *options, "--out", f"broken-{command}")
+        assert outcome.code == 0, outcome.stderr
+        said, page = outcome.stdout, (world.folder / f"broken-{command}/report.html").read_text()
+        assert "one of the " in said and "responses could be judged" in said, command
+        assert "responses could be judged" in page, command
+        if command != "analyze":  # its figures are of entropies
+            assert "responses could be judged" in said.splitlines()[0], said
+    assert "the verifier's first error" in world.run("eval", *broken, "--out", "broken-again").stdout.splitlines()[0]

@@ -161,20 +161,14 @@ def test_per_sequence_keeps_a_fraction_of_each() -> None:
     assert (rows.sum(1) == 2).all() and len({tuple(row) for row in rows.tolist()}) > 10, "rows must not share a draw"
 
 
-@settings(deadline=None)
-@given(
-    token_grids(),
-    st.sampled_from(["all", *EXACT_RULES]),
-    st.sampled_from(["micro_batch", "mini_batch", "rollout_batch", "sequence"]),
-    ratios,
-)
-def test_the_count_known_ahead_is_that_of_the_selection(
-    grid: tuple[Tensor, Tensor], rule: str, scope: str, ratio: float
-) -> None:
-    entropy, mask = grid
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch", "rollout_batch", "sequence"])
+@pytest.mark.parametrize("rule", ["all", *EXACT_RULES])
+def test_the_count_known_ahead_is_that_of_the_selection(rule: str, scope: str, ratio: float) -> None:
+    mask = torch.arange(8) < torch.tensor([1, 3, 0, 7, 2])[:, None]
     config = SelectionConfig.model_validate({"rule": rule, "scope": scope, "ratio": ratio, "entropy": "rollout"})
-    cuts = list(torch.arange(len(mask)).split(2))
-    selected = select_in_scope(entropy, mask, config, cuts, seeded())
+    cuts = list(torch.arange(5).split(2))
+    selected = select_in_scope(torch.rand(5, 8, generator=seeded()), mask, config, cuts, seeded())
     assert count_selected(mask, config, cuts) == int(selected.sum())
 
 

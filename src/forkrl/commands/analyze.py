@@ -160,7 +160,7 @@ def describe_analysis(found: Analysis) -> str:
 def _another_temperature(temperature: float) -> str:
     return (
         f"Entropies are measured at temperature {temperature:g}, the paper's at {PAPER_TEMPERATURE:g}: compare figures "
-        f"with the paper's only at --temperature {PAPER_TEMPERATURE:g}."
+        f"with those of the paper only at --temperature {PAPER_TEMPERATURE:g}."
     )
 
 
