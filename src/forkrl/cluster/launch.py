@@ -36,7 +36,8 @@ from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.model import first_line, model_location, prompt_token_ids, stop_token_ids
+from forkrl.locations import model_location
+from forkrl.model import first_line, prompt_token_ids, stop_token_ids
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.provenance import commit, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml

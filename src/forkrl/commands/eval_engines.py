@@ -13,7 +13,7 @@ from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.samplers import EmbeddedSampler, Sampler, SampleRequest
-from forkrl.model import model_location
+from forkrl.locations import model_location
 from forkrl.replicas import Replicas
 from forkrl.rollout import open_engine
 from forkrl.types import Prompt
@@ -152,7 +152,7 @@ def identity(subject: Subject, choice: EngineChoice) -> dict[str, Any]:
     return {
         "model": subject.name,
         "engine": choice.name,
-        "checkpoint": model.path.rpartition("/")[2] if subject.run else "",
+        "checkpoint": subject.checkpoint,
         "model.revision": model.revision,
         "weights": weights_fingerprint(model.path) if here else "",
     }

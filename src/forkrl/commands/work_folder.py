@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ import transformers
 import forkrl
 from forkrl.atomic import explained_write_errors, temporary_beside, write_json
 from forkrl.errors import UserError
-from forkrl.model import model_location
+from forkrl.locations import model_location
 from forkrl.progress import progress
 from forkrl.run_folder import LOCK, lock_folder
 
@@ -33,14 +32,6 @@ SETTINGS = "settings.json"
 _MODEL_FILES = (
     "*.safetensors", "config.json", "*token*.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
-
-
-def default_folder(model: str, command: str) -> Path:
-    """Where a command puts its work on a run (inside it) or on a model, unless ``--out`` says otherwise."""
-    if (Path(model) / "config.toml").is_file():
-        return Path(model) / "analysis" / command
-    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").removeprefix("embedded:").split("/")[-1]).strip("-.") or "model"
-    return Path("analyses") / f"{name}-{command}"
 
 
 @contextmanager
