@@ -126,6 +126,20 @@ def prompt_token_ids(
     return ids
 
 
+def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:
+    """Reject lengths for which the model has no positions: it would fail late, or write nonsense.
+
+    Raises:
+        UserError: with the longest response that fits.
+    """
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + response_tokens > positions:
+        raise UserError(
+            f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more "
+            f"than the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
+        )
+
+
 def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     """Load model and tokenizer, fp32, on the device, ready to train.
 

@@ -42,7 +42,7 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     Raises:
         UserError: ``out`` holds something else, or checkpoints of another recipe.
         TrainingHalted: the loss is not finite.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
     checkpoints = out / ".checkpoints"
     if out.exists() and not checkpoints.exists() and any(out.iterdir()):

@@ -14,7 +14,7 @@ _STEP = re.compile(r"step-\d+")
 
 
 class ModelReference(NamedTuple):
-    """A model by the name that results give it. ``at``: "base" or "step-N" of the run; empty is its newest checkpoint."""
+    """A model by the name that results give it. ``at``: "base" or "step-N" of the run; empty: its newest checkpoint."""
 
     name: str
     run: Path | None = None

@@ -233,10 +233,12 @@ def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[P
     positions leave, where nobody chose one.
 
     Raises:
-        UserError: a prompt is empty or too long.
+        UserError: a prompt is empty or too long, or leaves too few positions for a response.
     """
-    engine.check_prompts(prompts)
-    return subject.config if subject.bounded else _bounded_by_positions(subject.config, engine, prompts)
+    if not subject.bounded:
+        return _bounded_by_positions(subject.config, engine, prompts)
+    engine.check_prompts(prompts, subject.config.rollout.max_response_tokens)
+    return subject.config
 
 
 def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:

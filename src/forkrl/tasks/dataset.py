@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from forkrl.types import Prompt, Task, VerifierSpec
 ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
 
 _SUFFIXES = (".jsonl", ".parquet")
+_SPLIT = re.compile(r"[\w.\-+%\[\]:]+")
 _BATCH_ROWS = 1024
 NO_VERIFIER = "none"
 
@@ -270,7 +272,8 @@ def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_Row]:
             yield from _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(config, file)
     else:
         name, _, split = source.partition(":")
-        require_hub_id(source if Path(name).exists() else name, key, "file or folder")
+        named = not Path(name).exists() and (not split or _SPLIT.fullmatch(split))
+        require_hub_id(name if named else source, key, "file or folder")
         yield from _read_hub(config, name, split or config.split, key)
 
 
