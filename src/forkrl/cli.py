@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_environment()  # before anything imports torch
     arguments = parse_arguments(argv)
     try:
+        if arguments.command in WORK_FOLDER_COMMANDS and arguments.out is not None:
+            from forkrl.commands.work_folder import require_usable
+
+            require_usable(arguments.out)  # before torch is imported, which takes seconds
         return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"forkrl: {error}", file=sys.stderr)
@@ -316,6 +320,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": run_report,
     "doctor": run_doctor,
 }
+
+WORK_FOLDER_COMMANDS = {"eval", "analyze", "branch", "drift", "decode_temps"}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer

@@ -313,6 +313,7 @@ def progress(
     description: str,
     *,
     total: int | None = None,
+    finished: Callable[[], int] = int,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
@@ -324,39 +325,77 @@ def progress(
         items: what is worked through.
         description: a few words, such as "evaluating".
         total: their number, where ``len(items)`` cannot tell.
+        finished: how many are finished before they come out of ``items``, where they come in batches.
         stream: standard error by default, so that results on standard output stay clean.
         clock: monotonic seconds; for tests.
     """
     stream = stream or sys.stderr
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
-    description = printable(description)
-    if console.is_terminal:
-        yield from _bar(items, description, count, console)
-    else:
-        yield from _plain_progress(items, description, count, stream, clock)
+    done, description = 0, printable(description)
+
+    def number() -> int:
+        return max(done, finished()) if count is None else min(max(done, finished()), count)
+
+    show = _Bar(description, count, console) if console.is_terminal else _Lines(description, count, stream, clock)
+    repeat = _Repeat(show.every_s, lambda: show(number()))
+    with show:
+        repeat.start()
+        try:
+            for item in items:
+                yield item
+                done += 1
+                show(number())
+        finally:
+            repeat.stop()
 
 
-def _bar(items: Iterable[Item], description: str, count: int | None, console: Console) -> Iterator[Item]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(items, total=count, description=description)
+class _Bar:
+    """Progress on a terminal."""
+
+    every_s = 0.5
+
+    def __init__(self, description: str, count: int | None, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task(description, total=count)
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, number: int) -> None:
+        self._progress.update(self._task, completed=number)
 
 
-def _plain_progress(
-    items: Iterable[Item], description: str, count: int | None, stream: TextIO, clock: Callable[[], float]
-) -> Iterator[Item]:
-    began = spoke = clock()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = clock()
-        if now - spoke < _PLAIN_EVERY_S:
-            continue
-        spoke = now
-        of_all = f"{done}/{count}  left {duration((now - began) / done * (count - done))}" if count else f"{done}"
-        _write_line(stream, f"{description}  {of_all}")
+class _Lines:
+    """Progress in a log."""
+
+    every_s = _PLAIN_EVERY_S
+
+    def __init__(self, description: str, count: int | None, stream: TextIO, clock: Callable[[], float]) -> None:
+        self._description, self._count, self._stream, self._clock = description, count, stream, clock
+        self._began = self._spoke = clock()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, number: int) -> None:
+        with self._lock:
+            now = self._clock()
+            if not number or now - self._spoke < _PLAIN_EVERY_S:
+                return
+            self._spoke = now
+            text = f"{number}"
+            if self._count:
+                text += f"/{self._count}  left {duration((now - self._began) / number * (self._count - number))}"
+            _write_line(self._stream, f"{self._description}  {text}")

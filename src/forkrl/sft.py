@@ -45,6 +45,8 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
     checkpoints = out / ".checkpoints"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
     if out.exists() and not checkpoints.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: the folder is not empty; name a new one")
     policy = build_base_policy(config)

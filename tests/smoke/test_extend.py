@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.recipe import load_recipe, recipe_toml
 from forkrl.resuming import stored_config
 from forkrl.run import open_run
 from tests.smoke.world import Run, World
@@ -112,7 +115,7 @@ def test_a_resumed_run_says_where_it_continues(world: World) -> None:
 
 
 REJECTED = {
-    "too long for the model": ("rollout.max_response_tokens=60",),
+    "too long for the model": ("rollout.max_response_tokens=200",),
     "verifier": ("task.verifier=first_character:nothing",),
     "data": ("task.data=nothing.jsonl",),
     "stop token": ('rollout.stop=["==="]',),
@@ -143,3 +146,50 @@ def test_an_existing_empty_folder_stays_usable(world: World) -> None:
     assert world.run(*argv, 'rollout.stop=["==="]').code == 2
     outcome = world.run(*argv)
     assert outcome.code == 0, outcome.stderr
+
+
+def test_without_arguments_the_demo_runs(world: World, tmp_path: Path) -> None:
+    """From any folder: the recipe is in the package. Another model or task than the demo's gets the defaults."""
+    demo = world.launcher.start(tmp_path, argv=["train", "--dry-run"]).wait()
+    assert demo.code == 0
+    assert demo.line.startswith("forkrl: no recipe given, so this is the demo: /")
+    assert demo.line.endswith("/forkrl/assets/countdown.toml")
+    recipe = load_recipe(TrainConfig, Path(__file__).parents[2] / "recipes/countdown.toml")
+    assert tomllib.loads(demo.stdout) == recipe_toml(recipe)
+    fewer = world.launcher.start(tmp_path, argv=["train", "training.steps=3", "--dry-run"]).wait()
+    assert tomllib.loads(fewer.stdout)["optimizer"]["lr"] == 3e-4
+    own = world.launcher.start(tmp_path, argv=["train", "model.path=mine", "--dry-run"]).wait()
+    assert (own.stderr, tomllib.loads(own.stdout)["optimizer"]["lr"]) == ("", 1e-6)
+
+
+WITHOUT_TORCH = """
+import sys
+from forkrl.cli import main
+code = main(sys.argv[1:])
+sys.exit(70 if "torch" in sys.modules else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("train", "recipe.toml", "--out", "short"), "short: already holds a run; continue it with --resume short"),
+        (("train", "recipe.toml", "--out", "model"), "model: is not empty"),
+        (("train", "--resume", "nowhere"), "nowhere: no such run folder"),
+        (("train", "--resume", "model"), "model: not a run folder"),
+        (("eval", "model", "--out", "model"), "model: is not empty"),
+        (("analyze", "model", "--out", "recipe.toml"), "recipe.toml: is a file"),
+        (("drift", "model", "other", "--out", "model"), "model: is not empty"),
+        (("branch", "model", "--out", "model"), "model: is not empty"),
+        (("decode-temps", "model", "--out", "model"), "model: is not empty"),
+    ],
+)
+def test_folders_are_checked_before_torch_is_imported(
+    world: World, short: Run, argv: tuple[str, ...], says: str
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *argv], cwd=world.folder, capture_output=True, text=True
+    )
+    assert ended.stderr.startswith(f"forkrl: {says}")
+    assert ended.stderr.count("\n") == 1
+    assert ended.returncode == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -240,6 +240,19 @@ def test_short_work_prints_nothing_and_unknown_totals_are_counted() -> None:
     assert stream.getvalue() == ""
     list(progress(iter("ab"), "reading", stream=stream, clock=ticking(6.0)))
     assert stream.getvalue().splitlines() == ["reading  1", "reading  2"]
+
+
+def test_progress_counts_what_is_finished_inside_a_batch() -> None:
+    stream = Terminal()
+
+    def batches() -> Iterator[int]:
+        deadline = time.monotonic() + 30
+        while "7/9" not in stream.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield from range(9)
+
+    assert len(list(progress(batches(), "working", total=9, finished=lambda: 7, stream=stream))) == 9
 
 
 def test_progress_on_a_terminal_draws_a_bar() -> None:

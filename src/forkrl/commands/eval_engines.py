@@ -71,6 +71,10 @@ class EvalEngine(Protocol):
         """What samples a benchmark; ``grid`` is all of its responses, in order."""
         ...
 
+    def finished(self) -> int:
+        """How many responses it has sampled, handed out or not; 0 where it hands out each at once."""
+        ...
+
 
 class _Embedded:
     name = "embedded"
@@ -94,6 +98,9 @@ class _Embedded:
     def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
         return EmbeddedSampler(self._engine, grid)
 
+    def finished(self) -> int:
+        return self._engine.replicas.sequences_finished
+
 
 class _Whole:
     """An engine that needs no grid: every response has random numbers of its own."""
@@ -110,6 +117,9 @@ class _Whole:
 
     def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
         return self._sampler
+
+    def finished(self) -> int:
+        return 0
 
 
 @contextmanager

@@ -237,8 +237,10 @@ def _sample_and_judge(
     with Judging(pool, files) as judging:
         for request, text in files.unjudged():
             judging.add(request, text)
-        responses = engine.sampler(files.grid).sample(missing, sampling)
-        for sampled in progress(responses, f"{title}: responses", total=len(missing)):
+        responses, before = engine.sampler(files.grid).sample(missing, sampling), engine.finished()
+        for sampled in progress(
+            responses, f"{title}: responses", total=len(missing), finished=lambda: engine.finished() - before
+        ):
             files.add_response(sampled)
             judging.add(sampled.request, sampled.text)
             tokens += sampled.tokens

@@ -47,11 +47,9 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
         UserError: the folder holds something else, the answer to another question, or is in use.
     """
     with explained_write_errors(path):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file; name another folder with --out")
         existed = path.exists()
-        path.mkdir(parents=True, exist_ok=True)
         _require_question(path, dict(question))
+        path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path, "at work")
         try:
             _require_question(path, dict(question))  # again: someone may have been faster
@@ -127,14 +125,27 @@ def stored_question(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def require_usable(path: Path) -> None:
+    """Reject a folder that holds anything but a command's work.
+
+    Raises:
+        UserError: naming what is there.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; name another folder with --out")
+    if not path.exists() or stored_question(path):
+        return
+    ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
+    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
+        raise UserError(
+            f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
+        )
+
+
 def _require_question(path: Path, question: dict[str, Any]) -> None:
+    require_usable(path)
     stored = stored_question(path)
     if not stored:
-        ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
-        if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
-            raise UserError(
-                f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
-            )
         return
     asked = json.loads(json.dumps(question))
     if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
