@@ -127,7 +127,7 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    from forkrl.model import model_location
+    from forkrl.locations import model_location
     from forkrl.tasks.countdown import countdown_task, verify_countdown
 
     trl: Any = importlib.import_module("trl")  # of the extra "bench"; a type checker need not find it

@@ -10,10 +10,12 @@ from forkrl.plan_arguments import add_plan
 
 TRAIN_HELP = """\
 examples:
-  forkrl train recipes/countdown.toml --out runs/first      the embedded model, minutes on a laptop
+  forkrl train                                              the demo: the embedded model, minutes on a laptop
+  forkrl train recipes/countdown.toml --out runs/first      the same, by its recipe
   forkrl train recipes/countdown.toml selection.rule=all    plain DAPO: one override
   forkrl train recipes/qwen3-8b.toml --dry-run              what would run, in full
-  forkrl train --resume runs/first                          go on after Ctrl-C, a kill, a full disk
+  forkrl train --resume runs/first                          continue after Ctrl-C, a kill, a full disk
+  forkrl train --resume runs/first training.steps=60        train a finished run further
   forkrl train recipes/verl/qwen3-8b.toml --engine verl     the same method on a cluster (--dry-run: verl's command)
 
 Every setting is section.key=value; --settings lists them all. Ctrl-C saves and ends; --resume goes on to the
@@ -41,6 +43,7 @@ examples:
   forkrl eval runs/first --bench aime24 --mirror mirrors    a run's newest checkpoint, data sets from local copies
   forkrl eval Qwen/Qwen3-8B --bench gsm8k --prompt chat --server http://localhost:8000/v1
   forkrl eval runs/first --samples 16                       without --bench: the run's own held-out problems
+  forkrl eval runs/first@step-8                             the same, at a step that was kept; or runs/first@base
   forkrl eval my-model --recipe recipes/countdown.toml      ... or those of a recipe
 
 Writes into --out (default: inside the run, or evals/NAME): responses/, verdicts/ and questions/ (JSON
@@ -117,10 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train on forks", epilog=TRAIN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    train.add_argument("recipe", nargs="?", help="a TOML file; see recipes/")
+    train.add_argument("recipe", nargs="?", help="a TOML file; see recipes/ (default: the demo)")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder of the new run (default: runs/NAME)")
-    train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR")
     train.add_argument(
         "--engine",
         choices=["local", "verl"],
@@ -164,7 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model that a command looks at, and settings."""
-    parser.add_argument("model", help="a model folder, hub id, embedded:countdown-base, or a run folder")
+    parser.add_argument(
+        "model", help="a model folder, hub id, embedded:countdown-base, or a run: RUN, RUN@step-N or RUN@base"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings, as in rollout.max_response_tokens=4096"
     )
@@ -221,7 +226,9 @@ def add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     evaluate.add_argument(
-        "model", nargs="?", help="a model folder, hub id, embedded:countdown-base, a run folder, or a server's model"
+        "model",
+        nargs="?",
+        help="a model folder, hub id, embedded:countdown-base, a server's model, or a run: RUN, RUN@step-N or RUN@base",
     )
     evaluate.add_argument(
         "overrides",

@@ -1,7 +1,7 @@
 """The command line: parse, validate, dispatch.
 
-Exit codes: 0; 1 training could not go on; 2 one clear line about the user's mistake; 130 after Ctrl-C and 143 after
-SIGTERM, with everything saved.
+Exit codes: 0; 1 training could not go on; 2 one clear line about the user's mistake; 130 after Ctrl-C, 143 after
+SIGTERM and 129 after SIGHUP, with everything saved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,12 +20,18 @@ from forkrl.recipe import load_recipe
 from forkrl.recipe_reference import recipe_reference
 from forkrl.threads import configure_environment
 
+DEMO_RECIPE = Path(__file__).parent / "assets" / "countdown.toml"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code is returned."""
     configure_environment()  # before anything imports torch
     arguments = parse_arguments(argv)
     try:
+        if arguments.command in WORK_FOLDER_COMMANDS and arguments.out is not None:
+            from forkrl.commands.work_folder import require_usable
+
+            require_usable(arguments.out)  # before torch is imported, which takes seconds
         return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"forkrl: {error}", file=sys.stderr)
@@ -44,28 +50,36 @@ def run_train(arguments: argparse.Namespace) -> int:
     if arguments.settings:
         print(recipe_reference(), end="")
         return 0
+    from forkrl.resuming import stored_config
+    from forkrl.run_folder import refuse_occupied
+
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # an override where the recipe could stand
         recipe, overrides = None, [recipe, *overrides]
     if arguments.engine is not None:
         overrides.append(f"runtime.engine={arguments.engine}")
-    stored = resumed(arguments.resume, None) if arguments.resume is not None else None
-    given = load_recipe(TrainConfig, recipe, overrides, base=stored)
+    changed = {override.partition("=")[0].strip() for override in overrides}
+    stored = stored_config(arguments.resume) if arguments.resume is not None else None
+    if stored is None and recipe is None and not any(key.startswith(("model.", "task.")) for key in changed):
+        recipe = str(DEMO_RECIPE)
+        print(f"forkrl: no recipe given, so this is the demo: {recipe}", file=sys.stderr)
+    config = load_recipe(TrainConfig, recipe, overrides, base=stored)
     out = arguments.out or Path("runs") / (Path(recipe).stem if recipe else "train")
     if arguments.dry_run:
         return (
-            print_recipe(given)
-            if given.runtime.engine == "local"
-            else print_verl_command(given, arguments.resume or out)
+            print_recipe(config)
+            if config.runtime.engine == "local"
+            else print_verl_command(config, arguments.resume or out)
         )
-    if arguments.resume is not None and arguments.out is not None:
-        raise UserError("--resume goes on in its own folder; leave --out away")
+    if arguments.resume is None:
+        refuse_occupied(out)  # before torch is imported, which takes seconds
+    elif arguments.out is not None:
+        raise UserError("--resume continues in the run's own folder; drop --out")
 
     from forkrl.interruption import Interrupted
 
-    config = resumed(arguments.resume, given) if arguments.resume is not None else given
     try:
-        train_by_engine(config, out, arguments.resume)
+        train_by_engine(config, out, arguments.resume, changed)
     except Interrupted as stop:
         folder = arguments.resume or out
         print(f"forkrl: {stop} {stop.outcome}; go on with: forkrl train --resume {folder}", file=sys.stderr)
@@ -73,8 +87,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     return print_outcome(arguments.resume or out)
 
 
-def train_by_engine(config: TrainConfig, out: Path, resume: Path | None) -> None:
-    """Train in this process, or by verl."""
+def train_by_engine(config: TrainConfig, out: Path, resume: Path | None, changed: Collection[str]) -> None:
+    """Train in this process, or by verl; ``changed``: settings that the command line changes in a resumed run."""
     if config.runtime.engine == "verl":
         from forkrl.cluster.launch import train_on_cluster
 
@@ -83,7 +97,7 @@ def train_by_engine(config: TrainConfig, out: Path, resume: Path | None) -> None
     from forkrl.loop import train
     from forkrl.run import open_run
 
-    with open_run(config, out, resume=resume) as run:
+    with open_run(config, out, resume=resume, changed=changed) as run:
         train(run)
 
 
@@ -93,13 +107,6 @@ def print_verl_command(config: TrainConfig, out: Path) -> int:
 
     print(dry_run(config, out))
     return 0
-
-
-def resumed(folder: Path, given: TrainConfig | None) -> TrainConfig:
-    """The recipe of the run in ``folder``, refusing a different one."""
-    from forkrl.run import resumed_config
-
-    return resumed_config(folder, given)
 
 
 def print_recipe(config: TrainConfig) -> int:
@@ -314,6 +321,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": run_report,
     "doctor": run_doctor,
 }
+
+WORK_FOLDER_COMMANDS = {"eval", "analyze", "branch", "drift", "decode_temps"}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run where it can be taken up again."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run where it can be resumed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a run early. SIGHUP comes when a terminal is closed or a connection is lost."""
 
 
 class Interrupted(BaseException):
@@ -23,7 +26,7 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While open, SIGINT and SIGTERM raise ``Interrupted``: at once inside ``allowed()``, else when it is next entered.
+    """While open, the stop signals raise ``Interrupted``: at once inside ``allowed()``, else when it is next entered.
 
     Weights change outside ``allowed()`` only, so a run never stops half-way through a step.
     """
@@ -37,7 +40,9 @@ class Interruption:
     def __enter__(self) -> Interruption:
         # Python delivers signals to the main thread only; a run inside another thread is its host's to stop.
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in STOP_SIGNALS:
+                if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                    continue  # under nohup: the run is to outlive its terminal
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -82,7 +87,7 @@ class Interruption:
 
 @contextmanager
 def signals_put_off() -> Iterator[None]:
-    """A stretch that must not be left half-way: what SIGINT and SIGTERM would do meanwhile, they do at its end.
+    """A stretch that must not be left half-way: what a stop signal would do meanwhile, it does at its end.
 
     Blocking them for this thread would not help: the system gives them to another, and Python handles them here anyway.
     """
@@ -94,7 +99,7 @@ def signals_put_off() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
         yield
         return
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     handlers = {signum: handler for signum, handler in handlers.items() if callable(handler)}
     try:
         for signum in handlers:

@@ -32,7 +32,7 @@ def train(run: Run) -> None:
     Raises:
         NothingToLearn: every group was all right or all wrong; ``open_run`` saves the finished steps.
         TrainingHalted: numbers that are not finite.
-        Interrupted: Ctrl-C or SIGTERM; ``open_run`` saves the finished steps.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; ``open_run`` saves the finished steps.
     """
     run.evaluate_if_due()
     for _ in run.steps():
@@ -69,7 +69,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
     while len(kept) < wanted and num_batches < (dynamic.max_generation_batches if dynamic.enabled else 1):
         num_batches += 1
         prompts = run.prompts.take((dynamic.generation_prompts or wanted) if dynamic.enabled else wanted)
-        with run.phase("rollout"):
+        with run.phase("rollout", len(prompts) * run.config.rollout.group_size):
             started = time.perf_counter()
             scoring = Scoring(run.verifier)
             groups = run.engine.generate(

@@ -11,11 +11,10 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,12 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 from forkrl.attention import use_grouped_attention
 from forkrl.errors import UserError
+from forkrl.locations import model_location
 from forkrl.types import Prompt
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
     from forkrl.config import ModelConfig
 
-EMBEDDED_PREFIX = "embedded:"
 _PROBE_LOGIT = 100.0
 """Beyond the soft caps in use (Gemma 2: 30), within the range of every precision."""
 
@@ -127,6 +126,20 @@ def prompt_token_ids(
     return ids
 
 
+def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:
+    """Reject lengths for which the model has no positions: it would fail late, or write nonsense.
+
+    Raises:
+        UserError: with the longest response that fits.
+    """
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + response_tokens > positions:
+        raise UserError(
+            f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more "
+            f"than the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
+        )
+
+
 def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     """Load model and tokenizer, fp32, on the device, ready to train.
 
@@ -135,8 +148,9 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
             linear map.
     """
     path = model_location(config.path)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # in a log it is noise around the lines that matter
+    transformers_logging.disable_progress_bar()  # of reading weights
+    if sys.stderr.isatty():
+        enable_progress_bars()  # the hub's own, of downloads, which the line above disables too
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
         opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -160,20 +174,6 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     policy = Policy(model, tokenizer, config.precision)
     require_linear_head(policy, config.path)
     return policy
-
-
-def model_location(path: str) -> str:
-    """The folder or hub id behind ``model.path``."""
-    if path.startswith(EMBEDDED_PREFIX):
-        folder = resources.files("forkrl") / "assets" / path.removeprefix(EMBEDDED_PREFIX)
-        if not folder.is_dir():
-            names = sorted(entry.name for entry in (resources.files("forkrl") / "assets").iterdir() if entry.is_dir())
-            raise UserError(f"model.path = {path!r}: no such embedded model; there is {', '.join(names)}")
-        return str(folder)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
-        raise UserError(f"model.path = {path!r}: no such folder")
-    return str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import threading
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from statistics import median
 from types import TracebackType
-from typing import TextIO, TypeVar
+from typing import NamedTuple, TextIO, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -23,6 +28,8 @@ Item = TypeVar("Item")
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_EVERY_S = 5.0
+_PHASE_EVERY_S = 15.0
+_RECENT_STEPS = 5
 # Control, format (zero-width and bidirectional marks among them), surrogate, and line or paragraph separator.
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _EVAL_NAMES = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
@@ -104,15 +111,44 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+class _Repeat(threading.Thread):
+    """Calls a function every so many seconds, until ``stop``."""
+
+    def __init__(self, every_s: float, call: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._every_s, self._call, self._ended = every_s, call, threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(self._every_s):
+            self._call()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+class _Phase(NamedTuple):
+    """A part of a step; ``finished`` of ``total`` responses, where it has any."""
+
+    name: str
+    total: int
+    finished: Callable[[], int]
+    began: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {min(self.finished(), self.total)}/{self.total}" if self.total else self.name
+
+
 class TrainingDisplay:
     """Shows a training run: a live panel when ``stream`` is a terminal, else one flushed line per step.
 
     Args:
         total_steps: steps of the whole run.
-        start_step: steps done before, for a resumed run; time left is reckoned from this process's own steps.
+        start_step: steps done before, for a resumed run.
         header: what the run really does, from ``describe_selection``; printed first.
         stream: standard output by default.
         clock: monotonic seconds; for tests.
+        phase_every_s: seconds between lines on a phase that takes longer, where there is no terminal.
     """
 
     def __init__(
@@ -123,10 +159,15 @@ class TrainingDisplay:
         header: str = "",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        phase_every_s: float = _PHASE_EVERY_S,
     ) -> None:
         self._total, self._start, self._step = total_steps, start_step, start_step
-        self._header, self._phase = printable(header), ""
-        self._clock, self._began = clock, clock()
+        self._header = printable(header)
+        self._clock, self._phase_every_s = clock, phase_every_s
+        self._step_ended = clock()
+        self._durations: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._phase = _Phase("", 0, int, clock())
+        self._repeat = _Repeat(phase_every_s, self._tell_phase)
         self._latest: dict[str, float] = {}
         self._accuracy: list[float] = []
         # Rich asks the terminal for its width; a file has none, and a log line must not be folded.
@@ -135,10 +176,12 @@ class TrainingDisplay:
         self._live: Live | None = None
 
     def __enter__(self) -> TrainingDisplay:
-        self._began = self._clock()
+        self._step_ended = self._clock()
         if self._header:
             self.message(self._header)
-        if self._console.is_terminal:
+        if not self._console.is_terminal:
+            self._repeat.start()
+        else:
             self._live = Live(
                 get_renderable=self._panel, console=self._console, refresh_per_second=4, redirect_stderr=False
             )
@@ -148,39 +191,66 @@ class TrainingDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._phase = ""
+        if self._live is None:
+            self._repeat.stop()
+            return
+        self.phase("")
+        with _lost_terminal_ignored():
             self._live.stop()
-            self._live = None
+        self._live = None
 
-    def phase(self, name: str) -> None:
-        """Say what the run is doing: rollout, reward, update, eval or save. Shown on terminals only."""
-        self._phase = printable(name)
+    def phase(self, name: str, total: int = 0, finished: Callable[[], int] = int) -> None:
+        """Say what the run is doing: rollout, reward, update, eval or save.
+
+        Args:
+            name: of the phase. A terminal shows it at once, a log only if it has ``total`` and takes long.
+            total: responses that are sampled in it.
+            finished: how many of them are.
+        """
+        self._phase = _Phase(printable(name), total, finished, self._clock())
 
     def message(self, text: str) -> None:
         """Print one line above the panel. Control characters are made visible."""
-        if self._live is not None:
-            self._console.print(Text(printable(text)))
-        else:
+        if self._live is None:
             _write_line(self._stream, printable(text))
+            return
+        with _lost_terminal_ignored():
+            self._console.print(Text(printable(text)))
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a finished step, as they go to ``metrics.jsonl`` (``step`` among them)."""
-        self._step = int(metrics.get("step", self._step + 1))
+        self._count_step(int(metrics.get("step", self._step + 1)))
         self._latest = {**{name: self._latest[name] for name in _EVAL_NAMES if name in self._latest}, **metrics}
         if "reward/accuracy" in metrics:
             self._accuracy.append(metrics["reward/accuracy"])
         if self._live is None:
             _write_line(self._stream, self._plain_line(metrics))
         else:
-            self._live.refresh()
+            with _lost_terminal_ignored():
+                self._live.refresh()
 
     def seconds_left(self) -> float | None:
-        """Mean seconds of this process's steps, evaluations and saves included, times the steps to come."""
-        done = self._step - self._start
-        if done <= 0 or self._step >= self._total:
+        """The median time of this process's last few steps, times the steps to come.
+
+        The time between the ends of two steps counts, so an evaluation after every step is included, a rare one not.
+        """
+        if not self._durations or self._step >= self._total:
             return None
-        return (self._clock() - self._began) / done * (self._total - self._step)
+        return median(self._durations) * (self._total - self._step)
+
+    def _count_step(self, step: int) -> None:
+        now, done = self._clock(), step - self._step
+        if done > 0:
+            self._durations.append((now - self._step_ended) / done)
+        if done > 0 or step == self._start:  # an evaluation before the first step is no part of it
+            self._step_ended = now
+        self._step = step
+
+    def _tell_phase(self) -> None:
+        """In a log: how far a phase is that has been going on for a while."""
+        phase = self._phase
+        if phase.total and self._clock() - phase.began >= self._phase_every_s:
+            _write_line(self._stream, f"step {self._step + 1}/{self._total}  {phase}")
 
     def _plain_line(self, metrics: Mapping[str, float]) -> str:
         parts = [f"step {self._step}/{self._total}", *_figures(metrics)]
@@ -197,14 +267,26 @@ class TrainingDisplay:
         if self._accuracy:
             table.add_row(sparkline(self._accuracy, width=40), "accuracy of training responses")
         left = self.seconds_left()
-        status = self._phase + (f"   about {duration(left)} left" if left is not None else "")
+        status = str(self._phase) + (f"   about {duration(left)} left" if left is not None else "")
         return Panel(Group(table, Text("   ".join(_figures(self._latest))), Text(status)), title="forkrl", expand=False)
 
 
 def _write_line(stream: TextIO, text: str) -> None:
     """Print a line at once; what the stream's encoding lacks is escaped, so that a C locale cannot end a run."""
     encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    with _lost_terminal_ignored():
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+
+
+@contextmanager
+def _lost_terminal_ignored() -> Iterator[None]:
+    """A closed terminal answers writes with EIO, and sends SIGHUP; the step under way must still end and be saved."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def _figures(metrics: Mapping[str, float]) -> list[str]:
@@ -231,6 +313,7 @@ def progress(
     description: str,
     *,
     total: int | None = None,
+    finished: Callable[[], int] = int,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
@@ -242,39 +325,77 @@ def progress(
         items: what is worked through.
         description: a few words, such as "evaluating".
         total: their number, where ``len(items)`` cannot tell.
+        finished: how many are finished before they come out of ``items``, where they come in batches.
         stream: standard error by default, so that results on standard output stay clean.
         clock: monotonic seconds; for tests.
     """
     stream = stream or sys.stderr
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
-    description = printable(description)
-    if console.is_terminal:
-        yield from _bar(items, description, count, console)
-    else:
-        yield from _plain_progress(items, description, count, stream, clock)
+    done, description = 0, printable(description)
+
+    def number() -> int:
+        return max(done, finished()) if count is None else min(max(done, finished()), count)
+
+    show = _Bar(description, count, console) if console.is_terminal else _Lines(description, count, stream, clock)
+    repeat = _Repeat(show.every_s, lambda: show(number()))
+    with show:
+        repeat.start()
+        try:
+            for item in items:
+                yield item
+                done += 1
+                show(number())
+        finally:
+            repeat.stop()
 
 
-def _bar(items: Iterable[Item], description: str, count: int | None, console: Console) -> Iterator[Item]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(items, total=count, description=description)
+class _Bar:
+    """Progress on a terminal."""
+
+    every_s = 0.5
+
+    def __init__(self, description: str, count: int | None, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task(description, total=count)
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, number: int) -> None:
+        self._progress.update(self._task, completed=number)
 
 
-def _plain_progress(
-    items: Iterable[Item], description: str, count: int | None, stream: TextIO, clock: Callable[[], float]
-) -> Iterator[Item]:
-    began = spoke = clock()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = clock()
-        if now - spoke < _PLAIN_EVERY_S:
-            continue
-        spoke = now
-        of_all = f"{done}/{count}  left {duration((now - began) / done * (count - done))}" if count else f"{done}"
-        _write_line(stream, f"{description}  {of_all}")
+class _Lines:
+    """Progress in a log."""
+
+    every_s = _PLAIN_EVERY_S
+
+    def __init__(self, description: str, count: int | None, stream: TextIO, clock: Callable[[], float]) -> None:
+        self._description, self._count, self._stream, self._clock = description, count, stream, clock
+        self._began = self._spoke = clock()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, number: int) -> None:
+        with self._lock:
+            now = self._clock()
+            if not number or now - self._spoke < _PLAIN_EVERY_S:
+                return
+            self._spoke = now
+            text = f"{number}"
+            if self._count:
+                text += f"/{self._count}  left {duration((now - self._began) / number * (self._count - number))}"
+            _write_line(self._stream, f"{self._description}  {text}")

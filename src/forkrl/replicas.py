@@ -48,6 +48,8 @@ class Replica(NamedTuple):
 
     policy: Policy
     reference: Policy | None
+    sequences_finished: Tensor
+    """How many sequences this replica has sampled, ``[1]``: every process can read it at any time."""
     kept: dict[int, Any]
     """What one function leaves in this process for another, by the number of the item; the other takes it out."""
 
@@ -63,7 +65,8 @@ class Replicas:
     """
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
-        self.local = Replica(policy, reference, {})
+        self._counters = torch.zeros(count, dtype=torch.int64)
+        self.local = Replica(policy, reference, self._counters[:1], {})
         self.count = count
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -80,6 +83,11 @@ class Replicas:
     @property
     def policy(self) -> Policy:
         return self.local.policy
+
+    @property
+    def sequences_finished(self) -> int:
+        """How many sequences all replicas have sampled; it grows while they work."""
+        return int(self._counters.sum())
 
     def __enter__(self) -> Replicas:
         return self
@@ -171,6 +179,8 @@ class Replicas:
         except OSError as error:
             raise UserError(f"no memory for weights that replicas share ({error}); set runtime.replicas=1") from error
         memory.adopt_weights(self.local, fill=True)
+        self._counters = memory.counters
+        self.local = self.local._replace(sequences_finished=self._counters[:1])
         for rank in range(self.count - 1):
             self._start_process(memory, rank, threads)
             self._gradients.append(memory.gradients(self.policy, rank))
@@ -267,6 +277,7 @@ def serve() -> None:
         replica: Replica = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
         memory = _SharedMemory(replica, others, memory_fd)
         memory.adopt_weights(replica, fill=False)
+        replica = replica._replace(sequences_finished=memory.counters[rank + 1 : rank + 2])
         for parameter, gradient in zip(_trained(replica.policy), memory.gradients(replica.policy, rank), strict=True):
             parameter.grad = gradient
         memory.close_file()
@@ -275,11 +286,11 @@ def serve() -> None:
             connection.send_bytes(_answer(replica, function, items, arguments))
 
 
-# A Ctrl-C, or a SIGTERM to every process of a job, is the first process's to answer; it may want to finish a step.
+# A stop signal to every process of a job is the first process's to answer; it may want to finish a step.
 _PROGRAM = """
 import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signum, signal.SIG_IGN)
 from forkrl.replicas import serve
 serve()
 """
@@ -300,7 +311,7 @@ def _answer(replica: Replica, function: Callable[..., Any], items: list[Any], ar
 
 
 class _SharedMemory:
-    """One block: the weights of policy and reference, then the gradients of each further replica.
+    """One block: the weights of policy and reference, the gradients of each further replica, a counter of each replica.
 
     Every process computes the same layout from the same model. The file behind it has no name, so nothing is left over
     however the processes end.
@@ -310,12 +321,14 @@ class _SharedMemory:
         weights = sum(_size(parameter) for parameter in _parameters(replica))
         self._gradients_start = weights
         self._gradients_size = sum(_size(parameter) for parameter in _trained(replica.policy))
-        total = weights + others * self._gradients_size
+        counters_start = weights + others * self._gradients_size
+        total = counters_start + 8 * (others + 1)
         if fd is None:
             fd = _open_unnamed()
             os.truncate(fd, total)
         self.fd = fd
         self._memory = mmap.mmap(fd, total)
+        self.counters = torch.frombuffer(self._memory, dtype=torch.int64, count=others + 1, offset=counters_start)
 
     def adopt_weights(self, replica: Replica, *, fill: bool) -> None:
         """Make the parameters views of the block; ``fill``: put their values into it first."""

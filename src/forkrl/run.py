@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +25,14 @@ from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
-from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
+from forkrl.recipe import recipe_toml
 from forkrl.replicas import Replicas, open_replicas
+from forkrl.resuming import accepted_changes, describe_resume
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
 from forkrl.rollout_rows import evaluation_rows
-from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
+from forkrl.run_folder import RunFolder, refuse_occupied
 from forkrl.scoring import none_judged
 from forkrl.tasks import PromptStream, open_stream, open_task
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
@@ -70,9 +71,13 @@ class Run:
             yield self.step + 1
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A part of a step that changes no weights: shown on the display, and a signal ends it at once."""
-        self.display.phase(name)
+    def phase(self, name: str, total: int = 0) -> Iterator[None]:
+        """A part of a step that changes no weights: shown on the display, and a signal ends it at once.
+
+        ``total``: responses that are sampled in it.
+        """
+        before = self.replicas.sequences_finished
+        self.display.phase(name, total, lambda: self.replicas.sequences_finished - before)
         with self.interruption.allowed():
             yield
 
@@ -125,11 +130,12 @@ class Run:
         due = self.step in (0, last) or (every and self.step % every == 0)
         if not due or self.step == self._evaluated_step:
             return
-        with self.phase("eval"):
+        prompts = self.task.held_out[: self.config.eval.problems]
+        with self.phase("eval", len(prompts) * self.config.eval.samples):
             groups = sample_and_score(
                 self.engine,
                 self.verifier,
-                self.task.held_out[: self.config.eval.problems],
+                prompts,
                 group_size=self.config.eval.samples,
                 sampling=evaluation_sampling(self.config, self.config.eval.temperature, self.policy),
                 generator=evaluation_generator(self.config.seed, self.policy.device),
@@ -204,6 +210,11 @@ class Run:
         """The first step that no checkpoint holds; 0 where there is none, as the state before training counts too."""
         return 0 if self._saved_step is None else self._saved_step + 1
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was logged and nothing saved."""
+        return self._saved_step is None and not self.folder.metrics_bytes
+
     def way_on(self) -> str:
         """What can be done with a run that its own recipe cannot take further."""
         if self._saved_step is None:
@@ -237,16 +248,28 @@ class Run:
 
 
 @contextmanager
-def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | None = None) -> Iterator[Run]:
+def open_run(
+    config: TrainConfig, out: Path | None = None, *, resume: Path | None = None, changed: Collection[str] = ()
+) -> Iterator[Run]:
     """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
 
-    On Ctrl-C or SIGTERM the finished steps are saved before ``Interrupted`` goes on to the caller; on a failure what
-    was saved before stays as it is.
+    On Ctrl-C, SIGTERM or SIGHUP the finished steps are saved before ``Interrupted`` goes on to the caller; on a failure
+    what was saved before stays as it is.
+
+    Args:
+        config: of a resumed run: the settings it was started with.
+        out: folder of a new run; it is not created if anything is wrong with the input.
+        resume: folder of the run to continue.
+        changed: settings (training.steps, eval.*, checkpoint.*, log.*) in which ``config`` differs on purpose from
+            those the run was started with; they are stored.
 
     Raises:
-        UserError: anything the user can mend: model, data, folder, recipe.
+        UserError: anything the user can fix: model, data, folder, recipe.
     """
-    if resume is None:
+    changes: list[str] = []
+    if resume is not None:
+        changes = accepted_changes(resume, config, changed)
+    else:
         assert out is not None
         refuse_occupied(out)  # a model of many gigabytes need not be loaded to find this out
     require_sinks(config.log.sinks)
@@ -257,9 +280,9 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
         reference = _frozen_copy(policy) if config.loss.kl_coef else None
         replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
         engine = open_engine(replicas, config)
-        engine.check_prompts(task.train)
-        engine.check_prompts(task.held_out)
+        engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
         verifier = stack.enter_context(open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward))
+        prompts = open_stream(task.train, config.task, config.seed)
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
         provenance = describe_provenance(task, replicas)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))
@@ -272,32 +295,46 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
             engine=engine,
             verifier=verifier,
             task=task,
-            prompts=open_stream(task.train, config.task, config.seed),
+            prompts=prompts,
             generator=torch.Generator(policy.device).manual_seed(config.seed),
             tracker=Tracker({}),
             display=TrainingDisplay(config.training.steps),
             interruption=interruption,
         )
         metrics_bytes = run.restore() if resume is not None else 0
+        if run.step > config.training.steps:
+            raise UserError(
+                f"training.steps = {config.training.steps}: {folder.path} is at step {run.step} already; raise it"
+            )
         run.tracker = stack.enter_context(_open_tracker(run, remove_on_failure=resume is None))
         stack.enter_context(interruption)  # not before: a tracker that waits for its server must be stoppable
         if resume is not None:
             folder.discard_after(run.first_unsaved_step - 1, metrics_bytes)
+        if changes:
+            folder.change_recipe(recipe_toml(config), run.step, changes)
         run.display = stack.enter_context(
             TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
         )
         verifier.announce = run.display.message
-        if resume is not None and (changes := changed_arithmetic(folder.provenance, provenance)):
-            run.display.message(f"resuming with {changes}: the run goes on, but no longer the same to the bit")
-        with _early_ends(run):
+        if resume is not None:
+            done = run.step if run.first_unsaved_step else None
+            finished = run.step == run._evaluated_step == config.training.steps
+            run.display.message(describe_resume(folder.path, done, config, changes, finished=finished))
+            if arithmetic := changed_arithmetic(folder.provenance, provenance):
+                run.display.message(f"resuming with {arithmetic}: the run goes on, but no longer the same to the bit")
+        with _early_ends(run, new=resume is None):
             yield run
 
 
 @contextmanager
-def _early_ends(run: Run) -> Iterator[None]:
+def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
     """Save what is sound when a run ends before its last step, and say where it ended and what can be done."""
     try:
         yield
+    except UserError:
+        if new and run.is_empty:  # rejected before its first figure: the corrected command can use the same folder
+            run.folder.remove()
+        raise
     except Interrupted:
         run.stop()
         raise
@@ -310,24 +347,6 @@ def _early_ends(run: Run) -> Iterator[None]:
         raise ReplicaLost(f"step {run.step + 1}: {error}; {remedy}") from error
     except TrainingHalted as error:  # not saved: the weights may be what went wrong
         raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error
-
-
-def resumed_config(folder: Path, recipe: TrainConfig | None) -> TrainConfig:
-    """The recipe a run was started with.
-
-    Raises:
-        UserError: ``recipe``, given along with --resume, differs from it; the message lists what changed.
-    """
-    stored = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml"))
-    differences = recipe_differences(stored, recipe) if recipe is not None else []
-    if differences:
-        newest = latest_checkpoint(folder / "checkpoints")
-        weights = "" if newest is None else f", from these weights with model.path={newest}"
-        raise UserError(
-            f"--resume {folder}: the recipe has changed since the run began: {'; '.join(differences)}; "
-            f"resume without a recipe, or start a new run with another --out{weights}"
-        )
-    return stored
 
 
 def _open_policy(config: TrainConfig) -> Policy:

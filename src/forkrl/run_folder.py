@@ -12,6 +12,7 @@ One process at a time may hold a run folder; the operating system frees the lock
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -30,10 +31,12 @@ import pyarrow.parquet as pq
 import tomli_w
 
 from forkrl.atomic import explained_write_errors, fsync, temporary_beside, write_bytes, write_text
+from forkrl.config import CHANGEABLE
 from forkrl.errors import UserError
 
 CONFIG = "config.toml"
 LOCK = ".lock"
+_DIGEST = "recipe_sha256"
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -89,7 +92,7 @@ class RunFolder:
                 for folder in ("checkpoints", "rollouts"):
                     (path / folder).mkdir(exist_ok=True)
                 known = {key: value for key, value in provenance.items() if value is not None}
-                write_text(path / CONFIG, tomli_w.dumps({**recipe_values, "provenance": known}))
+                _write_config(path, recipe_values, known)
                 fsync(path.parent)
                 return cls(path, lock, _read_config(path))
             except BaseException:
@@ -121,11 +124,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Take back a run that ``create`` has just begun: delete all that is in the folder, and the folder."""
-        for entry in self.path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+        clear_folder(self.path)
         with suppress(OSError):  # a link or a mount point that the user made stays, empty
             self.path.rmdir()
 
@@ -144,6 +143,23 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    def change_recipe(self, recipe_values: Mapping[str, Any], step: int, changes: Sequence[str]) -> None:
+        """Replace the recipe in config.toml, all at once, and append to ``provenance.changes`` what changed.
+
+        Args:
+            recipe_values: The resolved recipe as TOML can hold it.
+            step: The last step done with the earlier settings.
+            changes: Each as ``key: old -> new``.
+
+        Raises:
+            UserError: the disk is full or refuses; config.toml is then as it was.
+        """
+        history = [*self.provenance.get("changes", []), {"after_step": step, "settings": list(changes)}]
+        _write_config(self.path, recipe_values, {**self.provenance, "changes": history})
+        config = _read_config(self.path)
+        self.provenance = config.pop("provenance")
+        self.recipe = config
 
     # -- metrics -----------------------------------------------------------------------------------------------------
 
@@ -292,6 +308,15 @@ def refuse_occupied(path: Path) -> None:
         )
 
 
+def clear_folder(path: Path) -> None:
+    """Delete all that is in a folder."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
 def lock_folder(path: Path, activity: str) -> int:
     """A descriptor that holds the exclusive lock of the folder until it is closed, or this process is gone.
 
@@ -321,17 +346,34 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {name: value for name, value in _read_config(path).items() if name != "provenance"}
 
 
+def _write_config(path: Path, recipe_values: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    signed = {**provenance, _DIGEST: _digest(recipe_values)}
+    write_text(path / CONFIG, tomli_w.dumps({**recipe_values, "provenance": signed}))
+
+
+def _digest(recipe_values: Mapping[str, Any]) -> str:
+    """Tells whether somebody edited config.toml: past steps would no longer be those of its settings."""
+    return hashlib.sha256(json.dumps(recipe_values, sort_keys=True).encode()).hexdigest()
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder; --resume takes the folder that --out named")
     try:
-        return tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path}: not a run folder, it has no {CONFIG}; --resume takes the folder that --out named"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path / CONFIG}: cannot be read ({error}); restore it, or start a new run") from error
+    provenance = config.get("provenance", {})
+    if provenance.get(_DIGEST) != _digest({name: value for name, value in config.items() if name != "provenance"}):
+        raise UserError(
+            f"{path / CONFIG}: was edited after the run began; undo the edit. A resumed run may change only "
+            f"{', '.join(CHANGEABLE)}, each given on the command line: forkrl train --resume {path} training.steps=60"
+        )
+    return config
 
 
 def _null_if_not_finite(value: Any) -> Any:

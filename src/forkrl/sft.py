@@ -42,9 +42,11 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     Raises:
         UserError: ``out`` holds something else, or checkpoints of another recipe.
         TrainingHalted: the loss is not finite.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
     checkpoints = out / ".checkpoints"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
     if out.exists() and not checkpoints.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: the folder is not empty; name a new one")
     policy = build_base_policy(config)

@@ -54,6 +54,59 @@ def test_a_run_is_evaluated_as_it_was_while_it_trained(world: World, run: Run) -
     assert "prompts.jsonl     7 of 8" in figures["stdout"]
 
 
+@pytest.fixture(scope="module")
+def stepped(world: World) -> Run:
+    """Keeps every checkpoint, and holds fewer rows out than the data set has."""
+    return world.trained("stepped", "training.steps=3", "checkpoint.every=1", "checkpoint.keep=9", "eval.problems=7")
+
+
+def evaluated_inside(world: World, model: str, folder: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """The figures, the questions and the settings of an evaluation that writes into its run."""
+    outcome = world.run("eval", model, without_report=True)
+    assert outcome.code == 0, outcome.stderr
+    path = world.folder / "stepped/analysis" / folder
+    (figures,) = json.loads((path / "results.json").read_text())["benchmarks"]
+    (questions,) = (path / "questions").iterdir()
+    return figures, questions.read_text(), json.loads((path / "settings.json").read_text())
+
+
+def test_a_run_at_a_step_is_evaluated_as_the_run_is(world: World, stepped: Run) -> None:
+    _, questions, settings = evaluated_inside(world, "stepped", "eval")
+    for at in ("step-1", "base"):
+        figures, questions_there, settings_there = evaluated_inside(world, f"stepped@{at}", f"eval-{at}")
+        assert figures["questions"] == 7
+        assert questions_there == questions
+        assert {key for key in settings if settings[key] != settings_there[key]} == {"model", "checkpoint", "weights"}
+        assert settings_there["checkpoint"] == at
+    # The run itself measured its first model, at step 0.
+    assert figures["accuracy"]["mean"] == pytest.approx(stepped.metrics[0]["eval/accuracy"])
+    # A path inside the run is the same question as RUN@step-N: in the same folder nothing is left to sample.
+    by_path = evaluated_inside(world, "stepped/checkpoints/step-1", "eval-step-1")
+    assert by_path[1:] == (questions, settings | {key: by_path[2][key] for key in ("model", "checkpoint", "weights")})
+    assert by_path[2]["model"] == "stepped@step-1"
+    assert not (world.folder / "evals").exists()
+
+
+def test_a_step_that_was_not_kept_is_an_error_that_lists_those_there_are(world: World, stepped: Run) -> None:
+    for model in ("stepped@step-8", "stepped/checkpoints/step-8"):
+        for command in ("eval", "analyze", "branch", "decode-temps"):
+            outcome = world.run(command, model)
+            assert outcome.code == 2, outcome
+            assert outcome.line == (
+                "forkrl: stepped/checkpoints: no checkpoint of step 8; available: step-1, step-2, step-3"
+            )
+    assert "'nowhere@step-8': no such folder" in refused(world, "nowhere@step-8")
+
+
+def test_commands_that_compare_models_take_a_run_at_a_step(world: World, stepped: Run) -> None:
+    outcome = world.run("drift", "stepped@base", "stepped/checkpoints/step-2", "stepped", "--bins", "2")
+    assert outcome.code == 0, outcome.stderr
+    stored = json.loads((world.folder / "stepped/analysis/drift/settings.json").read_text())
+    assert [path for _, path, _ in stored["checkpoints"]] == [
+        "model", "stepped/checkpoints/step-2", "stepped/checkpoints/step-3"
+    ]  # fmt: skip
+
+
 def test_a_file_is_evaluated_whole(world: World) -> None:
     write_prompts(world.folder / "aime.jsonl", [{"prompt": f"{n}=", "answer": "13579"} for n in range(30)])
     figures = evaluated(world, "model", *DATASET, *SHORT, "task.data=aime.jsonl", "--samples", "1")

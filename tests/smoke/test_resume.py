@@ -19,7 +19,7 @@ from tests.smoke.world import Run, World, write_prompts
 
 # Six steps of two gradient steps; evaluations at 0, 3 and 6, checkpoints at 2, 4 and 6. There are 16 prompts and a step
 # takes 4 to 12 of them, so that the run goes through more than one epoch.
-STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def uninterrupted_pair(world: World) -> Run:
     ("point", "count", "signum"),
     [
         ("token", 9, signal.SIGKILL), ("gradient", 20, signal.SIGKILL), ("optimizer", 7, signal.SIGKILL),
-        ("token", 21, signal.SIGTERM), ("gradient", 9, signal.SIGINT),
+        ("token", 21, signal.SIGTERM), ("gradient", 9, signal.SIGINT), ("token", 25, signal.SIGHUP),
     ],
 )  # fmt: skip
 def test_interrupted_in_two_processes(
@@ -125,7 +125,7 @@ STOPS = [
     ("optimizer", 12, signal.SIGINT), ("eval", 1, signal.SIGTERM), ("eval", 2, signal.SIGTERM),
     ("eval", 3, signal.SIGINT), ("log", 1, signal.SIGTERM), ("log", 5, signal.SIGTERM), ("sample", 3, signal.SIGINT),
     ("save", 1, signal.SIGTERM), ("save", 3, signal.SIGTERM), ("rename", 4, signal.SIGTERM),
-    ("sync", 20, signal.SIGINT),
+    ("sync", 20, signal.SIGINT), ("token", 29, signal.SIGHUP), ("optimizer", 6, signal.SIGHUP),
 ]  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from forkrl.base_model_card import measure_base_model
 from forkrl.cli import main
 from forkrl.config import ModelConfig, SftConfig
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.model import model_location, open_policy
+from forkrl.locations import model_location
+from forkrl.model import open_policy
 from forkrl.recipe import load_recipe, recipe_toml
 from forkrl.replicas import Replicas
 from forkrl.tasks.countdown import countdown_task

@@ -111,9 +111,25 @@ def test_a_prompt_over_the_limit_is_named(tmp_path: Path) -> None:
 
 
 def test_other_prompts_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path / "run", {}, {"run_id": "a", "data_fingerprint": "of others"}).close()
+    provenance = {"run_id": "a", "data_fingerprint": "of others"}
+    RunFolder.create(tmp_path / "run", recipe_toml(recipe()), provenance).close()
     with pytest.raises(UserError, match="are not those the run began with"):
         launch.train_on_cluster(recipe(), tmp_path / "run", resume=tmp_path / "run")
+
+
+def test_other_settings_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", recipe_toml(recipe()), {"run_id": "a"}).close()
+    longer = recipe(training={"steps": 4, "mini_batch_prompts": 2, "micro_batch_tokens": 1024})
+    with pytest.raises(UserError, match=r"training.steps: 2 -> 4; .* \(a run by verl keeps all its settings\)"):
+        launch.train_on_cluster(longer, tmp_path / "run", resume=tmp_path / "run")
+
+
+def test_lengths_beyond_the_models_positions_leave_no_folder(tmp_path: Path) -> None:
+    sizes = {"prompts_per_step": 4, "group_size": 2, "max_prompt_tokens": 16, "max_response_tokens": 600}
+    longer = recipe(rollout=sizes)
+    with pytest.raises(UserError, match="rollout.max_response_tokens = 600 after a prompt of .* the 512 positions"):
+        launch.train_on_cluster(longer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

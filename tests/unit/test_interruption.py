@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from forkrl.interruption import Interrupted, Interruption, signals_put_off
+from forkrl.interruption import STOP_SIGNALS, Interrupted, Interruption, signals_put_off
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = list(STOP_SIGNALS)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -59,3 +59,21 @@ def test_where_python_handles_no_signals_nothing_is_done() -> None:
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_lost_terminal_stops_a_run_as_sigterm_does() -> None:
+    with Interruption() as interruption, pytest.raises(Interrupted, match="stopped by SIGHUP") as stop:  # noqa: PT012
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.signalled
+        interruption.check()
+    assert stop.value.exit_code == 129
+
+
+def test_under_nohup_a_run_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interruption.signalled
+    finally:
+        signal.signal(signal.SIGHUP, before)

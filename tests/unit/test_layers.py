@@ -22,6 +22,7 @@ SHARED = {
     "plan_arguments": {"arguments"},
     "gym_entries": {"rewards", "gym_questions"},
     "even_shares": {"planning"},
+    "locations": {"planning"},
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -111,6 +113,64 @@ def test_time_left_counts_only_the_steps_of_this_process() -> None:
         assert display.seconds_left() is None
 
 
+def test_time_left_is_the_median_of_recent_steps() -> None:
+    """Neither a slow start, nor an evaluation before the first step, nor a rare one later shifts it."""
+    now = [0.0]
+    display = TrainingDisplay(100, stream=io.StringIO(), clock=lambda: now[0])
+    with display:
+        now[0] += 1000.0
+        display.update({"step": 0, **EVAL})
+        for step, seconds in enumerate((60.0, 2.0, 2.0, 2.0, 2.0), start=1):
+            now[0] += seconds
+            display.update({"step": step})
+        now[0] += 500.0
+        display.update({"step": 5, **EVAL})
+        assert display.seconds_left() == pytest.approx(2.0 * 95)
+        for step in range(6, 16):
+            now[0] += 4.0
+            display.update({"step": step})
+        assert display.seconds_left() == pytest.approx(4.0 * 85)
+
+
+def test_a_terminal_shows_how_many_responses_of_a_phase_are_finished() -> None:
+    stream, finished = Terminal(), [0]
+    with TrainingDisplay(10, stream=stream) as display:
+        display.phase("rollout", 512, lambda: finished[0])
+        for finished[0] in (17, 490):
+            display.update(STEP)
+    assert "rollout 17/512" in stream.getvalue()
+    assert "rollout 490/512" in stream.getvalue()
+
+
+def test_a_log_tells_of_a_long_phase_only() -> None:
+    stream = io.StringIO()
+    with TrainingDisplay(10, start_step=4, stream=stream, phase_every_s=0.02) as display:
+        display.phase("update")
+        time.sleep(0.1)
+        assert not stream.getvalue()
+        display.phase("rollout", 512, lambda: 33)
+        while not stream.getvalue():
+            time.sleep(0.01)
+    assert set(stream.getvalue().splitlines()) == {"step 5/10  rollout 33/512"}
+
+
+def test_a_closed_terminal_does_not_end_a_step_before_it_is_saved() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with TrainingDisplay(10, stream=Closed()) as display:
+        display.message("nobody reads this")
+        display.update(STEP)
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with TrainingDisplay(10, stream=Full()) as display, pytest.raises(OSError, match="No space left"):
+        display.message("somebody wants to read this")
+
+
 @pytest.mark.parametrize("stream_type", [io.StringIO, Terminal])
 def test_hostile_text_reaches_no_terminal_as_a_command(stream_type: type[io.StringIO]) -> None:
     stream = stream_type()
@@ -180,6 +240,19 @@ def test_short_work_prints_nothing_and_unknown_totals_are_counted() -> None:
     assert stream.getvalue() == ""
     list(progress(iter("ab"), "reading", stream=stream, clock=ticking(6.0)))
     assert stream.getvalue().splitlines() == ["reading  1", "reading  2"]
+
+
+def test_progress_counts_what_is_finished_inside_a_batch() -> None:
+    stream = Terminal()
+
+    def batches() -> Iterator[int]:
+        deadline = time.monotonic() + 30
+        while "7/9" not in stream.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield from range(9)
+
+    assert len(list(progress(batches(), "working", total=9, finished=lambda: 7, stream=stream))) == 9
 
 
 def test_progress_on_a_terminal_draws_a_bar() -> None:

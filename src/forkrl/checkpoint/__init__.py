@@ -44,6 +44,7 @@ from forkrl.errors import UserError
 __all__ = [
     "adopt_weights",
     "all_checkpoints",
+    "checkpoint_of_step",
     "latest_checkpoint",
     "load_checkpoint",
     "save_checkpoint",
@@ -166,11 +167,30 @@ def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
     Raises:
         UserError: a file of one is missing or damaged.
     """
-    # A kill between two renames leaves a checkpoint under the name of what it was about to replace.
-    folders = dict(sorted((step_folders(checkpoints, REPLACED) | step_folders(checkpoints)).items()))
+    folders = _by_step(checkpoints)
     for folder in folders.values():
         verify_checkpoint(folder)
     return folders
+
+
+def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
+    """The checkpoint of one step.
+
+    Raises:
+        UserError: there is none, with the steps that have one; or a file of it is missing or damaged.
+    """
+    folders = _by_step(checkpoints)
+    if step not in folders:
+        available = ", ".join(f"step-{number}" for number in folders)
+        raise UserError(f"{checkpoints}: no checkpoint of step {step}; available: {available or 'none'}")
+    verify_checkpoint(folders[step])
+    return folders[step]
+
+
+def _by_step(checkpoints: Path) -> dict[int, Path]:
+    """Checkpoint folders by step, oldest first."""
+    # A kill between two renames leaves a checkpoint under the name of what it was about to replace.
+    return dict(sorted((step_folders(checkpoints, REPLACED) | step_folders(checkpoints)).items()))
 
 
 def load_checkpoint(

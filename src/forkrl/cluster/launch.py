@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import forkrl
 from forkrl.atomic import explained_write_errors
@@ -36,10 +36,12 @@ from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.model import first_line, model_location, prompt_token_ids, stop_token_ids
+from forkrl.locations import model_location
+from forkrl.model import first_line, prompt_token_ids, require_positions, stop_token_ids
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.provenance import commit, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
+from forkrl.resuming import accepted_changes
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.run_folder import RunFolder, refuse_occupied
@@ -86,7 +88,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     Raises:
         UserError: anything the user can mend, before verl is started wherever that can be told.
         TrainingHalted: verl ended before its last step; the line says why, and where its log is.
-        Interrupted: Ctrl-C or SIGTERM; its ``outcome`` says what verl has saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; its ``outcome`` says what verl has saved.
     """
     require_verl()
     require_sinks(config.log.sinks)
@@ -94,8 +96,11 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     path = resume or out
     if resume is None:
         refuse_occupied(out)  # before all prompts are read
-    elif _is_finished(config, resume):
-        return
+    else:
+        accepted_changes(resume, config, ())
+        if _is_finished(config, resume):
+            print(f"{resume} is finished (step {config.training.steps}); a run by verl cannot be extended")
+            return
     prepared = prepare(config)
     command = _checked_command(config, _paths(path.resolve(), prepared.model), prepared)
     with ExitStack() as stack:
@@ -199,13 +204,18 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(f"model.path = {config.model.path!r} has no usable tokenizer: {first_line(error)}") from error
     task = open_task(config.task, tokenizer)
     held_out = task.held_out[: config.eval.problems]
-    for prompt in (*task.train, *held_out):
-        prompt_token_ids(
-            tokenizer,
-            prompt,
-            most=config.rollout.max_prompt_tokens,
-            add_special_tokens=not config.task.chat_template,
+    lengths = [
+        len(
+            prompt_token_ids(
+                tokenizer,
+                prompt,
+                most=config.rollout.max_prompt_tokens,
+                add_special_tokens=not config.task.chat_template,
+            )
         )
+        for prompt in (*task.train, *held_out)
+    ]
+    require_positions(AutoConfig.from_pretrained(model), max(lengths), config.rollout.max_response_tokens)
     counts: dict[str, int] = {}
     for prompt in task.train:
         counts[prompt.source] = counts.get(prompt.source, 0) + 1

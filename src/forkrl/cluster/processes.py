@@ -33,8 +33,8 @@ def run_and_watch(
 ) -> int:
     """Run verl to its end and tell of every line it adds to the metrics.
 
-    The first Ctrl-C or SIGTERM asks it to end after the step under way and to save; a second one ends it at once, and
-    so does the first as long as no step has begun, when there is nothing to save.
+    The first Ctrl-C, SIGTERM or SIGHUP asks it to end after the step under way and to save; a second one ends it at
+    once, and so does the first as long as no step has begun, when there is nothing to save.
 
     Args:
         command: verl's.

@@ -16,8 +16,9 @@ from forkrl.analysis.patterns import PAPER_TEMPERATURE
 from forkrl.analysis.token_table import tokens_of_prompts
 from forkrl.atomic import write_json, write_text
 from forkrl.commands.collect_tokens import collect_tokens, make_request
+from forkrl.commands.reference import parse_reference
 from forkrl.commands.token_parts import read_responses
-from forkrl.commands.work_folder import command_line, default_folder, stored_question, work_provenance
+from forkrl.commands.work_folder import command_line, stored_question, work_provenance
 from forkrl.errors import UserError
 from forkrl.intervals import ClusterSums, Estimate
 from forkrl.progress import printable
@@ -89,7 +90,7 @@ def analyze_model(
         temperature=temperature,
         activity="an analysis",
     )
-    folder = out or default_folder(model, "analyze")
+    folder = out or parse_reference(model).default_folder("analyze")
     notes = collect_tokens(folder, request, {"schema": SCHEMA})
     return summarise(folder, threshold, min_count, notes)
 

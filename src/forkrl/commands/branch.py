@@ -25,8 +25,9 @@ from forkrl.commands.branch_parts import (
     read_parts,
     write_part,
 )
+from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Session, Subject, open_session, open_subject
-from forkrl.commands.work_folder import default_folder, open_work_folder, stored_question, weights_fingerprint
+from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling
 from forkrl.intervals import ClusterSums
@@ -101,7 +102,7 @@ def branch_model(
     at = subject.config.eval.temperature if temperature is None else temperature
     design = Design(responses, forks, random, low, alternatives, continuations, at)
     _check(design, problems)
-    folder = out or default_folder(model, "branch")
+    folder = out or parse_reference(model).default_folder("branch")
     with open_session(subject, problems) as session:
         if session.verifier is None:
             raise UserError(f"{session.task.name}: its rows have no answers, so no branch can be judged")

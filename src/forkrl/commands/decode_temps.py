@@ -22,9 +22,10 @@ from forkrl.analysis.temperatures import (
     temperature_table,
 )
 from forkrl.atomic import write_json, write_text
+from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Session, Subject, graphs_fact, open_session, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
-from forkrl.commands.work_folder import default_folder, open_work_folder, weights_fingerprint
+from forkrl.commands.work_folder import open_work_folder, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score
 from forkrl.progress import progress
@@ -98,7 +99,7 @@ def decode_temps(
             raise UserError(f"{session.task.name}: its rows have no answers, so accuracy cannot be measured")
         num_samples = subject.config.eval.samples if samples is None else samples
         question = _question(subject, session, settings, num_samples, threshold)
-        with open_work_folder(out or default_folder(model, "decode-temps"), question) as folder:
+        with open_work_folder(out or parse_reference(model).default_folder("decode-temps"), question) as folder:
             responses = SweepResponses(folder / "responses", settings)
             _sample_missing(responses, session, num_samples, threshold)
             return _summarise(folder, responses, session, question)
@@ -168,7 +169,7 @@ def _question(
     return {
         "schema": SCHEMA,
         "model": subject.name,
-        "checkpoint": Path(config.model.path).name if subject.run else "",
+        "checkpoint": subject.checkpoint,
         "model.revision": config.model.revision,
         "model.precision": config.model.precision,
         "weights": weights_fingerprint(config.model.path),

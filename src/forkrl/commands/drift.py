@@ -25,11 +25,11 @@ from forkrl.analysis.token_table import part_paths, reading_parquet, token_batch
 from forkrl.atomic import write_json, write_text
 from forkrl.checkpoint import all_checkpoints
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request
-from forkrl.commands.subject import newest_checkpoint
+from forkrl.commands.reference import parse_reference
+from forkrl.commands.subject import locate_weights
 from forkrl.commands.token_parts import read_responses, writing_parquet
 from forkrl.commands.work_folder import (
     command_line,
-    default_folder,
     open_work_folder,
     stored_question,
     weights_fingerprint,
@@ -37,7 +37,8 @@ from forkrl.commands.work_folder import (
 )
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import UserError
-from forkrl.model import first_line, model_location, open_policy
+from forkrl.locations import model_location
+from forkrl.model import first_line, open_policy
 from forkrl.progress import progress
 from forkrl.recipe import parse_recipe
 from forkrl.replicas import open_replicas
@@ -122,7 +123,7 @@ def measure_drift(
         temperature=temperature,
         activity="a drift",
     )
-    folder = out or default_folder(final, "drift")
+    folder = out or parse_reference(final).default_folder("drift")
     named = [[point.name, point.path, weights_fingerprint(point.path)] for point in series]
     notes = collect_tokens(folder, request, {"schema": SCHEMA, "checkpoints": named})
     with open_work_folder(folder, stored_question(folder)):
@@ -178,37 +179,45 @@ def _provenance(folder: Path) -> list[tuple[str, str]]:
 
 
 def _series(models: Sequence[str]) -> list[Checkpoint]:
-    """The models to compare, in the order of training; a run among several stands for its newest checkpoint."""
+    """The models to compare, in the order of training; a run among several is its newest checkpoint."""
     if not models:
         raise UserError("name a run, or two models at least, the first to the last of training")
     if len(models) == 1:
-        return _series_of_run(Path(models[0]))
+        return _series_of_run(models[0])
     short = Counter(Path(model).name for model in models)
-    series = [
-        Checkpoint(
-            name=Path(model).name if short[Path(model).name] == 1 else model,
-            path=newest_checkpoint(Path(model)) if (Path(model) / "config.toml").is_file() else model,
-        )
-        for model in models
-    ]
+    series = [_checkpoint(model, Path(model).name if short[Path(model).name] == 1 else model) for model in models]
     places = Counter(Path(point.path).resolve() for point in series)
     if repeated := [point.path for point in series if places[Path(point.path).resolve()] > 1]:
         raise UserError(f"{repeated[-1]}: is named twice; every model of a series is another one")
     return series
 
 
-def _series_of_run(folder: Path) -> list[Checkpoint]:
+def _checkpoint(model: str, name: str) -> Checkpoint:
+    reference = parse_reference(model)
+    if reference.run is None:
+        return Checkpoint(name, model)
+    weights = locate_weights(reference, _model_settings(reference.run))
+    return Checkpoint(name, weights.path, weights.revision)
+
+
+def _series_of_run(model: str) -> list[Checkpoint]:
     """The model that the run started from, and all its checkpoints."""
-    if not (folder / "config.toml").is_file():
+    reference = parse_reference(model)
+    if reference.run is None or reference.at:
         raise UserError(
-            f"{folder}: is no run folder; name a run, or two models at least, the first to the last of training"
+            f"{model}: is no run folder; name a run, or two models at least, the first to the last of training"
         )
-    config = parse_recipe(TrainConfig, read_recipe(folder), str(folder / "config.toml")).model
+    folder = reference.run
     steps = [Checkpoint(f"step {step}", str(path)) for step, path in all_checkpoints(folder / "checkpoints").items()]
     if not steps:
         raise UserError(f"{folder}: this run has no checkpoint yet")
-    start = [] if steps[0].name == "step 0" else [Checkpoint("step 0", config.path, config.revision)]
+    trained = _model_settings(folder)
+    start = [] if steps[0].name == "step 0" else [Checkpoint("step 0", trained.path, trained.revision)]
     return [*start, *steps]
+
+
+def _model_settings(run: Path) -> ModelConfig:
+    return parse_recipe(TrainConfig, read_recipe(run), str(run / "config.toml")).model
 
 
 def _require_one_vocabulary(series: Sequence[Checkpoint]) -> None:

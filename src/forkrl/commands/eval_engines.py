@@ -13,7 +13,7 @@ from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.samplers import EmbeddedSampler, Sampler, SampleRequest
-from forkrl.model import model_location
+from forkrl.locations import model_location
 from forkrl.replicas import Replicas
 from forkrl.rollout import open_engine
 from forkrl.types import Prompt
@@ -71,6 +71,10 @@ class EvalEngine(Protocol):
         """What samples a benchmark; ``grid`` is all of its responses, in order."""
         ...
 
+    def finished(self) -> int:
+        """How many responses it has sampled, handed out or not; 0 where it hands out each at once."""
+        ...
+
 
 class _Embedded:
     name = "embedded"
@@ -94,6 +98,9 @@ class _Embedded:
     def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
         return EmbeddedSampler(self._engine, grid)
 
+    def finished(self) -> int:
+        return self._engine.replicas.sequences_finished
+
 
 class _Whole:
     """An engine that needs no grid: every response has random numbers of its own."""
@@ -110,6 +117,9 @@ class _Whole:
 
     def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
         return self._sampler
+
+    def finished(self) -> int:
+        return 0
 
 
 @contextmanager
@@ -152,7 +162,7 @@ def identity(subject: Subject, choice: EngineChoice) -> dict[str, Any]:
     return {
         "model": subject.name,
         "engine": choice.name,
-        "checkpoint": model.path.rpartition("/")[2] if subject.run else "",
+        "checkpoint": subject.checkpoint,
         "model.revision": model.revision,
         "weights": weights_fingerprint(model.path) if here else "",
     }

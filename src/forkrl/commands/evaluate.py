@@ -15,8 +15,9 @@ from forkrl.atomic import write_json
 from forkrl.commands.eval_benchmarks import AskedBenchmark, all_verifiers, ask_benchmarks, ask_task, prompt_renderer
 from forkrl.commands.eval_engines import EngineChoice, EvalEngine, PromptFormat, identity, open_eval_engine
 from forkrl.commands.judging import Judging
+from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Subject, open_subject
-from forkrl.commands.work_folder import command_line, default_folder, open_work_folder
+from forkrl.commands.work_folder import command_line, open_work_folder
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.benchmarks import runs_programs
@@ -151,7 +152,7 @@ def _limit(subject: Subject, options: EvalOptions) -> int | None:
 
 
 def _default_folder(model: str, options: EvalOptions) -> Path:
-    folder = default_folder(model, "benchmarks" if options.bench else "eval")
+    folder = parse_reference(model).default_folder("benchmarks" if options.bench else "eval")
     return folder if folder.parent.name == "analysis" else Path("evals") / folder.name.removesuffix("-benchmarks")
 
 
@@ -238,8 +239,10 @@ def _sample_and_judge(
     with Judging(pool, files) as judging:
         for request, text in files.unjudged():
             judging.add(request, text)
-        responses = engine.sampler(files.grid).sample(missing, sampling)
-        for sampled in progress(responses, f"{title}: responses", total=len(missing)):
+        responses, before = engine.sampler(files.grid).sample(missing, sampling), engine.finished()
+        for sampled in progress(
+            responses, f"{title}: responses", total=len(missing), finished=lambda: engine.finished() - before
+        ):
             files.add_response(sampled)
             judging.add(sampled.request, sampled.text)
             tokens += sampled.tokens

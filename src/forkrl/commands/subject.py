@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from forkrl.checkpoint import latest_checkpoint
+from forkrl.checkpoint import checkpoint_of_step, latest_checkpoint
+from forkrl.commands.reference import BASE, ModelReference, parse_reference
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import Policy, open_policy
@@ -50,13 +51,15 @@ _OPTIONS = {
 class Subject(NamedTuple):
     """A model as the user named it, with the settings to look at it under.
 
-    ``whole``: on all prompts of the data, nothing split off; ``limit``: at most so many of them; ``bounded``: somebody
-    chose ``rollout.max_response_tokens``; ``given``: the settings that were given as overrides.
+    ``checkpoint``: of the run, "step-N" or "base"; ``whole``: on all prompts of the data, nothing split off; ``limit``:
+    at most so many of them; ``bounded``: somebody chose ``rollout.max_response_tokens``; ``given``: the settings that
+    were given as overrides.
     """
 
     name: str
     config: TrainConfig
     run: Path | None
+    checkpoint: str
     whole: bool
     limit: int | None
     bounded: bool
@@ -98,12 +101,12 @@ def open_subject(
 ) -> Subject:
     """Settings for looking at ``model``; nothing is loaded yet.
 
-    Which prompts: a *run folder* stands for its newest checkpoint, its own recipe and its own held-out split. Any
+    Which prompts: a *run*, at whichever step, brings its own recipe and its own held-out split. Any
     *model* with ``task.name=dataset``, or a run with overrides that name other data, takes the whole of
     ``task.held_out_data``, or where that is empty the whole of ``task.data``. Countdown has one held-out set.
 
     Args:
-        model: a model folder or hub id, or a run folder.
+        model: a model folder or hub id; or a run (its newest checkpoint), RUN@step-N or RUN@base.
         recipe: where task, rollout and reward settings come from otherwise.
         overrides: ``section.key=value``.
         arguments: options of the command line that stand for a setting: problems, samples, temperature, max_tokens;
@@ -116,7 +119,8 @@ def open_subject(
         UserError: the run, the recipe or a setting cannot be used, or an override has no effect.
     """
     chosen = _chosen(arguments)
-    run = Path(model) if (Path(model) / "config.toml").is_file() else None
+    reference = parse_reference(model)
+    run = reference.run
     if run is not None and recipe is not None:
         raise UserError(f"--recipe {recipe}: {run} is a run and keeps its own recipe; change single settings of it")
     stored = None if run is None else parse_recipe(TrainConfig, read_recipe(run), str(run / "config.toml"))
@@ -133,10 +137,17 @@ def open_subject(
         ):
             raise UserError(f"{override}: {reason}")
     whole_file = whole and config.task.name == "dataset"
+    if stored is not None:
+        located = locate_weights(reference, stored.model)
+    else:
+        keep = "model.revision" in given or model == config.model.path  # else the recipe's is one of another model
+        located = Weights(model, config.model.revision if keep else None, "")
+    placed = config.model.model_copy(update={"path": located.path, "revision": located.revision})
     return Subject(
-        name=model,
-        config=config.model_copy(update={"model": _located(config.model, model, run, given)}),
+        name=reference.name,
+        config=config.model_copy(update={"model": placed}),
         run=run,
+        checkpoint=located.checkpoint,
         whole=whole,
         limit=None if whole_file and "eval.problems" not in given else config.eval.problems,
         bounded=run is not None or recipe is not None or "rollout.max_response_tokens" in given.keys() | chosen.keys(),
@@ -144,14 +155,33 @@ def open_subject(
     )
 
 
-def _located(settings: ModelConfig, model: str, run: Path | None, given: Collection[str]) -> ModelConfig:
-    """The settings of a model, with the place of the weights that ``model`` stands for."""
-    path, revision = model, settings.revision
-    if run is not None:
-        path, revision = newest_checkpoint(run), None
-    elif "model.revision" not in given and model != settings.path:
-        revision = None  # the recipe's is one of another model
-    return settings.model_copy(update={"path": path, "revision": revision})
+class Weights(NamedTuple):
+    """Where weights are. ``checkpoint``: which of a run's they are, "step-N" or "base"; empty without a run."""
+
+    path: str
+    revision: str | None
+    checkpoint: str
+
+
+def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
+    """The weights that a reference to a run stands for; ``trained``: the model settings of that run.
+
+    Raises:
+        UserError: the run has no such checkpoint, or none at all; the message lists those it has.
+    """
+    assert reference.run is not None
+    if reference.at == BASE:
+        return Weights(trained.path, trained.revision, BASE)
+    checkpoints = reference.run / "checkpoints"
+    if reference.at:
+        path: Path | None = checkpoint_of_step(checkpoints, int(reference.at.removeprefix("step-")))
+    else:
+        path = latest_checkpoint(checkpoints)
+    if path is None:
+        raise UserError(
+            f"{reference.run}: this run has no checkpoint yet; {reference.run}@{BASE} is its starting model"
+        )
+    return Weights(str(path), None, path.name)
 
 
 def open_task_of(subject: Subject, policy: Policy) -> Task:
@@ -193,18 +223,6 @@ def open_session(subject: Subject, problems: int | None = None) -> Iterator[Sess
         yield Session(config, replicas, engine, task, prompts, verifier)
 
 
-def newest_checkpoint(folder: Path) -> str:
-    """The path of a run's newest checkpoint.
-
-    Raises:
-        UserError: there is none yet.
-    """
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        raise UserError(f"{folder}: this run has no checkpoint yet")
-    return str(checkpoint)
-
-
 def graphs_fact(config: TrainConfig) -> dict[str, bool]:
     """For a command's question, which names the setting only where it is on: it is younger than the questions are."""
     return {"rollout.cuda_graphs": True} if config.rollout.cuda_graphs else {}
@@ -215,10 +233,12 @@ def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[P
     positions leave, where nobody chose one.
 
     Raises:
-        UserError: a prompt is empty or too long.
+        UserError: a prompt is empty or too long, or leaves too few positions for a response.
     """
-    engine.check_prompts(prompts)
-    return subject.config if subject.bounded else _bounded_by_positions(subject.config, engine, prompts)
+    if not subject.bounded:
+        return _bounded_by_positions(subject.config, engine, prompts)
+    engine.check_prompts(prompts, subject.config.rollout.max_response_tokens)
+    return subject.config
 
 
 def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:

@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 import forkrl
 from forkrl.atomic import explained_write_errors, temporary_beside, write_json
 from forkrl.errors import UserError
-from forkrl.model import model_location
+from forkrl.locations import model_location
 from forkrl.progress import progress
-from forkrl.run_folder import LOCK, lock_folder
+from forkrl.run_folder import LOCK, clear_folder, lock_folder
 
 SETTINGS = "settings.json"
 # Weights, architecture, and every file that a tokenizer may be made of.
@@ -35,19 +32,12 @@ _MODEL_FILES = (
 )  # fmt: skip
 
 
-def default_folder(model: str, command: str) -> Path:
-    """Where a command puts its work on a run (inside it) or on a model, unless ``--out`` says otherwise."""
-    if (Path(model) / "config.toml").is_file():
-        return Path(model) / "analysis" / command
-    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").removeprefix("embedded:").split("/")[-1]).strip("-.") or "model"
-    return Path("analyses") / f"{name}-{command}"
-
-
 @contextmanager
 def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
     """Start the work that answers ``question`` in a new or empty folder, or go on with it; locked while open.
 
-    After Ctrl-C a line says that the same command goes on.
+    After Ctrl-C a line says that the same command goes on. A folder in which an error left no work is removed again, so
+    that the corrected command can use it.
 
     Args:
         path: the folder.
@@ -57,21 +47,36 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
         UserError: the folder holds something else, the answer to another question, or is in use.
     """
     with explained_write_errors(path):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file; name another folder with --out")
-        path.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
         _require_question(path, dict(question))
+        path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path, "at work")
         try:
             _require_question(path, dict(question))  # again: someone may have been faster
             if not (path / SETTINGS).exists():
                 write_json(path / SETTINGS, question)
-            yield path
+            with _removed_if_rejected(path, whole=not existed):
+                yield path
         except KeyboardInterrupt:
             print(f"forkrl: what was finished is kept in {path}; the same command goes on from there", file=sys.stderr)
             raise
         finally:
             os.close(lock)
+
+
+@contextmanager
+def _removed_if_rejected(path: Path, *, whole: bool) -> Iterator[None]:
+    """After an error, empty a folder in which nothing was finished; ``whole``: remove it."""
+    try:
+        yield
+    except UserError:
+        files = [file for file in path.rglob("*") if file.is_file() and file.name not in (SETTINGS, LOCK)]
+        # The questions of an evaluation are written before the first response, and its other files begin empty.
+        if not any(file.stat().st_size and file.parent.name != "questions" for file in files):
+            clear_folder(path)
+            if whole:
+                path.rmdir()
+        raise
 
 
 def weights_fingerprint(path: str) -> str:
@@ -94,8 +99,8 @@ def work_provenance(folder: Path) -> list[tuple[str, str]]:
     """What the numbers in a work folder come from, for its report: the question and the versions at work."""
     question = stored_question(folder)
     rows = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in question.items()]
-    versions = {"forkrl": forkrl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return [*rows, *((f"version of {name}", version) for name, version in versions.items())]
+    versions = {"forkrl": forkrl.__version__, **{name: version(name) for name in ("torch", "transformers")}}
+    return [*rows, *((f"version of {name}", number) for name, number in versions.items())]
 
 
 def command_line() -> str:
@@ -120,14 +125,27 @@ def stored_question(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def require_usable(path: Path) -> None:
+    """Reject a folder that holds anything but a command's work.
+
+    Raises:
+        UserError: naming what is there.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; name another folder with --out")
+    if not path.exists() or stored_question(path):
+        return
+    ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
+    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
+        raise UserError(
+            f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
+        )
+
+
 def _require_question(path: Path, question: dict[str, Any]) -> None:
+    require_usable(path)
     stored = stored_question(path)
     if not stored:
-        ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
-        if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
-            raise UserError(
-                f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
-            )
         return
     asked = json.loads(json.dumps(question))
     if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):

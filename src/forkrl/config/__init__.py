@@ -9,10 +9,11 @@ from forkrl.config.responses import DynamicSamplingConfig, RewardConfig, Rollout
 from forkrl.config.runtime import ClusterConfig, RuntimeConfig
 from forkrl.config.sft import ArchitectureConfig, SearchHabits, SftConfig, SftDataConfig
 from forkrl.config.task import CurriculumConfig, PartConfig, TaskConfig
-from forkrl.config.train import CheckpointConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
+from forkrl.config.train import CHANGEABLE, CheckpointConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from forkrl.config.update import ForksOnlyConfig, LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
 
 __all__ = [
+    "CHANGEABLE",
     "ArchitectureConfig",
     "CheckpointConfig",
     "ClusterConfig",

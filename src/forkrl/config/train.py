@@ -12,6 +12,9 @@ from forkrl.config.sections import FROM_LIST, Count, NonNegative, PositiveInt, S
 from forkrl.config.task import TaskConfig
 from forkrl.config.update import ForksOnlyConfig, LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
 
+CHANGEABLE = ("training.steps", "eval.*", "checkpoint.*", "log.*")
+"""Settings that affect no finished step: a resumed run may change them."""
+
 
 class ModelConfig(Section):
     path: str = "embedded:countdown-base"

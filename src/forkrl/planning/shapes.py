@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
+from forkrl.locations import EMBEDDED_PREFIX, require_hub_id
 
-EMBEDDED_PREFIX = "embedded:"
 _ARCHITECTURES = ("qwen3", "qwen2", "llama")
 _OWNER = "Qwen/"
 
@@ -106,11 +106,13 @@ def find_shape(path: str, revision: str | None = None) -> FoundShape:
         return FoundShape(_read_config(folder / "config.json", path), str(folder / "config.json"))
     if (known := known_shape(path)) is not None:
         return known
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    try:
+        require_hub_id(path, "model.path", "folder")
+    except UserError as error:
         raise UserError(
-            f"model.path = {path!r}: no such folder, and no shape of that name is known; for a plan name a model of "
-            f"the same shape, as in model.path=Qwen/Qwen3-8B-Base"
-        )
+            f"{error}, and no shape of that name is known; for a plan name a model of the same shape, as in "
+            f"model.path=Qwen/Qwen3-8B-Base"
+        ) from None
     return FoundShape(_read_config(_download_config(path, revision), path), f"config.json of {path} on the hub")
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from forkrl.errors import TrainingHalted, UserError
-from forkrl.model import Policy, prompt_token_ids
+from forkrl.errors import TrainingHalted
+from forkrl.model import Policy, prompt_token_ids, require_positions
 from forkrl.replicas import Replica, Replicas
 from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
@@ -120,7 +120,8 @@ class EmbeddedEngine:
             ValueError: a prefix leaves no room for a token.
         """
         limit = sampling.max_response_tokens
-        self._require_positions(max((len(prefix.prompt_ids) for prefix in prefixes), default=0), limit)
+        longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
+        require_positions(self.policy.model.config, longest, limit)
         if any(len(prefix.response_ids) >= limit for prefix in prefixes):
             raise ValueError(f"a prefix holds a response of {limit} tokens or more, the limit: nothing can follow it")
         order = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index].response_ids))
@@ -136,17 +137,26 @@ class EmbeddedEngine:
         size = -(-num_sequences // self.replicas.count)
         self._draw_seeds(-(-num_sequences // size), generator)
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+    def check_prompts(self, prompts: Sequence[Prompt], response_tokens: int) -> None:
         """Refuse before a run the prompts that would end it when their turn comes.
 
+        Args:
+            prompts: all that may be sampled from.
+            response_tokens: the longest response.
+
         Raises:
-            UserError: a prompt is empty or longer than ``max_prompt_tokens``.
+            UserError: a prompt is empty or longer than ``max_prompt_tokens``, or the model has no positions for the
+                longest prompt with the longest response.
         """
-        for prompt in prompts:
-            self.prefix(prompt)
+        longest = max(map(self.count_tokens, prompts), default=0)
+        require_positions(self.policy.model.config, longest, response_tokens)
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt; raises as ``check_prompts`` does."""
+        """Tokens of a prompt.
+
+        Raises:
+            UserError: there are none, or more than ``max_prompt_tokens``.
+        """
         return len(self.prefix(prompt).prompt_ids)
 
     def _decode_waves(
@@ -174,17 +184,8 @@ class EmbeddedEngine:
         seeds: list[int] = torch.randint(2**62, (count,), device=generator.device, generator=generator).tolist()
         return seeds
 
-    def _require_positions(self, prompt_tokens: int, response_tokens: int) -> None:
-        """Refuse lengths for which the model has no positions: it would fail late, or write nonsense."""
-        positions = getattr(self.policy.model.config, "max_position_embeddings", None)
-        if positions is not None and prompt_tokens + response_tokens > positions:
-            raise UserError(
-                f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more "
-                f"than the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
-            )
-
     def prefix(self, prompt: Prompt) -> Prefix:
-        """The tokens of a prompt; raises as ``check_prompts`` does."""
+        """The tokens of a prompt; raises as ``count_tokens`` does."""
         ids = prompt_token_ids(
             self.policy.tokenizer,
             prompt,
@@ -203,7 +204,9 @@ def _decode_part(
 ) -> Iterator[tuple[int, Rollout]]:
     prefixes_S, seed = part
     generator = torch.Generator(replica.policy.device).manual_seed(seed)
-    return decode(replica.policy, prefixes_S, sampling, generator)
+    for ended in decode(replica.policy, prefixes_S, sampling, generator):
+        replica.sequences_finished.add_(1)
+        yield ended
 
 
 def _decode_whole_part(replica: Replica, part: tuple[Sequence[Prefix], int], sampling: SamplingParams) -> list[Rollout]:

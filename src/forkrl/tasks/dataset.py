@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
+from forkrl.locations import require_hub_id
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, repack_tests
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
@@ -26,7 +27,7 @@ from forkrl.types import Prompt, Task, VerifierSpec
 ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
 
 _SUFFIXES = (".jsonl", ".parquet")
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.\-+%\[\]:]+))?")
+_SPLIT = re.compile(r"[\w.\-+%\[\]:]+")
 _BATCH_ROWS = 1024
 NO_VERIFIER = "none"
 
@@ -269,10 +270,11 @@ def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_Row]:
                 raise UserError(f"task.{name} = {value!r} is for hub data sets, but {key} = {source!r} is a local path")
         for file in _files_of(path, key):
             yield from _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(config, file)
-    elif path.suffix in (*_SUFFIXES, ".json", ".csv") or not (hub := _HUB_ID.fullmatch(source)):
-        raise UserError(f"{key} = {source!r}: no such file or folder")
     else:
-        yield from _read_hub(config, hub["name"], hub["split"] or config.split, key)
+        name, _, split = source.partition(":")
+        named = not Path(name).exists() and (not split or _SPLIT.fullmatch(split))
+        require_hub_id(name if named else source, key, "file or folder")
+        yield from _read_hub(config, name, split or config.split, key)
 
 
 def _files_of(path: Path, key: str) -> list[Path]:

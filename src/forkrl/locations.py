@@ -1,0 +1,65 @@
+"""What a name points to: a local file or folder, a model inside the package, or the Hugging Face hub. Imports no torch.
+
+A lookup on the hub takes up to a minute without a network, so a mistyped local path must never reach it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+
+from forkrl.errors import UserError
+
+EMBEDDED_PREFIX = "embedded:"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+_FILE_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".toml", ".safetensors", ".bin", ".pt", ".gguf"}
+
+
+def model_location(path: str) -> str:
+    """The folder or hub id behind ``model.path``.
+
+    Raises:
+        UserError: no such embedded model, or a local path where no folder is.
+    """
+    if path.startswith(EMBEDDED_PREFIX):
+        folder = resources.files("forkrl") / "assets" / path.removeprefix(EMBEDDED_PREFIX)
+        if not folder.is_dir():
+            names = sorted(entry.name for entry in (resources.files("forkrl") / "assets").iterdir() if entry.is_dir())
+            raise UserError(f"model.path = {path!r}: no such embedded model; there is {', '.join(names)}")
+        return str(folder)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    require_hub_id(path, "model.path", "folder")
+    return path
+
+
+def require_hub_id(name: str, key: str, kind: str) -> None:
+    """Reject a name that is a local path: it has the form of one, or the folder above it exists.
+
+    Args:
+        name: of something that is not usable as a local path; ``owner/name`` or ``name`` on the hub.
+        key: the setting that holds it.
+        kind: what it would be locally, such as "folder".
+
+    Raises:
+        UserError: with the most similar local name, if there is one.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"{key} = {name!r}: is a file, not a {kind}")
+    if not _HUB_ID.fullmatch(name) or path.suffix in _FILE_SUFFIXES:
+        raise UserError(f"{key} = {name!r}: no such {kind}{_similar(path)}")
+    if "/" in name and path.parent.exists():
+        raise UserError(
+            f"{key} = {name!r}: no such {kind}{_similar(path)} (the folder {path.parent} exists, so this is not looked "
+            f"up on the hub)"
+        )
+
+
+def _similar(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
