@@ -85,6 +85,6 @@ def family_policy(kind: str, changes: dict[str, Any]) -> Policy:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and ("proj" in name or "attn" in name or "mlp" in name):
                 parameter.normal_(std=0.15)
-        model.get_output_embeddings().weight.normal_(std=0.3)
+        model.get_output_embeddings().weight.normal_(std=0.1)
     torch.nn.Module.eval(model)
     return Policy(model, tokenizer)
