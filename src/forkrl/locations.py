@@ -21,7 +21,7 @@ def model_location(path: str) -> str:
     """The folder or hub id behind ``model.path``.
 
     Raises:
-        UserError: no such embedded model, or a local path where no folder is.
+        UserError: no such embedded model, a local path where no folder is, or a GGUF file.
     """
     if path.startswith(EMBEDDED_PREFIX):
         folder = resources.files("forkrl") / "assets" / path.removeprefix(EMBEDDED_PREFIX)
@@ -29,11 +29,29 @@ def model_location(path: str) -> str:
             names = sorted(entry.name for entry in (resources.files("forkrl") / "assets").iterdir() if entry.is_dir())
             raise UserError(f"model.path = {path!r}: no such embedded model; there is {', '.join(names)}")
         return str(folder)
+    _require_no_gguf(path)
     local = Path(path).expanduser()
     if local.is_dir():
         return str(local)
     require_hub_id(path, "model.path", "folder")
     return path
+
+
+def _require_no_gguf(path: str) -> None:
+    """Reject a GGUF file, or a folder that holds nothing else.
+
+    Raises:
+        UserError: with the lines that convert it.
+    """
+    given = Path(path).expanduser()
+    files = sorted(given.glob("*.gguf")) if given.is_dir() and not any(given.glob("*.safetensors")) else []
+    if path.endswith(".gguf") or files:
+        file = files[0] if files else given
+        load = f"from_pretrained({str(file.parent)!r}, gguf_file={file.name!r}).save_pretrained(FOLDER)"
+        raise UserError(
+            f"model.path = {path!r} is in GGUF format; convert it with transformers first: AutoModelForCausalLM.{load} "
+            f"and AutoTokenizer.{load}, then set model.path to FOLDER"
+        )
 
 
 def require_hub_id(name: str, key: str, kind: str) -> None:

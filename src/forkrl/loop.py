@@ -41,6 +41,7 @@ def train(run: Run) -> None:
         rewards_PG = shaped_rewards(run, groups)
         advantages_PG = group_advantages(rewards_PG)
         batch = collate(groups, advantages_PG, pad_id=run.policy.tokenizer.eos_token_id)
+        metrics |= run.check_logprobs(batch)
 
         update_started = time.perf_counter()
         run.display.phase("update")

@@ -1,13 +1,11 @@
 """Opening a causal language model: weights, tokenizer, device, and the head that token statistics read.
 
 ForkRL never asks the model for logits. It takes the last hidden states and the output embedding, so that
-``token_stats`` can work on exactly the rows it needs. A model that does more than one linear map after its last hidden
-state (logit soft-capping, scaling) would be trained wrongly that way: it is recognised here by comparison and refused.
+``token_stats`` can work on exactly the rows it needs. ``model_support`` rejects models for which that is wrong.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,13 +21,12 @@ from transformers.utils import logging as transformers_logging
 from forkrl.attention import use_grouped_attention
 from forkrl.errors import UserError
 from forkrl.locations import model_location
+from forkrl.model_support import require_no_adapter, require_supported
+from forkrl.stop_tokens import stop_token_ids
 from forkrl.types import Prompt
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
     from forkrl.config import ModelConfig
-
-_PROBE_LOGIT = 100.0
-"""Beyond the soft caps in use (Gemma 2: 30), within the range of every precision."""
 
 
 class Policy:
@@ -63,16 +60,12 @@ class Policy:
     @property
     def decoder(self) -> nn.Module:
         """The model without its head: token ids to hidden states."""
-        decoder: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        decoder: nn.Module = self.model.get_decoder()
         return decoder
 
-    def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]:
-        """The ids of further stop tokens.
-
-        Raises:
-            UserError: one of them is not exactly one token of this tokenizer.
-        """
-        return stop_token_ids(self.tokenizer, stop)
+    def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
+        """The ids of all tokens that end a response; see ``stop_tokens.stop_token_ids``."""
+        return stop_token_ids(self.tokenizer, self.model.generation_config, stop)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the configured precision; weights stay fp32."""
@@ -94,17 +87,6 @@ class Policy:
         """fp32 logits ``[N, V]`` of a few rows, with the head in the configured precision."""
         with self.autocast():
             return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> tuple[int, ...]:
-    """As ``Policy.stop_token_ids``, where there is a tokenizer only."""
-    ids = []
-    for text in stop:
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        if len(encoded) != 1:
-            raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
-        ids.append(encoded[0])
-    return tuple(ids)
 
 
 def prompt_token_ids(
@@ -144,18 +126,21 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     """Load model and tokenizer, fp32, on the device, ready to train.
 
     Raises:
-        UserError: nothing at that path, weights that do not fit, a tokenizer without EOS, or a head that is not one
-            linear map.
+        UserError: nothing at that path, weights that do not fit, a tokenizer without EOS, or a model that ForkRL does
+            not support (``model_support``).
     """
     path = model_location(config.path)
     transformers_logging.disable_progress_bar()  # of reading weights
     if sys.stderr.isatty():
         enable_progress_bars()  # the hub's own, of downloads, which the line above disables too
     try:
+        require_no_adapter(path, config.revision, config.path)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
         raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
     model, report = opened
@@ -172,7 +157,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     model.eval()
     torch.nn.Module.to(model, pick_device(device))
     policy = Policy(model, tokenizer, config.precision)
-    require_linear_head(policy, config.path)
+    require_supported(policy, config.path)
     return policy
 
 
@@ -192,32 +177,3 @@ def pick_device(name: str) -> torch.device:
 def first_line(error: BaseException) -> str:
     """The first line of an error, for a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@torch.no_grad()
-def require_linear_head(policy: Policy, path: str) -> None:
-    """Refuse models whose logits are not ``hidden @ weight.T + bias``: ours would silently differ from theirs.
-
-    The last hidden states are scaled up until the logits are large: near zero a soft cap is hardly felt.
-    """
-    ids = torch.arange(4, device=policy.device)[None] % policy.head_weight.shape[0]
-    mask = torch.ones_like(ids)
-    hidden_TD = policy.hidden_states(ids, mask)[0]
-    largest = float(policy.logits(hidden_TD).abs().max())
-    if not math.isfinite(largest):
-        raise UserError(f"model.path = {path!r}: its logits are NaN or infinite; the weights are damaged")
-    scale = _PROBE_LOGIT / max(largest, 1e-6)
-
-    def enlarge(module: nn.Module, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * scale
-        return output
-
-    with policy.decoder.register_forward_hook(enlarge), policy.autocast():
-        expected = policy.model(input_ids=ids, attention_mask=mask).logits[0].float()
-    actual = policy.logits(hidden_TD * scale)
-    tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
-    if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-        raise UserError(
-            f"model.path = {path!r}: {type(policy.model).__name__} transforms its logits after the output embedding "
-            f"(soft-capping or scaling), which ForkRL does not reproduce; training would be wrong, so it is refused"
-        )

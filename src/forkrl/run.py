@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from forkrl.backward import require_forks_only
+from forkrl.batching import cut_micro_batches
 from forkrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
+from forkrl.logprob_gap import logprob_gap, require_small_gap
 from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
 from forkrl.progress import TrainingDisplay, describe_selection
@@ -36,7 +38,7 @@ from forkrl.run_folder import RunFolder, refuse_occupied
 from forkrl.scoring import none_judged
 from forkrl.tasks import PromptStream, open_stream, open_task
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
-from forkrl.types import RolloutEngine, SamplingParams, Task, Verifier
+from forkrl.types import RolloutEngine, SamplingParams, Task, TokenBatch, Verifier
 
 
 @dataclass(eq=False)
@@ -59,6 +61,7 @@ class Run:
     gradient_steps: int = 0
     _saved_step: int | None = None
     _evaluated_step: int | None = None
+    _gap_checked: bool = False
     _step_start: tuple[dict[str, Any], torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,22 @@ class Run:
             top_k=rollout.top_k,
             stop_token_ids=self.policy.stop_token_ids(rollout.stop),
         )
+
+    def check_logprobs(self, batch: TokenBatch) -> dict[str, float]:
+        """Compare the sampler's log-probs with the trainer's, on the first micro-batch after a start or a resume.
+
+        Weights and random states stay as they are.
+
+        Raises:
+            TrainingHalted: they differ by more than rounding.
+        """
+        if self._gap_checked:
+            return {}
+        first = batch.rows(cut_micro_batches(batch, self.config.training.micro_batch_tokens)[0])
+        gap = logprob_gap(self.policy, first.to(self.policy.device), self.config.rollout.temperature)
+        require_small_gap(gap, self.policy.precision)
+        self._gap_checked = True
+        return {"rollout/logprob_gap_mean": gap.mean, "rollout/logprob_gap_max": gap.max}
 
     def set_learning_rate(self) -> float:
         """Constant, after a linear warm-up over the first gradient steps; counts the gradient step about to come."""

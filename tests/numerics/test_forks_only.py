@@ -389,21 +389,6 @@ def test_layers_of_an_unknown_kind_are_refused_by_name() -> None:
         require_forks_only(policy)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("dynamic", {"factor": 2.0}),
-        ("longrope", {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
-    ],
-)
-def test_frequencies_that_depend_on_the_length_are_refused_by_name(kind: str, options: dict[str, Any]) -> None:
-    """The probe is too short to see them differ."""
-    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 64, **options}
-    policy = random_policy("llama", rope_parameters=rope)
-    with pytest.raises(UserError, match=f"does not fit LlamaForCausalLM.*rotary embedding of type {kind}"):
-        require_forks_only(policy)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_attention_of_another_kind_is_refused_by_name(precision: str) -> None:
     """Near the tolerance of bf16 a small random model would pass a comparison of log-probs."""

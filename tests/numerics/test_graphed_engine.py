@@ -18,9 +18,9 @@ from forkrl.model import Policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine, graphed_engine, graphed_step, open_engine
 from forkrl.rollout.embedded import Prefix, read_prompts
-from forkrl.rollout.flat_step import FlatStep
+from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
-from forkrl.rollout.graphed_step import GraphedStep, static
+from forkrl.rollout.graphed_step import GraphedStep
 from forkrl.rollout.growing_cache import select_sequences
 from forkrl.types import Rollout, SamplingParams
 from tests.models import random_policy
@@ -276,23 +276,6 @@ def test_rows_that_would_be_cut_off_take_the_places_of_those_that_have_ended() -
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "another architecture": ("gpt2", {}),
     "a sliding window": ("mistral with a sliding window", {}),
-    "angles that follow the length": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-    ),
-    "other angles beyond a length": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "factor": 2.0,
-                "short_factor": [1.0] * 4,
-                "long_factor": [2.0] * 4,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
 }
 
 
@@ -300,7 +283,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_models_without_static_steps_are_refused(case: str) -> None:
     family, changes = CASES[case]
     policy = random_policy(family, **changes)
-    assert not static(policy)
+    assert not reproducible(policy)
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), model=policy.model, decoder=policy.decoder)
     with pytest.raises(UserError, match=r"has no decoding step of fixed shapes.*set rollout.cuda_graphs = false"):
         require_graphs(on_gpu)
@@ -308,9 +291,9 @@ def test_models_without_static_steps_are_refused(case: str) -> None:
 
 def test_another_attention_is_refused() -> None:
     policy = random_policy()
-    assert static(policy)
+    assert reproducible(policy)
     policy.model.set_attn_implementation("eager")
-    assert not static(policy)
+    assert not reproducible(policy)
 
 
 def test_another_device_is_refused_when_the_engine_is_opened() -> None:

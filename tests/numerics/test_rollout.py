@@ -166,8 +166,9 @@ def test_stop_tokens_end_a_response_and_stay_out_of_its_text() -> None:
     sampling = SamplingParams(40, stop_token_ids=policy.stop_token_ids([" "]))
     groups = engine.generate(PROMPTS, group_size=8, sampling=sampling, generator=torch.Generator().manual_seed(0))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    ends = set(sampling.stop_token_ids) | {policy.tokenizer.eos_token_id}
-    assert any(rollout.response_ids[-1] == sampling.stop_token_ids[0] for rollout in rollouts)
+    ends, [space] = set(sampling.stop_token_ids), policy.tokenizer.encode(" ")
+    assert ends == {policy.tokenizer.eos_token_id, space}
+    assert any(rollout.response_ids[-1] == space for rollout in rollouts)
     for rollout in rollouts:
         assert rollout.finished == (rollout.response_ids[-1] in ends)
         assert not ends & set(rollout.response_ids[:-1])

@@ -206,9 +206,11 @@ class Run:
 
     @property
     def timeless(self) -> list[dict[str, Any]]:
-        """The metrics without the clock."""
-        clock = ("time/", "rollout/tokens_per_s")
-        return [{key: value for key, value in record.items() if not key.startswith(clock)} for record in self.metrics]
+        """The metrics without the clock, and without what only the first step after a start or a resume logs."""
+        left_out = ("time/", "rollout/tokens_per_s", "rollout/logprob_gap")
+        return [
+            {key: value for key, value in record.items() if not key.startswith(left_out)} for record in self.metrics
+        ]
 
     @property
     def checkpoints(self) -> list[str]:

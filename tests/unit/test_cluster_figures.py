@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -43,6 +43,9 @@ def test_a_group_too_many_is_neither_all_right_nor_all_wrong() -> None:
 
 class Spelling:
     """A tokenizer of single letters."""
+
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    bos_token_id = eos_token_id = unk_token_id = None
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         assert not skip_special_tokens

@@ -127,7 +127,7 @@ def test_a_further_stop_token_closes_a_response_too(open_manager: Open) -> None:
     ("ids", "finished"), [([*ids_of("12"), EOS], True), ([EOS, *ids_of("12")], False), ([EOS], True)]
 )
 def test_the_text_is_that_of_the_local_engine(open_manager: Open, ids: list[int], finished: bool) -> None:
-    expected = response_text(POLICY, ids, finished)
+    expected = response_text(TOKENIZER, ids, finished=finished)
     [result] = judge(open_manager(EQUAL, NO_PENALTY), request(ids, expected, padded=1))
     assert result["reward_score"] == 1.0
     assert result["reward_extra_info"]["finished"] is finished

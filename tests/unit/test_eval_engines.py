@@ -44,7 +44,7 @@ def test_vllm_gets_the_model_and_adds_special_tokens_to_plain_prompts_alone(
         assert engine.settings_for([]).rollout.max_response_tokens == 5
         assert isinstance(engine.sampler([]), Recorded)
     assert Recorded.made == (
-        (model,), {"revision": None, "seed": 7, "add_special_tokens": prompt_format == "plain"},
+        (model,), {"revision": None, "seed": 7, "add_special_tokens": prompt_format == "plain", "stop_token_ids": (1,)},
     )  # fmt: skip
 
 

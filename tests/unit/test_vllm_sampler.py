@@ -35,6 +35,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     max_tokens: int | None = 16
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -148,7 +149,9 @@ def requests(questions: int = 3, samples: int = 2) -> list[SampleRequest]:
 
 
 def test_every_request_is_answered_once_with_a_seed_of_its_own(vllm: type[LLMEngine]) -> None:
-    engine = VllmSampler("some/model", revision="abc", max_model_len=50, seed=3, tensor_parallel_size=2)
+    engine = VllmSampler(
+        "some/model", revision="abc", max_model_len=50, seed=3, tensor_parallel_size=2, stop_token_ids=(2, 7)
+    )
     answers = list(engine.sample(requests(), SAMPLING))
     assert vllm.opened[0].args == EngineArgs("some/model", "abc", "abc", 50, 3, 2)
     expected = [
@@ -159,7 +162,7 @@ def test_every_request_is_answered_once_with_a_seed_of_its_own(vllm: type[LLMEng
     assert vllm.opened[0].aborted == []
     params = vllm.opened[0].added[0][2]
     assert params == SamplingParams(
-        n=1, temperature=0.7, seed=request_seed(11, "q0", 0), stop=["###"], max_tokens=8,
+        n=1, temperature=0.7, seed=request_seed(11, "q0", 0), stop_token_ids=[2, 7], max_tokens=8,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
     assert (params.top_p, params.top_k, params.min_p) == (1.0, 0, 0.0)
@@ -171,7 +174,7 @@ def test_greedy_no_stop_and_no_tokens_of_the_tokenizers_own() -> None:
     list(engine.sample(requests(1, 1), EvalSampling(8, 0.0, 0, ())))
     [(_, prompt_ids, params)] = LLMEngine.opened[0].added
     assert prompt_ids == [14, 12, 11, 11]
-    assert (params.temperature, params.stop) == (0.0, None)
+    assert (params.temperature, params.stop_token_ids) == (0.0, [])
 
 
 @pytest.mark.usefixtures("vllm")

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from forkrl.analysis.measure import TokenDetails
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import TOKEN_SCHEMA, TOP
-from forkrl.model import Policy, require_linear_head
+from forkrl.model import Policy
+from forkrl.model_support import require_supported
 from forkrl.replicas import Replicas
 from forkrl.run_folder import encodable_text
 
@@ -57,7 +58,7 @@ def measure_tokens(
         Rows of ``TOKEN_SCHEMA``, by prompt, sample and position: what every function of this package takes.
 
     Raises:
-        UserError: the model transforms its logits after the output embedding (soft-capping), or they are not finite.
+        UserError: ForkRL does not support the model (``forkrl.model_support``), or its logits are not finite.
         ValueError: the model is neither in fp32 nor in bf16, lengths differ, there are no responses, or one has no
             tokens, does not tokenise back, or is longer than the model has positions for.
     """
@@ -77,7 +78,7 @@ def measure_tokens(
     attention = model.config._attn_implementation
     try:
         policy = Policy(model, tokenizer, _PRECISIONS[model.dtype])
-        require_linear_head(policy, model.config.name_or_path or type(model).__name__)
+        require_supported(policy, model.config.name_or_path or type(model).__name__)
         with Replicas(policy) as replicas:
             details = measure_responses(replicas, [row.written for row in rows], temperature=temperature, top=TOP)
     finally:

@@ -136,8 +136,8 @@ def compute_selected_stats(
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     """Refuse a model that this way does not fit.
 
-    That is one with state beside its keys and values, with attention of its own, or with a rotary embedding whose
-    frequencies depend on the length of what runs; for ``projections``, one whose layers are not marked as such.
+    That is one with state besides its keys and values, or with attention of its own; for ``projections``, one whose
+    layers are not marked as such. (``open_policy`` rejects frequencies that depend on the length.)
 
     Raises:
         UserError: naming the model.
@@ -151,7 +151,6 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     selected = mask & (torch.arange(16, device=policy.device) % 3 == 0)
     try:
         _windows(policy)
-        _require_steady_positions(policy)
         stats = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections)
         sparse = stats.logprobs.detach()[selected]
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
@@ -202,15 +201,6 @@ def _attention_to(policy: Policy, ahead: ReadAhead, groups: list[Group]) -> Any:
         return mixed, None
 
     return attention
-
-
-def _require_steady_positions(policy: Policy) -> None:
-    """Some rotary embeddings choose their frequencies by the last position that runs: not the same in both passes."""
-    for module in policy.decoder.modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind):
-                raise ValueError(f"rotary embedding of type {kind}, whose frequencies depend on the length")
 
 
 def _windows(policy: Policy) -> list[int | None]:

@@ -35,7 +35,7 @@ class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships n
         """
         prompt_ids = self._prompt_ids(row)
         limit = self.rollout_config.response_length
-        stop_ids = [self.tokenizer.eos_token_id, *self._options.stop_token_ids]
+        stop_ids = list(self._options.stops(self.tokenizer))
         timing: dict[str, float] = {}
         with simple_timer("generate_sequences", timing):
             answer = await self.server_manager.generate(

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from forkrl.stop_tokens import response_text
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
 
 _BASE = ("prompts", "responses", "rm_scores", "extra_fields", "extra_info", "reward_model", "raw_prompt")
@@ -106,7 +107,7 @@ def _rollout(
         response_ids=ids,
         logprobs=_values(per_token.get("logprobs"), len(ids)),
         entropy=_values(per_token.get("entropy"), len(ids)),
-        text=_spell(tokenizer, ids[:-1] if finished else ids),
+        text="" if tokenizer is None else response_text(tokenizer, ids, finished=finished),
         finished=finished,
     )
 

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
 
 import forkrl
 from forkrl.atomic import explained_write_errors
@@ -37,7 +37,8 @@ from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_comm
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.locations import model_location
-from forkrl.model import first_line, prompt_token_ids, require_positions, stop_token_ids
+from forkrl.model import first_line, prompt_token_ids, require_positions
+from forkrl.model_support import require_fixed_frequencies, require_no_adapter
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.provenance import commit, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
@@ -45,6 +46,7 @@ from forkrl.resuming import accepted_changes
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.run_folder import RunFolder, refuse_occupied
+from forkrl.stop_tokens import load_generation_config, stop_token_ids
 from forkrl.tasks import open_task
 from forkrl.tracking import TrackedRun, open_sinks, require_sinks
 from forkrl.types import Task
@@ -200,8 +202,13 @@ def prepare(config: TrainConfig) -> Prepared:
     model = model_location(config.model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
+        generation, model_config = load_generation_config(model), AutoConfig.from_pretrained(model)
     except Exception as error:  # whatever a damaged or foreign folder provokes inside the library
-        raise UserError(f"model.path = {config.model.path!r} has no usable tokenizer: {first_line(error)}") from error
+        raise UserError(
+            f"model.path = {config.model.path!r} has no usable tokenizer or config.json: {first_line(error)}"
+        ) from error
+    require_no_adapter(model, None, config.model.path)
+    require_fixed_frequencies(model_config, config.model.path)
     task = open_task(config.task, tokenizer)
     held_out = task.held_out[: config.eval.problems]
     lengths = [
@@ -215,14 +222,14 @@ def prepare(config: TrainConfig) -> Prepared:
         )
         for prompt in (*task.train, *held_out)
     ]
-    require_positions(AutoConfig.from_pretrained(model), max(lengths), config.rollout.max_response_tokens)
+    require_positions(model_config, max(lengths), config.rollout.max_response_tokens)
     counts: dict[str, int] = {}
     for prompt in task.train:
         counts[prompt.source] = counts.get(prompt.source, 0) + 1
     refuse_unsuitable_prompts(config, counts)
     with open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward):
         pass  # a verifier that cannot be imported is better told here than from inside an actor
-    return Prepared(task, _stop_token_ids(tokenizer, config, model), model)
+    return Prepared(task, stop_token_ids(tokenizer, generation, config.rollout.stop), model)
 
 
 def child_environment(config: TrainConfig) -> dict[str, str]:
@@ -236,21 +243,6 @@ def child_environment(config: TrainConfig) -> dict[str, str]:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # Ray refuses more GPUs than it lists
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment
-
-
-def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: TrainConfig, model: str) -> tuple[int, ...]:
-    """The recipe's, and those of the model's generation_config.json: vLLM stops there whatever it is told."""
-    own = stop_token_ids(tokenizer, config.rollout.stop)
-    further = [each for each in _generation_eos(model) if each != tokenizer.eos_token_id]
-    return tuple(dict.fromkeys([*own, *further]))
-
-
-def _generation_eos(model: str) -> list[int]:
-    try:
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # many models have no such file
-        return []
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 def _paths(run_folder: Path, model: str) -> VerlPaths:

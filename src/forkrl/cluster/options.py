@@ -46,7 +46,7 @@ class ForkOptions(Section):
     add_special_tokens: bool = True
     """For the agent loop "forkrl_exact_prompt": let the tokenizer add its own to each prompt."""
     stop_token_ids: Annotated[tuple[int, ...], FROM_LIST] = ()
-    """For the same: tokens that end a response, beside the tokenizer's EOS."""
+    """Tokens that end a response, in addition to the tokenizer's EOS."""
     verifiers: str | None = None
     """For the reward manager ForkRewardManager: the file that names the verifiers."""
 
@@ -58,6 +58,10 @@ class ForkOptions(Section):
             said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
             raise ValueError(said.replace("selection.", "+forkrl.")) from None
         return self
+
+    def stops(self, tokenizer: Any) -> tuple[int, ...]:
+        """All tokens that end a response, for the agent loop, the rewards and the trainer."""
+        return tuple(dict.fromkeys([tokenizer.eos_token_id, *self.stop_token_ids]))
 
     @property
     def selection(self) -> SelectionConfig:

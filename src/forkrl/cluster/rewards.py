@@ -20,6 +20,7 @@ from forkrl.cluster.data import read_verifiers
 from forkrl.cluster.options import read_options
 from forkrl.errors import UserError
 from forkrl.rewards import open_verifier
+from forkrl.stop_tokens import response_text
 from forkrl.types import Prompt
 
 
@@ -39,7 +40,7 @@ class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships 
         if options.verifiers is None:
             raise UserError("+forkrl.verifiers is not set; give ForkRewardManager the file that names the verifiers")
         self._judging = read_verifiers(Path(options.verifiers))
-        self._stop_ids = {tokenizer.eos_token_id, *options.stop_token_ids}
+        self._stop_ids = options.stops(tokenizer)
         self._pool = open_verifier(self._judging.verifiers, self._judging.reward)
         atexit.register(self._pool.close)
 
@@ -53,8 +54,7 @@ class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships 
         length = int(item.batch["attention_mask"][-len(responses_T) :].sum())
         ids = responses_T[:length].tolist()
         finished = bool(ids) and ids[-1] in self._stop_ids
-        # As the local engine's response_text: special tokens stay visible, all but the closing stop token.
-        text = self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+        text = response_text(self.tokenizer, ids, finished=finished)
         [verdict] = await asyncio.wrap_future(self._pool.submit([(read_prompt(item.non_tensor_batch), text)]))
         return {
             "reward_score": verdict.score + self._penalty(length),

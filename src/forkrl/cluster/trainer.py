@@ -86,7 +86,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_token_id, *self.options.stop_token_ids)
+        return self.options.stops(self.tokenizer)
 
     # -- a run -------------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,9 @@ from forkrl.analysis.token_table import reading_parquet
 from forkrl.atomic import write_bytes
 from forkrl.commands.subject import Session
 from forkrl.evaluation.held_out import evaluation_sampling, sample_and_score
-from forkrl.rollout.embedded import Prefix, response_text, stop_tokens
+from forkrl.rollout.embedded import Prefix, stop_tokens
 from forkrl.run_folder import encodable_text
+from forkrl.stop_tokens import response_text
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict, Verifier
 
 BRANCH = pa.struct(
@@ -247,7 +248,7 @@ class PartSampler:
             for each in tries
         ]
         items = [
-            (each.prompt, response_text(self._session.policy, ids, finished))
+            (each.prompt, response_text(self._session.policy.tokenizer, ids, finished=finished))
             for each, results in zip(tries, outcomes, strict=True)
             for ids, finished in results
         ]

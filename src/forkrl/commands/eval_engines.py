@@ -14,8 +14,10 @@ from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.samplers import EmbeddedSampler, Sampler, SampleRequest
 from forkrl.locations import model_location
+from forkrl.model_support import require_no_adapter
 from forkrl.replicas import Replicas
 from forkrl.rollout import open_engine
+from forkrl.stop_tokens import load_generation_config, stop_token_ids
 from forkrl.types import Prompt
 
 PromptFormat = Literal["plain", "chat"]
@@ -146,10 +148,17 @@ def open_eval_engine(subject: Subject, choice: EngineChoice, prompt_format: Prom
         from forkrl.evaluation.vllm import VllmSampler
 
         path = model_location(model.path)
+        require_no_adapter(path, model.revision, model.path)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision)
+        generation = load_generation_config(path, model.revision)
         sampler = VllmSampler(
-            path, revision=model.revision, seed=subject.config.seed, add_special_tokens=prompt_format == "plain"
+            path,
+            revision=model.revision,
+            seed=subject.config.seed,
+            add_special_tokens=prompt_format == "plain",
+            stop_token_ids=stop_token_ids(tokenizer, generation, subject.config.rollout.stop),
         )
-        yield _Whole(subject, sampler, AutoTokenizer.from_pretrained(path, revision=model.revision))
+        yield _Whole(subject, sampler, tokenizer)
     else:
         with open_model(subject) as replicas:
             yield _Embedded(subject, replicas)

@@ -25,7 +25,7 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 20480
     """L_max: a response without a stop token is cut here."""
     stop: Annotated[tuple[str, ...], FROM_LIST] = ()
-    """Further stop tokens, each exactly one token of the tokenizer; its EOS always stops."""
+    """Further stop tokens, each one token of the tokenizer; its EOS and generation_config.json always stop."""
     max_sequences: PositiveInt = 256
     """Sequences decoded at once by one replica; bounds its KV cache."""
     cuda_graphs: bool = False

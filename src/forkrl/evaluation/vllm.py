@@ -25,6 +25,7 @@ class VllmSampler:
         seed: of the engine. Responses have seeds of their own.
         tensor_parallel_size: accelerators that share the model.
         add_special_tokens: let the tokenizer add its own to ``Prompt.text``; not where a chat template has already.
+        stop_token_ids: tokens that end a response.
         max_requests: in the engine at once. It batches as many as fit; the others wait in it.
 
     Raises:
@@ -42,10 +43,12 @@ class VllmSampler:
         seed: int = 0,
         tensor_parallel_size: int = 1,
         add_special_tokens: bool = True,
+        stop_token_ids: Sequence[int] = (),
         max_requests: int = 1024,
     ) -> None:
         self._vllm = _import_vllm()
         self.add_special_tokens = add_special_tokens
+        self.stop_token_ids = list(stop_token_ids)
         self.max_requests = max_requests
         self._numbers = itertools.count()
         try:
@@ -111,7 +114,7 @@ class VllmSampler:
             temperature=sampling.temperature,
             max_tokens=sampling.max_response_tokens,
             seed=request_seed(sampling.seed, request.prompt.id, request.sample),
-            stop=list(sampling.stop) or None,
+            stop_token_ids=self.stop_token_ids,
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         self.engine.add_request(name, {"prompt_token_ids": prompt_ids}, params)

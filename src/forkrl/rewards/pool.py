@@ -28,6 +28,7 @@ from forkrl.config import RewardConfig
 from forkrl.errors import UserError
 from forkrl.rewards.batch import Batch, Item
 from forkrl.rewards.crew import Crew
+from forkrl.rewards.turn_end import strip_turn_end
 from forkrl.rewards.worker_process import Settings
 from forkrl.types import Prompt, Verdict, VerifierSpec
 
@@ -116,13 +117,13 @@ class VerifierPool:
         the first are judged.
 
         Args:
-            items: pairs of a prompt and a response to it.
+            items: pairs of a prompt and a response to it; markers of the end of a turn are left out.
 
         Returns:
             One verdict an item, in order, once all are there. It never fails for what a response contains; UserError
             means that a replacement worker could not be started. Cancelling it abandons what is not judged yet.
         """
-        batch = Batch(items, self._deadline_of)
+        batch = Batch([(prompt, strip_turn_end(response)) for prompt, response in items], self._deadline_of)
         with self._lock:
             if self._closed:
                 raise RuntimeError("this VerifierPool is closed")

@@ -19,6 +19,7 @@ from forkrl.replicas import Replica, Replicas
 from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
 from forkrl.rollout.sampling import sample_tokens
+from forkrl.stop_tokens import response_text
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 COMPACT_FRACTION = 0.03
@@ -327,18 +328,11 @@ def build_rollout(
         response_ids=tuple(ids),
         logprobs=logprobs_T.clone().cpu(),
         entropy=entropy_T.clone().cpu(),
-        text=response_text(policy, ids, finished),
+        text=response_text(policy.tokenizer, ids, finished=finished),
         finished=finished,
     )
 
 
 def stop_tokens(policy: Policy, sampling: SamplingParams) -> tuple[int, ...]:
-    """The ids of all tokens that end a response."""
-    return (policy.tokenizer.eos_token_id, *sampling.stop_token_ids)
-
-
-def response_text(policy: Policy, response_ids: Sequence[int], finished: bool) -> str:
-    """What a verifier reads of a response: all of it but the closing stop token of one that has finished."""
-    written = response_ids[:-1] if finished else response_ids
-    # Special tokens stay visible: hiding them could turn a garbled answer into a right one.
-    return str(policy.tokenizer.decode(list(written), skip_special_tokens=False))
+    """The ids of all tokens that end a response: the model's own always do."""
+    return tuple(dict.fromkeys([*policy.stop_token_ids(), *sampling.stop_token_ids]))

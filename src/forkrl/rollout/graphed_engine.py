@@ -17,7 +17,8 @@ from torch import Tensor
 from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.rollout.embedded import EmbeddedEngine, Prefix, build_rollout, read_prompts, stop_tokens
-from forkrl.rollout.graphed_step import LEAST_ROWS, GraphedStep, bucket, static
+from forkrl.rollout.flat_step import reproducible
+from forkrl.rollout.graphed_step import LEAST_ROWS, GraphedStep, bucket
 from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Rollout, SamplingParams
 
@@ -62,7 +63,7 @@ def require_graphs(policy: Policy) -> None:
         raise UserError(
             f"rollout.cuda_graphs = true: the model is on {policy.device}, which has no CUDA graphs; {remedy}"
         )
-    if not static(policy):
+    if not reproducible(policy):
         raise UserError(
             f"rollout.cuda_graphs = true: {type(policy.model).__name__} with these options has no decoding step of "
             f"fixed shapes; Llama, Mistral, Qwen2 and Qwen3 with full attention have one; {remedy}"

@@ -39,7 +39,7 @@ from transformers import DynamicCache
 
 from forkrl.interruption import signals_put_off
 from forkrl.model import Policy
-from forkrl.rollout.flat_step import FlatStep, reproducible
+from forkrl.rollout.flat_step import FlatStep
 
 LEAST_ROWS, LEAST_LENGTH = 8, 64
 
@@ -48,19 +48,6 @@ def bucket(number: int, least: int) -> int:
     """The smallest size that holds ``number``: a multiple of ``least``, and of a quarter of the power of 2 below it."""
     step = max(least, 1 << max(0, (number - 1).bit_length() - 3))
     return -(-number // step) * step
-
-
-def static(policy: Policy) -> bool:
-    """Whether :class:`GraphedStep` computes what this model computes.
-
-    Frequencies of rotation that depend on the longest sequence are looked at by the host, at every step.
-    """
-    decoder: Any = policy.decoder
-    return reproducible(policy) and not _follows_length(decoder.rotary_emb.rope_type)
-
-
-def _follows_length(rope_type: str) -> bool:
-    return "dynamic" in rope_type or rope_type == "longrope"
 
 
 class Store(NamedTuple):
@@ -80,7 +67,7 @@ class GraphedStep:
     """Decodes batch after batch in the same buffers, a token of every row at a time.
 
     Args:
-        policy: for which :func:`static` is true; its weights are read now and not again.
+        policy: for which :func:`forkrl.rollout.flat_step.reproducible` is true; its weights are read now and not again.
         num_sequences: most of a batch.
         capacity: most tokens of a sequence, with its prompt and the padding before it.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forkrl.replicas import Replicas
+from forkrl.rollout.cached_decoding import require_cached_decoding
 from forkrl.rollout.embedded import EmbeddedEngine
 from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
 
@@ -16,8 +17,10 @@ def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
     """The embedded engine, with graphs or without.
 
     Raises:
-        UserError: ``rollout.cuda_graphs`` for a model or a device without them.
+        UserError: a model that cannot be decoded from a cache; ``rollout.cuda_graphs`` for a model or a device without
+            them.
     """
+    require_cached_decoding(replicas.policy)
     if config.rollout.cuda_graphs:
         require_graphs(replicas.policy)
     kind = GraphedEngine if config.rollout.cuda_graphs else EmbeddedEngine
