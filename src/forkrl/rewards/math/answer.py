@@ -58,7 +58,8 @@ class Answer:
 
 _JOIN = r"(?:(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|\\text\{,?\s*(?:and|or)\})"
 _LEADING_WORDS = re.compile(
-    r"^(?:\\text\{)?\s*(?:so|thus|hence|therefore|then|(?:the )?(?:final )?answer(?: is|:)|answer is|is)[\s,:]*(?:\}|(?<=[\s:]))\s*"
+    r"^(?:\\text\{)?\s*(?:so|thus|hence|therefore|then|(?:the )?(?:final )?answer(?: is|:)|answer is|is)"
+    r"[\s,:]*(?:\}|(?<=[\s:]))\s*"
     r"(?=[-\d\\(\[]|[a-zA-Z]\s*=)",
     re.IGNORECASE,
 )
@@ -139,7 +140,15 @@ def _read(text: str, depth: int) -> Answer:
         return Answer("value", text, value=number)
     if words := _read_words(text):
         return words
-    for read in (_read_choice, _read_congruence, _read_several, _read_brackets, _read_relation, _read_two_signs, _read_notation):
+    for read in (
+        _read_choice,
+        _read_congruence,
+        _read_several,
+        _read_brackets,
+        _read_relation,
+        _read_two_signs,
+        _read_notation,
+    ):
         if answer := read(text, depth + 1):
             return answer
     return _read_value(text)
@@ -154,7 +163,14 @@ def _read_words(text: str) -> Answer | None:
         return None
     lower = plain_words(words)
     longest = max(map(len, re.split(r"[ '-]", lower)))
-    if not (whole or longest >= 4 or _SHORT_WORD.fullmatch(lower) or lower in _SHORT_WORDS or number_word(lower) or words.istitle()):
+    if not (
+        whole
+        or longest >= 4
+        or _SHORT_WORD.fullmatch(lower)
+        or lower in _SHORT_WORDS
+        or number_word(lower)
+        or words.istitle()
+    ):
         return None  # a product of variables
     number = number_word(lower)
     return Answer("value", text, value=number) if number else Answer("words", text, mark=lower)

@@ -146,9 +146,11 @@ def _agree_at(a: Any, b: Any, point: int | Fraction, tolerance: int) -> bool | N
 
 
 def _has_branches(expression: Any) -> bool:
-    return expression.has(sympy.log) or any(
-        power.base.free_symbols and not power.exp.is_integer for power in expression.atoms(sympy.Pow)
-    ) or expression.has(sympy.Abs)  # sympy's |x| for sqrt(x^2)
+    return (
+        expression.has(sympy.log)
+        or any(power.base.free_symbols and not power.exp.is_integer for power in expression.atoms(sympy.Pow))
+        or expression.has(sympy.Abs)
+    )  # sympy's |x| for sqrt(x^2)
 
 
 def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:

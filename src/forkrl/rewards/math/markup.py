@@ -37,7 +37,9 @@ _ROW_END = re.compile(r"\\\\(?:\s*\[[^\[\]]*\])?")
 _NEW_ROW = re.compile(r"\\\\\s*(?=[a-zA-Z](?:'|_\w|_\{\w+\})?\s*(?:=|<|>|\\(?:le|ge|in)))")
 _QUAD = re.compile(r"\\q?quad(?![a-zA-Z])")
 _AT_SEPARATOR = re.compile(r"[,;]$|\\(?:lor|vee|land|wedge|text\s*\{[^{}]*\})$|(?:^|\s)(?:and|or)$")
-_STARTS_SEPARATOR = re.compile(r"[,;]|\\(?:lor|vee|land|wedge|text|mathrm|mbox|pmod|bmod|mod|rm)(?![a-zA-Z])|\(|(?:and|or)\b")
+_STARTS_SEPARATOR = re.compile(
+    r"[,;]|\\(?:lor|vee|land|wedge|text|mathrm|mbox|pmod|bmod|mod|rm)(?![a-zA-Z])|\(|(?:and|or)\b"
+)
 _OR, _AND = r"\text{ or }", r"\text{ and }"
 _OR_WORDS = "or|oder|ou|oppure|или|або|veya|lub|of|eller|或者?|または|又は|もしくは|또는"
 _AND_WORDS = "and|und|et|и|та|ve|oraz|en|och|和|以及|与|及|且|並びに|そして|과|와|및|그리고"
@@ -51,7 +53,10 @@ _JOINTS = [
         (r"\\text\s*\{\s+[oó]\s+\}", _OR),
         (r"\\text\s*\{\s+[yei]\s+\}", _AND),
         (r"(?<![a-zA-Z\\{])(?:oder|oppure|или|veya)(?![a-zA-Z])|或者?|または|又は|もしくは|또는", _OR),
-        (r"(?<![a-zA-Z\\{])(?:und|oraz)(?![a-zA-Z])|(?<=[\d\s}$])(?:和|以及|与|及|且|과|와|と)(?=[\d\s\\a-zA-Z$-])", _AND),
+        (
+            r"(?<![a-zA-Z\\{])(?:und|oraz)(?![a-zA-Z])|(?<=[\d\s}$])(?:和|以及|与|及|且|과|와|と)(?=[\d\s\\a-zA-Z$-])",
+            _AND,
+        ),
     )
 ]
 

@@ -17,7 +17,9 @@ _CHARACTERS = {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/",
     "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
     "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-    "°": r"^\circ ", "⟨": "(", "⟩": ")", "∨": r"\lor ", "∧": r"\land ", "≡": r"\equiv ", "℃": r"^\circ C", "％": "%", "，": ",", "、": ",", "。": ".",
+    "°": r"^\circ ", "⟨": "(", "⟩": ")", 
+    "∨": r"\lor ", "∧": r"\land ", "≡": r"\equiv ", "℃": r"^\circ C", 
+    "％": "%", "，": ",", "、": ",", "。": ".",
     "…": r"\ldots ", "−": "-", "∶": ":", "∣": "|", "→": r"\to ", "⇒": r"\Rightarrow ",
 }  # fmt: skip
 _SUPERSCRIPTS = {
@@ -37,12 +39,18 @@ _SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+|[a-zA-Z]))")
 
 _TEXT_COMMANDS = (
-    r"text(?:bf|it|rm|sf|tt|sc|sl|md|up|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname\*?|boldsymbol|pmb|bm|unit"
+    r"text(?:bf|it|rm|sf|tt|sc|sl|md|up|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname\*?|boldsymbol|pmb|bm"
+    r"|unit"
 )
 _REPEATING = r"\\(?:overline|bar|overbar)\s*(?:\{\s*(\d+)\s*\}|(\d))"
 _DOTTED = r"\\dot\s*(?:\{\s*(\d)\s*\}|(\d))"
 _NUMERAL = r"(?:(\d+)|\{\s*(\d+)\s*\})"
 _END = r"((?:[^\[\](),;]|\([^()]*\))*)"
+
+
+def _with_bar(dotted: re.Match[str]) -> str:
+    places, *repeating = dotted.groups()
+    return rf"{places}\overline{{{''.join(filter(None, repeating))}}}"
 
 
 def _binomial(match: re.Match[str]) -> str:
@@ -100,7 +108,10 @@ _REWRITES = [
         (r"(?<=[\d.])\s*(?:\\text\{E\}|E(?=\s*\{))\s*\{?\s*([-+]?\d+)\s*\}?", r"e\1"),
         (r"\\text\{([-+]?[\d.,/]*\d|[ei])\}", r"\1"),
         (rf"(\.\d*?){_REPEATING}", lambda m: rf"{m[1]}\overline{{{m[2] or m[3]}}}"),
-        (rf"(\.\d*){_DOTTED}(?:(\d*){_DOTTED})?", lambda m: rf"{m[1]}\overline{{{''.join(filter(None, m.groups()[1:]))}}}"),
+        (
+            rf"(\.\d*){_DOTTED}(?:(\d*){_DOTTED})?",
+            lambda m: rf"{m[1]}\overline{{{''.join(filter(None, m.groups()[1:]))}}}",
+        ),
         (r"(?<=\.)(\d*)\((\d+)\)$", r"\1\\overline{\2}"),
         (r"(?<=\.)(\d*?)(?:(\d)\2\2+|(\d{2,6}?)\3+)\s*\\ldots\s*$", r"\1\\overline{\2\3}"),
         (r"\\text\{(?:percent|percentage)\}|(?<![a-zA-Z])percent(?:age)?(?![a-zA-Z])|(?<!\\)%", r"\\%"),

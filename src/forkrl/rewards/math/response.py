@@ -18,7 +18,9 @@ MAX_ANSWER = 1_000
 
 _BOX_OR_BRACE = re.compile(r"\\+f?boxe?d?\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_START = re.compile(r"\\+(?:boxed|fbox)\s*\{")
-_BARE_BOX = re.compile(r"(\\boxed)\s*(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[a-zA-Z](?![a-zA-Z])|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})")
+_BARE_BOX = re.compile(
+    r"(\\boxed)\s*(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[a-zA-Z](?![a-zA-Z])|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
+)
 _SEPARATOR = (
     r"(?:[,;&、]|\\\\|\\q?quad|\\l?or(?![a-zA-Z])|\\land|\\wedge|\\vee"
     r"|(?:\\text\{)?\s*(?:and|or|und|oder|et|ou|y|o|и|или|和|或|以及)(?![a-zA-Z])\s*\}?)"
@@ -27,13 +29,17 @@ _BETWEEN_BOXES = re.compile(rf"[\s$.]*,?\s*{_SEPARATOR}[\s$]*")
 _BETWEEN_NAMED_BOXES = re.compile(rf"(?:[\s$.]|\\[()\[\]]|{_SEPARATOR})*")
 _NAME_BEFORE = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z](?:_\w|_\{\w+\}|')?)\s*&?\s*=\s*&?\s*$")
 _OR_BETWEEN = re.compile(r"\\l?or(?![a-zA-Z])|\\vee|\b(?:or|oder|ou|o|или)\b|或")
-_BEHIND_BOX = re.compile(r"\s*(\\%|%|\^\s*\{?\\circ\}?|(?:\\[,;:! ]|~|\s)*\\(?:text|mathrm|textrm)\{[^{}]*\}(?:\^\d|\^\{-?\d\})?)")
+_BEHIND_BOX = re.compile(
+    r"\s*(\\%|%|\^\s*\{?\\circ\}?|(?:\\[,;:! ]|~|\s)*"
+    r"\\(?:text|mathrm|textrm)\{[^{}]*\}(?:\^\d|\^\{-?\d\})?)"
+)
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _ANNOUNCED = re.compile(
     r"(?:\b(?:answers?|correct (?:option|choice))\b[ \t*_]*(?:is|are|would be|equals|=|:)"
     r"|\b(?:respuesta|resposta)(?: (?:final|correcta|correta))?(?: (?:es|é)\b|[ *]*:)"
-    r"|\br[ée]ponse(?: finale)?(?: est\b|[ *]*:)|\bantwort(?: (?:ist|lautet)\b|[ *]*:)|\brisposta(?: finale)?(?: è\b|[ *]*:)"
+    r"|\br[ée]ponse(?: finale)?(?: est\b|[ *]*:)"
+    r"|\bantwort(?: (?:ist|lautet)\b|[ *]*:)|\brisposta(?: finale)?(?: è\b|[ *]*:)"
     r"|\bответ[ *]*(?::|[-—])|答案(?:选项)?[ *]*(?:是|为|為|[:：])|答えは|答え[:：]|(?:정답|답)(?:은|:))"
     r"(?:[ \t]*[:：])?[ \t]*\n?",
     re.IGNORECASE,

@@ -1,4 +1,4 @@
-"""Names and symbols of units, and what each is in base units. Currencies and scales of temperature are not converted."""
+"""Names and symbols of units, each in base units. Currencies and scales of temperature are not converted."""
 
 from __future__ import annotations
 
@@ -128,8 +128,7 @@ def _tables() -> tuple[dict[str, tuple[Fraction, Bases]], dict[str, tuple[Fracti
         for word in words.split():
             names[word] = Fraction(factor), bases
             names |= {
-                prefix + word: (Fraction(factor) * Fraction(10) ** power, bases)
-                for prefix, power in _PREFIXES.values()
+                prefix + word: (Fraction(factor) * Fraction(10) ** power, bases) for prefix, power in _PREFIXES.values()
             }
     for all_names, factor, bases in _OTHERS:
         for name in all_names.split():

@@ -35,7 +35,7 @@ _BARE = re.compile(
     rf"^({_NUMBER}{_TIMES_TEN}?(?:\s*\\(?:pi(?![a-zA-Z])|sqrt\{{\d+\}}))?)(\s*)"
     rf"((?:[a-zA-Z]|[^\x00-\x7f])(?:[a-zA-Z. /()]|[^\x00-\x7f]|\\cdot(?![a-zA-Z])|(?<=[a-zA-Z)]){_POWER})*)$"
 )
-_CLOSE_TO_NUMBER = {"cm", "mm", "km", "kg", "ml", "mL", "ft", "min", "sec", "hr", "mph", "kph", "kWh", "Hz", "kHz", "MHz"}
+_CLOSE_TO_NUMBER = {"cm", "mm", "km", "kg", "ml", "mL", "ft", "min", "sec", "hr", "mph", "kph", "kWh", "Hz", "kHz"}
 """Read as a unit behind a number without a space: 5cm, but 2mg may be twice the weight mg."""
 _WORD = re.compile(r"[a-zA-Z]{4}|[^\x00-\x7f]")
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
