@@ -57,7 +57,8 @@ def write_evaluation(
     for name, responses in benchmarks.items():
         samples = max(Counter(response.question for response in responses).values())
         write_lines(folder / "responses" / f"{name}.jsonl", [
-            {"question": r.question, "sample": r.sample, "text": r.text, "tokens": r.tokens, "finished": r.finished,
+            {"question": r.question, "sample": r.sample, "text": r.text, "reasoning": "", "tokens": r.tokens,
+             "finished": r.finished,
              "entropy": r.entropy} for r in responses
         ])  # fmt: skip
         write_lines(folder / "verdicts" / f"{name}.jsonl", [

@@ -100,7 +100,7 @@ def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) 
     assert (first["hub"], first["revision"], first["unparsed"]) == ("math-ai/aime25", "mirror", first["unparsed"])
     assert "holds 4 questions, not the 30 expected" in first["notice"]
     assert set(lines(whole, "responses", "aime25")[0]) == {
-        "question", "sample", "text", "tokens", "finished", "entropy",
+        "question", "sample", "text", "reasoning", "tokens", "finished", "entropy",
     }  # fmt: skip
     assert set(lines(whole, "verdicts", "aime25")[0]) == {"question", "sample", "score", "failure", "answer"}
     asked = lines(whole, "questions", "aime25")[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from forkrl.errors import UserError
+from forkrl.evaluation.folder import read_texts
 from forkrl.evaluation.response_files import BenchmarkFiles, LineFile
 from forkrl.evaluation.samplers import Sampled, SampleRequest
 from forkrl.types import Prompt, Verdict
@@ -27,6 +28,18 @@ def opened(folder: Path, prompts: list[Prompt] | None = None, samples: int = 2) 
 
 def keys(requests: list[SampleRequest]) -> list[tuple[str, int]]:
     return [(request.prompt.id, request.sample) for request in requests]
+
+
+def test_reasoning_is_stored_and_not_judged(tmp_path: Path) -> None:
+    with opened(tmp_path, samples=1) as files:
+        files.add_response(sampled(files.grid[0], "4")._replace(reasoning="two and two"))
+    with opened(tmp_path, samples=1) as files:
+        assert [text for _, text in files.unjudged()] == ["4"]
+        files.add_verdict(files.grid[0], Verdict(1.0))
+        assert files.scored()[0].score == 1
+    row = json.loads((tmp_path / "responses/sums.jsonl").read_text())
+    assert (row["text"], row["reasoning"]) == ("4", "two and two")
+    assert read_texts(tmp_path, "sums", {("q1", 0)}) == {("q1", 0): "<think>two and two</think>4"}
 
 
 def test_what_is_missing_unjudged_and_scored(tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def test_the_last_closed_block_of_python_counts(response: str, program: str | No
     assert last_program(response) == program
 
 
+@pytest.mark.parametrize("end", ["", "</think>", "</think>\nI give up."])
+def test_a_program_inside_the_thinking_does_not_count(end: str) -> None:
+    fenced = "```python\nprint(1)\n```"
+    assert last_program(f"<think>\n{fenced}\n{end}") is None
+    assert last_program(f"<think>\n{fenced}\n</think>\n{fenced.replace('1', '2')}") == "print(2)"
+
+
 def test_no_program_scores_nothing_and_says_so() -> None:
     judged = verify_code(pack_tests([""], [""]), "I don't know.")
     assert judged.score == 0

@@ -1,7 +1,8 @@
 """The mathematics verifier against tables of answers with known truth (tests/data/math_*.json).
 
 math_pairs.json: what is right and what only looks right, truth first, with the faults that remain marked "known".
-math_cases.json: how the answer is found. math_hostile.json: what must be judged soon, whatever it is; a response there
+math_reports.jsonl: pairs from public bug reports of comparable projects, labelled by hand. math_variants.jsonl: right and
+wrong variants of every class of those bugs. math_cases.json: how the answer is found. math_hostile.json: what must be judged soon, whatever it is; a response there
 is text, or a list of [text, times] for the long ones.
 """
 
@@ -11,6 +12,7 @@ import json
 import re
 import signal
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ DATA = Path(__file__).parents[1] / "data"
 PAIRS, CASES, HOSTILE = (
     json.loads((DATA / f"math_{name}.json").read_text(encoding="utf-8")) for name in ("pairs", "cases", "hostile")
 )
+REPORTS, VARIANTS = (
+    [json.loads(line) for line in (DATA / f"math_{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("reports", "variants")
+)
 SPEC = {"": VerifierSpec("forkrl.rewards.math:verify_math")}
 
 
@@ -45,6 +51,63 @@ def test_every_pair_is_judged_as_is_true_except_for_the_known_faults() -> None:
     assert len(PAIRS) >= 1000
     assert sum(row["truth"] == 0 for row in PAIRS) >= 0.4 * len(PAIRS)
     assert sum("known" in row for row in PAIRS) <= 0.02 * len(PAIRS)
+
+
+def misjudged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if verify_math(row["gold"], row["response"]).score != row["truth"]]
+
+
+def test_pairs_from_public_bug_reports_are_judged_right() -> None:
+    assert not misjudged(REPORTS)
+    assert len(REPORTS) >= 259
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in VARIANTS}))
+def test_variants_of_every_class_of_reported_bugs_are_judged_right(kind: str) -> None:
+    rows = [row for row in VARIANTS if row["kind"] == kind]
+    assert not misjudged(rows)
+    assert len(rows) >= 2
+
+
+@pytest.mark.parametrize("found", ["1,2", "1, 2", "(1,2)", "[1,2)", "]1,2]", r"\{1,2\}"])
+def test_an_interval_needs_its_brackets(found: str) -> None:
+    assert verify_math("[1,2]", rf"\boxed{{{found}}}").score == 0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        r"<think>Maybe \boxed{17}",
+        r"<think>Maybe \boxed{17}</think>",
+        r"<think>Maybe \boxed{17}</think> I do not know.",
+        r"<think>a</think> b <think>\boxed{17}",
+    ],
+)
+def test_an_answer_inside_the_thinking_does_not_count(response: str) -> None:
+    assert verify_math("17", response) == Judgement(0.0, "")
+
+
+def test_thinking_that_the_prompt_opens_must_be_closed() -> None:
+    prompt = Prompt("p", "User: what is 8 + 9?\nAssistant: <think>\n", "17")
+    with VerifierPool(SPEC) as pool:
+        verdicts = pool.verify([(prompt, r"it is \boxed{17}"), (prompt, r"it is 3</think>\boxed{17}")])
+    assert [(verdict.score, verdict.answer) for verdict in verdicts] == [(0.0, ""), (1.0, "17")]
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 900, "((a," * 200, "]" * 900, "[1," * 300, r"\text{" * 150, r"\boxed " * 100, "** " * 300]
+)
+def test_long_answers_of_brackets_and_marks_take_no_time(text: str) -> None:
+    began = time.process_time()
+    for response in (
+        rf"\boxed{{{text}}}",
+        text,
+        f"The answer is {text}",
+        f"<answer>{text}</answer>",
+        text + " " * 10**6,
+    ):
+        assert verify_math("7", response).score == 0
+    assert time.process_time() - began < 5
 
 
 def test_every_gold_answer_answers_itself() -> None:

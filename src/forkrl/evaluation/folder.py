@@ -20,7 +20,7 @@ _NOTHING = type(None)
 Kinds = dict[str, tuple[type, ...]]
 Key = tuple[str, int]
 RESPONSE: Kinds = {
-    "question": (str,), "sample": (int,), "text": (str,), "tokens": (int,), "finished": (bool,),
+    "question": (str,), "sample": (int,), "text": (str,), "reasoning": (str,), "tokens": (int,), "finished": (bool,),
     "entropy": (*_NUMBER, _NOTHING),
 }  # fmt: skip
 VERDICT: Kinds = {
@@ -90,13 +90,18 @@ def read_questions(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def read_texts(folder: Path, name: str, wanted: Set[Key]) -> dict[Key, str]:
-    """The texts of some responses to a benchmark, by question and sample.
+    """The texts of some responses to a benchmark, by question and sample, a server's separate reasoning in front.
 
     Raises:
         UserError: a line is damaged.
     """
     rows = checked_rows(folder / "responses" / f"{name}.jsonl", RESPONSE)
-    return {_key(row): row["text"] for row in rows if _key(row) in wanted}
+    return {_key(row): _as_written(row) for row in rows if _key(row) in wanted}
+
+
+def _as_written(row: dict[str, Any]) -> str:
+    """What a person reads: ``text`` alone is what was judged."""
+    return f"<think>{row['reasoning']}</think>{row['text']}" if row["reasoning"] else str(row["text"])
 
 
 def _scored_responses(folder: Path, name: str) -> list[ScoredResponse]:
@@ -128,7 +133,7 @@ def _scored(response: dict[str, Any], verdict: dict[str, Any]) -> ScoredResponse
 def _by_key(path: Path, kinds: Kinds) -> dict[Key, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: is missing; {_how_to_finish(path.parent.parent)}")
-    return {_key(row): row | {"text": ""} for row in checked_rows(path, kinds)}
+    return {_key(row): row | {"text": "", "reasoning": ""} for row in checked_rows(path, kinds)}
 
 
 def _key(row: dict[str, Any]) -> Key:

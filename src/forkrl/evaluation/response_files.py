@@ -113,6 +113,7 @@ class BenchmarkFiles:
         self._texts: dict[Key, str] = {}
         for row in self._response_file.rows(RESPONSE):
             key, text = _key(row), row.pop("text")
+            del row["reasoning"]
             self._responses[key] = row
             if self._verdicts.get(key, _UNJUDGED)["failure"]:
                 self._texts[key] = text
@@ -142,12 +143,13 @@ class BenchmarkFiles:
             "question": prompt.id,
             "sample": sample,
             "text": sampled.text,
+            "reasoning": sampled.reasoning,
             "tokens": sampled.tokens,
             "finished": sampled.finished,
             "entropy": sampled.entropy,
         }
         self._response_file.append(row)
-        del row["text"]
+        del row["text"], row["reasoning"]
         self._responses[_key(row)] = row
 
     def add_verdict(self, request: SampleRequest, verdict: Verdict) -> None:

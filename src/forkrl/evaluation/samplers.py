@@ -19,13 +19,17 @@ class SampleRequest(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A response that has finished. ``tokens`` is its length, ``entropy`` its mean in nats, None if unknown."""
+    """A response that has finished. ``tokens`` is its length, ``entropy`` its mean in nats, None if unknown.
+
+    ``reasoning`` is what a server returned separately from the text; it is stored, and not judged.
+    """
 
     request: SampleRequest
     text: str
     tokens: int
     finished: bool
     entropy: float | None
+    reasoning: str = ""
 
 
 class EvalSampling(NamedTuple):

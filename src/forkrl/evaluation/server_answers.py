@@ -103,14 +103,15 @@ def read_response(server: Server, request: SampleRequest, sampling: EvalSampling
     reason = choice.get("finish_reason")
     if reason != "length" and not (isinstance(reason, str) and reason in _ENDED):
         raise Failure(f"an answer with finish_reason {shown(server, json.dumps(reason))}")
-    text, tokens = _SURROGATE.sub("\ufffd", _text(server, choice)), _tokens(server, content)
+    text, reasoning = (_SURROGATE.sub("\ufffd", part) for part in _text_and_reasoning(server, choice))
+    tokens = _tokens(server, content)
     # One token of grace for servers that count a closing token, or do not.
     if reason == "length" and tokens + 1 < sampling.max_response_tokens:
         raise UserError(
             f"question {request.prompt.id}: the server cut a response at {tokens} tokens, short of --max-tokens "
             f"{sampling.max_response_tokens}; serve the model with a longer context or lower --max-tokens"
         )
-    return Sampled(request, text, tokens, finished=reason != "length", entropy=None)
+    return Sampled(request, text, tokens, finished=reason != "length", entropy=None, reasoning=reasoning)
 
 
 def read_json_object(server: Server, answer: Answer) -> dict[str, Any]:
@@ -215,21 +216,18 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def _text(server: Server, choice: Mapping[str, Any]) -> str:
-    """The model's own words, with what a reasoning server keeps apart put back in front, between think tags."""
+def _text_and_reasoning(server: Server, choice: Mapping[str, Any]) -> tuple[str, str]:
+    """The response, and the reasoning that a server returns separately; "" without any."""
     if not server.chat:
-        return _string(server, choice.get("text"))
+        return _string(server, choice.get("text")), ""
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Failure("an answer without a message")
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     if not reasoning:
-        return _string(server, message.get("content"))
-    # Null where the response was cut while the model still reasoned: then the tag stays open, as the model left it.
-    content = message.get("content")
-    if not content:
-        return f"<think>{_string(server, reasoning)}"
-    return f"<think>{_string(server, reasoning)}</think>{_string(server, content)}"
+        return _string(server, message.get("content")), ""
+    # The content is null where the response was cut off while the model was still reasoning.
+    return _string(server, message.get("content") or ""), _string(server, reasoning)
 
 
 def _string(server: Server, value: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from forkrl.rewards.reply import with_opened_thinking
 from forkrl.types import Prompt, Verdict
 
 
@@ -30,7 +31,10 @@ class Batch:
 
     def __init__(self, pairs: Sequence[tuple[Prompt, str]], deadline_of: Callable[[Prompt], float]) -> None:
         self.future: Future[list[Verdict]] = Future()
-        self.items = [Item(self, index, *pair, deadline_of(pair[0])) for index, pair in enumerate(pairs)]
+        self.items = [
+            Item(self, index, prompt, with_opened_thinking(prompt.text, response), deadline_of(prompt))
+            for index, (prompt, response) in enumerate(pairs)
+        ]
         self.verdicts: list[Verdict | None] = [None] * len(self.items)
         self._num_open = len(self.items)
 

@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 from forkrl.gym_entries import Source, make_entry, open_source
+from forkrl.rewards.reply import reply_of
 from forkrl.types import Judgement
 
 _MAX_ANSWER = 20_000
@@ -52,7 +53,8 @@ def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement
 
 
 def final_answer(response: str) -> str | None:
-    """What stands in the last complete ``<answer>...</answer>``, stripped; None without one. Linear in the length."""
+    """The content of the last complete ``<answer>...</answer>`` after the thinking, stripped; None without one."""
+    response = reply_of(response)
     end = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, max(end, 0))
     return response[start + len("<answer>") : end].strip() if start >= 0 else None

@@ -26,6 +26,7 @@ from forkrl.rewards.code.test_cases import (
     tests_from_livecodebench,
     unpack_tests,
 )
+from forkrl.rewards.reply import reply_of
 from forkrl.types import Judgement, VerifierSpec
 
 __all__ = [
@@ -88,11 +89,11 @@ def verify_code(answer: str, response: str, **options: Any) -> Judgement:
 
 
 def last_program(response: str) -> str | None:
-    """The last closed block fenced as Python, else the last closed block without a language, else None."""
+    """The last closed block fenced as Python after the thinking, else the last one without a language, else None."""
     python: str | None = None
     plain: str | None = None
     opened: tuple[str, int] | None = None
-    lines = response.split("\n")
+    lines = reply_of(response).split("\n")
     for number, line in enumerate(lines):
         fence = _FENCE.match(line)
         if not fence:

@@ -6,6 +6,7 @@ memory limits are the pool's. What would take long is mostly refused before it i
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 from forkrl.rewards.math.answer import Answer, read_answer
@@ -13,6 +14,9 @@ from forkrl.rewards.math.equality import is_same
 from forkrl.rewards.math.formula import TooLarge
 from forkrl.rewards.math.response import boxed_or_bare, final_answer
 from forkrl.types import Judgement
+
+_GROUPED = re.compile(r"\d,\d{3}(?!\d)")
+_LOG = re.compile(r"\\log(?![a-zA-Z]|\s*_)")
 
 
 def verify_math(answer: str, response: str) -> Judgement:
@@ -37,7 +41,19 @@ def verify_math(answer: str, response: str) -> Judgement:
         return Judgement(float(_same_text(answer, text)), text)
     if found.kind == "unreadable":
         return Judgement(float(_same_text(answer, text)), "")
-    return Judgement(float(gold is not None and is_same(gold, found)), str(found))
+    return Judgement(float(gold is not None and _is_right(answer, gold, text, found)), str(found))
+
+
+def _is_right(answer: str, gold: Answer, text: str, found: Answer) -> bool:
+    """Whether the found answer is the gold one in any of the readings that its notation leaves open."""
+    if is_same(gold, found):
+        return True
+    if gold.kind in ("list", "set") and _GROUPED.search(text):
+        return is_same(gold, read_answer(text.replace(",", ", "), thousands=False))
+    if _LOG.search(answer) or _LOG.search(text):  # of base 10 or e
+        golds, founds = (_LOG.sub(r"\\ln", side) for side in (boxed_or_bare(answer), text))
+        return is_same(read_answer(golds), read_answer(founds))
+    return False
 
 
 @lru_cache(maxsize=256)

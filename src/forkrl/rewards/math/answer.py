@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from forkrl.rewards.math.formula import Formula, read_formula
-from forkrl.rewards.math.notation import closing_place, plain_notation, split_outside
+from forkrl.rewards.math.notation import closing_place, plain_notation, split_outside, without_thousands
 from forkrl.rewards.math.numbers import Number, number_word, read_number
 from forkrl.rewards.math.units import NO_UNIT, Unit, split_unit
 
 Kind = Literal[
     "value", "words", "choice", "clock", "ratio", "base", "list", "set", "brackets", "union", "equation", "inequality",
-    "approximation", "text", "unreadable",
+    "congruence", "approximation", "text", "unreadable",
 ]  # fmt: skip
 
 
@@ -49,17 +49,29 @@ class Answer:
                 return str(self.parts[-1])
             case "equation" | "inequality":
                 return f" {self.mark} ".join(map(str, self.parts))
+            case "congruence":
+                return ", ".join(sorted(map(str, self.parts))) + f" mod {self.mark}"
             case "approximation":
                 return str(self.parts[0])
         return self.text
 
 
 _JOIN = r"(?:(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|\\text\{,?\s*(?:and|or)\})"
+_LEADING_WORDS = re.compile(
+    r"^(?:\\text\{)?\s*(?:so|thus|hence|therefore|then|(?:the )?(?:final )?answer(?: is|:)|answer is|is)"
+    r"[\s,:]*(?:\}|(?<=[\s:]))\s*"
+    r"(?=[-\d\\(\[]|[a-zA-Z]\s*=)",
+    re.IGNORECASE,
+)
 _SEPARATOR = re.compile(rf"\s*[,;]\s*{_JOIN}?|\s*{_JOIN}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _MEMBER_OF = re.compile(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _SET_OF_ALL = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?::|\||\\mid(?![a-zA-Z]))(.*)\\\}")
-_EQUALS = re.compile(r"(?<![\\<>!])=")
+_EQUALS = re.compile(r"(?<![\\<>!])=|\\equiv(?![a-zA-Z])")
+_CONGRUENCE = re.compile(
+    r"(?:(?P<left>[^=]*?)\s*\\equiv\s*)?(?P<residues>.*?)[\s,]*\(?\s*(?P<mod>\\pmod|\\bmod|\\mod|\\text\{mod\}|(?<![a-zA-Z\\])mod)"
+    r"\s*(?:\{(?P<braced>[^{}]*)\}|(?P<bare>\w+))\s*\)?"
+)
 _ORDER = re.compile(r"<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])")
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])")
 _CALL = r"(?:\\?[a-zA-Z]+'*(?:_(?:\{[^{}]*\}|\w))?)"
@@ -72,38 +84,71 @@ _WHOLE_TEXT = re.compile(r"(?:\\text\{([^{}]*)\}\s*)+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*\.?")
 _SHORT_WORDS = {"yes", "no", "odd", "even", "true", "all", "none", "never"}
-_CHOICE = re.compile(r"\(?([A-J])\)?")
+_SHORT_WORD = re.compile(r"[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]")
+"""Cat, not abc."""
+_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer|选项|选)\s*:?\s*)?\(?([A-J])\)?")
 _CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s*|([A-J])\s*[.:)]\s*)(\S.*)", re.DOTALL)
 _ANOTHER_CHOICE = re.compile(r"(?:and|or|,)?\s*\(?[A-J]\)?", re.IGNORECASE)
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
-_BASE = re.compile(r"([0-9A-F]+)\s*_\s*(?:\{\s*(?:\\text\{)?(\d+)\}?\s*\}|(\d))")
+_BASE = re.compile(r"\(?([0-9A-F]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\(?(\d+)\)?\}?\s*\}|(\d))")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _NUMERIC_COMMANDS = re.compile(r"\\(?:cdot|times|div|frac|sqrt|binom|pi)(?![a-zA-Z])")
 _QUANTITY = re.compile(r"-?[a-zA-Z](?:\s*[-+]?\s*[a-zA-Z])*")
+_OF_NAMES = re.compile(
+    r"\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*(?:\\angle\s*)?\\?[a-zA-Z]+\s*[)}]?"
+    r"|\\frac\{\s*[a-zA-Z]+\s*\}\{\s*[a-zA-Z]+\s*\}|[a-zA-Z]+\s*[:/]\s*[a-zA-Z]+|\|[^|=]+\|"
+)
+_NO_WORDS = re.compile(r"\\(?:text|begin|end)\{[^{}]*\}")
+_LONG_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?:the|and|not|are|for|but|any|all)(?![a-zA-Z])"
+    r"|(?<![\\a-zA-Z])(?!(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-zA-Z])|sqrt|frac|pmod|bmod)[a-zA-Z]{4}"
+)
 _TWO_SIGNS = re.compile(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _CONTENT = re.compile(r"[^\W_]")
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
-def read_answer(text: str) -> Answer:
+def read_answer(text: str, *, thousands: bool = True) -> Answer:
     """The answer that a text is; of kind "unreadable" where it is none.
+
+    Args:
+        text: LaTeX or plain.
+        thousands: 8,000 is a number, not a list of 8 and 0.
 
     Raises:
         TooLarge: a formula in it exceeds the bounds of ``read_formula``.
     """
-    return _read(plain_notation(text), depth=0)
+    text = plain_notation(text)
+    return _read(without_thousands(text) if thousands else text, depth=0)
+
+
+def read_measure(answer: Answer) -> Answer:
+    """The same answer where the letters behind its number are taken for a unit: 5 m."""
+    bare, unit = split_unit(answer.text, lenient=True)
+    return replace(_read(bare, depth=4), text=answer.text, unit=unit) if unit.measures else answer
 
 
 def _read(text: str, depth: int) -> Answer:
+    while text.startswith("{") and closing_place(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    text = _LEADING_WORDS.sub("", text)
     if not text or depth > 8:
         return Answer("unreadable", text)
     if number := read_number(text):
         return Answer("value", text, value=number)
     if words := _read_words(text):
         return words
-    for read in (_read_choice, _read_several, _read_brackets, _read_relation, _read_two_signs, _read_notation):
+    for read in (
+        _read_choice,
+        _read_congruence,
+        _read_several,
+        _read_brackets,
+        _read_relation,
+        _read_two_signs,
+        _read_notation,
+    ):
         if answer := read(text, depth + 1):
             return answer
     return _read_value(text)
@@ -118,7 +163,14 @@ def _read_words(text: str) -> Answer | None:
         return None
     lower = plain_words(words)
     longest = max(map(len, re.split(r"[ '-]", lower)))
-    if not (whole or longest >= 4 or lower in _SHORT_WORDS or number_word(lower) or words.istitle()):
+    if not (
+        whole
+        or longest >= 4
+        or _SHORT_WORD.fullmatch(lower)
+        or lower in _SHORT_WORDS
+        or number_word(lower)
+        or words.istitle()
+    ):
         return None  # a product of variables
     number = number_word(lower)
     return Answer("value", text, value=number) if number else Answer("words", text, mark=lower)
@@ -136,6 +188,26 @@ def _read_choice(text: str, depth: int) -> Answer | None:
     if match and not _ANOTHER_CHOICE.fullmatch(match[3]):
         return Answer("choice", text, (_read(match[3].strip("\\ "), depth),), mark=match[1] or match[2])
     return None
+
+
+def _read_congruence(text: str, depth: int) -> Answer | None:
+    r"""``n \equiv 1, 3 \pmod 8``. Without the left side ``17 \bmod 5`` is a number."""
+    match = _CONGRUENCE.fullmatch(text)
+    if not match or not match["residues"]:
+        return None
+    residues = _read(match["residues"].strip(), depth)
+    if match["left"] is None and match["mod"] == r"\bmod":
+        return _remainder(text, residues, match["braced"] or match["bare"])
+    parts = residues.parts if residues.kind == "list" else (residues,)
+    left = (match["left"] or "").strip()
+    modulus = (match["braced"] or match["bare"]).strip()
+    return Answer("congruence", text, parts, mark=modulus) if not left or is_name(left) else None
+
+
+def _remainder(text: str, dividend: Answer, divisor: str) -> Answer | None:
+    if not isinstance(dividend.value, Number) or not divisor.isdecimal() or not int(divisor):
+        return None
+    return Answer("value", text, value=Number(dividend.value.value % int(divisor)))
 
 
 def _read_several(text: str, depth: int) -> Answer | None:
@@ -193,11 +265,11 @@ def _read_relation(text: str, depth: int) -> Answer | None:
         return Answer("approximation", text, (_read(name, depth), _read(result, depth)))
     sides = [side.strip() for side in split_outside(text, _EQUALS)]
     if len(sides) > 1 and all(sides):
-        first = Answer("unreadable", sides[0]) if is_name(sides[0]) else _read(sides[0], depth)
         last = _read(sides[-1], depth)
         if last.kind == "list" and r"\pm" in text:
             return last
-        return Answer("equation", text, (first, last), mark="=")
+        before = (Answer("unreadable", side) if is_name(side) else _read(side, depth) for side in sides[:-1])
+        return Answer("equation", text, (*before, last), mark="=")
     sides = [side.strip() for side in split_outside(text, _ORDER)]
     if 2 <= len(sides) <= 3 and all(sides):
         signs = [sign.strip() for sign in _ORDER.findall(text)]
@@ -239,7 +311,8 @@ def _read_two_signs(text: str, depth: int) -> Answer | None:
 def _read_notation(text: str, depth: int) -> Answer | None:
     """Clock times, ratios, numbers with a base."""
     bare, unit = split_unit(text)
-    if match := _CLOCK.fullmatch(bare):
+    match = _CLOCK.fullmatch(bare)
+    if match and _is_clock(int(match[1]), match[2], unit):
         return Answer("clock", text, mark=f"{int(match[1])}:{match[2]}", unit=unit)
     if _RATIO.fullmatch(bare):
         terms = [read_number(term.strip()) for term in bare.split(":")]
@@ -254,12 +327,21 @@ def _read_notation(text: str, depth: int) -> Answer | None:
     return None
 
 
+def _is_clock(hour: int, minutes: str, unit: Unit) -> bool:
+    """Nothing but custom tells 3:45 from a ratio: times are mostly multiples of five minutes."""
+    if hour > 24 or int(minutes) > 59:
+        return False
+    return bool(unit.measures) or minutes.startswith("0") or int(minutes) % 5 == 0
+
+
 def _read_value(text: str) -> Answer:
     bare, unit = split_unit(text)
     if bare != text:
         inner = _read(bare, depth=4)
         return replace(inner, text=text, unit=unit if unit.measures else inner.unit)
     percent = bare.endswith(r"\%")
+    if _LONG_WORD.search(_NO_WORDS.sub("", bare)):
+        return Answer("text", text)
     value = read_formula(bare.removesuffix(r"\%").strip() if percent else bare)
     if isinstance(value, Number) and percent:
         value = value._replace(is_percent=True)
@@ -273,6 +355,7 @@ def tells_a_value(text: str) -> bool:
     return (
         is_name(text)
         or bool(_QUANTITY.fullmatch(text))
+        or bool(_OF_NAMES.fullmatch(text))
         or not re.search(r"[a-zA-Z\\]", _NUMERIC_COMMANDS.sub("", text))
     )
 

@@ -5,17 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from fractions import Fraction
 
-from forkrl.rewards.math.answer import FLIPPED, Answer, is_name, plain_words, tells_a_value
-from forkrl.rewards.math.formula import Formula, difference, is_multiple, is_rounded, read_formula, same_formula
+from forkrl.rewards.math.answer import FLIPPED, Answer, is_name, plain_words, read_measure, tells_a_value
+from forkrl.rewards.math.formula import (
+    Formula,
+    difference,
+    entries_of_vector,
+    is_multiple,
+    is_rounded,
+    names_of,
+    read_formula,
+    same_formula,
+    scaled,
+)
 from forkrl.rewards.math.numbers import Number, same_number
 from forkrl.rewards.math.units import scale_between
 
 _CONJUNCTION = re.compile(r"(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
+_OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])")
+_INDEXED = re.compile(r"([a-zA-Z])\s*_\s*(?:\d|\{\s*\d+\s*\})")
+_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _PLACES = re.compile(r"\.(\d+)")
 _MOST_COMPARED = 50
+_LONGEST_PRODUCT = 3
+"""Letters that may be a word or a product: cab."""
 
 
 def is_same(gold: Answer, found: Answer) -> bool:
@@ -29,8 +44,17 @@ def is_same(gold: Answer, found: Answer) -> bool:
     match gold.kind, found.kind:
         case "value", "value":
             return _same_value(gold, found)
+        case "ratio", "value":
+            return isinstance(found.value, Number) and gold.mark == _as_ratio(found.value)
+        case ("clock", "ratio") | ("ratio", "clock"):
+            return _bare(gold.text) == _bare(found.text)
+        case "congruence", "congruence":
+            return _same_congruence(gold, found)
         case "value", "choice":
             return any(is_same(gold, part) for part in found.parts)
+        case "value", "words" if len(found.text) <= _LONGEST_PRODUCT:
+            product = read_formula(found.text)
+            return product is not None and gold.value is not None and same_formula(gold.value, product)
         case "words", _:
             return gold.mark == plain_words(found.text)
         case ("choice", "choice") | ("ratio", "ratio") | ("base", "base"):
@@ -43,6 +67,9 @@ def is_same(gold: Answer, found: Answer) -> bool:
             return gold.mark == found.mark and _same_in_order(gold.parts, found.parts)
         case "brackets", "list":
             return gold.mark == "()" and _same_in_order(gold.parts, _as_point(found))
+        case "brackets", "value":
+            entries = entries_of_vector(found.value) if gold.mark == "()" and found.value else []
+            return _same_in_order(gold.parts, [Answer("value", "", value=entry) for entry in entries])
         case "list", "brackets":
             if all(part.kind == "equation" for part in gold.parts):
                 return found.mark == "()" and _same_in_order(_as_point(gold), found.parts)
@@ -64,32 +91,40 @@ def _bare(text: str) -> str:
     return re.sub(r"[\s{}]", "", text)
 
 
+def _as_ratio(number: Number) -> str:
+    """A fraction as the mark of a ratio of two numbers."""
+    return f"1:{1 / number.value}" if number.value and not number.is_percent else ""
+
+
 def _readings(answer: Answer) -> tuple[Answer, ...]:
     """Both sides of an approximation where the right one is the left one rounded, else the left one: two answers that
     are merely said to be near each other are no answer and its decimal fraction."""
     if answer.kind != "approximation":
         return (answer,)
     left, right = answer.parts
-    if not isinstance(left.value, Formula) or not isinstance(right.value, Number):
-        return (left,)
-    places = _PLACES.search(right.text)
-    is_rounding = is_rounded(left.value, right.value, len(places[1]) if places else 0)
-    return (left, right) if is_rounding else (left,)
+    return (left, right) if _is_rounding(left, right) else (left,)
+
+
+def _is_rounding(exact: Answer, decimal: Answer) -> bool:
+    if not isinstance(exact.value, Formula) or not isinstance(decimal.value, Number):
+        return False
+    places = _PLACES.search(decimal.text)
+    return is_rounded(exact.value, decimal.value, len(places[1]) if places else 0)
 
 
 def _same_value(gold: Answer, found: Answer) -> bool:
+    if gold.unit.measures and not found.unit.measures:
+        found = read_measure(found)
+    elif found.unit.measures and not gold.unit.measures:
+        gold = read_measure(gold)
     factor = scale_between(gold.unit, found.unit)
     if factor is None or gold.value is None or found.value is None:
         return False
     if (_is_percentage(gold) and found.unit.measures) or (_is_percentage(found) and gold.unit.measures):
         return False
-    value: Any = found.value
-    if isinstance(value, Number):
-        value = value._replace(value=value.value * factor)
-        if isinstance(gold.value, Number):
-            return same_number(gold.value, value)
-    elif factor != 1:
-        return False
+    value = scaled(found.value, factor)
+    if isinstance(gold.value, Number) and isinstance(value, Number):
+        return same_number(gold.value, value)
     return same_formula(gold.value, value)
 
 
@@ -105,6 +140,10 @@ def _same_members(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
     """Whether every member has its equal on the other side; how often and in which order does not count."""
     if all(map(_says_all, (*gold, *found))) and {str(answer) for answer in gold} == {str(answer) for answer in found}:
         return True
+    if (plain := _without_indices(found)) is not found and _without_indices(gold) is gold:
+        found = plain
+    elif plain is found:
+        gold = _without_indices(gold)
     if max(len(gold), len(found)) > _MOST_COMPARED:
         return False
     return all(any(is_same(g, f) for f in found) for g in gold) and all(any(is_same(g, f) for g in gold) for f in found)
@@ -116,27 +155,89 @@ def _says_all(answer: Answer) -> bool:
     return no_name and not answer.unit.measures and all(map(_says_all, answer.parts))
 
 
-def _as_point(found: Answer) -> Sequence[Answer]:
+def _as_point(found: Answer, order: Sequence[str] = ()) -> Sequence[Answer]:
     """``y=2, x=1`` as (1, 2), and ``1, 2`` too; nothing for ``1 or 2`` and ``x=1, x=2``."""
-    names = [part.parts[0].text if part.kind == "equation" else "" for part in found.parts]
-    if _CONJUNCTION.search(found.text) or (any(names) and len(set(names)) < len(names)):
+    names = [_bare(part.parts[0].text) if part.kind == "equation" else "" for part in found.parts]
+    if not all(names):
+        return () if any(names) or _CONJUNCTION.search(found.text) else found.parts
+    if len(set(names)) < len(names) or _OR.search(found.text) or (order and sorted(order) != sorted(names)):
         return ()
-    return sorted(found.parts, key=lambda part: part.parts[0].text) if all(names) else found.parts
+    by_name = dict(zip(names, found.parts, strict=True))
+    return [by_name[name] for name in order or sorted(names)]
+
+
+def _without_indices(members: Sequence[Answer]) -> Sequence[Answer]:
+    """``x_1=2, x_2=5`` as ``x=2, x=5``; anything else as it is."""
+    names = [_INDEXED.fullmatch(part.parts[0].text) if part.kind == "equation" else None for part in members]
+    letters = {name[1] for name in names if name}
+    if len(letters) != 1 or not all(names) or len({part.parts[0].text for part in members}) < len(members):
+        return members
+    name = Answer("unreadable", letters.pop())
+    return [replace(part, text="", parts=(name, *part.parts[1:])) for part in members]
 
 
 def _same_equation(gold: Answer, found: Answer) -> bool:
     if gold.kind == found.kind:
         names = [is_name(side.parts[0].text) for side in (gold, found)]
         if all(names) and _bare(gold.parts[0].text) == _bare(found.parts[0].text):
-            return is_same(gold.parts[-1], found.parts[-1])
+            return any(is_same(gold.parts[-1], conclusion) for conclusion in _conclusions(found))
         functions = [_FUNCTION.fullmatch(side.parts[0].text) for side in (gold, found)]
         if functions[0] and functions[1] and functions[0][1] == functions[1][1]:  # f(n) = n and f(x) = x
             return is_same(gold.parts[-1], _renamed(found.parts[-1], functions[1][2], functions[0][2]))
         gaps = [_gap(side) for side in (gold, found)]
         return gaps[0] is not None and gaps[1] is not None and is_multiple(gaps[0], gaps[1], positive=False)
     if gold.kind == "equation":
+        if found.kind == "list" and gold.parts[-1].kind == "brackets":
+            order = _bare(gold.parts[0].text).strip("()").split(",")
+            return _same_in_order(gold.parts[-1].parts, _as_point(found, order if len(order) > 1 else ()))
         return is_name(gold.parts[0].text) and is_same(gold.parts[-1], found)
-    return tells_a_value(found.parts[0].text) and is_same(gold, found.parts[-1])
+    return any(is_same(gold, conclusion) for conclusion in _conclusions(found))
+
+
+def _conclusions(equation: Answer) -> Sequence[Answer]:
+    """What an equation says its left side is, exactly or rounded: nothing where it says two things, or solves nothing.
+
+    ``x = 6/2 = 3`` is 3; ``x = 2 x = 5``, ``x = 5 = 6`` and ``1 + 1 = 3`` are nothing.
+    """
+    first, *middle, last = equation.parts
+    if not middle and not tells_a_value(first.text) and (first.value is None or _has_variables(first)):
+        return ()
+    conclusions = [last]
+    for part in (first, *middle):
+        if part.value is None and (is_name(part.text) or (part is first and tells_a_value(part.text))):
+            continue
+        if part.value is not None and _has_variables(part):
+            solves_itself = part is not first and names_of(part.value) & set(_LETTER.findall(first.text))
+            if solves_itself and not is_same(last, part):
+                return ()
+        elif is_same(last, part):
+            conclusions.append(part)
+        elif _is_rounding(part, last):
+            conclusions.insert(0, part)
+        else:
+            return ()
+    return conclusions
+
+
+def _has_variables(answer: Answer) -> bool:
+    return answer.value is not None and bool(names_of(answer.value))
+
+
+def _same_congruence(gold: Answer, found: Answer) -> bool:
+    """Equal residues, whichever representatives are written."""
+    names = [_bare(side.text.partition(r"\equiv")[0]) if r"\equiv" in side.text else "" for side in (gold, found)]
+    if gold.mark != found.mark or (all(names) and names[0] != names[1]):
+        return False
+    residues = [[_residue(part, gold.mark) for part in side.parts] for side in (gold, found)]
+    if None in residues[0] or None in residues[1]:
+        return _same_members(gold.parts, found.parts)
+    return set(residues[0]) == set(residues[1])
+
+
+def _residue(answer: Answer, modulus: str) -> Fraction | None:
+    if not isinstance(answer.value, Number) or not modulus.isdecimal() or not int(modulus):
+        return None
+    return answer.value.value % int(modulus)
 
 
 def _same_inequality(gold: Answer, found: Answer) -> bool:
@@ -151,7 +252,7 @@ def _same_inequality(gold: Answer, found: Answer) -> bool:
 
 def _gap(relation: Answer) -> Formula | None:
     """Left side minus right side."""
-    left, right = (_side_value(part) for part in relation.parts)
+    left, right = (_side_value(part) for part in (relation.parts[0], relation.parts[-1]))
     return difference(left, right) if left is not None and right is not None else None
 
 

@@ -47,6 +47,7 @@ _NUMBERS_SIDE_BY_SIDE = re.compile(r"(?<![_^\d])\d+(?:\s+|\s*\\?[{\[]\s*)\d")
 _POINT_WITHOUT_PLACES = re.compile(r"(?<=\d)\.(?!\d)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _POINTS = (1, -1, 2)
+_POSITIVE_POINTS = (1, 2, Fraction(3, 2))
 _LOG10_OF_VARIABLE = 0.72
 """A bound: ``_at`` puts no variable beyond 5.2. The constants that have names are smaller."""
 _DIGITS = 30
@@ -60,10 +61,11 @@ class TooLarge(ValueError):
 
 
 class Formula(NamedTuple):
-    """An expression with exact numbers, and whether it was written with decimal fractions."""
+    """An expression with exact numbers; whether it was written with decimal fractions, and with |...|."""
 
     expression: Any
     is_decimal: bool
+    has_bars: bool = False
 
     def __str__(self) -> str:
         return _describe(self.expression)
@@ -101,7 +103,8 @@ def read_formula(text: str) -> Formula | Number | None:
     if isinstance(expression, list) or not isinstance(expression, sympy.Basic | sympy.MatrixBase):
         return None
     _refuse_large_value(expression)
-    return _exact(expression)
+    value = _exact(expression)
+    return value._replace(has_bars="|" in text) if isinstance(value, Formula) else value
 
 
 def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
@@ -119,15 +122,35 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
         return False
     if not _names(a):
         return _same_constant(a, b, is_decimal)
-    # The gap is computed as one formula: x and 2x beside 10^20 are told apart.
-    gap = sympy.Add(a, sympy.Mul(-1, b))
-    values = [(_at(gap, point), _at(a, point), _at(b, point)) for point in _POINTS]
-    known = [sizes for sizes in values if None not in sizes]
-    if len(known) < 2:
+    tolerance = 6 if is_decimal else 40
+    agree = [_agree_at(a, b, point, tolerance) for point in _POINTS]
+    if agree.count(None) > 1:
         return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
-    if is_decimal:
-        return all(_is_within(*sizes, 6) for sizes in known)
-    return all(sizes[0] == 0 if sizes[0].is_Rational else _is_within(*sizes, 40) for sizes in known)
+    if False not in agree:
+        return True
+    # Roots and logarithms have many values where variables are negative: sqrt(xy) and sqrt(x)sqrt(y).
+    has_bars = [isinstance(side, Formula) and side.has_bars for side in (gold, found)]
+    if not (_has_branches(a) or _has_branches(b)) or any(has_bars):
+        return False
+    return all(_agree_at(a, b, point, tolerance) for point in _POSITIVE_POINTS)
+
+
+def _agree_at(a: Any, b: Any, point: int | Fraction, tolerance: int) -> bool | None:
+    """Whether two formulas have the same value at a point; None where one of them has none."""
+    # The gap is computed as one formula: x and 2x beside 10^20 are told apart.
+    gap = _at(sympy.Add(a, sympy.Mul(-1, b)), point)
+    sizes = (gap, _at(a, point), _at(b, point))
+    if None in sizes:
+        return None
+    return bool(gap == 0) if gap.is_Rational and tolerance > 6 else _is_within(*sizes, tolerance)
+
+
+def _has_branches(expression: Any) -> bool:
+    return (
+        expression.has(sympy.log)
+        or any(power.base.free_symbols and not power.exp.is_integer for power in expression.atoms(sympy.Pow))
+        or expression.has(sympy.Abs)
+    )  # sympy's |x| for sqrt(x^2)
 
 
 def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:
@@ -162,6 +185,28 @@ def difference(left: Formula | Number, right: Formula | Number) -> Formula | Non
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return None
     return Formula(sympy.Add(a, sympy.Mul(-1, b)), False)
+
+
+def scaled(value: Formula | Number, factor: Fraction) -> Formula | Number:
+    """The value times a factor, for another unit."""
+    if factor == 1:
+        return value
+    if isinstance(value, Number):
+        return value._replace(value=value.value * factor)
+    return value._replace(expression=value.expression * sympy.Rational(factor.numerator, factor.denominator))
+
+
+def entries_of_vector(value: Formula | Number) -> list[Formula]:
+    """The entries of a matrix of one row or column; none of anything else."""
+    matrix = _expression(value)
+    if not isinstance(matrix, sympy.MatrixBase) or 1 not in matrix.shape:
+        return []
+    return [Formula(entry, value.is_decimal) for entry in matrix]
+
+
+def names_of(value: Formula | Number) -> set[str]:
+    """The names of the variables in a value."""
+    return _names(_expression(value))
 
 
 def _with_products(text: str) -> str:
@@ -285,8 +330,9 @@ def _same_constant(a: Any, b: Any, is_decimal: bool) -> bool:
         return is_close(_fraction(a), _fraction(b), is_decimal)
     if gap.is_Rational:
         return bool(gap == 0)
-    # Of an exact zero, cancellation at 100 digits leaves next to nothing.
-    return _is_within(gap.evalf(15, maxn=100), a, b, 40)
+    # Of an exact zero, cancellation at that many digits leaves next to nothing.
+    digits = 100 + 2 * int(max(_log10(a), _log10(b)))
+    return _is_within(gap.evalf(15, maxn=digits), a, b, digits - 60)
 
 
 def _is_within(gap: Any, a: Any, b: Any, digits: int) -> bool:
@@ -311,7 +357,7 @@ def _names(expression: Any) -> set[str]:
     return {symbol.name for symbol in expression.free_symbols}
 
 
-def _at(expression: Any, point: int) -> Any:
+def _at(expression: Any, point: int | Fraction) -> Any:
     """The value where every variable stands for a number of its own, positive or negative by ``point``."""
     values = {
         symbol: sympy.Rational(point * (300 + zlib.crc32(f"{symbol.name} {point}".encode()) % 997), 499)

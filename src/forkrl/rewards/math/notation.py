@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from fractions import Fraction
+
+from forkrl.rewards.math.markup import without_markup
 
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑‒﹣－", "-"),
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/",
     "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
     "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-    "°": r"^\circ ", "⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "，": ",", "、": ",", "。": ".",
+    "°": r"^\circ ", "⟨": "(", "⟩": ")", 
+    "∨": r"\lor ", "∧": r"\land ", "≡": r"\equiv ", "℃": r"^\circ C", 
+    "％": "%", "，": ",", "、": ",", "。": ".",
+    "…": r"\ldots ", "−": "-", "∶": ":", "∣": "|", "→": r"\to ", "⇒": r"\Rightarrow ",
 }  # fmt: skip
 _SUPERSCRIPTS = {
     "⁰": "0",
@@ -32,7 +38,48 @@ _SUPERSCRIPTS = {
 _SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+|[a-zA-Z]))")
 
-_TEXT_COMMANDS = "text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol"
+_TEXT_COMMANDS = (
+    r"text(?:bf|it|rm|sf|tt|sc|sl|md|up|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname\*?|boldsymbol|pmb|bm"
+    r"|unit"
+)
+_REPEATING = r"\\(?:overline|bar|overbar)\s*(?:\{\s*(\d+)\s*\}|(\d))"
+_DOTTED = r"\\dot\s*(?:\{\s*(\d)\s*\}|(\d))"
+_NUMERAL = r"(?:(\d+)|\{\s*(\d+)\s*\})"
+_END = r"((?:[^\[\](),;]|\([^()]*\))*)"
+
+
+def _with_bar(dotted: re.Match[str]) -> str:
+    places, *repeating = dotted.groups()
+    return rf"{places}\overline{{{''.join(filter(None, repeating))}}}"
+
+
+def _binomial(match: re.Match[str]) -> str:
+    r"""``C_{10}^3``; with less than 2 below, or more above than below, C is a variable."""
+    above, chosen = int(match[1] or match[2]), int(match[3] or match[4])
+    return rf"\binom{{{above}}}{{{chosen}}}" if 2 <= above >= chosen else match[0]
+
+
+def _binomial_upside_down(match: re.Match[str]) -> str:
+    chosen, above = int(match[1] or match[2]), int(match[3] or match[4])
+    return rf"\binom{{{above}}}{{{chosen}}}" if 2 <= above >= chosen else match[0]
+
+
+def _cis(match: re.Match[str]) -> str:
+    angle = match[1].strip()
+    if degrees := re.fullmatch(r"[({]?\s*(\d{1,6})\s*\^\\circ\s*[)}]?", angle):
+        half_turns = Fraction(int(degrees[1]), 180)
+        angle = rf"\frac{{{half_turns.numerator}\pi}}{{{half_turns.denominator}}}"
+    return rf"e^{{i\cdot ({angle})}}"
+
+
+def _with_usual_brackets(interval: re.Match[str]) -> str:
+    """]a, b[ as (a, b)."""
+    opening, left, separator, right, closing = interval.groups()
+    if not left.strip() or not right.strip():
+        return interval[0]  # between two intervals
+    return opening.replace("]", "(") + left + separator + right + closing.replace("[", ")")
+
+
 _ROWS = re.compile(r"matrix|array|cases")
 _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[a-zA-Z])")
 _REWRITES = [
@@ -44,11 +91,29 @@ _REWRITES = [
         (r"\\!", ""),
         (r"\\\\\s*\[[^\[\]]*\]", r"\\\\"),  # extra space between rows
         (r"(?<!\\)\\[,;:> ]|~", " "),
-        (r"\\(?:q?quad|displaystyle|textstyle|limits|hfill|,)(?![a-zA-Z])", " "),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\,(?![a-zA-Z])", " "),
+        (r"\\(?:[dtc]|nice|x|s|flat)frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:langle|lparen)(?![a-zA-Z])", "("),
+        (r"\\(?:rangle|rparen)(?![a-zA-Z])", ")"),
+        (r"\\lbrack(?![a-zA-Z])", "["),
+        (r"\\rbrack(?![a-zA-Z])", "]"),
+        (r"\\[lr]?vert(?![a-zA-Z])", "|"),
+        (r"\\big(cup|cap)(?![a-zA-Z])", r"\\\1 "),
+        (r"\\colon(?![a-zA-Z])|\{:\}|\\text\s*\{\s*:\s*\}", ":"),
+        (r"\\[lc]?dots[cbmio]?(?![a-zA-Z])|(?<!\.)\.\.\.(?!\.)", r"\\ldots "),
+        (r"\\cong(?![a-zA-Z])", r"\\equiv "),
+        (r"(?<=\d)\{,\}(?=\d)", "."),  # a decimal comma: the thousands are gone
         (rf"\\(?:{_TEXT_COMMANDS})\s*\{{", r"\\text{"),
         (r"\\text\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
+        (r"(?<=[\d.])\s*(?:\\text\{E\}|E(?=\s*\{))\s*\{?\s*([-+]?\d+)\s*\}?", r"e\1"),
         (r"\\text\{([-+]?[\d.,/]*\d|[ei])\}", r"\1"),
+        (rf"(\.\d*?){_REPEATING}", lambda m: rf"{m[1]}\overline{{{m[2] or m[3]}}}"),
+        (
+            rf"(\.\d*){_DOTTED}(?:(\d*){_DOTTED})?",
+            lambda m: rf"{m[1]}\overline{{{''.join(filter(None, m.groups()[1:]))}}}",
+        ),
+        (r"(?<=\.)(\d*)\((\d+)\)$", r"\1\\overline{\2}"),
+        (r"(?<=\.)(\d*?)(?:(\d)\2\2+|(\d{2,6}?)\3+)\s*\\ldots\s*$", r"\1\\overline{\2\3}"),
         (r"\\text\{(?:percent|percentage)\}|(?<![a-zA-Z])percent(?:age)?(?![a-zA-Z])|(?<!\\)%", r"\\%"),
         (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""),
         (r"\\(?:leqslant|leq|le)(?![a-zA-Z])", r"\\le "),
@@ -78,8 +143,23 @@ _REWRITES = [
         (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
         (r"\^\s*(-?\d{2,}|-\d)", r"^{\1}"),
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1}{\2}"),
+        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*_\s*{_NUMERAL}\s*\^\s*{_NUMERAL}", _binomial),
+        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*\^\s*{_NUMERAL}\s*_\s*{_NUMERAL}", _binomial_upside_down),
+        (rf"(?:^|\{{\s*\}})\s*[_^]\s*{_NUMERAL}\s*(?:C|\\text\{{C\}})\s*_\s*{_NUMERAL}", _binomial),
+        (r"(?<![a-zA-Z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)", r"\\binom{\1}{\2}"),
+        (r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\})", r"\\ln "),
+        (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
+        (r"\\text\{cis\}\s*(.*)$", _cis),
+        # The last ones see what all others have left.
+        (rf"([(\[\]]){_END}([,;]){_END}([)\[\]])", _with_usual_brackets),
     )
 ]
+_POWER_IN_TEXT = re.compile(r"(\\text\{[^{}]*)\^\{(-?\d+)\}")
+_GROUPED = re.compile(
+    r"(?<![\d.,/^_])(?:(?<!\d )\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<!\d )\d{1,3}(?: \d{3})+(?=\s*(?:\.\d|\\text|\\%|[a-zA-Z])))"
+)
 _OPENING = re.compile(r"^(?:[\s:=*]|\\approx(?![a-zA-Z])|\+(?=[\d.\\]))+")
 _CLOSING = re.compile(r"(?:[\s.,;:*]|\\\\|(?<!\\)\\(?=$))+$")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
@@ -89,7 +169,7 @@ _PLAIN = re.compile(r"[\w./(), -]*\w", re.ASCII)
 
 def plain_notation(text: str) -> str:
     """The text in ASCII and in one way of writing, without spacing commands, dollars and closing punctuation."""
-    text = _CONTROL.sub("", text)
+    text = without_markup(_CONTROL.sub("", text))
     if not text.isascii():
         text = _to_ascii(text)
     if not _PLAIN.fullmatch(text) or "sqrt" in text or "inf" in text or "percent" in text:
@@ -97,11 +177,28 @@ def plain_notation(text: str) -> str:
             text = _DOUBLED_BACKSLASH.sub(r"\\", text)
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)
+        while (flat := _POWER_IN_TEXT.sub(r"\1^\2", text)) != text:
+            text = flat
         text = _CLOSING.sub("", _OPENING.sub("", text))
     text = _SPACES.sub(" ", text).strip()
     while text.startswith("{") and closing_place(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
     return text
+
+
+def without_thousands(text: str) -> str:
+    """8000 for 8,000, outside of brackets: (1,234) are two numbers, as are 1, 234."""
+    if "," not in text and " " not in text:
+        return text
+    pieces, place = [], 0
+    while place < len(text):
+        opened = re.compile(r"[(\[]|\\\{").search(text, place)
+        start = opened.start() if opened else len(text)
+        pieces.append(_GROUPED.sub(lambda number: re.sub("[, ]", "", number[0]), text[place:start]))
+        end = closing_place(text, opened.end() - 1) if opened else -1
+        place = len(text) if end < 0 else end + 1
+        pieces.append(text[start:place])
+    return "".join(pieces)
 
 
 def _to_ascii(text: str) -> str:

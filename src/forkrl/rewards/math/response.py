@@ -3,6 +3,11 @@ r"""Where in a response the final answer stands: in its last box, or behind "the
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+from forkrl.rewards.math.notation import plain_notation
+from forkrl.rewards.math.units import split_unit
+from forkrl.rewards.reply import reply_of
 
 _BOX_TAIL = 20_000
 """Characters from the end that are searched for a box. The conclusion stands there; the search is linear."""
@@ -13,19 +18,40 @@ MAX_ANSWER = 1_000
 
 _BOX_OR_BRACE = re.compile(r"\\+f?boxe?d?\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_START = re.compile(r"\\+(?:boxed|fbox)\s*\{")
-_BETWEEN_BOXES = re.compile(r"[\s$.]*(?:,|;|,?\s*(?:\\text\{)?\s*(?:and|or)\s*\}?)[\s$]*")
+_BARE_BOX = re.compile(
+    r"(\\boxed)\s*(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[a-zA-Z](?![a-zA-Z])|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
+)
+_SEPARATOR = (
+    r"(?:[,;&、]|\\\\|\\q?quad|\\l?or(?![a-zA-Z])|\\land|\\wedge|\\vee"
+    r"|(?:\\text\{)?\s*(?:and|or|und|oder|et|ou|y|o|и|или|和|或|以及)(?![a-zA-Z])\s*\}?)"
+)
+_BETWEEN_BOXES = re.compile(rf"[\s$.]*,?\s*{_SEPARATOR}[\s$]*")
+_BETWEEN_NAMED_BOXES = re.compile(rf"(?:[\s$.]|\\[()\[\]]|{_SEPARATOR})*")
+_NAME_BEFORE = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z](?:_\w|_\{\w+\}|')?)\s*&?\s*=\s*&?\s*$")
+_OR_BETWEEN = re.compile(r"\\l?or(?![a-zA-Z])|\\vee|\b(?:or|oder|ou|o|или)\b|或")
+_BEHIND_BOX = re.compile(
+    r"\s*(\\%|%|\^\s*\{?\\circ\}?|(?:\\[,;:! ]|~|\s)*"
+    r"\\(?:text|mathrm|textrm)\{[^{}]*\}(?:\^\d|\^\{-?\d\})?)"
+)
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _ANNOUNCED = re.compile(
-    r"\b(?:answers?|correct (?:option|choice))\b[ \t]*(?:is|are|would be|equals|=|:)(?:[ \t]*:)?\**[ \t]*\n?",
+    r"(?:\b(?:answers?|correct (?:option|choice))\b[ \t*_]*(?:is|are|would be|equals|=|:)"
+    r"|\b(?:respuesta|resposta)(?: (?:final|correcta|correta))?(?: (?:es|é)\b|[ *]*:)"
+    r"|\br[ée]ponse(?: finale)?(?: est\b|[ *]*:)"
+    r"|\bantwort(?: (?:ist|lautet)\b|[ *]*:)|\brisposta(?: finale)?(?: è\b|[ *]*:)"
+    r"|\bответ[ *]*(?::|[-—])|答案(?:选项)?[ *]*(?:是|为|為|[:：])|答えは|答え[:：]|(?:정답|답)(?:은|:))"
+    r"(?:[ \t]*[:：])?[ \t]*\n?",
     re.IGNORECASE,
 )
+_BOLD = re.compile(r"(?<![*\w])\*\*(?=[^\s*])([^*\n]{1,200}?)(?<=[^\s*])\*\*(?!\*)")
+_PROSE = re.compile(r"(?:(?<![\\a-zA-Z{])[a-zA-Z]{2,}[ ,]+){2,}", re.ASCII)
 _FORMULA = re.compile(
     r"\$\$(?P<a>[^$]{1,1000})\$\$|\\\[(?P<b>(?:[^\\]|\\(?!\])){1,1000})\\\]|"
     r"(?<![\\\d])\$(?P<c>[^$\n]{1,1000})(?<!\\)\$|\\\((?P<d>(?:[^\\\n]|\\(?!\))){1,1000})\\\)"
 )
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:,|,?\s*(?:and|or))\s*")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
 _NUMBER = re.compile(
     r"(?<![\w.\\{^_])[-−–]?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
     r"(?:\s*/\s*\d+)?(?:\s?(?:\\?%|percent))?(?![\w{}])"
@@ -41,6 +67,7 @@ def final_answer(response: str) -> str:
     what follows the last "answer is", and at last the last formula of the closing paragraph or number of the closing
     sentence.
     """
+    response = reply_of(response)
     boxed = _boxed(response[-_BOX_TAIL:])
     text = _unboxed(response[-_PLAIN_TAIL:]) if boxed is None else boxed
     return text if len(text) <= MAX_ANSWER else ""
@@ -55,6 +82,7 @@ def boxed_or_bare(text: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
+    text = _BARE_BOX.sub(r"\1{\2}", text) if "\\boxed" in text else text
     boxes: list[tuple[int, int, int]] = []  # where the command, the content and the closing brace stand; outermost only
     opened: list[tuple[int, int] | None] = []
     for match in _BOX_OR_BRACE.finditer(text):
@@ -69,34 +97,81 @@ def _boxed(text: str) -> str | None:
             opened.append((match.start(), match.end()) if _BOX_START.fullmatch(token) else None)
     if not boxes:
         return None
-    last = len(boxes) - 1
-    while last and _BETWEEN_BOXES.fullmatch(text[boxes[last - 1][2] + 1 : boxes[last][0]][:40]):
-        last -= 1
-    contents = list(dict.fromkeys(text[content:end].strip() for _, content, end in boxes[last:]))
-    joined = r" \text{ and } ".join(contents)
+    joined = _joined_boxes(text, boxes)
     if len(joined) > MAX_ANSWER:
         return joined
     inner = _boxed(joined) if _BOX_START.search(joined) else None
     return joined if inner is None else inner
 
 
+def _joined_boxes(text: str, boxes: Sequence[tuple[int, int, int]]) -> str:
+    r"""The last box with those before it that are parts of the same answer, with the names of ``x=\boxed{2}``."""
+    names = [_NAME_BEFORE.search(text[max(0, start - 40) : start]) for start, _, _ in boxes]
+    last = len(boxes) - 1
+    joint = " and "
+    while last:
+        between = text[boxes[last - 1][2] + 1 : boxes[last][0]]
+        name = names[last]
+        if len(between) > 80:
+            break
+        if name and names[last - 1]:
+            is_joined = bool(_BETWEEN_NAMED_BOXES.fullmatch(between[: len(between) - len(name[0])]))
+        else:
+            is_joined = bool(_BETWEEN_BOXES.fullmatch(between))
+        if not is_joined:
+            break
+        joint = " or " if _OR_BETWEEN.search(between) else joint
+        last -= 1
+    if last == len(boxes) - 1:
+        _, content, end = boxes[last]
+        behind = _BEHIND_BOX.match(text, end + 1)
+        unit = behind[1] if behind and split_unit(plain_notation("1" + behind[1]))[1].measures not in ("", "?") else ""
+        return text[content:end].strip() + (behind[1] if behind and "%" in behind[1] else unit)
+    contents = [
+        (f"{name[1]}=" if name else "") + text[content:end].strip()
+        for name, (_, content, end) in zip(names[last:], boxes[last:], strict=True)
+    ]
+    return rf" \text{{{joint}}} ".join(dict.fromkeys(contents))
+
+
 def _unboxed(text: str) -> str:
-    for pattern in (_TAGGED, _HASHES):
-        if found := pattern.findall(text):
-            return str(found[-1]).strip(_DECORATION)
+    if found := _TAGGED.findall(text):
+        content = str(found[-1]).strip(_DECORATION)
+        return _stated(content) if _ANNOUNCED.search(content) or _PROSE.search(content) else content
+    if found := _HASHES.findall(text):
+        return str(found[-1]).strip(_DECORATION)
+    return _stated(text)
+
+
+def _stated(text: str) -> str:
+    """The answer that prose states."""
     announcements = list(_ANNOUNCED.finditer(text))
     if announcements:
         return _announced(text[announcements[-1].end() :])
     paragraph = text.rstrip().rpartition("\n\n")[2]
     formulas = list(_FORMULA.finditer(paragraph))
     sentence = _last_sentence(paragraph)
+    if bold := [content for content in _BOLD.findall(sentence) if _is_answer(content)]:
+        return _undressed(bold[-1])
     number = _last_number(sentence)
     if formulas and (not number or formulas[-1].end() > paragraph.rfind(number)):
         return _joined(paragraph, formulas, len(formulas) - 1)
     return number
 
 
+def _is_answer(bold: str) -> bool:
+    return bool(_NUMBER.fullmatch(bold.strip(" .,")) or _FORMULA.fullmatch(bold.strip(" .,")))
+
+
+def _undressed(bold: str) -> str:
+    formula = _FORMULA.fullmatch(bold.strip(" .,"))
+    return _content(formula) if formula else bold.strip(_DECORATION)
+
+
 def _announced(text: str) -> str:
+    bold = _BOLD.match(text.lstrip())
+    if bold and (_is_answer(bold[1]) or not re.match(r"[ \t]*[$\\\w=]", text.lstrip()[bold.end() :])):
+        return _undressed(bold[1])
     text = text.lstrip(_DECORATION + ":")
     formulas = list(_FORMULA.finditer(text))
     if formulas and formulas[0].start() == 0:
