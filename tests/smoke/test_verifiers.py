@@ -128,8 +128,6 @@ def test_credentials_are_in_no_file_and_on_no_line(own_world: World, leaky_serve
         ("analyze", "run", *short, "--out", "analyzed"),
         ("analyze", "model", "--data", "prompts.jsonl", *verifier, *short, "runtime.device=cpu", "--out", "data"),
         ("drift", "run", *short, "--bins", "2", "--out", "drifted"),
-        ("branch", "run", *short, "--out", "branched"),
-        ("decode-temps", "run", "--problems", "2", "--out", "temperatures"),
     )
     said = ""
     for command in commands:

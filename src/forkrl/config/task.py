@@ -193,8 +193,8 @@ def _require_code_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name != "float_tolerance":
             raise ValueError(
-                f'task.verifier_options.{name} is not an option of task.verifier = "code"; it takes float_tolerance, and '
-                f"the limits of programs are settings of [sandbox]"
+                f'task.verifier_options.{name} is not an option of task.verifier = "code", which takes '
+                f"float_tolerance; the limits of programs are settings of [sandbox]"
             )
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(
