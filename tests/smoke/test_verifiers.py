@@ -100,3 +100,78 @@ def test_a_verifier_that_judges_nothing_is_named_before_the_figures(world: World
         if command != "analyze":  # its figures are of entropies
             assert "responses could be judged" in said.splitlines()[0], said
     assert "the verifier's first error" in world.run("eval", *broken, "--out", "broken-again").stdout.splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def leaky_server() -> Iterator[int]:
+    """Wants a user, a token and a header, and answers with them what is no judgement."""
+
+    class Leaky(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            asked = self.rfile.read(int(self.headers["Content-Length"]))
+            body = f"{self.headers['X-Key']} {self.path}".encode()
+            if self.headers["X-Key"] == "s3cret-key" and self.path == "/judge?token=s3cret-token" and b"+" in asked:
+                body = json.dumps({"score": 1.0}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Leaky) as listening:
+        threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
+        yield listening.server_address[1]
+        listening.shutdown()
+
+
+CREDENTIALS = {"JUDGE_PASSWORD": "s3cret-password", "JUDGE_TOKEN": "s3cret-token", "JUDGE_KEY": "s3cret-key"}
+
+
+def test_credentials_are_in_no_file_and_on_no_line(own_world: World, leaky_server: int) -> None:
+    verifier = (
+        f"task.verifier=http://ann:${{JUDGE_PASSWORD}}@127.0.0.1:{leaky_server}/judge?token=${{JUDGE_TOKEN}}",
+        "task.verifier_options.headers.X-Key=${JUDGE_KEY}",
+    )
+    proxies = {f"{scheme}_PROXY": "http://127.0.0.1:9" for scheme in ("HTTP", "HTTPS", "ALL")}
+    how = {"environment": CREDENTIALS | proxies}
+    short = ("--samples", "1", "--problems", "2")
+    commands = (
+        ("train", "recipe.toml", *SHORT, 'log.sinks=["tensorboard"]', *verifier, "--out", "run"),
+        ("train", "--resume", "run"),
+        ("report", "run"),
+        ("eval", "run", *short, "--out", "evaluated"),
+        ("analyze", "run", *short, "--out", "analyzed"),
+        ("analyze", "model", "--data", "prompts.jsonl", *verifier, *short, "runtime.device=cpu", "--out", "data"),
+        ("drift", "run", *short, "--bins", "2", "--out", "drifted"),
+    )
+    said = ""
+    for command in commands:
+        outcome = own_world.run(*command, **how)
+        assert outcome.code == 0, (command, outcome.stderr)
+        said += outcome.stdout + outcome.stderr
+    assert "verifier failure (error)" in said
+    assert "${JUDGE_KEY} /judge?token=${JUDGE_TOKEN}" in said
+    assert "s3cret" not in said
+    files = [path for path in own_world.folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if b"s3cret" in path.read_bytes()] == []
+    assert "${JUDGE_PASSWORD}" in (own_world.folder / "run/config.toml").read_text()
+
+
+def test_a_missing_variable_stops_before_the_run(world: World) -> None:
+    outcome = world.train("unset", *SHORT, "task.verifier=http://ann:${NOT_SET_HERE}@127.0.0.1:9/judge")
+    assert outcome.code == 2
+    assert "task.verifier: the environment variable NOT_SET_HERE is not set; export NOT_SET_HERE" in outcome.line
+    assert not (world.folder / "unset").exists()
+
+
+def test_a_credential_in_a_command_is_rejected_before_the_run(world: World) -> None:
+    outcome = world.train("literal", *SHORT, "task.verifier=http://ann:s3cret@127.0.0.1:9/judge")
+    assert outcome.code == 2
+    assert "s3cret" not in outcome.line
+    assert "write ${NAME}" in outcome.line
+    assert not (world.folder / "literal").exists()

@@ -1,7 +1,8 @@
 """No trick earns a reward, and honest programs of many styles do.
 
 The tricks lie in tests/data/reward_cheats.txt, those of whole programs apart from those of called functions; every one
-is tried on two problems. A right answer in the wrong form is a matter of the comparison: test_rewards_code.py.
+is tried on two problems, those of called functions on tests written as ``assert`` statements too. A right answer in the
+wrong form is a matter of the comparison: test_rewards_code.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from forkrl.rewards.code import pack_tests, verify_code
+from forkrl.rewards.code.test_cases import repack_tests
 from tests.sandbox_here import needs_bubblewrap
 
 pytestmark = needs_bubblewrap
@@ -28,6 +30,18 @@ PROBLEMS = {
         "palindrome": pack_tests(['"abba"', '"ab"'], ["true", "false"], "solve"),
         "two sum": pack_tests(["[2, 7, 11]\n9", "[3, 2, 4]\n6"], ["[0, 1]", "[1, 2]"], "solve"),
     },
+    "assert": {
+        "palindrome": repack_tests(json.dumps(["assert solve('abba') == True", "assert not solve('ab')"])),
+        "two sum": repack_tests(
+            json.dumps(
+                {
+                    "test": "def check(candidate):\n    assert candidate([2, 7, 11], 9) == [0, 1]\n"
+                    "    assert abs(candidate([3, 2, 4], 6)[0] - 1) < 1e-9 and len(candidate([3, 2, 4], 6)) == 2\n",
+                    "entry_point": "solve",
+                }
+            )
+        ),
+    },
 }
 
 
@@ -37,13 +51,21 @@ def sections(name: str) -> dict[str, str]:
 
 CHEATS = sections("reward_cheats.txt")
 HONEST = sections("honest_solutions.txt")
-ATTEMPTS = [(title, problem) for title in CHEATS for problem in PROBLEMS[title.partition(":")[0]]]
+KINDS = {"program": ("program",), "call": ("call", "assert"), "assert": ("assert",)}
+ATTEMPTS = [
+    (title, kind, problem) for title in CHEATS for kind in KINDS[title.partition(":")[0]] for problem in PROBLEMS[kind]
+]
 
 
-@pytest.mark.parametrize(("title", "problem"), ATTEMPTS)
-def test_earns_nothing(title: str, problem: str) -> None:
+@pytest.mark.parametrize(("title", "kind", "problem"), ATTEMPTS)
+def test_earns_nothing(title: str, kind: str, problem: str) -> None:
     response = f"My solution:\n```python\n{CHEATS[title]}```\n"
-    assert verify_code(PROBLEMS[title.partition(":")[0]][problem], response, **LIMITS).score == 0
+    try:
+        score = verify_code(PROBLEMS[kind][problem], response, **LIMITS).score
+    except ValueError as error:  # counted as a failure, which scores 0
+        assert "cannot be passed between the program and its tests" in str(error)  # noqa: PT017
+    else:
+        assert score == 0
 
 
 @pytest.mark.parametrize("title", HONEST)

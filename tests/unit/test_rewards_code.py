@@ -50,7 +50,12 @@ QUICK: dict[str, Any] = {"seconds": 5.0, "total_seconds": 20.0, "memory_mb": 256
         ("print(1)", None),
         ("", None),
         ("```python\n```", ""),
-        ("  ```python\n  x\n  ```", "  x"),
+        ("  ```python\n  x\n  ```", "x"),
+        ("1. Like this:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
+        ("- ```python\n  x\n  ```\n", "x"),
+        ("2) * ```py\n     x\n     y\n     ```\n", "x\ny"),
+        ("\t```python\n\tx = 1\n\tif x:\n\t\ty\n\t```", "x = 1\nif x:\n        y"),
+        ("```python\n    x\n    y\n```", "x\ny"),
         ("````python\nx\n````", "x"),
         ("```python\r\nx\r\n```\r", "x\r"),
     ],
@@ -272,6 +277,248 @@ def test_other_rows_are_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         code_tests.tests_from_livecodebench(row)
     assert "abc300_a" in str(caught.value)
+
+
+# ---------------------------------------------------------------- usage blocks, nodes, long integers, tolerance
+
+
+def fenced(*blocks: str) -> str:
+    return "\n".join(f"Text.\n```python\n{block}\n```" for block in blocks)
+
+
+USAGE = "print(f(20))"
+
+
+@pytest.mark.parametrize(
+    ("tests", "blocks", "program"),
+    [
+        (pack_tests(["1"], ["2"], "f"), ("def f(x): return 1", "def f(x): return 2", USAGE), 1),
+        (pack_tests(["1"], ["2"], "f"), ("class Solution:\n    def f(self, x): ...", USAGE), 0),
+        (pack_tests(["1"], ["2"], "f"), ("f = lambda x: 2", USAGE), 0),
+        (pack_tests(["1"], ["2"], "f"), ("def g(x): return 1", "f == 3"), 1),
+        (pack_tests(["1"], ["2"]), ("print(int(input()) + 1)", USAGE), 0),
+        (pack_tests(["1"], ["2"]), ("import sys\nprint(sys.stdin.read())", "x = open(0)", USAGE), 1),
+        (pack_tests([""], ["2"]), ("print(input())", "print(2)"), 1),
+        (json.dumps(["assert f(1) == 2"]), ("def f(x): return 2", USAGE), 0),
+    ],
+)
+def test_a_usage_block_does_not_replace_the_program(tests: str, blocks: tuple[str, ...], program: int) -> None:
+    assert last_program(fenced(*blocks), unpack_tests(tests)) == blocks[program]
+
+
+LONG = "9" * 6_000
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("tests", "program", "score"),
+    [
+        (pack_tests([LONG], [LONG]), "print(int(input()))", 1),
+        (pack_tests([LONG], [LONG], "f"), "def f(x): return x", 1),
+        (pack_tests([LONG], [LONG], "f"), "def f(x): return x - 1", 0),
+        (pack_tests([[10**5000 - 1]], [10**5000], "f"), "def f(x): return x + 1", 1),
+        (json.dumps(["assert f(6000) == 10**6000 - 1"]), "def f(n): return int('9' * n)", 1),
+    ],
+)
+def test_integers_of_more_than_4300_digits(tests: str, program: str, score: float) -> None:
+    assert verify_code(tests, fenced(program), **QUICK).score == score
+
+
+SORT = pack_tests(["[3, 1, 2]"], ["[1, 2, 3]"], "f")
+LINKED = pack_tests(["[1, 2, 3]", "[]"], ["[3, 2, 1]", "[]"], "f")
+REVERSE = """
+class Solution:
+    def f(self, head: Optional[ListNode]) -> Optional[ListNode]:
+        last = None
+        while head:
+            head.next, last, head = last, head, head.next
+        return last
+"""
+OWN_NODE = "class ListNode:\n    def __init__(self, x):\n        self.val, self.next = x, None\n"
+MIRROR = """
+class Solution:
+    def f(self, root: "TreeNode") -> "TreeNode":
+        if root:
+            root.left, root.right = self.f(root.right), self.f(root.left)
+        return root
+"""
+MERGE = """
+def f(lists: List[ListNode]) -> ListNode:
+    values = []
+    for node in lists:
+        while node:
+            values.append(node.val)
+            node = node.next
+    first = last = ListNode()
+    for value in sorted(values):
+        last.next = last = ListNode(value)
+    return first.next
+"""
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("tests", "program", "score"),
+    [
+        (SORT, "def f(x): x.sort()", 1),
+        (SORT, "def f(x): pass", 0),
+        (SORT, "def f(x): x.sort(); return 0", 0),
+        (pack_tests(["[3, 1, 2]"], ["null"], "f"), "def f(x): x.sort()", 1),
+        (pack_tests(['"ba"'], ['"ab"'], "f"), "def f(x): x = sorted(x)", 0),
+        (LINKED, REVERSE, 1),
+        (LINKED, OWN_NODE + REVERSE, 1),
+        (LINKED, REVERSE.replace("return last", "return head"), 0),
+        (LINKED, REVERSE.replace("return last", "last.next = last; return last"), 0),
+        (LINKED, REVERSE.replace(": Optional[ListNode]", ""), 0),
+        (pack_tests(["[4, 2, 7, 1, 3, null, 9]"], ["[4, 7, 2, 9, null, 3, 1]"], "f"), MIRROR, 1),
+        (pack_tests(["[[1, 4], [2], []]"], ["[1, 2, 4]"], "f"), MERGE, 1),
+        (pack_tests(["[1, 2]", "[]"], ["[1, 3]", "[]"], "f"), "def f(x: ListNode):\n    if x: x.next.val = 3", 1),
+    ],
+)
+def test_functions_in_place_and_nodes(tests: str, program: str, score: float) -> None:
+    assert verify_code(tests, fenced(program), **QUICK).score == score
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("expected", "returned", "tolerance", "score"),
+    [
+        ("0.333333", "1 / 3", 1e-5, 1),
+        ("0.333333", "1 / 3", 1e-9, 0),
+        ("1000000.0", "1000000.5", 1e-6, 1),
+        ("[1.5, [2.5]]", "(1.5000001, [2.4999999])", 1e-5, 1),
+        ("1000000", "1000000.5", 1e-3, 0),
+        ("2.0", "True", 0.9, 0),
+        ("2.0", "10**400", 0.5, 0),
+        ("2.0", "float('inf')", 0.5, 0),
+    ],
+)
+def test_tolerance_of_floats(expected: str, returned: str, tolerance: float, score: float) -> None:
+    options = QUICK | {"float_tolerance": tolerance}
+    called = fenced(f"def f(x): return {returned}")
+    assert verify_code(pack_tests(["0"], [expected], "f"), called, **options).score == score
+    if expected[0] != "[":
+        printed = fenced(f"print('x' if {returned} is True else {returned}, 7)")
+        assert verify_code(pack_tests([""], [f"{expected} 7"]), printed, **options).score == score
+
+
+def test_the_options_of_code() -> None:
+    base = ["task.name=dataset", "task.data=x.jsonl", "task.verifier=code"]
+    config = load_recipe(TrainConfig, None, [*base, "task.verifier_options.float_tolerance=1e-6"])
+    spec = code_verifier(config.sandbox, config.task.verifier_options)
+    assert spec.options["float_tolerance"] == 1e-6
+    verifiers = {"": VerifierSpec("code", config.task.verifier_options)}
+    assert with_sandbox(verifiers, SandboxConfig(**QUICK))[""].options["float_tolerance"] == 1e-6
+    for wrong in ("seconds=3", "float_tolerance=-1", "float_tolerance=true", "float_tolerance=x"):
+        with pytest.raises(UserError, match="task.verifier_options"):
+            load_recipe(TrainConfig, None, [*base, f"task.verifier_options.{wrong}"])
+
+
+# ---------------------------------------------------------------- tests written as assert statements
+
+SQUARE = """METADATA = {"author": "x"}
+def check(candidate):
+    assert candidate(2) == 4, "message"
+    assert abs(candidate(1.5) - 2.25) < 1e-6
+    for i in range(50):
+        assert candidate(i) == i * i
+    try:
+        candidate("a")
+        assert False
+    except TypeError:
+        pass
+"""
+HUMANEVAL = json.dumps({"test": SQUARE, "entry_point": "square"})
+LEETCODE = json.dumps(
+    {"test": "def check(candidate):\n    assert candidate(x=3) == 9\n", "entry_point": "Solution().square"}
+)
+MBPP = {
+    "test_list": ["assert f([1, 1]) == {1}", "assert math.isclose(g((2,))[0], 1.414, rel_tol=1e-3)"],
+    "test_setup_code": "offset = 0",
+    "test_imports": ["import math"],
+}
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("tests", "program", "score"),
+    [
+        (HUMANEVAL, "def square(x): return x * x", 1),
+        (HUMANEVAL, "def square(x): return x + x", 0),
+        (HUMANEVAL, "def square(x): return x ** 2 if x != 49 else 0", 0),
+        (HUMANEVAL, "def square(x): return float(x) ** 2", 0),  # raises ValueError for text
+        (HUMANEVAL, "def cube(x): return x * x", 0),
+        (HUMANEVAL, "def square(x: return x * x", 0),
+        (HUMANEVAL + " ", "import time\ndef square(x): time.sleep(30)", 0),
+        (LEETCODE, "class Solution:\n    def square(self, x): return x * x", 1),
+        (json.dumps(MBPP), "def f(x): return set(x)\ndef g(x): return (x[0] ** 0.5,)", 1),
+        (json.dumps(MBPP), "def f(x): return list(set(x))\ndef g(x): return (x[0] ** 0.5,)", 0),
+        (json.dumps(MBPP | {"test_imports": []}), "def f(x): return set(x)\ndef g(x): return (x[0] ** 0.5,)", 1),
+        (json.dumps(["x = [2, 1]\nf(x)\nassert x == [1, 2]"]), "def f(x): x.sort()", 1),
+        (json.dumps(["assert list(f(3)) == [0, 1, 2]"]), "def f(n): yield from range(n)", 1),
+        (json.dumps(["assert f() == {(1, 2): b'x', None: {3.5}}"]), "def f(): return {(1, 2): b'x', None: {3.5}}", 1),
+        (json.dumps({"test_list": ["assert sum(1, 2) == 3"], "entry_point": "sum"}), "def sum(a, b): return a + b", 1),
+        (
+            json.dumps(["node = f(ListNode(1, ListNode(2)))\nassert (node.val, node.next.val) == (2, 1)"]),
+            "def f(x): x.next.next, x.next, x = x, None, x.next; return x",
+            1,
+        ),
+    ],
+)
+def test_assert_statements(tests: str, program: str, score: float) -> None:
+    options = QUICK | ({"seconds": 0.5} if "sleep" in program else {})
+    assert verify_code(tests, fenced(program), **options).score == score
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("test", "program", "reason"),
+    [
+        ("import numpy\nassert f() == 1", "def f(): return 1", "No module named 'numpy'"),
+        ("assert f().x == 1", "class A: x = 1\ndef f(): return A()", "a value of type A cannot be passed"),
+        ("assert f(lambda: 1) == 1", "def f(x): return x()", "a value of type function cannot be passed"),
+    ],
+)
+def test_assert_statements_that_cannot_judge_are_no_wrong_answer(test: str, program: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        verify_code(json.dumps([test]), fenced(program), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        (["print(f(1))"], "no assert statement"),
+        (["assert f(1) =="], "not Python"),
+        (["assert sum(1, 2) == 3"], "call no function of the program; name it in entry_point"),
+        ([3], "text"),
+        ([], "no assert statement"),
+        ({"test": SQUARE}, "entry_point"),
+        ({"test": SQUARE, "entry_point": 3}, "entry_point must be text"),
+        ({"tests": []}, "not JSON of the form"),
+    ],
+)
+def test_assert_statements_that_cannot_be_read(tests: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unpack_tests(json.dumps(tests))
+
+
+def test_assert_statements_on_a_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens: a loopback address needs no proxy
+    assert verify_code(HUMANEVAL, fenced("def square(x): return x * x"), **at(server)).score == 1
+    assert verify_code(HUMANEVAL, fenced("def square(x): return x + x"), **at(server)).score == 0
+    assert verify_code(HUMANEVAL, fenced("import os\ndef square(x): os._exit(0)"), **at(server)).score == 0
+    assert not any("METADATA" in request["code"] for request in server.requests)
+
+
+def test_credentials_of_a_server_stay_out_of_messages(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_KEY", "s3cret")
+    server.reply = 403, b"no"
+    address = at(server)["server"].replace("http://", "http://ann:${FUSION_KEY}@") + "?key=${FUSION_KEY}"
+    with pytest.raises(UserError, match="answered 403") as caught:
+        require_sandbox(SandboxConfig(server=address))
+    assert "s3cret" not in str(caught.value)
+    assert server.requests[0]["path"] == "/run_code?key=s3cret"
 
 
 # ---------------------------------------------------------------- a SandboxFusion server

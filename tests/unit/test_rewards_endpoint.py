@@ -76,9 +76,12 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeServer]:
         return servers[-1]
 
     monkeypatch.setattr(endpoint, "_BACKOFF_S", (0.01, 0.02))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens: a loopback address needs no proxy
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
     yield start
-    endpoint._client().close()
+    endpoint._client(use_proxies=False).close()
     endpoint._client.cache_clear()
     for server in servers:
         server.shutdown()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from forkrl.config.sections import FROM_LIST, Count, Fraction, PositiveInt, Section
+from forkrl.secret_values import reject_written_secrets
 
 
 class RolloutConfig(Section):
@@ -48,7 +49,8 @@ class SandboxConfig(Section):
     """Where and within what limits code rewards run programs (docs/code-rewards.md)."""
 
     server: str = ""
-    """Address of a SandboxFusion server, such as "http://localhost:8080". Empty: bubblewrap, on this machine."""
+    """Address of a SandboxFusion server, such as "http://localhost:8080", with credentials as ${NAME}. Empty:
+    bubblewrap, on this machine."""
     python: str = ""
     """Interpreter of the programs, with its standard library alone. Empty: the one that runs ForkRL."""
     seconds: Annotated[float, Field(ge=0.1)] = 6.0
@@ -63,6 +65,11 @@ class SandboxConfig(Section):
     """MiB of files that a program may have at a time; they are gone after the test."""
     processes: PositiveInt = 32
     """Processes and threads of one program at a time."""
+
+    @model_validator(mode="after")
+    def _holds_no_secrets(self) -> SandboxConfig:
+        reject_written_secrets("sandbox.server", self.server)
+        return self
 
 
 class DynamicSamplingConfig(Section):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from forkrl.config.sections import FROM_LIST, Count, PositiveInt, Section, Seed, default_of
+from forkrl.secret_values import reject_written_secrets
 
 GYM_INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
 
@@ -72,11 +73,12 @@ class TaskConfig(Section):
     """dataset, reasoning-gym: wrap the templated question as a user message with the tokenizer's chat template."""
     verifier: str = "forkrl.rewards.math:verify_math"
     """dataset: import path "module:function" of (answer, response) -> score in [0, 1], or the "http://…" or "https://…"
-    address of a server that judges (docs/verifiers.md). "code": the answers are tests of programs, which run in a
-    sandbox (docs/code-rewards.md). "none": nothing is judged and no answers are read, for commands that can do
-    without."""
+    address of a server that judges, with credentials as ${NAME} (docs/verifiers.md). "code": the answers are tests of
+    programs, which run in a sandbox (docs/code-rewards.md). "none": nothing is judged and no answers are read, for
+    commands that can do without."""
     verifier_options: dict[str, Any] = Field(default={})
-    """dataset: further arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1."""
+    """dataset: further arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1. ${NAME} in text
+    is replaced by that environment variable. "code" takes float_tolerance (docs/code-rewards.md)."""
     generator: str = ""
     """reasoning-gym: the generator's name, such as "chain_sum" (docs/tasks.md lists them)."""
     settings: dict[str, JsonValue] = Field(default={})
@@ -109,8 +111,12 @@ class TaskConfig(Section):
             )
         if self.verifier_options and self.verifier == "none":
             raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; leave them out')
+        if self.verifier == "code":
+            _require_code_options(self.verifier_options)
         for name, value in self.verifier_options.items():
             _require_json(f"task.verifier_options.{name}", value)
+        reject_written_secrets("task.verifier", self.verifier)
+        reject_written_secrets("task.verifier_options", self.verifier_options)
         if self.name == "reasoning-gym" and not self.generator:
             raise ValueError(
                 'task.generator is empty; name one of reasoning-gym\'s, such as "chain_sum" (docs/tasks.md lists them)'
@@ -181,6 +187,19 @@ _TASK_KEYS = {
 
 
 TaskConfig.model_rebuild()
+
+
+def _require_code_options(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name != "float_tolerance":
+            raise ValueError(
+                f'task.verifier_options.{name} is not an option of task.verifier = "code", which takes '
+                f"float_tolerance; the limits of programs are settings of [sandbox]"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(
+                f"task.verifier_options.float_tolerance = {value!r} is not a number in [0, 1), such as 1e-6"
+            )
 
 
 def _require_json(key: str, value: Any) -> None:

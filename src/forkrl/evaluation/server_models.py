@@ -6,7 +6,6 @@ Everything that can be wrong with an address, a key or a model's name is said he
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from forkrl.evaluation.server_answers import (
     said,
     shown,
 )
+from forkrl.loopback import is_loopback
 
 # Fields beside the standard's that keep a server's own defaults from cutting the distribution, by the name it gives
 # itself in ``owned_by``. Other servers might refuse a request that holds them.
@@ -78,7 +78,7 @@ def client_options(server: Server) -> dict[str, Any]:
     if server.key:
         headers["authorization"] = f"Bearer {server.key}"
     headers["content-type"] = "application/json"
-    return {"headers": headers, "follow_redirects": False, "trust_env": not _is_this_machine(server.base)}
+    return {"headers": headers, "follow_redirects": False, "trust_env": not is_loopback(server.base)}
 
 
 def _checked_url(url: str) -> str:
@@ -100,14 +100,6 @@ def _checked_key(key: str | None) -> str | None:
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{KEY_VARIABLE}: holds characters that no HTTP header can; copy the key again")
     return key or None
-
-
-def _is_this_machine(url: str) -> bool:
-    host = httpx.URL(url).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _get(client: httpx.Client, server: Server) -> Answer:

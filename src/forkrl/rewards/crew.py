@@ -26,10 +26,18 @@ class Crew:
         settings: what workers are started with.
         num_workers: how many.
         note_failure: called with the item, the kind and the message of every failed verdict.
+        hide: removes credentials from messages.
     """
 
-    def __init__(self, settings: Settings, num_workers: int, note_failure: Callable[[Item, str, str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        num_workers: int,
+        note_failure: Callable[[Item, str, str], None],
+        hide: Callable[[str], str],
+    ) -> None:
         self._settings, self._num_workers, self._note_failure = settings, num_workers, note_failure
+        self._hide = hide
         self.workers: list[WorkerProcess] = []
         self._batches: list[Batch] = []
         self._waiting: deque[Item] = deque()
@@ -230,12 +238,12 @@ class Crew:
     def _settle(self, item: Item, verdict: Verdict, message: str) -> None:
         if item.open:  # else another worker was faster, or nobody waits any more
             if verdict.failure:
-                self._note_failure(item, verdict.failure, message)
+                self._note_failure(item, verdict.failure, self._hide(message))
             item.batch.settle(item.index, verdict)
 
     def _start_failure(self, reason: str, path: str = "") -> UserError:
         named = path or ", ".join(dict.fromkeys(path for path, *_ in self._settings.verifiers.values()))
         return UserError(
-            f'task.verifier = "{named}" could not be started: {reason}; '
+            f'task.verifier = "{named}" could not be started: {self._hide(reason)}; '
             f"name an importable module:function that fits in reward.memory_mb = {self._settings.memory_mb}"
         )

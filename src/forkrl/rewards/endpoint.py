@@ -11,11 +11,12 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
 from forkrl.errors import UserError
+from forkrl.loopback import is_loopback
+from forkrl.secret_values import shown_url
 from forkrl.types import Judgement, VerifierSpec
 
 _SHARE_OF_DEADLINE = 0.8
@@ -59,7 +60,7 @@ def verify_at_endpoint(
             return _judgement(_post(url, body, dict(headers or {}), ends), url)
         except _TryAgain as error:
             if wait is None or time.monotonic() + wait >= ends:
-                raise EndpointError(f"{shown(url)} {error}") from None
+                raise EndpointError(f"{shown_url(url)} {error}") from None
             time.sleep(wait)
     raise AssertionError
 
@@ -78,41 +79,36 @@ def prepare_endpoint(spec: VerifierSpec, deadline_s: float) -> VerifierSpec:
             f"{deadline_s:g}; leave it out to take {_SHARE_OF_DEADLINE:.0%} of that"
         )
     try:
-        httpx.options(url, timeout=_PROBE_S)
+        httpx.options(url, timeout=_PROBE_S, trust_env=not is_loopback(url))
     except (httpx.TransportError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
         raise UserError(
-            f"task.verifier = {shown(url)!r} cannot be reached ({reason}); start the server, or mend the address"
+            f"task.verifier = {shown_url(url)!r} cannot be reached ({reason}); start the server, or correct the address"
         ) from None
     return VerifierSpec(spec.path, {**spec.options, "timeout_s": timeout_s}, spec.deadline_s)
 
 
-def shown(url: str) -> str:
-    """A URL without what must not stand in a log: user, password and query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 @cache
-def _client() -> httpx.Client:
-    return httpx.Client(follow_redirects=False)
+def _client(*, use_proxies: bool) -> httpx.Client:
+    return httpx.Client(follow_redirects=False, trust_env=use_proxies)
 
 
 def _post(url: str, body: bytes, headers: dict[str, str], ends: float) -> bytes:
     """The body of a reply with status 200."""
     # No compression: a few kilobytes of it could unpack to gigabytes.
     sent = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | headers
+    client = _client(use_proxies=not is_loopback(url))  # the first call takes time that is not the server's
     left = max(ends - time.monotonic(), 0.01)
     try:
-        with _client().stream("POST", url, content=body, headers=sent, timeout=left) as reply:
+        with client.stream("POST", url, content=body, headers=sent, timeout=left) as reply:
             if reply.status_code == 429 or reply.status_code >= 500:
                 raise _TryAgain(f"answered {reply.status_code} {reply.reason_phrase}")
             if reply.status_code != 200:
                 hint = "; redirects are not followed" if reply.is_redirect else ""
-                raise EndpointError(f"{shown(url)} answered {reply.status_code} {reply.reason_phrase}{hint}")
+                raise EndpointError(f"{shown_url(url)} answered {reply.status_code} {reply.reason_phrase}{hint}")
             return _read(reply, url, ends)
     except httpx.TimeoutException:
-        raise EndpointError(f"{shown(url)} gave no answer in time") from None
+        raise EndpointError(f"{shown_url(url)} gave no answer in time") from None
     except httpx.TransportError as error:
         raise _TryAgain(f"could not be asked: {str(error) or type(error).__name__}") from None
 
@@ -122,9 +118,9 @@ def _read(reply: httpx.Response, url: str, ends: float) -> bytes:
     for part in reply.iter_raw():
         body += part
         if len(body) > _MAX_BODY:
-            raise EndpointError(f"{shown(url)} answered with more than {_MAX_BODY:,} bytes")
+            raise EndpointError(f"{shown_url(url)} answered with more than {_MAX_BODY:,} bytes")
         if time.monotonic() > ends:
-            raise EndpointError(f"{shown(url)} gave no whole answer in time")
+            raise EndpointError(f"{shown_url(url)} gave no whole answer in time")
     return body
 
 
@@ -132,12 +128,12 @@ def _judgement(body: bytes, url: str) -> Judgement:
     try:
         reply: Any = json.loads(body)
     except (ValueError, RecursionError):
-        raise EndpointError(f"{shown(url)} answered with what is not JSON: {body[:60]!r}") from None
+        raise EndpointError(f"{shown_url(url)} answered with what is not JSON: {body[:60]!r}") from None
     match reply:
         case {"score": int() | float() as score}:
             answer = reply.get("answer")
         case _:
-            raise EndpointError(f'{shown(url)} answered without a number as "score": {body[:60]!r}')
+            raise EndpointError(f'{shown_url(url)} answered without a number as "score": {body[:60]!r}')
     if answer is not None and not isinstance(answer, str):
-        raise EndpointError(f'{shown(url)} answered with an "answer" that is not text: {body[:60]!r}')
+        raise EndpointError(f'{shown_url(url)} answered with an "answer" that is not text: {body[:60]!r}')
     return Judgement(float(score), answer)

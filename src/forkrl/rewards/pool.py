@@ -21,6 +21,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -30,10 +31,12 @@ from forkrl.rewards.batch import Batch, Item
 from forkrl.rewards.crew import Crew
 from forkrl.rewards.turn_end import strip_turn_end
 from forkrl.rewards.worker_process import Settings
+from forkrl.secret_values import SecretValues
 from forkrl.types import Prompt, Verdict, VerifierSpec
 
 _log = logging.getLogger("forkrl")
 _ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
+_CODE = "forkrl.rewards.code:verify_code"
 
 
 class VerifierPool:
@@ -45,6 +48,7 @@ class VerifierPool:
         workers: number of processes.
         deadline_s: wall-clock seconds for judging one response, where the verifier sets none.
         memory_mb: address space of one process, in MiB. macOS enforces none; a warning says so.
+        hide: removes credentials from a message before anybody sees it.
 
     Attributes:
         failures: how many verdicts were failures, by kind ("deadline", "crash", "memory", "error").
@@ -63,6 +67,7 @@ class VerifierPool:
         workers: int = 1,
         deadline_s: float = 10.0,
         memory_mb: int = 2048,
+        hide: Callable[[str], str] = str,
     ) -> None:
         for spec in verifiers.values():
             module, _, function = spec.path.partition(":")
@@ -77,7 +82,7 @@ class VerifierPool:
             source: deadline_s if spec.deadline_s is None else spec.deadline_s for source, spec in verifiers.items()
         }
         named = {source: (spec.path, dict(spec.options), self._deadlines[source]) for source, spec in verifiers.items()}
-        self._crew = Crew(Settings(named, memory_mb), workers, self._note_failure)
+        self._crew = Crew(Settings(named, memory_mb), workers, self._note_failure, hide)
         self._lock = threading.Lock()
         self._handed_in: deque[Batch] = deque()
         self._closed = False
@@ -204,16 +209,36 @@ class VerifierPool:
 
 
 def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
-    """The pool that a recipe asks for.
+    """The pool that a recipe asks for, with ``${NAME}`` in the options replaced by the environment's values.
 
     Raises:
-        UserError: a verifier cannot be started; a server that is to judge cannot be reached.
+        UserError: a verifier cannot be started; a server that is to judge cannot be reached; a variable is not set.
     """
-    prepared = {
-        source: _prepare_endpoint(spec, config) if spec.path == _ENDPOINT else spec
-        for source, spec in verifiers.items()
-    }
-    return VerifierPool(prepared, workers=config.workers, deadline_s=config.deadline_s, memory_mb=config.memory_mb)
+    secrets = SecretValues()
+    resolved = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
+    try:
+        prepared = {
+            source: _prepare_endpoint(spec, config) if spec.path == _ENDPOINT else spec
+            for source, spec in resolved.items()
+        }
+    except UserError as error:
+        raise UserError(secrets.hide(str(error))) from None
+    return VerifierPool(
+        prepared,
+        workers=config.workers,
+        deadline_s=config.deadline_s,
+        memory_mb=config.memory_mb,
+        hide=secrets.hide,
+    )
+
+
+def _resolve_options(spec: VerifierSpec, secrets: SecretValues) -> VerifierSpec:
+    def key(name: str) -> str:
+        if spec.path == _ENDPOINT and name == "url":
+            return "task.verifier"
+        return f"sandbox.{name}" if spec.path == _CODE else f"task.verifier_options.{name}"
+
+    return replace(spec, options={name: secrets.resolve(key(name), value) for name, value in spec.options.items()})
 
 
 def _prepare_endpoint(spec: VerifierSpec, config: RewardConfig) -> VerifierSpec:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.locations import require_hub_id
-from forkrl.rewards.code.test_cases import CODE_VERIFIER, repack_tests
+from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
 
@@ -184,7 +184,8 @@ def _answer_text(config: TaskConfig, row: _Row) -> str:
 
 def _tests_text(config: TaskConfig, value: Any, place: str) -> str:
     """A program's tests: the ecosystem's JSON, as text or in the row itself."""
-    text = json.dumps(value) if isinstance(value, dict) else value
+    with any_number_of_digits():
+        text = json.dumps(value) if isinstance(value, dict | list) else value
     if not isinstance(text, str):
         raise UserError(f"{place}: {config.answer_column} is {kind_of(value)}, not the tests of a program")
     require_characters(text, config.answer_column, place)

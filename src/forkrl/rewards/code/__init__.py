@@ -2,12 +2,15 @@
 
 Only inputs go in. What comes out is text: of a whole program its standard output, of a function the JSON of its value.
 No exit code, no report and no object of the program's making can stand for a passed test, because nothing in there
-knows what would pass. A response is worth 1.0 where every test passes, else 0.0; judging ends at the first that fails.
+knows what would pass. Tests written as ``assert`` statements are Python themselves, so they run in the sandbox, in a
+process apart from the program's. A response is worth 1.0 where every test passes, else 0.0; judging ends at the first
+that fails.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -16,17 +19,19 @@ from functools import lru_cache
 from typing import Any
 
 from forkrl.config import SandboxConfig
+from forkrl.rewards.code.program_text import last_program
 from forkrl.rewards.code.programs import Sandbox
 from forkrl.rewards.code.sandbox import open_sandbox, require_sandbox
 from forkrl.rewards.code.test_cases import (
     CODE_VERIFIER,
+    AssertTests,
     CallTest,
     CodeTests,
+    any_number_of_digits,
     pack_tests,
     tests_from_livecodebench,
     unpack_tests,
 )
-from forkrl.rewards.reply import reply_of
 from forkrl.types import Judgement, VerifierSpec
 
 __all__ = [
@@ -41,14 +46,14 @@ __all__ = [
 
 _MARGIN_S = 30.0
 """From the end of a program's own time to the pool's deadline, which would make a failure of it."""
-_FENCE = re.compile(r"\s*```+\s*(\S*)")
-_PYTHON = {"python", "python3", "py"}
+_LONG_INTEGER = 4_300
+"""Digits."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
 
 
-def code_verifier(config: SandboxConfig) -> VerifierSpec:
-    """The verifier that judges programs within the limits of a recipe's ``[sandbox]``."""
-    options = config.model_dump(mode="json")
+def code_verifier(config: SandboxConfig, options: Mapping[str, Any] | None = None) -> VerifierSpec:
+    """The verifier that judges programs within the limits of a recipe's ``[sandbox]``, with ``verifier_options``."""
+    options = config.model_dump(mode="json") | dict(options or {})
     return VerifierSpec("forkrl.rewards.code:verify_code", options, deadline_s=config.total_seconds + _MARGIN_S)
 
 
@@ -60,54 +65,43 @@ def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -
     """
     if any(spec.path == CODE_VERIFIER for spec in verifiers.values()):
         require_sandbox(config)
-    return {source: code_verifier(config) if spec.path == CODE_VERIFIER else spec for source, spec in verifiers.items()}
+    return {
+        source: code_verifier(config, spec.options) if spec.path == CODE_VERIFIER else spec
+        for source, spec in verifiers.items()
+    }
 
 
-def verify_code(answer: str, response: str, **options: Any) -> Judgement:
+def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **options: Any) -> Judgement:
     """1.0 where the response's program passes every test, else 0.0.
 
     Args:
         answer: the tests, as ``pack_tests`` writes them.
-        response: what the model wrote; its last fenced block of Python is the program.
+        response: what the model wrote; ``last_program`` says which of its code blocks is the program.
+        float_tolerance: how far a number may be from an expected one with a decimal point, as a share of the expected
+            one or absolutely, whichever is more.
         options: the settings of ``SandboxConfig``.
 
     Returns:
         The score, and "" as the answer where there is no program. Programs are not compared with each other.
 
     Raises:
-        ValueError: the tests cannot be read.
+        ValueError: the tests cannot be read, or are of a kind that cannot judge this program.
         UserError: there is no sandbox here.
         SandboxUnavailableError: it has failed.
     """
     tests = unpack_tests(answer)
-    source = last_program(response)
+    source = last_program(response, tests)
     if source is None:
         return Judgement(0.0, "")
     config = SandboxConfig(**options)
-    passed = (_calls_pass if tests.function else _programs_pass)(tests, source, config, _sandbox(config))
+    sandbox = _sandbox(config)
+    if tests.asserts is not None:
+        passed = _asserts_pass(tests.asserts, source, config, sandbox)
+    elif tests.calls:
+        passed = _calls_pass(tests, source, config, sandbox, float_tolerance)
+    else:
+        passed = _programs_pass(tests, source, config, sandbox, float_tolerance)
     return Judgement(float(passed))
-
-
-def last_program(response: str) -> str | None:
-    """The last closed block fenced as Python after the thinking, else the last one without a language, else None."""
-    python: str | None = None
-    plain: str | None = None
-    opened: tuple[str, int] | None = None
-    lines = reply_of(response).split("\n")
-    for number, line in enumerate(lines):
-        fence = _FENCE.match(line)
-        if not fence:
-            continue
-        if opened is None:
-            opened = fence[1].lower(), number
-            continue
-        (language, start), opened = opened, None
-        block = "\n".join(lines[start + 1 : number])
-        if language in _PYTHON:
-            python = block
-        elif not language:
-            plain = block
-    return plain if python is None else python
 
 
 @lru_cache(maxsize=4)
@@ -115,58 +109,101 @@ def _sandbox(config: SandboxConfig) -> Sandbox:
     return open_sandbox(config)
 
 
-def _programs_pass(tests: CodeTests, source: str, config: SandboxConfig, sandbox: Sandbox) -> bool:
+def _programs_pass(tests: CodeTests, source: str, config: SandboxConfig, sandbox: Sandbox, tolerance: float) -> bool:
     deadline = time.monotonic() + config.total_seconds
     for test in tests.programs:
         max_output = max(config.output_kb << 10, 2 * len(test.stdout.encode()) + 1024)
         outcome = sandbox.run_program(source, test.stdin, max_output=max_output, deadline=deadline)
-        if outcome.failure or not _same_text(test.stdout, outcome.output.decode("utf-8", "replace")):
+        if outcome.failure or not _same_text(test.stdout, outcome.output.decode("utf-8", "replace"), tolerance):
             return False
     return True
 
 
-def _calls_pass(tests: CodeTests, source: str, config: SandboxConfig, sandbox: Sandbox) -> bool:
+def _calls_pass(tests: CodeTests, source: str, config: SandboxConfig, sandbox: Sandbox, tolerance: float) -> bool:
     deadline = time.monotonic() + config.total_seconds
-    max_output = max(config.output_kb << 10, 2 * sum(len(json.dumps(test.accepted)) for test in tests.calls) + 1024)
+    with any_number_of_digits():
+        expected = sum(len(json.dumps(test.accepted)) for test in tests.calls)
+    max_output = max(config.output_kb << 10, 2 * expected + 1024)
     inputs = [test.arguments for test in tests.calls]
     with sandbox.call_function(source, tests.function, inputs, max_output=max_output, deadline=deadline) as answers:
-        return all(_right_value(test, next(answers, b"")) for test in tests.calls) and next(answers, None) is None
+        passed = all(_right_value(test, next(answers, b""), tolerance) for test in tests.calls)
+        return passed and next(answers, None) is None
 
 
-def _same_text(expected: str, printed: str) -> bool:
+def _asserts_pass(tests: AssertTests, source: str, config: SandboxConfig, sandbox: Sandbox) -> bool:
+    deadline = time.monotonic() + config.total_seconds
+    verdict = sandbox.run_tests(source, tests.request, max_output=config.output_kb << 10, deadline=deadline)
+    try:
+        kind, *reason = json.loads(verdict or b'["failed"]')
+    except (ValueError, TypeError):  # cut off within a line
+        return False
+    if kind == "broken":
+        raise ValueError(f"the tests cannot judge this program: {' '.join(map(str, reason))}")
+    return bool(kind == "passed")
+
+
+def _same_text(expected: str, printed: str, tolerance: float) -> bool:
     """LiveCodeBench's comparison: the same lines but for spaces at their ends, or lines of equal decimal numbers."""
     due, found = expected.strip().split("\n"), printed.strip().split("\n")
-    return len(due) == len(found) and all(map(_same_line, due, found))
+    return len(due) == len(found) and all(_same_line(*lines, tolerance) for lines in zip(due, found, strict=True))
 
 
-def _same_line(due: str, found: str) -> bool:
+def _same_line(due: str, found: str, tolerance: float) -> bool:
     due, found = due.strip(), found.strip()
     if due == found:
         return True
     pairs = due.split(), found.split()
     if len(pairs[0]) != len(pairs[1]) or not all(map(_NUMBER.fullmatch, [*pairs[0], *pairs[1]])):
         return False
-    return all(Decimal(one) == Decimal(other) for one, other in zip(*pairs, strict=True))
+    return all(
+        Decimal(one) == Decimal(other)
+        or (not one.lstrip("+-").isdecimal() and _close(float(one), float(other), tolerance))
+        for one, other in zip(*pairs, strict=True)
+    )
 
 
-def _right_value(test: CallTest, line: bytes) -> bool:
+def _close(due: float, found: float, tolerance: float) -> bool:
+    """Whether a number lies within the tolerance of an expected one."""
     try:
-        found = json.loads(line, parse_constant=_refuse_constant)
-        return any(_same_value(due, found) for due in test.accepted)
+        return tolerance > 0 and abs(due - float(found)) <= tolerance * max(1.0, abs(due)) < math.inf
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _right_value(test: CallTest, line: bytes, tolerance: float) -> bool:
+    """Whether a reply of the driver, [value] or [None, what stands for it], is what a call may return."""
+    try:
+        match json.loads(line, parse_constant=_reject_constant, parse_int=_read_integer):
+            case [None, other]:
+                found = [None, other]
+            case [value]:
+                found = [value]
+            case _:
+                return False
+        return any(_same_value(due, each, tolerance) for due in test.accepted for each in found)
     except (ValueError, RecursionError):
         return False
 
 
-def _same_value(due: Any, found: Any) -> bool:
+def _same_value(due: Any, found: Any, tolerance: float) -> bool:
     """Equality of JSON values; unlike Python's, True is not 1."""
     if isinstance(due, bool) or isinstance(found, bool):
         return due is found
     if isinstance(due, list) and isinstance(found, list):
-        return len(due) == len(found) and all(map(_same_value, due, found))
+        return len(due) == len(found) and all(_same_value(*pair, tolerance) for pair in zip(due, found, strict=True))
     if isinstance(due, dict) and isinstance(found, dict):
-        return due.keys() == found.keys() and all(_same_value(value, found[key]) for key, value in due.items())
+        return due.keys() == found.keys() and all(
+            _same_value(value, found[key], tolerance) for key, value in due.items()
+        )
+    if isinstance(due, float) and isinstance(found, int | float):
+        return due == found or _close(due, found, tolerance)
     return bool(due == found)
 
 
-def _refuse_constant(name: str) -> None:
+def _read_integer(digits: str) -> int | Decimal:
+    """An integer; a long one as a Decimal, which is read in linear time and equal to the same integer."""
+    return int(digits) if len(digits) <= _LONG_INTEGER else Decimal(digits)
+
+
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")

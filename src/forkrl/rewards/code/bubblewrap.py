@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.code.programs import DRIVER, LimitReachedError, Outcome
+from forkrl.rewards.code.programs import LimitReachedError, Outcome, driver
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import build_filter, supports
 
@@ -53,7 +53,8 @@ class Bubblewrap:
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
         """Run a program to its end, as ``Sandbox`` has it."""
         printed = []
-        with self._start(source, stdin.encode("utf-8", "replace"), max_output=max_output) as process:
+        text = stdin.encode("utf-8", "replace")
+        with self._start("program", source, text, max_output=max_output) as process:
             process.allow(self._limits.seconds, deadline)
             try:
                 while data := process.read():
@@ -68,8 +69,16 @@ class Bubblewrap:
     ) -> Iterator[Iterator[bytes]]:
         """Call one function with several inputs, as ``Sandbox`` has it; every call has a test's limits of time."""
         arguments = json.dumps(inputs).encode("ascii")
-        with self._start(source, arguments, function=function, max_output=max_output) as process:
+        with self._start("calls", source, arguments, function=function, max_output=max_output) as process:
             yield self._answers(process, deadline)
+
+    def run_tests(self, source: str, tests: str, *, max_output: int, deadline: float) -> bytes:
+        """Run ``assert`` statements, as ``Sandbox`` has it; every call of the program has a test's limits of time."""
+        with self._start("tests", source, tests.encode("ascii"), max_output=max_output) as process:
+            last = b""
+            for line in self._answers(process, deadline):
+                last = line
+            return last
 
     def _answers(self, process: SandboxedProcess, deadline: float) -> Iterator[bytes]:
         rest = b""
@@ -83,22 +92,23 @@ class Bubblewrap:
         except LimitReachedError:
             return
 
-    def _start(self, source: str, stdin: bytes, *, max_output: int, function: str = "") -> SandboxedProcess:
+    def _start(self, mode: str, source: str, stdin: bytes, *, max_output: int, function: str = "") -> SandboxedProcess:
         limits = self._limits
         memory = limits.memory_mb << 20
         # Calls share a process, so the kernel's own limit on its CPU time can only be that of all of them.
-        cpu_seconds = int(limits.total_seconds if function else limits.seconds) + 1
-        numbers = (memory + _ADDRESS_SPACE_BEYOND, cpu_seconds, limits.files_mb << 20, limits.processes + 1)
+        cpu_seconds = int(limits.seconds if mode == "program" else limits.total_seconds) + 1
+        ours = 2 if mode == "tests" else 1
+        numbers = (memory + _ADDRESS_SPACE_BEYOND, cpu_seconds, limits.files_mb << 20, limits.processes + ours)
         return SandboxedProcess(
-            partial(_command, self._bwrap, self._python, limits.files_mb << 20, self._behind_doors),
-            [*map(str, numbers), function],
+            partial(_command, driver(mode), self._bwrap, self._python, limits.files_mb << 20, self._behind_doors),
+            [*map(str, numbers), mode, function],
             program=source.encode("utf-8", "replace"),
             stdin=stdin,
             seccomp=self._seccomp,
             user=None if self._behind_doors else self._user,
             memory=memory,
             max_output=max_output,
-            answers=bool(function),
+            answers=mode != "program",
         )
 
 
@@ -109,7 +119,7 @@ class _Python(NamedTuple):
 
 
 def _command(
-    bwrap: str, python: _Python, file_bytes: int, behind_doors: bool, seccomp_fd: int, info_fd: int
+    driver_text: str, bwrap: str, python: _Python, file_bytes: int, behind_doors: bool, seccomp_fd: int, info_fd: int
 ) -> list[str]:
     """The command line up to the driver's arguments."""
     outer: list[str] = []
@@ -135,7 +145,7 @@ def _command(
         *(word for path, place in shown.items() for word in ("--ro-bind", place, path)),  # after /tmp: it may lie there
         "--remount-ro", "/", "--chdir", "/tmp",
         "--seccomp", str(seccomp_fd), "--info-fd", str(info_fd), "--",
-        python.executable, "-s", "-S", "-B", "-X", "utf8", "-c", DRIVER + "\n\nenter_sandbox()\n",
+        python.executable, "-s", "-S", "-B", "-X", "utf8", "-c", driver_text + "\n\nenter_sandbox()\n",
     ]  # fmt: skip
 
 

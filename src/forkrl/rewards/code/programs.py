@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-DRIVER = Path(__file__).with_name("sandbox_driver.py").read_text(encoding="utf-8")
-"""Defines what runs between a sandbox's first process and a program."""
+_PARTS = {
+    "program": ("sandbox_program", "sandbox_driver"),
+    "calls": ("sandbox_values", "sandbox_program", "sandbox_driver"),
+    "tests": ("sandbox_values", "sandbox_program", "sandbox_tests", "sandbox_driver"),
+}
+_OWN_IMPORTS = re.compile(r"^from forkrl\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
+
+
+@cache
+def driver(mode: str) -> str:
+    """The text of what runs between a sandbox's first process and a program, in the mode "program", "calls" or "tests".
+
+    Inside there is no ForkRL to import: the parts are one text.
+    """
+    texts = (Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in _PARTS[mode])
+    return "\n\n".join(_OWN_IMPORTS.sub("", text) for text in texts)
 
 
 class SandboxUnavailableError(Exception):
@@ -28,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 class Sandbox(Protocol):
-    """Runs programs that may do anything. Both methods raise SandboxUnavailableError where the sandbox fails."""
+    """Runs programs that may do anything. All methods raise SandboxUnavailableError where the sandbox fails."""
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
         """Run a program to its end.
@@ -56,5 +72,19 @@ class Sandbox(Protocol):
         Returns:
             What the program says the results are, a line of JSON each, while it runs. They end early where it fails,
             and go on where it says more than it was asked; leave the ``with`` block to end it.
+        """
+        ...
+
+    def run_tests(self, source: str, tests: str, *, max_output: int, deadline: float) -> bytes:
+        """Run tests written as ``assert`` statements against a program that they cannot be seen by.
+
+        Args:
+            source: Python source text.
+            tests: what ``AssertTests.request`` gives.
+            max_output: bytes that the tests may report.
+            deadline: as above.
+
+        Returns:
+            The verdict as JSON: ["passed"], ["failed"] or ["broken", reason]; b"" where they did not come to their end.
         """
         ...

@@ -1,60 +1,27 @@
 """Runs inside the sandbox, as the text of ``python -c``: what stands between its first process and a program.
 
-Nothing here is secret and nothing here is believed: it holds no expected output, and what it reports is a value that
-the program could have returned as well. The outside compares. Two things are relied on, and both are over before the
-program's first line: the limits are set, and process 1 of the sandbox is this file, not the program.
+Of whole programs and of called functions nothing here is believed: there is no expected output in here, and what is
+reported is a value that the program could have returned as well. The outside compares. Two things are relied on, and
+both are over before the program's first line: the limits are set, and process 1 of the sandbox is this file.
+
+Tests written as ``assert`` statements run in here too, but in a process of their own (``run_tests``). The program
+answers calls in another process, which never sees the tests and cannot look into theirs. Only plain values pass.
 """
 
-import builtins
 import os
 import sys
 from types import ModuleType
+from typing import Any, Callable  # noqa: UP035 - sandbox.python may be Python 3.9
 
-# What LiveCodeBench puts above every program, so that solutions written for it find their names.
-_PRELUDE = """
-from string import *
-from re import *
-from datetime import *
-from collections import *
-from heapq import *
-from bisect import *
-from copy import *
-from math import *
-from random import *
-from statistics import *
-from itertools import *
-from functools import *
-from operator import *
-from io import *
-from sys import *
-from json import *
-from builtins import *
-from typing import *
-import string
-import re
-import datetime
-import collections
-import heapq
-import bisect
-import copy
-import math
-import random
-import statistics
-import itertools
-import functools
-import operator
-import io
-import sys
-import json
-"""
-_RECURSION_LIMIT = 50_000
-_DYNAMIC = {"eval", "exec", "globals"}
+from forkrl.rewards.code.sandbox_program import load_program, new_module
+from forkrl.rewards.code.sandbox_tests import run_tests
+from forkrl.rewards.code.sandbox_values import find_function, make_nodes, node_values
 
 
 def enter_sandbox() -> None:
     """Process 1: says that the sandbox stands, lets a child run the program, and ends with it."""
-    answers_fd, lifeline_fd, program_fd, *limits = map(int, sys.argv[1:-1])
-    function = sys.argv[-1]
+    answers_fd, lifeline_fd, program_fd, *limits = map(int, sys.argv[1:-2])
+    mode, function = sys.argv[-2:]
     os.write(answers_fd, b"ready\n")
     if not os.read(lifeline_fd, 1):
         os._exit(1)  # the judge has died meanwhile
@@ -69,7 +36,10 @@ def enter_sandbox() -> None:
     os.close(null)
     with os.fdopen(program_fd, "rb") as file:
         source = file.read().decode()
-    if not function:
+    if mode == "tests":
+        set_limits(*limits)
+        run_tests(source, answers_fd)
+    elif mode == "program":
         os.close(answers_fd)
         set_limits(*limits)
         run_program(source)
@@ -120,58 +90,70 @@ def set_limits(memory: int, cpu_seconds: int, file_size: int, processes: int) ->
 
 def run_program(source: str) -> None:
     """A whole program, as ``__main__``, on standard input and output."""
-    exec(compile(source, "program.py", "exec"), _new_module("__main__", source).__dict__)
+    exec(compile(source, "program.py", "exec"), new_module("__main__", source).__dict__)
 
 
 def call_function(source: str, function: str, inputs: str, answers_fd: int) -> None:
-    """Call a function, or the method of a class Solution, with each input; a line of JSON for each value."""
+    """Call a function with each input; a line of JSON for each: a list of the value, and where that is None of what
+    stands for it: the first argument, which a function may change instead of returning a value.
+
+    Arguments that the function's annotations call ListNode or TreeNode are made from lists, and such values are lists.
+    """
     import json
 
     dumps, loads, write, leave = json.dumps, json.loads, os.write, os._exit
-    module = _new_module("program", source)
-    exec(compile(source, "program.py", "exec"), module.__dict__)
-    target = getattr(module.Solution() if "class Solution" in source else module, function)
-    for arguments in loads(inputs):
-        line = (dumps(target(*map(loads, arguments)), allow_nan=False) + "\n").encode("ascii")
+    module = load_program(source)
+    target = find_function(module, function)
+    annotations = _annotations(target)
+    makers = [_node_maker(module, annotation) for name, annotation in annotations.items() if name != "return"]
+    returns_nodes = "Node" in annotations.get("return", "")
+    takes_nodes = "Node" in next(iter(annotations.values()), "")
+    for texts in loads(inputs):
+        arguments = list(map(loads, texts))
+        for index, maker in enumerate(makers[: len(arguments)]):
+            arguments[index] = maker(arguments[index])
+        value = target(*arguments)
+        reply = [value]
+        if value is None and returns_nodes:
+            reply.append([])
+        elif value is None and arguments:
+            reply.append([] if takes_nodes and arguments[0] is None else arguments[0])
+        line = (dumps(reply, allow_nan=False, default=node_values) + "\n").encode("ascii")
         while line:
             line = line[write(answers_fd, line) :]
     leave(0)
 
 
-def answer_on_stdout(source: str, function: str) -> None:
+def _annotations(target: Any) -> dict[str, str]:
+    """The annotation of every parameter in order, and of the result ("return"), as text."""
+    import inspect
+
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return {}
+    annotations = {name: str(parameter.annotation) for name, parameter in signature.parameters.items()}
+    return {**annotations, "return": str(signature.return_annotation)}
+
+
+def _node_maker(module: ModuleType, annotation: str) -> Callable[[Any], Any]:
+    name = next((name for name in ("ListNode", "TreeNode") if name in annotation), "")
+    if not name:
+        return lambda value: value
+    if "List[" in annotation or "list[" in annotation:  # a list of them
+        return lambda value: [make_nodes(module, name, each) for each in value]
+    return lambda value: make_nodes(module, name, value)
+
+
+def answer_on_stdout(mode: str, source: str, function: str) -> None:
     """The same where there is no private pipe: answers take standard output, and what is printed goes nowhere."""
-    inputs = sys.stdin.read()
     answers_fd = os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1):
-        os.dup2(null, fd)
-    call_function(source, function, inputs, answers_fd)
-
-
-def _new_module(name: str, source: str) -> ModuleType:
-    sys.argv[:] = ["program.py"]
-    sys.path[:] = [folder for folder in sys.path if folder]
-    for leave in ("exit", "quit"):  # from Python's site module, which is left out because it costs time
-        setattr(builtins, leave, sys.exit)
-    module = sys.modules[name] = ModuleType(name)
-    if _needs_prelude(source):
-        exec(_PRELUDE, module.__dict__)
-    sys.setrecursionlimit(_RECURSION_LIMIT)
-    return module
-
-
-def _needs_prelude(source: str) -> bool:
-    """Whether the program uses names that it does not define. The imports take as long as starting Python does."""
-    import symtable
-
-    top = symtable.symtable(source, "program.py", "exec")
-    known = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    used: set[str] = set()
-    tables = [top]
-    while tables:
-        table = tables.pop()
-        tables += table.get_children()
-        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-        if table is not top:  # "global x" in a function
-            known |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_declared_global()}
-    return bool(used - known - set(dir(builtins)) - {"__name__", "__file__"} or used & _DYNAMIC)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    if mode == "tests":
+        run_tests(source, answers_fd)
+    else:
+        inputs = sys.stdin.read()
+        os.dup2(null, 0)
+        call_function(source, function, inputs, answers_fd)

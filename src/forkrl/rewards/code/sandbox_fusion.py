@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 
 from forkrl.config import SandboxConfig
-from forkrl.rewards.code.programs import DRIVER, Outcome, SandboxUnavailableError
+from forkrl.loopback import is_loopback
+from forkrl.rewards.code.programs import Outcome, SandboxUnavailableError, driver
+from forkrl.secret_values import SecretValues, shown_url
 
 _ANSWER_LIMIT_S = 30.0
 """For the server's queue and the network, on top of the program's own time."""
@@ -26,12 +28,14 @@ class SandboxFusion:
 
     def __init__(self, config: SandboxConfig) -> None:
         self._limits = config
-        self._url = config.server.rstrip("/") + "/run_code"
+        address, question_mark, query = SecretValues().resolve("sandbox.server", config.server).partition("?")
+        self._url = f"{address.rstrip('/')}/run_code{question_mark}{query}"
+        self._use_proxies = not is_loopback(self._url)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
         """Run a program to its end, as ``Sandbox`` has it."""
         seconds = min(self._limits.seconds, deadline - time.monotonic())
-        return self._post(f"run_program({source!r})", stdin, seconds, max_output)
+        return self._post("program", f"run_program({source!r})", stdin, seconds, max_output)
 
     @contextmanager
     def call_function(
@@ -39,28 +43,40 @@ class SandboxFusion:
     ) -> Iterator[Iterator[bytes]]:
         """Call one function with several inputs, as ``Sandbox`` has it, in one request for all."""
         seconds = min(self._limits.seconds * len(inputs), deadline - time.monotonic())
-        call = f"answer_on_stdout({source!r}, {function!r})"
-        outcome = self._post(call, json.dumps(inputs), seconds, max_output)
+        call = f"answer_on_stdout('calls', {source!r}, {function!r})"
+        outcome = self._post("calls", call, json.dumps(inputs), seconds, max_output)
         yield iter(outcome.output.split(b"\n")[:-1])
 
-    def _post(self, last_line: str, stdin: str, seconds: float, max_output: int) -> Outcome:
+    def run_tests(self, source: str, tests: str, *, max_output: int, deadline: float) -> bytes:
+        """Run ``assert`` statements, as ``Sandbox`` has it, with all the time there is."""
+        seconds = min(self._limits.total_seconds, deadline - time.monotonic())
+        outcome = self._post("tests", f"answer_on_stdout('tests', {source!r}, '')", tests, seconds, max_output)
+        return b"" if outcome.failure else outcome.output.rstrip(b"\n").rpartition(b"\n")[2]
+
+    def _post(self, mode: str, last_line: str, stdin: str, seconds: float, max_output: int) -> Outcome:
         if seconds <= 0:
             return Outcome(b"", "time")
         request = {
-            "code": f"{DRIVER}\n\n{last_line}\n",
+            "code": f"{driver(mode)}\n\n{last_line}\n",
             "language": "python",
             "stdin": stdin,
             "run_timeout": seconds,
             "memory_limit_MB": self._limits.memory_mb,
         }
         try:
-            response = httpx.post(self._url, json=request, timeout=seconds + _ANSWER_LIMIT_S)
+            response = httpx.post(
+                self._url, json=request, timeout=seconds + _ANSWER_LIMIT_S, trust_env=self._use_proxies
+            )
             response.raise_for_status()
             return _read(response.json(), max_output)
+        except httpx.HTTPStatusError as error:  # its own message shows the whole URL
+            raise SandboxUnavailableError(f"{shown_url(self._url)} answered {error.response.status_code}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise SandboxUnavailableError(f"{self._url}: {type(error).__name__} {error}") from error
+            raise SandboxUnavailableError(f"{shown_url(self._url)}: {type(error).__name__} {error}") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise SandboxUnavailableError(f"{self._url} did not answer as SandboxFusion does ({error!r})") from error
+            raise SandboxUnavailableError(
+                f"{shown_url(self._url)} did not answer as SandboxFusion does ({error!r})"
+            ) from error
 
 
 def _read(answer: dict[str, Any], max_output: int) -> Outcome:

@@ -1,25 +1,31 @@
 """Tests of programs, in the form in which they travel as ``Prompt.answer``.
 
 That form is the ecosystem's: a JSON object with ``inputs``, ``outputs`` and, where a function is called instead of the
-program run, its ``fn_name``. Long ones are compressed. LiveCodeBench's rows are turned into it without unpickling.
+program run, its ``fn_name``; or with ``assert`` statements under the names of HumanEval (``test``, ``entry_point``) or
+MBPP (``test_list``). Long ones are compressed. LiveCodeBench's rows are turned into it without unpickling.
 """
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import json
 import pickletools
+import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
+from forkrl.rewards.code.sandbox_program import used_names
 
 CODE_VERIFIER = "code"
 """What task.verifier calls the verifier of programs; ``with_sandbox`` makes of it one that a pool can run."""
 
 _COMPRESSED = "zlib+base64:"
+_FORMS = 'of the form {"inputs": [...], "outputs": [...]}, {"test": ..., "entry_point": ...} or {"test_list": [...]}'
 _LONG = 4_000
 """Characters; shorter tests stay readable in rollouts and data."""
 _STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
@@ -40,12 +46,42 @@ class CallTest(NamedTuple):
     accepted: tuple[Any, ...]
 
 
+class AssertTests(NamedTuple):
+    """Tests written as ``assert`` statements."""
+
+    code: str
+    """What runs, with the set-up above the asserts."""
+    functions: tuple[str, ...]
+    """The names in it that the program has to define; every call of them goes to the program."""
+    check: str = ""
+    """The function that is handed to the tests' own ``check``, where that still has to be called."""
+    modules: tuple[str, ...] = ()
+    """Modules of the standard library that the code uses and does not import."""
+
+    @property
+    def request(self) -> str:
+        """ASCII JSON for ``Sandbox.run_tests``."""
+        return json.dumps({"code": self.code, "names": self.functions, "check": self.check, "modules": self.modules})
+
+
 class CodeTests(NamedTuple):
-    """The tests of one problem: of one kind, all about ``function`` where there is one."""
+    """The tests of one problem, all of one kind: programs, calls of ``function``, or ``asserts``."""
 
     function: str
     programs: tuple[ProgramTest, ...] = ()
     calls: tuple[CallTest, ...] = ()
+    asserts: AssertTests | None = None
+
+
+@contextmanager
+def any_number_of_digits() -> Iterator[None]:
+    """Let Python read and write integers of more than 4,300 digits."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
 
 
 def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = "") -> str:
@@ -61,7 +97,9 @@ def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = ""
         ValueError: not one output for each input, or none at all.
     """
     tests = {"inputs": list(inputs), "outputs": list(outputs)} | ({"fn_name": function} if function else {})
-    return repack_tests(json.dumps(tests))
+    with any_number_of_digits():
+        text = json.dumps(tests)
+    return repack_tests(text)
 
 
 def repack_tests(text: str) -> str:
@@ -85,14 +123,23 @@ def unpack_tests(text: str) -> CodeTests:
     Raises:
         ValueError: it is no such text.
     """
-    try:
-        if text.startswith(_COMPRESSED):
-            text = zlib.decompress(base64.b64decode(text.removeprefix(_COMPRESSED))).decode("utf-8", "surrogatepass")
-        tests = json.loads(text)
-        inputs, outputs = tests["inputs"], tests["outputs"]
-        function = tests.get("fn_name") or ""
-    except (ValueError, TypeError, KeyError, AttributeError, zlib.error):
-        raise ValueError('the tests are not JSON of the form {"inputs": [...], "outputs": [...]}') from None
+    with any_number_of_digits():
+        try:
+            if text.startswith(_COMPRESSED):
+                data = zlib.decompress(base64.b64decode(text.removeprefix(_COMPRESSED)))
+                text = data.decode("utf-8", "surrogatepass")
+            tests = json.loads(text)
+        except (ValueError, zlib.error):
+            raise ValueError(f"the tests are not JSON {_FORMS}") from None
+        if isinstance(tests, list):
+            tests = {"test_list": tests}
+        if not isinstance(tests, dict) or not tests.keys() & {"inputs", "test", "test_list"}:
+            raise ValueError(f"the tests are not JSON {_FORMS}")
+        return _unpack_pairs(tests) if "inputs" in tests else _unpack_asserts(tests)
+
+
+def _unpack_pairs(tests: Mapping[str, Any]) -> CodeTests:
+    inputs, outputs, function = tests["inputs"], tests.get("outputs"), tests.get("fn_name") or ""
     if not (isinstance(inputs, list) and isinstance(outputs, list) and isinstance(function, str)):
         raise ValueError("the tests' inputs and outputs must be lists, and fn_name text")  # noqa: TRY004
     if not inputs or len(inputs) != len(outputs):
@@ -101,6 +148,39 @@ def unpack_tests(text: str) -> CodeTests:
     if function:
         return CodeTests(function, calls=tuple(CallTest(_arguments(given), _accepted(due)) for given, due in pairs))
     return CodeTests("", programs=tuple(ProgramTest(_lines(given), _lines(due)) for given, due in pairs))
+
+
+def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
+    """``assert`` statements, with the names that the program has to define."""
+    function = tests.get("entry_point") or ""
+    setup, imports = tests.get("test_setup_code") or "", tests.get("test_imports") or []
+    own = tests.get("test", tests.get("test_list"))
+    parts = [*imports, setup, *([own] if isinstance(own, str) else own or [])] if isinstance(imports, list) else [None]
+    if not isinstance(function, str) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("the tests' test, test_setup_code and entry_point must be text, and test_list a list of text")
+    function = function.removeprefix("Solution().")
+    code = "\n".join(parts)
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the tests are not Python: {error}") from None
+    if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        raise ValueError("the tests hold no assert statement")
+    _, undefined = used_names(code)
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    modules = undefined & set(sys.stdlib_module_names) - called - {function}
+    needed = undefined - modules - {"ListNode", "TreeNode"} | ({function} if function else set())
+    if not needed:
+        raise ValueError("the tests call no function of the program; name it in entry_point")
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls_check = any(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "check"
+        for node in tree.body
+    )
+    if "check" in defined and not calls_check and not function:
+        raise ValueError("the tests define check(candidate); name the function of the program in entry_point")
+    check = function if "check" in defined and not calls_check else ""
+    return CodeTests(function, asserts=AssertTests(code, tuple(sorted(needed)), check, tuple(sorted(modules))))
 
 
 def tests_from_livecodebench(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,175 @@
+"""Runs tests written as ``assert`` statements against a program in another process. Part of the driver's text in a
+sandbox.
+
+The program's process is forked before the tests are read, keeps no descriptor that leads to them or to the verdict, and
+begins only once the kernel denies it any look into the process of the tests. It answers calls; what it says becomes
+plain values there. So there is nothing that it could patch, and its end is a failure.
+"""
+
+import builtins
+import json
+import os
+import signal
+from types import ModuleType
+from typing import Any, Callable  # noqa: UP035
+
+from forkrl.rewards.code.sandbox_program import load_program, new_module
+from forkrl.rewards.code.sandbox_values import (
+    ListNode,
+    NotTransferableError,
+    TreeNode,
+    decode,
+    encode,
+    find_function,
+    is_node,
+)
+
+_PR_SET_DUMPABLE = 4
+
+
+class ProgramEndedError(BaseException):
+    """The program's process has ended. A BaseException, so that tests do not catch it by accident."""
+
+
+def run_tests(source: str, answers_fd: int) -> None:
+    """Run the ``assert`` statements on standard input; the verdict is the last line written to ``answers_fd``."""
+    requests, replies = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        for fd in (answers_fd, requests[1], replies[0]):
+            os.close(fd)
+        os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+        with os.fdopen(requests[0], "r", encoding="ascii") as incoming:
+            if incoming.readline():
+                serve_calls(source, incoming, replies[1])
+        os._exit(0)
+    os.close(requests[0])
+    os.close(replies[1])
+    verdict = ["broken", "the kernel does not hide the tests from the program"]
+    if _hide_memory():
+        program = _Program(requests[1], replies[0], answers_fd)
+        program.send("begin")
+        with os.fdopen(0, "rb", closefd=False) as file:
+            verdict = _run_asserts(program, json.loads(file.read()))
+    os.kill(child, signal.SIGKILL)
+    os.write(answers_fd, json.dumps(verdict).encode("ascii") + b"\n")
+    os._exit(0)
+
+
+def _hide_memory() -> bool:
+    """Give /proc/PID of this process to root, so that no other process in here can read or write its memory."""
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def _run_asserts(program: "_Program", tests: dict[str, Any]) -> list[str]:
+    """["passed"], ["failed"], or ["broken", why] where it is the tests that cannot work."""
+    module = new_module("tests", "")
+    module.__dict__.update(ListNode=ListNode, TreeNode=TreeNode)
+    program.module = module
+    try:
+        for name in tests["modules"]:
+            module.__dict__[name] = __import__(name)
+        for name in tests["names"]:
+            module.__dict__[name] = program.function(name)
+        exec(compile(tests["code"], "tests.py", "exec"), module.__dict__)
+        if tests["check"]:
+            module.__dict__["check"](module.__dict__[tests["check"]])
+    except NotTransferableError as error:
+        return ["broken", f"a value of type {error} cannot be passed between the program and its tests"]
+    except (ImportError, NameError, SyntaxError) as error:
+        return ["failed"] if error is program.raised else ["broken", f"{type(error).__name__}: {error}"[:300]]
+    except BaseException:  # an assertion, or what comes of a wrong value
+        return ["failed"]
+    return ["failed"] if program.ended else ["passed"]
+
+
+class _Program:
+    """The program in the other process, as its tests see it."""
+
+    def __init__(self, requests_fd: int, replies_fd: int, answers_fd: int) -> None:
+        self._requests_fd, self._answers_fd = requests_fd, answers_fd
+        self._replies = os.fdopen(replies_fd, "r", encoding="ascii")
+        self.module: ModuleType | None = None
+        self.ended = False
+        self.raised: BaseException | None = None
+
+    def function(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            return self._call(name, arguments, named)
+
+        call.__name__ = name
+        return call
+
+    def send(self, request: Any) -> None:
+        line = (json.dumps(request) + "\n").encode("ascii")
+        try:
+            while line:
+                line = line[os.write(self._requests_fd, line) :]
+        except BrokenPipeError:
+            self.ended = True
+            raise ProgramEndedError from None
+
+    def _call(self, name: str, arguments: Any, named: dict[str, Any]) -> Any:
+        self.send([name, list(map(encode, arguments)), {key: encode(value) for key, value in named.items()}])
+        reply = self._replies.readline()
+        if not reply.endswith("\n"):
+            self.ended = True
+            raise ProgramEndedError
+        os.write(self._answers_fd, b"call\n")  # every call has a test's time
+        kind, *values = json.loads(reply)
+        if kind == "untransferable":
+            raise NotTransferableError(str(values[0])[:80])
+        if kind == "raised":
+            self.raised = _exception(str(values[0]), str(values[1]))
+            raise self.raised
+        value, changed = (decode(self.module, each) for each in values)
+        for argument, now in zip(arguments, changed):  # noqa: B905 - Python 3.9
+            _change(argument, now)
+        return value
+
+
+def _exception(name: str, message: str) -> Exception:
+    """One of Python's own, by name; any other is a plain Exception."""
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(message)
+        except TypeError:
+            pass
+    return Exception(message)
+
+
+def _change(argument: Any, now: Any) -> None:
+    """Make an argument what the function has made of its copy."""
+    if isinstance(argument, list) and isinstance(now, list):
+        argument[:] = now
+    elif isinstance(argument, (dict, set)) and type(now) is type(argument):
+        argument.clear()
+        argument.update(now)
+    elif type(argument).__name__ in ("ListNode", "TreeNode") and type(now) is type(argument):
+        argument.__dict__.update(now.__dict__)
+
+
+def serve_calls(source: str, incoming: Any, replies_fd: int) -> None:
+    """The program's process: load it, and answer calls until the tests end."""
+    dumps, loads, write = json.dumps, json.loads, os.write
+    module = load_program(source)
+    for line in incoming:
+        name, given, named = loads(line)
+        try:
+            arguments = [decode(module, each) for each in given]
+            value = find_function(module, name)(*arguments, **{key: decode(module, named[key]) for key in named})
+            changed = [each if isinstance(each, (list, dict, set)) or is_node(each) else None for each in arguments]
+            reply = ["value", encode(value), encode(changed)]
+        except NotTransferableError as error:
+            reply = ["untransferable", str(error)]
+        except Exception as error:
+            reply = ["raised", type(error).__name__, str(error)[:1000]]
+        data = (dumps(reply) + "\n").encode("ascii")
+        while data:
+            data = data[write(replies_fd, data) :]

@@ -1,0 +1,134 @@
+"""Credentials are written as ``${NAME}``, read from the environment, and shown nowhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forkrl.config import RewardConfig, TrainConfig
+from forkrl.errors import UserError
+from forkrl.loopback import is_loopback
+from forkrl.recipe import load_recipe
+from forkrl.rewards import open_verifier
+from forkrl.secret_values import SecretValues, shown_url
+from forkrl.types import Prompt, VerifierSpec
+
+DATASET = ("task.name=dataset", "task.data=x.jsonl")
+
+
+def leak(answer: str, response: str, *, api_key: str) -> float:
+    """A verifier whose error holds its key."""
+    raise ValueError(f"the service refuses the key {api_key}")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("task.verifier=http://ann:s3cret@host/judge", "task.verifier"),
+        ("task.verifier=https://s3cret@host/judge", "task.verifier"),
+        ("task.verifier=http://host/judge?token=s3cret", "task.verifier"),
+        ("task.verifier=http://host/judge?mode=${MODE}&token=s3cret", "task.verifier"),
+        ("task.verifier=http://[/?s3cret", "task.verifier"),
+        ('task.verifier_options.headers={Authorization = "Bearer s3cret"}', "task.verifier_options.headers.Auth"),
+        ('task.verifier_options.headers={X-Team = "s3cret"}', "task.verifier_options.headers.X-Team"),
+        ("task.verifier_options.api_key=s3cret", "task.verifier_options.api_key"),
+        ('task.verifier_options.judge={access-token = "s3cret"}', "task.verifier_options.judge.access-token"),
+        ('task.verifier_options.urls=["http://ann:s3cret@host"]', "task.verifier_options.urls"),
+        ("sandbox.server=http://ann:s3cret@host:8080", "sandbox.server"),
+        (
+            'task.parts=[{name="dataset", data="x.jsonl", source="a", verifier="http://ann:s3cret@host"}]',
+            "task.verifier",
+        ),
+    ],
+)
+def test_a_credential_in_the_recipe_is_rejected_and_not_shown(override: str, key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(TrainConfig, None, [*DATASET, override])
+    message = str(caught.value)
+    assert "s3cret" not in message
+    assert key in message
+    assert "write ${NAME}" in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task.verifier=http://host:8000/judge",
+        "task.verifier=http://ann:${JUDGE_PASSWORD}@host/judge?token=${JUDGE_TOKEN}",
+        "task.verifier_options.headers.Authorization=Bearer ${JUDGE_TOKEN}",
+        "task.verifier_options.api_key=${JUDGE_TOKEN}",
+        "task.verifier_options.answer_key=B",
+        "task.verifier_options.max_tokens=50",
+        "sandbox.server=http://ann:${JUDGE_PASSWORD}@host:8080",
+    ],
+)
+def test_a_reference_is_stored_as_it_is_written(override: str) -> None:
+    key, _, value = override.partition("=")
+    config: Any = load_recipe(TrainConfig, None, [*DATASET, override]).model_dump(mode="json")
+    for part in key.split("."):
+        config = config[part]
+    assert str(config) == value
+
+
+def test_values_come_from_the_environment_and_leave_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_HOST", "host:8000")
+    monkeypatch.setenv("JUDGE_PASSWORD", "p@ss/w?rd")
+    secrets = SecretValues()
+    url = secrets.resolve("task.verifier", "http://ann:${JUDGE_PASSWORD}@${JUDGE_HOST}/a?t=${JUDGE_PASSWORD}")
+    assert url == "http://ann:p%40ss%2Fw%3Frd@host:8000/a?t=p%40ss%2Fw%3Frd"
+    assert secrets.resolve("k", {"a": ["x ${JUDGE_PASSWORD}", 3]}) == {"a": ["x p@ss/w?rd", 3]}
+    assert secrets.hide(f"no answer from {url}: p@ss/w?rd") == (
+        "no answer from http://ann:${JUDGE_PASSWORD}@${JUDGE_HOST}/a?t=${JUDGE_PASSWORD}: ${JUDGE_PASSWORD}"
+    )
+    assert shown_url(url) == "http://host:8000/a"
+
+
+@pytest.mark.parametrize(
+    ("spec", "key"),
+    [
+        (VerifierSpec("forkrl.rewards.endpoint:verify_at_endpoint", {"url": "http://${NOWHERE}/"}), "task.verifier:"),
+        (VerifierSpec("m:f", {"headers": {"A": "${NOWHERE}"}}), "task.verifier_options.headers.A:"),
+        (VerifierSpec("forkrl.rewards.code:verify_code", {"server": "http://u:${NOWHERE}@h"}), "sandbox.server:"),
+    ],
+)
+def test_a_missing_variable_is_named_with_its_setting(spec: VerifierSpec, key: str) -> None:
+    assert "NOWHERE" not in os.environ
+    with pytest.raises(UserError) as caught:
+        open_verifier({"": spec}, RewardConfig())
+    assert str(caught.value) == f"{key} the environment variable NOWHERE is not set; export NOWHERE"
+
+
+def test_the_error_of_a_verifier_does_not_show_its_credential(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    spec = VerifierSpec("tests.unit.test_secret_values:leak", {"api_key": "${JUDGE_TOKEN}"})
+    with open_verifier({"": spec}, RewardConfig(deadline_s=60)) as pool:
+        said: list[str] = []
+        pool.announce = said.append
+        pool.verify([(Prompt("p", "?", "a"), "b")])
+    assert "refuses the key ${JUDGE_TOKEN}" in said[0]
+    assert "s3cret" not in "".join([*said, *pool.first_failures.values()])
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        ("http://localhost:8000/v1", True),
+        ("http://LOCALHOST/", True),
+        ("http://judge.localhost/", True),
+        ("http://127.0.0.1/", True),
+        ("http://127.8.9.1:80/", True),
+        ("http://user:password@127.0.0.1/", True),
+        ("http://[::1]:8000/", True),
+        ("http://10.0.0.1/", False),
+        ("http://localhost.example.com/", False),
+        ("http://127.0.0.1.example.com/", False),
+        ("http://[/", False),
+        ("", False),
+    ],
+)
+def test_which_addresses_are_this_machine(url: str, loopback: bool) -> None:
+    assert is_loopback(url) is loopback
