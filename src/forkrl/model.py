@@ -23,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 
 from forkrl.attention import use_grouped_attention
 from forkrl.errors import UserError
-from forkrl.types import Prompt
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
     from forkrl.config import ModelConfig
@@ -106,25 +105,6 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> t
             raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
         ids.append(encoded[0])
     return tuple(ids)
-
-
-def prompt_token_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, most: int, add_special_tokens: bool
-) -> tuple[int, ...]:
-    """The tokens of a prompt.
-
-    Raises:
-        UserError: there are none, or more than ``most``, the recipe's ``rollout.max_prompt_tokens``.
-    """
-    ids = tuple(tokenizer.encode(prompt.text, add_special_tokens=add_special_tokens))
-    place = prompt.place or f"prompt {prompt.id}"
-    if not ids:
-        raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
-    if len(ids) > most:
-        raise UserError(
-            f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {most}; raise the limit or remove the row"
-        )
-    return ids
 
 
 def open_policy(config: ModelConfig, device: str = "auto") -> Policy:

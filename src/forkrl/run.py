@@ -23,7 +23,7 @@ from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
-from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.progress import TrainingDisplay, describe_selection, notice
 from forkrl.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
 from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.replicas import Replicas, open_replicas
@@ -32,7 +32,7 @@ from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
 from forkrl.rollout_rows import evaluation_rows
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
-from forkrl.tasks import PromptStream, open_stream, open_task
+from forkrl.tasks import PromptStream, open_stream, open_task, repeated_prompts
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, SamplingParams, Task, Verifier
 
@@ -248,12 +248,12 @@ def open_run(config: TrainConfig, out: Path | None = None, *, resume: Path | Non
     with ExitStack() as stack:
         torch.manual_seed(config.seed)
         policy = _open_policy(config)
-        task = open_task(config.task, policy.tokenizer)
+        task = open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        if repeated := repeated_prompts(task.train, config):
+            notice(repeated)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None
         replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
         engine = open_engine(replicas, config)
-        engine.check_prompts(task.train)
-        engine.check_prompts(task.held_out)
         verifier = stack.enter_context(open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward))
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
         provenance = describe_provenance(task, replicas)

@@ -23,6 +23,7 @@ from forkrl.errors import TrainingHalted, UserError
 from forkrl.interruption import Interruption
 from forkrl.model import Policy, pick_device
 from forkrl.progress import progress
+from forkrl.prompt_tokens import prompt_token_ids
 from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.replicas import Replica, Replicas, open_replicas
 from forkrl.tasks.countdown import countdown_task, random_problem, write_trace
@@ -145,7 +146,7 @@ def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> lis
     size = 0
     while size < config.batch_tokens:
         prompt, numbers, target = random_problem(task, rng)
-        prompt_ids = tokenizer.encode(prompt.text)
+        prompt_ids = list(prompt_token_ids(tokenizer, prompt))
         trace_ids = [*tokenizer.encode(write_trace(numbers, target, rng, config.data.habits)), tokenizer.eos_token_id]
         rows.append((prompt_ids + trace_ids, [IGNORED] * len(prompt_ids) + trace_ids))
         size += len(rows[-1][0])

@@ -36,7 +36,7 @@ from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.model import first_line, model_location, prompt_token_ids, stop_token_ids
+from forkrl.model import first_line, model_location, stop_token_ids
 from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.provenance import commit, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
@@ -197,15 +197,7 @@ def prepare(config: TrainConfig) -> Prepared:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # whatever a damaged or foreign folder provokes inside the library
         raise UserError(f"model.path = {config.model.path!r} has no usable tokenizer: {first_line(error)}") from error
-    task = open_task(config.task, tokenizer)
-    held_out = task.held_out[: config.eval.problems]
-    for prompt in (*task.train, *held_out):
-        prompt_token_ids(
-            tokenizer,
-            prompt,
-            most=config.rollout.max_prompt_tokens,
-            add_special_tokens=not config.task.chat_template,
-        )
+    task = open_task(config.task, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     counts: dict[str, int] = {}
     for prompt in task.train:
         counts[prompt.source] = counts.get(prompt.source, 0) + 1
