@@ -145,8 +145,8 @@ class ReadyResponses:
         back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
         if back != text and (unknown := unknown_characters(tokenizer, text)):
             raise UserError(
-                f"{place}: the tokenizer does not know {listed(unknown)} of the response; use the tokenizer of the model "
-                f"that wrote it, or give its token_ids"
+                f"{place}: the tokenizer does not know {listed(unknown)} of the response; use the tokenizer of the "
+                f"model that wrote it, or give its token_ids"
             )
         if back != text:
             at = next(
