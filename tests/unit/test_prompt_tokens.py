@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from forkrl.cluster.data import read_prompt, write_prompts
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.prompt_tokens import PromptCheck, prompt_token_ids, unknown_characters
@@ -126,3 +128,24 @@ def test_rows_that_the_model_cannot_read_are_bad_rows(tmp_path: Any, capsys: pyt
 def test_a_task_of_problems_that_the_tokenizer_cannot_spell_is_rejected() -> None:
     with pytest.raises(UserError, match="the tokenizer does not know ':', '\\?'"):
         open_task(TaskConfig(name="countdown"), build_character_tokenizer("0123456789 "))
+
+
+def test_parts_of_a_mix_and_rows_for_verl_keep_what_their_template_says(tmp_path: Any) -> None:
+    for name, sign in (("plain", "+"), ("chat", ":")):
+        lines = [f'{{"prompt": "{number}{sign}1?", "answer": "1"}}\n' for number in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    tokenizer = with_bos(CHARACTERS)
+    tokenizer.chat_template = "<pad>{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    parts = [
+        {"name": "dataset", "data": str(tmp_path / f"{name}.jsonl"), "held_out_rows": 1, "chat_template": chat}
+        for name, chat in (("plain", False), ("chat", True))
+    ]
+    task = open_task(TaskConfig(name="mix", parts=parts), tokenizer)  # type: ignore[arg-type]
+    prompts = [*task.train, *task.held_out]
+    assert {prompt.templated for prompt in prompts} == {True, False}
+    write_prompts(tmp_path / "train.parquet", prompts, "mix")
+    rows = pq.read_table(tmp_path / "train.parquet").to_pylist()
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = prompt_token_ids(tokenizer, prompt)
+        assert ids[0] == 0 and 0 not in ids[1:]
+        assert prompt_token_ids(tokenizer, read_prompt(row | {"raw_prompt": row["prompt"]})) == ids

@@ -60,16 +60,21 @@ def _tell(label: str, what: str, count: int) -> None:
 
 
 def _take_turns(parts: Sequence[PartConfig], prompts: dict[str, list[Prompt]]) -> list[Prompt]:
-    """Next is always the part that lags furthest behind its weight, among those that have a prompt left."""
+    """The prompts in the order of the training stream's formula; a part that is used up misses its turns."""
     mixed: list[Prompt] = []
-    taken = dict.fromkeys(prompts, 0)
     weights = {part.label: part.weight for part in parts}
-    while left := [label for label in prompts if taken[label] < len(prompts[label])]:
-        total = sum(weights[label] for label in left)
-        shares = {label: weights[label] / total for label in left}
-        label = furthest_behind(shares, {label: taken[label] for label in left})
-        mixed.append(prompts[label][taken[label]])
-        taken[label] += 1
+    shares = {label: weight / sum(weights.values()) for label, weight in weights.items()}
+    turns = dict.fromkeys(prompts, 0)
+    left = {label for label in prompts if prompts[label]}
+    while len(left) > 1:
+        label = furthest_behind(shares, turns)
+        if label in left:
+            mixed.append(prompts[label][turns[label]])
+        turns[label] += 1
+        if turns[label] == len(prompts[label]):
+            left.discard(label)
+    for label in left:
+        mixed += prompts[label][turns[label] :]
     return mixed
 
 
