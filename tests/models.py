@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -72,6 +74,21 @@ def random_policy(family: str = "qwen3", *, seed: int = 0, sharpness: float = 20
     with torch.no_grad():
         policy.head_weight.mul_(sharpness)
     return policy
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer, adding <pad> as BOS in front of a text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", pair="<pad> $A <pad> $B", special_tokens=[("<pad>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _randomize_bias(module: torch.nn.Module) -> None:

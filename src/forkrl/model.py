@@ -23,7 +23,6 @@ from forkrl.errors import UserError
 from forkrl.locations import model_location
 from forkrl.model_support import require_no_adapter, require_supported
 from forkrl.stop_tokens import stop_token_ids
-from forkrl.types import Prompt
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
     from forkrl.config import ModelConfig
@@ -87,25 +86,6 @@ class Policy:
         """fp32 logits ``[N, V]`` of a few rows, with the head in the configured precision."""
         with self.autocast():
             return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
-
-
-def prompt_token_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, most: int, add_special_tokens: bool
-) -> tuple[int, ...]:
-    """The tokens of a prompt.
-
-    Raises:
-        UserError: there are none, or more than ``most``, the recipe's ``rollout.max_prompt_tokens``.
-    """
-    ids = tuple(tokenizer.encode(prompt.text, add_special_tokens=add_special_tokens))
-    place = prompt.place or f"prompt {prompt.id}"
-    if not ids:
-        raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
-    if len(ids) > most:
-        raise UserError(
-            f"{place}: {len(ids)} tokens, over rollout.max_prompt_tokens = {most}; raise the limit or remove the row"
-        )
-    return ids
 
 
 def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:

@@ -308,6 +308,12 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
     return figures
 
 
+def notice(text: str) -> None:
+    """Print something the user should know, on standard error. Control characters are made visible."""
+    first, *others = (printable(line) for line in text.splitlines())
+    _write_line(sys.stderr, "\n".join([f"forkrl: {first}", *others]))
+
+
 def progress(
     items: Iterable[Item],
     description: str,

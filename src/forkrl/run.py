@@ -25,7 +25,7 @@ from forkrl.interruption import Interrupted, Interruption
 from forkrl.logprob_gap import logprob_gap, require_small_gap
 from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
-from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.progress import TrainingDisplay, describe_selection, notice
 from forkrl.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
 from forkrl.replicas import Replicas, open_replicas
@@ -36,7 +36,7 @@ from forkrl.rollout import open_engine
 from forkrl.rollout_rows import evaluation_rows
 from forkrl.run_folder import RunFolder, refuse_occupied
 from forkrl.scoring import none_judged
-from forkrl.tasks import PromptStream, open_stream, open_task
+from forkrl.tasks import PromptStream, open_stream, open_task, repeated_prompts
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, SamplingParams, Task, TokenBatch, Verifier
 
@@ -295,7 +295,9 @@ def open_run(
     with ExitStack() as stack:
         torch.manual_seed(config.seed)
         policy = _open_policy(config)
-        task = open_task(config.task, policy.tokenizer)
+        task = open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        if repeated := repeated_prompts(task.train, config):
+            notice(repeated)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None
         replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
         engine = open_engine(replicas, config)

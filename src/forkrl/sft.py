@@ -23,6 +23,7 @@ from forkrl.errors import TrainingHalted, UserError
 from forkrl.interruption import Interruption
 from forkrl.model import Policy, pick_device
 from forkrl.progress import progress
+from forkrl.prompt_tokens import listed, prompt_token_ids, unknown_characters
 from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.replicas import Replica, Replicas, open_replicas
 from forkrl.tasks.countdown import countdown_task, random_problem, write_trace
@@ -147,8 +148,12 @@ def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> lis
     size = 0
     while size < config.batch_tokens:
         prompt, numbers, target = random_problem(task, rng)
-        prompt_ids = tokenizer.encode(prompt.text)
-        trace_ids = [*tokenizer.encode(write_trace(numbers, target, rng, config.data.habits)), tokenizer.eos_token_id]
+        prompt_ids = list(prompt_token_ids(tokenizer, prompt))
+        trace = write_trace(numbers, target, rng, config.data.habits)
+        trace_ids = [*tokenizer.encode(trace), tokenizer.eos_token_id]
+        if tokenizer.unk_token_id in prompt_ids + trace_ids:
+            unknown = unknown_characters(tokenizer, prompt.text + trace)
+            raise UserError(f"data.characters lacks {listed(unknown)}, which the traces use; add them")
         rows.append((prompt_ids + trace_ids, [IGNORED] * len(prompt_ids) + trace_ids))
         size += len(rows[-1][0])
     rows.sort(key=lambda row: len(row[0]))

@@ -33,7 +33,7 @@ class Prompt:
 
     ``place`` is where it stands in the user's data, as an error names it ("train.jsonl line 7"); empty if nowhere.
     ``source`` is the part of a mixed task that it comes from; empty in a task of one part. ``level`` is its place in a
-    curriculum; 0 where there is none.
+    curriculum; 0 where there is none. ``templated``: a chat template has wrapped the text and added special tokens.
     """
 
     id: str
@@ -42,6 +42,7 @@ class Prompt:
     place: str = field(default="", compare=False)
     source: str = ""
     level: int = 0
+    templated: bool = False
 
 
 class Judgement(NamedTuple):

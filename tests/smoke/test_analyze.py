@@ -210,7 +210,7 @@ READY: dict[str, list[dict[str, Any]]] = {
         (("--responses", "long.jsonl"), "line 1: prompt and response have 65 tokens, the model has 64 positions"),
         (("--responses", "verdict.jsonl"), "line 1: correct = 'yes' is neither true nor false"),
         (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
-        (("--responses", "noprompt.jsonl"), "line 1: prompt has no tokens"),
+        (("--responses", "noprompt.jsonl"), "line 1: no tokens; an empty prompt cannot be continued"),
         (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),
         (("--responses", "recipe.toml"), "recipe.toml line 1 is not JSON"),
         (("--responses", "empty.jsonl", "--samples", "2"), "--samples: has no effect along with --responses"),

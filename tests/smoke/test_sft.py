@@ -62,6 +62,13 @@ def test_a_recipe_names_one_sequence_of_data() -> None:
     assert not first[0][0].equal(other_step[0][0])
 
 
+def test_characters_that_the_alphabet_lacks_are_an_error() -> None:
+    data = TINY.data.model_copy(update={"characters": TINY.data.characters.replace("?", "").replace("]", "")})
+    config = TINY.model_copy(update={"data": data})
+    with pytest.raises(UserError, match="data.characters lacks '.', .*which the traces use; add them"):
+        sft.trace_batch(config, sft.build_base_policy(config), countdown_task(), step=0)
+
+
 def test_prompt_and_padding_carry_no_label() -> None:
     policy = sft.build_base_policy(TINY)
     for input_ids_BT, labels_BT in sft.trace_batch(TINY, policy, countdown_task(), step=0):

@@ -124,7 +124,6 @@ def stock_overrides(files: VerlFiles, *, ranks: int = 1) -> list[str]:
         "reward.reward_manager.source=importlib",
         "reward.reward_manager.module.path=pkg://forkrl.cluster.rewards",
         "reward.reward_manager.name=ForkRewardManager",
-        "+forkrl.add_special_tokens=False",
         "+forkrl.stop_token_ids=[]",
         f"+forkrl.verifiers={files.verifiers}",
         "trainer.total_training_steps=2",

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.models import random_policy
+from forkrl.errors import UserError
+from tests.models import random_policy, with_bos
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl
@@ -35,7 +36,7 @@ class Servers:
         return TokenOutput(token_ids=self.token_ids, log_probs=logprobs, extra_fields={"global_steps": 3})
 
 
-def respond(servers: Servers, text: str, **options: Any) -> Any:
+def respond(servers: Servers, text: str, *, templated: bool = False, **options: Any) -> Any:
     from omegaconf import OmegaConf
 
     from forkrl.cluster.agent_loop import ExactPromptAgentLoop
@@ -47,7 +48,12 @@ def respond(servers: Servers, text: str, **options: Any) -> Any:
     loop = ExactPromptAgentLoop(
         trainer_config=SimpleNamespace(config=config), server_manager=servers, tokenizer=TOKENIZER, **of_verl
     )
-    row = {"raw_prompt": [{"role": "user", "content": text}], "index": 5, "uid": "u", "reward_model": {}}
+    row = {
+        "raw_prompt": [{"role": "user", "content": text}],
+        "uid": "u",
+        "reward_model": {"ground_truth": ""},
+        "extra_info": {"id": "q", "place": "line 5", "source": "", "level": 0, "templated": templated},
+    }
     return asyncio.run(loop.run({"temperature": 0.7, "logprobs": True}, **row))
 
 
@@ -58,17 +64,13 @@ def test_the_model_reads_the_prompt_and_nothing_else() -> None:
     assert [asked["prompt_ids"] for asked in servers.asked] == [output.prompt_ids]
 
 
-@pytest.mark.parametrize("add", [True, False])
-def test_special_tokens_are_added_where_the_recipe_says_so(monkeypatch: pytest.MonkeyPatch, add: bool) -> None:
-    asked: list[tuple[str, dict[str, bool]]] = []
-
-    def encode(self: Any, text: str, **how: bool) -> list[int]:
-        asked.append((text, how))
-        return [3, 4]
-
-    monkeypatch.setattr(type(TOKENIZER), "encode", encode)
-    respond(Servers([3]), "12", add_special_tokens=add)
-    assert asked == [("12", {"add_special_tokens": add})]
+@pytest.mark.parametrize(
+    ("text", "templated", "ids"),
+    [("12", False, [0, 4, 5]), ("12", True, [4, 5]), ("<pad>12", False, [0, 4, 5]), ("<pad>12", True, [0, 4, 5])],
+)
+def test_the_tokenizers_bos_comes_once(monkeypatch: pytest.MonkeyPatch, text: str, templated: bool, ids: Any) -> None:
+    monkeypatch.setattr("tests.unit.test_cluster_agent_loop.TOKENIZER", with_bos(TOKENIZER))
+    assert respond(Servers([3]), text, templated=templated).prompt_ids == ids
 
 
 def test_stop_tokens_and_limit_go_with_the_sampling_parameters() -> None:
@@ -90,9 +92,9 @@ def test_every_token_is_the_models_own_and_none_is_beyond_the_limit() -> None:
     assert output.extra_fields["global_steps"] == 3
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("1234567", 7), ("", 0)])
-def test_a_prompt_that_does_not_fit_is_not_cut(text: str, tokens: int) -> None:
-    with pytest.raises(ValueError, match=f"prompt 5: {tokens} tokens"):
+@pytest.mark.parametrize(("text", "tokens"), [("1234567", "7 tokens"), ("", "no tokens")])
+def test_a_prompt_that_does_not_fit_is_not_cut(text: str, tokens: str) -> None:
+    with pytest.raises(UserError, match=f"line 5: {tokens}"):
         respond(Servers([3]), text)
 
 

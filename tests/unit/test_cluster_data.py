@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from forkrl.cluster.data import read_verifiers, write_prompts, write_verifiers
+from forkrl.cluster.data import read_prompt, read_verifiers, write_prompts, write_verifiers
 from forkrl.config import RewardConfig
 from forkrl.errors import UserError
 from forkrl.types import Prompt, VerifierSpec
@@ -35,8 +35,14 @@ def test_a_row_tells_all_of_its_prompt(tmp_path: Path) -> None:
     assert first["data_source"] == "mixed"
     assert second["data_source"] == "code"
     assert first["reward_model"] == {"style": "rule", "ground_truth": "2"}
-    assert first["extra_info"] == {"index": 0, "id": "q1", "place": "train.jsonl line 1", "source": "", "level": 0}
-    assert second["extra_info"] == {"index": 1, "id": "q2", "place": "", "source": "code", "level": 3}
+    assert first["extra_info"] == {
+        "index": 0, "id": "q1", "place": "train.jsonl line 1", "source": "", "level": 0, "templated": False,
+    }  # fmt: skip
+    assert second["extra_info"] == {
+        "index": 1, "id": "q2", "place": "", "source": "code", "level": 3, "templated": False,
+    }  # fmt: skip
+    for row, prompt in zip((first, second), PROMPTS, strict=True):
+        assert read_prompt(row | {"raw_prompt": row["prompt"]}) == prompt
 
 
 def test_no_prompts_are_a_file_too(tmp_path: Path) -> None:

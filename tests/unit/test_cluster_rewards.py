@@ -83,7 +83,7 @@ def request(ids: list[int], answer: str, *, source: str = "", padded: int = 0) -
     row = {
         "raw_prompt": [{"role": "user", "content": "3 + 4?"}],
         "reward_model": {"style": "rule", "ground_truth": answer},
-        "extra_info": {"index": 0, "id": "q", "place": "line 1", "source": source, "level": 0},
+        "extra_info": {"index": 0, "id": "q", "place": "line 1", "source": source, "level": 0, "templated": False},
         "data_source": "test",
     }
     return DataProto(

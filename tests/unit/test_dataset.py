@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jinja2 import TemplateError
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
@@ -78,13 +79,74 @@ def test_held_out_prompts_depend_on_no_order(tmp_path: Path) -> None:
     assert len(set(more.held_out) - set(first.held_out)) <= 1
 
 
-def test_repeated_rows_are_dropped_and_never_straddle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+def test_repeated_rows_are_dropped_and_never_straddle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     once = load(write(tmp_path / "once.jsonl", rows(20)), held_out_rows=5)
     many = load(write(tmp_path / "many.jsonl", rows(20) * 100), held_out_rows=5)
     assert many.fingerprint == once.fingerprint
     assert not {p.text for p in many.train} & {p.text for p in many.held_out}
-    assert "2000 rows, 20 distinct questions" in caplog.text
+    assert "many.jsonl: dropped 1,980 of 2,000 rows as duplicates" in capsys.readouterr().err
+
+
+def test_questions_that_differ_only_in_whitespace_are_duplicates_if_their_answers_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [{"prompt": text, "answer": "3"} for text in ("1 + 2?", " 1 +  2?\n", "1\t+ 2?", "1+2?")]
+    grids = [{"prompt": "1 2\n3 4", "answer": "a"}, {"prompt": "1 2 3 4", "answer": "b"}]
+    task = load(write(tmp_path / "a.jsonl", same + grids))
+    assert {prompt.text for prompt in all_prompts(task)} == {"1 + 2?", "1+2?", "1 2\n3 4", "1 2 3 4"}
+    assert "a.jsonl: dropped 2 of 6 rows as duplicates" in capsys.readouterr().err
+
+
+def test_a_held_out_question_is_not_trained_on_with_other_whitespace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aside = write(tmp_path / "aside.jsonl", [{"prompt": "What  is\n1 + 1?", "answer": "2"}])
+    task = load(write(tmp_path / "a.jsonl", rows(3)), held_out_data=str(aside))
+    assert [prompt.answer for prompt in task.train] == ["1", "3"]
+    assert "1 questions of " in capsys.readouterr().err
+
+
+BAD = [b'{"prompt": "", "answer": "1"}', b"{oops", b'{"prompt": "0?", "answer": "7"}', *[b'{"prompt": "3?"}'] * 9]
+
+
+def file_with_bad_rows(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    good = [b'{"prompt": "%d?", "answer": "%d"}' % (n, n) for n in range(8)]
+    path.write_bytes(b"\n".join([*good, *BAD]))
+    return path
+
+
+def test_of_several_bad_rows_the_first_ten_are_reported_and_all_counted(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(file_with_bad_rows(tmp_path))
+    first, *listed, last = str(caught.value).splitlines()
+    assert "a.jsonl: 12 of 20 rows cannot be used" in first and "task.skip_bad_rows = true" in first
+    assert len(listed) == 10 and last == "  and 2 more"
+    assert listed[0] == "  a.jsonl line 9: prompt is empty; remove the row or fill it in"
+    assert "line 10 is not JSON" in listed[1]
+    assert "line 11 asks what a.jsonl line 1 asks" in listed[2]
+    assert "line 18 has no column 'answer'" in listed[9]
+
+
+def test_bad_rows_are_left_out_on_request_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = file_with_bad_rows(tmp_path)
+    task = load(path, skip_bad_rows=True)
+    assert {prompt.answer for prompt in all_prompts(task)} == {str(n) for n in range(8)}
+    said = capsys.readouterr().err
+    assert "a.jsonl: left out 12 of 20 rows (task.skip_bad_rows)" in said
+    assert "  a.jsonl line 9: prompt is empty" in said and "  and 2 more" in said
+    path.write_bytes(b"\n".join(BAD[:2]))
+    with pytest.raises(UserError, match=r"a.jsonl' holds no rows that can be used"):
+        load(path, skip_bad_rows=True)
+
+
+def test_messages_that_the_chat_template_rejects_are_a_bad_row(tmp_path: Path) -> None:
+    def reject(messages: list[dict[str, str]]) -> str:
+        raise TemplateError("roles must alternate")
+
+    path = write(tmp_path / "a.jsonl", rows(1))
+    with pytest.raises(UserError, match="line 1: the tokenizer's chat template rejects the messages .roles must"):
+        load(path, chat=reject, chat_template=True)
 
 
 def test_held_out_data_of_its_own(tmp_path: Path) -> None:
@@ -188,7 +250,8 @@ def test_windows_files_are_text_too(tmp_path: Path) -> None:
     assert {p.answer for p in all_prompts(load(path))} == {"1", "2", "3", "é"}
 
 
-GOOD = b'{"prompt": "1?", "answer": "1"}\n{"prompt": "2?", "answer": "2"}\n'
+ONE = b'{"prompt": "1?", "answer": "1"}\n'
+GOOD = ONE + b'{"prompt": "2?", "answer": "2"}\n'
 
 
 @pytest.mark.parametrize(
@@ -213,8 +276,8 @@ GOOD = b'{"prompt": "1?", "answer": "1"}\n{"prompt": "2?", "answer": "2"}\n'
         (GOOD + b'{"prompt": "3?", "answer": ["3"]}\n', {}, 'task.answer_column = "answer.0"'),
         (GOOD + b'{"prompt": "3?", "anwser": "1"}\n', {}, "line 3 has no column 'answer' (task.answer_column); it has"),
         (GOOD + b'{"prompt": "3?", "anwser": "1"}\n', {}, "did you mean 'anwser'?"),
-        (GOOD, {"prompt_column": "question"}, "line 1 has no column 'question' (task.prompt_column); it has: prompt, "),
-        (GOOD, {"answer_column": "answer.text"}, "no column 'answer.text'"),
+        (ONE, {"prompt_column": "question"}, "line 1 has no column 'question' (task.prompt_column); it has: prompt, "),
+        (ONE, {"answer_column": "answer.text"}, "no column 'answer.text'"),
         (
             GOOD + b'{"prompt": "1?", "answer": "5"}\n',
             {},

@@ -30,22 +30,17 @@ class Recorded:
         type(self).made = (args, named)
 
 
-@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
-def test_vllm_gets_the_model_and_adds_special_tokens_to_plain_prompts_alone(
-    model: str, prompt_format: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllm_gets_the_model(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forkrl.evaluation.vllm.VllmSampler", Recorded)
     choice = EngineChoice("vllm", None)
     subject = open_subject(
         model, recipe=None, overrides=["seed=7"], arguments={"max_tokens": 5}, activity="it", unused=choice.unused
     )
-    with open_eval_engine(subject, choice, prompt_format) as engine:
+    with open_eval_engine(subject, choice, "plain") as engine:
         assert engine.tokenizer is not None and engine.tokenizer.eos_token == "<eos>"
         assert engine.settings_for([]).rollout.max_response_tokens == 5
         assert isinstance(engine.sampler([]), Recorded)
-    assert Recorded.made == (
-        (model,), {"revision": None, "seed": 7, "add_special_tokens": prompt_format == "plain", "stop_token_ids": (1,)},
-    )  # fmt: skip
+    assert Recorded.made == ((model,), {"revision": None, "seed": 7, "stop_token_ids": (1,)})
 
 
 def test_the_weights_are_known_where_the_model_is_here(model: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from forkrl.recipe import parse_recipe
 from forkrl.report.run_data import RunData, read_run
 from forkrl.report.run_sections import figure_sections
 from forkrl.tasks.mix import mix_task
-from forkrl.tasks.stream import PromptStream, open_stream
+from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
 from forkrl.types import Prompt, Rollout, RolloutGroup, Task, Verdict, VerifierSpec
 from tests.fabricated_run import write_run
 
@@ -161,21 +160,65 @@ def test_every_prompt_knows_its_part_and_every_part_its_verifier() -> None:
     assert task.fingerprint == mixed(tasks).fingerprint
 
 
-def test_what_one_part_holds_out_no_other_trains_on(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        task = mixed({"a": part_task("123", "45"), "b": part_task("4678", "1596")})
+def test_what_one_part_holds_out_no_other_trains_on(capsys: pytest.CaptureFixture[str]) -> None:
+    task = mixed({"a": part_task("123", "45"), "b": part_task("4678", "1596")})
     assert [(prompt.id, prompt.source) for prompt in task.train] == [
         ("2", "a"), ("3", "a"), ("7", "b"), ("8", "b"),
     ]  # fmt: skip
     assert sorted(prompt.id for prompt in task.held_out) == ["1", "4", "5", "6", "9"]
     assert {prompt.id: prompt.source for prompt in task.held_out}["5"] == "a"
-    assert "a: 1 questions are held out by another part and will not be trained on" in caplog.text
-    assert "b: 1 held-out questions are held out by a part before it" in caplog.text
+    said = capsys.readouterr().err
+    assert "a: 1 questions are held out by another part and will not be trained on" in said
+    assert "b: 1 held-out questions are held out by a part before it" in said
 
 
 def test_held_out_prompts_take_turns_by_weight() -> None:
     task = mixed({"a": part_task("z", "123456"), "b": part_task("y", "78")}, {"a": 2.0, "b": 1.0})
-    assert "".join(prompt.source for prompt in task.held_out) == "aabaabaa"
+    assert "".join(prompt.source for prompt in task.held_out) == "abaabaaa"
+
+
+def test_the_first_held_out_prompts_are_in_the_proportions_of_the_weights_at_any_number() -> None:
+    weights = {"a": 10.0} | {f"b{number}": 1.0 for number in range(10)}
+    sizes = {name: int(weight) for name, weight in weights.items()}
+    tasks = {name: part_task([name], [f"{name}-{number}" for number in range(size)]) for name, size in sizes.items()}
+    task = mixed(tasks, weights)
+    for count in range(1, 21):
+        drawn = Counter(prompt.source for prompt in task.held_out[:count])
+        assert abs(drawn["a"] - count / 2) <= 1
+    assert Counter(prompt.source for prompt in task.held_out) == {name: int(weights[name]) for name in weights}
+
+
+def test_parts_that_are_left_keep_their_proportions_when_another_is_used_up() -> None:
+    sizes = {"a": 50, "b": 50, "c": 4}
+    tasks = {name: part_task([name], [f"{name}{number}" for number in range(size)]) for name, size in sizes.items()}
+    task = mixed(tasks, {"a": 4.0, "b": 1.0, "c": 5.0})
+    drawn = Counter(prompt.source for prompt in task.held_out[:54])
+    assert drawn["c"] == 4 and abs(drawn["a"] - 40) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rollout", "dynamic", "says"),
+    [
+        (8, {}, ""),
+        (16, {}, "rollout.prompts_per_step = 16 takes 16 prompts at a time from the task, which has 8 to train on: "),
+        (8, {"enabled": True, "generation_prompts": 12}, "dynamic_sampling.generation_prompts = 12 takes 12 prompts"),
+        (8, {"generation_prompts": 12}, ""),
+    ],
+)
+def test_more_prompts_per_step_than_there_are_is_said(rollout: int, dynamic: dict[str, Any], says: str) -> None:
+    recipe = {"rollout": {"prompts_per_step": rollout}, "dynamic_sampling": {"enabled": False} | dynamic}
+    config = parse_recipe(TrainConfig, recipe | {"training": {"mini_batch_prompts": 8}}, "test")
+    found = repeated_prompts(prompts("", 8), config)
+    assert found.startswith(says) and bool(found) == bool(says)
+
+
+def test_a_part_with_too_few_prompts_for_its_weight_is_named() -> None:
+    parts = [{"name": "countdown", "source": "a", "weight": 3}, {"name": "countdown", "source": "b"}]
+    recipe = {"task": {"name": "mix", "parts": parts}, "rollout": {"prompts_per_step": 16}}
+    config = parse_recipe(TrainConfig, recipe | {"training": {"mini_batch_prompts": 16}}, "test")
+    assert repeated_prompts([*prompts("a", 12), *prompts("b", 4)], config) == ""
+    said = repeated_prompts([*prompts("a", 11), *prompts("b", 4)], config)
+    assert "takes 12 prompts at a time from part a, which has 11 to train on" in said
 
 
 def test_a_part_left_with_nothing_is_named() -> None:

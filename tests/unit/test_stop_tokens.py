@@ -15,7 +15,7 @@ from forkrl.config import ModelConfig, RewardConfig
 from forkrl.model import open_policy
 from forkrl.replicas import Replicas
 from forkrl.rewards import open_verifier
-from forkrl.rewards.turn_end import strip_turn_end
+from forkrl.rewards.reply import strip_turn_end
 from forkrl.rollout import EmbeddedEngine
 from forkrl.sft import build_character_tokenizer
 from forkrl.stop_tokens import load_generation_config, response_text, stop_token_ids

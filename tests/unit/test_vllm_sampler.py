@@ -68,8 +68,10 @@ class RequestOutput:
 class Tokenizer:
     """A token a word; its own begin token unless told otherwise."""
 
+    bos_token_id = 1
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [1] * add_special_tokens + [10 + len(word) for word in text.split()]
+        return [1] * add_special_tokens + [1 if word == "<s>" else 10 + len(word) for word in text.split()]
 
 
 @dataclass
@@ -169,11 +171,21 @@ def test_every_request_is_answered_once_with_a_seed_of_its_own(vllm: type[LLMEng
 
 
 @pytest.mark.usefixtures("vllm")
-def test_greedy_no_stop_and_no_tokens_of_the_tokenizers_own() -> None:
-    engine = VllmSampler("m", add_special_tokens=False)
-    list(engine.sample(requests(1, 1), EvalSampling(8, 0.0, 0, ())))
+@pytest.mark.parametrize(
+    ("text", "templated", "ids"),
+    [
+        ("ab c", False, [1, 12, 11]),
+        ("ab c", True, [12, 11]),
+        ("<s> ab c", False, [1, 12, 11]),
+        ("<s> ab c", True, [1, 12, 11]),
+        ("<s> <s> c", False, [1, 1, 11]),
+    ],
+)
+def test_greedy_no_stop_and_one_bos(text: str, templated: bool, ids: list[int]) -> None:
+    wanted = [SampleRequest(Prompt("q", text, "", templated=templated), 0)]
+    list(VllmSampler("m").sample(wanted, EvalSampling(8, 0.0, 0, ())))
     [(_, prompt_ids, params)] = LLMEngine.opened[0].added
-    assert prompt_ids == [14, 12, 11, 11]
+    assert prompt_ids == ids
     assert (params.temperature, params.stop_token_ids) == (0.0, [])
 
 
@@ -263,9 +275,9 @@ def test_a_response_with_exactly_enough_room_is_sampled() -> None:
 
 @pytest.mark.usefixtures("vllm")
 def test_an_empty_prompt_is_refused() -> None:
-    wanted = [SampleRequest(Prompt("q", " ", ""), 0)]
-    with pytest.raises(UserError, match="question q: no tokens; an empty prompt cannot be continued"):
-        list(VllmSampler("m", add_special_tokens=False).sample(wanted, SAMPLING))
+    wanted = [SampleRequest(Prompt("q", " ", "", templated=True), 0)]
+    with pytest.raises(UserError, match="prompt q: no tokens; an empty prompt cannot be continued"):
+        list(VllmSampler("m").sample(wanted, SAMPLING))
 
 
 @pytest.mark.usefixtures("vllm")

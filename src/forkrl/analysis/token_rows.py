@@ -13,10 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from forkrl.analysis.measure import TokenDetails
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import TOKEN_SCHEMA, TOP
+from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.model_support import require_supported
+from forkrl.prompt_tokens import listed, prompt_token_ids, unknown_characters
 from forkrl.replicas import Replicas
 from forkrl.run_folder import encodable_text
+from forkrl.types import Prompt
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -59,8 +62,9 @@ def measure_tokens(
 
     Raises:
         UserError: ForkRL does not support the model (``forkrl.model_support``), or its logits are not finite.
-        ValueError: the model is neither in fp32 nor in bf16, lengths differ, there are no responses, or one has no
-            tokens, does not tokenise back, or is longer than the model has positions for.
+        ValueError: the model is neither in fp32 nor in bf16, lengths differ, there are no responses, one has no tokens,
+            does not tokenise back, or is longer than the model has positions for, or the tokenizer does not know a
+            character of a prompt.
     """
     known = [None] * len(prompts) if correct is None else list(correct)
     if not prompts:
@@ -89,9 +93,15 @@ def measure_tokens(
 def _tokenised(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, place: int
 ) -> Written:
-    written = Written(tuple(tokenizer.encode(prompt)), tuple(tokenizer.encode(text, add_special_tokens=False)))
-    if not written.prompt_ids or not written.response_ids:
-        raise ValueError(f"response {place}: {'the response' if written.prompt_ids else 'the prompt'} has no tokens")
+    try:
+        prompt_ids = prompt_token_ids(tokenizer, Prompt("", prompt, "", f"response {place}"))
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if unknown := unknown_characters(tokenizer, prompt):
+        raise ValueError(f"response {place}: the tokenizer does not know {listed(unknown)} of the prompt")
+    written = Written(prompt_ids, tuple(tokenizer.encode(text, add_special_tokens=False)))
+    if not written.response_ids:
+        raise ValueError(f"response {place}: the response has no tokens")
     if tokenizer.decode(list(written.response_ids), clean_up_tokenization_spaces=False) != text:
         raise ValueError(f"response {place}: does not tokenise back; another tokenizer wrote it")
     length = len(written.prompt_ids) + len(written.response_ids)

@@ -8,15 +8,18 @@ from uuid import uuid4
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 from verl.utils.profiler import simple_timer
 
+from forkrl.cluster.data import read_prompt
 from forkrl.cluster.options import read_options
+from forkrl.prompt_tokens import prompt_token_ids
 
 
 @register("forkrl_exact_prompt")
 class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships no types
     """One response to a prompt that is already all the model is to read: no chat template is applied to it.
 
-    Reads ``forkrl.add_special_tokens`` and ``forkrl.stop_token_ids`` of verl's settings. A response ends with the
-    tokenizer's EOS or one of the stop tokens, which it then holds, or at ``rollout.response_length``.
+    Rows are those of ``forkrl.cluster.data.write_prompts``. Reads ``forkrl.stop_token_ids`` of verl's settings. A
+    response ends with the tokenizer's EOS or one of the stop tokens, which it then holds, or at
+    ``rollout.response_length``.
     """
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **unused: Any) -> None:
@@ -31,7 +34,7 @@ class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships n
         """Sample one response.
 
         Raises:
-            ValueError: the prompt is empty or longer than ``rollout.prompt_length``.
+            UserError: the prompt is empty or longer than ``rollout.prompt_length``.
         """
         prompt_ids = self._prompt_ids(row)
         limit = self.rollout_config.response_length
@@ -57,9 +60,4 @@ class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships n
         )
 
     def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
-        [message] = row["raw_prompt"]
-        ids: list[int] = self.tokenizer.encode(message["content"], add_special_tokens=self._options.add_special_tokens)
-        longest = self.rollout_config.prompt_length
-        if not 0 < len(ids) <= longest:
-            raise ValueError(f"prompt {row['index']}: {len(ids)} tokens, not 1 .. rollout.prompt_length = {longest}")
-        return ids
+        return list(prompt_token_ids(self.tokenizer, read_prompt(row), max_tokens=self.rollout_config.prompt_length))

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +32,7 @@ PROMPT_SCHEMA = pa.schema(
                     ("place", pa.string()),
                     ("source", pa.string()),
                     ("level", pa.int64()),
+                    ("templated", pa.bool_()),
                 ]
             ),
             nullable=False,
@@ -78,8 +79,23 @@ def _row(index: int, prompt: Prompt, task_name: str) -> dict[str, object]:
             "place": prompt.place,
             "source": prompt.source,
             "level": prompt.level,
+            "templated": prompt.templated,
         },
     }
+
+
+def read_prompt(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row that ``write_prompts`` wrote, as verl hands it around."""
+    [message], told = row["raw_prompt"], row["extra_info"]
+    return Prompt(
+        id=told["id"],
+        text=message["content"],
+        answer=row["reward_model"]["ground_truth"],
+        place=told["place"],
+        source=told["source"],
+        level=told["level"],
+        templated=told["templated"],
+    )
 
 
 def write_verifiers(

@@ -37,9 +37,10 @@ from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_comm
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.locations import model_location
-from forkrl.model import first_line, prompt_token_ids, require_positions
+from forkrl.model import first_line, require_positions
 from forkrl.model_support import require_fixed_frequencies, require_no_adapter
 from forkrl.progress import TrainingDisplay, describe_selection
+from forkrl.prompt_tokens import prompt_token_ids
 from forkrl.provenance import commit, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
 from forkrl.resuming import accepted_changes
@@ -209,19 +210,8 @@ def prepare(config: TrainConfig) -> Prepared:
         ) from error
     require_no_adapter(model, None, config.model.path)
     require_fixed_frequencies(model_config, config.model.path)
-    task = open_task(config.task, tokenizer)
-    held_out = task.held_out[: config.eval.problems]
-    lengths = [
-        len(
-            prompt_token_ids(
-                tokenizer,
-                prompt,
-                most=config.rollout.max_prompt_tokens,
-                add_special_tokens=not config.task.chat_template,
-            )
-        )
-        for prompt in (*task.train, *held_out)
-    ]
+    task = open_task(config.task, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    lengths = [len(prompt_token_ids(tokenizer, prompt)) for prompt in (*task.train, *task.held_out)]
     require_positions(model_config, max(lengths), config.rollout.max_response_tokens)
     counts: dict[str, int] = {}
     for prompt in task.train:

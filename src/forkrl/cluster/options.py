@@ -43,8 +43,6 @@ class ForkOptions(Section):
     """Where metrics.jsonl and rollouts/ are written, in the form of a local run; not set: nowhere."""
     rollouts_every: PositiveInt = 10
     rollouts_sampled: Count = 64
-    add_special_tokens: bool = True
-    """For the agent loop "forkrl_exact_prompt": let the tokenizer add its own to each prompt."""
     stop_token_ids: Annotated[tuple[int, ...], FROM_LIST] = ()
     """Tokens that end a response, in addition to the tokenizer's EOS."""
     verifiers: str | None = None

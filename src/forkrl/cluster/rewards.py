@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ import torch
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from forkrl.advantages import overlong_penalty
-from forkrl.cluster.data import read_verifiers
+from forkrl.cluster.data import read_prompt, read_verifiers
 from forkrl.cluster.options import read_options
 from forkrl.errors import UserError
 from forkrl.rewards import open_verifier
 from forkrl.stop_tokens import response_text
-from forkrl.types import Prompt
 
 
 class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types
@@ -69,16 +67,3 @@ class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships 
     def _penalty(self, length: int) -> float:
         longest, cache = self._judging.max_response_tokens, self._judging.reward.overlong_cache
         return float(overlong_penalty(torch.tensor(length), longest, cache))
-
-
-def read_prompt(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a row that ``forkrl.cluster.data.write_prompts`` wrote, as verl hands it around."""
-    [message], told = row["raw_prompt"], row["extra_info"]
-    return Prompt(
-        id=told["id"],
-        text=message["content"],
-        answer=row["reward_model"]["ground_truth"],
-        place=told["place"],
-        source=told["source"],
-        level=told["level"],
-    )

@@ -294,7 +294,6 @@ def _forkrl(config: TrainConfig, paths: VerlPaths, stop_token_ids: Sequence[int]
         "run_folder": paths.run_folder,
         "rollouts_every": config.log.rollouts_every,
         "rollouts_sampled": config.log.rollouts_sampled,
-        "add_special_tokens": not config.task.chat_template,
         "stop_token_ids": list(stop_token_ids),
         "verifiers": paths.verifiers,
     }

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from forkrl.commands.ready_responses import ReadyResponses
-from forkrl.commands.subject import Subject, open_session, open_subject
+from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_session, open_subject
 from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.model import open_policy
+from forkrl.progress import notice
 from forkrl.replicas import open_replicas
 
 
@@ -67,7 +68,7 @@ def make_request(
     if responses is not None:
         given = [f"--{name}" for name, value in (("problems", problems), ("samples", samples)) if value is not None]
         unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
-        given += [override for override in overrides if override.startswith(unread)]
+        given += [override for override in overrides if _is_unread(override, unread)]
         if given:
             raise UserError(f"{given[0]}: has no effect along with --responses {responses}: nothing is generated")
     elif skip_unusable:
@@ -80,6 +81,10 @@ def make_request(
         samples=subject.config.eval.samples if samples is None else samples,
         temperature=subject.config.eval.temperature if temperature is None else temperature,
     )
+
+
+def _is_unread(override: str, unread: tuple[str, ...]) -> bool:
+    return override.startswith(unread) and override.partition("=")[0].strip() != ALLOW_UNKNOWN
 
 
 def collect_tokens(folder: Path, request: Request, question: Mapping[str, Any]) -> list[str]:
@@ -136,12 +141,26 @@ def _measure_ready(folder: Path, request: Request, responses: Path, asked: dict[
     """Measure the ready responses that are not in the folder yet."""
     config = request.subject.config
     policy = open_policy(config.model, config.runtime.device)
-    source = ReadyResponses(responses, policy, skip_unusable=request.skip_unusable)
+    source = ReadyResponses(
+        responses,
+        policy,
+        skip_unusable=request.skip_unusable,
+        templated=_is_templated(request.subject),
+        allow_unknown=config.task.allow_unknown_tokens,
+    )
     asked |= {"responses": str(responses), "data": source.fingerprint}
     with ExitStack() as stack:
         stack.enter_context(open_work_folder(folder, asked))
         replicas = stack.enter_context(open_replicas(policy, None, config.runtime))
         write_missing_parts(folder, source, replicas, request.entropy_temperature)
-    if not source.skipped:
+    if not source.skipped.count:
         return []
-    return [f"{len(source.skipped)} rows of {responses.name} could not be used and are left out; {source.skipped[0]}"]
+    sentence = f"{source.skipped.count} rows of {responses.name} could not be used and are left out"
+    notice(f"{sentence}:\n{source.skipped.listing()}")
+    return [f"{sentence}; {source.skipped.first}"]
+
+
+def _is_templated(subject: Subject) -> bool:
+    """Whether the prompts that the subject reads come from a chat template: those of a run that uses one."""
+    parts = subject.config.task.parts or (subject.config.task,)
+    return subject.run is not None and all(part.chat_template for part in parts)

@@ -46,9 +46,9 @@ class AskedBenchmark:
     verifiers: Mapping[str, VerifierSpec]
     notice: str = ""
 
-    def rendered(self, render: Callable[[str], str]) -> AskedBenchmark:
+    def rendered(self, render: Callable[[Prompt], Prompt]) -> AskedBenchmark:
         """The same with every prompt as the model reads it."""
-        return replace(self, prompts=[replace(prompt, text=render(prompt.text)) for prompt in self.prompts])
+        return replace(self, prompts=[render(prompt) for prompt in self.prompts])
 
 
 def ask_benchmarks(
@@ -107,7 +107,13 @@ def _ask_gym(name: str, problems: int | None) -> AskedBenchmark:
     )
 
 
-def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, problems: int | None) -> list[AskedBenchmark]:
+def ask_task(
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase | None,
+    problems: int | None,
+    *,
+    max_prompt_tokens: int | None = None,
+) -> list[AskedBenchmark]:
     """The held-out prompts of the subject's own task, as the model reads them; of a mix, each part as a benchmark.
 
     Without a tokenizer the chat template is left to the server: a prompt is then the text of one user message.
@@ -116,6 +122,7 @@ def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, proble
         subject: the model and its settings.
         tokenizer: the model's; None where a server keeps it.
         problems: of all parts together, from the first; None: all.
+        max_prompt_tokens: longer prompts are rejected; None: any length.
 
     Raises:
         UserError: the task cannot be opened, or has no answers.
@@ -123,7 +130,9 @@ def ask_task(subject: Subject, tokenizer: PreTrainedTokenizerBase | None, proble
     config = subject.config.task
     if tokenizer is None:
         config = config.model_copy(update={"chat_template": False})
-    task = (open_evaluation_task if subject.whole else open_task)(config, tokenizer)
+    task = (open_evaluation_task if subject.whole else open_task)(
+        config, tokenizer, max_prompt_tokens=max_prompt_tokens
+    )
     if not task.verifiers:
         raise UserError(f"{task.name}: its rows have no answers, so nothing can be judged")
     asked = task.held_out[:problems]
@@ -151,7 +160,7 @@ def _ask_part(task: Task, source: str, prompts: Sequence[Prompt]) -> AskedBenchm
     )
 
 
-def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], str]:
+def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Prompt], Prompt]:
     """What puts a question into the form that the engine wants.
 
     Args:
@@ -163,18 +172,20 @@ def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | Non
         UserError: the tokenizer has no chat template.
     """
     if prompt_format == "plain":
-        return lambda question: PLAIN.replace("{question}", question)
+        return lambda prompt: replace(prompt, text=PLAIN.replace("{question}", prompt.text))
     if tokenizer is None:
-        return lambda question: question
+        return lambda prompt: prompt
     if not tokenizer.chat_template:
         raise UserError(
             "--prompt chat: the tokenizer has no chat template (base models often have none); use --prompt plain"
         )
-    return lambda question: str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-    )
+
+    def chat(prompt: Prompt) -> Prompt:
+        messages = [{"role": "user", "content": prompt.text}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return replace(prompt, text=text, templated=True)
+
+    return chat
 
 
 def all_verifiers(asked: Iterable[AskedBenchmark]) -> dict[str, VerifierSpec]:

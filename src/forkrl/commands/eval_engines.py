@@ -54,11 +54,12 @@ class EvalEngine(Protocol):
     """An engine with its model.
 
     ``facts`` are what the numbers hang on besides the settings of every evaluation; ``tokenizer`` is None where a
-    server keeps it.
+    server keeps it; ``max_prompt_tokens`` is None where the engine has its own limit.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase | None
+    max_prompt_tokens: int | None
     facts: Mapping[str, Any]
 
     def settings_for(self, prompts: Sequence[Prompt]) -> TrainConfig:
@@ -85,6 +86,7 @@ class _Embedded:
         self._subject = subject
         self._engine = open_engine(replicas, subject.config)
         self.tokenizer: PreTrainedTokenizerBase | None = replicas.policy.tokenizer
+        self.max_prompt_tokens: int | None = self._engine.max_prompt_tokens
         # How sequences are divided decides which random numbers each of them gets.
         self.facts: Mapping[str, Any] = {
             "model.precision": subject.config.model.precision,
@@ -110,6 +112,7 @@ class _Whole:
     def __init__(self, subject: Subject, sampler: Sampler, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.name = sampler.name
         self.tokenizer = tokenizer
+        self.max_prompt_tokens: int | None = None
         self.facts: Mapping[str, Any] = {}
         self._config = subject.config
         self._sampler = sampler
@@ -155,7 +158,6 @@ def open_eval_engine(subject: Subject, choice: EngineChoice, prompt_format: Prom
             path,
             revision=model.revision,
             seed=subject.config.seed,
-            add_special_tokens=prompt_format == "plain",
             stop_token_ids=stop_token_ids(tokenizer, generation, subject.config.rollout.stop),
         )
         yield _Whole(subject, sampler, tokenizer)

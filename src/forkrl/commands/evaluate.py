@@ -27,8 +27,10 @@ from forkrl.evaluation.response_files import BenchmarkFiles
 from forkrl.evaluation.samplers import EvalSampling
 from forkrl.evaluation.summary import summarise_benchmark
 from forkrl.progress import progress
+from forkrl.prompt_tokens import PromptCheck
 from forkrl.rewards import open_verifier
 from forkrl.rewards.pool import VerifierPool
+from forkrl.tasks import check_prompts
 from forkrl.types import VerifierSpec
 
 BENCHMARK_SAMPLES = 16
@@ -94,8 +96,10 @@ def evaluate_model(
         if asked:
             render = prompt_renderer(prompt_format, engine.tokenizer)
             asked = [benchmark.rendered(render) for benchmark in asked]
+            _require_known_characters(asked, engine, subject)
         else:
-            asked = ask_task(subject, engine.tokenizer, _limit(subject, options))
+            limit, longest = _limit(subject, options), engine.max_prompt_tokens
+            asked = ask_task(subject, engine.tokenizer, limit, max_prompt_tokens=longest)
         config = engine.settings_for([prompt for benchmark in asked for prompt in benchmark.prompts])
         question = _question(subject, choice, engine, config, asked, options)
         with open_work_folder(options.out or _default_folder(model, options), question) as folder, ExitStack() as stack:
@@ -140,6 +144,13 @@ def _subject_and_benchmarks(
             print(f"forkrl: {benchmark.notice}", file=sys.stderr)
     task = subject.config.task.model_copy(update={"chat_template": options.prompt == "chat"})
     return subject._replace(config=subject.config.model_copy(update={"task": task})), asked
+
+
+def _require_known_characters(asked: Sequence[AskedBenchmark], engine: EvalEngine, subject: Subject) -> None:
+    if engine.tokenizer is not None:
+        check = PromptCheck(engine.tokenizer, max_tokens=engine.max_prompt_tokens)
+        prompts = [prompt for benchmark in asked for prompt in benchmark.prompts]
+        check_prompts(prompts, check, allow_unknown=subject.config.task.allow_unknown_tokens)
 
 
 def _limit(subject: Subject, options: EvalOptions) -> int | None:

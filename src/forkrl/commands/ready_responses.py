@@ -12,8 +12,11 @@ from forkrl.analysis.token_rows import SourceResponse
 from forkrl.errors import UserError
 from forkrl.model import Policy
 from forkrl.progress import progress
+from forkrl.prompt_tokens import PromptCheck, listed, unknown_characters
 from forkrl.run_folder import encodable_text
+from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
+from forkrl.types import Prompt
 
 PART_TOKENS = 1 << 14
 """Tokens after which a part ends: what an interruption can cost."""
@@ -37,25 +40,39 @@ class ReadyResponses:
         path: the file.
         policy: whose tokenizer and number of positions.
         skip_unusable: leave out rows that cannot be used, and count them.
+        templated: the prompts come from a chat template, which has added special tokens.
+        allow_unknown: accept prompts with characters that the tokenizer does not know.
 
     Raises:
-        UserError: a row cannot be used (unless skipped), the file cannot be read, or it holds no rows.
+        UserError: rows cannot be used (unless skipped), the file cannot be read, or it holds no rows.
     """
 
-    def __init__(self, path: Path, policy: Policy, *, skip_unusable: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        policy: Policy,
+        *,
+        skip_unusable: bool = False,
+        templated: bool = False,
+        allow_unknown: bool = False,
+    ) -> None:
         self._path, self._policy = path, policy
-        self.skipped: list[str] = []
+        self._templated, self._allow_unknown = templated, allow_unknown
+        self._check = PromptCheck(policy.tokenizer)
+        self.skipped = BadRows()
         by_prompt: dict[tuple[str, str], list[tuple[int, int]]] = {}
         digest = hashlib.sha256()
-        for row in progress(self._rows(skip_unusable), f"reading {path.name}"):
+        for row in progress(self._rows(), f"reading {path.name}"):
             length = len(row.response.written.response_ids)
             by_prompt.setdefault((row.response.prompt_id, row.response.prompt), []).append((row.offset, length))
             digest.update(repr((row.response.prompt_id, row.response.written, row.response.correct)).encode())
         self.fingerprint = digest.hexdigest()[:16]
+        if not skip_unusable:
+            total = self.skipped.count + sum(len(rows) for rows in by_prompt.values())
+            self.skipped.require_none(str(path), total, "leave such rows out with --skip-unusable")
         if not by_prompt:
-            raise UserError(
-                f"{path}: holds no response that can be used" + (f"; {self.skipped[0]}" if self.skipped else "")
-            )
+            reasons = f":\n{self.skipped.listing()}" if self.skipped.count else ""
+            raise UserError(f"{path}: holds no response that can be used{reasons}")
         self._parts = _cut(by_prompt)
         self.num_parts = len(self._parts)
 
@@ -68,7 +85,7 @@ class ReadyResponses:
                 responses.append(response._replace(number=number, sample=sample))
         return responses
 
-    def _rows(self, skip_unusable: bool) -> Iterator[_Row]:
+    def _rows(self) -> Iterator[_Row]:
         try:
             with self._path.open("rb") as file:
                 offset = 0
@@ -78,9 +95,7 @@ class ReadyResponses:
                         if line.strip():
                             yield _Row(place, offset, self._parse(line, place))
                     except UserError as error:
-                        if not skip_unusable:
-                            raise UserError(f"{error}; or leave such rows out with --skip-unusable") from None
-                        self.skipped.append(str(error))
+                        self.skipped.add(error)
                     offset += len(line)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be read ({error.strerror})") from None
@@ -91,9 +106,9 @@ class ReadyResponses:
         if not isinstance(prompt, str):
             raise UserError(f"{place}: prompt is {kind_of(prompt)}, not text; give it exactly as the model read it")
         require_characters(prompt, "prompt", place)
-        prompt_ids = tuple(self._policy.tokenizer.encode(prompt))
-        if not prompt_ids:
-            raise UserError(f"{place}: prompt has no tokens, so nothing predicts the first token of the response")
+        prompt_ids = self._check(
+            Prompt("", prompt, "", place, templated=self._templated), allow_unknown=self._allow_unknown
+        )
         response_ids, text = self._response(values, place)
         self._require_positions(len(prompt_ids) + len(response_ids), place)
         given_id = values.get("prompt_id")
@@ -128,6 +143,11 @@ class ReadyResponses:
         require_characters(text, "response", place)
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        if back != text and (unknown := unknown_characters(tokenizer, text)):
+            raise UserError(
+                f"{place}: the tokenizer does not know {listed(unknown)} of the response; use the tokenizer of the "
+                f"model that wrote it, or give its token_ids"
+            )
         if back != text:
             at = next(
                 (i for i, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), min(len(back), len(text))

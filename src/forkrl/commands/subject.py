@@ -37,6 +37,7 @@ _SETTINGS = {
     "runtime.threads",
 }  # fmt: skip
 _PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
+ALLOW_UNKNOWN = "task.allow_unknown_tokens"
 # Limits of training that the response length of these commands need not agree with.
 _UNBOUNDED = ("reward.overlong_cache=0", f"training.micro_batch_tokens={2**62}")
 # Options of the command line, the setting that each stands for, and its least value.
@@ -186,7 +187,8 @@ def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
 
 def open_task_of(subject: Subject, policy: Policy) -> Task:
     """The task whose held-out prompts are those to look at."""
-    return (open_evaluation_task if subject.whole else open_task)(subject.config.task, policy.tokenizer)
+    open_it = open_evaluation_task if subject.whole else open_task
+    return open_it(subject.config.task, policy.tokenizer, max_prompt_tokens=subject.config.rollout.max_prompt_tokens)
 
 
 @contextmanager
@@ -270,6 +272,8 @@ def _option(name: str) -> str:
 
 def _why_unused(key: str, unused: Mapping[str, str]) -> str:
     section = key.partition(".")[0] + "."
+    if key == ALLOW_UNKNOWN and section in unused:
+        return ""  # of all prompts, whatever they come from
     return next((f"has no effect {unused[name]}; leave it away" for name in (key, section) if name in unused), "")
 
 

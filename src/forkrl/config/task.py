@@ -71,6 +71,11 @@ class TaskConfig(Section):
     """dataset, reasoning-gym: text around the question; {prompt} stands for it."""
     chat_template: bool = False
     """dataset, reasoning-gym: wrap the templated question as a user message with the tokenizer's chat template."""
+    skip_bad_rows: bool = False
+    """dataset: leave out rows that cannot be used, and report them. Otherwise they are an error."""
+    allow_unknown_tokens: bool = False
+    """Accept prompts with characters that the tokenizer does not know: it replaces them by its unknown token, or drops
+    them. Otherwise they are an error."""
     verifier: str = "forkrl.rewards.math:verify_math"
     """dataset: import path "module:function" of (answer, response) -> score in [0, 1], or the "http://…" or "https://…"
     address of a server that judges, with credentials as ${NAME} (docs/verifiers.md). "code": the answers are tests of
@@ -181,6 +186,7 @@ _TASK_KEYS = {
         ("reasoning-gym",),
     ),
     **dict.fromkeys(("held_out_rows", "template", "chat_template"), ("dataset", "reasoning-gym")),
+    "allow_unknown_tokens": ("dataset", "reasoning-gym", "countdown", "countdown-validation"),
     "parts": ("mix",),
 }
 """The tasks that read a setting; those that are not here are for "dataset" alone."""

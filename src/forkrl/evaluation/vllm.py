@@ -13,6 +13,7 @@ from typing import Any
 from forkrl.errors import UserError
 from forkrl.evaluation.request_seed import request_seed
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
+from forkrl.prompt_tokens import prompt_token_ids
 
 
 class VllmSampler:
@@ -24,7 +25,6 @@ class VllmSampler:
         max_model_len: tokens of prompt and response together that the engine makes room for; None: what the model has.
         seed: of the engine. Responses have seeds of their own.
         tensor_parallel_size: accelerators that share the model.
-        add_special_tokens: let the tokenizer add its own to ``Prompt.text``; not where a chat template has already.
         stop_token_ids: tokens that end a response.
         max_requests: in the engine at once. It batches as many as fit; the others wait in it.
 
@@ -42,12 +42,10 @@ class VllmSampler:
         max_model_len: int | None = None,
         seed: int = 0,
         tensor_parallel_size: int = 1,
-        add_special_tokens: bool = True,
         stop_token_ids: Sequence[int] = (),
         max_requests: int = 1024,
     ) -> None:
         self._vllm = _import_vllm()
-        self.add_special_tokens = add_special_tokens
         self.stop_token_ids = list(stop_token_ids)
         self.max_requests = max_requests
         self._numbers = itertools.count()
@@ -95,9 +93,7 @@ class VllmSampler:
         for prompt, _ in requests:
             if prompt.id in encoded:
                 continue
-            ids = list(tokenizer.encode(prompt.text, add_special_tokens=self.add_special_tokens))
-            if not ids:
-                raise UserError(f"question {prompt.id}: no tokens; an empty prompt cannot be continued")
+            ids = list(prompt_token_ids(tokenizer, prompt))
             if len(ids) + sampling.max_response_tokens > room:
                 raise UserError(
                     f"question {prompt.id}: {len(ids)} tokens and --max-tokens {sampling.max_response_tokens} are more "

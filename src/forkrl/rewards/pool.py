@@ -29,7 +29,7 @@ from forkrl.config import RewardConfig
 from forkrl.errors import UserError
 from forkrl.rewards.batch import Batch, Item
 from forkrl.rewards.crew import Crew
-from forkrl.rewards.turn_end import strip_turn_end
+from forkrl.rewards.reply import strip_turn_end
 from forkrl.rewards.worker_process import Settings
 from forkrl.secret_values import SecretValues
 from forkrl.types import Prompt, Verdict, VerifierSpec

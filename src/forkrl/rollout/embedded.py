@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from forkrl.errors import TrainingHalted
-from forkrl.model import Policy, prompt_token_ids, require_positions
+from forkrl.model import Policy, require_positions
+from forkrl.prompt_tokens import prompt_token_ids
 from forkrl.replicas import Replica, Replicas
 from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
@@ -53,17 +54,13 @@ class EmbeddedEngine:
         replicas: the policy, here and in further processes.
         max_prompt_tokens: a longer prompt is refused.
         max_sequences: decoded at once by one replica.
-        add_special_tokens: let the tokenizer add its own; not where a chat template has already.
     """
 
-    def __init__(
-        self, replicas: Replicas, *, max_prompt_tokens: int, max_sequences: int = 256, add_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, replicas: Replicas, *, max_prompt_tokens: int, max_sequences: int = 256) -> None:
         self.replicas = replicas
         self.policy = replicas.policy
         self.max_prompt_tokens = max_prompt_tokens
         self.max_sequences = max_sequences
-        self.add_special_tokens = add_special_tokens
 
     @property
     def wave_sequences(self) -> int:
@@ -187,13 +184,7 @@ class EmbeddedEngine:
 
     def prefix(self, prompt: Prompt) -> Prefix:
         """The tokens of a prompt; raises as ``count_tokens`` does."""
-        ids = prompt_token_ids(
-            self.policy.tokenizer,
-            prompt,
-            most=self.max_prompt_tokens,
-            add_special_tokens=self.add_special_tokens,
-        )
-        return Prefix(ids)
+        return Prefix(prompt_token_ids(self.policy.tokenizer, prompt, max_tokens=self.max_prompt_tokens))
 
 
 def _in_order(rollouts: dict[int, Rollout]) -> tuple[Rollout, ...]:

@@ -28,5 +28,4 @@ def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
         replicas,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_sequences=config.rollout.max_sequences,
-        add_special_tokens=not config.task.chat_template,
     )

@@ -9,58 +9,66 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.locations import require_hub_id
+from forkrl.progress import notice
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
+from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
 
 ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
+CheckPrompt = Callable[[Prompt], object]
 
 _SUFFIXES = (".jsonl", ".parquet")
 _SPLIT = re.compile(r"[\w.\-+%\[\]:]+")
 _BATCH_ROWS = 1024
 NO_VERIFIER = "none"
+_SKIP = "set task.skip_bad_rows = true to leave such rows out"
 
-_log = logging.getLogger(__name__)
 
-
-def load_dataset_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
+def load_dataset_task(
+    config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None = None
+) -> Task:
     """Read the prompts that ``config`` names and keep some aside.
 
     A question is text, or a list of chat messages whose last is the user's; ``config.template`` goes around that text,
     and with ``config.chat_template`` the tokenizer's chat template around all of it. A prompt's id is a hash of its
-    question: it depends on no order, file or template. Repeated rows are dropped and counted in the log. Held-out
-    prompts come from ``held_out_data``, or are those of ``held_out_rows`` lowest ids, which depends on no order
-    either; a question that is held out is never trained on. A hub data set may name its split: ``"owner/name:test"``.
+    question: it depends on no order, file or template. Duplicates are dropped and reported: the same question, or one
+    that differs only in whitespace and has the same answer. Held-out prompts come from ``held_out_data``, or are those
+    of ``held_out_rows`` lowest ids, which depends on no order either; a question that is held out is never trained on.
+    A hub data set may name its split: ``"owner/name:test"``.
 
     Args:
         config: the recipe's ``task`` table.
         apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
+        check: raises UserError for a prompt that the model cannot read; its row is then a bad row.
 
     Raises:
-        UserError: one line, with the row where it is one row's fault.
+        UserError: what is wrong; of bad rows the first ten with their reasons, and the count.
     """
     if config.verifier == NO_VERIFIER:
         raise UserError(f"task.verifier = {NO_VERIFIER!r}: training needs something to judge responses by")
-    render = _Renderer(config, apply_chat_template)
-    questions = _read_distinct(config, config.data, "task.data")
+    read = _Reader(config, apply_chat_template, check)
+    questions = read(config.data, "task.data")
     if config.held_out_data:
-        aside = _read_distinct(config, config.held_out_data, "task.held_out_data")
-        shared = len(questions.keys() & aside.keys())
-        if shared == len(questions):
+        aside = read(config.held_out_data, "task.held_out_data")
+        keys = {question.key for question in aside.values()}
+        shared = {id for id, question in questions.items() if id in aside or question.key in keys}
+        if len(shared) == len(questions):
             raise UserError(f"{config.data}: every question is also in task.held_out_data; nothing is left to train on")
         if shared:
-            _log.info("%d questions of %s are held out and will not be trained on", shared, config.data)
+            notice(f"{len(shared):,} questions of {config.data} are held out and will not be trained on")
     else:
         if config.held_out_rows >= len(questions):
             raise UserError(
@@ -68,12 +76,15 @@ def load_dataset_task(config: TaskConfig, *, apply_chat_template: ApplyChatTempl
                 f"{len(questions)} distinct questions; lower it, or name task.held_out_data"
             )
         aside = {id: questions[id] for id in sorted(questions)[: config.held_out_rows]}
-    train = [render(id, question) for id, question in questions.items() if id not in aside]
-    held_out = [render(id, question) for id, question in aside.items()]
+        shared = set(aside)
+    train = [question.prompt for id, question in questions.items() if id not in shared]
+    held_out = [question.prompt for question in aside.values()]
     return Task(config.data, train, held_out, _verifiers(config), fingerprint_of(train, held_out))
 
 
-def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
+def load_evaluation_task(
+    config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None = None
+) -> Task:
     """Read the prompts that ``config`` names for evaluation alone: nothing is split off, nothing is left to train on.
 
     They are all distinct questions of ``held_out_data``; where it is empty, all of ``data``. A benchmark of 30 rows
@@ -83,13 +94,13 @@ def load_evaluation_task(config: TaskConfig, *, apply_chat_template: ApplyChatTe
     Args:
         config: the recipe's ``task`` table.
         apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
+        check: raises UserError for a prompt that the model cannot read; its row is then a bad row.
 
     Raises:
-        UserError: one line, with the row where it is one row's fault.
+        UserError: what is wrong; of bad rows the first ten with their reasons, and the count.
     """
-    render = _Renderer(config, apply_chat_template)
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
-    prompts = [render(id, question) for id, question in _read_distinct(config, source, key).items()]
+    prompts = [question.prompt for question in _Reader(config, apply_chat_template, check)(source, key).values()]
     return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts))
 
 
@@ -108,33 +119,92 @@ class _Row(NamedTuple):
     values: dict[str, Any]
 
 
+class _RawRow(NamedTuple):
+    """A row with its place; ``values`` is still a line of JSON where it comes from a JSONL file."""
+
+    place: str
+    values: bytes | dict[str, Any]
+
+    def parsed(self) -> _Row:
+        return _Row(self.place, json_object(self.values, self.place) if isinstance(self.values, bytes) else self.values)
+
+
 @dataclass(frozen=True, slots=True)
 class _Question:
-    content: str | list[dict[str, str]]
-    answer: str
-    place: str
+    prompt: Prompt
+    key: str
+    """Equal for questions that differ only in whitespace and have the same answer."""
 
 
-def _read_distinct(config: TaskConfig, source: str, key: str) -> dict[str, _Question]:
-    """Questions by id, in the order of their first appearance."""
-    questions: dict[str, _Question] = {}
-    num_rows = 0
-    for row in _read_rows(config, source, key):
-        num_rows += 1
-        content = _question_content(config, row)
-        answer = _answer_text(config, row)
+class _Reader:
+    """Reads the distinct questions of a source as prompts; collects bad rows and duplicates, and reports both."""
+
+    def __init__(
+        self, config: TaskConfig, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None
+    ) -> None:
+        self._config = config
+        self._render = _Renderer(config, apply_chat_template)
+        self._check = check
+
+    def __call__(self, source: str, key: str) -> dict[str, _Question]:
+        """Questions by id, in the order of their first appearance."""
+        questions: dict[str, _Question] = {}
+        keys: set[str] = set()
+        bad, num_rows, num_duplicates = BadRows(), 0, 0
+        for raw in _read_rows(self._config, source, key):
+            num_rows += 1
+            try:
+                question = self._question(raw.parsed(), questions, keys)
+            except UserError as error:
+                bad.add(error)
+                continue
+            if question is None:
+                num_duplicates += 1
+            else:
+                questions[question.prompt.id] = question
+                keys.add(question.key)
+        self._report(source, bad, num_rows, num_duplicates)
+        if not questions:
+            raise UserError(f"{key} = {source!r} holds no rows" + (" that can be used" if num_rows else ""))
+        return questions
+
+    def _question(self, row: _Row, known: Mapping[str, _Question], keys: set[str]) -> _Question | None:
+        """The question of a row; None for a duplicate."""
+        content, answer = _question_content(self._config, row), _answer_text(self._config, row)
         id = question_id(content)
-        known = questions.setdefault(id, _Question(content, answer, row.place))
-        if known.answer != answer:
-            raise UserError(
-                f"{row.place} asks what {known.place} asks, but its {config.answer_column} is {_short(answer)}, not "
-                f"{_short(known.answer)}; remove one of the two"
+        if id in known:
+            earlier = known[id].prompt
+            if earlier.answer != answer:
+                raise UserError(
+                    f"{row.place} asks what {earlier.place} asks, but its {self._config.answer_column} is "
+                    f"{_short(answer)}, not {_short(earlier.answer)}; remove one of the two"
+                )
+            return None
+        # Questions that differ only in whitespace may differ in meaning (grids, programs): their answers decide.
+        key = hashlib.sha256(json.dumps([_single_spaced(content), answer]).encode()).hexdigest()[:16]
+        if key in keys:
+            return None
+        prompt = self._render(id, content, answer, row.place)
+        if self._check is not None:
+            self._check(prompt)
+        return _Question(prompt, key)
+
+    def _report(self, source: str, bad: BadRows, num_rows: int, num_duplicates: int) -> None:
+        if not self._config.skip_bad_rows:
+            bad.require_none(source, num_rows, _SKIP)
+        elif bad.count:
+            notice(f"{source}: left out {bad.count:,} of {num_rows:,} rows (task.skip_bad_rows):\n{bad.listing()}")
+        if num_duplicates:
+            notice(
+                f"{source}: dropped {num_duplicates:,} of {num_rows:,} rows as duplicates (the same question, or one "
+                f"that differs only in whitespace, with the same answer)"
             )
-    if not num_rows:
-        raise UserError(f"{key} = {source!r} holds no rows")
-    if num_rows > len(questions):
-        _log.info("%s: %d rows, %d distinct questions; repeated rows were dropped", source, num_rows, len(questions))
-    return questions
+
+
+def _single_spaced(content: str | list[dict[str, str]]) -> list[str]:
+    """A question with every run of whitespace as one space."""
+    messages = [content] if isinstance(content, str) else [part for message in content for part in message.values()]
+    return [" ".join(text.split()) for text in messages]
 
 
 def _question_content(config: TaskConfig, row: _Row) -> str | list[dict[str, str]]:
@@ -248,19 +318,20 @@ class _Renderer:
         self._template = config.template
         self._apply = apply_chat_template if config.chat_template else None
 
-    def __call__(self, id: str, question: _Question) -> Prompt:
-        messages = (
-            [{"role": "user", "content": question.content}] if isinstance(question.content, str) else question.content
-        )
+    def __call__(self, id: str, content: str | list[dict[str, str]], answer: str, place: str) -> Prompt:
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
         *before, last = messages
         # Not str.format: a question may hold braces of its own.
         text = self._template.replace("{prompt}", last["content"])
         if self._apply is not None:
-            text = self._apply([*before, {"role": "user", "content": text}])
-        return Prompt(id, text, question.answer, question.place)
+            try:
+                text = self._apply([*before, {"role": "user", "content": text}])
+            except TemplateError as error:  # of some templates: a system message, or roles that do not alternate
+                raise UserError(f"{place}: the tokenizer's chat template rejects the messages ({error})") from error
+        return Prompt(id, text, answer, place, templated=self._apply is not None)
 
 
-def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_Row]:
+def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_RawRow]:
     path = Path(source).expanduser()
     if path.exists():
         for name, value in (
@@ -289,18 +360,17 @@ def _files_of(path: Path, key: str) -> list[Path]:
     return [path]
 
 
-def _read_jsonl(path: Path) -> Iterator[_Row]:
+def _read_jsonl(path: Path) -> Iterator[_RawRow]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    place = f"{path.name} line {number}"
-                    yield _Row(place, json_object(line, place))
+                    yield _RawRow(f"{path.name} line {number}", line)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _read_parquet(config: TaskConfig, path: Path) -> Iterator[_Row]:
+def _read_parquet(config: TaskConfig, path: Path) -> Iterator[_RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -311,12 +381,12 @@ def _read_parquet(config: TaskConfig, path: Path) -> Iterator[_Row]:
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
-                    yield _Row(f"{path.name} row {number}", values)
+                    yield _RawRow(f"{path.name} row {number}", values)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
 
 
-def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[_Row]:
+def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[_RawRow]:
     import datasets
 
     try:
@@ -331,7 +401,7 @@ def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[_
     for batch in rows.iter(_BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             number += 1
-            yield _Row(f"{name} ({split}) row {number}", dict(zip(batch, values, strict=True)))
+            yield _RawRow(f"{name} ({split}) row {number}", dict(zip(batch, values, strict=True)))
 
 
 def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:

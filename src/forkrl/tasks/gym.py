@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,13 +17,11 @@ from typing import Any
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.processes import child_environment
-from forkrl.progress import progress
+from forkrl.progress import notice, progress
 from forkrl.tasks.dataset import ApplyChatTemplate, fingerprint_of, question_id
 from forkrl.types import Prompt, Task, VerifierSpec
 
 GYM_VERIFIER = VerifierSpec("forkrl.rewards.gym:verify_gym")
-
-_log = logging.getLogger(__name__)
 
 
 def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
@@ -102,7 +99,12 @@ def _prompt(config: TaskConfig, line: Mapping[str, Any], text: str) -> Prompt:
     }
     place = f"question {line['index']} of {config.generator}"
     return Prompt(
-        question_id(line["question"]), text, json.dumps(answer, ensure_ascii=False), place, level=line["level"] or 0
+        question_id(line["question"]),
+        text,
+        json.dumps(answer, ensure_ascii=False),
+        place,
+        level=line["level"] or 0,
+        templated=config.chat_template,
     )
 
 
@@ -126,7 +128,7 @@ def _require_enough(config: TaskConfig, train: list[Prompt], held_out: list[Prom
                 f"task.settings"
             )
         if count < config.train_prompts:
-            _log.info("%s%s: only %d distinct questions to train on", config.generator, at_level, count)
+            notice(f"{config.generator}{at_level}: only {count:,} distinct questions to train on")
 
 
 def _count_levels(levels: list[int | None]) -> int:

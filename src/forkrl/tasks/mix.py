@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from forkrl.config import PartConfig, TaskConfig
 from forkrl.errors import UserError
+from forkrl.progress import notice
+from forkrl.tasks.stream import furthest_behind
 from forkrl.types import Prompt, Task
-
-_log = logging.getLogger(__name__)
 
 
 def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
     """All parts of a mix, told apart by ``Prompt.source``.
 
     A question that one part holds out is trained on in no other, and one that two parts hold out is kept by the first;
-    both are counted in the log. The held-out prompts of the parts take turns by their weights, so that the first so
-    many of them are a mix in the same proportions, as long as each part has some left.
+    both are reported. The held-out prompts of the parts take turns by the formula of the training stream, so that any
+    number of them from the first is a mix in the proportions of the weights, as long as each part has some left.
 
     Args:
         config: the recipe's ``task`` table.
@@ -57,18 +56,25 @@ def _open(part: PartConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
 
 def _tell(label: str, what: str, count: int) -> None:
     if count:
-        _log.info("%s: %d %s", label, count, what)
+        notice(f"{label}: {count:,} {what}")
 
 
 def _take_turns(parts: Sequence[PartConfig], prompts: dict[str, list[Prompt]]) -> list[Prompt]:
-    """Next is always the part that lags furthest behind its weight, among those that have a prompt left."""
+    """The prompts in the order of the training stream's formula; a part that is used up misses its turns."""
     mixed: list[Prompt] = []
-    taken = dict.fromkeys(prompts, 0)
     weights = {part.label: part.weight for part in parts}
-    while left := [label for label in prompts if taken[label] < len(prompts[label])]:
-        label = min(left, key=lambda name: (taken[name] + 1) / weights[name])
-        mixed.append(prompts[label][taken[label]])
-        taken[label] += 1
+    shares = {label: weight / sum(weights.values()) for label, weight in weights.items()}
+    turns = dict.fromkeys(prompts, 0)
+    left = {label for label in prompts if prompts[label]}
+    while len(left) > 1:
+        label = furthest_behind(shares, turns)
+        if label in left:
+            mixed.append(prompts[label][turns[label]])
+        turns[label] += 1
+        if turns[label] == len(prompts[label]):
+            left.discard(label)
+    for label in left:
+        mixed += prompts[label][turns[label] :]
     return mixed
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forkrl.config import CurriculumConfig, TaskConfig
+from forkrl.config import CurriculumConfig, TaskConfig, TrainConfig
 from forkrl.types import Prompt, RolloutGroup
 
 
@@ -90,8 +92,7 @@ class PromptStream:
 
     def _next(self) -> Prompt:
         drawn = {source: sum(pool.position for pool in levels.values()) for source, levels in self._pools.items()}
-        total = sum(drawn.values()) + 1
-        source = max(drawn, key=lambda name: self._shares[name] * total - drawn[name])
+        source = furthest_behind(self._shares, drawn)
         return self._pools[source][self._levels[source]].next()
 
     def _move(self, source: str, curriculum: CurriculumConfig) -> None:
@@ -109,6 +110,12 @@ class PromptStream:
 
     def _pool_seed(self, source: str, level: int) -> str:
         return f"{self._seed}/{source}/{level}" if source or level else f"{self._seed}"
+
+
+def furthest_behind(shares: Mapping[str, float], drawn: Mapping[str, int]) -> str:
+    """The part whose number of drawn prompts is furthest below its share; the first of equals."""
+    total = sum(drawn.values()) + 1
+    return max(drawn, key=lambda name: shares[name] * total - drawn[name])
 
 
 class _Pool:
@@ -141,3 +148,22 @@ def open_stream(prompts: Sequence[Prompt], config: TaskConfig, seed: int) -> Pro
             source: part.curriculum for source, part in parts.items() if part.curriculum.raise_above is not None
         },
     )
+
+
+def repeated_prompts(prompts: Sequence[Prompt], config: TrainConfig) -> str:
+    """A warning where one step takes a prompt more than once, as its part or level has too few; "" where none does."""
+    rollout, dynamic = config.rollout, config.dynamic_sampling
+    key, drawn = "rollout.prompts_per_step", rollout.prompts_per_step
+    if dynamic.enabled and dynamic.generation_prompts > drawn:
+        key, drawn = "dynamic_sampling.generation_prompts", dynamic.generation_prompts
+    weights = {part.label: part.weight for part in config.task.parts} or {"": 1.0}
+    for (source, level), count in sorted(Counter((prompt.source, prompt.level) for prompt in prompts).items()):
+        wanted = math.floor(drawn * weights[source] / sum(weights.values()))
+        if count < wanted:
+            of = f"part {source}" if source else "the task"
+            at = f" at level {level}" if config.task.curriculum.raise_above is not None else ""
+            return (
+                f"{key} = {drawn} takes {wanted} prompts at a time from {of}, which has {count} to train on{at}: each "
+                f"step trains on some of them more than once; lower {key}, or add prompts"
+            )
+    return ""
