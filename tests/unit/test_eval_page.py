@@ -212,8 +212,8 @@ def comparison(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, "B is 10.0 points [5.0, 15.0] better than A on x, p < 0.001. Its responses are 200 tokens longer. No clear "
-             "difference where both spend the same tokens: B - A is +2.0 points [-1.0, +5.0]."),
+        ({}, "B is 10.0 points [5.0, 15.0] better than A on x, p < 0.001. Its responses are 200 tokens longer. No "
+             "clear difference where both spend the same tokens: B - A is +2.0 points [-1.0, +5.0]."),
         ({"accuracy": {"difference": difference(-0.1, -0.15, -0.05)}, "p": 0.0312},
          "B is 10.0 points [5.0, 15.0] worse than A on x, p = 0.031. Its"),
         ({"accuracy": {"difference": difference(0.012, -0.03, 0.05)}, "p": 0.59},
@@ -239,7 +239,13 @@ def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     found = comparison()
     page = Page(write_compare_page(tmp_path, found, {"x": {"q1": f"What? {HOSTILE}"}}))
     assert "<script>alert" not in page.source and "\u202e" not in page.source
-    for text in ("40.0% → 50.0%", "+10.0", "samples differs.", "What? <script>", "9 higher for B, 2 lower, 19 the same"):
+    for text in (
+        "40.0% → 50.0%",
+        "+10.0",
+        "samples differs.",
+        "What? <script>",
+        "9 higher for B, 2 lower, 19 the same",
+    ):
         assert text in page.text, text
     assert "nan" not in page.text.lower().split()
     found["pooled"] = {name: found["benchmarks"][0][name] for name in ("accuracy", "length", "length_matched", "p")}
