@@ -39,6 +39,7 @@ python = "3.11.7"
 commit = "0123abc"
 threads = 1
 """
+PROBLEMS = 512
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -67,6 +68,10 @@ def write_run(
     (folder / "config.toml").write_text(CONFIG.format(planned_steps=planned_steps, rule=rule), encoding="utf-8")
     lines = [_metrics(step, steps, rng) for step in range(steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for line in lines[:: max(steps, 1)]:
+        right = round(line["eval/accuracy"] * PROBLEMS)
+        scores = {str(problem): [float(problem < right)] for problem in range(PROBLEMS)}
+        (folder / f"rollouts/scores-{line['step']:06.0f}.json").write_text(json.dumps(scores), encoding="utf-8")
     asked = [_prompt(random.Random(i)) for i in range(problems)]
     for step in range(0, steps + 1, 20):
         write_rollouts(
@@ -132,14 +137,14 @@ def _metrics(step: int, steps: int, rng: random.Random) -> dict[str, float]:
             "time/step_s": 4.1 + 5 * abs(noise),
         }
     if step % 20 == 0:
-        half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 512)
+        half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / PROBLEMS)
         line |= {
             "eval/accuracy": accuracy,
             "eval/accuracy_low": accuracy - half,
             "eval/accuracy_high": accuracy + half,
             "eval/length": 50 + 16 * done,
             "eval/truncated_fraction": 0.02,
-            "eval/problems": 512,
+            "eval/problems": PROBLEMS,
         }
     return line
 

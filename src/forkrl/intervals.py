@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 Scores = Sequence[Sequence[float]] | npt.NDArray[np.floating] | npt.NDArray[np.integer] | npt.NDArray[np.bool_]
 _Array = npt.NDArray[np.float64]
 
-_Z95 = 1.959963984540054
+Z95 = 1.959963984540054
+_ROUNDING = 1e-12
 
 
 class Estimate(NamedTuple):
@@ -51,9 +53,7 @@ def mean_with_interval(scores: Scores) -> Estimate:
     Raises:
         ValueError: no scores, ragged rows, or a score outside [0, 1].
     """
-    scores_PK = _as_matrix(scores)
-    if scores_PK.min() < 0 or scores_PK.max() > 1:
-        raise ValueError(f"scores span {scores_PK.min():g} to {scores_PK.max():g}; they must lie in [0, 1]")
+    scores_PK = _as_shares(scores)
     return _wilson_of_means(scores_PK.mean(axis=1), most=scores_PK.size)
 
 
@@ -73,78 +73,93 @@ def mean_with_normal_interval(values: Scores) -> Estimate:
 
 
 def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
-    """How much higher ``scores_b`` are than ``scores_a`` on the same questions: mean(b) - mean(a).
+    """How much higher ``scores_b`` are than ``scores_a`` on the same questions: mean(b) - mean(a), in [-1, 1].
 
-    The interval is Student's, on the differences of the question means: what makes a question hard for both cancels, so
-    it is usually much narrower than two separate intervals suggest.
+    The variance of the difference of two responses to the same question, over the squared standard error clustered by
+    question, is the effective number of pairs; it is clipped to P to P times the larger number of samples. Bonett and
+    Price (2012) add one pair with difference 1 and one with -1, and take the normal interval. So it has a width even
+    where all responses agree.
 
     Args:
-        scores_a: ``[P, K]``, before.
-        scores_b: ``[P, K']``, after; row p is the same question.
+        scores_a: ``[P, K]`` in [0, 1], before.
+        scores_b: ``[P, K']`` in [0, 1], after; row p is the same question.
+
+    Returns:
+        The difference; with one question the ends are NaN.
 
     Raises:
-        ValueError: different numbers of questions, no scores, ragged rows, or a score that is not finite.
+        ValueError: different numbers of questions, no scores, ragged rows, or a score outside [0, 1].
     """
-    means_a_P, means_b_P = _as_matrix(scores_a).mean(axis=1), _as_matrix(scores_b).mean(axis=1)
-    if len(means_a_P) != len(means_b_P):
-        raise ValueError(
-            f"{len(means_a_P)} questions against {len(means_b_P)}; a paired difference needs the same ones"
-        )
-    return _student(means_b_P - means_a_P)
+    a_PK, b_PK = _as_shares(scores_a), _as_shares(scores_b)
+    _check_pairs(a_PK, b_PK)
+    a_P, b_P = a_PK.mean(axis=1), b_PK.mean(axis=1)
+    squares_P = (a_PK**2).mean(axis=1) + (b_PK**2).mean(axis=1) - 2 * a_P * b_P
+    return _paired(b_P - a_P, float(squares_P.mean()), max(a_PK.shape[1], b_PK.shape[1]))
 
 
-def mean_of_question_values(values: Sequence[float], num_samples: int) -> Estimate:
-    """Mean over questions of one value in [0, 1] each, made from ``num_samples`` samples, with a 95% interval.
+def paired_difference_of_values(values_a: Sequence[float], values_b: Sequence[float], num_draws: float) -> Estimate:
+    """``paired_difference`` for one value in [0, 1] a question and side, such as pass@k or a majority vote.
+
+    Args:
+        values_a: ``[P]``, chances of a right draw, before.
+        values_b: ``[P]``, after.
+        num_draws: independent draws that each value comes from, at most; for pass@k of K samples K / k.
+
+    Raises:
+        ValueError: as :func:`paired_difference`.
+    """
+    a_P1, b_P1 = (_as_shares([[value] for value in values]) for values in (values_a, values_b))
+    _check_pairs(a_P1, b_P1)
+    return _paired((b_P1 - a_P1)[:, 0], float((a_P1 + b_P1 - 2 * a_P1 * b_P1).mean()), num_draws)
+
+
+def paired_normal_difference(values_a: Scores, values_b: Scores) -> Estimate:
+    """``paired_difference`` of any quantity (response lengths, say), with Student's interval on the question means.
+
+    Args:
+        values_a: ``[P, K]``, finite.
+        values_b: ``[P, K']``, finite; row p is the same question.
+
+    Raises:
+        ValueError: different numbers of questions, no values, ragged rows, or a value that is not finite.
+    """
+    a_PK, b_PK = _as_matrix(values_a), _as_matrix(values_b)
+    _check_pairs(a_PK, b_PK)
+    return _student(b_PK.mean(axis=1) - a_PK.mean(axis=1))
+
+
+def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estimate:
+    """Mean over questions of one value in [0, 1] each, with a 95% interval.
 
     For what is estimated a question at a time and is no mean of samples, such as pass@k or a majority vote. The
     interval is Wilson's at the effective sample size of the spread over questions, as in :func:`mean_with_interval`.
 
+    Args:
+        values: ``[P]``, chances of a right draw.
+        num_draws: independent draws that each value comes from, at most. For a value made from all ways to draw k of K
+            samples that is K / k (Hoeffding's bound on the variance of a U-statistic).
+
     Raises:
         ValueError: no values, or one outside [0, 1].
     """
-    values_P1 = _as_matrix([[value] for value in values])
-    if values_P1.min() < 0 or values_P1.max() > 1:
-        raise ValueError(f"values span {values_P1.min():g} to {values_P1.max():g}; they must lie in [0, 1]")
-    return _wilson_of_means(values_P1[:, 0], most=values_P1.size * num_samples)
+    values_P1 = _as_shares([[value] for value in values])
+    return _wilson_of_means(values_P1[:, 0], most=values_P1.size * num_draws)
 
 
-def mean_of_estimates(estimates: Sequence[Estimate], num_questions: Sequence[int]) -> Estimate:
+def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of independent estimates, each weighing the same, whatever its number of questions.
 
     For a score averaged over benchmarks: they are what they are, and were not drawn, so only the questions within each
-    make the mean uncertain. Its squared standard error is the sum of theirs over their number squared, and the degrees
-    of freedom are Welch's and Satterthwaite's, rounded down.
-
-    Args:
-        estimates: with Student's intervals, as :func:`paired_difference` gives them.
-        num_questions: of each, so its degrees of freedom are one less.
+    make the mean uncertain. Each end is as far from the mean as the root of the sum of the squared distances of the
+    estimates' own ends, over their number (MOVER, Zou and Donner 2008), so intervals need not be symmetric.
 
     Returns:
         The mean; its ends are NaN if those of an estimate are.
     """
     mean = math.fsum(estimate.mean for estimate in estimates) / len(estimates)
-    if any(math.isnan(estimate.low) for estimate in estimates):
-        return Estimate(mean, math.nan, math.nan)
-    freedoms = [questions - 1 for questions in num_questions]
-    halves = [(estimate.high - estimate.low) / 2 for estimate in estimates]
-    variances = [(half / _student_quantile(free)) ** 2 for half, free in zip(halves, freedoms, strict=True)]
-    if not any(variances):
-        return Estimate(mean, mean, mean)
-    scaled = [variance / max(variances) for variance in variances]  # squares of tiny ones would vanish
-    freedom = sum(scaled) ** 2 / sum(each**2 / free for each, free in zip(scaled, freedoms, strict=True))
-    half = _student_quantile(int(freedom + 1e-9)) * math.sqrt(sum(variances)) / len(estimates)
-    return Estimate(mean, mean - half, mean + half)
-
-
-def student_interval(mean: float, error: float, num_questions: int) -> Estimate:
-    """Student's interval around a mean whose standard error is known, from resampling for instance.
-
-    Its ends are NaN with one question, of whose spread nothing is known.
-    """
-    if num_questions == 1:
-        return Estimate(mean, math.nan, math.nan)
-    half = _student_quantile(num_questions - 1) * error
-    return Estimate(mean, mean - half, mean + half)
+    below = math.hypot(*(estimate.mean - estimate.low for estimate in estimates)) / len(estimates)
+    above = math.hypot(*(estimate.high - estimate.mean for estimate in estimates)) / len(estimates)
+    return Estimate(mean, mean - below, mean + above)
 
 
 class ClusterSums:
@@ -188,10 +203,11 @@ class ClusterSums:
         mean, pull = self._mean_and_pull(value, count)
         if math.isnan(mean):
             return Estimate(mean, math.nan, math.nan)
-        questions = self._questions[count]
+        # Clusters of unequal size are worth as many equal ones as Kish's effective number of them says.
+        clusters = float(self._sums[count] ** 2 / self._products[count, count])
         most = self._sums[count] if most is None else most
-        size = _effective_size(mean, self._squared_error(pull, questions), int(questions), most)
-        return _wilson(mean, size)
+        error = self._squared_error(pull, self._questions[count])
+        return _wilson(mean, _effective_size(mean * (1 - mean), error, clusters, most))
 
     def difference(self, before: tuple[int, int], after: tuple[int, int]) -> Estimate:
         """The mean ``after`` minus the mean ``before``, pairs as in ``mean``; questions are shared, so it is paired."""
@@ -252,53 +268,75 @@ def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Esti
     Raises:
         ValueError: no questions, or as :func:`pass_at_k`.
     """
-    return mean_of_question_values([pass_at_k(correct, num_samples, k) for correct in num_correct], num_samples)
+    values = [pass_at_k(correct, num_samples, k) for correct in num_correct]
+    return mean_of_question_values(values, num_samples / k)
 
 
-def _wilson_of_means(means_P: _Array, most: int) -> Estimate:
-    """Wilson's interval of the mean over questions; ``most``: all samples."""
-    mean, squared_error = float(means_P.mean()), float(means_P.var(ddof=1)) / len(means_P) if len(means_P) > 1 else 0.0
-    return _wilson(mean, _effective_size(mean, squared_error, len(means_P), most))
+def _paired(change_P: _Array, square: float, num_draws: float) -> Estimate:
+    """Bonett and Price's interval at the effective number of pairs; ``square``: mean squared difference of a pair."""
+    difference, questions = float(change_P.mean()), len(change_P)
+    if questions == 1:
+        return Estimate(difference, math.nan, math.nan)
+    variance = square - difference**2
+    size = _effective_size(variance, _squared_error(change_P), questions, questions * num_draws)
+    center = difference * size / (size + 2)
+    half = Z95 * math.sqrt(((square * size + 2) / (size + 2) - center**2) / (size + 2))
+    return Estimate(difference, max(-1.0, min(difference, center - half)), min(1.0, max(difference, center + half)))
+
+
+def _squared_error(means_P: _Array) -> float:
+    """Of the mean over questions; 0 with a single one, whose spread nobody knows."""
+    return float(means_P.var(ddof=1)) / len(means_P) if len(means_P) > 1 else 0.0
+
+
+def _wilson_of_means(means_P: _Array, most: float) -> Estimate:
+    """Wilson's interval of the mean over questions; ``most``: the largest effective sample size."""
+    mean = float(means_P.mean())
+    return _wilson(mean, _effective_size(mean * (1 - mean), _squared_error(means_P), len(means_P), most))
 
 
 def _wilson(mean: float, size: float) -> Estimate:
     """Wilson's interval at so many independent draws."""
-    shrunk = (mean + _Z95**2 / (2 * size)) / (1 + _Z95**2 / size)
-    half = _Z95 * math.sqrt(mean * (1 - mean) / size + _Z95**2 / (4 * size**2)) / (1 + _Z95**2 / size)
+    shrunk = (mean + Z95**2 / (2 * size)) / (1 + Z95**2 / size)
+    half = Z95 * math.sqrt(mean * (1 - mean) / size + Z95**2 / (4 * size**2)) / (1 + Z95**2 / size)
     # Rounding must not push an end past the mean: at p = 0 and p = 1 they coincide.
     return Estimate(mean, min(mean, max(0.0, shrunk - half)), max(mean, min(1.0, shrunk + half)))
 
 
-def _effective_size(mean: float, squared_error: float, questions: int, most: float) -> float:
-    """Independent yes-or-no draws that would be as uncertain, from ``questions`` to ``most``."""
-    if questions == 1 or mean in (0.0, 1.0):
-        return questions
+def _effective_size(variance: float, squared_error: float, clusters: float, most: float) -> float:
+    """Independent draws of this variance that would be as uncertain, from ``clusters`` to ``most``."""
+    if clusters <= 1 or variance < _ROUNDING:
+        return clusters
     if squared_error == 0:
         return most
-    # Few questions tell their spread badly; shrinking by (z / t)^2 turns Wilson's z into Student's t.
-    shrink = (_Z95 / _student_quantile(questions - 1)) ** 2
-    return min(most, max(questions, mean * (1 - mean) / squared_error * shrink))
+    # Few questions tell their spread badly; shrinking by (z / t)^2 turns the normal quantile into Student's t.
+    shrink = (Z95 / _student_quantile(clusters - 1)) ** 2
+    return min(most, max(clusters, variance / squared_error * shrink))
 
 
 def _student(means_P: _Array) -> Estimate:
-    error = float(means_P.std(ddof=1)) / math.sqrt(len(means_P)) if len(means_P) > 1 else math.nan
-    return student_interval(float(means_P.mean()), error, len(means_P))
+    mean = float(means_P.mean())
+    if len(means_P) == 1:
+        return Estimate(mean, math.nan, math.nan)
+    half = _student_quantile(len(means_P) - 1) * math.sqrt(_squared_error(means_P))
+    return Estimate(mean, mean - half, mean + half)
 
 
-def _student_quantile(freedom: int) -> float:
-    """97.5% quantile of Student's t: exact at 1 and 2 degrees of freedom, else within 0.2% by Cornish and Fisher."""
-    if freedom == 1:
-        return 12.706204736432095
-    if freedom == 2:
-        return 4.302652729911275
-    z = _Z95
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, start=1))
+def _student_quantile(freedom: float) -> float:
+    """97.5% quantile of Student's t."""
+    return float(stdtrit(freedom, 0.975))
+
+
+def _check_pairs(a_PK: _Array, b_PK: _Array) -> None:
+    if len(a_PK) != len(b_PK):
+        raise ValueError(f"{len(a_PK)} questions against {len(b_PK)}; a paired difference needs the same ones")
+
+
+def _as_shares(scores: Scores) -> _Array:
+    matrix = _as_matrix(scores)
+    if matrix.min() < 0 or matrix.max() > 1:
+        raise ValueError(f"scores span {matrix.min():g} to {matrix.max():g}; they must lie in [0, 1]")
+    return matrix
 
 
 def _as_matrix(values: Scores) -> _Array:

@@ -166,6 +166,7 @@ class Run:
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         rows = evaluation_rows(self.step, written, self.policy.tokenizer, self.config.selection, seed=self.config.seed)
         self.folder.write_rollouts(f"eval-{self.step:06d}", rows)
+        self.folder.write_scores(self.step, {group.prompt.id: group.scores for group in groups})
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
         self._evaluated_step = self.step
 

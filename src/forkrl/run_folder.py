@@ -2,7 +2,8 @@
 
     config.toml          the resolved recipe, and a [provenance] table
     metrics.jsonl        one JSON object a line
-    rollouts/            sampled responses with a value per token: train-000010.parquet, eval-000000.parquet
+    rollouts/            sampled responses with a value per token: train-000010.parquet, eval-000000.parquet;
+                         the scores of every held-out problem: scores-000000.json
     checkpoints/         step-N/, see forkrl.checkpoint
     report.html
 
@@ -270,6 +271,10 @@ class RunFolder:
     def _rollouts(self, name: str) -> Path:
         return self.path / "rollouts" / f"{name}.parquet"
 
+    def write_scores(self, step: int, scores: Mapping[str, Sequence[float]]) -> None:
+        """Write ``rollouts/scores-STEP.json``: the scores of every held-out problem, by prompt id."""
+        write_text(scores_path(self.path, step), json.dumps(scores, separators=(",", ":")) + "\n")
+
     # -- resume ------------------------------------------------------------------------------------------------------
 
     def discard_after(self, step: int, metrics_bytes: int) -> None:
@@ -282,10 +287,18 @@ class RunFolder:
         for name in self.rollout_names:
             if int(name.partition("-")[2]) > step:
                 self._rollouts(name).unlink()
+        for path in (self.path / "rollouts").glob("scores-*.json"):
+            if int(path.stem.partition("-")[2]) > step:
+                path.unlink()
         for leftover in (self.path / "rollouts").glob(temporary_beside(Path("*")).name):
             leftover.unlink()
         fsync(self.path / "rollouts")
         self.truncate_metrics(metrics_bytes)
+
+
+def scores_path(run_folder: Path, step: int) -> Path:
+    """Where a run keeps the scores of an evaluation."""
+    return run_folder / "rollouts" / f"scores-{step:06d}.json"
 
 
 def refuse_occupied(path: Path) -> None:

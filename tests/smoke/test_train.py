@@ -96,6 +96,18 @@ def test_rollouts_hold_a_value_per_token(learned: Run) -> None:
         assert any(any(row["selected"]) for row in rows)
 
 
+def test_the_scores_of_every_held_out_problem_are_kept(learned: Run) -> None:
+    rows = [json.loads(line) for line in (learned.folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if "eval/accuracy" in row]
+    assert len(evaluations) >= 2
+    for row in evaluations:
+        scores = json.loads((learned.folder / f"rollouts/scores-{row['step']:06d}.json").read_bytes())
+        assert len(scores) == row["eval/problems"]
+        everything = [score for each in scores.values() for score in each]
+        assert sum(everything) / len(everything) == pytest.approx(row["eval/accuracy"])
+    assert "paired by problem, p" in learned.outcome.stdout
+
+
 def test_checkpoints_load_with_transformers(learned: Run) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

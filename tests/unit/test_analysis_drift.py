@@ -151,6 +151,23 @@ def test_an_overlap_has_one_interval_whichever_comes_first() -> None:
     assert 0.9 <= (forwards[2] - forwards[1]) / (high - low) <= 1.5  # in small samples a little wide
 
 
+def test_the_interval_of_an_overlap_takes_the_border_into_account() -> None:
+    """Prompts differ much in their level of entropy, so which of them are drawn moves the border of the top."""
+    prompts, tokens = 400, 50
+    generator = torch.Generator().manual_seed(1)
+    first = 1.5 * torch.randn((prompts, 1), generator=generator) + torch.randn((prompts, tokens), generator=generator)
+    last = first + 0.7 * torch.randn((prompts, tokens), generator=generator)
+    owner = torch.arange(prompts * tokens) // tokens
+    row = overlap_table({"first": first.ravel(), "last": last.ravel()}, owner).iloc[0]
+    rng, everything = np.random.default_rng(0), torch.ones(prompts * tokens, dtype=torch.bool)
+    resampled = []
+    for _ in range(200):
+        drawn = torch.from_numpy(rng.integers(0, prompts, prompts))
+        resampled.append(overlap_ratio(first[drawn].ravel(), last[drawn].ravel(), everything))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    assert row["with_last_high"] - row["with_last_low"] == pytest.approx(high - low, rel=0.2)
+
+
 def test_an_overlap_of_one_prompt_or_of_nothing_in_common_is_not_certain() -> None:
     generator = torch.Generator().manual_seed(0)
     first, last = torch.rand(1000, generator=generator), torch.rand(1000, generator=generator)

@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from benchmarks import coverage
 from forkrl.errors import UserError
 from forkrl.evaluation import budgets, permutation
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
-from forkrl.evaluation.permutation import drawn_sign_flip_p, exact_sign_flip_p, holm
+from forkrl.evaluation.permutation import holm, paired_test, pooled_paired_test
 from forkrl.evaluation.responses import ScoredResponse
-from forkrl.intervals import Estimate, mean_of_estimates, mean_of_question_values, paired_difference, student_interval
+from forkrl.intervals import (
+    Estimate,
+    mean_of_estimates,
+    mean_of_question_values,
+    paired_difference_of_values,
+)
 
 Table = Sequence[Sequence[float]]
 
@@ -35,44 +41,107 @@ def responses(scores: Table, tokens: Table | None = None, questions: Sequence[st
     return made
 
 
-def enumerated_p(differences: Sequence[float]) -> float:
-    seen = abs(sum(differences)) - 1e-9
-    signs = list(itertools.product((-1, 1), repeat=len(differences)))
-    return float(np.mean([abs(np.dot(each, differences)) >= seen for each in signs]))
+def enumerated_p(a: Table, b: Table) -> float:
+    """Over all ways to deal each question's pooled responses anew."""
+    dealt: list[list[float]] = []
+    for row_a, row_b in zip(a, b, strict=True):
+        pooled = np.array([*row_a, *row_b])
+        choices = itertools.combinations(range(len(pooled)), len(row_b))
+        differences = [pooled[list(c)].mean() - np.delete(pooled, list(c)).mean() for c in choices]
+        dealt.append(differences)
+    seen = abs(np.mean([np.mean(row_b) - np.mean(row_a) for row_a, row_b in zip(a, b, strict=True)])) - 1e-9
+    return float(np.mean([abs(np.mean(each)) >= seen for each in itertools.product(*dealt)]))
+
+
+def permutation_p(a: Table, b: Table, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The p-value of the permutation test alone."""
+    monkeypatch.setattr(permutation, "_consistent", lambda difference, p: (difference, p))
+    return paired_test(np.array(a, dtype=float), np.array(b, dtype=float)).p
+
+
+@pytest.mark.parametrize(("samples_a", "samples_b"), [(1, 1), (2, 2), (1, 3), (3, 2)])
+def test_the_exact_test_equals_going_through_all_deals(
+    samples_a: int, samples_b: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        a, b = (generator.integers(0, 2, (4, samples)).tolist() for samples in (samples_a, samples_b))
+        assert permutation_p(a, b, monkeypatch) == pytest.approx(enumerated_p(a, b))
+
+
+def test_draws_come_close_to_all_deals_and_never_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = [[0.5, 0.25], [0.0, 0.75], [0.125, 0.5]], [[0.75], [1.0], [0.25]]
+    assert permutation_p(a, b, monkeypatch) == pytest.approx(enumerated_p(a, b), abs=0.01)
+    apart = permutation_p([[0.1]] * 60, [[0.9]] * 60, monkeypatch)
+    assert apart == 1 / (permutation.DRAWS + 1)
+
+
+def test_one_sample_each_is_the_sign_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert permutation_p([[0]] * 6 + [[1]] * 9, [[1]] * 6 + [[1]] * 9, monkeypatch) == pytest.approx(2 / 64)
 
 
 @pytest.mark.parametrize(
-    ("differences", "p"),
-    [([1, 1, 1, 1, 1], 2 / 32), ([3], 1.0), ([0, 0], 1.0), ([2, 2, -2], 1.0), ([4, 2, 0], 0.5), ([16] * 10, 2**-9)],
+    ("questions", "samples_a", "samples_b", "shape"),
+    [(30, 1, 16, (19.0, 1.0)), (30, 1, 16, (0.6, 1.4)), (25, 8, 8, (1.0, 1.0)), (30, 16, 16, (0.05, 0.95))],
 )
-def test_sign_flips_by_hand(differences: list[int], p: float) -> None:
-    assert exact_sign_flip_p(differences) == pytest.approx(p)
+def test_models_that_are_alike_are_rarely_told_apart(
+    questions: int, samples_a: int, samples_b: int, shape: tuple[float, float]
+) -> None:
+    """The first case was rejected in 49% of simulations by a sign flip of the questions' differences."""
+    found = coverage.alike(600, questions, samples_a, samples_b, shape)
+    assert found["type I error"] <= 0.06
+    assert found["coverage"] >= 0.94
 
 
-def test_the_exact_test_equals_going_through_all_signs() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(60):
-        differences = generator.integers(-5, 6, int(generator.integers(1, 11))) * int(generator.integers(1, 4))
-        assert exact_sign_flip_p(differences.tolist()) == pytest.approx(enumerated_p(differences.tolist()))
+def test_models_that_are_alike_on_average_only_are_rarely_told_apart() -> None:
+    assert coverage.alike_on_average(600, 30, 16, 16)["type I error"] <= 0.07
 
 
-def test_draws_come_close_to_the_exact_test_and_never_to_zero() -> None:
-    differences = np.array([0.5, -0.25, 0.75, 0.1, 0.3, 0.0, -0.2, 0.6])
-    assert drawn_sign_flip_p(differences, seed=1) == pytest.approx(enumerated_p(differences.tolist()), abs=0.01)
-    assert drawn_sign_flip_p(differences, seed=1) == drawn_sign_flip_p(differences, seed=1)
-    assert drawn_sign_flip_p(np.full(60, 0.1), seed=1) == 1 / (permutation.DRAWS + 1)
-    assert drawn_sign_flip_p(np.zeros(3), seed=1) == 1.0
+def test_the_test_finds_what_is_there() -> None:
+    rejected = [
+        paired_test(coverage.scores(generator, chance, 4), coverage.scores(generator, chance + 0.1, 4)).p < 0.05
+        for generator in [np.random.default_rng(3)]
+        for chance in generator.random((100, 200)) * 0.9
+    ]
+    assert np.mean(rejected) > 0.9
 
 
-def test_a_null_is_rejected_one_time_in_twenty() -> None:
-    """Questions of every difficulty, both models alike: P(p < 5%) is 5%, less what a discrete test cannot reach."""
-    generator = np.random.default_rng(4)
+def test_p_value_and_interval_agree() -> None:
+    generator = np.random.default_rng(1)
     rejected = 0
-    for _ in range(1000):
-        right = generator.random((2, 25, 8)) < generator.random((1, 25, 1))
-        counts = right.sum(axis=2)
-        rejected += exact_sign_flip_p((counts[1] - counts[0]).tolist()) < 0.05
-    assert 0.03 < rejected / 1000 < 0.065
+    for _ in range(300):
+        chance_P = generator.random(int(generator.integers(2, 40)))
+        a, b = (
+            coverage.scores(generator, np.clip(chance_P + gain, 0, 1), int(generator.integers(1, 6)))
+            for gain in (0.0, 0.15)
+        )
+        test = paired_test(a, b)
+        assert (test.p < 0.05) == (test.difference.low > 0 or test.difference.high < 0)
+        assert test.difference.low <= test.difference.mean <= test.difference.high
+        rejected += test.p < 0.05
+    assert 30 < rejected < 270
+
+
+def test_benchmarks_that_are_alike_are_rarely_told_apart() -> None:
+    found = coverage.pooled_alike(100, (20, 30), 1, 8)
+    assert found["type I error"] <= 0.1 and found["coverage"] >= 0.9
+    right, wrong = np.ones((30, 2)), np.zeros((30, 2))
+    apart = pooled_paired_test([(wrong, right), (wrong, right)])
+    assert apart.p == 1 / (permutation.DRAWS + 1) and apart.difference.low > 0.8
+
+
+@pytest.mark.parametrize(
+    ("samples", "k", "shape"), [(16, 8, (4.0, 4.0)), (16, 16, (0.6, 1.4)), (16, 8, (0.6, 1.4)), (8, 4, (9.0, 4.0))]
+)
+def test_intervals_of_pass_and_majority_cover(samples: int, k: int, shape: tuple[float, float]) -> None:
+    assert coverage.passes(400, 30, samples, k, shape)["coverage"] >= 0.92
+    assert coverage.majorities(100, 30, samples, k, shape)["coverage"] >= 0.9
+    assert coverage.pass_difference(200, 30, samples, k, shape)["coverage"] >= 0.92
+
+
+def test_shares_over_unequal_clusters_cover() -> None:
+    assert coverage.shares(600, 30, 2.0, (0.6, 1.4))["coverage"] >= 0.89
+    assert coverage.shares(600, 30, 0.0, (0.6, 1.4))["coverage"] >= 0.92
 
 
 def test_holm_by_hand() -> None:
@@ -96,12 +165,13 @@ def test_a_comparison_by_hand() -> None:
         0,
         2,
     )
-    assert row["accuracy"]["difference"] == paired_difference(A, B)._asdict()
+    assert row["accuracy"]["difference"]["mean"] == 0.25
     assert (row["accuracy"]["a"]["mean"], row["accuracy"]["b"]["mean"]) == (3 / 8, 5 / 8)
-    assert (row["p"], row["p_method"], row["p_holm"]) == (0.5, "exact", 0.5)
+    assert (row["p_method"], row["p_holm"]) == ("exact", row["p"])
+    assert row["p"] >= enumerated_p(A, B)
     assert row["length"]["difference"]["mean"] == 15
     assert row["pass@k"]["2"] == {
-        "a": 0.5, "b": 0.75, "difference": paired_difference([[1], [0], [1], [0]], [[1], [1], [1], [0]])._asdict(),
+        "a": 0.5, "b": 0.75, "difference": paired_difference_of_values([1, 0, 1, 0], [1, 1, 1, 0], 1)._asdict(),
     }  # fmt: skip
     # Wrong answers of A and B are all different: one right of two ties.
     assert (row["maj@k"]["2"]["a"], row["maj@k"]["2"]["b"]) == (3 / 8, 5 / 8)
@@ -122,26 +192,26 @@ def test_equal_budgets_and_equal_spending_take_the_longer_answers_away() -> None
     assert matched["difference"]["mean"] == -3 / 8
 
 
-def test_the_same_evaluation_twice_differs_in_nothing() -> None:
+def test_the_same_evaluation_twice_differs_in_nothing_but_is_not_certain() -> None:
     generator = np.random.default_rng(5)
     tokens = generator.integers(5, 300, (12, 4)).tolist()
-    scores = generator.integers(0, 2, (12, 4)).tolist()
-    found = compare({"x": responses(scores, tokens)}, {"x": responses(scores, tokens)})
-    (row,) = found["benchmarks"]
-    assert row["p"] == 1 and row["changes"] == []
-    for each in (row["accuracy"], row["length"], row["length_matched"], *row["budget"], *row["equal_spending"]):
-        assert each["difference"] == {"mean": 0, "low": 0, "high": 0}
+    for scores in (generator.integers(0, 2, (12, 4)).tolist(), [[1] * 4] * 12, [[0] * 4] * 12):
+        (row,) = compare({"x": responses(scores, tokens)}, {"x": responses(scores, tokens)})["benchmarks"]
+        assert row["p"] == 1 and row["changes"] == []
+        assert row["length"]["difference"] == {"mean": 0, "low": 0, "high": 0}
+        measures = [row["accuracy"], row["length_matched"], *row["budget"], *row["equal_spending"]]
+        for each in (*measures, *row["pass@k"].values(), *row["maj@k"].values()):
+            difference = each["difference"]
+            assert difference["mean"] == 0 and difference["low"] < 0 < difference["high"]
 
 
 def test_sample_counts_may_differ_and_fractions_are_drawn() -> None:
     (row,) = compare({"x": responses(A)}, {"x": responses([[*each, 0.5] for each in B])})["benchmarks"]
     assert (row["samples"], row["p_method"]) == ({"a": 2, "b": 3}, "draws")
-    assert row["p"] == pytest.approx(enumerated_p([2.5 / 3 - 1 / 2, 1.5 / 3, 2.5 / 3 - 1, 0.5 / 3]), abs=0.01)
     (row,) = compare({"x": responses([[*each, 1, 0] for each in A])}, {"x": responses(B)})["benchmarks"]
     assert list(row["pass@k"]) == list(row["maj@k"]) == ["1", "2"]
     (row,) = compare({"x": responses(A)}, {"x": responses([[*each, 1] for each in B])})["benchmarks"]
     assert row["p_method"] == "exact"
-    assert row["p"] == pytest.approx(enumerated_p([3 - 3 / 2, 2 - 0, 3 - 3, 1 - 0]))
 
 
 def test_questions_that_only_one_side_has_are_left_out_with_a_notice() -> None:
@@ -178,7 +248,7 @@ def test_pooling_weighs_benchmarks_alike() -> None:
     pooled = found["pooled"]
     assert pooled["accuracy"]["difference"]["mean"] == (2 / 8 + 0) / 2
     assert (pooled["accuracy"]["a"], pooled["accuracy"]["b"]) == ((3 / 8 + 1 / 4) / 2, (5 / 8 + 1 / 4) / 2)
-    assert pooled["p"] == pytest.approx(0.5, abs=0.02)
+    assert pooled["p"] >= 0.05 and pooled["accuracy"]["difference"]["low"] <= 0
     zeros, wins, loss = [[0.0]] * 4, [[1.0]] * 4, [[1.0]]  # a loss in one of one question weighs as much as four wins
     even = compare({"x": responses(zeros), "y": responses(loss)}, {"x": responses(wins), "y": responses(zeros[:1])})
     assert even["pooled"]["accuracy"]["difference"]["mean"] == 0 and even["pooled"]["p"] == 1
@@ -186,22 +256,10 @@ def test_pooling_weighs_benchmarks_alike() -> None:
     assert math.isnan(one["pooled"]["accuracy"]["difference"]["low"])
 
 
-def test_the_mean_of_two_estimates_is_welchs() -> None:
-    x, y = np.array([1.0, 2, 4, 7]), np.array([3.0, 3.5, 1, 0, 2, 2.5])
-    found = mean_of_estimates([paired_difference(np.zeros((len(v), 1)), v[:, None]) for v in (x, -y)], [4, 6])
-    welch = scipy.stats.ttest_ind(x, y, equal_var=False)
-    error = math.sqrt(x.var(ddof=1) / 4 + y.var(ddof=1) / 6) / 2
-    half = float(scipy.stats.t.ppf(0.975, math.floor(welch.df))) * error
-    mean = (x.mean() - y.mean()) / 2
-    assert found == pytest.approx((mean, mean - half, mean + half), rel=3e-3)
-    assert mean_of_estimates([Estimate(1, 1, 1), Estimate(2, 2, 2)], [5, 5]) == (1.5, 1.5, 1.5)
-
-
-def test_the_freedom_of_a_mean_of_estimates_lies_between_the_least_and_the_sum() -> None:
-    values = np.random.default_rng(8).normal(0, 1, 12)[:, None]
-    twice = mean_of_estimates([paired_difference(np.zeros((12, 1)), sign * values) for sign in (1, -1)], [12, 12])
-    half = float(scipy.stats.t.ppf(0.975, 22)) * float(values.std(ddof=1)) / math.sqrt(12) / math.sqrt(2)
-    assert twice == pytest.approx((0, -half, half), rel=1e-3, abs=1e-9)
+def test_the_ends_of_a_mean_of_estimates_by_hand() -> None:
+    found = mean_of_estimates([Estimate(0.5, 0.5 - 0.3, 0.5 + 0.1), Estimate(0.9, 0.9 - 0.4, 0.9)])
+    assert found == pytest.approx((0.7, 0.7 - 0.5 / 2, 0.7 + 0.1 / 2))
+    assert math.isnan(mean_of_estimates([Estimate(1, 1, 1), Estimate(2, math.nan, math.nan)]).low)
 
 
 def test_the_largest_changes_come_first_and_lost_ones_count() -> None:
@@ -225,22 +283,26 @@ def test_where_all_is_spent_no_response_is_missed(monkeypatch: pytest.MonkeyPatc
 def test_question_values_beyond_a_share_are_refused() -> None:
     with pytest.raises(ValueError, match="must lie in"):
         mean_of_question_values([0.5, 1.5], 4)
-    assert math.isnan(student_interval(1.0, 0.5, 1).low)
 
 
-def test_the_interval_at_equal_spending_covers_the_truth() -> None:
-    """Responses of A have 1 to 100 tokens, B's 1 to 200 and more of them right, whatever their length."""
-    generator = np.random.default_rng(6)
-    covered, count = 0, 40
-    for _ in range(count):
-        sides = []
-        for gain, longest in ((0.0, 100), (0.1, 200)):
-            tokens = generator.integers(1, longest + 1, (60, 8)).astype(float)
-            right = generator.random((60, 8)) < generator.random((60, 1)) * 0.5 + 0.2 + gain
-            sides.append(Outcomes(right.astype(float), tokens))
-        last = compare_at_equal_spending(sides[0], sides[1], seed=0)[-1]
-        # A is whole and spends 50.5; B spends as much at the budget b where b - b² / 400 = 50.5.
-        budget = 200 * (1 - math.sqrt(1 - 50.5 / 100))
-        truth = 0.55 * budget / 200 - 0.45
-        covered += last["difference"]["low"] <= truth <= last["difference"]["high"]
-    assert covered >= 0.85 * count
+@pytest.mark.parametrize(("longest_b", "least"), [(100, 0.88), (200, 0.88)])
+def test_the_interval_at_equal_spending_covers_the_truth(
+    longest_b: int, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Responses of A have 1 to 100 tokens; B is the same, or has up to 200 and more of them right."""
+    monkeypatch.setattr(budgets, "RESAMPLES", 200)
+    assert coverage.spending(80, 60, 8, longest_b)["coverage"] >= least
+
+
+def test_resampling_shows_the_whole_variance() -> None:
+    """Of 5 questions with equally long responses, where nothing is cut, the percentiles are near Student's interval."""
+    generator = np.random.default_rng(2)
+    a, b = (coverage.scores(generator, np.full(5, 0.5), 40) for _ in range(2))
+    change_P = b.mean(axis=1) - a.mean(axis=1)
+    ends = budgets._resampled_ends(
+        (budgets.Spending(Outcomes(a, np.full(a.shape, 9.0))), budgets.Spending(Outcomes(b, np.full(b.shape, 9.0)))),
+        np.full(20, change_P.mean()),
+        seed=0,
+    )
+    student = scipy.stats.t.interval(0.95, 4, change_P.mean(), scipy.stats.sem(change_P))
+    assert (ends[1] - ends[0])[-1] == pytest.approx(student[1] - student[0], rel=0.08)

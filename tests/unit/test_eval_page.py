@@ -16,7 +16,8 @@ from forkrl.evaluation.eval_report import shown_questions, write_eval_report
 from forkrl.evaluation.folder import read_evaluation, read_questions
 from forkrl.evaluation.paper import TABLE_2
 from forkrl.report.compare_figures import budget_curves, difference_forest, spending_curves
-from forkrl.report.compare_page import compare_verdict, probability, write_compare_page
+from forkrl.report.compare_page import compare_verdict, write_compare_page
+from forkrl.report.difference import probability
 from forkrl.report.eval_figures import accuracy_against_budget, accuracy_beside_paper, pass_and_majority
 from forkrl.report.eval_page import eval_page, eval_verdict, percent, write_eval_page
 from forkrl.report.reading import READ_CHARACTERS, shortened
@@ -211,13 +212,19 @@ def comparison(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, "B is 10.0 points [5.0, 15.0] better than A on x, p < 0.001. Its responses are 200 tokens longer; where "
-             "both spend the same, it is 2.0 points [-1.0, 5.0] better than A."),
-        ({"accuracy": {"difference": difference(-0.1, -0.15, 0.05)}, "p": 0.0312},
-         "B is 10.0 points [-5.0, 15.0] worse than A on x, p = 0.031. Its"),
-        ({"length": {"difference": difference(0.2, -1, 1)}}, "p < 0.001. Responses are as long."),
-        ({"accuracy": {"difference": difference(0.1, None, None)}}, "B is 10.0 points better than A on x"),
-        ({"accuracy": {"difference": difference(0.0, -0.01, 0.01)}}, "B is 0.0 points apart from A [-1.0, +1.0]"),
+        ({}, "B is 10.0 points [5.0, 15.0] better than A on x, p < 0.001. Its responses are 200 tokens longer. No "
+             "clear difference where both spend the same tokens: B - A is +2.0 points [-1.0, +5.0]."),
+        ({"accuracy": {"difference": difference(-0.1, -0.15, -0.05)}, "p": 0.0312},
+         "B is 10.0 points [5.0, 15.0] worse than A on x, p = 0.031. Its"),
+        ({"accuracy": {"difference": difference(0.012, -0.03, 0.05)}, "p": 0.59},
+         "No clear difference on x: B - A is +1.2 points [-3.0, +5.0], p = 0.59. Its"),
+        ({"accuracy": {"difference": difference(0.012, 0.0, 0.05)}, "p": 0.06}, "No clear difference on x"),
+        ({"length": {"difference": difference(-15, -40, 10)}},
+         "p < 0.001. Its responses are neither clearly longer nor shorter (-15 tokens)."),
+        ({"accuracy": {"difference": difference(0.1, None, None)}},
+         "No clear difference on x: B - A is +10.0 points, p"),
+        ({"length_matched": {"difference": difference(-0.04, -0.06, -0.02)}},
+         "tokens longer. B is 4.0 points [2.0, 6.0] worse than A where both spend the same tokens."),
     ],
 )  # fmt: skip
 def test_the_verdict_of_a_comparison(changes: dict[str, Any], says: str) -> None:
@@ -232,7 +239,13 @@ def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     found = comparison()
     page = Page(write_compare_page(tmp_path, found, {"x": {"q1": f"What? {HOSTILE}"}}))
     assert "<script>alert" not in page.source and "\u202e" not in page.source
-    for text in ("40.0% → 50.0%", "+10.0", "samples differs.", "What? <script>", "9 better, 2 worse, 19 the same"):
+    for text in (
+        "40.0% → 50.0%",
+        "+10.0",
+        "samples differs.",
+        "What? <script>",
+        "9 higher for B, 2 lower, 19 the same",
+    ):
         assert text in page.text, text
     assert "nan" not in page.text.lower().split()
     found["pooled"] = {name: found["benchmarks"][0][name] for name in ("accuracy", "length", "length_matched", "p")}

@@ -20,6 +20,7 @@ import pytest
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.intervals import mean_with_interval
 from forkrl.recipe import load_recipe, recipe_toml
 from forkrl.report import write_run_report
 from forkrl.report.figures import histogram_counts
@@ -27,7 +28,8 @@ from forkrl.report.fork_data import fork_data
 from forkrl.report.run_data import read_run
 from forkrl.report.run_forks import run_forks
 from forkrl.report.run_page import reproducing_command
-from forkrl.report.summary import Estimate, duration, judge, verdict
+from forkrl.report.summary import duration, verdict
+from forkrl.run_folder import scores_path
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 from tests.report_page import Page, decoded
 
@@ -50,28 +52,62 @@ def metrics_of(folder: Path, *rows: dict[str, Any]) -> None:
 
 def test_verdict_states_change_intervals_problems_steps_and_time(page: Page) -> None:
     assert "Held-out accuracy rose from 17.0% [13.7, 20.3] at step 0 to 45.5% [41.2, 49.8] at step 60" in page.text
-    assert "on 512 problems; the 95% intervals are apart. 60 training steps took 4 min" in page.text
+    change = r"\+28\.5 points \[\+24\.\d, \+32\.\d\] paired by problem, p < 0\.001"
+    assert re.search(rf"on 512 problems; {change}\. 60 training steps took 4 min", page.text)
     assert "This run stands at step" not in page.text
 
 
+def evaluated(folder: Path, before: list[list[float]], after: list[list[float]]) -> Path:
+    """A run with two evaluations of the same problems."""
+    write_run(folder, steps=0)
+    rows = []
+    for step, scores in ((0, before), (5, after)):
+        estimate = mean_with_interval(scores)._asdict()
+        rows.append({"step": step, "eval/accuracy": estimate["mean"]})
+        rows[-1] |= {f"eval/accuracy_{end}": estimate[end] for end in ("low", "high")}
+        scores_path(folder, step).write_text(json.dumps({f"q{i}": row for i, row in enumerate(scores)}))
+    metrics_of(folder, *rows)
+    return folder
+
+
+GAIN = [[0.0]] * 60 + [[1.0]] * 40, [[1.0]] * 8 + [[0.0]] * 52 + [[1.0]] * 40  # intervals overlap, 8 won and none lost
+NOISE = [[0.0]] * 60 + [[1.0]] * 40, [[1.0]] * 8 + [[0.0]] * 52 + [[0.0]] * 4 + [[1.0]] * 36
+
+
+def test_two_evaluations_of_the_same_problems_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    before, after = GAIN
+    text = verdict(read_run(evaluated(tmp_path / "up", before, after), 12))
+    assert "rose from 40.0%" in text and "+8.0 points [+2.0, +13.7] paired by problem, p = 0.009" in text
+    text = verdict(read_run(evaluated(tmp_path / "down", after, before), 12))
+    assert "fell from 48.0%" in text and "-8.0 points" in text
+    text = verdict(read_run(evaluated(tmp_path / "same", *NOISE), 12))
+    assert "accuracy was 40.0%" in text and "no clear change" in text
+    assert not re.search("rose|fell|overlap", text)
+    assert "no clear change" in verdict(read_run(evaluated(tmp_path / "equal", before, before), 12))
+
+
+def test_a_run_without_the_scores_of_each_problem_claims_no_more_than_it_knows(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path / "run", *GAIN)
+    scores_path(folder, 0).unlink()
+    text = verdict(read_run(folder, 12))
+    assert "accuracy was 40.0%" in text and "the scores of each problem were not recorded" in text
+    ends = [{"eval/accuracy_low": low, "eval/accuracy_high": low + 0.2} for low in (0.1, 0.6)]
+    metrics_of(folder, {"step": 0, "eval/accuracy": 0.2} | ends[0], {"step": 5, "eval/accuracy": 0.7} | ends[1])
+    assert "rose from 20.0%" in verdict(read_run(folder, 12))
+    assert "the 95% intervals are apart" in verdict(read_run(folder, 12))
+    metrics_of(folder, {"step": 0, "eval/accuracy": 0.2}, {"step": 5, "eval/accuracy": 0.7})
+    assert "accuracy was 20.0%" in verdict(read_run(folder, 12))
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "judgement"),
-    [
-        (Estimate(0, 0.2, 0.15, 0.25), Estimate(9, 0.4, 0.26, 0.5), "better"),
-        (Estimate(0, 0.2, 0.15, 0.25), Estimate(9, 0.4, 0.25, 0.5), "unclear"),
-        (Estimate(0, 0.4, 0.3, 0.5), Estimate(9, 0.2, 0.1, 0.29), "worse"),
-        (Estimate(0, 0.2, None, 0.25), Estimate(9, 0.4, 0.3, 0.5), "unknown"),
-    ],
+    "content", ["", "[1]", '{"q0": [1, 0], "q1": [1]}', '{"q0": ["x"]}', '{"q0": [7]}', "{}", "\xff"]
 )
-def test_only_intervals_that_are_apart_show_a_change(before: Estimate, after: Estimate, judgement: str) -> None:
-    assert judge(before, after) == judgement
-
-
-def test_overlapping_intervals_are_said_to_show_nothing(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", steps=0)
-    ends = {"eval/accuracy_low": 0.1, "eval/accuracy_high": 0.4}
-    metrics_of(folder, {"step": 0, "eval/accuracy": 0.2} | ends, {"step": 5, "eval/accuracy": 0.3} | ends)
-    assert "the 95% intervals overlap, so this run alone shows no change" in verdict(read_run(folder, 12))
+def test_damaged_scores_are_left_out_with_a_note(tmp_path: Path, content: str) -> None:
+    folder = evaluated(tmp_path / "run", *GAIN)
+    scores_path(folder, 5).write_text(content, encoding="latin-1")
+    run = read_run(folder, 12)
+    assert any("rollouts/scores-000005.json cannot be read" in note for note in run.notes)
+    assert "the scores of each problem were not recorded" in verdict(run)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.recipe import parse_recipe, recipe_toml
-from forkrl.run_folder import ROLLOUT_SCHEMA, RunFolder
+from forkrl.run_folder import ROLLOUT_SCHEMA, RunFolder, scores_path
 
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}
 PROVENANCE = {"forkrl": "0.1", "commit": None, "threads": 2}
@@ -255,6 +255,8 @@ class TestDiscard:
     def test_what_came_after_the_checkpoint_is_forgotten(self, run: RunFolder) -> None:
         for name in ("eval-000000", "train-000010", "train-1000000", "eval-000020", "train-000020", "train-000030"):
             run.write_rollouts(name, [])
+        for step in (0, 20, 40):
+            run.write_scores(step, {"a": [1.0, 0.5]})
         assert run.rollout_names[:3] == ["eval-000000", "eval-000020", "train-000010"]
         assert run.rollout_names[-1] == "train-1000000"
         (run.path / "rollouts" / ".train-000040.parquet.writing").write_bytes(b"x")
@@ -264,11 +266,12 @@ class TestDiscard:
         run.discard_after(20, size)
         assert run.rollout_names == ["eval-000000", "eval-000020", "train-000010", "train-000020"]
         assert sorted(path.name for path in (run.path / "rollouts").iterdir()) == sorted(
-            f"{name}.parquet" for name in run.rollout_names
+            [*(f"{name}.parquet" for name in run.rollout_names), "scores-000000.json", "scores-000020.json"]
         )
+        assert json.loads(scores_path(run.path, 20).read_bytes()) == {"a": [1.0, 0.5]}
         assert run.read_metrics() == [{"step": 20}]
         run.discard_after(-1, 0)
-        assert run.rollout_names == []
+        assert list((run.path / "rollouts").iterdir()) == []
         assert run.read_metrics() == []
 
 

@@ -69,6 +69,7 @@ class Record:
         if written and all(len(rollout.entropy) == len(rollout) for group in written for rollout in group.rollouts):
             rows = evaluation_rows(step, written, tokenizer, selection, seed=seed)
             self.folder.write_rollouts(f"eval-{step:06d}", rows)
+        self.folder.write_scores(step, {group.prompt.id: group.scores for group in groups})
         self.folder.append_metrics({"step": step, **{f"eval/{name}": value for name, value in figures.items()}})
 
     def before_checkpoint(self, checkpoint: Path, step: int) -> None:

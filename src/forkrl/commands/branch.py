@@ -217,7 +217,7 @@ def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branc
     sums = ClusterSums(2)
     for _, scores in pd.DataFrame(rows).groupby("prompt")["score"]:
         sums.add([float(scores.sum()), len(scores)])
-    accuracy = sums.mean(0, 1)
+    accuracy = sums.share(0, 1)
     facts = {
         "settings": settings,
         "prompts": len({row["prompt"] for row in rows}),

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
-from forkrl.intervals import mean_with_interval, paired_difference, student_interval
+from forkrl.intervals import Z95, Estimate, mean_with_interval, paired_difference
 
 NUM_BUDGETS = 20
 RESAMPLES = 1000
@@ -88,6 +89,7 @@ class Spending:
         self._scores = outcomes.scores.ravel()[order]
         self._questions = np.arange(outcomes.tokens.size)[order] // samples
         self._samples = samples
+        self.num_questions = len(outcomes.tokens)
 
     def at(self, amounts: Floats, weights_P: Floats) -> tuple[Floats, Floats]:
         """Budgets at which so many tokens are spent on average, and the accuracies there, ``[J]`` each."""
@@ -110,37 +112,46 @@ def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[
 
     The amounts are twentieths of the smaller mean length; at the last one the evaluation of shorter responses is whole,
     and the other is cut at the budget that makes it spend as much. Amounts and budgets come from the data too, so the
-    interval is Student's with the standard error of ``RESAMPLES`` resamples of the questions, each of which finds them
-    anew.
+    interval holds the 95% range of ``RESAMPLES`` resamples of the questions, each of which finds its own. It also holds
+    the interval at the budgets that were found, which has a width even where all responses agree.
 
     Args:
         a: before.
         b: after.
         seed: of the resamples.
     """
-    sides, questions = (Spending(a), Spending(b)), len(a.scores)
-    ones = np.ones(questions)
+    sides = (Spending(a), Spending(b))
+    ones = np.ones(sides[0].num_questions)
     amounts = np.array(FRACTIONS) * min(side.mean_length(ones) for side in sides)
     (budgets_a, accuracy_a), (budgets_b, accuracy_b) = (side.at(amounts, ones) for side in sides)
     differences = accuracy_b - accuracy_a
-    errors = _resampled_errors(sides, questions, seed)
-    return [
-        {
-            "spent": float(amounts[j]),
-            "budget_a": float(budgets_a[j]),
-            "budget_b": float(budgets_b[j]),
-            "a": float(accuracy_a[j]),
-            "b": float(accuracy_b[j]),
-            "difference": student_interval(float(differences[j]), float(errors[j]), questions)._asdict(),
-        }
-        for j in range(len(amounts))
-    ]
+    lows, highs = _resampled_ends(sides, differences, seed)
+    rows = []
+    for j in range(len(amounts)):
+        cut = paired_difference(within_budget(a, budgets_a[j] + _ROUNDING), within_budget(b, budgets_b[j] + _ROUNDING))
+        interval = Estimate(float(differences[j]), min(cut.low, float(lows[j])), max(cut.high, float(highs[j])))
+        rows.append(
+            {
+                "spent": float(amounts[j]),
+                "budget_a": float(budgets_a[j]),
+                "budget_b": float(budgets_b[j]),
+                "a": float(accuracy_a[j]),
+                "b": float(accuracy_b[j]),
+                "difference": interval._asdict(),
+            }
+        )
+    return rows
 
 
-def _resampled_errors(sides: tuple[Spending, Spending], questions: int, seed: int) -> Floats:
-    """``[J]`` standard errors of the differences at equal spending; NaN with one question."""
+def _resampled_ends(sides: tuple[Spending, Spending], differences: Floats, seed: int) -> tuple[Floats, Floats]:
+    """Ends of the 95% range of the resampled differences ``[J]``; NaN with one question.
+
+    Percentiles, as the difference has a kink where both mean lengths are equal: a standard error would be too small.
+    """
+    questions = sides[0].num_questions
     if questions == 1:
-        return np.full(len(FRACTIONS), math.nan)
+        nothing = np.full(len(FRACTIONS), math.nan)
+        return nothing, nothing
     generator = np.random.default_rng(seed)
     found = np.empty((RESAMPLES, len(FRACTIONS)))
     for row in found:
@@ -148,6 +159,8 @@ def _resampled_errors(sides: tuple[Spending, Spending], questions: int, seed: in
         amounts = np.array(FRACTIONS) * min(side.mean_length(weights_P) for side in sides)
         (_, before), (_, after) = (side.at(amounts, weights_P) for side in sides)
         row[:] = after - before
-    # Resampling n questions with replacement shows (n - 1) / n of the variance.
-    errors: Floats = found.std(axis=0, ddof=1) * math.sqrt(questions / (questions - 1))
-    return errors
+    # Resampling n questions with replacement shows (n - 1) / n of the variance, and few tell their spread badly.
+    widening = math.sqrt(questions / (questions - 1)) * float(stdtrit(questions - 1, 0.975)) / Z95
+    ends = differences + widening * (np.quantile(found, (0.025, 0.975), axis=0) - differences)
+    lows, highs = np.clip(ends, -1.0, 1.0)
+    return lows, highs

@@ -12,7 +12,7 @@ import numpy as np
 
 from forkrl.errors import UserError
 from forkrl.evaluation.budgets import Floats, Outcomes, compare_at_budgets, compare_at_equal_spending
-from forkrl.evaluation.permutation import drawn_sign_flip_p, exact_sign_flip_p, holm
+from forkrl.evaluation.permutation import Pair, holm, paired_test, pooled_paired_test
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.evaluation.summary import (
     Rows,
@@ -28,7 +28,8 @@ from forkrl.intervals import (
     mean_of_estimates,
     mean_with_interval,
     mean_with_normal_interval,
-    paired_difference,
+    paired_difference_of_values,
+    paired_normal_difference,
     pass_at_k,
 )
 
@@ -78,15 +79,15 @@ def compare(a: Responses, b: Responses, seed: int = 0) -> dict[str, Any]:
         for name in here
         if name not in there
     ]
-    found, differences = [], []
+    found, pairs = [], []
     for name in names:
         side_a, side_b, left_out = _common_questions(name, a[name], b[name])
         notices += left_out
         found.append(compare_benchmark(name, side_a, side_b, seed))
-        differences.append(side_b.question_means - side_a.question_means)
+        pairs.append((side_a.outcomes.scores, side_b.outcomes.scores))
     for row, adjusted in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_holm"] = adjusted
-    return {"benchmarks": found, "pooled": _pool(found, differences, seed), "notices": notices}
+    return {"benchmarks": found, "pooled": _pool(found, pairs, seed), "notices": notices}
 
 
 def compare_benchmark(name: str, a: Side, b: Side, seed: int) -> dict[str, Any]:
@@ -94,19 +95,28 @@ def compare_benchmark(name: str, a: Side, b: Side, seed: int) -> dict[str, Any]:
 
     ``accuracy``, ``length``, ``pass@k`` and ``maj@k`` have "a", "b" and "difference"; ``budget`` has them at equal
     budgets of tokens, ``equal_spending`` where both spend the same on average; ``length_matched`` is its last row.
-    ``p`` is that of the sign-flip test on the accuracies of the questions.
+    ``p`` is that of ``permutation.paired_test`` on the scores; it is below 5% iff the interval of the difference of
+    accuracy excludes 0.
     """
-    p, method = _sign_flip(a, b, seed)
+    test = paired_test(a.outcomes.scores, b.outcomes.scores, seed)
     spending = compare_at_equal_spending(a.outcomes, b.outcomes, seed)
     change = b.question_means - a.question_means
     return {
         "name": name,
         "questions": len(a.rows),
         "samples": {"a": a.samples, "b": b.samples},
-        "accuracy": _pair(a.outcomes.scores, b.outcomes.scores, mean_with_interval),
-        "p": p,
-        "p_method": method,
-        "length": _pair(a.outcomes.tokens, b.outcomes.tokens, mean_with_normal_interval),
+        "accuracy": {
+            "a": mean_with_interval(a.outcomes.scores)._asdict(),
+            "b": mean_with_interval(b.outcomes.scores)._asdict(),
+            "difference": test.difference._asdict(),
+        },
+        "p": test.p,
+        "p_method": test.method,
+        "length": {
+            "a": mean_with_normal_interval(a.outcomes.tokens)._asdict(),
+            "b": mean_with_normal_interval(b.outcomes.tokens)._asdict(),
+            "difference": paired_normal_difference(a.outcomes.tokens, b.outcomes.tokens)._asdict(),
+        },
         "truncated": {"a": _truncated(a), "b": _truncated(b)},
         "pass@k": _compare_passes(a, b),
         "maj@k": _compare_majorities(a, b),
@@ -143,32 +153,13 @@ def _common_questions(
     return sides[0], sides[1], notices
 
 
-def _pair(a: Floats, b: Floats, mean: Any) -> dict[str, Any]:
-    return {
-        "a": mean(a)._asdict(),
-        "b": mean(b)._asdict(),
-        "difference": paired_difference(a, b)._asdict(),
-    }
-
-
-def _sign_flip(a: Side, b: Side, seed: int) -> tuple[float, str]:
-    """The p-value, and whether it is "exact" or from so many "draws"."""
-    scores = np.concatenate([a.outcomes.scores.ravel(), b.outcomes.scores.ravel()])
-    if ((scores == 0) | (scores == 1)).all():  # then the differences are whole numbers of 1 / (K_a K_b)
-        whole = a.samples * b.outcomes.scores.sum(axis=1) - b.samples * a.outcomes.scores.sum(axis=1)
-        return exact_sign_flip_p([round(float(each)) for each in whole]), "exact"
-    return drawn_sign_flip_p(b.question_means - a.question_means, seed), "draws"
-
-
 def _compare_passes(a: Side, b: Side) -> dict[str, Any]:
-    counts = pass_counts(a.rows), pass_counts(b.rows)
     found = {}
     for k in powers_of_two(min(a.samples, b.samples)):
-        passes = (
-            np.array([[pass_at_k(right, side.samples, k)] for right in each])
-            for side, each in zip((a, b), counts, strict=True)
+        passes_a, passes_b = (
+            [pass_at_k(right, side.samples, k) for right in pass_counts(side.rows)] for side in (a, b)
         )
-        found[str(k)] = _means_and_difference(*passes)
+        found[str(k)] = _values_and_difference(passes_a, passes_b, max(a.samples, b.samples) / k)
     return found
 
 
@@ -177,17 +168,17 @@ def _compare_majorities(a: Side, b: Side) -> dict[str, Any] | None:
         return None
     votes_a, votes_b = majority_values(a.rows, a.samples), majority_values(b.rows, b.samples)
     return {
-        str(k): _means_and_difference(np.array(votes_a[k])[:, None], np.array(votes_b[k])[:, None])
+        str(k): _values_and_difference(votes_a[k], votes_b[k], max(a.samples, b.samples) / k)
         for k in votes_a
         if k in votes_b
     }
 
 
-def _means_and_difference(a_P1: Floats, b_P1: Floats) -> dict[str, Any]:
+def _values_and_difference(a_P: Sequence[float], b_P: Sequence[float], most_draws: float) -> dict[str, Any]:
     return {
-        "a": float(a_P1.mean()),
-        "b": float(b_P1.mean()),
-        "difference": paired_difference(a_P1, b_P1)._asdict(),
+        "a": float(np.mean(a_P)),
+        "b": float(np.mean(b_P)),
+        "difference": paired_difference_of_values(a_P, b_P, most_draws)._asdict(),
     }
 
 
@@ -213,21 +204,19 @@ def _largest_changes(a: Side, b: Side) -> list[dict[str, Any]]:
     ]
 
 
-def _pool(found: Sequence[Mapping[str, Any]], differences: Sequence[Floats], seed: int) -> dict[str, Any] | None:
-    """Means over benchmarks, each weighing the same, and the sign-flip test of the mean difference."""
+def _pool(found: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], seed: int) -> dict[str, Any] | None:
+    """Means over benchmarks, each weighing the same, and the test of the mean difference of accuracy."""
     if len(found) == 1:
         return None
-    questions = [row["questions"] for row in found]
-    weighted = np.concatenate([each / len(each) / len(found) for each in differences])
+    test = pooled_paired_test(pairs, seed)
 
     def pooled(measure: str) -> dict[str, Any]:
-        parts = [Estimate(**row[measure]["difference"]) for row in found]
-        return mean_of_estimates(parts, questions)._asdict()
+        return mean_of_estimates([Estimate(**row[measure]["difference"]) for row in found])._asdict()
 
     return {
         "accuracy": {side: float(np.mean([row["accuracy"][side]["mean"] for row in found])) for side in ("a", "b")}
-        | {"difference": pooled("accuracy")},
-        "p": drawn_sign_flip_p(weighted, seed),
+        | {"difference": test.difference._asdict()},
+        "p": test.p,
         "length": {side: float(np.mean([row["length"][side]["mean"] for row in found])) for side in ("a", "b")}
         | {"difference": pooled("length")},
         "length_matched": {side: float(np.mean([row["length_matched"][side] for row in found])) for side in ("a", "b")}

@@ -120,7 +120,7 @@ def _pass_at_powers(rows: Rows, samples: int) -> dict[str, Estimate]:
 
 
 def _majority_at_powers(rows: Rows, samples: int) -> dict[str, Estimate]:
-    return {str(k): mean_of_question_values(each, samples) for k, each in majority_values(rows, samples).items()}
+    return {str(k): mean_of_question_values(each, samples / k) for k, each in majority_values(rows, samples).items()}
 
 
 def _mean_entropy(rows: Rows) -> float | None:
@@ -169,10 +169,7 @@ def average_over_benchmarks(
     if len(scored) < 2:
         return None
     outcomes = [outcomes_of(list(by_question(scored[name], samples[name]).values())) for name in scored]
-    questions = [len(each.scores) for each in outcomes]
     return {
-        "accuracy": mean_of_estimates(
-            [mean_with_normal_interval(each.scores) for each in outcomes], questions
-        )._asdict(),
-        "length": mean_of_estimates([mean_with_normal_interval(each.tokens) for each in outcomes], questions)._asdict(),
+        "accuracy": mean_of_estimates([mean_with_interval(each.scores) for each in outcomes])._asdict(),
+        "length": mean_of_estimates([mean_with_normal_interval(each.tokens) for each in outcomes])._asdict(),
     }

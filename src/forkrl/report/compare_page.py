@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from forkrl.report.compare_figures import budget_curves, difference_forest, spending_curves
-from forkrl.report.eval_figures import ends
+from forkrl.report.difference import is_clear, probability, signed_points
+from forkrl.report.eval_figures import Ends, ends
 from forkrl.report.eval_page import columns, percent
 from forkrl.report.page import Card, Page, write_page
 from forkrl.report.reading import shortened
@@ -57,30 +57,24 @@ def compare_verdict(comparison: Comparison) -> str:
     row = comparison["pooled"] or comparison["benchmarks"][0]
     count = len(comparison["benchmarks"])
     where = f"on average over {count} benchmarks" if count > 1 else f"on {row['title']}"
-    text = f"B is {_points(row['accuracy']['difference'])} {where}, {probability(row['p'])}."
-    longer = ends(row["length"]["difference"]).mean
-    if abs(longer) < 0.5:
-        return f"{text} Responses are as long."
-    change = "longer" if longer > 0 else "shorter"
-    return (
-        f"{text} Its responses are {abs(longer):,.0f} tokens {change}; where both spend the same, it is "
-        f"{_points(row['length_matched']['difference'])}."
-    )
+    difference = ends(row["accuracy"]["difference"])
+    text = f"{_points(difference, where)}, {probability(row['p'])}."
+    longer = ends(row["length"]["difference"])
+    if not is_clear(longer.low, longer.high):
+        return f"{text} Its responses are neither clearly longer nor shorter ({longer.mean:+,.0f} tokens)."
+    change = "longer" if longer.mean > 0 else "shorter"
+    matched = _points(ends(row["length_matched"]["difference"]), "where both spend the same tokens")
+    return f"{text} Its responses are {abs(longer.mean):,.0f} tokens {change}. {matched}."
 
 
-def probability(p: float) -> str:
-    """A p-value as one writes it."""
-    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
-
-
-def _points(estimate: Mapping[str, float | None]) -> str:
-    """A difference of accuracy in words, with its interval in points."""
-    mean, low, high = (100 * value for value in ends(estimate))
-    if round(mean, 1) == 0:
-        return "0.0 points apart from A" if math.isnan(low) else f"0.0 points apart from A [{low:+.1f}, {high:+.1f}]"
+def _points(difference: Ends, where: str) -> str:
+    """A difference of accuracy in words; better and worse only where its interval excludes 0."""
+    mean, low, high = difference
+    if not is_clear(low, high):
+        return f"No clear difference {where}: B - A is {signed_points(mean, low, high)}"
     word, sign = ("better", 1) if mean > 0 else ("worse", -1)
-    interval = "" if math.isnan(low) else f" [{min(sign * low, sign * high):.1f}, {max(sign * low, sign * high):.1f}]"
-    return f"{abs(mean):.1f} points{interval} {word} than A"
+    nearer, farther = sorted((100 * sign * low, 100 * sign * high))
+    return f"B is {100 * abs(mean):.1f} points [{nearer:.1f}, {farther:.1f}] {word} than A {where}"
 
 
 def _cards(comparison: Comparison) -> list[Card]:
@@ -90,7 +84,7 @@ def _cards(comparison: Comparison) -> list[Card]:
     return [
         Card("Accuracy", f"{_mean(accuracy['b']):.1%}", f"{_mean(accuracy['a']):.1%}", f"{means}A → B"),
         Card("Difference", *_value_and_interval(percent(accuracy["difference"], "+"), "points, paired by question")),
-        Card("p-value", probability(row["p"]).removeprefix("p "), note="two-sided sign-flip test"),
+        Card("p-value", probability(row["p"]).removeprefix("p "), note="two-sided, by re-dealing responses"),
         Card("At equal spending", *_value_and_interval(percent(matched["difference"], "+"), "points")),
         Card("Tokens", f"{_mean(length['b']):,.0f}", f"{_mean(length['a']):,.0f}", "a response, A → B"),
     ]
@@ -215,7 +209,7 @@ def _changes_section(
         for change in each["changes"]
     ]
     counts = "; ".join(
-        f"{each['title']}: {each['better']:,} better, {each['worse']:,} worse, {each['same']:,} the same"
+        f"{each['title']}: {each['better']:,} higher for B, {each['worse']:,} lower, {each['same']:,} the same"
         for each in benchmarks
     )
     caption = (

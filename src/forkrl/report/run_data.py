@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forkrl.errors import UserError
+from forkrl.intervals import mean_with_interval
 from forkrl.report.sampling import evenly_spaced
+from forkrl.run_folder import scores_path
 
 Floats = npt.NDArray[np.float64]
 ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
@@ -100,6 +102,7 @@ class RunData:
     evals: tuple[RolloutSample, ...]  # first and last readable evaluation; one if they are the same
     train: tuple[RolloutSample, ...]
     num_train_files: int
+    scores: dict[int, dict[str, list[float]]]  # of the first and last evaluation, by prompt id, where recorded
     notes: list[str] = field(default_factory=list)
 
     def series(self, name: str) -> Series:
@@ -158,6 +161,7 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
         evals=_first_and_last(eval_paths, notes),
         train=tuple(sample for step in chosen if (sample := _read_rollouts("train", *step, notes)) is not None),
         num_train_files=len(train_paths),
+        scores=_read_scores(folder, [step for step, row in metrics.items() if "eval/accuracy" in row], notes),
         notes=notes,
     )
 
@@ -232,6 +236,22 @@ def _rollout_paths(folder: Path, kind: str) -> list[tuple[int, Path]]:
         if match and match[1] == kind:
             found.append((int(match[2]), path))
     return sorted(found)
+
+
+def _read_scores(folder: Path, steps: Sequence[int], notes: list[str]) -> dict[int, dict[str, list[float]]]:
+    found = {}
+    for step in sorted({*steps[:1], *steps[-1:]}):
+        path = scores_path(folder, step)
+        try:
+            scores = dict(json.loads(path.read_bytes()))
+            mean_with_interval(list(scores.values()))  # raises where they are no equally long lists of scores
+        except FileNotFoundError:  # written by an older version
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            notes.append(f"rollouts/{path.name} cannot be read and is left out: {str(error)[:200]}")
+            continue
+        found[step] = scores
+    return found
 
 
 def _first_and_last(paths: list[tuple[int, Path]], notes: list[str]) -> tuple[RolloutSample, ...]:

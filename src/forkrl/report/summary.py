@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from typing import NamedTuple
 
+import numpy as np
+
+from forkrl.evaluation.permutation import PairedTest, paired_test
+from forkrl.report.difference import is_clear, probability, signed_points
 from forkrl.report.page import Card
 from forkrl.report.run_data import RunData
-
-Judgement = Literal["better", "worse", "unclear", "unknown"]
 
 
 class Estimate(NamedTuple):
@@ -33,17 +36,18 @@ def evaluations(run: RunData) -> list[Estimate]:
     ]
 
 
-def judge(before: Estimate, after: Estimate) -> Judgement:
-    """Better or worse only when the two 95% intervals are apart."""
-    if before.low is None or before.high is None or after.low is None or after.high is None:
-        return "unknown"
-    if after.low > before.high:
-        return "better"
-    return "worse" if after.high < before.low else "unclear"
+def paired_change(run: RunData) -> PairedTest | None:
+    """The last evaluation against the first, problem by problem; None where their scores were not recorded."""
+    found = evaluations(run)
+    before, after = (run.scores.get(each.step) for each in (found[0], found[-1]))
+    if before is None or after is None or before.keys() != after.keys():
+        return None
+    rows = [[scores[problem] for problem in before] for scores in (before, after)]
+    return paired_test(np.array(rows[0], dtype=np.float64), np.array(rows[1], dtype=np.float64))
 
 
 def verdict(run: RunData) -> str:
-    """One sentence: accuracy before and after with intervals, whether they are apart, problems, steps, wall time."""
+    """One sentence: accuracy before and after, their paired difference with p-value, problems, steps, wall time."""
     found = evaluations(run)
     if not found:
         return f"Nothing was evaluated on held-out problems; {_effort(run)}."
@@ -51,16 +55,26 @@ def verdict(run: RunData) -> str:
     if len(found) == 1:
         only = f"Held-out accuracy was {found[0]} at step {found[0].step}{problems}"
         return f"{only}, and there is no second evaluation to compare; {_effort(run)}."
-    before, after = found[0], found[-1]
-    verb = "rose" if after.value > before.value else "fell" if after.value < before.value else "stayed"
-    change = f"Held-out accuracy {verb} from {before} at step {before.step} to {after} at step {after.step}{problems}"
-    meaning = {
-        "better": "the 95% intervals are apart",
-        "worse": "the 95% intervals are apart: the run made the model worse",
-        "unclear": "the 95% intervals overlap, so this run alone shows no change",
-        "unknown": "without intervals nothing can be said about chance",
-    }[judge(before, after)]
-    return f"{change}; {meaning}. {_effort(run).capitalize()}."
+    before, after, test = found[0], found[-1], paired_change(run)
+    clear = _intervals_are_apart(before, after) if test is None else is_clear(test.difference.low, test.difference.high)
+    verb, to = (("rose from" if after.value > before.value else "fell from"), "to") if clear else ("was", "and")
+    change = f"Held-out accuracy {verb} {before} at step {before.step} {to} {after} at step {after.step}{problems}"
+    return f"{change}; {_meaning(test, clear=clear)}. {_effort(run).capitalize()}."
+
+
+def _meaning(test: PairedTest | None, *, clear: bool) -> str:
+    if test is not None:
+        found = f"{signed_points(*test.difference)} paired by problem, {probability(test.p)}"
+        return found if clear else f"{found}: no clear change"
+    if clear:
+        return "the 95% intervals are apart"
+    return "the scores of each problem were not recorded, so whether this is more than chance is not known"
+
+
+def _intervals_are_apart(before: Estimate, after: Estimate) -> bool:
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return False
+    return after.low > before.high or after.high < before.low
 
 
 def status(run: RunData) -> str:
@@ -78,10 +92,10 @@ def cards(run: RunData) -> list[Card]:
     found = evaluations(run)
     made: list[Card] = []
     if len(found) > 1:
-        points = 100 * (found[-1].value - found[0].value)
-        made.append(
-            Card("Held-out accuracy", f"{found[-1].value:.1%}", f"{found[0].value:.1%}", f"{points:+.1f} points")
-        )
+        test = paired_change(run)
+        difference = found[-1].value - found[0].value
+        change = signed_points(difference, math.nan, math.nan) if test is None else signed_points(*test.difference)
+        made.append(Card("Held-out accuracy", f"{found[-1].value:.1%}", f"{found[0].value:.1%}", change))
     elif found:
         made.append(Card("Held-out accuracy", f"{found[0].value:.1%}", note=f"only at step {found[0].step}"))
     drift = [
