@@ -146,7 +146,6 @@ def test_credentials_are_in_no_file_and_on_no_line(own_world: World, leaky_serve
         ("eval", "run", *short, "--out", "evaluated"),
         ("analyze", "run", *short, "--out", "analyzed"),
         ("analyze", "model", "--data", "prompts.jsonl", *verifier, *short, "runtime.device=cpu", "--out", "data"),
-        ("drift", "run", *short, "--bins", "2", "--out", "drifted"),
     )
     said = ""
     for command in commands:

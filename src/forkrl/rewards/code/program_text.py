@@ -30,7 +30,7 @@ def last_program(response: str, tests: CodeTests | None = None) -> str | None:
     candidates = [block.code for block in blocks if block.language in _PYTHON]
     candidates = candidates or [block.code for block in blocks if not block.language]
     suitable = [code for code in candidates if tests is not None and _may_be_the_program(code, tests)]
-    return (suitable or candidates or [None])[-1]
+    return (suitable or candidates)[-1] if candidates else None
 
 
 def _may_be_the_program(code: str, tests: CodeTests) -> bool:

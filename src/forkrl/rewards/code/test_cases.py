@@ -159,7 +159,7 @@ def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
     if not isinstance(function, str) or not all(isinstance(part, str) for part in parts):
         raise ValueError("the tests' test, test_setup_code and entry_point must be text, and test_list a list of text")
     function = function.removeprefix("Solution().")
-    code = "\n".join(parts)
+    code = "\n".join(map(str, parts))
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError) as error:
