@@ -94,7 +94,7 @@ def test_dynamic_sampling_asks_what_was_right_not_how_long_it_was(
     monkeypatch.setattr(Scoring, "finish", finish)
     sections: dict[str, Any] = {
         "rollout": RECIPE["rollout"] | {"max_response_tokens": 64},
-        "reward": {"overlong_cache": 64},
+        "reward": {"overlong_cache": 63},
         "dynamic_sampling": {"max_generation_batches": 1},
         "runtime": {"device": "cpu"},
     }
@@ -107,9 +107,16 @@ def test_dynamic_sampling_asks_what_was_right_not_how_long_it_was(
 
 def test_a_verifier_that_judges_nothing_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.py").write_text("def judge(answer, response):\n    raise KeyError('no such field')\n")
+    prompts = [json.dumps({"prompt": f"{number}", "answer": "1"}) for number in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     monkeypatch.syspath_prepend(tmp_path)
     sections: dict[str, Any] = {
-        "task": {"verifier": "broken:judge"},
+        "task": {
+            "name": "dataset",
+            "data": str(tmp_path / "prompts.jsonl"),
+            "held_out_rows": 1,
+            "verifier": "broken:judge",
+        },
         "dynamic_sampling": {"max_generation_batches": 1},
         "runtime": {"device": "cpu"},
     }
@@ -119,7 +126,7 @@ def test_a_verifier_that_judges_nothing_is_named_first(tmp_path: Path, monkeypat
         with pytest.raises(NothingToLearn) as caught:
             loop.train(run)
     error = r"could be judged; the verifier's first error (error): prompt "
-    assert str(caught.value).startswith(f"step 1: none of the 4 responses {error}")
+    assert str(caught.value).startswith(f"none of the 4 responses {error}")
     assert "KeyError: 'no such field'; correct task.verifier or its settings" in str(caught.value)
     assert "harder prompts" not in str(caught.value)
     (told,) = [line for line in said if line.startswith("evaluation at step 0: ")]
