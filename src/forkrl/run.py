@@ -233,7 +233,7 @@ class Run:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was logged and nothing saved."""
-        return self._saved_step is None and not self.folder.metrics_bytes
+        return self._saved_step is None and not self.folder.read_metrics()
 
     def way_on(self) -> str:
         """What can be done with a run that its own recipe cannot take further."""
