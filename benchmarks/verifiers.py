@@ -9,6 +9,9 @@ is marked, and makes the rates "at first sight", which nothing had been fitted t
 the LaTeX reader that both use errs there; it enters no rate but its category's. Raw math-verify is used as its README
 says, gold answers in dollars.
 
+tests/data/math_reports.jsonl holds pairs from public bug reports of comparable projects. The verifier was improved on
+them; BEFORE says what it made of them until then.
+
 Speed: 2,000 different responses to questions with integers and simple fractions for answers, half of them right,
 through a ``VerifierPool`` of two workers that has been warmed with other ones; raw math-verify in this process.
 """
@@ -36,6 +39,9 @@ from forkrl.rewards.math import verify_math
 from forkrl.types import Prompt, VerifierSpec
 
 PAIRS = ROOT / "tests" / "data" / "math_pairs.json"
+REPORTS = ROOT / "tests" / "data" / "math_reports.jsonl"
+BEFORE = {"reports": (4, 40), "sets 1 to 4": (0, 2)}
+"""Wrong taken for right, right taken for wrong: ForkRL as it was before the reports."""
 NUM_RESPONSES = 2000
 WORKERS = 2
 UNSEEN = ("second", "third")
@@ -58,6 +64,7 @@ def main() -> None:
     cases = error_cases(rows, judged) + [
         {"what": "speed", **figures} for number in range(options.rounds) for figures in measure_speed(seed=number)
     ]
+    cases += report_cases(rows, judged)
     path = write_result("verifiers", setting, cases)
     show(cases)
     print(f"written to {path}")
@@ -91,6 +98,22 @@ def error_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dict
             cases.append({"what": "category", "rows": category, "way": way, **rates(rows, verdicts, chosen)})
         wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict != bool(row["truth"])]
         cases.append({"what": "misjudged", "way": way, "pairs": wrong})
+    return cases
+
+
+def report_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dict[str, Any]]:
+    """Errors on the pairs from bug reports, and on all the others, next to what they were before."""
+    reports = [json.loads(line) for line in REPORTS.read_text(encoding="utf-8").splitlines()]
+    on_reports = {"forkrl": judge(reports, by_forkrl), "math-verify": judge(reports, by_math_verify)}
+    cases = []
+    for name, pairs, verdicts_of in (("reports", reports, on_reports), ("sets 1 to 4", rows, judged)):
+        for way, verdicts in verdicts_of.items():
+            figures = rates(pairs, verdicts, range(len(pairs)))
+            cases.append({"what": "reports", "rows": name, "way": way, **figures})
+            if way == "forkrl":
+                counts = dict(zip(("false_positive_count", "false_negative_count"), BEFORE[name], strict=True))
+                of = {key: value for key, value in figures.items() if key.endswith("_of")}
+                cases.append({"what": "reports", "rows": name, "way": "forkrl, before", **of, **counts})
     return cases
 
 
@@ -143,6 +166,10 @@ def show(cases: list[dict[str, Any]]) -> None:
         if case["what"] == "errors":
             table.add_row(case["rows"], case["way"], rate(case, "false_positive"), rate(case, "false_negative"))
     Console().print(table)
+    for case in cases:
+        if case["what"] == "reports":
+            counts = f"{count(case, 'false_positive')} false +, {count(case, 'false_negative')} false −"
+            print(f"{case['rows']}, {case['way']}: {counts}")
     table = Table("category", "forkrl: false +", "false −", "math-verify: false +", "false −", box=None)
     categories = [case for case in cases if case["what"] == "category"]
     for ours, raw in zip(categories[: len(categories) // 2], categories[len(categories) // 2 :], strict=True):

@@ -106,6 +106,19 @@ def test_the_last_complete_answer_counts(response: str, answer: str | None) -> N
         assert found == answer
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("<think><answer>3</answer>", None),
+        ("<think><answer>3</answer></think>", None),
+        ("<think><answer>3</answer></think><answer>4</answer>", "4"),
+        ("<answer>3</answer></think><answer>4</answer><|im_end|>", "4"),
+    ],
+)
+def test_an_answer_inside_the_thinking_does_not_count(response: str, answer: str | None) -> None:
+    assert final_answer(response) == answer
+
+
 CODE = [
     "__import__('os').system('touch {path}')",
     "open('{path}', 'w')",
@@ -122,19 +135,6 @@ CODE = [
 
 @pytest.mark.parametrize("generator", sorted(_READABLE))
 @pytest.mark.parametrize("code", CODE)
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("<think><answer>3</answer>", None),
-        ("<think><answer>3</answer></think>", None),
-        ("<think><answer>3</answer></think><answer>4</answer>", "4"),
-        ("<answer>3</answer></think><answer>4</answer><|im_end|>", "4"),
-    ],
-)
-def test_an_answer_inside_the_thinking_does_not_count(response: str, answer: str | None) -> None:
-    assert final_answer(response) == answer
-
-
 def test_no_scorer_runs_what_a_model_wrote(generator: str, code: str, tmp_path: Path) -> None:
     """In this very process, so that a file would be seen."""
     prompt = _one_prompt(generator)
