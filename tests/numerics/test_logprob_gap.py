@@ -84,7 +84,7 @@ def config(**training: Any) -> TrainConfig:
         {
             "model": {"path": "embedded:countdown-base"},
             "rollout": {"prompts_per_step": 2, "group_size": 4, "max_response_tokens": 8, "max_prompt_tokens": 64},
-            "reward": {"overlong_cache": 0},
+            "reward": {"overlong_cache": 0, "deadline_s": 300},
             "dynamic_sampling": {"enabled": False},
             "training": {"mini_batch_prompts": 2, "micro_batch_tokens": 512, "steps": 2, **training},
             "eval": {"every": 0, "problems": 1, "samples": 1},

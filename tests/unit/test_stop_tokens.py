@@ -104,7 +104,7 @@ def test_other_text_stays_as_it_is(text: str) -> None:
 
 def test_a_verifier_is_given_no_marker() -> None:
     spec = VerifierSpec("forkrl.rewards.math:verify_math")
-    with open_verifier({"": spec}, RewardConfig(workers=1)) as pool:
+    with open_verifier({"": spec}, RewardConfig(workers=1, deadline_s=300)) as pool:
         responses = ["The answer is 17<|im_end|>", "The answer is 17</s>\n", "The answer is 18<|eot_id|>"]
         verdicts = pool.verify([(Prompt("a", "", "17"), response) for response in responses])
     assert [verdict.score for verdict in verdicts] == [1.0, 1.0, 0.0]
