@@ -8,6 +8,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 CLUSTER_STAMP := $(VENV)/.setup-cluster-done
+NEWEST_VENV := .venv-newest
+NEWEST_STAMP := $(NEWEST_VENV)/.setup-done
+# What depends on how transformers, datasets, pandas and numpy behave.
+NEWEST_TESTS := tests/numerics \
+	$(patsubst %,tests/smoke/test_%.py,analyze bad_input branch eval mix sft train) \
+	$(patsubst %,tests/unit/test_%.py,benchmarks checkpoint comparison dataset doctor plan_measured)
 TEST_WORKERS ?= 2
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
@@ -16,29 +22,38 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test lint format bench bench-gpu clean
+.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test test-newest newest-versions lint format bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP) ## .venv with ForkRL and its development tools (PYTHON=python3.12 picks an interpreter)
 
+# $(call install,VENV,CONSTRAINTS): a virtual environment with ForkRL, its development tools and those versions.
 # torch goes first and alone: pip then takes whichever build of it the machine is set up to use (CPU or CUDA), and
 # every later resolution finds it in place. PyPI's build for Linux brings gigabytes of CUDA. So without an NVIDIA driver
 # pip is shown the CPU builds too, if they can be reached, and takes one: to it 2.13.0+cpu is newer than 2.13.0. Where pip has been told where to
 # look, by its configuration or by PIP_* variables, it looks there only.
-$(STAMP): pyproject.toml constraints.txt
+define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 		f"ForkRL needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Try: make setup PYTHON=python3.12")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@index=; \
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null && \
-		! $(BIN)/python -m pip config list | grep -qE '(index-url|find-links|no-index)='; then \
-		$(BIN)/python -c 'import urllib.request as u; u.urlopen("$(CPU_BUILDS)/torch/", timeout=5)' 2>/dev/null && \
+		! $(1)/bin/python -m pip config list | grep -qE '(index-url|find-links|no-index)='; then \
+		$(1)/bin/python -c 'import urllib.request as u; u.urlopen("$(CPU_BUILDS)/torch/", timeout=5)' 2>/dev/null && \
 			index="--extra-index-url $(CPU_BUILDS)"; \
 	fi; \
-	set -x; $(BIN)/python -m pip install --quiet --disable-pip-version-check $$index $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	set -x; $(1)/bin/python -m pip install --quiet --disable-pip-version-check $$index $$(grep '^torch==' $(2))
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[dev]'
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+	@touch $@
+
+$(NEWEST_STAMP): pyproject.toml constraints-newest.txt
+	$(call install,$(NEWEST_VENV),constraints-newest.txt)
 	@touch $@
 
 setup-cluster: $(CLUSTER_STAMP) ## verl, for the tests of --engine verl
@@ -72,6 +87,17 @@ demo: setup ## train the embedded model on two cores, then name the report
 test: setup setup-cluster setup-browser setup-sandbox ## every test that needs no accelerator (TEST_WORKERS=8, ARGS="-k selectors")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
+test-newest: $(NEWEST_STAMP) ## what depends on the largest dependencies, with the newest releases of all (constraints-newest.txt)
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(NEWEST_TESTS) $(ARGS)
+
+# torch and triton stay those of constraints.txt: a newer torch is a CUDA build of gigabytes on PyPI.
+newest-versions: ## rewrite constraints-newest.txt with what pip resolves to today, then run make test-newest
+	rm -rf $(NEWEST_VENV)
+	grep -E '^(torch|triton)==' constraints.txt >constraints-newest.txt
+	$(call install,$(NEWEST_VENV),constraints-newest.txt)
+	@{ echo "# The newest releases on $$(date +%F); make newest-versions rewrites this file (docs/dependencies.md)."; \
+		$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | sed 's/^torch==\([^+]*\)+.*/torch==\1/'; } >constraints-newest.txt
+
 lint: setup ## ruff and mypy, over everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,5 +116,5 @@ bench-gpu: ## the same on an accelerator, under nine minutes, with the python3, 
 	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the virtual environment, caches and builds; runs/ stays
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,7 +32,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._record import describe_setting, write_result
 from forkrl.backward import compute_selected_stats, compute_token_stats
-from forkrl.model import Policy
+from forkrl.model import Policy, set_gradient_checkpointing
 from forkrl.types import TokenBatch
 
 PARTS = ("", "_first_layer", "_last_layer")
@@ -155,7 +155,7 @@ def build_policy(hidden: int, layers: int, device: torch.device, *, checkpointin
     with device:
         model = Qwen3ForCausalLM(config)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        set_gradient_checkpointing(model, True)
     torch.nn.Module.eval(model)
     return Policy(model, tokenizer, "fp32" if device.type == "cpu" else "bf16")
 

@@ -34,7 +34,7 @@ from benchmarks._record import describe_setting, write_result
 from benchmarks.gpu.limits import copy_rate, product_rate, synchronize
 from forkrl.backward import compute_token_stats
 from forkrl.batching import cut_micro_batches
-from forkrl.model import Policy
+from forkrl.model import Policy, set_gradient_checkpointing
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.graphed_engine import GraphedEngine
@@ -289,9 +289,7 @@ def measure_update(
 ) -> dict[str, Any]:
     """Seconds of one gradient step on the batch, after one on its first micro-batch."""
     recompute = shape.recompute and way == "dense"
-    if recompute != model.is_gradient_checkpointing:
-        switch: Any = model.gradient_checkpointing_enable if recompute else model.gradient_checkpointing_disable
-        switch()
+    set_gradient_checkpointing(model, recompute)
     replicas = Replicas(Policy(model, Numerals(shape.vocabulary), "bf16"))  # type: ignore[arg-type]
     max_tokens = shape.micro_batch_tokens if way == "dense" else shape.forks_only_tokens
     settings: Any = build_settings(way, max_tokens)

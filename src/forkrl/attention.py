@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 NAME = "forkrl_sdpa"
 Attention = Callable[..., tuple[Tensor, None]]
 """``(module, query, key, value, attention_mask, dropout=, scaling=, **kwargs)``, as ``transformers`` calls it."""
+sdpa_attention: Attention = AttentionInterface()["sdpa"]
 _stand_in: ContextVar[Attention | None] = ContextVar("stand_in", default=None)
 
 
@@ -67,7 +66,7 @@ def grouped_attention(
                 each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, key, value)
             )
         if length > 1 or shared_by == 1 or not one_mask:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+            return sdpa_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         grouped = query.reshape(num_sequences, key.shape[1], shared_by, head_dim)
         mixed = attend_one_token(grouped, key, value, attention_mask, scaling or head_dim**-0.5, dropout)
     return mixed.reshape(num_sequences, 1, num_heads, -1), None
@@ -101,4 +100,4 @@ def attend_one_token(
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])

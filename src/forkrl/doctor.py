@@ -15,6 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,7 +76,7 @@ def run_doctor() -> int:
 def report_machine() -> list[Check]:
     """Look at the interpreter, the numeric libraries, the hardware and the optional packages. Takes a few seconds."""
     checks = [_check_python(), _check_torch(), _check_package("transformers")]
-    if all(check.status == "ok" for check in checks[1:]):
+    if all(check.status != "missing" for check in checks[1:]):
         checks += [*_check_devices(), _check_speed(), _check_threads(), *_check_embedded_models(_assets())]
     return [*checks, _check_memory(), _check_disk(Path.cwd()), *map(_check_extra, _EXTRAS), _check_bubblewrap()]
 
@@ -110,16 +111,30 @@ def _check_torch() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library of it does not load
-        return Check("torch", "missing", _first_line(error), "pip install 'torch>=2.11'", required=True)
+        return Check("torch", "missing", _first_line(error), f"pip install '{_tested('torch')}'", required=True)
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
-    return Check("torch", "ok", f"{torch.__version__}, built for {build}", required=True)
+    return _check_version("torch", torch.__version__, f"{torch.__version__}, built for {build}")
 
 
 def _check_package(name: str) -> Check:
     try:
-        return Check(name, "ok", importlib.metadata.version(name), required=True)
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, "missing", "not installed", f"pip install {name}", required=True)
+        return Check(name, "missing", "not installed", f"pip install '{_tested(name)}'", required=True)
+    return _check_version(name, version, version)
+
+
+def _check_version(name: str, version: str, detail: str) -> Check:
+    tested = _tested(name)
+    if tested.specifier.contains(version, prereleases=True):
+        return Check(name, "ok", detail, required=True)
+    return Check(name, "warn", f"{detail}; tested with {tested.specifier}", f"pip install '{tested}'", required=True)
+
+
+def _tested(package: str) -> Requirement:
+    """The versions of a dependency that this ForkRL is tested with, as its package declares them."""
+    declared = map(Requirement, importlib.metadata.requires("forkrl") or ())
+    return next(each for each in declared if each.name == package and each.marker is None)
 
 
 def _accelerator() -> torch.device | None:

@@ -6,6 +6,7 @@ ForkRL never asks the model for logits. It takes the last hidden states and the 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,8 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from forkrl.attention import use_grouped_attention
@@ -36,10 +43,13 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
+        # transformers renamed this argument; models with code of their own keep the old name.
+        takes_cache = "cache" in inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if takes_cache else "past_key_values"
         self._recomputed_layers = [
             module
             for module in model.modules()
-            if isinstance(module, GradientCheckpointingLayer) and model.is_gradient_checkpointing
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
         ]
 
     @property
@@ -71,15 +81,29 @@ class Policy:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def hidden_states(
-        self, input_ids_BT: Tensor, attention_mask: Tensor | dict[str, Tensor] | None = None, **cache: Any
+        self,
+        input_ids_BT: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        *,
+        cache: DynamicCache | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Last hidden states ``[B, T, D]``. Mask (or one for each kind of layer) and ``cache`` go on as they are."""
+        """Last hidden states ``[B, T, D]``. The model gets all arguments unchanged.
+
+        Args:
+            input_ids_BT: token ids.
+            attention_mask: one mask, or one per kind of layer.
+            cache: keys and values of earlier tokens; the new ones are appended.
+            options: further arguments of the model.
+        """
+        if cache is not None:
+            options[self._cache_argument] = cache
         # transformers recomputes layers in training mode only, and then they neither use a cache nor go without
         # dropout; the policy stays in evaluation mode, and only the layers themselves are told, only for gradients.
         for layer in self._recomputed_layers:
             layer.training = torch.is_grad_enabled()
         with self.autocast():
-            output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask, **cache)
+            output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask, **options)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -132,13 +156,21 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
             f'set "eos_token" in its tokenizer_config.json'
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        set_gradient_checkpointing(model, True)
         model.disable_input_require_grads()  # that is for adapters; its hook is of a kind that cannot be pickled
     model.eval()
     torch.nn.Module.to(model, pick_device(device))
     policy = Policy(model, tokenizer, config.precision)
     require_supported(policy, config.path)
     return policy
+
+
+def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Recompute the layers' activations in the backward pass, or keep them."""
+    switch = f"checkpointing_{'enable' if enabled else 'disable'}"
+    # Renamed in transformers 5.24, where the old name warns.
+    renamed = getattr(model, f"activation_{switch}", None)
+    (renamed or getattr(model, f"gradient_{switch}"))()
 
 
 def pick_device(name: str) -> torch.device:

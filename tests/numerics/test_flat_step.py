@@ -27,7 +27,7 @@ def read(policy: Policy) -> tuple[Any, Tensor, Tensor]:
     cache = build_cache(policy.model.config)
     position_ST = (seen_ST.long().cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        policy.hidden_states(ids_ST, seen_ST, position_ids=position_ST, past_key_values=cache, use_cache=True)
+        policy.hidden_states(ids_ST, seen_ST, position_ids=position_ST, cache=cache, use_cache=True)
     return cache, seen_ST, seen_ST.sum(1)
 
 
@@ -143,7 +143,7 @@ def test_the_models_own_step_copies_no_keys_for_the_query_heads_that_share_them(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this attention repeats keys and values")
 
-    monkeypatch.setattr("forkrl.attention.sdpa_attention_forward", refuse)
+    monkeypatch.setattr("forkrl.attention.sdpa_attention", refuse)
     with torch.no_grad():
         hidden_SD = choose_step(policy)(tokens_S, position_S, seen_ST, cache)
     assert hidden_SD.shape == (len(LENGTHS), policy.head_weight.shape[1])

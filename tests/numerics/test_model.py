@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 from forkrl.model import Policy, open_policy
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.rollout.growing_cache import build_cache
 from forkrl.types import Prompt, SamplingParams
 from tests.models import random_policy
 
@@ -47,6 +51,34 @@ def test_recomputing_activations_runs_layers_twice_and_changes_no_gradient(tmp_p
         assert plain is not None
         assert recomputed is not None
         torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_passed_under_the_name_that_the_decoder_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, seen, cache = random_policy(), [], DynamicCache()
+    own = policy.decoder.forward
+
+    def with_cache(*, cache: Any = None, **options: Any) -> Any:
+        seen.append(cache)
+        return own(**options)
+
+    def with_past_key_values(*, past_key_values: Any = None, **options: Any) -> Any:
+        seen.append(past_key_values)
+        return own(**options)
+
+    monkeypatch.setattr(policy.decoder, "forward", with_cache if name == "cache" else with_past_key_values)
+    Policy(policy.model, policy.tokenizer).hidden_states(torch.arange(2, 6)[None], cache=cache)
+    assert seen == [cache]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_opening_and_sampling_use_nothing_deprecated(tmp_path: Path, enabled: bool) -> None:
+    path = saved(random_policy(), tmp_path)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", FutureWarning)
+        policy = open_policy(ModelConfig(path=path, gradient_checkpointing=enabled), "cpu")
+        policy.hidden_states(torch.arange(2, 6)[None], cache=build_cache(policy.model.config), use_cache=True)
+    assert bool(policy._recomputed_layers) is enabled
 
 
 def test_a_model_that_transforms_its_logits_is_refused_by_name(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -67,6 +69,22 @@ def test_without_torch_the_rest_is_still_reported(assets: Path, monkeypatch: pyt
     assert "pip install" in checks["torch"].remedy
     assert "disk" in checks
     assert "mend torch" in abilities(list(checks.values()))[0]
+
+
+@pytest.mark.parametrize("version", ["5.8.9", "5.99.0"])
+def test_a_version_outside_the_tested_range_is_a_warning(
+    assets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version", lambda name: version if name == "transformers" else installed(name)
+    )
+    check = found("transformers")
+    assert (check.status, check.required) == ("warn", True)
+    assert check.detail.startswith(f"{version}; tested with ")
+    assert re.fullmatch(r"pip install 'transformers<5\.\d+,>=5\.\d+'", check.remedy)
+    assert run_doctor() == 0
+    assert "tested with" in capsys.readouterr().out
 
 
 def test_missing_extras_name_their_install_line_and_fail_nothing(

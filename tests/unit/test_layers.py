@@ -51,3 +51,16 @@ def test_only_the_command_line_knows_the_loop() -> None:
 
 def test_the_story_fits_on_a_few_screens() -> None:
     assert len((PACKAGE / "loop.py").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("package", ["transformers", "datasets", "pandas"])
+def test_only_public_names_of_fast_moving_packages_are_imported(package: str) -> None:
+    """Their releases move and rename what lies in submodules. transformers documents its logging there."""
+    public = {package: None, "transformers.utils": {"logging"}}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+                names = {alias.name for alias in node.names}
+                assert node.module in public, f"{file.name}: {node.module}"
+                assert names <= (public[node.module or ""] or names), f"{file.name}: {names} of {node.module}"
+                assert not any(name.startswith("_") for name in names)

@@ -25,7 +25,7 @@ from transformers import (
 
 from forkrl.batching import mini_batches
 from forkrl.config import ModelConfig, TrainConfig
-from forkrl.model import Policy, open_policy
+from forkrl.model import Policy, open_policy, set_gradient_checkpointing
 from forkrl.planning.activations import Arithmetic, kept_in_all, kept_outside, stream_bytes
 from forkrl.planning.cards import CARDS
 from forkrl.planning.compute import _forward_flops, _update_flops
@@ -159,7 +159,7 @@ def test_activations_of_the_other_architectures(kind: str, arithmetic: Arithmeti
 @pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 4096), (MEDIUM, 1024)])
 def test_with_checkpointing_the_inputs_of_the_layers_are_kept(sizes: Sizes, tokens: int) -> None:
     model, shape = build(sizes, "bf16")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_gradient_checkpointing(model, True)
     nn.Module.train(model)  # transformers recomputes in training mode only
     run = runner(model, "bf16", tokens)
     with LiveBytes(model) as live:
@@ -173,7 +173,7 @@ def test_with_checkpointing_the_inputs_of_the_layers_are_kept(sizes: Sizes, toke
 def test_with_checkpointing_the_peak_is_one_whole_layer_and_what_flows_through_it(sizes: Sizes, tokens: int) -> None:
     """The plan leaves the gradients inside a layer to its headroom: here they are what is above it, within a bound."""
     model, shape = build(sizes, "bf16")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_gradient_checkpointing(model, True)
     nn.Module.train(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -240,8 +240,9 @@ def test_the_local_cache_of_a_token_is_what_decoding_stores() -> None:
 
     model, shape = build(SMALL, "fp32")
     cache = build_cache(model.config)
+    policy = Policy(model, cast(Any, SimpleNamespace(eos_token_id=0)))
     with torch.no_grad():
-        cast(Any, model)(input_ids=torch.zeros(1, 100, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        policy.hidden_states(torch.zeros(1, 100, dtype=torch.int64), cache=cache, use_cache=True)
     layers = cast(Any, cache).layers
     stored = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
     assert stored == 100 * shape.kv_numbers

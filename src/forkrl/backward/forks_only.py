@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import GradientCheckpointingLayer
 
 from forkrl.attention import attending_by, grouped_attention
 from forkrl.backward.selected_attention import Group, attention_dtype, lay_out, selected_attention

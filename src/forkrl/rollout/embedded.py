@@ -276,7 +276,7 @@ def choose_step(policy: Policy) -> Callable[[Tensor, Tensor, Tensor, DynamicCach
 def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
     """The step by the model's own code."""
     return policy.hidden_states(
-        tokens_S[:, None], seen_ST, position_ids=position_S[:, None], past_key_values=cache, use_cache=True
+        tokens_S[:, None], seen_ST, position_ids=position_S[:, None], cache=cache, use_cache=True
     )[:, -1]
 
 
@@ -295,7 +295,7 @@ def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[
     ids_PT, mask_PT = ids_PT.to(policy.device), mask_PT.to(policy.device)
     cache = build_cache(policy.model.config)
     hidden_PTD = policy.hidden_states(
-        ids_PT, mask_PT, position_ids=(mask_PT.cumsum(1) - 1).clamp_min(0), past_key_values=cache, use_cache=True
+        ids_PT, mask_PT, position_ids=(mask_PT.cumsum(1) - 1).clamp_min(0), cache=cache, use_cache=True
     )
     place = {ids: index for index, ids in enumerate(distinct)}
     owner_S = torch.tensor([place[ids] for ids in prompts_S], device=policy.device)

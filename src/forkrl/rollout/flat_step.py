@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from forkrl.attention import NAME, attend_one_token
 from forkrl.model import Policy
@@ -54,7 +54,7 @@ def reproducible(policy: Policy) -> bool:
     )
 
 
-def _has_sliding_layers(config: PretrainedConfig) -> bool:
+def _has_sliding_layers(config: PreTrainedConfig) -> bool:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return getattr(config, "sliding_window", None) is not None

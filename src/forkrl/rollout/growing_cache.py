@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
 
 ROOM = 64
 
@@ -19,8 +18,8 @@ ROOM = 64
 class GrowingLayer(DynamicLayer):
     """Keys and values ``[S, heads, T, head_dim]`` at the front of buffers that grow by half when full."""
 
-    def __init__(self, config: PretrainedConfig | None = None) -> None:
-        super().__init__(config)
+    def __init__(self) -> None:
+        super().__init__()
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -66,7 +65,7 @@ def _roomy(new: Tensor, old: Tensor | None, past: int, end: int) -> Tensor:
     return buffer
 
 
-def build_cache(config: PretrainedConfig) -> DynamicCache:
+def build_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for the model, with in-place layers wherever attention is full."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
