@@ -41,7 +41,7 @@ def stop_token_ids(
 def load_generation_config(model: str, revision: str | None = None) -> GenerationConfig:
     """The generation settings of a folder or hub id as transformers and vLLM read them."""
     try:
-        return GenerationConfig.from_pretrained(model, revision=revision)
+        return GenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:  # there is no generation_config.json: config.json names the EOS
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision))
 

@@ -28,6 +28,7 @@ class SecondOdd:
 
     def __init__(self) -> None:
         self.seen: list[tuple[Prompt, str]] = []
+        self.first_failures: dict[str, str] = {}
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         self.seen += items

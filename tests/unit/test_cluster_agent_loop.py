@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from forkrl.errors import UserError
-from tests.models import random_policy, with_bos
+from forkrl.sft import build_character_tokenizer
+from tests.models import ALPHABET, random_policy, with_bos
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl
@@ -69,7 +70,7 @@ def test_the_model_reads_the_prompt_and_nothing_else() -> None:
     [("12", False, [0, 4, 5]), ("12", True, [4, 5]), ("<pad>12", False, [0, 4, 5]), ("<pad>12", True, [0, 4, 5])],
 )
 def test_the_tokenizers_bos_comes_once(monkeypatch: pytest.MonkeyPatch, text: str, templated: bool, ids: Any) -> None:
-    monkeypatch.setattr("tests.unit.test_cluster_agent_loop.TOKENIZER", with_bos(TOKENIZER))
+    monkeypatch.setattr("tests.unit.test_cluster_agent_loop.TOKENIZER", with_bos(build_character_tokenizer(ALPHABET)))
     assert respond(Servers([3]), text, templated=templated).prompt_ids == ids
 
 

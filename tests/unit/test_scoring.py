@@ -16,6 +16,7 @@ class Deferred:
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Future[list[Verdict]], str]] = []
+        self.first_failures: dict[str, str] = {}
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         return [Verdict(float(len(text)) / 10) for _, text in items]

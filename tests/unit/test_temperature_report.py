@@ -126,7 +126,9 @@ def test_a_sweep_around_another_temperature_names_it_everywhere(tmp_path: Path) 
     assert telling_temperatures(table, 0.5) == [0, 0.6]
     assert verdict(table.iloc[:1], 0.5).startswith("Accuracy at temperature 0.5 is 50.0%")
     (axes,) = accuracy_against_temperature(table, 0.5).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
         "at forks (0.5 elsewhere)",
         "elsewhere (0.5 at forks)",
     ]
