@@ -3,7 +3,8 @@
 math_pairs.json: what is right and what only looks right, truth first, with the faults that remain marked "known".
 math_reports.jsonl: pairs from public bug reports of comparable projects, labelled by hand. math_variants.jsonl: right
 and wrong variants of every class of those bugs. math_cases.json: how the answer is found.
-math_hostile.json: what must be judged soon, whatever it is; a response there is text, or a list of [text, times] for the long ones.
+math_hostile.json: what must be judged soon, whatever it is; a response there is text, or a list of [text, times] for
+the long ones.
 """
 
 from __future__ import annotations
