@@ -165,11 +165,15 @@ _OPENING = re.compile(r"^(?:[\s:=*]|\\approx(?![a-zA-Z])|\+(?=[\d.\\]))+")
 _CLOSING = re.compile(r"(?:[\s.,;:*]|\\\\|(?<!\\)\\(?=$))+$")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _SPACES = re.compile(r"\s+")
+_ALREADY_PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})", re.ASCII)
+"""Most answers: a short cut."""
 _PLAIN = re.compile(r"[\w./(), -]*\w", re.ASCII)
 
 
 def plain_notation(text: str) -> str:
     """The text in ASCII and in one way of writing, without spacing commands, dollars and closing punctuation."""
+    if _ALREADY_PLAIN.fullmatch(text):
+        return text
     text = without_markup(_CONTROL.sub("", text))
     if not text.isascii():
         text = _to_ascii(text)
