@@ -29,13 +29,14 @@ from forkrl.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
+from forkrl.rewards.pool import VerifierPool
 from forkrl.rollout import open_engine
 from forkrl.rollout_rows import evaluation_rows
 from forkrl.run_folder import RunFolder, read_recipe, refuse_occupied
 from forkrl.scoring import none_judged
 from forkrl.tasks import PromptStream, open_stream, open_task
 from forkrl.tracking import TrackedRun, Tracker, open_sinks, require_sinks
-from forkrl.types import RolloutEngine, SamplingParams, Task, Verifier
+from forkrl.types import RolloutEngine, SamplingParams, Task
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Run:
     replicas: Replicas
     optimizer: torch.optim.Optimizer
     engine: RolloutEngine
-    verifier: Verifier
+    verifier: VerifierPool
     task: Task
     prompts: PromptStream
     generator: torch.Generator

@@ -231,11 +231,6 @@ class RolloutEngine(Protocol):
 class Verifier(Protocol):
     """Judges responses; never raises for what a response contains."""
 
-    @property
-    def first_failures(self) -> Mapping[str, str]:
-        """For each kind of failure seen, the prompt and the message of the first."""
-        ...
-
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         """A verdict for each pair of a prompt and a response, in order."""
         ...
