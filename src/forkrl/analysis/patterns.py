@@ -182,7 +182,8 @@ def response_table(tokens: Tokens, threshold: float) -> pd.DataFrame:
     """
     parts = []
     for frame in token_batches(tokens, ["prompt", "sample", "length", "entropy", "correct"]):
-        whole = frame.assign(fork=frame["entropy"].astype(np.float64) > threshold)
+        entropy_N = frame["entropy"].astype(np.float64)  # pandas averages fp32 in fp32 otherwise
+        whole = frame.assign(entropy=entropy_N, fork=entropy_N > threshold)
         grouped = whole.groupby(["prompt", "sample"], sort=False, observed=True)
         found = grouped.agg(
             length=("length", "first"),
