@@ -16,6 +16,7 @@ from forkrl.commands.subject import Session
 from forkrl.config import TrainConfig
 from forkrl.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.stop_tokens import response_text
 from forkrl.types import Prompt, Task, Verdict
 from tests.models import random_policy
 
@@ -115,7 +116,7 @@ def test_a_branch_that_ends_the_response_is_judged_once_and_as_it_is() -> None:
         ids = row["token_ids"][: branch["position"]]
         if branch["token_id"] != session.policy.tokenizer.eos_token_id:
             ids = [*ids, branch["token_id"]]
-        text = session.policy.tokenizer.decode(ids)
+        text = response_text(session.policy.tokenizer, ids, finished=False)
         assert len(branch["scores"]) == 1
         assert any(prompt.text == row["prompt_text"] and seen == text for prompt, seen in verifier.seen)
         assert branch["cut"] == (branch["token_id"] != session.policy.tokenizer.eos_token_id)
