@@ -90,6 +90,6 @@ def test_each_problem_can_be_solved(kind: str, problem: str) -> None:
         "sum": "import sys\nprint(sum(map(int, sys.stdin.read().split())))",
         "parity": "print('YES' if int(input()) % 2 else 'NO')",
         "palindrome": "def solve(s): return s == s[::-1]",
-        "two sum": "def solve(a, t): return [(i, j) for j in range(len(a)) for i in range(j) if a[i] + a[j] == t][0]",
+        "two sum": "def solve(a, t): return [[i, j] for j in range(len(a)) for i in range(j) if a[i] + a[j] == t][0]",
     }
     assert verify_code(PROBLEMS[kind][problem], f"```python\n{solutions[problem]}\n```").score == 1
