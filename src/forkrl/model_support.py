@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from forkrl.errors import UserError
 

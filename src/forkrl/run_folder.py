@@ -273,7 +273,7 @@ class RunFolder:
 
     def write_scores(self, step: int, scores: Mapping[str, Sequence[float]]) -> None:
         """Write ``rollouts/scores-STEP.json``: the scores of every held-out problem, by prompt id."""
-        write_text(scores_path(self.path, step), json.dumps(scores, separators=(",", ":")) + "\n")
+        write_text(self.path / "rollouts" / f"scores-{step:06d}.json", json.dumps(scores, separators=(",", ":")) + "\n")
 
     # -- resume ------------------------------------------------------------------------------------------------------
 
@@ -294,11 +294,6 @@ class RunFolder:
             leftover.unlink()
         fsync(self.path / "rollouts")
         self.truncate_metrics(metrics_bytes)
-
-
-def scores_path(run_folder: Path, step: int) -> Path:
-    """Where a run keeps the scores of an evaluation."""
-    return run_folder / "rollouts" / f"scores-{step:06d}.json"
 
 
 def refuse_occupied(path: Path) -> None:

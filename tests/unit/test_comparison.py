@@ -15,7 +15,6 @@ from forkrl.errors import UserError
 from forkrl.evaluation import budgets, permutation
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
-from forkrl.evaluation.permutation import holm, paired_test, pooled_paired_test
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.intervals import (
     Estimate,
@@ -23,6 +22,7 @@ from forkrl.intervals import (
     mean_of_question_values,
     paired_difference_of_values,
 )
+from forkrl.permutation import holm, paired_test, pooled_paired_test
 
 Table = Sequence[Sequence[float]]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from forkrl.analysis.temperatures import Setting
 from forkrl.commands.decode_temps import _question
 from forkrl.commands.eval_engines import EngineChoice, open_eval_engine
 from forkrl.commands.subject import Subject, open_subject
@@ -42,7 +43,7 @@ def sweep_question(subject: Subject) -> dict[str, Any]:
         replicas=SimpleNamespace(count=1),
         policy=SimpleNamespace(device=torch.device("cpu")),
     )
-    return _question(subject, session, (), 1, None)
+    return _question(subject, session, [Setting(1.0, 1.0)], 1, None)
 
 
 @pytest.mark.parametrize("question", [evaluation_question, sweep_question])

@@ -14,7 +14,7 @@ from forkrl.tasks.dataset import load_evaluation_task
 
 LOCAL = [
     "./none", "../none", "~/none", "/none", "none/", "a/b/c", "runs/nope", "runs/demo@step-8", "runs/demo/", "my model",
-    "model.gguf", "weights/model.safetensors", "C:\\models\\none",
+    "weights/model.safetensors", "C:\\models\\none",
 ]  # fmt: skip
 
 

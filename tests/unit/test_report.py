@@ -29,7 +29,6 @@ from forkrl.report.run_data import read_run
 from forkrl.report.run_forks import run_forks
 from forkrl.report.run_page import reproducing_command
 from forkrl.report.summary import duration, verdict
-from forkrl.run_folder import scores_path
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 from tests.report_page import Page, decoded
 
@@ -65,7 +64,9 @@ def evaluated(folder: Path, before: list[list[float]], after: list[list[float]])
         estimate = mean_with_interval(scores)._asdict()
         rows.append({"step": step, "eval/accuracy": estimate["mean"]})
         rows[-1] |= {f"eval/accuracy_{end}": estimate[end] for end in ("low", "high")}
-        scores_path(folder, step).write_text(json.dumps({f"q{i}": row for i, row in enumerate(scores)}))
+        (folder / f"rollouts/scores-{step:06d}.json").write_text(
+            json.dumps({f"q{i}": row for i, row in enumerate(scores)})
+        )
     metrics_of(folder, *rows)
     return folder
 
@@ -88,7 +89,7 @@ def test_two_evaluations_of_the_same_problems_are_compared_problem_by_problem(tm
 
 def test_a_run_without_the_scores_of_each_problem_claims_no_more_than_it_knows(tmp_path: Path) -> None:
     folder = evaluated(tmp_path / "run", *GAIN)
-    scores_path(folder, 0).unlink()
+    (folder / "rollouts/scores-000000.json").unlink()
     text = verdict(read_run(folder, 12))
     assert "accuracy was 40.0%" in text and "the scores of each problem were not recorded" in text
     ends = [{"eval/accuracy_low": low, "eval/accuracy_high": low + 0.2} for low in (0.1, 0.6)]
@@ -104,7 +105,7 @@ def test_a_run_without_the_scores_of_each_problem_claims_no_more_than_it_knows(t
 )
 def test_damaged_scores_are_left_out_with_a_note(tmp_path: Path, content: str) -> None:
     folder = evaluated(tmp_path / "run", *GAIN)
-    scores_path(folder, 5).write_text(content, encoding="latin-1")
+    (folder / "rollouts/scores-000005.json").write_text(content, encoding="latin-1")
     run = read_run(folder, 12)
     assert any("rollouts/scores-000005.json cannot be read" in note for note in run.notes)
     assert "the scores of each problem were not recorded" in verdict(run)

@@ -18,7 +18,7 @@ import pytest
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.recipe import parse_recipe, recipe_toml
-from forkrl.run_folder import ROLLOUT_SCHEMA, RunFolder, scores_path
+from forkrl.run_folder import ROLLOUT_SCHEMA, RunFolder
 
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}
 PROVENANCE = {"forkrl": "0.1", "commit": None, "threads": 2}
@@ -268,7 +268,7 @@ class TestDiscard:
         assert sorted(path.name for path in (run.path / "rollouts").iterdir()) == sorted(
             [*(f"{name}.parquet" for name in run.rollout_names), "scores-000000.json", "scores-000020.json"]
         )
-        assert json.loads(scores_path(run.path, 20).read_bytes()) == {"a": [1.0, 0.5]}
+        assert json.loads((run.path / "rollouts/scores-000020.json").read_bytes()) == {"a": [1.0, 0.5]}
         assert run.read_metrics() == [{"step": 20}]
         run.discard_after(-1, 0)
         assert list((run.path / "rollouts").iterdir()) == []

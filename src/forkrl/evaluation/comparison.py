@@ -12,7 +12,6 @@ import numpy as np
 
 from forkrl.errors import UserError
 from forkrl.evaluation.budgets import Floats, Outcomes, compare_at_budgets, compare_at_equal_spending
-from forkrl.evaluation.permutation import Pair, holm, paired_test, pooled_paired_test
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.evaluation.summary import (
     Rows,
@@ -32,6 +31,7 @@ from forkrl.intervals import (
     paired_normal_difference,
     pass_at_k,
 )
+from forkrl.permutation import Pair, holm, paired_test, pooled_paired_test
 
 SHOWN_CHANGES = 20
 Responses = Mapping[str, Sequence[ScoredResponse]]

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from forkrl.errors import UserError
 from forkrl.intervals import mean_with_interval
 from forkrl.report.sampling import evenly_spaced
-from forkrl.run_folder import scores_path
 
 Floats = npt.NDArray[np.float64]
 ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
@@ -241,7 +240,7 @@ def _rollout_paths(folder: Path, kind: str) -> list[tuple[int, Path]]:
 def _read_scores(folder: Path, steps: Sequence[int], notes: list[str]) -> dict[int, dict[str, list[float]]]:
     found = {}
     for step in sorted({*steps[:1], *steps[-1:]}):
-        path = scores_path(folder, step)
+        path = folder / "rollouts" / f"scores-{step:06d}.json"
         try:
             scores = dict(json.loads(path.read_bytes()))
             mean_with_interval(list(scores.values()))  # raises where they are no equally long lists of scores

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from forkrl.evaluation.permutation import PairedTest, paired_test
+from forkrl.permutation import PairedTest, paired_test
 from forkrl.report.difference import is_clear, probability, signed_points
 from forkrl.report.page import Card
 from forkrl.report.run_data import RunData

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from forkrl.batching import collate
 from forkrl.errors import UserError
@@ -14,7 +13,7 @@ from forkrl.model_support import PROBE_ERRORS
 from forkrl.rollout.embedded import Prefix, decode
 from forkrl.types import Prompt, RolloutGroup, SamplingParams
 
-_KINDS = {DynamicLayer, DynamicSlidingWindowLayer}
+_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 _REMEDY = (
     "choose another model (docs/models.md); ready responses of this one can be analysed with forkrl analyze --responses"
 )
@@ -31,7 +30,7 @@ def require_cached_decoding(policy: Policy) -> None:
     failure = f"{type(policy.model).__name__} cannot be sampled or trained"
     try:
         layers = DynamicCache(config=policy.model.config).layers
-        if other := sorted({type(layer).__name__ for layer in layers if type(layer) not in _KINDS}):
+        if other := sorted({type(layer).__name__ for layer in layers} - _KINDS):
             raise UserError(f"{failure}: it keeps other state than keys and values ({', '.join(other)}); {_REMEDY}")
         gap = _decoding_gap(Policy(policy.model, policy.tokenizer))
     except PROBE_ERRORS as error:
