@@ -65,7 +65,7 @@ _LEADING_WORDS = re.compile(
 )
 _SEPARATOR = re.compile(rf"\s*[,;]\s*{_JOIN}?|\s*{_JOIN}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
-_MEMBER_OF = re.compile(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
+_MEMBER_OF = re.compile(r"^(?:[a-zA-Z]|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))\s*\\in(?![a-zA-Z])\s*")
 _SET_OF_ALL = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?::|\||\\mid(?![a-zA-Z]))(.*)\\\}")
 _EQUALS = re.compile(r"(?<![\\<>!])=|\\equiv(?![a-zA-Z])")
 _CONGRUENCE = re.compile(
@@ -83,11 +83,13 @@ _NAME = re.compile(
 _WHOLE_TEXT = re.compile(r"(?:\\text\{([^{}]*)\}\s*)+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*\.?")
+_ARTICLE = re.compile(r"^(?:an?|the) (?=\w)")
 _SHORT_WORDS = {"yes", "no", "odd", "even", "true", "all", "none", "never"}
 _SHORT_WORD = re.compile(r"[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]")
 """Cat, not abc."""
 _CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer|选项|选)\s*:?\s*)?\(?([A-J])\)?")
 _CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s*|([A-J])\s*[.:)]\s*)(\S.*)", re.DOTALL)
+_CHOICE_AND_VALUE = re.compile(r"^\\text\{([A-J])\}\s+(?=[-\d\\$])")
 _ANOTHER_CHOICE = re.compile(r"(?:and|or|,)?\s*\(?[A-J]\)?", re.IGNORECASE)
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
@@ -103,6 +105,9 @@ _NO_WORDS = re.compile(r"\\(?:text|begin|end)\{[^{}]*\}")
 _LONG_WORD = re.compile(
     r"(?<![\\a-zA-Z])(?:the|and|not|are|for|but|any|all)(?![a-zA-Z])"
     r"|(?<![\\a-zA-Z])(?!(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-zA-Z])|sqrt|frac|pmod|bmod)[a-zA-Z]{4}"
+)
+_WORD_AMONG_SYMBOLS = re.compile(
+    r"(?<![_^{])\\text\{(?!(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?\}|(?:ln|log|exp|sgn|sign|det|tr|Re|Im|lcm|gcd)\})[^{}]*[a-z]{2}"
 )
 _TWO_SIGNS = re.compile(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -133,7 +138,8 @@ def read_measure(answer: Answer) -> Answer:
 def _read(text: str, depth: int) -> Answer:
     while text.startswith("{") and closing_place(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
-    text = _LEADING_WORDS.sub("", text)
+    sentence = _TEXT.fullmatch(text)
+    text = _LEADING_WORDS.sub("", sentence[1] if sentence and _LEADING_WORDS.match(sentence[1]) else text)
     if not text or depth > 8:
         return Answer("unreadable", text)
     if number := read_number(text):
@@ -177,11 +183,12 @@ def _read_words(text: str) -> Answer | None:
 
 
 def plain_words(text: str) -> str:
-    return " ".join(_TEXT.sub(r" \1 ", text).split()).rstrip(".").casefold()
+    """In lower case, without an article before and a full stop behind."""
+    return _ARTICLE.sub("", " ".join(_TEXT.sub(r" \1 ", text).split()).rstrip(".").casefold())
 
 
 def _read_choice(text: str, depth: int) -> Answer | None:
-    plain = _TEXT.sub(r"\1", text).strip()
+    plain = _TEXT.sub(r"\1", _CHOICE_AND_VALUE.sub(r"(\1) ", text)).strip()
     if match := _CHOICE.fullmatch(plain):
         return Answer("choice", text, mark=match[1])
     match = _CHOICE_WITH_TEXT.fullmatch(plain)
@@ -340,7 +347,7 @@ def _read_value(text: str) -> Answer:
         inner = _read(bare, depth=4)
         return replace(inner, text=text, unit=unit if unit.measures else inner.unit)
     percent = bare.endswith(r"\%")
-    if _LONG_WORD.search(_NO_WORDS.sub("", bare)):
+    if _LONG_WORD.search(_NO_WORDS.sub("", bare)) or _WORD_AMONG_SYMBOLS.search(bare):
         return Answer("text", text)
     value = read_formula(bare.removesuffix(r"\%").strip() if percent else bare)
     if isinstance(value, Number) and percent:

@@ -57,10 +57,12 @@ def is_same(gold: Answer, found: Answer) -> bool:
             return product is not None and gold.value is not None and same_formula(gold.value, product)
         case "words", _:
             return gold.mark == plain_words(found.text)
+        case "choice", "value" | "list" | "brackets" | "words":
+            return any(is_same(part, found) for part in gold.parts)
         case ("choice", "choice") | ("ratio", "ratio") | ("base", "base"):
             return gold.mark == found.mark
         case "clock", "clock":
-            return gold.mark == found.mark and scale_between(gold.unit, found.unit) is not None
+            return _same_time(gold, found)
         case "base", "value":
             return gold.mark.partition("_")[0] == found.text
         case "brackets", "brackets":
@@ -128,6 +130,21 @@ def _same_value(gold: Answer, found: Answer) -> bool:
     return same_formula(gold.value, value)
 
 
+def _same_time(gold: Answer, found: Answer) -> bool:
+    """19:30 is 7:30 p.m."""
+    if scale_between(gold.unit, found.unit) is None:
+        return False
+    half_days = [gold.unit.measures or found.unit.measures, found.unit.measures or gold.unit.measures]
+    return gold.mark == found.mark or _in_full(gold.mark, half_days[0]) == _in_full(found.mark, half_days[1])
+
+
+def _in_full(time: str, half_day: str) -> str:
+    """A time of the twelve-hour clock in that of twenty-four hours."""
+    hour, _, minutes = time.partition(":")
+    later = 12 if half_day.startswith("afternoon") and int(hour) < 12 else 0
+    return f"{int(hour) + later}:{minutes}"
+
+
 def _is_percentage(answer: Answer) -> bool:
     return isinstance(answer.value, Number) and answer.value.is_percent
 
@@ -163,7 +180,7 @@ def _as_point(found: Answer, order: Sequence[str] = ()) -> Sequence[Answer]:
     if len(set(names)) < len(names) or _OR.search(found.text) or (order and sorted(order) != sorted(names)):
         return ()
     by_name = dict(zip(names, found.parts, strict=True))
-    return [by_name[name] for name in order or sorted(names)]
+    return [by_name[name] for name in order or sorted(names, key=lambda name: name.lstrip("\\"))]
 
 
 def _without_indices(members: Sequence[Answer]) -> Sequence[Answer]:
@@ -184,6 +201,10 @@ def _same_equation(gold: Answer, found: Answer) -> bool:
         functions = [_FUNCTION.fullmatch(side.parts[0].text) for side in (gold, found)]
         if functions[0] and functions[1] and functions[0][1] == functions[1][1]:  # f(n) = n and f(x) = x
             return is_same(gold.parts[-1], _renamed(found.parts[-1], functions[1][2], functions[0][2]))
+        if any(functions) and {"y", "x"} == {
+            side.parts[0].text if not call else call[2] for side, call in zip((gold, found), functions, strict=True)
+        }:  # f(x) = 2x and y = 2x
+            return is_same(gold.parts[-1], found.parts[-1])
         gaps = [_gap(side) for side in (gold, found)]
         return gaps[0] is not None and gaps[1] is not None and is_multiple(gaps[0], gaps[1], positive=False)
     if gold.kind == "equation":

@@ -50,7 +50,7 @@ _JOINTS = [
         (r"\\(?:land|wedge)(?![a-zA-Z])|\\&", _AND),
         (rf"\\(?:text|mathrm|mbox|textrm|textnormal|rm)\s*\{{[\s,]*(?:{_OR_WORDS})[\s,]*\}}", _OR),
         (rf"\\(?:text|mathrm|mbox|textrm|textnormal|rm)\s*\{{[\s,]*(?:{_AND_WORDS})[\s,]*\}}", _AND),
-        (r"\\text\s*\{\s+[oó]\s+\}", _OR),
+        (r"\\text\s*\{\s+[oó]\s+\}|(?<=\s)\\text\s*\{\s*[oó]\s*\}(?=\s|\\ )", _OR),
         (r"\\text\s*\{\s+[yei]\s+\}", _AND),
         (r"(?<![a-zA-Z\\{])(?:oder|oppure|или|veya)(?![a-zA-Z])|或者?|または|又は|もしくは|또는", _OR),
         (

@@ -11,6 +11,7 @@ import unicodedata
 from fractions import Fraction
 
 from forkrl.rewards.math.markup import without_markup
+from forkrl.rewards.math.phrases import with_phrases_read
 
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑‒﹣－", "-"),
@@ -85,7 +86,9 @@ _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[a-zA-Z])")
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"(?<=\d)(?:\{,\}|,\\!|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\text\{\s*\\?\$\s*(\}?)", lambda money: r"\$" if money[1] else r"\$\text{"),
+        (r"^\s*\$\s*(?=\d[\d.,]*$)", r"\\$"),  # $ 18.00
+        (r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),  # thousands
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
         (r"\\!", ""),
@@ -106,7 +109,8 @@ _REWRITES = [
         (rf"\\(?:{_TEXT_COMMANDS})\s*\{{", r"\\text{"),
         (r"\\text\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
         (r"(?<=[\d.])\s*(?:\\text\{E\}|E(?=\s*\{))\s*\{?\s*([-+]?\d+)\s*\}?", r"e\1"),
-        (r"\\text\{([-+]?[\d.,/]*\d|[ei])\}", r"\1"),
+        (r"\\text\{([-+]?[\d.,/]*\d|[ei])\}|\\text\{infinity\}", lambda m: m[1] or r"\infty"),
+        (r"\\text\{([-+]?\d[\d.,/]*) ([^{}\d]*)\}$", r"\1 \\text{\2}"),  # \text{12 cm}
         (rf"(\.\d*?){_REPEATING}", lambda m: rf"{m[1]}\overline{{{m[2] or m[3]}}}"),
         (
             rf"(\.\d*){_DOTTED}(?:(\d*){_DOTTED})?",
@@ -114,7 +118,7 @@ _REWRITES = [
         ),
         (r"(?<=\.)(\d*)\((\d+)\)$", r"\1\\overline{\2}"),
         (r"(?<=\.)(\d*?)(?:(\d)\2\2+|(\d{2,6}?)\3+)\s*\\ldots\s*$", r"\1\\overline{\2\3}"),
-        (r"\\text\{(?:percent|percentage)\}|(?<![a-zA-Z])percent(?:age)?(?![a-zA-Z])|(?<!\\)%", r"\\%"),
+        (r"\\text\{(?:percent|percentage|\\?%)\}|(?<![a-zA-Z])percent(?:age)?(?![a-zA-Z])|(?<!\\)%", r"\\%"),
         (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""),
         (r"\\(?:leqslant|leq|le)(?![a-zA-Z])", r"\\le "),
         (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])", r"\\ge "),
@@ -133,6 +137,7 @@ _REWRITES = [
             r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))|\\(?:text)?degree(?![a-zA-Z])",
             r"^\\circ",
         ),
+        (r"(?<=\d)\s*\^\s*(?:\{\s*(?:\\text\{o\}|o)\s*\}|\\text\{o\}|o(?![a-zA-Z]))", r"^\\circ"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"(?<![a-zA-Z\\])sqrt(?![a-zA-Z])", r"\\sqrt"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -161,7 +166,7 @@ _GROUPED = re.compile(
     r"(?<![\d.,/^_])(?:(?<!\d )\d{1,3}(?:,\d{3})+(?!\d|,\d)"
     r"|(?<!\d )\d{1,3}(?: \d{3})+(?=\s*(?:\.\d|\\text|\\%|[a-zA-Z])))"
 )
-_OPENING = re.compile(r"^(?:[\s:=*]|\\approx(?![a-zA-Z])|\+(?=[\d.\\]))+")
+_OPENING = re.compile(r"^(?:[\s:=*]|\\#(?=\s*\d)|\\approx(?![a-zA-Z])|\+(?=[\d.\\]))+")
 _CLOSING = re.compile(r"(?:[\s.,;:*]|\\\\|(?<!\\)\\(?=$))+$")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _SPACES = re.compile(r"\s+")
@@ -177,7 +182,7 @@ def plain_notation(text: str) -> str:
     text = without_markup(_CONTROL.sub("", text))
     if not text.isascii():
         text = _to_ascii(text)
-    if not _PLAIN.fullmatch(text) or "sqrt" in text or "inf" in text or "percent" in text:
+    if not _PLAIN.fullmatch(text) or "sqrt" in text or "inf" in text or "percent" in text or ".." in text:
         if not _ROWS.search(text):
             text = _DOUBLED_BACKSLASH.sub(r"\\", text)
         for pattern, replacement in _REWRITES:
@@ -188,7 +193,7 @@ def plain_notation(text: str) -> str:
     text = _SPACES.sub(" ", text).strip()
     while text.startswith("{") and closing_place(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
-    return text
+    return with_phrases_read(text)
 
 
 def without_thousands(text: str) -> str:

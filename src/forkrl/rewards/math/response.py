@@ -40,7 +40,9 @@ _ANNOUNCED = re.compile(
     r"|\b(?:respuesta|resposta)(?: (?:final|correcta|correta))?(?: (?:es|é)\b|[ *]*:)"
     r"|\br[ée]ponse(?: finale)?(?: est\b|[ *]*:)"
     r"|\bantwort(?: (?:ist|lautet)\b|[ *]*:)|\brisposta(?: finale)?(?: è\b|[ *]*:)"
-    r"|\bответ[ *]*(?::|[-—])|答案(?:选项)?[ *]*(?:是|为|為|[:：])|答えは|答え[:：]|(?:정답|답)(?:은|:))"
+    r"|\bответ[ *]*(?::|[-—])|答案(?:选项)?[ *]*(?:是|为|為|[:：])"
+    r"|(?<!不)(?:(?:答案|故|应|应该|因此)选|选项[是为]|选[:：])[ *]*[:：]?(?=[ *]*\(?[A-J])|答[:：]|答えは|答え[:：]"
+    r"|(?:정답|답)(?:은|:))"
     r"(?:[ \t]*[:：])?[ \t]*\n?",
     re.IGNORECASE,
 )
@@ -53,9 +55,10 @@ _FORMULA = re.compile(
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:,|,?\s*(?:and|or))\s*")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
 _NUMBER = re.compile(
-    r"(?<![\w.\\{^_])[-−–]?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
-    r"(?:\s*/\s*\d+)?(?:\s?(?:\\?%|percent))?(?![\w{}])"
+    r"(?<![a-zA-Z0-9_.\\{^])[-−–]?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
+    r"(?:\s*/\s*\d+)?(?:\s?(?:\\?%|percent))?(?![a-zA-Z0-9_{}])"
 )
+_CJK_PROSE = re.compile(r"[^\x00-\x7f]{2}")
 _DECORATION = " \t\n*_`\"'​‌‍﻿"
 
 
@@ -184,7 +187,7 @@ def _announced(text: str) -> str:
     end = _SENTENCE_END.search(text)
     sentence = (text[: end.start()] if end else text).strip(_DECORATION)
     if len(sentence.split()) <= 4:
-        return sentence
+        return (_last_number(sentence) if _CJK_PROSE.match(sentence) else "") or sentence
     if formulas and (not end or formulas[0].start() < end.start()):
         return _content(formulas[0])
     return _last_number(sentence)

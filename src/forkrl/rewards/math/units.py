@@ -40,8 +40,16 @@ _CLOSE_TO_NUMBER = {"cm", "mm", "km", "kg", "ml", "mL", "ft", "min", "sec", "hr"
 _WORD = re.compile(r"[a-zA-Z]{4}|[^\x00-\x7f]")
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREE = re.compile(r"\s*\^\\circ\s*([CF](?![a-zA-Z]))?$")
-_MONEY = re.compile(r"^(-?)\s*((?:US)?\\\$|[$€£¥₹])\s*(?=[-\d.\\(])")
-_NO_UNIT_WORDS = re.compile(r"\b(?:or|and|nor|not|but)\b", re.IGNORECASE)
+_MONEY = re.compile(
+    r"^(-?)\s*((?:US)?\\\$|[$€£¥₹]|(?:\\text\{\s*)?(?:USD|EUR|GBP|INR|JPY|CNY|RMB|Rs\.?)(?:\s*\})?)\s*(?=[-\d.\\(])"
+)
+_NO_LETTERS = re.compile(r"\\text|[^a-zA-Z]")
+_NO_UNIT_WORDS = re.compile(
+    r"\b(?:or|and|nor|not|but|is|wrong|incorrect|than|plus|minus|maybe|perhaps|possibly|remainder"
+    r"|January|February|March|April|May|June|July|August|September|October|November|December)\b"
+    r"|^\s*\\text\{\s*(?:squared|cubed)",
+    re.IGNORECASE,
+)
 """In no unit, but in ``5 or six``: a second answer, not a measure of the first."""
 
 _DETAIL = re.compile(
@@ -76,7 +84,9 @@ def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
     text = _UNIT_FRACTION.sub(r"\1/(\2)", text)
     if match := _MONEY.match(text):
         rest, unit = split_unit(match[1] + text[match.end() :])
-        return rest, unit if unit.measures not in ("", "?") else _unit(CURRENCY_SIGNS[match[2][-1]])
+        return rest, unit if unit.measures not in ("", "?") else _unit(
+            CURRENCY_SIGNS.get(match[2][-1]) or _NO_LETTERS.sub("", match[2])
+        )
     match = _DEGREE.search(text)
     if match and not TRIGONOMETRY.search(text):
         return _DEGREE.sub("", text), _unit({"C": "celsius", "F": "fahrenheit"}.get(match[1], "degree"))
