@@ -68,7 +68,7 @@ def write_run(
     (folder / "config.toml").write_text(CONFIG.format(planned_steps=planned_steps, rule=rule), encoding="utf-8")
     lines = [_metrics(step, steps, rng) for step in range(steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    for line in lines[:: max(steps, 1)]:
+    for line in (line for line in (lines[0], lines[-1]) if "eval/accuracy" in line):
         right = round(line["eval/accuracy"] * PROBLEMS)
         scores = {str(problem): [float(problem < right)] for problem in range(PROBLEMS)}
         (folder / f"rollouts/scores-{line['step']:06.0f}.json").write_text(json.dumps(scores), encoding="utf-8")

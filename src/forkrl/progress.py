@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import threading
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
 from statistics import median
 from types import TracebackType
 from typing import NamedTuple, TextIO, TypeVar
@@ -23,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forkrl.config import TrainConfig
+from forkrl.messages import lost_terminal_ignored, printable, write_line
 
 Item = TypeVar("Item")
 
@@ -30,23 +28,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN_EVERY_S = 5.0
 _PHASE_EVERY_S = 15.0
 _RECENT_STEPS = 5
-# Control, format (zero-width and bidirectional marks among them), surrogate, and line or paragraph separator.
-_UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _EVAL_NAMES = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
-
-
-def printable(text: str) -> str:
-    """Text that a terminal shows and never obeys: an escape character appears as ``\\x1b``.
-
-    Model output may hold sequences that recolour, retitle or overwrite a terminal, and marks that reorder a line.
-    Newline and tab are escaped too, so that a response can forge no line of the log.
-    """
-    return "".join(_escaped(char) if unicodedata.category(char) in _UNSAFE_CATEGORIES else char for char in text)
-
-
-def _escaped(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def describe_selection(config: TrainConfig) -> str:
@@ -195,7 +177,7 @@ class TrainingDisplay:
             self._repeat.stop()
             return
         self.phase("")
-        with _lost_terminal_ignored():
+        with lost_terminal_ignored():
             self._live.stop()
         self._live = None
 
@@ -212,9 +194,9 @@ class TrainingDisplay:
     def message(self, text: str) -> None:
         """Print one line above the panel. Control characters are made visible."""
         if self._live is None:
-            _write_line(self._stream, printable(text))
+            write_line(self._stream, printable(text))
             return
-        with _lost_terminal_ignored():
+        with lost_terminal_ignored():
             self._console.print(Text(printable(text)))
 
     def update(self, metrics: Mapping[str, float]) -> None:
@@ -224,9 +206,9 @@ class TrainingDisplay:
         if "reward/accuracy" in metrics:
             self._accuracy.append(metrics["reward/accuracy"])
         if self._live is None:
-            _write_line(self._stream, self._plain_line(metrics))
+            write_line(self._stream, self._plain_line(metrics))
         else:
-            with _lost_terminal_ignored():
+            with lost_terminal_ignored():
                 self._live.refresh()
 
     def seconds_left(self) -> float | None:
@@ -250,7 +232,7 @@ class TrainingDisplay:
         """In a log: how far a phase is that has been going on for a while."""
         phase = self._phase
         if phase.total and self._clock() - phase.began >= self._phase_every_s:
-            _write_line(self._stream, f"step {self._step + 1}/{self._total}  {phase}")
+            write_line(self._stream, f"step {self._step + 1}/{self._total}  {phase}")
 
     def _plain_line(self, metrics: Mapping[str, float]) -> str:
         parts = [f"step {self._step}/{self._total}", *_figures(metrics)]
@@ -271,24 +253,6 @@ class TrainingDisplay:
         return Panel(Group(table, Text("   ".join(_figures(self._latest))), Text(status)), title="forkrl", expand=False)
 
 
-def _write_line(stream: TextIO, text: str) -> None:
-    """Print a line at once; what the stream's encoding lacks is escaped, so that a C locale cannot end a run."""
-    encoding = stream.encoding or "utf-8"
-    with _lost_terminal_ignored():
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
-
-
-@contextmanager
-def _lost_terminal_ignored() -> Iterator[None]:
-    """A closed terminal answers writes with EIO, and sends SIGHUP; the step under way must still end and be saved."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-
-
 def _figures(metrics: Mapping[str, float]) -> list[str]:
     """The handful of metrics worth a line, in words; absent ones are left out."""
     formats = {
@@ -306,12 +270,6 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
         mean, low, high = (metrics[name] for name in _EVAL_NAMES)
         figures.append(f"held-out {mean:.3f} [{low:.3f}, {high:.3f}]")
     return figures
-
-
-def notice(text: str) -> None:
-    """Print something the user should know, on standard error. Control characters are made visible."""
-    first, *others = (printable(line) for line in text.splitlines())
-    _write_line(sys.stderr, "\n".join([f"forkrl: {first}", *others]))
 
 
 def progress(
@@ -404,4 +362,4 @@ class _Lines:
             text = f"{number}"
             if self._count:
                 text += f"/{self._count}  left {duration((now - self._began) / number * (self._count - number))}"
-            _write_line(self._stream, f"{self._description}  {text}")
+            write_line(self._stream, f"{self._description}  {text}")

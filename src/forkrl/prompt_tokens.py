@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.errors import UserError
-from forkrl.progress import notice
+from forkrl.messages import notice
 from forkrl.types import Prompt
 
 _SHOWN_CHARACTERS = 10

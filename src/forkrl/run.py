@@ -23,9 +23,10 @@ from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError
 from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.interruption import Interrupted, Interruption
 from forkrl.logprob_gap import logprob_gap, require_small_gap
+from forkrl.messages import notice
 from forkrl.metrics import level_metrics
 from forkrl.model import Policy, open_policy
-from forkrl.progress import TrainingDisplay, describe_selection, notice
+from forkrl.progress import TrainingDisplay, describe_selection
 from forkrl.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
 from forkrl.recipe import recipe_toml
 from forkrl.replicas import Replicas, open_replicas

@@ -11,8 +11,9 @@ import pytest
 import scipy.stats
 
 from benchmarks import coverage
+from forkrl import permutation
 from forkrl.errors import UserError
-from forkrl.evaluation import budgets, permutation
+from forkrl.evaluation import budgets
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.responses import ScoredResponse

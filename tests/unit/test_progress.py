@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from forkrl.config import LossConfig, SelectionConfig, TrainConfig
-from forkrl.progress import TrainingDisplay, describe_selection, duration, printable, progress, sparkline
+from forkrl.messages import printable
+from forkrl.progress import TrainingDisplay, describe_selection, duration, progress, sparkline
 
 
 class Terminal(io.StringIO):

@@ -28,7 +28,7 @@ from forkrl.report.fork_data import fork_data
 from forkrl.report.run_data import read_run
 from forkrl.report.run_forks import run_forks
 from forkrl.report.run_page import reproducing_command
-from forkrl.report.summary import duration, verdict
+from forkrl.report.summary import cards, duration, verdict
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 from tests.report_page import Page, decoded
 
@@ -98,6 +98,72 @@ def test_a_run_without_the_scores_of_each_problem_claims_no_more_than_it_knows(t
     assert "the 95% intervals are apart" in verdict(read_run(folder, 12))
     metrics_of(folder, {"step": 0, "eval/accuracy": 0.2}, {"step": 5, "eval/accuracy": 0.7})
     assert "accuracy was 20.0%" in verdict(read_run(folder, 12))
+
+
+CHANGED = """
+[[provenance.changes]]
+after_step = 3
+settings = ["training.steps: 3 -> 5", "{}"]
+"""
+
+
+def test_evaluations_of_other_problems_are_compared_on_those_that_both_have(tmp_path: Path) -> None:
+    before, after = GAIN
+    folder = evaluated(tmp_path / "run", before, after)
+    more = {f"q{i}": row for i, row in enumerate([*after, *[[1.0]] * 100])}
+    (folder / "rollouts/scores-000005.json").write_text(json.dumps(more))
+    with (folder / "config.toml").open("a") as file:
+        file.write(CHANGED.format("eval.problems: 100 -> 200"))
+    run = read_run(folder, 12)
+    text = verdict(run)
+    assert "rose from 40.0%" in text and "to 48.0%" in text and "+8.0 points [+2.0, +13.7] paired" in text
+    assert "on the 100 problems that both evaluations have" in text
+    assert "Evaluations changed after step 3: eval.problems: 100 -> 200." in run.notes
+    assert ("48.0%", "40.0%") in [(card.value, card.before) for card in cards(run)]
+    (folder / "rollouts/scores-000005.json").write_text(json.dumps({f"r{i}": row for i, row in enumerate(after)}))
+    text = verdict(read_run(folder, 12))
+    assert "different problems, so they are not compared" in text and "paired" not in text
+
+
+def test_evaluations_of_different_size_without_scores_are_not_compared(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path / "run", *GAIN)
+    ends = [{"eval/accuracy_low": low, "eval/accuracy_high": low + 0.2} for low in (0.1, 0.6)]
+    metrics_of(
+        folder,
+        {"step": 0, "eval/accuracy": 0.2, "eval/problems": 10} | ends[0],
+        {"step": 5, "eval/accuracy": 0.7, "eval/problems": 20} | ends[1],
+    )
+    (folder / "rollouts/scores-000000.json").unlink()
+    text = verdict(read_run(folder, 12))
+    assert "different problems, so they are not compared" in text and "rose" not in text
+
+
+def test_evaluations_at_different_temperatures_are_not_compared(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path / "run", *GAIN)
+    with (folder / "config.toml").open("a") as file:
+        file.write(CHANGED.format("eval.temperature: 1.0 -> 0.0"))
+    run = read_run(folder, 12)
+    text = verdict(run)
+    assert "was 40.0%" in text and "sampled in different ways (eval.temperature: 1.0 -> 0.0), so they are not" in text
+    assert "paired" not in text
+    assert "not compared" in next(card.note for card in cards(run))
+    Page(write_run_report(folder))
+
+
+def test_a_credential_in_an_old_run_is_not_shown(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path / "run", *GAIN)
+    text = (
+        (folder / "config.toml")
+        .read_text()
+        .replace(
+            "[provenance]",
+            '[task]\nverifier = "http://ann:s3cret@host/judge"\nverifier_options.headers.A = "Bearer s3cret"\n'
+            "[provenance]\ncommand = \"forkrl train 'task.verifier=http://ann:s3cret@host/judge'\"",
+        )
+    )
+    (folder / "config.toml").write_text(text)
+    page = write_run_report(folder).read_text(encoding="utf-8")
+    assert "s3cret" not in page and "host/judge" in page
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,8 @@ MBPP = {
     "test_imports": ["import math"],
 }
 
+RAISES = "try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"
+
 
 @needs_bubblewrap
 @pytest.mark.parametrize(
@@ -456,6 +458,10 @@ MBPP = {
         (json.dumps(MBPP | {"test_imports": []}), "def f(x): return set(x)\ndef g(x): return (x[0] ** 0.5,)", 1),
         (json.dumps(["x = [2, 1]\nf(x)\nassert x == [1, 2]"]), "def f(x): x.sort()", 1),
         (json.dumps(["assert list(f(3)) == [0, 1, 2]"]), "def f(n): yield from range(n)", 1),
+        (json.dumps(["assert all(map(lambda x: f(x) == x, [1, 2]))"]), "def f(x): raise StopIteration", 0),
+        (json.dumps([RAISES]), "class Absent(KeyError): pass\ndef f(x): raise Absent", 1),
+        (json.dumps([RAISES]), "def f(x): raise ValueError", 0),
+        (json.dumps([RAISES]), "def f(x): return x", 0),
         (json.dumps(["assert f() == {(1, 2): b'x', None: {3.5}}"]), "def f(): return {(1, 2): b'x', None: {3.5}}", 1),
         (json.dumps({"test_list": ["assert sum(1, 2) == 3"], "entry_point": "sum"}), "def sum(a, b): return a + b", 1),
         (
@@ -477,6 +483,9 @@ def test_assert_statements(tests: str, program: str, score: float) -> None:
         ("import numpy\nassert f() == 1", "def f(): return 1", "No module named 'numpy'"),
         ("assert f().x == 1", "class A: x = 1\ndef f(): return A()", "a value of type A cannot be passed"),
         ("assert f(lambda: 1) == 1", "def f(x): return x()", "a value of type function cannot be passed"),
+        ("try:\n    assert f()\nexcept Exception: pass", "def f(): return object()", "type object cannot be passed"),
+        ("def test_f():\n    assert f() == 1", "def f(): return 2", "none of their assert statements was reached"),
+        ("if __name__ == '__main__':\n    assert f() == 1", "def f(): return 2", "none of their assert statements"),
     ],
 )
 def test_assert_statements_that_cannot_judge_are_no_wrong_answer(test: str, program: str, reason: str) -> None:

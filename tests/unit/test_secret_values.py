@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,17 @@ import pytest
 from forkrl.config import RewardConfig, TrainConfig
 from forkrl.errors import UserError
 from forkrl.loopback import is_loopback
-from forkrl.recipe import load_recipe
+from forkrl.recipe import load_recipe, recipe_toml
 from forkrl.rewards import open_verifier
-from forkrl.secret_values import SecretValues, shown_url
+from forkrl.secret_values import SecretValues, shown_url, without_secrets_in_command, without_written_secrets
 from forkrl.types import Prompt, VerifierSpec
 
 DATASET = ("task.name=dataset", "task.data=x.jsonl")
 
 
-def leak(answer: str, response: str, *, api_key: str) -> float:
+def leak(answer: str, response: str, *, api_key: str, words: str = "") -> float:
     """A verifier whose error holds its key."""
-    raise ValueError(f"the service refuses the key {api_key}")
+    raise ValueError(f"{words}the service refuses the key {api_key}")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,17 @@ def leak(answer: str, response: str, *, api_key: str) -> float:
         ("task.verifier_options.api_key=s3cret", "task.verifier_options.api_key"),
         ('task.verifier_options.judge={access-token = "s3cret"}', "task.verifier_options.judge.access-token"),
         ('task.verifier_options.urls=["http://ann:s3cret@host"]', "task.verifier_options.urls"),
+        ("task.verifier=http://${WHO}:s3cret@host/judge", "task.verifier"),
+        ("task.verifier=http://s3cret:@host/judge", "task.verifier"),
+        ("task.verifier=HTTPS://ann:s3cret@host/judge", "task.verifier"),
+        ("task.verifier_options.dsn=postgresql://ann:s3cret@host/db", "task.verifier_options.dsn"),
+        ('task.verifier_options.headers=[["Authorization", "Bearer s3cret"]]', "task.verifier_options.headers"),
+        ("task.verifier_options.headers=Authorization: s3cret", "task.verifier_options.headers"),
+        ('task.verifier_options.http_headers={X = {A = "s3cret"}}', "task.verifier_options.http_headers.X.A"),
+        ('task.verifier_options.auth=["ann", "s3cret"]', "task.verifier_options.auth"),
+        ("task.verifier_options.x-api-key=s3cret", "task.verifier_options.x-api-key"),
+        ("task.verifier_options.authorization=Bearer s3cret", "task.verifier_options.authorization"),
+        ("task.verifier_options.password=5463728", "task.verifier_options.password"),
         ("sandbox.server=http://ann:s3cret@host:8080", "sandbox.server"),
         (
             'task.parts=[{name="dataset", data="x.jsonl", source="a", verifier="http://ann:s3cret@host"}]',
@@ -48,7 +61,7 @@ def test_a_credential_in_the_recipe_is_rejected_and_not_shown(override: str, key
     with pytest.raises(UserError) as caught:
         load_recipe(TrainConfig, None, [*DATASET, override])
     message = str(caught.value)
-    assert "s3cret" not in message
+    assert "s3cret" not in message and "5463728" not in message
     assert key in message
     assert "write ${NAME}" in message
 
@@ -84,6 +97,84 @@ def test_values_come_from_the_environment_and_leave_messages(monkeypatch: pytest
         "no answer from http://ann:${JUDGE_PASSWORD}@${JUDGE_HOST}/a?t=${JUDGE_PASSWORD}: ${JUDGE_PASSWORD}"
     )
     assert shown_url(url) == "http://host:8000/a"
+
+
+@pytest.mark.parametrize("end", ["", "…", "' and more", '")'])
+@pytest.mark.parametrize("kept", [6, 10, 17])
+def test_what_a_cut_leaves_of_a_value_is_hidden_too(monkeypatch: pytest.MonkeyPatch, kept: int, end: str) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "s3cret-5463728190")
+    secrets = SecretValues()
+    secrets.resolve("k", "${JUDGE_TOKEN}")
+    assert secrets.hide("refuses 's3cret-5463728190"[: 9 + kept] + end) == "refuses '${JUDGE_TOKEN}" + end
+    assert secrets.hide("s3cret-5 of another kind") == "s3cret-5 of another kind"
+
+
+def test_a_value_is_hidden_as_messages_quote_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = 'p"ä\\w'
+    monkeypatch.setenv("JUDGE_PASSWORD", value)
+    secrets = SecretValues()
+    secrets.resolve("task.verifier", "http://ann:${JUDGE_PASSWORD}@host/")
+    for text in (
+        value,
+        repr(value),
+        json.dumps(value),
+        repr(value.encode()),
+        b64encode(f"ann:{value}".encode()).decode(),
+    ):
+        assert "${JUDGE_PASSWORD}" in secrets.hide(text), text
+        assert "w" not in secrets.hide(text), text
+
+
+@pytest.mark.parametrize("length", range(440, 520, 7))
+def test_a_message_that_is_cut_within_a_credential_does_not_show_it(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "s3cret" * 5)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    options = {"api_key": "${JUDGE_TOKEN}", "words": "x" * length}
+    with open_verifier({"": VerifierSpec("tests.unit.test_secret_values:leak", options)}, RewardConfig()) as pool:
+        pool.announce = lambda _: None
+        pool.verify([(Prompt("p", "?", "a"), "b")])
+    assert "s3cret" not in pool.first_failures["error"]
+
+
+def test_credentials_that_an_older_version_stored_are_not_shown() -> None:
+    stored = {
+        "task": {
+            "verifier": "http://ann:s3cret@host/judge?token=s3cret",
+            "verifier_options": {"headers": {"A": "s3cret"}, "api_key": "s3cret", "mode": "exact", "n": 3},
+        },
+        "seed": 0,
+    }
+    assert without_written_secrets("", stored) == {
+        "task": {
+            "verifier": "http://…@host/judge?…",
+            "verifier_options": {"headers": {"A": "…"}, "api_key": "…", "mode": "exact", "n": 3},
+        },
+        "seed": 0,
+    }
+    usual = recipe_toml(TrainConfig())
+    assert without_written_secrets("", usual) == usual
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "task.verifier=http://ann:s3cret@host/judge",
+        "'task.verifier=http://host/judge?token=s3cret'",
+        "task.verifier_options.api_key=s3cret",
+        "'task.verifier_options.headers={A = \"Bearer s3cret\"}'",
+        "'task.verifier_options.headers.A=Bearer s3cret'",
+        "'task.verifier_options={headers = {A = \"s3cret\"}}'",
+        '\'task.parts=[{name="dataset", verifier="http://ann:s3cret@host"}]\'',
+        "http://ann:s3cret@host",
+    ],
+)
+def test_a_recorded_command_is_shown_without_credentials(setting: str) -> None:
+    shown = without_secrets_in_command(f"forkrl train r.toml {setting} seed=3")
+    assert "s3cret" not in shown
+    assert shown.startswith("forkrl train r.toml ") and shown.endswith(" seed=3")
+    assert without_secrets_in_command("forkrl train 'a b.toml'  seed=3") == "forkrl train 'a b.toml'  seed=3"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from forkrl.commands.token_parts import read_responses
 from forkrl.commands.work_folder import command_line, stored_question, work_provenance
 from forkrl.errors import UserError
 from forkrl.intervals import ClusterSums, Estimate
-from forkrl.progress import printable
+from forkrl.messages import printable
 from forkrl.report.analysis_page import analysis_page
 from forkrl.report.page import write_page
 from forkrl.report.terminal import coloured_response, entropy_legend

@@ -12,8 +12,8 @@ from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_session, open_s
 from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
+from forkrl.messages import notice
 from forkrl.model import open_policy
-from forkrl.progress import notice
 from forkrl.replicas import open_replicas
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 from forkrl.errors import UserError
 from forkrl.evaluation.request_seed import request_seed
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
-from forkrl.progress import printable
+from forkrl.messages import printable
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An error message is quoted no further than this: a proxy may answer with a whole page.

@@ -19,8 +19,11 @@ import pyarrow.parquet as pq
 from forkrl.errors import UserError
 from forkrl.intervals import mean_with_interval
 from forkrl.report.sampling import evenly_spaced
+from forkrl.secret_values import without_secrets_in_command, without_written_secrets
 
 Floats = npt.NDArray[np.float64]
+_KEEP_ANSWERS = ("eval.every:", "eval.problems:", "eval.samples:")
+"""Of an evaluation: these change how many answers there are, not how each is drawn."""
 ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
 PER_TOKEN = {
     "tokens": pa.list_(pa.string()),
@@ -133,6 +136,26 @@ class RunData:
         planned = self.setting("training.steps")
         return planned if isinstance(planned, int) else None
 
+    @property
+    def setting_changes(self) -> list[tuple[int, list[str]]]:
+        """What resuming changed: the last step done before, and each setting as ``key: old -> new``."""
+        recorded = self.provenance.get("changes")
+        return [
+            (each["after_step"], [str(change) for change in each["settings"]])
+            for each in (recorded if isinstance(recorded, list) else [])
+            if isinstance(each, dict) and type(each.get("after_step")) is int and isinstance(each.get("settings"), list)
+        ]
+
+    def sampling_changes(self, first: int, last: int) -> list[str]:
+        """Settings that changed between two evaluations and make answers to the same problem differ."""
+        return [
+            change
+            for step, changes in self.setting_changes
+            if first <= step <= last
+            for change in changes
+            if change.startswith("eval.") and not change.startswith(_KEEP_ANSWERS)
+        ]
+
     def setting(self, key: str) -> Any:
         """Value of ``section.name``, or None."""
         section, _, name = key.partition(".")
@@ -152,7 +175,7 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
     metrics = _read_metrics(folder / "metrics.jsonl", notes)
     eval_paths, train_paths = _rollout_paths(folder, "eval"), _rollout_paths(folder, "train")
     chosen = [train_paths[i] for i in evenly_spaced(len(train_paths), max_train_files)]
-    return RunData(
+    run = RunData(
         name=folder.resolve().name,
         settings=settings,
         provenance=provenance if isinstance(provenance, dict) else {},
@@ -163,6 +186,10 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
         scores=_read_scores(folder, [step for step, row in metrics.items() if "eval/accuracy" in row], notes),
         notes=notes,
     )
+    for step, changes in run.setting_changes:
+        if of_evaluations := [change for change in changes if change.startswith("eval.")]:
+            notes.append(f"Evaluations changed after step {step}: {'; '.join(of_evaluations)}.")
+    return run
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -171,7 +198,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: no such folder; name the folder of a run, which holds config.toml and metrics.jsonl"
         )
     try:
-        return tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: not a run folder, it has no config.toml; name the folder given to forkrl train --out"
@@ -180,6 +207,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder / 'config.toml'}: cannot be read ({error}); restore it, or report on another run"
         ) from None
+    shown: dict[str, Any] = without_written_secrets("", settings)  # an older version stored them
+    provenance = shown.get("provenance")
+    if isinstance(provenance, dict) and isinstance(provenance.get("command"), str):
+        provenance["command"] = without_secrets_in_command(provenance["command"])
+    return shown
 
 
 def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:

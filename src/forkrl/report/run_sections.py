@@ -30,7 +30,8 @@ _CURVES = (
     _Curve(
         "learning",
         "Learning curve",
-        "Training accuracy is that of the sampled responses of each step; held-out problems are the same each time.",
+        "Training accuracy is that of the sampled responses of each step; held-out problems are the same each time, "
+        "unless a note on this page says that evaluations changed.",
         ("reward/accuracy", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
         figures.learning_curve,
     ),

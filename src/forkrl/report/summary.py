@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from forkrl.intervals import mean_with_interval
 from forkrl.permutation import PairedTest, paired_test
 from forkrl.report.difference import is_clear, probability, signed_points
 from forkrl.report.page import Card
@@ -36,14 +37,44 @@ def evaluations(run: RunData) -> list[Estimate]:
     ]
 
 
-def paired_change(run: RunData) -> PairedTest | None:
-    """The last evaluation against the first, problem by problem; None where their scores were not recorded."""
+class Comparison(NamedTuple):
+    """The first and the last evaluation, on the problems that both have, and the paired test of them.
+
+    ``unequal``: why they cannot be compared; empty if they can. ``problems``: what they were on, to follow the figures.
+    """
+
+    before: Estimate
+    after: Estimate
+    problems: str
+    test: PairedTest | None = None
+    unequal: str = ""
+
+
+def comparison(run: RunData) -> Comparison:
+    """The last evaluation against the first, problem by problem where the scores of each were recorded.
+
+    A resumed run may change its evaluations. Other problems are left out of the comparison; answers that were sampled
+    in another way are not compared.
+    """
     found = evaluations(run)
-    before, after = (run.scores.get(each.step) for each in (found[0], found[-1]))
-    if before is None or after is None or before.keys() != after.keys():
-        return None
-    rows = [[scores[problem] for problem in before] for scores in (before, after)]
-    return paired_test(np.array(rows[0], dtype=np.float64), np.array(rows[1], dtype=np.float64))
+    before, after, problems = found[0], found[-1], _num_problems(run)
+    if changes := run.sampling_changes(before.step, after.step):
+        return Comparison(before, after, "", unequal=f"they were sampled in different ways ({'; '.join(changes)})")
+    scores_before, scores_after = (run.scores.get(each.step) for each in (before, after))
+    if scores_before is None or scores_after is None:
+        counts = {run.metrics[each.step].get("eval/problems") for each in (before, after)}
+        unequal = "" if len(counts) == 1 else "they are on different problems"
+        return Comparison(before, after, "" if unequal else problems, unequal=unequal)
+    common = [problem for problem in scores_before if problem in scores_after]
+    if not common:
+        return Comparison(before, after, "", unequal="they are on different problems")
+    rows = [np.array([scores[name] for name in common], dtype=np.float64) for scores in (scores_before, scores_after)]
+    if scores_before.keys() != scores_after.keys():
+        problems = f" on the {len(common):,} problems that both evaluations have"
+        before, after = (
+            Estimate(each.step, *mean_with_interval(scores)) for each, scores in zip((before, after), rows, strict=True)
+        )
+    return Comparison(before, after, problems, paired_test(*rows))
 
 
 def verdict(run: RunData) -> str:
@@ -51,11 +82,13 @@ def verdict(run: RunData) -> str:
     found = evaluations(run)
     if not found:
         return f"Nothing was evaluated on held-out problems; {_effort(run)}."
-    problems = _num_problems(run)
     if len(found) == 1:
-        only = f"Held-out accuracy was {found[0]} at step {found[0].step}{problems}"
+        only = f"Held-out accuracy was {found[0]} at step {found[0].step}{_num_problems(run)}"
         return f"{only}, and there is no second evaluation to compare; {_effort(run)}."
-    before, after, test = found[0], found[-1], paired_change(run)
+    before, after, problems, test, unequal = comparison(run)
+    if unequal:
+        figures = f"{before} at step {before.step} and {after} at step {after.step}"
+        return f"Held-out accuracy was {figures}; {unequal}, so they are not compared. {_effort(run).capitalize()}."
     clear = _intervals_are_apart(before, after) if test is None else is_clear(test.difference.low, test.difference.high)
     verb, to = (("rose from" if after.value > before.value else "fell from"), "to") if clear else ("was", "and")
     change = f"Held-out accuracy {verb} {before} at step {before.step} {to} {after} at step {after.step}{problems}"
@@ -92,10 +125,11 @@ def cards(run: RunData) -> list[Card]:
     found = evaluations(run)
     made: list[Card] = []
     if len(found) > 1:
-        test = paired_change(run)
-        difference = found[-1].value - found[0].value
+        before, after, _, test, unequal = comparison(run)
+        difference = after.value - before.value
         change = signed_points(difference, math.nan, math.nan) if test is None else signed_points(*test.difference)
-        made.append(Card("Held-out accuracy", f"{found[-1].value:.1%}", f"{found[0].value:.1%}", change))
+        note = f"not compared: {unequal}" if unequal else change
+        made.append(Card("Held-out accuracy", f"{after.value:.1%}", f"{before.value:.1%}", note))
     elif found:
         made.append(Card("Held-out accuracy", f"{found[0].value:.1%}", note=f"only at step {found[0].step}"))
     drift = [

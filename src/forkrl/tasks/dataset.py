@@ -21,8 +21,9 @@ from jinja2 import TemplateError
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.locations import require_hub_id
-from forkrl.progress import notice
+from forkrl.messages import notice
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
+from forkrl.secret_values import is_address
 from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
@@ -107,7 +108,7 @@ def load_evaluation_task(
 def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
     if config.verifier == NO_VERIFIER:
         return {}
-    if config.verifier.startswith(("http://", "https://")):
+    if is_address(config.verifier):
         options = config.verifier_options | {"url": config.verifier}
         return {"": VerifierSpec("forkrl.rewards.endpoint:verify_at_endpoint", options)}
     return {"": VerifierSpec(config.verifier, config.verifier_options)}

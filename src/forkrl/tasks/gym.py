@@ -16,8 +16,9 @@ from typing import Any
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
+from forkrl.messages import notice
 from forkrl.processes import child_environment
-from forkrl.progress import notice, progress
+from forkrl.progress import progress
 from forkrl.tasks.dataset import ApplyChatTemplate, fingerprint_of, question_id
 from forkrl.types import Prompt, Task, VerifierSpec
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from forkrl.config import PartConfig, TaskConfig
 from forkrl.errors import UserError
-from forkrl.progress import notice
+from forkrl.messages import notice
 from forkrl.tasks.stream import furthest_behind
 from forkrl.types import Prompt, Task
 

@@ -28,7 +28,8 @@ class SandboxFusion:
 
     def __init__(self, config: SandboxConfig) -> None:
         self._limits = config
-        address, question_mark, query = SecretValues().resolve("sandbox.server", config.server).partition("?")
+        self._secrets = SecretValues()
+        address, question_mark, query = self._secrets.resolve("sandbox.server", config.server).partition("?")
         self._url = f"{address.rstrip('/')}/run_code{question_mark}{query}"
         self._use_proxies = not is_loopback(self._url)
 
@@ -70,13 +71,14 @@ class SandboxFusion:
             response.raise_for_status()
             return _read(response.json(), max_output)
         except httpx.HTTPStatusError as error:  # its own message shows the whole URL
-            raise SandboxUnavailableError(f"{shown_url(self._url)} answered {error.response.status_code}") from None
+            raise self._unavailable(f"answered {error.response.status_code}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise SandboxUnavailableError(f"{shown_url(self._url)}: {type(error).__name__} {error}") from None
+            raise self._unavailable(f"cannot be asked: {type(error).__name__} {error}") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise SandboxUnavailableError(
-                f"{shown_url(self._url)} did not answer as SandboxFusion does ({error!r})"
-            ) from error
+            raise self._unavailable(f"did not answer as SandboxFusion does ({error!r})") from error
+
+    def _unavailable(self, what: str) -> SandboxUnavailableError:
+        return SandboxUnavailableError(self._secrets.hide(f"{shown_url(self._url)} {what}"))
 
 
 def _read(answer: dict[str, Any], max_output: int) -> Outcome:

@@ -6,6 +6,7 @@ begins only once the kernel denies it any look into the process of the tests. It
 plain values there. So there is nothing that it could patch, and its end is a failure.
 """
 
+import ast
 import builtins
 import json
 import os
@@ -25,6 +26,7 @@ from forkrl.rewards.code.sandbox_values import (
 )
 
 _PR_SET_DUMPABLE = 4
+_REACHED = "_forkrl_reached"
 
 
 class ProgramEndedError(BaseException):
@@ -71,12 +73,14 @@ def _run_asserts(program: "_Program", tests: dict[str, Any]) -> list[str]:
     module = new_module("tests", "")
     module.__dict__.update(ListNode=ListNode, TreeNode=TreeNode)
     program.module = module
+    reached: list[int] = []
+    module.__dict__[_REACHED] = reached
     try:
         for name in tests["modules"]:
             module.__dict__[name] = __import__(name)
         for name in tests["names"]:
             module.__dict__[name] = program.function(name)
-        exec(compile(tests["code"], "tests.py", "exec"), module.__dict__)
+        exec(compile(_noting_asserts(tests["code"]), "tests.py", "exec"), module.__dict__)
         if tests["check"]:
             module.__dict__["check"](module.__dict__[tests["check"]])
     except NotTransferableError as error:
@@ -85,7 +89,20 @@ def _run_asserts(program: "_Program", tests: dict[str, Any]) -> list[str]:
         return ["failed"] if error is program.raised else ["broken", f"{type(error).__name__}: {error}"[:300]]
     except BaseException:  # an assertion, or what comes of a wrong value
         return ["failed"]
-    return ["failed"] if program.ended else ["passed"]
+    if program.ended:
+        return ["failed"]
+    # Tests of an exception may stand around an ``assert False`` that must not be reached.
+    return ["passed"] if reached or program.raised else ["broken", "none of their assert statements was reached"]
+
+
+def _noting_asserts(code: str) -> ast.Module:
+    """The tests, with each ``assert x`` as ``assert REACHED.append(0) or x``."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            note = ast.parse(f"{_REACHED}.append(0)", mode="eval").body
+            node.test = ast.BoolOp(ast.Or(), [note, node.test])
+    return ast.fix_missing_locations(tree)
 
 
 class _Program:
@@ -134,8 +151,13 @@ class _Program:
 
 
 def _exception(name: str, message: str) -> Exception:
-    """One of Python's own, by name; any other is a plain Exception."""
+    """One of Python's own, by name; any other is a plain Exception.
+
+    Of a StopIteration a RuntimeError is made, as in generators: it would end ``all(map(...))`` of the tests early.
+    """
     kind = getattr(builtins, name, None)
+    if kind in (StopIteration, StopAsyncIteration):
+        kind = RuntimeError
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
             return kind(message)
@@ -169,7 +191,8 @@ def serve_calls(source: str, incoming: Any, replies_fd: int) -> None:
         except NotTransferableError as error:
             reply = ["untransferable", str(error)]
         except Exception as error:
-            reply = ["raised", type(error).__name__, str(error)[:1000]]
+            own = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+            reply = ["raised", own, str(error)[:1000]]
         data = (dumps(reply) + "\n").encode("ascii")
         while data:
             data = data[write(replies_fd, data) :]

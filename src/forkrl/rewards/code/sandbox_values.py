@@ -22,8 +22,8 @@ class TreeNode:
         self.val, self.left, self.right = val, left, right
 
 
-class NotTransferableError(Exception):
-    """A value of a kind that cannot be passed between the program and its tests."""
+class NotTransferableError(BaseException):
+    """A value of a kind that cannot be passed between the program and its tests; these do not catch it by accident."""
 
 
 def find_function(module: ModuleType, name: str) -> Any:
