@@ -74,7 +74,7 @@ def comparison(run: RunData) -> Comparison:
         before, after = (
             Estimate(each.step, *mean_with_interval(scores)) for each, scores in zip((before, after), rows, strict=True)
         )
-    return Comparison(before, after, problems, paired_test(*rows))
+    return Comparison(before, after, problems, paired_test(rows[0], rows[1]))
 
 
 def verdict(run: RunData) -> str:
