@@ -65,7 +65,7 @@ def verl_overrides(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Seq
     Args:
         config: the recipe.
         paths: the files of this run.
-        stop_token_ids: of ``rollout.stop``, beside the tokenizer's EOS.
+        stop_token_ids: all that end a response (``stop_tokens.stop_token_ids``).
 
     Raises:
         UserError: a setting that verl cannot honour, or an override of one that ForkRL sets.
