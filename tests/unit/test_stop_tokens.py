@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,11 @@ def test_a_rollouts_text_has_no_special_tokens(tmp_path: Path) -> None:
     )
     assert any(policy.tokenizer.pad_token_id in rollout.response_ids for rollout in group.rollouts)
     assert not any("<pad>" in rollout.text or "<eos>" in rollout.text for rollout in group.rollouts)
+
+
+@pytest.mark.parametrize("text", [" " * 10**6, "</s>" * 10**5, "<|im_end|>\n" * 10**5, "<|" + "a" * 10**6])
+def test_a_long_end_takes_linear_time(text: str) -> None:
+    began = time.process_time()
+    strip_turn_end(f"17{text}x{text}")
+    strip_turn_end(text)
+    assert time.process_time() - began < 10
