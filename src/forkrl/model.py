@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,6 +135,11 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
             not support (``model_support``).
     """
     path = model_location(config.path)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"model.path = {config.path!r} cannot be opened as a model: the folder has no config.json; name one that "
+            f"save_pretrained wrote"
+        )
     transformers_logging.disable_progress_bar()  # of reading weights
     if sys.stderr.isatty():
         enable_progress_bars()  # the hub's own, of downloads, which the line above disables too
@@ -148,6 +154,10 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
         raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
     model, report = opened
+    if not tokenizer.encode("1 2", add_special_tokens=False):  # an empty one is opened where there are no files
+        raise UserError(
+            f"model.path = {config.path!r} has no tokenizer; save the model's there: tokenizer.save_pretrained(FOLDER)"
+        )
     if absent := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model anew")
     if tokenizer.eos_token_id is None:

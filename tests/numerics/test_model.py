@@ -81,6 +81,12 @@ def test_opening_and_sampling_use_nothing_deprecated(tmp_path: Path, enabled: bo
     assert bool(policy._recomputed_layers) is enabled
 
 
+def test_weights_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
+    random_policy().model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no tokenizer; save the model's there"):
+        open_policy(ModelConfig(path=str(tmp_path)), "cpu")
+
+
 def test_a_model_that_transforms_its_logits_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(random_policy("gemma2 with soft-capped logits"), tmp_path)
     with pytest.raises(UserError, match="Gemma2ForCausalLM transforms its logits"):

@@ -125,7 +125,7 @@ CASES = {
     "broken TOML": Case(("train", "bad.toml"), ("bad.toml: not valid TOML", "line 1"), text("bad.toml", "seed = =\n")),
     "missing model folder": Case(train("model.path=./none"), ("model.path = './none': no such folder",)),
     "unknown hub model": Case(train("model.path=nobody/none"), ("model.path = 'nobody/none'",)),
-    "a folder without a model": Case(train("model.path=./odd"), ("model.path = './odd' cannot be opened as a model",),
+    "a folder without a model": Case(train("model.path=./odd"), ("cannot be opened as a model", "no config.json"),
                                      lambda folder: (folder / "odd").mkdir()),
     "cut model": Case(train(MODEL), ("model.path = './odd' cannot be opened as a model",), cut_model),
     "model of NaN": Case(train(MODEL), ("'./odd': its logits are NaN or infinite",), nan_model),

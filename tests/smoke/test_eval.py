@@ -95,6 +95,8 @@ def test_a_step_that_was_not_kept_is_an_error_that_lists_those_there_are(world: 
             assert outcome.line == (
                 "forkrl: stepped/checkpoints: no checkpoint of step 8; available: step-1, step-2, step-3"
             )
+    for at in ("step-x", "step-02", "latest", ""):
+        assert f"stepped@{at}: after @ comes step-N or base" in refused(world, f"stepped@{at}")
     assert "'nowhere@step-8': no such folder" in refused(world, "nowhere@step-8")
 
 

@@ -47,6 +47,9 @@ VERDICTS = [
     ("[" * 100_000 + "!", 0),
     (";" * 100_000 + "!", 0),
     ("]" * 100_000 + "!", 0),
+    ("<think>" + RIGHT, 0),  # thinking that never ends
+    ("<think>" + WRONG_FIRST + "</think>" + RIGHT, 1),
+    (RIGHT + "<|im_end|>", 1),
 ]
 
 

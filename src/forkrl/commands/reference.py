@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from forkrl.errors import UserError
 from forkrl.run_folder import CONFIG
 
 BASE = "base"
-_AT = re.compile(r"(?P<run>.+)@(?P<at>base|step-\d+)")
-_STEP = re.compile(r"step-\d+")
+_AT = re.compile(r"(?P<run>.+)@(?P<at>[^@/]*)")
+_STEP = re.compile(r"step-(?:0|[1-9]\d*)")
 
 
 class ModelReference(NamedTuple):
@@ -30,10 +31,16 @@ class ModelReference(NamedTuple):
 
 
 def parse_reference(name: str) -> ModelReference:
-    """Recognise RUN, RUN@step-N, RUN@base and RUN/checkpoints/step-N; any other name is a model."""
+    """Recognise RUN, RUN@step-N, RUN@base and RUN/checkpoints/step-N; any other name is a model.
+
+    Raises:
+        UserError: something else after the @ of a run.
+    """
     if is_run(Path(name)):
         return ModelReference(name, Path(name))
     if (match := _AT.fullmatch(name)) and not Path(name).exists() and is_run(Path(match["run"])):
+        if match["at"] != BASE and not _STEP.fullmatch(match["at"]):
+            raise UserError(f"{name}: after @ comes step-N or base, as in {match['run']}@step-8 or {match['run']}@base")
         return ModelReference(name, Path(match["run"]), match["at"])
     for path in (Path(name), Path(name).resolve()):  # the latter for ".", and for links
         run = path.parent.parent

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from forkrl.config import SearchHabits
+from forkrl.rewards.reply import reply_of
 from forkrl.types import Prompt, Task, VerifierSpec
 
 CHARACTERS = "0123456789+-*/=,:;!?[] "
@@ -70,6 +71,7 @@ def verify_countdown(answer: str, response: str) -> float:
         response: the model's text; anything at all.
     """
     numbers, target = parse_problem(answer)
+    response = reply_of(response)
     if not response.endswith("!"):
         return 0.0
     steps = judge_tries(numbers, response)[-1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from forkrl.rewards.math.notation import plain_notation
 from forkrl.rewards.math.units import split_unit
-from forkrl.rewards.reply import reply_of
+from forkrl.rewards.reply import reply_of, strip_turn_end
 
 _BOX_TAIL = 20_000
 """Characters from the end that are searched for a box. The conclusion stands there; the search is linear."""
@@ -53,6 +53,10 @@ _FORMULA = re.compile(
     r"(?<![\\\d])\$(?P<c>[^$\n]{1,1000})(?<!\\)\$|\\\((?P<d>(?:[^\\\n]|\\(?!\))){1,1000})\\\)"
 )
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:,|,?\s*(?:and|or))\s*")
+_ALTERNATIVES = re.compile(
+    r"(?<![a-zA-Z\\])([a-zA-Z]\s*=\s*-?\d[\d./]*(?:\s*,?\s*(?:or\b|\\lor\b)\s*(?:[a-zA-Z]\s*=\s*)?-?\d[\d./]*)+)[\s.$]*\Z"
+)
+"""As "x = 2 or x = 5" at the end of a sentence."""
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
 _NUMBER = re.compile(
     r"(?<![a-zA-Z0-9_.\\{^])[-−–]?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
@@ -139,7 +143,7 @@ def _joined_boxes(text: str, boxes: Sequence[tuple[int, int, int]]) -> str:
 
 def _unboxed(text: str) -> str:
     if found := _TAGGED.findall(text):
-        content = str(found[-1]).strip(_DECORATION)
+        content = strip_turn_end(str(found[-1])).strip(_DECORATION)
         return _stated(content) if _ANNOUNCED.search(content) or _PROSE.search(content) else content
     if found := _HASHES.findall(text):
         return str(found[-1]).strip(_DECORATION)
@@ -156,6 +160,8 @@ def _stated(text: str) -> str:
     sentence = _last_sentence(paragraph)
     if bold := [content for content in _BOLD.findall(sentence) if _is_answer(content)]:
         return _undressed(bold[-1])
+    if either := _ALTERNATIVES.search(sentence):
+        return either[1]
     number = _last_number(sentence)
     if formulas and (not number or formulas[-1].end() > paragraph.rfind(number)):
         return _joined(paragraph, formulas, len(formulas) - 1)
