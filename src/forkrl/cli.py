@@ -28,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_environment()  # before anything imports torch
     arguments = parse_arguments(argv)
     try:
-        if arguments.command in WORK_FOLDER_COMMANDS and arguments.out is not None:
-            from forkrl.commands.work_folder import require_usable
-
-            require_usable(arguments.out)  # before torch is imported, which takes seconds
+        if arguments.command in WORK_FOLDER_COMMANDS:
+            check_names(arguments)  # before torch is imported, which takes seconds
         return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"forkrl: {error}", file=sys.stderr)
@@ -43,6 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("forkrl: interrupted", file=sys.stderr)
         return 130
+
+
+def check_names(arguments: argparse.Namespace) -> None:
+    """Reject an output folder that cannot be used, and a local model that is not there."""
+    from forkrl.commands.reference import parse_reference
+    from forkrl.commands.work_folder import require_usable
+    from forkrl.locations import model_location
+
+    if arguments.out is not None:
+        require_usable(arguments.out)
+    model, server = getattr(arguments, "model", None), getattr(arguments, "server", None)
+    if model is not None and server is None and is_model(model) and parse_reference(model).run is None:
+        model_location(model)
 
 
 def run_train(arguments: argparse.Namespace) -> int:

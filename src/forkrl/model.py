@@ -144,8 +144,8 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     if sys.stderr.isatty():
         enable_progress_bars()  # the hub's own, of downloads, which the line above disables too
     try:
-        require_no_adapter(path, config.revision, config.path)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        require_no_adapter(path, config.revision, config.path)
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )

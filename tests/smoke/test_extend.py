@@ -182,6 +182,7 @@ sys.exit(70 if "torch" in sys.modules else code)
         (("drift", "model", "other", "--out", "model"), "model: is not empty"),
         (("branch", "model", "--out", "model"), "model: is not empty"),
         (("decode-temps", "model", "--out", "model"), "model: is not empty"),
+        *(((command, "./nope"), "model.path = './nope': no such folder") for command in ("eval", "analyze", "branch")),
     ],
 )
 def test_folders_are_checked_before_torch_is_imported(
