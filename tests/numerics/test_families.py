@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from forkrl.backward import compute_token_stats
 from forkrl.batching import collate
@@ -82,6 +84,8 @@ def sampled_rollouts() -> tuple[Rollout, ...]:
 
 @pytest.mark.parametrize("family", REJECTED)
 def test_what_would_be_wrong_is_rejected_with_the_reason(family: str) -> None:
+    if family == "doge" and Version(transformers.__version__) >= Version("5.24"):
+        pytest.skip("its attention no longer depends on padding")
     kind, changes, reason = REJECTED[family]
     with pytest.raises(UserError, match=reason) as error:
         require_supported(family_policy(kind, changes), "m")

@@ -153,7 +153,7 @@ def test_what_may_pass_is_tried_three_times(serve: MakeServer, trouble: Any) -> 
 def test_what_will_not_pass_is_named_at_once(serve: MakeServer, reply: Any, message: str) -> None:
     server = serve(reply)
     with pytest.raises(EndpointError) as caught:
-        verify_at_endpoint("a", "b", url=server.url, timeout_s=0.5 if reply is stall else 60)
+        verify_at_endpoint("a", "b", url=server.url, timeout_s=0.5 if reply in (stall, drip) else 60)
     assert message in str(caught.value)
     assert server.url in str(caught.value)
     assert len(server.bodies) == 1
