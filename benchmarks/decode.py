@@ -26,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -283,6 +284,8 @@ class Numerals:
     """A tokenizer whose texts are numbers: random weights know no words."""
 
     eos_token_id = 151_645
+    bos_token_id = unk_token_id = None
+    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
 
     def encode(self, text: str, **ignored: Any) -> list[int]:
         return [int(numeral) for numeral in text.split()]

@@ -23,8 +23,8 @@ import dataclasses
 import gc
 import resource
 import time
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +116,9 @@ def parse_options() -> argparse.Namespace:
 
 class Numerals:
     """A tokenizer whose texts are numbers, and whose end no model writes: it is no token of the vocabulary."""
+
+    bos_token_id = unk_token_id = None
+    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
 
     def __init__(self, vocabulary: int) -> None:
         self.eos_token_id = vocabulary

@@ -7,7 +7,6 @@ alone, in a batch with others, and token by token from a cache, and all of these
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -77,6 +76,7 @@ def require_supported(policy: Policy, path: str) -> None:
     """
     require_fixed_frequencies(policy.model.config, path)
     with explained_failures(policy, path):
+        _require_finite(policy, path)
         _require_causal(policy, path)
         _require_linear_head(policy, path)
 
@@ -92,6 +92,12 @@ def explained_failures(policy: Policy, path: str) -> Iterator[None]:
             f"embedding ({type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}); "
             f"docs/models.md lists the supported families"
         ) from error
+
+
+def _require_finite(policy: Policy, path: str) -> None:
+    ids = _probe_ids(policy, 4)
+    if not policy.logits(policy.hidden_states(ids, torch.ones_like(ids))[0]).isfinite().all():
+        raise UserError(f"model.path = {path!r}: its logits are NaN or infinite; the weights are damaged")
 
 
 def _require_causal(policy: Policy, path: str) -> None:
@@ -121,8 +127,6 @@ def _require_linear_head(policy: Policy, path: str) -> None:
     mask = torch.ones_like(ids)
     hidden_TD = policy.hidden_states(ids, mask)[0]
     largest = float(policy.logits(hidden_TD).abs().max())
-    if not math.isfinite(largest):
-        raise UserError(f"model.path = {path!r}: its logits are NaN or infinite; the weights are damaged")
     scale = _PROBE_LOGIT / max(largest, 1e-6)
     inputs: list[Tensor] = []
 

@@ -201,8 +201,8 @@ READY: dict[str, list[dict[str, Any]]] = {
         ),
         (
             ("--responses", "foreign.jsonl"),
-            "foreign.jsonl line 1: response does not tokenise back: from character 2 on 'Z3' becomes '<pad>3'; use the "
-            "tokenizer of the model that wrote it, or give its token_ids",
+            "foreign.jsonl line 1: the tokenizer does not know 'Z' of the response; use the tokenizer of the model "
+            "that wrote it, or give its token_ids",
         ),
         (("--responses", "promptless.jsonl"), "line 1: prompt is missing, not text"),
         (("--responses", "nothing.jsonl"), "line 1: has no response (text) and no token_ids; it has prompt"),
@@ -212,7 +212,6 @@ READY: dict[str, list[dict[str, Any]]] = {
         (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
         (("--responses", "noprompt.jsonl"), "line 1: no tokens; an empty prompt cannot be continued"),
         (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),
-        (("--responses", "recipe.toml"), "recipe.toml line 1 is not JSON"),
         (("--responses", "empty.jsonl", "--samples", "2"), "--samples: has no effect along with --responses"),
         (("--responses", "empty.jsonl", "seed=3"), "seed=3: has no effect along with --responses"),
         ((*DATA, "--skip-unusable"), "--skip-unusable: has no effect without --responses"),
@@ -230,6 +229,15 @@ def test_bad_input_is_refused_in_a_line(world: World, argv: tuple[str, ...], say
     outcome = world.run("analyze", "model", *argv, "runtime.device=cpu", *out)
     assert outcome.code == 2, outcome
     assert says in outcome.line
+
+
+def test_a_file_of_another_format_is_refused_with_its_first_lines(world: World) -> None:
+    outcome = world.run("analyze", "model", "--responses", "recipe.toml", "--out", "refused")
+    assert outcome.code == 2, outcome
+    first, *lines = outcome.stderr.splitlines()
+    assert "rows cannot be used; fix them, or leave such rows out with --skip-unusable" in first
+    assert "recipe.toml line 1 is not JSON" in lines[0]
+    assert len(lines) == 11 and "more" in lines[-1]
 
 
 def test_unusable_rows_are_left_out_and_counted_on_request(own_world: World) -> None:
