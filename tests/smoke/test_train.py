@@ -79,7 +79,7 @@ def test_config_holds_the_resolved_recipe_and_where_it_ran(learned: Run) -> None
 
 
 def test_rollouts_hold_a_value_per_token(learned: Run) -> None:
-    names = {path.name for path in (learned.folder / "rollouts").iterdir()}
+    names = {path.name for path in (learned.folder / "rollouts").glob("*.parquet")}
     assert names == {
         *(f"train-{step:06d}.parquet" for step in (4, 8, 12, 16)), *(f"eval-{step:06d}.parquet" for step in (0, 8, 16))
     }  # fmt: skip
