@@ -187,7 +187,7 @@ def test_prompts_without_answers_are_refused(own_world: World) -> None:
     write_prompts(own_world.folder / "bare.jsonl", [{"prompt": f"{n}="} for n in range(9)])
     outcome = own_world.run("branch", "model", "--data", "bare.jsonl", "--out", "bare")
     assert outcome.code == 2
-    assert "bare.jsonl line 1 has no column 'answer'" in outcome.line
+    assert "bare.jsonl line 1 has no column 'answer'" in outcome.stderr
     outcome = own_world.run("branch", "model", "--data", "bare.jsonl", "task.verifier=none", "--out", "bare")
     assert outcome.code == 2
     assert "bare.jsonl: its rows have no answers, so no branch can be judged" in outcome.line

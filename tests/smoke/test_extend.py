@@ -108,7 +108,7 @@ def test_python_rejects_what_the_command_line_rejects(short: Run, monkeypatch: p
 
 
 def test_a_resumed_run_says_where_it_continues(world: World) -> None:
-    stop = {"point": "token", "count": 1, "signal": 9}
+    stop = {"point": "token", "count": 7, "signal": 9}
     assert world.train("begun", faults=[stop], without_report=True).code == -9
     lines = world.resumed("begun").outcome.stdout.splitlines()
     assert "resuming begun from the beginning (it has no checkpoint)" in lines

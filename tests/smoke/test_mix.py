@@ -20,12 +20,14 @@ name = "mix"
 
 [[task.parts]]
 name = "countdown"
+allow_unknown_tokens = true
 
 [[task.parts]]
 name = "reasoning-gym"
 generator = "gcd"
 weight = 2
 instruction = ""
+allow_unknown_tokens = true
 held_out_rows = 8
 train_prompts = 6
 

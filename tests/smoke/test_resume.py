@@ -46,7 +46,7 @@ def test_the_uninterrupted_run_meets_what_resuming_must_restore(uninterrupted: R
 
 
 KILLS = [
-    ("token", 2), ("token", 20), ("token", 40), ("token", 60), ("reward", 1), ("reward", 6), ("gradient", 1),
+    ("token", 8), ("token", 20), ("token", 40), ("token", 60), ("reward", 1), ("reward", 6), ("gradient", 1),
     ("gradient", 30), ("optimizer", 1), ("optimizer", 6), ("optimizer", 11), ("eval", 1), ("eval", 2), ("eval", 3),
     ("log", 1), ("log", 4), ("log", 5), ("log", 9), ("sample", 1), ("sample", 2), ("sample", 4), ("save", 1),
     ("save", 2), ("save", 3), ("rename", 1), ("rename", 3), ("rename", 2), ("rename", 4), ("replace", 2),
@@ -120,7 +120,7 @@ def test_a_lost_replica_costs_only_unsaved_steps(world: World, uninterrupted_pai
 
 
 STOPS = [
-    ("token", 1, signal.SIGTERM), ("token", 30, signal.SIGTERM), ("token", 31, signal.SIGINT),
+    ("token", 7, signal.SIGTERM), ("token", 30, signal.SIGTERM), ("token", 31, signal.SIGINT),
     ("reward", 4, signal.SIGTERM), ("gradient", 7, signal.SIGTERM), ("optimizer", 5, signal.SIGTERM),
     ("optimizer", 12, signal.SIGINT), ("eval", 1, signal.SIGTERM), ("eval", 2, signal.SIGTERM),
     ("eval", 3, signal.SIGINT), ("log", 1, signal.SIGTERM), ("log", 5, signal.SIGTERM), ("sample", 3, signal.SIGINT),
@@ -226,7 +226,7 @@ def test_another_model_behind_the_same_path_is_refused(own_world: World) -> None
 
 def test_one_process_at_a_time_in_a_folder(world: World) -> None:
     first = world.start(
-        "train", "recipe.toml", "--out", "held", faults=[{"point": "token", "count": 5, "signal": signal.SIGSTOP}]
+        "train", "recipe.toml", "--out", "held", faults=[{"point": "token", "count": 12, "signal": signal.SIGSTOP}]
     )
     first.wait_until_stopped()
     try:
