@@ -113,7 +113,7 @@ def _all_deals(a_PK: Floats, b_PK: Floats) -> tuple[Floats, Floats]:
 
 
 def _hypergeometric(right: int, samples_a: int, samples_b: int) -> Floats:
-    """Chances that B is dealt so many of the right responses, from the least possible number."""
+    """Probability of each number of right responses dealt to B, from the smallest possible number."""
     numbers = range(max(0, right - samples_a), min(right, samples_b) + 1)
     wrong, ways = samples_a + samples_b - right, math.comb(samples_a + samples_b, samples_b)
     return np.array([math.comb(right, x) * math.comb(wrong, samples_b - x) / ways for x in numbers])

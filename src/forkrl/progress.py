@@ -94,7 +94,7 @@ def duration(seconds: float) -> str:
 
 
 class _Repeat(threading.Thread):
-    """Calls a function every so many seconds, until ``stop``."""
+    """Calls a function at a fixed interval until ``stop``."""
 
     def __init__(self, every_s: float, call: Callable[[], None]) -> None:
         super().__init__(daemon=True)

@@ -274,8 +274,8 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
 
-    On Ctrl-C, SIGTERM or SIGHUP the finished steps are saved before ``Interrupted`` goes on to the caller; on a failure
-    what was saved before stays as it is.
+    On Ctrl-C, SIGTERM or SIGHUP the finished steps are saved before ``Interrupted`` reaches the caller. On a failure,
+    earlier checkpoints stay as they are.
 
     Args:
         config: of a resumed run: the settings it was started with.

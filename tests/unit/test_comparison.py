@@ -43,7 +43,7 @@ def responses(scores: Table, tokens: Table | None = None, questions: Sequence[st
 
 
 def enumerated_p(a: Table, b: Table) -> float:
-    """Over all ways to deal each question's pooled responses anew."""
+    """The exact p-value, over all ways to re-deal each question's pooled responses."""
     dealt: list[list[float]] = []
     for row_a, row_b in zip(a, b, strict=True):
         pooled = np.array([*row_a, *row_b])

@@ -136,7 +136,7 @@ def compute_selected_stats(
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     """Refuse a model that this way does not fit.
 
-    That is one with state besides its keys and values, or with attention of its own; for ``projections``, one whose
+    Such models keep state in addition to keys and values, or have their own attention code; for ``projections``, one whose
     layers are not marked as such. (``open_policy`` rejects frequencies that depend on the length.)
 
     Raises:

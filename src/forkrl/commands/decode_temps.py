@@ -269,7 +269,7 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
 
 
 def _views(responses: SweepResponses, table: pd.DataFrame, base: float) -> list[View]:
-    """A tab for each temperature that the verdict names, at forks beside elsewhere; and one for the baseline."""
+    """One tab per temperature in the verdict, with forks next to other tokens, and one for the baseline."""
     telling = telling_temperatures(table, base)
     pairs = {f"{value:g}": (Setting(value, base), Setting(base, value)) for value in telling}
     tabs = {**pairs, f"{base:g}": (Setting(base, base),)}

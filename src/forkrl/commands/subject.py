@@ -53,7 +53,7 @@ class Subject(NamedTuple):
     """A model as the user named it, with the settings to look at it under.
 
     ``checkpoint``: of the run, "step-N" or "base"; ``whole``: on all prompts of the data, nothing split off; ``limit``:
-    at most so many of them; ``bounded``: somebody chose ``rollout.max_response_tokens``; ``given``: the settings that
+    at most so many of them; ``bounded``: the user set ``rollout.max_response_tokens``; ``given``: the settings that
     were given as overrides.
     """
 

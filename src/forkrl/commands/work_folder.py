@@ -36,7 +36,7 @@ _MODEL_FILES = (
 def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
     """Start the work that answers ``question`` in a new or empty folder, or go on with it; locked while open.
 
-    After Ctrl-C a line says that the same command goes on. A folder in which an error left no work is removed again, so
+    After Ctrl-C a line says that the same command continues. A folder in which an error left no work is removed, so
     that the corrected command can use it.
 
     Args:

@@ -20,7 +20,7 @@ _REMEDY = (
 
 
 def require_cached_decoding(policy: Policy) -> None:
-    """Reject a model with state besides its keys and values, or with a cache that does not work like others'.
+    """Reject a model that keeps state other than keys and values, or whose cached decoding deviates.
 
     Decodes a few tokens after two prompts of different lengths, in fp32.
 

@@ -137,7 +137,7 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
 
 def _agree_at(a: Any, b: Any, point: int | Fraction, tolerance: int) -> bool | None:
     """Whether two formulas have the same value at a point; None where one of them has none."""
-    # The gap is computed as one formula: x and 2x beside 10^20 are told apart.
+    # The gap is computed as one formula: x and 2x still differ next to 10^20.
     gap = _at(sympy.Add(a, sympy.Mul(-1, b)), point)
     sizes = (gap, _at(a, point), _at(b, point))
     if None in sizes:

@@ -89,7 +89,7 @@ def _rows_joined(environment: re.Match[str]) -> str:
 
 
 def _quads_as_commas(text: str) -> str:
-    r"""``x=2 \quad y=3`` as a list; beside a separator, a word or a bracket the space is only a space."""
+    r"""``x=2 \quad y=3`` as a list; next to a separator, a word or a bracket ``\quad`` is only a space."""
     pieces = [piece.strip() for piece in _QUAD.split(text)]
     joined = pieces[0]
     for piece in pieces[1:]:
