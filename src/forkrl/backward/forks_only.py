@@ -136,8 +136,8 @@ def compute_selected_stats(
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     """Refuse a model that this way does not fit.
 
-    Such models keep state in addition to keys and values, or have their own attention code; for ``projections``, one whose
-    layers are not marked as such. (``open_policy`` rejects frequencies that depend on the length.)
+    Such a model keeps state in addition to keys and values, has its own attention code, or (for ``projections``) does
+    not mark its layers as such. ``open_policy`` rejects frequencies that depend on the length.
 
     Raises:
         UserError: naming the model.
