@@ -6,35 +6,28 @@ DAPO-Math-17K is on the hub) costs its time to read and no more memory than its 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
-from forkrl.locations import require_hub_id
 from forkrl.messages import notice
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
 from forkrl.secret_values import is_address
 from forkrl.tasks.bad_rows import BadRows
-from forkrl.tasks.json_lines import json_object, kind_of, require_characters
+from forkrl.tasks.data_rows import NO_VERIFIER, Row, look_up, read_rows
+from forkrl.tasks.json_lines import kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
 
 ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
 CheckPrompt = Callable[[Prompt], object]
 
-_SUFFIXES = (".jsonl", ".parquet")
-_SPLIT = re.compile(r"[\w.\-+%\[\]:]+")
-_BATCH_ROWS = 1024
-NO_VERIFIER = "none"
 _SKIP = "set task.skip_bad_rows = true to leave such rows out"
 
 
@@ -114,22 +107,6 @@ def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
     return {"": VerifierSpec(config.verifier, config.verifier_options)}
 
 
-class _Row(NamedTuple):
-    place: str
-    """Where the row stands, as an error names it: "train.jsonl line 7"."""
-    values: dict[str, Any]
-
-
-class _RawRow(NamedTuple):
-    """A row with its place; ``values`` is still a line of JSON where it comes from a JSONL file."""
-
-    place: str
-    values: bytes | dict[str, Any]
-
-    def parsed(self) -> _Row:
-        return _Row(self.place, json_object(self.values, self.place) if isinstance(self.values, bytes) else self.values)
-
-
 @dataclass(frozen=True, slots=True)
 class _Question:
     prompt: Prompt
@@ -152,7 +129,7 @@ class _Reader:
         questions: dict[str, _Question] = {}
         keys: set[str] = set()
         bad, num_rows, num_duplicates = BadRows(), 0, 0
-        for raw in _read_rows(self._config, source, key):
+        for raw in read_rows(self._config, source, key):
             num_rows += 1
             try:
                 question = self._question(raw.parsed(), questions, keys)
@@ -169,7 +146,7 @@ class _Reader:
             raise UserError(f"{key} = {source!r} holds no rows" + (" that can be used" if num_rows else ""))
         return questions
 
-    def _question(self, row: _Row, known: Mapping[str, _Question], keys: set[str]) -> _Question | None:
+    def _question(self, row: Row, known: Mapping[str, _Question], keys: set[str]) -> _Question | None:
         """The question of a row; None for a duplicate."""
         content, answer = _question_content(self._config, row), _answer_text(self._config, row)
         id = question_id(content)
@@ -208,8 +185,8 @@ def _single_spaced(content: str | list[dict[str, str]]) -> list[str]:
     return [" ".join(text.split()) for text in messages]
 
 
-def _question_content(config: TaskConfig, row: _Row) -> str | list[dict[str, str]]:
-    value = _look_up(row, config.prompt_column, "task.prompt_column")
+def _question_content(config: TaskConfig, row: Row) -> str | list[dict[str, str]]:
+    value = look_up(row, config.prompt_column, "task.prompt_column")
     if isinstance(value, str):
         return _checked_text(value, config.prompt_column, row.place)
     if not isinstance(value, list):
@@ -235,10 +212,10 @@ def _question_content(config: TaskConfig, row: _Row) -> str | list[dict[str, str
     return messages
 
 
-def _answer_text(config: TaskConfig, row: _Row) -> str:
+def _answer_text(config: TaskConfig, row: Row) -> str:
     if config.verifier == NO_VERIFIER:
         return ""
-    value = _look_up(row, config.answer_column, "task.answer_column")
+    value = look_up(row, config.answer_column, "task.answer_column")
     if config.verifier == CODE_VERIFIER:
         return _tests_text(config, value, row.place)
     if isinstance(value, list):
@@ -273,40 +250,6 @@ def _checked_text(text: str, column: str, place: str, *, may_be_empty: bool = Fa
     return text
 
 
-def _look_up(row: _Row, column: str, key: str) -> Any:
-    """The value of a column; dots reach inside dicts, and with a number inside lists."""
-    if column in row.values:
-        return row.values[column]
-    value: Any = row.values
-    for part in column.split("."):
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            raise _no_such_column(row.place, column, key, _column_names(row.values))
-    return value
-
-
-def _no_such_column(place: str, column: str, key: str, names: list[str]) -> UserError:
-    near = difflib.get_close_matches(column, names, n=1)
-    remedy = f"; set {key}" + (
-        " (or task.verifier=none, where there are no answers)" if key == "task.answer_column" else ""
-    )
-    suggestion = f"; did you mean {near[0]!r}?" if near else remedy
-    listing = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    return UserError(f"{place} has no column {column!r} ({key}); it has: {listing or 'none'}{suggestion}")
-
-
-def _column_names(values: dict[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for name, value in values.items():
-        names.append(f"{prefix}{name}")
-        if isinstance(value, dict):
-            names += _column_names(value, f"{prefix}{name}.")
-    return names
-
-
 class _Renderer:
     """Puts the recipe's template, and the chat template, around a question."""
 
@@ -332,92 +275,6 @@ class _Renderer:
         return Prompt(id, text, answer, place, templated=self._apply is not None)
 
 
-def _read_rows(config: TaskConfig, source: str, key: str) -> Iterator[_RawRow]:
-    path = Path(source).expanduser()
-    if path.exists():
-        for name, value in (
-            ("subset", config.subset or None),
-            ("split", config.split if config.split != "train" else None),
-        ):
-            if value is not None:
-                raise UserError(f"task.{name} = {value!r} is for hub data sets, but {key} = {source!r} is a local path")
-        for file in _files_of(path, key):
-            yield from _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(config, file)
-    else:
-        name, _, split = source.partition(":")
-        named = not Path(name).exists() and (not split or _SPLIT.fullmatch(split))
-        require_hub_id(name if named else source, key, "file or folder")
-        yield from _read_hub(config, name, split or config.split, key)
-
-
-def _files_of(path: Path, key: str) -> list[Path]:
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"{key} = {str(path)!r}: the folder holds no .jsonl or .parquet file")
-        return files
-    if path.suffix not in _SUFFIXES:
-        raise UserError(f"{key} = {str(path)!r} is neither a .jsonl nor a .parquet file; convert it to one of them")
-    return [path]
-
-
-def _read_jsonl(path: Path) -> Iterator[_RawRow]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _RawRow(f"{path.name} line {number}", line)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _read_parquet(config: TaskConfig, path: Path) -> Iterator[_RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = _top_columns(config, file.schema_arrow.names, path.name)
-            number = 0
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield _RawRow(f"{path.name} row {number}", values)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
-
-
-def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[_RawRow]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config.subset or None, split=split)
-    except Exception as error:  # network, permission, unknown name, subset or split: dozens of types, one remedy
-        raise UserError(
-            f"{key} = {name!r} is no local path, and the hub did not give its split {split!r} ({_first_line(error)}); "
-            f"check the name, or download it and give the path of a .jsonl or .parquet file or a folder of them"
-        ) from None
-    rows = rows.select_columns(_top_columns(config, rows.column_names, name))
-    number = 0
-    for batch in rows.iter(_BATCH_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield _RawRow(f"{name} ({split}) row {number}", dict(zip(batch, values, strict=True)))
-
-
-def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:
-    """The columns that must be read so that the recipe's two, which may lie inside them, can be looked up."""
-    needed: dict[str, None] = {}
-    for key, column in (("task.prompt_column", config.prompt_column), ("task.answer_column", config.answer_column)):
-        if key == "task.answer_column" and config.verifier == NO_VERIFIER:
-            continue
-        top = column if column in names else column.partition(".")[0]
-        if top not in names:
-            raise _no_such_column(place, column, key, names)
-        needed[top] = None
-    return list(needed)
-
-
 def question_id(content: str | list[dict[str, str]]) -> str:
     """The id of a question by what it asks alone: the same in every file, in any order, under any template."""
     canonical = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
@@ -437,8 +294,3 @@ def fingerprint_of(train: list[Prompt], held_out: list[Prompt]) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "…"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
