@@ -206,6 +206,9 @@ class Run:
 
         Returns:
             The length of metrics.jsonl as of that checkpoint.
+
+        Raises:
+            UserError: that checkpoint is beyond training.steps.
         """
         path = latest_checkpoint(self.folder.checkpoints)
         if path is None:
@@ -222,6 +225,11 @@ class Run:
         evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
         if evaluation_bytes:
             self._evaluated_step = self.step
+        if self.step > self.config.training.steps:
+            raise UserError(
+                f"training.steps = {self.config.training.steps}: {self.folder.path} is at step {self.step} already; "
+                f"raise it"
+            )
         self._saved_step = self.step
         self._mark()
         return int(progress["metrics_bytes"]) + evaluation_bytes
@@ -325,10 +333,6 @@ def open_run(
             interruption=interruption,
         )
         metrics_bytes = run.restore() if resume is not None else 0
-        if run.step > config.training.steps:
-            raise UserError(
-                f"training.steps = {config.training.steps}: {folder.path} is at step {run.step} already; raise it"
-            )
         run.tracker = stack.enter_context(_open_tracker(run, remove_on_failure=resume is None))
         stack.enter_context(interruption)  # not before: a tracker that waits for its server must be stoppable
         if resume is not None:
@@ -340,13 +344,17 @@ def open_run(
         )
         verifier.announce = run.display.message
         if resume is not None:
-            done = run.step if run.first_unsaved_step else None
-            finished = run.step == run._evaluated_step == config.training.steps
-            run.display.message(describe_resume(folder.path, done, config, changes, finished=finished))
-            if arithmetic := changed_arithmetic(folder.provenance, provenance):
-                run.display.message(f"resuming with {arithmetic}: the run goes on, but no longer the same to the bit")
+            _announce_resume(run, changes, provenance)
         with _early_ends(run, new=resume is None):
             yield run
+
+
+def _announce_resume(run: Run, changes: Sequence[str], provenance: Mapping[str, Any]) -> None:
+    done = run.step if run.first_unsaved_step else None
+    finished = run.step == run._evaluated_step == run.config.training.steps
+    run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
+    if arithmetic := changed_arithmetic(run.folder.provenance, provenance):
+        run.display.message(f"resuming with {arithmetic}: the run goes on, but no longer the same to the bit")
 
 
 @contextmanager

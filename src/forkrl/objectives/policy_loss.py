@@ -89,11 +89,8 @@ def policy_loss(
         bounded_BT = torch.maximum(objective_BT, dual_clip * advantages_BT)
         objective_BT = torch.where(advantages_BT < 0, bounded_BT, objective_BT)
 
-    counted: float | Tensor
-    if isinstance(denominator, str):
-        counted = selected_mask.sum() if denominator == "selected" else response_mask.sum()
-    else:
-        counted = denominator
+    masks = {"selected": selected_mask, "response": response_mask}
+    counted = masks[denominator].sum() if isinstance(denominator, str) else denominator
     loss = masked_sum_over(-objective_BT, selected_mask, counted)
     clipped_BT = (objective_BT != unclipped_BT) | (log_ratio_BT != exact_BT)
     return LossOutput(loss, _metrics(log_ratio_BT.detach(), clipped_BT, selected_mask))
