@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -24,27 +25,54 @@ def judge(answer, response, *, raise_at="", leave_at="", odd=1.0):
 """
 
 
+class Judge(BaseHTTPRequestHandler):
+    """Pays for the right first character."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, asked: bytes) -> bytes:
+        item = json.loads(asked)
+        return json.dumps({"score": float(item["response"][:1] in tuple(item["answer"]))}).encode()
+
+    def do_POST(self) -> None:
+        body = self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class LeakyJudge(Judge):
+    """Wants a token and a header; what it gets instead is its answer, which is no judgement."""
+
+    def answer(self, asked: bytes) -> bytes:
+        if self.headers["X-Key"] == "s3cret-key" and self.path == "/judge?token=s3cret-token" and b"+" in asked:
+            return json.dumps({"score": 1.0}).encode()
+        return f"{self.headers['X-Key']} {self.path}".encode()
+
+
+@contextmanager
+def listening(handler: type[Judge]) -> Iterator[int]:
+    """The port of a running server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    class Judge(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    with listening(Judge) as port:
+        yield f"http://127.0.0.1:{port}/judge"
 
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            score = float(asked["response"][:1] in tuple(asked["answer"]))
-            body = json.dumps({"score": score}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as listening:
-        threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{listening.server_address[1]}/judge"
-        listening.shutdown()
+@pytest.fixture(scope="module")
+def leaky_server() -> Iterator[int]:
+    with listening(LeakyJudge) as port:
+        yield port
 
 
 def test_failures_are_counted_by_reason_and_their_first_is_shown(world: World) -> None:
@@ -100,32 +128,6 @@ def test_a_verifier_that_judges_nothing_is_named_before_the_figures(world: World
         if command != "analyze":  # its figures are of entropies
             assert "responses could be judged" in said.splitlines()[0], said
     assert "the verifier's first error" in world.run("eval", *broken, "--out", "broken-again").stdout.splitlines()[0]
-
-
-@pytest.fixture(scope="module")
-def leaky_server() -> Iterator[int]:
-    """Wants a user, a token and a header, and answers with them what is no judgement."""
-
-    class Leaky(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            asked = self.rfile.read(int(self.headers["Content-Length"]))
-            body = f"{self.headers['X-Key']} {self.path}".encode()
-            if self.headers["X-Key"] == "s3cret-key" and self.path == "/judge?token=s3cret-token" and b"+" in asked:
-                body = json.dumps({"score": 1.0}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Leaky) as listening:
-        threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
-        yield listening.server_address[1]
-        listening.shutdown()
 
 
 CREDENTIALS = {"JUDGE_PASSWORD": "s3cret-password", "JUDGE_TOKEN": "s3cret-token", "JUDGE_KEY": "s3cret-key"}

@@ -35,18 +35,17 @@ from forkrl.commands.work_folder import (
     weights_fingerprint,
     work_provenance,
 )
-from forkrl.config import ModelConfig, TrainConfig
+from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 from forkrl.locations import model_location
 from forkrl.model import first_line, open_policy
 from forkrl.progress import progress
-from forkrl.recipe import parse_recipe
 from forkrl.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
 from forkrl.report.page import write_page
 from forkrl.report.sampling import evenly_spaced
 from forkrl.report.token_forks import choose_prompts, shown_prompts
-from forkrl.run_folder import read_recipe
+from forkrl.resuming import stored_config
 
 SCHEMA = "forkrl-drift/1"
 SHOWN_LAYERS = 12
@@ -217,7 +216,7 @@ def _series_of_run(model: str) -> list[Checkpoint]:
 
 
 def _model_settings(run: Path) -> ModelConfig:
-    return parse_recipe(TrainConfig, read_recipe(run), str(run / "config.toml")).model
+    return stored_config(run).model
 
 
 def _require_one_vocabulary(series: Sequence[Checkpoint]) -> None:

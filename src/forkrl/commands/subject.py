@@ -18,14 +18,14 @@ from forkrl.commands.reference import BASE, ModelReference, parse_reference
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import UserError
 from forkrl.model import Policy, open_policy
-from forkrl.recipe import load_recipe, parse_recipe
+from forkrl.recipe import load_recipe
 from forkrl.replicas import Replicas, open_replicas
+from forkrl.resuming import stored_config
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.pool import VerifierPool
 from forkrl.rollout import open_engine
 from forkrl.rollout.embedded import EmbeddedEngine
-from forkrl.run_folder import read_recipe
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.types import Prompt, Task
 
@@ -124,7 +124,7 @@ def open_subject(
     run = reference.run
     if run is not None and recipe is not None:
         raise UserError(f"--recipe {recipe}: {run} is a run and keeps its own recipe; change single settings of it")
-    stored = None if run is None else parse_recipe(TrainConfig, read_recipe(run), str(run / "config.toml"))
+    stored = None if run is None else stored_config(run)
     given = {override.partition("=")[0].strip(): override for override in overrides}
     for key, override in given.items():
         if reason := _why_unused(key, unused):
