@@ -71,6 +71,23 @@ def evaluated(folder: Path, before: list[list[float]], after: list[list[float]])
     return folder
 
 
+def test_evaluations_in_which_nothing_was_judged_are_no_result(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=0)
+    row = {
+        "eval/accuracy": 0.0,
+        "eval/accuracy_low": 0.0,
+        "eval/accuracy_high": 0.1,
+        "eval/problems": 8,
+        "eval/samples": 2,
+    }
+    failed = {"eval/verifier_failures": 16}
+    metrics_of(tmp_path, {"step": 0} | row | failed, {"step": 5} | row | failed)
+    text = verdict(read_run(tmp_path, 12))
+    assert text.startswith("The verifier judged no held-out response at step 0 and 5, so accuracy measures nothing")
+    metrics_of(tmp_path, {"step": 0} | row | {"eval/verifier_failures": 15}, {"step": 5} | row)
+    assert "measures nothing" not in verdict(read_run(tmp_path, 12))
+
+
 GAIN = [[0.0]] * 60 + [[1.0]] * 40, [[1.0]] * 8 + [[0.0]] * 52 + [[1.0]] * 40  # intervals overlap, 8 won and none lost
 NOISE = [[0.0]] * 60 + [[1.0]] * 40, [[1.0]] * 8 + [[0.0]] * 52 + [[0.0]] * 4 + [[1.0]] * 36
 

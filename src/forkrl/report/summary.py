@@ -77,11 +77,25 @@ def comparison(run: RunData) -> Comparison:
     return Comparison(before, after, problems, paired_test(rows[0], rows[1]))
 
 
+def _nothing_was_judged(run: RunData, step: int) -> bool:
+    row = run.metrics[step]
+    failures, responses = (
+        row.get("eval/verifier_failures", 0.0),
+        row.get("eval/problems", 0.0) * row.get("eval/samples", 1.0),
+    )
+    return 0 < responses <= failures
+
+
 def verdict(run: RunData) -> str:
     """One sentence: accuracy before and after, their paired difference with p-value, problems, steps, wall time."""
     found = evaluations(run)
     if not found:
         return f"Nothing was evaluated on held-out problems; {_effort(run)}."
+    if blind := [each.step for each in dict.fromkeys((found[0], found[-1])) if _nothing_was_judged(run, each.step)]:
+        steps = " and ".join(map(str, blind))
+        return (
+            f"The verifier judged no held-out response at step {steps}, so accuracy measures nothing; {_effort(run)}."
+        )
     if len(found) == 1:
         only = f"Held-out accuracy was {found[0]} at step {found[0].step}{_num_problems(run)}"
         return f"{only}, and there is no second evaluation to compare; {_effort(run)}."
