@@ -81,7 +81,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; shipped ones are in recipes/") from None
+        hint = "shipped ones are in recipes/"
+        if path.suffix != ".toml":
+            hint = "a setting is written section.key=value, without spaces around ="
+        raise UserError(f"{path}: no such recipe; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a recipe ({error})") from None
     except tomllib.TOMLDecodeError as error:
@@ -123,7 +126,7 @@ def _explain(schema: type[Section], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         nearest = _nearest_key(key, _known_keys(schema))
         return f"{key} is not a setting" + (f"; did you mean {nearest}?" if nearest else "")
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = str(item["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")
     if not key or (item["type"] == "value_error" and "." in message.split(" ")[0]):
         return f"{key}: {message}" if key[-1:].isdigit() else message  # of a list of tables, say which
     return f"{key} = {item['input']!r}: {message[0].lower() + message[1:]}"

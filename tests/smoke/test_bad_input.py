@@ -120,6 +120,8 @@ CASES = {
     "unknown choice": Case(train("selection.rule=top"), ("selection.rule = 'top'", "'top_entropy'", "'threshold'")),
     "sizes that disagree": Case(train("training.mini_batch_prompts=3"), ("mini_batch_prompts = 3 does not divide",)),
     "no override": Case(train("optimizer.lr"), ("'optimizer.lr' is not an override", "section.key=value")),
+    "spaces around =": Case(("train", "training.steps", "=", "3"), ("training.steps: no such", "without spaces")),
+    "no list": Case(train("rollout.stop=[<x>]"), ("rollout.stop", "should be a list")),
     "missing recipe": Case(("train", "none.toml"), ("none.toml: no such recipe",)),
     "a folder for a recipe": Case(("train", "model"), ("model: cannot be read as a recipe",)),
     "broken TOML": Case(("train", "bad.toml"), ("bad.toml: not valid TOML", "line 1"), text("bad.toml", "seed = =\n")),
