@@ -42,7 +42,7 @@ def test_parts_run_where_nothing_is_installed(tmp_path: Path) -> None:
     assert updates == ["update, dense", "step, dense", "update, forks_only", "step, forks_only"]
     assert [cases[each]["way"] for each in rollouts] == ["growing cache", "fixed shapes without graphs"]
     assert all(cases[each]["tokens_per_s"] > 0 for each in rollouts)
-    assert cases["step, dense"]["tokens_per_s"] > 0 and 0 < cases["update, dense"]["share"] < 1
+    assert cases["step, dense"]["tokens_per_s"] > 0 and cases["update, dense"]["share"] > 0
     ways = {case["way"]: case for case in head["results"]["head"]["cases"]}
     assert ways["ours, chunked"]["best_peer_with_entropy"] == "materialised"
     assert "No module named 'verl'" in ways["verl"]["failed"]

@@ -237,7 +237,6 @@ def test_a_run_is_swept_around_its_own_temperature(world: World) -> None:
     first = rows[(rows.high == 0.5) & (rows.low == 0.5) & (rows["sample"] == 0)].iloc[0]
     greedy = rows[(rows.high == 0) & (rows.low == 0.5) & (rows.prompt == first.prompt)].iloc[0]
     assert first.entropy[0] == pytest.approx(greedy.entropy[0], rel=1e-5), "the first position has one distribution"
-    assert (
-        world.run("decode-temps", "warm", *SWEEP, "--temperatures", "0", "--temperature", "1", "--out", "one").code == 0
-    )
-    assert figures(world.folder / "one")["settings"][0]["high"] == 1
+    given = ("--temperatures", "0", "--temperature", "1", "--out", "warmer")
+    assert world.run("decode-temps", "warm", *SWEEP, *given).code == 0
+    assert figures(world.folder / "warmer")["settings"][0]["high"] == 1

@@ -295,13 +295,14 @@ def test_a_server_that_dies_loses_nothing(here: World) -> None:
     def go(server: OpenAIServer) -> Outcome:
         return run(
             here, "eval", MODEL, "--bench", "aime25", "--mirror", "mirror", "--server", server.root, "--samples", "2",
-            "--max-tokens", "9", "--out", "dying",
+            "--max-tokens", "9", "--concurrency", "1", "--out", "dying",
         )  # fmt: skip
 
     with OpenAIServer(tire) as server:
         outcome = go(server)
     assert outcome.code == 2
     kept = responses(here.folder / "dying", "aime25")
+    assert len(kept) == 3
     with OpenAIServer(answer_one) as server:
         assert go(server).code == 0
         assert len(server.asked) == 8 - len(kept)

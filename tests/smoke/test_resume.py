@@ -208,7 +208,7 @@ def test_other_versions_or_threads_are_said_to_change_the_bits(world: World, uni
 def test_changed_data_are_refused(own_world: World) -> None:
     short = ("training.steps=1", "eval.problems=1")
     own_world.trained("run", *short)
-    write_prompts(own_world.folder / "prompts.jsonl", [{"prompt": f"{n}*{n}=", "answer": "13579"} for n in range(10)])
+    write_prompts(own_world.folder / "prompts.jsonl", [{"prompt": f"{n}*{n}=", "answer": "13579"} for n in range(20)])
     outcome = own_world.run("train", "--resume", "run")
     assert outcome.code == 2
     assert "--resume run: the prompts of task.dataset are not those the run began with (fingerprint" in outcome.line
