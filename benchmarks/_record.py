@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import forkrl
-from forkrl.atomic import write_text
-from forkrl.threads import available_cores
+from forkrl.parallel.threads import available_cores
+from forkrl.store.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("FORKRL_RESULTS", ROOT / "benchmarks" / "results"))

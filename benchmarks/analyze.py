@@ -95,7 +95,7 @@ def make_large_model(folder: Path, vocabulary: int) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from forkrl.locations import model_location
+    from forkrl.model.locations import model_location
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {

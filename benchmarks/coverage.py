@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks._record import describe_setting, write_result
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.majority import Ballot, majority_at_k
-from forkrl.intervals import (
+from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
     mean_of_question_values,
@@ -33,7 +33,7 @@ from forkrl.intervals import (
     paired_difference_of_values,
     pass_at_k,
 )
-from forkrl.permutation import paired_test, pooled_paired_test
+from forkrl.stats.permutation import paired_test, pooled_paired_test
 
 Floats = npt.NDArray[np.float64]
 Generator = np.random.Generator

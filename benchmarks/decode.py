@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._record import describe_setting, write_result
-from forkrl.threads import available_cores
+from forkrl.parallel.threads import available_cores
 
 WAYS = {
     "forkrl": 1,
@@ -136,7 +136,7 @@ def prepare(options: argparse.Namespace) -> Callable[[int], int]:
 
 
 def prepare_forkrl(policy: Any, texts_P: list[str], options: argparse.Namespace) -> Callable[[int], int]:
-    from forkrl.replicas import Replicas
+    from forkrl.parallel.replicas import Replicas
     from forkrl.rollout import EmbeddedEngine
     from forkrl.rollout.graphed_engine import GraphedEngine
     from forkrl.types import Prompt, SamplingParams
@@ -249,7 +249,7 @@ def is_shape(model: str) -> bool:
 
 def open_embedded(options: argparse.Namespace) -> Any:
     from forkrl.config import ModelConfig
-    from forkrl.model import open_policy
+    from forkrl.model.policy import open_policy
 
     return open_policy(ModelConfig(path=options.model, precision=options.precision), options.device)
 
@@ -264,7 +264,7 @@ def random_policy(options: argparse.Namespace) -> Any:
     """Random weights in a shape and the vocabulary of Qwen3."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from forkrl.model import Policy
+    from forkrl.model.policy import Policy
 
     layers, width = map(int, options.model.split("x"))
     torch.manual_seed(options.seed)

@@ -24,18 +24,18 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from benchmarks._record import describe_setting, write_result
-from forkrl.advantages import group_advantages, informative_groups
-from forkrl.batching import collate
 from forkrl.config import TrainConfig
-from forkrl.model import open_policy
-from forkrl.recipe import load_recipe
-from forkrl.replicas import Replicas
+from forkrl.config.recipe import load_recipe
+from forkrl.method.advantages import group_advantages, informative_groups
+from forkrl.method.batches import collate
+from forkrl.model.policy import open_policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rewards.pool import open_verifier
 from forkrl.rollout import EmbeddedEngine
-from forkrl.scoring import score_groups
+from forkrl.rollout.scoring import score_groups
 from forkrl.tasks import open_task
+from forkrl.train.update import update_policy
 from forkrl.types import SamplingParams, TokenBatch
-from forkrl.update import update_policy
 
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {},

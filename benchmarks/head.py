@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._record import describe_setting, write_result
-from forkrl.token_stats import token_stats
+from forkrl.head import token_stats
 
 ROWS, REPEATS = {"cuda": 8192, "cpu": 512}, {"cuda": 10, "cpu": 2}
 NUM_CHECKED = 32

@@ -29,11 +29,11 @@ from matplotlib.figure import Figure
 from benchmarks._record import RESULTS, ROOT, describe_setting, write_result
 from benchmarks.gpu.limits import synchronize
 from benchmarks.gpu.steps import PROMPT, Numerals, Shape, build_batch, build_model, build_settings, with_statistics
-from forkrl.model import Policy
-from forkrl.replicas import Replicas
+from forkrl.model.policy import Policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.train.update import update_policy
 from forkrl.types import Prompt, SamplingParams
-from forkrl.update import update_policy
 
 FIGURE = ROOT / "docs" / "images" / "scaling.svg"
 BASE = {"batch": 64, "response": 64, "vocabulary": 26, "hidden": 128, "layers": 4}

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks._record import describe_setting, write_result
-from forkrl.selectors import select_tokens
+from forkrl.method.selection import select_tokens
 
 
 def by_forkrl(entropy_N: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._record import describe_setting, write_result
-from forkrl.threads import available_cores
+from forkrl.parallel.threads import available_cores
 
 NUM_PROMPTS, GROUP, MAX_TOKENS, LR = 32, 8, 128, 1e-7
 OUR_SETTINGS = {name: [f"model.precision={name}"] for name in ("fp32", "bf16")}
@@ -87,13 +87,13 @@ def measure_apart(options: argparse.Namespace, who: str, name: str, threads: int
 
 def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
     """The steps of ``forkrl train`` itself, as its metrics tell them."""
-    from forkrl.threads import configure_environment
+    from forkrl.parallel.threads import configure_environment
 
     configure_environment()
     from forkrl.config import TrainConfig
-    from forkrl.loop import train
-    from forkrl.recipe import load_recipe
-    from forkrl.run import open_run
+    from forkrl.config.recipe import load_recipe
+    from forkrl.train.loop import train
+    from forkrl.train.run import open_run
 
     overrides = [
         f"seed={options.seed}", f"rollout.prompts_per_step={NUM_PROMPTS}", f"rollout.group_size={GROUP}",
@@ -127,7 +127,7 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    from forkrl.locations import model_location
+    from forkrl.model.locations import model_location
     from forkrl.tasks.countdown import countdown_task, verify_countdown
 
     trl: Any = importlib.import_module("trl")  # of the extra "bench"; a type checker need not find it

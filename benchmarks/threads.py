@@ -27,12 +27,12 @@ from rich.table import Table
 
 from benchmarks._record import describe_setting, write_result
 from forkrl.config import ModelConfig, RuntimeConfig
-from forkrl.model import open_policy
-from forkrl.replicas import open_replicas
+from forkrl.model.policy import open_policy
+from forkrl.parallel.replicas import open_replicas
+from forkrl.parallel.threads import available_cores
 from forkrl.rollout import EmbeddedEngine
-from forkrl.sft import accumulate_cross_entropy
 from forkrl.tasks.countdown import countdown_task
-from forkrl.threads import available_cores
+from forkrl.train.sft import accumulate_cross_entropy
 from forkrl.types import Prompt, SamplingParams
 
 CORES = available_cores()

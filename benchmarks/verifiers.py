@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._record import ROOT, describe_setting, write_result
-from forkrl.intervals import Estimate, as_columns, mean_with_interval
 from forkrl.rewards import VerifierPool
 from forkrl.rewards.math import verify_math
+from forkrl.stats.intervals import Estimate, as_columns, mean_with_interval
 from forkrl.types import Prompt, VerifierSpec
 
 PAIRS = ROOT / "tests" / "data" / "math_pairs.json"

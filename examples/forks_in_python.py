@@ -10,7 +10,7 @@ import torch
 
 from forkrl import analysis
 from forkrl.config import ModelConfig
-from forkrl.model import open_policy
+from forkrl.model.policy import open_policy
 from forkrl.report import coloured_response
 from forkrl.report.analysis_figures import entropy_histogram
 

@@ -13,8 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_for
 
-from forkrl.token_stats.triton import FP32_TILE, HOPPER_TILE, TILE, Tile, compile_options
-from forkrl.token_stats.triton_kernels import grad_kernel, scan_kernel
+from forkrl.head.triton import FP32_TILE, HOPPER_TILE, TILE, Tile, compile_options
+from forkrl.head.triton_kernels import grad_kernel, scan_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORDS = {"targets_ptr": "*i64", "exponent_scale": "fp32", "inverse_temperature": "fp32"}

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forkrl.checkpoint import latest_checkpoint
 from forkrl.errors import UserError
-from forkrl.run_folder import RunFolder
+from forkrl.store.checkpoint import latest_checkpoint
+from forkrl.store.run_folder import RunFolder
 from tests.tiny_state import TinyState, tiny_state
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")

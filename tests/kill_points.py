@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forkrl.checkpoint import latest_checkpoint, verify_checkpoint
 from forkrl.errors import UserError
+from forkrl.store.checkpoint import latest_checkpoint, verify_checkpoint
 from tests.tiny_state import TinyState, tiny_state
 
 _TRACEME, _SYSCALL, _SETOPTIONS, _GET_SYSCALL_INFO = 0, 24, 0x4200, 0x420E

@@ -25,8 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from forkrl.model import Policy
-from forkrl.sft import build_character_tokenizer
+from forkrl.model.policy import Policy
+from forkrl.train.sft import build_character_tokenizer
 
 ALPHABET = "0123456789 "
 SIZES: dict[str, Any] = {

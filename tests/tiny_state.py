@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from forkrl.checkpoint import load_checkpoint, save_checkpoint
+from forkrl.store.checkpoint import load_checkpoint, save_checkpoint
 
 WORDS = ("<pad>", "<eos>", *"0123456789+-*/= ")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from forkrl.cluster.translate import VerlPaths
 from forkrl.config import TrainConfig
-from forkrl.recipe import load_recipe
+from forkrl.config.recipe import load_recipe
 
 PATHS = VerlPaths(
     model="/run/model",

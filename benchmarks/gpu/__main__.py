@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks._record import RESULTS, ROOT, describe_setting
-from forkrl.atomic import write_text
+from forkrl.store.atomic import write_text
 
 TOTAL_S = 530
 

@@ -32,14 +32,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks._record import describe_setting, write_result
 from benchmarks.gpu.limits import copy_rate, product_rate, synchronize
-from forkrl.backward import compute_token_stats
-from forkrl.batching import cut_micro_batches
-from forkrl.model import Policy, set_gradient_checkpointing
-from forkrl.replicas import Replicas
+from forkrl.method.batches import cut_micro_batches
+from forkrl.model.forward import compute_token_stats
+from forkrl.model.policy import Policy, set_gradient_checkpointing
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.graphed_engine import GraphedEngine
+from forkrl.train.update import update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch
-from forkrl.update import update_policy
 
 PROMPT, GROUP, RATIO = 64, 8, 0.2
 

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forkrl.advantages import group_advantages, overlong_penalty
     from forkrl.analysis import entropy_change_by_percentile, overlap_ratio
     from forkrl.errors import TrainingHalted, UserError
-    from forkrl.objectives import policy_loss
+    from forkrl.head import token_stats
+    from forkrl.method.advantages import group_advantages, overlong_penalty
+    from forkrl.method.loss import policy_loss
+    from forkrl.method.selection import select_tokens
     from forkrl.rollout.fork_temperature import ForkTemperature
-    from forkrl.selectors import select_tokens
-    from forkrl.token_stats import token_stats
     from forkrl.types import (
         LossOutput,
         Prompt,
@@ -64,12 +62,12 @@ _HOMES = {
     "TrainingHalted": "forkrl.errors",
     "UserError": "forkrl.errors",
     "entropy_change_by_percentile": "forkrl.analysis",
-    "group_advantages": "forkrl.advantages",
+    "group_advantages": "forkrl.method.advantages",
     "overlap_ratio": "forkrl.analysis",
-    "overlong_penalty": "forkrl.advantages",
-    "policy_loss": "forkrl.objectives",
-    "select_tokens": "forkrl.selectors",
-    "token_stats": "forkrl.token_stats",
+    "overlong_penalty": "forkrl.method.advantages",
+    "policy_loss": "forkrl.method.loss",
+    "select_tokens": "forkrl.method.selection",
+    "token_stats": "forkrl.head",
 }
 
 
@@ -83,19 +81,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """``forkrl.token_stats`` is the function, whoever imported the subpackage of that name before.
-
-    Importing a subpackage binds it in its parent; here the function takes its place. The subpackage's own modules
-    remain reachable as ``from forkrl.token_stats import reference``.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "token_stats" and isinstance(value, ModuleType):
-            value = value.token_stats
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from forkrl.arguments import parse_arguments, subject_overrides
+from forkrl.commands.arguments import parse_arguments, subject_overrides
 from forkrl.config import SftConfig, TrainConfig
+from forkrl.config.recipe import load_recipe
+from forkrl.config.reference import recipe_reference
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.recipe import load_recipe
-from forkrl.recipe_reference import recipe_reference
-from forkrl.threads import configure_environment
+from forkrl.parallel.threads import configure_environment
 
 DEMO_RECIPE = Path(__file__).parent / "assets" / "countdown.toml"
 
@@ -47,7 +47,7 @@ def check_names(arguments: argparse.Namespace) -> None:
     """Reject an output folder that cannot be used, and a local model that is not there."""
     from forkrl.commands.reference import parse_reference
     from forkrl.commands.work_folder import require_usable
-    from forkrl.locations import model_location
+    from forkrl.model.locations import model_location
 
     if arguments.out is not None:
         require_usable(arguments.out)
@@ -61,8 +61,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     if arguments.settings:
         print(recipe_reference(), end="")
         return 0
-    from forkrl.resuming import stored_config
-    from forkrl.run_folder import refuse_occupied
+    from forkrl.store.resuming import stored_config
+    from forkrl.store.run_folder import refuse_occupied
 
     recipe, overrides = arguments.recipe, list(arguments.overrides)
     if recipe is not None and "=" in recipe:  # an override where the recipe could stand
@@ -87,7 +87,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     elif arguments.out is not None:
         raise UserError("--resume continues in the run's own folder; drop --out")
 
-    from forkrl.interruption import Interrupted
+    from forkrl.store.interruption import Interrupted
 
     try:
         train_by_engine(config, out, arguments.resume, changed)
@@ -105,8 +105,8 @@ def train_by_engine(config: TrainConfig, out: Path, resume: Path | None, changed
 
         train_on_cluster(config, out, resume=resume)
         return
-    from forkrl.loop import train
-    from forkrl.run import open_run
+    from forkrl.train.loop import train
+    from forkrl.train.run import open_run
 
     with open_run(config, out, resume=resume, changed=changed) as run:
         train(run)
@@ -124,8 +124,8 @@ def print_recipe(config: TrainConfig) -> int:
     """The resolved recipe as TOML, and in a sentence what it selects."""
     import tomli_w
 
-    from forkrl.progress import describe_selection
-    from forkrl.recipe import recipe_toml
+    from forkrl.config.recipe import recipe_toml
+    from forkrl.report.progress import describe_selection
 
     print(tomli_w.dumps(recipe_toml(config)))
     print(f"# {describe_selection(config)}")
@@ -145,8 +145,8 @@ def print_outcome(folder: Path) -> int:
 def run_sft(arguments: argparse.Namespace) -> int:
     """``forkrl sft``."""
     config = load_recipe(SftConfig, arguments.recipe, arguments.overrides)
-    from forkrl.interruption import Interrupted
-    from forkrl.sft import make_base_model
+    from forkrl.store.interruption import Interrupted
+    from forkrl.train.sft import make_base_model
 
     try:
         make_base_model(config, arguments.out, recipe=arguments.recipe)
@@ -314,7 +314,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """``forkrl doctor``."""
-    from forkrl.doctor import run_doctor as examine
+    from forkrl.commands.doctor import run_doctor as examine
 
     return examine()
 

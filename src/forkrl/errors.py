@@ -1,6 +1,16 @@
-"""The two ways a ForkRL command can end that are not a bug."""
+"""Errors that a command reports without a traceback, and text that is safe to print on a terminal."""
 
 from __future__ import annotations
+
+import errno
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+# Control, format (zero-width and bidirectional marks among them), surrogate, and line or paragraph separator.
+_UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class UserError(Exception):
@@ -21,3 +31,41 @@ class ReplicaLost(TrainingHalted):
 
 class NothingToLearn(TrainingHalted):
     """No group of responses has a gradient. The weights are sound, so the finished steps are worth saving."""
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and never obeys: an escape character appears as ``\\x1b``.
+
+    Model output may hold sequences that recolour, retitle or overwrite a terminal, and marks that reorder a line.
+    Newline and tab are escaped too, so that a response can forge no line of the log.
+    """
+    return "".join(_escaped(char) if unicodedata.category(char) in _UNSAFE_CATEGORIES else char for char in text)
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def notice(text: str) -> None:
+    """Print something the user should know, on standard error. Control characters are made visible."""
+    first, *others = (printable(line) for line in text.splitlines())
+    write_line(sys.stderr, "\n".join([f"forkrl: {first}", *others]))
+
+
+def write_line(stream: TextIO, text: str) -> None:
+    """Print a line at once; what the stream's encoding lacks is escaped, so that a C locale cannot end a run."""
+    encoding = stream.encoding or "utf-8"
+    with lost_terminal_ignored():
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+
+
+@contextmanager
+def lost_terminal_ignored() -> Iterator[None]:
+    """A closed terminal answers writes with EIO, and sends SIGHUP; the step under way must still end and be saved."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise

@@ -14,9 +14,9 @@ from forkrl.analysis.branching import position_spreads
 from forkrl.commands.branch_parts import Design, PartSampler, branches_table
 from forkrl.commands.subject import Session
 from forkrl.config import TrainConfig
-from forkrl.replicas import Replicas
+from forkrl.model.stop_tokens import response_text
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.stop_tokens import response_text
 from forkrl.types import Prompt, Task, Verdict
 from tests.models import random_policy
 

@@ -11,13 +11,13 @@ import torch
 import transformers
 from packaging.version import Version
 
-from forkrl.backward import compute_token_stats
-from forkrl.batching import collate
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import UserError
-from forkrl.model import Policy, open_policy
-from forkrl.model_support import require_supported
-from forkrl.replicas import Replicas
+from forkrl.method.batches import collate
+from forkrl.model.forward import compute_token_stats
+from forkrl.model.policy import Policy, open_policy
+from forkrl.model.support import require_supported
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import open_engine
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams, TokenBatch
 from tests.families import ANALYSABLE, REJECTED, TRAINABLE, family_policy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forkrl.model import Policy
+from forkrl.model.policy import Policy
 from forkrl.rollout import embedded
 from forkrl.rollout.embedded import choose_step
 from forkrl.rollout.flat_step import FlatStep, reproducible
@@ -143,7 +143,7 @@ def test_the_models_own_step_copies_no_keys_for_the_query_heads_that_share_them(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this attention repeats keys and values")
 
-    monkeypatch.setattr("forkrl.attention.sdpa_attention", refuse)
+    monkeypatch.setattr("forkrl.model.attention.sdpa_attention", refuse)
     with torch.no_grad():
         hidden_SD = choose_step(policy)(tokens_S, position_S, seen_ST, cache)
     assert hidden_SD.shape == (len(LENGTHS), policy.head_weight.shape[1])

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from forkrl import ForkTemperature, SamplingParams
-from forkrl.replicas import Replicas
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.fork_temperature import entropy_of
 from forkrl.rollout.sampling import sample_tokens

@@ -9,22 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from forkrl.backward import (
-    compute_selected_stats,
-    compute_token_stats,
-    forks_only,
-    read_ahead,
-    require_forks_only,
-    selected_attention,
-)
-from forkrl.batching import collate
 from forkrl.config import ForksOnlyConfig
 from forkrl.errors import UserError
-from forkrl.model import Policy
-from forkrl.replicas import Replicas
+from forkrl.method.batches import collate
+from forkrl.model.forward import compute_token_stats
+from forkrl.model.policy import Policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.train import forks_only, selected_attention
+from forkrl.train.forks_only import compute_selected_stats, read_ahead, require_forks_only
+from forkrl.train.update import _running_weights, measure_entropy, update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch
-from forkrl.update import _running_weights, measure_entropy, update_policy
 from tests.models import random_policy
 from tests.numerics.test_update import recipe
 
@@ -235,7 +230,7 @@ def test_keys_and_values_that_are_kept_change_nothing(monkeypatch: pytest.Monkey
         passes.append(len(micro))
         return read_ahead(policy, micro, **kwargs)
 
-    monkeypatch.setattr("forkrl.update.read_ahead", counting)
+    monkeypatch.setattr("forkrl.train.update.read_ahead", counting)
     found = []
     for kept_mib in (0, 1024):
         working = Policy(copy.deepcopy(policy.model), policy.tokenizer)

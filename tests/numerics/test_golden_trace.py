@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from forkrl.config import ModelConfig, TrainConfig
-from forkrl.model import Policy, open_policy
-from forkrl.replicas import Replicas
+from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.replicas import Replicas
+from forkrl.train.update import update_policy
 from forkrl.types import TokenBatch
-from forkrl.update import update_policy
 
 TRACES = Path(__file__).parents[1] / "data" / "golden_traces.json"
 NUM_SEQUENCES, PROMPT, LONGEST, STEPS = 8, 6, 40, 3

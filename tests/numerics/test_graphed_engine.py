@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.model import Policy
-from forkrl.replicas import Replicas
+from forkrl.model.policy import Policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine, graphed_engine, graphed_step, open_engine
 from forkrl.rollout.embedded import Prefix, read_prompts
 from forkrl.rollout.flat_step import FlatStep, reproducible

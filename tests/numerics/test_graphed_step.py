@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forkrl.interruption import Interrupted, Interruption
 from forkrl.rollout import graphed_step
 from forkrl.rollout.graphed_step import Capture, GraphedStep, bucket
+from forkrl.store.interruption import Interrupted, Interruption
 from tests.models import random_policy
 
 

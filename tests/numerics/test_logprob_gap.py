@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from forkrl.batching import collate
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
-from forkrl.logprob_gap import MAX_MEAN_GAP, LogprobGap, logprob_gap, require_small_gap
-from forkrl.loop import train
-from forkrl.model import Policy, open_policy
-from forkrl.replicas import Replicas
+from forkrl.method.batches import collate
+from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.run import Run, open_run
+from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, LogprobGap, logprob_gap, require_small_gap
+from forkrl.train.loop import train
+from forkrl.train.run import Run, open_run
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
 from tests.models import random_policy
 

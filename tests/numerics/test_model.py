@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
-from forkrl.model import Policy, open_policy
-from forkrl.replicas import Replicas
+from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.growing_cache import build_cache
 from forkrl.types import Prompt, SamplingParams

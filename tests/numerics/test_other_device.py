@@ -30,9 +30,9 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 
 def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any, on_policy: bool) -> tuple[Tensor, Any]:
     """The gradient of one update, flat, and what the update says; the weights given are left alone."""
-    from forkrl.model import Policy
-    from forkrl.replicas import Replicas
-    from forkrl.update import select_in_rollout_batch, update_policy
+    from forkrl.model.policy import Policy
+    from forkrl.parallel.replicas import Replicas
+    from forkrl.train.update import select_in_rollout_batch, update_policy
 
     def there(policy: Policy) -> Policy:
         model: Any = copy.deepcopy(policy.model)
@@ -103,7 +103,7 @@ def test_updates_in_bf16_have_the_cpu_s_gradient_but_for_rounding() -> None:
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @on_accelerator
 def test_token_statistics_and_their_gradients_are_the_cpu_s(backend: str) -> None:
-    from forkrl.token_stats import token_stats
+    from forkrl.head import token_stats
 
     generator = torch.Generator().manual_seed(2)
     hidden_ND, weight_VD = torch.randn(40, 16, generator=generator), torch.randn(90, 16, generator=generator)
@@ -129,7 +129,7 @@ def test_token_statistics_and_their_gradients_are_the_cpu_s(backend: str) -> Non
 @on_accelerator
 def test_the_functions_of_the_package_stay_on_the_device_that_they_are_given() -> None:
     import forkrl
-    from forkrl.selectors import RULES, entropy_threshold, select_tokens_per_sequence
+    from forkrl.method.selection import RULES, entropy_threshold, select_tokens_per_sequence
 
     generator = torch.Generator().manual_seed(3)
     entropy_BT = torch.rand(6, 20, generator=generator)
@@ -182,7 +182,7 @@ def test_drift_is_measured_of_entropies_on_any_device() -> None:
 
 @on_accelerator
 def test_losses_are_the_cpu_s() -> None:
-    from forkrl.objectives import kl_penalty, policy_loss
+    from forkrl.method.loss import kl_penalty, policy_loss
 
     generator = torch.Generator().manual_seed(3)
     logprobs_BT, old_BT = (-torch.rand(6, 20, generator=generator) for _ in range(2))
@@ -204,7 +204,7 @@ def test_losses_are_the_cpu_s() -> None:
 @on_accelerator
 def test_rollouts_and_their_statistics_are_the_cpu_s() -> None:
     """By the flat step, by the model's own, and by the step of fixed shapes, which runs without a graph here."""
-    from forkrl.model import Policy
+    from forkrl.model.policy import Policy
     from forkrl.rollout import EmbeddedEngine
     from forkrl.rollout.fork_temperature import ForkTemperature
     from forkrl.rollout.graphed_engine import GraphedEngine
@@ -231,7 +231,7 @@ def test_rollouts_and_their_statistics_are_the_cpu_s() -> None:
 
 @on_accelerator
 def test_rollouts_in_bf16_keep_their_cache_in_bf16() -> None:
-    from forkrl.model import Policy
+    from forkrl.model.policy import Policy
     from forkrl.rollout import EmbeddedEngine
     from forkrl.rollout.flat_step import FlatStep
     from forkrl.rollout.graphed_engine import GraphedEngine

@@ -17,11 +17,11 @@ import torch
 
 from forkrl.config import ModelConfig, RuntimeConfig, TrainConfig
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.model import Policy, open_policy
-from forkrl.replicas import Replica, Replicas, divide, open_replicas
+from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.replicas import Replica, Replicas, divide, open_replicas
 from forkrl.rollout import EmbeddedEngine
+from forkrl.train.update import update_policy
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
-from forkrl.update import update_policy
 from tests.models import random_policy
 from tests.numerics.test_update import NUM_PROMPTS, make_batch, recipe
 
@@ -185,7 +185,7 @@ def test_what_goes_wrong_in_a_replica_is_told_here(item: str, message: str) -> N
 
 def test_replicas_end_with_the_process_that_started_them() -> None:
     program = (
-        "import time; from forkrl.replicas import Replicas; from tests.models import random_policy;"
+        "import time; from forkrl.parallel.replicas import Replicas; from tests.models import random_policy;"
         "from tests.numerics.test_replicas import whereabouts;"
         "print(Replicas(random_policy(), count=2).map(whereabouts, [0, 1])[1][0], flush=True); time.sleep(600)"
     )

@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy import stats
 
-from forkrl.backward import compute_token_stats
-from forkrl.batching import collate
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.model import Policy
-from forkrl.replicas import Replicas
+from forkrl.method.batches import collate
+from forkrl.model.forward import compute_token_stats
+from forkrl.model.policy import Policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine, embedded
 from forkrl.rollout.embedded import Prefix
 from forkrl.rollout.growing_cache import ROOM, GrowingLayer

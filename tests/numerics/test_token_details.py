@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from forkrl.analysis import entropy_summary, measure_tokens, token_details
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
-from forkrl.model import open_policy
+from forkrl.model.policy import open_policy
 
 
 def known_logits(probabilities: list[list[float]]) -> torch.Tensor:

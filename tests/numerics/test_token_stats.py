@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forkrl.token_stats import chunked, token_stats
+from forkrl.head import chunked, token_stats
 from forkrl.types import TokenStats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -315,7 +315,7 @@ def test_autocast_is_that_of_the_models_own_head(backend: str) -> None:
 
 PEAK_MEMORY = """
 import resource, sys, torch
-from forkrl.token_stats import token_stats
+from forkrl.head import token_stats
 num_rows, vocabulary = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 hidden = torch.randn(num_rows, 16, requires_grad=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from forkrl.token_stats import token_stats
+from forkrl.head import token_stats
 from tests.numerics.test_token_stats import DEVICE, TOLERANCE, assert_errs_no_more_than_naive, make_problem
 
-backend = pytest.importorskip("forkrl.token_stats.triton")
+backend = pytest.importorskip("forkrl.head.triton")
 # Rows beyond the edge are computed with what lies at hand, and never stored.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -87,7 +87,7 @@ def test_fp64_is_refused() -> None:
 MACHINE = """
 import sys, torch
 {before}
-from forkrl.token_stats import token_stats
+from forkrl.head import token_stats
 inputs = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.int64)
 token_stats(*inputs)
 print(sys.modules.get("triton"))

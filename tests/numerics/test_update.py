@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from forkrl.backward import compute_token_stats, dense
-from forkrl.batching import collate, cut_micro_batches
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
-from forkrl.model import Policy
-from forkrl.replicas import Replicas
+from forkrl.head import token_stats
+from forkrl.method.batches import collate, cut_micro_batches
+from forkrl.model import forward as dense
+from forkrl.model.forward import compute_token_stats
+from forkrl.model.policy import Policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.token_stats import token_stats
+from forkrl.train.update import Update, update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch, TokenStats
-from forkrl.update import Update, update_policy
 from tests.models import random_policy
 
 NUM_PROMPTS, GROUP = 6, 4

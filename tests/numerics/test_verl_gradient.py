@@ -22,15 +22,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from forkrl.backward import compute_token_stats
 from forkrl.cluster.figures import _update_figures
 from forkrl.cluster.translate import verl_environment
 from forkrl.config import ModelConfig, TrainConfig
-from forkrl.metrics import update_metrics
-from forkrl.model import Policy, open_policy
-from forkrl.replicas import Replicas
+from forkrl.model.forward import compute_token_stats
+from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.replicas import Replicas
+from forkrl.train.metrics import update_metrics
+from forkrl.train.update import Update, select_in_rollout_batch, update_policy
 from forkrl.types import TokenBatch
-from forkrl.update import Update, select_in_rollout_batch, update_policy
 from tests.numerics.test_golden_trace import build_batch
 from tests.once import once
 

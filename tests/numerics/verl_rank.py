@@ -27,7 +27,7 @@ from forkrl.cluster.selection import seeded, select
 from forkrl.cluster.translate import VerlPaths, verl_overrides
 from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker
 from forkrl.config import TrainConfig
-from forkrl.recipe import parse_recipe
+from forkrl.config.recipe import parse_recipe
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import load_recipe, recipe_toml
 from forkrl.errors import UserError
-from forkrl.recipe import load_recipe, recipe_toml
-from forkrl.resuming import stored_config
-from forkrl.run import open_run
+from forkrl.store.resuming import stored_config
+from forkrl.train.run import open_run
 from tests.smoke.world import Run, World
 
 

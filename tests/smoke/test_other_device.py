@@ -158,7 +158,7 @@ def test_a_command_in_bf16_ends(elsewhere: World, run: Run) -> None:
 
 
 def test_a_base_model_is_made_there(elsewhere: World) -> None:
-    from forkrl.recipe import recipe_toml
+    from forkrl.config.recipe import recipe_toml
 
     recipe = elsewhere.folder / "tiny.toml"
     recipe.write_text(tomli_w.dumps(recipe_toml(TINY)))

@@ -106,7 +106,7 @@ def test_a_lost_replica_costs_only_unsaved_steps(world: World, uninterrupted_pai
     )
     started.wait_until_stopped()
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    (replica,) = [pid for pid in children if b"forkrl.replicas" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (replica,) = [pid for pid in children if b"forkrl.parallel.replicas" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(replica), signal.SIGKILL)
     started.send(signal.SIGCONT)
     outcome = started.wait()

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forkrl import sft
-from forkrl.base_model_card import measure_base_model
+from forkrl.train import sft
 from forkrl.cli import main
 from forkrl.config import ModelConfig, SftConfig
+from forkrl.config.recipe import load_recipe, recipe_toml
 from forkrl.errors import TrainingHalted, UserError
-from forkrl.locations import model_location
-from forkrl.model import open_policy
-from forkrl.recipe import load_recipe, recipe_toml
-from forkrl.replicas import Replicas
+from forkrl.model.locations import model_location
+from forkrl.model.policy import open_policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.tasks.countdown import countdown_task
+from forkrl.train.model_card import measure_base_model
 
 TINY = SftConfig.model_validate(
     {

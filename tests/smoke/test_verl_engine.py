@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from forkrl.run_folder import RunFolder
+from forkrl.store.run_folder import RunFolder
 from tests.once import once
 from tests.verl_here import needs_verl
 

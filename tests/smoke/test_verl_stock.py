@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from forkrl.advantages import overlong_penalty
+from forkrl.method.advantages import overlong_penalty
 from forkrl.tasks.countdown import verify_countdown
 from tests.smoke.verl_run import (
     MAX_RESPONSE_TOKENS,

@@ -26,7 +26,7 @@ import pytest
 
 from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.config import RewardConfig
-from forkrl.locations import model_location
+from forkrl.model.locations import model_location
 from forkrl.tasks.countdown import countdown_task
 from forkrl.types import Prompt, VerifierSpec
 from tests.once import once

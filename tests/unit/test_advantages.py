@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from forkrl.advantages import group_advantages, informative_groups, overlong_penalty
+from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 
 
 def test_hand_worked_group() -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forkrl.batching import collate, cut_micro_batches, mini_batches
+from forkrl.method.batches import collate, cut_micro_batches, mini_batches
 from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch
 
 PAD = 99

@@ -26,7 +26,7 @@ from forkrl.analysis.branching import (
     spearman,
     summarise_kinds,
 )
-from forkrl.intervals import mean_with_normal_interval
+from forkrl.stats.intervals import mean_with_normal_interval
 
 
 def position(scores: Sequence[Sequence[float]], probability: Sequence[float], **place: Any) -> pd.DataFrame:

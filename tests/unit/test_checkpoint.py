@@ -25,8 +25,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from forkrl.checkpoint import latest_checkpoint, load_checkpoint, verify_checkpoint
 from forkrl.errors import UserError
+from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, verify_checkpoint
 from tests.tiny_state import WORDS, TinyState, tiny_config, tiny_state
 
 FILES = (
@@ -203,7 +203,7 @@ class TestPrune:
         state = tiny_state()
         state.save(tmp_path, 1, keep=2)
         state.save(tmp_path, 2, keep=2)
-        monkeypatch.setattr("forkrl.checkpoint.write_manifest", interrupt)
+        monkeypatch.setattr("forkrl.store.checkpoint.write_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             state.save(tmp_path, 3, keep=1)
         assert self.names(tmp_path) == ["step-1", "step-2"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from forkrl.model import Policy
+from forkrl.model.policy import Policy
 from forkrl.rollout.embedded import Prefix, decode
 from forkrl.types import SamplingParams
 from tests.models import random_policy

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forkrl.cluster.figures import step_figures
-from forkrl.evaluation.held_out import summarise
+from forkrl.rollout.held_out import summarise
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
 from tests.verl_here import needs_verl
 

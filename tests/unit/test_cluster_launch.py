@@ -15,10 +15,10 @@ from forkrl.cluster import launch
 from forkrl.cluster.merge import TRACKER
 from forkrl.cluster.record import OWN
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import parse_recipe, recipe_toml
 from forkrl.errors import UserError
-from forkrl.interruption import Interrupted
-from forkrl.recipe import parse_recipe, recipe_toml
-from forkrl.run_folder import RunFolder
+from forkrl.store.interruption import Interrupted
+from forkrl.store.run_folder import RunFolder
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl

@@ -15,7 +15,7 @@ import torch
 from forkrl.cluster.data import write_verifiers
 from forkrl.config import RewardConfig
 from forkrl.errors import UserError
-from forkrl.stop_tokens import response_text
+from forkrl.model.stop_tokens import response_text
 from forkrl.types import VerifierSpec
 from tests.models import random_policy
 from tests.verl_here import needs_verl

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from forkrl.checkpoint import adopt_weights, all_checkpoints
-from forkrl.checkpoint.manifest import MANIFEST
 from forkrl.cluster.ending import conclude, explain_end, last_error
 from forkrl.cluster.launch import require_verl
 from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import run_and_watch
 from forkrl.cluster.record import OWN, PROGRESS, StopRequested, note_end
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
-from forkrl.interruption import Interrupted
-from forkrl.run_folder import RunFolder
+from forkrl.store.checkpoint import adopt_weights, all_checkpoints
+from forkrl.store.checkpoint.manifest import MANIFEST
+from forkrl.store.interruption import Interrupted
+from forkrl.store.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -11,19 +11,19 @@ import pytest
 import scipy.stats
 
 from benchmarks import coverage
-from forkrl import permutation
+from forkrl.stats import permutation
 from forkrl.errors import UserError
 from forkrl.evaluation import budgets
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.responses import ScoredResponse
-from forkrl.intervals import (
+from forkrl.stats.intervals import (
     Estimate,
     mean_of_estimates,
     mean_of_question_values,
     paired_difference_of_values,
 )
-from forkrl.permutation import holm, paired_test, pooled_paired_test
+from forkrl.stats.permutation import holm, paired_test, pooled_paired_test
 
 Table = Sequence[Sequence[float]]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import load_recipe, recipe_differences, recipe_toml
 from forkrl.errors import UserError
-from forkrl.recipe import load_recipe, recipe_differences, recipe_toml
 
 MISTAKES = [
     ("loss.clip_hgh=0.3", "loss.clip_hgh is not a setting; did you mean loss.clip_high?"),

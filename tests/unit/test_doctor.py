@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from forkrl import doctor
-from forkrl.doctor import Check, abilities, report_machine, run_doctor
+from forkrl.commands import doctor
+from forkrl.commands.doctor import Check, abilities, report_machine, run_doctor
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from forkrl.evaluation.held_out import evaluation_generator
 from forkrl.evaluation.samplers import EmbeddedSampler, EvalSampling, SampleRequest
-from forkrl.model import Policy
-from forkrl.replicas import Replicas
+from forkrl.model.policy import Policy
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.embedded import Ended, Prefix
+from forkrl.rollout.held_out import evaluation_generator
 from forkrl.types import Prompt, SamplingParams
 from tests.models import random_policy
 

@@ -17,7 +17,7 @@ from forkrl.evaluation.majority import Ballot, ballot, majority_at_k
 from forkrl.evaluation.paper import AVERAGE, TABLE_2
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.evaluation.summary import by_question, summarise_benchmark
-from forkrl.intervals import mean_with_interval, mean_with_normal_interval
+from forkrl.stats.intervals import mean_with_interval, mean_with_normal_interval
 
 SIMULATIONS = 200
 

@@ -17,11 +17,11 @@ import pytest
 import forkrl.tasks.gym
 from forkrl.config import CurriculumConfig, TaskConfig
 from forkrl.errors import UserError
-from forkrl.gym_entries import Source, make_entry, open_source
-from forkrl.gym_questions import questions
 from forkrl.rewards import VerifierPool
 from forkrl.rewards.gym import _READABLE, final_answer, verify_gym
+from forkrl.rewards.gym_entries import Source, make_entry, open_source
 from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts, gym_task
+from forkrl.tasks.gym_questions import questions
 from forkrl.types import Prompt, Task
 from tests.gym_survey import EXAMPLES, WRONG, examine, gold_answer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from forkrl.interruption import STOP_SIGNALS, Interrupted, Interruption, signals_put_off
+from forkrl.store.interruption import STOP_SIGNALS, Interrupted, Interruption, signals_put_off
 
 SIGNALS = list(STOP_SIGNALS)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from forkrl.intervals import (
+from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
     mean_pass_at_k,

@@ -1,4 +1,4 @@
-"""Arrows point one way: nouns, leaves, compositions, the loop, the command line."""
+"""Every module belongs to a layer and imports from its own package and from lower layers only."""
 
 from __future__ import annotations
 
@@ -8,53 +8,50 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "forkrl"
-NOUNS = {"types", "config", "recipe", "errors"}
-LEAVES = {
-    "advantages", "arguments", "atomic", "batching", "interruption", "objectives", "planning", "progress",
-    "recipe_reference", "report", "rewards", "selectors", "threads", "token_stats", "tracking",
-}  # fmt: skip
-STORES = {"checkpoint", "run_folder"}
-# Small leaves that other leaves stand on.
-SHARED = {
-    "atomic": STORES | {"report"},
-    "processes": {"rewards"},
-    "intervals": {"analysis", "report", "permutation"},
-    "permutation": {"report"},
-    "secret_values": {"config", "rewards", "report"},
-    "messages": {"progress"},
-    "loopback": {"rewards"},
-    "plan_arguments": {"arguments"},
-    "gym_entries": {"rewards", "gym_questions"},
-    "even_shares": {"planning"},
-    "locations": {"planning"},
-}
+LAYERS = (
+    {"errors", "types", "stats"},
+    {"config"},
+    {"head", "method"},
+    {"model"},
+    {"parallel"},
+    {"store"},
+    {"report"},
+    {"rewards"},
+    {"tasks"},
+    {"rollout"},
+    {"train"},
+    {"analysis", "evaluation", "planning"},
+    {"commands"},
+    {"cluster"},
+    {"__init__", "cli"},
+)
+"""From the lowest; packages of one layer do not import each other. ``assets`` holds data only."""
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 
-def imports_of(part: str) -> set[str]:
-    """The first names below ``forkrl`` that a module or package imports, itself left out."""
+def imports_of(part: str) -> set[tuple[str, str]]:
+    """``(file, part)`` for every import from another part, also from within functions."""
     root = PACKAGE / part
-    files = sorted(root.rglob("*.py")) if root.is_dir() else [root.with_suffix(".py")]
     found = set()
-    for file in files:
+    for file in sorted(root.rglob("*.py")) if root.is_dir() else [root.with_suffix(".py")]:
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            found |= {name.split(".")[1] for name in names if name.startswith("forkrl.")}
-    return found - {part}
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module == "forkrl":
+                names = [f"forkrl.{alias.name}" for alias in node.names if alias.name != "__version__"]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            found |= {(file.name, name.split(".")[1]) for name in names if name.startswith("forkrl.")}
+    return {(file, other) for file, other in found if other != part}
 
 
-@pytest.mark.parametrize("part", sorted(NOUNS | LEAVES | STORES | set(SHARED)))
-def test_a_leaf_knows_only_the_nouns(part: str) -> None:
-    assert imports_of(part) <= NOUNS | {shared for shared, users in SHARED.items() if part in users}
+def test_every_module_belongs_to_a_layer() -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert parts == set(RANK)
 
 
-def test_only_the_command_line_knows_the_loop() -> None:
-    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert {part for part in parts if "loop" in imports_of(part)} == {"cli"}
-
-
-def test_the_story_fits_on_a_few_screens() -> None:
-    assert len((PACKAGE / "loop.py").read_text().splitlines()) <= 150
+@pytest.mark.parametrize("part", sorted(RANK))
+def test_a_part_imports_from_lower_layers_only(part: str) -> None:
+    assert not [(file, other) for file, other in imports_of(part) if RANK[other] >= RANK[part]]
 
 
 @pytest.mark.parametrize("package", ["transformers", "datasets", "pandas"])

@@ -8,7 +8,7 @@ import pytest
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
-from forkrl.locations import model_location
+from forkrl.model.locations import model_location
 from forkrl.planning.shapes import find_shape
 from forkrl.tasks.dataset import load_evaluation_task
 

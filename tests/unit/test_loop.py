@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from forkrl import loop
 from forkrl.config import TrainConfig
 from forkrl.errors import NothingToLearn
-from forkrl.run import Run, open_run
-from forkrl.scoring import Scoring
+from forkrl.rollout.scoring import Scoring
+from forkrl.train import loop
+from forkrl.train.run import Run, open_run
 from forkrl.types import RolloutGroup, Verdict
 
 RECIPE: dict[str, Any] = {

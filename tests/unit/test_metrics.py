@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from forkrl.metrics import rollout_metrics, update_metrics
+from forkrl.train.metrics import rollout_metrics, update_metrics
+from forkrl.train.update import Update
 from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch, Verdict
-from forkrl.update import Update
 
 
 def mini_batch(advantages_B: list[float]) -> TokenBatch:

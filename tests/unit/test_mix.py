@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from forkrl.config import CurriculumConfig, TaskConfig, TrainConfig
+from forkrl.config.recipe import parse_recipe
 from forkrl.errors import UserError
-from forkrl.evaluation.held_out import summarise
-from forkrl.metrics import level_metrics, part_metrics, rollout_metrics
-from forkrl.recipe import parse_recipe
 from forkrl.report.run_data import RunData, read_run
 from forkrl.report.run_sections import figure_sections
+from forkrl.rollout.held_out import summarise
 from forkrl.tasks.mix import mix_task
 from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
+from forkrl.train.metrics import level_metrics, part_metrics, rollout_metrics
 from forkrl.types import Prompt, Rollout, RolloutGroup, Task, Verdict, VerifierSpec
 from tests.fabricated_run import write_run
 

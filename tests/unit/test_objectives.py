@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forkrl.objectives import kl_penalty, policy_loss
-from forkrl.selectors import select_tokens
+from forkrl.method.loss import kl_penalty, policy_loss
+from forkrl.method.selection import select_tokens
 
 RATIOS = torch.tensor([[1.5, 1.1, 0.5], [1.5, 0.5, 20.0]], dtype=torch.float64)
 ADVANTAGES = torch.tensor([2.0, -1.0], dtype=torch.float64)

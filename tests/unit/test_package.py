@@ -26,7 +26,9 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["forkrl", "forkrl.config", "forkrl.errors", "forkrl.types", "forkrl.threads"])
+@pytest.mark.parametrize(
+    "module", ["forkrl", "forkrl.config", "forkrl.errors", "forkrl.types", "forkrl.parallel.threads"]
+)
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     loaded = run_python(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])")
     assert loaded == "[]"
@@ -41,19 +43,6 @@ def test_every_public_name_resolves_to_its_own_definition() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = forkrl.no_such_name
-
-
-@pytest.mark.parametrize(
-    "before",
-    [
-        "",
-        "import forkrl.token_stats",
-        "from forkrl.token_stats import reference",
-        "import forkrl; forkrl.token_stats; import forkrl.token_stats.reference",
-    ],
-)
-def test_token_stats_is_the_function_whatever_was_imported_before(before: str) -> None:
-    assert run_python(f"{before}\nfrom forkrl import token_stats; print(type(token_stats).__name__)") == "function"
 
 
 def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
@@ -120,6 +109,6 @@ def test_version_is_that_of_the_installed_package() -> None:
 
 def test_a_gradient_step_runs_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
     path = without_packages(tmp_path)
-    code = "import forkrl.update, forkrl.rollout, forkrl.token_stats, forkrl.batching; print('imported')"
+    code = "import forkrl.train.update, forkrl.rollout, forkrl.head, forkrl.method.batches; print('imported')"
     output = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
     assert output.stdout.strip() == b"imported", output.stderr.decode()[-2000:]

@@ -11,13 +11,13 @@ import pytest
 
 from forkrl.cluster.refusals import refuse_untranslatable
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
 from forkrl.planning.advice import Change, changed, find_faster, find_remedies
 from forkrl.planning.cards import CARDS, GIB, Card, find_card
 from forkrl.planning.compute import Assumptions, assume
 from forkrl.planning.plan import FITS, TIGHT, TOO_LARGE, Plan, Timing, plan_memory, plan_time
 from forkrl.planning.shapes import ModelShape, find_shape, known_shape, parse_shape
-from forkrl.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KNOWN = json.loads(resources.files("forkrl.planning").joinpath("known_shapes.json").read_text(encoding="utf-8"))

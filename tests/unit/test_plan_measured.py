@@ -23,19 +23,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from forkrl.batching import mini_batches
 from forkrl.config import ModelConfig, TrainConfig
-from forkrl.model import Policy, open_policy, set_gradient_checkpointing
+from forkrl.config.recipe import load_recipe
+from forkrl.method.batches import mini_batches
+from forkrl.model.policy import Policy, open_policy, set_gradient_checkpointing
+from forkrl.parallel.replicas import Replicas
 from forkrl.planning.activations import Arithmetic, kept_in_all, kept_outside, stream_bytes
 from forkrl.planning.cards import CARDS
 from forkrl.planning.compute import _forward_flops, _update_flops
 from forkrl.planning.memory import find_phases
 from forkrl.planning.plan import plan_memory
 from forkrl.planning.shapes import ModelShape, find_shape, parse_shape
-from forkrl.recipe import load_recipe
-from forkrl.replicas import Replicas
+from forkrl.train.update import update_policy
 from forkrl.types import TokenBatch
-from forkrl.update import update_policy
 
 TOLERANCE = 0.05
 """Of activations; parameters, gradients, Adam's averages and logits are exact."""

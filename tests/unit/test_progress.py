@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from forkrl.config import LossConfig, SelectionConfig, TrainConfig
-from forkrl.messages import printable
-from forkrl.progress import TrainingDisplay, describe_selection, duration, progress, sparkline
+from forkrl.errors import printable
+from forkrl.report.progress import TrainingDisplay, describe_selection, duration, progress, sparkline
 
 
 class Terminal(io.StringIO):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from forkrl.config import SftConfig, TrainConfig
+from forkrl.config.reference import recipe_reference
 from forkrl.config.sections import Section
-from forkrl.recipe_reference import recipe_reference
 
 
 def test_the_page_is_what_the_program_prints() -> None:

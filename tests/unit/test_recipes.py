@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from forkrl.config import SftConfig, TrainConfig
-from forkrl.recipe import load_recipe, recipe_differences
+from forkrl.config.recipe import load_recipe, recipe_differences
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER = ("qwen3-8b", "qwen3-14b", "qwen3-32b")

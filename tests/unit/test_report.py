@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import load_recipe, recipe_toml
 from forkrl.errors import UserError
-from forkrl.intervals import mean_with_interval
-from forkrl.recipe import load_recipe, recipe_toml
 from forkrl.report import write_run_report
 from forkrl.report.figures import histogram_counts
 from forkrl.report.fork_data import fork_data
@@ -29,6 +28,7 @@ from forkrl.report.run_data import read_run
 from forkrl.report.run_forks import run_forks
 from forkrl.report.run_page import reproducing_command
 from forkrl.report.summary import cards, duration, verdict
+from forkrl.stats.intervals import mean_with_interval
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 from tests.report_page import Page, decoded
 

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from forkrl.config import SandboxConfig, TaskConfig, TrainConfig
+from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
-from forkrl.recipe import load_recipe
 from forkrl.rewards import VerifierPool
 from forkrl.rewards.code import bubblewrap, code_verifier, last_program, sandbox, verify_code, with_sandbox
 from forkrl.rewards.code import test_cases as code_tests

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import parse_recipe, recipe_toml
 from forkrl.errors import UserError
-from forkrl.recipe import parse_recipe, recipe_toml
-from forkrl.run_folder import ROLLOUT_SCHEMA, RunFolder
+from forkrl.store.run_folder import ROLLOUT_SCHEMA, RunFolder
 
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}
 PROVENANCE = {"forkrl": "0.1", "commit": None, "threads": 2}
@@ -95,7 +95,7 @@ class TestOpen:
 HOLD = """
 import sys, time
 from pathlib import Path
-from forkrl.run_folder import RunFolder
+from forkrl.store.run_folder import RunFolder
 run = RunFolder.open(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

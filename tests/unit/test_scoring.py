@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import torch
 
-from forkrl.scoring import Scoring, score_groups
+from forkrl.rollout.scoring import Scoring, score_groups
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from forkrl.config import RewardConfig, TrainConfig
+from forkrl.config.loopback import is_loopback
+from forkrl.config.recipe import load_recipe, recipe_toml
+from forkrl.config.secret_values import SecretValues, shown_url, without_secrets_in_command, without_written_secrets
 from forkrl.errors import UserError
-from forkrl.loopback import is_loopback
-from forkrl.recipe import load_recipe, recipe_toml
 from forkrl.rewards import open_verifier
-from forkrl.secret_values import SecretValues, shown_url, without_secrets_in_command, without_written_secrets
 from forkrl.types import Prompt, VerifierSpec
 
 DATASET = ("task.name=dataset", "task.data=x.jsonl")

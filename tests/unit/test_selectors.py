@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from forkrl.config import SelectionConfig
-from forkrl.selectors import (
+from forkrl.method import top_k
+from forkrl.method.selection import (
     RULES,
-    candidates,
+    count_selected,
     entropy_threshold,
     num_selected,
+    select_in_scope,
     select_tokens,
     select_tokens_per_sequence,
 )
-from forkrl.selectors.scope import count_selected, select_in_scope
 
 EXACT_RULES = ["top_entropy", "bottom_entropy", "random"]
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -215,12 +216,12 @@ def test_keep_highest_equals_a_stable_sort_in_chunks_of_any_size(
     expected = torch.zeros(len(scores), dtype=torch.bool)
     expected[scores_N.sort(descending=True, stable=True).indices[:num_kept]] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "CHUNK", chunk)
-        assert torch.equal(candidates.keep_highest(scores_N, num_kept), expected)
+        patch.setattr(top_k, "CHUNK", chunk)
+        assert torch.equal(top_k.keep_highest(scores_N, num_kept), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [1, 2, 1999, 19_999, 20_000])
 def test_kth_highest_is_exact_to_the_last_bit(dtype: torch.dtype, rank: int) -> None:
     scores_N = torch.randn(20_000, dtype=torch.float64, generator=seeded()).to(dtype)
-    assert candidates.kth_highest(scores_N, rank) == scores_N.sort(descending=True).values[rank - 1]
+    assert top_k.kth_highest(scores_N, rank) == scores_N.sort(descending=True).values[rank - 1]

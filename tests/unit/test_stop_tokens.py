@@ -13,13 +13,13 @@ from tokenizers import AddedToken
 from transformers import GenerationConfig
 
 from forkrl.config import ModelConfig, RewardConfig
-from forkrl.model import open_policy
-from forkrl.replicas import Replicas
+from forkrl.model.policy import open_policy
+from forkrl.model.stop_tokens import load_generation_config, response_text, stop_token_ids
+from forkrl.parallel.replicas import Replicas
 from forkrl.rewards import open_verifier
 from forkrl.rewards.reply import strip_turn_end
 from forkrl.rollout import EmbeddedEngine
-from forkrl.sft import build_character_tokenizer
-from forkrl.stop_tokens import load_generation_config, response_text, stop_token_ids
+from forkrl.train.sft import build_character_tokenizer
 from forkrl.types import Prompt, SamplingParams, VerifierSpec
 from tests.models import ALPHABET, random_policy
 

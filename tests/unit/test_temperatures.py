@@ -18,7 +18,7 @@ from forkrl.analysis.temperatures import (
     plan_settings,
     temperature_table,
 )
-from forkrl.intervals import mean_with_interval, mean_with_normal_interval, paired_difference
+from forkrl.stats.intervals import mean_with_interval, mean_with_normal_interval, paired_difference
 
 
 def test_the_paper_s_eight_temperatures_make_fifteen_settings() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from forkrl.errors import UserError
-from forkrl.threads import available_cores, configure_environment, configure_threads
+from forkrl.parallel.threads import available_cores, configure_environment, configure_threads
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,8 @@ def test_a_senseless_number_of_threads_is_one_clear_line(text: str, monkeypatch:
 def test_available_cores_respect_the_cores_granted() -> None:
     core = min(os.sched_getaffinity(0))
     code = (
-        f"import os; os.sched_setaffinity(0, {{{core}}}); from forkrl.threads import available_cores as a; print(a())"
+        f"import os; os.sched_setaffinity(0, {{{core}}})\n"
+        "from forkrl.parallel.threads import available_cores\n"
+        "print(available_cores())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"

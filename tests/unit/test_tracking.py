@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from forkrl import tracking
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.tracking import TrackedRun, Tracker, open_sinks
+from forkrl.train import tracking
+from forkrl.train.tracking import TrackedRun, Tracker, open_sinks
 
 CONFIG = {"seed": 3, "loss": {"clip_high": 0.28}}
 
@@ -71,7 +71,7 @@ def test_a_missing_package_stops_the_start_with_its_install_line(
 
 
 def test_a_missing_package_leaves_no_run_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forkrl.run import open_run
+    from forkrl.train.run import open_run
 
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = TrainConfig.model_validate({"log": {"sinks": ["trackio"]}})

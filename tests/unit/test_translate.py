@@ -21,8 +21,8 @@ from forkrl.cluster.translate import (
     verl_settings,
 )
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import item_section
 from forkrl.config.sections import Section
-from forkrl.recipe import item_section
 from tests.verl_recipes import CPU, ONE_GYM, PATHS, recipe
 
 ABSENT = object()

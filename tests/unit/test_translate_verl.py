@@ -19,7 +19,7 @@ from forkrl.cluster.hydra_text import Value, override
 from forkrl.cluster.translate import VerlPaths, verl_overrides, verl_settings
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.locations import model_location
+from forkrl.model.locations import model_location
 from tests.verl_recipes import CPU, recipe
 
 pytestmark = [

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from forkrl.intervals import ClusterSums, Estimate, mean_with_interval
+from forkrl.stats.intervals import ClusterSums, Estimate, mean_with_interval
 
 KINDS = ("fork", "random", "low")
 MEASURES = ("natural", "forced", "range", "gain")

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from forkrl.intervals import ClusterSums, Estimate, as_columns
-from forkrl.selectors import select_tokens
+from forkrl.method.selection import select_tokens
+from forkrl.stats.intervals import ClusterSums, Estimate, as_columns
 from forkrl.types import require_tensors
 
 

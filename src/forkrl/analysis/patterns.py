@@ -16,7 +16,7 @@ import pandas as pd
 
 from forkrl.analysis.quantiles import exact_quantiles
 from forkrl.analysis.token_table import Tokens, token_batches
-from forkrl.intervals import ClusterSums, Estimate, as_columns
+from forkrl.stats.intervals import ClusterSums, Estimate, as_columns
 
 LOW_ENTROPY = 0.01
 """Nats. The paper finds 50.64% of the tokens of Qwen3-8B below it."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from forkrl.intervals import Estimate, mean_with_interval, mean_with_normal_interval, paired_difference
+from forkrl.stats.intervals import Estimate, mean_with_interval, mean_with_normal_interval, paired_difference
 
 PAPER_TEMPERATURES = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 FORK_FRACTION = 0.8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forkrl.analysis.measure import TokenDetails, token_details
 from forkrl.errors import UserError
-from forkrl.replicas import Replica, Replicas
+from forkrl.parallel.replicas import Replica, Replicas
 
 BATCH_TOKENS = 16_384
 """Padded tokens run through the model at once; a longer sequence forms a batch of its own."""

@@ -14,11 +14,11 @@ from forkrl.analysis.measure import TokenDetails
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import TOKEN_SCHEMA, TOP
 from forkrl.errors import UserError
-from forkrl.model import Policy
-from forkrl.model_support import require_supported
-from forkrl.prompt_tokens import listed, prompt_token_ids, unknown_characters
-from forkrl.replicas import Replicas
-from forkrl.run_folder import encodable_text
+from forkrl.model.policy import Policy
+from forkrl.model.prompt_tokens import listed, prompt_token_ids, unknown_characters
+from forkrl.model.support import require_supported
+from forkrl.parallel.replicas import Replicas
+from forkrl.store.run_folder import encodable_text
 from forkrl.types import Prompt
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -61,7 +61,7 @@ def measure_tokens(
         Rows of ``TOKEN_SCHEMA``, by prompt, sample and position: what every function of this package takes.
 
     Raises:
-        UserError: ForkRL does not support the model (``forkrl.model_support``), or its logits are not finite.
+        UserError: ForkRL does not support the model (``forkrl.model.support``), or its logits are not finite.
         ValueError: the model is neither in fp32 nor in bf16, lengths differ, there are no responses, one has no tokens,
             does not tokenise back, or is longer than the model has positions for, or the tokenizer does not know a
             character of a prompt.

@@ -10,7 +10,7 @@ from verl.utils.profiler import simple_timer
 
 from forkrl.cluster.data import read_prompt
 from forkrl.cluster.options import read_options
-from forkrl.prompt_tokens import prompt_token_ids
+from forkrl.model.prompt_tokens import prompt_token_ids
 
 
 @register("forkrl_exact_prompt")

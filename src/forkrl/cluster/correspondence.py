@@ -308,7 +308,7 @@ FIXED = (
     Fixed("data.train_files", "a file of the run", _WRITTEN),
     Fixed("data.val_files", "a file of the run", _WRITTEN),
     Fixed("+forkrl.verifiers", "a file of the run", _WRITTEN),
-    Fixed("+forkrl.run_folder", "the run folder", "metrics and samples of responses go there"),
+    Fixed("+forkrl.store.run_folder", "the run folder", "metrics and samples of responses go there"),
     Fixed("+forkrl.stop_token_ids", "of rollout.stop", "with the tokenizer's EOS and those of generation_config.json"),
     Fixed("trainer.default_local_dir", "a folder of the run", "verl's checkpoints"),
     Fixed("hydra.run.dir", "a folder of the run", "hydra's notes would lie in the working folder"),

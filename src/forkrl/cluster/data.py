@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from forkrl.atomic import write_bytes, write_json
 from forkrl.config import RewardConfig
+from forkrl.config.recipe import parse_recipe
 from forkrl.errors import UserError
-from forkrl.recipe import parse_recipe
+from forkrl.store.atomic import write_bytes, write_json
 from forkrl.types import Prompt, VerifierSpec
 
 PROMPT_SCHEMA = pa.schema(

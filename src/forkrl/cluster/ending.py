@@ -11,7 +11,7 @@ from pathlib import Path
 from forkrl.cluster.merge import verl_checkpoints
 from forkrl.cluster.record import ENDED, OWN
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
-from forkrl.interruption import Interrupted
+from forkrl.store.interruption import Interrupted
 
 _ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Died|Timeout)\b.*")
 """As a traceback ends. Errors that a warning quotes stand further along a line."""

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from forkrl.stop_tokens import response_text
+from forkrl.model.stop_tokens import response_text
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
 
 _BASE = ("prompts", "responses", "rm_scores", "extra_fields", "extra_info", "reward_model", "raw_prompt")

@@ -25,8 +25,6 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig, AutoTokenizer
 
 import forkrl
-from forkrl.atomic import explained_write_errors
-from forkrl.checkpoint.manifest import MANIFEST
 from forkrl.cluster.data import write_prompts, write_verifiers
 from forkrl.cluster.ending import conclude, explain_end
 from forkrl.cluster.merge import TRACKER, begun_checkpoints, merge_checkpoints, verl_checkpoints
@@ -35,21 +33,23 @@ from forkrl.cluster.record import BEGUN, ENDED, OWN, PROGRESS, STOP
 from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import recipe_toml
 from forkrl.errors import UserError
-from forkrl.locations import model_location
-from forkrl.model import first_line, require_positions
-from forkrl.model_support import require_fixed_frequencies, require_no_adapter
-from forkrl.progress import TrainingDisplay, describe_selection
-from forkrl.prompt_tokens import prompt_token_ids
-from forkrl.provenance import commit, new_run_id, refuse_other_data
-from forkrl.recipe import recipe_toml
-from forkrl.resuming import accepted_changes
+from forkrl.model.locations import model_location
+from forkrl.model.policy import first_line, require_positions
+from forkrl.model.prompt_tokens import prompt_token_ids
+from forkrl.model.stop_tokens import load_generation_config, stop_token_ids
+from forkrl.model.support import require_fixed_frequencies, require_no_adapter
+from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
-from forkrl.run_folder import RunFolder, refuse_occupied
-from forkrl.stop_tokens import load_generation_config, stop_token_ids
+from forkrl.store.atomic import explained_write_errors
+from forkrl.store.checkpoint.manifest import MANIFEST
+from forkrl.store.provenance import commit, new_run_id, refuse_other_data
+from forkrl.store.resuming import accepted_changes
+from forkrl.store.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import open_task
-from forkrl.tracking import TrackedRun, open_sinks, require_sinks
+from forkrl.train.tracking import TrackedRun, open_sinks, require_sinks
 from forkrl.types import Task
 
 ANSWER_S = 10.0

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from forkrl.checkpoint import adopt_weights
-from forkrl.checkpoint.manifest import MANIFEST
 from forkrl.errors import UserError
-from forkrl.model import first_line
-from forkrl.run_folder import RunFolder
+from forkrl.model.policy import first_line
+from forkrl.store.checkpoint import adopt_weights
+from forkrl.store.checkpoint.manifest import MANIFEST
+from forkrl.store.run_folder import RunFolder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _STEP = re.compile(r"global_step_(\d+)")

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from forkrl.config import SelectionConfig
+from forkrl.config.recipe import parse_recipe
 from forkrl.config.sections import FROM_LIST, Count, Fraction, NonNegative, PositiveInt, Section, Seed
 from forkrl.errors import UserError
-from forkrl.recipe import parse_recipe
 
 MODES = {"forkrl": "sync", "forkrl_colocate_async": "colocate_async", "forkrl_separate_async": "separate_async"}
 """Names for ``trainer.v1.trainer_mode``, and the trainer of verl's behind each."""

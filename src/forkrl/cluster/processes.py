@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forkrl.atomic import explained_write_errors
-from forkrl.interruption import Interruption
+from forkrl.store.atomic import explained_write_errors
+from forkrl.store.interruption import Interruption
 
 POLL_S = 0.5
 GRACE_S = 20.0

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forkrl.atomic import write_text
 from forkrl.config import SelectionConfig
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
-from forkrl.rollout_rows import evaluation_rows
-from forkrl.run_folder import RunFolder
+from forkrl.store.atomic import write_text
+from forkrl.store.run_folder import RunFolder
+from forkrl.train.rollout_rows import evaluation_rows
 from forkrl.types import RolloutGroup
 
 OWN = "verl"

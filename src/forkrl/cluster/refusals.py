@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.even_shares import require_even_shares
+from forkrl.parallel.even_shares import require_even_shares
 
 _LARGEST_SEED = 2**31
 """Samplers add the number of their replica to it, and keep it in 32 bits."""

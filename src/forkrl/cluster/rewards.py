@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from forkrl.advantages import overlong_penalty
 from forkrl.cluster.data import read_prompt, read_verifiers
 from forkrl.cluster.options import read_options
 from forkrl.errors import UserError
+from forkrl.method.advantages import overlong_penalty
+from forkrl.model.stop_tokens import response_text
 from forkrl.rewards import open_verifier
-from forkrl.stop_tokens import response_text
 
 
 class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types

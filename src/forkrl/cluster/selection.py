@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forkrl.config import SelectionConfig
 from forkrl.errors import TrainingHalted
-from forkrl.selectors import select_tokens, select_tokens_per_sequence
+from forkrl.method.selection import select_tokens, select_tokens_per_sequence
 
 
 def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, generator: torch.Generator) -> Tensor:

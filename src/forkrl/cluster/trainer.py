@@ -39,9 +39,9 @@ from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end
 from forkrl.cluster.selection import seeded, select
 from forkrl.errors import NothingToLearn
-from forkrl.evaluation.held_out import summarise
-from forkrl.rollout_rows import rollout_rows
-from forkrl.selectors.scope import reads_current_entropy
+from forkrl.method.selection import reads_current_entropy
+from forkrl.rollout.held_out import summarise
+from forkrl.train.rollout_rows import rollout_rows
 from forkrl.types import RolloutGroup
 
 

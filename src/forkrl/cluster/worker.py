@@ -26,8 +26,8 @@ from verl.workers.utils.padding import no_padding_2_padding, response_from_neste
 from forkrl.cluster.options import ForkOptions, read_options
 from forkrl.cluster.selection import seeded, select, select_over_ranks, sum_over_ranks
 from forkrl.errors import TrainingHalted
-from forkrl.objectives import kl_penalty, policy_loss
-from forkrl.selectors.scope import count_selected, reads_current_entropy
+from forkrl.method.loss import kl_penalty, policy_loss
+from forkrl.method.selection import count_selected, reads_current_entropy
 
 SELECTED, ROW = "forkrl_selected", "forkrl_row"
 """Fields of the batch: the driver's selection, if it made one; and the place of a sequence to be told of, else -1."""

@@ -14,19 +14,18 @@ from rich.text import Text
 from forkrl import analysis
 from forkrl.analysis.patterns import PAPER_TEMPERATURE
 from forkrl.analysis.token_table import tokens_of_prompts
-from forkrl.atomic import write_json, write_text
 from forkrl.commands.collect_tokens import collect_tokens, make_request
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.token_parts import read_responses
 from forkrl.commands.work_folder import command_line, stored_question, work_provenance
-from forkrl.errors import UserError
-from forkrl.intervals import ClusterSums, Estimate
-from forkrl.messages import printable
+from forkrl.errors import UserError, printable
 from forkrl.report.analysis_page import analysis_page
 from forkrl.report.page import write_page
 from forkrl.report.terminal import coloured_response, entropy_legend
 from forkrl.report.token_forks import choose_prompts, shown_prompts
-from forkrl.scoring import none_judged
+from forkrl.rollout.scoring import none_judged
+from forkrl.stats.intervals import ClusterSums, Estimate
+from forkrl.store.atomic import write_json, write_text
 
 SCHEMA = "forkrl-analysis/1"
 SHOWN_IN_TERMINAL = 600  # tokens of a response

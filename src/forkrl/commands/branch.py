@@ -15,7 +15,6 @@ import pandas as pd
 
 from forkrl import __version__
 from forkrl.analysis import branching
-from forkrl.atomic import write_bytes, write_json, write_text
 from forkrl.commands.branch_parts import (
     Design,
     PartSampler,
@@ -29,13 +28,14 @@ from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Session, Subject, open_session, open_subject
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
-from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling
-from forkrl.intervals import ClusterSums
-from forkrl.progress import duration, progress
 from forkrl.report import write_page
 from forkrl.report.branch_figures import KINDS
 from forkrl.report.branch_page import BranchReport, branch_page, branch_verdict
-from forkrl.scoring import none_judged
+from forkrl.report.progress import duration, progress
+from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling
+from forkrl.rollout.scoring import none_judged
+from forkrl.stats.intervals import ClusterSums
+from forkrl.store.atomic import write_bytes, write_json, write_text
 from forkrl.types import SamplingParams, Verifier
 
 SCHEMA = "forkrl-branch/1"

@@ -23,12 +23,12 @@ from forkrl.analysis.measure import TokenDetails
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_rows import TokenTexts
 from forkrl.analysis.token_table import reading_parquet
-from forkrl.atomic import write_bytes
 from forkrl.commands.subject import Session
-from forkrl.evaluation.held_out import evaluation_sampling, sample_and_score
+from forkrl.model.stop_tokens import response_text
 from forkrl.rollout.embedded import Prefix, stop_tokens
-from forkrl.run_folder import encodable_text
-from forkrl.stop_tokens import response_text
+from forkrl.rollout.held_out import evaluation_sampling, sample_and_score
+from forkrl.store.atomic import write_bytes
+from forkrl.store.run_folder import encodable_text
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict, Verifier
 
 BRANCH = pa.struct(

@@ -11,10 +11,9 @@ from forkrl.commands.ready_responses import ReadyResponses
 from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_session, open_subject
 from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
-from forkrl.errors import UserError
-from forkrl.messages import notice
-from forkrl.model import open_policy
-from forkrl.replicas import open_replicas
+from forkrl.errors import UserError, notice
+from forkrl.model.policy import open_policy
+from forkrl.parallel.replicas import open_replicas
 
 
 class Request(NamedTuple):

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import forkrl
-from forkrl.atomic import explained_write_errors, write_json
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks
 from forkrl.report.compare_page import compare_verdict, write_compare_page
 from forkrl.report.difference import probability
 from forkrl.report.eval_page import percent
+from forkrl.store.atomic import explained_write_errors, write_json
 
 SCHEMA = "forkrl-compare/1"
 COMPARISON = "comparison.json"

@@ -21,21 +21,21 @@ from forkrl.analysis.temperatures import (
     plan_settings,
     temperature_table,
 )
-from forkrl.atomic import write_json, write_text
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Session, Subject, graphs_fact, open_session, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
 from forkrl.commands.work_folder import open_work_folder, weights_fingerprint
 from forkrl.errors import UserError
-from forkrl.evaluation.held_out import evaluation_generator, evaluation_sampling, sample_and_score
-from forkrl.progress import progress
-from forkrl.provenance import describe_provenance
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.page import write_page
+from forkrl.report.progress import progress
 from forkrl.report.temperature_figures import sweep_rows
 from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
 from forkrl.rollout.fork_temperature import ForkTemperature
-from forkrl.scoring import none_judged
+from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score
+from forkrl.rollout.scoring import none_judged
+from forkrl.store.atomic import write_json, write_text
+from forkrl.store.provenance import describe_provenance
 from forkrl.types import RolloutGroup
 
 SCHEMA = "forkrl-decode-temps/1"

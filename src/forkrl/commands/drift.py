@@ -22,8 +22,6 @@ from forkrl import analysis
 from forkrl.analysis.drift import change_table
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import part_paths, reading_parquet, token_batches, tokens_of_prompts
-from forkrl.atomic import write_json, write_text
-from forkrl.checkpoint import all_checkpoints
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import locate_weights
@@ -37,15 +35,17 @@ from forkrl.commands.work_folder import (
 )
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
-from forkrl.locations import model_location
-from forkrl.model import first_line, open_policy
-from forkrl.progress import progress
-from forkrl.replicas import open_replicas
+from forkrl.model.locations import model_location
+from forkrl.model.policy import first_line, open_policy
+from forkrl.parallel.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
 from forkrl.report.page import write_page
+from forkrl.report.progress import progress
 from forkrl.report.sampling import evenly_spaced
 from forkrl.report.token_forks import choose_prompts, shown_prompts
-from forkrl.resuming import stored_config
+from forkrl.store.atomic import write_json, write_text
+from forkrl.store.checkpoint import all_checkpoints
+from forkrl.store.resuming import stored_config
 
 SCHEMA = "forkrl-drift/1"
 SHOWN_LAYERS = 12

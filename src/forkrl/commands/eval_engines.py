@@ -13,11 +13,11 @@ from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.samplers import EmbeddedSampler, Sampler, SampleRequest
-from forkrl.locations import model_location
-from forkrl.model_support import require_no_adapter
-from forkrl.replicas import Replicas
+from forkrl.model.locations import model_location
+from forkrl.model.stop_tokens import load_generation_config, stop_token_ids
+from forkrl.model.support import require_no_adapter
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import open_engine
-from forkrl.stop_tokens import load_generation_config, stop_token_ids
 from forkrl.types import Prompt
 
 PromptFormat = Literal["plain", "chat"]

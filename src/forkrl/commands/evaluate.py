@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from forkrl.atomic import write_json
 from forkrl.commands.eval_benchmarks import AskedBenchmark, all_verifiers, ask_benchmarks, ask_task, prompt_renderer
 from forkrl.commands.eval_engines import EngineChoice, EvalEngine, PromptFormat, identity, open_eval_engine
 from forkrl.commands.judging import Judging
@@ -26,10 +25,11 @@ from forkrl.evaluation.folder import RESULTS, SCHEMA, read_results
 from forkrl.evaluation.response_files import BenchmarkFiles
 from forkrl.evaluation.samplers import EvalSampling
 from forkrl.evaluation.summary import summarise_benchmark
-from forkrl.progress import progress
-from forkrl.prompt_tokens import PromptCheck
+from forkrl.model.prompt_tokens import PromptCheck
+from forkrl.report.progress import progress
 from forkrl.rewards import open_verifier
 from forkrl.rewards.pool import VerifierPool
+from forkrl.store.atomic import write_json
 from forkrl.tasks import check_prompts
 from forkrl.types import VerifierSpec
 

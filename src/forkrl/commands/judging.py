@@ -8,7 +8,7 @@ from types import TracebackType
 
 from forkrl.evaluation.response_files import BenchmarkFiles
 from forkrl.evaluation.samplers import SampleRequest
-from forkrl.progress import progress
+from forkrl.report.progress import progress
 from forkrl.rewards.pool import VerifierPool
 from forkrl.types import Verdict
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forkrl.atomic import explained_write_errors, write_json
 from forkrl.config import TrainConfig
+from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
 from forkrl.planning.advice import Change, changed, find_faster, find_remedies
 from forkrl.planning.cards import CARDS, Card, find_card
@@ -21,7 +21,7 @@ from forkrl.planning.compute import assume
 from forkrl.planning.plan import TOO_LARGE, Plan, in_gib, plan_memory, plan_time
 from forkrl.planning.record import SCHEMA, plan_record
 from forkrl.planning.shapes import ModelShape, find_shape
-from forkrl.recipe import load_recipe
+from forkrl.store.atomic import explained_write_errors, write_json
 
 PLAN = "plan.json"
 _COLORS = {"fits": "green", "tight": "yellow", TOO_LARGE: "red"}

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from forkrl.analysis.token_pass import Written
 from forkrl.analysis.token_rows import SourceResponse
 from forkrl.errors import UserError
-from forkrl.model import Policy
-from forkrl.progress import progress
-from forkrl.prompt_tokens import PromptCheck, listed, unknown_characters
-from forkrl.run_folder import encodable_text
+from forkrl.model.policy import Policy
+from forkrl.model.prompt_tokens import PromptCheck, listed, unknown_characters
+from forkrl.report.progress import progress
+from forkrl.store.run_folder import encodable_text
 from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt

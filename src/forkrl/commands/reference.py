@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from forkrl.errors import UserError
-from forkrl.run_folder import CONFIG
+from forkrl.store.run_folder import CONFIG
 
 BASE = "base"
 _AT = re.compile(r"(?P<run>.+)@(?P<at>[^@/]*)")

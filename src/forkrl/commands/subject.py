@@ -13,19 +13,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from forkrl.checkpoint import checkpoint_of_step, latest_checkpoint
 from forkrl.commands.reference import BASE, ModelReference, parse_reference
 from forkrl.config import ModelConfig, TrainConfig
+from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
-from forkrl.model import Policy, open_policy
-from forkrl.recipe import load_recipe
-from forkrl.replicas import Replicas, open_replicas
-from forkrl.resuming import stored_config
+from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.replicas import Replicas, open_replicas
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.pool import VerifierPool
 from forkrl.rollout import open_engine
 from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.store.checkpoint import checkpoint_of_step, latest_checkpoint
+from forkrl.store.resuming import stored_config
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.types import Prompt, Task
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from forkrl.analysis.quantiles import exact_quantiles
 from forkrl.analysis.temperatures import FORK_FRACTION, Setting, ends_in_loop, holds_no_text
 from forkrl.analysis.token_table import reading_parquet
-from forkrl.atomic import write_bytes
-from forkrl.run_folder import encodable_text
+from forkrl.store.atomic import write_bytes
+from forkrl.store.run_folder import encodable_text
 from forkrl.types import Rollout, RolloutGroup
 
 RESPONSE_SCHEMA = pa.schema(

@@ -21,13 +21,13 @@ from forkrl.analysis import TOKEN_SCHEMA
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_rows import SourceResponse, TokenTexts, token_rows
 from forkrl.analysis.token_table import TOP, part_paths, reading_parquet
-from forkrl.atomic import explained_write_errors, fsync, temporary_beside
 from forkrl.commands.subject import Session
-from forkrl.evaluation.held_out import evaluation_sampling
-from forkrl.progress import progress
-from forkrl.replicas import Replicas
-from forkrl.run_folder import encodable_text
-from forkrl.scoring import score_groups
+from forkrl.parallel.replicas import Replicas
+from forkrl.report.progress import progress
+from forkrl.rollout.held_out import evaluation_sampling
+from forkrl.rollout.scoring import score_groups
+from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside
+from forkrl.store.run_folder import encodable_text
 
 RESPONSE_SCHEMA = pa.schema(
     [

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import forkrl
-from forkrl.atomic import explained_write_errors, temporary_beside, write_json
 from forkrl.errors import UserError
-from forkrl.locations import model_location
-from forkrl.progress import progress
-from forkrl.run_folder import LOCK, clear_folder, lock_folder
+from forkrl.model.locations import model_location
+from forkrl.report.progress import progress
+from forkrl.store.atomic import explained_write_errors, temporary_beside, write_json
+from forkrl.store.run_folder import LOCK, clear_folder, lock_folder
 
 SETTINGS = "settings.json"
 # Weights, architecture, and every file that a tokenizer may be made of.

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Fraction, PositiveInt, Section
-from forkrl.secret_values import reject_written_secrets
 
 
 class RolloutConfig(Section):

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, PositiveInt, Section, Seed, default_of
-from forkrl.secret_values import reject_written_secrets
 
 GYM_INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
 

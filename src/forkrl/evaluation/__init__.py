@@ -1,1 +1,1 @@
-"""Benchmarks and what their figures are worth; intervals are in ``forkrl.intervals``."""
+"""Benchmarks and what their figures are worth; intervals are in ``forkrl.stats.intervals``."""

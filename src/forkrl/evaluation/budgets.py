@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from forkrl.intervals import Z95, Estimate, mean_with_interval, paired_difference
+from forkrl.stats.intervals import Z95, Estimate, mean_with_interval, paired_difference
 
 NUM_BUDGETS = 20
 RESAMPLES = 1000

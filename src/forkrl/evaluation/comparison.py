@@ -22,7 +22,7 @@ from forkrl.evaluation.summary import (
     pass_counts,
     powers_of_two,
 )
-from forkrl.intervals import (
+from forkrl.stats.intervals import (
     Estimate,
     mean_of_estimates,
     mean_with_interval,
@@ -31,7 +31,7 @@ from forkrl.intervals import (
     paired_normal_difference,
     pass_at_k,
 )
-from forkrl.permutation import Pair, holm, paired_test, pooled_paired_test
+from forkrl.stats.permutation import Pair, holm, paired_test, pooled_paired_test
 
 SHOWN_CHANGES = 20
 Responses = Mapping[str, Sequence[ScoredResponse]]

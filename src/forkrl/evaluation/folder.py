@@ -10,7 +10,7 @@ from typing import Any
 
 from forkrl.errors import UserError
 from forkrl.evaluation.responses import ScoredResponse
-from forkrl.progress import progress
+from forkrl.report.progress import progress
 from forkrl.tasks.json_lines import json_object, kind_of
 
 SCHEMA = "forkrl-eval/2"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
 from forkrl.evaluation.benchmarks import PROMPT, Benchmark
-from forkrl.progress import progress
+from forkrl.report.progress import progress
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt
 

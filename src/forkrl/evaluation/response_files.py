@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from forkrl.atomic import explained_write_errors, fsync, write_text
 from forkrl.errors import UserError
 from forkrl.evaluation.folder import RESPONSE, VERDICT, Key, Kinds, checked_rows
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.evaluation.samplers import Sampled, SampleRequest
+from forkrl.store.atomic import explained_write_errors, fsync, write_text
 from forkrl.types import Prompt, Verdict
 
 _SHOWN_ANSWER = 2000

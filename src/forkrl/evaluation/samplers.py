@@ -81,7 +81,7 @@ class EmbeddedSampler:
             UserError: the model has no positions for so long a response, or a stop token is not one token.
             TrainingHalted: the model's logits are not finite.
         """
-        from forkrl.evaluation.held_out import evaluation_generator
+        from forkrl.rollout.held_out import evaluation_generator
 
         wanted = {(request.prompt.id, request.sample) for request in requests}
         generator = evaluation_generator(sampling.seed, self._engine.policy.device)

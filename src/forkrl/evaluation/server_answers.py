@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, printable
 from forkrl.evaluation.request_seed import request_seed
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
-from forkrl.messages import printable
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An error message is quoted no further than this: a proxy may answer with a whole page.

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from forkrl import __version__
+from forkrl.config.loopback import is_loopback
 from forkrl.errors import UserError
 from forkrl.evaluation.server_answers import (
     KEY_VARIABLE,
@@ -29,7 +30,6 @@ from forkrl.evaluation.server_answers import (
     said,
     shown,
 )
-from forkrl.loopback import is_loopback
 
 # Fields beside the standard's that keep a server's own defaults from cutting the distribution, by the name it gives
 # itself in ``owned_by``. Other servers might refuse a request that holds them.

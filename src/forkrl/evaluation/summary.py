@@ -14,7 +14,7 @@ import numpy as np
 from forkrl.evaluation.budgets import Floats, Outcomes, budget_curve, token_budgets
 from forkrl.evaluation.majority import MAX_VOTES, ballot, majority_at_k
 from forkrl.evaluation.responses import ScoredResponse
-from forkrl.intervals import (
+from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
     mean_of_estimates,

@@ -13,7 +13,7 @@ from typing import Any
 from forkrl.errors import UserError
 from forkrl.evaluation.request_seed import request_seed
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
-from forkrl.prompt_tokens import prompt_token_ids
+from forkrl.model.prompt_tokens import prompt_token_ids
 
 
 class VllmSampler:

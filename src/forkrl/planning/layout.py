@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.even_shares import require_even_shares
+from forkrl.parallel.even_shares import require_even_shares
 from forkrl.planning.activations import Arithmetic
 from forkrl.planning.shapes import ModelShape
 

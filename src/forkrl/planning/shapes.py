@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
-from forkrl.locations import EMBEDDED_PREFIX, require_hub_id
+from forkrl.model.locations import EMBEDDED_PREFIX, require_hub_id
 
 _ARCHITECTURES = ("qwen3", "qwen2", "llama")
 _OWNER = "Qwen/"

@@ -16,13 +16,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from forkrl.atomic import write_text
 from forkrl.report.colors import token_colors
 from forkrl.report.fork_data import fork_data
 from forkrl.report.fork_view import ForkView
 from forkrl.report.reading import Shelf
 from forkrl.report.sections import FigureSection
 from forkrl.report.visible_text import script_json, visible
+from forkrl.store.atomic import write_text
 
 _FORK_SCRIPTS = ("fork_model.js", "fork_blocks.js", "fork_tip.js", "fork_controls.js")
 

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from forkrl.config.secret_values import without_secrets_in_command, without_written_secrets
 from forkrl.errors import UserError
-from forkrl.intervals import mean_with_interval
 from forkrl.report.sampling import evenly_spaced
-from forkrl.secret_values import without_secrets_in_command, without_written_secrets
+from forkrl.stats.intervals import mean_with_interval
 
 Floats = npt.NDArray[np.float64]
 _KEEP_ANSWERS = ("eval.every:", "eval.problems:", "eval.samples:")

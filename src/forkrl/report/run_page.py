@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forkrl.config import PartConfig, TrainConfig
-from forkrl.recipe import recipe_toml
+from forkrl.config.recipe import recipe_toml
 from forkrl.report import run_forks, summary
 from forkrl.report.page import Page, write_page
 from forkrl.report.run_data import RunData, read_run

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from forkrl.intervals import mean_with_interval
-from forkrl.permutation import PairedTest, paired_test
 from forkrl.report.difference import is_clear, probability, signed_points
 from forkrl.report.page import Card
 from forkrl.report.run_data import RunData
+from forkrl.stats.intervals import mean_with_interval
+from forkrl.stats.permutation import PairedTest, paired_test
 
 
 class Estimate(NamedTuple):

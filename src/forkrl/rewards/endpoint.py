@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
+from forkrl.config.loopback import is_loopback
+from forkrl.config.secret_values import shown_url
 from forkrl.errors import UserError
-from forkrl.loopback import is_loopback
-from forkrl.secret_values import shown_url
 from forkrl.types import Judgement, VerifierSpec
 
 _SHARE_OF_DEADLINE = 0.8

@@ -20,7 +20,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from forkrl.gym_entries import Source, make_entry, open_source
+from forkrl.rewards.gym_entries import Source, make_entry, open_source
 from forkrl.rewards.reply import reply_of
 from forkrl.types import Judgement
 

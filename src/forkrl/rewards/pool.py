@@ -26,12 +26,12 @@ from types import TracebackType
 from typing import Any
 
 from forkrl.config import RewardConfig
+from forkrl.config.secret_values import SecretValues
 from forkrl.errors import UserError
 from forkrl.rewards.batch import Batch, Item
 from forkrl.rewards.crew import Crew
 from forkrl.rewards.reply import strip_turn_end
 from forkrl.rewards.worker_process import Settings
-from forkrl.secret_values import SecretValues
 from forkrl.types import Prompt, Verdict, VerifierSpec
 
 _log = logging.getLogger("forkrl")

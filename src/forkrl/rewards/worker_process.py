@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from forkrl.processes import child_environment
+from forkrl.parallel.processes import child_environment
 from forkrl.rewards.batch import Item
 from forkrl.rewards.warden import KILL, START
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from forkrl.batching import collate
 from forkrl.errors import UserError
-from forkrl.logprob_gap import MAX_MEAN_GAP, logprob_gap
-from forkrl.model import Policy
-from forkrl.model_support import PROBE_ERRORS
+from forkrl.method.batches import collate
+from forkrl.model.policy import Policy
+from forkrl.model.support import PROBE_ERRORS
 from forkrl.rollout.embedded import Prefix, decode
+from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, logprob_gap
 from forkrl.types import Prompt, RolloutGroup, SamplingParams
 
 _KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer"}

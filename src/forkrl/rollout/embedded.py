@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from forkrl.errors import TrainingHalted
-from forkrl.model import Policy, require_positions
-from forkrl.prompt_tokens import prompt_token_ids
-from forkrl.replicas import Replica, Replicas
+from forkrl.model.policy import Policy, require_positions
+from forkrl.model.prompt_tokens import prompt_token_ids
+from forkrl.model.stop_tokens import response_text
+from forkrl.parallel.replicas import Replica, Replicas
 from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
 from forkrl.rollout.sampling import sample_tokens
-from forkrl.stop_tokens import response_text
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 COMPACT_FRACTION = 0.03

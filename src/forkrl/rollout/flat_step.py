@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers import DynamicCache, PreTrainedConfig
 
-from forkrl.attention import NAME, attend_one_token
-from forkrl.model import Policy
+from forkrl.model.attention import NAME, attend_one_token
+from forkrl.model.policy import Policy
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 

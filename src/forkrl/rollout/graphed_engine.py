@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from forkrl.errors import UserError
-from forkrl.model import Policy
+from forkrl.model.policy import Policy
 from forkrl.rollout.embedded import EmbeddedEngine, Prefix, build_rollout, read_prompts, stop_tokens
 from forkrl.rollout.flat_step import reproducible
 from forkrl.rollout.graphed_step import LEAST_ROWS, GraphedStep, bucket

@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import DynamicCache
 
-from forkrl.interruption import signals_put_off
-from forkrl.model import Policy
+from forkrl.model.policy import Policy
 from forkrl.rollout.flat_step import FlatStep
+from forkrl.store.interruption import signals_put_off
 
 LEAST_ROWS, LEAST_LENGTH = 8, 64
 

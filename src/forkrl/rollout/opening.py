@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forkrl.replicas import Replicas
+from forkrl.parallel.replicas import Replicas
 from forkrl.rollout.cached_decoding import require_cached_decoding
 from forkrl.rollout.embedded import EmbeddedEngine
 from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
-from forkrl.prompt_tokens import PromptCheck
+from forkrl.model.prompt_tokens import PromptCheck
 from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.countdown import countdown_task
 from forkrl.tasks.dataset import ApplyChatTemplate, load_dataset_task, load_evaluation_task

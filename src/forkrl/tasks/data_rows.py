@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
-from forkrl.locations import require_hub_id
+from forkrl.model.locations import require_hub_id
 from forkrl.tasks.json_lines import json_object
 
 NO_VERIFIER = "none"

@@ -16,10 +16,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from forkrl.config import TaskConfig
-from forkrl.errors import UserError
-from forkrl.messages import notice
+from forkrl.config.secret_values import is_address
+from forkrl.errors import UserError, notice
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
-from forkrl.secret_values import is_address
 from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.data_rows import NO_VERIFIER, Row, look_up, read_rows
 from forkrl.tasks.json_lines import kind_of, require_characters

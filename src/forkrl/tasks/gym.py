@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from forkrl.config import TaskConfig
-from forkrl.errors import UserError
-from forkrl.messages import notice
-from forkrl.processes import child_environment
-from forkrl.progress import progress
+from forkrl.errors import UserError, notice
+from forkrl.parallel.processes import child_environment
+from forkrl.report.progress import progress
 from forkrl.tasks.dataset import ApplyChatTemplate, fingerprint_of, question_id
 from forkrl.types import Prompt, Task, VerifierSpec
 
@@ -146,7 +145,7 @@ def _questions(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("task.name = \"reasoning-gym\" needs the package of that name: pip install 'forkrl[gym]'")
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "forkrl.gym_questions"],
+        [sys.executable, "-P", "-m", "forkrl.tasks.gym_questions"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from forkrl.config import PartConfig, TaskConfig
-from forkrl.errors import UserError
-from forkrl.messages import notice
+from forkrl.errors import UserError, notice
 from forkrl.tasks.stream import furthest_behind
 from forkrl.types import Prompt, Task
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from verl.workers.rollout.replica import TokenOutput
 
 from forkrl.config import ModelConfig
-from forkrl.model import Policy, open_policy
+from forkrl.model.policy import Policy, open_policy
 from forkrl.rollout.embedded import Prefix, decode
 from forkrl.types import Rollout, SamplingParams
 

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 
 from forkrl.config import SandboxConfig
-from forkrl.loopback import is_loopback
+from forkrl.config.loopback import is_loopback
+from forkrl.config.secret_values import SecretValues, shown_url
 from forkrl.rewards.code.programs import Outcome, SandboxUnavailableError, driver
-from forkrl.secret_values import SecretValues, shown_url
 
 _ANSWER_LIMIT_S = 30.0
 """For the server's queue and the network, on top of the program's own time."""

@@ -1,0 +1,157 @@
+"""Log-prob of every target and entropy of every position, straight from hidden states.
+
+Axes: ``N`` rows (token positions), ``D`` hidden, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from forkrl.head.chunked import chunked_token_stats
+from forkrl.head.reference import reference_token_stats
+from forkrl.types import TokenStats, require_tensors
+
+__all__ = ["BACKENDS", "token_stats"]
+
+
+class Backend(Protocol):
+    """One way to compute the same numbers; it may trust that its inputs were checked."""
+
+    def __call__(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        bias_V: Tensor | None,
+        *,
+        temperature: float,
+        entropy_grad: bool,
+    ) -> TokenStats: ...
+
+
+def _triton_token_stats(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    bias_V: Tensor | None,
+    *,
+    temperature: float,
+    entropy_grad: bool,
+) -> TokenStats:
+    """Import Triton only now: it is large, needs an accelerator, and is not on every machine."""
+    if not _has_triton():
+        raise ModuleNotFoundError('backend = "triton" needs the triton package: pip install triton')
+    from forkrl.head.triton import triton_token_stats
+
+    inputs = (hidden_ND, weight_VD, targets_N, bias_V)
+    return triton_token_stats(*inputs, temperature=temperature, entropy_grad=entropy_grad)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": reference_token_stats,
+    "chunked": chunked_token_stats,
+    "triton": _triton_token_stats,
+}
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    entropy_grad: bool = False,
+) -> TokenStats:
+    """Log-prob of each target and entropy of each position of a language-model head.
+
+    With ``z = (hidden @ weight.T + bias) / temperature`` and ``p = softmax(z)``: ``logprobs = log p[target]`` and
+    ``entropy = -sum(p log p)`` in nats (arXiv 2506.01939v2, eq. 1). The matrix product is taken in the dtype given, as
+    the model's own head would take it (autocast is honoured too); everything after it is fp32, or fp64 for fp64 inputs.
+
+    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" never hold ``[N, V]``
+    (beyond one small tile), and their backward computes only the rows whose incoming gradient is non-zero. "triton"
+    does not round the logits to the dtype given, so it errs less than the model's own head. A NaN row gives NaN
+    statistics; a logit of minus infinity gives NaN entropy.
+
+    Args:
+        hidden: ``[N, D]``, last hidden states; fp16, bf16, fp32 or fp64.
+        weight: ``[V, D]``, the head's matrix, same dtype.
+        targets: ``[N]`` int64 in ``[0, V)``, the token each row predicts.
+        temperature: divides the logits; that of the sampling policy.
+        bias: ``[V]`` or None, same dtype.
+        backend: "chunked", "triton" (CUDA, or its interpreter; no fp64), "reference" (naive, holds ``[N, V]``; the
+            truth in fp64) or "auto": "triton" for 16-bit tensors on a CUDA device where it can be imported, else
+            "chunked".
+        entropy_grad: let gradients flow through ``entropy`` as well.
+
+    Returns:
+        ``logprobs`` and ``entropy``, ``[N]`` each, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes or dtypes disagree, a target lies outside the vocabulary, the temperature is not a positive
+            finite number, the backend is unknown, or it cannot take these tensors.
+        ModuleNotFoundError: backend "triton" where Triton is not installed.
+    """
+    require_tensors(hidden=hidden, weight=weight, targets=targets, **({} if bias is None else {"bias": bias}))
+    hidden, weight, bias = _as_autocast_would(hidden, weight, bias)
+    _check_tensors(hidden, weight, targets, bias)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature = {temperature} must be positive and finite")
+    name = _choose_backend(hidden) if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend = {backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
+    # The dtype of every product is settled above; autocast must not change it again half-way, nor in the backward.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return BACKENDS[name](hidden, weight, targets, bias, temperature=temperature, entropy_grad=entropy_grad)
+
+
+def _choose_backend(hidden: Tensor) -> str:
+    """Triton where it is faster: exact fp32 products are the library's strength, and most of the time in fp32."""
+    if not hidden.is_cuda or hidden.dtype not in (torch.float16, torch.bfloat16) or not _has_triton():
+        return "chunked"
+    # Older cards have no bf16.
+    return "triton" if torch.cuda.get_device_capability(hidden.device) >= (8, 0) else "chunked"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _as_autocast_would(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast what ``F.linear`` would cast here, so that the head agrees with the model's own."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, D] and [V, D]")
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows; a distribution needs a vocabulary")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets {tuple(targets.shape)} must be [N] with N = {hidden.shape[0]} rows of hidden")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}; they must be torch.int64")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be [V] with V = {weight.shape[0]} rows of weight")
+    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
+    if len(dtypes) > 1 or hidden.dtype not in _FLOATS:
+        raise ValueError(f"hidden, weight and bias must share one floating dtype; got {sorted(map(str, dtypes))}")
+    if targets.numel():
+        low, high = (int(bound) for bound in torch.aminmax(targets))
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(f"targets span {low} to {high}; the vocabulary is 0 to {weight.shape[0] - 1}")

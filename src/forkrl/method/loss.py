@@ -1,0 +1,204 @@
+"""The loss: DAPO's clipped policy gradient on the selected tokens, and a KL penalty.
+
+Axes: ``B`` sequences, ``T`` token positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from forkrl.types import LossOutput, require_tensors
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to this magnitude before ``exp``, as in verl; fp32 overflows above 88."""
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    selected_mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    denominator: Literal["selected", "response"] | float = "selected",
+) -> LossOutput:
+    """Clipped surrogate on the selected tokens (arXiv 2506.01939v2, eq. 6; without a selection eq. 4, plain DAPO).
+
+    With ``r = exp(logprobs - old_logprobs)``, each selected token contributes
+    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; where A < 0, ``dual_clip`` bounds it at ``dual_clip |A|``.
+    Their sum is divided by the denominator. Tokens that are not selected give exactly zero gradient, whatever they
+    hold, NaN included.
+
+    The log-ratio is clamped to +-``MAX_LOG_RATIO``. This differs from eq. 6 only where ``|log r| > 20``: such a token
+    has zero gradient, also where the equation gives one (A < 0 and r > e^20 without ``dual_clip``; A > 0 and
+    r < e^-20).
+
+    Args:
+        logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
+        old_logprobs: ``[B, T]``, of the policy that sampled.
+        advantages: ``[B]`` or ``[B, T]``.
+        response_mask: ``[B, T]`` bool.
+        selected_mask: ``[B, T]`` bool, a subset of ``response_mask``; None selects the whole response.
+        clip_low: how far the ratio may fall below 1, in [0, 1).
+        clip_high: how far it may rise above 1.
+        dual_clip: c > 1, or None.
+        denominator: "selected" (paper v2) or "response" (paper v1, TRL) counts this call's tokens; a number is the
+            count of the whole mini-batch, which makes the gradient independent of how it is cut into micro-batches. An
+            empty selection gives loss 0 and zero gradients.
+
+    Returns:
+        The loss to minimise, and over the selected tokens of this call ``clip_fraction`` (tokens whose gradient a clip
+        or the clamp cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and
+        ``num_selected`` to weigh the means by; all are 0 when nothing is selected.
+
+    Raises:
+        ValueError: shapes disagree, a mask is not bool, a selected token lies outside the response, or a setting is out
+            of range.
+        TypeError: an argument that must be a tensor is not one.
+    """
+    require_tensors(logprobs=logprobs, advantages=advantages)
+    selected_mask = response_mask if selected_mask is None else selected_mask
+    advantages_BT = advantages[:, None].expand(-1, logprobs.shape[-1]) if advantages.ndim == 1 else advantages
+    _check_settings(clip_low, clip_high, dual_clip, denominator)
+    check_like(
+        logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages_BT,
+        response_mask=response_mask,
+        selected_mask=selected_mask,
+    )
+    if bool((selected_mask & ~response_mask).any()):
+        raise ValueError("selected_mask selects tokens outside response_mask")
+
+    # Masked before exp and again in the sum: 0 times the gradient of an infinite ratio would be NaN.
+    advantages_BT = advantages_BT.detach()
+    exact_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
+    log_ratio_BT = exact_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio_BT = log_ratio_BT.exp()
+    unclipped_BT = ratio_BT * advantages_BT
+    objective_BT = torch.minimum(unclipped_BT, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT)
+    if dual_clip is not None:
+        bounded_BT = torch.maximum(objective_BT, dual_clip * advantages_BT)
+        objective_BT = torch.where(advantages_BT < 0, bounded_BT, objective_BT)
+
+    masks = {"selected": selected_mask, "response": response_mask}
+    counted = masks[denominator].sum() if isinstance(denominator, str) else denominator
+    loss = masked_sum_over(-objective_BT, selected_mask, counted)
+    clipped_BT = (objective_BT != unclipped_BT) | (log_ratio_BT != exact_BT)
+    return LossOutput(loss, _metrics(log_ratio_BT.detach(), clipped_BT, selected_mask))
+
+
+def kl_penalty(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    denominator: Literal["response"] | float = "response",
+) -> LossOutput:
+    """Mean k3 estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = ref_logprobs - logprobs``.
+
+    Never negative, token by token, and unbiased for tokens sampled from the policy (GRPO, arXiv 2402.03300, eq. 4).
+
+    ``d`` is clamped from above at ``MAX_LOG_RATIO``, so that ``exp`` cannot overflow; such a token has zero gradient.
+    Unlike verl, which also clamps ``d`` from below and the estimate to 10, nothing else is clamped: those clamps remove
+    the gradient where the policy is far from the reference (d > 2.6 or d < -11).
+
+    Args:
+        logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
+        ref_logprobs: ``[B, T]``, of the reference policy.
+        response_mask: ``[B, T]`` bool.
+        denominator: "response" counts this call's tokens; a number is the whole mini-batch's count.
+
+    Returns:
+        The penalty to add to a loss, and over this call ``kl`` (the mean) and ``num_response`` to weigh it by.
+
+    Raises:
+        ValueError: shapes disagree, the mask is not bool, or the denominator is no count.
+        TypeError: an argument that must be a tensor is not one.
+    """
+    require_tensors(logprobs=logprobs)
+    check_like(logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
+    if isinstance(denominator, str) and denominator != "response":
+        raise ValueError(f'denominator = {denominator!r} must be "response" or a number')
+    num_response = response_mask.sum()
+    difference_BT = torch.where(response_mask, ref_logprobs.detach(), 0.0) - torch.where(response_mask, logprobs, 0.0)
+    difference_BT = difference_BT.clamp(max=MAX_LOG_RATIO)
+    kl_BT = difference_BT.expm1() - difference_BT  # expm1: exp(d) - 1 loses all digits of a small d
+    loss = masked_sum_over(kl_BT, response_mask, num_response if isinstance(denominator, str) else denominator)
+    return LossOutput(
+        loss, {"kl": masked_sum_over(kl_BT.detach(), response_mask, num_response), "num_response": num_response}
+    )
+
+
+def masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Tensor) -> Tensor:
+    """``sum(values[mask]) / denominator``, and 0, still attached to the graph, where the denominator counts nothing.
+
+    Values outside the mask, NaN among them, reach neither the sum nor its gradient.
+
+    Args:
+        values_BT: one number a token.
+        mask_BT: bool.
+        denominator: tokens to divide by: a count of this call as a tensor, or the whole mini-batch's as a number.
+
+    Raises:
+        ValueError: the denominator is negative or not finite, or is the number 0 although tokens were selected.
+    """
+    total = torch.where(mask_BT, values_BT, 0.0).sum()
+    if isinstance(denominator, Tensor):
+        return total / denominator.clamp(min=1)
+    if not (math.isfinite(denominator) and denominator >= 0):
+        raise ValueError(f"denominator = {denominator} must be a finite count of tokens")
+    if denominator == 0 and bool(mask_BT.any()):
+        raise ValueError(f"denominator = 0, yet {int(mask_BT.sum())} tokens enter the loss")
+    return total / (denominator or 1.0)
+
+
+def check_like(reference_BT: Tensor, **others: Tensor) -> None:
+    """Check that all are tensors of the first one's shape, and that masks (named ``*_mask``) are bool.
+
+    Raises:
+        TypeError: one is not a tensor.
+        ValueError: a shape differs, or a mask is not bool.
+    """
+    require_tensors(**others)
+    for name, tensor in others.items():
+        if tensor.shape != reference_BT.shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} is not shaped like logprobs {tuple(reference_BT.shape)}")
+        if name.endswith("_mask") and tensor.dtype != torch.bool:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be bool")
+
+
+def _metrics(log_ratio_BT: Tensor, clipped_BT: Tensor, selected_mask: Tensor) -> dict[str, Tensor]:
+    num_selected = selected_mask.sum()
+    ratio_BT = log_ratio_BT.exp()
+
+    def mean(values_BT: Tensor) -> Tensor:
+        return masked_sum_over(values_BT, selected_mask, num_selected)
+
+    return {
+        "clip_fraction": mean(clipped_BT.to(ratio_BT.dtype)),
+        "ratio_mean": mean(ratio_BT),
+        # A ratio is never negative, so the appended 0 is the answer only where there is no token at all.
+        "ratio_max": torch.cat([torch.where(selected_mask, ratio_BT, 0.0).flatten(), ratio_BT.new_zeros(1)]).amax(),
+        "approx_kl": mean(log_ratio_BT.expm1() - log_ratio_BT),
+        "num_selected": num_selected,
+    }
+
+
+def _check_settings(
+    clip_low: float, clip_high: float, dual_clip: float | None, denominator: Literal["selected", "response"] | float
+) -> None:
+    if not 0 <= clip_low < 1:
+        raise ValueError(f"clip_low = {clip_low} must lie in [0, 1)")
+    if not (math.isfinite(clip_high) and clip_high >= 0):
+        raise ValueError(f"clip_high = {clip_high} must be finite and at least 0")
+    if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1):
+        raise ValueError(f"dual_clip = {dual_clip} must be finite and above 1")
+    if isinstance(denominator, str) and denominator not in ("selected", "response"):
+        raise ValueError(f'denominator = {denominator!r} must be "selected", "response" or a number')

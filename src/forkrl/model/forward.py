@@ -1,0 +1,45 @@
+"""The exact way: every position runs with gradients; the head sees the positions that somebody asks about.
+
+Shapes: ``B`` sequences, ``T`` token positions, ``N`` positions asked about, ``D`` hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from forkrl.head import token_stats
+from forkrl.model.policy import Policy
+from forkrl.types import TokenBatch, TokenStats
+
+
+def compute_token_stats(
+    policy: Policy,
+    batch: TokenBatch,
+    *,
+    temperature: float,
+    entropy_grad: bool = False,
+    at_BT: Tensor | None = None,
+) -> TokenStats:
+    """Log-prob of every response token and entropy of its position under the policy, fp32 ``[B, T]``, 0 elsewhere.
+
+    Args:
+        policy: gradients flow into its weights where autograd is on.
+        batch: on the policy's device.
+        temperature: of sampling; the statistics are of the same distribution.
+        entropy_grad: let gradients flow through the entropy too, for an entropy bonus.
+        at_BT: bool, inside the response mask: ask about these alone, which spares the head the others.
+    """
+    asked_BT = batch.response_mask if at_BT is None else at_BT
+    # Padding stands on the right, where causal attention never looks: no mask, and attention takes its fast path.
+    hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False)
+    with policy.autocast():
+        stats_N = token_stats(
+            hidden_BTD[asked_BT].to(policy.head_weight.dtype),
+            policy.head_weight,
+            batch.targets[asked_BT],
+            temperature=temperature,
+            bias=policy.head_bias,
+            entropy_grad=entropy_grad,
+        )
+    empty_BT = hidden_BTD.new_zeros(asked_BT.shape, dtype=stats_N.logprobs.dtype)
+    return TokenStats(*(empty_BT.masked_scatter(asked_BT, values_N) for values_N in stats_N))

@@ -1,0 +1,201 @@
+"""Opening a causal language model: weights, tokenizer, device, and the head that token statistics read.
+
+ForkRL never asks the model for logits. It takes the last hidden states and the output embedding, so that
+``token_stats`` can work on exactly the rows it needs. ``model_support`` rejects models for which that is wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from forkrl.errors import UserError
+from forkrl.model.attention import use_grouped_attention
+from forkrl.model.locations import model_location
+from forkrl.model.stop_tokens import stop_token_ids
+from forkrl.model.support import require_no_adapter, require_supported
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import ModelConfig
+
+
+class Policy:
+    """A causal language model with its tokenizer: hidden states, head weights, precision."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str = "fp32") -> None:
+        use_grouped_attention(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.precision = precision
+        # transformers renamed this argument; models with code of their own keep the old name.
+        takes_cache = "cache" in inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if takes_cache else "past_key_values"
+        self._recomputed_layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output embedding, ``[V, D]``."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head: token ids to hidden states."""
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder
+
+    def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
+        """The ids of all tokens that end a response; see ``stop_tokens.stop_token_ids``."""
+        return stop_token_ids(self.tokenizer, self.model.generation_config, stop)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Matrix products in the configured precision; weights stay fp32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def hidden_states(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        *,
+        cache: DynamicCache | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Last hidden states ``[B, T, D]``. The model gets all arguments unchanged.
+
+        Args:
+            input_ids_BT: token ids.
+            attention_mask: one mask, or one per kind of layer.
+            cache: keys and values of earlier tokens; the new ones are appended.
+            options: further arguments of the model.
+        """
+        if cache is not None:
+            options[self._cache_argument] = cache
+        # transformers recomputes layers in training mode only, and then they neither use a cache nor go without
+        # dropout; the policy stays in evaluation mode, and only the layers themselves are told, only for gradients.
+        for layer in self._recomputed_layers:
+            layer.training = torch.is_grad_enabled()
+        with self.autocast():
+            output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask, **options)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits ``[N, V]`` of a few rows, with the head in the configured precision."""
+        with self.autocast():
+            return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
+
+
+def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:
+    """Reject lengths for which the model has no positions: it would fail late, or write nonsense.
+
+    Raises:
+        UserError: with the longest response that fits.
+    """
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + response_tokens > positions:
+        raise UserError(
+            f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more "
+            f"than the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
+        )
+
+
+def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
+    """Load model and tokenizer, fp32, on the device, ready to train.
+
+    Raises:
+        UserError: nothing at that path, weights that do not fit, a tokenizer without EOS, or a model that ForkRL does
+            not support (``model_support``).
+    """
+    path = model_location(config.path)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"model.path = {config.path!r} cannot be opened as a model: the folder has no config.json; name one that "
+            f"save_pretrained wrote"
+        )
+    transformers_logging.disable_progress_bar()  # of reading weights
+    if sys.stderr.isatty():
+        enable_progress_bars()  # the hub's own, of downloads, which the line above disables too
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        require_no_adapter(path, config.revision, config.path)
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
+        raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
+    model, report = opened
+    if not tokenizer.encode("1 2", add_special_tokens=False):  # an empty one is opened where there are no files
+        raise UserError(
+            f"model.path = {config.path!r} has no tokenizer; save the model's there: tokenizer.save_pretrained(FOLDER)"
+        )
+    if absent := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model anew")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.path!r} has no EOS token, so no response could ever end; "
+            f'set "eos_token" in its tokenizer_config.json'
+        )
+    if config.gradient_checkpointing:
+        set_gradient_checkpointing(model, True)
+        model.disable_input_require_grads()  # that is for adapters; its hook is of a kind that cannot be pickled
+    model.eval()
+    torch.nn.Module.to(model, pick_device(device))
+    policy = Policy(model, tokenizer, config.precision)
+    require_supported(policy, config.path)
+    return policy
+
+
+def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Recompute the layers' activations in the backward pass, or keep them."""
+    switch = f"checkpointing_{'enable' if enabled else 'disable'}"
+    # Renamed in transformers 5.24, where the old name warns.
+    renamed = getattr(model, f"activation_{switch}", None)
+    (renamed or getattr(model, f"gradient_{switch}"))()
+
+
+def pick_device(name: str) -> torch.device:
+    """The configured device, or the first accelerator, or the CPU."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"runtime.device = {name!r} is not usable here: {first_line(error)}") from None
+    return device
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

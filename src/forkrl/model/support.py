@@ -1,0 +1,159 @@
+"""Which models ForkRL can use: each check rejects, in one line, a model that would otherwise be trained or measured
+wrongly without an error. The table of model families is in docs/models.md.
+
+ForkRL never asks a model for logits: it takes the last hidden states and the output embedding. It runs a sequence
+alone, in a batch with others, and token by token from a cache, and all of these must give the same log-probs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.utils import find_adapter_config_file  # type: ignore[attr-defined]  # public, but not in its __all__
+
+from forkrl.errors import UserError
+
+if TYPE_CHECKING:
+    from forkrl.model.policy import Policy
+
+PROBE_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
+"""What the code of a model raises when it is called in a way that it does not support."""
+_PROBE_LOGIT = 100.0
+"""Beyond the soft caps in use (Gemma 2: 30), within the range of every precision."""
+
+
+def require_no_adapter(location: str, revision: str | None, path: str) -> None:
+    """Reject a model with an adapter, which would be ignored.
+
+    Raises:
+        UserError: there is an ``adapter_config.json``.
+    """
+    if find_adapter_config_file(location, revision=revision) is not None:
+        raise UserError(
+            f"model.path = {path!r} has an adapter (adapter_config.json), which ForkRL does not support yet; merge it "
+            f"into the weights (PEFT: merge_and_unload, then save_pretrained), or remove that file to use the weights "
+            f"without it"
+        )
+
+
+def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
+    """Reject rotary embeddings whose frequencies depend on the longest sequence of a batch.
+
+    The log-probs of a token then differ between sampling and training, and with the other sequences of its batch.
+
+    Raises:
+        UserError: naming the type of rotary embedding.
+    """
+    for kind in rope_types(config.to_dict()):
+        if kind == "longrope" or "dynamic" in kind:
+            raise UserError(
+                f"model.path = {path!r} has a rotary embedding of type {kind!r}, whose frequencies depend on the "
+                f"longest sequence of a batch, so that sampling and training would disagree on log-probs; ForkRL does "
+                f"not support it: use a model with another type, such as default, linear, yarn or llama3"
+            )
+
+
+def rope_types(settings: Any) -> Iterator[str]:
+    """Every type of rotary embedding in the settings of a model; each kind of layer may have its own."""
+    if isinstance(settings, Mapping):
+        if isinstance(kind := settings.get("rope_type"), str):
+            yield kind
+        for value in settings.values():
+            yield from rope_types(value)
+
+
+@torch.no_grad()
+def require_supported(policy: Policy, path: str) -> None:
+    """Reject a model whose log-probs ForkRL would compute wrongly, for every command.
+
+    Raises:
+        UserError: naming the model and the reason.
+    """
+    require_fixed_frequencies(policy.model.config, path)
+    with explained_failures(policy, path):
+        _require_finite(policy, path)
+        _require_causal(policy, path)
+        _require_linear_head(policy, path)
+
+
+@contextmanager
+def explained_failures(policy: Policy, path: str) -> Iterator[None]:
+    """Turn whatever a model's code raises into one line."""
+    try:
+        yield
+    except PROBE_ERRORS as error:
+        raise UserError(
+            f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
+            f"embedding ({type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}); "
+            f"docs/models.md lists the supported families"
+        ) from error
+
+
+def _require_finite(policy: Policy, path: str) -> None:
+    ids = _probe_ids(policy, 4)
+    if not policy.logits(policy.hidden_states(ids, torch.ones_like(ids))[0]).isfinite().all():
+        raise UserError(f"model.path = {path!r}: its logits are NaN or infinite; the weights are damaged")
+
+
+def _require_causal(policy: Policy, path: str) -> None:
+    """The states of a sequence must not depend on padding behind it or on other sequences."""
+    ids = _probe_ids(policy, 8)
+    padded = torch.cat([torch.cat([ids[:, :4], torch.zeros_like(ids[:, 4:])], 1), ids])
+    half = policy.head_weight.dtype == torch.bfloat16
+    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):  # as exact as the weights allow
+        alone, together = (
+            policy.decoder(input_ids=each, use_cache=False).last_hidden_state[0, :4].float()
+            for each in (ids[:, :4], padded)
+        )
+    tolerance = 5e-2 if half else 1e-3
+    if _differ(alone, together, tolerance):
+        raise UserError(
+            f"model.path = {path!r}: the hidden states of {type(policy.model).__name__} change with the padding behind "
+            f"a sequence, so its log-probs would depend on the batch; ForkRL does not support it"
+        )
+
+
+def _require_linear_head(policy: Policy, path: str) -> None:
+    """Logits must be ``hidden @ weight.T + bias``.
+
+    The input of the output embedding is scaled up until the logits are large: near zero a soft cap hardly changes them.
+    """
+    ids, name = _probe_ids(policy, 4), type(policy.model).__name__
+    mask = torch.ones_like(ids)
+    hidden_TD = policy.hidden_states(ids, mask)[0]
+    largest = float(policy.logits(hidden_TD).abs().max())
+    scale = _PROBE_LOGIT / max(largest, 1e-6)
+    inputs: list[Tensor] = []
+
+    def enlarge(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs.append(arguments[0])
+        return (arguments[0] * scale,)
+
+    with policy.model.get_output_embeddings().register_forward_pre_hook(enlarge), policy.autocast():
+        expected = policy.model(input_ids=ids, attention_mask=mask).logits[0].float()
+    tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
+    if len(inputs) != 1 or inputs[0][0].shape != hidden_TD.shape or _differ(inputs[0][0], hidden_TD, tolerance):
+        raise UserError(
+            f"model.path = {path!r}: {name} changes its last hidden states before the output embedding (a projection "
+            f"or scaling), which ForkRL does not support"
+        )
+    if _differ(policy.logits(hidden_TD * scale), expected, tolerance):
+        raise UserError(
+            f"model.path = {path!r}: {name} transforms its logits after the output embedding (soft-capping or "
+            f"scaling), which ForkRL does not support"
+        )
+
+
+def _probe_ids(policy: Policy, length: int) -> Tensor:
+    return torch.arange(length, device=policy.device)[None] % policy.head_weight.shape[0]
+
+
+def _differ(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return not torch.allclose(
+        actual.float(), expected.float(), rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )

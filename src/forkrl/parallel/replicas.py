@@ -1,0 +1,379 @@
+"""A small model on every core: further processes that share the policy's weights and take parts of its work.
+
+Two threads of one operation wait for each other hundreds of times a step. If they spin while they wait, a busy machine
+makes them ten times slower; if they sleep, the waking costs as much as a small model's whole operation
+(docs/threads.md). Processes wait once a step. Each holds the same model over one shared block of memory, so the
+optimizer's step here is seen there at once; gradients are summed in a fixed order, so a run is repeatable to the bit.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle  # noqa: TID251 - only over a socket between this process and those that it started, never from a file
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import chain
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from forkrl.errors import ReplicaLost, UserError
+from forkrl.model.policy import Policy
+from forkrl.parallel.processes import child_environment, die_with_parent
+from forkrl.parallel.threads import configure_threads
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import RuntimeConfig
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_ALIGNMENT = 64
+SMALL_MODEL_PARAMETERS = 50_000_000
+"""Above it the matrix products are long enough that several threads on one of them do not wait in vain."""
+
+
+class Replica(NamedTuple):
+    """What a function that runs on a replica works with."""
+
+    policy: Policy
+    reference: Policy | None
+    sequences_finished: Tensor
+    """How many sequences this replica has sampled, ``[1]``: every process can read it at any time."""
+    kept: dict[int, Any]
+    """What one function leaves in this process for another, by the number of the item; the other takes it out."""
+
+
+class Replicas:
+    """The policy here and in ``count - 1`` further processes; a context manager.
+
+    Args:
+        policy: its parameters move into shared memory where there is more than one replica.
+        reference: the starting policy, if the loss needs it.
+        count: replicas, this process included; only on the CPU can there be more than one.
+        threads: of one operation, in each replica.
+    """
+
+    def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
+        self._counters = torch.zeros(count, dtype=torch.int64)
+        self.local = Replica(policy, reference, self._counters[:1], {})
+        self.count = count
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        self._gradients: list[list[Tensor]] = []
+        self._lifelines: list[int] = []
+        self._closed = False
+        if count > 1:
+            try:
+                self._start(threads)
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def policy(self) -> Policy:
+        return self.local.policy
+
+    @property
+    def sequences_finished(self) -> int:
+        """How many sequences all replicas have sampled; it grows while they work."""
+        return int(self._counters.sum())
+
+    def __enter__(self) -> Replicas:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the further processes; may be called twice."""
+        self._closed = True
+        for connection in self._connections:
+            connection.close()
+        for lifeline in self._lifelines:
+            os.close(lifeline)
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+        self._connections, self._processes, self._lifelines = [], [], []
+
+    def map(
+        self,
+        function: Callable[..., Result],
+        items: Sequence[Item],
+        *arguments: Any,
+        sizes: Sequence[int] | None = None,
+    ) -> list[Result]:
+        """``function(replica, item, *arguments)`` of every item, in the order of the items.
+
+        Args:
+            function: of an importable module, so that the other processes find it.
+            items: divided among the replicas, the same way each time.
+            arguments: the same for every item.
+            sizes: the work in each item, for a fair division; by default all alike.
+
+        Raises:
+            ReplicaLost: a process has died. What ``function`` raises, wherever it ran, is raised here too. Either way
+                the replicas are closed.
+        """
+        if self.count > 1 and function.__module__ == "__main__":
+            raise ValueError(f"{function.__name__} is of the program itself; other processes need it in a module")
+        if self._closed:
+            raise RuntimeError("these replicas are closed")
+        shares = divide([1] * len(items) if sizes is None else sizes, self.count)
+        results: dict[int, Result] = {}
+        try:
+            for rank, share in enumerate(shares[1:]):
+                self._send(rank, pickle.dumps((function, [items[index] for index in share], arguments)))
+            for index in shares[0]:
+                results[index] = function(self.local, items[index], *arguments)
+            for rank, share in enumerate(shares[1:]):
+                results.update(zip(share, self._receive(rank), strict=True))
+        except BaseException:
+            self.close()  # what the others still answer would be taken for the answer to the next question
+            raise
+        return [results[index] for index in range(len(items))]
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of every replica."""
+        self.policy.model.zero_grad(set_to_none=True)
+        for gradients in self._gradients:
+            for gradient in gradients:
+                gradient.zero_()
+
+    def sum_gradients(self) -> None:
+        """Add the gradients of the other replicas to those here."""
+        for gradients in self._gradients:
+            for parameter, gradient in zip(_trained(self.policy), gradients, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(gradient)
+                elif gradient.any():  # one that no loss touched stays without a gradient: the optimizer leaves it alone
+                    parameter.grad = gradient.clone()
+
+    def _start(self, threads: int) -> None:
+        if self.policy.device.type != "cpu":
+            raise ValueError("several replicas share their weights in main memory: the policy must be on the CPU")
+        for parameter in _parameters(self.local):  # a view of a larger block would be pickled with all of it
+            parameter.data = parameter.data.clone()
+        try:
+            message = pickle.dumps(self.local)  # before the parameters become views of the shared block
+        except Exception as error:
+            raise UserError(
+                f"this model cannot be sent to further processes ({error}); set runtime.replicas=1"
+            ) from error
+        try:
+            memory = _SharedMemory(self.local, self.count - 1)
+        except OSError as error:
+            raise UserError(f"no memory for weights that replicas share ({error}); set runtime.replicas=1") from error
+        memory.adopt_weights(self.local, fill=True)
+        self._counters = memory.counters
+        self.local = self.local._replace(sequences_finished=self._counters[:1])
+        for rank in range(self.count - 1):
+            self._start_process(memory, rank, threads)
+            self._gradients.append(memory.gradients(self.policy, rank))
+        memory.close_file()
+        for rank in range(self.count - 1):
+            self._send(rank, message)
+
+    def _start_process(self, memory: _SharedMemory, rank: int, threads: int) -> None:
+        ours, theirs = Pipe()
+        their_lifeline, lifeline = os.pipe()
+        self._connections.append(ours)
+        self._lifelines.append(lifeline)
+        numbers = (theirs.fileno(), their_lifeline, memory.fd, rank, self.count - 1, threads)
+        try:
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers)],
+                    pass_fds=numbers[:3],
+                    stdin=subprocess.DEVNULL,
+                    env=child_environment(threads),
+                    start_new_session=True,
+                )
+            )
+        finally:
+            theirs.close()
+            os.close(their_lifeline)
+
+    def _send(self, rank: int, message: bytes) -> None:
+        try:
+            self._connections[rank].send_bytes(message)
+        except OSError:
+            raise self._death(rank) from None
+
+    def _receive(self, rank: int) -> list[Any]:
+        try:
+            data = self._connections[rank].recv_bytes()
+        except (EOFError, OSError):
+            raise self._death(rank) from None
+        results, error = pickle.loads(data)  # noqa: S301 - see the import
+        if error is not None:
+            raise error
+        return results  # type: ignore[no-any-return]
+
+    def _death(self, rank: int) -> ReplicaLost:
+        code = self._processes[rank].wait()
+        if code >= 0:
+            return ReplicaLost(f"a replica exited with code {code}")
+        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return ReplicaLost(f"a replica was killed by {signal.Signals(-code).name}{hint}")
+
+
+def open_replicas(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Replicas:
+    """As many replicas as the settings and the model ask for, with the threads divided among them.
+
+    Raises:
+        UserError: more replicas than threads, or several on an accelerator.
+    """
+    threads = configure_threads(config.threads)
+    count = config.replicas or (threads if _is_small(policy) else 1)
+    if count > 1 and policy.device.type != "cpu":
+        raise UserError(f"runtime.replicas = {count}: on {policy.device} there is one; set it to 0 or 1")
+    if count > threads:
+        raise UserError(
+            f"runtime.replicas = {count} is more than the number of threads, {threads}; "
+            f"lower it, or raise runtime.threads"
+        )
+    each = configure_threads(threads // count)
+    return Replicas(policy, reference, count=count, threads=each)
+
+
+def _is_small(policy: Policy) -> bool:
+    num_parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    return num_parameters <= SMALL_MODEL_PARAMETERS and policy.device.type == "cpu"
+
+
+def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of the items for each of ``count`` replicas: the largest first, each to whoever has least so far."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += sizes[index]
+    return shares
+
+
+def serve() -> None:
+    """Run what the first process asks for, until it is gone."""
+    connection_fd, lifeline_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
+    die_with_parent(lifeline_fd)
+    torch.set_num_threads(threads)
+    connection = Connection(connection_fd)
+    with suppress(EOFError, OSError):  # the first process is gone
+        replica: Replica = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
+        memory = _SharedMemory(replica, others, memory_fd)
+        memory.adopt_weights(replica, fill=False)
+        replica = replica._replace(sequences_finished=memory.counters[rank + 1 : rank + 2])
+        for parameter, gradient in zip(_trained(replica.policy), memory.gradients(replica.policy, rank), strict=True):
+            parameter.grad = gradient
+        memory.close_file()
+        while True:
+            function, items, arguments = pickle.loads(connection.recv_bytes())  # noqa: S301
+            connection.send_bytes(_answer(replica, function, items, arguments))
+
+
+# A stop signal to every process of a job is the first process's to answer; it may want to finish a step.
+_PROGRAM = """
+import signal
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signum, signal.SIG_IGN)
+from forkrl.parallel.replicas import serve
+serve()
+"""
+
+
+def _answer(replica: Replica, function: Callable[..., Any], items: list[Any], arguments: tuple[Any, ...]) -> bytes:
+    """The results and no error, or no results and the error, which tells where it comes from."""
+    try:
+        return pickle.dumps(([function(replica, item, *arguments) for item in items], None))
+    except Exception as error:
+        error.add_note(f"in a replica: {traceback.format_exc()}")
+        try:
+            message = pickle.dumps((None, error))
+            pickle.loads(message)  # noqa: S301 - an error may hold anything, and fail on either way
+        except Exception:
+            message = pickle.dumps((None, RuntimeError(f"in a replica: {traceback.format_exc()}")))
+        return message
+
+
+class _SharedMemory:
+    """One block: the weights of policy and reference, the gradients of each further replica, a counter of each replica.
+
+    Every process computes the same layout from the same model. The file behind it has no name, so nothing is left over
+    however the processes end.
+    """
+
+    def __init__(self, replica: Replica, others: int, fd: int | None = None) -> None:
+        weights = sum(_size(parameter) for parameter in _parameters(replica))
+        self._gradients_start = weights
+        self._gradients_size = sum(_size(parameter) for parameter in _trained(replica.policy))
+        counters_start = weights + others * self._gradients_size
+        total = counters_start + 8 * (others + 1)
+        if fd is None:
+            fd = _open_unnamed()
+            os.truncate(fd, total)
+        self.fd = fd
+        self._memory = mmap.mmap(fd, total)
+        self.counters = torch.frombuffer(self._memory, dtype=torch.int64, count=others + 1, offset=counters_start)
+
+    def adopt_weights(self, replica: Replica, *, fill: bool) -> None:
+        """Make the parameters views of the block; ``fill``: put their values into it first."""
+        start = 0
+        with torch.no_grad():
+            for parameter in _parameters(replica):
+                view = self._view(parameter, start)
+                if fill:
+                    view.copy_(parameter)
+                parameter.data = view
+                start += _size(parameter)
+
+    def gradients(self, policy: Policy, rank: int) -> list[Tensor]:
+        """Where the gradients of a further replica are."""
+        views, start = [], self._gradients_start + rank * self._gradients_size
+        for parameter in _trained(policy):
+            views.append(self._view(parameter, start))
+            start += _size(parameter)
+        return views
+
+    def close_file(self) -> None:
+        """The mapping stays as long as a tensor does."""
+        os.close(self.fd)
+
+    def _view(self, like: Tensor, start: int) -> Tensor:
+        flat = torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=start)
+        return flat.view(like.shape)
+
+
+def _open_unnamed() -> int:
+    """A file without a name: memory alone on Linux (not in /dev/shm, of which containers have little), else on disk."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("forkrl-weights")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _parameters(replica: Replica) -> list[torch.nn.Parameter]:
+    models = [policy.model for policy in (replica.policy, replica.reference) if policy is not None]
+    return list(chain.from_iterable(model.parameters() for model in models))
+
+
+def _trained(policy: Policy) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+
+
+def _size(parameter: Tensor) -> int:
+    return -(-parameter.numel() * parameter.element_size() // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,49 @@
+"""How far the log-probs of the engine that sampled are from those of the model that is trained.
+
+Both are of the full vocabulary at the rollout temperature, before top-k and top-p. They differ by rounding only; a
+larger gap means that the engine samples from another distribution, and every ratio of the loss would be wrong.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from forkrl.errors import TrainingHalted
+from forkrl.model.forward import compute_token_stats
+from forkrl.model.policy import Policy
+from forkrl.types import TokenBatch
+
+MAX_MEAN_GAP = {"fp32": 1e-3, "bf16": 0.05}
+"""Nats, by ``model.precision``. Rounding alone gives less: see docs/engines.md for measurements."""
+
+
+class LogprobGap(NamedTuple):
+    """Absolute differences over all response tokens of a batch, in nats."""
+
+    mean: float
+    max: float
+
+
+@torch.no_grad()
+def logprob_gap(policy: Policy, batch: TokenBatch, temperature: float) -> LogprobGap:
+    """The gap between ``batch.old_logprobs`` and one pass over the batch, which is on the policy's device."""
+    logprobs_BT = compute_token_stats(policy, batch, temperature=temperature).logprobs
+    gap_N = (logprobs_BT - batch.old_logprobs).abs()[batch.response_mask]
+    return LogprobGap(float(gap_N.mean()), float(gap_N.max()))
+
+
+def require_small_gap(gap: LogprobGap, precision: str) -> None:
+    """Stop a run whose engine and trainer disagree.
+
+    Raises:
+        TrainingHalted: the mean gap is above the limit of this precision, or not finite.
+    """
+    limit = MAX_MEAN_GAP[precision]
+    if not gap.mean <= limit:
+        raise TrainingHalted(
+            f"the sampler's log-probs differ from the trainer's by {gap.mean:.2g} nats per token on average (at most "
+            f"{gap.max:.2g}), over the limit of {limit:g} for model.precision = {precision!r}; the engine does not "
+            f"sample from the model that is trained, so no update was made; use another engine, precision or model"
+        )

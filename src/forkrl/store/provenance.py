@@ -1,0 +1,74 @@
+"""Where a run's numbers come from: versions, commit, data, machine; and what may differ when it is resumed."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import forkrl
+from forkrl.config import TrainConfig
+from forkrl.errors import UserError
+from forkrl.parallel.replicas import Replicas
+from forkrl.store.run_folder import RunFolder
+from forkrl.types import Task
+
+
+def describe_provenance(task: Task, replicas: Replicas) -> dict[str, Any]:
+    """What a figure needs to be repeated: versions, commit, data, threads, device."""
+    return {
+        "forkrl": forkrl.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "data_fingerprint": task.fingerprint,
+        "replicas": replicas.count,
+        "threads": torch.get_num_threads(),
+        "device": str(replicas.policy.device),
+        "command": shlex.join(["forkrl", *sys.argv[1:]]),
+    }
+
+
+def changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs of all that the last bits of a result depend on, as one phrase; empty where nothing does."""
+    names = [name for name in ("replicas", "threads", "torch", "transformers") if then.get(name) != now[name]]
+    return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
+
+
+def refuse_other_data(folder: RunFolder, config: TrainConfig, fingerprint: str) -> None:
+    """Give the folder free and refuse, if a run is to be resumed on other prompts than it began with.
+
+    Raises:
+        UserError: both fingerprints.
+    """
+    before = folder.provenance.get("data_fingerprint")
+    if before != fingerprint:
+        folder.close()
+        raise UserError(
+            f"--resume {folder.path}: the prompts of task.{config.task.name} are not those the run began with "
+            f"(fingerprint {str(before)[:12]} then, {fingerprint[:12]} now); restore the data, or start a new run"
+        )
+
+
+def commit() -> str:
+    """The commit of a source checkout, marked if it has changes; empty for an installed package."""
+    source = Path(__file__).resolve().parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def new_run_id() -> str:
+    """No other run has it, whatever the name of its folder. Takes nothing from the seeded generators."""
+    return uuid.uuid4().hex[:12]

@@ -1,0 +1,410 @@
+"""The folder of one training run: what it was told, what it measured, what it wrote.
+
+    config.toml          the resolved recipe, and a [provenance] table
+    metrics.jsonl        one JSON object a line
+    rollouts/            sampled responses with a value per token: train-000010.parquet, eval-000000.parquet;
+                         the scores of every held-out problem: scores-000000.json
+    checkpoints/         step-N/, see forkrl.store.checkpoint
+    report.html
+
+One process at a time may hold a run folder; the operating system frees the lock when that process dies, in any way.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tomli_w
+
+from forkrl.config import CHANGEABLE
+from forkrl.errors import UserError
+from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside, write_bytes, write_text
+
+CONFIG = "config.toml"
+LOCK = ".lock"
+_DIGEST = "recipe_sha256"
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("tokens", pa.list_(pa.string()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("entropy", pa.list_(pa.float32()), nullable=False),
+        pa.field("selected", pa.list_(pa.bool_()), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("reward", pa.float32(), nullable=False),
+        pa.field("advantage", pa.float32()),  # null in evaluations
+        pa.field("finished", pa.bool_(), nullable=False),
+    ]
+)
+"""One row a response; the five lists hold one value per response token. Log-probs and entropy are in nats."""
+
+_PER_TOKEN = ("token_ids", "tokens", "logprobs", "entropy", "selected")
+_ROLLOUT_NAME = re.compile(r"(train|eval)-(\d{6,})")
+_log = logging.getLogger("forkrl")
+
+
+class RunFolder:
+    """A locked run folder. Make one with ``create`` or ``open``; use it as a context manager, or ``close`` it."""
+
+    def __init__(self, path: Path, lock: int, config: dict[str, Any]) -> None:
+        self.path = path
+        self.provenance: dict[str, Any] = config.get("provenance", {})
+        self.recipe: dict[str, Any] = {key: value for key, value in config.items() if key != "provenance"}
+        self._lock = lock
+        self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
+
+    @classmethod
+    def create(cls, path: Path, recipe_values: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
+        """Start a run in a new or empty folder and write its config.toml.
+
+        Args:
+            recipe_values: The resolved recipe as TOML can hold it, as ``recipe_toml`` gives it.
+            provenance: Versions, commit, fingerprint of the data; None values are left out.
+
+        Raises:
+            UserError: the folder holds a run or anything else, is in use, or cannot be written.
+        """
+        refuse_occupied(path)
+        with explained_write_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(path, "training")
+            try:
+                refuse_occupied(path)  # again: someone may have been faster
+                for folder in ("checkpoints", "rollouts"):
+                    (path / folder).mkdir(exist_ok=True)
+                known = {key: value for key, value in provenance.items() if value is not None}
+                _write_config(path, recipe_values, known)
+                fsync(path.parent)
+                return cls(path, lock, _read_config(path))
+            except BaseException:
+                os.close(lock)
+                raise
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Take up an existing run.
+
+        Raises:
+            UserError: there is no run in that folder, its config.toml is damaged, or another process holds it.
+        """
+        config = _read_config(path)
+        with explained_write_errors(path):
+            lock = lock_folder(path, "training")
+            try:
+                return cls(path, lock, config)
+            except BaseException:
+                os.close(lock)
+                raise
+
+    def close(self) -> None:
+        """Give the folder free for another process."""
+        self._metrics.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def remove(self) -> None:
+        """Take back a run that ``create`` has just begun: delete all that is in the folder, and the folder."""
+        clear_folder(self.path)
+        with suppress(OSError):  # a link or a mount point that the user made stays, empty
+            self.path.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def change_recipe(self, recipe_values: Mapping[str, Any], step: int, changes: Sequence[str]) -> None:
+        """Replace the recipe in config.toml, all at once, and append to ``provenance.changes`` what changed.
+
+        Args:
+            recipe_values: The resolved recipe as TOML can hold it.
+            step: The last step done with the earlier settings.
+            changes: Each as ``key: old -> new``.
+
+        Raises:
+            UserError: the disk is full or refuses; config.toml is then as it was.
+        """
+        history = [*self.provenance.get("changes", []), {"after_step": step, "settings": list(changes)}]
+        _write_config(self.path, recipe_values, {**self.provenance, "changes": history})
+        config = _read_config(self.path)
+        self.provenance = config.pop("provenance")
+        self.recipe = config
+
+    # -- metrics -----------------------------------------------------------------------------------------------------
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl, handed to the operating system at once. NaN and infinity become null.
+
+        Raises:
+            UserError: the disk is full or refuses; the log is then as it was before.
+        """
+        finite = {key: _null_if_not_finite(value) for key, value in record.items()}
+        line = json.dumps(finite, allow_nan=False).encode("utf-8") + b"\n"
+        before = self._size()
+        with explained_write_errors(self.path / "metrics.jsonl"):
+            try:
+                while line:  # a nearly full disk takes a part
+                    line = line[self._metrics.write(line) :]
+            except BaseException:
+                self._metrics.truncate(before)
+                raise
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl, which is on the disk when this returns: a checkpoint may count on it."""
+        with explained_write_errors(self.path / "metrics.jsonl"):
+            os.fsync(self._metrics.fileno())
+        return self._size()
+
+    def truncate_metrics(self, size: int) -> None:
+        """Cut metrics.jsonl to its first ``size`` bytes, and to whole lines.
+
+        If it is shorter, lines that the checkpoint counted on are lost: that is logged, and the run can go on.
+        """
+        content = (self.path / "metrics.jsonl").read_bytes()
+        whole = content[:size].rfind(b"\n") + 1
+        if whole != size:
+            _log.warning(
+                "%s: %d bytes in whole lines where the checkpoint counted %d; figures of some earlier steps are lost",
+                self.path / "metrics.jsonl", whole, size,
+            )  # fmt: skip
+        with explained_write_errors(self.path / "metrics.jsonl"):
+            self._metrics.truncate(whole)
+            os.fsync(self._metrics.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl; one that is still being written, at the end, is left out.
+
+        Raises:
+            UserError: a line is no JSON object.
+        """
+        records: list[dict[str, Any]] = []
+        *lines, _ = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                raise UserError(f"{self.path / 'metrics.jsonl'}: line {number} is no JSON object; remove that line")
+            records.append(record)
+        return records
+
+    def _size(self) -> int:
+        return os.fstat(self._metrics.fileno()).st_size
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def write_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write sampled responses to ``rollouts/NAME.parquet``, all at once.
+
+        Args:
+            name: ``train-`` or ``eval-`` and the step in six digits.
+            rows: One mapping a response, with the columns of ``ROLLOUT_SCHEMA``; only ``advantage`` may be None.
+
+        Raises:
+            UserError: the disk is full or refuses.
+            ValueError: a name or a row that does not fit.
+        """
+        if not _ROLLOUT_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name for rollouts; train-000010 is one")
+        for number, row in enumerate(rows):
+            _check_row(number, row)
+        table = pa.Table.from_pylist([_encodable(row) for row in rows], schema=ROLLOUT_SCHEMA)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        path = self._rollouts(name)
+        write_bytes(path, buffer.getvalue().to_pybytes())
+        return path
+
+    def read_rollouts(self, name: str) -> list[dict[str, Any]]:
+        """The rows of ``rollouts/NAME.parquet``.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self._rollouts(name)
+        try:
+            rows: list[dict[str, Any]] = pq.read_table(path, schema=ROLLOUT_SCHEMA).to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as rollouts ({str(error).splitlines()[0]})") from error
+        return rows
+
+    @property
+    def rollout_names(self) -> list[str]:
+        """What ``read_rollouts`` can read: evaluations first, each kind by step."""
+        found = [_ROLLOUT_NAME.fullmatch(path.stem) for path in (self.path / "rollouts").glob("*.parquet")]
+        return [match[0] for match in sorted(filter(None, found), key=lambda match: (match[1], int(match[2])))]
+
+    def _rollouts(self, name: str) -> Path:
+        return self.path / "rollouts" / f"{name}.parquet"
+
+    def write_scores(self, step: int, scores: Mapping[str, Sequence[float]]) -> None:
+        """Write ``rollouts/scores-STEP.json``: the scores of every held-out problem, by prompt id."""
+        write_text(self.path / "rollouts" / f"scores-{step:06d}.json", json.dumps(scores, separators=(",", ":")) + "\n")
+
+    # -- resume ------------------------------------------------------------------------------------------------------
+
+    def discard_after(self, step: int, metrics_bytes: int) -> None:
+        """Forget whatever was logged or sampled after a checkpoint: it is about to happen again.
+
+        Args:
+            step: Step of the checkpoint; -1 forgets everything.
+            metrics_bytes: Length of metrics.jsonl when the checkpoint was taken.
+        """
+        for name in self.rollout_names:
+            if int(name.partition("-")[2]) > step:
+                self._rollouts(name).unlink()
+        for path in (self.path / "rollouts").glob("scores-*.json"):
+            if int(path.stem.partition("-")[2]) > step:
+                path.unlink()
+        for leftover in (self.path / "rollouts").glob(temporary_beside(Path("*")).name):
+            leftover.unlink()
+        fsync(self.path / "rollouts")
+        self.truncate_metrics(metrics_bytes)
+
+
+def refuse_occupied(path: Path) -> None:
+    """Refuse a folder with anything in it but what a killed ``create`` may have left.
+
+    Raises:
+        UserError: naming what is there.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path}: is a file; choose another --out")
+    if (path / CONFIG).exists():
+        raise UserError(f"{path}: already holds a run; continue it with --resume {path}, or choose another --out")
+    ours = {LOCK, temporary_beside(Path(CONFIG)).name}
+    empty = {folder for folder in ("checkpoints", "rollouts") if not any((path / folder).glob("*"))}
+    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours | empty):
+        raise UserError(
+            f"{path}: is not empty (it holds {others[0]}); a run needs its own folder, choose another --out"
+        )
+
+
+def clear_folder(path: Path) -> None:
+    """Delete all that is in a folder."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def lock_folder(path: Path, activity: str) -> int:
+    """A descriptor that holds the exclusive lock of the folder until it is closed, or this process is gone.
+
+    Raises:
+        UserError: another process holds it; ``activity`` says what it is doing there.
+    """
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 20).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise UserError(
+            f"{path}: process {holder or 'unknown'} is {activity} here; wait for it, stop it, or choose another --out"
+        ) from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe of a run as plain values, without taking the folder's lock.
+
+    Raises:
+        UserError: there is no run in that folder, or its config.toml is damaged.
+    """
+    return {name: value for name, value in _read_config(path).items() if name != "provenance"}
+
+
+def _write_config(path: Path, recipe_values: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    signed = {**provenance, _DIGEST: _digest(recipe_values)}
+    write_text(path / CONFIG, tomli_w.dumps({**recipe_values, "provenance": signed}))
+
+
+def _digest(recipe_values: Mapping[str, Any]) -> str:
+    """Tells whether somebody edited config.toml: past steps would no longer be those of its settings."""
+    return hashlib.sha256(json.dumps(recipe_values, sort_keys=True).encode()).hexdigest()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder; --resume takes the folder that --out named")
+    try:
+        config = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: not a run folder, it has no {CONFIG}; --resume takes the folder that --out named"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / CONFIG}: cannot be read ({error}); restore it, or start a new run") from error
+    provenance = config.get("provenance", {})
+    if provenance.get(_DIGEST) != _digest({name: value for name, value in config.items() if name != "provenance"}):
+        raise UserError(
+            f"{path / CONFIG}: was edited after the run began; undo the edit. A resumed run may change only "
+            f"{', '.join(CHANGEABLE)}, each given on the command line: forkrl train --resume {path} training.steps=60"
+        )
+    return config
+
+
+def _null_if_not_finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_row(number: int, row: Mapping[str, Any]) -> None:
+    """Arrow would fill what is missing with null, and drop what is too much, without a word."""
+    if difference := row.keys() ^ set(ROLLOUT_SCHEMA.names):
+        raise ValueError(f"row {number}: missing or unknown columns: {', '.join(sorted(difference))}")
+    if empty := [name for name in ROLLOUT_SCHEMA.names if row[name] is None and name != "advantage"]:
+        raise ValueError(f"row {number}: no value for {', '.join(empty)}")
+    lengths = {name: len(row[name]) for name in _PER_TOKEN}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"row {number}: one value per token is wanted, the lists have lengths {lengths}")
+
+
+def _encodable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with text that Parquet can hold."""
+    texts = {name: encodable_text(row[name]) for name in ("prompt_id", "prompt", "response")}
+    return {**row, **texts, "tokens": [encodable_text(token) for token in row["tokens"]]}
+
+
+def encodable_text(text: str) -> str:
+    """Text that Parquet can hold: a lone surrogate, which UTF-8 cannot encode, is spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,234 @@
+"""The forks-only way: only some positions run with gradients. An approximation, made for speed.
+
+First every position runs without gradients, which leaves the keys and values of each layer, and the entropies that a
+selection wants. Then the selected positions run again with gradients, attending to those keys and values. The log-probs
+of the selected tokens are those of the dense pass, and so is the gradient if everything runs; otherwise it lacks the
+paths that lead through the hidden states of positions that do not run. Three settings give some of them back
+(``ForksOnlyConfig``): weight gradients of key and value projections everywhere, the prompt's tokens, a random sample.
+
+It goes through the attention interface of ``transformers`` and touches no model's code.
+
+Shapes: ``B`` sequences, ``T`` token positions, ``N`` running positions in all, ``D`` hidden; ``H`` query heads, ``K``
+heads of keys and values, ``C`` channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GradientCheckpointingLayer
+
+from forkrl.errors import UserError
+from forkrl.head import token_stats
+from forkrl.model.attention import attending_by, grouped_attention
+from forkrl.model.policy import Policy
+from forkrl.train.selected_attention import Group, attention_dtype, lay_out, selected_attention
+from forkrl.types import TokenBatch, TokenStats
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class KeysAndValues(NamedTuple):
+    """What a pass over every position leaves of a layer, ``[B, K, T, C]`` each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class ReadAhead(NamedTuple):
+    """What a pass over every position leaves: of each layer, and of the last one if it was run to its end."""
+
+    layers: dict[int, KeysAndValues]
+    hidden_BTD: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(each.nbytes for layer in self.layers.values() for each in layer)
+
+
+def read_ahead(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections: bool = False) -> ReadAhead:
+    """Run every position, to know keys and values, and the last hidden states if the pass goes ``to_the_end``.
+
+    Args:
+        policy: whose layers run.
+        batch: on the policy's device.
+        to_the_end: else the pass ends at the last layer's keys and values.
+        projections: let gradients flow from keys and values into what made them of the layer's input, and no further.
+    """
+    layers: dict[int, KeysAndValues] = {}
+    num_layers = policy.model.config.get_text_config().num_hidden_layers
+    last = None if to_the_end else num_layers - 1
+
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        index: Any = module.layer_idx
+        layers[index] = KeysAndValues(*(attention_dtype(each).contiguous() for each in (key, value)))
+        if index == last:
+            raise _LastKeysKnown
+        return grouped_attention(module, query.detach(), key.detach(), value.detach(), *args, **kwargs)
+
+    hidden_BTD = None
+    gradients = torch.set_grad_enabled(projections)
+    with suppress(_LastKeysKnown), gradients, _constant_inputs(policy, projections), attending_by(record):
+        hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False).detach()
+    if layers.keys() != set(range(num_layers)):
+        raise ValueError(
+            f"{num_layers - len(layers)} of its {num_layers} layers do not attend through the interface of "
+            f"transformers; its attention is {policy.model.config._attn_implementation!r}"
+        )
+    return ReadAhead(layers, hidden_BTD)
+
+
+def entropies_ahead(policy: Policy, batch: TokenBatch, ahead: ReadAhead, *, temperature: float) -> Tensor:
+    """Entropy of every response position, fp32 ``[B, T]``, 0 elsewhere, after a pass to the end."""
+    assert ahead.hidden_BTD is not None, "the pass ended early"
+    with torch.no_grad():
+        return _head(policy, ahead.hidden_BTD[batch.response_mask], batch, batch.response_mask, temperature).entropy
+
+
+def compute_selected_stats(
+    policy: Policy,
+    batch: TokenBatch,
+    selected_BT: Tensor,
+    *,
+    temperature: float,
+    weight_BT: Tensor | None = None,
+    projections: bool = False,
+    ahead: ReadAhead | None = None,
+) -> TokenStats:
+    """Log-prob and entropy at the selected positions, fp32 ``[B, T]``, 0 elsewhere.
+
+    Args:
+        policy: gradients flow into its weights through the positions that run.
+        batch: on the policy's device.
+        selected_BT: bool, inside the response mask.
+        temperature: of sampling; the statistics are of the same distribution.
+        weight_BT: 1 at the selected positions and at others that are to run as well; ``1 / p`` at those that were drawn
+            with probability ``p`` to run; 0 at the rest. None: the selected alone run.
+        projections: at positions that do not run too, give the projections of keys and values their gradients.
+        ahead: of the same batch and weights, with the same ``projections``; None: it is made here.
+
+    Raises:
+        ValueError: ``projections`` together with weights above 1, which would count the same gradients twice; a model
+            whose layers do not attend through the interface of ``transformers``.
+    """
+    if projections and weight_BT is not None and bool((weight_BT > 1).any()):
+        raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")
+    if ahead is None:
+        ahead = read_ahead(policy, batch, to_the_end=False, projections=projections)
+    running_BT = selected_BT if weight_BT is None else weight_BT > 0
+    if not selected_BT.any():
+        nothing_BT = torch.zeros_like(batch.old_logprobs)
+        return TokenStats(nothing_BT, nothing_BT)
+    groups = lay_out(running_BT, weight_BT)
+    position_1N = running_BT.nonzero()[:, 1][None]
+    with attending_by(_attention_to(policy, ahead, groups)):
+        hidden_1ND = policy.hidden_states(
+            batch.input_ids[running_BT][None], _no_mask(policy), position_ids=position_1N, use_cache=False
+        )
+    return _head(policy, hidden_1ND[0, selected_BT[running_BT]], batch, selected_BT, temperature)
+
+
+def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
+    """Refuse a model that this way does not fit.
+
+    Such a model keeps state in addition to keys and values, has its own attention code, or (for ``projections``) does
+    not mark its layers as such. ``open_policy`` rejects frequencies that depend on the length.
+
+    Raises:
+        UserError: naming the model.
+    """
+    name = type(policy.model).__name__
+    refusal = f'training.backward = "forks_only" does not fit {name}; set it to "dense"'
+    ids = torch.arange(17, device=policy.device)[None] % policy.head_weight.shape[0]
+    mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    nothing = torch.zeros_like(mask, dtype=torch.float32)
+    batch = TokenBatch(ids[:, :-1], ids[:, 1:], mask, mask, nothing, nothing, nothing[:, 0])
+    selected = mask & (torch.arange(16, device=policy.device) % 3 == 0)
+    try:
+        _windows(policy)
+        stats = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections)
+        sparse = stats.logprobs.detach()[selected]
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise UserError(f"{refusal} ({type(error).__name__}: {error})") from error
+    with torch.no_grad():
+        logits = policy.logits(policy.hidden_states(batch.input_ids)[selected])
+        dense = logits.log_softmax(-1).gather(-1, batch.targets[selected][:, None])[:, 0]
+    if not torch.allclose(sparse, dense, rtol=0, atol=1e-3 if policy.precision == "fp32" else 0.1):
+        raise UserError(f"{refusal} (its log-probs would differ by {float((sparse - dense).abs().max()):.2g})")
+
+
+class _LastKeysKnown(Exception):
+    """Ends a pass from inside it, where nothing after the last layer's keys and values is wanted."""
+
+
+@contextmanager
+def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
+    """Inside, every layer takes its input for a constant, so that gradients stay within a layer."""
+
+    def detach_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].detach(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
+
+    layers = [module for module in policy.decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if wanted and len(layers) != policy.model.config.get_text_config().num_hidden_layers:
+        raise ValueError("transformers does not tell which of its modules are its layers")
+    hooks = [layer.register_forward_pre_hook(detach_input, with_kwargs=True) for layer in layers] if wanted else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention_to(policy: Policy, ahead: ReadAhead, groups: list[Group]) -> Any:
+    """Attention of the running positions, packed as one sequence, to the keys of their own sequences."""
+    windows = _windows(policy)
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float | None = None,
+        **ignored: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        index: Any = module.layer_idx
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        constants = ahead.layers[index]
+        mixed = selected_attention(query, key, value, *constants, groups, scaling=scaling, window=windows[index])
+        return mixed, None
+
+    return attention
+
+
+def _windows(policy: Policy) -> list[int | None]:
+    """For each layer, how many positions a query sees, itself included; None: all before it."""
+    config = policy.model.config.get_text_config()
+    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    if unknown := set(kinds) - _KNOWN_LAYERS:
+        raise ValueError(f"layers of kind {min(unknown)}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _no_mask(policy: Policy) -> Tensor | dict[str, Tensor]:
+    """A mask that the model hands on as it is: who sees what is the attention's own affair here."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=policy.device)
+    kinds = set(getattr(policy.model.config.get_text_config(), "layer_types", None) or ())
+    return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
+
+
+def _head(policy: Policy, hidden_ND: Tensor, batch: TokenBatch, where_BT: Tensor, temperature: float) -> TokenStats:
+    """Statistics of the rows that stand at ``where_BT``, laid out again, 0 elsewhere."""
+    with policy.autocast():
+        stats_N = token_stats(
+            hidden_ND.to(policy.head_weight.dtype),
+            policy.head_weight,
+            batch.targets[where_BT],
+            temperature=temperature,
+            bias=policy.head_bias,
+        )
+    empty_BT = hidden_ND.new_zeros(where_BT.shape, dtype=stats_N.logprobs.dtype)
+    return TokenStats(*(empty_BT.masked_scatter(where_BT, values_N) for values_N in stats_N))

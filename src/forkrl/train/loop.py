@@ -1,0 +1,142 @@
+"""The story of ForkRL, in one file: prompts, rollouts, rewards, advantages, selection, loss, step, log.
+
+Everything else in the package is a leaf that one of these lines calls. The command line, the smoke tests and the
+tutorial all run ``train``.
+
+Shapes: ``P`` prompts, ``G`` rollouts per prompt, ``B`` sequences, ``T`` token positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forkrl.errors import NothingToLearn
+from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
+from forkrl.method.batches import collate, mini_batches
+from forkrl.rollout.scoring import Scoring, why_nothing_to_learn
+from forkrl.train.metrics import part_metrics, rollout_metrics, update_metrics
+from forkrl.train.rollout_rows import rollout_rows
+from forkrl.train.run import Run
+from forkrl.train.update import Update, select_in_rollout_batch, update_policy
+from forkrl.types import RolloutGroup, TokenBatch
+
+
+def train(run: Run) -> None:
+    """Train to the last step of the recipe, from wherever the run stands.
+
+    Raises:
+        NothingToLearn: every group was all right or all wrong; ``open_run`` saves the finished steps.
+        TrainingHalted: numbers that are not finite.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; ``open_run`` saves the finished steps.
+    """
+    run.evaluate_if_due()
+    for _ in run.steps():
+        started = time.perf_counter()
+        groups, metrics = collect_groups(run)
+        rewards_PG = shaped_rewards(run, groups)
+        advantages_PG = group_advantages(rewards_PG)
+        batch = collate(groups, advantages_PG, pad_id=run.policy.tokenizer.eos_token_id)
+        metrics |= run.check_logprobs(batch)
+
+        update_started = time.perf_counter()
+        run.display.phase("update")
+        batch = select_in_rollout_batch(batch, run.config, run.generator)
+        parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
+        updates = [take_gradient_step(run, part, on_policy=number == 0) for number, part in enumerate(parts)]
+
+        metrics |= {"reward/mean": float(rewards_PG.mean())} | update_metrics(parts, updates)
+        metrics |= {"time/update_s": time.perf_counter() - update_started, "time/step_s": time.perf_counter() - started}
+        run.finish_step(metrics, sample_rows(run, groups, rewards_PG, advantages_PG, parts, updates))
+        run.evaluate_if_due()
+
+
+def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """Sample and score until the step is full of groups that can teach something (DAPO's dynamic sampling).
+
+    A group whose responses are all right or all wrong has zero advantage everywhere; it is dropped and counted.
+    Accuracy and lengths are over everything sampled, dropped groups included.
+    """
+    wanted, dynamic = run.config.rollout.prompts_per_step, run.config.dynamic_sampling
+    kept: list[RolloutGroup] = []
+    dropped: list[RolloutGroup] = []
+    sampled: list[RolloutGroup] = []
+    seconds = {"rollout": 0.0, "reward": 0.0}
+    num_batches = 0
+    while len(kept) < wanted and num_batches < (dynamic.max_generation_batches if dynamic.enabled else 1):
+        num_batches += 1
+        prompts = run.prompts.take((dynamic.generation_prompts or wanted) if dynamic.enabled else wanted)
+        with run.phase("rollout", len(prompts) * run.config.rollout.group_size):
+            started = time.perf_counter()
+            scoring = Scoring(run.verifier)
+            groups = run.engine.generate(
+                prompts,
+                group_size=run.config.rollout.group_size,
+                sampling=run.sampling,
+                generator=run.generator,
+                on_finished=scoring.add,
+            )
+            seconds["rollout"] += time.perf_counter() - started
+        with run.phase("reward"):
+            started = time.perf_counter()
+            groups = scoring.finish(groups)
+            seconds["reward"] += time.perf_counter() - started
+        run.prompts.observe(groups)
+        sampled += groups
+        useful_P = informative_groups(torch.tensor([group.scores for group in groups]))
+        for group, useful in zip(groups, useful_P, strict=True):
+            (kept if useful or not dynamic.enabled else dropped).append(group)
+    if not kept:
+        raise NothingToLearn(why_nothing_to_learn(sampled, num_batches, run.verifier.first_failures))
+    kept = kept[:wanted]
+    metrics = rollout_metrics(sampled, dropped, len(kept), num_batches, seconds)
+    return kept, metrics | part_metrics(sampled, dropped)
+
+
+def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
+    """Scores plus the soft penalty on overlong responses, fp32 ``[P, G]`` (v2 section 5.2)."""
+    scores_PG = torch.tensor([group.scores for group in groups])
+    lengths_PG = torch.tensor([[len(rollout) for rollout in group.rollouts] for group in groups])
+    cache = run.config.reward.overlong_cache
+    return scores_PG + overlong_penalty(lengths_PG, run.config.rollout.max_response_tokens, cache)
+
+
+def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> Update:
+    """Selection, loss, backward and optimizer on one mini-batch; on-policy before the first step of a batch."""
+    lr = run.set_learning_rate()
+    update = update_policy(
+        run.replicas,
+        run.optimizer,
+        mini_batch.to(run.policy.device),
+        run.config,
+        run.generator,
+        on_policy=on_policy,
+    )
+    # The next rollout has use for their memory. Those of further replicas are parts of one shared block, and stay.
+    run.optimizer.zero_grad(set_to_none=True)
+    return Update(update.selected_BT.cpu(), update.entropy_BT.cpu(), update.metrics | {"optimizer/lr": lr})
+
+
+def sample_rows(
+    run: Run,
+    groups: Sequence[RolloutGroup],
+    rewards_PG: Tensor,
+    advantages_PG: Tensor,
+    parts: Sequence[TokenBatch],
+    updates: Sequence[Update],
+) -> list[dict[str, Any]]:
+    """The first groups of the step, each token with its entropy and whether it carried gradient, if it is time."""
+    num_groups = -(-run.config.log.rollouts_sampled // run.config.rollout.group_size)
+    if not run.should_sample():
+        return []
+    selected = [
+        selected_T[mask_T].tolist()
+        for part, update in zip(parts, updates, strict=True)
+        for selected_T, mask_T in zip(update.selected_BT, part.response_mask, strict=True)
+    ]
+    rewards, advantages = rewards_PG.flatten().tolist(), advantages_PG.flatten().tolist()
+    return rollout_rows(run.step + 1, groups[:num_groups], run.policy.tokenizer, selected, rewards, advantages)

@@ -1,0 +1,81 @@
+"""Responses as rows of ``rollouts/*.parquet``, whichever engine sampled them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forkrl.method.selection import select_tokens
+from forkrl.types import RolloutGroup
+
+if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+    from forkrl.config import SelectionConfig
+
+
+def rollout_rows(
+    step: int,
+    groups: Sequence[RolloutGroup],
+    tokenizer: PreTrainedTokenizerBase,
+    selected: Sequence[Sequence[bool]],
+    rewards: Sequence[float] | None = None,
+    advantages: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """One row a response, as ``run_folder.ROLLOUT_SCHEMA`` has it.
+
+    Args:
+        step: of the run.
+        groups: judged responses.
+        tokenizer: spells the tokens.
+        selected: for each response, in order, which of its tokens carried gradient.
+        rewards: for each response; without them they are the scores.
+        advantages: for each response; null without them.
+    """
+    judged = [
+        (group.prompt, rollout, score)
+        for group in groups
+        for rollout, score in zip(group.rollouts, group.scores, strict=True)
+    ]
+    return [
+        {
+            "step": step,
+            "prompt_id": prompt.id,
+            "prompt": prompt.text,
+            "response": rollout.text,
+            "token_ids": list(rollout.response_ids),
+            "tokens": [tokenizer.decode([token_id]) for token_id in rollout.response_ids],
+            "logprobs": rollout.logprobs.tolist(),
+            "entropy": rollout.entropy.tolist(),
+            "selected": list(selected[row]),
+            "score": score,
+            "reward": score if rewards is None else rewards[row],
+            "advantage": None if advantages is None else advantages[row],
+            "finished": rollout.finished,
+        }
+        for row, (prompt, rollout, score) in enumerate(judged)
+    ]
+
+
+def evaluation_rows(
+    step: int,
+    groups: Sequence[RolloutGroup],
+    tokenizer: PreTrainedTokenizerBase,
+    selection: SelectionConfig,
+    *,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Rows of an evaluation; ``selected`` is what the rule would pick over these very responses."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    entropy_N = torch.cat([rollout.entropy for rollout in rollouts])
+    selected_N = select_tokens(
+        entropy_N,
+        torch.ones_like(entropy_N, dtype=torch.bool),
+        selection.rule,
+        selection.ratio,
+        threshold=selection.threshold,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    selected = [part.tolist() for part in selected_N.split([len(rollout) for rollout in rollouts])]
+    return rollout_rows(step, groups, tokenizer, selected)

@@ -1,0 +1,428 @@
+"""A training run: everything it opens, and what happens around its steps (log, sample, save, resume, stop).
+
+What happens *in* a step stands in ``loop.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forkrl.config import OptimizerConfig, TrainConfig
+from forkrl.config.recipe import recipe_toml
+from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError, notice
+from forkrl.method.batches import cut_micro_batches
+from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.replicas import Replicas, open_replicas
+from forkrl.report.progress import TrainingDisplay, describe_selection
+from forkrl.rewards import open_verifier
+from forkrl.rewards.code import with_sandbox
+from forkrl.rollout import open_engine
+from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
+from forkrl.rollout.logprob_gap import logprob_gap, require_small_gap
+from forkrl.rollout.scoring import none_judged
+from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from forkrl.store.interruption import Interrupted, Interruption
+from forkrl.store.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
+from forkrl.store.resuming import accepted_changes, describe_resume
+from forkrl.store.run_folder import RunFolder, refuse_occupied
+from forkrl.tasks import PromptStream, open_stream, open_task, repeated_prompts
+from forkrl.train.forks_only import require_forks_only
+from forkrl.train.metrics import level_metrics
+from forkrl.train.rollout_rows import evaluation_rows
+from forkrl.train.tracking import TrackedRun, Tracker, open_sinks, require_sinks
+from forkrl.types import RolloutEngine, SamplingParams, Task, TokenBatch, Verifier
+
+
+@dataclass(eq=False)
+class Run:
+    """The state of a run between its steps. ``step`` counts finished steps; 0 is the untrained model."""
+
+    config: TrainConfig
+    folder: RunFolder
+    replicas: Replicas
+    optimizer: torch.optim.Optimizer
+    engine: RolloutEngine
+    verifier: Verifier
+    task: Task
+    prompts: PromptStream
+    generator: torch.Generator
+    tracker: Tracker
+    display: TrainingDisplay
+    interruption: Interruption
+    step: int = 0
+    gradient_steps: int = 0
+    _saved_step: int | None = None
+    _evaluated_step: int | None = None
+    _gap_checked: bool = False
+    _step_start: tuple[dict[str, Any], torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._mark()
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps still to do. Each begins by noting where the random state and the data stand."""
+        while self.step < self.config.training.steps:
+            self._mark()
+            yield self.step + 1
+
+    @contextmanager
+    def phase(self, name: str, total: int = 0) -> Iterator[None]:
+        """A part of a step that changes no weights: shown on the display, and a signal ends it at once.
+
+        ``total``: responses that are sampled in it.
+        """
+        before = self.replicas.sequences_finished
+        self.display.phase(name, total, lambda: self.replicas.sequences_finished - before)
+        with self.interruption.allowed():
+            yield
+
+    @property
+    def policy(self) -> Policy:
+        """The weights that learn."""
+        return self.replicas.policy
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How training responses are sampled."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            max_response_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=self.policy.stop_token_ids(rollout.stop),
+        )
+
+    def check_logprobs(self, batch: TokenBatch) -> dict[str, float]:
+        """Compare the sampler's log-probs with the trainer's, on the first micro-batch after a start or a resume.
+
+        Weights and random states stay as they are.
+
+        Raises:
+            TrainingHalted: they differ by more than rounding.
+        """
+        if self._gap_checked:
+            return {}
+        first = batch.rows(cut_micro_batches(batch, self.config.training.micro_batch_tokens)[0])
+        gap = logprob_gap(self.policy, first.to(self.policy.device), self.config.rollout.temperature)
+        require_small_gap(gap, self.policy.precision)
+        self._gap_checked = True
+        return {"rollout/logprob_gap_mean": gap.mean, "rollout/logprob_gap_max": gap.max}
+
+    def set_learning_rate(self) -> float:
+        """Constant, after a linear warm-up over the first gradient steps; counts the gradient step about to come."""
+        self.gradient_steps += 1
+        warmup = self.config.optimizer.warmup_steps
+        lr = self.config.optimizer.lr * min(1.0, self.gradient_steps / warmup if warmup else 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def finish_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Count the step, log it, and save where the recipe says so."""
+        self.step += 1
+        self._mark()
+        if samples:
+            self.folder.write_rollouts(f"train-{self.step:06d}", samples)
+        self._log({**metrics, **level_metrics(self.prompts.levels)})
+        if self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps:
+            self.save()
+
+    def should_sample(self) -> bool:
+        """Whether the step being done writes a sample of its responses."""
+        return bool(self.config.log.rollouts_sampled) and (self.step + 1) % self.config.log.rollouts_every == 0
+
+    def evaluate_if_due(self) -> None:
+        """Accuracy on held-out prompts: before training, after the last step, and every ``eval.every`` steps.
+
+        The same prompts and the same random numbers each time; training's own generator is not touched.
+        """
+        every, last = self.config.eval.every, self.config.training.steps
+        due = self.step in (0, last) or (every and self.step % every == 0)
+        if not due or self.step == self._evaluated_step:
+            return
+        prompts = self.task.held_out[: self.config.eval.problems]
+        with self.phase("eval", len(prompts) * self.config.eval.samples):
+            groups = sample_and_score(
+                self.engine,
+                self.verifier,
+                prompts,
+                group_size=self.config.eval.samples,
+                sampling=evaluation_sampling(self.config, self.config.eval.temperature, self.policy),
+                generator=evaluation_generator(self.config.seed, self.policy.device),
+            )
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
+        failures = sum(bool(verdict.failure) for verdict in verdicts)
+        if reason := none_judged(failures, len(verdicts), self.verifier.first_failures):
+            self.display.message(f"evaluation at step {self.step}: {reason}; its accuracy of 0 measures nothing")
+        written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
+        rows = evaluation_rows(self.step, written, self.policy.tokenizer, self.config.selection, seed=self.config.seed)
+        self.folder.write_rollouts(f"eval-{self.step:06d}", rows)
+        self.folder.write_scores(self.step, {group.prompt.id: group.scores for group in groups})
+        self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
+        self._evaluated_step = self.step
+
+    def save(self) -> None:
+        """Write a checkpoint of the finished steps, unless this step has one."""
+        if self._saved_step == self.step:
+            return
+        self.display.phase("save")
+        save_checkpoint(
+            self.folder.checkpoints,
+            self.step,
+            model=self.policy.model,
+            tokenizer=self.policy.tokenizer,
+            optimizer=self.optimizer,
+            generators={"sampling": self.generator},
+            progress={
+                "step": self.step,
+                "gradient_steps": self.gradient_steps,
+                "prompts": self.prompts.state(),
+                "metrics_bytes": self.folder.metrics_bytes,
+                "evaluated_step": self._evaluated_step,
+            },
+            keep=self.config.checkpoint.keep,
+        )
+        self._saved_step = self.step
+
+    def stop(self) -> None:
+        """Abandon the step under way, if any, and save the finished ones."""
+        prompts_state, generator_state = self._step_start
+        self.prompts.restore(prompts_state)
+        self.generator.set_state(generator_state)
+        self.save()
+
+    def restore(self) -> int:
+        """Go back to the newest whole checkpoint; to the start where there is none. The folder stays as it is.
+
+        Returns:
+            The length of metrics.jsonl as of that checkpoint.
+
+        Raises:
+            UserError: that checkpoint is beyond training.steps.
+        """
+        path = latest_checkpoint(self.folder.checkpoints)
+        if path is None:
+            return 0
+        progress = load_checkpoint(
+            path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
+        )
+        self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
+        if "prompts" in progress:
+            self.prompts.restore(progress["prompts"])
+        else:  # of the first versions
+            self.prompts.restore_position(progress["prompt_position"])
+        self._evaluated_step = progress["evaluated_step"]
+        evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
+        if evaluation_bytes:
+            self._evaluated_step = self.step
+        if self.step > self.config.training.steps:
+            raise UserError(
+                f"training.steps = {self.config.training.steps}: {self.folder.path} is at step {self.step} already; "
+                f"raise it"
+            )
+        self._saved_step = self.step
+        self._mark()
+        return int(progress["metrics_bytes"]) + evaluation_bytes
+
+    @property
+    def first_unsaved_step(self) -> int:
+        """The first step that no checkpoint holds; 0 where there is none, as the state before training counts too."""
+        return 0 if self._saved_step is None else self._saved_step + 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was logged and nothing saved."""
+        return self._saved_step is None and not self.folder.read_metrics()
+
+    def way_on(self) -> str:
+        """What can be done with a run that its own recipe cannot take further."""
+        if self._saved_step is None:
+            return "no checkpoint had been saved; start anew with another --out"
+        return (
+            f"the checkpoint of step {self._saved_step} is intact; to go on with other settings, start a new run from "
+            f"its weights: model.path={self.folder.checkpoints / f'step-{self._saved_step}'} and another --out"
+        )
+
+    def _evaluation_bytes(self, start: int) -> int:
+        """Length of the line at ``start`` of metrics.jsonl, if it is an evaluation of this step; else 0.
+
+        A checkpoint is written before its step is evaluated. An evaluation that was logged since need not be repeated.
+        """
+        line, newline, _ = (self.folder.path / "metrics.jsonl").read_bytes()[start:].partition(b"\n")
+        try:
+            record = json.loads(line)
+        except ValueError:  # nothing there, or half a line
+            return 0
+        logged = newline and isinstance(record, dict) and record.get("step") == self.step and "eval/accuracy" in record
+        return len(line + newline) if logged else 0
+
+    def _mark(self) -> None:
+        self._step_start = (self.prompts.state(), self.generator.get_state())
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        record = {"step": self.step, **metrics}
+        self.folder.append_metrics(record)
+        self.tracker.log(self.step, metrics)
+        self.display.update(record)
+
+
+@contextmanager
+def open_run(
+    config: TrainConfig, out: Path | None = None, *, resume: Path | None = None, changed: Collection[str] = ()
+) -> Iterator[Run]:
+    """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
+
+    On Ctrl-C, SIGTERM or SIGHUP the finished steps are saved before ``Interrupted`` reaches the caller. On a failure,
+    earlier checkpoints stay as they are.
+
+    Args:
+        config: of a resumed run: the settings it was started with.
+        out: folder of a new run; it is not created if anything is wrong with the input.
+        resume: folder of the run to continue.
+        changed: settings (training.steps, eval.*, checkpoint.*, log.*) in which ``config`` differs on purpose from
+            those the run was started with; they are stored.
+
+    Raises:
+        UserError: anything the user can fix: model, data, folder, recipe.
+    """
+    changes: list[str] = []
+    if resume is not None:
+        changes = accepted_changes(resume, config, changed)
+    else:
+        assert out is not None
+        refuse_occupied(out)  # a model of many gigabytes need not be loaded to find this out
+    require_sinks(config.log.sinks)
+    with ExitStack() as stack:
+        torch.manual_seed(config.seed)
+        policy = _open_policy(config)
+        task = open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        if repeated := repeated_prompts(task.train, config):
+            notice(repeated)
+        reference = _frozen_copy(policy) if config.loss.kl_coef else None
+        replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
+        engine = open_engine(replicas, config)
+        engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
+        verifier = stack.enter_context(open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward))
+        prompts = open_stream(task.train, config.task, config.seed)
+        # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
+        provenance = describe_provenance(task, replicas)
+        folder = stack.enter_context(_open_folder(config, out, resume, provenance))
+        interruption = Interruption()
+        run = Run(
+            config=config,
+            folder=folder,
+            replicas=replicas,
+            optimizer=_open_optimizer(policy, config.optimizer),
+            engine=engine,
+            verifier=verifier,
+            task=task,
+            prompts=prompts,
+            generator=torch.Generator(policy.device).manual_seed(config.seed),
+            tracker=Tracker({}),
+            display=TrainingDisplay(config.training.steps),
+            interruption=interruption,
+        )
+        metrics_bytes = run.restore() if resume is not None else 0
+        run.tracker = stack.enter_context(_open_tracker(run, remove_on_failure=resume is None))
+        stack.enter_context(interruption)  # not before: a tracker that waits for its server must be stoppable
+        if resume is not None:
+            folder.discard_after(run.first_unsaved_step - 1, metrics_bytes)
+        if changes:
+            folder.change_recipe(recipe_toml(config), run.step, changes)
+        run.display = stack.enter_context(
+            TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
+        )
+        verifier.announce = run.display.message
+        if resume is not None:
+            _announce_resume(run, changes, provenance)
+        with _early_ends(run, new=resume is None):
+            yield run
+
+
+def _announce_resume(run: Run, changes: Sequence[str], provenance: Mapping[str, Any]) -> None:
+    done = run.step if run.first_unsaved_step else None
+    finished = run.step == run._evaluated_step == run.config.training.steps
+    run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
+    if arithmetic := changed_arithmetic(run.folder.provenance, provenance):
+        run.display.message(f"resuming with {arithmetic}: the run goes on, but no longer the same to the bit")
+
+
+@contextmanager
+def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
+    """Save what is sound when a run ends before its last step, and say where it ended and what can be done."""
+    try:
+        yield
+    except UserError:
+        if new and run.is_empty:  # rejected before its first figure: the corrected command can use the same folder
+            run.folder.remove()
+        raise
+    except Interrupted:
+        run.stop()
+        raise
+    except NothingToLearn as error:
+        if run.step:
+            run.stop()
+        raise NothingToLearn(f"step {run.step + 1}: {error}; {run.way_on()}") from error
+    except ReplicaLost as error:  # not saved: it may have died between the gradient steps of a batch
+        remedy = f"go on with: forkrl train --resume {run.folder.path}"
+        raise ReplicaLost(f"step {run.step + 1}: {error}; {remedy}") from error
+    except TrainingHalted as error:  # not saved: the weights may be what went wrong
+        raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error
+
+
+def _open_policy(config: TrainConfig) -> Policy:
+    """The model, once it is found to do what the recipe asks of it: better told before the run than in it."""
+    policy = open_policy(config.model, config.runtime.device)
+    if config.training.backward == "forks_only":
+        require_forks_only(policy, projections=config.forks_only.projections)
+    policy.stop_token_ids(config.rollout.stop)
+    return policy
+
+
+def _open_optimizer(policy: Policy, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        policy.model.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _open_folder(
+    config: TrainConfig, out: Path | None, resume: Path | None, provenance: Mapping[str, Any]
+) -> RunFolder:
+    if resume is None:
+        assert out is not None
+        return RunFolder.create(out, recipe_toml(config), {**provenance, "run_id": new_run_id()})
+    folder = RunFolder.open(resume)
+    refuse_other_data(folder, config, provenance["data_fingerprint"])
+    return folder
+
+
+def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
+    """The trackers of the recipe. Where one refuses to start, a new run's folder goes again, as after any mistake."""
+    run_id = run.folder.provenance.get("run_id") or new_run_id()  # runs of the first versions have none
+    try:
+        return open_sinks(
+            run.config.log.sinks,
+            TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step),
+        )
+    except BaseException:
+        if remove_on_failure:
+            run.folder.remove()
+        raise
+
+
+def _frozen_copy(policy: Policy) -> Policy:
+    """The starting policy, kept for the KL term."""
+    return Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, policy.precision)
