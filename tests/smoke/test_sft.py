@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forkrl.train import sft
 from forkrl.cli import main
 from forkrl.config import ModelConfig, SftConfig
 from forkrl.config.recipe import load_recipe, recipe_toml
@@ -20,6 +19,7 @@ from forkrl.model.locations import model_location
 from forkrl.model.policy import open_policy
 from forkrl.parallel.replicas import Replicas
 from forkrl.tasks.countdown import countdown_task
+from forkrl.train import sft
 from forkrl.train.model_card import measure_base_model
 
 TINY = SftConfig.model_validate(

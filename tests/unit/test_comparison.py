@@ -11,12 +11,12 @@ import pytest
 import scipy.stats
 
 from benchmarks import coverage
-from forkrl.stats import permutation
 from forkrl.errors import UserError
 from forkrl.evaluation import budgets
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.responses import ScoredResponse
+from forkrl.stats import permutation
 from forkrl.stats.intervals import (
     Estimate,
     mean_of_estimates,
