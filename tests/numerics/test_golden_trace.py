@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from forkrl.config import ModelConfig, TrainConfig
+from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.replicas import Replicas
 from forkrl.train.update import update_policy
@@ -57,8 +58,11 @@ def trace(policy: Policy, sections: dict[str, Any]) -> list[dict[str, float]]:
     optimizer = torch.optim.AdamW(working.model.parameters(), lr=1e-4)
     generator, batch, records = torch.Generator().manual_seed(1), build_batch(), []
     for _ in range(STEPS):
+        with torch.no_grad():
+            entropy = compute_token_stats(working, batch, temperature=1.0).entropy
         update = update_policy(Replicas(working, reference), optimizer, batch, config, generator)
-        selected, entropy = update.selected_BT, update.entropy_BT
+        selected = update.selected_BT
+        update.metrics.pop("entropy/threshold")
         facts = {"num_selected": float(selected.sum()), "entropy_of_selected": float(entropy[selected].mean())}
         records.append({name: round(value, 7) for name, value in (update.metrics | facts).items()})
     return records

@@ -25,7 +25,7 @@ from verl.utils import tensordict_utils as tu
 from forkrl.cluster.options import ForkOptions
 from forkrl.cluster.selection import seeded, select
 from forkrl.cluster.translate import VerlPaths, verl_overrides
-from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker
+from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker, loss_config
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.types import TokenBatch
@@ -81,7 +81,8 @@ def gradient(
 ) -> tuple[dict[str, Tensor], dict[str, float], list[dict[str, Any]]]:
     """What the optimizer would step by, whole; the metrics; what this rank tells of its sequences."""
     training, caught = worker.actor, {}
-    training.set_loss_fn(ForkLoss(_options(config), _loss_settings(config)))
+    options = _options(config)
+    training.set_loss_fn(ForkLoss(options, loss_config(_loss_settings(config), options)))
     original = training.engine.optimizer_step
 
     def catch() -> float:

@@ -29,7 +29,8 @@ def mini_batch(advantages_B: list[float]) -> TokenBatch:
 
 def update(selected_BT: list[list[bool]], ratio_max: float = 1.0) -> Update:
     selected = torch.tensor(selected_BT)
-    return Update(selected, torch.ones(selected.shape), {"loss/ratio_max": ratio_max, "loss/approx_kl": ratio_max})
+    metrics = {"loss/ratio_max": ratio_max, "loss/approx_kl": ratio_max, "entropy/threshold": 0.5 / ratio_max}
+    return Update(selected, metrics)
 
 
 def test_kept_fractions_leave_tokens_without_advantage_out() -> None:
@@ -45,10 +46,11 @@ def test_a_kept_fraction_of_no_tokens_is_undefined() -> None:
     assert math.isnan(figures["selection/kept_fraction_negative"])
 
 
-def test_the_largest_ratio_of_a_step_is_that_of_any_gradient_step() -> None:
+def test_extremes_of_a_step_are_those_of_any_gradient_step() -> None:
     updates = [update([[True] * 3], ratio_max) for ratio_max in (1.0, 4.0, 1.0)]
     figures = update_metrics([mini_batch([1.0])] * 3, updates)
     assert figures["loss/ratio_max"] == 4
+    assert figures["entropy/threshold"] == 0.125, "the lowest of any gradient step"
     assert figures["loss/approx_kl"] == 2
 
 

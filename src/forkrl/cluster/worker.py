@@ -25,9 +25,11 @@ from verl.workers.utils.padding import no_padding_2_padding, response_from_neste
 
 from forkrl.cluster.options import ForkOptions, read_options
 from forkrl.cluster.selection import seeded, select, select_over_ranks, sum_over_ranks
+from forkrl.config import LossConfig
 from forkrl.errors import TrainingHalted
-from forkrl.method.loss import kl_penalty, policy_loss
+from forkrl.method.loss import Counts, step_loss
 from forkrl.method.selection import count_selected, reads_current_entropy
+from forkrl.types import TokenStats
 
 SELECTED, ROW = "forkrl_selected", "forkrl_row"
 """Fields of the batch: the driver's selection, if it made one; and the place of a sequence to be told of, else -1."""
@@ -39,8 +41,7 @@ class ForkLoss:
     """The loss of one micro-batch, called by verl's engine; and, for its worker, what the mini-batch adds up to."""
 
     options: ForkOptions
-    actor: Any
-    """verl's settings of the loss: clip range, KL, entropy bonus."""
+    loss: LossConfig
     num_selected: int = 0
     """Of the whole mini-batch, over all ranks."""
     seed: str = ""
@@ -62,35 +63,25 @@ class ForkLoss:
         entropy_BT = (part["entropy"] if current_BT is None else current_BT).detach().float()
         selected_BT = part[SELECTED].bool() & mask_BT if SELECTED in part else self._choose(entropy_BT, mask_BT)
 
-        actor, options = self.actor, self.options
-        policy = policy_loss(
-            logprobs_BT.float(),
+        ref_BT = part["ref_log_prob"].float() if self.loss.kl_coef else None
+        loss, sums = step_loss(
+            TokenStats(logprobs_BT.float(), entropy_BT if current_BT is None else current_BT),
             part["old_log_probs"].float(),
             advantages_BT,
             mask_BT,
-            selected_BT & (advantages_BT != 0),
-            clip_low=actor.clip_ratio_low,
-            clip_high=actor.clip_ratio_high,
-            dual_clip=actor.clip_ratio_c if math.isfinite(actor.clip_ratio_c) else None,
-            denominator=float(self.num_selected if options.denominator == "selected" else num_response),
+            selected_BT,
+            Counts(int(num_response), self.num_selected),
+            self.loss,
+            ref_BT,
         )
-        loss = policy.loss
-        sums: dict[str, Any] = {"loss/policy": policy.loss.detach(), "loss/kl": 0.0, "loss/entropy": 0.0}
-        if actor.use_kl_loss:
-            kl = kl_penalty(logprobs_BT.float(), part["ref_log_prob"].float(), mask_BT, float(num_response)).loss
-            loss, sums["loss/kl"] = loss + actor.kl_loss_coef * kl, kl.detach()
-        if actor.entropy_coeff:
-            assert current_BT is not None, "verl computes entropies where its entropy_coeff asks for them"
-            bonus = current_BT[mask_BT].sum() / num_response
-            loss, sums["loss/entropy"] = loss - actor.entropy_coeff * bonus, bonus.detach()
-        if not loss.isfinite():
-            raise TrainingHalted(f"the loss is {loss.item()}; the policy's logits or log-probs have run out of range")
         self._tell(data, entropy_BT, selected_BT)
-        sums |= _token_sums(entropy_BT, selected_BT, mask_BT, advantages_BT)
-        sums |= {name: policy.metrics[name] * policy.metrics["num_selected"] for name in ("clip_fraction", "approx_kl")}
-        sums["carrying"] = policy.metrics["num_selected"]
-        metrics = {PREFIX + name: Metric(AggregationType.SUM, float(value) * num_ranks) for name, value in sums.items()}
-        metrics[PREFIX + "ratio_max"] = Metric(AggregationType.MAX, float(policy.metrics["ratio_max"]))
+        added = {"loss/policy": sums.policy, "loss/kl": sums.kl, "loss/entropy": sums.entropy}
+        added |= {"clip_fraction": sums.clipped, "approx_kl": sums.approx_kl, "carrying": sums.contributing}
+        added |= _token_sums(entropy_BT, selected_BT, mask_BT, advantages_BT)
+        metrics = {
+            PREFIX + name: Metric(AggregationType.SUM, float(value) * num_ranks) for name, value in added.items()
+        }
+        metrics[PREFIX + "ratio_max"] = Metric(AggregationType.MAX, sums.ratio_max)
         lowest = float(entropy_BT[selected_BT].min()) if selected_BT.any() else math.inf
         metrics[PREFIX + "threshold_min"] = Metric(AggregationType.MIN, lowest)
         return loss * num_ranks, metrics
@@ -114,11 +105,11 @@ class ForkLoss:
                 self.told.append({"row": row, "selected": selected.tolist(), "entropy": entropy.tolist()})
 
 
-def _token_sums(entropy_BT: Tensor, selected_BT: Tensor, mask_BT: Tensor, advantages_BT: Tensor) -> dict[str, Tensor]:
-    """Counts and sums over tokens from which the driver makes the means of a step."""
+def _token_sums(entropy_BT: Tensor, selected_BT: Tensor, mask_BT: Tensor, advantages_BT: Tensor) -> dict[str, float]:
+    """Counts and sums over tokens, from which the driver computes the means of a step."""
     entropy_BT = torch.where(mask_BT, entropy_BT, 0.0)
     positive_BT, negative_BT = mask_BT & (advantages_BT > 0), mask_BT & (advantages_BT < 0)
-    return {
+    sums = {
         "response": mask_BT.sum(),
         "selected": selected_BT.sum(),
         "entropy": entropy_BT.sum(),
@@ -128,6 +119,7 @@ def _token_sums(entropy_BT: Tensor, selected_BT: Tensor, mask_BT: Tensor, advant
         "negative": negative_BT.sum(),
         "negative_selected": (negative_BT & selected_BT).sum(),
     }
+    return {name: float(value) for name, value in sums.items()}
 
 
 class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no types
@@ -228,6 +220,18 @@ def _of_mini_batch(metrics: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def loss_config(actor: Any, options: ForkOptions) -> LossConfig:
+    """ForkRL's settings of the loss from verl's of the actor."""
+    return LossConfig(
+        clip_low=actor.clip_ratio_low,
+        clip_high=actor.clip_ratio_high,
+        dual_clip=actor.clip_ratio_c if math.isfinite(actor.clip_ratio_c) else None,
+        denominator=options.denominator,
+        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        entropy_coef=actor.entropy_coeff,
+    )
+
+
 class ForkWorker(ActorRolloutRefWorker):  # type: ignore[misc]
     """A rank of verl's whose actor takes ForkRL's gradient steps."""
 
@@ -238,7 +242,8 @@ class ForkWorker(ActorRolloutRefWorker):  # type: ignore[misc]
         """Load the model, and put ForkRL's loss in the place of verl's."""
         super().init_model()
         if "actor" in self.role:
-            self.actor.set_loss_fn(ForkLoss(read_options(self.config), self.loss_fn.keywords["config"]))
+            options = read_options(self.config)
+            self.actor.set_loss_fn(ForkLoss(options, loss_config(self.loss_fn.keywords["config"], options)))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def take_told(self) -> list[dict[str, Any]]:

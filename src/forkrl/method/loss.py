@@ -6,15 +6,124 @@ Axes: ``B`` sequences, ``T`` token positions.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from forkrl.types import LossOutput, require_tensors
+from forkrl.errors import TrainingHalted
+from forkrl.types import LossOutput, TokenStats, require_tensors
+
+if TYPE_CHECKING:  # avoids importing pydantic
+    from forkrl.config import LossConfig
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to this magnitude before ``exp``, as in verl; fp32 overflows above 88."""
+
+
+class Counts(NamedTuple):
+    """Numbers of tokens in the whole mini-batch, over all micro-batches and ranks."""
+
+    response: int
+    selected: int
+
+
+class TokenSums(NamedTuple):
+    """What a micro-batch contributes to a gradient step. Everything adds up except ``ratio_max``.
+
+    ``policy``, ``kl`` and ``entropy`` are already divided by the counts of the mini-batch. ``clipped`` and
+    ``approx_kl`` are sums over the ``contributing`` tokens: selected, in a sequence with a non-zero advantage.
+    """
+
+    policy: float
+    kl: float
+    entropy: float
+    contributing: int
+    clipped: float
+    approx_kl: float
+    ratio_max: float
+
+
+def total(parts: Sequence[TokenSums]) -> TokenSums:
+    """The sums of several micro-batches or ranks."""
+    sums = TokenSums(*(sum(values) for values in zip(*parts, strict=True)))
+    return sums._replace(ratio_max=max(part.ratio_max for part in parts))
+
+
+def loss_metrics(sums: TokenSums) -> dict[str, float]:
+    """The ``loss/`` metrics of a gradient step, from the sums over all its micro-batches."""
+    contributing = max(1, sums.contributing)
+    return {
+        "loss/policy": sums.policy,
+        "loss/kl": sums.kl,
+        "loss/entropy": sums.entropy,
+        "loss/clip_fraction": sums.clipped / contributing,
+        "loss/approx_kl": sums.approx_kl / contributing,
+        "loss/ratio_max": sums.ratio_max,
+    }
+
+
+def policy_loss_only(config: LossConfig) -> bool:
+    """Whether tokens that are not selected, or have no advantage, contribute nothing to the loss."""
+    return not (config.kl_coef or config.entropy_coef)
+
+
+def step_loss(
+    stats: TokenStats,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    selected_mask: Tensor,
+    counts: Counts,
+    config: LossConfig,
+    ref_logprobs: Tensor | None = None,
+) -> tuple[Tensor, TokenSums]:
+    """The contribution of one micro-batch to the loss of its mini-batch.
+
+    The policy loss is divided by ``counts.selected`` or ``counts.response`` (``config.denominator``), KL penalty and
+    entropy bonus by ``counts.response``. So the gradient does not depend on the division into micro-batches.
+
+    Args:
+        stats: ``[B, T]`` with gradients; of all response tokens if there is a KL penalty or an entropy bonus, else only
+            the contributing tokens are read.
+        old_logprobs: ``[B, T]``, of the policy that sampled.
+        advantages: ``[B]`` or ``[B, T]``.
+        response_mask: ``[B, T]`` bool.
+        selected_mask: ``[B, T]`` bool.
+        counts: of the whole mini-batch.
+        config: coefficients, clip range and denominator.
+        ref_logprobs: ``[B, T]``, of the reference policy, for ``config.kl_coef``.
+
+    Raises:
+        TrainingHalted: the loss is NaN or infinite.
+    """
+    advantages_BT = advantages[:, None].expand_as(response_mask) if advantages.ndim == 1 else advantages
+    policy = policy_loss(
+        stats.logprobs,
+        old_logprobs,
+        advantages_BT,
+        response_mask,
+        selected_mask & (advantages_BT != 0),
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        denominator=float(counts.selected if config.denominator == "selected" else counts.response),
+    )
+    loss, kl, bonus = policy.loss, 0.0, 0.0
+    if config.kl_coef:
+        assert ref_logprobs is not None, "a KL penalty needs the log-probs of the reference policy"
+        penalty = kl_penalty(stats.logprobs, ref_logprobs, response_mask, float(counts.response)).loss
+        loss, kl = loss + config.kl_coef * penalty, penalty.item()
+    if config.entropy_coef:
+        entropy = stats.entropy[response_mask].sum() / counts.response
+        loss, bonus = loss - config.entropy_coef * entropy, entropy.item()
+    if not loss.isfinite():
+        raise TrainingHalted(f"the loss is {loss.item()}; the policy's logits or log-probs are out of range")
+    contributing = int(policy.metrics["num_selected"])
+    clipped, approx_kl = (float(policy.metrics[name]) * contributing for name in ("clip_fraction", "approx_kl"))
+    ratio_max = float(policy.metrics["ratio_max"])
+    return loss, TokenSums(policy.loss.item(), kl, bonus, contributing, clipped, approx_kl, ratio_max)
 
 
 def policy_loss(

@@ -255,7 +255,7 @@ def reads_current_entropy(config: SelectionConfig) -> bool:
     return RULES[config.rule].reads_entropy and config.entropy == "current"
 
 
-def needs_entropy_ahead(config: SelectionConfig) -> bool:
+def needs_entropy_first(config: SelectionConfig) -> bool:
     """Whether the selection needs the current policy's entropies of the whole mini-batch before the first loss.
 
     It does where tokens of different micro-batches compete, and where the number of selected tokens, which the loss

@@ -39,7 +39,7 @@ class KeysAndValues(NamedTuple):
     values: Tensor
 
 
-class ReadAhead(NamedTuple):
+class Prefill(NamedTuple):
     """What a pass over every position leaves: of each layer, and of the last one if it was run to its end."""
 
     layers: dict[int, KeysAndValues]
@@ -51,7 +51,7 @@ class ReadAhead(NamedTuple):
         return sum(each.nbytes for layer in self.layers.values() for each in layer)
 
 
-def read_ahead(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections: bool = False) -> ReadAhead:
+def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections: bool = False) -> Prefill:
     """Run every position, to know keys and values, and the last hidden states if the pass goes ``to_the_end``.
 
     Args:
@@ -80,14 +80,14 @@ def read_ahead(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projectio
             f"{num_layers - len(layers)} of its {num_layers} layers do not attend through the interface of "
             f"transformers; its attention is {policy.model.config._attn_implementation!r}"
         )
-    return ReadAhead(layers, hidden_BTD)
+    return Prefill(layers, hidden_BTD)
 
 
-def entropies_ahead(policy: Policy, batch: TokenBatch, ahead: ReadAhead, *, temperature: float) -> Tensor:
+def prefill_entropies(policy: Policy, batch: TokenBatch, cache: Prefill, *, temperature: float) -> Tensor:
     """Entropy of every response position, fp32 ``[B, T]``, 0 elsewhere, after a pass to the end."""
-    assert ahead.hidden_BTD is not None, "the pass ended early"
+    assert cache.hidden_BTD is not None, "the pass ended early"
     with torch.no_grad():
-        return _head(policy, ahead.hidden_BTD[batch.response_mask], batch, batch.response_mask, temperature).entropy
+        return _head(policy, cache.hidden_BTD[batch.response_mask], batch, batch.response_mask, temperature).entropy
 
 
 def compute_selected_stats(
@@ -98,7 +98,7 @@ def compute_selected_stats(
     temperature: float,
     weight_BT: Tensor | None = None,
     projections: bool = False,
-    ahead: ReadAhead | None = None,
+    cache: Prefill | None = None,
 ) -> TokenStats:
     """Log-prob and entropy at the selected positions, fp32 ``[B, T]``, 0 elsewhere.
 
@@ -110,7 +110,7 @@ def compute_selected_stats(
         weight_BT: 1 at the selected positions and at others that are to run as well; ``1 / p`` at those that were drawn
             with probability ``p`` to run; 0 at the rest. None: the selected alone run.
         projections: at positions that do not run too, give the projections of keys and values their gradients.
-        ahead: of the same batch and weights, with the same ``projections``; None: it is made here.
+        cache: of the same batch and weights, with the same ``projections``; None: it is made here.
 
     Raises:
         ValueError: ``projections`` together with weights above 1, which would count the same gradients twice; a model
@@ -118,15 +118,15 @@ def compute_selected_stats(
     """
     if projections and weight_BT is not None and bool((weight_BT > 1).any()):
         raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")
-    if ahead is None:
-        ahead = read_ahead(policy, batch, to_the_end=False, projections=projections)
-    running_BT = selected_BT if weight_BT is None else weight_BT > 0
     if not selected_BT.any():
         nothing_BT = torch.zeros_like(batch.old_logprobs)
         return TokenStats(nothing_BT, nothing_BT)
+    if cache is None:
+        cache = prefill(policy, batch, to_the_end=False, projections=projections)
+    running_BT = selected_BT if weight_BT is None else weight_BT > 0
     groups = lay_out(running_BT, weight_BT)
     position_1N = running_BT.nonzero()[:, 1][None]
-    with attending_by(_attention_to(policy, ahead, groups)):
+    with attending_by(_attention_to(policy, cache, groups)):
         hidden_1ND = policy.hidden_states(
             batch.input_ids[running_BT][None], _no_mask(policy), position_ids=position_1N, use_cache=False
         )
@@ -186,7 +186,7 @@ def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
             hook.remove()
 
 
-def _attention_to(policy: Policy, ahead: ReadAhead, groups: list[Group]) -> Any:
+def _attention_to(policy: Policy, cache: Prefill, groups: list[Group]) -> Any:
     """Attention of the running positions, packed as one sequence, to the keys of their own sequences."""
     windows = _windows(policy)
 
@@ -196,7 +196,7 @@ def _attention_to(policy: Policy, ahead: ReadAhead, groups: list[Group]) -> Any:
     ) -> tuple[Tensor, None]:  # fmt: skip
         index: Any = module.layer_idx
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        constants = ahead.layers[index]
+        constants = cache.layers[index]
         mixed = selected_attention(query, key, value, *constants, groups, scaling=scaling, window=windows[index])
         return mixed, None
 

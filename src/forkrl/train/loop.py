@@ -118,7 +118,7 @@ def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> 
     )
     # The next rollout has use for their memory. Those of further replicas are parts of one shared block, and stay.
     run.optimizer.zero_grad(set_to_none=True)
-    return Update(update.selected_BT.cpu(), update.entropy_BT.cpu(), update.metrics | {"optimizer/lr": lr})
+    return Update(update.selected_BT.cpu(), update.metrics | {"optimizer/lr": lr})
 
 
 def sample_rows(

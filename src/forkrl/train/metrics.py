@@ -64,17 +64,22 @@ def level_metrics(levels: Mapping[str, int]) -> dict[str, float]:
 
 
 def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> dict[str, float]:
-    """Means over the gradient steps of a batch, and what the selection really did over all its tokens."""
+    """Means over the gradient steps of a batch, and statistics of the selection over all its tokens.
+
+    Entropies are those of the policy that sampled, except ``entropy/threshold``: the lowest entropy selected, as the
+    rule read it.
+    """
     means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in updates[0].metrics}
-    entropy_N = torch.cat([update.entropy_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])
+    entropy_N = torch.cat([part.rollout_entropy[part.response_mask] for part in parts])
     kept_N = torch.cat([update.selected_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])
     advantages_N = torch.cat(
         [part.advantages[:, None].expand_as(part.response_mask)[part.response_mask] for part in parts]
     )
+    thresholds = [update.metrics["entropy/threshold"] for update in updates]
     return means | {
         "loss/ratio_max": max(update.metrics["loss/ratio_max"] for update in updates),
         "entropy/mean": _mean(entropy_N),
-        "entropy/threshold": float(entropy_N[kept_N].min()) if kept_N.any() else math.nan,
+        "entropy/threshold": min((each for each in thresholds if not math.isnan(each)), default=math.nan),
         "entropy/selected_mean": _mean(entropy_N[kept_N]),
         "entropy/unselected_mean": _mean(entropy_N[~kept_N]),
         "selection/kept_fraction": _mean(kept_N),

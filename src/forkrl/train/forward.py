@@ -1,0 +1,129 @@
+"""How a micro-batch runs: with gradients at every position (``Dense``), or at the selected ones (``ForksOnly``).
+
+Axes: ``B`` sequences, ``T`` token positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from forkrl.method.loss import policy_loss_only
+from forkrl.model.forward import compute_token_stats
+from forkrl.parallel.replicas import Replica
+from forkrl.train.batches import MicroBatch
+from forkrl.train.forks_only import Prefill, compute_selected_stats, prefill, prefill_entropies
+from forkrl.types import TokenStats
+
+if TYPE_CHECKING:  # avoids importing pydantic
+    from forkrl.config import ForksOnlyConfig, TrainConfig
+
+
+class Forward(Protocol):
+    """One way to run micro-batches; fp32 ``[B, T]`` results that are 0 outside the response."""
+
+    def entropies(self, replica: Replica, micro: MicroBatch) -> Tensor:
+        """Entropies of all response tokens, without gradients."""
+        ...
+
+    def stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
+        """Statistics with gradients: at least at ``at_BT``, and wherever the loss has a term."""
+        ...
+
+    def stats_and_selection(
+        self, replica: Replica, micro: MicroBatch, select: Callable[[Tensor], Tensor]
+    ) -> tuple[TokenStats, Tensor]:
+        """The same where ``select`` chooses the tokens from the entropies of this micro-batch."""
+        ...
+
+
+def make_forward(config: TrainConfig) -> Forward:
+    """The forward pass that ``training.backward`` names."""
+    return ForksOnly(config) if config.training.backward == "forks_only" else Dense(config)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Exact. Every position runs with gradients; the head runs at the positions that the loss reads."""
+
+    config: TrainConfig
+
+    def entropies(self, replica: Replica, micro: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            return self._stats(replica, micro).entropy
+
+    def stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
+        return self._stats(replica, micro, at_BT if policy_loss_only(self.config.loss) else None)
+
+    def stats_and_selection(
+        self, replica: Replica, micro: MicroBatch, select: Callable[[Tensor], Tensor]
+    ) -> tuple[TokenStats, Tensor]:
+        stats = self._stats(replica, micro)
+        return stats, select(stats.entropy.detach())
+
+    def _stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor | None = None) -> TokenStats:
+        return compute_token_stats(
+            replica.policy,
+            micro.batch,
+            temperature=self.config.rollout.temperature,
+            entropy_grad=self.config.loss.entropy_coef != 0,
+            at_BT=at_BT,
+        )
+
+
+@dataclass(frozen=True)
+class ForksOnly:
+    """An approximation for speed (docs/forks-only.md). Selected positions run with gradients after a prefill."""
+
+    config: TrainConfig
+
+    def entropies(self, replica: Replica, micro: MicroBatch) -> Tensor:
+        cache = self._prefill(replica, micro)
+        num_bytes = sum(each.num_bytes for each in [cache, *replica.kept.values()])
+        # With projections it holds its autograd graph, many times the size of keys and values.
+        if not self.config.forks_only.projections and num_bytes <= self.config.forks_only.kept_mib * 2**20:
+            replica.kept[micro.number] = cache._replace(hidden_BTD=None)
+        return self._entropies(replica, micro, cache)
+
+    def stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
+        return self._stats(replica, micro, at_BT, replica.kept.pop(micro.number, None))
+
+    def stats_and_selection(
+        self, replica: Replica, micro: MicroBatch, select: Callable[[Tensor], Tensor]
+    ) -> tuple[TokenStats, Tensor]:
+        cache = self._prefill(replica, micro)
+        selected_BT = select(self._entropies(replica, micro, cache))
+        return self._stats(replica, micro, selected_BT, cache), selected_BT
+
+    def _prefill(self, replica: Replica, micro: MicroBatch) -> Prefill:
+        return prefill(replica.policy, micro.batch, to_the_end=True, projections=self.config.forks_only.projections)
+
+    def _entropies(self, replica: Replica, micro: MicroBatch, cache: Prefill) -> Tensor:
+        return prefill_entropies(replica.policy, micro.batch, cache, temperature=self.config.rollout.temperature)
+
+    def _stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor, cache: Prefill | None) -> TokenStats:
+        return compute_selected_stats(
+            replica.policy,
+            micro.batch,
+            at_BT,
+            temperature=self.config.rollout.temperature,
+            weight_BT=running_weights(micro, at_BT, self.config.forks_only),
+            projections=self.config.forks_only.projections,
+            cache=cache,
+        )
+
+
+def running_weights(micro: MicroBatch, selected_BT: Tensor, settings: ForksOnlyConfig) -> Tensor | None:
+    """The weight ``[B, T]`` of each position that runs with gradients; None: the selected ones only."""
+    if not settings.prompt and micro.sampled_BT is None:
+        return None
+    weight_BT = torch.zeros_like(micro.batch.old_logprobs)
+    if micro.sampled_BT is not None:
+        weight_BT[micro.sampled_BT] = 1 / settings.sampled
+    if settings.prompt:
+        weight_BT[micro.batch.attention_mask & ~micro.batch.response_mask] = 1.0
+    return weight_BT.masked_fill_(selected_BT, 1.0)
