@@ -174,24 +174,17 @@ class TokenBatch:
 
     def rows(self, index: Tensor | Sequence[int]) -> TokenBatch:
         """The given sequences, in the given order, cut to the longest of them."""
-        lengths = self.attention_mask[index].sum(1)
-        longest = int(lengths.max())
-        return TokenBatch(
-            input_ids=self.input_ids[index, :longest],
-            targets=self.targets[index, :longest],
-            attention_mask=self.attention_mask[index, :longest],
-            response_mask=self.response_mask[index, :longest],
-            old_logprobs=self.old_logprobs[index, :longest],
-            rollout_entropy=self.rollout_entropy[index, :longest],
-            advantages=self.advantages[index],
-            selected=None if self.selected is None else self.selected[index, :longest],
-        )
+        longest = int(self.attention_mask[index].sum(1).max())
+        return self._each(lambda field: field[index] if field.ndim == 1 else field[index, :longest])
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
+        return self._each(lambda field: field.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         fields: list[Any] = [getattr(self, name) for name in self.__slots__]
-        moved: list[Any] = [None if each is None else each.to(device) for each in fields]
-        return TokenBatch(*moved)
+        changed: list[Any] = [None if field is None else change(field) for field in fields]
+        return TokenBatch(*changed)
 
 
 class TokenStats(NamedTuple):
