@@ -146,6 +146,13 @@ def simulate(rates: Sequence[float], repeats: int, num_continuations: int, seed:
     return position_spreads(pd.concat(parts))
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1 / 3])
+def test_equal_rates_have_no_spread_at_all(rate: float) -> None:
+    """Not 1e-33 of rounding, which would make a share of 100%."""
+    weights = np.array([0.1, 0.2, 0.3, 0.4])
+    assert corrected_variance(np.full(4, rate), np.zeros(4), weights / weights.sum()) == 0
+
+
 @pytest.mark.parametrize("name", RATES)
 def test_spreads_are_unbiased(name: str) -> None:
     """Thousands of positions with the same true rates: every mean is the truth within its own interval (99.9%)."""

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -81,6 +81,7 @@ def test_permutation_equivariant(order: list[int], rule: str, ratio: float) -> N
 
 
 @given(st.integers(1, 10**11), st.integers(1, 10**4))
+@example(99_999_999_999, 9091)
 def test_num_selected_is_the_decimal_ceiling(num_tokens: int, parts: int) -> None:
     assert num_selected(num_tokens, parts / 10**4) == -(-num_tokens * parts // 10**4)
 

@@ -159,7 +159,8 @@ def _measure(scores: Sequence[Floats], probability_A: Floats, taken: int) -> dic
 
 def corrected_variance(rate_A: Floats, noise_A: Floats, weight_A: Floats) -> float:
     """Variance of the true rates under weights that sum to 1, unbiased, from estimates of variance ``noise_A``."""
-    observed = weight_A @ (rate_A - weight_A @ rate_A) ** 2
+    shifted_A = rate_A - rate_A[0]  # equal rates then have a variance of exactly 0, not of rounding
+    observed = weight_A @ (shifted_A - weight_A @ shifted_A) ** 2
     return float(observed - weight_A * (1 - weight_A) @ noise_A)
 
 

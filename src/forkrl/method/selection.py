@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -204,8 +205,8 @@ def num_selected(num_tokens: int, ratio: float) -> int:
         raise ValueError(f"ratio = {ratio} must lie in (0, 1]")
     if num_tokens == 0:
         return 0
-    # The slack is relative, because so is the rounding of the product: right for ten tokens and for ten billion.
-    return max(1, math.ceil(ratio * num_tokens * (1 - 1e-12)))
+    # Twelve digits: 0.1 + 0.2 is meant as 0.3.
+    return max(1, math.ceil(Fraction(f"{ratio:.12g}") * num_tokens))
 
 
 def select_in_scope(
