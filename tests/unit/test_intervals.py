@@ -110,6 +110,18 @@ def test_coverage_of_pass_at_k() -> None:
     assert 0.93 <= covered / SIMULATIONS <= 0.97
 
 
+def test_coverage_of_pass_at_k_near_one() -> None:
+    """30 questions, pass@8 of 16 samples: they hold two independent draws of eight, not sixteen."""
+    rng, k, num_samples = np.random.default_rng(8), 8, 16
+    truth = 1 - math.prod((3 + i) / (6 + i) for i in range(k))  # questions of Beta(3, 3)
+    covered = 0
+    for _ in range(SIMULATIONS):
+        correct_P = rng.binomial(num_samples, rng.beta(3, 3, 30)).tolist()
+        estimate = mean_pass_at_k(correct_P, num_samples, k)
+        covered += estimate.low <= truth <= estimate.high
+    assert covered / SIMULATIONS >= 0.93
+
+
 @pytest.mark.parametrize("num_questions", [8, 200])
 def test_coverage_of_lengths_and_of_paired_differences(num_questions: int) -> None:
     rng = np.random.default_rng(9)

@@ -47,6 +47,12 @@ def test_the_nearest_local_name_is_suggested_and_a_file_is_told_from_a_folder() 
         model_location("runs/demo2/notes.md")
 
 
+def test_a_run_is_not_looked_up_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path / "runs")
+    with pytest.raises(UserError, match="runs/nope': no such folder, and there is no folder runs"):
+        model_location("runs/nope")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen3-8B-Base", "TheBloke/x_y-GGUF", "a.b/c.d"])
 def test_a_hub_id_stays_what_it_is(name: str) -> None:
     assert model_location(name) == name

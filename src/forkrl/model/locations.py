@@ -75,6 +75,8 @@ def require_hub_id(name: str, key: str, kind: str) -> None:
             f"{key} = {name!r}: no such {kind}{_similar(path)} (the folder {path.parent} exists, so this is not looked "
             f"up on the hub)"
         )
+    if name.startswith("runs/"):  # where forkrl train writes by default
+        raise UserError(f"{key} = {name!r}: no such {kind}, and there is no folder runs")
 
 
 def _similar(path: Path) -> str:
