@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test test-newest newest-versions lint format bench bench-gpu clean
+.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test test-newest newest-versions lint format loc bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -106,6 +106,9 @@ lint: setup ## ruff and mypy, over everything
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+loc: ## lines of source and tests by package
+	@$(PYTHON) tools/loc.py
 
 # Learning curves take more than an hour and are asked for by name: python -m benchmarks.learning.
 bench: setup ## speed and memory, beside peers, in an hour or so; results go to benchmarks/results/
