@@ -37,8 +37,8 @@ def main(folders: list[str]) -> None:
             for name in (inside[0] if len(inside) > 1 else "(root)", "total"):
                 totals[name] = [sum(pair) for pair in zip(totals[name], counts, strict=True)]
         print(f"{folder!s:20}{'files':>8}{'lines':>8}{'code':>8}")
-        for name, counts in sorted(totals.items(), key=lambda item: item[0] == "total"):
-            print(f"  {name:18}{counts[0]:8,}{counts[1]:8,}{counts[2]:8,}")
+        for name, row in sorted(totals.items(), key=lambda item: item[0] == "total"):
+            print(f"  {name:18}{row[0]:8,}{row[1]:8,}{row[2]:8,}")
 
 
 if __name__ == "__main__":
