@@ -33,7 +33,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks._record import describe_setting, write_result
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, set_gradient_checkpointing
-from forkrl.train.forks_only import compute_selected_stats
+from forkrl.training.forks_only import compute_selected_stats
 from forkrl.types import TokenBatch
 
 PARTS = ("", "_first_layer", "_last_layer")

@@ -34,7 +34,7 @@ from forkrl.rewards.pool import open_verifier
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.scoring import score_groups
 from forkrl.tasks import open_task
-from forkrl.train.update import update_policy
+from forkrl.training.update import update_policy
 from forkrl.types import SamplingParams, TokenBatch
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -32,7 +32,7 @@ from benchmarks.gpu.steps import PROMPT, Numerals, Shape, build_batch, build_mod
 from forkrl.model.policy import Policy
 from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.train.update import update_policy
+from forkrl.training.update import update_policy
 from forkrl.types import Prompt, SamplingParams
 
 FIGURE = ROOT / "docs" / "images" / "scaling.svg"

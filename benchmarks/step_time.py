@@ -92,8 +92,8 @@ def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
     configure_environment()
     from forkrl.config import TrainConfig
     from forkrl.config.recipe import load_recipe
-    from forkrl.train.loop import train
-    from forkrl.train.run import open_run
+    from forkrl.training.loop import train
+    from forkrl.training.run import open_run
 
     overrides = [
         f"seed={options.seed}", f"rollout.prompts_per_step={NUM_PROMPTS}", f"rollout.group_size={GROUP}",

@@ -32,7 +32,7 @@ from forkrl.parallel.replicas import open_replicas
 from forkrl.parallel.threads import available_cores
 from forkrl.rollout import EmbeddedEngine
 from forkrl.tasks.countdown import countdown_task
-from forkrl.train.sft import accumulate_cross_entropy
+from forkrl.training.sft import accumulate_cross_entropy
 from forkrl.types import Prompt, SamplingParams
 
 CORES = available_cores()

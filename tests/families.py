@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from forkrl.model.policy import Policy
-from forkrl.train.sft import build_character_tokenizer
+from forkrl.training.sft import build_character_tokenizer
 from tests.models import ALPHABET, SIZES
 
 _MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from forkrl.model.policy import Policy
-from forkrl.train.sft import build_character_tokenizer
+from forkrl.training.sft import build_character_tokenizer
 
 ALPHABET = "0123456789 "
 SIZES: dict[str, Any] = {

@@ -38,7 +38,7 @@ from forkrl.model.policy import Policy, set_gradient_checkpointing
 from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.graphed_engine import GraphedEngine
-from forkrl.train.update import update_policy
+from forkrl.training.update import update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch
 
 PROMPT, GROUP, RATIO = 64, 8, 0.2

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forkrl.analysis import entropy_change_by_percentile, overlap_ratio
+    from forkrl.config import TrainConfig
     from forkrl.errors import TrainingHalted, UserError
     from forkrl.head import token_stats
     from forkrl.method.advantages import group_advantages, overlong_penalty
     from forkrl.method.loss import policy_loss
     from forkrl.method.selection import select_tokens
     from forkrl.rollout.fork_temperature import ForkTemperature
+    from forkrl.training.api import RunResults, load_recipe, train
+    from forkrl.training.run import PlugIns, Run
     from forkrl.types import (
         LossOutput,
         Prompt,
@@ -35,14 +38,18 @@ __version__ = "0.1.0"
 __all__ = [
     "ForkTemperature",
     "LossOutput",
+    "PlugIns",
     "Prompt",
     "Rollout",
     "RolloutEngine",
     "RolloutGroup",
+    "Run",
+    "RunResults",
     "SamplingParams",
     "Task",
     "TokenBatch",
     "TokenStats",
+    "TrainConfig",
     "TrainingHalted",
     "UserError",
     "Verdict",
@@ -50,14 +57,22 @@ __all__ = [
     "__version__",
     "entropy_change_by_percentile",
     "group_advantages",
+    "load_recipe",
     "overlap_ratio",
     "overlong_penalty",
     "policy_loss",
     "select_tokens",
     "token_stats",
+    "train",
 ]
 
 _HOMES = {
+    "PlugIns": "forkrl.training.run",
+    "Run": "forkrl.training.run",
+    "RunResults": "forkrl.training.api",
+    "TrainConfig": "forkrl.config",
+    "load_recipe": "forkrl.training.api",
+    "train": "forkrl.training.api",
     "ForkTemperature": "forkrl.rollout.fork_temperature",
     "TrainingHalted": "forkrl.errors",
     "UserError": "forkrl.errors",

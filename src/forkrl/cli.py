@@ -105,8 +105,8 @@ def train_by_engine(config: TrainConfig, out: Path, resume: Path | None, changed
 
         train_on_cluster(config, out, resume=resume)
         return
-    from forkrl.train.loop import train
-    from forkrl.train.run import open_run
+    from forkrl.training.loop import train
+    from forkrl.training.run import open_run
 
     with open_run(config, out, resume=resume, changed=changed) as run:
         train(run)
@@ -146,7 +146,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
     """``forkrl sft``."""
     config = load_recipe(SftConfig, arguments.recipe, arguments.overrides)
     from forkrl.store.interruption import Interrupted
-    from forkrl.train.sft import make_base_model
+    from forkrl.training.sft import make_base_model
 
     try:
         make_base_model(config, arguments.out, recipe=arguments.recipe)

@@ -202,7 +202,11 @@ class LossOutput(NamedTuple):
 
 
 class RolloutEngine(Protocol):
-    """Whatever turns prompts into rollouts: the embedded PyTorch engine, later vLLM."""
+    """Samples responses from the current policy."""
+
+    def check_prompts(self, prompts: Sequence[Prompt], response_tokens: int) -> None:
+        """Raise UserError for a prompt that leaves no room for a response of ``response_tokens`` tokens."""
+        ...
 
     def generate(
         self,

@@ -16,11 +16,11 @@ from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.train import forks_only, selected_attention
-from forkrl.train.batches import MicroBatch
-from forkrl.train.forks_only import compute_selected_stats, prefill, require_forks_only
-from forkrl.train.forward import running_weights
-from forkrl.train.update import measure_entropy, update_policy
+from forkrl.training import forks_only, selected_attention
+from forkrl.training.batches import MicroBatch
+from forkrl.training.forks_only import compute_selected_stats, prefill, require_forks_only
+from forkrl.training.forward import running_weights
+from forkrl.training.update import measure_entropy, update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch
 from tests.models import random_policy
 from tests.numerics.test_update import recipe

@@ -19,7 +19,7 @@ from forkrl.config import ModelConfig, TrainConfig
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.replicas import Replicas
-from forkrl.train.update import update_policy
+from forkrl.training.update import update_policy
 from forkrl.types import TokenBatch
 
 TRACES = Path(__file__).parents[1] / "data" / "golden_traces.json"

@@ -17,8 +17,8 @@ from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, LogprobGap, logprob_gap, require_small_gap
-from forkrl.train.loop import train
-from forkrl.train.run import Run, open_run
+from forkrl.training.loop import train
+from forkrl.training.run import Run, open_run
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
 from tests.models import random_policy
 

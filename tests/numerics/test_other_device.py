@@ -32,7 +32,7 @@ def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any,
     """The gradient of one update, flat, and what the update says; the weights given are left alone."""
     from forkrl.model.policy import Policy
     from forkrl.parallel.replicas import Replicas
-    from forkrl.train.update import select_in_rollout_batch, update_policy
+    from forkrl.training.update import select_in_rollout_batch, update_policy
 
     def there(policy: Policy) -> Policy:
         model: Any = copy.deepcopy(policy.model)

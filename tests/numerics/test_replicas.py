@@ -20,7 +20,7 @@ from forkrl.errors import TrainingHalted, UserError
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.replicas import Replica, Replicas, divide, open_replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.train.update import update_policy
+from forkrl.training.update import update_policy
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
 from tests.models import random_policy
 from tests.numerics.test_update import NUM_PROMPTS, make_batch, recipe

@@ -18,7 +18,7 @@ from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.replicas import Replicas
 from forkrl.rollout import EmbeddedEngine
-from forkrl.train.update import Update, update_policy
+from forkrl.training.update import Update, update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch, TokenStats
 from tests.models import random_policy
 

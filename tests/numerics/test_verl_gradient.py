@@ -28,8 +28,8 @@ from forkrl.config import ModelConfig, TrainConfig
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.replicas import Replicas
-from forkrl.train.metrics import update_metrics
-from forkrl.train.update import Update, select_in_rollout_batch, update_policy
+from forkrl.training.metrics import update_metrics
+from forkrl.training.update import Update, select_in_rollout_batch, update_policy
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 from tests.once import once

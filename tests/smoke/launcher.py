@@ -31,13 +31,13 @@ POINTS = {
     "reward": "forkrl.rollout.scoring:Scoring.finish",
     "gradient": "torch:Tensor.backward",
     "optimizer": "torch.optim:AdamW.step",
-    "eval": "forkrl.train.run:sample_and_score",
+    "eval": "forkrl.training.run:sample_and_score",
     "setting": "forkrl.commands.decode_temps:sample_and_score",
     "response": "forkrl.evaluation.response_files:BenchmarkFiles.add_response",
     "verdict": "forkrl.evaluation.response_files:BenchmarkFiles.add_verdict",
     "log": "forkrl.store.run_folder:RunFolder.append_metrics",
     "sample": "forkrl.store.run_folder:RunFolder.write_rollouts",
-    "save": "forkrl.train.run:save_checkpoint",
+    "save": "forkrl.training.run:save_checkpoint",
     "rename": "os:rename",
     "replace": "os:replace",
     "unlink": "os:unlink",
@@ -45,8 +45,8 @@ POINTS = {
     "sync": "os:fsync",
 }
 _WARM = (
-    "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.train.loop",
-    "forkrl.train.run", "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.branch",
+    "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.training.loop",
+    "forkrl.training.run", "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.branch",
     "forkrl.commands.decode_temps", "datasets", "forkrl.cli",
 )  # fmt: skip
 _opened: list[Any] = []
@@ -161,7 +161,7 @@ def _striking(function: Callable[..., Any], count: int, strike: Callable[[], Non
 
 def _strike_anywhere(count: int, strike: Callable[[], None]) -> None:
     """Strike at the ``count``-th call since training began; with 0, write at its end how many there were."""
-    loop: Any = importlib.import_module("forkrl.train.loop")
+    loop: Any = importlib.import_module("forkrl.training.loop")
     train = loop.train
     calls = 0
 
@@ -192,7 +192,7 @@ def _leave_report_out() -> None:
 
 
 def _remember_opened_policies() -> None:
-    run: Any = importlib.import_module("forkrl.train.run")
+    run: Any = importlib.import_module("forkrl.training.run")
     evaluation: Any = importlib.import_module("forkrl.commands.subject")
     open_policy = run.open_policy
 

@@ -17,6 +17,7 @@ PRINTS = {
         "server\n  pi: 'It is about 3.14' Verdict(score=1.0, failure='', answer='3.14')",
         "failures: {'error': 1}",
     ],
+    "train_in_python.py": ["step 2: 0.", "selection/kept_fraction", "response"],
 }
 WARNS = {
     "own_verifier.py": [

@@ -19,8 +19,8 @@ from forkrl.model.locations import model_location
 from forkrl.model.policy import open_policy
 from forkrl.parallel.replicas import Replicas
 from forkrl.tasks.countdown import countdown_task
-from forkrl.train import sft
-from forkrl.train.model_card import measure_base_model
+from forkrl.training import sft
+from forkrl.training.model_card import measure_base_model
 
 TINY = SftConfig.model_validate(
     {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from forkrl.errors import UserError
-from forkrl.train.sft import build_character_tokenizer
+from forkrl.training.sft import build_character_tokenizer
 from tests.models import ALPHABET, random_policy, with_bos
 from tests.verl_here import needs_verl
 

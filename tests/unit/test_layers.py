@@ -19,7 +19,7 @@ LAYERS = (
     {"rewards"},
     {"tasks"},
     {"rollout"},
-    {"train"},
+    {"training"},
     {"analysis", "evaluation", "planning"},
     {"commands"},
     {"cluster"},

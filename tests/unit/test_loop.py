@@ -14,9 +14,9 @@ from torch import Tensor
 from forkrl.config import TrainConfig
 from forkrl.errors import NothingToLearn
 from forkrl.rollout.scoring import Scoring
-from forkrl.train import loop
-from forkrl.train.run import Run, open_run
-from forkrl.train.update import Update
+from forkrl.training import loop
+from forkrl.training.run import Run, open_run
+from forkrl.training.update import Update
 from forkrl.types import RolloutGroup, TokenBatch, Verdict
 
 RECIPE: dict[str, Any] = {

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from forkrl.train.metrics import rollout_metrics, update_metrics
-from forkrl.train.update import Update
+from forkrl.training.metrics import rollout_metrics, update_metrics
+from forkrl.training.update import Update
 from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch, Verdict
 
 

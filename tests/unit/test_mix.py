@@ -19,7 +19,7 @@ from forkrl.report.run_sections import figure_sections
 from forkrl.rollout.held_out import summarise
 from forkrl.tasks.mix import mix_task
 from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
-from forkrl.train.metrics import level_metrics, part_metrics, rollout_metrics
+from forkrl.training.metrics import level_metrics, part_metrics, rollout_metrics
 from forkrl.types import Prompt, Rollout, RolloutGroup, Task, Verdict, VerifierSpec
 from tests.fabricated_run import write_run
 

@@ -109,6 +109,6 @@ def test_version_is_that_of_the_installed_package() -> None:
 
 def test_a_gradient_step_runs_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
     path = without_packages(tmp_path)
-    code = "import forkrl.train.update, forkrl.rollout, forkrl.head, forkrl.method.batches; print('imported')"
+    code = "import forkrl.training.update, forkrl.rollout, forkrl.head, forkrl.method.batches; print('imported')"
     output = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
     assert output.stdout.strip() == b"imported", output.stderr.decode()[-2000:]

@@ -34,7 +34,7 @@ from forkrl.planning.compute import _forward_flops, _update_flops
 from forkrl.planning.memory import find_phases
 from forkrl.planning.plan import plan_memory
 from forkrl.planning.shapes import ModelShape, find_shape, parse_shape
-from forkrl.train.update import update_policy
+from forkrl.training.update import update_policy
 from forkrl.types import TokenBatch
 
 TOLERANCE = 0.05

@@ -14,7 +14,7 @@ from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.model.prompt_tokens import PromptCheck, prompt_token_ids, unknown_characters
 from forkrl.tasks import check_prompts, open_task
-from forkrl.train.sft import build_character_tokenizer
+from forkrl.training.sft import build_character_tokenizer
 from forkrl.types import Prompt
 from tests.models import with_bos
 

@@ -19,7 +19,7 @@ from forkrl.parallel.replicas import Replicas
 from forkrl.rewards import open_verifier
 from forkrl.rewards.reply import strip_turn_end
 from forkrl.rollout import EmbeddedEngine
-from forkrl.train.sft import build_character_tokenizer
+from forkrl.training.sft import build_character_tokenizer
 from forkrl.types import Prompt, SamplingParams, VerifierSpec
 from tests.models import ALPHABET, random_policy
 

@@ -12,8 +12,8 @@ import pytest
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.train import tracking
-from forkrl.train.tracking import TrackedRun, Tracker, open_sinks
+from forkrl.training import tracking
+from forkrl.training.tracking import TrackedRun, Tracker, open_sinks
 
 CONFIG = {"seed": 3, "loss": {"clip_high": 0.28}}
 
@@ -71,7 +71,7 @@ def test_a_missing_package_stops_the_start_with_its_install_line(
 
 
 def test_a_missing_package_leaves_no_run_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forkrl.train.run import open_run
+    from forkrl.training.run import open_run
 
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = TrainConfig.model_validate({"log": {"sinks": ["trackio"]}})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forkrl.train.metrics import part_metrics, rollout_metrics
+from forkrl.training.metrics import part_metrics, rollout_metrics
 from forkrl.types import RolloutGroup
 
 TOLD = "actor/forkrl/"

@@ -49,7 +49,7 @@ from forkrl.store.provenance import commit, new_run_id, refuse_other_data
 from forkrl.store.resuming import accepted_changes
 from forkrl.store.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import open_task
-from forkrl.train.tracking import TrackedRun, open_sinks, require_sinks
+from forkrl.training.tracking import TrackedRun, open_sinks, require_sinks
 from forkrl.types import Task
 
 ANSWER_S = 10.0

@@ -14,7 +14,7 @@ from forkrl.config import SelectionConfig
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
 from forkrl.store.atomic import write_text
 from forkrl.store.run_folder import RunFolder
-from forkrl.train.rollout_rows import evaluation_rows
+from forkrl.training.rollout_rows import evaluation_rows
 from forkrl.types import RolloutGroup
 
 OWN = "verl"

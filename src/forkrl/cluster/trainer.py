@@ -41,7 +41,7 @@ from forkrl.cluster.selection import seeded, select
 from forkrl.errors import NothingToLearn
 from forkrl.method.selection import reads_current_entropy
 from forkrl.rollout.held_out import summarise
-from forkrl.train.rollout_rows import rollout_rows
+from forkrl.training.rollout_rows import rollout_rows
 from forkrl.types import RolloutGroup
 
 

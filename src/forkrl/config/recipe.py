@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -58,6 +58,18 @@ def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> R
     return schema.model_validate(values)
 
 
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values, by key (``{"training.steps": 60}``).
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type or range.
+    """
+    values = recipe_toml(recipe)
+    for key, value in changes.items():
+        _set(values, key, value)
+    return parse_recipe(type(recipe), values, "changes")
+
+
 def recipe_differences(old: Section, new: Section) -> list[str]:
     """``key: old -> new`` for every setting that differs, in recipe order."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
@@ -100,16 +112,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    table = values
-    *sections, name = key.strip().split(".")
+    _set(values, key.strip(), value if text.strip() else None)
+
+
+def _set(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b`` in nested tables; None restores the default."""
+    *sections, name = key.split(".")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise UserError(f"{override!r}: {section} is a value, not a section")
-    if text.strip():
-        table[name] = value
-    else:
+            raise UserError(f"{key}: {section} is a value, not a section")
+    if value is None:
         table.pop(name, None)
+    else:
+        table[name] = value
 
 
 def _faults(schema: type[Section], values: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
 from forkrl.errors import UserError
@@ -161,12 +161,19 @@ def require_sinks(names: Sequence[str]) -> None:
         _require(name)  # each sink is named after its package
 
 
-def open_sinks(names: Sequence[str], run: TrackedRun, *, report: Callable[[str], None] = _warn) -> Tracker:
+def open_sinks(
+    names: Sequence[str],
+    run: TrackedRun,
+    *,
+    further: Mapping[str, Sink] = MappingProxyType({}),
+    report: Callable[[str], None] = _warn,
+) -> Tracker:
     """Open the named sinks before the first step.
 
     Args:
         names: keys of ``SINKS``, from ``log.sinks``.
         run: what to tell the trackers.
+        further: trackers that are open already, by name.
         report: gets one line when a sink fails later; standard error by default.
 
     Raises:
@@ -183,7 +190,7 @@ def open_sinks(names: Sequence[str], run: TrackedRun, *, report: Callable[[str],
             Tracker(sinks, report).close()
             first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise UserError(f"log.sinks: {name} does not start: {first_line}; mend it, or leave it out") from error
-    return Tracker(sinks, report)
+    return Tracker({**sinks, **further}, report)
 
 
 def _require(package: str) -> Any:

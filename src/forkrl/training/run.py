@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from forkrl.config import OptimizerConfig, TrainConfig
-from forkrl.config.recipe import recipe_toml
+from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError, notice
 from forkrl.method.batches import cut_micro_batches
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.replicas import Replicas, open_replicas
 from forkrl.report.progress import TrainingDisplay, describe_selection
-from forkrl.rewards import open_verifier
+from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
@@ -31,13 +31,13 @@ from forkrl.rollout.scoring import none_judged
 from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.store.interruption import Interrupted, Interruption
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
-from forkrl.store.resuming import accepted_changes, describe_resume
+from forkrl.store.resuming import accepted_changes, describe_resume, stored_config
 from forkrl.store.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import PromptStream, open_stream, open_task, repeated_prompts
-from forkrl.train.forks_only import require_forks_only
-from forkrl.train.metrics import level_metrics
-from forkrl.train.rollout_rows import evaluation_rows
-from forkrl.train.tracking import TrackedRun, Tracker, open_sinks, require_sinks
+from forkrl.training.forks_only import require_forks_only
+from forkrl.training.metrics import level_metrics
+from forkrl.training.rollout_rows import evaluation_rows
+from forkrl.training.tracking import Sink, TrackedRun, Tracker, open_sinks, require_sinks
 from forkrl.types import RolloutEngine, SamplingParams, Task, TokenBatch, Verifier
 
 
@@ -66,6 +66,33 @@ class Run:
 
     def __post_init__(self) -> None:
         self._mark()
+
+    @staticmethod
+    def create(config: TrainConfig, out: str | Path, **plug_ins: Any) -> AbstractContextManager[Run]:
+        """A new run in folder ``out``, as a context manager; ``plug_ins`` are fields of :class:`PlugIns`.
+
+        Raises:
+            UserError: anything the user can fix: model, data, folder, recipe.
+        """
+        return open_run(config, Path(out), plug_ins=PlugIns(**plug_ins))
+
+    @staticmethod
+    def resume(
+        folder: str | Path, changes: Mapping[str, Any] | None = None, **plug_ins: Any
+    ) -> AbstractContextManager[Run]:
+        """The run in ``folder`` at its newest checkpoint, as a context manager.
+
+        Args:
+            folder: of the run.
+            changes: new values for training.steps, eval.*, checkpoint.* or log.*, by key.
+            plug_ins: fields of :class:`PlugIns`, as when the run was created.
+
+        Raises:
+            UserError: as ``create``; a change of another setting.
+        """
+        changes = dict(changes or {})
+        config = change_recipe(stored_config(Path(folder)), changes)
+        return open_run(config, resume=Path(folder), changed=changes, plug_ins=PlugIns(**plug_ins))
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps still to do. Each begins by noting where the random state and the data stand."""
@@ -275,9 +302,27 @@ class Run:
         self.display.update(record)
 
 
+@dataclass(frozen=True)
+class PlugIns:
+    """Parts of a run that replace those of the recipe; None keeps the recipe's.
+
+    ``engine`` is called with the workers and the settings once the model is open. A ``verifier`` is not closed.
+    """
+
+    engine: Callable[[Replicas, TrainConfig], RolloutEngine] | None = None
+    task: Task | None = None
+    verifier: Verifier | None = None
+    tracker: Sink | None = None
+
+
 @contextmanager
 def open_run(
-    config: TrainConfig, out: Path | None = None, *, resume: Path | None = None, changed: Collection[str] = ()
+    config: TrainConfig,
+    out: Path | None = None,
+    *,
+    resume: Path | None = None,
+    changed: Collection[str] = (),
+    plug_ins: PlugIns = PlugIns(),
 ) -> Iterator[Run]:
     """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
 
@@ -290,6 +335,7 @@ def open_run(
         resume: folder of the run to continue.
         changed: settings (training.steps, eval.*, checkpoint.*, log.*) in which ``config`` differs on purpose from
             those the run was started with; they are stored.
+        plug_ins: the caller's own engine, task, verifier or tracker.
 
     Raises:
         UserError: anything the user can fix: model, data, folder, recipe.
@@ -304,14 +350,18 @@ def open_run(
     with ExitStack() as stack:
         torch.manual_seed(config.seed)
         policy = _open_policy(config)
-        task = open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        task = plug_ins.task or open_task(
+            config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens
+        )
         if repeated := repeated_prompts(task.train, config):
             notice(repeated)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None
         replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
-        engine = open_engine(replicas, config)
+        engine = (plug_ins.engine or open_engine)(replicas, config)
         engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
-        verifier = stack.enter_context(open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward))
+        verifier = plug_ins.verifier or stack.enter_context(
+            open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward)
+        )
         prompts = open_stream(task.train, config.task, config.seed)
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
         provenance = describe_provenance(task, replicas)
@@ -332,7 +382,7 @@ def open_run(
             interruption=interruption,
         )
         metrics_bytes = run.restore() if resume is not None else 0
-        run.tracker = stack.enter_context(_open_tracker(run, remove_on_failure=resume is None))
+        run.tracker = stack.enter_context(_open_tracker(run, plug_ins.tracker, remove_on_failure=resume is None))
         stack.enter_context(interruption)  # not before: a tracker that waits for its server must be stoppable
         if resume is not None:
             folder.discard_after(run.first_unsaved_step - 1, metrics_bytes)
@@ -341,7 +391,8 @@ def open_run(
         run.display = stack.enter_context(
             TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
         )
-        verifier.announce = run.display.message
+        if isinstance(verifier, VerifierPool):
+            verifier.announce = run.display.message
         if resume is not None:
             _announce_resume(run, changes, provenance)
         with _early_ends(run, new=resume is None):
@@ -409,14 +460,12 @@ def _open_folder(
     return folder
 
 
-def _open_tracker(run: Run, *, remove_on_failure: bool) -> Tracker:
-    """The trackers of the recipe. Where one refuses to start, a new run's folder goes again, as after any mistake."""
+def _open_tracker(run: Run, own: Sink | None, *, remove_on_failure: bool) -> Tracker:
+    """The trackers of the recipe and the caller's ``own``. If one does not start, a new run's folder is removed."""
     run_id = run.folder.provenance.get("run_id") or new_run_id()  # runs of the first versions have none
     try:
-        return open_sinks(
-            run.config.log.sinks,
-            TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step),
-        )
+        tracked = TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step)
+        return open_sinks(run.config.log.sinks, tracked, further={} if own is None else {"tracker": own})
     except BaseException:
         if remove_on_failure:
             run.folder.remove()

@@ -28,8 +28,8 @@ from forkrl.method.selection import (
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.replicas import Replica, Replicas
-from forkrl.train.batches import MicroBatch, assemble, make_micro_batches, padded_sizes, sample_positions
-from forkrl.train.forward import make_forward
+from forkrl.training.batches import MicroBatch, assemble, make_micro_batches, padded_sizes, sample_positions
+from forkrl.training.forward import make_forward
 from forkrl.types import TokenBatch
 
 if TYPE_CHECKING:  # avoids importing pydantic

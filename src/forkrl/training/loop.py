@@ -9,7 +9,7 @@ Shapes: ``P`` prompts, ``G`` rollouts per prompt, ``B`` sequences, ``T`` token p
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,19 @@ from forkrl.errors import NothingToLearn
 from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.method.batches import collate, mini_batches
 from forkrl.rollout.scoring import Scoring, why_nothing_to_learn
-from forkrl.train.metrics import part_metrics, rollout_metrics, update_metrics
-from forkrl.train.rollout_rows import rollout_rows
-from forkrl.train.run import Run
-from forkrl.train.update import Update, select_in_rollout_batch, update_policy
+from forkrl.training.metrics import part_metrics, rollout_metrics, update_metrics
+from forkrl.training.rollout_rows import rollout_rows
+from forkrl.training.run import Run
+from forkrl.training.update import Update, select_in_rollout_batch, update_policy
 from forkrl.types import RolloutGroup, TokenBatch
 
 
-def train(run: Run) -> None:
-    """Train to the last step of the recipe, from wherever the run stands.
+def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = None) -> None:
+    """Train from the run's step to the last step of the recipe.
+
+    Args:
+        run: an open run.
+        on_step: called after each step with the run and the metrics of the step.
 
     Raises:
         NothingToLearn: every group was all right or all wrong; ``open_run`` saves the finished steps.
@@ -52,6 +56,8 @@ def train(run: Run) -> None:
         metrics |= {"reward/mean": float(rewards_PG.mean())} | update_metrics(parts, updates)
         metrics |= {"time/update_s": time.perf_counter() - update_started, "time/step_s": time.perf_counter() - started}
         run.finish_step(metrics, sample_rows(run, groups, rewards_PG, advantages_PG, parts, updates))
+        if on_step is not None:
+            on_step(run, metrics)
         run.evaluate_if_due()
 
 

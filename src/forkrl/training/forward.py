@@ -15,8 +15,8 @@ from torch import Tensor
 from forkrl.method.loss import policy_loss_only
 from forkrl.model.forward import compute_token_stats
 from forkrl.parallel.replicas import Replica
-from forkrl.train.batches import MicroBatch
-from forkrl.train.forks_only import Prefill, compute_selected_stats, prefill, prefill_entropies
+from forkrl.training.batches import MicroBatch
+from forkrl.training.forks_only import Prefill, compute_selected_stats, prefill, prefill_entropies
 from forkrl.types import TokenStats
 
 if TYPE_CHECKING:  # avoids importing pydantic

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forkrl.rollout.held_out import by_source
-from forkrl.train.update import Update
+from forkrl.training.update import Update
 from forkrl.types import FAILURES, RolloutGroup, TokenBatch
 
 

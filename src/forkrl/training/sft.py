@@ -26,7 +26,7 @@ from forkrl.report.progress import progress
 from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.store.interruption import Interruption
 from forkrl.tasks.countdown import countdown_task, random_problem, write_trace
-from forkrl.train.model_card import measure_base_model, write_model_card
+from forkrl.training.model_card import measure_base_model, write_model_card
 from forkrl.types import Task
 
 IGNORED = -100

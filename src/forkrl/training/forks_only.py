@@ -26,7 +26,7 @@ from forkrl.errors import UserError
 from forkrl.head import token_stats
 from forkrl.model.attention import attending_by, grouped_attention
 from forkrl.model.policy import Policy
-from forkrl.train.selected_attention import Group, attention_dtype, lay_out, selected_attention
+from forkrl.training.selected_attention import Group, attention_dtype, lay_out, selected_attention
 from forkrl.types import TokenBatch, TokenStats
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
