@@ -76,8 +76,6 @@ LAYOUTS = {"one rank": (1, 0), "two ranks": (2, 0), "a rank of padding": (2, 8)}
 """Ranks, and sequences of padding behind the batch."""
 OTHER_CUTS = {("micro-batch", "two ranks"), *(("micro-batch, many", layout) for layout in LAYOUTS)}
 """Where verl has other micro-batches, so that other tokens are selected in them; the loss is then compared on those."""
-CURRENT_ENTROPY = {"micro-batch", "micro-batch, many", "sequence", "threshold", "entropy bonus"}
-"""Elsewhere the update does without the current policy's entropies, and tells those before it (docs/cluster.md)."""
 Found = dict[str, dict[str, tuple[dict[str, Tensor], dict[str, float], dict[int, dict[str, Any]]]]]
 """Gradient, metrics, and what was told of each sequence, by layout and case."""
 
@@ -215,10 +213,8 @@ def test_verl_has_the_figures_and_the_selection_of_the_local_loop(
     other = (name, layout) in OTHER_CUTS
     _, own, update = own_update(policies, batch, name, told if other else None)
     figures = _update_figures(figures)
-    names = [key for key in own if key.startswith(("selection/", "loss/"))]
-    if name in CURRENT_ENTROPY and not other:
-        names += [key for key in own if key.startswith("entropy/")]
-    for key in names:
+    names = [key for key in own if key.startswith(("selection/", "loss/", "entropy/"))]
+    for key in set(names) - ({"entropy/threshold"} if other else set()):
         assert figures[key] == pytest.approx(own[key], rel=1e-4, abs=1e-6, nan_ok=True), key
     assert sorted(told) == list(range(len(batch)))
     for row in told:

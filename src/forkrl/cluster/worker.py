@@ -46,6 +46,8 @@ class ForkLoss:
     """Of the whole mini-batch, over all ranks."""
     seed: str = ""
     """Of a random selection inside a micro-batch."""
+    threshold: float = math.inf
+    """The lowest entropy selected before the first micro-batch, on this rank; infinite if none was."""
     told: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, model_output: Any, data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict[str, Metric]]:
@@ -60,12 +62,17 @@ class ForkLoss:
         mask_BT, advantages_BT = part["response_mask"].bool(), part["advantages"].float()
         if "rollout_is_weights" in part:  # the loss is homogeneous in the advantage
             advantages_BT = advantages_BT * part["rollout_is_weights"]
-        entropy_BT = (part["entropy"] if current_BT is None else current_BT).detach().float()
-        selected_BT = part[SELECTED].bool() & mask_BT if SELECTED in part else self._choose(entropy_BT, mask_BT)
+        sampled_BT, threshold = part["entropy"].float(), self.threshold
+        if SELECTED in part:
+            selected_BT = part[SELECTED].bool() & mask_BT
+        else:
+            entropy_BT = sampled_BT if current_BT is None else current_BT.detach().float()
+            selected_BT = self._choose(entropy_BT, mask_BT)
+            threshold = _lowest(entropy_BT[selected_BT])
 
         ref_BT = part["ref_log_prob"].float() if self.loss.kl_coef else None
         loss, sums = step_loss(
-            TokenStats(logprobs_BT.float(), entropy_BT if current_BT is None else current_BT),
+            TokenStats(logprobs_BT.float(), sampled_BT if current_BT is None else current_BT),
             part["old_log_probs"].float(),
             advantages_BT,
             mask_BT,
@@ -74,16 +81,15 @@ class ForkLoss:
             self.loss,
             ref_BT,
         )
-        self._tell(data, entropy_BT, selected_BT)
+        self._tell(data, sampled_BT, selected_BT)
         added = {"loss/policy": sums.policy, "loss/kl": sums.kl, "loss/entropy": sums.entropy}
         added |= {"clip_fraction": sums.clipped, "approx_kl": sums.approx_kl, "carrying": sums.contributing}
-        added |= _token_sums(entropy_BT, selected_BT, mask_BT, advantages_BT)
+        added |= _token_sums(sampled_BT, selected_BT, mask_BT, advantages_BT)
         metrics = {
             PREFIX + name: Metric(AggregationType.SUM, float(value) * num_ranks) for name, value in added.items()
         }
         metrics[PREFIX + "ratio_max"] = Metric(AggregationType.MAX, sums.ratio_max)
-        lowest = float(entropy_BT[selected_BT].min()) if selected_BT.any() else math.inf
-        metrics[PREFIX + "threshold_min"] = Metric(AggregationType.MIN, lowest)
+        metrics[PREFIX + "threshold_min"] = Metric(AggregationType.MIN, threshold)
         return loss * num_ranks, metrics
 
     def _choose(self, entropy_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -103,6 +109,10 @@ class ForkLoss:
             if row >= 0:
                 selected, entropy = selected_BT[place, : lengths_B[place]], entropy_BT[place, : lengths_B[place]]
                 self.told.append({"row": row, "selected": selected.tolist(), "entropy": entropy.tolist()})
+
+
+def _lowest(entropy_N: Tensor) -> float:
+    return float(entropy_N.min()) if len(entropy_N) else math.inf
 
 
 def _token_sums(entropy_BT: Tensor, selected_BT: Tensor, mask_BT: Tensor, advantages_BT: Tensor) -> dict[str, float]:
@@ -162,16 +172,18 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
         selection = loss.options.selection
         loss.seed = f"{seed}/{self.engine.get_data_parallel_rank()}"
         mask_BT = data["response_mask"].to_padded_tensor(0).bool()
+        entropy = data["entropy"]
         # A threshold selects the same tokens in every scope, and only knowing them tells how many.
         if SELECTED not in data and (selection.scope == "mini_batch" or selection.rule == "threshold"):
-            ahead = self._measure_entropies(data) if reads_current_entropy(selection) else data["entropy"]
-            entropy_BT = ahead.to_padded_tensor(0.0)
+            entropy = self._measure_entropies(data) if reads_current_entropy(selection) else entropy
+            entropy_BT = entropy.to_padded_tensor(0.0)
             selected_BT = select_over_ranks(entropy_BT, mask_BT, selection, seed, group)
             lengths_B = data["response_mask"].offsets().diff().tolist()
             rows = [row_T[:length] for row_T, length in zip(selected_BT.to(torch.int8), lengths_B, strict=True)]
             data[SELECTED] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
         if SELECTED in data:
-            own = int(data[SELECTED].values().bool().sum())
+            chosen_N = data[SELECTED].values().bool()
+            own, loss.threshold = int(chosen_N.sum()), _lowest(entropy.values()[chosen_N.to(entropy.device)].float())
         else:
             own = count_selected(mask_BT, selection, self._cut(data) if selection.scope == "micro_batch" else [])
         loss.num_selected = sum_over_ranks(own, self.device_name, group)
