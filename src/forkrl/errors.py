@@ -14,7 +14,7 @@ _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class UserError(Exception):
-    """Something only the user can mend. The command line prints it as one line and exits with 2.
+    """An error the user must fix. The command line prints it as one line and exits with code 2.
 
     Say what was found, where, and what to do about it: "recipe.toml: loss.clip_hgh is not a setting; did you mean
     loss.clip_high?".
@@ -22,11 +22,11 @@ class UserError(Exception):
 
 
 class TrainingHalted(Exception):
-    """Training cannot go on, as with a NaN loss. What was saved before stays as it is; exit code 1."""
+    """Training cannot continue, for example because of a NaN loss. Earlier checkpoints are unchanged; exit code 1."""
 
 
 class ReplicaLost(TrainingHalted):
-    """A further process has died. Nothing is wrong with what was saved: the run can be resumed."""
+    """A worker process has died. The run can be resumed from its checkpoints."""
 
 
 class NothingToLearn(TrainingHalted):

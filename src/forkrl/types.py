@@ -1,4 +1,4 @@
-"""The nouns of ForkRL, frozen: what travels from prompt to step.
+"""Shared data types, from prompt to gradient step.
 
 Shape legend, used in every module: ``B`` sequences, ``T`` token positions, ``V`` vocabulary, ``D`` hidden,
 ``P`` prompts, ``G`` rollouts per prompt (the group), ``N`` flattened rows.
@@ -31,7 +31,7 @@ def require_tensors(**values: object) -> None:
 class Prompt:
     """A question, exactly as the model reads it, with what its verifier needs to judge an answer.
 
-    ``place`` is where it stands in the user's data, as an error names it ("train.jsonl line 7"); empty if nowhere.
+    ``place`` is its location in the user's data for error messages ("train.jsonl line 7"); may be empty.
     ``source`` is the part of a mixed task that it comes from; empty in a task of one part. ``level`` is its place in a
     curriculum; 0 where there is none. ``templated``: a chat template has wrapped the text and added special tokens.
     """
@@ -239,7 +239,7 @@ class Verifier(Protocol):
         ...
 
     def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
-        """The same, while the caller goes on."""
+        """The same, asynchronously."""
         ...
 
 

@@ -201,7 +201,7 @@ def test_other_versions_or_threads_are_said_to_change_the_bits(world: World, uni
     config.write_text(re.sub('\ntorch = ".*"\n', '\ntorch = "1.0"\n', config.read_text()))
     lines = world.resumed("upgraded").outcome.stdout.splitlines()
     assert [line.split(" instead of ")[1] for line in lines if line.startswith("resuming with torch ")] == [
-        "1.0: the run goes on, but no longer the same to the bit"
+        "1.0: the run continues, but is no longer bit-identical"
     ]
 
 
@@ -286,7 +286,7 @@ def test_a_tracker_refuses_and_later_goes_on_with_the_same_run(own_world: World)
     folder, sinks = own_world.folder, 'log.sinks=["tensorboard", "wandb"]'
     (folder / "wandb.py").write_text(WANDB)
     logged_out = folder / "logged-out"
-    refusal = "forkrl: log.sinks: wandb does not start: api_key not configured; mend it, or leave it out"
+    refusal = "forkrl: log.sinks: wandb does not start: api_key not configured; fix it, or remove it"
 
     logged_out.touch()
     outcome = own_world.train("run", sinks)

@@ -162,7 +162,7 @@ class TestMetrics:
         run.append_metrics({"step": 1})
         with (run.path / "metrics.jsonl").open("a") as file:
             file.write(line + "\n")
-        with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is no JSON object"):
+        with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not a JSON object"):
             run.read_metrics()
 
     def test_cutting_back_to_a_checkpoint(self, run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
@@ -240,7 +240,7 @@ class TestRollouts:
 
     @pytest.mark.parametrize("name", ["train-1", "../train-000001", "test-000001", "train-000001.parquet"])
     def test_other_names_are_refused(self, run: RunFolder, name: str) -> None:
-        with pytest.raises(ValueError, match="is no name for rollouts"):
+        with pytest.raises(ValueError, match="is not a name for rollouts"):
             run.write_rollouts(name, [])
 
     def test_missing_and_damaged_files_are_named(self, run: RunFolder) -> None:

@@ -2,7 +2,7 @@
 
 ``recipe.py`` reads them from a TOML file and from ``section.key=value`` on the command line. Defaults are the paper's
 setting (arXiv 2506.01939v2, section 5.2) wherever the paper has one. What a setting is made of (its base class, its
-range) stands in ``sections.py``.
+range) is in ``sections.py``.
 """
 
 from forkrl.config.responses import DynamicSamplingConfig, RewardConfig, RolloutConfig, SandboxConfig

@@ -47,7 +47,7 @@ class ClusterConfig(Section):
     reward_workers: PositiveInt = 1
     """Ray actors that judge, spread over the nodes, each with reward.workers verifier processes."""
     patience_s: Annotated[float, Field(gt=0)] = 3600.0
-    """A step in which no response is sampled or judged for so many seconds ends the run: something hangs."""
+    """The run ends if no response is sampled or judged for this many seconds: something hangs."""
     overrides: Annotated[tuple[str, ...], FROM_LIST] = ()
     """Further settings of verl, as its command line takes them: "actor_rollout_ref.rollout.max_num_seqs=512". A key
     that ForkRL sets itself is refused."""

@@ -23,7 +23,7 @@ class CurriculumConfig(Section):
     lower_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Go one level down when it is below this. 0: never."""
     window: PositiveInt = 64
-    """Groups of responses, all of the present level; after each change of level they are counted anew."""
+    """Groups of responses, all of the present level; counting restarts after each change of level."""
     start: Count = 0
     """The first level."""
     most: Count | None = None
@@ -68,7 +68,7 @@ class TaskConfig(Section):
     answer_column: str = "answer"
     """dataset: column with the gold answer."""
     template: str = "{prompt}"
-    """dataset, reasoning-gym: text around the question; {prompt} stands for it."""
+    """dataset, reasoning-gym: text around the question; {prompt} is replaced by it."""
     chat_template: bool = False
     """dataset, reasoning-gym: wrap the templated question as a user message with the tokenizer's chat template."""
     skip_bad_rows: bool = False
@@ -95,7 +95,7 @@ class TaskConfig(Section):
     question_seed: Seed = 0
     """reasoning-gym: of the questions themselves; `seed` orders them."""
     instruction: str = GYM_INSTRUCTION
-    """reasoning-gym: what follows the question inside {prompt}. Only what stands in <answer> tags is judged."""
+    """reasoning-gym: what follows the question inside {prompt}. Only the text in <answer> tags is judged."""
     strict: bool = False
     """reasoning-gym: only full marks count; the fractions that many scorers give become 0."""
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -158,7 +158,7 @@ class PartConfig(TaskConfig):
     @model_validator(mode="after")
     def _is_no_mix(self) -> PartConfig:
         if self.name == "mix":
-            raise ValueError("task.name: a part of a mix cannot be a mix; list its parts beside the others")
+            raise ValueError("task.name: a part of a mix cannot be a mix; list its parts next to the others")
         if self.verifier == "none":
             raise ValueError('task.verifier = "none" judges nothing, and a mix is trained on')
         return self

@@ -15,7 +15,7 @@ class SelectionConfig(Section):
     ratio: Fraction = 0.2
     """rho: the fraction kept by top_entropy, bottom_entropy and random."""
     threshold: NonNegative | None = None
-    """rule "threshold" only: keep tokens with entropy of at least so many nats (the paper's 80th percentile: 0.672)."""
+    """rule "threshold" only: keep tokens of at least this entropy, in nats (the paper's 80th percentile: 0.672)."""
     scope: Literal["micro_batch", "mini_batch", "rollout_batch", "sequence"] = "micro_batch"
     """Over what tokens the fraction is taken. The paper: one micro-batch. "mini_batch" does not depend on the cut;
     "rollout_batch", all tokens of a step, is known before its first update: with entropy = "rollout"."""

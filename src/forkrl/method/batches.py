@@ -40,7 +40,7 @@ def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) 
 
 
 def mini_batches(batch: TokenBatch, sequences: int) -> list[TokenBatch]:
-    """The batch in order, so many sequences to a gradient step; the last may be smaller."""
+    """The batch in order, ``sequences`` per gradient step; the last may be smaller."""
     return [
         batch.rows(torch.arange(len(batch))[start : start + sequences]) for start in range(0, len(batch), sequences)
     ]

@@ -228,7 +228,7 @@ def kl_penalty(
         The penalty to add to a loss, and over this call ``kl`` (the mean) and ``num_response`` to weigh it by.
 
     Raises:
-        ValueError: shapes disagree, the mask is not bool, or the denominator is no count.
+        ValueError: shapes disagree, the mask is not bool, or the denominator is not a count.
         TypeError: an argument that must be a tensor is not one.
     """
     require_tensors(logprobs=logprobs)
@@ -293,7 +293,7 @@ def _metrics(log_ratio_BT: Tensor, clipped_BT: Tensor, selected_mask: Tensor) ->
     return {
         "clip_fraction": mean(clipped_BT.to(ratio_BT.dtype)),
         "ratio_mean": mean(ratio_BT),
-        # A ratio is never negative, so the appended 0 is the answer only where there is no token at all.
+        # A ratio is never negative, so the appended 0 is the maximum only if no token is selected.
         "ratio_max": torch.cat([torch.where(selected_mask, ratio_BT, 0.0).flatten(), ratio_BT.new_zeros(1)]).amax(),
         "approx_kl": mean(log_ratio_BT.expm1() - log_ratio_BT),
         "num_selected": num_selected,

@@ -1,6 +1,6 @@
-"""The exact way: every position runs with gradients; the head sees the positions that somebody asks about.
+"""The dense forward pass: every position runs through the model; the head runs only at requested positions.
 
-Shapes: ``B`` sequences, ``T`` token positions, ``N`` positions asked about, ``D`` hidden.
+Shapes: ``B`` sequences, ``T`` token positions, ``N`` requested positions, ``D`` hidden.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def compute_token_stats(
         batch: on the policy's device.
         temperature: of sampling; the statistics are of the same distribution.
         entropy_grad: let gradients flow through the entropy too, for an entropy bonus.
-        at_BT: bool, inside the response mask: ask about these alone, which spares the head the others.
+        at_BT: bool, inside the response mask: compute only these positions; None: the whole response.
     """
     asked_BT = batch.response_mask if at_BT is None else at_BT
-    # Padding stands on the right, where causal attention never looks: no mask, and attention takes its fast path.
+    # Padding is on the right, so causal attention needs no mask and takes its fast path.
     hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False)
     with policy.autocast():
         stats_N = token_stats(

@@ -159,7 +159,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
             f"model.path = {config.path!r} has no tokenizer; save the model's there: tokenizer.save_pretrained(FOLDER)"
         )
     if absent := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-        raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model anew")
+        raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model again")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {config.path!r} has no EOS token, so no response could ever end; "

@@ -60,7 +60,7 @@ def response_text(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int
 
 @lru_cache(maxsize=8)
 def _hidden_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Special tokens that are no text."""
+    """Special tokens that are not text."""
     special = {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     texts, ends = set(special.values()), {tokenizer.bos_token_id, tokenizer.eos_token_id}
     return frozenset(

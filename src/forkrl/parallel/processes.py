@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Import what this process can import, from the current folder too; so many threads."""
+    """Import what this process can import, from the current folder too, with this many threads."""
     here = str(Path.cwd())
     folders = [*(folder or here for folder in sys.path), here]
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(threads)}

@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 _ALIGNMENT = 64
 SMALL_MODEL_PARAMETERS = 50_000_000
-"""Above it the matrix products are long enough that several threads on one of them do not wait in vain."""
+"""Above it the matrix products are long enough that several threads on one of them pay off."""
 
 
 class Replica(NamedTuple):
@@ -257,7 +257,7 @@ def _is_small(policy: Policy) -> bool:
 
 
 def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of the items for each of ``count`` replicas: the largest first, each to whoever has least so far."""
+    """Indices of the items of each replica: the largest first, each to the replica with the least work so far."""
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -342,7 +342,7 @@ class _SharedMemory:
                 start += _size(parameter)
 
     def gradients(self, policy: Policy, rank: int) -> list[Tensor]:
-        """Where the gradients of a further replica are."""
+        """The gradients of another replica."""
         views, start = [], self._gradients_start + rank * self._gradients_size
         for parameter in _trained(policy):
             views.append(self._view(parameter, start))

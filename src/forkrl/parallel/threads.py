@@ -18,7 +18,7 @@ _ENVIRONMENT = {
 
 
 def configure_environment() -> None:
-    """Set what the numeric libraries read at load time; a variable that the user has set stands.
+    """Set what the numeric libraries read at load time; a variable that the user has set is kept.
 
     Call it before torch is imported: afterwards it has no effect on this process, only on its children.
     """
@@ -34,7 +34,7 @@ def available_cores() -> int:
 
 
 def configure_threads(num_threads: int = 0) -> int:
-    """Give one torch operation so many threads; return how many.
+    """Set the number of threads of one torch operation; return it.
 
     Args:
         num_threads: 0 takes ``OMP_NUM_THREADS`` where it is set, else one a core.

@@ -284,7 +284,7 @@ def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[
     """Fill a cache with each distinct prompt, once.
 
     Returns:
-        Last hidden states ``[P, D]``, the cache, bool ``[P, T]`` of what is a token in it (padding stands on the left),
+        Last hidden states ``[P, D]``, the cache, bool ``[P, T]`` of what is a token in it (padding is on the left),
         and which prompt is whose, ``[S]``.
     """
     distinct = list(dict.fromkeys(prompts_S))

@@ -146,6 +146,6 @@ def _count_to_stop(tokens_SN: Tensor, stop_ids: Tensor) -> Tensor:
 
 
 def _kept_places(going: Sequence[bool], num_rows: int) -> list[int]:
-    """What stands in each of the rows that are left: itself, or one that still goes on and would be cut off."""
+    """The source of each remaining row: itself, or an unfinished row that would be cut off."""
     homeless = [place for place in range(num_rows, len(going)) if going[place]]
     return [place if going[place] or not homeless else homeless.pop() for place in range(num_rows)]

@@ -37,7 +37,7 @@ def requested(params: Any) -> ForkTemperature | None:
     """What a request's ``SamplingParams.extra_args`` ask for; None if nothing.
 
     Raises:
-        ValueError: not three numbers, one out of range, or a temperature of vLLM's own beside them.
+        ValueError: not three numbers, one out of range, or a temperature of vLLM's own together with them.
     """
     value = (params.extra_args or {}).get(KEY)
     if value is None:

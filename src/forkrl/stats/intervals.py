@@ -131,7 +131,7 @@ def paired_normal_difference(values_a: Scores, values_b: Scores) -> Estimate:
 def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estimate:
     """Mean over questions of one value in [0, 1] each, with a 95% interval.
 
-    For what is estimated a question at a time and is no mean of samples, such as pass@k or a majority vote. The
+    For values estimated per question that are not means of samples, such as pass@k or a majority vote. The
     interval is Wilson's at the effective sample size of the spread over questions, as in :func:`mean_with_interval`.
 
     Args:
@@ -233,7 +233,7 @@ class ClusterSums:
         return Estimate(mean, mean - half, mean + half)
 
     def _squared_error(self, pull: _Array, questions: float) -> float:
-        """Of a mean over so many questions with such pulls; 0 with a single one, whose spread nobody knows."""
+        """Of a mean over ``questions`` questions with these pulls; 0 for one question, whose spread is unknown."""
         squares = max(float(pull @ self._products @ pull), 0.0)  # the pulls themselves sum to 0
         return squares * float(questions) / max(float(questions) - 1, 1)
 
@@ -296,7 +296,7 @@ def _wilson_of_means(means_P: _Array, most: float) -> Estimate:
 
 
 def _wilson(mean: float, size: float) -> Estimate:
-    """Wilson's interval at so many independent draws."""
+    """Wilson's interval at ``size`` independent draws."""
     shrunk = (mean + Z95**2 / (2 * size)) / (1 + Z95**2 / size)
     half = Z95 * math.sqrt(mean * (1 - mean) / size + Z95**2 / (4 * size**2)) / (1 + Z95**2 / size)
     # Rounding must not push an end past the mean: at p = 0 and p = 1 they coincide.

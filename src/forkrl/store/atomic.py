@@ -1,6 +1,6 @@
 """Writing files so that a kill, a power cut or a full disk leaves the old one or the new one, never half of either.
 
-The recipe is old: write beside the target, fsync, rename over it, fsync the folder that holds the name.
+Write next to the target, fsync, rename over it, fsync the folder that holds the name.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupted(BaseException):
     """The user or the system asked the run to stop. Not an ``Exception``: nothing on the way up may swallow it.
 
-    ``outcome``: what became of the finished steps, as the sentence "stopped by SIGINT and saved" goes on.
+    ``outcome``: what became of the finished steps, as in "stopped by SIGINT and saved".
     """
 
     def __init__(self, signum: int) -> None:

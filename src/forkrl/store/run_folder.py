@@ -191,7 +191,7 @@ class RunFolder:
     def truncate_metrics(self, size: int) -> None:
         """Cut metrics.jsonl to its first ``size`` bytes, and to whole lines.
 
-        If it is shorter, lines that the checkpoint counted on are lost: that is logged, and the run can go on.
+        If it is shorter, lines that the checkpoint counted on are lost: that is logged, and the run can continue.
         """
         content = (self.path / "metrics.jsonl").read_bytes()
         whole = content[:size].rfind(b"\n") + 1
@@ -208,7 +208,7 @@ class RunFolder:
         """Every line of metrics.jsonl; one that is still being written, at the end, is left out.
 
         Raises:
-            UserError: a line is no JSON object.
+            UserError: a line is not a JSON object.
         """
         records: list[dict[str, Any]] = []
         *lines, _ = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
@@ -218,7 +218,7 @@ class RunFolder:
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
-                raise UserError(f"{self.path / 'metrics.jsonl'}: line {number} is no JSON object; remove that line")
+                raise UserError(f"{self.path / 'metrics.jsonl'}: line {number} is not a JSON object; remove that line")
             records.append(record)
         return records
 
@@ -239,7 +239,7 @@ class RunFolder:
             ValueError: a name or a row that does not fit.
         """
         if not _ROLLOUT_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name for rollouts; train-000010 is one")
+            raise ValueError(f"{name!r} is not a name for rollouts, such as train-000010")
         for number, row in enumerate(rows):
             _check_row(number, row)
         table = pa.Table.from_pylist([_encodable(row) for row in rows], schema=ROLLOUT_SCHEMA)

@@ -21,7 +21,7 @@ _BATCH_ROWS = 1024
 
 class Row(NamedTuple):
     place: str
-    """Where the row stands, as an error names it: "train.jsonl line 7"."""
+    """The location of the row in error messages: "train.jsonl line 7"."""
     values: dict[str, Any]
 
 
@@ -131,7 +131,7 @@ def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[R
         rows = datasets.load_dataset(name, config.subset or None, split=split)
     except Exception as error:  # network, permission, unknown name, subset or split: dozens of types, one remedy
         raise UserError(
-            f"{key} = {name!r} is no local path, and the hub did not give its split {split!r} ({_first_line(error)}); "
+            f"{key} = {name!r} is not a local path, and the hub has no split {split!r} of it ({_first_line(error)}); "
             f"check the name, or download it and give the path of a .jsonl or .parquet file or a folder of them"
         ) from None
     rows = rows.select_columns(_top_columns(config, rows.column_names, name))

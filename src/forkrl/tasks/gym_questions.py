@@ -97,7 +97,7 @@ def _distinct(
 
 
 def _entry(source: Source, index: int) -> Any:
-    """An entry; a generator that cannot go on with its settings is a mistake in them."""
+    """An entry; a generator that fails with its settings is an error in the settings."""
     try:
         return make_entry(source, index)
     except Exception as error:

@@ -9,7 +9,7 @@ from forkrl.errors import UserError
 
 
 def json_object(line: bytes, place: str) -> dict[str, Any]:
-    """The object that a line holds; a byte order mark is no part of it.
+    """The object on a line, without a byte order mark.
 
     Raises:
         UserError: it is not UTF-8, not JSON, or no object; ``place`` says where ("train.jsonl line 7").
@@ -35,7 +35,7 @@ def require_characters(text: str, column: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{place}: {column} holds half a surrogate pair, which is no character; repair the row"
+            f"{place}: {column} holds half a surrogate pair, which is not a character; repair the row"
         ) from None
 
 

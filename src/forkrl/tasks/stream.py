@@ -70,7 +70,7 @@ class PromptStream:
                 self._move(source, self._curricula[source])
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON can hold it."""
+        """The position of the stream, as JSON."""
         drawn = {
             source: {str(level): pool.position for level, pool in levels.items()}
             for source, levels in self._pools.items()

@@ -1,4 +1,4 @@
-"""The forks-only way: only some positions run with gradients. An approximation, made for speed.
+"""The forks-only backward: only some positions run with gradients. An approximation for speed.
 
 First every position runs without gradients, which leaves the keys and values of each layer, and the entropies that a
 selection wants. Then the selected positions run again with gradients, attending to those keys and values. The log-probs
@@ -214,14 +214,14 @@ def _windows(policy: Policy) -> list[int | None]:
 
 
 def _no_mask(policy: Policy) -> Tensor | dict[str, Tensor]:
-    """A mask that the model hands on as it is: who sees what is the attention's own affair here."""
+    """A mask that the model passes through unchanged: the custom attention does the masking."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=policy.device)
     kinds = set(getattr(policy.model.config.get_text_config(), "layer_types", None) or ())
     return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
 
 
 def _head(policy: Policy, hidden_ND: Tensor, batch: TokenBatch, where_BT: Tensor, temperature: float) -> TokenStats:
-    """Statistics of the rows that stand at ``where_BT``, laid out again, 0 elsewhere."""
+    """Statistics of the rows at ``where_BT`` as ``[B, T]``, 0 elsewhere."""
     with policy.autocast():
         stats_N = token_stats(
             hidden_ND.to(policy.head_weight.dtype),

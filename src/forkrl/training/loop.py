@@ -1,4 +1,4 @@
-"""The story of ForkRL, in one file: prompts, rollouts, rewards, advantages, selection, loss, step, log.
+"""One training step in one file: prompts, rollouts, rewards, advantages, selection, loss, step, log.
 
 Everything else in the package is a leaf that one of these lines calls. The command line, the smoke tests and the
 tutorial all run ``train``.

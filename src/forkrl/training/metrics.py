@@ -59,7 +59,7 @@ def part_metrics(sampled: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup
 
 
 def level_metrics(levels: Mapping[str, int]) -> dict[str, float]:
-    """The level that each curriculum stands at, as ``task/level/PART``; ``task/level`` in a task of one part."""
+    """The level of each curriculum, as ``task/level/PART``; ``task/level`` in a task of one part."""
     return {f"task/level/{source}".rstrip("/"): float(level) for source, level in levels.items()}
 
 

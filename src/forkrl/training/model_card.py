@@ -63,7 +63,7 @@ def measure_base_model(replicas: Replicas, task: Task, config: SftConfig) -> Bas
 def write_model_card(
     out: Path, config: SftConfig, figures: BaseModelFigures, *, recipe: str, num_tokens: int, threads: int
 ) -> None:
-    """Write ``README.md`` beside the weights: what it is, how it was made, what was measured."""
+    """Write ``README.md`` next to the weights: what it is, how it was made, what was measured."""
     write_text(
         out / "README.md",
         f"""\

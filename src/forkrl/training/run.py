@@ -1,6 +1,6 @@
 """A training run: everything it opens, and what happens around its steps (log, sample, save, resume, stop).
 
-What happens *in* a step stands in ``loop.py``.
+``loop.py`` is what happens inside a step.
 """
 
 from __future__ import annotations
@@ -273,10 +273,10 @@ class Run:
     def way_on(self) -> str:
         """What can be done with a run that its own recipe cannot take further."""
         if self._saved_step is None:
-            return "no checkpoint had been saved; start anew with another --out"
+            return "no checkpoint had been saved; start a new run with another --out"
         return (
-            f"the checkpoint of step {self._saved_step} is intact; to go on with other settings, start a new run from "
-            f"its weights: model.path={self.folder.checkpoints / f'step-{self._saved_step}'} and another --out"
+            f"the checkpoint of step {self._saved_step} is intact; to continue with other settings, start a new run "
+            f"from its weights: model.path={self.folder.checkpoints / f'step-{self._saved_step}'} and another --out"
         )
 
     def _evaluation_bytes(self, start: int) -> int:
@@ -404,7 +404,7 @@ def _announce_resume(run: Run, changes: Sequence[str], provenance: Mapping[str, 
     finished = run.step == run._evaluated_step == run.config.training.steps
     run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
     if arithmetic := changed_arithmetic(run.folder.provenance, provenance):
-        run.display.message(f"resuming with {arithmetic}: the run goes on, but no longer the same to the bit")
+        run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")
 
 
 @contextmanager
@@ -424,7 +424,7 @@ def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
             run.stop()
         raise NothingToLearn(f"step {run.step + 1}: {error}; {run.way_on()}") from error
     except ReplicaLost as error:  # not saved: it may have died between the gradient steps of a batch
-        remedy = f"go on with: forkrl train --resume {run.folder.path}"
+        remedy = f"continue with: forkrl train --resume {run.folder.path}"
         raise ReplicaLost(f"step {run.step + 1}: {error}; {remedy}") from error
     except TrainingHalted as error:  # not saved: the weights may be what went wrong
         raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error

@@ -54,7 +54,7 @@ class Group(NamedTuple):
 
 
 def lay_out(running_BT: Tensor, weight_BT: Tensor | None) -> list[Group]:
-    """Where everything that runs stands: True in ``running_BT``, with a weight if not all of it counts once."""
+    """The positions that run: True in ``running_BT``, with weights if some do not count once."""
     counts = running_BT.sum(1).tolist()
     slots_B = torch.arange(sum(counts), device=running_BT.device).split(counts)
     groups: list[list[int]] = []

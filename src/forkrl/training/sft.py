@@ -38,7 +38,7 @@ CHECKPOINT_EVERY = 250
 def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     """Train from random weights and write the model, its tokenizer and its card to ``out``.
 
-    Interrupted or killed, the same call goes on from the last checkpoint in ``out/.checkpoints``.
+    After an interruption the same call resumes from the last checkpoint in ``out/.checkpoints``.
 
     Raises:
         UserError: ``out`` holds something else, or checkpoints of another recipe.

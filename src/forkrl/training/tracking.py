@@ -1,9 +1,9 @@
 """Metrics to TensorBoard, W&B and trackio, for those who keep their curves there.
 
 ``metrics.jsonl`` is the record and is always written; a tracker is a copy. So one that is not installed or refuses to
-start stops the run before its first step; one that fails later is reported once and dropped, and training goes on.
+start stops the run before its first step; one that fails later is reported once and dropped, and training continues.
 
-A resumed run goes on with its curves. Steps that were logged after its checkpoint are logged again: TensorBoard is told
+A resumed run continues its curves. Steps that were logged after its checkpoint are logged again: TensorBoard is told
 to forget the first time, W&B keeps the first and warns, and trackio, which can do neither, shows both.
 """
 
@@ -139,7 +139,7 @@ class Tracker:
             del self._sinks[name]
             self._report(
                 f"{name} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}) "
-                f"and gets no further metrics; training goes on, metrics.jsonl is complete"
+                f"and gets no further metrics; training continues, metrics.jsonl is complete"
             )
 
     def __enter__(self) -> Tracker:
@@ -189,7 +189,7 @@ def open_sinks(
         except Exception as error:
             Tracker(sinks, report).close()
             first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-            raise UserError(f"log.sinks: {name} does not start: {first_line}; mend it, or leave it out") from error
+            raise UserError(f"log.sinks: {name} does not start: {first_line}; fix it, or remove it") from error
     return Tracker({**sinks, **further}, report)
 
 

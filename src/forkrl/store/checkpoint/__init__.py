@@ -5,7 +5,7 @@
         trainer/optimizer.safetensors    AdamW moments and step counts, by parameter name
         trainer/optimizer.json           learning rate and the other numbers of every parameter group
         trainer/rng.safetensors          PyTorch's random states: CPU, every CUDA device, every named generator
-        trainer/progress.json            whatever the loop needs to go on
+        trainer/progress.json            what else the loop needs to resume
         manifest.json                    size and SHA-256 of all the above, written last
 
 A save builds the whole folder under a hidden name, syncs it, and renames it; only then do older ones go. Hidden names
@@ -72,7 +72,7 @@ def save_checkpoint(
         step: Gradient steps done. An older checkpoint of the same step is replaced.
         optimizer: AdamW or any other whose state is tensors only, over parameters of ``model``.
         generators: The run's random generators by name; PyTorch's global ones are saved besides.
-        progress: What else the loop needs to go on, as JSON can hold it.
+        progress: What else the loop needs to resume, as JSON.
         keep: Checkpoints to leave, the new one included. Older ones go once it is durable, and so do those of later
             steps: the run went back behind them, because they were damaged.
 
@@ -111,7 +111,7 @@ def save_checkpoint(
 def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
     """Make a folder with a model and its tokenizer, written by another program, the checkpoint of ``step``.
 
-    It has weights alone: it loads as any model, and training cannot go on from it.
+    It has weights only: it loads like any model, and training cannot resume from it.
 
     Args:
         checkpoints: Folder of all checkpoints of the run, on the same file system as ``saved``.
