@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forkrl import analysis
-from forkrl.analysis import contexts
+from forkrl.errors import UserError
 from tests.token_frames import random_frame, token_frame, write_parts
 
 TWO_PROMPTS = token_frame(
@@ -167,63 +166,31 @@ def test_parts_on_disk_give_what_memory_gives(seed: int, tmp_path: Path) -> None
         pd.testing.assert_frame_equal(function(folder), function(frame), check_dtype=False, rtol=1e-9)
 
 
-def test_frequent_contexts_survive_a_memory_that_is_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(contexts, "CAPACITY", 12)
-    frame = random_frame(3, num_prompts=40, vocabulary=30)
-    frame.loc[frame["position"] % 3 == 0, "token_id"] = 1
-    frame.loc[frame["position"] % 3 == 1, "token_id"] = 2
-    frame["text"] = [f"t{i} " for i in frame["token_id"]]
-    found = analysis.fork_contexts(write_parts(tmp_path / "tokens", frame), 0.5, n=2, min_count=1)
-    counts: Counter[str] = Counter()
-    for _, response in frame.groupby(["prompt", "sample"]):
-        texts = response["text"].tolist()
-        counts.update(a + b for a, b in pairwise(texts[:-1]))
-    frequent = {context for context, count in counts.items() if count > sum(counts.values()) / 12}
-    assert frequent, "the case is there"
-    assert frequent <= set(found["context"])
-    assert len(found) <= 12
-    assert all(counts[context] == count for context, count in zip(found["context"], found["count"], strict=True))
-
-
-@pytest.mark.parametrize("vocabulary", [4, 30, 1000])
-def test_the_memory_for_contexts_is_bounded(vocabulary: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(contexts, "CAPACITY", 12)
-    frame = random_frame(5, num_prompts=12, vocabulary=vocabulary)
-    for num_prompts in range(1, 13):  # so that it is seen after every batch, not just after the last
-        folder = write_parts(tmp_path / str(num_prompts), frame[frame["prompt"] < num_prompts])
-        assert len(contexts._frequent(folder, 2)) <= 12
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    values=st.lists(st.floats(0, 20, width=32), min_size=1, max_size=200),
-    fractions=st.lists(st.floats(0, 1), min_size=1, max_size=5),
-    cut=st.integers(0, 200),
-)
-def test_quantiles_are_numpys(values: list[float], fractions: list[float], cut: int) -> None:
-    array = np.array(values, dtype=np.float32)
-    batches = [array[:cut], array[cut:]]
-    expected = np.quantile(array.astype(np.float64), fractions)
-    np.testing.assert_allclose(analysis.exact_quantiles(lambda: batches, fractions), expected, rtol=1e-12, atol=1e-300)
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0, 20, width=32), min_size=1, max_size=200))
+def test_percentiles_are_numpys(values: list[float]) -> None:
+    figures = analysis.entropy_summary(token_frame([(0, [1] * len(values), values, None)]))["value"]
+    for percent in (5, 25, 50, 75, 80, 90, 95, 99):
+        expected = np.quantile(np.array(values), percent / 100)
+        assert figures[f"percentile_{percent}"] == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
-    [([], "nothing to take a quantile of"), ([0.1, math.nan], "NaN or infinite at 1 of 2"), ([math.inf], "1 of 1")],
+    ("values", "says"), [([], "no tokens"), ([0.1, math.nan], "NaN or infinite at 1 of 2"), ([math.inf], "1 of 1")]
 )
-def test_quantiles_refuse(values: list[float], says: str) -> None:
+def test_summary_refuses(values: list[float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        analysis.exact_quantiles(lambda: [np.array(values, dtype=np.float32)], [0.5])
+        analysis.entropy_summary(token_frame([(0, [1] * len(values), values, None)]).astype({"entropy": np.float32}))
 
 
 def test_negative_rounding_counts_as_zero() -> None:
-    tiny = np.array([-1e-7, -0.0, 0.0], dtype=np.float32)
-    assert analysis.exact_quantiles(lambda: [tiny], [0.0, 1.0]).tolist() == [0.0, 0.0]
+    figures = analysis.entropy_summary(token_frame([(0, [1, 2, 3], [-1e-7, -0.0, 0.0], None)]))["value"]
+    assert (figures["min"], figures["max"]) == (0.0, 0.0)
 
 
-def test_a_disordered_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="not ordered by prompt"):
-        analysis.fork_positions(TWO_PROMPTS.iloc[::-1], 0.5)
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    for function in (analysis.fork_positions, analysis.correct_against_incorrect, analysis.response_table):
+        pd.testing.assert_frame_equal(function(TWO_PROMPTS.iloc[::-1], 0.5), function(TWO_PROMPTS, 0.5))
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
@@ -233,10 +200,19 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         analysis.entropy_summary(tmp_path)
 
 
-def test_contexts_of_which_none_is_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contexts, "CAPACITY", 3)
-    distinct = token_frame([(0, [1, 2, 3, 4, 5, 6], [0.0] * 6, None)])
-    assert analysis.fork_contexts(distinct, 0.5, n=1, min_count=1).empty
+def test_a_context_has_a_token() -> None:
+    with pytest.raises(ValueError, match="n = 0: a context has at least one token"):
+        analysis.fork_contexts(TWO_PROMPTS, 0.5, n=0)
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    folder = write_parts(tmp_path / "tokens", random_frame(1, num_prompts=9))
+    part = folder / "part-00001.parquet"
+    content = bytearray(part.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # pages, not the footer
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-00001.parquet: cannot be read .*; remove it and give the same command"):
+        analysis.entropy_summary(folder)
 
 
 def test_every_table_compares_with_a_threshold_alike() -> None:

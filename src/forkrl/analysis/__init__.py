@@ -1,6 +1,5 @@
 """The numbers behind the figures of the paper (arXiv 2506.01939v2, sections 3 and 4), as data frames."""
 
-from forkrl.analysis.contexts import fork_contexts
 from forkrl.analysis.drift import entropy_change_by_percentile, overlap_ratio, overlap_table, percentile_table
 from forkrl.analysis.measure import TokenDetails, token_details
 from forkrl.analysis.patterns import (
@@ -9,11 +8,11 @@ from forkrl.analysis.patterns import (
     density_against_correctness,
     entropy_histogram,
     entropy_summary,
+    fork_contexts,
     fork_positions,
     response_table,
     token_types,
 )
-from forkrl.analysis.quantiles import exact_quantiles
 from forkrl.analysis.temperatures import temperature_table
 from forkrl.analysis.token_rows import measure_tokens
 from forkrl.analysis.token_table import TOKEN_SCHEMA, read_tokens
@@ -27,7 +26,6 @@ __all__ = [
     "entropy_change_by_percentile",
     "entropy_histogram",
     "entropy_summary",
-    "exact_quantiles",
     "fork_contexts",
     "fork_positions",
     "measure_tokens",

@@ -1,21 +1,18 @@
 """Patterns of token entropy (arXiv 2506.01939v2, section 3 and figure 2), and what the paper left out.
 
-Every function reads the table of tokens (``token_table.Tokens``) batch by batch and returns a small data frame. A
-*fork* is a token whose entropy exceeds a threshold, as in eq. 5. Intervals are 95% and clustered by prompt: responses
-to one prompt are alike, and tokens of one response even more.
+Every function queries the table of tokens (``token_table.Tokens``) and returns a small data frame. A *fork* is a token
+whose entropy exceeds a threshold, as in eq. 5. Intervals are 95% and clustered by prompt: responses to one prompt are
+alike, and tokens of one response even more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from forkrl.analysis.quantiles import exact_quantiles
-from forkrl.analysis.token_table import Tokens, token_batches
+from forkrl.analysis.token_table import Tokens, query, token_batches
 from forkrl.stats.intervals import ClusterSums, Estimate, as_columns
 
 LOW_ENTROPY = 0.01
@@ -25,27 +22,34 @@ PAPER_TEMPERATURE = 1.0
 PAPER = {"share_below_0.01": 0.5064, "percentile_80": 0.672}
 _PERCENTILES = (5, 25, 50, 75, 80, 90, 95, 99)
 
-SlottedValues: TypeAlias = Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.generic]]]
-"""(slot of each row, value of each row), ``[N]`` each: summed over the rows of each prompt, slot by slot."""
-
 
 def entropy_summary(tokens: Tokens) -> pd.DataFrame:
-    """Where the entropies of a model lie: one figure a row, ``value`` beside what the ``paper`` found (section 3).
+    """Statistics of the entropies of a model: one per row, ``value`` next to the ``paper``'s (section 3).
 
     Percentiles are exact over all tokens. ``percentile_80`` is the paper's threshold of a fork.
 
     Raises:
         ValueError: there are no tokens, or an entropy is NaN or infinite.
     """
-    quantiles = exact_quantiles(lambda: _entropies(tokens), [0.0, *(p / 100 for p in _PERCENTILES), 1.0])
-    count, total, low = 0, 0.0, 0
-    for entropy_N in _entropies(tokens):
-        count += len(entropy_N)
-        total += float(entropy_N.sum(dtype=np.float64))
-        low += int((entropy_N < LOW_ENTROPY).sum())
-    figures = {"tokens": float(count), "mean": total / count, f"share_below_{LOW_ENTROPY:g}": low / count}
+    fractions = [0.0, *(percent / 100 for percent in _PERCENTILES), 1.0]
+    found = query(
+        tokens,
+        ["entropy"],
+        f"""
+        SELECT count(*) AS tokens, count(*) FILTER (entropy IS NULL OR NOT isfinite(entropy)) AS bad,
+            avg(entropy::DOUBLE) AS mean, count(*) FILTER (entropy < {LOW_ENTROPY}::FLOAT) AS low,
+            quantile_cont(greatest(entropy::DOUBLE, 0), {fractions}) AS quantiles
+        FROM tokens
+        """,
+    ).iloc[0]
+    count = int(found["tokens"])
+    if count == 0:
+        raise ValueError("no tokens: there is nothing to summarise")
+    if found["bad"]:
+        raise ValueError(f"entropy is NaN or infinite at {found['bad']} of {count} tokens")
+    figures = {"tokens": float(count), "mean": found["mean"], f"share_below_{LOW_ENTROPY:g}": found["low"] / count}
     names = ["min", *(f"percentile_{percent}" for percent in _PERCENTILES), "max"]
-    figures |= dict(zip(names, quantiles.tolist(), strict=True))
+    figures |= dict(zip(names, found["quantiles"], strict=True))
     frame = pd.DataFrame({"value": figures, "paper": {name: PAPER.get(name, np.nan) for name in figures}})
     frame.index.name = "figure"
     return frame
@@ -57,12 +61,13 @@ def entropy_histogram(tokens: Tokens, bins: int = 60) -> pd.DataFrame:
     Returns:
         ``low``, ``high`` (nats), ``tokens``, and of these those of responses judged ``correct`` and ``incorrect``.
     """
-    top = max((float(entropy_N.max()) for entropy_N in _entropies(tokens) if len(entropy_N)), default=0.0)
+    top = query(tokens, ["entropy"], "SELECT coalesce(max(entropy), 0)::DOUBLE AS top FROM tokens")["top"].iloc[0]
     edges = np.linspace(0.0, max(top, 0.1), bins + 1)
     counts = {name: np.zeros(bins, dtype=np.int64) for name in ("tokens", "correct", "incorrect")}
     for frame in token_batches(tokens, ["entropy", "correct"]):
-        entropy_N, verdict_N = np.clip(frame["entropy"].to_numpy(), 0.0, edges[-1]), _verdicts(frame)
-        for name, rows in (("tokens", slice(None)), ("correct", verdict_N == 1), ("incorrect", verdict_N == 0)):
+        entropy_N = np.clip(frame["entropy"].to_numpy(), 0.0, edges[-1])
+        correct_N, judged_N = frame["correct"].fillna(False).to_numpy(bool), frame["correct"].notna().to_numpy()
+        for name, rows in (("tokens", slice(None)), ("correct", correct_N), ("incorrect", judged_N & ~correct_N)):
             counts[name] += np.histogram(entropy_N[rows], edges)[0]
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], **counts})
 
@@ -80,31 +85,53 @@ def token_types(tokens: Tokens, min_count: int = 100, threshold: float | None = 
     Returns:
         ``token_id``, ``text``, ``count``, ``mean_entropy`` and, with a threshold, ``fork_share``.
     """
-    sums = np.zeros((3, 0))
-    texts: dict[int, str] = {}
-    for frame in token_batches(tokens, ["token_id", "text", "entropy"]):
-        ids_N, entropy_N = frame["token_id"].to_numpy(), frame["entropy"].to_numpy(np.float64)
-        if len(ids_N) == 0:
-            continue
-        sums = np.pad(sums, ((0, 0), (0, max(int(ids_N.max()) + 1 - sums.shape[1], 0))))
-        forks_N = entropy_N > threshold if threshold is not None else np.zeros(len(ids_N))
-        for row, weights_N in enumerate((None, entropy_N, forks_N)):
-            sums[row] += np.bincount(ids_N, weights_N, minlength=sums.shape[1])
-        first = frame.drop_duplicates("token_id")
-        texts.update(zip(first["token_id"].tolist(), first["text"].astype(str).tolist(), strict=True))
-    ids = np.flatnonzero(sums[0] >= max(min_count, 1))
-    count, entropy, forks = sums[:, ids]
-    found = pd.DataFrame(
-        {
-            "token_id": ids,
-            "text": [texts[int(i)] for i in ids],
-            "count": count.astype(int),
-            "mean_entropy": entropy / count,
-        }
+    found = query(
+        tokens,
+        ["token_id", "text", "entropy"],
+        f"""
+        SELECT token_id, any_value(text)::VARCHAR AS text, count(*) AS count, avg(entropy::DOUBLE) AS mean_entropy,
+            avg((entropy::DOUBLE > $threshold)::INTEGER) AS fork_share
+        FROM tokens GROUP BY token_id HAVING count(*) >= {max(min_count, 1)} ORDER BY mean_entropy DESC, token_id
+        """,
+        threshold=np.inf if threshold is None else threshold,
     )
-    if threshold is not None:
-        found["fork_share"] = forks / count
-    return found.sort_values("mean_entropy", ascending=False, kind="stable", ignore_index=True)
+    return found.drop(columns="fork_share") if threshold is None else found
+
+
+def fork_contexts(tokens: Tokens, threshold: float, n: int = 2, min_count: int = 100) -> pd.DataFrame:
+    """Contexts of ``n`` tokens with the entropy of what follows them, those before most forks first.
+
+    Args:
+        tokens: the table.
+        threshold: nats; what exceeds it is a fork.
+        n: tokens of the context, at least 1.
+        min_count: rarer contexts are left out.
+
+    Returns:
+        ``context`` (text), ``count``, ``forks``, ``fork_share``, ``mean_entropy``.
+
+    Raises:
+        ValueError: ``n`` is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n = {n}: a context has at least one token")
+    ids, texts = (", ".join(f"lag({name}, {back}) OVER w" for back in range(n, 0, -1)) for name in ("token_id", "text"))
+    return query(
+        tokens,
+        ["prompt", "sample", "position", "token_id", "text", "entropy"],
+        f"""
+        SELECT any_value(context) AS context, count(*) AS count, sum(fork)::BIGINT AS forks, avg(fork) AS fork_share,
+            avg(entropy) AS mean_entropy
+        FROM (
+            SELECT position, entropy::DOUBLE AS entropy, (entropy::DOUBLE > $threshold)::INTEGER AS fork,
+                [{ids}] AS ids, concat({texts}) AS context
+            FROM tokens WINDOW w AS (PARTITION BY prompt, sample ORDER BY position)
+        )
+        WHERE position >= {n} GROUP BY ids HAVING count(*) >= {max(min_count, 1)}
+        ORDER BY forks DESC, count DESC, ids
+        """,
+        threshold=threshold,
+    )
 
 
 def fork_positions(tokens: Tokens, threshold: float, bins: int = 20) -> pd.DataFrame:
@@ -114,16 +141,18 @@ def fork_positions(tokens: Tokens, threshold: float, bins: int = 20) -> pd.DataF
         ``low``, ``high`` (fractions of the response), ``tokens``, ``fork_share``, ``mean_entropy``, each of the last
         two with ``_low`` and ``_high``.
     """
-
-    def features(frame: pd.DataFrame) -> SlottedValues:
-        place_N = (frame["position"].to_numpy() + 0.5) / frame["length"].to_numpy()
-        bin_N = np.minimum((place_N * bins).astype(np.int64), bins - 1)
-        entropy_N = frame["entropy"].to_numpy(np.float64)
-        return [(3 * bin_N, np.ones(len(frame))), (3 * bin_N + 1, entropy_N > threshold), (3 * bin_N + 2, entropy_N)]
-
-    sums = ClusterSums(3 * bins)
-    for vector in sums_by_prompt(tokens, ["position", "length", "entropy"], 3 * bins, features):
-        sums.add(vector)
+    found = query(
+        tokens,
+        ["prompt", "position", "length", "entropy"],
+        f"""
+        SELECT prompt, least(floor((position + 0.5::DOUBLE) / length * {bins}), {bins - 1})::INTEGER AS part,
+            count(*) AS tokens, sum((entropy::DOUBLE > $threshold)::INTEGER) AS forks,
+            sum(entropy::DOUBLE) AS entropy
+        FROM tokens GROUP BY prompt, part ORDER BY prompt, part
+        """,
+        threshold=threshold,
+    )
+    sums = _cluster_sums(found, bins, ["tokens", "forks", "entropy"])
     rows = [
         {
             "low": index / bins,
@@ -149,22 +178,23 @@ def correct_against_incorrect(tokens: Tokens, threshold: float) -> pd.DataFrame:
         ``mean_entropy`` and ``fork_share``, each of the last two with ``_low`` and ``_high``. Empty where no response
         was judged.
     """
-
-    def features(frame: pd.DataFrame) -> SlottedValues:
-        start_N = 4 * np.array([1, 0, 2])[_verdicts(frame)]  # incorrect, correct and, as index -1, not judged
-        entropy_N = frame["entropy"].to_numpy(np.float64)
-        first_N = frame["position"].to_numpy() == 0
-        values = (np.ones(len(start_N)), entropy_N, entropy_N > threshold, first_N)
-        return [(start_N + slot, value_N) for slot, value_N in enumerate(values)]
-
-    sums, within = ClusterSums(12), ClusterSums(3)
-    for vector in sums_by_prompt(tokens, ["position", "entropy", "correct"], 12, features):
-        sums.add(vector)
-        right, wrong = vector[:4], vector[4:8]
-        if right[0] and wrong[0]:
-            within.add([1.0, right[1] / right[0] - wrong[1] / wrong[0], right[2] / right[0] - wrong[2] / wrong[0]])
-    if not sums.total(0) + sums.total(4):
+    found = query(
+        tokens,
+        ["prompt", "position", "entropy", "correct"],
+        """
+        SELECT prompt, 1 - correct::INTEGER AS part, count(*) AS tokens, sum(entropy::DOUBLE) AS entropy,
+            sum((entropy::DOUBLE > $threshold)::INTEGER) AS forks, count(*) FILTER (position = 0) AS responses
+        FROM tokens WHERE correct IS NOT NULL GROUP BY prompt, part ORDER BY prompt, part
+        """,
+        threshold=threshold,
+    )
+    if found.empty:
         return pd.DataFrame()
+    sums, within = _cluster_sums(found, 2, ["tokens", "entropy", "forks", "responses"]), ClusterSums(3)
+    means = found.assign(entropy=found["entropy"] / found["tokens"], forks=found["forks"] / found["tokens"])
+    both = means.pivot(index="prompt", columns="part", values=["entropy", "forks"]).dropna()
+    for _, row in both.iterrows() if both.shape[1] == 4 else ():
+        within.add([1.0, row["entropy", 0] - row["entropy", 1], row["forks", 0] - row["forks", 1]])
     rows = [
         _row(name, sums.total(at + 3), sums.total(at), sums.mean(at + 1, at), sums.share(at + 2, at))
         for name, at in (("correct", 0), ("incorrect", 4))
@@ -180,19 +210,16 @@ def response_table(tokens: Tokens, threshold: float) -> pd.DataFrame:
 
     And ``fork_density``, the share of its tokens that are forks.
     """
-    parts = []
-    for frame in token_batches(tokens, ["prompt", "sample", "length", "entropy", "correct"]):
-        entropy_N = frame["entropy"].astype(np.float64)  # pandas averages fp32 in fp32 otherwise
-        whole = frame.assign(entropy=entropy_N, fork=entropy_N > threshold)
-        grouped = whole.groupby(["prompt", "sample"], sort=False, observed=True)
-        found = grouped.agg(
-            length=("length", "first"),
-            correct=("correct", "first"),
-            mean_entropy=("entropy", "mean"),
-            forks=("fork", "sum"),
-        ).reset_index()
-        parts.append(found)
-    table = pd.concat(parts, ignore_index=True)
+    table = query(
+        tokens,
+        ["prompt", "sample", "length", "entropy", "correct"],
+        """
+        SELECT prompt, sample, any_value(length) AS length, any_value(correct) AS correct,
+            avg(entropy::DOUBLE) AS mean_entropy, sum((entropy::DOUBLE > $threshold)::INTEGER)::BIGINT AS forks
+        FROM tokens GROUP BY prompt, sample ORDER BY prompt, sample
+        """,
+        threshold=threshold,
+    )
     table["fork_density"] = table["forks"] / table["length"]
     return table
 
@@ -230,43 +257,14 @@ def density_against_correctness(responses: pd.DataFrame, bins: int = 5) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def sums_by_prompt(
-    tokens: Tokens, columns: Sequence[str], width: int, features: Callable[[pd.DataFrame], SlottedValues]
-) -> Iterator[npt.NDArray[np.float64]]:
-    """The ``[width]`` sums of each prompt's tokens, prompt after prompt, in constant memory.
-
-    Raises:
-        ValueError: the rows of a prompt do not follow each other.
-    """
-    current, pending = -1, np.zeros(width)
-    for frame in token_batches(tokens, ["prompt", *columns]):
-        prompts_N = frame["prompt"].to_numpy()
-        if len(prompts_N) == 0:
-            continue
-        if (np.diff(prompts_N) < 0).any() or prompts_N[0] < current:
-            raise ValueError("the table of tokens is not ordered by prompt; sort it by prompt, sample and position")
-        prompts_U, owner_N = np.unique(prompts_N, return_inverse=True)
-        sums_UW = np.zeros(len(prompts_U) * width)
-        for slot, value_N in features(frame):
-            sums_UW += np.bincount(owner_N * width + slot, value_N, minlength=len(sums_UW))
-        for prompt, vector in zip(prompts_U.tolist(), sums_UW.reshape(-1, width), strict=True):
-            if prompt != current:
-                if current >= 0:
-                    yield pending
-                current, pending = prompt, np.zeros(width)
-            pending = pending + vector
-    if current >= 0:
-        yield pending
-
-
-def _entropies(tokens: Tokens) -> Iterator[npt.NDArray[np.floating]]:
-    return (frame["entropy"].to_numpy() for frame in token_batches(tokens, ["entropy"]))
-
-
-def _verdicts(frame: pd.DataFrame) -> npt.NDArray[np.int64]:
-    """1 correct, 0 incorrect, -1 not judged."""
-    correct = frame["correct"]
-    return np.where(correct.isna(), -1, correct.fillna(False).astype(bool).astype(np.int64))
+def _cluster_sums(found: pd.DataFrame, parts: int, columns: Sequence[str]) -> ClusterSums:
+    """Sums clustered by prompt: ``columns`` of part 0, then of part 1, ..."""
+    sums = ClusterSums(parts * len(columns))
+    for _, rows in found.groupby("prompt", sort=False):
+        vector = np.zeros((parts, len(columns)))
+        vector[rows["part"].to_numpy(int)] = rows[list(columns)].to_numpy(float)
+        sums.add(vector.ravel())
+    return sums
 
 
 def _row(name: str, count: float, tokens: float, entropy: Estimate, forks: Estimate) -> dict[str, str | float]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,13 +56,45 @@ def token_batches(tokens: Tokens, columns: Sequence[str]) -> Iterator[pd.DataFra
         yield tokens
         return
     for path in part_paths(Path(tokens)):
+        _require_columns(path, columns)
         with reading_parquet(path), pq.ParquetFile(path) as file:
-            if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise UserError(
-                    f"{path}: has no column {', '.join(missing)}; remove it and give the same command again"
-                )
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=list(columns)).to_pandas()
+
+
+def query(tokens: Tokens, columns: Sequence[str], sql: str, **parameters: float) -> pd.DataFrame:
+    """The result of SQL over the table ``tokens``, out of core. It reads ``columns``, and ``$name`` of the parameters.
+
+    One thread: the order of summation, and so every bit of the result, is the same each time.
+
+    Raises:
+        ValueError: a column is missing, or the folder holds no part.
+        UserError: a part is damaged.
+    """
+    with duckdb.connect(config={"threads": 1}) as database:
+        if isinstance(tokens, pd.DataFrame):
+            if missing := [name for name in columns if name not in tokens]:
+                raise ValueError(f"the table of tokens has no column {', '.join(missing)}")
+            database.register("tokens", tokens[list(columns)])
+        else:
+            paths = part_paths(Path(tokens))
+            for path in paths:
+                _require_columns(path, columns)
+            database.read_parquet([str(path) for path in paths]).create_view("tokens")
+        try:
+            return database.execute(sql, {name: float(value) for name, value in parameters.items()}).df()
+        except duckdb.Error:
+            for path in [] if isinstance(tokens, pd.DataFrame) else paths:
+                with reading_parquet(path):
+                    pq.read_table(path, columns=list(columns))
+            raise
+
+
+def _require_columns(path: Path, columns: Sequence[str]) -> None:
+    with reading_parquet(path):
+        present = pq.read_schema(path).names
+    if missing := [name for name in columns if name not in present]:
+        raise UserError(f"{path}: has no column {', '.join(missing)}; remove it and give the same command again")
 
 
 def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:

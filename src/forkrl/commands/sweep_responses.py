@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from forkrl.analysis.quantiles import exact_quantiles
 from forkrl.analysis.temperatures import FORK_FRACTION, Setting, ends_in_loop, holds_no_text
 from forkrl.analysis.token_table import reading_parquet
 from forkrl.store.atomic import write_bytes
@@ -105,7 +105,7 @@ class SweepResponses:
 def fork_threshold(groups: Sequence[RolloutGroup]) -> float:
     """The 80th percentile of the entropies of all tokens, nats: exact, as of ``forkrl analyze``."""
     entropies = [rollout.entropy.numpy() for group in groups for rollout in group.rollouts]
-    return float(exact_quantiles(lambda: entropies, [FORK_FRACTION])[0])
+    return float(np.quantile(np.concatenate(entropies).astype(np.float64), FORK_FRACTION))
 
 
 def _rows(
