@@ -23,19 +23,7 @@ _CHARACTERS = {
     "％": "%", "，": ",", "、": ",", "。": ".",
     "…": r"\ldots ", "−": "-", "∶": ":", "∣": "|", "→": r"\to ", "⇒": r"\Rightarrow ",
 }  # fmt: skip
-_SUPERSCRIPTS = {
-    "⁰": "0",
-    "¹": "1",
-    "²": "2",
-    "³": "3",
-    "⁴": "4",
-    "⁵": "5",
-    "⁶": "6",
-    "⁷": "7",
-    "⁸": "8",
-    "⁹": "9",
-    "⁻": "-",
-}
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True))
 _SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+|[a-zA-Z]))")
 
@@ -45,7 +33,8 @@ _TEXT_COMMANDS = (
 )
 _REPEATING = r"\\(?:overline|bar|overbar)\s*(?:\{\s*(\d+)\s*\}|(\d))"
 _DOTTED = r"\\dot\s*(?:\{\s*(\d)\s*\}|(\d))"
-_NUMERAL = r"(?:(\d+)|\{\s*(\d+)\s*\})"
+_ABOVE = r"(?:(?P<a>\d+)|\{\s*(?P<a2>\d+)\s*\})"
+_CHOSEN = r"(?:(?P<c>\d+)|\{\s*(?P<c2>\d+)\s*\})"
 _END = r"((?:[^\[\](),;]|\([^()]*\))*)"
 
 
@@ -56,12 +45,7 @@ def _with_bar(dotted: re.Match[str]) -> str:
 
 def _binomial(match: re.Match[str]) -> str:
     r"""``C_{10}^3``; with less than 2 below, or more above than below, C is a variable."""
-    above, chosen = int(match[1] or match[2]), int(match[3] or match[4])
-    return rf"\binom{{{above}}}{{{chosen}}}" if 2 <= above >= chosen else match[0]
-
-
-def _binomial_upside_down(match: re.Match[str]) -> str:
-    chosen, above = int(match[1] or match[2]), int(match[3] or match[4])
+    above, chosen = (int(match["a"] or match["a2"]), int(match["c"] or match["c2"]))
     return rf"\binom{{{above}}}{{{chosen}}}" if 2 <= above >= chosen else match[0]
 
 
@@ -150,9 +134,9 @@ _REWRITES = [
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1}{\2}"),
-        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*_\s*{_NUMERAL}\s*\^\s*{_NUMERAL}", _binomial),
-        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*\^\s*{_NUMERAL}\s*_\s*{_NUMERAL}", _binomial_upside_down),
-        (rf"(?:^|\{{\s*\}})\s*[_^]\s*{_NUMERAL}\s*(?:C|\\text\{{C\}})\s*_\s*{_NUMERAL}", _binomial),
+        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*_\s*{_ABOVE}\s*\^\s*{_CHOSEN}", _binomial),
+        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*\^\s*{_CHOSEN}\s*_\s*{_ABOVE}", _binomial),
+        (rf"(?:^|\{{\s*\}})\s*[_^]\s*{_ABOVE}\s*(?:C|\\text\{{C\}})\s*_\s*{_CHOSEN}", _binomial),
         (r"(?<![a-zA-Z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)", r"\\binom{\1}{\2}"),
         (r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\})", r"\\ln "),
         (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),

@@ -11,7 +11,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from forkrl.rewards.math.numbers import number_word, read_number
-from forkrl.rewards.math.unit_names import find_unit
+from forkrl.rewards.math.units import find_unit
 
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CANDIDATE = re.compile(r"\\(?:text|in|ne|ge|mathbb|setminus|forall)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2}|'|[万亿]")
