@@ -26,8 +26,7 @@ import pytest
 from forkrl.config import SandboxConfig
 from forkrl.rewards.code import bubblewrap, sandboxed_process
 from forkrl.rewards.code.bubblewrap import Bubblewrap
-from forkrl.rewards.code.programs import Outcome
-from forkrl.rewards.code.sandbox import require_sandbox
+from forkrl.rewards.code.sandbox import Outcome, require_sandbox
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import refused_calls
 from tests.sandbox_here import needs_bubblewrap

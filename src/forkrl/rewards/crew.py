@@ -181,17 +181,17 @@ class Crew:
                     return item
         return None
 
-    def _collect(self, worker: WorkerProcess) -> None:
+    def _collect(self, worker: WorkerProcess) -> bool:
+        """Handle the answers that have arrived; whether more may follow."""
         lines, problem = worker.read_answers()
         for line in lines:
             if worker.state == "starting":
                 self._welcome(worker, line)
             elif worker.state == "ready":
                 self._accept(worker, line)
-        if problem == "end":
-            worker.end(Cause("crash", ""))  # probably dead; the warden reports how
-        elif problem:
-            worker.end(Cause("crash", problem))
+        if problem:  # at the end of the pipe it is probably dead; the warden reports how
+            worker.end(Cause("crash", "" if problem == "end" else problem))
+        return bool(lines) and not problem
 
     def _welcome(self, worker: WorkerProcess, line: Any) -> None:
         match line:
@@ -249,13 +249,8 @@ class Crew:
 
     def _bury(self, worker: WorkerProcess, how: str) -> None:
         """A worker is dead: read its last answers, blame the item it worked on, and requeue the others."""
-        problem = ""
-        while worker.answers_fd >= 0 and not problem and worker.state in ("starting", "ready"):
-            lines, problem = worker.read_answers()
-            if not lines and not problem:
-                break
-            for line in lines:
-                (self._welcome if worker.state == "starting" else self._accept)(worker, line)
+        while worker.answers_fd >= 0 and worker.state in ("starting", "ready") and self._collect(worker):
+            pass
         if not worker.pid:
             raise self._start_failure(f"it {how}{worker.last_words()}")
         cause = worker.cause if worker.state == "ending" else Cause("crash", how)

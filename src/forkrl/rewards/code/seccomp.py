@@ -1,9 +1,8 @@
 """The system calls that a sandboxed program is refused: a seccomp filter, assembled here as BPF.
 
-Namespaces, limits and missing privileges contain a program already. The filter takes away what a Python program never
-needs and what holes in the kernel were found in: tracing, mounting, new namespaces, key rings, io_uring, BPF, foreign
-address families, memory that no limit counts. A refused call fails with EPERM; calls newer than this list do not exist
-(ENOSYS), and neither does the other calling convention of the architecture.
+The filter removes what a Python program never needs and where the kernel had holes: tracing, mounting, new namespaces,
+key rings, io_uring, BPF, foreign address families, memory that no limit counts. A refused call fails with EPERM; calls
+newer than this list and the architecture's other calling convention fail with ENOSYS.
 """
 
 from __future__ import annotations
@@ -73,11 +72,7 @@ def supports(machine: str) -> bool:
 
 
 def build_filter(machine: str) -> bytes:
-    """The filter as the kernel and ``bwrap --seccomp`` take it: an array of ``struct sock_filter``.
-
-    Args:
-        machine: an architecture for which ``supports`` is true.
-    """
+    """The filter for a supported machine as ``bwrap --seccomp`` takes it: an array of ``struct sock_filter``."""
     calls = _MACHINES[machine]
     program = [
         _step(_LOAD_WORD, _ARCHITECTURE),
@@ -86,7 +81,7 @@ def build_filter(machine: str) -> bytes:
         _step(_LOAD_WORD, _NUMBER),
         *_unless_below(_X32_CALLS, errno.ENOSYS),
         *_unless_below(_NEWEST_CALL + 1, errno.ENOSYS),
-        # Its flags lie in memory, where a filter cannot look; libraries then take clone, whose flags it can see.
+        # A filter cannot read its flags, which are in memory; libraries then fall back to clone.
         *_if_equal(calls.clone3, errno.ENOSYS),
     ]
     for number in refused_calls(machine).values():
@@ -116,6 +111,6 @@ def _unless_below(value: int, error: int) -> list[bytes]:
 
 
 def _if_argument(call: int, index: int, tests: list[bytes]) -> list[bytes]:
-    """For one call: tests of the lower half of an argument, which leave the call's number loaded again."""
+    """Test the lower half of one call's argument, then load the call's number again."""
     body = [_step(_LOAD_WORD, _ARGUMENTS + 8 * index), *tests, _step(_LOAD_WORD, _NUMBER)]
     return [_step(_JUMP_EQUAL, call, 0, len(body)), *body]

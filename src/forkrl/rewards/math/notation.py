@@ -1,7 +1,6 @@
-r"""One way of writing for the many ways in which the same mathematics is typed.
+r"""One notation for the same mathematics: ``½``, ``\dfrac12`` and ``\frac {1} {2}`` become the same text.
 
-Nothing here understands an expression; it only makes ``½``, ``\dfrac12`` and ``\frac {1} {2}`` the same text, and takes
-away what is only for the eye. The text is a final answer of bounded length, so every pattern may be quadratic.
+No expression is parsed here. The text is a final answer of bounded length, so a pattern may take quadratic time.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ _PLAIN = re.compile(r"[\w./(), -]*\w", re.ASCII)
 
 
 def plain_notation(text: str) -> str:
-    """The text in ASCII and in one way of writing, without spacing commands, dollars and closing punctuation."""
+    """The text in ASCII and one notation, without spacing commands, dollars and closing punctuation."""
     if _ALREADY_PLAIN.fullmatch(text):
         return text
     text = without_markup(_CONTROL.sub("", text))
@@ -181,7 +180,7 @@ def plain_notation(text: str) -> str:
 
 
 def without_thousands(text: str) -> str:
-    """8000 for 8,000, outside of brackets: (1,234) are two numbers, as are 1, 234."""
+    """8000 for 8,000 outside brackets; (1,234) and 1, 234 are two numbers."""
     if "," not in text and " " not in text:
         return text
     pieces, place = [], 0
@@ -219,7 +218,7 @@ def _one_to_ascii(character: str) -> str:
 
 
 def closing_place(text: str, start: int) -> int:
-    """Where the bracket at ``start`` is closed; -1 if never. Kinds of brackets may be mixed, for intervals."""
+    """Where the bracket at ``start`` closes, or -1. Kinds of brackets may differ, as in intervals."""
     depth = 0
     place = start
     while place < len(text):
@@ -238,7 +237,7 @@ def closing_place(text: str, start: int) -> int:
 
 
 def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Pieces between the matches of ``separator`` that stand outside of all brackets."""
+    """Pieces between the matches of ``separator`` outside all brackets."""
     pieces, depth, begin, place = [], 0, 0, 0
     while place < len(text):
         match = separator.match(text, place) if depth == 0 else None

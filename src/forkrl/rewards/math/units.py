@@ -170,11 +170,9 @@ _REWRITES = [
 
 
 def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
-    """The answer without its unit, and the unit.
+    """The answer (in ``plain_notation``) without its unit, and the unit.
 
-    Args:
-        text: in the notation of ``plain_notation``.
-        lenient: letters behind a number are a unit wherever they can be one: ``5m`` are five metres.
+    With ``lenient``, letters behind a number are a unit if they can be: ``5m`` is five metres.
     """
     if text.isdecimal():
         return text, NO_UNIT
@@ -197,9 +195,9 @@ def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
 
 
 def scale_between(gold: Unit, found: Unit) -> Fraction | None:
-    """What the found number is multiplied with before it is compared; None where the units measure different things.
+    """The factor for the found number before it is compared; None if the units measure different things.
 
-    A unit may be left out on either side. Words that are no known unit (apples, people) are all alike.
+    Either side may omit its unit. Words that are not a known unit (apples, people) are all alike.
     """
     if not gold.measures or not found.measures:
         return Fraction(1)
@@ -210,7 +208,7 @@ def scale_between(gold: Unit, found: Unit) -> Fraction | None:
 
 
 def _is_bare_unit(space: str, words: str, lenient: bool) -> bool:
-    """2xy is no number of things, and 3m/s may be a formula."""
+    """2xy is not a number of things, and 3m/s may be a formula."""
     unit = _unit(words)
     if unit == _UNKNOWN:
         return bool((space and _WORD.search(words)) or not words[0].isascii())
