@@ -269,7 +269,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("chain_sum", {"settings": {"zzz": 2}}, "it has: min_terms, max_terms"),
     ("chain_sum", {"settings": {"min_terms": 5, "max_terms": 2}}, "max_terms must be >= min_terms; change them"),
     ("chain_sum", {"settings": {"min_terms": "two"}}, "'>' not supported between instances of 'str' and 'int'"),
-    ("chain_sum", {"settings": {"seed": 2}}, "task.settings.seed is not yours to set; see task.question_seed"),
+    ("chain_sum", {"settings": {"seed": 2}}, "task.settings.seed cannot be set; use task.question_seed"),
     ("chain_sum", {"levels": [77]}, "chain_sum has levels 0 to 10, not 77"),
     ("chain_sum", {"levels": [0, 77]}, "chain_sum has levels 0 to 10, not 77"),
     ("chain_sum", {"levels": [77, None]}, "chain_sum has levels 0 to 10, not 77"),

@@ -23,8 +23,7 @@ from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool
 from forkrl.rewards.code import bubblewrap, code_verifier, last_program, sandbox, verify_code, with_sandbox
 from forkrl.rewards.code import test_cases as code_tests
-from forkrl.rewards.code.programs import SandboxUnavailableError
-from forkrl.rewards.code.sandbox import require_sandbox
+from forkrl.rewards.code.sandbox import SandboxUnavailableError, require_sandbox
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import build_filter
 from forkrl.rewards.code.test_cases import pack_tests, repack_tests, unpack_tests

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from forkrl.config import SandboxConfig
-from forkrl.rewards.code import bubblewrap, sandboxed_process, seccomp
+from forkrl.rewards.code import bubblewrap, sandboxed_process
 from forkrl.rewards.code.bubblewrap import Bubblewrap
-from forkrl.rewards.code.programs import Outcome
-from forkrl.rewards.code.sandbox import require_sandbox
+from forkrl.rewards.code.sandbox import Outcome, require_sandbox
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
+from forkrl.rewards.code.seccomp import refused_calls
 from tests.sandbox_here import needs_bubblewrap
 
 pytestmark = needs_bubblewrap
@@ -118,9 +118,7 @@ def namespaces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def calls() -> dict[str, int]:
-    column = seccomp._MACHINES[platform.machine()].column
-    numbers = (line.split() for line in seccomp._REFUSED.strip().splitlines())
-    return {words[0]: int(words[column]) for words in numbers if words[column] != "-1"}
+    return refused_calls(platform.machine())
 
 
 def survivors(namespace: str) -> list[str]:

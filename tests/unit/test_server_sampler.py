@@ -19,9 +19,8 @@ from typing import Any
 import pytest
 
 from forkrl.errors import UserError
-from forkrl.evaluation.request_seed import request_seed
-from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
-from forkrl.evaluation.server import ServerSampler, _Crew
+from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
+from forkrl.evaluation.server import ServerSampler, wait_s
 from forkrl.evaluation.server_answers import Answer, Failure, Server, read_response, request_body
 from forkrl.types import Prompt
 from tests.openai_server import MODEL, Behaviour, Exchange, OpenAIServer, completion, echo
@@ -207,12 +206,12 @@ FAILURES: dict[str, tuple[Behaviour, str]] = {
     ),
     "408": (lambda x, f: x.answer(b"", 408), "408, an empty answer"),
     "409": (lambda x, f: x.answer({"message": "conflict"}, 409), '409, "conflict"'),
-    "no JSON": (lambda x, f: x.answer(b"hello"), 'no JSON ("hello")'),
-    "page": (lambda x, f: x.answer(b"<!doctype html><p>hi"), "no JSON (an HTML page)"),
-    "not UTF-8": (lambda x, f: x.answer(b'{"a": "\xff"}'), "no JSON"),
-    "a list": (lambda x, f: x.answer([1, 2]), "no JSON object"),
-    "deep": (lambda x, f: x.answer(b"[" * 200_000), "no JSON"),
-    "long number": (lambda x, f: x.answer(b'{"usage": ' + b"9" * 10_000 + b"}"), "no JSON"),
+    "not JSON": (lambda x, f: x.answer(b"hello"), 'not JSON ("hello")'),
+    "page": (lambda x, f: x.answer(b"<!doctype html><p>hi"), "not JSON (an HTML page)"),
+    "not UTF-8": (lambda x, f: x.answer(b'{"a": "\xff"}'), "not JSON"),
+    "a list": (lambda x, f: x.answer([1, 2]), "not a JSON object"),
+    "deep": (lambda x, f: x.answer(b"[" * 200_000), "not JSON"),
+    "long number": (lambda x, f: x.answer(b'{"usage": ' + b"9" * 10_000 + b"}"), "not JSON"),
     "no choices": (changed(choices=[]), "without choices"),
     "choices of another kind": (changed(choices={"0": 1}), "without choices"),
     "null text": (changed(choices=[{"text": None, "finish_reason": "stop"}]), "whose text is null"),
@@ -245,7 +244,7 @@ def test_what_may_pass_is_tried_again_and_ends_with_a_line(kind: str) -> None:
     assert "question q0" in line
     assert "failed 2 times" in line
     assert says in line
-    assert "nothing is lost, the same command goes on" in line
+    assert "no response is lost: run the same command again to resume" in line
     assert request_threads() == []
 
 
@@ -291,7 +290,9 @@ def test_a_response_in_between_restores_the_patience() -> None:
 def test_a_server_that_only_says_wait_ends_it_too() -> None:
     with OpenAIServer(lambda x, f: x.answer({"message": "quota used up"}, 429)) as server:
         answers = sampler(server, patience=3, concurrency=2).sample(requests(questions=30), SAMPLING)
-        with pytest.raises(UserError, match=r'failed 6 times in a row, the last with: 429, "quota used up"; nothing'):
+        with pytest.raises(
+            UserError, match=r'failed 6 times in a row, the last with: 429, "quota used up"; no response is lost'
+        ):
             list(answers)
     assert len(server.asked) <= 8
 
@@ -299,7 +300,7 @@ def test_a_server_that_only_says_wait_ends_it_too() -> None:
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("7", 7.0), ("0", 0.0), (" 12 ", 12.0), ("9" * 5000, 999999999.0), ("Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
-     ("soon", None), ("-3", None), ("1.5", None), ("٣", None), ("", None)],
+     ("soon", 0.0), ("-3", 0.0), ("1.5", 0.0), ("٣", 0.0), ("", 0.0)],
 )  # fmt: skip
 def test_retry_after_is_read(value: str, seconds: float | None) -> None:
     answer = Answer(429, {"retry-after": value}, b"")
@@ -314,17 +315,12 @@ def test_retry_after_is_read_as_a_date() -> None:
     answer = Answer(503, {"retry-after": date}, b"")
     with pytest.raises(Failure) as raised:
         read_response(Server("http://h/v1", MODEL, chat=False), requests()[0], SAMPLING, answer)
-    assert 90 < (raised.value.retry_after_s or 0) <= 100
+    assert 90 < raised.value.retry_after_s <= 100
 
 
 def test_waits_double_up_to_a_minute_whatever_the_server_asks_for() -> None:
-    with OpenAIServer() as server:
-        crew = _Crew(sampler(server, first_wait_s=1.0), requests(), SAMPLING)
-        try:
-            waits = [crew._wait_s(tries, Failure("")) for tries in (1, 2, 3, 4, 5, 100)]
-            asked = crew._wait_s(1, Failure("", retry_after_s=1e9))
-        finally:
-            crew.stop()
+    waits = [wait_s(tries, 1.0, 0.0) for tries in (1, 2, 3, 4, 5, 100)]
+    asked = wait_s(1, 1.0, 1e9)
     for wait, most in zip(waits, (1, 2, 4, 8, 16, 60), strict=True):
         assert most / 2 <= wait <= most
     assert 60 <= asked <= 61
@@ -339,25 +335,25 @@ AT_ONCE: dict[str, tuple[Behaviour, str]] = {
     ),
     "400": (
         lambda x, f: x.answer({"object": "error", "message": "bad seed"}, 400),
-        'completions refuses it with 400, "bad seed"',
+        'completions rejects it with 400, "bad seed"',
     ),
     "200 with 400": (lambda x, f: x.answer({"error": {"message": "bad seed", "code": 400}}), '400, "bad seed"'),
-    "422": (lambda x, f: x.answer({"detail": [{"msg": "no"}]}, 422), "refuses it with 422"),
+    "422": (lambda x, f: x.answer({"detail": [{"msg": "no"}]}, 422), "rejects it with 422"),
     "context": (
         lambda x, f: x.answer({"error": {"message": "This model's maximum context length is 8 tokens."}}, 400),
-        "question q0: the server refuses it with 400, \"This model's maximum context length is 8 tokens.\"; lower "
+        "question q0: the server rejects it with 400, \"This model's maximum context length is 8 tokens.\"; lower "
         "--max-tokens (now 64) or serve the model with a longer context",
     ),
     "413": (lambda x, f: x.answer(b"", 413), "lower --max-tokens (now 64)"),
     "redirect": (
         lambda x, f: x.answer(b"", 307, Location="http://elsewhere.example/v1"),
-        "307, points to http://elsewhere.example/v1; give the address that answers itself",
+        "307, redirects to http://elsewhere.example/v1; give the final address",
     ),
     "full context": (
         lambda x, f: x.answer(completion(f, "so", reason="length", tokens=62)),
         "question q0: the server cut a response at 62 tokens, short of --max-tokens 64; serve the model with a longer",
     ),
-    "no usage": (changed(usage=None), "lack usage.completion_tokens, without which no length can be stated"),
+    "no usage": (changed(usage=None), "lack usage.completion_tokens, so response lengths are unknown"),
     "usage is true": (changed(usage={"completion_tokens": True}), "lack usage.completion_tokens"),
     "usage below zero": (changed(usage={"completion_tokens": -1}), "lack usage.completion_tokens"),
     "huge": (lambda x, f: x.answer(completion(f, "x" * 200_000)), "answers with more than 100,000 bytes; lower --max"),
@@ -398,10 +394,13 @@ def models(status: int = 200, content: Any = None, **headers: str) -> Behaviour:
     ("behaviour", "says"),
     [
         (models(401, {"error": "who?"}), '401, "who?"; put its key in OPENAI_API_KEY'),
-        (models(302, Location="https://login.example"), "302, points to https://login.example; give the address"),
+        (
+            models(302, Location="https://login.example"),
+            "302, redirects to https://login.example; give the final address",
+        ),
         (models(503, {"error": {"message": "Loading model"}}), '503, "Loading model"; wait until it is ready'),
         (models(404), "give the address of an OpenAI-style server"),
-        (models(200, b"<html><title>My router</title>"), 'no JSON (an HTML page titled "My router"); is it an OpenAI'),
+        (models(200, b"<html><title>My router</title>"), 'not JSON (an HTML page titled "My router"); is it an OpenAI'),
         (models(200, b" " * 17_000_000), "an endless answer"),
     ],
 )
@@ -423,11 +422,11 @@ def test_an_address_where_nothing_listens() -> None:
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("localhost:8000", "--server 'localhost:8000': no address; it looks like http://localhost:8000/v1"),
-        ("ftp://host", "no address"),
-        ("http://", "no address"),
-        ("http://[::1", "no address"),
-        ("", "no address"),
+        ("localhost:8000", "--server 'localhost:8000': not an address; it looks like http://localhost:8000/v1"),
+        ("ftp://host", "not an address"),
+        ("http://", "not an address"),
+        ("http://[::1", "not an address"),
+        ("", "not an address"),
         (f"http://me:{KEY}@host/v1", "without user, password and query; a key belongs in OPENAI_API_KEY"),
         (f"http://host/v1?key={KEY}", "without user, password and query"),
     ],
@@ -479,7 +478,7 @@ def test_the_key_is_sent_and_never_shown(
             lines.append(str(raised.value))
     assert {headers["authorization"] for _, headers, _ in server.seen} == {f"Bearer {KEY}"}
     assert all("key [key] is bad" in line for line in lines[3:])
-    assert "OPENAI_API_KEY holds a key that it does not accept" in lines[4]
+    assert "it rejects the key in OPENAI_API_KEY" in lines[4]
     assert KEY not in " ".join(lines) + caplog.text + "".join(capfd.readouterr())
 
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from forkrl.errors import UserError
-from forkrl.evaluation.request_seed import request_seed
-from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
+from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
 from forkrl.evaluation.vllm import VllmSampler
 from forkrl.types import Prompt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -39,6 +40,16 @@ class EvalSampling(NamedTuple):
     temperature: float
     seed: int
     stop: tuple[str, ...]
+
+
+def request_seed(seed: int, question: str, sample: int) -> int:
+    """A 31-bit seed for one response, the same on every machine and in any order of requests.
+
+    Some servers keep seeds in 32 bits, signed or not, and take -1 for "any".
+    """
+    # Length-prefixed, so that two different triples never give the same text.
+    digest = hashlib.sha256(f"{seed}/{len(question)}/{question}/{sample}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
 
 
 class Sampler(Protocol):

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from forkrl.errors import UserError
-from forkrl.evaluation.request_seed import request_seed
-from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
+from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
 from forkrl.model.prompt_tokens import prompt_token_ids
 
 

@@ -1,4 +1,4 @@
-"""The workers of a pool and the items they are at: hands out, collects, replaces. Belongs to one thread."""
+"""The workers of a pool and the items they hold: hands out, collects, replaces. Belongs to one thread."""
 
 from __future__ import annotations
 
@@ -6,27 +6,65 @@ import os
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from forkrl.errors import UserError
-from forkrl.rewards.batch import Batch, Item
+from forkrl.rewards.reply import with_opened_thinking
 from forkrl.rewards.worker_process import FORGERY, Cause, Settings, WorkerProcess
-from forkrl.types import Verdict
+from forkrl.types import Prompt, Verdict
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One response to judge."""
+
+    batch: Batch
+    index: int
+    prompt: Prompt
+    response: str
+    deadline_s: float
+
+    @property
+    def open(self) -> bool:
+        """Whether a verdict is still wanted."""
+        return self.batch.verdicts[self.index] is None and not self.batch.future.done()
+
+
+class Batch:
+    """The items of one ``submit`` call and the future of their verdicts."""
+
+    def __init__(self, pairs: Sequence[tuple[Prompt, str]], deadline_of: Callable[[Prompt], float]) -> None:
+        self.future: Future[list[Verdict]] = Future()
+        self.items = [
+            Item(self, index, prompt, with_opened_thinking(prompt.text, response), deadline_of(prompt))
+            for index, (prompt, response) in enumerate(pairs)
+        ]
+        self.verdicts: list[Verdict | None] = [None] * len(self.items)
+        self._num_open = len(self.items)
+
+    def settle(self, index: int, verdict: Verdict) -> None:
+        self.verdicts[index] = verdict
+        self._num_open -= 1
+        self.finish_if_settled()
+
+    def finish_if_settled(self) -> None:
+        if not self._num_open and self.future.set_running_or_notify_cancel():
+            self.future.set_result([verdict for verdict in self.verdicts if verdict is not None])
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 class Crew:
-    """Worker processes and what waits for them.
+    """Worker processes and the items that wait for them.
 
-    An item may be with two workers at once, where the first was slow to come to it; the first answer counts. A verdict
-    depends on its own item alone: what a worker answered before may have filled its memory, so "crash" and "memory"
-    from a worker that had answered other items are tried once more in a fresh one.
-
-    Args:
-        settings: what workers are started with.
-        num_workers: how many.
-        note_failure: called with the item, the kind and the message of every failed verdict.
-        hide: removes credentials from messages.
+    Two workers may hold the same item if the first was slow to reach it; the first answer counts. A verdict must depend
+    on its own item alone, but earlier items may have filled a worker's memory: so "crash" and "memory" from a worker
+    that had answered other items are tried once more in a fresh one.
     """
 
     def __init__(
@@ -42,15 +80,14 @@ class Crew:
         self._batches: list[Batch] = []
         self._waiting: deque[Item] = deque()
         self._suspects: deque[Item] = deque()
-        """Items that a worker with a past came to grief over; each goes to a fresh one."""
+        """Items that made a used worker fail; each is tried in a fresh one."""
 
     def add(self, batch: Batch) -> None:
-        """Take a batch to be judged."""
         self._batches.append(batch)
         self._waiting.extend(batch.items)
 
     def staff(self) -> None:
-        """Bring the workers to full number."""
+        """Start missing workers."""
         for worker in self.workers:
             if worker.state == "resting":
                 worker.begin()
@@ -59,16 +96,12 @@ class Crew:
 
     @property
     def is_ready(self) -> bool:
-        """Whether all workers have loaded their verifiers (one that died since is a matter for the next batch)."""
+        """Whether all workers have loaded their verifiers."""
         return all(worker.state in ("ready", "resting") for worker in self.workers)
 
     def step(self, wake_fd: int) -> None:
-        """Hand out work, wait for whatever happens first (a byte on ``wake_fd`` too), and deal with it.
-
-        Raises:
-            UserError: a worker could not be started.
-        """
-        self._drop_what_nobody_wants()
+        """Hand out work, wait for the next event or a byte on ``wake_fd``, and handle it; raises UserError."""
+        self._drop_finished_batches()
         if self._batches:
             self.staff()
             self._hand_out()
@@ -81,11 +114,11 @@ class Crew:
                 self._collect(worker)
             if worker.control.fileno() in happened:
                 self._hear(worker)
-            elif worker.answers_fd not in happened:  # as of the question: an answer that came while we slept is read
+            elif worker.answers_fd not in happened:  # time as of the select: a late answer is read
                 self._look_at_the_clock(worker, asked)
 
     def abandon(self, error: BaseException) -> None:
-        """Fail all batches and end all workers; the next batch finds new ones."""
+        """Fail all batches and end all workers; the next batch starts new ones."""
         for batch in self._batches:
             batch.fail(error)
         self._end_all()
@@ -119,15 +152,15 @@ class Crew:
     def _lingers_at(self, worker: WorkerProcess) -> float:
         return worker.lingers_at if len(self.workers) > 1 else float("inf")
 
-    def _drop_what_nobody_wants(self) -> None:
-        """Forget batches that are done. A worker at an item of a cancelled one may be so until its deadline."""
+    def _drop_finished_batches(self) -> None:
+        """Also end workers that hold an item of a cancelled batch, which might keep them until its deadline."""
         self._batches = [batch for batch in self._batches if not batch.future.done()]
         for worker in self.workers:
             if worker.in_flight and worker.in_flight[0].item.batch.future.cancelled():
                 worker.end(None)
 
     def _hand_out(self) -> None:
-        """One each in turn, as long as there are workers with room."""
+        """One item per worker in turn, while any has room."""
         taking = [worker for worker in self.workers if worker.has_room]
         while taking:
             for worker in list(taking):
@@ -148,17 +181,17 @@ class Crew:
                     return item
         return None
 
-    def _collect(self, worker: WorkerProcess) -> None:
+    def _collect(self, worker: WorkerProcess) -> bool:
+        """Handle the answers that have arrived; whether more may follow."""
         lines, problem = worker.read_answers()
         for line in lines:
             if worker.state == "starting":
                 self._welcome(worker, line)
             elif worker.state == "ready":
                 self._accept(worker, line)
-        if problem == "end":
-            worker.end(Cause("crash", ""))  # most likely dead; the warden knows how
-        elif problem:
-            worker.end(Cause("crash", problem))
+        if problem:  # at the end of the pipe it is probably dead; the warden reports how
+            worker.end(Cause("crash", "" if problem == "end" else problem))
+        return bool(lines) and not problem
 
     def _welcome(self, worker: WorkerProcess, line: Any) -> None:
         match line:
@@ -201,8 +234,8 @@ class Crew:
         if asked >= worker.due:
             if worker.state == "starting":
                 raise self._start_failure(f"it was not ready in time{worker.last_words()}")
-            if worker.state == "ending":  # the warden is stopped, or something below it cannot be killed at present
-                self._replace(worker, patience_s=0.0)  # it has had its time, and the other workers wait for this thread
+            if worker.state == "ending":  # the warden is stopped, or a process below it cannot be killed now
+                self._replace(worker, patience_s=0.0)
             else:
                 limit = worker.in_flight[0].item.deadline_s
                 worker.end(Cause("deadline", f"gave no answer within {limit:g} s"))
@@ -210,19 +243,14 @@ class Crew:
             self._waiting.extendleft(reversed(worker.take_back()))
 
     def _replace(self, worker: WorkerProcess, **patience: float) -> None:
-        """End a warden, and with it its worker; another takes over once there is work."""
+        """End a warden and its worker; ``staff`` starts another."""
         self.workers.remove(worker)
         self._bury(worker, f"lost its warden, which {worker.close(**patience)}")
 
     def _bury(self, worker: WorkerProcess, how: str) -> None:
-        """A worker is dead: believe what it still said, blame the item it was at, and give the others back."""
-        problem = ""
-        while worker.answers_fd >= 0 and not problem and worker.state in ("starting", "ready"):
-            lines, problem = worker.read_answers()
-            if not lines and not problem:
-                break
-            for line in lines:
-                (self._welcome if worker.state == "starting" else self._accept)(worker, line)
+        """A worker is dead: read its last answers, blame the item it worked on, and requeue the others."""
+        while worker.answers_fd >= 0 and worker.state in ("starting", "ready") and self._collect(worker):
+            pass
         if not worker.pid:
             raise self._start_failure(f"it {how}{worker.last_words()}")
         cause = worker.cause if worker.state == "ending" else Cause("crash", how)
@@ -236,7 +264,7 @@ class Crew:
         self._waiting.extendleft(reversed(given_back))
 
     def _settle(self, item: Item, verdict: Verdict, message: str) -> None:
-        if item.open:  # else another worker was faster, or nobody waits any more
+        if item.open:  # else another worker was faster, or the batch is cancelled
             if verdict.failure:
                 self._note_failure(item, verdict.failure, self._hide(message))
             item.batch.settle(item.index, verdict)

@@ -1,7 +1,6 @@
 """Judges by asking an HTTP server: POST ``{"answer", "response"}``, get ``{"score", "answer"?}``.
 
-It runs in the pool's workers like any other verifier, so the pool's deadline holds whatever the server does. Each
-worker keeps one connection open.
+It runs in the pool's workers, which enforce the deadline. Each worker keeps one connection open.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from forkrl.errors import UserError
 from forkrl.types import Judgement, VerifierSpec
 
 _SHARE_OF_DEADLINE = 0.8
-"""Of the pool's deadline goes to the server; the rest is for saying what went wrong with it."""
+"""Share of the pool's deadline for the server; the rest is for reporting its failure."""
 _BACKOFF_S = (0.2, 0.8)
 """Waits before the second and the third attempt."""
 _MAX_BODY = 1 << 16
-"""Bytes of a reply; no honest one is longer."""
+"""Longest reply in bytes."""
 _PROBE_S = 5.0
 
 
@@ -33,7 +32,7 @@ class EndpointError(Exception):
 
 
 class _TryAgain(Exception):
-    """It may yet: connections break, and servers are busy or restarting."""
+    """Another attempt may succeed: connections break, and servers are busy or restarting."""
 
 
 def verify_at_endpoint(
@@ -45,12 +44,12 @@ def verify_at_endpoint(
         answer: the gold answer.
         response: what the model wrote.
         url: where to POST; redirects are not followed.
-        timeout_s: seconds for all attempts together; below the deadline of the pool, or that is what one will read.
-        headers: further headers, such as ``Authorization``.
+        timeout_s: limit for all attempts together, below the deadline of the pool.
+        headers: additional headers, such as ``Authorization``.
 
     Raises:
-        EndpointError: after two retries at connections that fail, 429 and 5xx; at once for any other status than 200,
-            and for a reply that is no judgement.
+        EndpointError: after two retries of failed connections, 429 and 5xx; at once for any other status than 200 and
+            for an invalid reply.
     """
     # ASCII JSON carries anything a Python string can hold, lone surrogates too.
     body = json.dumps({"answer": answer, "response": response}).encode("ascii")
@@ -66,11 +65,7 @@ def verify_at_endpoint(
 
 
 def prepare_endpoint(spec: VerifierSpec, deadline_s: float) -> VerifierSpec:
-    """The same endpoint with a time-out below the pool's deadline, once its server has answered anything at all.
-
-    Raises:
-        UserError: it cannot be reached, or the time-out is no less than the deadline.
-    """
+    """The endpoint with a timeout below the pool's deadline; raises UserError if its server cannot be reached."""
     url = spec.options["url"]
     timeout_s = spec.options.get("timeout_s", _SHARE_OF_DEADLINE * deadline_s)
     if not isinstance(timeout_s, int | float) or not 0 < timeout_s < deadline_s:

@@ -1,11 +1,10 @@
 """Judges answers to reasoning-gym's questions with reasoning-gym's own scorers.
 
-The answer is what stands in the last ``<answer>...</answer>``. A prompt carries no more of its question than where it
-came from (generator, settings, seed, index); the worker makes the entry again, since entries hold what JSON cannot, and
-refuses to judge where that gives another question.
+The answer is the content of the last ``<answer>...</answer>``. A prompt holds only its origin (generator, settings,
+seed, index); the worker makes the entry again, since JSON cannot hold it, and fails if that gives another question.
 
-Nine scorers hand the answer to ``eval`` or to sympy's parser, which evaluates Python. Model output must not run as
-code, so what reaches those is first held to a small language that can call nothing: see ``_READABLE``.
+Nine scorers pass the answer to ``eval`` or to sympy's parser, which evaluates Python. Model output must not run as
+code, so their answers must first match a small language that cannot call anything: see ``_READABLE``.
 """
 
 from __future__ import annotations
@@ -27,22 +26,19 @@ from forkrl.types import Judgement
 _MAX_ANSWER = 20_000
 """Characters; the longest right answers, ARC's grids, have about 2,000."""
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""What scorers raise on text that is no answer of the form they expect."""
+"""What scorers raise on an answer of an unexpected form."""
 
 
 def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement:
-    """reasoning-gym's score of the final answer of a response; 0 without one.
+    """reasoning-gym's score in [0, 1] of a response's final answer (0 without one), and that answer.
 
     Args:
-        answer: where the question came from, as JSON (``tasks/gym.py`` writes it).
+        answer: the question's origin as JSON (written by ``tasks/gym.py``).
         response: what the model wrote.
-        strict: only full marks count; any partial score becomes 0.
-
-    Returns:
-        The score in [0, 1], and the answer as written, its white space made single spaces.
+        strict: partial scores become 0.
 
     Raises:
-        ValueError: the question cannot be made again as it was; its responses cannot be judged.
+        ValueError: the question cannot be made again as it was.
     """
     dataset, entry = _entry(answer)
     written = final_answer(response)
@@ -61,7 +57,8 @@ def final_answer(response: str) -> str | None:
 
 
 def _score(generator: str, dataset: Any, entry: Any, written: str) -> float:
-    if len(written) > _MAX_ANSWER or not _READABLE.get(generator, _anything)(written):
+    readable = _READABLE.get(generator)
+    if len(written) > _MAX_ANSWER or (readable and not readable(written)):
         return 0.0
     try:
         score = float(dataset.score_answer(written, entry))
@@ -73,14 +70,14 @@ def _score(generator: str, dataset: Any, entry: Any, written: str) -> float:
 
 
 def _is_close(written: str, gold: str) -> bool:
-    """Whether a probability is the gold one; the scorer of coin_flip gives full marks to its first digits, 0 too."""
+    """Whether a probability is the gold one: coin_flip's scorer accepts its first digits, even 0."""
     found, due = Fraction(written.replace(",", "")), Fraction(gold.replace(",", ""))
     return abs(found - due) <= min(Fraction(1, 10_000), due / 100)
 
 
 @lru_cache(maxsize=256)
 def _entry(answer: str) -> tuple[Any, Any]:
-    """The generator and the entry that ``answer`` names; a group's responses share it."""
+    """The generator and the entry that ``answer`` names."""
     place = json.loads(answer)
     settings = json.dumps(place["settings"], sort_keys=True)
     source = Source(place["generator"], settings, place["level"], place["seed"], place["size"])
@@ -93,15 +90,11 @@ def _entry(answer: str) -> tuple[Any, Any]:
     return open_source(source), entry
 
 
-def _anything(written: str) -> bool:
-    return True
-
-
 _WORDS = re.compile(r"[A-Za-z0-9_\s]*")
-_ARITHMETIC = re.compile(r"(?!.*\*\s*\*)[0-9+\-*/().\s]*", re.DOTALL)
+_ARITHMETIC = re.compile(r"(?!.*\*\s*\*)[0-9+\-*/().\s]*", re.DOTALL)  # no powers, which no right answer needs
 _FORMULA = re.compile(r"(?:[0-9]++(?:\.[0-9]++)?|[A-Za-z]++|[-+*/^()\s])*+")  # possessive: linear in the length
-_COMPLEX = re.compile(r"[0-9.+\-eijEIJ()\s]*")
-_PROBABILITY = re.compile(r"[0-9.,/\s]*(?:[eE]-?[0-9]{1,2})?")
+_COMPLEX = re.compile(r"[0-9.+\-eijEIJ()\s]*")  # no nan: its distance from anything is 0 to the scorer
+_PROBABILITY = re.compile(r"[0-9.,/\s]*(?:[eE]-?[0-9]{1,2})?")  # small exponents: ``Fraction`` computes the power
 _FUNCTIONS = ["sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"]
 _NAMES = frozenset([*_FUNCTIONS, "exp", "log", "ln", "sqrt", "pi", *string.ascii_letters])
 
@@ -117,40 +110,25 @@ def _is_words_or_literal(written: str) -> bool:
     return True
 
 
-def _is_arithmetic(written: str) -> bool:
-    """Numbers, the four operations and brackets; no powers, which no right answer needs."""
-    return _ARITHMETIC.fullmatch(written) is not None
-
-
-def _is_complex_number(written: str) -> bool:
-    """No ``nan``: the distance of that from anything is 0 to the scorer."""
-    return _COMPLEX.fullmatch(written) is not None
-
-
-def _is_probability(written: str) -> bool:
-    """A fraction or decimal; ``Fraction`` would compute the power of ten of any exponent."""
-    return _PROBABILITY.fullmatch(written) is not None
-
-
 def _is_formula(written: str) -> bool:
     """Numbers, one-letter names, functions of calculus, operations and brackets: no attribute, no string, no index."""
     return _FORMULA.fullmatch(written) is not None and _NAMES.issuperset(re.findall("[A-Za-z]+", written))
 
 
-_READABLE: dict[str, Callable[[str], bool]] = {
+_READABLE: dict[str, Callable[[str], object]] = {
     # These scorers eval the answer.
     "binary_matrix": _is_words_or_literal,
     "n_queens": _is_words_or_literal,
     "spiral_matrix": _is_words_or_literal,
     "string_insertion": _is_words_or_literal,
     # These hand it to sympy.parse_expr, which evals what it makes of it.
-    "countdown": _is_arithmetic,
-    "puzzle24": _is_arithmetic,
+    "countdown": _ARITHMETIC.fullmatch,
+    "puzzle24": _ARITHMETIC.fullmatch,
     "simple_integration": _is_formula,
     "intermediate_integration": _is_formula,
     "polynomial_multiplication": _is_formula,
     # What these would be fooled or held up by.
-    "coin_flip": _is_probability,
-    "complex_arithmetic": _is_complex_number,
+    "coin_flip": _PROBABILITY.fullmatch,
+    "complex_arithmetic": _COMPLEX.fullmatch,
 }
 """By generator: whether its scorer may see an answer."""

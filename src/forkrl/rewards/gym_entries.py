@@ -1,12 +1,10 @@
 """reasoning-gym's generators, opened so that one question can be made again in another process.
 
-Imports reasoning-gym, and so belongs in processes of its own: the one that writes the questions
-(``gym_questions.py``) and the verifiers' workers. Mistakes of the recipe are raised as ``ValueError`` with the
-line that the user is shown.
+Runs only in the process that writes the questions (``gym_questions.py``) and in the verifiers' workers, since it
+imports reasoning-gym. Errors in the recipe are raised as ``ValueError`` with the user's message.
 
-A generator draws entry ``index`` from the random numbers of ``seed + index``: two seeds that lie close together give
-the same questions, shifted. Some also iterate over sets of strings, whose order is another in each process; both kinds
-of process therefore run with PYTHONHASHSEED=0.
+A generator draws entry ``index`` with ``seed + index``, so nearby seeds give the same questions, shifted. Some iterate
+over sets of strings, so both kinds of process run with PYTHONHASHSEED=0.
 """
 
 from __future__ import annotations
@@ -42,11 +40,7 @@ class Source(NamedTuple):
 
 @lru_cache(maxsize=64)
 def open_source(source: Source) -> Any:
-    """The reasoning-gym data set of a source; its ``score_answer`` judges an answer to an entry.
-
-    Raises:
-        ValueError: unknown or refused generator, unknown setting, or a value outside its range. One line.
-    """
+    """The reasoning-gym data set of a source; raises ValueError for an unusable generator, setting or value."""
     dataset_class, _ = DATASETS[_known(source.generator)]
     settings = json.loads(source.settings)
     _check_names(source.generator, settings)
@@ -63,20 +57,16 @@ def open_source(source: Source) -> Any:
 
 
 def make_entry(source: Source, index: int) -> Any:
-    """Entry ``index`` of a source: the same in every process.
-
-    Raises:
-        Exception: whatever the generator raises where it cannot make one.
-    """
+    """Entry ``index`` of a source, the same in every process; raises whatever the generator raises."""
     dataset = open_source(source)
-    # Some generators draw from the interpreter's own random numbers besides those of their seed.
+    # Some generators also draw from the global random numbers.
     random.seed(f"{source.seed}/{index}")
     np.random.seed((source.seed + index) % 2**32)
     return dataset[index]
 
 
 def highest_level(generator: str) -> int | None:
-    """The last level of a generator's curriculum; None where reasoning-gym has none for it."""
+    """The last level of a generator's curriculum, or None."""
     if _known(generator) not in CURRICULA:
         return None
     return max((len(attribute.levels) for attribute in CURRICULA[generator]().attributes.values()), default=1) - 1
@@ -96,7 +86,7 @@ def _check_names(generator: str, settings: Mapping[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(DATASETS[generator][1]) if field.name not in ("seed", "size")]
     for name in settings:
         if name in ("seed", "size"):
-            raise ValueError(f"task.settings.{name} is not yours to set; see task.question_seed and task.train_prompts")
+            raise ValueError(f"task.settings.{name} cannot be set; use task.question_seed and task.train_prompts")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             meant = f"did you mean {near[0]}?" if near else f"it has: {', '.join(names) or 'none'}"
@@ -122,7 +112,7 @@ def _check_levels(generator: str, settings: Mapping[str, Any]) -> None:
     }
     if both := sorted(governed & settings.keys()):
         raise ValueError(
-            f"task.settings.{both[0]} of {generator} is decided by its level; leave it out, or leave out "
+            f"task.settings.{both[0]} of {generator} is decided by its level; drop it, or drop "
             f"task.difficulty and task.curriculum"
         )
 

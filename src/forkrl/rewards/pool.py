@@ -1,14 +1,11 @@
-"""Judges responses in worker processes that can be killed.
+"""Scores responses in worker processes that can be killed.
 
-Model output is hostile text, and a verifier fed with it may loop inside C code, exhaust memory or crash. No time-out
-inside the process survives that (a SIGALRM one does not even work off the main thread, and then scores 0 in silence),
-so every verifier runs in a process of its own session: past the deadline it is killed with all that it started, that
-response gets a verdict that says so, and a fresh process takes over. The workers are forked from small processes of
-one thread (``warden.py``), never from this one: a fork of a process that holds torch threads or an accelerator is not
-safe, and would weigh as much.
+Model output is hostile text: a verifier fed with it may loop in C code, exhaust memory or crash, and no timeout inside
+the process survives that. So every verifier runs in a process of its own session, which is killed at its deadline with
+everything it started, while the response gets a verdict that says so. Workers are forked from small single-threaded
+processes (``warden.py``): forking a process that holds torch threads or an accelerator is not safe.
 
-``submit`` hands responses to a thread of the pool's own, which works while the caller does something else: it waits on
-pipes, and only a few percent of one core's time go to it.
+``submit`` hands responses to the pool's thread, which waits on pipes and takes a few percent of one core.
 """
 
 from __future__ import annotations
@@ -27,9 +24,8 @@ from typing import Any
 
 from forkrl.config import RewardConfig
 from forkrl.config.secret_values import SecretValues
-from forkrl.errors import UserError
-from forkrl.rewards.batch import Batch, Item
-from forkrl.rewards.crew import Crew
+from forkrl.errors import UserError, printable
+from forkrl.rewards.crew import Batch, Crew, Item
 from forkrl.rewards.reply import strip_turn_end
 from forkrl.rewards.worker_process import Settings
 from forkrl.types import Prompt, Verdict, VerifierSpec
@@ -43,18 +39,17 @@ class VerifierPool:
     """Processes that run verifiers; a context manager.
 
     Args:
-        verifiers: one for every ``Prompt.source``. Imported in the workers only, with the import path of this process
-            and the current folder.
+        verifiers: one for every ``Prompt.source``; imported in the workers only, from this process's import path.
         workers: number of processes.
-        deadline_s: wall-clock seconds for judging one response, where the verifier sets none.
-        memory_mb: address space of one process, in MiB. macOS enforces none; a warning says so.
-        hide: removes credentials from a message before anybody sees it.
+        deadline_s: wall-clock limit for one response, unless the verifier sets its own.
+        memory_mb: address space of one process, in MiB; not enforced on macOS.
+        hide: removes credentials from messages.
 
     Attributes:
-        failures: how many verdicts were failures, by kind ("deadline", "crash", "memory", "error").
-        first_failures: for each kind seen, the prompt and the message of its first failure.
-        announce: called with one line at the first failure of each kind, from the pool's thread; the log's warnings
-            unless set.
+        failures: number of failures by kind ("deadline", "crash", "memory", "error").
+        first_failures: prompt and message of the first failure of each kind.
+        announce: called from the pool's thread with one line at the first failure of each kind; logs a warning by
+            default.
 
     Raises:
         UserError: a verifier cannot be imported or does not take its options, naming the path and the reason.
@@ -118,15 +113,11 @@ class VerifierPool:
                 self._wake_fd = self._waker_fd = -1
 
     def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
-        """Have responses judged while the caller does something else. May be called from any thread, and again before
-        the first are judged.
-
-        Args:
-            items: pairs of a prompt and a response to it; markers of the end of a turn are left out.
+        """Have pairs of prompt and response judged in the background; any thread may call it, several times at once.
 
         Returns:
-            One verdict an item, in order, once all are there. It never fails for what a response contains; UserError
-            means that a replacement worker could not be started. Cancelling it abandons what is not judged yet.
+            One verdict per item, in order. It fails only where a replacement worker cannot be started (UserError),
+            never because of a response. Cancelling it abandons what is not judged yet.
         """
         batch = Batch([(prompt, strip_turn_end(response)) for prompt, response in items], self._deadline_of)
         with self._lock:
@@ -138,7 +129,7 @@ class VerifierPool:
         return batch.future
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        """``submit``, and wait; on Ctrl-C the batch is abandoned and the pool goes on.
+        """``submit`` and wait; Ctrl-C abandons the batch, and the pool stays usable.
 
         Raises:
             UserError: a replacement worker could not be started.
@@ -161,34 +152,31 @@ class VerifierPool:
                     self._wake()
 
     def _wake(self) -> None:
-        """Make the thread look around; the lock is held."""
+        """Wake the pool's thread; the lock is held."""
         try:
             if self._waker_fd >= 0:
                 os.write(self._waker_fd, b"!")
         except BlockingIOError:
-            pass  # the pipe is full of reasons to look around
+            pass  # the pipe already holds bytes that wake it
 
     def _run(self) -> None:
-        """The pool's thread: all that touches the crew."""
+        """The pool's thread; nothing else touches the crew."""
         try:
-            self._open()
+            self._crew.staff()
+            while not self._closed and not self._crew.is_ready:
+                self._crew.step(self._wake_fd)
+            self._opened.set_result(None)
             while not self._closed:
                 try:
                     self._take_in()
                     self._crew.step(self._wake_fd)
-                except BaseException as error:  # whoever waits is told, and the next batch gets new workers
+                except BaseException as error:  # told to everyone who waits; the next batch gets new workers
                     self._crew.abandon(error)
         except BaseException as error:
             self._opened.set_exception(error)
         finally:
             self._take_in()
             self._crew.close()
-
-    def _open(self) -> None:
-        self._crew.staff()
-        while not self._closed and not self._crew.is_ready:
-            self._crew.step(self._wake_fd)
-        self._opened.set_result(None)
 
     def _take_in(self) -> None:
         with self._lock:
@@ -201,7 +189,7 @@ class VerifierPool:
     def _note_failure(self, item: Item, kind: str, message: str) -> None:
         self.failures[kind] += 1
         if kind not in self.first_failures:
-            self.first_failures[kind] = _visible(f"prompt {item.prompt.id}: {message}")
+            self.first_failures[kind] = printable(f"prompt {item.prompt.id}: {message}")
             self.announce(
                 f"verifier failure ({kind}), {self.first_failures[kind]}; the response scores 0, and further failures "
                 f"of this kind are only counted (docs/verifiers.md)"
@@ -212,7 +200,7 @@ def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -
     """The pool that a recipe asks for, with ``${NAME}`` in the options replaced by the environment's values.
 
     Raises:
-        UserError: a verifier cannot be started; a server that is to judge cannot be reached; a variable is not set.
+        UserError: a verifier cannot start, its server cannot be reached, or a variable is not set.
     """
     secrets = SecretValues()
     resolved = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
@@ -245,8 +233,3 @@ def _prepare_endpoint(spec: VerifierSpec, config: RewardConfig) -> VerifierSpec:
     from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
 
     return prepare_endpoint(spec, config.deadline_s if spec.deadline_s is None else spec.deadline_s)
-
-
-def _visible(text: str) -> str:
-    """Text that came out of a verifier, with nothing left in it that a terminal would obey."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

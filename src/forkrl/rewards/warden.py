@@ -1,9 +1,9 @@
-"""Keeps one verifier process: forks it, and sees to it that nothing of it is left once it has ended.
+"""Keeps one verifier process: forks it, and leaves nothing of it behind.
 
-``WorkerProcess`` starts it as ``python -m forkrl.rewards.warden``. It runs no verifier itself, so a verifier cannot
-hang it, and it is one thread, so it can fork safely and in milliseconds. On Linux it adopts the orphans below it: what
-a verifier starts, in a session of its own or not, is a child of the warden once the verifier is dead, and is killed.
-When the pool's process ends, however it ends, the control socket closes, and that is the end of the verifier too.
+``WorkerProcess`` starts it as ``python -m forkrl.rewards.warden``. It runs no verifier itself, so none can hang it, and
+it has one thread, so it can fork safely and in milliseconds. On Linux it adopts the orphans below it: whatever a
+verifier starts, in its own session or not, becomes a child of the warden once the verifier is dead, and is killed. When
+the pool's process ends, however it ends, the control socket closes, which ends the verifier too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 from forkrl.rewards.worker import describe, limit_memory, load_verifier, send, serve
 
 START, KILL = b"s", b"k"
-"""Commands on the control socket. START brings the worker's two ends of its pipes along."""
+"""Commands on the control socket; START carries the worker's ends of its two pipes."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> None:
-    """Obey the control socket named on the command line until it closes. Standard input holds the settings."""
+    """Obey the control socket given as an argument until it closes. Standard input holds the settings."""
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     settings = json.load(sys.stdin)
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         limit_memory(settings["memory_mb"] << 20)
         for path, *_ in settings["verifiers"].values():
-            # Ours start no threads, so they are loaded once, before the fork. Nobody knows that of others.
+            # Our verifiers start no threads, so they are loaded before the fork. Others might.
             if path.startswith("forkrl."):
                 load_verifier(path)
     except BaseException as error:
@@ -57,7 +57,7 @@ class _Warden:
         os.set_blocking(self._exits, False)
         os.set_blocking(told, False)
         self._told = told
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler there would be nothing to wake up for
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler the signal wakes nobody
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
 
     def run(self) -> None:
@@ -73,14 +73,14 @@ class _Warden:
                 return
 
     def _obey(self) -> bool:
-        """Do one command; False at the end of them."""
+        """Execute one command; False once the socket is closed."""
         try:
             command, fds, *_ = socket.recv_fds(self._control, 1, 2)
         except ConnectionError:
             command, fds = b"", []
         if command == START:
             self._start(*fds)
-        elif self._worker is not None:  # else it ended by itself meanwhile, and that is reported
+        elif self._worker is not None:  # else it ended by itself, which is reported
             how = self._bury(self._worker)
             if command == KILL:
                 self._report(how)
@@ -108,10 +108,10 @@ class _Warden:
                 serve(requests_fd, answers_fd, self._verifiers)
                 code = 0
         finally:
-            os._exit(code)  # nothing of the warden's may run here
+            os._exit(code)  # none of the warden's own code may run here
 
     def _look_for_the_dead(self) -> None:
-        """Reap what has ended, adopted orphans among it; report the worker."""
+        """Reap ended processes, including adopted orphans; report the worker."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -128,13 +128,13 @@ class _Warden:
         self._worker = None
         code = os.waitstatus_to_exitcode(status)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        with suppress(ConnectionError):  # then the next command is the end
+        with suppress(ConnectionError):  # the socket is closed; ``_obey`` sees that
             send(self._control.fileno(), {"ended": how})
 
     def _bury(self, worker: int, status: int | None = None) -> int:
-        """Kill the worker, unless its status is known already, and everything below it; return how the worker ended.
+        """Kill the worker, unless its status is known, and everything below it; return the worker's status.
 
-        A killed process leaves its children to the warden, so killing one's own children until there are none reaches
+        A killed process leaves its children to the warden, so killing the warden's children until none are left reaches
         all generations.
         """
         if status is None:
@@ -157,10 +157,10 @@ class _Warden:
 
 
 def _children() -> list[int]:
-    """Processes whose parent is this one; empty where there is no /proc."""
+    """Child processes; empty without /proc."""
     me, found = os.getpid(), []
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has gone
+        with suppress(OSError):  # it is gone
             fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
             if int(fields[1]) == me:
                 found.append(int(folder.name))

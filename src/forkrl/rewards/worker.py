@@ -1,7 +1,7 @@
 """One verifier process: reads responses, answers with scores, and can be killed at any moment.
 
 ``warden.py`` forks it. Requests and answers are JSON lines on two private pipes; standard output is /dev/null, so
-nothing that a verifier prints can be taken for a verdict.
+nothing a verifier prints can pass for a verdict.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 _MAX_MESSAGE = 300
 _MAX_ANSWER = 1_000
-"""Characters of an answer that are kept; more is no final answer."""
+"""Characters of an answer that are kept."""
 _MAX_FILE_BYTES = 64 << 20
-"""No file that a verifier writes grows beyond this; it meets an OSError."""
+"""Largest file that a verifier can write."""
 _CPU_PER_DEADLINE = 10
-"""CPU seconds that one response may take, in deadlines: more than its threads can use before the clock ends it."""
+"""CPU time for one response, in deadlines: more than its threads can use before the deadline."""
 
 
 class _Judge(NamedTuple):
@@ -56,7 +56,7 @@ def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, 
         os._exit(1)
     me = os.getpid()
     send(answers_fd, {"ready": me})
-    os.dup2(1, 2)  # stderr explained a failed start; from here it could only grow
+    os.dup2(1, 2)  # stderr is only for failed starts
     requests = _Requests(requests_fd)
     while (request := requests.next()) is not None:
         if isinstance(request, str):
@@ -66,13 +66,13 @@ def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, 
         _limit_cpu(judges[source].deadline_s)
         began = time.monotonic()
         verdict = _judge(judges[source].function, answer, response)
-        if os.getpid() != me:  # a fork that the verifier made has come back out of it
+        if os.getpid() != me:  # a fork made by the verifier returned here
             os._exit(0)
         send(answers_fd, [token, *verdict, time.monotonic() - began])
 
 
 class _Requests:
-    """The requests on a pipe, in order, a withdrawn one as its bare token."""
+    """The requests on a pipe in order; a withdrawn one appears as its bare token."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -83,7 +83,7 @@ class _Requests:
         self._withdrawn: set[str] = set()
 
     def next(self) -> list[str] | str | None:
-        """The next request, once all that has arrived is read: it may be withdrawn in there. None at the end."""
+        """The next request, after reading all that has arrived, which may withdraw it; None at the end."""
         while not self._waiting or self._poll.poll(0):
             data = os.read(self._fd, 1 << 16)
             if not data:
@@ -102,16 +102,16 @@ class _Requests:
             self._parts.clear()
             if isinstance(request, list):
                 self._waiting.append(request)
-            elif any(request == waiting[0] for waiting in self._waiting):  # else it is answered already
+            elif any(request == waiting[0] for waiting in self._waiting):  # else it is already answered
                 self._withdrawn.add(request)
         self._parts.append(rest)
 
 
 def limit_memory(memory: int) -> None:
-    """Bound the address space of this process and of those it forks, in bytes; no core files."""
-    if sys.platform != "darwin":  # there a process maps more than any sensible limit from the start
+    """Limit the address space (bytes) of this process and its forks; disable core files."""
+    if sys.platform != "darwin":  # where every process maps more than any sensible limit
         _set_soft_limit(resource.RLIMIT_AS, memory)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a segfault is an answer here, not something to debug
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _limit_files() -> None:
@@ -119,7 +119,7 @@ def _limit_files() -> None:
 
 
 def _limit_cpu(deadline_s: float) -> None:
-    """For this process from now on, and for each process that it starts: those may outlast the response."""
+    """From now on, for this process and for each that it starts."""
     _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_DEADLINE * deadline_s) + 1)
 
 
@@ -140,14 +140,10 @@ def load_verifier(path: str) -> Callable[..., object]:
 
 
 def bind_options(function: Callable[..., object], path: str, options: Mapping[str, Any]) -> Callable[..., object]:
-    """The function with its options given.
-
-    Raises:
-        TypeError: it does not take them along with an answer and a response; the message says what it takes.
-    """
+    """The function with its options bound; TypeError, naming the signature, if they do not fit."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C do not tell
+    except ValueError:  # some C functions have no signature
         return partial(function, **options)
     try:
         signature.bind("", "", **options)
@@ -157,7 +153,7 @@ def bind_options(function: Callable[..., object], path: str, options: Mapping[st
 
 
 def _judge(verifier: Callable[..., object], answer: str, response: str) -> tuple[float, str, str, str | None]:
-    """Score, failure, message and the answer read; whatever the verifier raises is a verdict, SystemExit too."""
+    """Score, failure, message and the answer read; anything the verifier raises is a verdict, including SystemExit."""
     try:
         returned = verifier(answer, response)
         score, read = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
@@ -174,7 +170,7 @@ def _judge(verifier: Callable[..., object], answer: str, response: str) -> tuple
 
 
 def _shorten(answer: str) -> str:
-    """Long answers by their beginning and a hash of all: different ones stay different."""
+    """Long answers become their beginning and a hash, so that different ones stay different."""
     if len(answer) <= _MAX_ANSWER:
         return str(answer)
     digest = hashlib.sha256(answer.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -189,7 +185,7 @@ def describe(error: BaseException) -> str:
     """The error as one line of bounded length."""
     try:
         text = str(error)
-    except Exception:  # an exception class of the verifier's own may fail at this as well
+    except Exception:  # the verifier's own exception class may fail here too
         text = "(its message cannot be shown)"
     return _clip(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 

@@ -1,4 +1,4 @@
-"""The pool's end of one verifier process and its warden. Nothing here waits for them, except ``close``."""
+"""The pool's end of one verifier process and its warden; only ``close`` blocks."""
 
 from __future__ import annotations
 
@@ -16,44 +16,46 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from forkrl.parallel.processes import child_environment
-from forkrl.rewards.batch import Item
 from forkrl.rewards.warden import KILL, START
 
+if TYPE_CHECKING:
+    from forkrl.rewards.crew import Item
+
 _START_LIMIT_S = 60.0
-"""For the interpreter and the verifier's imports, on a loaded machine; no item pays for it."""
+"""For the interpreter and the verifier's imports on a loaded machine."""
 _END_LIMIT_S = 10.0
-"""For killing a worker and all below it. What lasts longer hangs in the kernel, and is left to it."""
+"""For killing a worker and everything below it."""
 _PATIENCE_S = 0.1
-"""An item that takes longer must not keep those behind it waiting: they go to other workers."""
+"""If an item takes longer, those queued behind it go to other workers."""
 _PIPELINE = 16
-"""Requests given to a quick worker ahead of its answers, so that it need not wait for the pool between two of them."""
+"""Requests sent ahead to a quick worker, so that it need not wait for the pool between two answers."""
 _QUICK_S, _SLOW_S = 0.01, 0.05
-"""Answers this quick double the requests that a worker is given ahead; answers this slow halve them."""
+"""Quicker answers double the number of requests sent ahead, slower ones halve it."""
 _MAX_OUTBOX = 1 << 20
-"""Bytes waiting for one worker above which it is given no further request."""
+"""Bytes queued for a worker above which it gets no further request."""
 _MAX_LINE = 1 << 14
-"""No honest answer is longer."""
+"""Longest valid answer."""
 _MAX_SERVED = 20_000
-"""Answers after which a worker is replaced: whatever leaks in a verifier, files among it, starts anew."""
+"""Answers after which a worker is replaced, against leaks in a verifier."""
 _MEASURE_EVERY = 32
-"""Answers between two looks at a worker's memory."""
+"""Answers between two measurements of a worker's memory."""
 _NEVER = float("inf")
 
 FORGERY = "wrote on the pipe that carries verdicts"
 
 
 class Settings(NamedTuple):
-    """What every worker of a pool is started with: path, options and deadline of a verifier by source."""
+    """What every worker of a pool starts with: path, options and deadline of a verifier by source."""
 
     verifiers: Mapping[str, tuple[str, Mapping[str, Any], float]]
     memory_mb: int
 
 
 class Cause(NamedTuple):
-    """Why a worker has to go, and the failure of the item it was at."""
+    """Why a worker is killed, and the failure of the item it worked on."""
 
     failure: str
     message: str
@@ -61,7 +63,7 @@ class Cause(NamedTuple):
 
 @dataclass(slots=True)
 class Request:
-    """An item in the hands of a worker. ``withdrawn``: it went back to the pool, and the worker was told."""
+    """An item given to a worker. ``withdrawn``: it was requeued, and the worker was told."""
 
     item: Item
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -69,14 +71,14 @@ class Request:
 
 
 class WorkerProcess:
-    """A verifier process, restarted by its warden as often as need be.
+    """A verifier process, restarted by its warden when needed.
 
     Attributes:
-        state: "starting" until the verifiers are loaded, "ready", "ending" once it is to be killed, "resting" with no
+        state: "starting" until the verifiers are loaded, "ready", "ending" while it is killed, "resting" without a
             process.
-        due: monotonic time by which something has to happen: the worker's start, an answer, or its end.
-        served: answers since it was started; without any, what it does is the fault of its first item.
-        cause: in the state "ending", why; None where nobody is to blame.
+        due: monotonic deadline of the worker's start, answer or end.
+        served: answers since its start; before the first one, a failure is its first item's fault.
+        cause: in state "ending", why; None where no item is to blame.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -97,14 +99,14 @@ class WorkerProcess:
         self.begin()
 
     def begin(self) -> None:
-        """Have the warden fork a fresh worker, with fresh pipes."""
+        """Have the warden fork a new worker with new pipes."""
         self._close_pipes()
         theirs_requests, self.requests_fd = os.pipe()
         self.answers_fd, theirs_answers = os.pipe()
         os.set_blocking(self.requests_fd, False)
         os.set_blocking(self.answers_fd, False)
         try:
-            with suppress(ConnectionError):  # the warden is dead; the end of its reports will say so
+            with suppress(ConnectionError):  # the warden is dead; its closed socket will say so
                 socket.send_fds(self.control, [START], [theirs_requests, theirs_answers])
         finally:
             os.close(theirs_requests)
@@ -119,23 +121,23 @@ class WorkerProcess:
         self._depth, self._memory_at_start = 1, 0
 
     def rest(self) -> None:
-        """Stay without a process until there is work."""
+        """Wait for work without a process."""
         self._close_pipes()
         self.state, self.due = "resting", _NEVER
         self.in_flight.clear()
 
     def welcome(self, pid: int) -> None:
-        """It has loaded its verifiers."""
+        """Its verifiers are loaded."""
         self.state, self.due, self.pid = "ready", _NEVER, pid
         self._memory_at_start = _resident_bytes(pid)
 
     @property
     def has_room(self) -> bool:
-        """Whether it may be given another request."""
+        """Whether it can take another request."""
         return self.state == "ready" and len(self.in_flight) < self._depth and len(self.outbox) < _MAX_OUTBOX
 
     def ask(self, item: Item) -> None:
-        """Give it an item."""
+        """Queue an item for it."""
         request = Request(item)
         self.in_flight.append(request)
         prompt = item.prompt
@@ -145,7 +147,7 @@ class WorkerProcess:
             self._start_clock()
 
     def take_back(self) -> list[Item]:
-        """The items behind the one it is at, withdrawn."""
+        """Withdraw and return the items behind the current one."""
         withdrawn = [request for request in list(self.in_flight)[1:] if not request.withdrawn]
         for request in withdrawn:
             request.withdrawn = True
@@ -155,16 +157,16 @@ class WorkerProcess:
 
     @property
     def lingers_at(self) -> float:
-        """When the items behind the first are to be taken back; never where there are none."""
+        """When to withdraw the items behind the first; never if there are none."""
         waits = self.state == "ready" and any(not request.withdrawn for request in list(self.in_flight)[1:])
         return self._turn_began + _PATIENCE_S if waits else _NEVER
 
     def expects(self, token: str) -> bool:
-        """Whether an answer with this token is the one due; none can be forged without having read its request."""
+        """Whether this token belongs to the answer due; only who has read the request can know it."""
         return bool(self.in_flight) and token == self.in_flight[0].token
 
     def next_turn(self, took: float | None) -> Item:
-        """It goes on to the next item: the first was answered in so many seconds, or was withdrawn in time (None)."""
+        """Take the first item off: it was answered in ``took`` seconds, or withdrawn (None)."""
         item = self.in_flight.popleft().item
         if took is not None:
             self.served += 1
@@ -176,14 +178,14 @@ class WorkerProcess:
         return item
 
     def has_swollen(self) -> bool:
-        """Whether it had better be replaced: much served, or half of the memory that it may yet take is taken."""
+        """Whether to replace it: it has served many items, or has used half of its free memory."""
         if self.served >= _MAX_SERVED:
             return True
         bound = (self._memory + self._memory_at_start) / 2
         return self.served % _MEASURE_EVERY == 0 and _resident_bytes(self.pid) > bound
 
     def end(self, cause: Cause | None) -> None:
-        """Have it killed with all that it started. Its warden reports when that is done."""
+        """Have it killed with everything it started; its warden reports the end."""
         if self.state not in ("starting", "ready"):
             return
         self.state, self.cause, self.due = "ending", cause, time.monotonic() + _END_LIMIT_S
@@ -191,17 +193,17 @@ class WorkerProcess:
             self.control.send(KILL)
 
     def flush(self) -> None:
-        """Write what the pipe takes now."""
+        """Write what fits into the pipe."""
         try:
             while self.outbox:
                 del self.outbox[: os.write(self.requests_fd, self.outbox)]
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            self.outbox.clear()  # it is dead; its warden will say so
+            self.outbox.clear()  # it is dead; its warden reports that
 
     def read_answers(self) -> tuple[list[Any], str]:
-        """The answers that have arrived, and why nothing further can be believed, if so ("end" at their end)."""
+        """The answers that have arrived, and why no further one is valid ("" if it is, "end" at the end)."""
         try:
             data = os.read(self.answers_fd, 1 << 16)
         except BlockingIOError:
@@ -218,7 +220,7 @@ class WorkerProcess:
         return answers, "" if data else "end"
 
     def read_reports(self) -> tuple[list[dict[str, str]], bool]:
-        """What the warden reports, and whether the warden itself has gone."""
+        """The warden's reports, and whether the warden itself is gone."""
         try:
             data = self.control.recv(1 << 16)
         except BlockingIOError:
@@ -229,16 +231,16 @@ class WorkerProcess:
         return [json.loads(line) for line in lines], not data
 
     def last_words(self) -> str:
-        """The last line that warden or worker wrote on stderr before the worker was ready, to follow a message."""
+        """The last line on stderr before the worker was ready, in brackets to follow a message."""
         if not self._stderr.closed:
             self._stderr.seek(0)
             self._words = self._stderr.read().decode("utf-8", "replace").strip()
         return f" ({self._words.splitlines()[-1][:300]})" if self._words else ""
 
     def close(self, patience_s: float = _END_LIMIT_S) -> str:
-        """End the warden, and with it all below it; say how it ended. It is killed after ``patience_s``."""
+        """End the warden and all processes below it; say how it ended. It is killed after ``patience_s``."""
         self._close_pipes()
-        with suppress(OSError):  # the warden has gone already
+        with suppress(OSError):  # the warden is already gone
             self.control.shutdown(socket.SHUT_RDWR)  # a fork of this process may hold the socket open
         self.control.close()
         try:
@@ -246,7 +248,7 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._warden.kill()
             self._warden.wait()
-        if self._warden.returncode and self.pid:  # it did not end in peace: what it kept may be left
+        if self._warden.returncode and self.pid:  # it ended abnormally and may have left its worker
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
         self.last_words()
@@ -266,7 +268,7 @@ class WorkerProcess:
 
 
 def _start_warden(settings: Settings, control: socket.socket, stderr_fd: int) -> subprocess.Popen[bytes]:
-    with tempfile.TemporaryFile() as file:  # not arguments: options may hold what `ps` must not show
+    with tempfile.TemporaryFile() as file:  # not as arguments, which `ps` shows: options may hold credentials
         file.write(json.dumps(settings._asdict()).encode("ascii"))
         file.seek(0)
         return subprocess.Popen(
@@ -281,7 +283,7 @@ def _start_warden(settings: Settings, control: socket.socket, stderr_fd: int) ->
 
 
 def _resident_bytes(pid: int) -> int:
-    """Memory that a process really takes; 0 where the system does not tell, or it has gone."""
+    """Resident memory of a process; 0 if unknown."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
     except (OSError, IndexError):

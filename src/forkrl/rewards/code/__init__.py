@@ -1,10 +1,9 @@
-"""Judges programs by their tests. The program runs in a sandbox; the verdict is formed here, outside of it.
+"""Judges programs by their tests. The program runs in a sandbox; the verdict is formed outside.
 
-Only inputs go in. What comes out is text: of a whole program its standard output, of a function the JSON of its value.
-No exit code, no report and no object of the program's making can stand for a passed test, because nothing in there
-knows what would pass. Tests written as ``assert`` statements are Python themselves, so they run in the sandbox, in a
-process apart from the program's. A response is worth 1.0 where every test passes, else 0.0; judging ends at the first
-that fails.
+Only inputs go in, and only text comes out: a program's standard output, or the JSON of a function's value. Nothing
+inside knows what would pass, so the program cannot forge a pass. Tests written as ``assert`` statements are Python
+themselves and run in the sandbox, in a process apart from the program's. The score is 1.0 if every test passes, else
+0.0; judging ends at the first failure.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from functools import lru_cache
 from typing import Any
 
 from forkrl.config import SandboxConfig
-from forkrl.rewards.code.program_text import last_program
-from forkrl.rewards.code.programs import Sandbox
-from forkrl.rewards.code.sandbox import open_sandbox, require_sandbox
+from forkrl.rewards.code.sandbox import Sandbox, open_sandbox, require_sandbox
 from forkrl.rewards.code.test_cases import (
     CODE_VERIFIER,
     AssertTests,
     CallTest,
     CodeTests,
     any_number_of_digits,
+    last_program,
     pack_tests,
     tests_from_livecodebench,
     unpack_tests,
@@ -45,7 +43,7 @@ __all__ = [
 ]
 
 _MARGIN_S = 30.0
-"""From the end of a program's own time to the pool's deadline, which would make a failure of it."""
+"""Between a program's own time limit and the pool's deadline, which would count as a failure."""
 _LONG_INTEGER = 4_300
 """Digits."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
@@ -58,11 +56,7 @@ def code_verifier(config: SandboxConfig, options: Mapping[str, Any] | None = Non
 
 
 def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -> dict[str, VerifierSpec]:
-    """The verifiers of a task, with the one called "code" bound to a sandbox that has just proved to work.
-
-    Raises:
-        UserError: there is a "code" among them, and no sandbox; says how to get one.
-    """
+    """The verifiers of a task, with "code" bound to a sandbox that was just tested; raises UserError without one."""
     if any(spec.path == CODE_VERIFIER for spec in verifiers.values()):
         require_sandbox(config)
     return {
@@ -72,22 +66,19 @@ def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -
 
 
 def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **options: Any) -> Judgement:
-    """1.0 where the response's program passes every test, else 0.0.
+    """1.0 if the response's program (``last_program``) passes every test, else 0.0; answer "" without a program.
 
     Args:
         answer: the tests, as ``pack_tests`` writes them.
-        response: what the model wrote; ``last_program`` says which of its code blocks is the program.
-        float_tolerance: how far a number may be from an expected one with a decimal point, as a share of the expected
-            one or absolutely, whichever is more.
+        response: what the model wrote.
+        float_tolerance: allowed error of numbers whose expected value has a decimal point, relative or absolute,
+            whichever is larger.
         options: the settings of ``SandboxConfig``.
 
-    Returns:
-        The score, and "" as the answer where there is no program. Programs are not compared with each other.
-
     Raises:
-        ValueError: the tests cannot be read, or are of a kind that cannot judge this program.
-        UserError: there is no sandbox here.
-        SandboxUnavailableError: it has failed.
+        ValueError: the tests cannot be read, or cannot judge this program.
+        UserError: there is no sandbox.
+        SandboxUnavailableError: the sandbox failed.
     """
     tests = unpack_tests(answer)
     source = last_program(response, tests)
@@ -143,7 +134,7 @@ def _asserts_pass(tests: AssertTests, source: str, config: SandboxConfig, sandbo
 
 
 def _same_text(expected: str, printed: str, tolerance: float) -> bool:
-    """LiveCodeBench's comparison: the same lines but for spaces at their ends, or lines of equal decimal numbers."""
+    """LiveCodeBench's comparison: equal lines up to spaces at their ends, or lines of equal decimal numbers."""
     due, found = expected.strip().split("\n"), printed.strip().split("\n")
     return len(due) == len(found) and all(_same_line(*lines, tolerance) for lines in zip(due, found, strict=True))
 
@@ -171,7 +162,7 @@ def _close(due: float, found: float, tolerance: float) -> bool:
 
 
 def _right_value(test: CallTest, line: bytes, tolerance: float) -> bool:
-    """Whether a reply of the driver, [value] or [None, what stands for it], is what a call may return."""
+    """Whether the driver's reply, [value] or [None, substitute], is an accepted value."""
     try:
         match json.loads(line, parse_constant=_reject_constant, parse_int=_read_integer):
             case [None, other]:

@@ -1,7 +1,7 @@
 """Programs inside bubblewrap, on this machine.
 
-What a program finds there: Python's standard library and the C libraries, read-only; an empty /tmp of limited size; its
-own processes; no network, no other file of the system, no environment, no privileges, a user id that nobody has.
+A program sees Python's standard library and the C libraries, read-only, an empty /tmp of limited size, and its own
+processes: no network, no other files, no environment, no privileges, and an unused user id.
 """
 
 from __future__ import annotations
@@ -21,25 +21,21 @@ from typing import NamedTuple
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.code.programs import LimitReachedError, Outcome, driver
+from forkrl.rewards.code.sandbox import LimitReachedError, Outcome, driver
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import build_filter, supports
 
 _USER = 65533
-"""Who programs are, outside too where ForkRL runs as root. No system gives this id to anybody."""
+"""User id of programs, outside too if ForkRL runs as root; no system assigns it."""
 _ADDRESS_SPACE_BEYOND = 256 << 20
-"""What a process may reserve beyond the memory it may fill."""
+"""Address space beyond the memory limit."""
 _OLDEST = (0, 8)
 _INSTALL = "apt-get install bubblewrap"
 _INSTEAD = "or set sandbox.server to the address of a SandboxFusion server"
 
 
 class Bubblewrap:
-    """A sandbox of this machine.
-
-    Raises:
-        UserError: there is no bubblewrap, or it is too old, or cannot work on this kind of machine.
-    """
+    """A sandbox on this machine; raises UserError if bubblewrap is missing, too old or unsupported here."""
 
     def __init__(self, config: SandboxConfig) -> None:
         self._limits = config
@@ -115,7 +111,7 @@ class Bubblewrap:
 class _Python(NamedTuple):
     executable: str
     mounts: tuple[str, ...]
-    """The executable and the folders of its standard library, where they are not among the system's."""
+    """The executable and the folders of its standard library that are not among the system's."""
 
 
 def _command(
@@ -125,8 +121,8 @@ def _command(
     outer: list[str] = []
     shown = {path: path for path in python.mounts}
     if behind_doors:
-        # As root, put the interpreter where the user of the programs can reach it, in a mount namespace of our own,
-        # and become that user.
+        # As root: put the interpreter where the programs' user can reach it, in our own mount namespace, and become
+        # that user.
         shown = {path: f"/tmp/{number}" for number, path in enumerate(python.mounts)}
         outer = [bwrap, "--die-with-parent", "--dev-bind", "/", "/", "--tmpfs", "/tmp"]
         outer += [word for path, place in shown.items() for word in ("--ro-bind", path, place)]
@@ -138,7 +134,7 @@ def _command(
         "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "PYTHONHASHSEED", "0",
         *_system(),
-        # Bubblewrap's own folders are writable and unbounded until they are told otherwise.
+        # Bubblewrap's own folders are writable and unbounded by default.
         "--proc", "/proc", "--remount-ro", "/proc",
         "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
         "--size", str(file_bytes), "--tmpfs", "/tmp",
@@ -150,7 +146,7 @@ def _command(
 
 
 def _system() -> list[str]:
-    """Arguments that show the system's libraries, and nothing else of it."""
+    """Arguments that mount the system's libraries and nothing else."""
     words = ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for folder in _libraries():
         if folder.is_symlink():
@@ -167,12 +163,12 @@ def _libraries() -> list[Path]:
 def _find_bubblewrap() -> str:
     if sys.platform != "linux" or not supports(platform.machine()):
         raise UserError(
-            f"code rewards need a sandbox, and bubblewrap needs Linux on x86_64 or aarch64, which this is not "
-            f"({sys.platform}, {platform.machine()}); set sandbox.server to the address of a SandboxFusion server"
+            f"code rewards need a sandbox, and bubblewrap needs Linux on x86_64 or aarch64 "
+            f"(here: {sys.platform}, {platform.machine()}); set sandbox.server to the address of a SandboxFusion server"
         )
     found = shutil.which("bwrap")
     if found is None:
-        raise UserError(f"code rewards need a sandbox, and there is no bubblewrap here: {_INSTALL}, {_INSTEAD}")
+        raise UserError(f"code rewards need a sandbox, and bubblewrap is not installed: {_INSTALL}, {_INSTEAD}")
     words = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     version = tuple(map(int, re.findall(r"\d+", words)[:2]))
     if version < _OLDEST:
@@ -191,7 +187,7 @@ def _find_python(wanted: str) -> _Python:
             asked = subprocess.run([wanted, "-S", "-c", question], capture_output=True, text=True, check=True)
             executable, prefix = asked.stdout.splitlines()
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
-            raise UserError(f"sandbox.python = {wanted!r} is no Python 3.9 or newer that runs here ({error})") from None
+            raise UserError(f"sandbox.python = {wanted!r} is not a working Python 3.9 or newer ({error})") from None
     executable = os.path.realpath(executable)
     system = {str(folder) for folder in _libraries()}
     folders = (f"{prefix}/lib", f"{prefix}/lib64")

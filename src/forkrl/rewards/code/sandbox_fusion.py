@@ -1,7 +1,6 @@
 """Programs on a SandboxFusion server, over HTTP (https://github.com/bytedance/SandboxFusion).
 
-The server isolates; the verdict is still formed here, from what a program has printed. A server that cannot be reached,
-or that answers with an error or with something else, has failed, not the program.
+The server isolates; the verdict is formed here, from what the program printed. A server's errors are not the program's.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import httpx
 from forkrl.config import SandboxConfig
 from forkrl.config.loopback import is_loopback
 from forkrl.config.secret_values import SecretValues, shown_url
-from forkrl.rewards.code.programs import Outcome, SandboxUnavailableError, driver
+from forkrl.rewards.code.sandbox import Outcome, SandboxUnavailableError, driver
 
 _ANSWER_LIMIT_S = 30.0
 """For the server's queue and the network, on top of the program's own time."""

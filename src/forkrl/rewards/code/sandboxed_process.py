@@ -1,8 +1,7 @@
 """One program inside bubblewrap, watched from outside until nothing of it is left.
 
-Its input is a sealed file in memory, so a program that never reads cannot keep the judge waiting. What the limits
-inside cannot bound, because it is spread over several processes or files, is looked at every 50 ms through the
-sandbox's own ``/proc``, which shows its processes and no others: memory, CPU time, number of files.
+Its input is a sealed file in memory, so a program that never reads cannot block the judge. What rlimits cannot bound
+across processes (memory, CPU time, number of files) is checked every 50 ms through the sandbox's own ``/proc``.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
-from forkrl.rewards.code.programs import LimitReachedError, SandboxUnavailableError
+from forkrl.rewards.code.sandbox import LimitReachedError, SandboxUnavailableError
 
 _START_LIMIT_S = 20.0
-"""For bubblewrap and the interpreter, on a loaded machine; no program pays for it."""
+"""For bubblewrap and the interpreter on a loaded machine; not part of a program's time."""
 _PATIENCE = 2
-"""Wall-clock seconds for every second of CPU time: programs wait for each other on a loaded machine."""
+"""Wall-clock seconds per second of CPU time, for loaded machines."""
 _WATCH_S = 0.05
 _MAX_FILES = 10_000
 _READY = b"ready\n"
@@ -33,25 +32,12 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class SandboxedProcess:
-    """A program that has begun; leave the ``with`` block, and it and all that it started have ended.
+    """A running program; after the ``with`` block it and everything it started have ended.
 
-    Args:
-        command: makes the command line, up to the driver's arguments, from the file descriptors of the seccomp filter
-            and of bubblewrap's report about itself.
-        arguments: the driver's further arguments.
-        program: source text, for the driver.
-        stdin: what the program finds on standard input.
-        seccomp: the filter, assembled.
-        user: user and group id to start as, or None for our own.
-        memory: bytes of physical memory, over all processes.
-        max_output: bytes.
-        answers: read the driver's private pipe instead of standard output, which then goes nowhere.
-
-    Attributes:
-        first_pid: process id, outside, of the sandbox's process 1.
-
-    Raises:
-        SandboxUnavailableError: the sandbox does not start.
+    ``command`` makes the command line up to the driver's ``arguments`` from the descriptors of the seccomp filter and
+    of bubblewrap's report. ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read
+    instead of standard output, which is discarded. ``user`` None keeps our own user. ``first_pid`` is the sandbox's
+    process 1 as seen from outside. Raises SandboxUnavailableError if the sandbox does not start.
     """
 
     def __init__(
@@ -118,17 +104,13 @@ class SandboxedProcess:
         self.close()
 
     def allow(self, seconds: float, deadline: float) -> None:
-        """From now on: so many seconds of CPU time, twice that on the clock, and not past ``deadline`` (monotonic)."""
+        """From now on allow ``seconds`` of CPU time, twice that on the clock, but not past ``deadline`` (monotonic)."""
         _, cpu = self._usage()
         self._cpu_allowed = cpu + seconds * _TICKS_PER_S
         self._deadline = min(time.monotonic() + _PATIENCE * seconds, deadline)
 
     def read(self) -> bytes:
-        """The next output, b"" at its end.
-
-        Raises:
-            LimitReachedError: a limit has been reached, or is while we wait.
-        """
+        """The next output, b"" at its end; raises LimitReachedError at a limit."""
         while True:
             now = time.monotonic()
             if now >= self._next_watch:
@@ -144,11 +126,11 @@ class SandboxedProcess:
                 return data
 
     def exit_code(self) -> int:
-        """Of the program, once its standard output has ended: with it ends the whole sandbox."""
+        """The program's exit code; the sandbox ends with its standard output."""
         return self._process.wait()
 
     def close(self) -> None:
-        """Kill what is left and wait for its end."""
+        """Kill what is left and wait for it."""
         if self._first is None:
             self._process.kill()  # bubblewrap's processes die with each other, up to the outermost
         else:
@@ -168,7 +150,7 @@ class SandboxedProcess:
             raise SandboxUnavailableError(words[-1] if words else f"bubblewrap ended with {self._process.returncode}")
 
     def _look_inside(self) -> None:
-        """Take hold of process 1, of the sandbox's /proc and of its /tmp, while the program has yet to begin."""
+        """Open process 1, the sandbox's /proc and its /tmp before the program begins."""
         self.first_pid = int(json.loads(os.read(self._info, 4096))["child-pid"])
         try:
             self._first = _held(self._ours, os.pidfd_open(self.first_pid))
@@ -189,7 +171,7 @@ class SandboxedProcess:
             raise LimitReachedError("files")
 
     def _usage(self) -> tuple[int, int]:
-        """Bytes of memory of the processes inside, and CPU ticks of them and of those they have outlived."""
+        """Memory in bytes and CPU ticks of the processes inside, including ticks of reaped children."""
         pages = ticks = 0
         with suppress(ProcessLookupError, FileNotFoundError):  # the whole sandbox has ended
             for name in os.listdir(self._proc):  # noqa: PTH208  # an open folder has no path
@@ -200,7 +182,7 @@ class SandboxedProcess:
 
 
 def _read_stat(proc: int, pid: str) -> list[bytes]:
-    """The fields after the name, which may itself hold anything; none of a process that has just ended."""
+    """The fields after the name, which may hold anything; [] for a process that has just ended."""
     try:
         fd = os.open(f"{pid}/stat", os.O_RDONLY, dir_fd=proc)
     except (ProcessLookupError, FileNotFoundError):
@@ -224,7 +206,7 @@ def _pipe(readers: ExitStack, writers: ExitStack) -> tuple[int, int]:
 
 
 def _sealed_file(files: ExitStack, data: bytes) -> int:
-    """A file in memory that nobody can change any more, to be read from its beginning."""
+    """An immutable file in memory, positioned at its beginning."""
     fd = _held(files, os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     with os.fdopen(fd, "wb", closefd=False) as file:
         file.write(data)

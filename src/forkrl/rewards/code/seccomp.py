@@ -1,9 +1,8 @@
 """The system calls that a sandboxed program is refused: a seccomp filter, assembled here as BPF.
 
-Namespaces, limits and missing privileges contain a program already. The filter takes away what a Python program never
-needs and what holes in the kernel were found in: tracing, mounting, new namespaces, key rings, io_uring, BPF, foreign
-address families, memory that no limit counts. A refused call fails with EPERM; calls newer than this list do not exist
-(ENOSYS), and neither does the other calling convention of the architecture.
+The filter removes what a Python program never needs and where the kernel had holes: tracing, mounting, new namespaces,
+key rings, io_uring, BPF, foreign address families, memory that no limit counts. A refused call fails with EPERM; calls
+newer than this list and the architecture's other calling convention fail with ENOSYS.
 """
 
 from __future__ import annotations
@@ -26,80 +25,21 @@ _AF_UNIX = 1
 _FAKE_TERMINAL_INPUT = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX."""
 
-# Each line: the call, its number on x86_64, its number on aarch64 (-1: not there).
+# Each call with its numbers on x86_64 and on aarch64 (-1: not there).
 _REFUSED = """
-ptrace 101 117
-process_vm_readv 310 270
-process_vm_writev 311 271
-kcmp 312 272
-pidfd_getfd 438 438
-process_madvise 440 440
-mount 165 40
-umount2 166 39
-pivot_root 155 41
-chroot 161 51
-open_tree 428 428
-move_mount 429 429
-fsopen 430 430
-fsconfig 431 431
-fsmount 432 432
-fspick 433 433
-mount_setattr 442 442
-statmount 457 457
-listmount 458 458
-setns 308 268
-unshare 272 97
-bpf 321 280
-perf_event_open 298 241
-userfaultfd 323 282
-io_uring_setup 425 425
-io_uring_enter 426 426
-io_uring_register 427 427
-keyctl 250 219
-add_key 248 217
-request_key 249 218
-kexec_load 246 104
-kexec_file_load 320 294
-init_module 175 105
-finit_module 313 273
-delete_module 176 106
-reboot 169 142
-swapon 167 224
-swapoff 168 225
-open_by_handle_at 304 265
-name_to_handle_at 303 264
-fanotify_init 300 262
-quotactl 179 60
-quotactl_fd 443 443
-acct 163 89
-syslog 103 116
-personality 135 92
-settimeofday 164 170
-clock_settime 227 112
-adjtimex 159 171
-clock_adjtime 305 266
-sethostname 170 161
-setdomainname 171 162
-vhangup 153 58
-iopl 172 -1
-ioperm 173 -1
-modify_ldt 154 -1
-uselib 134 -1
-ustat 136 -1
-sysfs 139 -1
-_sysctl 156 -1
-lookup_dcookie 212 18
-nfsservctl 180 42
-migrate_pages 256 238
-move_pages 279 239
-mbind 237 235
-set_mempolicy 238 237
-memfd_create 319 279
-memfd_secret 447 447
-shmget 29 194
-msgget 68 186
-semget 64 190
-mq_open 240 180
+ptrace 101 117; process_vm_readv 310 270; process_vm_writev 311 271; kcmp 312 272; pidfd_getfd 438 438;
+process_madvise 440 440; mount 165 40; umount2 166 39; pivot_root 155 41; chroot 161 51; open_tree 428 428;
+move_mount 429 429; fsopen 430 430; fsconfig 431 431; fsmount 432 432; fspick 433 433; mount_setattr 442 442;
+statmount 457 457; listmount 458 458; setns 308 268; unshare 272 97; bpf 321 280; perf_event_open 298 241;
+userfaultfd 323 282; io_uring_setup 425 425; io_uring_enter 426 426; io_uring_register 427 427; keyctl 250 219;
+add_key 248 217; request_key 249 218; kexec_load 246 104; kexec_file_load 320 294; init_module 175 105;
+finit_module 313 273; delete_module 176 106; reboot 169 142; swapon 167 224; swapoff 168 225;
+open_by_handle_at 304 265; name_to_handle_at 303 264; fanotify_init 300 262; quotactl 179 60; quotactl_fd 443 443;
+acct 163 89; syslog 103 116; personality 135 92; settimeofday 164 170; clock_settime 227 112; adjtimex 159 171;
+clock_adjtime 305 266; sethostname 170 161; setdomainname 171 162; vhangup 153 58; iopl 172 -1; ioperm 173 -1;
+modify_ldt 154 -1; uselib 134 -1; ustat 136 -1; sysfs 139 -1; _sysctl 156 -1; lookup_dcookie 212 18;
+nfsservctl 180 42; migrate_pages 256 238; move_pages 279 239; mbind 237 235; set_mempolicy 238 237;
+memfd_create 319 279; memfd_secret 447 447; shmget 29 194; msgget 68 186; semget 64 190; mq_open 240 180
 """
 
 
@@ -119,17 +59,20 @@ _MACHINES = {
 }
 
 
+def refused_calls(machine: str) -> dict[str, int]:
+    """Numbers by name of the calls that are refused whatever their arguments."""
+    rows = (entry.split() for entry in _REFUSED.split(";"))
+    numbers = {row[0]: int(row[_MACHINES[machine].column]) for row in rows}
+    return {name: number for name, number in numbers.items() if number >= 0}
+
+
 def supports(machine: str) -> bool:
     """Whether there is a filter for an architecture, named as ``platform.machine()`` names it."""
     return machine in _MACHINES
 
 
 def build_filter(machine: str) -> bytes:
-    """The filter as the kernel and ``bwrap --seccomp`` take it: an array of ``struct sock_filter``.
-
-    Args:
-        machine: an architecture for which ``supports`` is true.
-    """
+    """The filter for a supported machine as ``bwrap --seccomp`` takes it: an array of ``struct sock_filter``."""
     calls = _MACHINES[machine]
     program = [
         _step(_LOAD_WORD, _ARCHITECTURE),
@@ -138,12 +81,11 @@ def build_filter(machine: str) -> bytes:
         _step(_LOAD_WORD, _NUMBER),
         *_unless_below(_X32_CALLS, errno.ENOSYS),
         *_unless_below(_NEWEST_CALL + 1, errno.ENOSYS),
-        # Its flags lie in memory, where a filter cannot look; libraries then take clone, whose flags it can see.
+        # A filter cannot read its flags, which are in memory; libraries then fall back to clone.
         *_if_equal(calls.clone3, errno.ENOSYS),
     ]
-    for line in _REFUSED.split("\n"):
-        if line and (number := int(line.split()[calls.column])) >= 0:
-            program += _if_equal(number, errno.EPERM)
+    for number in refused_calls(machine).values():
+        program += _if_equal(number, errno.EPERM)
     program += _if_argument(calls.clone, 0, [_step(_JUMP_ANY_BIT, _NEW_NAMESPACES, 0, 1), _fail(errno.EPERM)])
     for call in (calls.socket, calls.socketpair):
         program += _if_argument(call, 0, [_step(_JUMP_EQUAL, _AF_UNIX, 1, 0), _fail(errno.EPERM)])
@@ -169,6 +111,6 @@ def _unless_below(value: int, error: int) -> list[bytes]:
 
 
 def _if_argument(call: int, index: int, tests: list[bytes]) -> list[bytes]:
-    """For one call: tests of the lower half of an argument, which leave the call's number loaded again."""
+    """Test the lower half of one call's argument, then load the call's number again."""
     body = [_step(_LOAD_WORD, _ARGUMENTS + 8 * index), *tests, _step(_LOAD_WORD, _NUMBER)]
     return [_step(_JUMP_EQUAL, call, 0, len(body)), *body]

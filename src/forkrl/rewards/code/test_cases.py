@@ -1,8 +1,7 @@
-"""Tests of programs, in the form in which they travel as ``Prompt.answer``.
+"""Tests of programs, as they are stored in ``Prompt.answer``, and which code block of a response is the program.
 
-That form is the ecosystem's: a JSON object with ``inputs``, ``outputs`` and, where a function is called instead of the
-program run, its ``fn_name``; or with ``assert`` statements under the names of HumanEval (``test``, ``entry_point``) or
-MBPP (``test_list``). Long ones are compressed. LiveCodeBench's rows are turned into it without unpickling.
+Tests are a JSON object with ``inputs``, ``outputs`` and, if a function is called, its ``fn_name``; or with ``assert``
+statements under the names of HumanEval (``test``, ``entry_point``) or MBPP (``test_list``). Long ones are compressed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import base64
 import binascii
 import json
 import pickletools
+import re
 import sys
+import textwrap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
 from forkrl.rewards.code.sandbox_program import used_names
+from forkrl.rewards.reply import reply_of
 
 CODE_VERIFIER = "code"
 """What task.verifier calls the verifier of programs; ``with_sandbox`` makes of it one that a pool can run."""
@@ -30,6 +32,10 @@ _LONG = 4_000
 """Characters; shorter tests stay readable in rollouts and data."""
 _STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 _BORING_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
+_FENCE = re.compile(r"(\s*(?:(?:[-*+]|\d{1,9}[.)])\s+)*)```+\s*(\S*)")
+"""The fence of a block, which may follow the marks of list items on its line."""
+_PYTHON = {"python", "python3", "py"}
+_READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bfileinput\b|\bos\.read\b")
 
 
 class ProgramTest(NamedTuple):
@@ -103,11 +109,7 @@ def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = ""
 
 
 def repack_tests(text: str) -> str:
-    """The same tests, compressed where they are long.
-
-    Raises:
-        ValueError: they cannot be read.
-    """
+    """The same tests, compressed if they are long; raises ValueError if they cannot be read."""
     unpack_tests(text)
     if len(text) <= _LONG or text.startswith(_COMPRESSED):
         return text
@@ -115,13 +117,9 @@ def repack_tests(text: str) -> str:
 
 
 def unpack_tests(text: str) -> CodeTests:
-    """Read what ``pack_tests`` wrote, or the ecosystem's JSON.
+    """Read what ``pack_tests`` wrote, or the ecosystem's JSON; raises ValueError for anything else.
 
-    An output that is a list in the JSON itself, rather than text, may also be the value in a list of its own: both
-    habits are found in data sets.
-
-    Raises:
-        ValueError: it is no such text.
+    An output that is a list in the JSON itself may also be a list with the value in it: data sets have both.
     """
     with any_number_of_digits():
         try:
@@ -184,11 +182,7 @@ def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
 
 
 def tests_from_livecodebench(row: Mapping[str, Any]) -> str:
-    """The tests of a row of ``livecodebench/code_generation_lite``, public and private, as ``pack_tests`` writes them.
-
-    Raises:
-        UserError: the row is not of that form; names the question and the column.
-    """
+    """Public and private tests of a ``livecodebench/code_generation_lite`` row; UserError if it has another form."""
     place = f"question {row.get('question_id', '?')!r}"
     cases = _cases(row, "public_test_cases", place) + _cases(row, "private_test_cases", place)
     kinds = {case.get("testtype") for case in cases}
@@ -199,7 +193,7 @@ def tests_from_livecodebench(row: Mapping[str, Any]) -> str:
         try:
             function = json.loads(row["metadata"])["func_name"]
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{place}: metadata is no JSON with the func_name that functional tests need") from None
+            raise UserError(f"{place}: metadata is not JSON with the func_name that functional tests need") from None
     try:
         return pack_tests([case["input"] for case in cases], [case["output"] for case in cases], function)
     except (ValueError, KeyError) as error:
@@ -218,7 +212,7 @@ def _cases(row: Mapping[str, Any], column: str, place: str) -> list[dict[str, An
     except (ValueError, binascii.Error, zlib.error) as error:
         raise UserError(f"{place}: {column} is neither JSON nor compressed JSON ({error})") from None
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-        raise UserError(f"{place}: {column} is no list of tests")
+        raise UserError(f"{place}: {column} is not a list of tests")
     return cases
 
 
@@ -259,3 +253,59 @@ def _accepted(due: Any) -> tuple[Any, ...]:
     if isinstance(due, str):
         return (json.loads(due),)
     return (due, due[0]) if isinstance(due, list) and len(due) == 1 else (due,)
+
+
+class _Block(NamedTuple):
+    language: str
+    code: str
+
+
+def last_program(response: str, tests: CodeTests | None = None) -> str | None:
+    """The program in a reply: its last closed block fenced as Python, else its last one without a language.
+
+    With tests, the last block that defines the called function counts, or that reads the given standard input.
+    """
+    blocks = _closed_blocks(reply_of(response))
+    candidates = [block.code for block in blocks if block.language in _PYTHON]
+    candidates = candidates or [block.code for block in blocks if not block.language]
+    suitable = [code for code in candidates if tests is not None and _may_be_the_program(code, tests)]
+    return (suitable or candidates)[-1] if candidates else None
+
+
+def _may_be_the_program(code: str, tests: CodeTests) -> bool:
+    if tests.programs:
+        return any(test.stdin.strip() for test in tests.programs) and bool(_READS_INPUT.search(code))
+    names = (tests.function,) if tests.function or tests.asserts is None else tests.asserts.functions
+    return any(
+        re.search(rf"^[ \t]*(async[ \t]+)?(def|class)[ \t]+{name}\b|^{name}[ \t]*(:[^=\n]*)?=[^=]", code, re.MULTILINE)
+        for name in map(re.escape, names)
+    )
+
+
+def _closed_blocks(response: str) -> list[_Block]:
+    blocks = []
+    opened: tuple[str, int, int] | None = None
+    lines = response.split("\n")
+    for number, line in enumerate(lines):
+        fence = _FENCE.match(line)
+        if not fence:
+            continue
+        if opened is None:
+            opened = fence[2].lower(), number, len(fence[1].expandtabs())
+            continue
+        (language, start, indent), opened = opened, None
+        blocks.append(_Block(language, _without_indent(lines[start + 1 : number], indent)))
+    return blocks
+
+
+def _without_indent(lines: list[str], indent: int) -> str:
+    """The code of a block with an indented fence, as in a list, without that indentation."""
+    code = "\n".join(_cut(line, indent) for line in lines) if indent else "\n".join(lines)
+    first = next((line for line in code.split("\n") if line.strip()), "")
+    return textwrap.dedent(code) if first[:1].isspace() else code
+
+
+def _cut(line: str, indent: int) -> str:
+    spaces = len(line) - len(line.lstrip(" \t"))
+    blank = line[:spaces].expandtabs()
+    return blank[min(indent, len(blank)) :] + line[spaces:]

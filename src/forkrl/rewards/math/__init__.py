@@ -1,7 +1,6 @@
 r"""Judges answers to mathematics questions; docs/math-verifier.md says what counts, and how often it errs.
 
-Call it in a worker (``VerifierPool``): time-outs inside the process do not survive hostile answers, so deadlines and
-memory limits are the pool's. What would take long is mostly refused before it is computed.
+Run it in a ``VerifierPool``, which enforces time and memory; most of what would take long is rejected before computing.
 """
 
 from __future__ import annotations

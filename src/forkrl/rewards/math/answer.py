@@ -22,8 +22,8 @@ Kind = Literal[
 class Answer:
     """A final answer.
 
-    ``text`` is its notation, ``parts`` the members of a list or the sides of a relation, ``mark`` what tells two of a
-    kind apart beside their parts: the brackets of an interval, the sign of a relation, a word, a base.
+    ``text`` is its notation, ``parts`` the members of a list or the sides of a relation, and ``mark`` what else tells
+    two of a kind apart: the brackets of an interval, the sign of a relation, a word, a base.
     """
 
     kind: Kind
@@ -116,21 +116,16 @@ FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def read_answer(text: str, *, thousands: bool = True) -> Answer:
-    """The answer that a text is; of kind "unreadable" where it is none.
+    """Read LaTeX or plain text; kind "unreadable" if it is not an answer. Raises TooLarge as ``read_formula`` does.
 
-    Args:
-        text: LaTeX or plain.
-        thousands: 8,000 is a number, not a list of 8 and 0.
-
-    Raises:
-        TooLarge: a formula in it exceeds the bounds of ``read_formula``.
+    With ``thousands``, 8,000 is a number, not a list of 8 and 0.
     """
     text = plain_notation(text)
     return _read(without_thousands(text) if thousands else text, depth=0)
 
 
 def read_measure(answer: Answer) -> Answer:
-    """The same answer where the letters behind its number are taken for a unit: 5 m."""
+    """The same answer with the letters behind its number read as a unit: 5 m."""
     bare, unit = split_unit(answer.text, lenient=True)
     return replace(_read(bare, depth=4), text=answer.text, unit=unit) if unit.measures else answer
 
@@ -183,7 +178,7 @@ def _read_words(text: str) -> Answer | None:
 
 
 def plain_words(text: str) -> str:
-    """In lower case, without an article before and a full stop behind."""
+    """In lower case, without a leading article and a final full stop."""
     return _ARTICLE.sub("", " ".join(_TEXT.sub(r" \1 ", text).split()).rstrip(".").casefold())
 
 

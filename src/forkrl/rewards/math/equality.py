@@ -99,8 +99,7 @@ def _as_ratio(number: Number) -> str:
 
 
 def _readings(answer: Answer) -> tuple[Answer, ...]:
-    """Both sides of an approximation where the right one is the left one rounded, else the left one: two answers that
-    are merely said to be near each other are no answer and its decimal fraction."""
+    """Both sides of an approximation if the right one is the left one rounded, else only the left one."""
     if answer.kind != "approximation":
         return (answer,)
     left, right = answer.parts

@@ -1,8 +1,8 @@
 r"""Formulas as sympy expressions: read by latex2sympy, bounded before anything is computed, compared by value.
 
 Two formulas are equal if they have the same value: constants to forty digits beyond their leading one, formulas in
-variables at three points each (an identity that holds at three unrelated points holds). ``simplify`` is not used: its
-time has no bound. Where nothing can be computed (sets, relations of sets), math-verify's ``verify`` decides.
+variables at three unrelated points. ``simplify`` is not used, since its time is unbounded. Where nothing can be
+computed (sets, relations of sets), math-verify's ``verify`` decides.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _POINTS = (1, -1, 2)
 _POSITIVE_POINTS = (1, 2, Fraction(3, 2))
 _LOG10_OF_VARIABLE = 0.72
-"""A bound: ``_at`` puts no variable beyond 5.2. The constants that have names are smaller."""
+"""An upper bound: ``_at`` uses values up to 5.2, and named constants are smaller."""
 _DIGITS = 30
 
 # Its only warning is that time-outs are off, which is meant.
@@ -57,7 +57,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 class TooLarge(ValueError):
-    """A bound is exceeded: no final answer looks like this, and computing it might take for ever."""
+    """A bound is exceeded: computing this might take forever, and no final answer looks like it."""
 
 
 class Formula(NamedTuple):
@@ -78,13 +78,9 @@ class Formula(NamedTuple):
 
 @lru_cache(maxsize=512)
 def read_formula(text: str) -> Formula | Number | None:
-    """The formula that the text is, in the notation of ``plain_notation``; a rational one as the number it is.
+    """Read a formula in ``plain_notation``, a rational one as a Number; None if it is not mathematics or has no value.
 
-    Returns:
-        None where the text is no mathematics, or has no value (0/0).
-
-    Raises:
-        TooLarge: reading or computing it is refused.
+    Raises TooLarge where reading or computing it could take too long.
     """
     _refuse_large_text(text)
     if TRIGONOMETRY.search(text):
@@ -136,7 +132,7 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
 
 
 def _agree_at(a: Any, b: Any, point: int | Fraction, tolerance: int) -> bool | None:
-    """Whether two formulas have the same value at a point; None where one of them has none."""
+    """Whether two formulas have the same value at a point; None if one of them has none."""
     # The gap is computed as one formula: x and 2x still differ next to 10^20.
     gap = _at(sympy.Add(a, sympy.Mul(-1, b)), point)
     sizes = (gap, _at(a, point), _at(b, point))
@@ -154,7 +150,7 @@ def _has_branches(expression: Any) -> bool:
 
 
 def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:
-    """Whether one is the other times a number (a positive one): then their zeros (their signs) are the same."""
+    """Whether one is a (positive) multiple of the other, so that their zeros (their signs) are the same."""
     a, b = _expression(gold), _expression(found)
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr) or _names(a) != _names(b):
         return False
@@ -172,7 +168,7 @@ def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bo
 
 
 def is_rounded(exact: Formula, found: Number, places: int) -> bool:
-    """Whether a constant rounded to so many places, or cut off there, is the number found."""
+    """Whether a constant, rounded or truncated to ``places``, is the number found."""
     constant = exact.expression
     if not isinstance(constant, sympy.Expr) or constant.free_symbols or not constant.is_real or constant.is_infinite:
         return False
@@ -180,7 +176,7 @@ def is_rounded(exact: Formula, found: Number, places: int) -> bool:
 
 
 def difference(left: Formula | Number, right: Formula | Number) -> Formula | None:
-    """``left - right``; None where that makes no sense."""
+    """``left - right``; None if it is undefined."""
     a, b = _expression(left), _expression(right)
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return None
@@ -188,7 +184,7 @@ def difference(left: Formula | Number, right: Formula | Number) -> Formula | Non
 
 
 def scaled(value: Formula | Number, factor: Fraction) -> Formula | Number:
-    """The value times a factor, for another unit."""
+    """The value times a factor, to convert units."""
     if factor == 1:
         return value
     if isinstance(value, Number):
@@ -197,7 +193,7 @@ def scaled(value: Formula | Number, factor: Fraction) -> Formula | Number:
 
 
 def entries_of_vector(value: Formula | Number) -> list[Formula]:
-    """The entries of a matrix of one row or column; none of anything else."""
+    """The entries of a matrix with one row or column; [] for anything else."""
     matrix = _expression(value)
     if not isinstance(matrix, sympy.MatrixBase) or 1 not in matrix.shape:
         return []
@@ -227,7 +223,7 @@ def _refuse_large_text(text: str) -> None:
     if deepest > _MAX_DEPTH:
         raise TooLarge(f"brackets {deepest} deep")
     if _UNFINISHED.search(text):
-        raise TooLarge("a sum, integral or limit is no final answer")
+        raise TooLarge("a sum, integral or limit is not a final answer")
     if _SUBSCRIPTS_DEEP.search(text):
         raise TooLarge("subscripts of subscripts")  # each level doubles the parser's time
     # The parser computes binomial coefficients and gamma functions while it reads.
@@ -249,7 +245,7 @@ def _refuse_large_value(expression: Any) -> None:
 
 
 def _log10(node: Any) -> float:
-    """A bound of the decimal digits before and after the point of a node's value, found without computing it."""
+    """An upper bound of the decimal digits of a node's value, found without computing it."""
     if isinstance(node, sympy.Pow | sympy.MatPow) and any(isinstance(part, sympy.MatrixBase) for part in node.args):
         raise TooLarge("a power of a matrix")  # sympy multiplies it out, in any variables
     digits = _log10_of_parts(node)
@@ -285,7 +281,7 @@ def _log10_of_parts(node: Any) -> float:
 
 
 def _size(node: Any, digits: float) -> float:
-    """How large a number of at most so many digits can be; exactly where it is a plain one."""
+    """The largest absolute value with that many digits; exact for a rational number."""
     return abs(float(node)) if isinstance(node, sympy.Rational) else float(10**digits)
 
 
@@ -336,7 +332,7 @@ def _same_constant(a: Any, b: Any, is_decimal: bool) -> bool:
 
 
 def _is_within(gap: Any, a: Any, b: Any, digits: int) -> bool:
-    """Whether the gap is so many digits smaller than the two numbers; False where one of the three is no number."""
+    """Whether the gap is ``digits`` digits smaller than both numbers; False if one of the three is not a number."""
     sizes = [_magnitude(value) for value in (gap, a, b)]
     known = [size for size in sizes if size is not None]
     return len(known) == 3 and bool(known[0] <= (known[1] + known[2]) * sympy.Float(10) ** -digits)
@@ -358,7 +354,7 @@ def _names(expression: Any) -> set[str]:
 
 
 def _at(expression: Any, point: int | Fraction) -> Any:
-    """The value where every variable stands for a number of its own, positive or negative by ``point``."""
+    """The value with a different number for each variable, positive or negative by ``point``; None if there is none."""
     values = {
         symbol: sympy.Rational(point * (300 + zlib.crc32(f"{symbol.name} {point}".encode()) % 997), 499)
         for symbol in expression.free_symbols
@@ -372,14 +368,14 @@ def _at(expression: Any, point: int | Fraction) -> Any:
 
 
 def _describe(expression: Any) -> str:
-    """Expanded where that is cheap, so that equal answers are mostly equal text."""
+    """Expanded if that is cheap, so that equal answers mostly have equal text."""
     if isinstance(expression, sympy.Expr) and _terms(expression) <= _MAX_TERMS:
         expression = sympy.expand(expression)
     return str(expression)
 
 
 def _terms(node: Any) -> float:
-    """A bound of the number of terms that a node has when it is expanded."""
+    """An upper bound of a node's number of terms after expansion."""
     parts: list[float] = [_terms(part) for part in node.args]
     if isinstance(node, sympy.Add):
         return sum(parts)

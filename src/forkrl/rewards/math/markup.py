@@ -1,6 +1,6 @@
-r"""What is only for the eye, taken away: fonts, colours, sizes, Markdown, environments that align equations.
+r"""Removes fonts, colours, sizes, Markdown, and environments that align equations.
 
-The separators of several answers (``\lor``, ``\quad``, line breaks, "or" and "and" in several languages) become commas,
+Separators of answers (``\lor``, ``\quad``, line breaks, "or" and "and" in several languages) become commas,
 ``\text{ or }`` and ``\text{ and }``.
 """
 
@@ -62,7 +62,7 @@ _JOINTS = [
 
 
 def without_markup(text: str) -> str:
-    """The text without commands and marks that change only its looks, and with one way of writing separators."""
+    """The text without commands that only change its appearance, and with one notation for separators."""
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     while (unwrapped := _WRAPPED.sub(_unwrapped, text)) != text:

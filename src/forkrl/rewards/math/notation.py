@@ -1,7 +1,6 @@
-r"""One way of writing for the many ways in which the same mathematics is typed.
+r"""One notation for the same mathematics: ``½``, ``\dfrac12`` and ``\frac {1} {2}`` become the same text.
 
-Nothing here understands an expression; it only makes ``½``, ``\dfrac12`` and ``\frac {1} {2}`` the same text, and takes
-away what is only for the eye. The text is a final answer of bounded length, so every pattern may be quadratic.
+No expression is parsed here. The text is a final answer of bounded length, so a pattern may take quadratic time.
 """
 
 from __future__ import annotations
@@ -23,19 +22,7 @@ _CHARACTERS = {
     "％": "%", "，": ",", "、": ",", "。": ".",
     "…": r"\ldots ", "−": "-", "∶": ":", "∣": "|", "→": r"\to ", "⇒": r"\Rightarrow ",
 }  # fmt: skip
-_SUPERSCRIPTS = {
-    "⁰": "0",
-    "¹": "1",
-    "²": "2",
-    "³": "3",
-    "⁴": "4",
-    "⁵": "5",
-    "⁶": "6",
-    "⁷": "7",
-    "⁸": "8",
-    "⁹": "9",
-    "⁻": "-",
-}
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True))
 _SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+|[a-zA-Z]))")
 
@@ -45,7 +32,8 @@ _TEXT_COMMANDS = (
 )
 _REPEATING = r"\\(?:overline|bar|overbar)\s*(?:\{\s*(\d+)\s*\}|(\d))"
 _DOTTED = r"\\dot\s*(?:\{\s*(\d)\s*\}|(\d))"
-_NUMERAL = r"(?:(\d+)|\{\s*(\d+)\s*\})"
+_ABOVE = r"(?:(?P<a>\d+)|\{\s*(?P<a2>\d+)\s*\})"
+_CHOSEN = r"(?:(?P<c>\d+)|\{\s*(?P<c2>\d+)\s*\})"
 _END = r"((?:[^\[\](),;]|\([^()]*\))*)"
 
 
@@ -56,12 +44,7 @@ def _with_bar(dotted: re.Match[str]) -> str:
 
 def _binomial(match: re.Match[str]) -> str:
     r"""``C_{10}^3``; with less than 2 below, or more above than below, C is a variable."""
-    above, chosen = int(match[1] or match[2]), int(match[3] or match[4])
-    return rf"\binom{{{above}}}{{{chosen}}}" if 2 <= above >= chosen else match[0]
-
-
-def _binomial_upside_down(match: re.Match[str]) -> str:
-    chosen, above = int(match[1] or match[2]), int(match[3] or match[4])
+    above, chosen = (int(match["a"] or match["a2"]), int(match["c"] or match["c2"]))
     return rf"\binom{{{above}}}{{{chosen}}}" if 2 <= above >= chosen else match[0]
 
 
@@ -150,9 +133,9 @@ _REWRITES = [
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1}{\2}"),
-        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*_\s*{_NUMERAL}\s*\^\s*{_NUMERAL}", _binomial),
-        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*\^\s*{_NUMERAL}\s*_\s*{_NUMERAL}", _binomial_upside_down),
-        (rf"(?:^|\{{\s*\}})\s*[_^]\s*{_NUMERAL}\s*(?:C|\\text\{{C\}})\s*_\s*{_NUMERAL}", _binomial),
+        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*_\s*{_ABOVE}\s*\^\s*{_CHOSEN}", _binomial),
+        (rf"(?:\\text\{{C\}}|(?<![a-zA-Z\\])C)\s*\^\s*{_CHOSEN}\s*_\s*{_ABOVE}", _binomial),
+        (rf"(?:^|\{{\s*\}})\s*[_^]\s*{_ABOVE}\s*(?:C|\\text\{{C\}})\s*_\s*{_CHOSEN}", _binomial),
         (r"(?<![a-zA-Z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)", r"\\binom{\1}{\2}"),
         (r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\})", r"\\ln "),
         (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
@@ -176,7 +159,7 @@ _PLAIN = re.compile(r"[\w./(), -]*\w", re.ASCII)
 
 
 def plain_notation(text: str) -> str:
-    """The text in ASCII and in one way of writing, without spacing commands, dollars and closing punctuation."""
+    """The text in ASCII and one notation, without spacing commands, dollars and closing punctuation."""
     if _ALREADY_PLAIN.fullmatch(text):
         return text
     text = without_markup(_CONTROL.sub("", text))
@@ -197,7 +180,7 @@ def plain_notation(text: str) -> str:
 
 
 def without_thousands(text: str) -> str:
-    """8000 for 8,000, outside of brackets: (1,234) are two numbers, as are 1, 234."""
+    """8000 for 8,000 outside brackets; (1,234) and 1, 234 are two numbers."""
     if "," not in text and " " not in text:
         return text
     pieces, place = [], 0
@@ -235,7 +218,7 @@ def _one_to_ascii(character: str) -> str:
 
 
 def closing_place(text: str, start: int) -> int:
-    """Where the bracket at ``start`` is closed; -1 if never. Kinds of brackets may be mixed, for intervals."""
+    """Where the bracket at ``start`` closes, or -1. Kinds of brackets may differ, as in intervals."""
     depth = 0
     place = start
     while place < len(text):
@@ -254,7 +237,7 @@ def closing_place(text: str, start: int) -> int:
 
 
 def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Pieces between the matches of ``separator`` that stand outside of all brackets."""
+    """Pieces between the matches of ``separator`` outside all brackets."""
     pieces, depth, begin, place = [], 0, 0, 0
     while place < len(text):
         match = separator.match(text, place) if depth == 0 else None

@@ -46,7 +46,7 @@ class Number(NamedTuple):
 
 
 def read_number(text: str) -> Number | None:
-    """The number that the whole text is, in the notation of ``plain_notation``; None where it is none."""
+    """The number that the whole text (in ``plain_notation``) is, or None."""
     if text.isdecimal() and len(text) < 1000:
         return Number(Fraction(int(text)))
     unsigned = _PERCENT.sub("", text)
@@ -68,8 +68,8 @@ def number_word(word: str) -> Number | None:
 def same_number(gold: Number, found: Number) -> bool:
     """Whether the numbers agree.
 
-    Percentages are equal by amount (25% is 0.25), or by the number before the sign, which many golds leave away: 25%
-    for 25 and 25 for 25%. A gold below 1 is not taken for a percentage without its sign: 0.5% is no 0.5.
+    Percentages are equal by amount (25% is 0.25), or by the number before the sign, which many golds omit: 25% for 25
+    and 25 for 25%. A gold below 1 is not read as a percentage without its sign: 0.5% is not 0.5.
     """
     is_decimal = gold.is_decimal or found.is_decimal
     if is_close(gold.amount, found.amount, is_decimal):
@@ -113,7 +113,7 @@ def _fraction(match: re.Match[str], is_percent: bool) -> Number | None:
     value = Fraction(top, bottom)
     if match["whole"]:
         if not 0 < value < 1:
-            return None  # 2\frac{3}{2} is no mixed number
+            return None  # 2\frac{3}{2} is not a mixed number
         value += int(_bare(match["whole"]))
     return Number(_signed(match["sign"], value), False, is_percent)
 

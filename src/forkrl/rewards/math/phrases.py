@@ -11,7 +11,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from forkrl.rewards.math.numbers import number_word, read_number
-from forkrl.rewards.math.unit_names import find_unit
+from forkrl.rewards.math.units import find_unit
 
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CANDIDATE = re.compile(r"\\(?:text|in|ne|ge|mathbb|setminus|forall)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2}|'|[万亿]")
@@ -64,7 +64,7 @@ _NO_SOLUTION = re.compile(
 
 
 def with_phrases_read(text: str) -> str:
-    """The text with such phrases in symbols; any other as it is."""
+    """The text with such phrases written in symbols."""
     if not _CANDIDATE.search(text):
         return text
     text = _FEET_AND_INCHES.sub(r"\1 feet \2 inches", text)
@@ -141,7 +141,7 @@ def _without_points(flat: str) -> str | None:
 
 
 def _without_domain(text: str, flat: str) -> str:
-    r"""``3k`` for ``3k, k \in \mathbb{Z}``: what stands for all numbers of a kind, without saying so."""
+    r"""``3k`` for ``3k, k \in \mathbb{Z}``: without the domain of its variable."""
     for domain in _DOMAINS:
         match = domain.fullmatch(flat)
         if match and re.search(rf"(?<![\\a-zA-Z]){match['name']}(?![a-zA-Z])", match["main"]):

@@ -1,4 +1,4 @@
-r"""Where in a response the final answer stands: in its last box, or behind "the answer is", or at its end."""
+r"""Finds the final answer in a response: in its last box, after "the answer is", or at its end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from forkrl.rewards.math.units import split_unit
 from forkrl.rewards.reply import reply_of, strip_turn_end
 
 _BOX_TAIL = 20_000
-"""Characters from the end that are searched for a box. The conclusion stands there; the search is linear."""
+"""Characters from the end that are searched for a box, in linear time."""
 _PLAIN_TAIL = 2_000
-"""Characters from the end that are searched where there is no box."""
+"""Characters from the end that are searched if there is no box."""
 MAX_ANSWER = 1_000
-"""A longer text is no final answer."""
+"""Longest final answer."""
 
 _BOX_OR_BRACE = re.compile(r"\\+f?boxe?d?\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_START = re.compile(r"\\+(?:boxed|fbox)\s*\{")
@@ -69,10 +69,9 @@ _DECORATION = " \t\n*_`\"'​‌‍﻿"
 def final_answer(response: str) -> str:
     r"""The text of the final answer; "" where none is found, or it is longer than ``MAX_ANSWER``.
 
-    The last complete ``\boxed{...}`` counts and nothing else where there is one; boxes joined by "and", "or" or a comma
-    are one list, so that boxing several answers does not pay. Without a box: ``<answer>...</answer>``, ``#### ...``,
-    what follows the last "answer is", and at last the last formula of the closing paragraph or number of the closing
-    sentence.
+    If there is a complete ``\boxed{...}``, only the last one counts; boxes joined by "and", "or" or a comma are one
+    list, so that boxing several answers does not pay. Otherwise ``<answer>...</answer>``, ``#### ...``, the text after
+    the last "answer is", or the last formula of the closing paragraph or number of the closing sentence.
     """
     response = reply_of(response)
     boxed = _boxed(response[-_BOX_TAIL:])
@@ -81,7 +80,7 @@ def final_answer(response: str) -> str:
 
 
 def boxed_or_bare(text: str) -> str:
-    """The gold answer without the box around it, or what stands before it."""
+    """The gold answer without its box and what precedes it."""
     if "#### " in text:
         text = text.rpartition("####")[2]
     boxed = _boxed(text[-_BOX_TAIL:]) if "box" in text else None

@@ -1,13 +1,110 @@
-r"""Units behind (or, for money, before) an answer: split off, converted, and told apart where both answers name one."""
+r"""Units behind (or, for money, before) an answer: split off, converted, and told apart where both answers name one.
+
+Currencies and scales of temperature are not converted.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
-from forkrl.rewards.math.unit_names import CURRENCY_SIGNS, GENERIC, LOOKS_LIKE_UNIT, find_unit
+Bases = dict[str, int]
+GENERIC = {"unit", "thing", "单位"}
+"""Words that say that there is a unit, not which."""
+CURRENCY_SIGNS = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
+LOOKS_LIKE_UNIT = re.compile(r"[a-zA-Z]+")
+_PREFIXES = {
+    "f": ("femto", -15), "p": ("pico", -12), "n": ("nano", -9), "µ": ("micro", -6), "m": ("milli", -3),
+    "c": ("centi", -2), "d": ("deci", -1), "k": ("kilo", 3), "M": ("mega", 6), "G": ("giga", 9), "T": ("tera", 12),
+}  # fmt: skip
+# Units that take the prefixes of SI: symbols, names, factor, base units with their powers.
+_WITH_PREFIX = """
+m: meter metre: 1: m; g: gram gramme: 1/1000: kg; s: second sec: 1: s; L l: liter litre: 1/1000: m3;
+N: newton: 1: kg m s-2; J: joule: 1: kg m2 s-2; W: watt: 1: kg m2 s-3; Pa: pascal: 1: kg m-1 s-2;
+V: volt: 1: kg m2 s-3 A-1; A: ampere amp: 1: A; Ω Ohm ohm: ohm: 1: kg m2 s-3 A-2; C: coulomb: 1: A s;
+F: farad: 1: kg-1 m-2 s4 A2; T: tesla: 1: kg s-2 A-1; Hz: hertz: 1: s-1; mol: mole: 1: mol; K: kelvin: 1: K;
+eV: electronvolt: 1602176634/10000000000000000000000000000: kg m2 s-2; cal: calorie: 4184/1000: kg m2 s-2;
+Wh: watthour: 3600: kg m2 s-2; bar: bar: 100000: kg m-1 s-2; pc: parsec: 30856775814913673: m; B: byte: 1: byte;
+bit: bit: 1/8: byte
+"""
+# Other units, by base units: symbols (up to two characters) and names, factor.
+_OTHERS = """
+s: min minute mins 分钟 分 = 60; h hr hour hrs 小时 = 3600; 秒 = 1; d day 天 日 = 86400; week wk 周 = 604800
+month: month mo 月 = 1; year yr y 年 岁 = 12
+m: in inch inche = 127/5000; ft foot feet = 381/1250; yd yard = 1143/1250; mi mile = 201168/125
+m: ly lightyear = 9460730472580800; AU au = 149597870700; Å angstrom = 1/10000000000; micron = 1/1000000; 米 = 1
+m: 厘米 = 1/100; 毫米 = 1/1000; 千米 公里 = 1000
+m s-1: kmh kph kmph = 5/18; mph = 1397/3125; knot = 463/900
+m2: acre = 316160658/78125; ha hectare = 10000; 平方米 = 1; 平方厘米 = 1/10000
+m3: 立方米 = 1; 立方厘米 = 1/1000000; cc = 1/1000000; gal gallon = 473176473/125000000000
+m3: qt quart = 473176473/500000000000; pint = 473176473/1000000000000; cup = 473176473/2000000000000; 升 = 1/1000
+m3: 毫升 = 1/1000000
+kg: lb pound = 45359237/100000000; oz ounce = 45359237/1600000000; ton = 45359237/50000; tonne t 吨 = 1000
+kg: 克 = 1/1000; 千克 公斤 = 1
+kg m-1 s-2: atm atmosphere = 101325; torr mmHg = 101325/760; psi = 6894757/1000
+kg m2 s-3: hp horsepower = 7457/10
+turn s-1: rpm = 1/60
+turn: rev revolution rotation turn = 1
+dollar: dollar usd $ buck = 1; cent ¢ penny pennie pence = 1/100
+euro: euro eur € = 1
+sterling: sterling gbp £ = 1
+yen: yen jpy ¥ 円 = 1
+yuan: yuan rmb cny 元 = 1
+rupee: rupee inr rs ₹ = 1
+angle: degree deg ° 度 = 1
+radian: radian rad = 1
+celsius: celsius = 1
+fahrenheit: fahrenheit = 1
+morning: am = 1
+afternoon: pm = 1
+"""
+
+
+def _bases(text: str) -> Bases:
+    return {base: int(power or 1) for base, power in re.findall(r"([a-zA-Z]+)(-?\d*)", text)}
+
+
+def _tables() -> tuple[dict[str, tuple[Fraction, Bases]], dict[str, tuple[Fraction, Bases]]]:
+    """Symbols, whose case counts, and names, in lower case."""
+    symbols: dict[str, tuple[Fraction, Bases]] = {}
+    names: dict[str, tuple[Fraction, Bases]] = {}
+    for entry in _WITH_PREFIX.split(";"):
+        signs, words, factor, bases = (part.strip() for part in entry.split(":"))
+        for sign, prefix, power in (("", "", 0), *((sign, *rest) for sign, rest in _PREFIXES.items())):
+            unit = Fraction(factor) * Fraction(10) ** power, _bases(bases)
+            symbols |= {sign + symbol: unit for symbol in signs.split()}
+            names |= {prefix + word: unit for word in words.split()}
+    for line in _OTHERS.strip().splitlines():
+        bases, _, entries = line.partition(":")
+        for entry in entries.split(";"):
+            forms, _, factor = entry.partition("=")
+            unit = Fraction(factor), _bases(bases)
+            for form in forms.split():
+                if len(form) <= 2:
+                    symbols[form] = unit
+                else:
+                    names[form.casefold()] = unit
+    return symbols, names
+
+
+_SYMBOLS, _NAMES = _tables()
+_IN_LOWER_CASE = {name.casefold(): unit for name, unit in reversed(_SYMBOLS.items()) if len(name) > 1}
+
+
+@lru_cache(maxsize=1024)
+def find_unit(name: str) -> tuple[Fraction, Bases] | None:
+    """One unit's factor and base units by symbol or name, singular or plural; None where it is not known."""
+    name = name.replace("μ", "µ")
+    if found := _SYMBOLS.get(name):
+        return found
+    lower = name.casefold()
+    for form in (lower, lower.removesuffix("s"), lower.removesuffix("es")):
+        if found := _NAMES.get(form) or _IN_LOWER_CASE.get(form):
+            return found
+    return None
 
 
 class Unit(NamedTuple):
@@ -73,11 +170,9 @@ _REWRITES = [
 
 
 def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
-    """The answer without its unit, and the unit.
+    """The answer (in ``plain_notation``) without its unit, and the unit.
 
-    Args:
-        text: in the notation of ``plain_notation``.
-        lenient: letters behind a number are a unit wherever they can be one: ``5m`` are five metres.
+    With ``lenient``, letters behind a number are a unit if they can be: ``5m`` is five metres.
     """
     if text.isdecimal():
         return text, NO_UNIT
@@ -100,9 +195,9 @@ def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
 
 
 def scale_between(gold: Unit, found: Unit) -> Fraction | None:
-    """What the found number is multiplied with before it is compared; None where the units measure different things.
+    """The factor for the found number before it is compared; None if the units measure different things.
 
-    A unit may be left out on either side. Words that are no known unit (apples, people) are all alike.
+    Either side may omit its unit. Words that are not a known unit (apples, people) are all alike.
     """
     if not gold.measures or not found.measures:
         return Fraction(1)
@@ -113,7 +208,7 @@ def scale_between(gold: Unit, found: Unit) -> Fraction | None:
 
 
 def _is_bare_unit(space: str, words: str, lenient: bool) -> bool:
-    """2xy is no number of things, and 3m/s may be a formula."""
+    """2xy is not a number of things, and 3m/s may be a formula."""
     unit = _unit(words)
     if unit == _UNKNOWN:
         return bool((space and _WORD.search(words)) or not words[0].isascii())
