@@ -86,8 +86,8 @@ def check_early(options: of.ModelOptions | of.DriftOptions) -> None:
     from forkrl.evaluation.benchmarks import GYM, find_benchmark
     from forkrl.model.locations import model_location
 
-    if not options.model:
-        return  # forkrl eval --list
+    if isinstance(options, of.EvalOptions) and options.list_benchmarks:
+        return
     if options.out is not None:
         require_usable(options.out)
     settings = read_settings(options)

@@ -21,6 +21,7 @@ def run_train(options: TrainOptions) -> int:
 
         print_settings([*([] if options.recipe is None else [options.recipe]), *options.overrides])
         return 0
+    from forkrl.model.locations import model_location
     from forkrl.store.resuming import stored_config
     from forkrl.store.run_folder import refuse_occupied
 
@@ -36,8 +37,10 @@ def run_train(options: TrainOptions) -> int:
     if options.dry_run:
         print_dry_run(config, options.resume or out)
         return 0
-    if options.resume is None:
-        refuse_occupied(out)  # before torch is imported, which takes seconds
+    if options.resume is None:  # all of this before torch is imported, which takes seconds
+        refuse_occupied(out)
+        if config.runtime.engine == "local":
+            model_location(config.model.path)
     elif options.out is not None:
         raise UserError("--resume continues in the run's own folder; drop --out")
 
