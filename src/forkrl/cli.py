@@ -1,340 +1,239 @@
-"""The command line: parse, validate, dispatch.
+"""The command line, made from the options of the commands: parse, check what needs no torch, dispatch.
 
-Exit codes: 0; 1 training could not go on; 2 one clear line about the user's mistake; 130 after Ctrl-C, 143 after
-SIGTERM and 129 after SIGHUP, with everything saved.
+Exit codes: 0; 1 training stopped; 2 an error that the user must fix, in one line; 130 after Ctrl-C, 143 after SIGTERM
+and 129 after SIGHUP, with everything saved.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib
+import inspect
+import re
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_origin
 
-from forkrl.commands.arguments import parse_arguments, subject_overrides
-from forkrl.config import SftConfig, TrainConfig
-from forkrl.config.recipe import load_recipe
-from forkrl.config.reference import recipe_reference
+import typer
+from typer.main import get_command
+
+from forkrl import __version__
+from forkrl.commands import options as of
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.parallel.threads import configure_environment
 
-DEMO_RECIPE = Path(__file__).parent / "assets" / "countdown.toml"
+
+class Command(NamedTuple):
+    """A command: its options, the function in ``forkrl.commands`` that runs it, and what it does, for messages."""
+
+    options: type[of.Options]
+    run: str
+    activity: str
+    panel: str
+
+
+TRAIN, MEASURE, OTHER = "Train", "Measure", "Other"
+COMMANDS = {
+    "train": Command(of.TrainOptions, "train:run_train", "training", TRAIN),
+    "sft": Command(of.SftOptions, "train:run_sft", "training the base model", TRAIN),
+    "plan": Command(of.PlanOptions, "plan:run_plan", "the plan", TRAIN),
+    "eval": Command(of.EvalOptions, "eval_table:run_eval", "the evaluation", MEASURE),
+    "compare": Command(of.CompareOptions, "compare:run_compare", "the comparison", MEASURE),
+    "analyze": Command(of.AnalyzeOptions, "analyze:run_analyze", "the analysis", MEASURE),
+    "branch": Command(of.BranchOptions, "branch:run_branch", "branching", MEASURE),
+    "drift": Command(of.DriftOptions, "drift:run_drift", "the drift", MEASURE),
+    "decode-temps": Command(of.DecodeTempsOptions, "decode_temps:run_decode_temps", "the sweep", MEASURE),
+    "report": Command(of.ReportOptions, "train:run_report", "the report", OTHER),
+    "doctor": Command(of.DoctorOptions, "doctor:run_doctor", "the check", OTHER),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code is returned."""
+    """Run one command; returns the exit code of the process."""
     configure_environment()  # before anything imports torch
-    arguments = parse_arguments(argv)
+    activity = "the command"
     try:
-        if arguments.command in WORK_FOLDER_COMMANDS:
-            check_names(arguments)  # before torch is imported, which takes seconds
-        return COMMANDS[arguments.command](arguments)
+        options = parse(sys.argv[1:] if argv is None else argv)
+        if isinstance(options, int):
+            return options
+        command = next(each for each in COMMANDS.values() if type(options) is each.options)
+        activity = command.activity
+        if isinstance(options, of.ModelOptions | of.DriftOptions):
+            check_early(options)
+        module, _, function = command.run.partition(":")
+        return int(getattr(importlib.import_module(f"forkrl.commands.{module}"), function)(options))
+    except typer.TyperException as error:
+        print(f"forkrl: {explain(error)}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"forkrl: {error}", file=sys.stderr)
         return 2
     except TrainingHalted as error:
         where = f" at {error}" if str(error).startswith("step ") else f": {error}"
-        print(f"forkrl: {arguments.activity} stopped{where}", file=sys.stderr)
+        print(f"forkrl: {activity} stopped{where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("forkrl: interrupted", file=sys.stderr)
         return 130
 
 
-def check_names(arguments: argparse.Namespace) -> None:
-    """Reject an output folder that cannot be used, and a local model that is not there."""
-    from forkrl.commands.reference import parse_reference
+def check_early(options: of.ModelOptions | of.DriftOptions) -> None:
+    """Reject names and settings that cannot be used before importing torch, which takes seconds."""
+    from forkrl.commands.subject import read_settings
     from forkrl.commands.work_folder import require_usable
+    from forkrl.evaluation.benchmarks import GYM, find_benchmark
     from forkrl.model.locations import model_location
 
-    if arguments.out is not None:
-        require_usable(arguments.out)
-    model, server = getattr(arguments, "model", None), getattr(arguments, "server", None)
-    if model is not None and server is None and is_model(model) and parse_reference(model).run is None:
-        model_location(model)
-
-
-def run_train(arguments: argparse.Namespace) -> int:
-    """``forkrl train``."""
-    if arguments.settings:
-        print(recipe_reference(), end="")
-        return 0
-    from forkrl.store.resuming import stored_config
-    from forkrl.store.run_folder import refuse_occupied
-
-    recipe, overrides = arguments.recipe, list(arguments.overrides)
-    if recipe is not None and "=" in recipe:  # an override where the recipe could stand
-        recipe, overrides = None, [recipe, *overrides]
-    if arguments.engine is not None:
-        overrides.append(f"runtime.engine={arguments.engine}")
-    changed = {override.partition("=")[0].strip() for override in overrides}
-    stored = stored_config(arguments.resume) if arguments.resume is not None else None
-    if stored is None and recipe is None and not any(key.startswith(("model.", "task.")) for key in changed):
-        recipe = str(DEMO_RECIPE)
-        print(f"forkrl: no recipe given, so this is the demo: {recipe}", file=sys.stderr)
-    config = load_recipe(TrainConfig, recipe, overrides, base=stored)
-    out = arguments.out or Path("runs") / (Path(recipe).stem if recipe else "train")
-    if arguments.dry_run:
-        return (
-            print_recipe(config)
-            if config.runtime.engine == "local"
-            else print_verl_command(config, arguments.resume or out)
-        )
-    if arguments.resume is None:
-        refuse_occupied(out)  # before torch is imported, which takes seconds
-    elif arguments.out is not None:
-        raise UserError("--resume continues in the run's own folder; drop --out")
-
-    from forkrl.store.interruption import Interrupted
-
-    try:
-        train_by_engine(config, out, arguments.resume, changed)
-    except Interrupted as stop:
-        folder = arguments.resume or out
-        print(f"forkrl: {stop} {stop.outcome}; go on with: forkrl train --resume {folder}", file=sys.stderr)
-        return int(stop.exit_code)
-    return print_outcome(arguments.resume or out)
-
-
-def train_by_engine(config: TrainConfig, out: Path, resume: Path | None, changed: Collection[str]) -> None:
-    """Train in this process, or by verl; ``changed``: settings that the command line changes in a resumed run."""
-    if config.runtime.engine == "verl":
-        from forkrl.cluster.launch import train_on_cluster
-
-        train_on_cluster(config, out, resume=resume)
+    if isinstance(options, of.EvalOptions) and options.list_benchmarks:
         return
-    from forkrl.training.loop import train
-    from forkrl.training.run import open_run
-
-    with open_run(config, out, resume=resume, changed=changed) as run:
-        train(run)
-
-
-def print_verl_command(config: TrainConfig, out: Path) -> int:
-    """The complete command that would hand the recipe to verl."""
-    from forkrl.cluster.launch import dry_run
-
-    print(dry_run(config, out))
-    return 0
+    if options.out is not None:
+        require_usable(options.out)
+    settings = read_settings(options)
+    if isinstance(options, of.EvalOptions):
+        for name in options.bench:
+            if not name.startswith(GYM):
+                find_benchmark(name)
+        if options.server is not None:
+            return
+    if settings.reference.run is None:
+        model_location(options.model)
 
 
-def print_recipe(config: TrainConfig) -> int:
-    """The resolved recipe as TOML, and in a sentence what it selects."""
-    import tomli_w
+def parse(argv: Sequence[str]) -> of.Options | int:
+    """The options of the command; or an exit code after --help, --version or completion.
 
-    from forkrl.config.recipe import recipe_toml
-    from forkrl.report.progress import describe_selection
-
-    print(tomli_w.dumps(recipe_toml(config)))
-    print(f"# {describe_selection(config)}")
-    return 0
-
-
-def print_outcome(folder: Path) -> int:
-    """The last lines of a run: accuracy before and after, and where the report is."""
-    from forkrl.report import run_verdict, write_run_report
-
-    report = write_run_report(folder)
-    print(run_verdict(folder))
-    print(f"report: {report}")
-    return 0
-
-
-def run_sft(arguments: argparse.Namespace) -> int:
-    """``forkrl sft``."""
-    config = load_recipe(SftConfig, arguments.recipe, arguments.overrides)
-    from forkrl.store.interruption import Interrupted
-    from forkrl.training.sft import make_base_model
-
-    try:
-        make_base_model(config, arguments.out, recipe=arguments.recipe)
-    except Interrupted as stop:
-        print(f"forkrl: {stop} and saved; the same command goes on", file=sys.stderr)
-        return int(stop.exit_code)
-    print((arguments.out / "README.md").read_text(encoding="utf-8"))
-    return 0
-
-
-def run_eval(arguments: argparse.Namespace) -> int:
-    """``forkrl eval``."""
-    if arguments.list:
-        from forkrl.commands.eval_table import list_benchmarks
-
-        print(list_benchmarks())
-        return 0
-    if arguments.model is None or not is_model(arguments.model):
-        raise UserError("forkrl eval: name a model first: forkrl eval MODEL --bench NAME (--list shows the benchmarks)")
-    # Settings that follow --bench look like names of benchmarks to argparse.
-    overrides = [*arguments.overrides, *(word for word in arguments.bench if "=" in word)]
-    arguments.bench = [word for word in arguments.bench if "=" not in word]
-    from forkrl.commands.eval_table import describe_evaluation
-    from forkrl.commands.evaluate import EvalOptions, evaluate_model
-
-    options = EvalOptions(**{each.name: getattr(arguments, each.name) for each in fields(EvalOptions)})
-    found = evaluate_model(arguments.model, recipe=arguments.recipe, overrides=overrides, options=options)
-    print(describe_evaluation(found.results))
-    print(f"report: {found.page}")
-    return 0
-
-
-def run_compare(arguments: argparse.Namespace) -> int:
-    """``forkrl compare``."""
-    from forkrl.commands.compare import compare_evaluations, describe_comparison
-
-    found = compare_evaluations(arguments.a, arguments.b, seed=arguments.seed, out=arguments.out)
-    print(describe_comparison(found.comparison))
-    print(f"report: {found.page}")
-    return 0
-
-
-def run_analyze(arguments: argparse.Namespace) -> int:
-    """``forkrl analyze``."""
-    from rich.console import Console
-
-    from forkrl.commands.analyze import analyze_model, coloured_sample, describe_analysis, write_analysis_report
-
-    found = analyze_model(
-        arguments.model,
-        recipe=arguments.recipe,
-        overrides=subject_overrides(arguments),
-        responses=arguments.responses,
-        skip_unusable=arguments.skip_unusable,
-        problems=arguments.problems,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        threshold=arguments.threshold,
-        min_count=arguments.min_count,
-        out=arguments.out,
+    Raises:
+        typer.TyperException: the arguments are not usable.
+        UserError: a value is out of range.
+    """
+    app = typer.Typer(
+        name="forkrl",
+        help="Reinforcement learning of language models on their forking tokens.",
+        epilog="forkrl COMMAND --help has examples. docs/README.md lists the guides.",
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
-    if sys.stdout.isatty():
-        Console(highlight=False).print(coloured_sample(found))
-    print(describe_analysis(found))
-    print(f"report: {write_analysis_report(found)}")
-    return 0
+    app.callback()(_root)
+    for name, command in COMMANDS.items():
+        text = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(command.options.__doc__ or ""))
+        text = re.sub(r"^(  forkrl .*\S) {2,}(\S.*)$", r"\1\n      \2", text, flags=re.MULTILINE)  # fits 80 columns
+        app.command(name, help=text, rich_help_panel=command.panel)(_builder(command.options))
+    words = list(_repeated_flags(argv)) or ["--help"]
+    parsed: of.Options | int = get_command(app).main(words, prog_name="forkrl", standalone_mode=False)
+    return parsed
 
 
-def run_branch(arguments: argparse.Namespace) -> int:
-    """``forkrl branch``."""
-    from forkrl.commands.branch import branch_model, describe_branching, write_branch_report
-
-    found = branch_model(
-        arguments.model,
-        recipe=arguments.recipe,
-        overrides=subject_overrides(arguments),
-        problems=arguments.problems,
-        responses=arguments.responses_per_problem,
-        forks=arguments.forks,
-        random=arguments.random,
-        low=arguments.low,
-        alternatives=arguments.alternatives,
-        continuations=arguments.continuations,
-        temperature=arguments.temperature,
-        out=arguments.out,
-    )
-    print(describe_branching(found))
-    print(f"report: {write_branch_report(found)}")
-    return 0
+def explain(error: typer.TyperException) -> str:
+    """What is wrong with the arguments, in one line that says where to read on."""
+    message = error.format_message().rstrip(".").replace(". Did", "; did").replace("Value error, ", "")
+    message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "forkrl"
+    return f"{message[:1].lower()}{message[1:]}; see {command} --help".replace("?; see", "? See")
 
 
-def is_model(word: str) -> bool:
-    """Whether a word names a model and is no setting: folders of sweeps have ``=`` in their names."""
-    return "=" not in word or Path(word).is_dir()
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"forkrl {__version__}")
+        raise typer.Exit
 
 
-def run_drift(arguments: argparse.Namespace) -> int:
-    """``forkrl drift``."""
-    from forkrl.commands.drift import describe_drift, measure_drift, write_drift_report
-
-    words = subject_overrides(arguments)
-    found = measure_drift(
-        [word for word in words if is_model(word)],
-        recipe=arguments.recipe,
-        overrides=[word for word in words if not is_model(word)],
-        responses=arguments.responses,
-        skip_unusable=arguments.skip_unusable,
-        problems=arguments.problems,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        ratio=arguments.ratio,
-        bins=arguments.bins,
-        out=arguments.out,
-    )
-    print(describe_drift(found))
-    print(f"report: {write_drift_report(found)}")
-    return 0
+_VERSION = typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
 
 
-def run_decode_temps(arguments: argparse.Namespace) -> int:
-    """``forkrl decode-temps``."""
-    from forkrl.commands.decode_temps import decode_temps, describe_outcome, parse_temperatures
-
-    outcome = decode_temps(
-        arguments.model,
-        recipe=arguments.recipe,
-        overrides=subject_overrides(arguments),
-        problems=arguments.problems,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        threshold=arguments.threshold,
-        temperatures=parse_temperatures(arguments.temperatures),
-        out=arguments.out,
-    )
-    print(describe_outcome(outcome))
-    print(f"report: {outcome.page}")
-    return 0
+def _root(version: Annotated[bool, _VERSION] = False) -> None:
+    """Options of ``forkrl`` itself."""
 
 
-def run_plan(arguments: argparse.Namespace) -> int:
-    """``forkrl plan``."""
-    from forkrl.commands.plan import PlanOptions, plan_run, print_plan
+def _builder(kind: type[of.Options]) -> Callable[..., of.Options]:
+    """A function with the parameters of the options class, for typer."""
 
-    recipe, overrides = arguments.recipe, list(arguments.overrides)
-    if "=" in recipe:  # an override where the recipe could stand
-        recipe, overrides = None, [recipe, *overrides]
-    options = PlanOptions(**{each.name: getattr(arguments, each.name) for each in fields(PlanOptions)})
-    found = plan_run(recipe, overrides, options)
-    if arguments.json:
-        print(json.dumps(found.record, indent=2, allow_nan=False))
-        return 0
-    print_plan(found.record)
-    if found.page is not None:
-        print(f"report: {found.page}")
-    return 0
+    def build(**values: Any) -> of.Options:
+        return kind(**_sorted_words(kind, values))
+
+    build.__signature__ = inspect.Signature([_parameter(each) for each in _shown(kind)])  # type: ignore[attr-defined]
+    return build
 
 
-def run_report(arguments: argparse.Namespace) -> int:
-    """``forkrl report``."""
-    from forkrl.report import write_run_report
-
-    print(f"report: {write_run_report(arguments.run)}")
-    return 0
-
-
-def run_doctor(arguments: argparse.Namespace) -> int:
-    """``forkrl doctor``."""
-    from forkrl.commands.doctor import run_doctor as examine
-
-    return examine()
+def _shown(kind: type[of.Options]) -> list[Field[Any]]:
+    """The fields in the order of the command line; of two lists of words only the first, which takes all words."""
+    arguments = [each for each in fields(kind) if each.metadata["option"].positional]
+    arguments.sort(key=lambda each: each.name == "overrides")
+    if any(get_origin(each.type) is Sequence for each in arguments[:-1]):
+        del arguments[-1]
+    options = [each for each in fields(kind) if not each.metadata["option"].positional]
+    options.sort(key=lambda each: of.PANELS.index(each.metadata["option"].panel))
+    return [*arguments, *options]
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "train": run_train,
-    "sft": run_sft,
-    "eval": run_eval,
-    "compare": run_compare,
-    "analyze": run_analyze,
-    "branch": run_branch,
-    "drift": run_drift,
-    "decode_temps": run_decode_temps,
-    "plan": run_plan,
-    "report": run_report,
-    "doctor": run_doctor,
-}
+def _parameter(each: Field[Any]) -> inspect.Parameter:
+    declared: of.Option = each.metadata["option"]
+    kind = list[str] if get_origin(each.type) is Sequence else each.type
+    shared: dict[str, Any] = {"help": declared.help, "metavar": declared.metavar}
+    if declared.positional:
+        info = typer.Argument(show_default=False, **shared)
+    else:
+        number = next((number for number in (int, float) if each.type in (number, number | None)), None)
+        info = typer.Option(
+            of.flag_of(each.name, declared),
+            show_default=each.default not in (None, False, ()),
+            rich_help_panel=declared.panel,
+            parser=None if number is None else _number_parser(number),
+            **shared,
+        )
+    default = inspect.Parameter.empty if each.default is MISSING else each.default
+    annotation = Annotated[kind, info]  # type: ignore[valid-type]
+    return inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
-WORK_FOLDER_COMMANDS = {"eval", "analyze", "branch", "drift", "decode_temps"}
+
+def _number_parser(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """``1e3`` is a whole number too."""
+
+    def parse_number(text: str) -> float:
+        for read in (kind, float):
+            with suppress(ValueError, OverflowError):
+                value = read(text)
+                if kind is float or value == int(value):
+                    return kind(value)
+        raise typer.BadParameter(f"{text!r} is not a {'whole ' if kind is int else ''}number")
+
+    return parse_number
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _sorted_words(kind: type[of.Options], values: dict[str, Any]) -> dict[str, Any]:
+    """The values with settings moved to ``overrides``: they may be anywhere among the other words."""
+    if not issubclass(kind, of.RecipeOptions | of.TaskOptions):
+        return values
+    arguments = [each for each in _shown(kind) if each.metadata["option"].positional and each.name != "overrides"]
+    given = [values.pop(each.name) for each in arguments] + [values.pop("overrides", None)]
+    words = [word for value in given for word in ([value] if isinstance(value, str) else value or ()) if word]
+    others = [word for word in words if not is_override(word)]
+    for each in arguments:
+        if get_origin(each.type) is Sequence:
+            values[each.name], others = others, []
+        elif others:
+            values[each.name] = others.pop(0)
+        elif each.default is MISSING:
+            raise UserError(f"{each.metadata['option'].metavar} is missing: {each.metadata['option'].help}")
+    # A further word is not a setting either; the recipe's reader says so.
+    return {**values, "overrides": [*(word for word in words if is_override(word)), *others]}
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is ``section.key=value``; folders of sweeps have ``=`` in their names, so a path is not."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key and not Path(word).exists()
+
+
+def _repeated_flags(argv: Sequence[str]) -> Iterator[str]:
+    """``--bench a b`` as ``--bench a --bench b``, which is how typer takes several values."""
+    flag, first = "", False
+    for word in argv:
+        if word.startswith("-"):
+            flag, first = (word, True) if word == "--bench" else ("", False)
+        elif flag and not first and not is_override(word):
+            yield flag
+        else:
+            first = False
+        yield word

@@ -12,7 +12,7 @@ import torch
 
 from forkrl.analysis.branching import position_spreads
 from forkrl.commands.branch_parts import Design, PartSampler, branches_table
-from forkrl.commands.subject import Session
+from forkrl.commands.session import Session
 from forkrl.config import TrainConfig
 from forkrl.model.stop_tokens import response_text
 from forkrl.parallel.replicas import Replicas

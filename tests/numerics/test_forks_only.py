@@ -233,7 +233,7 @@ def test_keys_and_values_that_are_kept_change_nothing(monkeypatch: pytest.Monkey
         return prefill(policy, micro, **kwargs)
 
     for module in ("forward", "forks_only"):
-        monkeypatch.setattr(f"forkrl.train.{module}.prefill", counting)
+        monkeypatch.setattr(f"forkrl.training.{module}.prefill", counting)
     found = []
     for kept_mib in (0, 1024):
         working = Policy(copy.deepcopy(policy.model), policy.tokenizer)

@@ -295,6 +295,6 @@ def test_a_run_that_diverges_by_itself(world: World) -> None:
 
 def test_the_process_itself_exits_with_2(own_world: World) -> None:
     """The whole way, without the launcher."""
-    command = [sys.executable, "-m", "forkrl.cli", "train", "recipe.toml", "loss.clip_hgh=0.3"]
+    command = [sys.executable, "-m", "forkrl", "train", "recipe.toml", "loss.clip_hgh=0.3"]
     done = subprocess.run(command, cwd=own_world.folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n"), signal.SIGTERM) == (2, 1, 15)

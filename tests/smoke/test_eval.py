@@ -139,8 +139,8 @@ def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world:
         (("run", "task.data=a", "task.held_out_data=b"), "the prompts come from task.held_out_data = 'b'; set that"),
         (("run", "--out", "recipe.toml"), "recipe.toml: is a file; name another folder with --out"),
         (("run", "--out", "model"), "model: is not empty (it holds config.json) and has no settings.json"),
-        (("run", "--samples", "0"), "--samples 0: at least 1"),
-        (("run", "--max-tokens", "0"), "--max-tokens 0: at least 1"),
+        (("run", "--samples", "0"), "--samples 0: must be at least 1"),
+        (("run", "--max-tokens", "0"), "--max-tokens 0: must be at least 1"),
         (("run", "--max-tokens", "4", "rollout.max_response_tokens=5"), "has no effect along with --max-tokens"),
         (("run", "--prompt", "chat"), "--prompt: is for --bench; a task has settings of its own"),
         (("run", "--mirror", "there"), "--mirror: is for --bench; a task has settings of its own"),
@@ -149,8 +149,8 @@ def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world:
         (("model", "--server", "http://127.0.0.1:9"), "--server http://127.0.0.1:9/v1: cannot be reached"),
         (("model", "--engine", "vllm", "runtime.device=cpu"), "has no effect on vLLM, which decides that itself"),
         ((), "name a model first: forkrl eval MODEL --bench NAME"),
-        (("run", "--temperature", "-1"), "--temperature -1.0: at least 0"),
-        (("run", "--temperature", "nan"), "--temperature nan: at least 0"),
+        (("run", "--temperature", "-1"), "--temperature -1: must be at least 0"),
+        (("run", "--temperature", "nan"), "--temperature nan: must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused(world: World, run: Run, argv: tuple[str, ...], says: str) -> None:

@@ -243,7 +243,7 @@ def test_one_process_at_a_time_in_a_folder(world: World) -> None:
 def test_the_command_itself_can_be_interrupted(world: World) -> None:
     """The whole way, interpreter and all: Ctrl-C in a terminal reaches the process group, verifiers included."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "forkrl.cli", "train", "recipe.toml", "training.steps=100000", "--out", "real"],
+        [sys.executable, "-m", "forkrl", "train", "recipe.toml", "training.steps=100000", "--out", "real"],
         cwd=world.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None

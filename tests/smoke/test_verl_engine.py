@@ -205,7 +205,7 @@ def write_world(place: Path) -> None:
 
 def start(place: Path, *arguments: str) -> Attempt:
     process = subprocess.Popen(
-        [sys.executable, "-m", "forkrl.cli", "train", *arguments],
+        [sys.executable, "-m", "forkrl", "train", *arguments],
         cwd=place, env=environment_in(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return Attempt(process, place / "run")
@@ -306,7 +306,7 @@ def test_rollouts_have_entropies_and_the_selection(story: Story) -> None:
 
 def test_the_merged_model_evaluates(story: Story) -> None:
     assert {path.name for path in (story.folder / "checkpoints").iterdir()} == {f"step-{STEPS - 2}", f"step-{STEPS}"}
-    command = [sys.executable, "-m", "forkrl.cli", "eval", str(story.folder), "--problems", "8", "--samples", "2"]
+    command = [sys.executable, "-m", "forkrl", "eval", str(story.folder), "--problems", "8", "--samples", "2"]
     command += ["--out", "evaluated"]
     place = story.folder.parent
     done = subprocess.run(

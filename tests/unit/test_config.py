@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import operator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from forkrl.config import TrainConfig
+from forkrl.config import SftConfig, TrainConfig
 from forkrl.config.recipe import load_recipe, recipe_differences, recipe_toml
 from forkrl.errors import UserError
 
@@ -38,6 +41,10 @@ MISTAKES = [
     ("dynamic_sampling.enabled=1", "dynamic_sampling.enabled = 1: input should be a valid boolean"),
     ("loss=3", "loss = 3: input should be a valid dictionary"),
     ("nonsense", "'nonsense' is not an override; write section.key=value"),
+    ("training.steps=15e-1", "training.steps = 1.5: input should be a valid integer"),
+    ("log.sinks=tensorbord", "log.sinks.0 = 'tensorbord': input should be 'tensorboard', 'wandb' or 'trackio'"),
+    ("rollout.stop=[<x>]", "rollout.stop = '[<x>]': input should be a list"),
+    ("optimizer.betas=x", "optimizer.betas = 'x': input should be a list"),
     ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
 ]
 
@@ -57,6 +64,49 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path)
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.1, 0.4, None)
     assert config.log.sinks == ("tensorboard",)
     assert config.model.path == "here/x"
+
+
+SHORTHAND: list[tuple[str, str, Any]] = [
+    ("training.steps=1e3", "training.steps", 1000),
+    ("seed=1e18", "seed", 10**18),
+    ("optimizer.lr=1e3", "optimizer.lr", 1000.0),
+    ("log.sinks=tensorboard", "log.sinks", ("tensorboard",)),
+    ("rollout.stop=</answer>", "rollout.stop", ("</answer>",)),
+    ('rollout.stop=["a","b"]', "rollout.stop", ("a", "b")),
+]
+
+
+@pytest.mark.parametrize("place", ["command line", "file"])
+@pytest.mark.parametrize(("override", "key", "value"), SHORTHAND)
+def test_shorthand_is_accepted(place: str, override: str, key: str, value: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    text = override.partition("=")[2]
+    recipe.write_text(f"{key} = {text if text[0] in '[1' else json.dumps(text)}\n")
+    config = load_recipe(TrainConfig, *((None, [override]) if place == "command line" else (recipe, [])))
+    found = operator.attrgetter(key)(config)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_shorthand_is_accepted_in_a_part_of_a_mix() -> None:
+    part = "{name='reasoning-gym', generator='chain_sum', train_prompts=1e2}"
+    config = load_recipe(TrainConfig, None, ["task.name=mix", f"task.parts=[{part}]"])
+    assert config.task.parts[0].train_prompts == 100
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "says"),
+    [
+        (TrainConfig, "steps = 9\n[data]\n", "this is a recipe for `forkrl sft`, not for `forkrl train`"),
+        (SftConfig, "[selection]\nratio = 0.2\n", "this is a recipe for `forkrl train`, not for `forkrl sft`"),
+        (TrainConfig, "steps = 9\n[selection]\n", "steps is not a setting; did you mean training.steps?"),
+    ],
+)
+def test_a_recipe_for_the_other_command_is_named(schema: Any, text: str, says: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(schema, recipe)
+    assert str(caught.value) == f"{recipe}: {says}"
 
 
 CLIP = "loss.clip_hgh is not a setting; did you mean loss.clip_high?"

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from forkrl.commands.eval_engines import EngineChoice, identity, open_eval_engine
+from forkrl.commands.eval_engines import identity, open_eval_engine
+from forkrl.commands.options import EvalOptions
 from forkrl.commands.subject import open_subject
 from forkrl.errors import UserError
 from tests.smoke.world import make_model
@@ -32,11 +33,8 @@ class Recorded:
 
 def test_vllm_gets_the_model(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forkrl.evaluation.vllm.VllmSampler", Recorded)
-    choice = EngineChoice("vllm", None)
-    subject = open_subject(
-        model, recipe=None, overrides=["seed=7"], arguments={"max_tokens": 5}, activity="it", unused=choice.unused
-    )
-    with open_eval_engine(subject, choice, "plain") as engine:
+    options = EvalOptions(model, engine="vllm", overrides=["seed=7"], max_tokens=5)
+    with open_eval_engine(open_subject(options), options, "plain") as engine:
         assert engine.tokenizer is not None and engine.tokenizer.eos_token == "<eos>"
         assert engine.settings_for([]).rollout.max_response_tokens == 5
         assert isinstance(engine.sampler([]), Recorded)
@@ -44,42 +42,40 @@ def test_vllm_gets_the_model(model: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_weights_are_known_where_the_model_is_here(model: str) -> None:
-    subject = open_subject(model, recipe=None, overrides=(), arguments={}, activity="it")
-    assert len(identity(subject, EngineChoice("embedded", None))["weights"]) == 16
-    assert identity(subject, EngineChoice("embedded", "http://there"))["weights"] == ""
-    assert EngineChoice("embedded", "http://there").name == "server"
+    here, there = EvalOptions(model), EvalOptions(model, server="http://there")
+    assert len(identity(open_subject(here), here)["weights"]) == 16
+    assert identity(open_subject(there), there)["weights"] == ""
+    assert there.engine_name == "server"
 
 
 @pytest.mark.parametrize(
-    ("choice", "override", "says"),
+    ("engine", "override", "says"),
     [
-        (EngineChoice("vllm", None), "runtime.replicas=2", "has no effect on vLLM, which decides that itself"),
-        (EngineChoice("vllm", None), "rollout.cuda_graphs=true", "has no effect on vLLM, which decides that itself"),
-        (EngineChoice("vllm", "http://there"), "model.revision=x", "has no effect on a model that a server holds"),
-        (EngineChoice("embedded", "http://there"), "model.precision=bf16", "on a model that a server holds"),
+        ({"engine": "vllm"}, "runtime.replicas=2", "has no effect on vLLM, which decides that itself"),
+        ({"engine": "vllm"}, "rollout.cuda_graphs=true", "has no effect on vLLM, which decides that itself"),
+        (
+            {"engine": "vllm", "server": "http://there"},
+            "model.revision=x",
+            "has no effect on a model that a server holds",
+        ),
+        ({"server": "http://there"}, "model.precision=bf16", "on a model that a server holds"),
     ],
 )
-def test_settings_without_effect(model: str, choice: EngineChoice, override: str, says: str) -> None:
+def test_settings_without_effect(model: str, engine: dict[str, Any], override: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        open_subject(model, recipe=None, overrides=[override], arguments={}, activity="it", unused=choice.unused)
+        open_subject(EvalOptions(model, overrides=[override], **engine))
 
 
 def test_settings_that_vllm_heeds(model: str) -> None:
-    subject = open_subject(
-        model,
-        recipe=None,
-        overrides=["model.revision=x", 'rollout.stop=["a"]'],
-        arguments={},
-        activity="it",
-        unused=EngineChoice("vllm", None).unused,
-    )
+    subject = open_subject(EvalOptions(model, engine="vllm", overrides=["model.revision=x", 'rollout.stop=["a"]']))
     assert (subject.config.model.revision, subject.config.rollout.stop) == ("x", ("a",))
 
 
 def test_a_run_has_no_name_at_a_server(model: str, tmp_path: Path) -> None:
-    subject = open_subject(model, recipe=None, overrides=(), arguments={}, activity="it")._replace(run=tmp_path)
+    options = EvalOptions(model, server="http://there")
+    subject = open_subject(options)._replace(run=tmp_path)
     with (
         pytest.raises(UserError, match="give the model's name at the server in place of the run"),
-        open_eval_engine(subject, EngineChoice("embedded", "http://there"), "plain"),
+        open_eval_engine(subject, options, "plain"),
     ):
         pass

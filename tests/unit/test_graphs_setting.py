@@ -11,7 +11,8 @@ import torch
 
 from forkrl.analysis.temperatures import Setting
 from forkrl.commands.decode_temps import _question
-from forkrl.commands.eval_engines import EngineChoice, open_eval_engine
+from forkrl.commands.eval_engines import open_eval_engine
+from forkrl.commands.options import EvalOptions
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.work_folder import open_work_folder
 from forkrl.errors import UserError
@@ -27,11 +28,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def subject_of(model: str, graphs: str) -> Subject:
     overrides = [f"rollout.cuda_graphs={graphs}", "runtime.device=cpu", "runtime.replicas=1", "runtime.threads=1"]
-    return open_subject(model, recipe=None, overrides=overrides, arguments={}, activity="an evaluation")
+    return open_subject(EvalOptions(model, overrides=overrides))
 
 
 def evaluation_question(subject: Subject) -> dict[str, Any]:
-    with open_eval_engine(subject, EngineChoice("embedded", None), "plain") as engine:
+    with open_eval_engine(subject, EvalOptions(subject.name), "plain") as engine:
         return dict(engine.facts)
 
 

@@ -21,9 +21,10 @@ LAYERS = (
     {"rollout"},
     {"training"},
     {"analysis", "evaluation", "planning"},
-    {"commands"},
     {"cluster"},
+    {"commands"},
     {"__init__", "cli"},
+    {"__main__"},
 )
 """From the lowest; packages of one layer do not import each other. ``assets`` holds data only."""
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

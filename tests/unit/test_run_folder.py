@@ -18,7 +18,7 @@ import pytest
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe, recipe_toml
 from forkrl.errors import UserError
-from forkrl.store.run_folder import ROLLOUT_SCHEMA, RunFolder
+from forkrl.store.run_folder import RunFolder, rollout_schema
 
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}
 PROVENANCE = {"forkrl": "0.1", "commit": None, "threads": 2}
@@ -206,13 +206,13 @@ class TestRollouts:
         assert run.read_rollouts("train-000010") == rows[1:]
 
     def test_the_columns_are_those_of_the_contract(self) -> None:
-        assert {field.name: str(field.type) for field in ROLLOUT_SCHEMA} == {
+        assert {field.name: str(field.type) for field in rollout_schema()} == {
             "step": "int32", "prompt_id": "string", "prompt": "string", "response": "string",
             "token_ids": "list<item: int32>", "tokens": "list<item: string>", "logprobs": "list<item: float>",
             "entropy": "list<item: float>", "selected": "list<item: bool>", "score": "float", "reward": "float",
             "advantage": "float", "finished": "bool",
         }  # fmt: skip
-        assert [field.name for field in ROLLOUT_SCHEMA if field.nullable] == ["advantage"]
+        assert [field.name for field in rollout_schema() if field.nullable] == ["advantage"]
 
     def test_hostile_text_is_kept_as_text(self, run: RunFolder) -> None:
         nasty = "</script>\u2028\u202e\x1b[31m\0\ufffe😈"

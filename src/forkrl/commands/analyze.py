@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Group
+from rich.console import Console, Group
 from rich.text import Text
 
 from forkrl import analysis
 from forkrl.analysis.patterns import PAPER_TEMPERATURE
 from forkrl.analysis.token_table import tokens_of_prompts
 from forkrl.commands.collect_tokens import collect_tokens, make_request
+from forkrl.commands.options import AnalyzeOptions
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.token_parts import read_responses
 from forkrl.commands.work_folder import command_line, stored_question, work_provenance
-from forkrl.errors import UserError, printable
+from forkrl.errors import printable
 from forkrl.report.analysis_page import analysis_page
 from forkrl.report.page import write_page
 from forkrl.report.terminal import coloured_response, entropy_legend
@@ -46,52 +47,29 @@ class Analysis:
         return float(self.facts["threshold"])
 
 
-def analyze_model(
-    model: str,
-    *,
-    recipe: Path | None = None,
-    overrides: Sequence[str] = (),
-    responses: Path | None = None,
-    skip_unusable: bool = False,
-    problems: int | None = None,
-    samples: int | None = None,
-    temperature: float | None = None,
-    threshold: float | None = None,
-    min_count: int = 100,
-    out: Path | None = None,
-) -> Analysis:
+def run_analyze(options: AnalyzeOptions) -> int:
+    """``forkrl analyze``."""
+    found = analyze_model(options)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(coloured_sample(found))
+    print(describe_analysis(found))
+    print(f"report: {write_analysis_report(found)}")
+    return 0
+
+
+def analyze_model(options: AnalyzeOptions) -> Analysis:
     """Generate (or read) responses, measure every token, and find the patterns of the paper and some more.
 
-    Work is kept part by part in ``out``: the same call goes on where an interrupted one stopped, and one that finished
-    only makes its tables anew.
-
-    Args:
-        model: and the arguments after it: see ``make_request``.
-        threshold: entropy above which a token is a fork, in nats; None: the 80th percentile found.
-        min_count: types and contexts seen less often are left out of the tables.
-        out: folder; None: ``RUN/analysis/analyze`` or ``analyses/NAME-analyze``.
+    Work is kept part by part in the output folder: the same call continues an interrupted one, and after a finished
+    one only makes the tables again.
 
     Raises:
         UserError: model, data, responses, a setting or the folder cannot be used.
     """
-    if min_count < 1:
-        raise UserError(f"--min-count {min_count}: at least 1")
-    if threshold is not None and not 0 <= threshold < float("inf"):
-        raise UserError(f"--threshold {threshold}: an entropy in nats, at least 0")
-    request = make_request(
-        model,
-        recipe=recipe,
-        overrides=overrides,
-        responses=responses,
-        skip_unusable=skip_unusable,
-        problems=problems,
-        samples=samples,
-        temperature=temperature,
-        activity="an analysis",
-    )
-    folder = out or parse_reference(model).default_folder("analyze")
+    request = make_request(options)
+    folder = options.out or parse_reference(options.model).default_folder("analyze")
     notes = collect_tokens(folder, request, {"schema": SCHEMA})
-    return summarise(folder, threshold, min_count, notes)
+    return summarise(folder, options.threshold, options.min_count, notes)
 
 
 def summarise(folder: Path, threshold: float | None, min_count: int, notes: list[str]) -> Analysis:

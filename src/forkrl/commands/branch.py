@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ from forkrl.commands.branch_parts import (
     read_parts,
     write_part,
 )
+from forkrl.commands.options import BranchOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.subject import Session, Subject, open_session, open_subject
+from forkrl.commands.session import Session, open_session
+from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report import write_page
@@ -40,12 +41,6 @@ from forkrl.types import SamplingParams, Verifier
 
 SCHEMA = "forkrl-branch/1"
 PROBE_PROMPTS, PROBE_STEPS = 16, 8
-_LEAST = {"responses": 1, "forks": 1, "random": 0, "low": 0, "alternatives": 2, "continuations": 2}
-_OPTIONS = {"responses": "responses-per-problem"}
-_OPTION_OF_SETTING = {
-    "eval.problems": "--problems",
-    "eval.samples": "--responses-per-problem",
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,50 +55,36 @@ class Branching:
     facts: dict[str, Any]
 
 
-def branch_model(
-    model: str,
-    *,
-    recipe: Path | None = None,
-    overrides: Sequence[str] = (),
-    problems: int = 64,
-    responses: int = 1,
-    forks: int = 4,
-    random: int = 2,
-    low: int = 2,
-    alternatives: int = 3,
-    continuations: int = 16,
-    temperature: float | None = None,
-    out: Path | None = None,
-) -> Branching:
+def run_branch(options: BranchOptions) -> int:
+    """``forkrl branch``."""
+    found = branch_model(options)
+    print(describe_branching(found))
+    print(f"report: {write_branch_report(found)}")
+    return 0
+
+
+def branch_model(options: BranchOptions) -> Branching:
     """Sample responses, force alternatives at some of their positions, continue each, judge, and compare.
 
-    Work is kept part by part in ``out``: the same call goes on where an interrupted one stopped, and one for more
+    Work is kept part by part in the output folder: the same call continues an interrupted one, and one for more
     problems adds those.
-
-    Args:
-        model: a model folder or hub id, or a run folder: its newest checkpoint. Which prompts: see ``open_subject``.
-        recipe: where task and rollout settings come from, unless ``model`` is a run.
-        overrides: ``section.key=value``.
-        problems: prompts, from the first.
-        responses: to each prompt.
-        forks, random, low: positions of each kind in a response; see ``branching.choose_positions``.
-        alternatives: likeliest tokens tried at a position; the token taken is tried too.
-        continuations: sampled of every branch.
-        temperature: of responses and continuations, and of the probabilities and entropies; None:
-            ``eval.temperature``.
-        out: folder; None: ``RUN/analysis/branch`` or ``analyses/NAME-branch``.
 
     Raises:
         UserError: model, data, a setting or the folder cannot be used; before anything is sampled.
     """
-    _check_overrides(overrides)
-    arguments = {"temperature": temperature}
-    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity="branching")
-    at = subject.config.eval.temperature if temperature is None else temperature
-    design = Design(responses, forks, random, low, alternatives, continuations, at)
-    _check(design, problems)
-    folder = out or parse_reference(model).default_folder("branch")
-    with open_session(subject, problems) as session:
+    subject = open_subject(options)
+    temperature = subject.config.eval.temperature
+    if not temperature > 0:
+        raise UserError(
+            f"temperature = {temperature:g}: must be above 0, as greedy continuations of a branch are all the "
+            "same; give --temperature (default: eval.temperature)"
+        )
+    design = Design(
+        options.responses_per_problem, options.forks, options.random, options.low, options.alternatives,
+        options.continuations, temperature,
+    )  # fmt: skip
+    folder = options.out or parse_reference(options.model).default_folder("branch")
+    with open_session(subject) as session:
         if session.verifier is None:
             raise UserError(f"{session.task.name}: its rows have no answers, so no branch can be judged")
         earlier = stored_question(folder).get("prompts_per_part")
@@ -113,26 +94,6 @@ def branch_model(
             rows = read_parts(folder, size, len(session.prompts))
         available = len(session.task.held_out)
     return summarise(folder, rows, available)
-
-
-def _check(design: Design, problems: int) -> None:
-    if problems < 1:
-        raise UserError(f"--problems {problems}: at least 1")
-    for name, least in _LEAST.items():
-        if (value := getattr(design, name)) < least:
-            why = {"alternatives": ", for one alone is no fork", "continuations": ", to tell noise from difference"}
-            raise UserError(f"--{_OPTIONS.get(name, name)} {value}: at least {least}{why.get(name, '')}")
-    if not design.temperature > 0:
-        raise UserError(
-            f"temperature = {design.temperature:g}: must be above 0, as greedy continuations of a branch are all the "
-            "same; give --temperature (default: eval.temperature)"
-        )
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        if option := _OPTION_OF_SETTING.get(override.partition("=")[0].strip()):
-            raise UserError(f"{override}: has no effect on branching; give {option}")
 
 
 def _question(subject: Subject, session: Session, design: Design, size: int) -> dict[str, Any]:

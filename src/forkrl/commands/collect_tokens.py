@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from forkrl.commands.options import AnalyzeOptions, DriftOptions
 from forkrl.commands.ready_responses import ReadyResponses
-from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_session, open_subject
+from forkrl.commands.session import open_session
+from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_subject
 from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError, notice
@@ -17,15 +19,16 @@ from forkrl.parallel.replicas import open_replicas
 
 
 class Request(NamedTuple):
-    """Which responses, and at which temperature they are sampled and measured."""
+    """Which responses to measure; sampled with the subject's settings unless they are in a file."""
 
     subject: Subject
     responses: Path | None
-    """A file of ready responses; None: they are generated."""
     skip_unusable: bool
-    problems: int | None
-    samples: int
-    temperature: float
+
+    @property
+    def temperature(self) -> float:
+        """Of sampling."""
+        return self.subject.config.eval.temperature
 
     @property
     def entropy_temperature(self) -> float:
@@ -33,53 +36,22 @@ class Request(NamedTuple):
         return self.temperature or 1.0
 
 
-def make_request(
-    model: str,
-    *,
-    recipe: Path | None,
-    overrides: Sequence[str],
-    responses: Path | None,
-    skip_unusable: bool,
-    problems: int | None,
-    samples: int | None,
-    temperature: float | None,
-    activity: str,
-) -> Request:
-    """The options of a command put together; those without effect are refused.
-
-    Args:
-        model: a model folder or hub id, or a run folder: its newest checkpoint. Which prompts: see ``open_subject``.
-        recipe: where task and rollout settings come from, unless ``model`` is a run.
-        overrides: ``section.key=value``.
-        responses: a JSONL file of ready responses (see ``ReadyResponses``); then nothing is generated.
-        skip_unusable: of it, leave out rows that cannot be used.
-        problems: prompts, from the first; None: what the settings say.
-        samples: responses to each; None: ``eval.samples``.
-        temperature: of sampling and of the distribution measured; 0 samples greedily and measures at 1.
-            None: ``eval.temperature``.
-        activity: such as "an analysis", for messages.
+def make_request(options: AnalyzeOptions | DriftOptions) -> Request:
+    """The request that the options of a command make; those without effect are refused.
 
     Raises:
         UserError: a setting cannot be used or has no effect.
     """
-    arguments = {"problems": problems, "samples": samples, "temperature": temperature}
-    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity=activity)
+    subject, responses = open_subject(options), options.responses
     if responses is not None:
-        given = [f"--{name}" for name, value in (("problems", problems), ("samples", samples)) if value is not None]
+        given = [f"--{name}" for name in ("problems", "samples") if getattr(options, name) is not None]
         unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
-        given += [override for override in overrides if _is_unread(override, unread)]
+        given += [override for override in options.all_overrides if _is_unread(override, unread)]
         if given:
             raise UserError(f"{given[0]}: has no effect along with --responses {responses}: nothing is generated")
-    elif skip_unusable:
+    elif options.skip_unusable:
         raise UserError("--skip-unusable: has no effect without --responses")
-    return Request(
-        subject=subject,
-        responses=responses,
-        skip_unusable=skip_unusable,
-        problems=problems,
-        samples=subject.config.eval.samples if samples is None else samples,
-        temperature=subject.config.eval.temperature if temperature is None else temperature,
-    )
+    return Request(subject, responses, options.skip_unusable)
 
 
 def _is_unread(override: str, unread: tuple[str, ...]) -> bool:
@@ -118,21 +90,22 @@ def collect_tokens(folder: Path, request: Request, question: Mapping[str, Any]) 
 
 def _measure_generated(folder: Path, request: Request, asked: dict[str, Any]) -> None:
     """Sample, judge and measure what is not in the folder yet."""
-    with open_session(request.subject, request.problems) as session:
+    samples = request.subject.config.eval.samples
+    with open_session(request.subject) as session:
         earlier = stored_question(folder).get("prompts_per_part")
         asked |= {
             "data": session.task.fingerprint,
             "prompts": len(session.prompts),
-            "samples": request.samples,
+            "samples": samples,
             "seed": session.config.seed,
             "max_response_tokens": session.config.rollout.max_response_tokens,
             "stop": list(session.config.rollout.stop),
             # An earlier session's cut stands: it decides which responses share a generator, and another number of
             # replicas may be at work now.
-            "prompts_per_part": earlier or max(session.engine.wave_sequences // request.samples, 1),
+            "prompts_per_part": earlier or max(session.engine.wave_sequences // samples, 1),
         }
         with open_work_folder(folder, asked):
-            source = GeneratedResponses(session, request.samples, request.temperature, asked["prompts_per_part"])
+            source = GeneratedResponses(session, samples, request.temperature, asked["prompts_per_part"])
             write_missing_parts(folder, source, session.replicas, request.entropy_temperature)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import forkrl
+from forkrl.commands.options import CompareOptions
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks
@@ -31,20 +32,23 @@ class Outcome(NamedTuple):
     page: Path
 
 
-def compare_evaluations(folder_a: Path, folder_b: Path, *, seed: int = 0, out: Path | None = None) -> Outcome:
-    """Compare two evaluation folders, B minus A; writes ``comparison.json`` and ``report.html``.
+def run_compare(options: CompareOptions) -> int:
+    """``forkrl compare``."""
+    found = compare_evaluations(options)
+    print(describe_comparison(found.comparison))
+    print(f"report: {found.page}")
+    return 0
 
-    Args:
-        folder_a: before.
-        folder_b: after.
-        seed: of resamples and draws.
-        out: folder; None: ``analyses/A-vs-B``.
+
+def compare_evaluations(options: CompareOptions) -> Outcome:
+    """Compare two evaluation folders, B minus A; writes ``comparison.json`` and ``report.html``.
 
     Raises:
         UserError: a folder cannot be read or is not finished, nothing is common to both, or ``out`` is in use for
             something else.
     """
-    out = out or Path("analyses") / f"{folder_a.resolve().name}-vs-{folder_b.resolve().name}"
+    folder_a, folder_b, seed = options.a, options.b, options.seed
+    out = options.out or Path("analyses") / f"{folder_a.resolve().name}-vs-{folder_b.resolve().name}"
     _check_out(out)
     (results_a, scored_a), (results_b, scored_b) = read_evaluation(folder_a), read_evaluation(folder_b)
     found = compare(scored_a, scored_b, seed)

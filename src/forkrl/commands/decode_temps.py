@@ -15,14 +15,15 @@ from forkrl.analysis.temperatures import (
     FORK_FRACTION,
     LOOP_REPEATS,
     LOOP_TOKENS,
-    PAPER_TEMPERATURES,
     UNSCALED,
     Setting,
     plan_settings,
     temperature_table,
 )
+from forkrl.commands.options import DecodeTempsOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.subject import Session, Subject, graphs_fact, open_session, open_subject
+from forkrl.commands.session import Session, graphs_fact, open_session
+from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
 from forkrl.commands.work_folder import open_work_folder, weights_fingerprint
 from forkrl.errors import UserError
@@ -60,59 +61,40 @@ class Outcome:
     page: Path
 
 
-def decode_temps(
-    model: str,
-    *,
-    recipe: Path | None = None,
-    overrides: Sequence[str] = (),
-    problems: int | None = None,
-    samples: int | None = None,
-    temperature: float | None = None,
-    threshold: float | None = None,
-    temperatures: Sequence[float] = PAPER_TEMPERATURES,
-    out: Path | None = None,
-) -> Outcome:
+def run_decode_temps(options: DecodeTempsOptions) -> int:
+    """``forkrl decode-temps``."""
+    outcome = decode_temps(options)
+    print(describe_outcome(outcome))
+    print(f"report: {outcome.page}")
+    return 0
+
+
+def decode_temps(options: DecodeTempsOptions) -> Outcome:
     """Sample every setting that is not on the disk yet, on the same problems with the same random numbers; summarise.
-
-    Which prompts: see ``open_subject``.
-
-    Args:
-        model: a model folder or hub id, or a run folder: its newest checkpoint, with the run's own settings.
-        recipe: where task, rollout and reward settings come from otherwise.
-        overrides: ``section.key=value``.
-        problems: prompts, from the first; None: ``eval.problems``, or all of a prompt file.
-        samples: responses to each; None: ``eval.samples``.
-        temperature: of the baseline, and where a setting changes nothing; None: ``eval.temperature``.
-        threshold: nats; None: the 80th percentile of the entropies of the baseline's responses.
-        temperatures: each is tried at forks with ``temperature`` elsewhere, and the reverse.
-        out: folder; None: ``analyses/NAME-decode-temps``, or inside the run.
 
     Raises:
         UserError: something cannot be used, is in the way, or the folder holds another sweep.
     """
-    _check_threshold(threshold)
-    arguments = {"problems": problems, "samples": samples, "temperature": temperature}
-    subject = open_subject(model, recipe=recipe, overrides=overrides, arguments=arguments, activity="decode-temps")
-    settings = plan_settings(temperatures, subject.config.eval.temperature if temperature is None else temperature)
-    with open_session(subject, problems) as session:
+    temperatures, threshold = parse_temperatures(options.temperatures), options.threshold
+    subject = open_subject(options)
+    samples, settings = subject.config.eval.samples, plan_settings(temperatures, subject.config.eval.temperature)
+    with open_session(subject) as session:
         if session.verifier is None:
             raise UserError(f"{session.task.name}: its rows have no answers, so accuracy cannot be measured")
-        num_samples = subject.config.eval.samples if samples is None else samples
-        question = _question(subject, session, settings, num_samples, threshold)
-        with open_work_folder(out or parse_reference(model).default_folder("decode-temps"), question) as folder:
+        question = _question(subject, session, settings, samples, threshold)
+        out = options.out or parse_reference(options.model).default_folder("decode-temps")
+        with open_work_folder(out, question) as folder:
             responses = SweepResponses(folder / "responses", settings)
-            _sample_missing(responses, session, num_samples, threshold)
+            _sample_missing(responses, session, samples, threshold)
             return _summarise(folder, responses, session, question)
 
 
-def parse_temperatures(text: str | None) -> tuple[float, ...]:
-    """``0,0.3,1`` as numbers; None: the paper's eight.
+def parse_temperatures(text: str) -> tuple[float, ...]:
+    """``0,0.3,1`` as numbers.
 
     Raises:
-        UserError: one of them is no number from 0 up, or stands there twice.
+        UserError: one of them is negative, not a number or a duplicate.
     """
-    if text is None:
-        return PAPER_TEMPERATURES
     values: list[float] = []
     for word in text.split(","):
         try:
@@ -121,10 +103,10 @@ def parse_temperatures(text: str | None) -> tuple[float, ...]:
             value = math.nan
         if not 0 <= value < math.inf:
             raise UserError(
-                f"--temperatures {text}: {word.strip()!r} is no temperature; give numbers from 0 up: 0,0.3,2"
+                f"--temperatures {text}: {word.strip()!r} is not a valid temperature; give numbers from 0 up: 0,0.3,2"
             )
         if value in values:
-            raise UserError(f"--temperatures {text}: {value:g} stands there twice")
+            raise UserError(f"--temperatures {text}: duplicate {value:g}")
         values.append(value)
     return tuple(values)
 
@@ -154,11 +136,6 @@ def _describe_row(row: pd.Series, varied: str) -> str:
         difference = ""
     rest = f"{row['length']:9.1f}{row['broken']:8.1%}{row['surprise']:10.3f}"
     return f"  {row[varied]:<6g}  accuracy {accuracy}{difference:>25}{rest}"
-
-
-def _check_threshold(threshold: float | None) -> None:
-    if threshold is not None and not 0 <= threshold < math.inf:
-        raise UserError(f"--threshold {threshold:g}: an entropy in nats, from 0 up")
 
 
 def _question(

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from forkrl.commands.options import DoctorOptions
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
 from forkrl.parallel.threads import available_cores
@@ -53,7 +54,7 @@ class Check:
     required: bool = False
 
 
-def run_doctor() -> int:
+def run_doctor(options: DoctorOptions | None = None) -> int:
     """Print every check and what it means; 1 when something ForkRL cannot do without is missing, else 0."""
     checks = report_machine()
     console = Console(highlight=False)

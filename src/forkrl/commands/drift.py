@@ -23,6 +23,7 @@ from forkrl.analysis.drift import change_table
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_table import part_paths, reading_parquet, token_batches, tokens_of_prompts
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request
+from forkrl.commands.options import DriftOptions
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import locate_weights
 from forkrl.commands.token_parts import read_responses, writing_parquet
@@ -71,63 +72,29 @@ class Drift:
     notes: list[str]
 
 
-def measure_drift(
-    models: Sequence[str],
-    *,
-    recipe: Path | None = None,
-    overrides: Sequence[str] = (),
-    responses: Path | None = None,
-    skip_unusable: bool = False,
-    problems: int | None = None,
-    samples: int | None = None,
-    temperature: float | None = None,
-    ratio: float = 0.2,
-    bins: int = 20,
-    out: Path | None = None,
-) -> Drift:
-    """Measure every checkpoint's entropy on the final one's responses, and compare.
+def run_drift(options: DriftOptions) -> int:
+    """``forkrl drift``."""
+    found = measure_drift(options)
+    print(describe_drift(found))
+    print(f"report: {write_drift_report(found)}")
+    return 0
 
-    Args:
-        models: one run folder (its starting model and all its checkpoints), or two models at least, the first to the
-            last of training.
-        recipe: and the arguments up to ``temperature``: see ``make_request``, of the final model.
-        overrides: ``section.key=value``.
-        responses: ready responses; else the final model's are generated.
-        skip_unusable: of them, leave out rows that cannot be used.
-        problems: prompts, from the first.
-        samples: responses to each.
-        temperature: of sampling and measuring.
-        ratio: the top share of positions whose overlap is measured.
-        bins: percentile ranges of the change.
-        out: folder; None: ``RUN/analysis/drift`` or ``analyses/NAME-drift``.
+
+def measure_drift(options: DriftOptions) -> Drift:
+    """Measure every checkpoint's entropy on the final one's responses, and compare.
 
     Raises:
         UserError: a model, data, a setting or the folder cannot be used, or two checkpoints differ in vocabulary.
     """
-    if not 0 < ratio <= 1:
-        raise UserError(f"--ratio {ratio}: a share above 0, at most 1")
-    if bins < 1:
-        raise UserError(f"--bins {bins}: at least 1")
-    series = _series(models)
+    series = _series(options.models)
     _require_one_vocabulary(series)
-    final = models[0] if len(models) == 1 else models[-1]
-    request = make_request(
-        final,
-        recipe=recipe,
-        overrides=overrides,
-        responses=responses,
-        skip_unusable=skip_unusable,
-        problems=problems,
-        samples=samples,
-        temperature=temperature,
-        activity="a drift",
-    )
-    folder = out or parse_reference(final).default_folder("drift")
+    request = make_request(options)
+    folder = options.out or parse_reference(options.model).default_folder("drift")
     named = [[point.name, point.path, weights_fingerprint(point.path)] for point in series]
     notes = collect_tokens(folder, request, {"schema": SCHEMA, "checkpoints": named})
     with open_work_folder(folder, stored_question(folder)):
         _measure_checkpoints(folder, series, request)
-    return _summarise(folder, series, ratio, bins, notes)
+    return _summarise(folder, series, options.ratio, options.bins, notes)
 
 
 def describe_drift(found: Drift) -> str:
@@ -179,8 +146,6 @@ def _provenance(folder: Path) -> list[tuple[str, str]]:
 
 def _series(models: Sequence[str]) -> list[Checkpoint]:
     """The models to compare, in the order of training; a run among several is its newest checkpoint."""
-    if not models:
-        raise UserError("name a run, or two models at least, the first to the last of training")
     if len(models) == 1:
         return _series_of_run(models[0])
     short = Counter(Path(model).name for model in models)

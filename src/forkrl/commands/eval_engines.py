@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from forkrl.commands.subject import Subject, checked_config, graphs_fact, open_model
+from forkrl.commands.options import EvalOptions
+from forkrl.commands.session import checked_config, graphs_fact, open_model
+from forkrl.commands.subject import Subject
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
@@ -21,33 +23,6 @@ from forkrl.rollout import open_engine
 from forkrl.types import Prompt
 
 PromptFormat = Literal["plain", "chat"]
-_FOR_OUR_ENGINE = (
-    "model.precision", "rollout.max_prompt_tokens", "rollout.max_sequences", "rollout.cuda_graphs", "runtime."
-)  # fmt: skip
-_UNUSED = {
-    "vllm": dict.fromkeys(_FOR_OUR_ENGINE, "on vLLM, which decides that itself"),
-    "server": dict.fromkeys((*_FOR_OUR_ENGINE, "model.revision"), "on a model that a server holds"),
-}
-
-
-class EngineChoice(NamedTuple):
-    """Which engine, as the command line says it. ``server``: the address of one; then ``engine`` plays no part.
-
-    ``concurrency``: requests that the server is given at once; None: as many as is usual.
-    """
-
-    engine: str
-    server: str | None
-    concurrency: int | None = None
-
-    @property
-    def name(self) -> str:
-        return "server" if self.server is not None else self.engine
-
-    @property
-    def unused(self) -> Mapping[str, str]:
-        """Settings without effect, for ``open_subject``."""
-        return _UNUSED.get(self.name, {})
 
 
 class EvalEngine(Protocol):
@@ -128,26 +103,23 @@ class _Whole:
 
 
 @contextmanager
-def open_eval_engine(subject: Subject, choice: EngineChoice, prompt_format: PromptFormat) -> Iterator[EvalEngine]:
+def open_eval_engine(subject: Subject, options: EvalOptions, prompt_format: PromptFormat) -> Iterator[EvalEngine]:
     """Open the chosen engine with the subject's model.
 
     Raises:
         UserError: the model, vLLM or the server cannot be used.
     """
     model = subject.config.model
-    if choice.concurrency is not None and (choice.server is None or choice.concurrency < 1):
-        reason = "is for --server" if choice.server is None else "at least 1"
-        raise UserError(f"--concurrency {choice.concurrency}: {reason}")
-    if choice.server is not None:
+    if options.server is not None:
         if subject.run is not None:
-            raise UserError(f"--server {choice.server}: give the model's name at the server in place of the run")
+            raise UserError(f"--server {options.server}: give the model's name at the server in place of the run")
         from forkrl.evaluation.server import CONCURRENCY, ServerSampler
 
         server = ServerSampler(
-            choice.server, subject.name, prompt_format=prompt_format, concurrency=choice.concurrency or CONCURRENCY
+            options.server, subject.name, prompt_format=prompt_format, concurrency=options.concurrency or CONCURRENCY
         )
         yield _Whole(subject, server, None)
-    elif choice.engine == "vllm":
+    elif options.engine == "vllm":
         from forkrl.evaluation.vllm import VllmSampler
 
         path = model_location(model.path)
@@ -166,14 +138,13 @@ def open_eval_engine(subject: Subject, choice: EngineChoice, prompt_format: Prom
             yield _Embedded(subject, replicas)
 
 
-def identity(subject: Subject, choice: EngineChoice) -> dict[str, Any]:
+def identity(subject: Subject, options: EvalOptions) -> dict[str, Any]:
     """Which model it is, as far as can be told from here."""
     model = subject.config.model
-    here = choice.server is None
     return {
         "model": subject.name,
-        "engine": choice.name,
+        "engine": options.engine_name,
         "checkpoint": subject.checkpoint,
         "model.revision": model.revision,
-        "weights": weights_fingerprint(model.path) if here else "",
+        "weights": weights_fingerprint(model.path) if options.server is None else "",
     }

@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from forkrl.commands.options import EvalOptions
 from forkrl.evaluation.benchmarks import BENCHMARKS, GYM
 from forkrl.evaluation.paper import TABLE_2
 from forkrl.report.eval_page import unjudged_benchmarks
 
 _PROMPTS = {"plain": "plain prompt", "chat": "chat prompt", "template": "the task's own prompt"}
+
+
+def run_eval(options: EvalOptions) -> int:
+    """``forkrl eval``."""
+    if options.list_benchmarks:
+        print(list_benchmarks())
+        return 0
+    from forkrl.commands.evaluate import evaluate_model  # which imports torch
+
+    found = evaluate_model(options)
+    print(describe_evaluation(found.results))
+    print(f"report: {found.page}")
+    return 0
 
 
 def list_benchmarks() -> str:

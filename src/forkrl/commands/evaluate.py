@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from forkrl.commands.eval_benchmarks import AskedBenchmark, all_verifiers, ask_benchmarks, ask_task, prompt_renderer
-from forkrl.commands.eval_engines import EngineChoice, EvalEngine, PromptFormat, identity, open_eval_engine
+from forkrl.commands.eval_engines import EvalEngine, PromptFormat, identity, open_eval_engine
 from forkrl.commands.judging import Judging
+from forkrl.commands.options import EvalOptions
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.work_folder import command_line, open_work_folder
 from forkrl.config import TrainConfig
-from forkrl.errors import UserError
-from forkrl.evaluation.benchmarks import runs_programs
 from forkrl.evaluation.eval_report import write_eval_report
 from forkrl.evaluation.folder import RESULTS, SCHEMA, read_results
 from forkrl.evaluation.response_files import BenchmarkFiles
@@ -39,28 +38,6 @@ _VERSIONED = ("forkrl", "torch", "transformers", "math-verify", "datasets", "vll
 
 
 @dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """What the command line says of an evaluation; None where it says nothing.
-
-    ``bench``: names of benchmarks; empty: the task of the recipe or run. ``mirror``: folder of local copies of the
-    benchmarks' data. ``concurrency``: requests that the server is given at once. ``prompt``: plain or chat, of
-    benchmarks. The rest stands for settings or names the folder.
-    """
-
-    bench: Sequence[str] = ()
-    mirror: Path | None = None
-    engine: str = "embedded"
-    server: str | None = None
-    concurrency: int | None = None
-    prompt: PromptFormat | None = None
-    problems: int | None = None
-    samples: int | None = None
-    temperature: float | None = None
-    max_tokens: int | None = None
-    out: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """A finished evaluation: its folder, ``results.json`` as it stands there, and the page."""
 
@@ -69,40 +46,28 @@ class Evaluation:
     page: Path
 
 
-def evaluate_model(
-    model: str, *, recipe: Path | None = None, overrides: Sequence[str] = (), options: EvalOptions | None = None
-) -> Evaluation:
+def evaluate_model(options: EvalOptions) -> Evaluation:
     """Sample what is missing, judge it, summarise; all of it in a folder that the same call goes on with.
 
     Which prompts without benchmarks: see ``open_subject``. The first ``eval.problems`` of a run are those it was
-    evaluated on while it trained, so that the two figures compare.
-
-    Args:
-        model: a model folder or hub id, the name of one at a server, or a run folder: its newest checkpoint, with the
-            run's own settings.
-        recipe: where task, rollout and reward settings come from otherwise.
-        overrides: ``section.key=value``. ``rollout.top_p`` and ``top_k`` never apply to an evaluation.
-        options: None: the model's own task, on the embedded engine.
+    evaluated on while it trained, so that the two figures compare. ``rollout.top_p`` and ``top_k`` never apply.
 
     Raises:
         UserError: the model, the data or a setting cannot be used, or an override has no effect: before the first
             response is sampled. Or the engine or the disk gave up: what was sampled is kept.
     """
-    options = options or EvalOptions()
-    choice = EngineChoice(options.engine, options.server, options.concurrency)
-    subject, asked = _subject_and_benchmarks(model, recipe, overrides, options, choice)
+    subject, asked = _subject_and_benchmarks(options)
     prompt_format: PromptFormat = "chat" if subject.config.task.chat_template else "plain"
-    with open_eval_engine(subject, choice, prompt_format) as engine:
+    with open_eval_engine(subject, options, prompt_format) as engine:
         if asked:
             render = prompt_renderer(prompt_format, engine.tokenizer)
             asked = [benchmark.rendered(render) for benchmark in asked]
             _require_known_characters(asked, engine, subject)
         else:
-            limit, longest = _limit(subject, options), engine.max_prompt_tokens
-            asked = ask_task(subject, engine.tokenizer, limit, max_prompt_tokens=longest)
+            asked = ask_task(subject, engine.tokenizer, subject.limit, max_prompt_tokens=engine.max_prompt_tokens)
         config = engine.settings_for([prompt for benchmark in asked for prompt in benchmark.prompts])
-        question = _question(subject, choice, engine, config, asked, options)
-        with open_work_folder(options.out or _default_folder(model, options), question) as folder, ExitStack() as stack:
+        question = _question(subject, engine, config, asked, options)
+        with open_work_folder(options.out or _default_folder(options), question) as folder, ExitStack() as stack:
             # All of them before the first is sampled: what cannot go on is refused now.
             files = [
                 stack.enter_context(BenchmarkFiles(folder, each.name, each.prompts, question["samples"]))
@@ -114,28 +79,10 @@ def evaluate_model(
             return Evaluation(folder, read_results(folder), write_eval_report(folder))
 
 
-def _subject_and_benchmarks(
-    model: str, recipe: Path | None, overrides: Sequence[str], options: EvalOptions, choice: EngineChoice
-) -> tuple[Subject, list[AskedBenchmark]]:
+def _subject_and_benchmarks(options: EvalOptions) -> tuple[Subject, list[AskedBenchmark]]:
     """The model and settings to look at it under, and the benchmarks that were named, their prompts not yet put into
     the engine's form. Everything that needs no model is refused here."""
-    if options.bench:
-        unused = {**choice.unused, "task.": "along with --bench, which brings questions of its own"}
-    elif options.prompt is not None or options.mirror is not None:
-        option = "--mirror" if options.prompt is None else "--prompt"
-        raise UserError(f"{option}: is for --bench; a task has settings of its own (task.chat_template, task.data)")
-    else:
-        unused = dict(choice.unused)
-    arguments = {name: getattr(options, name) for name in ("problems", "samples", "temperature", "max_tokens")}
-    subject = open_subject(
-        model,
-        recipe=recipe,
-        overrides=overrides,
-        arguments=arguments,
-        activity="an evaluation",
-        unused=unused,
-        used=("sandbox",) if runs_programs(options.bench) else (),
-    )
+    subject = open_subject(options)
     if not options.bench:
         return subject, []
     asked = ask_benchmarks(options.bench, options.mirror, _limit(subject, options), subject.config.sandbox)
@@ -155,21 +102,18 @@ def _require_known_characters(asked: Sequence[AskedBenchmark], engine: EvalEngin
 
 def _limit(subject: Subject, options: EvalOptions) -> int | None:
     """How many questions, from the first; None: all. A recipe's ``eval.problems`` is for its own task."""
-    if options.problems is not None:
-        return options.problems
-    if options.bench:
-        return subject.config.eval.problems if "eval.problems" in subject.given else None
-    return subject.limit
+    if not options.bench:
+        return subject.limit
+    return subject.config.eval.problems if "eval.problems" in subject.given else None
 
 
-def _default_folder(model: str, options: EvalOptions) -> Path:
-    folder = parse_reference(model).default_folder("benchmarks" if options.bench else "eval")
+def _default_folder(options: EvalOptions) -> Path:
+    folder = parse_reference(options.model).default_folder("benchmarks" if options.bench else "eval")
     return folder if folder.parent.name == "analysis" else Path("evals") / folder.name.removesuffix("-benchmarks")
 
 
 def _question(
     subject: Subject,
-    choice: EngineChoice,
     engine: EvalEngine,
     config: TrainConfig,
     asked: Sequence[AskedBenchmark],
@@ -177,22 +121,19 @@ def _question(
 ) -> dict[str, Any]:
     """Whatever the numbers of a benchmark hang on, but for its questions: those are kept beside its responses, so that
     further benchmarks may join the folder."""
-    samples, temperature = options.samples, options.temperature
-    if samples is None:
-        takes_default = bool(options.bench) and "eval.samples" not in subject.given
-        samples = BENCHMARK_SAMPLES if takes_default else config.eval.samples
     prompt_format = "chat" if config.task.chat_template else "plain" if options.bench else "template"
     # A benchmark's own go with its name, but for the limits of programs.
     judged = config.sandbox.model_dump(mode="json") if options.bench else _as_json(all_verifiers(asked))
+    takes_default = bool(options.bench) and "eval.samples" not in subject.given
     return {
         "schema": SCHEMA,
-        **identity(subject, choice),
+        **identity(subject, options),
         "task": "" if options.bench else asked[0].title,
         "sandbox" if options.bench else "verifiers": judged,
         "prompt_format": prompt_format,
         "problems": _limit(subject, options),
-        "samples": samples,
-        "temperature": config.eval.temperature if temperature is None else temperature,
+        "samples": BENCHMARK_SAMPLES if takes_default else config.eval.samples,
+        "temperature": config.eval.temperature,
         "seed": config.seed,
         "max_response_tokens": config.rollout.max_response_tokens,
         "rollout.stop": list(config.rollout.stop),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from forkrl.commands.options import PlanOptions
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
@@ -27,23 +27,6 @@ PLAN = "plan.json"
 _COLORS = {"fits": "green", "tight": "yellow", TOO_LARGE: "red"}
 
 
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """The command line's options, by name."""
-
-    gpu: str | None = None
-    gpu_memory: float | None = None
-    gpu_tflops: float | None = None
-    gpu_bandwidth: float | None = None
-    mean_response: float | None = None
-    mean_prompt: float | None = None
-    oversampling: float | None = None
-    mfu: float = 0.4
-    rollout_efficiency: float = 0.5
-    rollout_tokens_per_s: float | None = None
-    out: Path | None = None
-
-
 class Outcome(NamedTuple):
     """The plan, and the page that shows it, if one was asked for."""
 
@@ -51,7 +34,19 @@ class Outcome(NamedTuple):
     page: Path | None
 
 
-def plan_run(recipe: str | None, overrides: list[str], options: PlanOptions) -> Outcome:
+def run_plan(options: PlanOptions) -> int:
+    """``forkrl plan``."""
+    found = plan_run(options)
+    if options.json:
+        print(json.dumps(found.record, indent=2, allow_nan=False))
+        return 0
+    print_plan(found.record)
+    if found.page is not None:
+        print(f"report: {found.page}")
+    return 0
+
+
+def plan_run(options: PlanOptions) -> Outcome:
     """Plan a recipe, and write ``plan.json`` and ``report.html`` into ``options.out``.
 
     Raises:
@@ -59,7 +54,7 @@ def plan_run(recipe: str | None, overrides: list[str], options: PlanOptions) -> 
     """
     if options.out is not None:
         _check_out(options.out)
-    config = load_recipe(TrainConfig, recipe, overrides)
+    config = load_recipe(TrainConfig, options.recipe, options.overrides)
     found = find_shape(config.model.path, config.model.revision)
     card, is_assumed = find_card(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)
     assumed = assume(
@@ -84,7 +79,7 @@ def plan_run(recipe: str | None, overrides: list[str], options: PlanOptions) -> 
     )
     if is_assumed:
         record["warnings"].append(f"no card was named: this is for --gpu {next(iter(CARDS))}")
-    record["recipe"] = recipe or "defaults"
+    record["recipe"] = options.recipe or "defaults"
     if options.out is None:
         return Outcome(record, None)
     record["other_nodes"] = _other_nodes(config, found.shape, card, plan)

@@ -21,7 +21,6 @@ from typing import Any
 import forkrl
 from forkrl.errors import UserError
 from forkrl.model.locations import model_location
-from forkrl.report.progress import progress
 from forkrl.store.atomic import explained_write_errors, temporary_beside, write_json
 from forkrl.store.run_folder import LOCK, clear_folder, lock_folder
 
@@ -84,6 +83,8 @@ def weights_fingerprint(path: str) -> str:
 
     A hub model is known by its name and revision; its fingerprint is empty.
     """
+    from forkrl.report.progress import progress  # which imports the libraries of the figures
+
     folder = Path(model_location(path))
     if not folder.is_dir():
         return ""

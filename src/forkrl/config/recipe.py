@@ -10,10 +10,11 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from forkrl.config import SftConfig, TrainConfig
 from forkrl.config.sections import Section
 from forkrl.errors import UserError
 
@@ -41,8 +42,11 @@ def load_recipe(
     overridden = copy.deepcopy(values)
     for override in overrides:
         _apply_override(overridden, override)
+    _accept_shorthand(schema, values)
+    _accept_shorthand(schema, overridden)
     faults = _faults(schema, overridden)
     if path is not None and faults:
+        _require_recipe_of(schema, values, path)
         without_overrides = _faults(schema, values)
         places: dict[str, list[str]] = {}
         for fault in faults:
@@ -91,7 +95,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_parse_float)
     except FileNotFoundError:
         hint = "shipped ones are in recipes/"
         if path.suffix != ".toml":
@@ -103,13 +107,45 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
+class _Power(float):
+    """A number written as ``1e3``, which an integer setting takes as 1000."""
+
+
+def _parse_float(text: str) -> float:
+    return float(text) if "." in text or not float(text).is_integer() else _Power(text)
+
+
+def _accept_shorthand(schema: type[Section], values: dict[str, Any]) -> None:
+    """Replace ``1e3`` by 1000 in integer settings, and a bare word by a list of one where a list of words belongs."""
+    for name, value in values.items():
+        kind = schema.model_fields[name].annotation if name in schema.model_fields else None
+        kinds = [getattr(each, "__origin__", each) for each in (kind, *get_args(kind))]
+        if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Section):
+            _accept_shorthand(kind, value)
+        elif isinstance(value, list) and (listed := item_section(kind)) is not None:
+            for item in value:
+                if isinstance(item, dict):
+                    _accept_shorthand(listed, item)
+        elif isinstance(value, _Power) and int in kinds:
+            values[name] = int(value)
+        elif isinstance(value, str) and not value.startswith("[") and tuple in kinds and kinds[1] in (str, Literal):
+            values[name] = [value]
+
+
+def _require_recipe_of(schema: type[Section], values: dict[str, Any], path: str | Path) -> None:
+    """Say it in one sentence if a file is a recipe for the other command."""
+    command, other, there = ("train", "sft", SftConfig) if schema is TrainConfig else ("sft", "train", TrainConfig)
+    if not values.keys() <= schema.model_fields.keys() and values.keys() <= there.model_fields.keys():
+        raise UserError(f"{path}: this is a recipe for `forkrl {other}`, not for `forkrl {command}`")
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in nested ``values``. The value is TOML; a bare word is a string."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{override!r} is not an override; write section.key=value, as in optimizer.lr=1e-5")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}", parse_float=_parse_float)["value"]
     except tomllib.TOMLDecodeError:
         value = text
     _set(values, key.strip(), value if text.strip() else None)

@@ -1,13 +1,59 @@
-"""Every setting of a recipe, with its default and its reason, as Markdown. docs/recipes.md is this text."""
+"""Every setting of a recipe, with its default and its reason: as Markdown (docs/recipes.md), or as a filtered list."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from forkrl.config import SftConfig, TrainConfig
 from forkrl.config.recipe import item_section
 from forkrl.config.sections import Section
+from forkrl.errors import UserError
+
+
+def print_settings(words: Sequence[str]) -> None:
+    """Print the settings whose key or reason contains all words; into a file without words, the whole reference.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not words and not sys.stdout.isatty():
+        print(recipe_reference(), end="")
+        return
+    console, found = Console(highlight=False, width=None if sys.stdout.isatty() else 120), 0
+    for command, schema in (("train", TrainConfig), ("sft", SftConfig)):
+        rows = [row for row in _rows(schema) if all(word.lower() in " ".join(row).lower() for word in words)]
+        if rows:
+            console.print(Text(f"forkrl {command}", style="bold"))
+        for key, default, reason in rows:
+            console.print(Text.assemble("  ", (key, "cyan"), " = ", (default, "green")))
+            console.print(Padding(Text(reason, style="dim"), (0, 0, 0, 6)))
+        found += len(rows)
+    if not found:
+        raise UserError(
+            f"--settings {' '.join(words)}: no setting has that in its name or help; drop the word to see all"
+        )
+
+
+def _rows(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key, default and reason of every setting."""
+    for name, field in schema.model_fields.items():
+        if (section := _section(field)) is not None:
+            yield from _rows(section, f"{prefix}{name}.")
+            continue
+        yield _row(prefix + name, field)
+        if (listed := item_section(field.annotation)) is not None:
+            yield from (_row(f"{prefix}{name}.{own}", inner) for own, inner in _own_fields(listed).items())
+
+
+def _row(key: str, field: Any) -> tuple[str, str, str]:
+    return key, _value(field).strip("`"), " ".join((field.description or "").split())
 
 
 def recipe_reference() -> str:
@@ -35,27 +81,24 @@ def recipe_reference() -> str:
 def _tables(schema: type[Section], prefix: str = "") -> list[str]:
     """The schema's own settings, and below them its sections, each under its heading."""
     sections = {name: kind for name, field in schema.model_fields.items() if (kind := _section(field)) is not None}
-    lines = ["", "| setting | default | what it does |", "|---|---|---|"]
-    for name, field in schema.model_fields.items():
-        if name not in sections:
-            lines.append(f"| `{name}` | {_value(field)} | {_reason(field)} |")
+    lines = _table({name: field for name, field in schema.model_fields.items() if name not in sections})
     for name, section in sections.items():
         lines += ["", f"### [{prefix}{name}]", *_tables(section, f"{prefix}{name}.")]
     for name, field in schema.model_fields.items():
         if (listed := item_section(field.annotation)) is not None:
-            lines += ["", f"### [[{prefix}{name}]]", *_own_settings(listed)]
+            lines += ["", f"### [[{prefix}{name}]]", *_table(_own_fields(listed))]
     return lines
 
 
-def _own_settings(listed: type[Section]) -> list[str]:
+def _own_fields(listed: type[Section]) -> dict[str, Any]:
     """What a listed table has beyond the settings of the section that it extends."""
     inherited = {name for base in listed.__mro__[1:] if issubclass(base, Section) for name in base.model_fields}
-    lines = ["", "| setting | default | what it does |", "|---|---|---|"]
-    return lines + [
-        f"| `{name}` | {_value(field)} | {_reason(field)} |"
-        for name, field in listed.model_fields.items()
-        if name not in inherited
-    ]
+    return {name: field for name, field in listed.model_fields.items() if name not in inherited}
+
+
+def _table(settings: dict[str, Any]) -> list[str]:
+    rows = [f"| `{name}` | {_value(field)} | {_reason(field)} |" for name, field in settings.items()]
+    return ["", "| setting | default | what it does |", "|---|---|---|", *rows]
 
 
 def _section(field: Any) -> type[Section] | None:
@@ -69,4 +112,4 @@ def _value(field: Any) -> str:
 
 
 def _reason(field: Any) -> str:
-    return " ".join((field.description or "").split()).replace("|", "\\|")
+    return _row("", field)[2].replace("|", "\\|")

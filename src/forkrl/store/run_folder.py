@@ -23,44 +23,52 @@ import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tomli_w
 
 from forkrl.config import CHANGEABLE
 from forkrl.errors import UserError
 from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside, write_bytes, write_text
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 CONFIG = "config.toml"
 LOCK = ".lock"
 _DIGEST = "recipe_sha256"
 
-ROLLOUT_SCHEMA = pa.schema(
-    [
-        pa.field("step", pa.int32(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("response", pa.string(), nullable=False),
-        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("tokens", pa.list_(pa.string()), nullable=False),
-        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
-        pa.field("entropy", pa.list_(pa.float32()), nullable=False),
-        pa.field("selected", pa.list_(pa.bool_()), nullable=False),
-        pa.field("score", pa.float32(), nullable=False),
-        pa.field("reward", pa.float32(), nullable=False),
-        pa.field("advantage", pa.float32()),  # null in evaluations
-        pa.field("finished", pa.bool_(), nullable=False),
-    ]
-)
-"""One row a response; the five lists hold one value per response token. Log-probs and entropy are in nats."""
 
 _PER_TOKEN = ("token_ids", "tokens", "logprobs", "entropy", "selected")
 _ROLLOUT_NAME = re.compile(r"(train|eval)-(\d{6,})")
 _log = logging.getLogger("forkrl")
+
+
+@cache
+def rollout_schema() -> pa.Schema:
+    """One row a response; the five lists hold one value per response token. Log-probs and entropy are in nats."""
+    import pyarrow as pa  # takes as long as everything else that a mistyped command imports
+
+    return pa.schema(
+        [
+            pa.field("step", pa.int32(), nullable=False),
+            pa.field("prompt_id", pa.string(), nullable=False),
+            pa.field("prompt", pa.string(), nullable=False),
+            pa.field("response", pa.string(), nullable=False),
+            pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+            pa.field("tokens", pa.list_(pa.string()), nullable=False),
+            pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+            pa.field("entropy", pa.list_(pa.float32()), nullable=False),
+            pa.field("selected", pa.list_(pa.bool_()), nullable=False),
+            pa.field("score", pa.float32(), nullable=False),
+            pa.field("reward", pa.float32(), nullable=False),
+            pa.field("advantage", pa.float32()),  # null in evaluations
+            pa.field("finished", pa.bool_(), nullable=False),
+        ]
+    )
 
 
 class RunFolder:
@@ -232,7 +240,7 @@ class RunFolder:
 
         Args:
             name: ``train-`` or ``eval-`` and the step in six digits.
-            rows: One mapping a response, with the columns of ``ROLLOUT_SCHEMA``; only ``advantage`` may be None.
+            rows: One mapping a response, with the columns of ``rollout_schema``; only ``advantage`` may be None.
 
         Raises:
             UserError: the disk is full or refuses.
@@ -242,7 +250,10 @@ class RunFolder:
             raise ValueError(f"{name!r} is not a name for rollouts, such as train-000010")
         for number, row in enumerate(rows):
             _check_row(number, row)
-        table = pa.Table.from_pylist([_encodable(row) for row in rows], schema=ROLLOUT_SCHEMA)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.Table.from_pylist([_encodable(row) for row in rows], schema=rollout_schema())
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd")
         path = self._rollouts(name)
@@ -255,9 +266,12 @@ class RunFolder:
         Raises:
             UserError: the file is missing or damaged.
         """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         path = self._rollouts(name)
         try:
-            rows: list[dict[str, Any]] = pq.read_table(path, schema=ROLLOUT_SCHEMA).to_pylist()
+            rows: list[dict[str, Any]] = pq.read_table(path, schema=rollout_schema()).to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as rollouts ({str(error).splitlines()[0]})") from error
         return rows
@@ -390,9 +404,9 @@ def _null_if_not_finite(value: Any) -> Any:
 
 def _check_row(number: int, row: Mapping[str, Any]) -> None:
     """Arrow would fill what is missing with null, and drop what is too much, without a word."""
-    if difference := row.keys() ^ set(ROLLOUT_SCHEMA.names):
+    if difference := row.keys() ^ set(rollout_schema().names):
         raise ValueError(f"row {number}: missing or unknown columns: {', '.join(sorted(difference))}")
-    if empty := [name for name in ROLLOUT_SCHEMA.names if row[name] is None and name != "advantage"]:
+    if empty := [name for name in rollout_schema().names if row[name] is None and name != "advantage"]:
         raise ValueError(f"row {number}: no value for {', '.join(empty)}")
     lengths = {name: len(row[name]) for name in _PER_TOKEN}
     if len(set(lengths.values())) != 1:

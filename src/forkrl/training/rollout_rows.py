@@ -23,7 +23,7 @@ def rollout_rows(
     rewards: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a response, as ``run_folder.ROLLOUT_SCHEMA`` has it.
+    """One row a response, as ``run_folder.rollout_schema`` has it.
 
     Args:
         step: of the run.

@@ -1,0 +1,7 @@
+"""``python -m forkrl``."""
+
+import sys
+
+from forkrl.cli import main
+
+sys.exit(main())
