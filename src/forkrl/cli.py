@@ -294,13 +294,11 @@ def run_plan(arguments: argparse.Namespace) -> int:
     if "=" in recipe:  # an override where the recipe could stand
         recipe, overrides = None, [recipe, *overrides]
     options = PlanOptions(**{each.name: getattr(arguments, each.name) for each in fields(PlanOptions)})
-    found = plan_run(recipe, overrides, options)
+    record = plan_run(recipe, overrides, options)
     if arguments.json:
-        print(json.dumps(found.record, indent=2, allow_nan=False))
-        return 0
-    print_plan(found.record)
-    if found.page is not None:
-        print(f"report: {found.page}")
+        print(json.dumps(record, indent=2, allow_nan=False))
+    else:
+        print_plan(record)
     return 0
 
 

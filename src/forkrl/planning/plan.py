@@ -1,35 +1,28 @@
-"""Everything that is planned of one recipe on one card."""
+"""Everything that is planned of one recipe on one kind of GPU, and its JSON form."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 from forkrl.config import TrainConfig
-from forkrl.planning.cards import GIB, Card
-from forkrl.planning.compute import (
-    Assumptions,
-    Decoding,
-    Part,
-    decode_rate,
-    evaluation_seconds,
-    find_parts,
-)
-from forkrl.planning.layout import Layout, find_layout
-from forkrl.planning.memory import HEADROOM, Phase, RolloutFit, find_host, find_phases, fit_rollout, full_length
+from forkrl.planning.compute import Assumptions, Decoding, Part, decode_rate, evaluation_seconds, find_parts
+from forkrl.planning.gpus import GIB, Gpu
+from forkrl.planning.memory import HEADROOM, Layout, Phase, RolloutFit, find_host, find_layout, find_phases, full_length
 from forkrl.planning.shapes import ModelShape
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 NOT_MODELLED = (
     "fragmentation of the allocator, the CUDA context, buffers of NCCL, kernels' workspaces and the gradients that "
-    f"flow through a layer during its backward: {HEADROOM:.0%} of the card is left to all of them",
+    f"flow through a layer during its backward: {HEADROOM:.0%} of the GPU is left to all of them",
     "micro-batches that verl balances by their work, and which may then hold more tokens than the limit",
     "the spread of lengths: attention costs more, and the end of a rollout runs emptier, than with all responses of "
     "the mean length",
     "the time of verifiers, of moving weights to the sampling engine, of offloading, of checkpoints and of start-up",
-    "communication between GPUs and the launching of kernels, unless as part of --mfu and --rollout-efficiency",
+    "communication between GPUs and the launching of kernels, except as part of --mfu and --rollout-efficiency",
 )
 SMALL_MODEL = 100e6
-"""Below so many parameters launching kernels takes longer than what they do."""
+"""Below this many parameters launching kernels takes longer than running them."""
 
 
 class Plan(NamedTuple):
@@ -37,46 +30,31 @@ class Plan(NamedTuple):
 
     shape: ModelShape
     layout: Layout
-    card: Card
+    gpu: Gpu
     phases: tuple[Phase, ...]
     host: tuple[Phase, ...]
     rollout: RolloutFit
 
-    @property
-    def rollout_has_room(self) -> bool:
-        """Every replica can decode at least one sequence of full length."""
-        return self.rollout.room_full >= 1
-
     def verdict(self, phase: Phase) -> str:
-        """Of one phase, against the card."""
-        if phase.name == "rollout" and not self.rollout_has_room:
+        """Of one phase, against the GPU's memory."""
+        if phase.num_bytes > self.gpu.memory or (phase.name == "rollout" and not self.rollout.room_full):
             return TOO_LARGE
-        if phase.num_bytes > self.card.memory:
-            return TOO_LARGE
-        return TIGHT if phase.num_bytes > (1 - HEADROOM) * self.card.memory else FITS
+        return TIGHT if phase.num_bytes > (1 - HEADROOM) * self.gpu.memory else FITS
 
     def why(self, phase: Phase) -> str:
-        """What a verdict on the sum alone would not show."""
-        if phase.name != "rollout" or self.rollout_has_room:
+        """What the sum of a phase does not show."""
+        if phase.name != "rollout" or self.rollout.room_full:
             return ""
         one = in_gib(self.rollout.cache_per_token * self.rollout.full_length)
         if not self.layout.sharded:
-            return f": beside the rest there is no room for one sequence ({one})"
+            return f": after the rest there is no room for one sequence ({one})"
         share = in_gib(self.rollout.share)
         return f": the sampling engine's share, {share}, does not hold its weights and one sequence ({one})"
 
     @property
-    def verdicts(self) -> dict[str, str]:
-        return {phase.name: self.verdict(phase) for phase in self.phases}
-
-    @property
     def fits(self) -> bool:
         """Every phase, with the headroom."""
-        return all(verdict == FITS for verdict in self.verdicts.values())
-
-    @property
-    def peak(self) -> float:
-        return max(phase.num_bytes for phase in self.phases)
+        return all(self.verdict(phase) == FITS for phase in self.phases)
 
 
 class Timing(NamedTuple):
@@ -100,50 +78,98 @@ class Timing(NamedTuple):
         return self.step_s * self.steps + self.evaluation_s
 
 
-def plan_memory(config: TrainConfig, shape: ModelShape, card: Card) -> Plan:
+def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
     """The memory of a recipe.
 
     Raises:
         UserError: sizes of the recipe that do not divide one another.
     """
     layout = find_layout(config, shape)
-    return Plan(
-        shape,
-        layout,
-        card,
-        find_phases(config, shape, layout, card),
-        find_host(config, shape, layout),
-        fit_rollout(config, shape, layout, card),
-    )
+    phases, fit = find_phases(config, shape, layout, gpu)
+    return Plan(shape, layout, gpu, phases, find_host(config, shape, layout), fit)
 
 
 def plan_time(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Timing:
     """The time of a recipe; raises as ``decode_rate``."""
-    shape, layout, card = plan.shape, plan.layout, plan.card
-    decoding = decode_rate(config, shape, layout, card, plan.rollout, assumed)
-    parts = find_parts(config, shape, layout, card, decoding, assumed)
+    shape, layout, gpu = plan.shape, plan.layout, plan.gpu
+    decoding = decode_rate(config, shape, layout, gpu, plan.rollout, assumed)
+    parts = find_parts(config, shape, layout, gpu, decoding, assumed)
     return Timing(decoding, parts, evaluation_seconds(config, layout, decoding, assumed), config.training.steps)
 
 
-def warnings(config: TrainConfig, plan: Plan) -> list[str]:
-    """What a reader of the plan should know, a sentence each."""
-    found, shape = [], plan.shape
-    if shape.max_positions is not None and full_length(config) > shape.max_positions:
-        found.append(
-            f"prompts and responses of {full_length(config):,} tokens are longer than the {shape.max_positions:,} "
-            f"positions that the model is declared to handle"
-        )
-    if config.runtime.device == "cpu":
-        found.append('runtime.device = "cpu": the figures are those of the card all the same')
-    if shape.parameters < SMALL_MODEL:
-        found.append("the model is so small that launching kernels takes most of its time: the times are far too short")
-    if config.model.precision == "fp32":
-        found.append("model.precision = fp32: the card's rate is that of bf16; give a much lower --mfu")
-    if any("use_fused_kernels" in text for text in config.cluster.overrides):
-        found.append("cluster.overrides are not read: the logits are counted as verl holds them without fused kernels")
-    elif config.cluster.overrides:
-        found.append("cluster.overrides are not read")
-    return found
+def plan_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assumptions) -> dict[str, Any]:
+    """A plan in plain values: bytes, and seconds unless the key says hours."""
+    layout, fit, decoding, run_s = plan.layout, plan.rollout, timing.decoding, timing.run_s
+    sequences = math.ceil(config.rollout.prompts_per_step * assumed.oversampling) * config.rollout.group_size
+    return {
+        "model": {"path": config.model.path, "parameters": plan.shape.parameters} | plan.shape._asdict(),
+        "engine": config.runtime.engine,
+        "layout": {**layout._asdict(), "gpus": layout.gpus, "replicas": layout.replicas},
+        "gpu": {**plan.gpu._asdict(), "usable": (1 - HEADROOM) * plan.gpu.memory},
+        "assumed": assumed._asdict(),
+        "phases": [
+            _phase_record(phase) | {"verdict": plan.verdict(phase), "why": plan.why(phase)} for phase in plan.phases
+        ],
+        "host": [_phase_record(phase) for phase in plan.host],
+        "rollout": {
+            "cache_bytes_per_token": fit.cache_per_token,
+            "full_length": fit.full_length,
+            "room_full": fit.room_full,
+            "limit": fit.limit,
+            "at_once_full": fit.at_once,
+            "sequences": sequences,
+            "waves_full": -(-sequences // fit.at_once) if fit.at_once else None,
+            "sequences_at_mean": (decoding.sequences or None) if decoding is not None else None,
+            "tokens_per_s_per_gpu": decoding.tokens_per_s if decoding is not None else None,
+            "bound": decoding.bound if decoding is not None else None,
+        },
+        "step": {
+            "parts": [part._asdict() for part in timing.parts],
+            "flops": sum(part.flops for part in timing.parts),
+            "seconds": timing.step_s,
+        },
+        "run": {
+            "steps": timing.steps,
+            "evaluation_seconds": timing.evaluation_s,
+            "hours": None if run_s is None else run_s / 3600,
+            "gpu_hours": None if run_s is None else run_s * layout.gpus / 3600,
+        },
+        "fits": plan.fits,
+        "warnings": _warnings(config, plan.shape),
+        "not_modelled": list(NOT_MODELLED),
+    }
+
+
+def _phase_record(phase: Phase) -> dict[str, Any]:
+    items = [{"name": item.name, "bytes": item.num_bytes, "note": item.note} for item in phase.items]
+    return {"name": phase.name, "bytes": phase.num_bytes, "items": items}
+
+
+def _warnings(config: TrainConfig, shape: ModelShape) -> list[str]:
+    length, overrides = full_length(config), config.cluster.overrides
+    fused = any("use_fused_kernels" in text for text in overrides)
+    checks = (
+        (
+            shape.max_positions is not None and length > shape.max_positions,
+            f"prompts and responses of {length:,} tokens are longer than the {shape.max_positions or 0:,} positions "
+            f"that the model is declared to handle",
+        ),
+        (config.runtime.device == "cpu", 'runtime.device = "cpu": the figures are still those of the GPU'),
+        (
+            shape.parameters < SMALL_MODEL,
+            "the model is so small that launching kernels takes most of its time: the times are far too short",
+        ),
+        (
+            config.model.precision == "fp32",
+            "model.precision = fp32: the GPU's rate is that of bf16; give a much lower --mfu",
+        ),
+        (
+            bool(overrides),
+            "cluster.overrides are not read"
+            + (": the logits are counted as verl holds them without fused kernels" if fused else ""),
+        ),
+    )
+    return [text for found, text in checks if found]
 
 
 def in_gib(num_bytes: float) -> str:
