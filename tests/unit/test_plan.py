@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forkrl.cluster.refusals import refuse_untranslatable
+from forkrl.cluster.translate import refuse_untranslatable
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError

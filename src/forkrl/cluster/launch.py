@@ -30,8 +30,8 @@ from forkrl.cluster.ending import conclude, explain_end
 from forkrl.cluster.merge import TRACKER, begun_checkpoints, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import GRACE_S, run_and_watch
 from forkrl.cluster.record import BEGUN, ENDED, OWN, PROGRESS, STOP
-from forkrl.cluster.refusals import refuse_unsuitable_prompts
-from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
+from forkrl.cluster.settings import EXTERNAL, VerlPaths, verl_environment
+from forkrl.cluster.translate import refuse_unsuitable_prompts, refuse_untranslatable, verl_command
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import recipe_toml
 from forkrl.errors import UserError
@@ -199,6 +199,11 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises:
         UserError: something is missing, unusable, or not for verl.
     """
+    if config.runtime.device == "cpu" and not os.environ.get(EXTERNAL):
+        raise UserError(
+            f'runtime.device = "cpu" with runtime.engine = "verl" is for ForkRL\'s tests, which add a platform and a '
+            f'sampler to verl ({EXTERNAL}=tests.verl_cpu.register); set it to "auto", or runtime.engine = "local"'
+        )
     refuse_untranslatable(config)
     model = model_location(config.model.path)
     try:
