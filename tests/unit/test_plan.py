@@ -173,7 +173,7 @@ def test_offloading_frees_the_gpu_while_sampling_and_takes_main_memory() -> None
     [
         (("cluster.tensor_parallel=3",), "cluster.tensor_parallel = 3 does not divide"),
         (("cluster.sequence_parallel=3",), "cluster.sequence_parallel = 3 does not divide"),
-        (("cluster.nodes=3",), "cannot be dealt evenly to 24 ranks"),
+        (("cluster.nodes=3",), "cannot be split evenly over 24 ranks"),
         (("cluster.sequence_parallel=2", "training.micro_batch_tokens=22529"), "training.micro_batch_tokens"),
         (("cluster.sequence_parallel=2", "model.precision=fp32"), "16 bits"),
         (("cluster.gpus_per_node=6", "cluster.nodes=2", "cluster.tensor_parallel=4"), "cluster.tensor_parallel = 4"),

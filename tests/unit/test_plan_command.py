@@ -85,7 +85,7 @@ def test_no_torch_and_no_network_are_needed_for_a_known_shape() -> None:
         ((*PAPER_8B, "--gpu", "h10"), "did you mean h100?"),
         ((*PAPER_8B, "--gpu-memory", "80"), "give both"),
         ((*PAPER_8B, "--gpu-memory", "-1", "--gpu-tflops", "5"), "--gpu-memory -1.0: must be above 0"),
-        ((*PAPER_8B, "cluster.nodes=3"), "cannot be dealt evenly to 24 ranks"),
+        ((*PAPER_8B, "cluster.nodes=3"), "cannot be split evenly over 24 ranks"),
         ((*PAPER_8B, "model.path=./nowhere"), "no such folder"),
         ((*PAPER_8B, "cluster.gpu_memory=0"), "cluster.gpu_memory = 0"),
         ((*PAPER_8B, "training.micro_batch_tokens=100"), "cannot hold one sequence"),

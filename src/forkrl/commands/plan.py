@@ -13,7 +13,7 @@ from rich.table import Table
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.planning.advice import find_faster, find_remedies
-from forkrl.planning.compute import assume
+from forkrl.planning.compute import Assumptions, assume
 from forkrl.planning.gpus import DEFAULT_GPU, GPUS, find_gpu
 from forkrl.planning.plan import TOO_LARGE, in_gib, plan_memory, plan_record, plan_time
 from forkrl.planning.shapes import find_shape
@@ -47,15 +47,7 @@ def plan_run(recipe: str | None, overrides: list[str], options: PlanOptions) -> 
     config = load_recipe(TrainConfig, recipe, overrides)
     shape, source = find_shape(config.model.path, config.model.revision)
     gpu = find_gpu(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)
-    assumed = assume(
-        config,
-        mean_response=options.mean_response,
-        mean_prompt=options.mean_prompt,
-        oversampling=options.oversampling,
-        mfu=options.mfu,
-        rollout_efficiency=options.rollout_efficiency,
-        rollout_tokens_per_s=options.rollout_tokens_per_s,
-    )
+    assumed = assume(config, **{name: getattr(options, name) for name in Assumptions._fields})
     plan = plan_memory(config, shape, gpu)
     timing = plan_time(config, plan, assumed)
     record = {"recipe": recipe or "defaults"} | plan_record(config, plan, timing, assumed)

@@ -119,9 +119,7 @@ def plan_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assump
             "at_once_full": fit.at_once,
             "sequences": sequences,
             "waves_full": -(-sequences // fit.at_once) if fit.at_once else None,
-            "sequences_at_mean": (decoding.sequences or None) if decoding is not None else None,
-            "tokens_per_s_per_gpu": decoding.tokens_per_s if decoding is not None else None,
-            "bound": decoding.bound if decoding is not None else None,
+            "decoding": None if decoding is None else decoding._asdict(),
         },
         "step": {
             "parts": [part._asdict() for part in timing.parts],
