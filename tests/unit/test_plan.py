@@ -14,9 +14,9 @@ from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
 from forkrl.planning.advice import Change, changed, find_faster, find_remedies
-from forkrl.planning.compute import Assumptions, assume
+from forkrl.planning.compute import Assumptions, Timing, assume, plan_time
 from forkrl.planning.gpus import GIB, GPUS, Gpu, find_gpu
-from forkrl.planning.plan import FITS, TIGHT, TOO_LARGE, Plan, Timing, plan_memory, plan_time
+from forkrl.planning.memory import FITS, TIGHT, TOO_LARGE, Plan, plan_memory
 from forkrl.planning.shapes import ModelShape, find_shape, known_shape, parse_shape
 
 RECIPES = Path(__file__).parents[2] / "recipes"

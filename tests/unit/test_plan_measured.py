@@ -30,8 +30,7 @@ from forkrl.model.policy import Policy, open_policy, set_gradient_checkpointing
 from forkrl.parallel.replicas import Replicas
 from forkrl.planning.compute import forward_flops, update_flops
 from forkrl.planning.gpus import GPUS
-from forkrl.planning.memory import Arithmetic, outside_bytes, saved_bytes, stream_bytes
-from forkrl.planning.plan import plan_memory
+from forkrl.planning.memory import Arithmetic, outside_bytes, plan_memory, saved_bytes, stream_bytes
 from forkrl.planning.shapes import ModelShape, find_shape, parse_shape
 from forkrl.train.update import update_policy
 from forkrl.types import TokenBatch

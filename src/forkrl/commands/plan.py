@@ -13,9 +13,10 @@ from rich.table import Table
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.planning.advice import find_faster, find_remedies
-from forkrl.planning.compute import Assumptions, assume
+from forkrl.planning.compute import Assumptions, assume, plan_time
 from forkrl.planning.gpus import DEFAULT_GPU, GPUS, find_gpu
-from forkrl.planning.plan import TOO_LARGE, in_gib, plan_memory, plan_record, plan_time
+from forkrl.planning.memory import TOO_LARGE, in_gib, plan_memory
+from forkrl.planning.record import plan_record
 from forkrl.planning.shapes import find_shape
 
 _COLORS = {"fits": "green", "tight": "yellow", TOO_LARGE: "red"}

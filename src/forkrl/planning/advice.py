@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.planning.compute import Assumptions
+from forkrl.planning.compute import Assumptions, plan_time
 from forkrl.planning.gpus import Gpu
-from forkrl.planning.memory import full_length
-from forkrl.planning.plan import Plan, plan_memory, plan_time
+from forkrl.planning.memory import Plan, full_length, plan_memory
 from forkrl.planning.shapes import ModelShape
 
 MAX_CHANGES, MAX_SHOWN, MAX_GPUS = 3, 3, 512

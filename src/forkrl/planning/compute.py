@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.planning.gpus import Gpu
-from forkrl.planning.memory import Layout, RolloutFit, product_bytes, selected_share, share_with_gradients
+from forkrl.planning.memory import Layout, Plan, product_bytes, selected_share, share_with_gradients
 from forkrl.planning.shapes import ModelShape
 
 DEFAULT_PROMPT = 256
@@ -57,6 +56,27 @@ class Decoding(NamedTuple):
     """Seconds of the longest response alone: no rollout takes less."""
 
 
+class Timing(NamedTuple):
+    """How long a run takes, if it fits."""
+
+    decoding: Decoding | None
+    parts: tuple[Part, ...]
+    evaluation_s: float | None
+    steps: int
+
+    @property
+    def step_s(self) -> float | None:
+        """Of one step; None where a part of it is not estimated."""
+        seconds = [part.seconds for part in self.parts if part.seconds is not None]
+        return sum(seconds) if len(seconds) == len(self.parts) else None
+
+    @property
+    def run_s(self) -> float | None:
+        if self.step_s is None or self.evaluation_s is None:
+            return None
+        return self.step_s * self.steps + self.evaluation_s
+
+
 def assume(
     config: TrainConfig,
     *,
@@ -67,11 +87,7 @@ def assume(
     rollout_efficiency: float = 0.5,
     rollout_tokens_per_s: float | None = None,
 ) -> Assumptions:
-    """The user's numbers, and defaults for the rest.
-
-    Raises:
-        UserError: a number is out of its range.
-    """
+    """The user's numbers, and defaults for the rest; raises UserError for a number that is out of range."""
     rollout, dynamic = config.rollout, config.dynamic_sampling
     if mean_response is None:
         mean_response = rollout.max_response_tokens / 2
@@ -96,14 +112,20 @@ def assume(
     return Assumptions(mean_response, mean_prompt, oversampling, mfu, rollout_efficiency, rollout_tokens_per_s)
 
 
-def decode_rate(
-    config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu, fit: RolloutFit, assumed: Assumptions
-) -> Decoding | None:
-    """Tokens per second of one GPU; None where the cache has no room for a sequence of full length.
+def plan_time(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Timing:
+    """The time of a recipe; raises UserError where the GPU's bandwidth is unknown, and no rate is given."""
+    decoding = _decode_rate(config, plan, assumed)
+    evaluation_s, every, steps = None, config.eval.every, config.training.steps
+    if decoding is not None:  # evaluations before, after and in between
+        times = 2 + ((steps - 1) // every if every else 0)
+        tokens = config.eval.problems * config.eval.samples * assumed.mean_response
+        evaluation_s = times * max(tokens / (decoding.tokens_per_s * plan.layout.gpus), decoding.shortest_s)
+    return Timing(decoding, _find_parts(config, plan, decoding, assumed), evaluation_s, steps)
 
-    Raises:
-        UserError: the GPU's bandwidth is unknown, and no rate is given.
-    """
+
+def _decode_rate(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Decoding | None:
+    """Tokens per second of one GPU; None where the cache has no room for a sequence of full length."""
+    shape, layout, gpu, fit = plan.shape, plan.layout, plan.gpu, plan.rollout
     if assumed.rollout_tokens_per_s is not None:
         return Decoding(0, assumed.rollout_tokens_per_s, "as given", 0.0)
     if not gpu.bandwidth:
@@ -133,17 +155,16 @@ def decode_rate(
     return Decoding(sequences, sequences / step_s / layout.tensor_parallel, bound, alone_s)
 
 
-def find_parts(
-    config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu, decoding: Decoding | None, assumed: Assumptions
-) -> tuple[Part, ...]:
+def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assumed: Assumptions) -> tuple[Part, ...]:
     """Rollout, log-probs and update of one step."""
+    shape, layout = plan.shape, plan.layout
     sequences = config.rollout.prompts_per_step * config.rollout.group_size
     layers, head = forward_flops(shape, sequences, assumed.mean_prompt, assumed.mean_response)
-    rate = layout.gpus * gpu.flops * assumed.mfu
+    rate = layout.gpus * plan.gpu.flops * assumed.mfu
     update, note = update_flops(config, layout, layers, head, assumed)
     passes = ["old policy"] * layout.sharded + ["reference"] * bool(config.loss.kl_coef)
     return (
-        _rollout_part(config, shape, layout, rate, decoding, assumed),
+        _rollout_part(config, plan, rate, decoding, assumed),
         *(Part(f"log-probs of the {policy}", layers + head, (layers + head) / rate, "2N a token") for policy in passes),
         Part("update", update, update / rate, note),
     )
@@ -163,20 +184,15 @@ def _decoding_flops(shape: ModelShape, context: float) -> float:
 
 
 def _rollout_part(
-    config: TrainConfig,
-    shape: ModelShape,
-    layout: Layout,
-    rate: float,
-    decoding: Decoding | None,
-    assumed: Assumptions,
+    config: TrainConfig, plan: Plan, rate: float, decoding: Decoding | None, assumed: Assumptions
 ) -> Part:
     prompts = config.rollout.prompts_per_step * assumed.oversampling
     tokens = prompts * config.rollout.group_size * assumed.mean_response
-    prefill = sum(forward_flops(shape, prompts, assumed.mean_prompt, 0))  # once per group
-    flops = tokens * _decoding_flops(shape, assumed.mean_prompt + assumed.mean_response / 2) + prefill
+    prefill = sum(forward_flops(plan.shape, prompts, assumed.mean_prompt, 0))  # once per group
+    flops = tokens * _decoding_flops(plan.shape, assumed.mean_prompt + assumed.mean_response / 2) + prefill
     if decoding is None:
         return Part("rollout", flops, None, "not estimated: it does not fit")
-    decoding_s = tokens / (decoding.tokens_per_s * layout.gpus)
+    decoding_s = tokens / (decoding.tokens_per_s * plan.layout.gpus)
     note = f"{decoding.tokens_per_s:,.0f} tokens/s a GPU, {decoding.bound}"
     if decoding.sequences:
         note += f", {decoding.sequences} sequences a replica"
@@ -213,15 +229,3 @@ def update_flops(
     rows = f", {forward:.0%} of the rows through the head and {backward:.0%} back" if min(forward, backward) < 1 else ""
     passes = 3 + recompute + measured
     return passes * layers + (measured + forward + 3 * backward) * head, f"{2 * passes:.3g}N a token{rows}"
-
-
-def evaluation_seconds(
-    config: TrainConfig, layout: Layout, decoding: Decoding | None, assumed: Assumptions
-) -> float | None:
-    """Seconds of sampling for all evaluations of a run: before, after and in between."""
-    if decoding is None:
-        return None
-    every, steps = config.eval.every, config.training.steps
-    times = 2 + ((steps - 1) // every if every else 0)
-    tokens = config.eval.problems * config.eval.samples * assumed.mean_response
-    return times * max(tokens / (decoding.tokens_per_s * layout.gpus), decoding.shortest_s)

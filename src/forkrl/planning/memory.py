@@ -33,6 +33,9 @@ Arithmetic = Literal["bf16", "autocast", "fp32"]
 """Of the training pass: bf16 weights (FSDP2's mixed precision), fp32 weights under bf16 autocast, or all fp32."""
 
 
+FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
+
+
 class Layout(NamedTuple):
     """GPUs of a run and what they share. The local engine has one."""
 
@@ -98,12 +101,47 @@ class RolloutFit(NamedTuple):
         return min(self.room_full, self.limit) * self.replicas
 
 
-def find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
-    """The layout of a recipe.
+class Plan(NamedTuple):
+    """What a run needs."""
 
-    Raises:
-        UserError: one of its sizes does not divide another, or the heads of the model.
-    """
+    shape: ModelShape
+    layout: Layout
+    gpu: Gpu
+    phases: tuple[Phase, ...]
+    host: tuple[Phase, ...]
+    rollout: RolloutFit
+
+    def verdict(self, phase: Phase) -> str:
+        """Of one phase, against the GPU's memory."""
+        if phase.num_bytes > self.gpu.memory or (phase.name == "rollout" and not self.rollout.room_full):
+            return TOO_LARGE
+        return TIGHT if phase.num_bytes > (1 - HEADROOM) * self.gpu.memory else FITS
+
+    def why(self, phase: Phase) -> str:
+        """What the sum of a phase does not show."""
+        if phase.name != "rollout" or self.rollout.room_full:
+            return ""
+        one = in_gib(self.rollout.cache_per_token * self.rollout.full_length)
+        if not self.layout.sharded:
+            return f": after the rest there is no room for one sequence ({one})"
+        share = in_gib(self.rollout.share)
+        return f": the sampling engine's share, {share}, does not hold its weights and one sequence ({one})"
+
+    @property
+    def fits(self) -> bool:
+        """Every phase, with the headroom."""
+        return all(self.verdict(phase) == FITS for phase in self.phases)
+
+
+def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
+    """The memory of a recipe; raises UserError for sizes that do not divide one another, or the model's heads."""
+    layout = _find_layout(config, shape)
+    phases, fit = _find_phases(config, shape, layout, gpu)
+    return Plan(shape, layout, gpu, phases, _find_host(config, shape, layout), fit)
+
+
+def _find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
+    """Raises UserError where a size does not divide another, or the model's heads."""
     if config.runtime.engine == "local":
         return Layout(1, 1, 1, 1, sharded=False)
     require_even_shares(config)
@@ -146,7 +184,7 @@ def share_with_gradients(config: TrainConfig) -> float:
     return min(1.0, chosen + (1 - chosen) * config.forks_only.sampled + prompt)
 
 
-def find_phases(
+def _find_phases(
     config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu
 ) -> tuple[tuple[Phase, ...], RolloutFit]:
     """Every phase of a step on one GPU, and the room for sequences in the rollout's cache."""
@@ -304,7 +342,7 @@ def _local_rollout(
     return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, layout.replicas, share)
 
 
-def find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:
+def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:
     """Main memory of one node while the model is loaded, and while the GPUs sample."""
     copies, note = 1, "on the first node" if layout.nodes > 1 else ""
     if layout.sharded and shape.tied:
@@ -316,3 +354,9 @@ def find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[P
     if layout.sharded and config.loss.kl_coef:
         kept.append(Item("reference policy, fp32", 4 * per_node, "verl keeps it on the host"))
     return (*phases, Phase("main memory, sampling", tuple(kept))) if kept else tuple(phases)
+
+
+def in_gib(num_bytes: float) -> str:
+    """Bytes for a person."""
+    gib = num_bytes / GIB
+    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"

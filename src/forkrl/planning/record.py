@@ -1,17 +1,15 @@
-"""Everything that is planned of one recipe on one kind of GPU, and its JSON form."""
+"""A plan in plain values, as ``forkrl plan --json`` prints it."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from forkrl.config import TrainConfig
-from forkrl.planning.compute import Assumptions, Decoding, Part, decode_rate, evaluation_seconds, find_parts
-from forkrl.planning.gpus import GIB, Gpu
-from forkrl.planning.memory import HEADROOM, Layout, Phase, RolloutFit, find_host, find_layout, find_phases, full_length
+from forkrl.planning.compute import Assumptions, Timing
+from forkrl.planning.memory import HEADROOM, Phase, Plan, full_length
 from forkrl.planning.shapes import ModelShape
 
-FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 NOT_MODELLED = (
     "fragmentation of the allocator, the CUDA context, buffers of NCCL, kernels' workspaces and the gradients that "
     f"flow through a layer during its backward: {HEADROOM:.0%} of the GPU is left to all of them",
@@ -23,78 +21,6 @@ NOT_MODELLED = (
 )
 SMALL_MODEL = 100e6
 """Below this many parameters launching kernels takes longer than running them."""
-
-
-class Plan(NamedTuple):
-    """What a run needs."""
-
-    shape: ModelShape
-    layout: Layout
-    gpu: Gpu
-    phases: tuple[Phase, ...]
-    host: tuple[Phase, ...]
-    rollout: RolloutFit
-
-    def verdict(self, phase: Phase) -> str:
-        """Of one phase, against the GPU's memory."""
-        if phase.num_bytes > self.gpu.memory or (phase.name == "rollout" and not self.rollout.room_full):
-            return TOO_LARGE
-        return TIGHT if phase.num_bytes > (1 - HEADROOM) * self.gpu.memory else FITS
-
-    def why(self, phase: Phase) -> str:
-        """What the sum of a phase does not show."""
-        if phase.name != "rollout" or self.rollout.room_full:
-            return ""
-        one = in_gib(self.rollout.cache_per_token * self.rollout.full_length)
-        if not self.layout.sharded:
-            return f": after the rest there is no room for one sequence ({one})"
-        share = in_gib(self.rollout.share)
-        return f": the sampling engine's share, {share}, does not hold its weights and one sequence ({one})"
-
-    @property
-    def fits(self) -> bool:
-        """Every phase, with the headroom."""
-        return all(self.verdict(phase) == FITS for phase in self.phases)
-
-
-class Timing(NamedTuple):
-    """How long a run takes, if it fits."""
-
-    decoding: Decoding | None
-    parts: tuple[Part, ...]
-    evaluation_s: float | None
-    steps: int
-
-    @property
-    def step_s(self) -> float | None:
-        """Of one step; None where a part of it is not estimated."""
-        seconds = [part.seconds for part in self.parts if part.seconds is not None]
-        return sum(seconds) if len(seconds) == len(self.parts) else None
-
-    @property
-    def run_s(self) -> float | None:
-        if self.step_s is None or self.evaluation_s is None:
-            return None
-        return self.step_s * self.steps + self.evaluation_s
-
-
-def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
-    """The memory of a recipe.
-
-    Raises:
-        UserError: sizes of the recipe that do not divide one another.
-    """
-    layout = find_layout(config, shape)
-    phases, fit = find_phases(config, shape, layout, gpu)
-    return Plan(shape, layout, gpu, phases, find_host(config, shape, layout), fit)
-
-
-def plan_time(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Timing:
-    """The time of a recipe; raises as ``decode_rate``."""
-    shape, layout, gpu = plan.shape, plan.layout, plan.gpu
-    decoding = decode_rate(config, shape, layout, gpu, plan.rollout, assumed)
-    parts = find_parts(config, shape, layout, gpu, decoding, assumed)
-    return Timing(decoding, parts, evaluation_seconds(config, layout, decoding, assumed), config.training.steps)
 
 
 def plan_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assumptions) -> dict[str, Any]:
@@ -168,9 +94,3 @@ def _warnings(config: TrainConfig, shape: ModelShape) -> list[str]:
         ),
     )
     return [text for found, text in checks if found]
-
-
-def in_gib(num_bytes: float) -> str:
-    """Bytes for a person."""
-    gib = num_bytes / GIB
-    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"
