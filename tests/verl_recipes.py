@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forkrl.cluster.translate import VerlPaths
+from forkrl.cluster.settings import VerlPaths
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 

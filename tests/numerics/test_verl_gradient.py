@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from forkrl.cluster.figures import _update_figures
-from forkrl.cluster.translate import verl_environment
+from forkrl.cluster.settings import verl_environment
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
@@ -149,6 +149,7 @@ def run_ranks(folder: Path, size: int, padding: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, **verl_environment(config), "PYTHONPATH": os.pathsep.join(["src", "."])}
+    environment["VERL_USE_EXTERNAL_MODULES"] = "tests.verl_cpu.register,forkrl.cluster.plugin"
     environment |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"OMP_NUM_THREADS": "1", "RAY_LOCAL_WORLD_SIZE": str(size)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)

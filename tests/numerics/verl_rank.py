@@ -24,7 +24,8 @@ from verl.utils import tensordict_utils as tu
 
 from forkrl.cluster.options import ForkOptions
 from forkrl.cluster.selection import seeded, select
-from forkrl.cluster.translate import VerlPaths, verl_overrides
+from forkrl.cluster.settings import VerlPaths
+from forkrl.cluster.translate import verl_overrides
 from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker, loss_config
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe

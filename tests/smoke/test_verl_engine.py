@@ -212,9 +212,11 @@ def start(place: Path, *arguments: str) -> Attempt:
 
 
 def environment_in(place: Path) -> dict[str, str]:
-    """Where the verifier can be imported."""
-    source = Path(__file__).parents[2] / "src"
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(place)]), "OMP_NUM_THREADS": "1"}
+    """Where the verifier and verl's platform without a GPU can be imported."""
+    repository = Path(__file__).parents[2]
+    folders = [str(repository / "src"), str(repository), str(place)]
+    own = {"PYTHONPATH": os.pathsep.join(folders), "VERL_USE_EXTERNAL_MODULES": "tests.verl_cpu.register"}
+    return {**os.environ, **own, "OMP_NUM_THREADS": "1"}
 
 
 def test_a_killed_rank_ends_the_run_with_a_line_that_says_how_to_go_on(story: Story) -> None:

@@ -234,7 +234,7 @@ def cpu_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(folders),
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",  # verl registers FSDP for cuda and npu alone
-        "VERL_USE_EXTERNAL_MODULES": "forkrl.cluster.plugin",
+        "VERL_USE_EXTERNAL_MODULES": "tests.verl_cpu.register,forkrl.cluster.plugin",
         "OMP_NUM_THREADS": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",

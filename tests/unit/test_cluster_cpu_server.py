@@ -29,7 +29,7 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def server_class() -> Any:
-    from forkrl.cluster.cpu_testing.server import CpuServer
+    from tests.verl_cpu.server import CpuServer
 
     return CpuServer
 
@@ -53,7 +53,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, ...]]]:
         noted.append([prefix.prompt_ids for prefix in prefixes])
         return decode(policy, prefixes, *rest)
 
-    monkeypatch.setattr("forkrl.cluster.cpu_testing.server.decode", noting)
+    monkeypatch.setattr("tests.verl_cpu.server.decode", noting)
     return noted
 
 
@@ -268,7 +268,7 @@ def test_a_model_that_has_diverged_fails_its_requests_and_no_later_ones(server_c
 
 
 def test_new_weights_are_copied(server_class: Any) -> None:
-    from forkrl.cluster.cpu_testing.server import load_state
+    from tests.verl_cpu.server import load_state
 
     old, new = random_policy(seed=0), random_policy(seed=1)
     given = new.model.state_dict()
@@ -279,7 +279,7 @@ def test_new_weights_are_copied(server_class: Any) -> None:
 
 
 def test_weights_that_are_missing_or_too_many_are_named() -> None:
-    from forkrl.cluster.cpu_testing.server import load_state
+    from tests.verl_cpu.server import load_state
 
     policy = random_policy()
     state = policy.model.state_dict()
@@ -294,7 +294,7 @@ def test_weights_that_are_missing_or_too_many_are_named() -> None:
 
 @pytest.mark.parametrize(("tied", "accepted"), [(True, True), (False, False)])
 def test_the_head_may_be_missing_only_where_it_is_the_embedding(tied: bool, accepted: bool) -> None:
-    from forkrl.cluster.cpu_testing.server import load_state
+    from tests.verl_cpu.server import load_state
 
     policy = random_policy(tie_word_embeddings=tied)
     state = {name: value for name, value in policy.model.state_dict().items() if name != "lm_head.weight"}

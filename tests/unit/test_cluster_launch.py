@@ -48,6 +48,16 @@ def verl_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("verl was started")
 
     monkeypatch.setattr(launch, "run_and_watch", refuse)
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "tests.verl_cpu.register")
+
+
+@pytest.mark.parametrize("command", [launch.train_on_cluster, launch.dry_run])
+def test_a_run_without_a_gpu_needs_the_tests_platform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    monkeypatch.delenv("VERL_USE_EXTERNAL_MODULES")
+    with pytest.raises(UserError, match=r'runtime.device = "cpu" .* set it to "auto"'):
+        command(recipe(), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What ``forkrl plan`` foretells, beside the bytes that PyTorch really keeps, on a CPU."""
+"""The estimates of ``forkrl plan`` compared with the bytes and operations that PyTorch counts, on a CPU."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ from forkrl.config.recipe import load_recipe
 from forkrl.method.batches import mini_batches
 from forkrl.model.policy import Policy, open_policy, set_gradient_checkpointing
 from forkrl.parallel.replicas import Replicas
-from forkrl.planning.activations import Arithmetic, kept_in_all, kept_outside, stream_bytes
-from forkrl.planning.cards import CARDS
-from forkrl.planning.compute import _forward_flops, _update_flops
-from forkrl.planning.memory import find_phases
-from forkrl.planning.plan import plan_memory
+from forkrl.planning.compute import forward_flops, update_flops
+from forkrl.planning.gpus import GPUS
+from forkrl.planning.memory import Arithmetic, outside_bytes, plan_memory, saved_bytes, stream_bytes
 from forkrl.planning.shapes import ModelShape, find_shape, parse_shape
 from forkrl.training.update import update_policy
 from forkrl.types import TokenBatch
@@ -141,7 +139,7 @@ def test_activations_are_what_pytorch_keeps(sizes: Sizes, tokens: int, arithmeti
     model, shape = build(sizes, arithmetic)
     measured = kept_bytes(model, runner(model, arithmetic, tokens))
     attention = None if arithmetic == "bf16" else 4  # the local engine attends in fp32 on a CPU
-    a_token = kept_in_all(shape, arithmetic, checkpointing=False, attention_bytes=attention)
+    a_token = saved_bytes(shape, arithmetic, checkpointing=False, attention_bytes=attention)
     assert tokens * a_token + cast_weights(shape, arithmetic) == pytest.approx(measured, rel=TOLERANCE)
 
 
@@ -152,7 +150,7 @@ def test_activations_of_the_other_architectures(kind: str, arithmetic: Arithmeti
     assert shape.parameters == model.num_parameters()
     measured = kept_bytes(model, runner(model, arithmetic, 1024))
     attention = None if arithmetic == "bf16" else 4
-    a_token = kept_in_all(shape, arithmetic, checkpointing=False, attention_bytes=attention)
+    a_token = saved_bytes(shape, arithmetic, checkpointing=False, attention_bytes=attention)
     assert 1024 * a_token + cast_weights(shape, arithmetic) == pytest.approx(measured, rel=TOLERANCE)
 
 
@@ -164,7 +162,7 @@ def test_with_checkpointing_the_inputs_of_the_layers_are_kept(sizes: Sizes, toke
     run = runner(model, "bf16", tokens)
     with LiveBytes(model) as live:
         hidden_1TD = run()
-    expected = tokens * (shape.layers * stream_bytes(shape, "bf16") + kept_outside(shape, "bf16"))
+    expected = tokens * (shape.layers * stream_bytes(shape, "bf16") + outside_bytes(shape, "bf16"))
     assert live.now == pytest.approx(expected, rel=TOLERANCE)
     assert hidden_1TD.requires_grad
 
@@ -180,7 +178,7 @@ def test_with_checkpointing_the_peak_is_one_whole_layer_and_what_flows_through_i
     run = runner(model, "bf16", tokens)
     with LiveBytes(model) as live:
         run().float().sum().backward()
-    planned = tokens * kept_in_all(shape, "bf16", checkpointing=True)
+    planned = tokens * saved_bytes(shape, "bf16", checkpointing=True)
     flowing = tokens * (3 * 2 * shape.intermediate + 4 * 4 * shape.hidden) + 4 * shape.layer_parameters
     assert 0.95 * planned < live.peak < planned + flowing
 
@@ -207,7 +205,7 @@ def test_weights_gradients_and_adam_of_the_embedded_model_are_exact() -> None:
     parameters = list(policy.model.parameters())
     averages = [average.nbytes for state in optimizer.state.values() for average in state.values() if average.ndim > 0]
     found = find_shape("embedded:countdown-base").shape
-    planned = plan_memory(TrainConfig(), found, CARDS["h100"])
+    planned = plan_memory(TrainConfig(), found, GPUS["h100"])
     update = {item.name: item.num_bytes for item in planned.phases[1].items}
     assert update["weights, fp32"] == sum(parameter.nbytes for parameter in parameters)
     gradients = [parameter.grad.nbytes for parameter in parameters if parameter.grad is not None]
@@ -227,7 +225,7 @@ def test_logits_are_exact() -> None:
             "selection.entropy=rollout",
         ],
     )  # fmt: skip
-    planned = plan_memory(config, shape, CARDS["h100"])
+    planned = plan_memory(config, shape, GPUS["h100"])
     (logits,) = [item.num_bytes for item in planned.phases[1].items if item.name == "logits"]
     with torch.no_grad():
         logits_TV: Tensor = cast(Any, model)(input_ids=torch.zeros(1, tokens, dtype=torch.int64)).logits[0]
@@ -246,7 +244,7 @@ def test_the_local_cache_of_a_token_is_what_decoding_stores() -> None:
     layers = cast(Any, cache).layers
     stored = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
     assert stored == 100 * shape.kv_numbers
-    phases = find_phases(TrainConfig(), shape, plan_memory(TrainConfig(), shape, CARDS["h100"]).layout, CARDS["h100"])
+    phases = plan_memory(TrainConfig(), shape, GPUS["h100"]).phases
     (planned,) = [item.num_bytes for item in phases[0].items if item.name == "KV cache"]
     held = sum(buffer.nbytes for layer in layers for buffer in layer.buffers)
     assert planned / (256 * (2048 + 20480)) == pytest.approx(1.5 * 4 * shape.kv_numbers)
@@ -298,9 +296,9 @@ def test_operations_of_an_update_are_those_that_pytorch_counts(settings: tuple[s
     with FlopCounterMode(display=False) as counter:
         for number, part in enumerate(mini_batches(batch, 4 * config.training.mini_batch_prompts)):
             update_policy(replicas, optimizer, part, config, torch.Generator(), on_policy=number == 0)
-    layers, head = _forward_flops(shape, 16, prompt, response)
+    layers, head = forward_flops(shape, 16, prompt, response)
     assumed: Any = SimpleNamespace(mean_prompt=prompt, mean_response=response)
-    planned, _ = _update_flops(config, cast(Any, SimpleNamespace(sharded=False)), layers, head, assumed)
+    planned, _ = update_flops(config, cast(Any, SimpleNamespace(sharded=False)), layers, head, assumed)
     attention = 3 * 16 * 2 * shape.layers * shape.query_width * (prompt + response) ** 2
     # Forks-only leaves out the end of the last layer where entropies are known: in a model of two, a twentieth.
     tolerance = 0.08 if config.training.backward == "forks_only" else TOLERANCE

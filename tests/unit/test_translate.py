@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from forkrl.cluster.correspondence import ELSEWHERE, FIXED, REFUSED, TRANSLATED, Counterpart
 from forkrl.cluster.hydra_text import override
-from forkrl.cluster.settings_page import settings_page
-from forkrl.cluster.translate import (
-    refuse_untranslatable,
-    verl_command,
-    verl_environment,
-    verl_overrides,
-    verl_settings,
-)
+from forkrl.cluster.settings import ELSEWHERE, REFUSED, TABLE, verl_environment
+from forkrl.cluster.translate import refuse_untranslatable, verl_command, verl_overrides, verl_settings
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import item_section
 from forkrl.config.sections import Section
@@ -98,12 +91,12 @@ CHANGES: dict[str, tuple[Sequence[str], str, list[object]]] = {
             1,
             False,
             300000000,
-            1,
             0.1,
+            1,
         ],
     ),
     "cluster.address": ((), "cluster.address=auto", ["auto"]),
-    "cluster.nodes": (("cluster.address=auto",), "cluster.nodes=8", [8, 16]),
+    "cluster.nodes": (("cluster.address=auto",), "cluster.nodes=8", [16, 8]),
     "cluster.gpus_per_node": ((), "cluster.gpus_per_node=8", [8]),
     "cluster.trainer": ((), "cluster.trainer=colocate_async", ["forkrl_colocate_async"]),
     "cluster.rollout_engine": ((), "cluster.rollout_engine=sglang", ["sglang"]),
@@ -111,15 +104,21 @@ CHANGES: dict[str, tuple[Sequence[str], str, list[object]]] = {
     "cluster.sequence_parallel": (
         ("cluster.gpus_per_node=8", "model.precision=bf16"),
         "cluster.sequence_parallel=4",
-        [4, 8192],
+        [8192, 4],
     ),
     "cluster.gpu_memory": ((), "cluster.gpu_memory=0.8", [0.8]),
     "cluster.offload": ((), "cluster.offload=true", [True, True]),
     "cluster.reward_workers": ((), "cluster.reward_workers=4", [4]),
     "cluster.patience_s": ((), "cluster.patience_s=60.0", [60.0]),
 }
-"""A change of each setting that is handed on, with what must be set beside it, and what its counterparts then are.
-``selection.threshold`` comes with its rule, and has a test of its own."""
+"""A change of each setting that verl is given, with what must be set next to it, and the values of verl's settings in
+the order of the table. ``selection.threshold`` comes with its rule, and has its own test."""
+TRANSLATED = sorted({key for row in TABLE for key in row.recipe})
+
+
+def verl_names(key: str) -> list[str]:
+    """The settings of verl that follow a recipe's setting."""
+    return [name for row in TABLE if key in row.recipe for name in row.verl]
 
 
 def settings_of(config: TrainConfig) -> dict[str, object]:
@@ -141,34 +140,28 @@ def leaves(schema: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_setting_of_a_recipe_has_a_place() -> None:
-    placed = {row.recipe for table in (TRANSLATED, ELSEWHERE, REFUSED) for row in table}
+    placed = {*TRANSLATED, *ELSEWHERE, *(row.recipe for row in REFUSED)}
     wanted = set(leaves(TrainConfig))
-    assert wanted - placed == set(), "name them in src/forkrl/cluster/correspondence.py"
+    assert wanted - placed == set(), "add them to src/forkrl/cluster/settings.py"
     assert placed - wanted == set(), "no settings of a recipe"
 
 
-def test_no_setting_is_both_handed_on_and_acted_on_elsewhere() -> None:
-    handed_on, elsewhere = [row.recipe for row in TRANSLATED], [row.recipe for row in ELSEWHERE]
-    assert len(set(handed_on + elsewhere)) == len(handed_on) + len(elsewhere)
+def test_no_setting_is_both_translated_and_handled_elsewhere() -> None:
+    assert not set(TRANSLATED) & set(ELSEWHERE)
 
 
-def test_whatever_verl_is_given_is_in_the_table() -> None:
-    named = {key for row in TRANSLATED for key in row.verl} | {row.verl for row in FIXED}
-    given: set[str] = set()
-    for config in (recipe(), recipe(*CPU), recipe("model.precision=bf16")):
-        given |= set(settings_of(config))
-    assert given == named
+def test_no_setting_of_verl_is_there_twice() -> None:
+    names = [name for row in TABLE for name in row.verl]
+    assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in TRANSLATED if row.recipe != "selection.threshold"], ids=lambda row: row.recipe
-)
-def test_changing_a_setting_changes_its_counterparts_and_nothing_else(row: Counterpart) -> None:
-    beside, change, expected = CHANGES[row.recipe]
-    before, after = settings_of(recipe(*beside)), settings_of(recipe(*beside, change))
-    changed = {key for key in {**before, **after} if before.get(key, ABSENT) != after.get(key, ABSENT)}
-    assert changed == set(row.verl)
-    assert [after.get(key, ABSENT) for key in row.verl] == expected
+@pytest.mark.parametrize("key", [key for key in TRANSLATED if key != "selection.threshold"])
+def test_changing_a_setting_changes_its_counterparts_and_nothing_else(key: str) -> None:
+    with_it, change, expected = CHANGES[key]
+    before, after = settings_of(recipe(*with_it)), settings_of(recipe(*with_it, change))
+    changed = {name for name in {**before, **after} if before.get(name, ABSENT) != after.get(name, ABSENT)}
+    assert changed == set(verl_names(key))
+    assert [after.get(name, ABSENT) for name in verl_names(key)] == expected
 
 
 @pytest.mark.parametrize(
@@ -191,14 +184,10 @@ def test_values_that_verl_writes_otherwise(overrides: Sequence[str], key: str, e
     assert settings_of(recipe(*overrides))[key] == expected
 
 
-def test_what_is_always_set_is_what_the_table_says() -> None:
-    of_the_run = {"a folder", "a file of the run", "a folder of the run", "the run folder", "of rollout.stop"}
-    given = settings_of(recipe())
-    for row in FIXED:
-        if row.value not in of_the_run:
-            value = given[row.verl]
-            shown = f"{value:g}" if isinstance(value, float) else json.dumps(value).replace('"', "")
-            assert shown == row.value, row.verl
+def test_a_row_without_a_recipe_setting_follows_no_recipe() -> None:
+    names = [name for row in TABLE if not row.recipe for name in row.verl]
+    recipes = [settings_of(recipe(*setting)) for setting in ((), CPU, ("model.precision=bf16", "seed=3"))]
+    assert all({name: given[name] for name in names} == {name: recipes[0][name] for name in names} for given in recipes)
 
 
 def test_a_threshold_goes_with_its_rule() -> None:
@@ -230,7 +219,7 @@ def test_the_users_own_settings_come_last_and_as_they_stand() -> None:
 def test_values_that_are_programming_errors_raise() -> None:
     with pytest.raises(ValueError, match="not a number"):
         override("a.b", float("nan"))
-    with pytest.raises(ValueError, match="no identifier"):
+    with pytest.raises(ValueError, match="not an identifier"):
         override("a.b", {"c d": 1})
 
 
@@ -245,6 +234,15 @@ def test_the_command_runs_this_python_and_the_environment_loads_the_plugin() -> 
     }
 
 
-def test_the_page_is_what_the_program_prints() -> None:
-    page = Path(__file__).parents[2] / "docs" / "cluster-settings.md"
-    assert page.read_text() == settings_page(), "run: python -m forkrl.cluster.settings_page > docs/cluster-settings.md"
+def test_other_external_modules_are_kept_and_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine,forkrl.cluster.plugin")
+    assert verl_environment(recipe()) == {"VERL_USE_EXTERNAL_MODULES": "mine,forkrl.cluster.plugin"}
+
+
+def test_the_page_is_what_the_table_says() -> None:
+    folder = Path(__file__).parents[2]
+    printed = subprocess.run(
+        [sys.executable, "tools/cluster_settings.py"], cwd=folder, check=True, capture_output=True, text=True
+    )
+    page = (folder / "docs" / "cluster-settings.md").read_text()
+    assert page == printed.stdout, "run: python tools/cluster_settings.py > docs/cluster-settings.md"

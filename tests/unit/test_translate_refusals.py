@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from forkrl.cluster.correspondence import REFUSED
-from forkrl.cluster.refusals import refuse_unsuitable_prompts
-from forkrl.cluster.translate import refuse_untranslatable, verl_overrides
+from forkrl.cluster.settings import REFUSED
+from forkrl.cluster.translate import refuse_unsuitable_prompts, refuse_untranslatable, verl_overrides
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from tests.verl_recipes import CPU, MIX, ONE_GYM, PATHS, recipe
@@ -62,7 +61,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
         ["cluster.gpus_per_node=8", "cluster.sequence_parallel=4"],
         'model.precision = "bf16"',
     ),
-    ("cluster.overrides", ['cluster.overrides=["trainer.nnodes=4"]'], "leave it out"),
+    ("cluster.overrides", ['cluster.overrides=["trainer.nnodes=4"]'], "drop it"),
     ("cluster.nodes", [*CPU, "cluster.nodes=2", "cluster.address=auto"], "set it to 1"),
     ("cluster.tensor_parallel", [*CPU, "cluster.gpus_per_node=2", "cluster.tensor_parallel=2"], "set it to 1"),
     (
@@ -70,9 +69,9 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
         [*CPU, "cluster.gpus_per_node=2", "cluster.sequence_parallel=2", "model.precision=bf16"],
         "set it to 1",
     ),
-    ("cluster.rollout_engine", [*CPU, "cluster.rollout_engine=sglang"], "set it to 'vllm'"),
-    ("cluster.offload", [*CPU, "cluster.offload=true"], "set it to False"),
-    ("model.precision", [*CPU, "model.precision=bf16"], "set it to 'fp32'"),
+    ("cluster.rollout_engine", [*CPU, "cluster.rollout_engine=sglang"], 'set it to "vllm"'),
+    ("cluster.offload", [*CPU, "cluster.offload=true"], "set it to false"),
+    ("model.precision", [*CPU, "model.precision=bf16"], 'set it to "fp32"'),
     ("loss.kl_coef", [*CPU, "loss.kl_coef=0.1"], "set it to 0.0"),
 ]
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forkrl.cluster.correspondence import FIXED, TRANSLATED
-from forkrl.cluster.hydra_text import Value, override
-from forkrl.cluster.translate import VerlPaths, verl_overrides, verl_settings
+from forkrl.cluster.hydra_text import override
+from forkrl.cluster.settings import TABLE, Value, VerlPaths
+from forkrl.cluster.translate import verl_overrides, verl_settings
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.model.locations import model_location
@@ -204,7 +204,7 @@ def test_only_settings_that_verl_does_not_have_are_added_to_it(compose: Callable
     from omegaconf import OmegaConf
 
     as_it_comes = compose([])
-    named = {key for row in TRANSLATED for key in row.verl} | {row.verl for row in FIXED}
+    named = {key for row in TABLE for key in row.verl}
     for key in named:
         section, _, name = key.lstrip("+").rpartition(".")
         parent = OmegaConf.select(as_it_comes, section)

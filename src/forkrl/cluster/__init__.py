@@ -1,8 +1,7 @@
-"""The cluster engine: the same recipe and the same leaves on verl (Ray, FSDP2, vLLM), as a plug-in of its trainer.
+"""The cluster engine: recipes on verl (Ray, FSDP2, vLLM), as a plug-in of its trainer.
 
+    settings.py      the table: recipe -> verl, and what verl cannot do
     translate.py     recipe -> verl's command line
-    correspondence.py  where every setting of a recipe goes; settings_page.py prints it as docs/cluster-settings.md
-    refusals.py      what verl cannot do
     hydra_text.py    values as hydra reads them
     data.py          prompts -> Parquet, verifiers -> JSON
     launch.py        forkrl train --engine verl
@@ -15,7 +14,6 @@
     agent_loop.py    prompts exactly as the recipe words them
     rewards.py       rewards by ForkRL's verifiers
     record.py        the run folder, as the local engine writes it
-    cpu_testing/     a platform and a sampler for tests without a GPU
 
-Only ``translate``, ``data`` and ``launch`` are imported outside verl's processes; they do without it.
+Only ``translate``, ``data`` and ``launch`` are imported outside verl's processes; they do not import verl.
 """

@@ -1,4 +1,4 @@
-"""verl's step from a prompt to a response, with the prompt exactly as the recipe words it."""
+"""verl's agent loop with the prompt exactly as the recipe words it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,24 @@ from forkrl.model.prompt_tokens import prompt_token_ids
 
 @register("forkrl_exact_prompt")
 class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships no types
-    """One response to a prompt that is already all the model is to read: no chat template is applied to it.
+    """One response to a complete prompt: no chat template is applied to it.
 
-    Rows are those of ``forkrl.cluster.data.write_prompts``. Reads ``forkrl.stop_token_ids`` of verl's settings. A
-    response ends with the tokenizer's EOS or one of the stop tokens, which it then holds, or at
-    ``rollout.response_length``.
+    Rows are those of ``forkrl.cluster.data.write_prompts``. A response ends with the tokenizer's EOS or one of
+    ``forkrl.stop_token_ids``, which it includes, or at ``rollout.response_length``.
     """
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **unused: Any) -> None:
-        # Without verl's own __init__: it prepares for the later turns of a chat by the type of the model, and raises
-        # where the tokenizer lacks that chat's tokens, as those of base models do.
+        # Without verl's own __init__: it prepares for later turns of a chat, and raises where the tokenizer lacks the
+        # chat's tokens, as those of base models do.
         self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
         self.server_manager = server_manager
         self.tokenizer = tokenizer
         self._options = read_options(trainer_config.config)
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
-        """Sample one response.
-
-        Raises:
-            UserError: the prompt is empty or longer than ``rollout.prompt_length``.
-        """
-        prompt_ids = self._prompt_ids(row)
-        limit = self.rollout_config.response_length
+        """Sample one response; raises UserError where the prompt is empty or over ``rollout.prompt_length``."""
+        limit, max_tokens = self.rollout_config.response_length, self.rollout_config.prompt_length
+        prompt_ids = list(prompt_token_ids(self.tokenizer, read_prompt(row), max_tokens=max_tokens))
         stop_ids = list(self._options.stops(self.tokenizer))
         timing: dict[str, float] = {}
         with simple_timer("generate_sequences", timing):
@@ -55,9 +50,6 @@ class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships n
             response_logprobs=answer.log_probs[:limit] if answer.log_probs else None,
             num_turns=2,
             metrics=AgentLoopMetrics(num_preempted=preempted, **timing),
-            # The two empty lists are what verl's own loops write: its batches want the same fields of every loop.
+            # verl's own loops write the two lists, and its batches need the same fields of every loop.
             extra_fields=answer.extra_fields | {"turn_scores": [], "tool_rewards": []},
         )
-
-    def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
-        return list(prompt_token_ids(self.tokenizer, read_prompt(row), max_tokens=self.rollout_config.prompt_length))

@@ -1,4 +1,4 @@
-"""Groups of responses as they lie in verl's TransferQueue, read as ForkRL's own nouns.
+"""Groups of responses in verl's TransferQueue, read as ForkRL's own types.
 
 Keys are ``{uid}_{session}_{index}``: a prompt, one of its responses, a turn of it. ForkRL's tasks have one turn.
 """
@@ -30,34 +30,29 @@ def read_groups(
     *,
     with_text: bool = False,
 ) -> list[RolloutGroup]:
-    """The groups of these trajectories, in the order of their first keys, each response with its verdict.
+    """The groups of these trajectories, in the order of their first keys.
 
     Args:
-        keys: of trajectories; padding that verl added must be left out.
+        keys: of trajectories, without verl's padding.
         partition_id: "train" or "val".
         tokenizer: the model's.
-        stop_ids: what ends a response.
-        per_token: which fields hold ``logprobs`` and ``entropy``; left empty where they are not wanted.
-        with_text: spell prompts and responses, which takes its time for a large batch; else their text is empty.
+        stop_ids: tokens that end a response.
+        per_token: the fields with ``logprobs`` and ``entropy``, if wanted.
+        with_text: decode prompts and responses, which is slow for a large batch; otherwise their text is empty.
     """
     if not keys:
         return []
-    names = per_token or {}
+    names, speller = per_token or {}, tokenizer if with_text else None
     data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[*_BASE, *names.values()])
     members: dict[str, list[tuple[Rollout, Verdict]]] = {}
     prompts: dict[str, Prompt] = {}
     for place, key in enumerate(keys):
         uid = key.split("_")[0]
         own = {name: _item(data, name, place) for name in _BASE}
-        rollout = _rollout(
-            own,
-            tokenizer if with_text else None,
-            stop_ids,
-            {name: _item(data, field, place) for name, field in names.items()},
-        )
-        members.setdefault(uid, []).append((rollout, _verdict(own)))
+        values = {name: _item(data, field, place) for name, field in names.items()}
+        members.setdefault(uid, []).append((_rollout(own, speller, stop_ids, values), _verdict(own)))
         if uid not in prompts:
-            prompts[uid] = _prompt(own, tokenizer if with_text else None)
+            prompts[uid] = _prompt(own, speller)
     return [
         RolloutGroup(prompts[uid], tuple(rollout for rollout, _ in pairs), tuple(verdict for _, verdict in pairs))
         for uid, pairs in members.items()
@@ -65,14 +60,14 @@ def read_groups(
 
 
 def in_file_order(keys: Sequence[str], partition_id: str) -> list[str]:
-    """The keys by the row of their prompt in the data, whichever response ended first."""
+    """The keys in the order of their prompts in the data."""
     data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=["index"])
     rows = [int(_item(data, "index", place)) for place in range(len(keys))]
     return [key for _, key in sorted(zip(rows, keys, strict=True))]
 
 
 def whole_groups(groups: Sequence[RolloutGroup], size: int) -> list[RolloutGroup]:
-    """Those with all their responses: where sampling or judging fails, verl goes on without the response.
+    """Groups with all their responses: verl drops a response that cannot be sampled or judged.
 
     Raises:
         RuntimeError: there are none.
@@ -84,8 +79,8 @@ def whole_groups(groups: Sequence[RolloutGroup], size: int) -> list[RolloutGroup
 
 
 def _item(data: TensorDict, name: str, place: int) -> Any:
-    """One trajectory's value: a tensor, or whatever Python object verl keeps there; None where it has no such field."""
-    if name not in data.keys():  # noqa: SIM118  # a TensorDict is no dict: `in` of it asks something else
+    """One trajectory's value, a tensor or a Python object; None where verl has no such field."""
+    if name not in data.keys():  # noqa: SIM118  # `in` of a TensorDict is not a test for keys
         return None
     value = data[name]
     if isinstance(value, Tensor):
@@ -117,7 +112,7 @@ def _values(values_T: Tensor | None, length: int) -> Tensor:
 
 
 def _verdict(own: Mapping[str, Any]) -> Verdict:
-    """What the reward said: ForkRL's verifier its score and failure, another reward function a score or the reward."""
+    """Score and failure of ForkRL's verifier, or the score or reward of another reward function."""
     said: Mapping[str, Any] = (own["extra_fields"] or {}).get("reward_extra_info") or {}
     score = said.get("score", said.get("acc"))
     return Verdict(float(own["rm_scores"].sum() if score is None else score), str(said.get("failure", "")))

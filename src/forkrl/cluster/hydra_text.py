@@ -1,47 +1,33 @@
-"""Settings as verl's command line takes them: hydra's ``key=value`` texts.
+"""Settings as verl's command line takes them: hydra's ``key=value``.
 
-A value goes through two readers: hydra's grammar of overrides, where a quoted text is taken as it stands, and
-OmegaConf, where ``${...}`` in any text is a reference to another setting. verl resolves references twice, so no escape
-of them survives; such a text is refused.
+Two parsers read a value: hydra's grammar of overrides, where quoted text is literal, and OmegaConf, where ``${...}`` is
+a reference to another setting. verl resolves references twice, so no escape survives; such a text is refused.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
 
+from forkrl.cluster.settings import Value
 from forkrl.errors import UserError
 
-Value: TypeAlias = "bool | int | float | str | Path | Sequence[Value] | Mapping[str, Value] | None"
 _OVERRIDE = re.compile(r"\+{0,2}(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)=.*", re.DOTALL)
 _PLAIN = re.compile(r"[A-Za-z/][\w./-]*", re.ASCII)
 _WORDS = {"true", "false", "null", "none", "inf", "nan", "yes", "no", "on", "off"}
-"""Read as something else where they stand bare, by hydra or by YAML."""
+"""hydra or YAML give these another type unless they are quoted."""
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def override(key: str, value: Value) -> str:
-    """``key=value``, the value so quoted that hydra reads back the same one.
-
-    Args:
-        key: a setting of verl, with a ``+`` before it where verl's own files have none of that name.
-        value: a path counts as its text; a table's names are identifiers.
-
-    Raises:
-        UserError: a text that hydra cannot hold.
-    """
+    """``key=value``, quoted so that hydra reads back the same value; raises UserError for a text it cannot hold."""
     return f"{key}={_literal(key, value)}"
 
 
 def overridden_key(text: str) -> str:
-    """The setting that a user's own override is of, without its ``+``.
-
-    Raises:
-        UserError: not of the form ``section.key=value``.
-    """
+    """The setting, without its ``+``, that a user's own override sets; raises UserError where there is none."""
     if (match := _OVERRIDE.fullmatch(text.strip())) is None:
         raise UserError(
             f"cluster.overrides: {text!r} is not of the form section.key=value; write it as in "
@@ -63,16 +49,14 @@ def _literal(key: str, value: Value) -> str:
         return repr(value)
     if isinstance(value, Mapping):
         if bad := next((name for name in value if not _NAME.fullmatch(name)), None):
-            raise ValueError(f"{key}: {bad!r} is no identifier")
+            raise ValueError(f"{key}: {bad!r} is not an identifier")
         return "{" + ",".join(f"{name}:{_literal(key, inner)}" for name, inner in value.items()) + "}"
     return "[" + ",".join(_literal(key, inner) for inner in value) + "]"
 
 
 def _quoted(key: str, text: str) -> str:
-    """In hydra's single quotes only a quote is escaped, and the backslashes that stand before one."""
+    """In hydra's single quotes only quotes are escaped, and the backslashes before one."""
     if "${" in text or text == "???":
-        raise UserError(
-            f'{key.lstrip("+")} = {text!r} would be read as a reference by verl; take a name without "${{" in it'
-        )
+        raise UserError(f'{key.lstrip("+")} = {text!r}: verl would read it as a reference; use a name without "${{"')
     escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
     return "'" + re.sub(r"\\+$", lambda match: match[0] * 2, escaped) + "'"

@@ -1,7 +1,7 @@
-"""``forkrl train --engine verl``: hand a recipe to verl, watch it, and leave a run folder like a local one.
+"""``forkrl train --engine verl``: train a recipe by verl, with a run folder like a local one.
 
-verl runs in a process of its own, with its output in ``verl/log.txt``. It writes metrics and rollouts itself
-(``record.py``); what is done here is everything before and after, and showing how far it is.
+verl runs in its own process, with its output in ``verl/log.txt``, and writes metrics and rollouts itself
+(``record.py``). Here is everything before and after, and the progress display.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -30,8 +31,8 @@ from forkrl.cluster.ending import conclude, explain_end
 from forkrl.cluster.merge import TRACKER, begun_checkpoints, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import GRACE_S, run_and_watch
 from forkrl.cluster.record import BEGUN, ENDED, OWN, PROGRESS, STOP
-from forkrl.cluster.refusals import refuse_unsuitable_prompts
-from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
+from forkrl.cluster.settings import EXTERNAL, VerlPaths, verl_environment
+from forkrl.cluster.translate import refuse_unsuitable_prompts, refuse_untranslatable, verl_command
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import recipe_toml
 from forkrl.errors import UserError
@@ -57,7 +58,7 @@ INSTALL = "pip install 'forkrl[verl]'"
 
 
 class Prepared(NamedTuple):
-    """All that a recipe names, found and checked."""
+    """What a recipe names, loaded and checked."""
 
     task: Task
     stop_token_ids: tuple[int, ...]
@@ -65,14 +66,14 @@ class Prepared(NamedTuple):
 
 
 def require_verl() -> None:
-    """Raises UserError, with the line that installs it, where verl is missing."""
+    """Raises UserError, with the command that installs it, where verl is missing."""
     missing = [name for name in ("verl", "ray", "transfer_queue", "hydra") if find_spec(name) is None]
     if missing:
         raise UserError(f'runtime.engine = "verl" needs {missing[0]}, which is not installed: {INSTALL}')
 
 
 def _require_answer(address: str) -> None:
-    """Raises UserError where nobody listens at ``host:port``: Ray would try for minutes, and say so in a log alone."""
+    """Raises UserError where nothing listens at ``host:port``: Ray would try for minutes before an error in its log."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:  # "auto" and the like, which Ray answers at once
         return
@@ -81,7 +82,7 @@ def _require_answer(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cluster.address = {address!r}: no Ray cluster answers there ({error}); start one with ray start --head, "
-            f"or leave the address empty to have one on this machine for the run"
+            f"or drop the address to start one on this machine"
         ) from error
 
 
@@ -89,9 +90,9 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one.
 
     Raises:
-        UserError: anything the user can mend, before verl is started wherever that can be told.
-        TrainingHalted: verl ended before its last step; the line says why, and where its log is.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; its ``outcome`` says what verl has saved.
+        UserError: an error the user must fix, before verl starts where possible.
+        TrainingHalted: verl ended before its last step; the message has the reason and the path of its log.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; ``outcome`` says what verl has saved.
     """
     require_verl()
     require_sinks(config.log.sinks)
@@ -139,7 +140,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
                 metrics=path / "metrics.jsonl",
                 known=known,
                 on_metrics=lambda record: _take_in(record, display, tracker),
-                on_stop=lambda: display.message("verl ends after the step under way; once more ends it at once"),
+                on_stop=lambda: display.message("verl ends after this step; interrupt again to end it at once"),
             )
             explain_end(path, status, since=logged)
 
@@ -153,28 +154,20 @@ def _merge(
 
 
 def dry_run(config: TrainConfig, out: Path) -> str:
-    """The complete command that ``train_on_cluster`` would run, one setting a line, with its environment.
-
-    Raises:
-        UserError: as ``train_on_cluster`` before it starts verl.
-    """
+    """The command that ``train_on_cluster`` would run, one setting per line; raises the same errors."""
     prepared = prepare(config)
     files = _paths(out.resolve(), prepared.model)
     command = _checked_command(config, files, prepared)
     environment = [f"{name}={shlex.quote(value)}" for name, value in verl_environment(config).items()]
     written = ", ".join(shlex.quote(str(path)) for path in (files.train, files.held_out, files.verifiers))
     return (
-        f"# Reads what forkrl train --engine verl writes before it starts verl, and writes into that run folder:\n"
+        f"# Reads files that forkrl train --engine verl writes before it starts verl, and writes to the run folder:\n"
         f"# {files.run_folder}, with {written}\n"
     ) + " \\\n  ".join([*environment, shlex.join(command[:3]), *map(shlex.quote, command[3:])])
 
 
 def _checked_command(config: TrainConfig, files: VerlPaths, prepared: Prepared) -> list[str]:
-    """verl's command, with the user's own settings held against verl's configuration where verl is installed.
-
-    Raises:
-        UserError: verl has no such setting.
-    """
+    """verl's command; raises UserError for an override that verl, if installed, does not accept."""
     command = verl_command(config, files, stop_token_ids=prepared.stop_token_ids)
     verl = find_spec("verl")
     if config.cluster.overrides and verl is not None and verl.submodule_search_locations is not None:
@@ -187,24 +180,29 @@ def _checked_command(config: TrainConfig, files: VerlPaths, prepared: Prepared) 
                 compose("ppo_trainer", command[3:])
         except HydraException as error:
             raise UserError(
-                f"cluster.overrides = {list(config.cluster.overrides)}: verl cannot take them ({first_line(error)}); a "
-                f'setting that its files do not have is added by "+section.key=value"'
+                f"cluster.overrides = {list(config.cluster.overrides)}: verl cannot take them ({first_line(error)}); "
+                f'add a setting that its files do not have as "+section.key=value"'
             ) from error
     return command
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Find and check what a recipe names: tokenizer, prompts, verifiers.
+    """Load and check what a recipe names: tokenizer, prompts, verifiers.
 
     Raises:
-        UserError: something is missing, unusable, or not for verl.
+        UserError: something is missing, unusable, or not supported by verl.
     """
+    if config.runtime.device == "cpu" and not os.environ.get(EXTERNAL):
+        raise UserError(
+            f'runtime.device = "cpu" with runtime.engine = "verl" is for ForkRL\'s tests, which add a platform and a '
+            f'sampler to verl ({EXTERNAL}=tests.verl_cpu.register); set it to "auto", or runtime.engine = "local"'
+        )
     refuse_untranslatable(config)
     model = model_location(config.model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         generation, model_config = load_generation_config(model), AutoConfig.from_pretrained(model)
-    except Exception as error:  # whatever a damaged or foreign folder provokes inside the library
+    except Exception as error:  # a damaged or foreign folder can raise anything inside the library
         raise UserError(
             f"model.path = {config.model.path!r} has no usable tokenizer or config.json: {first_line(error)}"
         ) from error
@@ -213,17 +211,14 @@ def prepare(config: TrainConfig) -> Prepared:
     task = open_task(config.task, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     lengths = [len(prompt_token_ids(tokenizer, prompt)) for prompt in (*task.train, *task.held_out)]
     require_positions(model_config, max(lengths), config.rollout.max_response_tokens)
-    counts: dict[str, int] = {}
-    for prompt in task.train:
-        counts[prompt.source] = counts.get(prompt.source, 0) + 1
-    refuse_unsuitable_prompts(config, counts)
+    refuse_unsuitable_prompts(config, Counter(prompt.source for prompt in task.train))
     with open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward):
-        pass  # a verifier that cannot be imported is better told here than from inside an actor
+        pass  # a verifier that cannot be imported is reported here instead of inside an actor
     return Prepared(task, stop_token_ids(tokenizer, generation, config.rollout.stop), model)
 
 
 def child_environment(config: TrainConfig) -> dict[str, str]:
-    """The environment of verl's processes: this one's, and what verl and Ray need to find the same code."""
+    """This process's environment, and what verl and Ray need to find the same code."""
     environment = {**os.environ, **verl_environment(config)}
     source = str(Path(forkrl.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
@@ -266,7 +261,7 @@ def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None
 
 
 def _reopen(path: Path) -> RunFolder:
-    """The folder again, as soon as verl's trainer, which outlives its driver by a moment, has let go of it."""
+    """The folder, as soon as verl's trainer, which outlives its driver by a moment, has released its lock."""
     deadline = time.monotonic() + GRACE_S
     while True:
         try:
@@ -278,7 +273,7 @@ def _reopen(path: Path) -> RunFolder:
 
 
 def _is_finished(config: TrainConfig, folder: Path) -> bool:
-    """Whether a run has come to its last step, and been evaluated there and merged."""
+    """Whether a run's last step was trained, evaluated and merged."""
     last = config.training.steps
     if not (folder / "checkpoints" / f"step-{last}" / MANIFEST).is_file():
         return False
@@ -287,7 +282,7 @@ def _is_finished(config: TrainConfig, folder: Path) -> bool:
 
 
 def _write_files(config: TrainConfig, prepared: Prepared, run_folder: Path, *, fresh: bool) -> VerlPaths:
-    """What verl reads; a resumed run reads what it read before, whatever its order, so that it goes on in it."""
+    """Write what verl reads; a resumed run keeps its prompts and their order."""
     files, task = _paths(run_folder, prepared.model), prepared.task
     with explained_write_errors(run_folder):
         (run_folder / OWN).mkdir(exist_ok=True)
@@ -306,12 +301,12 @@ def _write_files(config: TrainConfig, prepared: Prepared, run_folder: Path, *, f
 
 
 def _take_up(folder: RunFolder) -> int:
-    """The step of verl's newest whole checkpoint, with everything after it forgotten; 0 where there is none."""
+    """The step of verl's newest complete checkpoint, after deleting everything later; 0 where there is none."""
     own = folder.path / OWN / "checkpoints"
     whole = verl_checkpoints(own)
     for step, leftover in begun_checkpoints(own).items():
         if step > max(whole, default=0):
-            shutil.rmtree(leftover)  # begun, and never finished
+            shutil.rmtree(leftover)  # incomplete
     if not whole:
         (own / TRACKER).unlink(missing_ok=True)
         folder.discard_after(-1, 0)
@@ -323,17 +318,17 @@ def _take_up(folder: RunFolder) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{whole[step] / PROGRESS}: cannot be read ({first_line(error)}); write {step - 1} or an older step into "
-            f"{own / TRACKER} to go on from there"
+            f"{own / TRACKER} to resume from there"
         ) from error
     line, newline, _ = (folder.path / "metrics.jsonl").read_bytes()[size:].partition(b"\n")
     if newline and b'"eval/accuracy"' in line and json.loads(line).get("step") == step:
-        size += len(line + newline)  # evaluated since, and not to be evaluated again
+        size += len(line + newline)  # keep the evaluation that was made after the checkpoint
     folder.discard_after(step, size)
     return step
 
 
 def _evaluation_due(config: TrainConfig, folder: RunFolder, step: int) -> bool:
-    """Whether the evaluation that belongs to the checkpoint was never finished."""
+    """Whether the checkpoint's evaluation is missing."""
     due = step in (0, config.training.steps) or (config.eval.every and step % config.eval.every == 0)
     done = any(record.get("step") == step and "eval/accuracy" in record for record in folder.read_metrics())
     return bool(due) and not done

@@ -1,4 +1,4 @@
-"""verl's checkpoints, one file a rank, as Hugging Face folders: by verl's own merger, which writes bf16."""
+"""verl's checkpoints, one file per rank, merged into Hugging Face folders by verl's own merger, which writes bf16."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _STEP = re.compile(r"global_step_(\d+)")
 
 
 def verl_checkpoints(folder: Path) -> dict[int, Path]:
-    """verl's whole checkpoints by step, oldest first: those its tracker has come to, that still have shards.
+    """verl's complete checkpoints by step, oldest first: up to the step in its tracker, with shards.
 
     Raises:
-        UserError: the tracker cannot be read, or is gone from beside several checkpoints. verl writes it anew after
-            each, and not atomically.
+        UserError: the tracker cannot be read, or is missing next to several checkpoints; verl does not write it
+            atomically.
     """
     tracker, begun = folder / TRACKER, begun_checkpoints(folder)
     sharded = [step for step, path in begun.items() if any((path / "actor").glob("*.pt"))]
@@ -34,14 +34,14 @@ def verl_checkpoints(folder: Path) -> dict[int, Path]:
             newest = int(tracker.read_text())
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{tracker}: does not say which checkpoint is the newest ({first_line(error)}); write "
-                f"{max(sharded, default=0)} into it, or an older step of those beside it"
+                f"{tracker}: does not name the newest checkpoint ({first_line(error)}); write "
+                f"{max(sharded, default=0)} into it, or the step of an older one"
             ) from error
     return {step: begun[step] for step in sharded if step <= newest}
 
 
 def begun_checkpoints(folder: Path) -> dict[int, Path]:
-    """Those that verl has begun to write, by step, oldest first."""
+    """Those that verl has started to write, by step, oldest first."""
     found = {int(match[1]): path for path in folder.glob("global_step_*") if (match := _STEP.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
@@ -49,16 +49,9 @@ def begun_checkpoints(folder: Path) -> dict[int, Path]:
 def merge_checkpoints(
     run: RunFolder, own: Path, environment: Mapping[str, str], say: Callable[[str], None], *, keep: int
 ) -> None:
-    """Write ``checkpoints/step-N`` for the newest of verl's checkpoints, and drop all older ones.
+    """Write ``checkpoints/step-N`` for the newest ``keep`` of verl's checkpoints in ``own``, and delete older ones.
 
-    verl drops those that its own process wrote, and forgets those from before a resume.
-
-    Args:
-        run: the run folder.
-        own: verl's checkpoints.
-        environment: of verl's processes.
-        say: told of each.
-        keep: how many.
+    verl deletes only those that the same process wrote, not those from before a resume.
 
     Raises:
         UserError: verl's merger fails; its shards are intact.

@@ -1,4 +1,4 @@
-"""verl's process: started, watched, asked to stop, and gone with all that it started."""
+"""verl's process: starts it, watches it, and ends it with everything it started."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from forkrl.store.interruption import Interruption
 
 POLL_S = 0.5
 GRACE_S = 20.0
-"""For Ray to take its own processes down, once verl's has ended."""
+"""For Ray to end its own processes after verl's."""
 
 
 def run_and_watch(
@@ -31,24 +31,24 @@ def run_and_watch(
     on_metrics: Callable[[Mapping[str, Any]], None],
     on_stop: Callable[[], None],
 ) -> int:
-    """Run verl to its end and tell of every line it adds to the metrics.
+    """Run verl to its end, and report every line it adds to the metrics.
 
-    The first Ctrl-C, SIGTERM or SIGHUP asks it to end after the step under way and to save; a second one ends it at
-    once, and so does the first as long as no step has begun, when there is nothing to save.
+    The first Ctrl-C, SIGTERM or SIGHUP asks it to end after the current step and to save; a second one ends it at
+    once, and so does the first before any step has begun, when there is nothing to save.
 
     Args:
         command: verl's.
-        environment: its whole environment.
-        log: what it prints goes to the end of this file.
-        begun: is there once verl does steps.
-        stop: made to ask for the end.
+        environment: all of it.
+        log: verl's output is appended to this file.
+        begun: exists once verl trains.
+        stop: created to ask for the end.
         metrics: the run's metrics.jsonl.
-        known: lines of it that are there already.
-        on_metrics: called with each further line.
-        on_stop: called once the end has been asked for, which may be minutes before it comes.
+        known: number of its lines at the start.
+        on_metrics: called with each new line.
+        on_stop: called once the end was requested.
 
     Returns:
-        The status that verl ended with.
+        verl's exit status.
 
     Raises:
         Interrupted: it was stopped.
@@ -73,12 +73,12 @@ def run_and_watch(
             _end(process)
         _tell(metrics, known, on_metrics)
     interruption.check()
-    assert status is not None, "a process that was not stopped has ended by itself"
+    assert status is not None, "only an interrupted process has no status"
     return status
 
 
 def _tell(metrics: Path, known: int, on_metrics: Callable[[Mapping[str, Any]], None]) -> int:
-    """Hand on the whole lines after the first ``known``; how many they were."""
+    """Report complete lines after the first ``known``; returns their number."""
     *lines, _ = metrics.read_bytes().split(b"\n")
     for line in lines[known:]:
         on_metrics(json.loads(line))
@@ -86,7 +86,7 @@ def _tell(metrics: Path, known: int, on_metrics: Callable[[Mapping[str, Any]], N
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of verl's stays behind: its session, and what Ray had put into sessions of their own."""
+    """End verl's session; Ray then ends the processes in its own sessions."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         try:

@@ -1,6 +1,6 @@
-"""The run folder as a cluster writes it: the same lines and the same rows as the local engine's.
+"""The run folder as a cluster writes it: the same metrics and rollouts as the local engine's.
 
-verl/            what belongs to verl: its checkpoints and its log; how the run ended; a request to stop
+verl/            verl's checkpoints and log; how the run ended; a request to stop
 """
 
 from __future__ import annotations
@@ -22,23 +22,20 @@ ENDED = "ended.json"
 STOP = "stop"
 BEGUN = "begun"
 PROGRESS = "forkrl.json"
-"""In each of verl's checkpoints: how far the run folder had come."""
+"""In each of verl's checkpoints: the size of the run's metrics."""
 
 
 class StopRequested(Exception):
-    """The launcher has asked for the run to end after the step under way."""
+    """The launcher asked for the run to end after the current step."""
 
 
 class Record:
-    """Writes into a run folder, which it holds for as long as it lives.
+    """Writes into a run folder that the launcher created, and holds its lock.
 
     Args:
-        path: the run folder, made by the launcher.
+        path: the run folder.
         every: steps between samples of training responses.
         sampled: responses in a sample.
-
-    Raises:
-        UserError: there is no run in that folder, or another process holds it.
     """
 
     def __init__(self, path: Path, *, every: int, sampled: int) -> None:
@@ -64,7 +61,7 @@ class Record:
         selection: SelectionConfig,
         seed: int,
     ) -> None:
-        """An evaluation, in the same form; without rows where the entropies are not known."""
+        """An evaluation; without rows where the entropies are unknown."""
         written = groups[: max(1, self.sampled // max(1, len(groups[0].rollouts)))] if groups else []
         if written and all(len(rollout.entropy) == len(rollout) for group in written for rollout in group.rollouts):
             rows = evaluation_rows(step, written, tokenizer, selection, seed=seed)
@@ -73,19 +70,19 @@ class Record:
         self.folder.append_metrics({"step": step, **{f"eval/{name}": value for name, value in figures.items()}})
 
     def before_checkpoint(self, checkpoint: Path, step: int) -> None:
-        """Note in a checkpoint about to be written how far the run folder has come."""
+        """Note the size of the run's metrics in a checkpoint that verl is about to write."""
         checkpoint.mkdir(parents=True, exist_ok=True)
         write_text(checkpoint / PROGRESS, json.dumps({"step": step, "metrics_bytes": self.folder.metrics_bytes}))
 
     def begin_step(self) -> None:
-        """Tell the launcher that steps are being done; raises StopRequested once it has asked for their end."""
+        """Tell the launcher that steps have begun; raises StopRequested once it has asked for the end."""
         (self.folder.path / OWN / BEGUN).touch()
         if (self.folder.path / OWN / STOP).exists():
             raise StopRequested
 
 
 def note_end(run_folder: str | None, error: BaseException, step: int) -> None:
-    """Leave for the launcher why the run ends, in the words of the error; a traceback is no message for a user."""
+    """Write down for the launcher why the run ends, in the words of the error instead of a traceback."""
     if run_folder is None:
         return
     kinds = (UserError, NothingToLearn, TrainingHalted, StopRequested)

@@ -1,7 +1,7 @@
-"""verl's replay buffers, with what they leave out: an end to drawing prompts, and an account of what was dropped.
+"""verl's replay buffers with a limit on drawing prompts, a timeout, and a report of dropped groups.
 
-verl draws further prompts as long as groups are all right or all wrong; with a model that can do nothing, or
-everything, that is for ever. So it does, asynchronously, where sampling or judging always fails.
+verl draws new prompts as long as groups are all right or all wrong, and its asynchronous trainers also where sampling
+or judging fails: forever, if all do.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ class PromptsSpent(Exception):
 
 
 class _Accounting:
-    """Mixed into a replay buffer: whoever listens hears of each group before it is forgotten.
-
-    Attributes:
-        on_drop: called with the keys of trajectories that will not be trained on.
-        on_validation: called with a batch of validation, before verl takes it apart.
-        patience_s: how long it may be that nothing is sampled or judged.
-    """
+    """Mixed into a replay buffer: reports each group before it is deleted."""
 
     on_drop: Callable[[Sequence[str]], None]
+    """Called with the keys of trajectories that will not be trained on."""
     on_validation: Callable[[KVBatchMeta], None]
+    """Called with a batch of validation, before verl modifies it."""
     patience_s: float
+    """How long nothing may be sampled or judged."""
     _seen: tuple[int, ...] = ()
     _since: float = 0.0
     _failed: int = 0
@@ -39,20 +36,20 @@ class _Accounting:
 
     @classmethod
     def taking_over(cls, buffer: ReplayBuffer, **attributes: Any) -> Any:
-        """A buffer of this class that stands where verl's own, just made and still empty, would."""
+        """A buffer of this class in place of verl's own new and empty one."""
         own = cls.__new__(cls)
         vars(own).update(vars(buffer))
         vars(own).update(attributes)
         return own
 
     def _begin(self, batch_size: int) -> None:
-        """A step, or an evaluation, waits on its own account: the update before it may have taken long."""
+        """A step's or evaluation's timeout starts here: the update before it may have taken long."""
         self._seen, self._failed, self._most_failed = (), 0, 2 * batch_size
 
     def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> Any:
-        """As verl's, with every group that lost a response among the failed ones: what is left of it has no baseline.
+        """As verl's, but every group that lost a response has failed, since its baseline is incomplete.
 
-        verl keeps such a group where it trains in step, and drops it where it samples ahead.
+        verl keeps such a group in its synchronous trainer, and drops it in the asynchronous ones.
         """
         stale, same, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)  # type: ignore[misc]
         if partition_id == "train":
@@ -60,7 +57,7 @@ class _Accounting:
         return stale, same, failed, counts
 
     def _evict_terminal_groups(self, global_steps: int, partition_id: str, reasons: Any) -> Any:
-        """Raises RuntimeError where so many groups of a step have failed that no further one will do better."""
+        """Raises RuntimeError where too many groups of a step have failed."""
         self._failed += len(reasons[2])
         if self._failed > self._most_failed:
             raise RuntimeError(
@@ -77,19 +74,10 @@ class _Accounting:
         super()._clear_groups(partition_id, uids)  # type: ignore[misc]
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        """Wait as verl does, but not for ever: a sampler or a reward worker that hangs would never be noticed.
-
-        Raises:
-            TrainingHalted: nothing has changed for longer than ``patience_s``.
-        """
-        waiting: Any = self
-        seen = (
-            len(waiting.pending_keys[partition_id]),
-            len(waiting.running_keys[partition_id]),
-            len(waiting.finished_keys[partition_id]),
-            len(waiting.failure_keys[partition_id]),
-            len(waiting.partitions[partition_id]),
-        )
+        """Wait as verl does; raises TrainingHalted where nothing has changed for longer than ``patience_s``."""
+        own: Any = self
+        keys = (own.pending_keys, own.running_keys, own.finished_keys, own.failure_keys, own.partitions)
+        seen = tuple(len(each[partition_id]) for each in keys)
         now = time.monotonic()
         if seen != self._seen:
             self._seen, self._since = seen, now
@@ -102,13 +90,13 @@ class _Accounting:
 
 
 class BoundedReplayBuffer(_Accounting, ReplayBuffer):  # type: ignore[misc]
-    """Of a synchronous trainer: once its prompts are spent, a step takes the groups at hand."""
+    """For the synchronous trainer: after its last prompts, a step takes the groups that it has."""
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """A batch of ``batch_size`` groups, or of fewer where the step may draw no more prompts.
 
         Raises:
-            NothingToLearn: it may draw no more, and not one group can teach anything.
+            NothingToLearn: it may draw no more, and every group was all right or all wrong.
         """
         self._begin(batch_size)
         try:
@@ -123,7 +111,7 @@ class BoundedReplayBuffer(_Accounting, ReplayBuffer):  # type: ignore[misc]
         return batch, metrics
 
     def _wait_for_groups(self, global_steps: int, partition_id: str) -> int:
-        """How many groups can be trained on when all that was drawn has ended; the others are dropped."""
+        """Wait for all drawn prompts; the number of groups that can be trained on. The others are dropped."""
         last_debug_time = 0.0
         while True:
             self._sync_metadata_from_transfer_queue()
@@ -135,13 +123,13 @@ class BoundedReplayBuffer(_Accounting, ReplayBuffer):  # type: ignore[misc]
 
 
 class AccountingReplayBufferAsync(_Accounting, ReplayBufferAsync):  # type: ignore[misc]
-    """Of an asynchronous trainer, which always has a step's groups in flight: spent prompts end the run."""
+    """For asynchronous trainers, which always have a step's groups in flight: after the last prompts the run ends."""
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """A batch of ``batch_size`` groups.
 
         Raises:
-            NothingToLearn: the step may draw no more prompts, and has too few groups that can teach something.
+            NothingToLearn: the step may draw no more prompts, and has too few groups to train on.
         """
         self._begin(batch_size)
         try:

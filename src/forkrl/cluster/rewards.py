@@ -1,4 +1,4 @@
-"""Rewards by ForkRL's verifiers, in the place of verl's reward manager.
+"""Rewards by ForkRL's verifiers, instead of verl's reward manager.
 
 ``reward.reward_manager.source=importlib reward.reward_manager.module.path=pkg://forkrl.cluster.rewards
 reward.reward_manager.name=ForkRewardManager forkrl.verifiers=verifiers.json``
@@ -23,13 +23,11 @@ from forkrl.rewards import open_verifier
 
 
 class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types
-    """Judges responses in a pool of processes that can be killed (``forkrl.rewards``), one pool a reward worker.
+    """Scores responses in a pool of processes that can be killed (``forkrl.rewards``), one pool per reward worker.
 
     The reward is the verifier's score and DAPO's penalty for long responses. A verifier that hangs is killed at its
-    deadline: its response scores 0, and ``failure`` in the extra information says why.
-
-    Reads ``forkrl.verifiers`` and ``forkrl.stop_token_ids`` of verl's settings. Opening takes about a second and ends
-    the worker where a verifier cannot be loaded.
+    timeout: its response scores 0, and ``failure`` in the extra information says why. Reads ``forkrl.verifiers`` and
+    ``forkrl.stop_token_ids`` of verl's settings.
     """
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, **unused: Any) -> None:
@@ -43,10 +41,7 @@ class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships 
         atexit.register(self._pool.close)
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """Score and reward of one response, as verl's reward worker asks for them.
-
-        ``data`` is a DataProto of the outputs of one conversation; the last one is the response.
-        """
+        """Score and reward of one response: the last of the DataProto of a conversation's outputs."""
         item = data[len(data) - 1]
         responses_T = item.batch["responses"]
         length = int(item.batch["attention_mask"][-len(responses_T) :].sum())
@@ -54,16 +49,7 @@ class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships 
         finished = bool(ids) and ids[-1] in self._stop_ids
         text = response_text(self.tokenizer, ids, finished=finished)
         [verdict] = await asyncio.wrap_future(self._pool.submit([(read_prompt(item.non_tensor_batch), text)]))
-        return {
-            "reward_score": verdict.score + self._penalty(length),
-            "reward_extra_info": {
-                "acc": verdict.score,
-                "score": verdict.score,
-                "failure": verdict.failure,
-                "finished": finished,
-            },
-        }
-
-    def _penalty(self, length: int) -> float:
         longest, cache = self._judging.max_response_tokens, self._judging.reward.overlong_cache
-        return float(overlong_penalty(torch.tensor(length), longest, cache))
+        penalty, score = float(overlong_penalty(torch.tensor(length), longest, cache)), verdict.score
+        extra = {"acc": score, "score": score, "failure": verdict.failure, "finished": finished}
+        return {"reward_score": score + penalty, "reward_extra_info": extra}

@@ -1,12 +1,8 @@
-"""verl's trainers with forking tokens: chosen by ``trainer.v1.trainer_mode``, everything else stays verl's.
-
-    forkrl                  of verl's "sync"
-    forkrl_colocate_async   of "colocate_async"
-    forkrl_separate_async   of "separate_async"
+"""verl's trainers with forking tokens, selected by ``trainer.v1.trainer_mode``; everything else stays verl's.
 
 A step of verl's is: sample groups, balance them over the ranks, measure log-probs and entropies of the policy that
-sampled, advantages, update. Added are the selection over the whole batch after the advantages (other scopes are chosen
-in ``worker.py``), figures under the names of the local engine, and the run folder.
+sampled, advantages, update. Added are the selection over the rollout batch after the advantages (``worker.py`` selects
+in other scopes), metrics with the names of the local engine, and the run folder.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested
 
-# As modules: either may be what is importing verl, and thereby this module, and then has no names yet.
+# As modules: either may be what is importing verl, and thus this module, and then has no names yet.
 from forkrl.cluster import replay, worker
 from forkrl.cluster.figures import step_figures
 from forkrl.cluster.groups import in_file_order, read_groups, whole_groups
@@ -46,7 +42,7 @@ from forkrl.types import RolloutGroup
 
 
 class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
-    """What the three have in common; mixed in before one of verl's trainers."""
+    """Common to the three; mixed in before one of verl's trainers."""
 
     base_mode: ClassVar[str]
 
@@ -56,15 +52,10 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         try:
             refuse_unsupported(config, self.options)
             self._adopt(config)
-            self.record = (
-                Record(
-                    Path(self.options.run_folder),
-                    every=self.options.rollouts_every,
-                    sampled=self.options.rollouts_sampled,
-                )
-                if self.options.run_folder
-                else None
-            )
+            self.record: Record | None = None
+            if folder := self.options.run_folder:
+                every, sampled = self.options.rollouts_every, self.options.rollouts_sampled
+                self.record = Record(Path(folder), every=every, sampled=sampled)
             super().__init__(config)
         except Exception as error:
             note_end(self.options.run_folder, error, 0)
@@ -80,7 +71,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
             config.trainer.v1.sampler.sync_refill_failed_groups = True  # replay.py says which
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
-            # Where a micro-batch chooses by its own entropies. Otherwise the update does without computing them.
+            # A micro-batch that selects by its own entropies; otherwise the update does not compute them.
             if reads_current_entropy(self.options.selection) and self.options.scope in ("micro_batch", "sequence"):
                 config.actor_rollout_ref.actor.calculate_entropy = True
 
@@ -91,7 +82,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     # -- a run -------------------------------------------------------------------------------------------------------
 
     def fit(self, agent_loop_manager: Any) -> None:
-        """Train as verl does; where there is nothing more to learn, or a stop was asked for, save what is finished."""
+        """Train as verl does; save the finished steps where nothing is left to learn, or a stop was requested."""
         try:
             super().fit(agent_loop_manager)
         except (NothingToLearn, StopRequested) as error:
@@ -105,14 +96,14 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             raise
 
     def _save_finished(self) -> None:
-        """Save the steps before the one under way, which has changed no weights."""
+        """Save the steps before the current one, which has not changed the weights."""
         self.global_steps -= 1
         if self.global_steps > 0 and self._saved_step != self.global_steps and self.config.trainer.save_freq > 0:
-            self.checkpoint_manager.sleep_replicas()  # a save needs the room that samplers take
+            self.checkpoint_manager.sleep_replicas()  # a save needs the samplers' memory
             self._save_checkpoint()
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
-        """One step of verl's, and its figures under ForkRL's names, recorded before a checkpoint counts on them."""
+        """One step of verl's, and its metrics under ForkRL's names, recorded before a checkpoint relies on them."""
         if self.record is not None:
             self.record.begin_step()
         started = time.perf_counter()
@@ -194,7 +185,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         )
 
     def _select_in_batch(self, batch: KVBatchMeta) -> torch.Tensor:
-        """Over all tokens of all ranks, which are here in one place; nested ``[B, T]`` int8."""
+        """Over the tokens of all ranks; nested ``[B, T]`` int8."""
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy", "response_mask"]
         )
@@ -210,7 +201,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return batch
 
     def _marked_rows(self, batch: KVBatchMeta) -> list[int]:
-        """Of each sequence its own place where the workers are to tell of it, else -1: the first groups by name."""
+        """The row of each sequence that the workers report details of, else -1: the first groups by name."""
         if self.record is None or not self.record.wants_rows(self.global_steps):
             return [-1] * len(batch)
         own = [key.split("_")[0] for key in batch.keys]
@@ -219,12 +210,12 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return [row if uid in chosen else -1 for row, uid in enumerate(own)]
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The sampled responses with what the workers told of them."""
+        """The sampled responses with the workers' details."""
         keys = sorted(self._told)
         if not keys:
             return []
         groups = self._groups(keys, "train", per_token={"logprobs": "old_log_probs"}, with_text=True)
-        told = iter([self._told[key] for key in keys])  # sorted: the responses of a group follow each other
+        told = iter([self._told[key] for key in keys])  # sorted: the responses of a group are adjacent
         selected: list[list[bool]] = []
         for place, group in enumerate(groups):
             rollouts = []
@@ -248,22 +239,14 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             figures = {name: value for name, value in figures.items() if math.isfinite(value)}
             metrics |= {f"eval/{name}": value for name, value in figures.items()}
             if self.record is not None:
+                options, groups = self.options, self._validated
                 self.record.add_evaluation(
-                    self.global_steps,
-                    figures,
-                    self._validated,
-                    self.tokenizer,
-                    self.options.selection,
-                    self.options.seed,
+                    self.global_steps, figures, groups, self.tokenizer, options.selection, options.seed
                 )
         return metrics
 
     def _note_validated(self, batch: KVBatchMeta) -> None:
-        """Keep the responses of an evaluation, with their entropies, before verl forgets them.
-
-        Raises:
-            RuntimeError: there are none.
-        """
+        """Keep the responses of an evaluation, with their entropies; raises RuntimeError where there are none."""
         if not batch.keys:
             raise RuntimeError("no response of the evaluation could be sampled or judged; the log has the errors")
         per_token = self._measure_validation(batch) if self.base_mode == "sync" else {}
@@ -272,7 +255,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         self._validated += whole_groups(groups, self.config.actor_rollout_ref.rollout.val_kwargs.n)
 
     def _measure_validation(self, batch: KVBatchMeta) -> dict[str, str]:
-        """Entropies of held-out responses, at the temperature they were sampled at; names the fields they are in."""
+        """Measure entropies of held-out responses at their sampling temperature; the names of the fields."""
         rollout = self.config.actor_rollout_ref.rollout
         at_once = 1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu
         multiple = at_once * self.resource_pool_manager.get_n_gpus()
@@ -280,19 +263,15 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         padded = upsample_batch_to_divisible_size(alone, multiple, self.tokenizer.eos_token_id)
         temperature = float(rollout.val_kwargs.temperature) or 1.0
         padded.extra_info.update(calculate_entropy=True, compute_loss=False, temperature=temperature)
-        # As verl does around a reward model on the same GPUs: the samplers make room, and come back with the weights.
+        # As verl does for a reward model on the same GPUs: the samplers free their memory, and get the weights again.
         self.checkpoint_manager.sleep_replicas()
         self.actor_rollout_wg.compute_log_prob(padded)
         self.checkpoint_manager.update_weights(self.global_steps)
+        names = {"entropy": "entropy", "log_probs": "old_log_probs"}
         data = tq.kv_batch_get(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            select_fields=["entropy", "log_probs", "response_mask"],
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=[*names, "response_mask"]
         )
-        fields = {
-            "entropy": response_from_nested(data["entropy"], data["response_mask"]),
-            "old_log_probs": response_from_nested(data["log_probs"], data["response_mask"]),
-        }
+        fields = {new: response_from_nested(data[name], data["response_mask"]) for name, new in names.items()}
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
         )
@@ -310,13 +289,13 @@ class ForkTrainerSync(ForkTrainer, PPOTrainerSync):  # type: ignore[misc]
 
 @register_trainer("forkrl_colocate_async")
 class ForkTrainerColocateAsync(ForkTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
-    """Samples ahead on the same GPUs, with weights that are older by as much as verl allows."""
+    """Samples ahead on the same GPUs, with weights as old as verl allows."""
 
     base_mode = "colocate_async"
 
 
 @register_trainer("forkrl_separate_async")
 class ForkTrainerSeparateAsync(ForkTrainer, PPOTrainerSeparateAsync):  # type: ignore[misc]
-    """Samples ahead on GPUs of their own."""
+    """Samples ahead on separate GPUs."""
 
     base_mode = "separate_async"

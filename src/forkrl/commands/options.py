@@ -137,19 +137,19 @@ class PlanOptions(RecipeOptions):
     examples:
       forkrl plan recipes/verl/qwen3-8b.toml                    the recipe as it is, on H100s
       forkrl plan recipes/verl/qwen3-32b.toml cluster.nodes=2 --gpu h200 --mean-response 7000
-      forkrl plan recipes/small-gpu.toml --gpu rtx4090          one card, ForkRL's own loop
+      forkrl plan recipes/small-gpu.toml --gpu rtx4090          one GPU, ForkRL's own loop
       forkrl plan recipes/verl/qwen3-8b.toml --gpu-memory 94 --gpu-tflops 835 --gpu-bandwidth 3.9 --json
 
     From the shapes of the model alone: memory of each GPU in every phase of a step, what fits and which settings make
     the rest fit, operations and hours. Nothing is run and no weights are read. docs/plan.md has the formulas and what
-    they leave out. With --out DIR also plan.json and report.html.
+    they leave out.
     """
 
     gpu: str | None = option(None, "h100 (default), h200, a100-80, l40s, rtx4090, …", "NAME", GPU)
-    gpu_memory: float | None = option(None, "memory of another card, or in place of the named one's", "GIB", GPU)
+    gpu_memory: float | None = option(None, "memory of your GPU, or instead of the named one's", "GIB", GPU)
     gpu_tflops: float | None = option(None, "its dense bf16 rate in 10^12 operations per second", "T", GPU)
     gpu_bandwidth: float | None = option(None, "its memory bandwidth in 10^12 bytes per second", "TB", GPU)
-    mfu: float = option(0.4, "model FLOPs utilisation: share of the card's rate that training reaches", "X", GPU)
+    mfu: float = option(0.4, "model FLOPs utilisation: share of the GPU's rate that training reaches", "X", GPU)
     mean_response: float | None = option(
         None, "mean length of a response in tokens (default: half the limit)", "N", WORKLOAD
     )
@@ -165,7 +165,6 @@ class PlanOptions(RecipeOptions):
     )
     rollout_tokens_per_s: float | None = option(None, "measured rate of one GPU; replaces the estimate", "N", WORKLOAD)
     json: bool = option(False, "print the plan as JSON", None, OUTPUT)
-    out: Path | None = option(None, "write plan.json and report.html there", "DIR", OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)

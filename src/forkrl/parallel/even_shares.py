@@ -1,4 +1,4 @@
-"""What must come out even when a recipe is dealt to the GPUs of a cluster. Planning and launching both ask here."""
+"""Sizes of a recipe that the GPUs of a cluster must divide evenly; planning and launching both check them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from forkrl.errors import UserError
 
 
 def require_even_shares(config: TrainConfig) -> None:
-    """Check the sizes of a recipe against the GPUs that share its work.
-
-    Raises:
-        UserError: one that leaves a remainder.
-    """
+    """Raises UserError for a size of the recipe that its GPUs cannot share evenly."""
     cluster = config.cluster
     gpus = cluster.nodes * cluster.gpus_per_node
     for key in ("tensor_parallel", "sequence_parallel"):
@@ -30,11 +26,11 @@ def require_even_shares(config: TrainConfig) -> None:
     if responses % ranks:
         raise UserError(
             f"training.mini_batch_prompts x rollout.group_size = {responses} responses of a gradient step cannot be "
-            f"dealt evenly to {ranks} ranks (cluster.nodes x gpus_per_node / sequence_parallel); change one of them"
+            f"split evenly over {ranks} ranks (cluster.nodes x gpus_per_node / sequence_parallel); change one of them"
         )
     if config.training.micro_batch_tokens % cluster.sequence_parallel:
         raise UserError(
-            f"training.micro_batch_tokens = {config.training.micro_batch_tokens} cannot be dealt evenly to "
+            f"training.micro_batch_tokens = {config.training.micro_batch_tokens} cannot be split evenly over "
             f"cluster.sequence_parallel = {cluster.sequence_parallel} GPUs; take a multiple"
         )
     if cluster.sequence_parallel > 1 and config.model.precision != "bf16":

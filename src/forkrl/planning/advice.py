@@ -1,4 +1,4 @@
-"""Which settings make a recipe fit: found by planning it with each of them, alone and together."""
+"""Which settings make a recipe fit, or run faster: found by planning it with each of them, alone and together."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from typing import Any, NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.planning.cards import Card
-from forkrl.planning.compute import Assumptions
-from forkrl.planning.memory import full_length
-from forkrl.planning.plan import Plan, Timing, plan_memory, plan_time
+from forkrl.planning.compute import Assumptions, plan_time
+from forkrl.planning.gpus import Gpu
+from forkrl.planning.memory import Plan, full_length, plan_memory
 from forkrl.planning.shapes import ModelShape
 
-MOST_CHANGES = 3
-MOST_SHOWN = 3
-MOST_GPUS = 512
-WORTH_SAYING = 0.95
-"""A change is named where it leaves less than this of the time."""
+MAX_CHANGES, MAX_SHOWN, MAX_GPUS = 3, 3, 512
+FASTER = 0.95
+"""A change is named where it leaves less than this share of the time."""
 
 
 class Change(NamedTuple):
-    """A setting and what it would be."""
+    """A setting and its new value."""
 
     key: str
     value: Any
@@ -33,143 +30,102 @@ class Change(NamedTuple):
 
 
 class Remedy(NamedTuple):
-    """Changes that together make everything fit."""
+    """Changes with which everything fits."""
 
     changes: tuple[Change, ...]
     plan: Plan
 
-    @property
-    def gpus(self) -> int:
-        return self.plan.layout.gpus
-
-
-def find_remedies(config: TrainConfig, shape: ModelShape, card: Card) -> list[Remedy]:
-    """The fewest changes after which every phase fits: on as many GPUs, and on more of them.
-
-    Every value of every setting is tried, then every pair, then every three; of those that differ in their values
-    alone the mildest is kept. Settings that change what is computed (lengths, batch sizes, the selection) are left
-    alone. Empty: nothing that was tried helps.
-    """
-    same = _search(config, shape, card, more_gpus=False)
-    more = _on_cluster(config, shape, card)
-    if config.runtime.engine == "verl":
-        more = _search(config, shape, card, more_gpus=True)
-    enough = [set(remedy.changes) for remedy in same]
-    return [*same, *(remedy for remedy in more if not any(those <= set(remedy.changes) for those in enough))]
-
-
-def _on_cluster(config: TrainConfig, shape: ModelShape, card: Card) -> list[Remedy]:
-    """Ways for a recipe of the local engine: the same on verl, on a node at first."""
-    if config.runtime.engine == "verl" or config.training.backward != "dense":
-        return []
-    first: tuple[Change, ...] = (Change("runtime.engine", "verl"),)
-    if config.rollout.cuda_graphs:  # the local engine's alone; verl's samplers have their own
-        first = (Change("rollout.cuda_graphs", False), *first)
-    moves: tuple[Change, ...] = ()
-    for count in (2, 4, 8):
-        moves = (*first, Change("cluster.gpus_per_node", count))
-        if (moved := _first_fit(config, shape, card, [[move] for move in moves])) is not None:
-            return [moved]
-    base = changed(config, moves)
-    found = _search(base, shape, card, more_gpus=False) or _search(base, shape, card, more_gpus=True)
-    return [Remedy((*moves, *remedy.changes), remedy.plan) for remedy in found]
-
 
 class Faster(NamedTuple):
-    """Changes after which the run still fits and takes less time."""
+    """Changes with which the run still fits and takes less time."""
 
     changes: tuple[Change, ...]
-    timing: Timing
+    run_s: float
 
 
-def find_faster(
-    config: TrainConfig, shape: ModelShape, plan: Plan, timing: Timing, assumed: Assumptions
-) -> list[Faster]:
-    """The best value of each setting that saves time on the same GPUs, and the best pair of two, best first.
+def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Remedy]:
+    """The fewest changes after which every phase fits: on the same GPUs, then on more. Empty: none found.
 
-    Only what this package models is weighed: more sequences decoded together, layers that are not recomputed. How many
-    GPUs share a model or a sequence is left alone, since what they say to one another is not modelled.
+    Every value of every setting is tried, then every pair, then every three; of those that differ in their values
+    alone the mildest is kept. Settings that change the algorithm (lengths, batch sizes, the selection) stay.
     """
-    if timing.run_s is None or assumed.rollout_tokens_per_s is not None:
-        return []
-    choices = [values for values in _faster_choices(config) if values]
-    found = []
-    for number in (1, 2):
-        for settings in combinations(choices, number):
-            best = _quickest(config, shape, plan.card, assumed, settings)
-            if best is not None and (best.timing.run_s or 0) < WORTH_SAYING * timing.run_s:
-                found.append(best)
-    found.sort(key=lambda each: each.timing.run_s or 0)
-    kept: list[Faster] = []
-    for each in found:  # a pair has to be better than either of its two alone
-        if all(
-            (each.timing.run_s or 0) < WORTH_SAYING * (other.timing.run_s or 0)
-            for other in found
-            if len(other.changes) < len(each.changes) and {c.key for c in other.changes} < {c.key for c in each.changes}
-        ):
-            kept.append(each)
-    return kept[:MOST_SHOWN]
-
-
-def _quickest(
-    config: TrainConfig, shape: ModelShape, card: Card, assumed: Assumptions, settings: Iterable[Sequence[Change]]
-) -> Faster | None:
-    best: Faster | None = None
-    for changes in product(*settings):
-        other = changed(config, changes)
-        try:
-            plan = plan_memory(other, shape, card)
-        except UserError:  # sizes that do not divide
-            continue
-        if not plan.fits:
-            continue
-        timing = plan_time(other, plan, assumed)
-        if timing.run_s is not None and (best is None or timing.run_s < 0.999 * (best.timing.run_s or 0)):
-            best = Faster(changes, timing)
-    return best
-
-
-def _faster_choices(config: TrainConfig) -> Iterator[list[Change]]:
-    if config.model.gradient_checkpointing:
-        yield [Change("model.gradient_checkpointing", False)]
-    yield [Change("rollout.max_sequences", size) for size in _doubles(config.rollout.max_sequences, 1024)]
+    same = _search(config, shape, gpu, more_gpus=False)
     if config.runtime.engine == "verl":
-        cluster = config.cluster
-        if not cluster.offload:
-            yield [Change("cluster.offload", True)]
-        yield [Change("cluster.gpu_memory", share / 100) for share in range(30, 90, 5)]
+        more = _search(config, shape, gpu, more_gpus=True)
+    else:
+        more = _on_cluster(config, shape, gpu) if config.training.backward == "dense" else []
+    enough = [set(remedy.changes) for remedy in same]
+    return [*same, *(remedy for remedy in more if not any(changes <= set(remedy.changes) for changes in enough))]
 
 
-def _search(config: TrainConfig, shape: ModelShape, card: Card, *, more_gpus: bool) -> list[Remedy]:
+def _on_cluster(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Remedy]:
+    """The recipe of the local engine on verl: on one node if it fits there."""
+    graphs = [Change("rollout.cuda_graphs", False)] * config.rollout.cuda_graphs  # the local engine's alone
+    moves = tuple(
+        (*graphs, Change("runtime.engine", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)
+    )
+    if found := list(_fitting(config, shape, gpu, moves)):
+        return found[:1]
+    base = changed(config, moves[-1])
+    found = _search(base, shape, gpu, more_gpus=False) or _search(base, shape, gpu, more_gpus=True)
+    return [Remedy((*moves[-1], *remedy.changes), remedy.plan) for remedy in found]
+
+
+def _search(config: TrainConfig, shape: ModelShape, gpu: Gpu, *, more_gpus: bool) -> list[Remedy]:
     choices = [values for values in _choices(config, more_gpus=more_gpus) if values]
-    for number in range(1, MOST_CHANGES + 1):
+    for number in range(1, MAX_CHANGES + 1):
         found = []
         for settings in combinations(choices, number):
-            growing = any(setting[0].key in ("cluster.nodes", "cluster.gpus_per_node") for setting in settings)
-            if growing == more_gpus and (remedy := _first_fit(config, shape, card, settings)) is not None:
+            growing = any(values[0].key in ("cluster.nodes", "cluster.gpus_per_node") for values in settings)
+            remedies = _fitting(config, shape, gpu, product(*settings)) if growing == more_gpus else ()
+            if remedy := min(remedies, key=lambda each: each.plan.layout.gpus, default=None):
                 found.append(remedy)
         if found:
-            return sorted(found, key=lambda remedy: remedy.gpus)[:MOST_SHOWN]
+            return sorted(found, key=lambda remedy: remedy.plan.layout.gpus)[:MAX_SHOWN]
     return []
 
 
-def _first_fit(
-    config: TrainConfig, shape: ModelShape, card: Card, settings: Iterable[Sequence[Change]]
-) -> Remedy | None:
-    """The mildest values of these settings that make everything fit; of several, those on the fewest GPUs."""
-    best: Remedy | None = None
-    for changes in product(*settings):
+def find_faster(
+    config: TrainConfig, shape: ModelShape, gpu: Gpu, run_s: float | None, assumed: Assumptions
+) -> list[Faster]:
+    """The best value of each setting that saves time on the same GPUs, and the best pairs, fastest first.
+
+    Only what is modelled is weighed: more sequences decoded together, layers that are not recomputed. Parallelism
+    stays, since communication is not modelled.
+    """
+    if run_s is None or assumed.rollout_tokens_per_s is not None:
+        return []
+    best: dict[tuple[str, ...], Faster] = {}
+    choices = [values for values in _faster_choices(config) if values]
+    for settings in (group for number in (1, 2) for group in combinations(choices, number)):
+        keys = tuple(values[0].key for values in settings)
+        limit = min([run_s, *(best[key,].run_s for key in keys if (key,) in best)])  # a pair beats both of its parts
+        timed = [
+            Faster(remedy.changes, seconds)
+            for remedy in _fitting(config, shape, gpu, product(*settings))
+            if (seconds := plan_time(changed(config, remedy.changes), remedy.plan, assumed).run_s) is not None
+        ]
+        found = min(timed, key=lambda each: float(f"{each.run_s:.3g}"), default=None)
+        if found and found.run_s < FASTER * limit:
+            best[keys] = found
+    return sorted(best.values(), key=lambda each: each.run_s)[:MAX_SHOWN]
+
+
+def _fitting(
+    config: TrainConfig, shape: ModelShape, gpu: Gpu, variants: Iterable[tuple[Change, ...]]
+) -> Iterator[Remedy]:
+    """Those of the variants with which everything fits."""
+    for changes in variants:
         try:
-            plan = plan_memory(changed(config, changes), shape, card)
-        except UserError:  # sizes that do not divide: not a way to run it
+            plan = plan_memory(changed(config, changes), shape, gpu)
+        except UserError:  # sizes that do not divide: such a run is not possible
             continue
-        if plan.fits and (best is None or plan.layout.gpus < best.gpus):
-            best = Remedy(changes, plan)
-    return best
+        if plan.fits:
+            yield Remedy(changes, plan)
 
 
 def changed(config: TrainConfig, changes: Iterable[Change]) -> TrainConfig:
-    """The recipe with other settings; they are of the kind that the recipe has, so they are not validated again."""
+    """The recipe with other settings; their values are known to be valid."""
     for change in changes:
         section, _, name = change.key.partition(".")
         table = getattr(config, section).model_copy(update={name: change.value})
@@ -179,41 +135,45 @@ def changed(config: TrainConfig, changes: Iterable[Change]) -> TrainConfig:
 
 def _choices(config: TrainConfig, *, more_gpus: bool) -> Iterator[list[Change]]:
     """The values to try of each setting, from the mildest on."""
+    cluster, longest = config.cluster, full_length(config)
     if not config.model.gradient_checkpointing and config.training.backward == "dense":
         yield [Change("model.gradient_checkpointing", True)]
     # Where tokens are selected within a micro-batch, its size is part of the method.
-    if config.selection.scope != "micro_batch" and config.training.micro_batch_tokens > (
-        longest := full_length(config)
-    ):
+    if config.selection.scope != "micro_batch" and config.training.micro_batch_tokens > longest:
         yield [Change("training.micro_batch_tokens", longest)]
     if config.runtime.engine == "local":
-        yield [Change("rollout.max_sequences", size) for size in _halves(config.rollout.max_sequences)]
+        sizes = [config.rollout.max_sequences >> power for power in range(1, config.rollout.max_sequences.bit_length())]
+        yield _values("rollout.max_sequences", sizes)
         return
-    cluster = config.cluster
     if not cluster.offload:
         yield [Change("cluster.offload", True)]
-    within = _doubles(cluster.sequence_parallel, cluster.gpus_per_node)  # between nodes it would crawl
-    yield [Change("cluster.sequence_parallel", size) for size in within]
-    yield [Change("cluster.tensor_parallel", size) for size in _doubles(cluster.tensor_parallel, 8)]
-    shares = [share / 100 for share in range(30, 90, 5)]
-    nearest = sorted(shares, key=lambda share: abs(share - cluster.gpu_memory))
-    yield [Change("cluster.gpu_memory", share) for share in nearest if share != cluster.gpu_memory]
+    # Sequence parallelism between nodes would be slow.
+    yield _values("cluster.sequence_parallel", _doubles(cluster.sequence_parallel, cluster.gpus_per_node))
+    yield _values("cluster.tensor_parallel", _doubles(cluster.tensor_parallel, 8))
+    shares = [share for share in _SHARES if share != cluster.gpu_memory]
+    yield _values("cluster.gpu_memory", sorted(shares, key=lambda share: abs(share - cluster.gpu_memory)))
     if more_gpus:
         if cluster.nodes == 1:
-            yield [Change("cluster.gpus_per_node", count) for count in _doubles(cluster.gpus_per_node, 8)]
-        most = MOST_GPUS // cluster.gpus_per_node
-        yield [Change("cluster.nodes", count) for count in _doubles(cluster.nodes, most)]
+            yield _values("cluster.gpus_per_node", _doubles(cluster.gpus_per_node, 8))
+        yield _values("cluster.nodes", _doubles(cluster.nodes, MAX_GPUS // cluster.gpus_per_node))
+
+
+def _faster_choices(config: TrainConfig) -> Iterator[list[Change]]:
+    if config.model.gradient_checkpointing:
+        yield [Change("model.gradient_checkpointing", False)]
+    yield _values("rollout.max_sequences", _doubles(config.rollout.max_sequences, 1024))
+    if config.runtime.engine == "verl":
+        if not config.cluster.offload:
+            yield [Change("cluster.offload", True)]
+        yield _values("cluster.gpu_memory", _SHARES)
+
+
+_SHARES = [share / 100 for share in range(30, 90, 5)]
+
+
+def _values(key: str, values: Sequence[float]) -> list[Change]:
+    return [Change(key, value) for value in values]
 
 
 def _doubles(value: int, most: int) -> list[int]:
-    found = []
-    while (value := 2 * value) <= most:
-        found.append(value)
-    return found
-
-
-def _halves(value: int) -> list[int]:
-    found = []
-    while value > 1:
-        found.append(value := value // 2)
-    return found
+    return [value << power for power in range(1, most.bit_length() + 1) if value << power <= most]

@@ -1,29 +1,59 @@
 """Bytes of one GPU in each phase of a step, and of a node's main memory.
 
-Both engines train fp32 weights with fp32 gradients and AdamW: 4 + 4 + 8 bytes a parameter. verl shards them over all
-GPUs (FSDP2 with reshard after forward, ZeRO stage 3) and gathers a layer at a time in the precision of the products.
+Both engines train fp32 weights with fp32 gradients and AdamW: 4 + 4 + 8 bytes per parameter. verl shards them over all
+GPUs (FSDP2 with reshard after forward, ZeRO stage 3) and gathers a layer at a time in the compute precision.
+
+Activations are counted as in Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), adapted to SwiGLU, grouped
+queries, RMSNorm as ``transformers`` writes it (it saves an fp32 copy of its input), no dropout, and FlashAttention,
+which saves its output and one logarithm per query. tests/unit/test_plan_measured.py compares with what PyTorch saves.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from forkrl.config import TrainConfig
-from forkrl.planning.activations import kept_in_all
-from forkrl.planning.cards import GIB, Card
-from forkrl.planning.layout import Layout, share_with_gradients, training_arithmetic
+from forkrl.errors import UserError
+from forkrl.parallel.even_shares import require_even_shares
+from forkrl.planning.gpus import GIB, Gpu
 from forkrl.planning.shapes import ModelShape
 
 HEADROOM = 0.1
-"""Share of a card that a plan leaves to what is not modelled."""
+"""Share of a GPU's memory left to what is not modelled."""
 ENGINE_WORKSPACE = 2 * GIB
 """Assumed for activations, sampled logits and CUDA graphs of the sampling engine, within its share."""
 ENTROPY_CHUNK = 2048
 """Tokens whose logits verl converts to fp32 at a time for their entropy (entropy_from_logits_chunk_size)."""
 TILE_BYTES = 64 * 2**20
-"""Logits of ForkRL's own head, of which three tiles exist at once (forkrl.token_stats)."""
+"""A tile of logits in ForkRL's own head; three exist at once (forkrl.head)."""
 CACHE_GROWTH = 1.5
 """The local engine's cache grows by half when it is full."""
+
+Arithmetic = Literal["bf16", "autocast", "fp32"]
+"""Of the training pass: bf16 weights (FSDP2's mixed precision), fp32 weights under bf16 autocast, or all fp32."""
+
+
+FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
+
+
+class Layout(NamedTuple):
+    """GPUs of a run and what they share. The local engine has one."""
+
+    nodes: int
+    gpus_per_node: int
+    tensor_parallel: int
+    sequence_parallel: int
+    sharded: bool
+    """Weights, gradients and optimizer state are spread over all GPUs (FSDP2, by verl)."""
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model that sample."""
+        return self.gpus // self.tensor_parallel
 
 
 class Item(NamedTuple):
@@ -51,11 +81,9 @@ class RolloutFit(NamedTuple):
     cache_per_token: float
     """Bytes of the KV cache of one token, on each GPU of a replica."""
     cache: float
-    """Bytes that the cache has, on each GPU of a replica; may be below 0."""
+    """Bytes available to the cache on each GPU of a replica; may be below 0."""
     full_length: int
     """Tokens of the longest prompt with the longest response."""
-    room_full: int
-    """Sequences of full length that the cache of a replica holds."""
     limit: int
     """rollout.max_sequences."""
     replicas: int
@@ -63,200 +91,272 @@ class RolloutFit(NamedTuple):
     """Bytes of each GPU that sampling may take in all."""
 
     @property
+    def room_full(self) -> int:
+        """Sequences of full length that a replica's cache holds."""
+        return max(0, int(self.cache // (self.full_length * self.cache_per_token)))
+
+    @property
     def at_once(self) -> int:
         """Sequences of full length that all replicas decode at once."""
         return min(self.room_full, self.limit) * self.replicas
+
+
+class Plan(NamedTuple):
+    """What a run needs."""
+
+    shape: ModelShape
+    layout: Layout
+    gpu: Gpu
+    phases: tuple[Phase, ...]
+    host: tuple[Phase, ...]
+    rollout: RolloutFit
+
+    def verdict(self, phase: Phase) -> str:
+        """Of one phase, against the GPU's memory."""
+        if phase.num_bytes > self.gpu.memory or (phase.name == "rollout" and not self.rollout.room_full):
+            return TOO_LARGE
+        return TIGHT if phase.num_bytes > (1 - HEADROOM) * self.gpu.memory else FITS
+
+    def why(self, phase: Phase) -> str:
+        """What the sum of a phase does not show."""
+        if phase.name != "rollout" or self.rollout.room_full:
+            return ""
+        one = in_gib(self.rollout.cache_per_token * self.rollout.full_length)
+        if not self.layout.sharded:
+            return f": after the rest there is no room for one sequence ({one})"
+        share = in_gib(self.rollout.share)
+        return f": the sampling engine's share, {share}, does not hold its weights and one sequence ({one})"
+
+    @property
+    def fits(self) -> bool:
+        """Every phase, with the headroom."""
+        return all(self.verdict(phase) == FITS for phase in self.phases)
+
+
+def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
+    """The memory of a recipe; raises UserError for sizes that do not divide one another, or the model's heads."""
+    layout = _find_layout(config, shape)
+    phases, fit = _find_phases(config, shape, layout, gpu)
+    return Plan(shape, layout, gpu, phases, _find_host(config, shape, layout), fit)
+
+
+def _find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
+    """Raises UserError where a size does not divide another, or the model's heads."""
+    if config.runtime.engine == "local":
+        return Layout(1, 1, 1, 1, sharded=False)
+    require_even_shares(config)
+    cluster, heads, kv_heads = config.cluster, shape.heads, shape.kv_heads
+    for key in ("tensor_parallel", "sequence_parallel"):
+        value = getattr(cluster, key)
+        if heads % value:
+            raise UserError(
+                f"cluster.{key} = {value} does not divide the {heads} query heads; choose a divisor of {heads}"
+            )
+        if kv_heads % value and value % kv_heads:
+            raise UserError(
+                f"cluster.{key} = {value} is neither a divisor nor a multiple of the {kv_heads} key-value heads; "
+                f"choose a divisor of {kv_heads}"
+            )
+    return Layout(
+        cluster.nodes, cluster.gpus_per_node, cluster.tensor_parallel, cluster.sequence_parallel, sharded=True
+    )
 
 
 def product_bytes(config: TrainConfig) -> int:
     return 4 if config.model.precision == "fp32" else 2
 
 
-def find_phases(config: TrainConfig, shape: ModelShape, layout: Layout, card: Card) -> tuple[Phase, ...]:
-    """Every phase of a step on one GPU."""
-    state = _training_state(shape, layout)
-    if layout.sharded:
-        update = (
-            *state,
-            *_gathered(config, shape),
-            _activations(config, shape, layout),
-            _logits(config, shape, layout),
-        )
-        rollout = _sharing_rollout(config, shape, layout, card)
-    else:
-        update = (
-            *state,
-            *_local_extras(config, shape),
-            _activations(config, shape, layout),
-            _tiled_head(config, shape),
-        )
-        rollout = _local_rollout(config, shape)
-    temporary = Item("temporaries of AdamW", 4 * shape.parameters / layout.gpus, "PyTorch's foreach: once the weights")
-    return Phase("rollout", rollout), Phase("update", update), Phase("optimizer step", (*state, temporary))
+def full_length(config: TrainConfig) -> int:
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
 
 
-def _training_state(shape: ModelShape, layout: Layout) -> tuple[Item, ...]:
+def selected_share(config: TrainConfig) -> float:
+    """rho, or 1: what share a threshold selects is not known in advance."""
+    return 1.0 if config.selection.rule in ("all", "threshold") else config.selection.ratio
+
+
+def share_with_gradients(config: TrainConfig) -> float:
+    """The fraction of a micro-batch's tokens that ``training.backward = "forks_only"`` runs with gradients."""
+    if config.training.backward == "dense":
+        return 1.0
+    prompt = config.rollout.max_prompt_tokens / full_length(config) if config.forks_only.prompt else 0.0
+    chosen = selected_share(config)
+    return min(1.0, chosen + (1 - chosen) * config.forks_only.sampled + prompt)
+
+
+def _find_phases(
+    config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu
+) -> tuple[tuple[Phase, ...], RolloutFit]:
+    """Every phase of a step on one GPU, and the room for sequences in the rollout's cache."""
     number, note = shape.parameters / layout.gpus, f"sharded over {layout.gpus}" if layout.gpus > 1 else ""
-    return (
+    state = (
         Item("weights, fp32", 4 * number, note),
         Item("gradients, fp32", 4 * number, note),
         Item("Adam's averages, fp32", 8 * number, note),
     )
+    if layout.sharded:
+        update, (rollout, fit) = _verl_update(config, shape, layout), _verl_rollout(config, shape, layout, gpu)
+    else:
+        update, (rollout, fit) = _local_update(config, shape, layout), _local_rollout(config, shape, layout, gpu)
+    adamw = Item("temporaries of AdamW", 4 * number, "PyTorch's foreach: once the weights")
+    phases = Phase("rollout", rollout), Phase("update", (*state, *update)), Phase("optimizer step", (*state, adamw))
+    return phases, fit
 
 
-def _gathered(config: TrainConfig, shape: ModelShape) -> tuple[Item, ...]:
-    """FSDP2's units are the layers, the embedding and the head; a tied embedding stays gathered with the root."""
+def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Item, ...]:
+    """FSDP2's units are the layers, the embedding and the head; a tied embedding stays gathered with the root.
+
+    verl holds the logits of all tokens, and a separate gradient where entropy is measured in the same pass: log-probs
+    are computed by FlashAttention's cross entropy in place, entropy in fp32, a chunk of tokens at a time.
+    """
     size, layer, embedding = product_bytes(config), shape.layer_parameters, shape.embedding_parameters
     largest = max(layer, embedding)
     gathered = 2 * layer + embedding if shape.tied else layer + largest
+    tokens, selection = config.training.micro_batch_tokens / layout.sequence_parallel, config.selection
+    by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
+    entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_coef != 0
+    copies = 1 + int(entropy_too) + int(config.rollout.temperature != 1)
+    chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary
+    what = "with their gradient, " if entropy_too else ""
+    note = f"{tokens:,.0f} tokens x {shape.vocabulary:,}, {what}and fp32 of {ENTROPY_CHUNK:,} tokens at a time"
     return (
-        Item("gathered weights", size * gathered, "one unit at work and the next, in the products' precision"),
+        Item("gathered weights", size * gathered, "the current unit and the next, in the compute precision"),
         Item("gradients before reduction", (size + 4) * largest, "of one unit, and its fp32 copy for the sum"),
+        _activations(config, shape, layout, "bf16"),
+        Item("logits", copies * tokens * shape.vocabulary * size + chunk, note),
     )
 
 
-def _local_extras(config: TrainConfig, shape: ModelShape) -> tuple[Item, ...]:
-    extras = []
+def _local_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Item, ...]:
+    tile = min(TILE_BYTES, 4 * config.training.micro_batch_tokens * shape.vocabulary)
+    gradient = 4 * shape.embedding_parameters  # bf16: a copy and its gradient; fp32: the gradient
+    items = [
+        _activations(config, shape, layout, "autocast"),
+        Item("head, in tiles", 3 * tile + gradient, "logits are never complete; the head's gradient"),
+    ]
+    if config.loss.kl_coef:
+        items.insert(0, Item("reference policy, fp32", 4 * shape.parameters, "loss.kl_coef is above 0"))
     if config.model.precision == "bf16":
         copy = 2 * shape.layers * shape.layer_matrices
-        extras.append(Item("weights, bf16", copy, "autocast's copies, kept from forward to backward"))
-    if config.loss.kl_coef:
-        extras.append(Item("reference policy, fp32", 4 * shape.parameters, "loss.kl_coef is above 0"))
-    return tuple(extras)
+        items.insert(0, Item("weights, bf16", copy, "autocast's copies, kept from forward to backward"))
+    return tuple(items)
 
 
-def tokens_at_once(config: TrainConfig, layout: Layout) -> float:
-    """Tokens of a micro-batch that one GPU runs."""
-    return config.training.micro_batch_tokens / layout.sequence_parallel
-
-
-def _activations(config: TrainConfig, shape: ModelShape, layout: Layout) -> Item:
+def _activations(config: TrainConfig, shape: ModelShape, layout: Layout, in_bf16: Arithmetic) -> Item:
     checkpointing, share = config.model.gradient_checkpointing, share_with_gradients(config)
+    arithmetic: Arithmetic = "fp32" if config.model.precision == "fp32" else in_bf16
     attention = 4 if config.runtime.device == "cpu" else None
-    a_token = kept_in_all(shape, training_arithmetic(config), checkpointing=checkpointing, attention_bytes=attention)
-    tokens = tokens_at_once(config, layout)
-    num_bytes, note = tokens * share * a_token, f"{tokens:,.0f} tokens"
+    per_token = saved_bytes(shape, arithmetic, checkpointing=checkpointing, attention_bytes=attention)
+    tokens = config.training.micro_batch_tokens / layout.sequence_parallel
+    num_bytes, note = tokens * share * per_token, f"{tokens:,.0f} tokens"
     if share < 1:
         num_bytes += tokens * shape.kv_numbers * product_bytes(config)
         note = f"{share:.0%} of {tokens:,.0f} tokens with gradients, keys and values of all"
     return Item("activations", num_bytes, note + (", layers recomputed" if checkpointing else ""))
 
 
-def _logits(config: TrainConfig, shape: ModelShape, layout: Layout) -> Item:
-    """verl holds the logits of all tokens, and their gradient apart where entropy was measured in the same pass.
-
-    Log-probs are taken by FlashAttention's cross entropy, in place; entropy in fp32, a chunk of tokens at a time.
-    """
-    tokens, size = tokens_at_once(config, layout), product_bytes(config)
-    copies = 1 + int(reads_current_entropy(config)) + int(config.rollout.temperature != 1)
-    chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary
-    what = "with their gradient, " if reads_current_entropy(config) else ""
-    note = f"{tokens:,.0f} tokens x {shape.vocabulary:,}, {what}and fp32 of {ENTROPY_CHUNK:,} tokens at a time"
-    return Item("logits", copies * tokens * shape.vocabulary * size + chunk, note)
+def saved_bytes(
+    shape: ModelShape, arithmetic: Arithmetic, *, checkpointing: bool, attention_bytes: int | None = None
+) -> int:
+    """Bytes per token at the peak; with checkpointing one layer is complete, the others are their inputs."""
+    layer = layer_bytes(shape, arithmetic, attention_bytes)
+    inputs = shape.layers * stream_bytes(shape, arithmetic) + layer
+    return (inputs if checkpointing else shape.layers * layer) + outside_bytes(shape, arithmetic)
 
 
-def reads_current_entropy(config: TrainConfig) -> bool:
-    """Whether a gradient step measures entropies, for the selection or for a bonus."""
-    selection = config.selection
-    by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
-    return (by_entropy and selection.entropy == "current") or config.loss.entropy_coef != 0
+def layer_bytes(shape: ModelShape, arithmetic: Arithmetic, attention_bytes: int | None = None) -> int:
+    """Bytes that one layer saves per token; ``attention_bytes`` of a number where attention runs in fp32 on a CPU."""
+    product = 4 if arithmetic == "fp32" else 2
+    attention = attention_bytes or product
+    norms = {
+        # An fp32 copy of the input, the normalised input before its scale, the result that the products save.
+        "bf16": 2 * (4 + 2 + 2),
+        # The input is fp32 itself; each product saves its own bf16 copy: three for attention, two for the MLP.
+        "autocast": 2 * (4 + 4) + (3 + 2) * 2,
+        "fp32": 2 * (4 + 4 + 4),
+    }[arithmetic] * shape.hidden
+    normalised = 4 + product if shape.qk_norm else 0
+    queries_and_keys = (normalised + attention) * (shape.query_width + shape.kv_width)
+    # Attention and the product after it both save the output: one tensor where they have the same precision.
+    output = attention if attention == product else attention + product
+    values_and_output = attention * shape.kv_width + output * shape.query_width
+    per_row = 4 * shape.heads + 2 * 4 + (4 * (shape.heads + shape.kv_heads) if shape.qk_norm else 0)
+    return norms + queries_and_keys + values_and_output + per_row + 4 * product * shape.intermediate
 
 
-def _tiled_head(config: TrainConfig, shape: ModelShape) -> Item:
-    """ForkRL's head holds tiles of logits; its weight is converted, and its gradient made, beside them."""
-    whole = 4 * config.training.micro_batch_tokens * shape.vocabulary
-    beside = 4 * shape.embedding_parameters  # bf16: a copy and its gradient; fp32: the gradient
-    return Item("head, in tiles", 3 * min(TILE_BYTES, whole) + beside, "logits are never whole; the head's gradient")
+def outside_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
+    """Bytes per token saved by the last norm, the head's input, the rotary tables and the token id."""
+    norm = {"bf16": 4 + 2 + 2, "autocast": 4 + 4 + 2, "fp32": 4 + 4 + 4}[arithmetic] * shape.hidden
+    return norm + 2 * (2 if arithmetic == "bf16" else 4) * shape.head_dim + 8
 
 
-def _sharing_rollout(config: TrainConfig, shape: ModelShape, layout: Layout, card: Card) -> tuple[Item, ...]:
-    """The sampling engine has its share of the card; what training keeps there stands beside it."""
-    weights, budget = _engine_weights(config, shape, layout), config.cluster.gpu_memory * card.memory
-    parallel = layout.tensor_parallel
-    cache = max(0.0, budget - weights - ENGINE_WORKSPACE)
+def stream_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
+    """Bytes of one token between two layers: what gradient checkpointing saves of each."""
+    return shape.hidden * (2 if arithmetic == "bf16" else 4)
+
+
+def _verl_rollout(
+    config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu
+) -> tuple[tuple[Item, ...], RolloutFit]:
+    """The sampling engine has its share of the GPU; what training keeps there comes on top."""
+    parallel, size = layout.tensor_parallel, product_bytes(config)
+    weights, share = size * shape.parameters / parallel, config.cluster.gpu_memory * gpu.memory
+    cache = share - weights - ENGINE_WORKSPACE
+    shared = f"shared by {parallel} GPUs" if parallel > 1 else ""
     items = [
-        Item(
-            f"sampling weights, {config.model.precision}", weights, f"shared by {parallel} GPUs" if parallel > 1 else ""
-        ),
+        Item(f"sampling weights, {config.model.precision}", weights, shared),
         Item("sampling workspace", float(ENGINE_WORKSPACE), "assumed"),
-        Item("KV cache", cache, f"the rest of cluster.gpu_memory = {config.cluster.gpu_memory:g} of the card"),
+        Item("KV cache", max(0.0, cache), f"the rest of cluster.gpu_memory = {config.cluster.gpu_memory:g} of the GPU"),
     ]
     if not config.cluster.offload:
-        items.append(
-            Item("training state", 12 * shape.parameters / layout.gpus, "weights and Adam; gradients are freed")
-        )
-    return tuple(items)
+        state = 12 * shape.parameters / layout.gpus
+        items.append(Item("training state", state, "weights and Adam; gradients are freed"))
+    # With more GPUs than key-value heads, each head is repeated.
+    per_token = shape.kv_numbers * size / min(parallel, shape.kv_heads)
+    limit = config.rollout.max_sequences
+    return tuple(items), RolloutFit(per_token, cache, full_length(config), limit, layout.replicas, share)
 
 
-def _engine_weights(config: TrainConfig, shape: ModelShape, layout: Layout) -> float:
-    return product_bytes(config) * shape.parameters / layout.tensor_parallel
-
-
-def _local_rollout(config: TrainConfig, shape: ModelShape) -> tuple[Item, ...]:
-    size, sequences = product_bytes(config), local_sequences(config)
-    cache = sequences * full_length(config) * shape.kv_numbers * size * _room(config)
-    room = "in buffers of full length" if config.rollout.cuda_graphs else "with room to grow"
+def _local_rollout(
+    config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu
+) -> tuple[tuple[Item, ...], RolloutFit]:
+    size, graphs, dynamic = product_bytes(config), config.rollout.cuda_graphs, config.dynamic_sampling
+    prompts = (dynamic.enabled and dynamic.generation_prompts) or config.rollout.prompts_per_step
+    sequences = min(config.rollout.max_sequences, prompts * config.rollout.group_size)
     items = [
         Item("weights, fp32", 4 * shape.parameters),
         Item("Adam's averages, fp32", 8 * shape.parameters, "gradients are freed"),
-        Item("stacked layers", size * shape.layers * shape.layer_matrices, "the sampler's copy, while a batch decodes"),
-        Item("KV cache", cache, f"{sequences} sequences of {full_length(config):,} tokens, {room}"),
+        Item("stacked layers", size * shape.layers * shape.layer_matrices, "the sampler's copy while a batch decodes"),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
-    if config.rollout.cuda_graphs and size < 4:
-        items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy, while a step decodes"))
+    if graphs and size < 4:
+        items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy while a step decodes"))
     if config.loss.kl_coef:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
-    return tuple(items)
+    length, growth = full_length(config), 1.0 if graphs else CACHE_GROWTH
+    share, per_token = (1 - HEADROOM) * gpu.memory, shape.kv_numbers * size
+    cache = (share - sum(item.num_bytes for item in items)) / growth
+    room = "in buffers of full length" if graphs else "with room to grow"
+    wanted = sequences * length * per_token * growth
+    items.append(Item("KV cache", wanted, f"{sequences} sequences of {length:,} tokens, {room}"))
+    return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, layout.replicas, share)
 
 
-def _room(config: TrainConfig) -> float:
-    """What the local engine's cache takes, of what it holds at most."""
-    return 1.0 if config.rollout.cuda_graphs else CACHE_GROWTH
-
-
-def local_sequences(config: TrainConfig) -> int:
-    """Sequences that the local engine decodes at once: as many as it is told, if a step has as many."""
-    prompts = config.rollout.prompts_per_step
-    if config.dynamic_sampling.enabled and config.dynamic_sampling.generation_prompts:
-        prompts = config.dynamic_sampling.generation_prompts
-    return min(config.rollout.max_sequences, prompts * config.rollout.group_size)
-
-
-def full_length(config: TrainConfig) -> int:
-    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-
-
-def fit_rollout(config: TrainConfig, shape: ModelShape, layout: Layout, card: Card) -> RolloutFit:
-    """Room for sequences in what the cache may have."""
-    # Heads of keys and values beyond those that there are, are repeated.
-    a_token = shape.kv_numbers * product_bytes(config) / min(layout.tensor_parallel, shape.kv_heads)
-    if layout.sharded:
-        share = config.cluster.gpu_memory * card.memory
-        cache = share - _engine_weights(config, shape, layout) - ENGINE_WORKSPACE
-    else:
-        others = sum(item.num_bytes for item in _local_rollout(config, shape) if item.name != "KV cache")
-        share = (1 - HEADROOM) * card.memory
-        cache = (share - others) / _room(config)
-    length = full_length(config)
-    room = max(0, int(cache // (length * a_token)))
-    return RolloutFit(a_token, cache, length, room, config.rollout.max_sequences, layout.replicas, share)
-
-
-def find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:
+def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:
     """Main memory of one node while the model is loaded, and while the GPUs sample."""
-    copies, note = 1, ""
+    copies, note = 1, "on the first node" if layout.nodes > 1 else ""
     if layout.sharded and shape.tied:
-        copies, note = layout.gpus_per_node, "with tied embeddings verl reads it once for each GPU"
-    elif layout.nodes > 1:
-        note = "on the first node"
+        copies, note = layout.gpus_per_node, "with tied embeddings verl reads it once per GPU"
     phases = [Phase("main memory, loading", (Item("model, fp32", 4.0 * shape.parameters * copies, note),))]
-    kept = []
+    per_node, kept = shape.parameters / layout.nodes, []
     if layout.sharded and config.cluster.offload:
-        moved = 12 * shape.parameters / layout.nodes
-        kept.append(Item("offloaded weights, Adam, fp32", moved, "of each node, pinned"))
+        kept.append(Item("offloaded weights, Adam, fp32", 12 * per_node, "per node, pinned"))
     if layout.sharded and config.loss.kl_coef:
-        kept.append(Item("reference policy, fp32", 4 * shape.parameters / layout.nodes, "verl keeps it on the host"))
-    if kept:
-        phases.append(Phase("main memory, sampling", tuple(kept)))
-    return tuple(phases)
+        kept.append(Item("reference policy, fp32", 4 * per_node, "verl keeps it on the host"))
+    return (*phases, Phase("main memory, sampling", tuple(kept))) if kept else tuple(phases)
+
+
+def in_gib(num_bytes: float) -> str:
+    """Bytes for a person."""
+    gib = num_bytes / GIB
+    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"

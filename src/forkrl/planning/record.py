@@ -1,44 +1,52 @@
-"""A plan as ``plan.json`` holds it. Memory is in bytes, time in seconds unless the key says hours."""
+"""A plan in plain values, as ``forkrl plan --json`` prints it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from forkrl.config import TrainConfig
-from forkrl.planning.advice import Faster, Remedy
-from forkrl.planning.compute import Assumptions
-from forkrl.planning.memory import HEADROOM, Phase
-from forkrl.planning.plan import NOT_MODELLED, Plan, Timing, warnings
+from forkrl.planning.compute import Assumptions, Timing
+from forkrl.planning.memory import HEADROOM, Phase, Plan, full_length
+from forkrl.planning.shapes import ModelShape
 
-SCHEMA = "forkrl-plan/1"
+NOT_MODELLED = (
+    "fragmentation of the allocator, the CUDA context, buffers of NCCL, kernels' workspaces and the gradients that "
+    f"flow through a layer during its backward: {HEADROOM:.0%} of the GPU is left to all of them",
+    "micro-batches that verl balances by their work, and which may then hold more tokens than the limit",
+    "the spread of lengths: attention costs more, and the end of a rollout runs emptier, than with all responses of "
+    "the mean length",
+    "the time of verifiers, of moving weights to the sampling engine, of offloading, of checkpoints and of start-up",
+    "communication between GPUs and the launching of kernels, except as part of --mfu and --rollout-efficiency",
+)
+SMALL_MODEL = 100e6
+"""Below this many parameters launching kernels takes longer than running them."""
 
 
-def plan_record(
-    config: TrainConfig,
-    plan: Plan,
-    timing: Timing,
-    assumed: Assumptions,
-    *,
-    source: str,
-    remedies: Sequence[Remedy],
-    faster: Sequence[Faster],
-) -> dict[str, Any]:
-    """Everything that was planned, in plain values."""
-    layout, card, model = plan.layout, plan.card, {"path": config.model.path, "source": source}
+def plan_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assumptions) -> dict[str, Any]:
+    """A plan in plain values: bytes, and seconds unless the key says hours."""
+    layout, fit, decoding, run_s = plan.layout, plan.rollout, timing.decoding, timing.run_s
+    sequences = math.ceil(config.rollout.prompts_per_step * assumed.oversampling) * config.rollout.group_size
     return {
-        "schema": SCHEMA,
-        "model": model | {"parameters": plan.shape.parameters} | plan.shape._asdict(),
+        "model": {"path": config.model.path, "parameters": plan.shape.parameters} | plan.shape._asdict(),
         "engine": config.runtime.engine,
         "layout": {**layout._asdict(), "gpus": layout.gpus, "replicas": layout.replicas},
-        "card": {**card._asdict(), "usable": (1 - HEADROOM) * card.memory},
+        "gpu": {**plan.gpu._asdict(), "usable": (1 - HEADROOM) * plan.gpu.memory},
         "assumed": assumed._asdict(),
         "phases": [
             _phase_record(phase) | {"verdict": plan.verdict(phase), "why": plan.why(phase)} for phase in plan.phases
         ],
         "host": [_phase_record(phase) for phase in plan.host],
-        "rollout": _rollout_record(config, plan, timing, assumed),
+        "rollout": {
+            "cache_bytes_per_token": fit.cache_per_token,
+            "full_length": fit.full_length,
+            "room_full": fit.room_full,
+            "limit": fit.limit,
+            "at_once_full": fit.at_once,
+            "sequences": sequences,
+            "waves_full": -(-sequences // fit.at_once) if fit.at_once else None,
+            "decoding": None if decoding is None else decoding._asdict(),
+        },
         "step": {
             "parts": [part._asdict() for part in timing.parts],
             "flops": sum(part.flops for part in timing.parts),
@@ -47,52 +55,42 @@ def plan_record(
         "run": {
             "steps": timing.steps,
             "evaluation_seconds": timing.evaluation_s,
-            "hours": hours(timing.run_s),
-            "gpu_hours": hours(timing.run_s, layout.gpus),
+            "hours": None if run_s is None else run_s / 3600,
+            "gpu_hours": None if run_s is None else run_s * layout.gpus / 3600,
         },
         "fits": plan.fits,
-        "remedies": [_remedy_record(remedy) for remedy in remedies],
-        "faster": [
-            {"changes": [str(change) for change in each.changes], "hours": hours(each.timing.run_s)} for each in faster
-        ],
-        "warnings": warnings(config, plan),
+        "warnings": _warnings(config, plan.shape),
         "not_modelled": list(NOT_MODELLED),
     }
 
 
-def _rollout_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assumptions) -> dict[str, Any]:
-    rollout, decoding = plan.rollout, timing.decoding
-    sequences = math.ceil(config.rollout.prompts_per_step * assumed.oversampling) * config.rollout.group_size
-    return {
-        "cache_bytes_per_token": rollout.cache_per_token,
-        "full_length": rollout.full_length,
-        "room_full": rollout.room_full,
-        "limit": rollout.limit,
-        "at_once_full": rollout.at_once,
-        "sequences": sequences,
-        "waves_full": -(-sequences // rollout.at_once) if rollout.at_once else None,
-        "sequences_at_mean": (decoding.sequences or None) if decoding is not None else None,
-        "tokens_per_s_per_gpu": decoding.tokens_per_s if decoding is not None else None,
-        "bound": decoding.bound if decoding is not None else None,
-    }
-
-
 def _phase_record(phase: Phase) -> dict[str, Any]:
-    return {
-        "name": phase.name,
-        "bytes": phase.num_bytes,
-        "items": [{"name": item.name, "bytes": item.num_bytes, "note": item.note} for item in phase.items],
-    }
+    items = [{"name": item.name, "bytes": item.num_bytes, "note": item.note} for item in phase.items]
+    return {"name": phase.name, "bytes": phase.num_bytes, "items": items}
 
 
-def _remedy_record(remedy: Remedy) -> dict[str, Any]:
-    return {
-        "changes": [str(change) for change in remedy.changes],
-        "gpus": remedy.gpus,
-        "bytes": {phase.name: phase.num_bytes for phase in remedy.plan.phases},
-    }
-
-
-def hours(seconds: float | None, times: int = 1) -> float | None:
-    """Seconds in hours, if they are known."""
-    return None if seconds is None else seconds * times / 3600
+def _warnings(config: TrainConfig, shape: ModelShape) -> list[str]:
+    length, overrides = full_length(config), config.cluster.overrides
+    fused = any("use_fused_kernels" in text for text in overrides)
+    checks = (
+        (
+            shape.max_positions is not None and length > shape.max_positions,
+            f"prompts and responses of {length:,} tokens are longer than the {shape.max_positions or 0:,} positions "
+            f"that the model is declared to handle",
+        ),
+        (config.runtime.device == "cpu", 'runtime.device = "cpu": the figures are still those of the GPU'),
+        (
+            shape.parameters < SMALL_MODEL,
+            "the model is so small that launching kernels takes most of its time: the times are far too short",
+        ),
+        (
+            config.model.precision == "fp32",
+            "model.precision = fp32: the GPU's rate is that of bf16; give a much lower --mfu",
+        ),
+        (
+            bool(overrides),
+            "cluster.overrides are not read"
+            + (": the logits are counted as verl holds them without fused kernels" if fused else ""),
+        ),
+    )
+    return [text for found, text in checks if found]

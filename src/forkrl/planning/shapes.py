@@ -35,7 +35,7 @@ class ModelShape(NamedTuple):
     max_positions: int | None
     """The longest sequence that the model is declared to handle."""
     qk_norm: bool
-    """Queries and keys are normalised, as in Qwen3."""
+    """RMSNorm on queries and keys, as in Qwen3."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -91,19 +91,19 @@ class FoundShape(NamedTuple):
 
 
 def find_shape(path: str, revision: str | None = None) -> FoundShape:
-    """The shape of ``model.path``: a local folder first, then what the package knows by name, then the hub.
+    """The shape of ``model.path``: a local folder first, then known names, then the hub.
 
     Raises:
-        UserError: there is no such model, its ``config.json`` cannot be had, or its architecture is not modelled.
+        UserError: there is no such model, its ``config.json`` is not available, or its architecture is not modelled.
     """
+    folder, source = Path(path).expanduser(), None
     if path.startswith(EMBEDDED_PREFIX):
         folder = Path(str(resources.files("forkrl"))) / "assets" / path.removeprefix(EMBEDDED_PREFIX)
         if not folder.is_dir():
             raise UserError(f"model.path = {path!r}: no such embedded model")
-        return FoundShape(_read_config(folder / "config.json", path), "config.json in the package")
-    folder = Path(path).expanduser()
+        source = "config.json in the package"
     if folder.is_dir():
-        return FoundShape(_read_config(folder / "config.json", path), str(folder / "config.json"))
+        return FoundShape(_read_config(folder / "config.json", path), source or str(folder / "config.json"))
     if (known := known_shape(path)) is not None:
         return known
     try:
@@ -117,86 +117,76 @@ def find_shape(path: str, revision: str | None = None) -> FoundShape:
 
 
 def known_shape(path: str) -> FoundShape | None:
-    """A shape by name, as in "Qwen/Qwen3-8B-Base" or "./Qwen3-32B-Base" (a folder that is not there yet)."""
+    """A shape by name, as in "Qwen/Qwen3-8B-Base" or "./Qwen3-32B-Base" (a folder that does not exist yet)."""
     known = json.loads(resources.files("forkrl.planning").joinpath("known_shapes.json").read_text(encoding="utf-8"))
     name = path.rstrip("/").rpartition("/")[2]
     local = path.startswith((".", "/", "~")) or "/" not in path
-    if not local and path != _OWNER + name:
-        return None
     model = known["same_shape_as"].get(name, name)
-    if model not in known["shapes"]:
+    if (not local and path != _OWNER + name) or model not in known["shapes"]:
         return None
-    values = known["shared"] | known["shapes"][model]
-    source = f"shapes in the package (config.json of {_OWNER}{model})"
-    return FoundShape(parse_shape(values, path), source)
+    shape = parse_shape(known["shared"] | known["shapes"][model], path)
+    return FoundShape(shape, f"shapes in the package (config.json of {_OWNER}{model})")
 
 
 def parse_shape(values: Mapping[str, Any], path: str) -> ModelShape:
     """A shape from the values of a ``config.json``.
 
     Raises:
-        UserError: another architecture, a mixture of experts, or sizes that make no sense.
+        UserError: another architecture, a mixture of experts, or invalid sizes.
     """
     architecture = str(values.get("model_type", "unknown"))
-    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if values.get(key)), None)
-    if experts is not None or "moe" in architecture:
-        raise UserError(
-            f"model.path = {path!r} is a mixture of experts ({architecture}), which forkrl plan does not model; it "
-            f"knows dense models: {', '.join(_ARCHITECTURES)}"
-        )
-    if architecture not in _ARCHITECTURES:
-        raise UserError(
-            f"model.path = {path!r} is of architecture {architecture!r}, which forkrl plan does not model; it knows "
-            f"{', '.join(_ARCHITECTURES)}"
-        )
-    if values.get("use_sliding_window"):
-        raise UserError(f"model.path = {path!r}: sliding-window attention is not modelled by forkrl plan")
-    if (activation := values.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"model.path = {path!r}: hidden_act = {activation!r} is not modelled by forkrl plan; silu is")
-    hidden, heads = _size(values, "hidden_size", path), _size(values, "num_attention_heads", path)
-    default_head_dim = 128 if architecture == "qwen3" else hidden // heads
+    activation, bias = values.get("hidden_act", "silu"), bool(values.get("attention_bias"))
+    experts = any(values.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    for refused, what in (
+        (experts or "moe" in architecture, f"a mixture of experts ({architecture})"),
+        (architecture not in _ARCHITECTURES, f"architecture {architecture!r}"),
+        (values.get("use_sliding_window"), "sliding-window attention"),
+        (activation != "silu", f"hidden_act = {activation!r}"),
+    ):
+        if refused:
+            raise UserError(
+                f"model.path = {path!r}: {what}, which forkrl plan does not model; it models dense "
+                f"{', '.join(_ARCHITECTURES)} with full attention and silu"
+            )
+
+    def size(key: str, default: int | None = None) -> int:
+        value = default if values.get(key) is None else values[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"model.path = {path!r}: {key} = {value!r} in its config.json is not a positive integer")
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
     shape = ModelShape(
         architecture=architecture,
         hidden=hidden,
-        intermediate=_size(values, "intermediate_size", path),
-        layers=_size(values, "num_hidden_layers", path),
+        intermediate=size("intermediate_size"),
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=_size(values, "num_key_value_heads", path, default=heads),
-        head_dim=_size(values, "head_dim", path, default=default_head_dim),
-        vocabulary=_size(values, "vocab_size", path),
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", 128 if architecture == "qwen3" else hidden // heads),
+        vocabulary=size("vocab_size"),
         tied=bool(values.get("tie_word_embeddings", False)),
         max_positions=values.get("max_position_embeddings"),
         qk_norm=architecture == "qwen3",
-        qkv_bias=architecture == "qwen2" or bool(values.get("attention_bias")),
-        out_bias=architecture != "qwen2" and bool(values.get("attention_bias")),
+        qkv_bias=architecture == "qwen2" or bias,
+        out_bias=architecture != "qwen2" and bias,
         mlp_bias=architecture == "llama" and bool(values.get("mlp_bias")),
     )
-    if shape.heads % shape.kv_heads:
+    if heads % shape.kv_heads:
         raise UserError(
             f"model.path = {path!r}: num_key_value_heads = {shape.kv_heads} does not divide num_attention_heads = "
-            f"{shape.heads}"
+            f"{heads}"
         )
     return shape
-
-
-def _size(values: Mapping[str, Any], key: str, path: str, default: int | None = None) -> int:
-    value = values.get(key)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"model.path = {path!r}: its config.json has {key} = {value!r}, no positive whole number")
-    return value
 
 
 def _read_config(file: Path, path: str) -> ModelShape:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"model.path = {path!r}: there is no {file}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = {path!r}: {file} cannot be read ({error})") from None
     if not isinstance(values, dict):
-        raise UserError(f"model.path = {path!r}: {file} holds no table of settings")
+        raise UserError(f"model.path = {path!r}: {file} is not a JSON object")
     return parse_shape(values, path)
 
 
@@ -209,6 +199,6 @@ def _download_config(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model.path = {path!r}: its config.json cannot be had from the hub ({first}); name a local folder that "
-            f"holds one"
+            f"model.path = {path!r}: its config.json cannot be downloaded ({first}); name a local folder that "
+            f"contains one"
         ) from None

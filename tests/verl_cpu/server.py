@@ -1,4 +1,4 @@
-"""A testing aid: the rollout server itself, an asyncio object that decodes what waits in one batch after the other."""
+"""The rollout server itself, an asyncio object that decodes what waits in one batch after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A testing aid: verl's notion of an accelerator, answered for a machine that has none."""
+"""verl's notion of an accelerator, answered for a machine that has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A testing aid: verl's rollout server without a GPU, sampling with ForkRL's own embedded sampler.
+"""verl's rollout server without a GPU, sampling with ForkRL's own embedded sampler.
 
 It speaks the protocol of verl's vLLM server: token ids in, token ids and log-probs out, weights replaced between steps,
 requests broken off with what they have so far. It is meant to be exact and to complain, not to be fast.
@@ -16,8 +16,8 @@ from torch import Tensor
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica
 
-from forkrl.cluster.cpu_testing import ROLLOUT_NAME
-from forkrl.cluster.cpu_testing.server import CpuServer
+from tests.verl_cpu.register import ROLLOUT_NAME
+from tests.verl_cpu.server import CpuServer
 
 
 class CpuReplica(RolloutReplica):  # type: ignore[misc]  # verl ships no types

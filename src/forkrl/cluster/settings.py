@@ -1,0 +1,367 @@
+"""One table of settings: what verl is given for a recipe, what verl cannot do, and what ForkRL handles itself.
+
+``translate.py`` reads it; tools/cluster_settings.py prints it as docs/cluster-settings.md. Imports no verl, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from forkrl.config import TrainConfig
+
+Value: TypeAlias = "bool | int | float | str | Path | Sequence[Value] | Mapping[str, Value] | None"
+UNSET: Any = ...
+"""The value of a setting that a recipe leaves to verl."""
+EXTERNAL, PLUGIN = "VERL_USE_EXTERNAL_MODULES", "forkrl.cluster.plugin"
+"""A variable of verl's: modules to import, separated by commas; and ForkRL's."""
+
+
+class VerlPaths(NamedTuple):
+    """Files of a run, as every node sees them."""
+
+    model: str
+    """A folder."""
+    train: Path
+    """Parquet."""
+    held_out: Path
+    """Parquet."""
+    verifiers: Path
+    """verifiers.json."""
+    checkpoints: Path
+    """verl's own, ``global_step_N`` inside."""
+    run_folder: Path
+
+
+class Run(NamedTuple):
+    """What values are computed from."""
+
+    config: TrainConfig
+    paths: VerlPaths
+    stop_token_ids: Sequence[int]
+
+
+class Row(NamedTuple):
+    """Settings of verl that ForkRL sets, all to the same value."""
+
+    recipe: tuple[str, ...]
+    """The recipe's settings that it follows; none: it is the same for all recipes, or of the run."""
+    verl: tuple[str, ...]
+    """With a ``+`` before those that are not in verl's own files."""
+    value: Callable[[Run], Any]
+    remark: str
+    shown: str = ""
+    """A value that does not follow the recipe, for the page."""
+
+
+def _names(text: str) -> tuple[str, ...]:
+    sections = ("actor.", "ref.", "rollout.", "model.")
+    return tuple(
+        "+" * name.startswith("+") + "actor_rollout_ref." * name.lstrip("+").startswith(sections) + name.lstrip("+")
+        for name in text.split()
+    )
+
+
+def _row(recipe: str, verl: str, value: Callable[[TrainConfig], Any] | None = None, remark: str = "") -> Row:
+    """A row that follows a recipe; without a function it has the value of the recipe's one setting."""
+
+    def of_recipe(run: Run) -> Any:
+        return setting(run.config, recipe) if value is None else value(run.config)
+
+    return Row(tuple(recipe.split()), _names(verl), of_recipe, remark)
+
+
+def _fixed(verl: str, value: Value, remark: str) -> Row:
+    return Row((), _names(verl), lambda run: value, remark, json.dumps(value).replace('"', ""))
+
+
+def _of_run(verl: str, value: Callable[[Run], Value], shown: str, remark: str) -> Row:
+    return Row((), _names(verl), value, remark, shown)
+
+
+def setting(config: TrainConfig, key: str) -> Any:
+    """A recipe's setting by its name, "section.key"."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def on_cpu(config: TrainConfig) -> bool:
+    return config.runtime.device == "cpu"
+
+
+def _packed(config: TrainConfig) -> bool:
+    """Whether sequences run without padding: FlashAttention does, in 16 bits only."""
+    return not on_cpu(config) and config.model.precision == "bf16"
+
+
+def _own_ray(config: TrainConfig, value: int | bool) -> Any:
+    """For the Ray cluster that a run without GPUs starts: verl's actors reserve cores, and each rank a GPU."""
+    return value if on_cpu(config) and not config.cluster.address else UNSET
+
+
+def verl_environment(config: TrainConfig) -> dict[str, str]:
+    """Variables that every process of verl needs; Ray passes them to those it starts."""
+    # With this variable a plug-in that cannot be imported is an error; with the entry point verl ignores it silently.
+    others = [name for name in os.environ.get(EXTERNAL, "").split(",") if name not in ("", PLUGIN)]
+    environment = {EXTERNAL: ",".join([*others, PLUGIN])}
+    # verl registers FSDP for "cuda" only.
+    return environment | ({"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"} if on_cpu(config) else {})
+
+
+_DAPO = "arXiv 2506.01939v2"
+_RAY = "ray_kwargs.ray_init."
+_STORAGE = "transfer_queue.backend.SimpleStorage."
+
+TABLE = (
+    _row("seed", "data.seed rollout.seed actor.data_loader_seed actor.fsdp_config.seed +forkrl.seed", None,
+         "For the order of prompts, sampling, and the order of responses within mini-batches. vLLM is not "
+         "reproducible bit by bit, whatever the seed"),
+    _row("model.precision", "rollout.dtype", lambda c: "bfloat16" if c.model.precision == "bf16" else "float32",
+         "Weights and optimizer state stay fp32"),
+    _row("model.precision", "+actor.fsdp_config.mixed_precision +ref.fsdp_config.mixed_precision",
+         lambda c: {"param_dtype": c.model.precision, "reduce_dtype": "fp32"}),
+    _row("model.precision", "model.use_remove_padding", _packed,
+         '"bf16" runs sequences without padding in FlashAttention, which is fast and needs flash-attn'),
+    _row("model.precision", "+model.override_config.attn_implementation", lambda c: UNSET if _packed(c) else "sdpa",
+         '"fp32" pads sequences and runs PyTorch\'s attention'),
+    _row("model.gradient_checkpointing", "model.enable_gradient_checkpointing"),
+    _row("rollout.prompts_per_step", "data.train_batch_size"),
+    _row("rollout.group_size", "rollout.n"),
+    _row("rollout.temperature", "rollout.temperature", None, "verl computes log-probs and entropies at it too"),
+    _row("rollout.top_p", "rollout.top_p"),
+    _row("rollout.top_k", "rollout.top_k", lambda c: c.rollout.top_k or -1, "0 becomes -1"),
+    _row("rollout.max_prompt_tokens", "data.max_prompt_length"),
+    _row("rollout.max_response_tokens", "data.max_response_length"),
+    _row("rollout.max_prompt_tokens rollout.max_response_tokens", "rollout.max_model_len",
+         lambda c: c.rollout.max_prompt_tokens + c.rollout.max_response_tokens,
+         "Their sum, which must be within the model's positions"),
+    _row("rollout.max_sequences", "rollout.max_num_seqs", None, "Per copy of the sampling engine"),
+    _row("dynamic_sampling.enabled", "algorithm.filter_groups.enable"),
+    _row("dynamic_sampling.generation_prompts", "algorithm.filter_groups.max_inflight_gen_batches",
+         lambda c: max(1, c.dynamic_sampling.generation_prompts // c.rollout.prompts_per_step),
+         "verl starts with prompts_per_step and then draws two new prompts for each dropped group; this limits how "
+         "many are in flight"),
+    _row("dynamic_sampling.max_generation_batches", "+forkrl.max_generation_batches", None,
+         "verl has a setting of that name and does not read it; the plug-in counts in units of prompts_per_step"),
+    *(_row(f"selection.{name}", f"+forkrl.{name}") for name in ("rule", "ratio", "threshold")),
+    _row("selection.scope", "+forkrl.scope", None,
+         "A micro-batch is what one rank (sequence_parallel GPUs) runs at once, a mini-batch one gradient step of all"),
+    _row("selection.entropy", "+forkrl.entropy", None,
+        '"rollout": of the policy at the start of the step; with cluster.trainer = "colocate_async" that is newer than '
+        "the policy that sampled"),
+    _row("loss.clip_low", "actor.clip_ratio_low"),
+    _row("loss.clip_high", "actor.clip_ratio_high"),
+    _row("loss.dual_clip", "actor.clip_ratio_c", lambda c: math.inf if c.loss.dual_clip is None else c.loss.dual_clip,
+         "Not set becomes infinity; verl's own default is 3"),
+    _row("loss.denominator", "+forkrl.denominator"),
+    _row("loss.kl_coef", "actor.use_kl_loss", lambda c: c.loss.kl_coef > 0),
+    _row("loss.kl_coef", "actor.kl_loss_coef"),
+    _row("loss.entropy_coef", "actor.entropy_coeff"),
+    _row("optimizer.lr", "actor.optim.lr"),
+    _row("optimizer.warmup_steps", "+forkrl.warmup_steps", None,
+         "In gradient steps, which the plug-in counts; verl's lr_warmup_steps counts rollout batches and stays unset"),
+    _row("optimizer.weight_decay", "actor.optim.weight_decay"),
+    _row("optimizer.betas", "actor.optim.betas"),
+    _row("optimizer.eps", "actor.optim.override_optimizer_config", lambda c: {"eps": c.optimizer.eps}),
+    _row("optimizer.max_grad_norm", "actor.optim.clip_grad", None, "verl does not read actor.grad_clip"),
+    _row("training.steps", "trainer.total_training_steps trainer.total_epochs", lambda c: c.training.steps,
+         "An epoch has at least one step, so that epochs never end a run"),
+    _row("eval.every training.steps", "trainer.test_freq", lambda c: c.eval.every or c.training.steps,
+         "eval.every = 0 becomes training.steps: verl always evaluates after the last step"),
+    _row("training.mini_batch_prompts", "actor.ppo_mini_batch_size", None,
+         "A gradient step takes as many responses as that many groups have, drawn from all groups of the step"),
+    _row("training.micro_batch_tokens cluster.sequence_parallel", "actor.ppo_max_token_len_per_gpu",
+         lambda c: c.training.micro_batch_tokens // c.cluster.sequence_parallel,
+         "Without padding, divided by cluster.sequence_parallel. A target: verl balances the work of micro-batches, so "
+         "that one may hold a few more"),
+    _row("eval.samples", "rollout.val_kwargs.n"),
+    _row("eval.temperature", "rollout.val_kwargs.temperature"),
+    _row("eval.temperature", "rollout.val_kwargs.do_sample", lambda c: c.eval.temperature > 0),
+    _row("checkpoint.every", "trainer.save_freq", None, "verl always saves the last step"),
+    _row("checkpoint.keep", "trainer.max_actor_ckpt_to_keep", None,
+         "verl counts those of the current process: a resumed run also keeps the ones from before"),
+    _row("log.rollouts_every", "+forkrl.rollouts_every"),
+    _row("log.rollouts_sampled", "+forkrl.rollouts_sampled"),
+    _row("runtime.device", "trainer.device", lambda c: "cpu" if on_cpu(c) else "cuda",
+         '"cpu" is verl without a GPU, for ForkRL\'s tests: ranks are processes, and ForkRL\'s own sampler decodes'),
+    _row("runtime.device cluster.rollout_engine", "rollout.name",
+         lambda c: "forkrl_cpu" if on_cpu(c) else c.cluster.rollout_engine),
+    _row("runtime.device", "rollout.agent.num_workers", lambda c: 1 if on_cpu(c) else 8),
+    _row("runtime.device",
+         "actor.use_torch_compile actor.fsdp_config.use_torch_compile ref.fsdp_config.use_torch_compile",
+         lambda c: not on_cpu(c)),
+    _row("runtime.device", f"+{_RAY}runtime_env.env_vars", verl_environment),
+    _row("runtime.device", f"{_RAY}num_cpus",
+         lambda c: _own_ray(c, 16 + 2 * c.cluster.gpus_per_node + c.cluster.reward_workers)),
+    _row("runtime.device", f"+{_RAY}num_gpus", lambda c: _own_ray(c, c.cluster.gpus_per_node)),
+    _row("runtime.device", f"+{_RAY}include_dashboard", lambda c: _own_ray(c, False)),
+    _row("runtime.device", f"+{_RAY}object_store_memory", lambda c: _own_ray(c, 300_000_000)),
+    _row("runtime.device", "+forkrl.poll_s", lambda c: 0.1 if on_cpu(c) else 2.0),
+    _row("runtime.device cluster.nodes", f"{_STORAGE}num_data_storage_units",
+         lambda c: 1 if on_cpu(c) else max(8, 2 * c.cluster.nodes)),
+    _row("cluster.address", f"+{_RAY}address", lambda c: c.cluster.address or "local",
+         'Empty becomes "local", which starts Ray even where RAY_ADDRESS names a cluster'),
+    _row("cluster.nodes", "trainer.nnodes"),
+    _row("cluster.gpus_per_node", "trainer.n_gpus_per_node"),
+    _row("cluster.trainer", "trainer.v1.trainer_mode",
+         lambda c: "forkrl" if c.cluster.trainer == "sync" else f"forkrl_{c.cluster.trainer}",
+         "The plug-in's trainers of those kinds"),
+    _row("cluster.tensor_parallel", "rollout.tensor_model_parallel_size"),
+    _row("cluster.sequence_parallel", "actor.ulysses_sequence_parallel_size", None,
+         "Must divide the model's attention heads"),
+    _row("cluster.gpu_memory", "rollout.gpu_memory_utilization"),
+    _row("cluster.offload", "actor.fsdp_config.param_offload actor.fsdp_config.optimizer_offload",
+         lambda c: c.cluster.offload),
+    _row("cluster.reward_workers", "reward.num_workers"),
+    _row("cluster.patience_s", "+forkrl.patience_s"),
+    _of_run("model.path", lambda r: r.paths.model, "a folder", "model.path"),
+    _of_run("data.train_files", lambda r: r.paths.train, "a file of the run", "written by the launcher"),
+    _of_run("data.val_files", lambda r: r.paths.held_out, "a file of the run", "written by the launcher"),
+    _of_run("+forkrl.verifiers", lambda r: r.paths.verifiers, "a file of the run", "written by the launcher"),
+    _of_run(
+        "+forkrl.run_folder", lambda r: r.paths.run_folder, "the run folder", "for metrics and samples of responses"
+    ),
+    _of_run("+forkrl.stop_token_ids", lambda r: list(r.stop_token_ids), "of rollout.stop",
+            "with the tokenizer's EOS and those of generation_config.json"),
+    _of_run("trainer.default_local_dir", lambda r: r.paths.checkpoints, "a folder of the run", "verl's checkpoints"),
+    _of_run("hydra.run.dir", lambda r: r.paths.checkpoints / "hydra", "a folder of the run",
+            "otherwise hydra writes into the working folder"),
+    _fixed("model.use_fused_kernels", False, "entropies of verl's fused heads have not been compared with ours"),
+    _fixed("data.gen_batch_size", 1, "otherwise verl drops the end of an epoch"),
+    _fixed("data.shuffle", True, "a new order each epoch"),
+    _fixed("data.dataloader_num_workers", 0, "a row is only text"),
+    _fixed("data.filter_overlong_prompts", False, "the launcher rejects overlong prompts by name"),
+    _fixed("data.truncation", "error", "a truncated prompt is a different question"),
+    _fixed("data.return_raw_chat", True, "the agent loop reads the text"),
+    _fixed("rollout.calculate_log_probs", True, "to measure the difference between sampler and trainer"),
+    _fixed("rollout.val_kwargs.top_p", 1.0, "evaluation samples from the whole distribution"),
+    _fixed("rollout.val_kwargs.top_k", -1, "likewise"),
+    _fixed("rollout.agent.default_agent_loop", "forkrl_exact_prompt", "does not template a prompt a second time"),
+    _fixed("algorithm.adv_estimator", "grpo", "the group is the baseline"),
+    _fixed("algorithm.norm_adv_by_std_in_grpo", True, f"{_DAPO}, eq. 4"),
+    _fixed("algorithm.use_kl_in_reward", False, "loss.kl_coef is a term of the loss"),
+    _fixed("algorithm.rollout_correction.bypass_mode", False, "it would skip the pass that measures entropies"),
+    _fixed("algorithm.filter_groups.metric", "score", 'correctness; "reward" includes the overlong penalty'),
+    _fixed("actor.strategy", "fsdp2", "the plug-in's worker is written for it"),
+    _fixed("actor.ppo_epochs", 1, "each response is trained on once"),
+    _fixed("actor.shuffle", True,
+           "responses are in the order in which they ended: the first gradient steps would get the short ones"),
+    _fixed("actor.use_dynamic_bsz", True, "micro-batches are counted in tokens"),
+    _fixed("actor.loss_agg_mode", "token-mean", f"{_DAPO}, eq. 4; loss.denominator selects which tokens"),
+    _fixed("actor.kl_loss_type", "low_var_kl", "the k3 estimator"),
+    _fixed("actor.entropy_from_logits_with_chunking", True, "entropies in fp32; otherwise in the logits' bf16"),
+    _fixed("actor.entropy_checkpointing", True, "saves memory: most entropies need no gradient"),
+    _fixed("actor.fsdp_config.model_dtype", "fp32", "master weights"),
+    _fixed("actor.optim.optimizer", "AdamW", "as in ForkRL's own loop"),
+    _fixed("actor.optim.optimizer_impl", "torch.optim", "likewise"),
+    _fixed("actor.optim.lr_scheduler_type", "constant", "the plug-in sets the rate of every gradient step"),
+    _fixed("reward.reward_manager.source", "importlib", "ForkRL's verifiers score responses"),
+    _fixed("reward.reward_manager.module.path", "pkg://forkrl.cluster.rewards", "likewise"),
+    _fixed("reward.reward_manager.name", "ForkRewardManager", "likewise"),
+    _fixed("trainer.use_v1", True, "the plug-in extends it"),
+    _fixed("trainer.val_before_train", True, "as in ForkRL's own loop"),
+    _fixed("trainer.resume_mode", "auto", "a second start resumes from the newest checkpoint"),
+    _fixed("trainer.logger", ["console"], "the launcher feeds log.sinks"),
+    _fixed(f"{_STORAGE}total_storage_size", None, "no limit: a step holds as many responses as it must"),
+)  # fmt: skip
+
+_PROMPTS, _VERIFIERS = "prompts, written to Parquet as the model reads them", "verifiers.json, read by reward workers"
+ELSEWHERE = {
+    f"{section}.{name}": where
+    for section, names, where in (
+        ("model", "path", "made a folder by the launcher; verl's actor_rollout_ref.model.path"),
+        ("task", "name data subset split held_out_data held_out_rows prompt_column answer_column template", _PROMPTS),
+        ("task", "chat_template skip_bad_rows allow_unknown_tokens generator settings difficulty", _PROMPTS),
+        ("task", "train_prompts question_seed instruction parts parts.source", _PROMPTS),
+        ("task", "verifier verifier_options strict", _VERIFIERS),
+        ("rollout", "stop", "+forkrl.stop_token_ids, once the launcher has the tokenizer"),
+        ("reward", "overlong_cache workers deadline_s memory_mb", _VERIFIERS),
+        ("sandbox", "server python seconds total_seconds memory_mb output_kb files_mb processes", _VERIFIERS),
+        ("eval", "problems", "number of held-out prompts written to Parquet"),
+        ("log", "sinks", "fed by the launcher from the run folder"),
+        ("runtime", "engine", "selects verl"),
+        ("cluster", "overrides", "added to verl's command line unchanged"),
+    )
+    for name in names.split()
+}
+"""Settings of a recipe that ForkRL handles itself, before verl starts or while it runs."""
+
+
+class Refusal(NamedTuple):
+    """Values of a setting that verl cannot honour."""
+
+    recipe: str
+    values: str
+    why: str
+    """And the remedy, where ``refused`` decides."""
+    refused: Callable[[TrainConfig], bool] | None = None
+    """None: checked with other settings (``require_even_shares``, ``refuse_unsuitable_prompts``, ``translate.py``)."""
+
+
+_OWN_LOOP = 'only ForkRL\'s own loop (runtime.engine = "local") supports it'
+
+REFUSED = (
+    Refusal("seed", "2^31 and above", "verl's samplers keep it in 32 bits; take one below 2147483648",
+            lambda c: c.seed >= 2**31),
+    Refusal("model.revision", "any",
+            "verl takes a folder; download that revision to a folder, and set model.path to the folder",
+            lambda c: c.model.revision is not None),
+    *(
+        Refusal(f"task.curriculum.{name}", "any", "verl draws from all prompts alike, and cannot follow the accuracy")
+        for name in ("raise_above", "lower_below", "window", "start", "most")
+    ),
+    Refusal("task.parts.weight", "other proportions than the parts' numbers of rows, by more than one in a hundred",
+            "verl draws from all rows alike"),
+    Refusal("rollout.cuda_graphs", "true", f"{_OWN_LOOP}, and verl's samplers have their own graphs; set it to false",
+            lambda c: c.rollout.cuda_graphs),
+    Refusal("rollout.prompts_per_step", "more than there are prompts to train on", "verl counts epochs in whole steps"),
+    Refusal("dynamic_sampling.generation_prompts", "not a multiple of rollout.prompts_per_step",
+            "verl counts in units of rollout.prompts_per_step; set it to 0 or to a multiple",
+            lambda c: c.dynamic_sampling.generation_prompts % c.rollout.prompts_per_step != 0),
+    Refusal("dynamic_sampling.generation_prompts", 'above prompts_per_step with cluster.trainer = "colocate_async"',
+        'cluster.trainer = "colocate_async" samples one step ahead; set it to 0',
+        lambda c: c.dynamic_sampling.generation_prompts > c.rollout.prompts_per_step and c.cluster.trainer != "sync"),
+    Refusal("training.mini_batch_prompts", "times group_size, not divisible by the ranks (GPUs / sequence_parallel)",
+            "every rank takes the same number of responses"),
+    Refusal("training.micro_batch_tokens", "not divisible by cluster.sequence_parallel", "GPUs share it evenly"),
+    Refusal(
+        "training.backward", '"forks_only"', f'{_OWN_LOOP}; set it to "dense"', lambda c: c.training.backward != "dense"
+    ),
+    *(
+        Refusal(f"forks_only.{name}", "any", "only read with training.backward")
+        for name in ("projections", "prompt", "sampled", "kept_mib")
+    ),
+    Refusal("runtime.device", 'other than "auto", "cuda" and "cpu"',
+            'verl takes GPUs by cluster.gpus_per_node; set it to "auto"',
+            lambda c: c.runtime.device not in ("auto", "cuda", "cpu")),
+    Refusal("runtime.threads", "any", f"{_OWN_LOOP}; drop it, and set OMP_NUM_THREADS on each node if needed",
+            lambda c: bool(c.runtime.threads)),
+    Refusal("runtime.replicas", "any", f"{_OWN_LOOP}; set cluster.nodes and cluster.gpus_per_node",
+            lambda c: bool(c.runtime.replicas)),
+    Refusal("cluster.nodes", "more than 1 without cluster.address",
+            "without cluster.address Ray starts on this machine alone; start Ray on every node and set the address, "
+            '"auto" on the head node', lambda c: c.cluster.nodes > 1 and not c.cluster.address),
+    Refusal("cluster.tensor_parallel", "not a divisor of the GPUs, or does not fit a node", "copies are complete"),
+    Refusal("cluster.sequence_parallel", "not a divisor of the GPUs; above 1 in fp32",
+            "it needs FlashAttention, which runs in 16 bits only"),
+    Refusal("cluster.overrides", "a setting of verl that is on this page", "the recipe sets it"),
+    *(
+        Refusal(
+            key, f'other than {json.dumps(only)} with runtime.device = "cpu"',
+            f'runtime.device = "cpu" is for tests and does not support it; set it to {json.dumps(only)}, or drop '
+            f"runtime.device",
+            lambda c, key=key, only=only: on_cpu(c) and setting(c, key) != only,  # type: ignore[misc]
+        )
+        for key, only in (
+            ("cluster.nodes", 1), ("cluster.tensor_parallel", 1), ("cluster.sequence_parallel", 1),
+            ("cluster.rollout_engine", "vllm"), ("cluster.offload", False), ("model.precision", "fp32"),
+            ("loss.kl_coef", 0.0),
+        )
+    ),
+)  # fmt: skip
