@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 
 from forkrl.analysis.drift import change_table, overlap_table, percentile_table
-from forkrl.report import analysis_figures
+from forkrl.report import plots
 from forkrl.report.drift_page import drift_page
-from forkrl.report.token_forks import SHOWN_RESPONSES, SHOWN_TOKENS, choose_prompts
+from forkrl.report.fork_view import SHOWN_RESPONSES, SHOWN_TOKENS, choose_prompts
 
 
 def lengths(num_prompts: int, length: int, samples: int = 1) -> pd.DataFrame:
@@ -69,11 +69,11 @@ def drawn(figure: Figure) -> list[np.ndarray]:
 
 
 def test_each_word_cloud_draws_its_own_end_with_the_most_extreme_type_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis_figures, "CLOUD_WORDS", 3)
+    monkeypatch.setattr(plots, "CLOUD_WORDS", 3)
     types = pd.DataFrame({"text": [" wait", " so", "but", " the", "then", " of", "tion", "ing"]})
-    lowest, highest = (drawn(analysis_figures.word_cloud(types, highest=end)) for end in (False, True))
-    turned = drawn(analysis_figures.word_cloud(types.iloc[[7, 6, 5]], highest=True))  # drawn alike but for the colour
-    alone = drawn(analysis_figures.word_cloud(types.iloc[:3], highest=True))
+    lowest, highest = (drawn(plots.word_cloud(types, highest=end)) for end in (False, True))
+    turned = drawn(plots.word_cloud(types.iloc[[7, 6, 5]], highest=True))  # drawn alike but for the colour
+    alone = drawn(plots.word_cloud(types.iloc[:3], highest=True))
     assert len(lowest) == len(highest) == 3
     for found, expected in ((lowest, turned), (highest, alone)):
         for outline, other in zip(found, expected, strict=True):

@@ -13,8 +13,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from forkrl.analysis import branching
-from forkrl.report.branch_figures import branch_rates, natural_against_entropy, rate_histogram, spread_by_kind
-from forkrl.report.branch_page import BranchReport, branch_page, branch_verdict
+from forkrl.report.branch_page import (
+    BranchReport,
+    branch_page,
+    branch_rates,
+    branch_verdict,
+    natural_against_entropy,
+    rate_histogram,
+    spread_by_kind,
+)
 from forkrl.report.page import write_page
 from tests.report_page import Page
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from forkrl.report import Branch, ForkView, Frame, Page, ShownPrompt, ShownResponse, View, render_page
-from forkrl.report.fork_data import LAYER_BYTES, MAX_BYTES, MIN_TOKENS_SHOWN, TOKEN_BYTES, fork_data
-from forkrl.report.sampling import evenly_spaced, token_limit
-from forkrl.report.visible_text import script_json
+from forkrl.report.fork_data import LAYER_BYTES, MAX_BYTES, MIN_TOKENS_SHOWN, TOKEN_BYTES, fork_data, token_limit
+from forkrl.report.formatting import evenly_spaced, script_json
 from tests.report_page import decoded
 
 PER_TOKEN = TOKEN_BYTES + LAYER_BYTES

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from forkrl.report import coloured_response, entropy_legend
 from forkrl.report.colors import COLOR_BINS, color_bin, ramp, token_colors, top_entropy
-from forkrl.report.visible_text import script_json, visible, visible_token
+from forkrl.report.formatting import script_json, visible, visible_token
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\x1b[31m\x00\u202e"
 

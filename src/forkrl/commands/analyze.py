@@ -19,10 +19,10 @@ from forkrl.commands.reference import parse_reference
 from forkrl.commands.token_parts import read_responses
 from forkrl.commands.work_folder import command_line, stored_question, work_provenance
 from forkrl.errors import UserError, printable
-from forkrl.report.analysis_page import analysis_page
+from forkrl.report.analyze_page import analyze_page
+from forkrl.report.colors import coloured_response, entropy_legend
+from forkrl.report.fork_view import choose_prompts, shown_prompts
 from forkrl.report.page import write_page
-from forkrl.report.terminal import coloured_response, entropy_legend
-from forkrl.report.token_forks import choose_prompts, shown_prompts
 from forkrl.rollout.scoring import none_judged
 from forkrl.stats.intervals import ClusterSums, Estimate
 from forkrl.store.atomic import write_json, write_text
@@ -210,7 +210,7 @@ def write_analysis_report(found: Analysis) -> Path:
     numbers = choose_prompts(per_response)
     responses = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
     shown = shown_prompts(tokens_of_prompts(found.folder / "tokens", numbers), responses)
-    page = analysis_page(
+    page = analyze_page(
         found.facts,
         found.tables,
         shown,

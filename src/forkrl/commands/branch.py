@@ -29,9 +29,9 @@ from forkrl.commands.subject import Session, Subject, open_session, open_subject
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report import write_page
-from forkrl.report.branch_figures import KINDS
-from forkrl.report.branch_page import BranchReport, branch_page, branch_verdict
-from forkrl.report.progress import duration, progress
+from forkrl.report.branch_page import KINDS, BranchReport, branch_page, branch_verdict
+from forkrl.report.formatting import duration
+from forkrl.report.progress import progress
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling
 from forkrl.rollout.scoring import none_judged
 from forkrl.stats.intervals import ClusterSums

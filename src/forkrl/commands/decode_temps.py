@@ -29,8 +29,7 @@ from forkrl.errors import UserError
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.page import write_page
 from forkrl.report.progress import progress
-from forkrl.report.temperature_figures import sweep_rows
-from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
+from forkrl.report.temps_page import Sweep, sweep_rows, telling_temperatures, temps_page, verdict
 from forkrl.rollout.fork_temperature import ForkTemperature
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score
 from forkrl.rollout.scoring import none_judged
@@ -264,7 +263,7 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
         | {key: str(question[key]) for key in _FINGERPRINTS},
         command=provenance["command"],
     )
-    page = write_page(folder / "report.html", temperature_page(sweep))
+    page = write_page(folder / "report.html", temps_page(sweep))
     return Outcome(folder, table, base, threshold, sentence, page)
 
 

@@ -39,10 +39,10 @@ from forkrl.model.locations import model_location
 from forkrl.model.policy import first_line, open_policy
 from forkrl.parallel.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
+from forkrl.report.fork_view import choose_prompts, shown_prompts
+from forkrl.report.formatting import evenly_spaced
 from forkrl.report.page import write_page
 from forkrl.report.progress import progress
-from forkrl.report.sampling import evenly_spaced
-from forkrl.report.token_forks import choose_prompts, shown_prompts
 from forkrl.store.atomic import write_json, write_text
 from forkrl.store.checkpoint import all_checkpoints
 from forkrl.store.resuming import stored_config

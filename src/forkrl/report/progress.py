@@ -21,6 +21,7 @@ from rich.text import Text
 
 from forkrl.config import TrainConfig
 from forkrl.errors import lost_terminal_ignored, printable, write_line
+from forkrl.report.formatting import duration
 
 Item = TypeVar("Item")
 
@@ -81,16 +82,6 @@ def sparkline(values: Iterable[float], width: int = 24) -> str:
         _BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] if abs(value) < float("inf") else " "
         for value in recent
     )
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class _Repeat(threading.Thread):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from forkrl.config.secret_values import without_secrets_in_command, without_written_secrets
 from forkrl.errors import UserError
-from forkrl.report.sampling import evenly_spaced
+from forkrl.report.formatting import evenly_spaced
 from forkrl.stats.intervals import mean_with_interval
 
 Floats = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""The page of a temperature sweep: a verdict, Fig. 3 of the paper, and responses at three settings side by side."""
+"""The page of ``forkrl decode-temps``: Fig. 3 of arXiv 2506.01939, and responses at a few settings side by side."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from forkrl.report.fork_view import ForkView, View
-from forkrl.report.page import Card, Page
-from forkrl.report.sections import FigureSection, figure_section
-from forkrl.report.temperature_figures import (
-    accuracy_against_temperature,
-    length_and_broken,
-    surprise_against_temperature,
-    sweep_rows,
-)
+from forkrl.report.formatting import interval_of, percent
+from forkrl.report.page import Card, Page, Section, interval_card
+from forkrl.report.plots import BLUE, PERCENT, VERMILION, Panel, column_curve, plot
 
 _SHARES = ("broken", "broken_low", "broken_high", "cut", "loop", "garbled")
+_SWEEPS = (
+    ("high", "at forks ({:g} elsewhere)", VERMILION, "-", "o", -0.06),
+    ("low", "elsewhere ({:g} at forks)", BLUE, "--", "s", 0.06),
+)
+"""Column that varies, label, colour, line, marker, and an offset so that neither bar hides the other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,19 +54,19 @@ class Sweep:
     command: str = ""
 
 
-def temperature_page(sweep: Sweep) -> Page:
-    """What the page says of a sweep."""
+def temps_page(sweep: Sweep) -> Page:
+    """The page of a sweep."""
     failures = int(sweep.table["failures"].sum())
-    notes = [f"{failures} responses could not be verified; they count as wrong."] if failures else []
+    lead = "The keys visit the tokens above the threshold, which are those that got the temperature of forks."
     return Page(
         name=sweep.name,
         kind="decoding temperatures",
         verdict=sweep.sentence or verdict(sweep.table, sweep.base),
-        figures=_sections(sweep),
-        figures_title="Accuracy, length and nonsense against temperature",
-        notes=notes,
+        sections=_sections(sweep),
+        sections_title="Accuracy, length and nonsense against temperature",
+        notes=[f"{failures} responses could not be verified; they count as wrong."] if failures else [],
         cards=_cards(sweep),
-        forks=_forks(sweep),
+        forks=ForkView(sweep.views, lead, sweep.threshold) if sweep.views else None,
         settings=[("decode-temps", [(key, value, False) for key, value in sweep.settings.items()])],
         provenance=sorted(sweep.provenance.items()),
         command=sweep.command,
@@ -83,19 +85,18 @@ def verdict(table: pd.DataFrame, base: float = 1.0) -> str:
     """What a lower and a higher temperature do at forks and elsewhere, with the intervals of the paired differences."""
     sentences = []
     for value in telling_temperatures(table, base):
-        change = "Lowering" if value < base else "Raising"
         forks, elsewhere = (_effect(_at(table, varied, value, base)) for varied in ("high", "low"))
-        change += f" the temperature at forks from {base:g} to {value:g}"
+        change = f"{'Lowering' if value < base else 'Raising'} the temperature at forks from {base:g} to {value:g}"
         sentences.append(f"{change} {forks}; elsewhere it {elsewhere}.")
     if not sentences:
-        row = _at(table, "high", base, base)
-        return f"Accuracy at temperature {base:g} is {_percent(row, 'accuracy')}; no other temperature was tried."
+        accuracy = percent(interval_of(_at(table, "high", base, base), "accuracy"))
+        return f"Accuracy at temperature {base:g} is {accuracy}; no other temperature was tried."
     return " ".join(sentences)
 
 
 def _effect(row: pd.Series) -> str:
     """What a setting does to accuracy: a verb, its object, and the interval of the paired difference."""
-    points, low, high = (100 * float(row[name]) for name in ("difference", "difference_low", "difference_high"))
+    points, low, high = (100 * value for value in interval_of(row, "difference"))
     if math.isnan(low):
         return f"changes accuracy by {points:+.1f} points (one problem tells no interval)"
     if high < 0:
@@ -105,8 +106,9 @@ def _effect(row: pd.Series) -> str:
     return f"makes no clear difference to accuracy ({points:+.1f} points [{low:+.1f}, {high:+.1f}])"
 
 
-def _percent(row: pd.Series, name: str) -> str:
-    return f"{100 * row[name]:.1f}% [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
+def sweep_rows(table: pd.DataFrame, varied: str, base: float = 1.0) -> pd.DataFrame:
+    """The settings in which ``varied`` ("high" or "low") takes every temperature and the other is ``base``, sorted."""
+    return table[table[{"high": "low", "low": "high"}[varied]] == base].sort_values(varied)
 
 
 def _at(table: pd.DataFrame, varied: str, value: float, base: float) -> pd.Series:
@@ -116,52 +118,81 @@ def _at(table: pd.DataFrame, varied: str, value: float, base: float) -> pd.Serie
 
 def _cards(sweep: Sweep) -> list[Card]:
     base, temperature = _at(sweep.table, "high", sweep.base, sweep.base), f"{sweep.base:g}"
-    interval = _percent(base, "accuracy").partition(" ")[2]
+    scale = f"{base['problems']:,.0f} problems, {base['samples']:,.0f} responses to each, at every setting"
     return [
-        Card(f"Accuracy at {temperature}, {temperature}", f"{base['accuracy']:.1%}", note=f"95% {interval}"),
+        interval_card(f"Accuracy at {temperature}, {temperature}", interval_of(base, "accuracy")),
         Card("Threshold", f"{sweep.threshold:.3f} nats", note=sweep.threshold_origin),
         Card("Tokens above it", f"{base['forks']:.1%}", note=f"at temperature {temperature}"),
-        Card("Responses", f"{len(sweep.table) * base['problems'] * base['samples']:,.0f}", note=_scale(base)),
+        Card("Responses", f"{len(sweep.table) * base['problems'] * base['samples']:,.0f}", note=scale),
     ]
 
 
-def _scale(base: pd.Series) -> str:
-    return f"{base['problems']:,.0f} problems, {base['samples']:,.0f} responses to each, at every setting"
-
-
-def _sections(sweep: Sweep) -> list[FigureSection]:
+def _sections(sweep: Sweep) -> list[Section]:
     table, settings, base = sweep.table, ["high", "low"], sweep.base
     spread = {name: [name, f"{name}_low", f"{name}_high"] for name in ("accuracy", "difference", "length", "surprise")}
     return [
-        figure_section(
+        Section(
             "Accuracy",
             "One line varies the temperature where the unscaled entropy is above the threshold, the other where it is "
             f"not; the rest stays at {base:g}. Bars: 95%, clustered by problem. The difference to ({base:g}, {base:g}) "
             "is paired by problem.",
-            accuracy_against_temperature(table, base),
-            table[settings + spread["accuracy"] + spread["difference"]],
             "temperature-accuracy",
+            table[settings + spread["accuracy"] + spread["difference"]],
+            accuracy_against_temperature(table, base),
         ),
-        figure_section(
+        Section(
             "Length and broken outputs",
             f"Mean tokens per response, and the share of broken outputs. {sweep.broken_means}",
-            length_and_broken(table, base),
-            table[[*settings, *spread["length"], *_SHARES]],
             "temperature-length-broken",
+            table[[*settings, *spread["length"], *_SHARES]],
+            length_and_broken(table, base),
         ),
-        figure_section(
+        Section(
             "Surprise",
             f"Mean of -ln p of the tokens written, p by the unscaled model: far above its value at {base:g}, the text "
             "is nonsense to the model that wrote it. Forks: the share of tokens above the threshold.",
-            surprise_against_temperature(table, base),
-            table[[*settings, *spread["surprise"], "forks", "tokens"]],
             "temperature-surprise",
+            table[[*settings, *spread["surprise"], "forks", "tokens"]],
+            surprise_against_temperature(table, base),
         ),
     ]
 
 
-def _forks(sweep: Sweep) -> ForkView | None:
-    if not sweep.views:
-        return None
-    lead = "The keys visit the tokens above the threshold, which are those that got the temperature of forks."
-    return ForkView(sweep.views, lead, sweep.threshold)
+def accuracy_against_temperature(table: pd.DataFrame, base: float = 1.0) -> Figure:
+    """The paper's Fig. 3: accuracy with 95% intervals, one line where forks get the temperature, one elsewhere.
+
+    Temperatures are drawn at even distances, so that 0 and 0.05 can be told apart.
+
+    Args:
+        table: as ``forkrl.analysis.temperature_table`` gives it.
+        base: the temperature that the rest stays at.
+    """
+    return plot([_panel(table, "accuracy", "accuracy", base, percent=True)], "temperature")
+
+
+def length_and_broken(table: pd.DataFrame, base: float = 1.0) -> Figure:
+    """Mean length, and the share of broken outputs, with 95% intervals."""
+    panels = [_panel(table, "length", "tokens", base), _panel(table, "broken", "broken", base, percent=True)]
+    return plot(panels, "temperature")
+
+
+def surprise_against_temperature(table: pd.DataFrame, base: float = 1.0) -> Figure:
+    """How unlikely the unscaled model finds what was written, nats per token."""
+    return plot([_panel(table, "surprise", "nats per token", base)], "temperature")
+
+
+def _panel(table: pd.DataFrame, name: str, ylabel: str, base: float, *, percent: bool = False) -> Panel:
+    """Both sweeps of one quantity; they meet at the baseline."""
+    temperatures, curves = sorted({*table["high"], *table["low"]}), []
+    for varied, label, color, style, marker, offset in _SWEEPS:
+        rows = sweep_rows(table, varied, base)
+        places = np.array([temperatures.index(value) for value in rows[varied]], dtype=float) + offset
+        curves.append(column_curve(rows, places, name, label.format(base), color=color, style=style, marker=marker))
+    return Panel(
+        ylabel,
+        curves,
+        PERCENT if percent else None,
+        names=[f"{value:g}" for value in temperatures],
+        legend=name != "broken",
+        vline=(temperatures.index(base), "") if base in temperatures else None,
+    )
