@@ -19,6 +19,7 @@ from forkrl.report.compare_page import (
     budget_curves,
     compare_verdict,
     difference_forest,
+    side_names,
     spending_curves,
     write_compare_page,
 )
@@ -27,6 +28,7 @@ from forkrl.report.eval_page import (
     accuracy_and_paper,
     eval_page,
     eval_verdict,
+    length_distributions,
     pass_and_majority,
     write_eval_page,
 )
@@ -227,8 +229,8 @@ def comparison(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, "trained is 10.0 points [5.0, 15.0] better than base on x, p < 0.001. Its responses are 200 tokens longer. "
-             "No clear difference where both spend the same tokens: trained minus base is +2.0 points [-1.0, +5.0]."),
+        ({}, "trained is 10.0 points [5.0, 15.0] better than base on x, p < 0.001. Its responses are 200 tokens longer"
+             ". No clear difference where both spend the same tokens: trained minus base is +2.0 points [-1.0, +5.0]."),
         ({"accuracy": {"difference": difference(-0.1, -0.15, -0.05)}, "p": 0.0312},
          "trained is 10.0 points [5.0, 15.0] worse than base on x, p = 0.031. Its"),
         ({"accuracy": {"difference": difference(0.012, -0.03, 0.05)}, "p": 0.59},
@@ -287,3 +289,22 @@ def test_an_average_without_an_interval_is_shown_without_one(folder: Path) -> No
     page = eval_page(results_of(folder), average=average, shelves=[], paper={})
     assert page.shelves == []
     assert (page.cards[0].value, page.cards[0].note) == ("50.0%", "mean of the benchmarks")
+
+
+def test_lengths_have_a_y_axis(folder: Path) -> None:
+    for axes in length_distributions(results_of(folder)["benchmarks"]).axes:
+        ticks = axes.get_yticks()
+        assert len(ticks) >= 3 and axes.yaxis.get_major_formatter()(0.25, None) == "25%"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "names"),
+    [
+        ({"model": "Qwen/base", "folder": "evals/a"}, {"model": "runs/x", "folder": "evals/b"}, ("base", "x")),
+        ({"model": "m", "folder": "evals/hot"}, {"model": "m", "folder": "evals/cold"}, ("hot", "cold")),
+        ({"model": "m", "folder": "one/e"}, {"model": "m", "folder": "two/e"}, ("one/e", "two/e")),
+        ({"folder": "e"}, {"folder": "e"}, ("e (first)", "e (second)")),
+    ],
+)
+def test_the_sides_of_a_comparison_have_names(a: dict[str, str], b: dict[str, str], names: tuple[str, str]) -> None:
+    assert side_names({"a": a, "b": b}) == names

@@ -40,7 +40,7 @@ def side_names(comparison: Comparison) -> tuple[str, str]:
     for of in (_model_name, lambda side: Path(str(side["folder"])).name, lambda side: str(side["folder"])):
         if of(a) != of(b):
             return of(a), of(b)
-    return f"{_model_name(a)} (first)", f"{_model_name(b)} (second)"
+    return f"{a['folder']} (first)", f"{b['folder']} (second)"
 
 
 def _model_name(side: Mapping[str, Any]) -> str:

@@ -216,6 +216,8 @@ def _places(checkpoints: pd.Series) -> tuple[list[int], str]:
 
 def _name_places(axes: Axes, checkpoints: pd.Series, places: Sequence[int]) -> None:
     """Ticks at the checkpoints themselves, both ends among them, as many as have room."""
+    if axes.get_xlabel() == "checkpoint":
+        axes.margins(x=0.15)  # names are wider than numbers
     last, room = places[-1], (places[-1] - places[0]) / 6
     shown = [0]
     for number, place in enumerate(places[:-1]):

@@ -40,6 +40,9 @@ LOOKS = (
 """Colour, line style and marker of the first, second, … of several curves."""
 WIDTH, HEIGHT = 5.2, 2.9  # inches; report.css keeps text of 9 points at 11 pixels or more at this width
 FONT_SIZE = 9
+_LEGEND: dict[str, Any] = {
+    "ncols": 4, "frameon": False, "fontsize": FONT_SIZE, "labelcolor": INK, "handlelength": 1.6, "columnspacing": 1.3,
+}  # fmt: skip
 CLOUD_WORDS = 100
 _CLOUD_PIXELS = (1040, 480)
 _LARGEST_WORD, _SMALLEST_WORD = 110, 0.25  # pixels of these; of the largest, so that the hundredth is still legible
@@ -118,7 +121,7 @@ def plot(panels: Sequence[Panel], xlabel: str = "step", *, columns: int = 1, hei
     ``xlabel``: "step" also keeps the ticks whole.
     """
     figure, count = empty_figure(height), len(panels)
-    shared = columns == 1 and count > 1
+    shared, grid = columns == 1 and count > 1, columns > 1
     cells = figure.subplots(-(-count // columns), columns, sharex=shared, squeeze=False).ravel()
     for place, (axes, panel) in enumerate(zip(cells, panels, strict=False)):
         for curve in panel.curves:
@@ -129,16 +132,19 @@ def plot(panels: Sequence[Panel], xlabel: str = "step", *, columns: int = 1, hei
             axes.axhline(panel.hline[0], color=MUTED, linewidth=1.2, linestyle=":", label=panel.hline[1] or None)
         _scale(axes, panel)
         last = place + columns >= count
-        finish(axes, panel.ylabel, xlabel if last or not shared else "", bottom=panel.bottom, legend=panel.legend)
+        legend = panel.legend and not grid
+        finish(axes, panel.ylabel, xlabel if last and not grid else "", bottom=panel.bottom, legend=legend)
         if xlabel == "step":
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         if panel.title:
-            axes.text(
-                0.99, 0.97, panel.title, transform=axes.transAxes, ha="right", va="top", fontsize=FONT_SIZE, color=INK,
-                parse_math=False,
-            )  # fmt: skip
+            title = axes.set_title(panel.title, loc="right", fontsize=FONT_SIZE, color=INK, pad=2)
+            title.set_parse_math(False)
     for axes in cells[count:]:
         axes.set_visible(False)
+    if grid:
+        figure.supxlabel(xlabel, color=MUTED, fontsize=FONT_SIZE)
+        if cells[0].get_legend_handles_labels()[1]:
+            figure.legend(*cells[0].get_legend_handles_labels(), loc="outside upper left", **_LEGEND)
     return figure
 
 
@@ -168,7 +174,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
 def _scale(axes: Axes, panel: Panel) -> None:
     if "x" in panel.log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_locator(NullLocator())
     if "y" in panel.log:
         axes.set_yscale("log")
@@ -199,10 +205,7 @@ def finish(axes: Axes, ylabel: str, xlabel: str, *, bottom: float | None = None,
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     handles, labels = axes.get_legend_handles_labels()
     if legend and labels:
-        axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=FONT_SIZE,
-            labelcolor=INK, handlelength=1.6, columnspacing=1.3, borderaxespad=0.1,
-        )  # fmt: skip
+        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.1, **_LEGEND)
 
 
 def forest(
@@ -261,7 +264,6 @@ def word_cloud(types: pd.DataFrame, *, highest: bool) -> Figure:
     figure = Figure(figsize=(WIDTH, WIDTH * height / width))
     figure.patch.set_visible(False)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     if not weights:
         return figure
@@ -270,13 +272,18 @@ def word_cloud(types: pd.DataFrame, *, highest: bool) -> Figure:
         relative_scaling=1.0, random_state=1, margin=6,
     )  # fmt: skip
     cloud.generate_from_frequencies(weights)
+    frame = [np.array([[0, 0], [width, height]])]
     for (word, weight), size, (top, left), _, _ in cloud.layout_:
         outline = TextPath((0, 0), word, size=size, prop=FontProperties(fname=font))
         ink = outline.get_extents()
         # The layout gives the corner of the ink, in pixels from above; outlines are drawn upwards.
         corner = Affine2D().translate(-ink.x0, -ink.y1).scale(1, -1).translate(left, top)
+        shape = corner.transform_path(outline)
+        frame.append(np.asarray(shape.vertices))
         color = VERMILION if highest else BLUE
-        axes.add_patch(PathPatch(corner.transform_path(outline), color=color, alpha=0.55 + 0.45 * weight, linewidth=0))
+        axes.add_patch(PathPatch(shape, color=color, alpha=0.55 + 0.45 * weight, linewidth=0))
+    (left, top), (right, bottom) = np.min(np.vstack(frame), axis=0) - 1, np.max(np.vstack(frame), axis=0) + 1
+    axes.set(xlim=(left, right), ylim=(bottom, top))  # outlines are a little wider than the layout took them for
     return figure
 
 

@@ -251,7 +251,7 @@ def _curves(run: RunData, *lines: tuple[str, str, str, str]) -> list[Curve]:
     """Metrics over the steps: name, label, colour and line style of each that was recorded."""
     found = [(run.series(metric), label, color, style) for metric, label, color, style in lines]
     return [
-        Curve(series.steps, series.values, label, color, style, "o" if len(series) <= FEW_POINTS else "")
+        Curve(series.steps, series.values, label, color, style, "." if len(series) <= FEW_POINTS else "")
         for series, label, color, style in found
         if len(series)
     ]
