@@ -268,7 +268,7 @@ def describe_branching(found: Branching) -> str:
     ]
     for _, row in found.tables["kinds"].iterrows():
         figures = "".join(f"{_with_interval(row, name):27}" for name in ("natural", "forced", "gain"))
-        lines.append(f"{KINDS[row['kind']].label:14}{row['positions']:9,}{row['entropy']:9.3f}  {figures}".rstrip())
+        lines.append(f"{KINDS[row['kind']][0]:14}{row['positions']:9,}{row['entropy']:9.3f}  {figures}".rstrip())
     for _, row in found.tables["differences"].iterrows():
         figures = "".join(f"{_with_interval(row, name):27}" for name in ("natural", "forced", "gain"))
         lines.append(f"{'forks - ' + row['against']:14}{row['responses']:9,}{'':9}  {figures}".rstrip())

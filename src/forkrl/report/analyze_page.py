@@ -14,10 +14,7 @@ from forkrl.report.formatting import interval_of, visible_token
 from forkrl.report.page import Card, Page, Section, interval_card
 from forkrl.report.plots import (
     BLUE,
-    GREEN,
-    MUTED,
     PERCENT,
-    VERMILION,
     Curve,
     Panel,
     column_curve,
@@ -154,12 +151,8 @@ def entropy_histogram(histogram: pd.DataFrame, threshold: float) -> Figure:
     """
     edges = np.append(histogram["low"].to_numpy(), histogram["high"].iloc[-1])
     curves = [
-        Curve(edges, np.where(counts > 0, counts, np.nan), label, color, style, kind="stairs")
-        for column, label, color, style in (
-            ("tokens", "all", BLUE, "-"),
-            ("correct", "correct responses", GREEN, "--"),
-            ("incorrect", "incorrect", MUTED, ":"),
-        )
+        Curve(edges, np.where(counts > 0, counts, np.nan), label, kind="stairs")
+        for column, label in (("tokens", "all"), ("correct", "correct responses"), ("incorrect", "incorrect"))
         if (counts := histogram[column].to_numpy(float)).any()
     ]
     mark = (threshold, f"forks above {threshold:.2f}")
@@ -170,8 +163,7 @@ def fork_positions(positions: pd.DataFrame) -> Figure:
     """Share of forks, and mean entropy, along the response, with 95% bands; from ``forkrl.analysis.fork_positions``."""
     middle = (positions["low"] + positions["high"]) / 2
     shares, entropies = (
-        column_curve(positions, middle, column, color=color, marker=".", kind="band")
-        for column, color in (("fork_share", VERMILION), ("mean_entropy", BLUE))
+        column_curve(positions, middle, column, marker=".", kind="band") for column in ("fork_share", "mean_entropy")
     )
     panels = [Panel("forks", [shares], PERCENT), Panel("entropy (nats)", [entropies], x_format=PERCENT)]
     return plot(panels, "position in the response")
@@ -185,10 +177,7 @@ def correct_against_incorrect(correctness: pd.DataFrame) -> Figure:
     panels = [
         Panel(
             label,
-            [
-                point(place, interval_of(correctness.iloc[place], column), color)
-                for place, color in enumerate((GREEN, MUTED))
-            ],
+            [point(place, interval_of(correctness.iloc[place], column)) for place in (0, 1)],
             form,
             bottom=None,
             names=["correct", "incorrect"],
@@ -211,7 +200,7 @@ def density_against_correctness(density: pd.DataFrame) -> Figure:
     return plot([Panel("correct", points, PERCENT, names=names)], "forks among the tokens of a response")
 
 
-def point(place: float, estimate: Estimate, color: str = BLUE) -> Curve:
+def point(place: float, estimate: Estimate) -> Curve:
     """A point with its interval."""
     mean, low, high = ([value] for value in estimate)
-    return Curve([place], mean, "", color, "", "o", low, high)
+    return Curve([place], mean, "", BLUE, "", "o", low, high)

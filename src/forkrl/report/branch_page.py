@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,8 @@ from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownR
 from forkrl.report.formatting import evenly_spaced, interval_of, outcome, percent
 from forkrl.report.page import Card, Page, Section, interval_card
 from forkrl.report.plots import (
-    BLUE,
-    GREEN,
     INK,
     PERCENT,
-    VERMILION,
     Curve,
     Panel,
     column_curve,
@@ -32,21 +29,12 @@ RATE_BINS = 10
 FORK_PERCENTILE = 80.0
 
 
-class Kind(NamedTuple):
-    """How one kind of position is named and drawn."""
-
-    label: str
-    in_words: str
-    color: str
-    marker: str
-    style: str
-
-
 KINDS = {
-    "fork": Kind("forks", "one fork decides", VERMILION, "o", "-"),
-    "random": Kind("random others", "a random other token", BLUE, "^", "--"),
-    "low": Kind("low entropy", "a token of low entropy", GREEN, "s", ":"),
+    "fork": ("forks", "one fork decides"),
+    "random": ("random others", "a random other token"),
+    "low": ("low entropy", "a token of low entropy"),
 }
+"""Each kind of position, as a label and in the verdict."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +87,7 @@ def branch_verdict(tables: Mapping[str, pd.DataFrame]) -> str:
     kinds, differences = tables["kinds"], tables["differences"]
     if kinds["share"].isna().all():
         return "Nothing is decided anywhere: every continuation had the same outcome."
-    parts = [f"{KINDS[row['kind']].in_words} {percent(interval_of(row, 'share'))}" for _, row in kinds.iterrows()]
+    parts = [f"{KINDS[row['kind']][1]} {percent(interval_of(row, 'share'))}" for _, row in kinds.iterrows()]
     sentence = f"Of the outcome's variance {', '.join(parts)} (95% intervals)."
     found = differences[differences["against"] == "random"] if len(differences) else differences
     if not len(found) or math.isnan(found.iloc[0]["natural_low"]):
@@ -113,7 +101,7 @@ def branch_verdict(tables: Mapping[str, pd.DataFrame]) -> str:
 def _cards(report: BranchReport) -> list[Card]:
     facts = report.facts
     shares = [
-        interval_card(f"Decided at {KINDS[row['kind']].label}", interval_of(row, "share"), "of the outcome's variance")
+        interval_card(f"Decided at {KINDS[row['kind']][0]}", interval_of(row, "share"), "of the outcome's variance")
         for _, row in report.tables["kinds"].iterrows()
     ]
     scale = f"{facts['continuations']:,} continuations of {facts['branches']:,} branches"
@@ -220,8 +208,8 @@ def natural_against_entropy(spreads: pd.DataFrame, bins: pd.DataFrame) -> Figure
     """
     shown = spreads.iloc[evenly_spaced(len(spreads), MAX_POINTS)]
     curves = [
-        Curve(points["entropy"], points["natural"], kind.label, kind.color, "", kind.marker, alpha=0.45)
-        for name, kind in KINDS.items()
+        Curve(points["entropy"], points["natural"], label, style="", marker=None, alpha=0.45)
+        for name, (label, _) in KINDS.items()
         if len(points := shown[shown["kind"] == name])
     ]
     means = column_curve(bins, bins["entropy"], "natural", "mean, 95%", color=INK, style="", marker="D")
@@ -232,10 +220,10 @@ def spread_by_kind(kinds: pd.DataFrame) -> Figure:
     """Both spreads of each kind of position, means with intervals."""
     place = np.arange(len(kinds), dtype=float)
     curves = [
-        column_curve(kinds, place + offset, name, f"{name}, 95%", color=color, style="", marker=marker)
-        for name, offset, color, marker in (("natural", -0.1, BLUE, "o"), ("forced", 0.1, VERMILION, "s"))
+        column_curve(kinds, place + offset, name, f"{name}, 95%", style="", marker=None)
+        for name, offset in (("natural", -0.1), ("forced", 0.1))
     ]
-    names = [KINDS[kind].label for kind in kinds["kind"]]
+    names = [KINDS[kind][0] for kind in kinds["kind"]]
     return plot([Panel("variance of success rates", curves, bottom=None, names=names, hline=(0, ""))], "")
 
 
@@ -253,8 +241,6 @@ def branch_rates(histogram: pd.DataFrame) -> Figure:
     """How the success rates of branches are distributed, for each kind of position."""
     edges = [*histogram["from"], 1.0]
     curves = [
-        Curve(edges, histogram[name], kind.label, kind.color, kind.style, kind="stairs")
-        for name, kind in KINDS.items()
-        if name in histogram
+        Curve(edges, histogram[name], label, kind="stairs") for name, (label, _) in KINDS.items() if name in histogram
     ]
     return plot([Panel("share of branches", curves, PERCENT, PERCENT)], "success rate of the branch")

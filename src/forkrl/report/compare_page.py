@@ -13,13 +13,11 @@ from forkrl.report.eval_page import band
 from forkrl.report.formatting import interval, is_clear, percent, points, probability, shortened
 from forkrl.report.page import Card, Page, Section, interval_card, write_page
 from forkrl.report.plots import (
-    BLUE,
     COUNT,
     GRID,
     MUTED,
     PERCENT,
     POINTS,
-    VERMILION,
     Curve,
     Panel,
     finish,
@@ -31,7 +29,6 @@ from forkrl.stats.intervals import Estimate, as_columns
 Comparison = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 SHOWN_CHARACTERS = 300
-_LOOKS = {"a": (BLUE, "--", ""), "b": (VERMILION, "-", "")}
 
 
 def side_names(comparison: Comparison) -> tuple[str, str]:
@@ -264,7 +261,7 @@ def budget_curves(benchmarks: Rows, names: tuple[str, str]) -> Figure:
     """Accuracy of both against the budget of tokens, with 95% bands, one plot a benchmark."""
     curves = [
         [
-            band({row["tokens"]: row[side] for row in each["budget"]}, name, _LOOKS[side])
+            band({row["tokens"]: row[side] for row in each["budget"]}, name)
             for side, name in zip("ab", names, strict=True)
         ]
         for each in benchmarks
@@ -280,7 +277,6 @@ def spending_curves(benchmarks: Rows, names: tuple[str, str]) -> Figure:
                 [row["spent"] for row in each["equal_spending"]],
                 [float(row[side]) for row in each["equal_spending"]],
                 name,
-                *_LOOKS[side],
             )
             for side, name in zip("ab", names, strict=True)
         ]

@@ -139,8 +139,8 @@ def overlap_curves(overlap: pd.DataFrame, ratio: float) -> Figure:
     """
     places, xlabel = _places(overlap["checkpoint"])
     curves = [
-        column_curve(overlap, places, "with_first", "with the first", color=BLUE, marker="o"),
-        column_curve(overlap, places, "with_last", "with the last", color=VERMILION, style="--", marker="o"),
+        column_curve(overlap, places, "with_first", "with the first", marker="o"),
+        column_curve(overlap, places, "with_last", "with the last", marker="o"),
     ]
     figure = plot([Panel(f"top {100 * ratio:g}% in common", curves, PERCENT, bottom=None)], xlabel)
     (axes,) = figure.axes

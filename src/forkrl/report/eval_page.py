@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from forkrl.report.plots import (
     COUNT,
     GREEN,
     HEIGHT,
-    LOOKS,
     MUTED,
     PERCENT,
     VERMILION,
@@ -301,18 +299,18 @@ def _by_benchmark(
     benchmarks: Sequence[Results], points: Sequence[Mapping[int, Any]], *, markers: bool = True
 ) -> list[Curve]:
     """One curve a benchmark from its estimates by x, with their intervals where there are few benchmarks."""
-    looks = itertools.cycle(LOOKS)
+    marker, shaded = None if markers else "", len(benchmarks) <= FEW_LINES
     return [
-        band(found, each["title"], (color, style, marker if markers else ""), shaded=len(benchmarks) <= FEW_LINES)
-        for each, found, (color, style, marker) in zip(benchmarks, points, looks, strict=False)
+        band(found, each["title"], marker=marker, shaded=shaded)
+        for each, found in zip(benchmarks, points, strict=True)
         if found
     ]
 
 
-def band(points: Mapping[int, Any], label: str, look: tuple[str, str, str], *, shaded: bool = True) -> Curve:
+def band(points: Mapping[int, Any], label: str, *, marker: str | None = "", shaded: bool = True) -> Curve:
     """Estimates by their x as a curve, with their intervals if ``shaded``."""
     mean, low, high = zip(*(interval(each) for each in points.values()), strict=True)
-    curve = Curve(list(points), mean, label, *look, kind="band")
+    curve = Curve(list(points), mean, label, marker=marker, kind="band")
     return replace(curve, low=low, high=high) if shaded else curve
 
 
@@ -322,8 +320,8 @@ def length_distributions(benchmarks: Sequence[Results]) -> Figure:
     for each in benchmarks:
         counts = {name: np.asarray(each["lengths"][name], dtype=np.float64) for name in ("right", "wrong")}
         curves = [
-            Curve(each["lengths"]["edges"], counts[name] / counts[name].sum(), name, color, style, kind="stairs")
-            for name, color, style in (("right", GREEN, "-"), ("wrong", VERMILION, "--"))
+            Curve(each["lengths"]["edges"], counts[name] / counts[name].sum(), name, color, kind="stairs")
+            for name, color in (("right", GREEN), ("wrong", VERMILION))
             if counts[name].sum()
         ]
         panels.append(Panel("share", curves, PERCENT, COUNT, title=each["title"], legend=each is benchmarks[0]))

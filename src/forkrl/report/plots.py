@@ -7,6 +7,7 @@ constant of this file, so that a page can map each to its own theme.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ CLOUD_WORDS = 100
 _CLOUD_PIXELS = (1040, 480)
 _LARGEST_WORD, _SMALLEST_WORD = 110, 0.25  # pixels of these; of the largest, so that the hundredth is still legible
 
+Kind = Literal["line", "band", "steps", "stairs"]
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 POINTS = FuncFormatter(lambda value, _: f"{100 * value:+.3g}" if value else "0")
 COUNT = FuncFormatter(lambda value, _: f"{value:,.0f}")
@@ -56,19 +58,20 @@ COUNT = FuncFormatter(lambda value, _: f"{value:,.0f}")
 class Curve:
     """Values of one quantity, with their 95% interval where ``low`` and ``high`` are given (NaN: unknown).
 
-    ``kind``: how it is drawn. "line" has error bars, "band" a shaded interval, "steps" changes after each point,
+    Colour, style and marker that are None are those of its place among the curves of the panel (``LOOKS``).
+    ``kind``: "line" has error bars, "band" a shaded interval, "steps" changes after each point,
     "stairs" is a histogram with the edges of its bins as ``x``. Points alone have a marker and no ``style``.
     """
 
     x: ArrayLike
     y: ArrayLike
     label: str = ""
-    color: str = BLUE
-    style: str = "-"
-    marker: str = ""
+    color: str | None = None
+    style: str | None = None
+    marker: str | None = ""
     low: ArrayLike | None = None
     high: ArrayLike | None = None
-    kind: Literal["line", "band", "steps", "stairs"] = "line"
+    kind: Kind = "line"
     alpha: float = 1.0
 
 
@@ -124,8 +127,8 @@ def plot(panels: Sequence[Panel], xlabel: str = "step", *, columns: int = 1, hei
     shared, grid = columns == 1 and count > 1, columns > 1
     cells = figure.subplots(-(-count // columns), columns, sharex=shared, squeeze=False).ravel()
     for place, (axes, panel) in enumerate(zip(cells, panels, strict=False)):
-        for curve in panel.curves:
-            _draw(axes, curve)
+        for curve, look in zip(panel.curves, itertools.cycle(LOOKS), strict=False):
+            _draw(axes, curve, look)
         if panel.vline is not None:
             axes.axvline(panel.vline[0], color=VERMILION, linewidth=1.4, linestyle=":", label=panel.vline[1] or None)
         if panel.hline is not None:
@@ -148,24 +151,23 @@ def plot(panels: Sequence[Panel], xlabel: str = "step", *, columns: int = 1, hei
     return figure
 
 
-def _draw(axes: Axes, curve: Curve) -> None:
-    label = plain(ellipsis(curve.label, 32)) if curve.label else "_nolegend_"
+def _draw(axes: Axes, curve: Curve, default: tuple[str, str, str]) -> None:
+    chosen = zip((curve.color, curve.style, curve.marker), default, strict=True)
+    color, style, marker = (other if own is None else own for own, other in chosen)
+    look: dict[str, Any] = {"color": color, "linestyle": style, "linewidth": 1.7}
+    look["label"] = plain(ellipsis(curve.label, 32)) if curve.label else "_nolegend_"
     if curve.kind == "stairs":
-        axes.stairs(
-            np.asarray(curve.y), np.asarray(curve.x), color=curve.color, linestyle=curve.style, linewidth=1.6,
-            label=label,
-        )  # fmt: skip
+        axes.stairs(np.asarray(curve.y), np.asarray(curve.x), **look)
         return
-    look: dict[str, Any] = {"color": curve.color, "linestyle": curve.style, "linewidth": 1.7, "label": label}
-    look |= {"marker": curve.marker, "markersize": 4.5 if curve.marker != "." else 5.5, "alpha": curve.alpha}
-    look["clip_on"] = not (curve.marker and curve.kind == "line")  # a marker at 0 or 100% is drawn whole
+    look |= {"marker": marker, "markersize": 5.5 if marker == "." else 4.5, "alpha": curve.alpha}
+    look["clip_on"] = not (marker and curve.kind == "line")  # a marker at 0 or 100% is drawn whole
     if curve.kind == "steps":
         axes.step(curve.x, curve.y, where="post", **look)
     elif curve.low is None or curve.high is None:
         axes.plot(curve.x, curve.y, **look)
     elif curve.kind == "band":
         axes.plot(curve.x, curve.y, **look)
-        axes.fill_between(curve.x, curve.low, curve.high, color=curve.color, alpha=0.15, linewidth=0)
+        axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
     else:
         bars = error_bars(curve.y, curve.low, curve.high)
         axes.errorbar(curve.x, curve.y, bars, capsize=3, elinewidth=1.4, zorder=3, **look)

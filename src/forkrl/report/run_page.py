@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,8 @@ from forkrl.report.fork_data import responses_of
 from forkrl.report.fork_view import ForkView, Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import plain, visible
 from forkrl.report.page import Page, Section, write_page
-from forkrl.report.plots import (
-    BLUE,
-    GREEN,
-    HEIGHT,
-    LOOKS,
-    MUTED,
-    PERCENT,
-    PURPLE,
-    VERMILION,
-    Curve,
-    Panel,
-    ellipsis,
-    plot,
-)
-from forkrl.report.run_data import Floats, Response, RolloutSample, RunData, read_run
+from forkrl.report.plots import HEIGHT, PERCENT, Curve, Kind, Panel, ellipsis, plot
+from forkrl.report.run_data import Floats, RolloutSample, RunData, read_run
 from forkrl.report.run_summary import cards, status, verdict
 
 FEW_POINTS = 40
@@ -114,173 +101,118 @@ def _changed(table: Any, defaults: Mapping[str, Any]) -> Any:
     return {key: value for key, value in table.items() if defaults.get(key) != value}
 
 
+_ACCURACY = {"reward/accuracy": "training responses", "eval/accuracy": "held out, 95% interval"}
+_PLAIN = ("level", "entropy (nats)", "tokens", "gradient norm")  # quantities that are not shares
+_CURVES: list[tuple[str, str, str, dict[str, dict[str, str]]]] = [
+    (
+        "learning",
+        "Learning curve",
+        "Training accuracy is that of the sampled responses of each step; held-out problems are the same each time, "
+        "unless a note on this page says that evaluations changed.",
+        {"accuracy": _ACCURACY},
+    ),
+    (
+        "entropy",
+        "Entropy",
+        "Mean entropy of the tokens that carried gradient, of the others, and of all; the threshold between them.",
+        {
+            "entropy (nats)": {
+                "entropy/mean": "all",
+                "entropy/selected_mean": "selected",
+                "entropy/unselected_mean": "unselected",
+                "entropy/threshold": "threshold",
+            }
+        },
+    ),
+    (
+        "kept",
+        "Tokens kept",
+        "The fraction of response tokens that carried gradient, by the sign of the advantage.",
+        {
+            "tokens kept": {
+                "selection/kept_fraction": "all responses",
+                "selection/kept_fraction_positive": "advantage > 0",
+                "selection/kept_fraction_negative": "advantage < 0",
+            }
+        },
+    ),
+    (
+        "length",
+        "Response length",
+        "Mean tokens per response, and the fraction that ran into the limit without a stop token.",
+        {
+            "tokens": {"response/length": "training", "eval/length": "held out"},
+            "cut at limit": {"response/truncated_fraction": "training", "eval/truncated_fraction": "held out"},
+        },
+    ),
+    (
+        "gradient",
+        "Gradient and clipping",
+        "Gradient norm before clipping, and the fraction of trained tokens whose probability ratio was clipped.",
+        {"gradient norm": {"grad/norm": "norm"}, "ratio clipped": {"loss/clip_fraction": "clipped"}},
+    ),
+]
+"""Name, title and caption of a section, and its panels: the label of the y axis, and the label of each metric."""
+
+
 def sections(run: RunData) -> list[Section]:
     """Every plot of the page, in reading order."""
-    accuracy = ("reward/accuracy", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
-    clip = run.setting("optimizer.max_grad_norm")
-    clipped = (
-        (float(clip), f"clipped at {clip:g}") if isinstance(clip, int | float) and not isinstance(clip, bool) else None
-    )
-    norm = _curves(run, ("grad/norm", "norm", BLUE, "-"))
-    found = [
-        _section(
-            run,
-            "learning",
-            "Learning curve",
-            "Training accuracy is that of the sampled responses of each step; held-out problems are the same each "
-            "time, unless a note on this page says that evaluations changed.",
-            accuracy,
-            [_accuracy(run, "accuracy", "")],
-        )
-    ]
+    learning, entropy, *others = [_curves_section(run, *curves) for curves in _CURVES]
+    found = [learning]
     if run.parts:
-        found.append(
-            _section(
-                run,
-                "parts",
-                "Accuracy by part",
-                "The same for each part of the mixed task; held-out accuracy with a 95% interval clustered by problem.",
-                [f"{name}/{part}" for part in run.parts for name in accuracy],
-                [_accuracy(run, ellipsis(part), f"/{part}", legend=part == run.parts[0]) for part in run.parts],
-            )
-        )
+        panels = {part: {f"{name}/{part}": label for name, label in _ACCURACY.items()} for part in run.parts}
+        caption = "The same for each part of the mixed task; 95% intervals clustered by problem."
+        found.append(_curves_section(run, "parts", "Accuracy by part", caption, panels))
     if run.level_names:
-        found.append(
-            _section(
-                run,
-                "levels",
-                "Level of difficulty",
-                "The level of each curriculum after the step.",
-                run.level_names,
-                [Panel("level", _levels(run))],
-            )
-        )
-    return [
-        *found,
-        _section(
-            run,
-            "entropy",
-            "Entropy",
-            "Mean entropy of the tokens that carried gradient, of the others, and of all; the threshold between them.",
-            ("entropy/mean", "entropy/selected_mean", "entropy/unselected_mean", "entropy/threshold"),
-            [
-                Panel(
-                    "entropy (nats)",
-                    _curves(
-                        run,
-                        ("entropy/selected_mean", "selected", VERMILION, "-"),
-                        ("entropy/threshold", "threshold", MUTED, ":"),
-                        ("entropy/mean", "all", BLUE, "-"),
-                        ("entropy/unselected_mean", "unselected", GREEN, "--"),
-                    ),
-                )
-            ],
-        ),
-        _histogram(run),
-        _section(
-            run,
-            "kept",
-            "Tokens kept",
-            "The fraction of response tokens that carried gradient, by the sign of the advantage.",
-            ("selection/kept_fraction", "selection/kept_fraction_positive", "selection/kept_fraction_negative"),
-            [
-                Panel(
-                    "tokens kept",
-                    _curves(
-                        run,
-                        ("selection/kept_fraction_positive", "advantage > 0", GREEN, "--"),
-                        ("selection/kept_fraction_negative", "advantage < 0", PURPLE, ":"),
-                        ("selection/kept_fraction", "all responses", BLUE, "-"),
-                    ),
-                    PERCENT,
-                )
-            ],
-        ),
-        _section(
-            run,
-            "length",
-            "Response length",
-            "Mean tokens per response, and the fraction that ran into the limit without a stop token.",
-            ("response/length", "response/truncated_fraction", "eval/length", "eval/truncated_fraction"),
-            [
-                Panel(
-                    label,
-                    _curves(
-                        run, (f"response/{name}", "training", BLUE, "-"), (f"eval/{name}", "held out", VERMILION, "--")
-                    ),
-                    form,
-                    legend=form is None,
-                )
-                for label, name, form in (("tokens", "length", None), ("cut at limit", "truncated_fraction", PERCENT))
-            ],
-        ),
-        _section(
-            run,
-            "gradient",
-            "Gradient and clipping",
-            "Gradient norm before clipping, and the fraction of trained tokens whose probability ratio was clipped.",
-            ("grad/norm", "loss/clip_fraction"),
-            [
-                Panel("gradient norm", norm, hline=clipped if norm else None),
-                Panel(
-                    "ratio clipped",
-                    _curves(run, ("loss/clip_fraction", "clipped", VERMILION, "-")),
-                    PERCENT,
-                    legend=False,
-                ),
-            ],
-        ),
-    ]
+        labels = {name: name.removeprefix("task/level").strip("/") or "level" for name in run.level_names}
+        caption = "The level of each curriculum after the step."
+        found.append(_curves_section(run, "levels", "Level of difficulty", caption, {"level": labels}))
+    return [*found, entropy, _histogram(run), *others]
 
 
-def _section(
-    run: RunData, name: str, title: str, caption: str, metrics: Sequence[str], panels: Sequence[Panel]
+def _curves_section(
+    run: RunData, name: str, title: str, caption: str, panels: Mapping[str, Mapping[str, str]]
 ) -> Section:
-    """Panels over the steps, and the metrics behind them."""
+    """Metrics against the step, and the numbers behind them."""
+    metrics = [each for labels in panels.values() for metric in labels for each in _with_interval(metric)]
     missing = [metric for metric in metrics if not len(run.series(metric))]
     present = [metric for metric in metrics if metric not in missing]
     rows = {step: row for step, row in run.metrics.items() if any(metric in row for metric in present)}
-    table = pd.DataFrame(
-        {"step": list(rows), **{metric: [row.get(metric) for row in rows.values()] for metric in present}}
-    )
-    figure = plot(panels, height=max(HEIGHT, 1.3 * len(panels) + 0.3)) if present else None
+    columns = {metric: [row.get(metric) for row in rows.values()] for metric in present}
+    table = pd.DataFrame({"step": list(rows), **columns})
+    drawn = [
+        Panel(
+            ellipsis(ylabel),
+            [_curve(run, metric, label) for metric, label in labels.items() if metric in present],
+            None if ylabel in _PLAIN else PERCENT,
+            legend=ylabel == next(iter(panels)),
+            hline=_clipping(run) if "grad/norm" in labels and "grad/norm" in present else None,
+        )
+        for ylabel, labels in panels.items()
+    ]
+    figure = plot(drawn, height=max(HEIGHT, 1.3 * len(drawn) + 0.3)) if present else None
     return Section(title, caption, name, table, figure, missing)
 
 
-def _curves(run: RunData, *lines: tuple[str, str, str, str]) -> list[Curve]:
-    """Metrics over the steps: name, label, colour and line style of each that was recorded."""
-    found = [(run.series(metric), label, color, style) for metric, label, color, style in lines]
-    return [
-        Curve(series.steps, series.values, label, color, style, "." if len(series) <= FEW_POINTS else "")
-        for series, label, color, style in found
-        if len(series)
-    ]
+def _with_interval(metric: str) -> list[str]:
+    """The metric, and the ends of its 95% interval where the trainer records them."""
+    ends = ("", "_low", "_high") if metric.startswith("eval/accuracy") else ("",)
+    return [metric.replace("accuracy", f"accuracy{end}", 1) for end in ends]
 
 
-def _accuracy(run: RunData, ylabel: str, part: str, *, legend: bool = True) -> Panel:
-    """Training and held-out accuracy, of all prompts or, with "/PART", of those of one part."""
-    curves = _curves(run, (f"reward/accuracy{part}", "training responses", MUTED, "-"))
-    steps, values = run.series(f"eval/accuracy{part}")
-    if len(steps):
-        low, high = (
-            np.array([run.metrics[int(step)].get(f"eval/accuracy_{end}{part}", np.nan) for step in steps])
-            for end in ("low", "high")
-        )
-        curves.append(Curve(steps, values, "held out, 95% interval", BLUE, "-", "o", low, high))
-    return Panel(ylabel, curves, PERCENT, legend=legend)
+def _curve(run: RunData, metric: str, label: str) -> Curve:
+    steps, values = run.series(metric)
+    kind: Kind = "steps" if metric in run.level_names else "line"
+    curve = Curve(steps, values, ellipsis(label), marker="." if len(steps) <= FEW_POINTS else "", kind=kind)
+    if not (ends := _with_interval(metric)[1:]):
+        return curve
+    low, high = (np.array([run.metrics[int(step)].get(end, np.nan) for step in steps]) for end in ends)
+    return replace(curve, marker="o", low=low, high=high)
 
 
-def _levels(run: RunData) -> list[Curve]:
-    return [
-        Curve(
-            *run.series(name),
-            ellipsis(name.removeprefix("task/level").strip("/")) or "level",
-            color,
-            style,
-            kind="steps",
-        )
-        for name, (color, style, _) in zip(run.level_names, itertools.cycle(LOOKS), strict=False)
-    ]
+def _clipping(run: RunData) -> tuple[float, str] | None:
+    limit = run.setting("optimizer.max_grad_norm")
+    return (float(limit), f"clipped at {limit:g}") if isinstance(limit, int | float) else None
 
 
 def histogram_counts(samples: Sequence[Floats], bins: int = 60) -> tuple[Floats, list[Floats]]:
@@ -309,8 +241,8 @@ def _histogram(run: RunData) -> Section:
     low, high = zip(*pairwise(edges), strict=True)
     columns = {f"tokens, {label}": count.astype(int) for label, count in zip(kept, counts, strict=True)}
     curves = [
-        Curve(edges, np.where(count > 0, count / max(count.sum(), 1), np.nan), label, color, style, kind="stairs")
-        for label, count, color, style in zip(kept, counts, (MUTED, BLUE), ("--", "-"), strict=False)
+        Curve(edges, np.where(count > 0, count / max(count.sum(), 1), np.nan), label, kind="stairs")
+        for label, count in zip(kept, counts, strict=True)
     ]
     last = (float(threshold[-1]), f"threshold {threshold[-1]:.2f}") if len(threshold) else None
     temperature = run.settings.get("eval" if run.evals else "rollout", {}).get("temperature")
@@ -367,8 +299,8 @@ def _held_out(run: RunData, outlined: bool) -> View:
     labels = [f"Step {sample.step}" for sample in run.evals]
     prompts = [
         ShownPrompt(
-            responses[0].prompt,
-            _outcome([response.score > 0.5 for response in responses]),
+            responses[0]["prompt"],
+            _outcome([response["score"] > 0.5 for response in responses]),
             [_shown(label, response, outlined) for label, response in zip(labels, responses, strict=True)],
         )
         for responses in zip(*columns, strict=True)
@@ -398,20 +330,15 @@ def _training(run: RunData, outlined: bool) -> View:
 def _training_prompts(sample: RolloutSample, outlined: bool) -> list[ShownPrompt]:
     prompts: dict[str, tuple[str, list[ShownResponse]]] = {}
     for response in sample.responses(range(min(MAX_RESPONSES_PER_STEP, sample.table.num_rows))):
-        _, shown = prompts.setdefault(response.prompt_id, (response.prompt, []))
+        _, shown = prompts.setdefault(response["prompt_id"], (response["prompt"], []))
         shown.append(_shown(f"Response {len(shown) + 1}", response, outlined))
     return [ShownPrompt(prompt, "", responses) for prompt, responses in prompts.values()]
 
 
-def _shown(label: str, response: Response, outlined: bool) -> ShownResponse:
+def _shown(label: str, response: Mapping[str, Any], outlined: bool) -> ShownResponse:
     return ShownResponse(
         label=label,
-        tokens=response.tokens,
-        entropy=[response.entropy],
-        logprobs=response.logprobs,
-        selected=response.selected if outlined else (),
-        score=response.score,
-        reward=response.reward,
-        advantage=response.advantage,
-        finished=response.finished,
+        entropy=[response["entropy"]],
+        selected=response["selected"] if outlined else (),
+        **{name: response[name] for name in ("tokens", "logprobs", "score", "reward", "advantage", "finished")},
     )

@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from forkrl.report.fork_view import ForkView, View
 from forkrl.report.formatting import interval_of, percent
 from forkrl.report.page import Card, Page, Section, interval_card
-from forkrl.report.plots import BLUE, PERCENT, VERMILION, Panel, column_curve, plot
+from forkrl.report.plots import PERCENT, Panel, column_curve, plot
 
 _SHARES = ("broken", "broken_low", "broken_high", "cut", "loop", "garbled")
 _SWEEPS = (
-    ("high", "at forks ({:g} elsewhere)", VERMILION, "-", "o", -0.06),
-    ("low", "elsewhere ({:g} at forks)", BLUE, "--", "s", 0.06),
+    ("high", "at forks ({:g} elsewhere)", -0.06),
+    ("low", "elsewhere ({:g} at forks)", 0.06),
 )
-"""Column that varies, label, colour, line, marker, and an offset so that neither bar hides the other."""
+"""Column that varies, label, and an offset so that neither bar hides the other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,10 +184,10 @@ def surprise_against_temperature(table: pd.DataFrame, base: float = 1.0) -> Figu
 def _panel(table: pd.DataFrame, name: str, ylabel: str, base: float, *, percent: bool = False) -> Panel:
     """Both sweeps of one quantity; they meet at the baseline."""
     temperatures, curves = sorted({*table["high"], *table["low"]}), []
-    for varied, label, color, style, marker, offset in _SWEEPS:
+    for varied, label, offset in _SWEEPS:
         rows = sweep_rows(table, varied, base)
         places = np.array([temperatures.index(value) for value in rows[varied]], dtype=float) + offset
-        curves.append(column_curve(rows, places, name, label.format(base), color=color, style=style, marker=marker))
+        curves.append(column_curve(rows, places, name, label.format(base), marker=None))
     return Panel(
         ylabel,
         curves,
