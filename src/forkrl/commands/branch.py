@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -26,11 +25,11 @@ from forkrl.commands.branch_parts import (
 )
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Session, Subject, open_session, open_subject
-from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
+from forkrl.commands.work_folder import command_line, open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError
-from forkrl.report import write_page
-from forkrl.report.branch_page import KINDS, BranchReport, branch_page, branch_verdict
-from forkrl.report.formatting import duration
+from forkrl.report.branch_page import KINDS, BranchResults, branch_page, branch_verdict
+from forkrl.report.formatting import duration, plain
+from forkrl.report.page import write_page
 from forkrl.report.progress import progress
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling
 from forkrl.rollout.scoring import none_judged
@@ -49,15 +48,10 @@ _OPTION_OF_SETTING = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Branching:
+class Branching(BranchResults):
     """What was found: the responses with their branches as they were stored, tables, and the summary."""
 
     folder: Path
-    rows: list[dict[str, Any]]
-    branches: pd.DataFrame
-    spreads: pd.DataFrame
-    tables: dict[str, pd.DataFrame]
-    facts: dict[str, Any]
 
 
 def branch_model(
@@ -234,7 +228,7 @@ def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branc
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
     }
-    found = Branching(folder, rows, branches, spreads, tables, facts)
+    found = Branching(rows, branches, spreads, tables, facts, folder)
     _write_results(found)
     return found
 
@@ -288,18 +282,13 @@ def _with_interval(row: pd.Series, name: str) -> str:
 
 
 def write_branch_report(found: Branching) -> Path:
-    """Write ``report.html`` beside the results; its path."""
-    facts = found.facts
-    settings = {key: json.dumps(value) for key, value in facts["settings"].items()}
-    report = BranchReport(
-        name=facts["settings"]["model"],
-        branches=found.branches,
-        spreads=found.spreads,
-        tables=found.tables,
-        rows=found.rows,
-        facts=facts,
-        settings=settings,
-        provenance={"forkrl": __version__, "schema": SCHEMA},
-        command=shlex.join(["forkrl", *sys.argv[1:]]),
+    """Write ``report.html`` next to the results; its path."""
+    settings = found.facts["settings"]
+    page = branch_page(
+        found,
+        name=settings["model"],
+        settings=[("branch", [(key, plain(value), False) for key, value in settings.items()])],
+        provenance=[("forkrl", __version__), ("schema", SCHEMA)],
+        command=command_line(),
     )
-    return write_page(found.folder / "report.html", branch_page(report))
+    return write_page(found.folder / "report.html", page)

@@ -47,11 +47,12 @@ def compare_evaluations(folder_a: Path, folder_b: Path, *, seed: int = 0, out: P
     out = out or Path("analyses") / f"{folder_a.resolve().name}-vs-{folder_b.resolve().name}"
     _check_out(out)
     (results_a, scored_a), (results_b, scored_b) = read_evaluation(folder_a), read_evaluation(folder_b)
-    found = compare(scored_a, scored_b, seed)
     sides = {
         "a": {"folder": str(folder_a), **_stated(results_a)},
         "b": {"folder": str(folder_b), **_stated(results_b)},
     }
+    names = side_names(sides)
+    found = compare(scored_a, scored_b, seed, names)
     titles = {each["name"]: each["title"] for each in results_a["benchmarks"]}
     comparison = {
         "schema": SCHEMA,
@@ -62,7 +63,7 @@ def compare_evaluations(folder_a: Path, folder_b: Path, *, seed: int = 0, out: P
         "benchmarks": [{"name": row["name"], "title": titles[row["name"]], **row} for row in found["benchmarks"]],
         "pooled": found["pooled"],
         "notices": [
-            *_differences_of_setting(results_a, results_b, side_names(sides)),
+            *_differences_of_setting(results_a, results_b, names),
             *_unfinished(folder_a, results_a),
             *_unfinished(folder_b, results_b),
             *found["notices"],

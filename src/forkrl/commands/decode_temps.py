@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +26,10 @@ from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
 from forkrl.commands.work_folder import open_work_folder, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
+from forkrl.report.formatting import plain
 from forkrl.report.page import write_page
 from forkrl.report.progress import progress
-from forkrl.report.temps_page import Sweep, sweep_rows, telling_temperatures, temps_page, verdict
+from forkrl.report.temps_page import sweep_rows, telling_temperatures, temps_page, verdict
 from forkrl.rollout.fork_temperature import ForkTemperature
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score
 from forkrl.rollout.scoring import none_judged
@@ -249,22 +249,23 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
     }
     write_json(folder / "temperatures.json", figures)
     write_text(folder / "temperatures.csv", table.to_csv(index=False))
-    sweep = Sweep(
-        name=str(question["model"]),
-        table=table,
-        threshold=threshold,
-        threshold_origin=origin,
-        sentence=sentence,
-        broken_means=BROKEN_MEANS,
+    shown = [(key, plain(value), False) for key, value in question.items() if key not in _FINGERPRINTS and value != ""]
+    sources = provenance | {key: question[key] for key in _FINGERPRINTS}
+    page = temps_page(
+        table,
+        threshold,
+        origin,
+        BROKEN_MEANS,
         base=base,
         views=_views(responses, table, base),
-        settings={key: _plain(value) for key, value in question.items() if key not in _FINGERPRINTS and value != ""},
-        provenance={key: str(value) for key, value in provenance.items() if key != "command"}
-        | {key: str(question[key]) for key in _FINGERPRINTS},
+        name=str(question["model"]),
+        verdict=sentence,
+        settings=[("decode-temps", shown)],
+        provenance=sorted((key, str(value)) for key, value in sources.items() if key != "command"),
         command=provenance["command"],
     )
-    page = write_page(folder / "report.html", temps_page(sweep))
-    return Outcome(folder, table, base, threshold, sentence, page)
+    path = write_page(folder / "report.html", page)
+    return Outcome(folder, table, base, threshold, sentence, path)
 
 
 def _views(responses: SweepResponses, table: pd.DataFrame, base: float) -> list[View]:
@@ -308,7 +309,3 @@ def _shown_response(row: dict[Any, Any]) -> ShownResponse:
         score=float(row["score"]),
         finished=not row["cut"],
     )
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

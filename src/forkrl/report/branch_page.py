@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,47 +38,36 @@ KINDS = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class BranchReport:
-    """What a page is made from.
+class BranchResults:
+    """What was found.
 
     Args:
-        name: of the model.
+        rows: the responses, each with prompt_text, tokens, entropy, logprobs, score, finished and its branches.
         branches, spreads, tables: as ``forkrl.analysis.branching`` gives them (tables: kinds, differences, relation,
             bins, tokens).
-        rows: the responses, each with prompt_text, tokens, entropy, logprobs, score, finished and its branches.
         facts: the counts of the summary.
-        settings: what was asked, as (key, value).
-        provenance: versions, data.
-        command: the command line.
     """
 
-    name: str
+    rows: Sequence[Mapping[str, Any]]
     branches: pd.DataFrame
     spreads: pd.DataFrame
     tables: Mapping[str, pd.DataFrame]
-    rows: Sequence[Mapping[str, Any]]
     facts: Mapping[str, Any]
-    settings: Mapping[str, str] = field(default_factory=dict)
-    provenance: Mapping[str, str] = field(default_factory=dict)
-    command: str = ""
 
 
-def branch_page(report: BranchReport) -> Page:
-    """The page of a branching."""
-    failures, unjudged = report.facts["verifier_failures"], report.facts.get("unjudged", "")
+def branch_page(found: BranchResults, **about: Any) -> Page:
+    """The page of a branching; ``about``: name, settings, provenance and command of the page."""
+    failures, unjudged = found.facts["verifier_failures"], found.facts.get("unjudged", "")
     return Page(
-        name=report.name,
         kind="what a fork is worth",
-        verdict=f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else branch_verdict(report.tables),
-        sections=_sections(report),
+        verdict=f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else branch_verdict(found.tables),
+        sections=_sections(found),
         sections_title="What one token decides",
         notes=[f"{failures:,} continuations could not be verified; they count as wrong."] if failures else [],
-        cards=_cards(report),
-        forks=_fork_view(report),
-        settings=[("branch", [(key, value, False) for key, value in report.settings.items()])],
-        provenance=sorted(report.provenance.items()),
-        command=report.command,
+        cards=_cards(found),
+        forks=_fork_view(found),
         source="this folder's parts/ and branches.json",
+        **about,
     )
 
 
@@ -89,29 +78,29 @@ def branch_verdict(tables: Mapping[str, pd.DataFrame]) -> str:
         return "Nothing is decided anywhere: every continuation had the same outcome."
     parts = [f"{KINDS[row['kind']][1]} {percent(interval_of(row, 'share'))}" for _, row in kinds.iterrows()]
     sentence = f"Of the outcome's variance {', '.join(parts)} (95% intervals)."
-    found = differences[differences["against"] == "random"] if len(differences) else differences
-    if not len(found) or math.isnan(found.iloc[0]["natural_low"]):
+    against = differences[differences["against"] == "random"] if len(differences) else differences
+    if not len(against) or math.isnan(against.iloc[0]["natural_low"]):
         return sentence
-    _, low, high = interval_of(found.iloc[0], "natural")
+    _, low, high = interval_of(against.iloc[0], "natural")
     if low > 0 or high < 0:
         return f"{sentence} Within a response forks decide {'more' if low > 0 else 'less'} than its other tokens."
     return f"{sentence} Whether forks decide more than other tokens of the same response is not settled."
 
 
-def _cards(report: BranchReport) -> list[Card]:
-    facts = report.facts
+def _cards(found: BranchResults) -> list[Card]:
+    facts = found.facts
     shares = [
         interval_card(f"Decided at {KINDS[row['kind']][0]}", interval_of(row, "share"), "of the outcome's variance")
-        for _, row in report.tables["kinds"].iterrows()
+        for _, row in found.tables["kinds"].iterrows()
     ]
     scale = f"{facts['continuations']:,} continuations of {facts['branches']:,} branches"
     return [*shares, Card("Positions", f"{facts['positions']:,}", note=f"in {facts['responses']:,} responses; {scale}")]
 
 
-def _sections(report: BranchReport) -> list[Section]:
-    tables, histogram = report.tables, rate_histogram(report.branches)
-    few = f" Of {len(report.spreads):,} positions {MAX_POINTS:,} are drawn." if len(report.spreads) > MAX_POINTS else ""
-    found = [
+def _sections(found: BranchResults) -> list[Section]:
+    tables, histogram = found.tables, rate_histogram(found.branches)
+    few = f" Of {len(found.spreads):,} positions {MAX_POINTS:,} are drawn." if len(found.spreads) > MAX_POINTS else ""
+    made = [
         Section(
             "By kind of position",
             "Natural: the variance of the success rates with the model's own probabilities, which is what this choice "
@@ -128,7 +117,7 @@ def _sections(report: BranchReport) -> list[Section]:
             f"entropy with intervals clustered by prompt.{few}{_relation(tables['relation'])}",
             "branch-entropy",
             tables["bins"],
-            natural_against_entropy(report.spreads, tables["bins"]),
+            natural_against_entropy(found.spreads, tables["bins"]),
         ),
         Section(
             "Success rates of branches",
@@ -153,8 +142,8 @@ def _sections(report: BranchReport) -> list[Section]:
             "not how much depends on what it decides."
         )
         table = tokens[["token", "positions", "entropy", *spread]]
-        found.append(Section("Which forks decide", caption, "branch-tokens", table))
-    return found
+        made.append(Section("Which forks decide", caption, "branch-tokens", table))
+    return made
 
 
 def _relation(relation: pd.DataFrame) -> str:
@@ -165,22 +154,20 @@ def _relation(relation: pd.DataFrame) -> str:
     return f" Spearman's rank correlation: {row['spearman']:.2f}{ends}."
 
 
-def _fork_view(report: BranchReport) -> ForkView:
+def _fork_view(found: BranchResults) -> ForkView:
     prompts: dict[int, ShownPrompt] = {}
-    by_response = dict(list(report.branches.groupby(["prompt", "response"])))
-    numbers = sorted({row["prompt"] for row in report.rows})[:MAX_PROMPTS]
-    for row in (row for row in report.rows if row["prompt"] in numbers):
+    by_response = dict(list(found.branches.groupby(["prompt", "response"])))
+    numbers = sorted({row["prompt"] for row in found.rows})[:MAX_PROMPTS]
+    for row in (row for row in found.rows if row["prompt"] in numbers):
         prompt = prompts.setdefault(row["prompt"], ShownPrompt(row["prompt_text"], "", []))
         prompt.responses = [*prompt.responses, _shown(row, by_response[row["prompt"], row["response"]])]
         prompt.outcome = outcome([response.score for response in prompt.responses])
-    note = (
-        f"The first {len(prompts):,} of {report.facts['prompts']:,} prompts, in order: none was picked for its looks."
-    )
+    note = f"The first {len(prompts):,} of {found.facts['prompts']:,} prompts, in order: none was picked for its looks."
     lead = (
         "Underlined tokens are the positions where alternatives were forced; choose one to see its branches: what was "
         "tried, how probable it was, and how often its continuations came out right."
     )
-    entropy = np.concatenate([row["entropy"] for row in report.rows])
+    entropy = np.concatenate([row["entropy"] for row in found.rows])
     view = View("branches", "Branches", note, [Frame("", list(prompts.values()))])
     return ForkView([view], lead, mark=float(np.percentile(entropy, FORK_PERCENTILE)))
 

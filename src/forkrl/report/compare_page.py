@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from forkrl.report.eval_page import band
 from forkrl.report.formatting import interval, is_clear, percent, points, probability, shortened
-from forkrl.report.page import Card, Page, Section, interval_card, write_page
+from forkrl.report.page import Card, Page, Section, interval_card, table_of, write_page
 from forkrl.report.plots import (
     COUNT,
     GRID,
@@ -24,7 +24,7 @@ from forkrl.report.plots import (
     forest,
     plot,
 )
-from forkrl.stats.intervals import Estimate, as_columns
+from forkrl.stats.intervals import Estimate
 
 Comparison = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
@@ -136,7 +136,7 @@ def _sections(comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) 
             f"{b} minus {a}, paired by question, with 95% intervals: of the responses as they are, and with the longer "
             "responses cut so that both spend the same tokens on average.",
             "compare-differences",
-            pd.DataFrame([_difference_row(*row, names) for row in rows]),
+            table_of(_difference_row(*row, names) for row in rows),
             difference_forest(benchmarks, pooled),
         ),
         Section(
@@ -144,11 +144,9 @@ def _sections(comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) 
             "Accuracy if every response longer than the budget counts as wrong. Bands: 95%, clustered by question; "
             "the difference in the table is paired, and its interval is narrower than the bands suggest.",
             "compare-budgets",
-            pd.DataFrame(
-                {"benchmark": each["title"], "tokens": row["tokens"]}
-                | as_columns(f"accuracy of {a}", interval(row["a"]))
-                | as_columns(f"accuracy of {b}", interval(row["b"]))
-                | as_columns("difference", interval(row["difference"]))
+            table_of(
+                {"benchmark": each["title"], "tokens": row["tokens"], f"accuracy of {a}": row["a"]}
+                | {f"accuracy of {b}": row["b"], "difference": row["difference"]}
                 for each in benchmarks
                 for row in each["budget"]
             ),
@@ -159,16 +157,11 @@ def _sections(comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) 
             "Accuracy against the mean of the tokens spent: each side has the budget at which it spends that many. The "
             "curves end where the side with the shorter responses is complete.",
             "compare-spending",
-            pd.DataFrame(
-                {
-                    "benchmark": each["title"],
-                    "spent": float(row["spent"]),
-                    f"budget of {a}": float(row["budget_a"]),
-                    f"budget of {b}": float(row["budget_b"]),
-                    f"accuracy of {a}": float(row["a"]),
-                    f"accuracy of {b}": float(row["b"]),
-                }
-                | as_columns("difference", interval(row["difference"]))
+            table_of(
+                {"benchmark": each["title"], "spent": row["spent"]}
+                | {f"budget of {name}": float(row[f"budget_{side}"]) for side, name in zip("ab", names, strict=True)}
+                | {f"accuracy of {name}": float(row[side]) for side, name in zip("ab", names, strict=True)}
+                | {"difference": row["difference"]}
                 for each in benchmarks
                 for row in each["equal_spending"]
             ),
@@ -196,19 +189,17 @@ def _sections(comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) 
 
 
 def _difference_row(title: str, row: Mapping[str, Any], questions: int, names: tuple[str, str]) -> dict[str, Any]:
-    a, b = names
+    sides = list(zip("ab", names, strict=True))
     return {
         "benchmark": title,
         "questions": questions,
-        f"accuracy of {a}": mean_of(row["accuracy"]["a"]),
-        f"accuracy of {b}": mean_of(row["accuracy"]["b"]),
-        **as_columns("difference", interval(row["accuracy"]["difference"])),
+        **{f"accuracy of {name}": mean_of(row["accuracy"][side]) for side, name in sides},
+        "difference": row["accuracy"]["difference"],
         "p": float(row["p"]),
         "p, Holm": row.get("p_holm"),
-        f"tokens of {a}": mean_of(row["length"]["a"]),
-        f"tokens of {b}": mean_of(row["length"]["b"]),
-        **as_columns("tokens_difference", interval(row["length"]["difference"])),
-        **as_columns("at_equal_spending", interval(row["length_matched"]["difference"])),
+        **{f"tokens of {name}": mean_of(row["length"][side]) for side, name in sides},
+        "tokens_difference": row["length"]["difference"],
+        "at_equal_spending": row["length_matched"]["difference"],
     }
 
 

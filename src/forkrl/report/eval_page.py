@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from forkrl.report.formatting import interval, percent
-from forkrl.report.page import Card, Page, Section, Shelf, interval_card, write_page
+from forkrl.report.page import Card, Page, Section, Shelf, interval_card, table_of, write_page
 from forkrl.report.plots import (
     COUNT,
     GREEN,
@@ -26,7 +26,6 @@ from forkrl.report.plots import (
     forest,
     plot,
 )
-from forkrl.stats.intervals import as_columns
 
 Results = Mapping[str, Any]
 Paper = Mapping[str, Mapping[str, tuple[float, float]]]
@@ -149,9 +148,8 @@ def _sections(benchmarks: Sequence[Results], paper: Paper) -> list[Section]:
             "Accuracy",
             f"Bars: 95% Wilson intervals, clustered by question.{_PAPER_CAPTION if compared else ''}",
             "eval-accuracy",
-            pd.DataFrame(
-                {"benchmark": each["title"], "questions": each["questions"], "samples": each["samples"]}
-                | _columns("accuracy", each["accuracy"])
+            table_of(
+                {"benchmark": each["title"], **{name: each[name] for name in ("questions", "samples", "accuracy")}}
                 for each in benchmarks
             ),
             accuracy_and_paper(benchmarks, paper),
@@ -161,12 +159,10 @@ def _sections(benchmarks: Sequence[Results], paper: Paper) -> list[Section]:
             "pass@k: at least one of k responses is right. maj@k: the most frequent answer of k responses is right "
             f"(right answers are one, ties share). Both are means over all ways to draw k of the responses.{few}",
             "eval-pass-majority",
-            pd.DataFrame(
-                {"benchmark": each["title"], "k": int(k)}
-                | _columns("pass", estimate)
-                | _columns("majority", (each["maj@k"] or {}).get(k))
+            table_of(
+                {"benchmark": each["title"], "k": int(k), "pass": found, "majority": (each["maj@k"] or {}).get(k, {})}
                 for each in benchmarks
-                for k, estimate in each["pass@k"].items()
+                for k, found in each["pass@k"].items()
             ),
             pass_and_majority(benchmarks),
         ),
@@ -175,12 +171,7 @@ def _sections(benchmarks: Sequence[Results], paper: Paper) -> list[Section]:
             f"What is left if every response longer than the budget counts as wrong.{few} Spent: the mean of what a "
             "response takes of the budget.",
             "eval-budget",
-            pd.DataFrame(
-                {"benchmark": each["title"], "tokens": row["tokens"], "spent": float(row["spent"])}
-                | _columns("accuracy", row["accuracy"])
-                for each in benchmarks
-                for row in each["budget"]
-            ),
+            table_of({"benchmark": each["title"], **row} for each in benchmarks for row in each["budget"]),
             accuracy_against_budget(benchmarks),
         ),
         Section(
@@ -188,24 +179,17 @@ def _sections(benchmarks: Sequence[Results], paper: Paper) -> list[Section]:
             "Each as shares of its own. Gap: how much longer wrong responses are than right ones to the same question, "
             "so that hard questions, which have longer responses, do not make it.",
             "eval-lengths",
-            pd.DataFrame([_length_row(each) for each in benchmarks]),
+            table_of(
+                {"benchmark": each["title"], "all": each["length"]}
+                | {name: each[f"length_{name}"] or {} for name in ("right", "wrong", "gap")}
+                for each in benchmarks
+            ),
             length_distributions(benchmarks),
         ),
     ]
     if compared:
         found.append(_paper_section([each for each in benchmarks if each["name"] in paper], paper))
     return [*found, _trouble_section(benchmarks)]
-
-
-def _columns(name: str, estimate: Mapping[str, float | None] | None) -> dict[str, float]:
-    return as_columns(name, interval(estimate))
-
-
-def _length_row(each: Results) -> dict[str, Any]:
-    row: dict[str, Any] = {"benchmark": each["title"]}
-    for name, key in (("all", "length"), ("right", "length_right"), ("wrong", "length_wrong"), ("gap", "length_gap")):
-        row |= _columns(name, each[key])
-    return row
 
 
 def _paper_section(benchmarks: Sequence[Results], paper: Paper) -> Section:

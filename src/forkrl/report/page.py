@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from forkrl.report.colors import token_colors
 from forkrl.report.fork_data import fork_data
 from forkrl.report.fork_view import ForkView
-from forkrl.report.formatting import evenly_spaced, percent, script_json, visible
+from forkrl.report.formatting import evenly_spaced, interval, percent, script_json, visible
 from forkrl.report.plots import inline_svg
-from forkrl.stats.intervals import Estimate
+from forkrl.stats.intervals import Estimate, as_columns
 from forkrl.store.atomic import write_text
 
 MAX_TABLE_ROWS = 200
@@ -132,6 +132,20 @@ class Page:
     reproduce: str = ""
     sections_title: str = "How it went"
     source: str = ""
+
+
+def table_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """A table of JSON rows; an estimate (mean, low, high) becomes three columns."""
+    return pd.DataFrame(
+        {
+            column: number
+            for name, value in row.items()
+            for column, number in (
+                as_columns(name, interval(value)) if isinstance(value, Mapping) else {name: value}
+            ).items()
+        }
+        for row in rows
+    )
 
 
 def render_page(page: Page) -> str:

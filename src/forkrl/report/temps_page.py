@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,54 +23,38 @@ _SWEEPS = (
 """Column that varies, label, and an offset so that neither bar hides the other."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sweep:
-    """What a page is made from.
+def temps_page(
+    table: pd.DataFrame,
+    threshold: float,
+    origin: str,
+    broken_means: str,
+    *,
+    base: float = 1.0,
+    views: Sequence[View] = (),
+    **about: Any,
+) -> Page:
+    """The page of a sweep.
 
     Args:
-        name: of the model.
         table: as ``forkrl.analysis.temperature_table`` gives it.
         threshold: nats.
-        threshold_origin: where it comes from, such as "given".
+        origin: where the threshold comes from, such as "given".
         broken_means: what counts as broken, a sentence.
-        sentence: the verdict; empty: what the table says.
         base: the temperature that every other setting is compared with.
         views: responses at a few settings.
-        settings: what was asked, as (key, value).
-        provenance: versions, data, machine.
-        command: the command line.
+        about: name, verdict, settings, provenance and command of the page.
     """
-
-    name: str
-    table: pd.DataFrame
-    threshold: float
-    threshold_origin: str
-    broken_means: str
-    sentence: str = ""
-    base: float = 1.0
-    views: Sequence[View] = ()
-    settings: Mapping[str, str] = field(default_factory=dict)
-    provenance: Mapping[str, str] = field(default_factory=dict)
-    command: str = ""
-
-
-def temps_page(sweep: Sweep) -> Page:
-    """The page of a sweep."""
-    failures = int(sweep.table["failures"].sum())
+    failures = int(table["failures"].sum())
     lead = "The keys visit the tokens above the threshold, which are those that got the temperature of forks."
     return Page(
-        name=sweep.name,
         kind="decoding temperatures",
-        verdict=sweep.sentence or verdict(sweep.table, sweep.base),
-        sections=_sections(sweep),
+        sections=_sections(table, base, broken_means),
         sections_title="Accuracy, length and nonsense against temperature",
         notes=[f"{failures} responses could not be verified; they count as wrong."] if failures else [],
-        cards=_cards(sweep),
-        forks=ForkView(sweep.views, lead, sweep.threshold) if sweep.views else None,
-        settings=[("decode-temps", [(key, value, False) for key, value in sweep.settings.items()])],
-        provenance=sorted(sweep.provenance.items()),
-        command=sweep.command,
+        cards=_cards(table, base, threshold, origin),
+        forks=ForkView(views, lead, threshold) if views else None,
         source="this folder's responses/ and temperatures.json",
+        **about,
     )
 
 
@@ -116,19 +100,19 @@ def _at(table: pd.DataFrame, varied: str, value: float, base: float) -> pd.Serie
     return rows[rows[varied] == value].iloc[0]
 
 
-def _cards(sweep: Sweep) -> list[Card]:
-    base, temperature = _at(sweep.table, "high", sweep.base, sweep.base), f"{sweep.base:g}"
-    scale = f"{base['problems']:,.0f} problems, {base['samples']:,.0f} responses to each, at every setting"
+def _cards(table: pd.DataFrame, base: float, threshold: float, origin: str) -> list[Card]:
+    row, at = _at(table, "high", base, base), f"{base:g}"
+    scale = f"{row['problems']:,.0f} problems, {row['samples']:,.0f} responses to each, at every setting"
     return [
-        interval_card(f"Accuracy at {temperature}, {temperature}", interval_of(base, "accuracy")),
-        Card("Threshold", f"{sweep.threshold:.3f} nats", note=sweep.threshold_origin),
-        Card("Tokens above it", f"{base['forks']:.1%}", note=f"at temperature {temperature}"),
-        Card("Responses", f"{len(sweep.table) * base['problems'] * base['samples']:,.0f}", note=scale),
+        interval_card(f"Accuracy at {at}, {at}", interval_of(row, "accuracy")),
+        Card("Threshold", f"{threshold:.3f} nats", note=origin),
+        Card("Tokens above it", f"{row['forks']:.1%}", note=f"at temperature {at}"),
+        Card("Responses", f"{len(table) * row['problems'] * row['samples']:,.0f}", note=scale),
     ]
 
 
-def _sections(sweep: Sweep) -> list[Section]:
-    table, settings, base = sweep.table, ["high", "low"], sweep.base
+def _sections(table: pd.DataFrame, base: float, broken_means: str) -> list[Section]:
+    settings = ["high", "low"]
     spread = {name: [name, f"{name}_low", f"{name}_high"] for name in ("accuracy", "difference", "length", "surprise")}
     return [
         Section(
@@ -142,7 +126,7 @@ def _sections(sweep: Sweep) -> list[Section]:
         ),
         Section(
             "Length and broken outputs",
-            f"Mean tokens per response, and the share of broken outputs. {sweep.broken_means}",
+            f"Mean tokens per response, and the share of broken outputs. {broken_means}",
             "temperature-length-broken",
             table[[*settings, *spread["length"], *_SHARES]],
             length_and_broken(table, base),
