@@ -17,11 +17,11 @@ from forkrl.evaluation.folder import read_evaluation, read_questions
 from forkrl.evaluation.paper import TABLE_2
 from forkrl.report.compare_page import (
     budget_curves,
+    compare_page,
     compare_verdict,
     difference_forest,
     side_names,
     spending_curves,
-    write_compare_page,
 )
 from forkrl.report.eval_page import (
     accuracy_against_budget,
@@ -33,6 +33,7 @@ from forkrl.report.eval_page import (
     write_eval_page,
 )
 from forkrl.report.formatting import READ_CHARACTERS, interval, percent, probability, shortened
+from forkrl.report.page import write_page
 from tests.fabricated_evaluation import HOSTILE, random_responses, write_evaluation, write_lines
 from tests.report_page import Page
 
@@ -217,7 +218,10 @@ def comparison(**changes: Any) -> dict[str, Any]:
         "pass@k": {"1": at}, "maj@k": None, "length_matched": at,
         "budget": [{"tokens": n, **sides(n / 1e4, 0.1, 0.05)} for n in (100, 1000)],
         "equal_spending": [{"spent": s, "budget_a": s, "budget_b": s, **at} for s in (50.0, 900.0)],
-        "changes": [{"question": "q1", "a": 0.0, "b": 1.0, "difference": 1.0, "length_a": 5.0, "length_b": 9.0}],
+        "changes": [
+            {"question": "q1", "text": f"What? {HOSTILE}", "a": 0.0, "b": 1.0, "difference": 1.0, "length_a": 5.0,
+             "length_b": 9.0},
+        ],
     }  # fmt: skip
     a, b = ({"folder": f"evals/{name}", "model": name, "samples": 4} for name in ("base", "trained"))
     return {
@@ -255,7 +259,7 @@ def test_p_values_are_never_zero() -> None:
 def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     found = comparison()
     found["b"]["model"] = HOSTILE
-    page = Page(write_compare_page(tmp_path, found, {"x": {"q1": f"What? {HOSTILE}"}}))
+    page = Page(write_page(tmp_path / "report.html", compare_page(found)))
     assert "<script>alert" not in page.source and "\u202e" not in page.source
     for text in (
         "40.0% → 50.0%",
@@ -268,7 +272,7 @@ def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     assert "nan" not in page.text.lower().split()
     found["pooled"] = {name: found["benchmarks"][0][name] for name in ("accuracy", "length", "length_matched", "p")}
     found["benchmarks"] *= 3
-    page = Page(write_compare_page(tmp_path, found, {}))
+    page = Page(write_page(tmp_path / "report.html", compare_page(found)))
     assert "on average over 3 benchmarks" in page.text
 
 

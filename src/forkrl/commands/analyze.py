@@ -17,7 +17,7 @@ from forkrl.analysis.token_table import tokens_of_prompts
 from forkrl.commands.collect_tokens import collect_tokens, make_request
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.token_parts import read_responses
-from forkrl.commands.work_folder import command_line, stored_question, work_provenance
+from forkrl.commands.work_folder import command_line, read_json, stored_question, work_provenance
 from forkrl.errors import UserError, printable
 from forkrl.report.analyze_page import analyze_page
 from forkrl.report.colors import coloured_response, entropy_legend
@@ -91,10 +91,10 @@ def analyze_model(
     )
     folder = out or parse_reference(model).default_folder("analyze")
     notes = collect_tokens(folder, request, {"schema": SCHEMA})
-    return summarise(folder, threshold, min_count, notes)
+    return summarise(folder, threshold, min_count, notes, command_line())
 
 
-def summarise(folder: Path, threshold: float | None, min_count: int, notes: list[str]) -> Analysis:
+def summarise(folder: Path, threshold: float | None, min_count: int, left_out: list[str], command: str) -> Analysis:
     """Make every table from the parts in ``folder``, and write them: ``tables/*.csv`` and ``analysis.json``."""
     tokens = folder / "tokens"
     summary = analysis.entropy_summary(tokens)
@@ -110,7 +110,7 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "density": analysis.density_against_correctness(per_response),
         "responses": per_response,
     }
-    outcomes = _outcomes(folder)
+    notes, outcomes = left_out, _outcomes(folder)
     if reason := none_judged(outcomes["verifier_failures"], len(per_response), {}):
         notes = [f"{reason[0].upper()}{reason[1:]}.", *notes]
     question = stored_question(folder)
@@ -128,6 +128,8 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "responses": len(per_response),
         **outcomes,
         **{name: float(value) for name, value in summary["value"].items()},
+        "notes": left_out,
+        "command": command,
     }
     (folder / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():
@@ -216,6 +218,13 @@ def write_analysis_report(found: Analysis) -> Path:
         shown,
         notes=found.notes,
         provenance=work_provenance(found.folder),
-        command=command_line(),
+        command=found.facts["command"],
     )
     return write_page(found.folder / "report.html", page)
+
+
+def read_analysis(folder: Path) -> Analysis:
+    """A finished analysis, from its folder."""
+    facts = read_json(folder / "analysis.json")
+    given = facts["threshold"] if facts["threshold_is"] == "given" else None
+    return summarise(folder, given, facts["min_count"], facts["notes"], facts["command"])

@@ -25,7 +25,7 @@ from forkrl.commands.branch_parts import (
 )
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Session, Subject, open_session, open_subject
-from forkrl.commands.work_folder import command_line, open_work_folder, stored_question, weights_fingerprint
+from forkrl.commands.work_folder import command_line, open_work_folder, read_json, stored_question, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report.branch_page import KINDS, BranchResults, branch_page, branch_verdict
 from forkrl.report.formatting import duration, plain
@@ -106,7 +106,7 @@ def branch_model(
             _write_missing(folder, session, session.verifier, design, size)
             rows = read_parts(folder, size, len(session.prompts))
         available = len(session.task.held_out)
-    return summarise(folder, rows, available)
+    return summarise(folder, rows, available, command_line())
 
 
 def _check(design: Design, problems: int) -> None:
@@ -196,7 +196,14 @@ def expected_seconds(session: Session, design: Design, num_prompts: int) -> floa
     return num_prompts * design.sequences_per_prompt * length * per_token
 
 
-def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branching:
+def read_branching(folder: Path) -> Branching:
+    """A finished branching, from its folder."""
+    facts = read_json(folder / "branches.json")
+    rows = read_parts(folder, stored_question(folder)["prompts_per_part"], facts["prompts"])
+    return summarise(folder, rows, facts["prompts_available"], facts["command"])
+
+
+def summarise(folder: Path, rows: list[dict[str, Any]], available: int, command: str) -> Branching:
     """Tables and figures from the stored responses; writes branches.parquet, branches.csv and branches.json."""
     settings = stored_question(folder)
     branches = branching.branch_rates(branches_table(rows))
@@ -227,6 +234,7 @@ def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branc
         "accuracy": accuracy.mean,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
+        "command": command,
     }
     found = Branching(rows, branches, spreads, tables, facts, folder)
     _write_results(found)
@@ -289,6 +297,6 @@ def write_branch_report(found: Branching) -> Path:
         name=settings["model"],
         settings=[("branch", [(key, plain(value), False) for key, value in settings.items()])],
         provenance=[("forkrl", __version__), ("schema", SCHEMA)],
-        command=command_line(),
+        command=found.facts["command"],
     )
     return write_page(found.folder / "report.html", page)

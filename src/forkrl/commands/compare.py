@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import forkrl
+from forkrl.commands.work_folder import read_json
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks
-from forkrl.report.compare_page import compare_verdict, mean_of, side_names, write_compare_page
-from forkrl.report.formatting import interval, percent, probability
+from forkrl.report.compare_page import compare_page, compare_verdict, mean_of, side_names
+from forkrl.report.formatting import interval, percent, probability, shortened
+from forkrl.report.page import write_page
 from forkrl.report.plots import ellipsis
 from forkrl.store.atomic import explained_write_errors, write_json
 
 SCHEMA = "forkrl-compare/1"
 COMPARISON = "comparison.json"
+SHOWN_CHARACTERS = 300  # of a question
 _STATED = ("model", "engine", "prompt_format", "samples", "temperature", "max_response_tokens", "seed")
 _SHOULD_AGREE = ("engine", "prompt_format", "samples", "temperature", "max_response_tokens")
 
@@ -60,7 +63,10 @@ def compare_evaluations(folder_a: Path, folder_b: Path, *, seed: int = 0, out: P
         "command": shlex.join(["forkrl", *sys.argv[1:]]),
         "version": forkrl.__version__,
         "seed": seed,
-        "benchmarks": [{"name": row["name"], "title": titles[row["name"]], **row} for row in found["benchmarks"]],
+        "benchmarks": [
+            {"name": row["name"], "title": titles[row["name"]], **row, "changes": _with_questions(folder_a, row)}
+            for row in found["benchmarks"]
+        ],
         "pooled": found["pooled"],
         "notices": [
             *_differences_of_setting(results_a, results_b, names),
@@ -72,8 +78,21 @@ def compare_evaluations(folder_a: Path, folder_b: Path, *, seed: int = 0, out: P
     with explained_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json(out / COMPARISON, comparison)
-    prompts = {name: _prompts(folder_a, name) for name in (row["name"] for row in found["benchmarks"])}
-    return Outcome(comparison, write_compare_page(out, comparison, prompts))
+    return Outcome(comparison, write_compare_report(out))
+
+
+def _with_questions(folder: Path, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The questions that changed most, each with its text."""
+    questions = read_questions(folder, row["name"])
+    return [
+        {**change, "text": shortened(questions.get(change["question"], {}).get("prompt", ""), SHOWN_CHARACTERS)}
+        for change in row["changes"]
+    ]
+
+
+def write_compare_report(folder: Path) -> Path:
+    """Write ``report.html`` of a comparison from its ``comparison.json``; its path."""
+    return write_page(folder / "report.html", compare_page(read_json(folder / COMPARISON)))
 
 
 def describe_comparison(comparison: Mapping[str, Any]) -> str:
@@ -132,10 +151,6 @@ def _unfinished(folder: Path, results: Mapping[str, Any]) -> list[str]:
         f"{name}: {folder} has not finished it; left out. The command that began it goes on with it."
         for name in unfinished_benchmarks(folder, results)
     ]
-
-
-def _prompts(folder: Path, name: str) -> dict[str, str]:
-    return {question: row["prompt"] for question, row in read_questions(folder, name).items()}
 
 
 def _check_out(out: Path) -> None:

@@ -23,7 +23,7 @@ from forkrl.analysis.temperatures import (
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Session, Subject, graphs_fact, open_session, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
-from forkrl.commands.work_folder import open_work_folder, weights_fingerprint
+from forkrl.commands.work_folder import open_work_folder, read_json, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import plain
@@ -228,44 +228,50 @@ def _sample(
 
 
 def _summarise(folder: Path, responses: SweepResponses, session: Session, question: dict[str, Any]) -> Outcome:
-    """Table, JSON, CSV and page, from the files alone."""
+    """Table, JSON, CSV and page of a finished sweep."""
     base = responses.settings[0].high
-    table, threshold = temperature_table(responses.figures(), base), responses.threshold()
+    table = temperature_table(responses.figures(), base)
     responses_in_all = int((table["problems"] * table["samples"]).sum())
     failures = session.verifier.first_failures if session.verifier is not None else {}
     unjudged = none_judged(int(table["failures"].sum()), responses_in_all, failures)
-    sentence = f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else verdict(table, base)
     estimated = question["threshold"] is None
-    origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature {base:g}" if estimated else "given"
-    provenance = describe_provenance(session.task, session.replicas)
     figures = {
         "schema": SCHEMA,
         "question": question,
-        "threshold": threshold,
-        "threshold_origin": origin,
-        "provenance": provenance,
-        "verdict": sentence,
+        "threshold": responses.threshold(),
+        "threshold_origin": f"{100 * FORK_FRACTION:.0f}th percentile at temperature {base:g}" if estimated else "given",
+        "provenance": describe_provenance(session.task, session.replicas),
+        "verdict": f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else verdict(table, base),
         "settings": table.to_dict("records"),
     }
     write_json(folder / "temperatures.json", figures)
     write_text(folder / "temperatures.csv", table.to_csv(index=False))
+    page = write_temps_report(folder)
+    return Outcome(folder, table, base, figures["threshold"], figures["verdict"], page)
+
+
+def write_temps_report(folder: Path) -> Path:
+    """Write ``report.html`` of a finished sweep from its folder; its path."""
+    figures = read_json(folder / "temperatures.json")
+    question, provenance, base = figures["question"], figures["provenance"], figures["question"]["temperature"]
+    responses = SweepResponses(folder / "responses", plan_settings(question["temperatures"], base))
+    table = temperature_table(responses.figures(), base)
     shown = [(key, plain(value), False) for key, value in question.items() if key not in _FINGERPRINTS and value != ""]
     sources = provenance | {key: question[key] for key in _FINGERPRINTS}
     page = temps_page(
         table,
-        threshold,
-        origin,
+        figures["threshold"],
+        figures["threshold_origin"],
         BROKEN_MEANS,
         base=base,
         views=_views(responses, table, base),
         name=str(question["model"]),
-        verdict=sentence,
+        verdict=figures["verdict"],
         settings=[("decode-temps", shown)],
         provenance=sorted((key, str(value)) for key, value in sources.items() if key != "command"),
         command=provenance["command"],
     )
-    path = write_page(folder / "report.html", page)
-    return Outcome(folder, table, base, threshold, sentence, path)
+    return write_page(folder / "report.html", page)
 
 
 def _views(responses: SweepResponses, table: pd.DataFrame, base: float) -> list[View]:

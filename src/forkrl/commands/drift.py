@@ -29,6 +29,7 @@ from forkrl.commands.token_parts import read_responses, writing_parquet
 from forkrl.commands.work_folder import (
     command_line,
     open_work_folder,
+    read_json,
     stored_question,
     weights_fingerprint,
     work_provenance,
@@ -127,7 +128,7 @@ def measure_drift(
     notes = collect_tokens(folder, request, {"schema": SCHEMA, "checkpoints": named})
     with open_work_folder(folder, stored_question(folder)):
         _measure_checkpoints(folder, series, request)
-    return _summarise(folder, series, ratio, bins, notes)
+    return _summarise(folder, series, ratio, bins, notes, command_line())
 
 
 def describe_drift(found: Drift) -> str:
@@ -167,7 +168,7 @@ def write_drift_report(found: Drift) -> Path:
         names,
         notes=found.notes,
         provenance=_provenance(found.folder),
-        command=command_line(),
+        command=found.facts["command"],
     )
     return write_page(found.folder / "report.html", page)
 
@@ -267,7 +268,16 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Re
                     writer.write_table(pa.table({"entropy": entropy_N}, schema=_ENTROPY))
 
 
-def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: int, notes: list[str]) -> Drift:
+def read_drift(folder: Path) -> Drift:
+    """A finished drift, from its folder."""
+    facts = read_json(folder / "drift.json")
+    series = [Checkpoint(name, path) for name, path, _ in stored_question(folder)["checkpoints"]]
+    return _summarise(folder, series, facts["ratio"], facts["bins"], facts["notes"], facts["command"])
+
+
+def _summarise(
+    folder: Path, series: Sequence[Checkpoint], ratio: float, bins: int, notes: list[str], command: str
+) -> Drift:
     entropies = {
         point.name: _entropy(folder / "tokens" if place == len(series) - 1 else folder / "entropies" / str(place))
         for place, point in enumerate(series)
@@ -297,6 +307,8 @@ def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: i
         "bins": bins,
         "overlap_of_last_with_first": _last_with_first(tables["overlap"]),
         "mean_entropy": {name: float(entropy_N.double().mean()) for name, entropy_N in entropies.items()},
+        "notes": notes,
+        "command": command,
     }
     (folder / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():

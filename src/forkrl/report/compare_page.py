@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from forkrl.report.eval_page import band
-from forkrl.report.formatting import interval, is_clear, percent, points, probability, shortened
-from forkrl.report.page import Card, Page, Section, interval_card, table_of, write_page
+from forkrl.report.formatting import interval, is_clear, percent, points, probability
+from forkrl.report.page import Card, Page, Section, interval_card, table_of
 from forkrl.report.plots import (
     COUNT,
     GRID,
@@ -28,7 +28,6 @@ from forkrl.stats.intervals import Estimate
 
 Comparison = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
-SHOWN_CHARACTERS = 300
 
 
 def side_names(comparison: Comparison) -> tuple[str, str]:
@@ -44,28 +43,14 @@ def _model_name(side: Mapping[str, Any]) -> str:
     return str(side.get("model", "")).rstrip("/").rpartition("/")[2]
 
 
-def write_compare_page(folder: Path, comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) -> Path:
-    """Write ``report.html`` of a comparison.
-
-    Args:
-        folder: where it goes.
-        comparison: as ``comparison.json`` holds it (schema forkrl-compare/1).
-        prompts: by benchmark and id, the text of the questions that changed most; may lack any.
-
-    Raises:
-        UserError: the page cannot be written.
-    """
-    return write_page(folder / "report.html", compare_page(comparison, prompts))
-
-
-def compare_page(comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) -> Page:
-    """The page of a comparison; arguments as ``write_compare_page``."""
+def compare_page(comparison: Comparison) -> Page:
+    """The page of a comparison, as ``comparison.json`` holds it (schema forkrl-compare/1)."""
     names = side_names(comparison)
     return Page(
         name=" → ".join(names),
         kind="comparison",
         verdict=compare_verdict(comparison),
-        sections=_sections(comparison, prompts),
+        sections=_sections(comparison),
         sections_title="Differences, and at what length",
         notes=comparison["notices"],
         cards=_cards(comparison),
@@ -124,7 +109,7 @@ def mean_of(value: Any) -> float:
     return interval(value).mean if isinstance(value, Mapping) else float(value)
 
 
-def _sections(comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) -> list[Section]:
+def _sections(comparison: Comparison) -> list[Section]:
     benchmarks, pooled, names = comparison["benchmarks"], comparison["pooled"], side_names(comparison)
     a, b = names
     rows = [(each["title"], each, each["questions"]) for each in benchmarks]
@@ -184,7 +169,7 @@ def _sections(comparison: Comparison, prompts: Mapping[str, Mapping[str, str]]) 
                 for k, row in (each[name] or {}).items()
             ),
         ),
-        _changes_section(benchmarks, prompts, names),
+        _changes_section(benchmarks, names),
     ]
 
 
@@ -203,13 +188,13 @@ def _difference_row(title: str, row: Mapping[str, Any], questions: int, names: t
     }
 
 
-def _changes_section(benchmarks: Rows, prompts: Mapping[str, Mapping[str, str]], names: tuple[str, str]) -> Section:
+def _changes_section(benchmarks: Rows, names: tuple[str, str]) -> Section:
     a, b = names
     rows = [
         {
             "benchmark": each["title"],
             "question": change["question"],
-            "text": shortened(prompts.get(each["name"], {}).get(change["question"], ""), SHOWN_CHARACTERS),
+            "text": change["text"],
             f"accuracy of {a}": f"{change['a']:.0%}",
             f"accuracy of {b}": f"{change['b']:.0%}",
             "points": f"{100 * change['difference']:+.0f}",
