@@ -16,9 +16,9 @@ from tests.fabricated_run import write_run
 
 
 def test_pages_of_a_run_an_evaluation_and_a_comparison_are_made_again(tmp_path: Path) -> None:
-    for name, model in (("a", "base"), ("b", "trained")):
+    for seed, name in enumerate("ab"):
         (tmp_path / name).mkdir()
-        write_evaluation(tmp_path / name, {"x": random_responses(4, 2)}, model=model)
+        write_evaluation(tmp_path / name, {"x": random_responses(9, 2, seed=seed)}, model=f"model {name}")
     made = [
         write_eval_report(tmp_path / "a"),
         compare_evaluations(tmp_path / "a", tmp_path / "b", out=tmp_path / "c").page,

@@ -34,9 +34,9 @@ from forkrl.cluster.refusals import refuse_unsuitable_prompts
 from forkrl.cluster.translate import VerlPaths, refuse_untranslatable, verl_command, verl_environment
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import recipe_toml
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
-from forkrl.model.policy import first_line, require_positions
+from forkrl.model.policy import require_positions
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.model.stop_tokens import load_generation_config, stop_token_ids
 from forkrl.model.support import require_fixed_frequencies, require_no_adapter

@@ -35,9 +35,9 @@ from forkrl.commands.work_folder import (
     work_provenance,
 )
 from forkrl.config import ModelConfig
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
-from forkrl.model.policy import first_line, open_policy
+from forkrl.model.policy import open_policy
 from forkrl.parallel.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
 from forkrl.report.fork_view import choose_prompts, shown_prompts

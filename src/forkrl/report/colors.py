@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from rich.style import Style
 from rich.text import Text
 
-from forkrl.report.formatting import is_hidden
+from forkrl.errors import printable
 
 COLOR_BINS = 24
 
@@ -81,7 +81,8 @@ def coloured_response(
     text = Text(end="")
     for token, value in zip(tokens, entropy, strict=True):
         style = Style(strike=True) if not math.isfinite(value) else bin_style(color_bin(value, scale), dark=dark)
-        for line in _readable(token).splitlines(keepends=True):
+        shown = "⏎\n".join(map(printable, token.split("\n"))) or "⟨⟩"
+        for line in shown.splitlines(keepends=True):
             text.append(line.rstrip("\n"), style)
             text.append(line[len(line.rstrip("\n")) :])  # a coloured line break would colour the rest of the line
     return text
@@ -102,12 +103,3 @@ def bin_style(index: int, *, dark: bool) -> Style:
         return Style()
     ground, ink = ramp(index / (COLOR_BINS - 1), dark=dark)
     return Style(color=ink, bgcolor=ground)
-
-
-def _readable(token: str) -> str:
-    shown = "".join(_escaped(c) if is_hidden(c) else c for c in token)
-    return shown.replace("\n", "⏎\n") or "⟨⟩"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()

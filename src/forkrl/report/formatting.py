@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from forkrl.errors import acts_unseen
 from forkrl.stats.intervals import Estimate
 
-# Control, format (bidi overrides, zero-width), lone surrogate, private use, unassigned, line and paragraph separators.
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _HTML_IN_JSON = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 READ_CHARACTERS = 8000
 
@@ -30,14 +28,9 @@ def visible_token(token: str) -> str:
     return visible(token.replace("\t", "⇥")).replace("\n", "⏎\n") or "⟨⟩"
 
 
-def is_hidden(character: str) -> bool:
-    """Whether a character acts without being seen. A newline does not count: it is seen."""
-    return character != "\n" and unicodedata.category(character) in _HIDDEN
-
-
 def _visible_character(character: str) -> str:
     code = ord(character)
-    if not is_hidden(character):
+    if character == "\n" or not acts_unseen(character):
         return character
     if code < 0x20:
         return chr(0x2400 + code)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from forkrl.config.secret_values import without_secrets_in_command, without_written_secrets
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.report.formatting import evenly_spaced
 from forkrl.stats.intervals import mean_with_interval
 
@@ -271,7 +271,7 @@ def _read_rollouts(step: int, path: Path, notes: list[str]) -> RolloutSample | N
         table = table.select(SCHEMA.names).cast(SCHEMA)
         table.validate(full=True)  # finds text that is not UTF-8
     except (pa.ArrowException, OSError) as error:
-        notes.append(f"rollouts/{path.name} cannot be read and is left out: {str(error).partition(chr(10))[0][:200]}")
+        notes.append(f"rollouts/{path.name} cannot be read and is left out: {first_line(error, 200)}")
         return None
     whole = table.filter(_whole_rows(table))
     if gaps := table.num_rows - whole.num_rows:

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import tomli_w
 
 from forkrl.config import CHANGEABLE
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside, write_bytes, write_text
 
 CONFIG = "config.toml"
@@ -259,7 +259,7 @@ class RunFolder:
         try:
             rows: list[dict[str, Any]] = pq.read_table(path, schema=ROLLOUT_SCHEMA).to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as rollouts ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{path}: cannot be read as rollouts ({first_line(error)})") from error
         return rows
 
     @property
