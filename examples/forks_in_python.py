@@ -12,7 +12,7 @@ from forkrl import analysis
 from forkrl.config import ModelConfig
 from forkrl.model.policy import open_policy
 from forkrl.report import coloured_response
-from forkrl.report.analysis_figures import entropy_histogram
+from forkrl.report.analyze_page import entropy_histogram
 
 # Any model and tokenizer of transformers will do; this one ships with ForkRL.
 policy = open_policy(ModelConfig(path="embedded:countdown-base"))

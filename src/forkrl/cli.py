@@ -45,7 +45,7 @@ COMMANDS = {
     "branch": Command(of.BranchOptions, "branch:run_branch", "branching", MEASURE),
     "drift": Command(of.DriftOptions, "drift:run_drift", "the drift", MEASURE),
     "decode-temps": Command(of.DecodeTempsOptions, "decode_temps:run_decode_temps", "the sweep", MEASURE),
-    "report": Command(of.ReportOptions, "train:run_report", "the report", OTHER),
+    "report": Command(of.ReportOptions, "report:run_report", "the report", OTHER),
     "doctor": Command(of.DoctorOptions, "doctor:run_doctor", "the check", OTHER),
 }
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-# Control, format (zero-width and bidirectional marks among them), surrogate, and line or paragraph separator.
-_UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+# Control, format (zero-width, bidirectional), surrogate, private use, unassigned, line and paragraph separator.
+_UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 class UserError(Exception):
@@ -39,12 +39,22 @@ def printable(text: str) -> str:
     Model output may hold sequences that recolour, retitle or overwrite a terminal, and marks that reorder a line.
     Newline and tab are escaped too, so that a response can forge no line of the log.
     """
-    return "".join(_escaped(char) if unicodedata.category(char) in _UNSAFE_CATEGORIES else char for char in text)
+    return "".join(_escaped(char) if acts_unseen(char) else char for char in text)
+
+
+def acts_unseen(char: str) -> bool:
+    """Whether a character acts on what shows it without being seen; newline and tab are among them."""
+    return unicodedata.category(char) in _UNSAFE_CATEGORIES
 
 
 def _escaped(char: str) -> str:
     code = ord(char)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of an exception's text, for a message of one line; its type where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
 def notice(text: str) -> None:

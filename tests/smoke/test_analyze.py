@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from forkrl.commands.report import write_report
 from tests.smoke.world import Run, World, make_model, write_prompts
 
 DATA = ("--data", "prompts.jsonl", "task.verifier=first_character:first_character")
@@ -69,6 +70,7 @@ def test_tokens_are_what_the_model_says_of_them(own_world: World) -> None:
         assert bool(response["correct"]) == (first != "" and first in "13579")
     page = (folder / "report.html").read_text()
     assert "24 prompts, with every response" in page
+    assert write_report(folder).read_text() == page
     assert all(
         (folder / "tables" / f"{name}.csv").is_file() for name in ("types", "contexts", "positions", "histogram")
     )
@@ -156,6 +158,7 @@ def test_drift_of_a_run(world: World, run: Run) -> None:
     assert weighted == pytest.approx((tokens["entropy"].astype(float) - base.astype(float)).mean(), abs=1e-6)
     page = (world.folder / "drift/report.html").read_text()
     assert "step 2" in page
+    assert write_report(world.folder / "drift").read_text() == page
 
     again = world.run("drift", "run", "--samples", "2", "--problems", "6", "--out", "drift", "--bins", "5")
     assert again.code == 0, again.stderr

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from forkrl.commands.report import write_report
 from tests.smoke.world import Outcome, Run, World, write_prompts
 
 SIZES = ("--problems", "5", "--forks", "2", "--random", "1", "--low", "1", "--continuations", "6")
@@ -55,6 +56,7 @@ def test_what_it_writes(world: World, whole: dict[str, Any]) -> None:
     assert {row["kind"] for row in whole["kinds"]} == {"fork", "random", "low"}
     page = (folder / "report.html").read_text()
     assert "one fork decides" in page
+    assert write_report(folder).read_text() == page
     assert "report: whole/report.html" in whole["stdout"]
     assert "5 prompts, 1 response(s) to each; 4 positions a response (2 forks, 1 random, 1 of low" in whole["stderr"]
     assert "up to 480 continuations, roughly" in whole["stderr"]

@@ -31,10 +31,10 @@ def test_a_comparison_is_printed_and_written(world: World, evals: Path) -> None:
     outcome = world.run("compare", "evals/a", "evals/b")
     assert outcome.code == 0, outcome.stderr
     lines = outcome.stdout.splitlines()
-    assert lines[:2] == ["A: evals/a (base)", "B: evals/b (trained)"]
-    assert [line.split()[0] for line in lines[3:6]] == ["AIME'24", "mine", "mean"]
-    assert "note: temperature differs: 1.0 for A, 0.6 for B." in lines
-    assert "note: aime24: 2 of 20 questions of A are not in the other; left out." in lines
+    assert lines[0] == "trained (evals/b) minus base (evals/a)"
+    assert [line.split()[0] for line in lines[2:5]] == ["AIME'24", "mine", "mean"]
+    assert "note: temperature differs: 1.0 for base, 0.6 for trained." in lines
+    assert "note: aime24: 2 of 20 questions of base are not in the other; left out." in lines
     assert any(line.startswith("note: amc23: evals/b has not finished it") for line in lines)
     assert lines[-1] == "report: analyses/a-vs-b/report.html"
     stored = json.loads((world.folder / "analyses/a-vs-b/comparison.json").read_text())

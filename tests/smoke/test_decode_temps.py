@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forkrl.analysis import temperature_table
+from forkrl.commands.report import write_report
 from tests.smoke.test_eval import DATASET, SHORT
 from tests.smoke.world import Run, World, write_prompts
 
@@ -64,6 +65,7 @@ def test_every_setting_is_there_and_the_table_follows_from_the_files(world: Worl
     assert found["verdict"] in stdout and f"report: {Path('run/analysis/decode-temps/report.html')}" in stdout
     page = (sweep / "report.html").read_text()
     assert "Lowering the temperature at forks" in page and "forkrl decode-temps run" in page
+    assert write_report(sweep).read_text() == page
 
 
 def test_temperature_1_is_what_eval_measures(world: World, sweep: Path) -> None:

@@ -362,3 +362,31 @@ def test_hostile_text_is_inert_and_visible_everywhere(browser: webdriver.Chrome,
     assert browser.execute_script("return typeof window.__pwned") == "undefined"
     assert browser.find_elements(By.CSS_SELECTOR, "img, iframe, object, #responses script, #tip script") == []
     assert log(browser, "browser") == []
+
+
+def test_a_selected_token_with_a_leading_space_never_wraps_inside(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    words = [" wait", "ing", " for", ",", " the"] * 60
+    one = ShownResponse("r", words, [[1.0] * 300], [-0.1] * 300, selected=[True] * 300)
+    forks = ForkView([View("v", "V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", None)
+    open_page(browser, made_page(tmp_path / "page.html", forks))
+    script = """
+        document.querySelector(".tokens").style.width = arguments[0] + "px";
+        const tokens = [...document.querySelectorAll(".t")], top = (token) => token.getBoundingClientRect().top;
+        return [Math.max(...tokens.map((token) => token.getClientRects().length)),
+            tokens.filter((token, i) => i && top(token) > top(tokens[i - 1]) + 5).map((token) => token.textContent)];"""
+    for width in range(300, 420, 17):
+        boxes, first_of_lines = browser.execute_script(script, width)
+        assert boxes == 1, "no part of a token, such as its space alone, is in another line"
+        assert first_of_lines and set(first_of_lines) <= {" wait", " for", " the"}, "lines break between words"
+
+
+def test_a_character_of_several_tokens_is_shown_with_their_bytes(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    tokens = ["so", " <0xE6><0x95>", "<0xB0>", "<0xE6>"]
+    one = ShownResponse("r", tokens, [[1.0] * 4], [-0.1] * 4, alternatives=[[("<0xE6><0x95>", 0.5)]] * 4)
+    forks = ForkView([View("v", "V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 0.5)
+    open_page(browser, made_page(tmp_path / "page.html", forks))
+    shown = browser.execute_script("return [...document.querySelectorAll('.t')].map((t) => t.textContent)")
+    assert shown == ["so", " 数⟨E6 95⟩", "⟨B0⟩", "⟨E6⟩"]
+    look_for(browser, "数")
+    until(browser, lambda: matches(browser) == "1")
+    assert "bytes of a character that several tokens make up" in browser.find_element(By.ID, "forks").text

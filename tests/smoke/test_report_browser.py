@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from forkrl.report import write_run_report
+from forkrl.report import Page as SomePage
+from forkrl.report import Section, write_page, write_run_report
 from tests.chromium import chromium, current, log, needs_chromium, open_page, phone
 from tests.fabricated_run import response_row, write_rollouts, write_run
 
@@ -149,3 +151,31 @@ def test_hostile_text_is_inert_and_visible(browser: webdriver.Chrome, tmp_path: 
     shown = browser.execute_script("return [...document.querySelectorAll('#responses .t')].map(t => t.textContent)")
     assert shown == [HOSTILE[0], HOSTILE[1], "⟨U+2028⟩window.__pwned=1//", "␛[31m␀⟨U+202E⟩", HOSTILE[4], HOSTILE[5]]
     assert log(browser, "browser") == []
+
+
+def plot_text_pixels(browser: webdriver.Chrome) -> float:
+    """Height of the smallest text in a plot, as it is on the screen."""
+    script = """return Math.min(...[...document.querySelectorAll(".plot text")].map((text) =>
+        parseFloat(getComputedStyle(text).fontSize) * Math.hypot(text.getScreenCTM().a, text.getScreenCTM().b)));"""
+    return float(browser.execute_script(script))
+
+
+def test_text_in_plots_is_at_least_11_pixels_high(browser: webdriver.Chrome, page: Path) -> None:
+    open_page(browser, page)
+    assert plot_text_pixels(browser) >= 11
+    with phone(browser):
+        open_page(browser, page)
+        assert plot_text_pixels(browser) >= 11
+
+
+def test_a_wide_table_scrolls_in_its_own_box(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    columns = {f"a long name of column {number}": ["a sentence of several words"] * 30 for number in range(12)}
+    table = Section("T", "C.", "t", pd.DataFrame(columns))
+    with phone(browser):
+        open_page(browser, write_page(tmp_path / "page.html", SomePage("p", "k", "v", [table])))
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+        width, height = browser.execute_script("""
+            const box = document.querySelector(".scroll");
+            return [box.scrollWidth / box.clientWidth, box.scrollHeight / box.clientHeight];""")
+    assert width > 3, "columns are not squeezed"
+    assert height > 1

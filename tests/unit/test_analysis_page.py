@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 
 from forkrl.analysis.drift import change_table, overlap_table, percentile_table
-from forkrl.report import analysis_figures
-from forkrl.report.drift_page import drift_page
-from forkrl.report.token_forks import SHOWN_RESPONSES, SHOWN_TOKENS, choose_prompts
+from forkrl.report import plots
+from forkrl.report.drift_page import drift_page, overlap_curves
+from forkrl.report.fork_view import SHOWN_RESPONSES, SHOWN_TOKENS, choose_prompts
 
 
 def lengths(num_prompts: int, length: int, samples: int = 1) -> pd.DataFrame:
@@ -69,13 +70,49 @@ def drawn(figure: Figure) -> list[np.ndarray]:
 
 
 def test_each_word_cloud_draws_its_own_end_with_the_most_extreme_type_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis_figures, "CLOUD_WORDS", 3)
+    monkeypatch.setattr(plots, "CLOUD_WORDS", 3)
     types = pd.DataFrame({"text": [" wait", " so", "but", " the", "then", " of", "tion", "ing"]})
-    lowest, highest = (drawn(analysis_figures.word_cloud(types, highest=end)) for end in (False, True))
-    turned = drawn(analysis_figures.word_cloud(types.iloc[[7, 6, 5]], highest=True))  # drawn alike but for the colour
-    alone = drawn(analysis_figures.word_cloud(types.iloc[:3], highest=True))
+    lowest, highest = (drawn(plots.word_cloud(types, highest=end)) for end in (False, True))
+    turned = drawn(plots.word_cloud(types.iloc[[7, 6, 5]], highest=True))  # drawn alike but for the colour
+    alone = drawn(plots.word_cloud(types.iloc[:3], highest=True))
     assert len(lowest) == len(highest) == 3
     for found, expected in ((lowest, turned), (highest, alone)):
         for outline, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(outline, other)
     assert lowest[0].shape != highest[0].shape
+
+
+def overlap_of(checkpoints: list[str], shares: list[float]) -> pd.DataFrame:
+    columns = {f"with_{side}{end}": shares for side in ("first", "last") for end in ("", "_low", "_high")}
+    return pd.DataFrame({"checkpoint": checkpoints, **columns})
+
+
+def test_checkpoints_of_a_run_are_drawn_at_their_steps() -> None:
+    (axes,) = overlap_curves(overlap_of(["step 0", "step 5", "step 50", "step 200"], [1, 0.9, 0.8, 0.7]), 0.2).axes
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == [0, 5, 50, 200]
+    assert axes.get_xticks().tolist() == [0, 50, 200] and axes.get_xlabel() == "step"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "50", "200"]
+    (axes,) = overlap_curves(overlap_of(["base", "step 9"], [1, 0.9]), 0.2).axes
+    assert axes.get_xticks().tolist() == [0, 1] and axes.get_xlabel() == "checkpoint"
+
+
+@pytest.mark.parametrize("lowest", [0.998, 0.96, 0.86, 0.31, 0.0])
+def test_overlap_has_ticks_at_whole_percent_up_to_100(lowest: float) -> None:
+    (axes,) = overlap_curves(overlap_of(["step 0", "step 5"], [1, lowest]), 0.2).axes
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert 4 <= len(ticks) <= 7 and max(ticks) == pytest.approx(1)
+    assert low <= lowest and [100 * tick for tick in ticks] == pytest.approx([round(100 * tick) for tick in ticks])
+
+
+def test_every_word_of_a_cloud_lies_within_it() -> None:
+    rng = random.Random(10)
+    letters = "abcdefgjpqy,;_|()Ågß"
+    words = [" ", *("".join(rng.choice(letters) for _ in range(rng.randint(1, 9))) for _ in range(99))]
+    rng.shuffle(words)
+    figure = plots.word_cloud(pd.DataFrame({"text": words}), highest=True)
+    (axes,), outlines = figure.axes, np.vstack(drawn(figure))
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert outlines[:, 0].min() < -1, "one is wider than its place in the layout"
+    assert left < outlines[:, 0].min() and outlines[:, 0].max() < right
+    assert top < outlines[:, 1].min() and outlines[:, 1].max() < bottom

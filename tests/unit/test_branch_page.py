@@ -13,15 +13,22 @@ import pytest
 from matplotlib.figure import Figure
 
 from forkrl.analysis import branching
-from forkrl.report.branch_figures import branch_rates, natural_against_entropy, rate_histogram, spread_by_kind
-from forkrl.report.branch_page import BranchReport, branch_page, branch_verdict
+from forkrl.report.branch_page import (
+    BranchResults,
+    branch_page,
+    branch_rates,
+    branch_verdict,
+    natural_against_entropy,
+    rate_histogram,
+    spread_by_kind,
+)
 from forkrl.report.page import write_page
 from tests.report_page import Page
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J"
 
 
-def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> BranchReport:
+def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> BranchResults:
     """Responses of four tokens, branched at a fork (0), at random (1) and at a low one (2)."""
     generator = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
@@ -60,7 +67,7 @@ def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> 
         "verifier_failures": 2, "prompts": prompts, "responses": prompts, "positions": len(spreads),
         "branches": len(table), "continuations": 16 * len(table),
     }  # fmt: skip
-    return BranchReport(HOSTILE, table, spreads, tables, rows, facts, {"forks": "1"}, {}, "forkrl branch")
+    return BranchResults(rows, table, spreads, tables, facts)
 
 
 def test_the_verdict_names_each_share_and_says_what_is_settled() -> None:
@@ -81,7 +88,7 @@ def test_the_verdict_names_each_share_and_says_what_is_settled() -> None:
         (made_up(4, (0.0, 0.0)), "a random other token"),
     ],
 )
-def test_verdicts_where_little_is_known(report: BranchReport, says: str) -> None:
+def test_verdicts_where_little_is_known(report: BranchResults, says: str) -> None:
     verdict = branch_verdict(report.tables)
     assert says in verdict
     assert "nan" not in verdict
@@ -96,7 +103,7 @@ def test_nothing_is_decided_where_every_outcome_is_the_same() -> None:
 
 def test_the_page_shows_the_branches_and_obeys_no_text(tmp_path: Path) -> None:
     report = made_up()
-    page = Page(write_page(tmp_path / "report.html", branch_page(report)))
+    page = Page(write_page(tmp_path / "report.html", branch_page(report, name=HOSTILE)))
     assert HOSTILE not in page.source
     assert "2 continuations could not be verified; they count as wrong." in page.text
     (view,) = page.views
@@ -130,7 +137,7 @@ def test_a_prompt_with_right_and_wrong_responses_is_mixed(scores: Sequence[float
     report = made_up(1)
     rows = [{**report.rows[0], "response": number, "score": score} for number, score in enumerate(scores)]
     branches = pd.concat([report.branches.assign(response=number) for number in range(len(scores))], ignore_index=True)
-    forks = branch_page(replace(report, rows=rows, branches=branches)).forks
+    forks = branch_page(replace(report, rows=rows, branches=branches), name="m").forks
     assert forks is not None
     (prompt,) = forks.views[0].frames[0].prompts
     assert (prompt.outcome, [response.score for response in prompt.responses]) == (outcome, list(scores))

@@ -15,12 +15,25 @@ from forkrl.errors import UserError
 from forkrl.evaluation.eval_report import shown_questions, write_eval_report
 from forkrl.evaluation.folder import read_evaluation, read_questions
 from forkrl.evaluation.paper import TABLE_2
-from forkrl.report.compare_figures import budget_curves, difference_forest, spending_curves
-from forkrl.report.compare_page import compare_verdict, write_compare_page
-from forkrl.report.difference import probability
-from forkrl.report.eval_figures import accuracy_against_budget, accuracy_beside_paper, pass_and_majority
-from forkrl.report.eval_page import eval_page, eval_verdict, percent, write_eval_page
-from forkrl.report.reading import READ_CHARACTERS, shortened
+from forkrl.report.compare_page import (
+    budget_curves,
+    compare_page,
+    compare_verdict,
+    difference_forest,
+    side_names,
+    spending_curves,
+)
+from forkrl.report.eval_page import (
+    accuracy_against_budget,
+    accuracy_and_paper,
+    eval_page,
+    eval_verdict,
+    length_distributions,
+    pass_and_majority,
+    write_eval_page,
+)
+from forkrl.report.formatting import READ_CHARACTERS, interval, percent, probability, shortened
+from forkrl.report.page import write_page
 from tests.fabricated_evaluation import HOSTILE, random_responses, write_evaluation, write_lines
 from tests.report_page import Page
 
@@ -124,7 +137,12 @@ def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: P
     assert "from The response" not in page.text and "The response 0 to 0" not in page.source.partition("</style>")[0]
     mean = (first["accuracy"]["mean"] + second["accuracy"]["mean"]) / 2
     assert f"Acc@4 {100 * mean:.1f}% [" in page.text
-    for text in ("55.83 → 63.54", percent(first["accuracy"]), "could not be judged (deadline", "no answer found"):
+    for text in (
+        "55.83 → 63.54",
+        percent(interval(first["accuracy"])),
+        "could not be judged (deadline",
+        "no answer found",
+    ):
         assert text in page.text, text
     assert page.text.count("What is q0") >= 8
     names = ("accuracy", "pass-majority", "budget", "lengths", "paper", "trouble")
@@ -158,7 +176,7 @@ def test_the_verdict_names_the_hardest_and_the_easiest(folder: Path) -> None:
 
 def test_figures_draw_the_numbers(folder: Path) -> None:
     benchmarks = results_of(folder)["benchmarks"]
-    (axes,) = accuracy_beside_paper(benchmarks, TABLE_2).axes
+    (axes,) = accuracy_and_paper(benchmarks, TABLE_2).axes
     drawn = {round(float(x), 6) for line in axes.lines for x in np.atleast_1d(line.get_xdata())}
     assert {round(each["accuracy"]["mean"], 6) for each in benchmarks} <= drawn
     assert {0.3333, 0.6354} <= drawn
@@ -200,11 +218,14 @@ def comparison(**changes: Any) -> dict[str, Any]:
         "pass@k": {"1": at}, "maj@k": None, "length_matched": at,
         "budget": [{"tokens": n, **sides(n / 1e4, 0.1, 0.05)} for n in (100, 1000)],
         "equal_spending": [{"spent": s, "budget_a": s, "budget_b": s, **at} for s in (50.0, 900.0)],
-        "changes": [{"question": "q1", "a": 0.0, "b": 1.0, "difference": 1.0, "length_a": 5.0, "length_b": 9.0}],
+        "changes": [
+            {"question": "q1", "text": f"What? {HOSTILE}", "a": 0.0, "b": 1.0, "difference": 1.0, "length_a": 5.0,
+             "length_b": 9.0},
+        ],
     }  # fmt: skip
-    side = {"folder": "evals/a", "model": HOSTILE, "samples": 4}
+    a, b = ({"folder": f"evals/{name}", "model": name, "samples": 4} for name in ("base", "trained"))
     return {
-        "a": side, "b": side, "command": f"forkrl compare {HOSTILE}", "version": "0.1", "seed": 0, "pooled": None,
+        "a": a, "b": b, "command": f"forkrl compare {HOSTILE}", "version": "0.1", "seed": 0, "pooled": None,
         "notices": ["samples differs."], "benchmarks": [each | changes],
     }  # fmt: skip
 
@@ -212,19 +233,19 @@ def comparison(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, "B is 10.0 points [5.0, 15.0] better than A on x, p < 0.001. Its responses are 200 tokens longer. No "
-             "clear difference where both spend the same tokens: B - A is +2.0 points [-1.0, +5.0]."),
+        ({}, "trained is 10.0 points [5.0, 15.0] better than base on x, p < 0.001. Its responses are 200 tokens longer"
+             ". No clear difference where both spend the same tokens: trained minus base is +2.0 points [-1.0, +5.0]."),
         ({"accuracy": {"difference": difference(-0.1, -0.15, -0.05)}, "p": 0.0312},
-         "B is 10.0 points [5.0, 15.0] worse than A on x, p = 0.031. Its"),
+         "trained is 10.0 points [5.0, 15.0] worse than base on x, p = 0.031. Its"),
         ({"accuracy": {"difference": difference(0.012, -0.03, 0.05)}, "p": 0.59},
-         "No clear difference on x: B - A is +1.2 points [-3.0, +5.0], p = 0.59. Its"),
+         "No clear difference on x: trained minus base is +1.2 points [-3.0, +5.0], p = 0.59. Its"),
         ({"accuracy": {"difference": difference(0.012, 0.0, 0.05)}, "p": 0.06}, "No clear difference on x"),
         ({"length": {"difference": difference(-15, -40, 10)}},
          "p < 0.001. Its responses are neither clearly longer nor shorter (-15 tokens)."),
         ({"accuracy": {"difference": difference(0.1, None, None)}},
-         "No clear difference on x: B - A is +10.0 points, p"),
+         "No clear difference on x: trained minus base is +10.0 points, p"),
         ({"length_matched": {"difference": difference(-0.04, -0.06, -0.02)}},
-         "tokens longer. B is 4.0 points [2.0, 6.0] worse than A where both spend the same tokens."),
+         "tokens longer. trained is 4.0 points [2.0, 6.0] worse than base where both spend the same tokens."),
     ],
 )  # fmt: skip
 def test_the_verdict_of_a_comparison(changes: dict[str, Any], says: str) -> None:
@@ -237,20 +258,21 @@ def test_p_values_are_never_zero() -> None:
 
 def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     found = comparison()
-    page = Page(write_compare_page(tmp_path, found, {"x": {"q1": f"What? {HOSTILE}"}}))
+    found["b"]["model"] = HOSTILE
+    page = Page(write_page(tmp_path / "report.html", compare_page(found)))
     assert "<script>alert" not in page.source and "\u202e" not in page.source
     for text in (
         "40.0% → 50.0%",
         "+10.0",
         "samples differs.",
         "What? <script>",
-        "9 higher for B, 2 lower, 19 the same",
+        "2 lower, 19 the same",
     ):
         assert text in page.text, text
     assert "nan" not in page.text.lower().split()
     found["pooled"] = {name: found["benchmarks"][0][name] for name in ("accuracy", "length", "length_matched", "p")}
     found["benchmarks"] *= 3
-    page = Page(write_compare_page(tmp_path, found, {}))
+    page = Page(write_page(tmp_path / "report.html", compare_page(found)))
     assert "on average over 3 benchmarks" in page.text
 
 
@@ -259,12 +281,34 @@ def test_figures_of_a_comparison_draw_its_numbers() -> None:
     (axes,) = difference_forest(rows, None).axes
     drawn = {round(float(x), 6) for line in axes.lines for x in np.atleast_1d(line.get_xdata())}
     assert {0.1, 0.02, 0.05, 0.15} <= drawn
-    assert np.asarray(budget_curves(rows).axes[0].lines[0].get_ydata()).tolist() == [0.01, 0.1]
-    assert np.asarray(spending_curves(rows * 3).axes[2].lines[1].get_xdata()).tolist() == [50.0, 900.0]
+    assert np.asarray(budget_curves(rows, ("base", "trained")).axes[0].lines[0].get_ydata()).tolist() == [0.01, 0.1]
+    assert np.asarray(spending_curves(rows * 3, ("base", "trained")).axes[2].lines[1].get_xdata()).tolist() == [
+        50.0,
+        900.0,
+    ]
 
 
 def test_an_average_without_an_interval_is_shown_without_one(folder: Path) -> None:
     average = {"accuracy": difference(0.5, None, None), "length": difference(10, None, None)}
-    page = eval_page(results_of(folder), average=average, shown={}, paper={})
+    page = eval_page(results_of(folder), average=average, shelves=[], paper={})
     assert page.shelves == []
     assert (page.cards[0].value, page.cards[0].note) == ("50.0%", "mean of the benchmarks")
+
+
+def test_lengths_have_a_y_axis(folder: Path) -> None:
+    for axes in length_distributions(results_of(folder)["benchmarks"]).axes:
+        ticks = axes.get_yticks()
+        assert len(ticks) >= 3 and axes.yaxis.get_major_formatter()(0.25, None) == "25%"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "names"),
+    [
+        ({"model": "Qwen/base", "folder": "evals/a"}, {"model": "runs/x", "folder": "evals/b"}, ("base", "x")),
+        ({"model": "m", "folder": "evals/hot"}, {"model": "m", "folder": "evals/cold"}, ("hot", "cold")),
+        ({"model": "m", "folder": "one/e"}, {"model": "m", "folder": "two/e"}, ("one/e", "two/e")),
+        ({"folder": "e"}, {"folder": "e"}, ("e (first)", "e (second)")),
+    ],
+)
+def test_the_sides_of_a_comparison_have_names(a: dict[str, str], b: dict[str, str], names: tuple[str, str]) -> None:
+    assert side_names({"a": a, "b": b}) == names

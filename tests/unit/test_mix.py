@@ -14,8 +14,9 @@ import torch
 from forkrl.config import CurriculumConfig, TaskConfig, TrainConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.errors import UserError
+from forkrl.report.plots import inline_svg
 from forkrl.report.run_data import RunData, read_run
-from forkrl.report.run_sections import figure_sections
+from forkrl.report.run_page import sections
 from forkrl.rollout.held_out import summarise
 from forkrl.tasks.mix import mix_task
 from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
@@ -299,13 +300,15 @@ def test_a_dropped_group_of_equal_partial_marks_was_not_right() -> None:
 
 def test_the_report_shows_each_part_and_each_level(tmp_path: Path) -> None:
     run = with_parts(write_run(tmp_path / "run", steps=20, planned_steps=20))
-    titles = [section.title for section in figure_sections(run)]
+    titles = [section.title for section in sections(run)]
     assert titles[:3] == ["Learning curve", "Accuracy by part", "Level of difficulty"]
-    section = figure_sections(run)[1]
-    assert "chain$um" in section.svg and "countdown" in section.svg
+    section = sections(run)[1]
+    assert section.figure is not None
+    svg = inline_svg(section.figure, "parts")
+    assert "chain$um" in svg and "countdown" in svg
     assert not section.missing
     plain = read_run(write_run(tmp_path / "plain", steps=20, planned_steps=20), 4)
-    assert "Accuracy by part" not in [section.title for section in figure_sections(plain)]
+    assert "Accuracy by part" not in [section.title for section in sections(plain)]
 
 
 def with_parts(folder: Path) -> RunData:

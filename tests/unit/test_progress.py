@@ -12,7 +12,8 @@ import pytest
 
 from forkrl.config import LossConfig, SelectionConfig, TrainConfig
 from forkrl.errors import printable
-from forkrl.report.progress import TrainingDisplay, describe_selection, duration, progress, sparkline
+from forkrl.report.formatting import duration
+from forkrl.report.progress import TrainingDisplay, describe_selection, progress, sparkline
 
 
 class Terminal(io.StringIO):

@@ -22,12 +22,11 @@ from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe, recipe_toml
 from forkrl.errors import UserError
 from forkrl.report import write_run_report
-from forkrl.report.figures import histogram_counts
 from forkrl.report.fork_data import fork_data
+from forkrl.report.formatting import duration
 from forkrl.report.run_data import read_run
-from forkrl.report.run_forks import run_forks
-from forkrl.report.run_page import reproducing_command
-from forkrl.report.summary import cards, duration, verdict
+from forkrl.report.run_page import histogram_counts, reproducing_command, run_forks
+from forkrl.report.run_summary import cards, verdict
 from forkrl.stats.intervals import mean_with_interval
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 from tests.report_page import Page, decoded
@@ -53,7 +52,7 @@ def test_verdict_states_change_intervals_problems_steps_and_time(page: Page) -> 
     assert "Held-out accuracy rose from 17.0% [13.7, 20.3] at step 0 to 45.5% [41.2, 49.8] at step 60" in page.text
     change = r"\+28\.5 points \[\+24\.\d, \+32\.\d\] paired by problem, p < 0\.001"
     assert re.search(rf"on 512 problems; {change}\. 60 training steps took 4 min", page.text)
-    assert "This run stands at step" not in page.text
+    assert "This run stopped at step" not in page.text
 
 
 def evaluated(folder: Path, before: list[list[float]], after: list[list[float]]) -> Path:
@@ -101,7 +100,8 @@ def test_two_evaluations_of_the_same_problems_are_compared_problem_by_problem(tm
     text = verdict(read_run(evaluated(tmp_path / "same", *NOISE), 12))
     assert "accuracy was 40.0%" in text and "no clear change" in text
     assert not re.search("rose|fell|overlap", text)
-    assert "no clear change" in verdict(read_run(evaluated(tmp_path / "equal", before, before), 12))
+    text = verdict(read_run(evaluated(tmp_path / "equal", before, before), 12))
+    assert "is unchanged at 40.0% [" in text and "from step 0 to step 5" in text and "no clear change" in text
 
 
 def test_a_run_without_the_scores_of_each_problem_claims_no_more_than_it_knows(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_damaged_scores_are_left_out_with_a_note(tmp_path: Path, content: str) -
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(4.24, "4.2 s"), (251.4, "4 min 11 s"), (7260, "2 h 1 min"), (200_000, "2 d 7 h")]
+    ("seconds", "text"), [(4.24, "4.2 s"), (251.4, "4 min 11 s"), (7260, "2 h 01 min"), (200_000, "2 d 7 h")]
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -374,7 +374,7 @@ def test_interrupted_run_says_where_it_stands(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "reward/acc')
     page = Page(write_run_report(folder))
-    assert "This run stands at step 3 of 60" in page.text
+    assert "This run stopped at step 3 of 60" in page.text
     assert "line 5 (cut short in writing?)" in page.text
     assert "there is no second evaluation to compare; 3 training steps took" in page.text
 
@@ -385,7 +385,7 @@ def test_run_that_never_logged(tmp_path: Path) -> None:
     assert "Nothing was evaluated on held-out problems; no training step was logged." in page.text
     assert "metrics.jsonl is missing" in page.text
     assert "no sampled responses that can be read" in page.text
-    assert page.source.count('class="empty"> Not recorded:') == 1
+    assert page.source.count('class="empty">Not recorded:') == 2, "the histogram, and the provenance"
     assert page.text.count("Not recorded: ") == 7
     assert "Not recorded: versions and commit are unknown" in page.text
     assert "fork-data" not in page.source

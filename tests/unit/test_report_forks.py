@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forkrl.report import Branch, ForkView, Frame, Page, ShownPrompt, ShownResponse, View, render_page
-from forkrl.report.fork_data import LAYER_BYTES, MAX_BYTES, MIN_TOKENS_SHOWN, TOKEN_BYTES, fork_data
-from forkrl.report.sampling import evenly_spaced, token_limit
-from forkrl.report.visible_text import script_json
+from forkrl.report import Branch, Card, ForkView, Frame, Page, ShownPrompt, ShownResponse, View, render_page
+from forkrl.report.fork_data import LAYER_BYTES, MAX_BYTES, MIN_TOKENS_SHOWN, TOKEN_BYTES, fork_data, token_limit
+from forkrl.report.formatting import evenly_spaced, script_json
 from tests.report_page import decoded
 
 PER_TOKEN = TOKEN_BYTES + LAYER_BYTES
@@ -218,3 +217,42 @@ def test_a_fork_in_the_page_is_strictly_above_the_mark() -> None:
         found = shown["views"][0]["frames"][0]["prompts"][0]["responses"][0]["e"][0]
         above = [value is not None and value > shown["mark"] for value in found]
         assert above == [value > mark for value in entropy]
+
+
+def made(*tokens: str, prompt: str = "p") -> str:
+    """A page whose fork view shows one response."""
+    one = ShownResponse("r", tokens, [[0.5] * len(tokens)], [])
+    view = View("v", "V", "", [Frame("", [ShownPrompt(prompt, "", [one])])])
+    return render_page(Page("p", "k", "v", [], forks=ForkView([view], "", None)))
+
+
+@pytest.mark.parametrize(
+    ("token", "explained"),
+    [
+        ("\n", "⏎ is a line break"),
+        ("\t", "⇥ a tab"),
+        ("", "⟨⟩ a token without text"),
+        ("\u202e", "⟨U+…⟩ a character"),
+        ("\x1b", "␛ and its like"),
+        ("<0xE6>", "⟨E6 95⟩ bytes of a character"),
+    ],
+)
+def test_marks_are_explained_where_they_are(token: str, explained: str) -> None:
+    assert explained in made("a", token)
+    assert explained not in made("a", "b")
+
+
+def test_the_notation_of_countdown_is_explained_once() -> None:
+    assert made("a", prompt="2 5 9:90?").count("A Countdown problem") == 1
+    assert "A Countdown problem" not in made("a", prompt="What is 2:3?")
+
+
+def test_settings_that_differ_are_explained_where_there_are_any() -> None:
+    for differs in (True, False):
+        page = render_page(Page("p", "k", "v", [], settings=[("s", [("key", "1", differs)])]))
+        assert ("differs from ForkRL's default" in page) == differs
+
+
+def test_a_number_that_prints_alike_before_and_after_is_unchanged() -> None:
+    page = render_page(Page("p", "k", "v", [], cards=[Card("A", "10%", "10%"), Card("B", "11%", "10%")]))
+    assert '<span class="before">unchanged at </span>10%' in page and '<span class="before">10% → </span>11%' in page

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from forkrl.report import coloured_response, entropy_legend
 from forkrl.report.colors import COLOR_BINS, color_bin, ramp, token_colors, top_entropy
-from forkrl.report.visible_text import script_json, visible, visible_token
+from forkrl.report.formatting import script_json, visible, visible_token
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\x1b[31m\x00\u202e"
 
@@ -98,7 +98,7 @@ def test_terminal_colours_are_those_of_the_page() -> None:
 def test_terminal_obeys_nothing_in_a_response() -> None:
     tokens = ["\x1b[2J", "\x07\x9b", "\u202e", "\ud800", "[bold red]no markup[/]", "\r", ""]
     shown = str(coloured_response(tokens, [1.0] * 7))
-    assert shown == r"\x1b[2J\x07\x9b\u202e\ud800[bold red]no markup[/]\r⟨⟩"
+    assert shown == r"\x1b[2J\x07\x9b\u202e\ud800[bold red]no markup[/]\x0d⟨⟩"
     sent = re.sub(r"\x1b\[[\d;]*m", "", printed(tokens, [2.0] * 7))  # colours are the only sequences sent
     assert "\x1b" not in sent
     assert "[bold red]no markup[/]" in sent

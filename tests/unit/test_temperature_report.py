@@ -9,15 +9,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from forkrl.report import write_page
+from forkrl.report import Page, write_page
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
-from forkrl.report.temperature_figures import (
+from forkrl.report.temps_page import (
     accuracy_against_temperature,
     length_and_broken,
     surprise_against_temperature,
     sweep_rows,
+    telling_temperatures,
+    temps_page,
+    verdict,
 )
-from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
 
 HOSTILE = "<script>alert(1)</script>\ufffd\u202e"
 
@@ -110,14 +112,15 @@ def test_the_figures_draw_both_sweeps_at_even_distances() -> None:
     assert drawn == [[0.1, 0.38, 0.5, 0.5, 0.6], [0.5, 0.5, 0.5, 0.5, 0.0]]
 
 
-def sweep(**changes: Any) -> Sweep:
+def sweep(**changes: Any) -> Page:
     response = ShownResponse("high 1, low 1", [HOSTILE, "b"], [[0.1, 0.9]], [-0.1, -0.9], score=1.0, finished=False)
     views = [View("t0", "Temperature 0", HOSTILE, [Frame("", [ShownPrompt(HOSTILE, "right", [response])])])]
     values: dict[str, Any] = {
-        "name": HOSTILE, "table": TABLE, "threshold": 0.672, "threshold_origin": "given", "broken_means": "Broken is.",
-        "views": views, "settings": {"seed": "0"}, "provenance": {"torch": "2"}, "command": HOSTILE,
+        "name": HOSTILE, "table": TABLE, "threshold": 0.672, "origin": "given", "broken_means": "Broken is.",
+        "views": views, "verdict": verdict(TABLE), "settings": [("s", [("seed", "0", False)])],
+        "provenance": [("torch", "2")], "command": HOSTILE,
     }  # fmt: skip
-    return Sweep(**values | changes)
+    return temps_page(**values | changes)
 
 
 def test_a_sweep_around_another_temperature_names_it_everywhere(tmp_path: Path) -> None:
@@ -132,13 +135,13 @@ def test_a_sweep_around_another_temperature_names_it_everywhere(tmp_path: Path) 
         "at forks (0.5 elsewhere)",
         "elsewhere (0.5 at forks)",
     ]
-    text = write_page(tmp_path / "report.html", temperature_page(sweep(table=table, base=0.5))).read_text()
+    text = write_page(tmp_path / "report.html", sweep(table=table, base=0.5)).read_text()
     for part in ("Accuracy at 0.5, 0.5", "the rest stays at 0.5", "difference to (0.5, 0.5)", "at temperature 0.5"):
         assert part in text
 
 
 def test_the_page_holds_verdict_numbers_and_responses_and_no_markup_of_theirs(tmp_path: Path) -> None:
-    text = write_page(tmp_path / "report.html", temperature_page(sweep())).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "report.html", sweep()).read_text(encoding="utf-8")
     assert "costs 12.0 points of accuracy [8.0, 16.0]" in text
     for part in ("temperature-accuracy.csv", "temperature-length-broken.csv", "temperature-surprise.csv", "0.672 nats"):
         assert part in text
@@ -147,7 +150,7 @@ def test_the_page_holds_verdict_numbers_and_responses_and_no_markup_of_theirs(tm
 
 
 def test_a_page_without_responses_has_no_fork_view_and_failures_are_noted(tmp_path: Path) -> None:
-    page = temperature_page(sweep(views=(), table=TABLE.assign(failures=1)))
+    page = sweep(views=(), table=TABLE.assign(failures=1))
     assert page.forks is None
     assert page.notes == ["9 responses could not be verified; they count as wrong."]
     write_page(tmp_path / "report.html", page)

@@ -58,7 +58,7 @@ def test_an_error_while_closing_does_not_escape_and_closing_twice_is_harmless() 
     tracker.close()
     tracker.close()
     assert last.closed == 1
-    assert lines[0].startswith("first failed (TimeoutError: no message)")
+    assert lines[0].startswith("first failed (TimeoutError: TimeoutError)")
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

@@ -17,8 +17,8 @@ from forkrl.errors import UserError
 from forkrl.model.policy import Policy
 from forkrl.model.prompt_tokens import listed, prompt_token_ids, unknown_characters
 from forkrl.model.support import require_supported
+from forkrl.model.token_texts import TokenTexts
 from forkrl.parallel.replicas import Replicas
-from forkrl.store.run_folder import encodable_text
 from forkrl.types import Prompt
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -142,16 +142,3 @@ def token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails],
         "correct": repeated([response.correct for response in group], pa.bool_()),
     }
     return pa.table(columns, schema=TOKEN_SCHEMA)
-
-
-class TokenTexts:
-    """The text of each token on its own, decoded once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def __getitem__(self, token_id: int) -> str:
-        if token_id not in self._known:
-            self._known[token_id] = encodable_text(str(self._tokenizer.decode([token_id])))
-        return self._known[token_id]

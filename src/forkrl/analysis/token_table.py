@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 
 TOP = 5
 """Alternatives kept of each position."""
@@ -120,9 +120,8 @@ def reading_parquet(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{path}: cannot be read ({reason}); remove it and give the same command again, which makes it anew"
+            f"{path}: cannot be read ({first_line(error)}); remove it and run the same command again, which rebuilds it"
         ) from error
 
 

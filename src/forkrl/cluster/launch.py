@@ -35,9 +35,9 @@ from forkrl.cluster.settings import EXTERNAL, VerlPaths, verl_environment
 from forkrl.cluster.translate import refuse_unsuitable_prompts, refuse_untranslatable, verl_command
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import recipe_toml
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
-from forkrl.model.policy import first_line, require_positions
+from forkrl.model.policy import require_positions
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.model.stop_tokens import load_generation_config, stop_token_ids
 from forkrl.model.support import require_fixed_frequencies, require_no_adapter

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from forkrl.errors import UserError
-from forkrl.model.policy import first_line
+from forkrl.errors import UserError, first_line
 from forkrl.store.checkpoint import adopt_weights
 from forkrl.store.checkpoint.manifest import MANIFEST
 from forkrl.store.run_folder import RunFolder

@@ -18,12 +18,12 @@ from forkrl.commands.collect_tokens import collect_tokens, make_request
 from forkrl.commands.options import AnalyzeOptions
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.token_parts import read_responses
-from forkrl.commands.work_folder import command_line, stored_question, work_provenance
+from forkrl.commands.work_folder import command_line, read_json, stored_question, work_provenance
 from forkrl.errors import printable
-from forkrl.report.analysis_page import analysis_page
+from forkrl.report.analyze_page import analyze_page
+from forkrl.report.colors import coloured_response, entropy_legend
+from forkrl.report.fork_view import choose_prompts, shown_prompts
 from forkrl.report.page import write_page
-from forkrl.report.terminal import coloured_response, entropy_legend
-from forkrl.report.token_forks import choose_prompts, shown_prompts
 from forkrl.rollout.scoring import none_judged
 from forkrl.stats.intervals import ClusterSums, Estimate
 from forkrl.store.atomic import write_json, write_text
@@ -69,10 +69,10 @@ def analyze_model(options: AnalyzeOptions) -> Analysis:
     request = make_request(options)
     folder = options.out or parse_reference(options.model).default_folder("analyze")
     notes = collect_tokens(folder, request, {"schema": SCHEMA})
-    return summarise(folder, options.threshold, options.min_count, notes)
+    return summarise(folder, options.threshold, options.min_count, notes, command_line())
 
 
-def summarise(folder: Path, threshold: float | None, min_count: int, notes: list[str]) -> Analysis:
+def summarise(folder: Path, threshold: float | None, min_count: int, left_out: list[str], command: str) -> Analysis:
     """Make every table from the parts in ``folder``, and write them: ``tables/*.csv`` and ``analysis.json``."""
     tokens = folder / "tokens"
     summary = analysis.entropy_summary(tokens)
@@ -88,7 +88,7 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "density": analysis.density_against_correctness(per_response),
         "responses": per_response,
     }
-    outcomes = _outcomes(folder)
+    notes, outcomes = left_out, _outcomes(folder)
     if reason := none_judged(outcomes["verifier_failures"], len(per_response), {}):
         notes = [f"{reason[0].upper()}{reason[1:]}.", *notes]
     question = stored_question(folder)
@@ -106,6 +106,8 @@ def summarise(folder: Path, threshold: float | None, min_count: int, notes: list
         "responses": len(per_response),
         **outcomes,
         **{name: float(value) for name, value in summary["value"].items()},
+        "notes": left_out,
+        "command": command,
     }
     (folder / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():
@@ -182,18 +184,30 @@ def coloured_sample(found: Analysis) -> Group:
     return Group(Text(printable(prompt), style="bold"), response, Text(), entropy_legend(top), Text())
 
 
+def rewrite_report(folder: Path) -> Path:
+    """Make the page of a finished folder again."""
+    return write_analysis_report(read_analysis(folder))
+
+
 def write_analysis_report(found: Analysis) -> Path:
     """Write ``report.html`` beside the tables: the figures, and a sample of the responses to look at."""
     per_response = found.tables["responses"]
     numbers = choose_prompts(per_response)
     responses = read_responses(found.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
     shown = shown_prompts(tokens_of_prompts(found.folder / "tokens", numbers), responses)
-    page = analysis_page(
+    page = analyze_page(
         found.facts,
         found.tables,
         shown,
         notes=found.notes,
         provenance=work_provenance(found.folder),
-        command=command_line(),
+        command=found.facts["command"],
     )
     return write_page(found.folder / "report.html", page)
+
+
+def read_analysis(folder: Path) -> Analysis:
+    """A finished analysis, from its folder."""
+    facts = read_json(folder / "analysis.json")
+    given = facts["threshold"] if facts["threshold_is"] == "given" else None
+    return summarise(folder, given, facts["min_count"], facts["notes"], facts["command"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -27,12 +26,12 @@ from forkrl.commands.options import BranchOptions
 from forkrl.commands.reference import parse_reference
 from forkrl.commands.session import Session, open_session
 from forkrl.commands.subject import Subject, open_subject
-from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
+from forkrl.commands.work_folder import command_line, open_work_folder, read_json, stored_question, weights_fingerprint
 from forkrl.errors import UserError
-from forkrl.report import write_page
-from forkrl.report.branch_figures import KINDS
-from forkrl.report.branch_page import BranchReport, branch_page, branch_verdict
-from forkrl.report.progress import duration, progress
+from forkrl.report.branch_page import KINDS, BranchResults, branch_page, branch_verdict
+from forkrl.report.formatting import duration, plain
+from forkrl.report.page import write_page
+from forkrl.report.progress import progress
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling
 from forkrl.rollout.scoring import none_judged
 from forkrl.stats.intervals import ClusterSums
@@ -44,15 +43,10 @@ PROBE_PROMPTS, PROBE_STEPS = 16, 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Branching:
+class Branching(BranchResults):
     """What was found: the responses with their branches as they were stored, tables, and the summary."""
 
     folder: Path
-    rows: list[dict[str, Any]]
-    branches: pd.DataFrame
-    spreads: pd.DataFrame
-    tables: dict[str, pd.DataFrame]
-    facts: dict[str, Any]
 
 
 def run_branch(options: BranchOptions) -> int:
@@ -93,7 +87,7 @@ def branch_model(options: BranchOptions) -> Branching:
             _write_missing(folder, session, session.verifier, design, size)
             rows = read_parts(folder, size, len(session.prompts))
         available = len(session.task.held_out)
-    return summarise(folder, rows, available)
+    return summarise(folder, rows, available, command_line())
 
 
 def _question(subject: Subject, session: Session, design: Design, size: int) -> dict[str, Any]:
@@ -163,7 +157,14 @@ def expected_seconds(session: Session, design: Design, num_prompts: int) -> floa
     return num_prompts * design.sequences_per_prompt * length * per_token
 
 
-def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branching:
+def read_branching(folder: Path) -> Branching:
+    """A finished branching, from its folder."""
+    facts = read_json(folder / "branches.json")
+    rows = read_parts(folder, stored_question(folder)["prompts_per_part"], facts["prompts"])
+    return summarise(folder, rows, facts["prompts_available"], facts["command"])
+
+
+def summarise(folder: Path, rows: list[dict[str, Any]], available: int, command: str) -> Branching:
     """Tables and figures from the stored responses; writes branches.parquet, branches.csv and branches.json."""
     settings = stored_question(folder)
     branches = branching.branch_rates(branches_table(rows))
@@ -194,8 +195,9 @@ def summarise(folder: Path, rows: list[dict[str, Any]], available: int) -> Branc
         "accuracy": accuracy.mean,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
+        "command": command,
     }
-    found = Branching(folder, rows, branches, spreads, tables, facts)
+    found = Branching(rows, branches, spreads, tables, facts, folder)
     _write_results(found)
     return found
 
@@ -229,7 +231,7 @@ def describe_branching(found: Branching) -> str:
     ]
     for _, row in found.tables["kinds"].iterrows():
         figures = "".join(f"{_with_interval(row, name):27}" for name in ("natural", "forced", "gain"))
-        lines.append(f"{KINDS[row['kind']].label:14}{row['positions']:9,}{row['entropy']:9.3f}  {figures}".rstrip())
+        lines.append(f"{KINDS[row['kind']][0]:14}{row['positions']:9,}{row['entropy']:9.3f}  {figures}".rstrip())
     for _, row in found.tables["differences"].iterrows():
         figures = "".join(f"{_with_interval(row, name):27}" for name in ("natural", "forced", "gain"))
         lines.append(f"{'forks - ' + row['against']:14}{row['responses']:9,}{'':9}  {figures}".rstrip())
@@ -248,19 +250,19 @@ def _with_interval(row: pd.Series, name: str) -> str:
     return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
+def rewrite_report(folder: Path) -> Path:
+    """Make the page of a finished folder again."""
+    return write_branch_report(read_branching(folder))
+
+
 def write_branch_report(found: Branching) -> Path:
-    """Write ``report.html`` beside the results; its path."""
-    facts = found.facts
-    settings = {key: json.dumps(value) for key, value in facts["settings"].items()}
-    report = BranchReport(
-        name=facts["settings"]["model"],
-        branches=found.branches,
-        spreads=found.spreads,
-        tables=found.tables,
-        rows=found.rows,
-        facts=facts,
-        settings=settings,
-        provenance={"forkrl": __version__, "schema": SCHEMA},
-        command=shlex.join(["forkrl", *sys.argv[1:]]),
+    """Write ``report.html`` next to the results; its path."""
+    settings = found.facts["settings"]
+    page = branch_page(
+        found,
+        name=settings["model"],
+        settings=[("branch", [(key, plain(value), False) for key, value in settings.items()])],
+        provenance=[("forkrl", __version__), ("schema", SCHEMA)],
+        command=found.facts["command"],
     )
-    return write_page(found.folder / "report.html", branch_page(report))
+    return write_page(found.folder / "report.html", page)

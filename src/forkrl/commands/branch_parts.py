@@ -21,10 +21,10 @@ import torch
 from forkrl.analysis.branching import choose_positions
 from forkrl.analysis.measure import TokenDetails
 from forkrl.analysis.token_pass import Written, measure_responses
-from forkrl.analysis.token_rows import TokenTexts
 from forkrl.analysis.token_table import reading_parquet
 from forkrl.commands.session import Session
 from forkrl.model.stop_tokens import response_text
+from forkrl.model.token_texts import TokenTexts
 from forkrl.rollout.embedded import Prefix, stop_tokens
 from forkrl.rollout.held_out import evaluation_sampling, sample_and_score
 from forkrl.store.atomic import write_bytes

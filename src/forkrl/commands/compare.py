@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import forkrl
 from forkrl.commands.options import CompareOptions
+from forkrl.commands.work_folder import read_json
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks
-from forkrl.report.compare_page import compare_verdict, write_compare_page
-from forkrl.report.difference import probability
-from forkrl.report.eval_page import percent
+from forkrl.report.compare_page import compare_page, compare_verdict, mean_of, side_names
+from forkrl.report.formatting import interval, percent, probability, shortened
+from forkrl.report.page import write_page
+from forkrl.report.plots import ellipsis
 from forkrl.store.atomic import explained_write_errors, write_json
 
 SCHEMA = "forkrl-compare/1"
 COMPARISON = "comparison.json"
+SHOWN_CHARACTERS = 300  # of a question
 _STATED = ("model", "engine", "prompt_format", "samples", "temperature", "max_response_tokens", "seed")
 _SHOULD_AGREE = ("engine", "prompt_format", "samples", "temperature", "max_response_tokens")
 
@@ -51,19 +54,26 @@ def compare_evaluations(options: CompareOptions) -> Outcome:
     out = options.out or Path("analyses") / f"{folder_a.resolve().name}-vs-{folder_b.resolve().name}"
     _check_out(out)
     (results_a, scored_a), (results_b, scored_b) = read_evaluation(folder_a), read_evaluation(folder_b)
-    found = compare(scored_a, scored_b, seed)
+    sides = {
+        "a": {"folder": str(folder_a), **_stated(results_a)},
+        "b": {"folder": str(folder_b), **_stated(results_b)},
+    }
+    names = side_names(sides)
+    found = compare(scored_a, scored_b, seed, names)
     titles = {each["name"]: each["title"] for each in results_a["benchmarks"]}
     comparison = {
         "schema": SCHEMA,
-        "a": {"folder": str(folder_a), **_stated(results_a)},
-        "b": {"folder": str(folder_b), **_stated(results_b)},
+        **sides,
         "command": shlex.join(["forkrl", *sys.argv[1:]]),
         "version": forkrl.__version__,
         "seed": seed,
-        "benchmarks": [{"name": row["name"], "title": titles[row["name"]], **row} for row in found["benchmarks"]],
+        "benchmarks": [
+            {"name": row["name"], "title": titles[row["name"]], **row, "changes": _with_questions(folder_a, row)}
+            for row in found["benchmarks"]
+        ],
         "pooled": found["pooled"],
         "notices": [
-            *_differences_of_setting(results_a, results_b),
+            *_differences_of_setting(results_a, results_b, names),
             *_unfinished(folder_a, results_a),
             *_unfinished(folder_b, results_b),
             *found["notices"],
@@ -72,60 +82,70 @@ def compare_evaluations(options: CompareOptions) -> Outcome:
     with explained_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json(out / COMPARISON, comparison)
-    prompts = {name: _prompts(folder_a, name) for name in (row["name"] for row in found["benchmarks"])}
-    return Outcome(comparison, write_compare_page(out, comparison, prompts))
+    return Outcome(comparison, write_compare_report(out))
+
+
+def _with_questions(folder: Path, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The questions that changed most, each with its text."""
+    questions = read_questions(folder, row["name"])
+    return [
+        {**change, "text": shortened(questions.get(change["question"], {}).get("prompt", ""), SHOWN_CHARACTERS)}
+        for change in row["changes"]
+    ]
+
+
+def write_compare_report(folder: Path) -> Path:
+    """Write ``report.html`` of a comparison from its ``comparison.json``; its path."""
+    return write_page(folder / "report.html", compare_page(read_json(folder / COMPARISON)))
 
 
 def describe_comparison(comparison: Mapping[str, Any]) -> str:
     """The comparison as a table for a person."""
-    header = f"{'':16}{'A':>8}{'B':>8}  {'B - A, points':24}{'p':>8}{'Holm':>8}  {'at equal spending':24}{'tokens':>16}"
-    lines = [f"A: {_called(comparison['a'])}", f"B: {_called(comparison['b'])}", header]
+    a, b = side_names(comparison)
     rows = [(row["title"], row) for row in comparison["benchmarks"]]
     if comparison["pooled"] is not None:
         rows.append(("mean", comparison["pooled"]))
-    lines += [_table_line(title, row) for title, row in rows]
-    lines += [f"note: {notice}" for notice in comparison["notices"]]
+    lines = [
+        f"{b} ({comparison['b']['folder']}) minus {a} ({comparison['a']['folder']})",
+        f"{'':16}{ellipsis(a, 14):>16}{ellipsis(b, 14):>16}  {'difference, points':24}{'p':>8}{'Holm':>8}  "
+        f"{'at equal spending':24}{'tokens':>16}",
+        *(_table_line(title, row) for title, row in rows),
+        *(f"note: {notice}" for notice in comparison["notices"]),
+    ]
     return "\n".join([*lines, compare_verdict(comparison)])
 
 
 def _table_line(title: str, row: Mapping[str, Any]) -> str:
-    accuracy, length = ({side: _mean(row[name][side]) for side in ("a", "b")} for name in ("accuracy", "length"))
-    tokens = f"{length['a']:,.0f} → {length['b']:,.0f}"
-    p, adjusted = (_bare(row[name]) if name in row else "" for name in ("p", "p_holm"))
-    return (
-        f"{title:16.16}{accuracy['a']:8.1%}{accuracy['b']:8.1%}  {percent(row['accuracy']['difference'], '+'):24}"
-        f"{p:>8}{adjusted:>8}  {percent(row['length_matched']['difference'], '+'):24}{tokens:>16}"
+    before, after = (mean_of(row["accuracy"][side]) for side in "ab")
+    tokens = " → ".join(f"{mean_of(row['length'][side]):,.0f}" for side in "ab")
+    p, adjusted = (
+        probability(row[name]).removeprefix("p ").removeprefix("= ") if name in row else "" for name in ("p", "p_holm")
     )
-
-
-def _bare(p: float) -> str:
-    return probability(p).removeprefix("p ").removeprefix("= ")
-
-
-def _mean(value: Any) -> float:
-    return float(value["mean"] if isinstance(value, Mapping) else value)
-
-
-def _called(side: Mapping[str, Any]) -> str:
-    return f"{side['folder']} ({side.get('model', 'model unknown')})"
+    difference, matched = (
+        percent(interval(row[name]["difference"]), unit="", sign="+") for name in ("accuracy", "length_matched")
+    )
+    return f"{title:16.16}{before:16.1%}{after:16.1%}  {difference:24}{p:>8}{adjusted:>8}  {matched:24}{tokens:>16}"
 
 
 def _stated(results: Mapping[str, Any]) -> dict[str, Any]:
     return {key: results[key] for key in _STATED if key in results}
 
 
-def _differences_of_setting(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def _differences_of_setting(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> list[str]:
     """Sentences on what, besides the model, is not the same: it may be what makes the difference."""
+    name_a, name_b = names
     notices = [
-        f"{key} differs: {a.get(key)} for A, {b.get(key)} for B." for key in _SHOULD_AGREE if a.get(key) != b.get(key)
+        f"{key} differs: {a.get(key)} for {name_a}, {b.get(key)} for {name_b}."
+        for key in _SHOULD_AGREE
+        if a.get(key) != b.get(key)
     ]
     entries = {each["name"]: each for each in b["benchmarks"]}
     for each in a["benchmarks"]:
         other = entries.get(each["name"], each)
         if each.get("fingerprint") != other.get("fingerprint"):
             notices.append(
-                f"{each['name']}: the data differ (fingerprint {each.get('fingerprint')} for A, "
-                f"{other.get('fingerprint')} for B); questions are matched by their ids."
+                f"{each['name']}: the data differ (fingerprint {each.get('fingerprint')} for {name_a}, "
+                f"{other.get('fingerprint')} for {name_b}); questions are matched by their ids."
             )
     return notices
 
@@ -135,10 +155,6 @@ def _unfinished(folder: Path, results: Mapping[str, Any]) -> list[str]:
         f"{name}: {folder} has not finished it; left out. The command that began it goes on with it."
         for name in unfinished_benchmarks(folder, results)
     ]
-
-
-def _prompts(folder: Path, name: str) -> dict[str, str]:
-    return {question: row["prompt"] for question, row in read_questions(folder, name).items()}
 
 
 def _check_out(out: Path) -> None:

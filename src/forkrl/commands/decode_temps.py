@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +24,13 @@ from forkrl.commands.reference import parse_reference
 from forkrl.commands.session import Session, graphs_fact, open_session
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
-from forkrl.commands.work_folder import open_work_folder, weights_fingerprint
+from forkrl.commands.work_folder import open_work_folder, read_json, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
+from forkrl.report.formatting import plain
 from forkrl.report.page import write_page
 from forkrl.report.progress import progress
-from forkrl.report.temperature_figures import sweep_rows
-from forkrl.report.temperature_page import Sweep, telling_temperatures, temperature_page, verdict
+from forkrl.report.temps_page import sweep_rows, telling_temperatures, temps_page, verdict
 from forkrl.rollout.fork_temperature import ForkTemperature
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score
 from forkrl.rollout.scoring import none_judged
@@ -206,43 +205,50 @@ def _sample(
 
 
 def _summarise(folder: Path, responses: SweepResponses, session: Session, question: dict[str, Any]) -> Outcome:
-    """Table, JSON, CSV and page, from the files alone."""
+    """Table, JSON, CSV and page of a finished sweep."""
     base = responses.settings[0].high
-    table, threshold = temperature_table(responses.figures(), base), responses.threshold()
+    table = temperature_table(responses.figures(), base)
     responses_in_all = int((table["problems"] * table["samples"]).sum())
     failures = session.verifier.first_failures if session.verifier is not None else {}
     unjudged = none_judged(int(table["failures"].sum()), responses_in_all, failures)
-    sentence = f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else verdict(table, base)
     estimated = question["threshold"] is None
-    origin = f"{100 * FORK_FRACTION:.0f}th percentile at temperature {base:g}" if estimated else "given"
-    provenance = describe_provenance(session.task, session.replicas)
     figures = {
         "schema": SCHEMA,
         "question": question,
-        "threshold": threshold,
-        "threshold_origin": origin,
-        "provenance": provenance,
-        "verdict": sentence,
+        "threshold": responses.threshold(),
+        "threshold_origin": f"{100 * FORK_FRACTION:.0f}th percentile at temperature {base:g}" if estimated else "given",
+        "provenance": describe_provenance(session.task, session.replicas),
+        "verdict": f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else verdict(table, base),
         "settings": table.to_dict("records"),
     }
     write_json(folder / "temperatures.json", figures)
     write_text(folder / "temperatures.csv", table.to_csv(index=False))
-    sweep = Sweep(
-        name=str(question["model"]),
-        table=table,
-        threshold=threshold,
-        threshold_origin=origin,
-        sentence=sentence,
-        broken_means=BROKEN_MEANS,
+    page = write_temps_report(folder)
+    return Outcome(folder, table, base, figures["threshold"], figures["verdict"], page)
+
+
+def write_temps_report(folder: Path) -> Path:
+    """Write ``report.html`` of a finished sweep from its folder; its path."""
+    figures = read_json(folder / "temperatures.json")
+    question, provenance, base = figures["question"], figures["provenance"], figures["question"]["temperature"]
+    responses = SweepResponses(folder / "responses", plan_settings(question["temperatures"], base))
+    table = temperature_table(responses.figures(), base)
+    shown = [(key, plain(value), False) for key, value in question.items() if key not in _FINGERPRINTS and value != ""]
+    sources = provenance | {key: question[key] for key in _FINGERPRINTS}
+    page = temps_page(
+        table,
+        figures["threshold"],
+        figures["threshold_origin"],
+        BROKEN_MEANS,
         base=base,
         views=_views(responses, table, base),
-        settings={key: _plain(value) for key, value in question.items() if key not in _FINGERPRINTS and value != ""},
-        provenance={key: str(value) for key, value in provenance.items() if key != "command"}
-        | {key: str(question[key]) for key in _FINGERPRINTS},
+        name=str(question["model"]),
+        verdict=figures["verdict"],
+        settings=[("decode-temps", shown)],
+        provenance=sorted((key, str(value)) for key, value in sources.items() if key != "command"),
         command=provenance["command"],
     )
-    page = write_page(folder / "report.html", temperature_page(sweep))
-    return Outcome(folder, table, base, threshold, sentence, page)
+    return write_page(folder / "report.html", page)
 
 
 def _views(responses: SweepResponses, table: pd.DataFrame, base: float) -> list[View]:
@@ -286,7 +292,3 @@ def _shown_response(row: dict[Any, Any]) -> ShownResponse:
         score=float(row["score"]),
         finished=not row["cut"],
     )
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

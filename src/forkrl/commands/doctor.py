@@ -22,7 +22,7 @@ from rich.table import Table
 
 from forkrl.commands.options import DoctorOptions
 from forkrl.config import SandboxConfig
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.parallel.threads import available_cores
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _check_torch() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library of it does not load
-        return Check("torch", "missing", _first_line(error), f"pip install '{_tested('torch')}'", required=True)
+        return Check("torch", "missing", first_line(error), f"pip install '{_tested('torch')}'", required=True)
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     return _check_version("torch", torch.__version__, f"{torch.__version__}, built for {build}")
 
@@ -230,7 +230,7 @@ def _check_model(folder: Traversable, remedy: str) -> Check:
         model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a damaged file can raise anything, and all of it is the finding
-        return Check(name, "missing", f"does not load: {_first_line(error)}", remedy, required=True)
+        return Check(name, "missing", f"does not load: {first_line(error)}", remedy, required=True)
     detail = f"{model.num_parameters() / 1e6:.2f} million parameters, {len(tokenizer)} tokens, loads"
     return Check(name, "ok", detail, required=True)
 
@@ -290,7 +290,3 @@ def _check_bubblewrap() -> Check:
         detail, _, remedy = str(error).partition(": ") if found is None else str(error).rpartition("; ")
         return Check("bubblewrap", "missing", f'optional: task.verifier = "code"; {detail}', remedy)
     return Check("bubblewrap", "ok", f'{found} runs programs: task.verifier = "code"')
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -30,20 +30,21 @@ from forkrl.commands.token_parts import read_responses, writing_parquet
 from forkrl.commands.work_folder import (
     command_line,
     open_work_folder,
+    read_json,
     stored_question,
     weights_fingerprint,
     work_provenance,
 )
 from forkrl.config import ModelConfig
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
-from forkrl.model.policy import first_line, open_policy
+from forkrl.model.policy import open_policy
 from forkrl.parallel.replicas import open_replicas
 from forkrl.report.drift_page import drift_page
+from forkrl.report.fork_view import choose_prompts, shown_prompts
+from forkrl.report.formatting import evenly_spaced
 from forkrl.report.page import write_page
 from forkrl.report.progress import progress
-from forkrl.report.sampling import evenly_spaced
-from forkrl.report.token_forks import choose_prompts, shown_prompts
 from forkrl.store.atomic import write_json, write_text
 from forkrl.store.checkpoint import all_checkpoints
 from forkrl.store.resuming import stored_config
@@ -94,7 +95,7 @@ def measure_drift(options: DriftOptions) -> Drift:
     notes = collect_tokens(folder, request, {"schema": SCHEMA, "checkpoints": named})
     with open_work_folder(folder, stored_question(folder)):
         _measure_checkpoints(folder, series, request)
-    return _summarise(folder, series, options.ratio, options.bins, notes)
+    return _summarise(folder, series, options.ratio, options.bins, notes, command_line())
 
 
 def describe_drift(found: Drift) -> str:
@@ -117,6 +118,11 @@ def describe_drift(found: Drift) -> str:
     return "\n".join([*lines, *found.notes])
 
 
+def rewrite_report(folder: Path) -> Path:
+    """Make the page of a finished folder again."""
+    return write_drift_report(read_drift(folder))
+
+
 def write_drift_report(found: Drift) -> Path:
     """Write ``report.html``: the figures, and responses to look at under every checkpoint."""
     names = [list(found.entropies)[i] for i in evenly_spaced(len(found.entropies), SHOWN_LAYERS)]
@@ -134,7 +140,7 @@ def write_drift_report(found: Drift) -> Path:
         names,
         notes=found.notes,
         provenance=_provenance(found.folder),
-        command=command_line(),
+        command=found.facts["command"],
     )
     return write_page(found.folder / "report.html", page)
 
@@ -232,7 +238,16 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Re
                     writer.write_table(pa.table({"entropy": entropy_N}, schema=_ENTROPY))
 
 
-def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: int, notes: list[str]) -> Drift:
+def read_drift(folder: Path) -> Drift:
+    """A finished drift, from its folder."""
+    facts = read_json(folder / "drift.json")
+    series = [Checkpoint(name, path) for name, path, _ in stored_question(folder)["checkpoints"]]
+    return _summarise(folder, series, facts["ratio"], facts["bins"], facts["notes"], facts["command"])
+
+
+def _summarise(
+    folder: Path, series: Sequence[Checkpoint], ratio: float, bins: int, notes: list[str], command: str
+) -> Drift:
     entropies = {
         point.name: _entropy(folder / "tokens" if place == len(series) - 1 else folder / "entropies" / str(place))
         for place, point in enumerate(series)
@@ -262,6 +277,8 @@ def _summarise(folder: Path, series: Sequence[Checkpoint], ratio: float, bins: i
         "bins": bins,
         "overlap_of_last_with_first": _last_with_first(tables["overlap"]),
         "mean_entropy": {name: float(entropy_N.double().mean()) for name, entropy_N in entropies.items()},
+        "notes": notes,
+        "command": command,
     }
     (folder / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():

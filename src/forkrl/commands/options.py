@@ -458,9 +458,9 @@ class DecodeTempsOptions(SampleOptions, ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """Write report.html of a run, finished or not."""
+    """Write report.html of a run, finished or not, or of the output folder of any other command."""
 
-    run: Path = field(kw_only=False, metadata=argument("a run folder", "RUN"))
+    folder: Path = field(kw_only=False, metadata=argument("a run folder, or the folder given to --out", "DIR"))
 
 
 @dataclass(frozen=True, kw_only=True)

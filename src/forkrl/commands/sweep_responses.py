@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forkrl.analysis.temperatures import FORK_FRACTION, Setting, ends_in_loop, holds_no_text
 from forkrl.analysis.token_table import reading_parquet
+from forkrl.model.token_texts import TokenTexts
 from forkrl.store.atomic import write_bytes
 from forkrl.store.run_folder import encodable_text
 from forkrl.types import Rollout, RolloutGroup
@@ -112,6 +113,7 @@ def _rows(
     setting: Setting, groups: Sequence[RolloutGroup], threshold: float, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """A row of ``RESPONSE_SCHEMA`` for each response."""
+    texts = TokenTexts(tokenizer)
     for problem, group in enumerate(groups):
         for sample, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True)):
             yield {
@@ -124,7 +126,7 @@ def _rows(
                 "prompt": encodable_text(group.prompt.text),
                 "response": encodable_text(rollout.text),
                 "token_ids": rollout.response_ids,
-                "tokens": [encodable_text(str(tokenizer.decode([token_id]))) for token_id in rollout.response_ids],
+                "tokens": [texts[token_id] for token_id in rollout.response_ids],
                 "logprobs": rollout.logprobs.numpy(),
                 "entropy": rollout.entropy.numpy(),
                 "score": verdict.score,

@@ -19,9 +19,10 @@ import torch
 
 from forkrl.analysis import TOKEN_SCHEMA
 from forkrl.analysis.token_pass import Written, measure_responses
-from forkrl.analysis.token_rows import SourceResponse, TokenTexts, token_rows
+from forkrl.analysis.token_rows import SourceResponse, token_rows
 from forkrl.analysis.token_table import TOP, part_paths, reading_parquet
 from forkrl.commands.session import Session
+from forkrl.model.token_texts import TokenTexts
 from forkrl.parallel.replicas import Replicas
 from forkrl.report.progress import progress
 from forkrl.rollout.held_out import evaluation_sampling

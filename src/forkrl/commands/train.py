@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from forkrl.commands.options import ReportOptions, SftOptions, TrainOptions
+from forkrl.commands.options import SftOptions, TrainOptions
 from forkrl.config import SftConfig, TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
@@ -102,12 +102,4 @@ def run_sft(options: SftOptions) -> int:
         print(f"forkrl: {stop} and saved; the same command continues", file=sys.stderr)
         return int(stop.exit_code)
     print((options.out / "README.md").read_text(encoding="utf-8"))
-    return 0
-
-
-def run_report(options: ReportOptions) -> int:
-    """``forkrl report``."""
-    from forkrl.report import write_run_report
-
-    print(f"report: {write_run_report(options.run)}")
     return 0

@@ -126,6 +126,21 @@ def stored_question(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that a command wrote.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run the command that wrote it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not a JSON object; run the command that wrote it again")
+    return found
+
+
 def require_usable(path: Path) -> None:
     """Reject a folder that holds anything but a command's work.
 

@@ -51,13 +51,14 @@ class Side(NamedTuple):
         return means
 
 
-def compare(a: Responses, b: Responses, seed: int = 0) -> dict[str, Any]:
+def compare(a: Responses, b: Responses, seed: int = 0, sides: tuple[str, str] = ("A", "B")) -> dict[str, Any]:
     """Compare two evaluations, B minus A, benchmark by benchmark and over all that both have.
 
     Args:
         a: responses of each benchmark, before.
         b: after.
         seed: of what is resampled or drawn.
+        sides: what notices call them.
 
     Returns:
         ``benchmarks``: see ``compare_benchmark``, with ``p_holm``, the p-value adjusted for their number. ``pooled``:
@@ -75,13 +76,13 @@ def compare(a: Responses, b: Responses, seed: int = 0) -> dict[str, Any]:
         )
     notices = [
         f"{name}: only {which} has it; left out."
-        for which, here, there in (("A", a, b), ("B", b, a))
+        for which, here, there in ((sides[0], a, b), (sides[1], b, a))
         for name in here
         if name not in there
     ]
     found, pairs = [], []
     for name in names:
-        side_a, side_b, left_out = _common_questions(name, a[name], b[name])
+        side_a, side_b, left_out = _common_questions(name, a[name], b[name], sides)
         notices += left_out
         found.append(compare_benchmark(name, side_a, side_b, seed))
         pairs.append((side_a.outcomes.scores, side_b.outcomes.scores))
@@ -131,7 +132,7 @@ def compare_benchmark(name: str, a: Side, b: Side, seed: int) -> dict[str, Any]:
 
 
 def _common_questions(
-    name: str, a: Sequence[ScoredResponse], b: Sequence[ScoredResponse]
+    name: str, a: Sequence[ScoredResponse], b: Sequence[ScoredResponse], names: tuple[str, str]
 ) -> tuple[Side, Side, list[str]]:
     """Both sides on the questions that both have, and what was left out."""
     rows_a, rows_b = (by_question(each, 1 + max(response.sample for response in each)) for each in (a, b))
@@ -143,7 +144,7 @@ def _common_questions(
         )
     notices = [
         f"{name}: {len(rows) - len(common)} of {len(rows)} questions of {which} are not in the other; left out."
-        for which, rows in (("A", rows_a), ("B", rows_b))
+        for which, rows in zip(names, (rows_a, rows_b), strict=True)
         if len(rows) > len(common)
     ]
     sides = []

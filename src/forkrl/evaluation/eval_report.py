@@ -13,7 +13,8 @@ from forkrl.evaluation.paper import TABLE_2
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.evaluation.summary import average_over_benchmarks, by_question
 from forkrl.report.eval_page import write_eval_page
-from forkrl.report.sampling import evenly_spaced
+from forkrl.report.formatting import evenly_spaced, shortened
+from forkrl.report.page import Shelf
 
 SHOWN_QUESTIONS = 8
 
@@ -26,10 +27,13 @@ def write_eval_report(folder: Path) -> Path:
     """
     results, scored = read_evaluation(folder)
     samples = {each["name"]: each["samples"] for each in results["benchmarks"]}
-    shown = {name: shown_questions(folder, name, scored[name], samples[name]) for name in scored}
-    return write_eval_page(
-        folder, results, average=average_over_benchmarks(scored, samples), shown=shown, paper=TABLE_2
-    )
+    shelves = [
+        Shelf(each["title"], f"{len(shown)} of {each['questions']:,} questions, from the hardest to the easiest", shown)
+        for each in results["benchmarks"]
+        if (shown := shown_questions(folder, each["name"], scored[each["name"]], each["samples"]))
+    ]
+    average = average_over_benchmarks(scored, samples)
+    return write_eval_page(folder, results, average=average, shelves=shelves, paper=TABLE_2)
 
 
 def shown_questions(folder: Path, name: str, responses: Sequence[ScoredResponse], samples: int) -> list[dict[str, Any]]:
@@ -39,33 +43,43 @@ def shown_questions(folder: Path, name: str, responses: Sequence[ScoredResponse]
     """
     rows = list(by_question(responses, samples).values())
     rows.sort(key=lambda row: (_accuracy(row), row[0].question))
-    places = set(evenly_spaced(len(rows), SHOWN_QUESTIONS))
     failed = [place for place, row in enumerate(rows) if any(response.failure for response in row)]
-    chosen = [rows[place] for place in sorted(places | set(failed[:1]))]
+    chosen = [rows[place] for place in sorted({*evenly_spaced(len(rows), SHOWN_QUESTIONS), *failed[:1]})]
     questions = read_questions(folder, name)
-    kept = {id(row): _one_of_each_outcome(row) for row in chosen}
-    texts = read_texts(folder, name, {(r.question, r.sample) for responses in kept.values() for r in responses})
+    kept = {row[0].question: _one_of_each_outcome(row) for row in chosen}
+    texts = read_texts(folder, name, {(r.question, r.sample) for shown in kept.values() for r in shown})
     return [
         {
             "question": row[0].question,
-            "prompt": questions.get(row[0].question, {}).get("prompt", ""),
-            "answer": questions.get(row[0].question, {}).get("answer", ""),
+            "prompt": shortened(questions.get(row[0].question, {}).get("prompt", "")),
+            "answer": shortened(questions.get(row[0].question, {}).get("answer", "")),
             "accuracy": _accuracy(row),
+            "outcome": f"{_accuracy(row):.0%} of {samples} right",
             "responses": [
                 {
                     "sample": response.sample,
                     "score": response.score,
                     "failure": response.failure,
-                    "answer": response.answer,
-                    "tokens": response.tokens,
-                    "finished": response.finished,
-                    "text": texts[response.question, response.sample],
+                    "outcome": "failed" if response.failure else "right" if response.score == 1 else "wrong",
+                    "facts": _facts(response),
+                    "text": shortened(texts[response.question, response.sample]),
                 }
-                for response in kept[id(row)]
+                for response in kept[row[0].question]
             ],
         }
         for row in chosen
     ]
+
+
+def _facts(response: ScoredResponse) -> list[str]:
+    facts = [f"sample {response.sample + 1}", f"{response.tokens:,} tokens"]
+    if not response.finished:
+        facts.append("cut at the limit")
+    if response.failure:
+        facts.append(response.failure)
+    elif response.answer is not None:
+        facts.append(f"answered {shortened(response.answer, 200)}" if response.answer else "no answer found")
+    return facts
 
 
 def _accuracy(row: Sequence[ScoredResponse]) -> float:

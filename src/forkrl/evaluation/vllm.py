@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
 from forkrl.model.prompt_tokens import prompt_token_ids
 
@@ -59,7 +59,7 @@ class VllmSampler:
             )
             self.engine = self._vllm.LLMEngine.from_engine_args(arguments)
         except (ValueError, OSError, RuntimeError) as error:
-            raise UserError(f"vLLM cannot open {model}: {_first_line(error)}") from error
+            raise UserError(f"vLLM cannot open {model}: {first_line(error)}") from error
 
     def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
         """Sample a response to every request, yielding each as it finishes, in any order.
@@ -125,7 +125,7 @@ class VllmSampler:
         except Exception as error:
             # Its engine runs in a process of its own and may die of anything, out of memory first of all.
             raise UserError(
-                f"vLLM's engine failed ({_first_line(error)}); nothing is lost, the same command goes on"
+                f"vLLM's engine failed ({first_line(error)}); nothing is lost, the same command goes on"
             ) from error
 
 
@@ -149,7 +149,3 @@ def _import_vllm() -> Any:
             raise
         raise UserError("--engine vllm needs vLLM; install it with: pip install 'forkrl[vllm]'") from error
     return vllm
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

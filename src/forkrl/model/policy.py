@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.model.attention import use_grouped_attention
 from forkrl.model.locations import model_location
 from forkrl.model.stop_tokens import stop_token_ids
@@ -194,8 +194,3 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"runtime.device = {name!r} is not usable here: {first_line(error)}") from None
     return device
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, for a one-line message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

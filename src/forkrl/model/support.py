@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file  # type: ignore[attr-defined]  # public, but not in its __all__
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from forkrl.model.policy import Policy
@@ -89,7 +89,7 @@ def explained_failures(policy: Policy, path: str) -> Iterator[None]:
     except PROBE_ERRORS as error:
         raise UserError(
             f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
-            f"embedding ({type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}); "
+            f"embedding ({type(error).__name__}: {first_line(error)}); "
             f"docs/models.md lists the supported families"
         ) from error
 

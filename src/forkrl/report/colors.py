@@ -1,12 +1,17 @@
-"""The entropy ramp: one scale of colours for page and terminal."""
+"""The entropy ramp: one scale of colours for pages and for responses printed in a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
+from rich.style import Style
+from rich.text import Text
+
+from forkrl.errors import printable
 
 COLOR_BINS = 24
 
@@ -53,3 +58,48 @@ def _readable_on(color: str) -> str:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
+
+
+def coloured_response(
+    tokens: Sequence[str], entropy: Sequence[float], *, top: float | None = None, dark: bool = True
+) -> Text:
+    """The response as ``rich`` text: ``rich.print`` shows it in colour, and ``str`` gives it bare.
+
+    A character that a terminal would obey is escaped (``\\x1b``); line breaks stay, with a mark, so that the response
+    reads as it was laid out. Text that the model wrote is never taken for markup.
+
+    Args:
+        tokens: T texts.
+        entropy: nats, T values; one that is not finite is shown struck through, for it has no colour.
+        top: the entropy that gets the last colour; by default that of the page, the 99.5th percentile.
+        dark: the part of the ramp that suits a dark terminal; False for a light one.
+
+    Raises:
+        ValueError: ``tokens`` and ``entropy`` differ in length.
+    """
+    scale = top_entropy(entropy) if top is None else top
+    text = Text(end="")
+    for token, value in zip(tokens, entropy, strict=True):
+        style = Style(strike=True) if not math.isfinite(value) else bin_style(color_bin(value, scale), dark=dark)
+        shown = "⏎\n".join(map(printable, token.split("\n"))) or "⟨⟩"
+        for line in shown.splitlines(keepends=True):
+            text.append(line.rstrip("\n"), style)
+            text.append(line[len(line.rstrip("\n")) :])  # a coloured line break would colour the rest of the line
+    return text
+
+
+def entropy_legend(top: float, *, dark: bool = True) -> Text:
+    """One line that says what the colours stand for, from 0 to ``top`` nats."""
+    text = Text("0 ", end="")
+    for index in range(COLOR_BINS):
+        text.append(" ", bin_style(index, dark=dark))
+    text.append(f" ≥ {top:.1f} nats")
+    return text
+
+
+def bin_style(index: int, *, dark: bool) -> Style:
+    """The first bin is the terminal's own ground, as it is the page's."""
+    if index == 0:
+        return Style()
+    ground, ink = ramp(index / (COLOR_BINS - 1), dark=dark)
+    return Style(color=ink, bgcolor=ground)

@@ -7,8 +7,10 @@ number, and entropies and log-probs are whole numbers of 0.1 millinats. The page
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from contextlib import suppress
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,16 @@ import numpy.typing as npt
 
 from forkrl.report.colors import COLOR_BINS, top_entropy
 from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownResponse, View
-from forkrl.report.sampling import evenly_spaced, token_limit
-from forkrl.report.visible_text import visible, visible_token
+from forkrl.report.formatting import evenly_spaced, visible, visible_token
 
 MAX_BYTES = 15_000_000  # of token data in a page; the rest of it is small
 MIN_TOKENS_SHOWN = 2_000  # sooner than cut a response below this, the page shows fewer prompts
 PER_NAT = 10_000
 PER_PROBABILITY = 100_000
 ABSENT = -1  # an alternative that is not there
+
+_BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
+"""How ``forkrl.model.token_texts`` writes bytes of a token that are no whole character."""
 
 # Characters of JSON that a token, one entropy and one alternative take with a vocabulary of 150,000, rounded up.
 TOKEN_BYTES, LAYER_BYTES, ALTERNATIVE_BYTES = 17, 6, 13
@@ -40,8 +44,39 @@ class TextTable:
         place = self._places.get(token)
         if place is None:
             place = self._places[token] = len(self.texts)
-            self.texts.append(visible_token(token))
+            self.texts.append(shown_bytes(visible_token(token)))
         return place
+
+
+def shown_bytes(text: str) -> str:
+    """``<0xE6><0x95>`` as ``⟨E6 95⟩``."""
+    return _BYTES.sub(lambda found: "⟨" + found[0].replace("<0x", "").replace(">", " ").strip() + "⟩", text)
+
+
+def joined_characters(tokens: Sequence[str]) -> Sequence[str]:
+    """The tokens, with a character that several of them make up in front of its first bytes: ``数<0xE6><0x95>``."""
+    joined = list(tokens)
+    for has_bytes, run in groupby(range(len(tokens)), lambda place: "<0x" in tokens[place]):
+        if not has_bytes:
+            continue
+        raw = [(place, byte) for place in run for byte in _bytes(tokens[place])]
+        for at, (place, lead) in enumerate(raw):
+            size = 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
+            parts = raw[at : at + size]
+            with suppress(UnicodeDecodeError):
+                character = bytes(byte for _, byte in parts).decode()
+                if parts[-1][0] != place:
+                    joined[place] = _BYTES.sub(f"{character}\\g<0>", tokens[place], count=1)
+    return joined
+
+
+def _bytes(token: str) -> bytes:
+    """What the token stands for, byte by byte."""
+    pieces = re.split(r"<0x([0-9A-F]{2})>", token)  # text and bytes take turns
+    return b"".join(
+        bytes.fromhex(piece) if place % 2 else piece.encode("utf-8", "surrogatepass")
+        for place, piece in enumerate(pieces)
+    )
 
 
 def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -59,7 +94,7 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         ValueError: the lists of a response are of different lengths, or there is not one list of entropies a layer.
     """
     table = TextTable()
-    layers = [layer for view in forks.views for response in _responses(view.frames) for layer in response.entropy]
+    layers = [layer for view in forks.views for response in responses_of(view.frames) for layer in response.entropy]
     views = [_view(view, max_bytes // len(forks.views), table, forks.mark) for view in forks.views]
     return {
         "bins": COLOR_BINS,
@@ -70,12 +105,13 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     }
 
 
-def _responses(frames: Sequence[Frame]) -> Iterator[ShownResponse]:
+def responses_of(frames: Sequence[Frame]) -> Iterator[ShownResponse]:
+    """Every response of the frames."""
     return (response for frame in frames for prompt in frame.prompts for response in prompt.responses)
 
 
 def _view(view: View, max_bytes: int, table: TextTable, mark: float | None) -> dict[str, Any]:
-    for response in _responses(view.frames):
+    for response in responses_of(view.frames):
         _check(response, len(view.layers))
     frames, limit = fitting(view.frames, max_bytes)
     return {
@@ -107,8 +143,8 @@ def fitting(frames: Sequence[Frame], max_bytes: int) -> tuple[list[Frame], int]:
             for frame in frames
             for count in [len(frame.prompts)]
         ]
-        lengths = [len(response.tokens) for response in _responses(kept)]
-        cost = sum(map(_bytes_of, _responses(kept)))
+        lengths = [len(response.tokens) for response in responses_of(kept)]
+        cost = sum(map(_bytes_of, responses_of(kept)))
         limit = token_limit(lengths, int(max_bytes / max(cost, 1) * sum(lengths)))
         whole = limit >= min(MIN_TOKENS_SHOWN, max(lengths, default=0))
         if whole or all(len(frame.prompts) <= 1 for frame in kept):
@@ -125,7 +161,7 @@ def _bytes_of(response: ShownResponse) -> int:
 def _said(before: Sequence[Frame], after: Sequence[Frame], limit: int) -> str:
     """What was left out, as sentences that follow the note; empty when nothing was."""
     asked, shown = (sum(len(frame.prompts) for frame in frames) for frames in (before, after))
-    cut = sum(len(response.tokens) > limit for response in _responses(after))
+    cut = sum(len(response.tokens) > limit for response in responses_of(after))
     sentences = ""
     if shown < asked:
         sentences += f" To keep this page small, {shown:,} of {asked:,} prompts are shown, evenly spaced."
@@ -160,7 +196,7 @@ def _response(response: ShownResponse, limit: int, table: TextTable, mark: float
         "finished": None if response.finished is None else bool(response.finished),
         "length": len(response.tokens),
         "selected": int(sum(response.selected)) if len(response.selected) else None,  # of the whole, like its length
-        "t": [table.place(token) for token in response.tokens[:limit]],
+        "t": [table.place(token) for token in joined_characters(response.tokens)[:limit]],
         "e": [_whole(_on_its_side(layer[:limit], mark), PER_NAT) for layer in response.entropy],
         "l": _whole(response.logprobs[:limit], PER_NAT),
         "f": "".join("1" if chosen else "0" for chosen in response.selected[:limit]),
@@ -217,3 +253,14 @@ def _whole(values: Sequence[float] | npt.NDArray[np.float64], per_unit: int) -> 
 
 def _rounded(value: float | None) -> float | None:
     return round(float(value), 4) if value is not None and np.isfinite(value) else None
+
+
+def token_limit(lengths: Sequence[int], budget: int) -> int:
+    """The largest cap such that responses cut at it hold at most ``budget`` tokens together (at least 1 each)."""
+    remaining, limit = budget, max(lengths, default=1)
+    for index, length in enumerate(sorted(lengths)):
+        share = remaining // (len(lengths) - index)
+        if length > share:
+            return max(share, 1)
+        remaining -= length
+    return max(limit, 1)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from forkrl.config import TrainConfig
 from forkrl.errors import lost_terminal_ignored, printable, write_line
+from forkrl.report.formatting import duration
 
 Item = TypeVar("Item")
 
@@ -81,16 +82,6 @@ def sparkline(values: Iterable[float], width: int = 24) -> str:
         _BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] if abs(value) < float("inf") else " "
         for value in recent
     )
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class _Repeat(threading.Thread):
@@ -182,12 +173,9 @@ class TrainingDisplay:
         self._live = None
 
     def phase(self, name: str, total: int = 0, finished: Callable[[], int] = int) -> None:
-        """Say what the run is doing: rollout, reward, update, eval or save.
+        """Show the current phase (rollout, reward, update, eval or save) and how many of its responses are finished.
 
-        Args:
-            name: of the phase. A terminal shows it at once, a log only if it has ``total`` and takes long.
-            total: responses that are sampled in it.
-            finished: how many of them are.
+        A terminal shows it at once, a log only if it has a ``total`` and takes long.
         """
         self._phase = _Phase(printable(name), total, finished, self._clock())
 
@@ -281,15 +269,15 @@ def progress(
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """Pass ``items`` through and show how far along they are, with the time left.
+    """Pass ``items`` through and show how many are done, with the time left.
 
     A terminal gets a bar. Elsewhere a flushed line follows every five seconds, so short work prints nothing.
 
     Args:
-        items: what is worked through.
+        items: the work.
         description: a few words, such as "evaluating".
-        total: their number, where ``len(items)`` cannot tell.
-        finished: how many are finished before they come out of ``items``, where they come in batches.
+        total: number of items, where ``len(items)`` is unknown.
+        finished: number of items done before they come out of ``items`` in batches.
         stream: standard error by default, so that results on standard output stay clean.
         clock: monotonic seconds; for tests.
     """

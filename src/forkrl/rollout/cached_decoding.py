@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.method.batches import collate
 from forkrl.model.policy import Policy
 from forkrl.model.support import PROBE_ERRORS
@@ -34,9 +34,8 @@ def require_cached_decoding(policy: Policy) -> None:
             raise UserError(f"{failure}: it keeps other state than keys and values ({', '.join(other)}); {_REMEDY}")
         gap = _decoding_gap(Policy(policy.model, policy.tokenizer))
     except PROBE_ERRORS as error:
-        reason = (str(error).strip() or "no message").splitlines()[0]
         raise UserError(
-            f"{failure}: decoding from a cache fails ({type(error).__name__}: {reason}); {_REMEDY}"
+            f"{failure}: decoding from a cache fails ({type(error).__name__}: {first_line(error)}); {_REMEDY}"
         ) from error
     if not gap <= MAX_MEAN_GAP["fp32"]:
         raise UserError(

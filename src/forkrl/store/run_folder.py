@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 import tomli_w
 
 from forkrl.config import CHANGEABLE
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ class RunFolder:
         try:
             rows: list[dict[str, Any]] = pq.read_table(path, schema=rollout_schema()).to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as rollouts ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{path}: cannot be read as rollouts ({first_line(error)})") from error
         return rows
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.model.locations import require_hub_id
 from forkrl.tasks.json_lines import json_object
 
@@ -121,7 +121,7 @@ def _read_parquet(config: TaskConfig, path: Path) -> Iterator[RawRow]:
                     number += 1
                     yield RawRow(f"{path.name} row {number}", values)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
 
 
 def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[RawRow]:
@@ -131,7 +131,7 @@ def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[R
         rows = datasets.load_dataset(name, config.subset or None, split=split)
     except Exception as error:  # network, permission, unknown name, subset or split: dozens of types, one remedy
         raise UserError(
-            f"{key} = {name!r} is not a local path, and the hub has no split {split!r} of it ({_first_line(error)}); "
+            f"{key} = {name!r} is not a local path, and the hub has no split {split!r} of it ({first_line(error)}); "
             f"check the name, or download it and give the path of a .jsonl or .parquet file or a folder of them"
         ) from None
     rows = rows.select_columns(_top_columns(config, rows.column_names, name))
@@ -153,8 +153,3 @@ def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:
             raise _no_such_column(place, column, key, names)
         needed[top] = None
     return list(needed)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

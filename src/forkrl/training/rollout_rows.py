@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.method.selection import select_tokens
+from forkrl.model.token_texts import TokenTexts
 from forkrl.types import RolloutGroup
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
@@ -33,6 +34,7 @@ def rollout_rows(
         rewards: for each response; without them they are the scores.
         advantages: for each response; null without them.
     """
+    texts = TokenTexts(tokenizer)
     judged = [
         (group.prompt, rollout, score)
         for group in groups
@@ -45,7 +47,7 @@ def rollout_rows(
             "prompt": prompt.text,
             "response": rollout.text,
             "token_ids": list(rollout.response_ids),
-            "tokens": [tokenizer.decode([token_id]) for token_id in rollout.response_ids],
+            "tokens": [texts[token_id] for token_id in rollout.response_ids],
             "logprobs": rollout.logprobs.tolist(),
             "entropy": rollout.entropy.tolist(),
             "selected": list(selected[row]),

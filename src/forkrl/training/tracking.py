@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Tracker:
         except Exception as error:
             del self._sinks[name]
             self._report(
-                f"{name} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}) "
+                f"{name} failed ({type(error).__name__}: {first_line(error)}) "
                 f"and gets no further metrics; training continues, metrics.jsonl is complete"
             )
 
@@ -188,8 +188,8 @@ def open_sinks(
             raise
         except Exception as error:
             Tracker(sinks, report).close()
-            first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-            raise UserError(f"log.sinks: {name} does not start: {first_line}; fix it, or remove it") from error
+            reason = first_line(error).rstrip(".")
+            raise UserError(f"log.sinks: {name} does not start: {reason}; fix it, or remove it") from error
     return Tracker({**sinks, **further}, report)
 
 

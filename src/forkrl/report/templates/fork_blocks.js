@@ -62,7 +62,7 @@ const paint = (block) => {
   [...node.children].forEach((span, k) => {
     const index = start + k;
     let name = "t " + colorClass(entropy[index]);
-    if (isSelected(response, index)) name += " s";
+    if (isSelected(response, index)) name += /^ \S{1,24}$/.test(textOf(response, index)) ? " s lead" : " s";
     if (isFork(response, index)) name += " fork";
     if (isTested(response, index)) name += " tested";
     if (marked[k]) name += marked[k] === 2 ? " hit found" : " found";

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -35,8 +35,3 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read as safetensors ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

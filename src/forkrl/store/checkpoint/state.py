@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from forkrl.errors import UserError
-from forkrl.store.checkpoint.files import first_line, read_json, read_tensors, write_json
+from forkrl.errors import UserError, first_line
+from forkrl.store.checkpoint.files import read_json, read_tensors, write_json
 from forkrl.store.checkpoint.manifest import OPTIMIZER_GROUPS, OPTIMIZER_TENSORS, RANDOM_STATES
 
 # Entries of config.json that leave the model's function alone.

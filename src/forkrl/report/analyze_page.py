@@ -1,0 +1,206 @@
+"""The page of ``forkrl analyze``: where a model forks (paper: figure 2, and more)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from forkrl.report.fork_view import ForkView, Frame, ShownPrompt, View, describe_choice
+from forkrl.report.formatting import interval_of, visible_token
+from forkrl.report.page import Card, Page, Section, interval_card
+from forkrl.report.plots import (
+    BLUE,
+    PERCENT,
+    Curve,
+    Panel,
+    column_curve,
+    plot,
+    word_cloud,
+)
+from forkrl.stats.intervals import Estimate
+
+TYPE_ROWS = 100
+_PAPER = "the paper at temperature 1: "
+
+
+def analyze_page(
+    facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], shown: Sequence[ShownPrompt], **about: Any
+) -> Page:
+    """The page of an analysis.
+
+    Args:
+        facts: as in analysis.json.
+        tables: the frames of ``forkrl.analysis`` by the names of their CSV files.
+        shown: prompts whose responses can be looked at.
+        about: ``notes``, ``provenance`` and ``command`` of the page.
+    """
+    choice = describe_choice(len(shown), facts["prompts"])
+    return Page(
+        name=str(facts["model"]),
+        kind="analysis",
+        verdict=_verdict(facts),
+        sections=_sections(facts, tables),
+        cards=_cards(facts),
+        forks=ForkView(
+            [View("responses", "Responses", choice, [Frame("", shown)])],
+            f"The keys visit the forks: tokens written with more than {facts['threshold']:.3g} nats of entropy.",
+            facts["threshold"],
+        ),
+        sections_title="Patterns",
+        source="the analysis folder's tokens/ and responses/",
+        **about,
+    )
+
+
+def _verdict(facts: Mapping[str, Any]) -> str:
+    return (
+        f"At temperature {facts['temperature']:g}, {facts['share_below_0.01']:.1%} of {facts['tokens']:,.0f} tokens "
+        f"were written with less than 0.01 nats of entropy; the fifth with the most has more than "
+        f"{facts['percentile_80']:.3g} nats (the paper's Qwen3-8B at temperature 1: 50.6% and 0.672)."
+    )
+
+
+def _cards(facts: Mapping[str, Any]) -> list[Card]:
+    scale = f"{facts['responses']:,} responses, {facts['prompts']:,} prompts"
+    cards = [
+        Card("Tokens", f"{facts['tokens']:,.0f}", note=scale),
+        Card("Below 0.01 nats", f"{facts['share_below_0.01']:.1%}", note=f"of tokens; {_PAPER}50.64%"),
+        Card("80th percentile", f"{facts['percentile_80']:.3g} nats", note=f"{_PAPER}0.672"),
+        Card("Mean entropy", f"{facts['mean']:.3g} nats", note=f"the highest is {facts['max']:.3g}"),
+    ]
+    if facts["accuracy"] is not None:
+        cards.append(interval_card("Accuracy", interval_of(facts, "accuracy")))
+    return cards
+
+
+def _sections(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> list[Section]:
+    types, contexts = tables["types"], tables["contexts"]
+    found = [
+        Section(
+            "Entropy of all tokens",
+            f"Count of tokens (log scale). {facts['share_below_0.01']:.2%} lie below 0.01 nats; the 80th percentile is "
+            f"{facts['percentile_80']:.3f} nats.",
+            "histogram",
+            tables["histogram"],
+            entropy_histogram(tables["histogram"], facts["threshold"]),
+        ),
+        Section(
+            "Where the forks lie",
+            "Share of forks and mean entropy along the response, with 95% bands clustered by prompt.",
+            "positions",
+            tables["positions"],
+            fork_positions(tables["positions"]),
+        ),
+        *_correctness(tables["correctness"], tables["density"]),
+    ]
+    for word, ordered in (("highest", types), ("lowest", types.iloc[::-1])):
+        if len(types):
+            caption = f"Token types seen at least {facts['min_count']} times ({len(types):,} of them); larger: {word}."
+            cloud = word_cloud(types, highest=word == "highest")
+            table = _with_marks(ordered.head(TYPE_ROWS), "text")
+            found.append(Section(f"Types of {word} mean entropy", caption, f"types-{word}", table, cloud))
+    caption = f"Pairs of tokens seen at least {facts['min_count']} times, by the number of forks right after them."
+    missing = () if len(contexts) else ("a pair of tokens seen that often (--min-count)",)
+    table = _with_marks(contexts.head(TYPE_ROWS), "context")
+    return [*found, Section("What comes before a fork", caption, "contexts", table, missing=missing)]
+
+
+def _with_marks(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The table with a mark for every space of a text column: " 8" and "8" are different tokens."""
+    return table.assign(**{column: [visible_token(text).replace(" ", "␣") for text in table[column]]})
+
+
+def _correctness(correctness: pd.DataFrame, density: pd.DataFrame) -> list[Section]:
+    if correctness.empty:
+        return []
+    difference, within = (correctness.iloc[row] for row in (2, 3))
+    return [
+        Section(
+            "Correct and incorrect responses",
+            f"Correct minus incorrect: {_nats(difference)} nats over all tokens; within the {within['count']:.0f} "
+            f"prompts that have both: {_nats(within)} nats.",
+            "correctness",
+            correctness,
+            correct_against_incorrect(correctness),
+        ),
+        Section(
+            "Fork density and correctness",
+            "Responses in equal parts by the share of forks among their tokens, and how many of each part are correct.",
+            "density",
+            density,
+            density_against_correctness(density),
+        ),
+    ]
+
+
+def _nats(row: pd.Series) -> str:
+    mean, low, high = interval_of(row, "mean_entropy")
+    if np.isnan(mean):
+        return "unknown"
+    return f"{mean:+.3f}" + ("" if np.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
+
+
+def entropy_histogram(histogram: pd.DataFrame, threshold: float) -> Figure:
+    """Tokens per entropy bin, log scale, with the entropy (nats) above which a token is a fork (figure 2a).
+
+    ``histogram``: from ``forkrl.analysis.entropy_histogram``.
+    """
+    edges = np.append(histogram["low"].to_numpy(), histogram["high"].iloc[-1])
+    curves = [
+        Curve(edges, np.where(counts > 0, counts, np.nan), label, kind="stairs")
+        for column, label in (("tokens", "all"), ("correct", "correct responses"), ("incorrect", "incorrect"))
+        if (counts := histogram[column].to_numpy(float)).any()
+    ]
+    mark = (threshold, f"forks above {threshold:.2f}")
+    return plot([Panel("tokens (log)", curves, bottom=None, log="y", vline=mark)], "entropy (nats)")
+
+
+def fork_positions(positions: pd.DataFrame) -> Figure:
+    """Share of forks, and mean entropy, along the response, with 95% bands; from ``forkrl.analysis.fork_positions``."""
+    middle = (positions["low"] + positions["high"]) / 2
+    shares, entropies = (
+        column_curve(positions, middle, column, marker=".", kind="band") for column in ("fork_share", "mean_entropy")
+    )
+    panels = [Panel("forks", [shares], PERCENT), Panel("entropy (nats)", [entropies], x_format=PERCENT)]
+    return plot(panels, "position in the response")
+
+
+def correct_against_incorrect(correctness: pd.DataFrame) -> Figure:
+    """Mean entropy and share of forks of correct and incorrect responses, with 95% intervals.
+
+    ``correctness``: from ``forkrl.analysis.correct_against_incorrect``, not empty.
+    """
+    panels = [
+        Panel(
+            label,
+            [point(place, interval_of(correctness.iloc[place], column)) for place in (0, 1)],
+            form,
+            bottom=None,
+            names=["correct", "incorrect"],
+        )
+        for column, label, form in (("mean_entropy", "mean entropy (nats)", None), ("fork_share", "forks", PERCENT))
+    ]
+    figure = plot(panels, "", columns=2)
+    for axes in figure.axes:
+        axes.margins(y=0.25)
+    return figure
+
+
+def density_against_correctness(density: pd.DataFrame) -> Figure:
+    """Accuracy of responses with few forks and with many, equal parts, with 95% intervals.
+
+    ``density``: from ``forkrl.analysis.density_against_correctness``, not empty.
+    """
+    points = [point(place, interval_of(row, "accuracy")) for place, (_, row) in enumerate(density.iterrows())]
+    names = [f"{100 * low:.1f}–{100 * high:.1f}%" for low, high in zip(density["low"], density["high"], strict=True)]
+    return plot([Panel("correct", points, PERCENT, names=names)], "forks among the tokens of a response")
+
+
+def point(place: float, estimate: Estimate) -> Curve:
+    """A point with its interval."""
+    mean, low, high = ([value] for value in estimate)
+    return Curve([place], mean, "", BLUE, "", "o", low, high)

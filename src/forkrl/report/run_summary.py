@@ -1,0 +1,161 @@
+"""The result of a training run: the sentence at the top of its page, and the cards under it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from forkrl.report.formatting import duration, is_clear, percent, points, probability
+from forkrl.report.page import Card
+from forkrl.report.run_data import RunData
+from forkrl.stats.intervals import Estimate, mean_with_interval
+from forkrl.stats.permutation import PairedTest, paired_test
+
+
+class Comparison(NamedTuple):
+    """The first and the last evaluation, on the problems that both have, and the paired test of them.
+
+    ``unequal``: why they cannot be compared; empty if they can. ``problems``: what they were on, to follow the numbers.
+    """
+
+    before: Estimate
+    after: Estimate
+    problems: str
+    test: PairedTest | None = None
+    unequal: str = ""
+
+
+def evaluations(run: RunData) -> dict[int, Estimate]:
+    """Held-out accuracy by step; the ends of the interval are NaN where the run did not record them."""
+    names = [f"eval/accuracy{end}" for end in ("", "_low", "_high")]
+    return {
+        step: Estimate(*(row.get(name, math.nan) for name in names))
+        for step, row in run.metrics.items()
+        if "eval/accuracy" in row
+    }
+
+
+def comparison(run: RunData) -> Comparison:
+    """The last evaluation against the first, problem by problem where the scores of each were recorded.
+
+    A resumed run may change its evaluations. Other problems are left out of the comparison; answers that were sampled
+    in another way are not compared.
+    """
+    found, problems = evaluations(run), _num_problems(run)
+    (first, before), *_, (last, after) = found.items()
+    if changes := run.sampling_changes(first, last):
+        return Comparison(before, after, "", unequal=f"they were sampled in different ways ({'; '.join(changes)})")
+    scores_before, scores_after = run.scores.get(first), run.scores.get(last)
+    if scores_before is None or scores_after is None:
+        counts = {run.metrics[step].get("eval/problems") for step in (first, last)}
+        unequal = "" if len(counts) == 1 else "they are on different problems"
+        return Comparison(before, after, "" if unequal else problems, unequal=unequal)
+    common = [problem for problem in scores_before if problem in scores_after]
+    if not common:
+        return Comparison(before, after, "", unequal="they are on different problems")
+    rows = [np.array([scores[name] for name in common], dtype=np.float64) for scores in (scores_before, scores_after)]
+    if scores_before.keys() != scores_after.keys():
+        problems = f" on the {len(common):,} problems that both evaluations have"
+        before, after = map(mean_with_interval, rows)
+    return Comparison(before, after, problems, paired_test(rows[0], rows[1]))
+
+
+def _nothing_was_judged(run: RunData, step: int) -> bool:
+    row = run.metrics[step]
+    responses = row.get("eval/problems", 0.0) * row.get("eval/samples", 1.0)
+    return 0 < responses <= row.get("eval/verifier_failures", 0.0)
+
+
+def verdict(run: RunData) -> str:
+    """One sentence: accuracy before and after, their paired difference with p-value, problems, steps, wall time."""
+    found, effort = evaluations(run), _effort(run)
+    if not found:
+        return f"Nothing was evaluated on held-out problems; {effort}."
+    first, last = min(found), max(found)
+    if blind := [step for step in dict.fromkeys((first, last)) if _nothing_was_judged(run, step)]:
+        steps = " and ".join(map(str, blind))
+        return f"The verifier judged no held-out response at step {steps}, so accuracy measures nothing; {effort}."
+    if first == last:
+        only = f"Held-out accuracy was {percent(found[first])} at step {first}{_num_problems(run)}"
+        return f"{only}, and there is no second evaluation to compare; {effort}."
+    before, after, problems, test, unequal = comparison(run)
+    effort = effort[0].upper() + effort[1:]
+    at_first, at_last = f"{percent(before)} at step {first}", f"{percent(after)} at step {last}"
+    if unequal:
+        return f"Held-out accuracy was {at_first} and {at_last}; {unequal}, so they are not compared. {effort}."
+    clear = _intervals_are_apart(before, after) if test is None else is_clear(test.difference)
+    if clear:
+        change = f"{'rose' if after.mean > before.mean else 'fell'} from {at_first} to {at_last}"
+    elif percent(before) == percent(after):
+        change = f"is unchanged at {percent(before)} from step {first} to step {last}"
+    else:
+        change = f"was {at_first} and {at_last}"
+    return f"Held-out accuracy {change}{problems}; {_meaning(test, clear=clear)}. {effort}."
+
+
+def _meaning(test: PairedTest | None, *, clear: bool) -> str:
+    if test is not None:
+        found = f"{points(test.difference)} paired by problem, {probability(test.p)}"
+        return found if clear else f"{found}: no clear change"
+    if clear:
+        return "the 95% intervals are apart"
+    return "the scores of each problem were not recorded, so whether this is more than chance is not known"
+
+
+def _intervals_are_apart(before: Estimate, after: Estimate) -> bool:
+    return after.low > before.high or after.high < before.low
+
+
+def status(run: RunData) -> str:
+    """A note where the run has not reached its last step; empty otherwise."""
+    if run.planned_steps is None or run.num_steps >= run.planned_steps:
+        return ""
+    return (
+        f"This run stopped at step {run.num_steps} of {run.planned_steps}: it was interrupted, ended early, "
+        "or is still running. The page shows what it wrote so far."
+    )
+
+
+def cards(run: RunData) -> list[Card]:
+    """The numbers under the verdict; one that was never recorded is left out."""
+    found = evaluations(run)
+    made: list[Card] = []
+    if len(found) > 1:
+        before, after, _, test, unequal = comparison(run)
+        difference = Estimate(after.mean - before.mean, math.nan, math.nan) if test is None else test.difference
+        note = f"not compared: {unequal}" if unequal else points(difference)
+        made.append(Card("Held-out accuracy", f"{after.mean:.1%}", f"{before.mean:.1%}", note))
+    elif found:
+        ((step, only),) = found.items()
+        made.append(Card("Held-out accuracy", f"{only.mean:.1%}", note=f"only at step {step}"))
+    for title, name, form, note in (
+        ("Mean entropy", "entropy/mean", "{:.3f}", "nats per token, in training"),
+        ("Response length", "response/length", "{:.1f}", "tokens, in training"),
+    ):
+        values = [form.format(value) for value in run.series(name).values]
+        if values:
+            made.append(Card(title, values[-1], values[0] if len(values) > 1 else "", note))
+    kept = run.series("selection/kept_fraction").values
+    if len(kept):
+        rule = f"of response tokens, rule {run.setting('selection.rule') or 'not recorded'}"
+        made.append(Card("Tokens trained on", f"{kept.mean():.1%}", note=rule))
+    seconds, rate = run.series("time/step_s").values, run.series("rollout/tokens_per_s").values
+    if len(seconds):
+        note = f"{run.num_steps} steps" + (f", {rate.mean():,.0f} sampled tokens/s" if len(rate) else "")
+        made.append(Card("Training time", duration(float(seconds.sum())), note=note))
+    return made
+
+
+def _num_problems(run: RunData) -> str:
+    counts = run.series("eval/problems").values
+    return f" on {int(counts[-1]):,} problems" if len(counts) else ""
+
+
+def _effort(run: RunData) -> str:
+    if not run.num_steps:
+        return "no training step was logged"
+    seconds = run.series("time/step_s").values
+    steps = "1 training step" if run.num_steps == 1 else f"{run.num_steps} training steps"
+    return f"{steps} took {duration(float(seconds.sum()))}" if len(seconds) else f"{steps}, time not recorded"

@@ -1,0 +1,182 @@
+"""The page of ``forkrl decode-temps``: Fig. 3 of arXiv 2506.01939, and responses at a few settings side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from forkrl.report.fork_view import ForkView, View
+from forkrl.report.formatting import interval_of, percent
+from forkrl.report.page import Card, Page, Section, interval_card
+from forkrl.report.plots import PERCENT, Panel, column_curve, plot
+
+_SHARES = ("broken", "broken_low", "broken_high", "cut", "loop", "garbled")
+_SWEEPS = (
+    ("high", "at forks ({:g} elsewhere)", -0.06),
+    ("low", "elsewhere ({:g} at forks)", 0.06),
+)
+"""Column that varies, label, and an offset so that neither bar hides the other."""
+
+
+def temps_page(
+    table: pd.DataFrame,
+    threshold: float,
+    origin: str,
+    broken_means: str,
+    *,
+    base: float = 1.0,
+    views: Sequence[View] = (),
+    **about: Any,
+) -> Page:
+    """The page of a sweep.
+
+    Args:
+        table: as ``forkrl.analysis.temperature_table`` gives it.
+        threshold: nats.
+        origin: where the threshold comes from, such as "given".
+        broken_means: what counts as broken, a sentence.
+        base: the temperature that every other setting is compared with.
+        views: responses at a few settings.
+        about: name, verdict, settings, provenance and command of the page.
+    """
+    failures = int(table["failures"].sum())
+    lead = "The keys visit the tokens above the threshold, which are those that got the temperature of forks."
+    return Page(
+        kind="decoding temperatures",
+        sections=_sections(table, base, broken_means),
+        sections_title="Accuracy, length and nonsense against temperature",
+        notes=[f"{failures} responses could not be verified; they count as wrong."] if failures else [],
+        cards=_cards(table, base, threshold, origin),
+        forks=ForkView(views, lead, threshold) if views else None,
+        source="this folder's responses/ and temperatures.json",
+        **about,
+    )
+
+
+def telling_temperatures(table: pd.DataFrame, base: float = 1.0) -> list[float]:
+    """Those that the verdict speaks of: the lowest, if below ``base``, and the first above it, if any."""
+    temperatures = sorted({*table["high"], *table["low"]})
+    below, above = ([value for value in temperatures if sign * value > sign * base] for sign in (-1, 1))
+    return [*below[:1], *above[:1]]
+
+
+def verdict(table: pd.DataFrame, base: float = 1.0) -> str:
+    """What a lower and a higher temperature do at forks and elsewhere, with the intervals of the paired differences."""
+    sentences = []
+    for value in telling_temperatures(table, base):
+        forks, elsewhere = (_effect(_at(table, varied, value, base)) for varied in ("high", "low"))
+        change = f"{'Lowering' if value < base else 'Raising'} the temperature at forks from {base:g} to {value:g}"
+        sentences.append(f"{change} {forks}; elsewhere it {elsewhere}.")
+    if not sentences:
+        accuracy = percent(interval_of(_at(table, "high", base, base), "accuracy"))
+        return f"Accuracy at temperature {base:g} is {accuracy}; no other temperature was tried."
+    return " ".join(sentences)
+
+
+def _effect(row: pd.Series) -> str:
+    """What a setting does to accuracy: a verb, its object, and the interval of the paired difference."""
+    points, low, high = (100 * value for value in interval_of(row, "difference"))
+    if math.isnan(low):
+        return f"changes accuracy by {points:+.1f} points (one problem tells no interval)"
+    if high < 0:
+        return f"costs {-points:.1f} points of accuracy [{-high:.1f}, {-low:.1f}]"
+    if low > 0:
+        return f"gains {points:.1f} points of accuracy [{low:.1f}, {high:.1f}]"
+    return f"makes no clear difference to accuracy ({points:+.1f} points [{low:+.1f}, {high:+.1f}])"
+
+
+def sweep_rows(table: pd.DataFrame, varied: str, base: float = 1.0) -> pd.DataFrame:
+    """The settings in which ``varied`` ("high" or "low") takes every temperature and the other is ``base``, sorted."""
+    return table[table[{"high": "low", "low": "high"}[varied]] == base].sort_values(varied)
+
+
+def _at(table: pd.DataFrame, varied: str, value: float, base: float) -> pd.Series:
+    rows = sweep_rows(table, varied, base)
+    return rows[rows[varied] == value].iloc[0]
+
+
+def _cards(table: pd.DataFrame, base: float, threshold: float, origin: str) -> list[Card]:
+    row, at = _at(table, "high", base, base), f"{base:g}"
+    scale = f"{row['problems']:,.0f} problems, {row['samples']:,.0f} responses to each, at every setting"
+    return [
+        interval_card(f"Accuracy at {at}, {at}", interval_of(row, "accuracy")),
+        Card("Threshold", f"{threshold:.3f} nats", note=origin),
+        Card("Tokens above it", f"{row['forks']:.1%}", note=f"at temperature {at}"),
+        Card("Responses", f"{len(table) * row['problems'] * row['samples']:,.0f}", note=scale),
+    ]
+
+
+def _sections(table: pd.DataFrame, base: float, broken_means: str) -> list[Section]:
+    settings = ["high", "low"]
+    spread = {name: [name, f"{name}_low", f"{name}_high"] for name in ("accuracy", "difference", "length", "surprise")}
+    return [
+        Section(
+            "Accuracy",
+            "One line varies the temperature where the unscaled entropy is above the threshold, the other where it is "
+            f"not; the rest stays at {base:g}. Bars: 95%, clustered by problem. The difference to ({base:g}, {base:g}) "
+            "is paired by problem.",
+            "temperature-accuracy",
+            table[settings + spread["accuracy"] + spread["difference"]],
+            accuracy_against_temperature(table, base),
+        ),
+        Section(
+            "Length and broken outputs",
+            f"Mean tokens per response, and the share of broken outputs. {broken_means}",
+            "temperature-length-broken",
+            table[[*settings, *spread["length"], *_SHARES]],
+            length_and_broken(table, base),
+        ),
+        Section(
+            "Surprise",
+            f"Mean of -ln p of the tokens written, p by the unscaled model: far above its value at {base:g}, the text "
+            "is nonsense to the model that wrote it. Forks: the share of tokens above the threshold.",
+            "temperature-surprise",
+            table[[*settings, *spread["surprise"], "forks", "tokens"]],
+            surprise_against_temperature(table, base),
+        ),
+    ]
+
+
+def accuracy_against_temperature(table: pd.DataFrame, base: float = 1.0) -> Figure:
+    """The paper's Fig. 3: accuracy with 95% intervals, one line where forks get the temperature, one elsewhere.
+
+    Temperatures are drawn at even distances, so that 0 and 0.05 can be told apart.
+
+    Args:
+        table: as ``forkrl.analysis.temperature_table`` gives it.
+        base: the temperature that the rest stays at.
+    """
+    return plot([_panel(table, "accuracy", "accuracy", base, percent=True)], "temperature")
+
+
+def length_and_broken(table: pd.DataFrame, base: float = 1.0) -> Figure:
+    """Mean length, and the share of broken outputs, with 95% intervals."""
+    panels = [_panel(table, "length", "tokens", base), _panel(table, "broken", "broken", base, percent=True)]
+    return plot(panels, "temperature")
+
+
+def surprise_against_temperature(table: pd.DataFrame, base: float = 1.0) -> Figure:
+    """How unlikely the unscaled model finds what was written, nats per token."""
+    return plot([_panel(table, "surprise", "nats per token", base)], "temperature")
+
+
+def _panel(table: pd.DataFrame, name: str, ylabel: str, base: float, *, percent: bool = False) -> Panel:
+    """Both sweeps of one quantity; they meet at the baseline."""
+    temperatures, curves = sorted({*table["high"], *table["low"]}), []
+    for varied, label, offset in _SWEEPS:
+        rows = sweep_rows(table, varied, base)
+        places = np.array([temperatures.index(value) for value in rows[varied]], dtype=float) + offset
+        curves.append(column_curve(rows, places, name, label.format(base), marker=None))
+    return Panel(
+        ylabel,
+        curves,
+        PERCENT if percent else None,
+        names=[f"{value:g}" for value in temperatures],
+        legend=name != "broken",
+        vline=(temperatures.index(base), "") if base in temperatures else None,
+    )
