@@ -102,12 +102,7 @@ def check_early(options: of.ModelOptions | of.DriftOptions) -> None:
 
 
 def parse(argv: Sequence[str]) -> of.Options | int:
-    """The options of the command; or an exit code after --help, --version or completion.
-
-    Raises:
-        typer.TyperException: the arguments are not usable.
-        UserError: a value is out of range.
-    """
+    """The options of the command; or an exit code after --help, --version or completion."""
     app = typer.Typer(
         name="forkrl",
         help="Reinforcement learning of language models on their forking tokens.",

@@ -33,7 +33,7 @@ def interrupt(world: World, out: str, *overrides: str, **fault: Any) -> None:
     assert outcome.code == STOPPED[fault["signal"]], (fault, outcome)
     if fault["signal"] != signal.SIGKILL:
         name = signal.Signals(fault["signal"]).name
-        assert outcome.line == f"forkrl: stopped by {name} and saved; go on with: forkrl train --resume {out}"
+        assert outcome.line == f"forkrl: stopped by {name} and saved; continue with: forkrl train --resume {out}"
         assert any((world.folder / out / "checkpoints").glob("step-*")), "nothing was saved"
 
 
@@ -113,7 +113,7 @@ def test_a_lost_replica_costs_only_unsaved_steps(world: World, uninterrupted_pai
     assert outcome.code == 1
     assert re.fullmatch(
         "forkrl: training stopped at step [0-9]: a replica was killed by SIGKILL, as the system does when memory runs "
-        "out; go on with: forkrl train --resume lost",
+        "out; continue with: forkrl train --resume lost",
         outcome.line,
     )
     assert world.resumed("lost").bits() == uninterrupted_pair.bits()
@@ -253,7 +253,7 @@ def test_the_command_itself_can_be_interrupted(world: World) -> None:
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
-    assert stderr.endswith("forkrl: stopped by SIGINT and saved; go on with: forkrl train --resume real\n")
+    assert stderr.endswith("forkrl: stopped by SIGINT and saved; continue with: forkrl train --resume real\n")
     assert list(Path(world.folder, "real/checkpoints").glob("step-*"))
 
 

@@ -234,7 +234,7 @@ def test_a_killed_sampler_ends_it_likewise(story: Story) -> None:
 def test_ctrl_c_saves_the_finished_steps(story: Story) -> None:
     assert story.interrupted.code == 130, story.interrupted.output
     saved = max(steps_of(story.after_interruption))
-    assert f"with step {saved} saved; go on with: forkrl train --resume" in story.interrupted.output
+    assert f"with step {saved} saved; continue with: forkrl train --resume" in story.interrupted.output
     assert story.finished.code == 0, story.finished.output
     first = next(line for line in story.finished.output.splitlines() if line.startswith("step "))
     assert first.startswith(f"step {max(steps_of(story.after_interruption)) + 1}/{STEPS}")

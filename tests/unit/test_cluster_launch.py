@@ -171,7 +171,7 @@ def test_the_last_line_after_ctrl_c_is_true(
     path.write_text(tomli_w.dumps(recipe_toml(recipe())))
     assert main(["train", str(path), "--out", str(run)]) == 130
     shown = capsys.readouterr()
-    assert shown.err == f"forkrl: stopped by SIGINT {outcome}; go on with: forkrl train --resume {run}\n"
+    assert shown.err == f"forkrl: stopped by SIGINT {outcome}; continue with: forkrl train --resume {run}\n"
     assert shown.out.endswith("verl's checkpoints were not merged: verl's merger failed\n")
 
 

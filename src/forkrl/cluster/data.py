@@ -51,9 +51,6 @@ def write_prompts(path: Path, prompts: Sequence[Prompt], task_name: str) -> None
         path: the file; verl knows the format by its name.
         prompts: the task's.
         task_name: the data source of prompts without a source.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     rows = [
         {
@@ -79,11 +76,7 @@ def read_prompt(row: Mapping[str, Any]) -> Prompt:
 def write_verifiers(
     path: Path, verifiers: Mapping[str, VerifierSpec], reward: RewardConfig, *, max_response_tokens: int
 ) -> None:
-    """Write the verifiers of every ``Prompt.source`` for ``read_verifiers`` in verl's processes.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write the verifiers of every ``Prompt.source`` for ``read_verifiers`` in verl's processes."""
     specs = {
         source: {"path": spec.path, "options": dict(spec.options), "deadline_s": spec.deadline_s}
         for source, spec in verifiers.items()

@@ -56,10 +56,6 @@ def explain_end(run_folder: Path, status: int, *, since: int = 0) -> None:
         run_folder: the run's.
         status: verl's exit status.
         since: size of the log before this attempt.
-
-    Raises:
-        UserError: verl cannot do what was asked.
-        TrainingHalted: anything else.
     """
     own = run_folder / OWN
     ended = json.loads((own / ENDED).read_text(encoding="utf-8")) if (own / ENDED).is_file() else {}

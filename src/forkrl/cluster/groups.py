@@ -67,11 +67,7 @@ def in_file_order(keys: Sequence[str], partition_id: str) -> list[str]:
 
 
 def whole_groups(groups: Sequence[RolloutGroup], size: int) -> list[RolloutGroup]:
-    """Groups with all their responses: verl drops a response that cannot be sampled or judged.
-
-    Raises:
-        RuntimeError: there are none.
-    """
+    """Groups with all their responses: verl drops a response that cannot be sampled or judged."""
     whole = [group for group in groups if len(group.rollouts) == size]
     if not whole:
         raise RuntimeError(f"none of {len(groups)} problems has all its {size} responses; the log has the errors")

@@ -87,13 +87,7 @@ def _require_answer(address: str) -> None:
 
 
 def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = None) -> None:
-    """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one.
-
-    Raises:
-        UserError: an error the user must fix, before verl starts where possible.
-        TrainingHalted: verl ended before its last step; the message has the reason and the path of its log.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; ``outcome`` says what verl has saved.
-    """
+    """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one."""
     require_verl()
     require_sinks(config.log.sinks)
     _require_answer(config.cluster.address)
@@ -187,11 +181,7 @@ def _checked_command(config: TrainConfig, files: VerlPaths, prepared: Prepared) 
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Load and check what a recipe names: tokenizer, prompts, verifiers.
-
-    Raises:
-        UserError: something is missing, unusable, or not supported by verl.
-    """
+    """Load and check what a recipe names: tokenizer, prompts, verifiers."""
     if config.runtime.device == "cpu" and not os.environ.get(EXTERNAL):
         raise UserError(
             f'runtime.device = "cpu" with runtime.engine = "verl" is for ForkRL\'s tests, which add a platform and a '

@@ -19,12 +19,7 @@ _STEP = re.compile(r"global_step_(\d+)")
 
 
 def verl_checkpoints(folder: Path) -> dict[int, Path]:
-    """verl's complete checkpoints by step, oldest first: up to the step in its tracker, with shards.
-
-    Raises:
-        UserError: the tracker cannot be read, or is missing next to several checkpoints; verl does not write it
-            atomically.
-    """
+    """verl's complete checkpoints by step, oldest first: up to the step in its tracker, with shards."""
     tracker, begun = folder / TRACKER, begun_checkpoints(folder)
     sharded = [step for step, path in begun.items() if any((path / "actor").glob("*.pt"))]
     newest = -1
@@ -51,9 +46,6 @@ def merge_checkpoints(
     """Write ``checkpoints/step-N`` for the newest ``keep`` of verl's checkpoints in ``own``, and delete older ones.
 
     verl deletes only those that the same process wrote, not those from before a resume.
-
-    Raises:
-        UserError: verl's merger fails; its shards are intact.
     """
     whole = verl_checkpoints(own)
     found = dict(list(whole.items())[-keep:])

@@ -54,11 +54,7 @@ class ForkOptions(SelectionConfig):
 
 
 def read_options(config: DictConfig) -> ForkOptions:
-    """The options in a configuration of verl's, or their defaults.
-
-    Raises:
-        UserError: an unknown option, or an invalid value.
-    """
+    """The options in a configuration of verl's, or their defaults."""
     given: Any = OmegaConf.to_container(config.get("forkrl") or OmegaConf.create({}), resolve=True)
     try:
         return parse_recipe(ForkOptions, given, "+forkrl.*")
@@ -67,11 +63,7 @@ def read_options(config: DictConfig) -> ForkOptions:
 
 
 def refuse_unsupported(config: DictConfig, options: ForkOptions) -> None:
-    """Refuse settings of verl that the selection or the loss does not support, before anything is loaded.
-
-    Raises:
-        UserError: naming the setting and what to do.
-    """
+    """Refuse settings of verl that the selection or the loss does not support, before anything is loaded."""
     actor, correction = config.actor_rollout_ref.actor, config.algorithm.get("rollout_correction") or {}
     loss_mode = (actor.get("policy_loss") or {}).get("loss_mode", "vanilla")
     sampler = (config.trainer.v1.sampler.get("custom_sampler") or {}).get("path")

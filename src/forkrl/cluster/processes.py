@@ -49,9 +49,6 @@ def run_and_watch(
 
     Returns:
         verl's exit status.
-
-    Raises:
-        Interrupted: it was stopped.
     """
     interruption = Interruption()
     with explained_write_errors(log), log.open("ab") as output:

@@ -93,11 +93,7 @@ class BoundedReplayBuffer(_Accounting, ReplayBuffer):  # type: ignore[misc]
     """For the synchronous trainer: after its last prompts, a step takes the groups that it has."""
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
-        """A batch of ``batch_size`` groups, or of fewer where the step may draw no more prompts.
-
-        Raises:
-            NothingToLearn: it may draw no more, and every group was all right or all wrong.
-        """
+        """A batch of ``batch_size`` groups, or of fewer where the step may draw no more prompts."""
         self._begin(batch_size)
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
@@ -126,11 +122,7 @@ class AccountingReplayBufferAsync(_Accounting, ReplayBufferAsync):  # type: igno
     """For asynchronous trainers, which always have a step's groups in flight: after the last prompts the run ends."""
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
-        """A batch of ``batch_size`` groups.
-
-        Raises:
-            NothingToLearn: the step may draw no more prompts, and has too few groups to train on.
-        """
+        """A batch of ``batch_size`` groups."""
         self._begin(batch_size)
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)

@@ -20,11 +20,7 @@ from forkrl.method.selection import select_tokens, select_tokens_per_sequence
 
 
 def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, generator: torch.Generator) -> Tensor:
-    """The configured rule over all tokens given; within each row of ``[B, T]`` where the scope is the sequence.
-
-    Raises:
-        TrainingHalted: an entropy that the rule reads is NaN or infinite.
-    """
+    """The configured rule over all tokens given; within each row of ``[B, T]`` where the scope is the sequence."""
     function = select_tokens_per_sequence if config.scope == "sequence" else select_tokens
     try:
         return function(entropy, mask, config.rule, config.ratio, threshold=config.threshold, generator=generator)

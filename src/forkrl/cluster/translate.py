@@ -26,9 +26,6 @@ def verl_overrides(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Seq
         config: the recipe.
         paths: the files of this run.
         stop_token_ids: all that end a response (``stop_tokens.stop_token_ids``).
-
-    Raises:
-        UserError: a setting that verl cannot honour, or an override of one that ForkRL sets.
     """
     refuse_untranslatable(config)
     settings, own = verl_settings(config, paths, stop_token_ids=stop_token_ids), config.cluster.overrides
@@ -51,11 +48,7 @@ def verl_settings(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Sequ
 
 
 def refuse_untranslatable(config: TrainConfig) -> None:
-    """Check a recipe against what verl can honour.
-
-    Raises:
-        UserError: one line that names the key, its value and the remedy.
-    """
+    """Check a recipe against what verl can honour."""
     for row in REFUSED:
         if row.refused is not None and row.refused(config):
             raise UserError(f"{row.recipe} = {json.dumps(setting(config, row.recipe))}: {row.why}")
@@ -75,9 +68,6 @@ def refuse_unsuitable_prompts(config: TrainConfig, prompts: Mapping[str, int]) -
     Args:
         config: the recipe.
         prompts: how many there are to train on, by ``Prompt.source``.
-
-    Raises:
-        UserError: too few, or a mix in other proportions than its weights.
     """
     total, wanted = sum(prompts.values()), config.rollout.prompts_per_step
     if total < wanted:

@@ -138,11 +138,7 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
     loss_fn: ForkLoss
 
     def train_batch(self, data: TensorDict) -> TensorDict:
-        """One gradient step of this rank.
-
-        Raises:
-            TrainingHalted: the gradient is NaN or infinite; verl has left the weights as they were.
-        """
+        """One gradient step of this rank."""
         # verl's scheduler counts what it is told to count: gradient steps, here.
         tu.assign_non_tensor(data, update_lr_scheduler=True)
         done = self.engine.lr_scheduler.last_epoch

@@ -62,9 +62,6 @@ def analyze_model(options: AnalyzeOptions) -> Analysis:
 
     Work is kept part by part in the output folder: the same call continues an interrupted one, and after a finished
     one only makes the tables again.
-
-    Raises:
-        UserError: model, data, responses, a setting or the folder cannot be used.
     """
     request = make_request(options)
     folder = options.out or parse_reference(options.model).default_folder("analyze")

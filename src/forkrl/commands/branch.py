@@ -62,9 +62,6 @@ def branch_model(options: BranchOptions) -> Branching:
 
     Work is kept part by part in the output folder: the same call continues an interrupted one, and one for more
     problems adds those.
-
-    Raises:
-        UserError: model, data, a setting or the folder cannot be used; before anything is sampled.
     """
     subject = open_subject(options)
     temperature = subject.config.eval.temperature

@@ -37,11 +37,7 @@ class Request(NamedTuple):
 
 
 def make_request(options: AnalyzeOptions | DriftOptions) -> Request:
-    """The request that the options of a command make; those without effect are refused.
-
-    Raises:
-        UserError: a setting cannot be used or has no effect.
-    """
+    """The request that the options of a command make; those without effect are refused."""
     subject, responses = open_subject(options), options.responses
     if responses is not None:
         given = [f"--{name}" for name in ("problems", "samples") if getattr(options, name) is not None]
@@ -68,9 +64,6 @@ def collect_tokens(folder: Path, request: Request, question: Mapping[str, Any]) 
 
     Returns:
         Sentences on what was left out.
-
-    Raises:
-        UserError: model, data, responses or the folder cannot be used.
     """
     config = request.subject.config
     asked = {

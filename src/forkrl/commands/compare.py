@@ -44,12 +44,7 @@ def run_compare(options: CompareOptions) -> int:
 
 
 def compare_evaluations(options: CompareOptions) -> Outcome:
-    """Compare two evaluation folders, B minus A; writes ``comparison.json`` and ``report.html``.
-
-    Raises:
-        UserError: a folder cannot be read or is not finished, nothing is common to both, or ``out`` is in use for
-            something else.
-    """
+    """Compare two evaluation folders, B minus A; writes ``comparison.json`` and ``report.html``."""
     folder_a, folder_b, seed = options.a, options.b, options.seed
     out = options.out or Path("analyses") / f"{folder_a.resolve().name}-vs-{folder_b.resolve().name}"
     _check_out(out)

@@ -69,11 +69,7 @@ def run_decode_temps(options: DecodeTempsOptions) -> int:
 
 
 def decode_temps(options: DecodeTempsOptions) -> Outcome:
-    """Sample every setting that is not on the disk yet, on the same problems with the same random numbers; summarise.
-
-    Raises:
-        UserError: something cannot be used, is in the way, or the folder holds another sweep.
-    """
+    """Sample every setting that is not on the disk yet, on the same problems with the same random numbers; summarise."""
     temperatures, threshold = parse_temperatures(options.temperatures), options.threshold
     subject = open_subject(options)
     samples, settings = subject.config.eval.samples, plan_settings(temperatures, subject.config.eval.temperature)
@@ -89,11 +85,7 @@ def decode_temps(options: DecodeTempsOptions) -> Outcome:
 
 
 def parse_temperatures(text: str) -> tuple[float, ...]:
-    """``0,0.3,1`` as numbers.
-
-    Raises:
-        UserError: one of them is negative, not a number or a duplicate.
-    """
+    """``0,0.3,1`` as numbers."""
     values: list[float] = []
     for word in text.split(","):
         try:

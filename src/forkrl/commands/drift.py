@@ -82,11 +82,7 @@ def run_drift(options: DriftOptions) -> int:
 
 
 def measure_drift(options: DriftOptions) -> Drift:
-    """Measure every checkpoint's entropy on the final one's responses, and compare.
-
-    Raises:
-        UserError: a model, data, a setting or the folder cannot be used, or two checkpoints differ in vocabulary.
-    """
+    """Measure every checkpoint's entropy on the final one's responses, and compare."""
     series = _series(options.models)
     _require_one_vocabulary(series)
     request = make_request(options)

@@ -61,9 +61,6 @@ def ask_benchmarks(
         mirror: see ``load_questions``.
         problems: questions of each, from the first; None: all, of reasoning-gym ``GYM_QUESTIONS``.
         sandbox: where programs run, where there are any.
-
-    Raises:
-        UserError: an unknown name, data that cannot be used, or no sandbox.
     """
     # All names, and the sandbox, are checked before anything is loaded.
     entries = [name if name.startswith(GYM) else find_benchmark(name) for name in dict.fromkeys(names)]
@@ -123,9 +120,6 @@ def ask_task(
         tokenizer: the model's; None where a server keeps it.
         problems: of all parts together, from the first; None: all.
         max_prompt_tokens: longer prompts are rejected; None: any length.
-
-    Raises:
-        UserError: the task cannot be opened, or has no answers.
     """
     config = subject.config.task
     if tokenizer is None:
@@ -167,9 +161,6 @@ def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | Non
         prompt_format: plain: the paper's prompt of base models; chat: the tokenizer's template, or without a tokenizer
             the bare question, which a server puts into its own.
         tokenizer: the model's; None where a server keeps it.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
     """
     if prompt_format == "plain":
         return lambda prompt: replace(prompt, text=PLAIN.replace("{question}", prompt.text))

@@ -38,11 +38,7 @@ class EvalEngine(Protocol):
     facts: Mapping[str, Any]
 
     def settings_for(self, prompts: Sequence[Prompt]) -> TrainConfig:
-        """The settings for these prompts, once each is known to fit.
-
-        Raises:
-            UserError: one is empty or too long.
-        """
+        """The settings for these prompts, once each is known to fit."""
         ...
 
     def sampler(self, grid: Sequence[SampleRequest]) -> Sampler:
@@ -104,11 +100,7 @@ class _Whole:
 
 @contextmanager
 def open_eval_engine(subject: Subject, options: EvalOptions, prompt_format: PromptFormat) -> Iterator[EvalEngine]:
-    """Open the chosen engine with the subject's model.
-
-    Raises:
-        UserError: the model, vLLM or the server cannot be used.
-    """
+    """Open the chosen engine with the subject's model."""
     model = subject.config.model
     if options.server is not None:
         if subject.run is not None:

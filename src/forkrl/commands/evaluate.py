@@ -51,10 +51,6 @@ def evaluate_model(options: EvalOptions) -> Evaluation:
 
     Which prompts without benchmarks: see ``open_subject``. The first ``eval.problems`` of a run are those it was
     evaluated on while it trained, so that the two figures compare. ``rollout.top_p`` and ``top_k`` never apply.
-
-    Raises:
-        UserError: the model, the data or a setting cannot be used, or an override has no effect: before the first
-            response is sampled. Or the engine or the disk gave up: what was sampled is kept.
     """
     subject, asked = _subject_and_benchmarks(options)
     prompt_format: PromptFormat = "chat" if subject.config.task.chat_template else "plain"

@@ -58,11 +58,7 @@ def flag_of(name: str, declared: Option | None = None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all commands share: each value is checked against its range.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """What all commands share: each value is checked against its range."""
 
     def __post_init__(self) -> None:
         for each in fields(self):

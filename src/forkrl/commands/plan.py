@@ -35,11 +35,7 @@ def run_plan(options: PlanOptions) -> int:
 
 
 def plan_run(options: PlanOptions) -> dict[str, Any]:
-    """Plan a recipe; the values that ``--json`` prints.
-
-    Raises:
-        UserError: the recipe, the model or an option is not usable.
-    """
+    """Plan a recipe; the values that ``--json`` prints."""
     config = load_recipe(TrainConfig, options.recipe, options.overrides)
     shape, source = find_shape(config.model.path, config.model.revision)
     gpu = find_gpu(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)

@@ -42,9 +42,6 @@ class ReadyResponses:
         skip_unusable: leave out rows that cannot be used, and count them.
         templated: the prompts come from a chat template, which has added special tokens.
         allow_unknown: accept prompts with characters that the tokenizer does not know.
-
-    Raises:
-        UserError: rows cannot be used (unless skipped), the file cannot be read, or it holds no rows.
     """
 
     def __init__(

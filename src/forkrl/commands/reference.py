@@ -31,11 +31,7 @@ class ModelReference(NamedTuple):
 
 
 def parse_reference(name: str) -> ModelReference:
-    """Recognise RUN, RUN@step-N, RUN@base and RUN/checkpoints/step-N; any other name is a model.
-
-    Raises:
-        UserError: something else after the @ of a run.
-    """
+    """Recognise RUN, RUN@step-N, RUN@base and RUN/checkpoints/step-N; any other name is a model."""
     if is_run(Path(name)):
         return ModelReference(name, Path(name))
     if (match := _AT.fullmatch(name)) and not Path(name).exists() and is_run(Path(match["run"])):

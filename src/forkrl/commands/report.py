@@ -28,11 +28,7 @@ def run_report(options: ReportOptions) -> int:
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into an output folder and return its path.
-
-    Raises:
-        UserError: the folder is missing, no finished output of a command, or damaged.
-    """
+    """Write ``report.html`` into an output folder and return its path."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run, or the folder given to --out")
     for name, (module, function) in _WRITERS.items():

@@ -45,11 +45,7 @@ class Session:
 
 @contextmanager
 def open_model(subject: Subject) -> Iterator[Replicas]:
-    """Load the model and start its replicas.
-
-    Raises:
-        UserError: it cannot be used.
-    """
+    """Load the model and start its replicas."""
     policy = open_policy(subject.config.model, subject.config.runtime.device)
     with open_replicas(policy, None, subject.config.runtime) as replicas:
         yield replicas
@@ -57,11 +53,7 @@ def open_model(subject: Subject) -> Iterator[Replicas]:
 
 @contextmanager
 def open_session(subject: Subject) -> Iterator[Session]:
-    """Load the model and its prompts, check every prompt, and start replicas and verifiers.
-
-    Raises:
-        UserError: model, data or verifier cannot be used, or a prompt that the model cannot read.
-    """
+    """Load the model and its prompts, check every prompt, and start replicas and verifiers."""
     with ExitStack() as stack:
         replicas = stack.enter_context(open_model(subject))
         open_it, most = open_evaluation_task if subject.whole else open_task, subject.config.rollout.max_prompt_tokens
@@ -82,9 +74,6 @@ def graphs_fact(config: TrainConfig) -> dict[str, bool]:
 def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
     """The subject's settings, once every prompt is found to fit; with the length of responses that the model's
     positions leave, where nobody chose one.
-
-    Raises:
-        UserError: a prompt is empty or too long, or leaves too few positions for a response.
     """
     if not subject.bounded:
         return _bounded_by_positions(subject.config, engine, prompts)

@@ -59,11 +59,7 @@ class Settings(NamedTuple):
 
 
 def read_settings(options: ModelOptions | DriftOptions) -> Settings:
-    """Read the recipe or the run, and apply the options to it.
-
-    Raises:
-        UserError: the run, the recipe or a setting cannot be used, or an override has no effect.
-    """
+    """Read the recipe or the run, and apply the options to it."""
     reference = parse_reference(options.model)
     run = reference.run
     if run is not None and options.recipe is not None:
@@ -98,9 +94,6 @@ def open_subject(options: ModelOptions | DriftOptions) -> Subject:
     Which prompts: a *run*, at whichever step, brings its own recipe and its own held-out split. Any
     *model* with ``task.name=dataset``, or a run with overrides that name other data, takes the whole of
     ``task.held_out_data``, or where that is empty the whole of ``task.data``. Countdown has one held-out set.
-
-    Raises:
-        UserError: the run, the recipe or a setting cannot be used, or an override has no effect.
     """
     reference, stored, config, given, whole = read_settings(options)
     if stored is not None:
@@ -131,11 +124,7 @@ class Weights(NamedTuple):
 
 
 def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
-    """The weights that a reference to a run stands for; ``trained``: the model settings of that run.
-
-    Raises:
-        UserError: the run has no such checkpoint, or none at all; the message lists those it has.
-    """
+    """The weights that a reference to a run stands for; ``trained``: the model settings of that run."""
     from forkrl.store.checkpoint import checkpoint_of_step, latest_checkpoint  # which imports torch
 
     assert reference.run is not None

@@ -69,11 +69,7 @@ class SweepResponses:
     def write(
         self, setting: Setting, groups: Sequence[RolloutGroup], threshold: float, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Put a finished setting on the disk, all at once.
-
-        Raises:
-            UserError: the disk is full or refuses.
-        """
+        """Put a finished setting on the disk, all at once."""
         rows = list(_rows(setting, groups, threshold, tokenizer))
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, RESPONSE_SCHEMA), buffer, compression="zstd")

@@ -50,7 +50,7 @@ def run_train(options: TrainOptions) -> int:
     try:
         _train_by_engine(config, out, options.resume, changed)
     except Interrupted as stop:
-        print(f"forkrl: {stop} {stop.outcome}; go on with: forkrl train --resume {folder}", file=sys.stderr)
+        print(f"forkrl: {stop} {stop.outcome}; continue with: forkrl train --resume {folder}", file=sys.stderr)
         return int(stop.exit_code)
     from forkrl.report import run_verdict, write_run_report
 

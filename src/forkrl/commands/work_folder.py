@@ -41,9 +41,6 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
     Args:
         path: the folder.
         question: whatever changes the numbers, as JSON can hold it; ``schema`` is among it.
-
-    Raises:
-        UserError: the folder holds something else, the answer to another question, or is in use.
     """
     with explained_write_errors(path):
         existed = path.exists()
@@ -110,11 +107,7 @@ def command_line() -> str:
 
 
 def stored_question(folder: Path) -> dict[str, Any]:
-    """What the work in the folder answers; empty where none was started.
-
-    Raises:
-        UserError: settings.json is damaged.
-    """
+    """What the work in the folder answers; empty where none was started."""
     try:
         stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -127,11 +120,7 @@ def stored_question(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object that a command wrote.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """An object that a command wrote."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -142,11 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_usable(path: Path) -> None:
-    """Reject a folder that holds anything but a command's work.
-
-    Raises:
-        UserError: naming what is there.
-    """
+    """Reject a folder that holds anything but a command's work."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; name another folder with --out")
     if not path.exists() or stored_question(path):

@@ -32,10 +32,6 @@ def load_recipe(
         overrides: each ``section.key=value``; the value is TOML, a bare word is a string, and an empty one restores
             the default.
         base: the recipe to override when there is no file.
-
-    Raises:
-        UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or range. One line,
-            naming the place (the file, or the command line), the key, the value, and what is allowed.
     """
     values = _read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
     values.pop("provenance", None)  # the config.toml of a run is a recipe too
@@ -63,11 +59,7 @@ def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> R
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values, by key (``{"training.steps": 60}``).
-
-    Raises:
-        UserError: an unknown key, or a value of the wrong type or range.
-    """
+    """The recipe with other values, by key (``{"training.steps": 60}``)."""
     values = recipe_toml(recipe)
     for key, value in changes.items():
         _set(values, key, value)

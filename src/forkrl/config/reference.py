@@ -18,11 +18,7 @@ from forkrl.errors import UserError
 
 
 def print_settings(words: Sequence[str]) -> None:
-    """Print the settings whose key or reason contains all words; into a file without words, the whole reference.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Print the settings whose key or reason contains all words; into a file without words, the whole reference."""
     if not words and not sys.stdout.isatty():
         print(recipe_reference(), end="")
         return

@@ -53,9 +53,6 @@ def _split(url: str) -> tuple[str, str, str, str]:
 def reject_written_secrets(key: str, value: Any) -> None:
     """Reject credentials that are written out in a setting: of an address the user, the password and the values of its
     query; and all text and numbers in a setting, or beneath one, with a name such as ``headers`` or ``api_key``.
-
-    Raises:
-        ValueError: names the setting and the remedy, and does not show the value.
     """
 
     def reject(place: str, fault: str) -> None:
@@ -126,11 +123,7 @@ class SecretValues:
         self._names: dict[str, str] = {}
 
     def resolve(self, key: str, value: Any) -> Any:
-        """The setting with the environment's values, in tables and lists too.
-
-        Raises:
-            UserError: a variable is not set; names the setting and the variable.
-        """
+        """The setting with the environment's values, in tables and lists too."""
         if isinstance(value, dict):
             return {name: self.resolve(f"{key}.{name}", item) for name, item in value.items()}
         if isinstance(value, list | tuple):

@@ -71,11 +71,7 @@ class Benchmark:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The entry of that name.
-
-    Raises:
-        UserError: there is none; the line names the nearest.
-    """
+    """The entry of that name."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)

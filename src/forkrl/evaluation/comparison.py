@@ -64,9 +64,6 @@ def compare(a: Responses, b: Responses, seed: int = 0, sides: tuple[str, str] = 
         ``benchmarks``: see ``compare_benchmark``, with ``p_holm``, the p-value adjusted for their number. ``pooled``:
         differences averaged over benchmarks, each weighing the same; None for a single one. ``notices``: sentences on
         what is not the same on both sides.
-
-    Raises:
-        UserError: no benchmark or, in one, no question is common.
     """
     names = [name for name in a if name in b]
     if not names:

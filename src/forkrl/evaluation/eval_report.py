@@ -20,11 +20,7 @@ SHOWN_QUESTIONS = 8
 
 
 def write_eval_report(folder: Path) -> Path:
-    """Write the page of a finished evaluation from its folder, and return its path.
-
-    Raises:
-        UserError: see ``read_evaluation``; or the page cannot be written.
-    """
+    """Write the page of a finished evaluation from its folder, and return its path."""
     results, scored = read_evaluation(folder)
     samples = {each["name"]: each["samples"] for each in results["benchmarks"]}
     shelves = [

@@ -33,9 +33,6 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Scored
     """What ``forkrl eval`` left in a folder: its results, and by benchmark the responses that they are made of.
 
     Their texts are left out (``text`` is empty): they can be gigabytes. ``read_texts`` gives those that are wanted.
-
-    Raises:
-        UserError: it is no evaluation folder, the evaluation is not finished, or a line is damaged.
     """
     results = read_results(folder)
     scored = {}
@@ -51,11 +48,7 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Scored
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """``results.json`` of a folder.
-
-    Raises:
-        UserError: there is none, it is damaged, or another version's.
-    """
+    """``results.json`` of a folder."""
     path = folder / RESULTS
     if not path.is_file():
         if (folder / "settings.json").is_file() and (folder / "responses").is_dir():
@@ -78,11 +71,7 @@ def unfinished_benchmarks(folder: Path, results: Mapping[str, Any]) -> list[str]
 
 
 def read_questions(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """By id: ``prompt`` and ``answer`` of every question of a benchmark; empty where they were not kept.
-
-    Raises:
-        UserError: a line is damaged.
-    """
+    """By id: ``prompt`` and ``answer`` of every question of a benchmark; empty where they were not kept."""
     path = folder / "questions" / f"{name}.jsonl"
     if not path.is_file():
         return {}
@@ -90,11 +79,7 @@ def read_questions(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def read_texts(folder: Path, name: str, wanted: Set[Key]) -> dict[Key, str]:
-    """The texts of some responses to a benchmark, by question and sample, a server's separate reasoning in front.
-
-    Raises:
-        UserError: a line is damaged.
-    """
+    """The texts of some responses to a benchmark, by question and sample, a server's separate reasoning in front."""
     rows = checked_rows(folder / "responses" / f"{name}.jsonl", RESPONSE)
     return {_key(row): _as_written(row) for row in rows if _key(row) in wanted}
 
@@ -141,11 +126,7 @@ def _key(row: dict[str, Any]) -> Key:
 
 
 def checked_rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines in an evaluation's folder, each with the keys asked for and values of their kinds.
-
-    Raises:
-        UserError: a line is damaged; it names the line and how to go on.
-    """
+    """The objects of a file of lines in an evaluation's folder, each with the keys asked for and values of their kinds."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path} line {number}"

@@ -53,10 +53,6 @@ def load_questions(benchmark: Benchmark, mirror: Path | None) -> Questions:
     Args:
         benchmark: which.
         mirror: the folder that holds ``owner/name``; None: the hub.
-
-    Raises:
-        UserError: one line: the hub or the mirror does not give the data, its columns are others, or a row has no
-            question or no answer.
     """
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}

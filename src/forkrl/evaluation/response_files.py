@@ -32,9 +32,6 @@ class LineFile:
 
     Args:
         path: the file; its folder is made, and half a last line is dropped.
-
-    Raises:
-        UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,19 +42,11 @@ class LineFile:
             os.ftruncate(self._descriptor, _end_of_whole_lines(self._descriptor))
 
     def rows(self, kinds: Kinds) -> Iterator[dict[str, Any]]:
-        """What the file holds, line by line; see ``checked_rows``.
-
-        Raises:
-            UserError: a line is damaged, or lacks a key or has a value of another kind.
-        """
+        """What the file holds, line by line; see ``checked_rows``."""
         return checked_rows(self.path, kinds)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line.
-
-        Raises:
-            UserError: the disk is full or refuses; the part of the line that it took is taken back.
-        """
+        """Write one line."""
         line = memoryview(json.dumps(row).encode("ascii") + b"\n")
         with explained_write_errors(self.path):
             end = os.fstat(self._descriptor).st_size
@@ -98,9 +87,6 @@ class BenchmarkFiles:
         name: of the benchmark; the files' names.
         prompts: its questions, as the model reads them.
         samples: responses to each.
-
-    Raises:
-        UserError: the folder holds responses to other questions, or a file is damaged.
     """
 
     def __init__(self, folder: Path, name: str, prompts: Sequence[Prompt], samples: int) -> None:

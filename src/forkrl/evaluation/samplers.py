@@ -58,11 +58,7 @@ class Sampler(Protocol):
     name: str
 
     def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
-        """Sample a response to every request, yielding each as it finishes, in any order.
-
-        Raises:
-            UserError: the engine cannot go on, such as a server that stopped to answer; what was yielded counts.
-        """
+        """Sample a response to every request, yielding each as it finishes, in any order."""
         ...
 
 
@@ -86,12 +82,7 @@ class EmbeddedSampler:
         self._waves = [grid[start : start + size] for start in range(0, len(grid), size)]
 
     def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
-        """See ``Sampler``; responses come wave by wave, the shorter ones of a wave first.
-
-        Raises:
-            UserError: the model has no positions for so long a response, or a stop token is not one token.
-            TrainingHalted: the model's logits are not finite.
-        """
+        """See ``Sampler``; responses come wave by wave, the shorter ones of a wave first."""
         from forkrl.rollout.held_out import evaluation_generator
 
         wanted = {(request.prompt.id, request.sample) for request in requests}

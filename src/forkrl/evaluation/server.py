@@ -66,9 +66,6 @@ class ServerSampler:
         patience: failures of one request, or per request in flight without a response in between, that end sampling.
         first_wait_s: wait before the second try; it doubles with every try, up to a minute.
         largest_answer: bytes.
-
-    Raises:
-        UserError: the server cannot be reached, rejects the key, or lacks the model.
     """
 
     name = "server"
@@ -97,9 +94,6 @@ class ServerSampler:
         """Sample a response to every request, yielding each as it finishes, in any order.
 
         At most ``2 * concurrency`` responses are ahead of the caller. Closing the iterator abandons what is in flight.
-
-        Raises:
-            UserError: the server rejects a request or fails ``patience`` times; what was yielded is valid.
         """
         if not requests:
             return

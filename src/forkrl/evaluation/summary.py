@@ -41,9 +41,6 @@ def summarise_benchmark(responses: Sequence[ScoredResponse], samples: int) -> di
     Args:
         responses: in any order.
         samples: K, of every question.
-
-    Raises:
-        ValueError: no responses, or a question with more or fewer than K of them.
     """
     rows = list(by_question(responses, samples).values())
     outcomes = outcomes_of(rows)
@@ -66,11 +63,7 @@ def summarise_benchmark(responses: Sequence[ScoredResponse], samples: int) -> di
 
 
 def by_question(responses: Sequence[ScoredResponse], samples: int) -> dict[str, list[ScoredResponse]]:
-    """The responses to each question, questions and samples in order, whatever order they finished in.
-
-    Raises:
-        ValueError: no responses, or a question with more or fewer than ``samples``.
-    """
+    """The responses to each question, questions and samples in order, whatever order they finished in."""
     found: dict[str, list[ScoredResponse]] = {}
     for response in sorted(responses, key=lambda response: (response.question, response.sample)):
         found.setdefault(response.question, []).append(response)
@@ -161,11 +154,7 @@ def _length_histogram(outcomes: Outcomes) -> dict[str, list[float]]:
 def average_over_benchmarks(
     scored: Mapping[str, Sequence[ScoredResponse]], samples: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """Mean ``accuracy`` and ``length`` over benchmarks, each weighing the same, with intervals; None for a single one.
-
-    Raises:
-        ValueError: as ``summarise_benchmark``.
-    """
+    """Mean ``accuracy`` and ``length`` over benchmarks, each weighing the same, with intervals; None for a single one."""
     if len(scored) < 2:
         return None
     outcomes = [outcomes_of(list(by_question(scored[name], samples[name]).values())) for name in scored]

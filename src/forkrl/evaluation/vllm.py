@@ -26,9 +26,6 @@ class VllmSampler:
         tensor_parallel_size: accelerators that share the model.
         stop_token_ids: tokens that end a response.
         max_requests: in the engine at once. It batches as many as fit; the others wait in it.
-
-    Raises:
-        UserError: vLLM is not installed, or cannot open the model.
     """
 
     name = "vllm"
@@ -65,9 +62,6 @@ class VllmSampler:
         """Sample a response to every request, yielding each as it finishes, in any order.
 
         Closing the iterator, or an exception such as KeyboardInterrupt, takes the others out of the engine.
-
-        Raises:
-            UserError: a prompt leaves no room for a response, or vLLM fails; what was yielded counts.
         """
         ids_by_question = self._encode(requests, sampling)
         backlog = iter(requests)

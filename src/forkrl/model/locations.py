@@ -18,11 +18,7 @@ _FILE_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".toml", ".safe
 
 
 def model_location(path: str) -> str:
-    """The folder or hub id behind ``model.path``.
-
-    Raises:
-        UserError: no such embedded model, a local path where no folder is, or a GGUF file.
-    """
+    """The folder or hub id behind ``model.path``."""
     if path.startswith(EMBEDDED_PREFIX):
         folder = resources.files("forkrl") / "assets" / path.removeprefix(EMBEDDED_PREFIX)
         if not folder.is_dir():
@@ -38,11 +34,7 @@ def model_location(path: str) -> str:
 
 
 def _require_no_gguf(path: str) -> None:
-    """Reject a GGUF file, or a folder that holds nothing else.
-
-    Raises:
-        UserError: with the lines that convert it.
-    """
+    """Reject a GGUF file, or a folder that holds nothing else."""
     given = Path(path).expanduser()
     files = sorted(given.glob("*.gguf")) if given.is_dir() and not any(given.glob("*.safetensors")) else []
     if path.endswith(".gguf") or files:
@@ -61,9 +53,6 @@ def require_hub_id(name: str, key: str, kind: str) -> None:
         name: of something that is not usable as a local path; ``owner/name`` or ``name`` on the hub.
         key: the setting that holds it.
         kind: what it would be locally, such as "folder".
-
-    Raises:
-        UserError: with the most similar local name, if there is one.
     """
     path = Path(name).expanduser()
     if path.is_file():

@@ -114,11 +114,7 @@ class Policy:
 
 
 def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:
-    """Reject lengths for which the model has no positions: it would fail late, or write nonsense.
-
-    Raises:
-        UserError: with the longest response that fits.
-    """
+    """Reject lengths for which the model has no positions: it would fail late, or write nonsense."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and prompt_tokens + response_tokens > positions:
         raise UserError(
@@ -128,12 +124,7 @@ def require_positions(model_config: Any, prompt_tokens: int, response_tokens: in
 
 
 def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
-    """Load model and tokenizer, fp32, on the device, ready to train.
-
-    Raises:
-        UserError: nothing at that path, weights that do not fit, a tokenizer without EOS, or a model that ForkRL does
-            not support (``model_support``).
-    """
+    """Load model and tokenizer, fp32, on the device, ready to train."""
     path = model_location(config.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(

@@ -22,9 +22,6 @@ def prompt_token_ids(
 
     The tokenizer adds its own special tokens, except to a prompt that a chat template has wrapped: the template has
     added them. A prompt that already starts with BOS gets no second one.
-
-    Raises:
-        UserError: no tokens, or more than ``max_tokens``, the recipe's ``rollout.max_prompt_tokens``.
     """
     ids: Sequence[int] = tokenizer.encode(prompt.text, add_special_tokens=not prompt.templated)
     if has_second_bos(tokenizer, prompt, ids):
@@ -59,11 +56,7 @@ class PromptCheck:
         self._noticed = False
 
     def __call__(self, prompt: Prompt, *, allow_unknown: bool) -> tuple[int, ...]:
-        """The token ids of the prompt.
-
-        Raises:
-            UserError: no tokens, too many, or unless ``allow_unknown``, characters that the tokenizer does not know.
-        """
+        """The token ids of the prompt."""
         ids = prompt_token_ids(self.tokenizer, prompt, max_tokens=self.max_tokens)
         if not allow_unknown and (unknown := self._vocabulary.unknown_in(prompt.text)):
             raise UserError(

@@ -23,9 +23,6 @@ def stop_token_ids(
         tokenizer: has an EOS token.
         generation: of the model; many chat models end a turn with another token than the tokenizer's EOS.
         stop: further tokens, as text.
-
-    Raises:
-        UserError: one of ``stop`` is not exactly one token of this tokenizer.
     """
     eos = None if generation is None else generation.eos_token_id
     own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

@@ -28,11 +28,7 @@ _PROBE_LOGIT = 100.0
 
 
 def require_no_adapter(location: str, revision: str | None, path: str) -> None:
-    """Reject a model with an adapter, which would be ignored.
-
-    Raises:
-        UserError: there is an ``adapter_config.json``.
-    """
+    """Reject a model with an adapter, which would be ignored."""
     if find_adapter_config_file(location, revision=revision) is not None:
         raise UserError(
             f"model.path = {path!r} has an adapter (adapter_config.json), which ForkRL does not support yet; merge it "
@@ -45,9 +41,6 @@ def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
     """Reject rotary embeddings whose frequencies depend on the longest sequence of a batch.
 
     The log-probs of a token then differ between sampling and training, and with the other sequences of its batch.
-
-    Raises:
-        UserError: naming the type of rotary embedding.
     """
     for kind in rope_types(config.to_dict()):
         if kind == "longrope" or "dynamic" in kind:
@@ -69,11 +62,7 @@ def rope_types(settings: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def require_supported(policy: Policy, path: str) -> None:
-    """Reject a model whose log-probs ForkRL would compute wrongly, for every command.
-
-    Raises:
-        UserError: naming the model and the reason.
-    """
+    """Reject a model whose log-probs ForkRL would compute wrongly, for every command."""
     require_fixed_frequencies(policy.model.config, path)
     with explained_failures(policy, path):
         _require_finite(policy, path)

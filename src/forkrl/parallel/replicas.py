@@ -124,10 +124,6 @@ class Replicas:
             items: divided among the replicas, the same way each time.
             arguments: the same for every item.
             sizes: the work in each item, for a fair division; by default all alike.
-
-        Raises:
-            ReplicaLost: a process has died. What ``function`` raises, wherever it ran, is raised here too. Either way
-                the replicas are closed.
         """
         if self.count > 1 and function.__module__ == "__main__":
             raise ValueError(f"{function.__name__} is of the program itself; other processes need it in a module")
@@ -233,11 +229,7 @@ class Replicas:
 
 
 def open_replicas(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Replicas:
-    """As many replicas as the settings and the model ask for, with the threads divided among them.
-
-    Raises:
-        UserError: more replicas than threads, or several on an accelerator.
-    """
+    """As many replicas as the settings and the model ask for, with the threads divided among them."""
     threads = configure_threads(config.threads)
     count = config.replicas or (threads if _is_small(policy) else 1)
     if count > 1 and policy.device.type != "cpu":

@@ -38,9 +38,6 @@ def configure_threads(num_threads: int = 0) -> int:
 
     Args:
         num_threads: 0 takes ``OMP_NUM_THREADS`` where it is set, else one a core.
-
-    Raises:
-        UserError: ``OMP_NUM_THREADS`` is needed and no positive number.
     """
     import torch
 

@@ -45,11 +45,7 @@ DEFAULT_GPU = "h100"
 
 
 def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None, bandwidth_tb: float | None) -> Gpu:
-    """A GPU by name (default: H100), with any of its numbers replaced, or one described by numbers alone.
-
-    Raises:
-        UserError: no GPU of that name, or a number that is not above 0.
-    """
+    """A GPU by name (default: H100), with any of its numbers replaced, or one described by numbers alone."""
     options = ("--gpu-memory", memory_gib), ("--gpu-tflops", tflops), ("--gpu-bandwidth", bandwidth_tb)
     given = {option: number for option, number in options if number is not None}
     for option, number in given.items():

@@ -91,11 +91,7 @@ class FoundShape(NamedTuple):
 
 
 def find_shape(path: str, revision: str | None = None) -> FoundShape:
-    """The shape of ``model.path``: a local folder first, then known names, then the hub.
-
-    Raises:
-        UserError: there is no such model, its ``config.json`` is not available, or its architecture is not modelled.
-    """
+    """The shape of ``model.path``: a local folder first, then known names, then the hub."""
     folder, source = Path(path).expanduser(), None
     if path.startswith(EMBEDDED_PREFIX):
         folder = Path(str(resources.files("forkrl"))) / "assets" / path.removeprefix(EMBEDDED_PREFIX)
@@ -129,11 +125,7 @@ def known_shape(path: str) -> FoundShape | None:
 
 
 def parse_shape(values: Mapping[str, Any], path: str) -> ModelShape:
-    """A shape from the values of a ``config.json``.
-
-    Raises:
-        UserError: another architecture, a mixture of experts, or invalid sizes.
-    """
+    """A shape from the values of a ``config.json``."""
     architecture = str(values.get("model_type", "unknown"))
     activation, bias = values.get("hidden_act", "silu"), bool(values.get("attention_bias"))
     experts = any(values.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))

@@ -73,9 +73,6 @@ def coloured_response(
         entropy: nats, T values; one that is not finite is shown struck through, for it has no colour.
         top: the entropy that gets the last colour; by default that of the page, the 99.5th percentile.
         dark: the part of the ramp that suits a dark terminal; False for a light one.
-
-    Raises:
-        ValueError: ``tokens`` and ``entropy`` differ in length.
     """
     scale = top_entropy(entropy) if top is None else top
     text = Text(end="")

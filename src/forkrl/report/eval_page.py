@@ -54,9 +54,6 @@ def write_eval_page(
         average: ``accuracy`` and ``length`` over the benchmarks, each an estimate; None for a single one.
         shelves: responses to read.
         paper: Table 2 by benchmark and model size: percent after training on all tokens and on forks.
-
-    Raises:
-        UserError: the page cannot be written.
     """
     return write_page(folder / "report.html", eval_page(results, average=average, shelves=shelves, paper=paper or {}))
 

@@ -89,9 +89,6 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
     Args:
         max_bytes: what the tokens may take; beyond it the views show fewer prompts and cut long responses, and say so.
-
-    Raises:
-        ValueError: the lists of a response are of different lengths, or there is not one list of entropies a layer.
     """
     table = TextTable()
     layers = [layer for view in forks.views for response in responses_of(view.frames) for layer in response.entropy]

@@ -173,11 +173,7 @@ def render_page(page: Page) -> str:
 
 
 def write_page(path: Path, page: Page) -> Path:
-    """Write the page, whole or not at all, and return its path.
-
-    Raises:
-        UserError: the page cannot be written; an old one then stays as it was.
-    """
+    """Write the page, whole or not at all, and return its path."""
     write_text(path, render_page(page))
     return path
 

@@ -140,11 +140,7 @@ class RunData:
 
 
 def read_run(folder: Path, max_train_files: int) -> RunData:
-    """Read the run folder; of the training samples, at most ``max_train_files``, evenly spaced, both ends included.
-
-    Raises:
-        UserError: the folder is missing, or is not a run (it has no readable config.toml).
-    """
+    """Read the run folder; of the training samples, at most ``max_train_files``, evenly spaced, both ends included."""
     notes: list[str] = []
     settings = _read_config(folder)
     provenance = settings.pop("provenance", {})

@@ -34,9 +34,6 @@ def write_run_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder, whole or not at all, and return its path.
 
     Reads only config.toml, metrics.jsonl and rollouts/*. The page says what is missing or damaged.
-
-    Raises:
-        UserError: the folder is not a run, or the page cannot be written.
     """
     run = read_run(Path(run_dir), MAX_TRAIN_STEPS)
     return write_page(Path(run_dir) / "report.html", run_page(run))

@@ -46,10 +46,6 @@ def verify_at_endpoint(
         url: where to POST; redirects are not followed.
         timeout_s: limit for all attempts together, below the deadline of the pool.
         headers: additional headers, such as ``Authorization``.
-
-    Raises:
-        EndpointError: after two retries of failed connections, 429 and 5xx; at once for any other status than 200 and
-            for an invalid reply.
     """
     # ASCII JSON carries anything a Python string can hold, lone surrogates too.
     body = json.dumps({"answer": answer, "response": response}).encode("ascii")

@@ -36,9 +36,6 @@ def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement
         answer: the question's origin as JSON (written by ``tasks/gym.py``).
         response: what the model wrote.
         strict: partial scores become 0.
-
-    Raises:
-        ValueError: the question cannot be made again as it was.
     """
     dataset, entry = _entry(answer)
     written = final_answer(response)

@@ -50,9 +50,6 @@ class VerifierPool:
         first_failures: prompt and message of the first failure of each kind.
         announce: called from the pool's thread with one line at the first failure of each kind; logs a warning by
             default.
-
-    Raises:
-        UserError: a verifier cannot be imported or does not take its options, naming the path and the reason.
     """
 
     def __init__(
@@ -129,11 +126,7 @@ class VerifierPool:
         return batch.future
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        """``submit`` and wait; Ctrl-C abandons the batch, and the pool stays usable.
-
-        Raises:
-            UserError: a replacement worker could not be started.
-        """
+        """``submit`` and wait; Ctrl-C abandons the batch, and the pool stays usable."""
         future = self.submit(items)
         try:
             return future.result()
@@ -197,11 +190,7 @@ class VerifierPool:
 
 
 def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
-    """The pool that a recipe asks for, with ``${NAME}`` in the options replaced by the environment's values.
-
-    Raises:
-        UserError: a verifier cannot start, its server cannot be reached, or a variable is not set.
-    """
+    """The pool that a recipe asks for, with ``${NAME}`` in the options replaced by the environment's values."""
     secrets = SecretValues()
     resolved = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
     try:

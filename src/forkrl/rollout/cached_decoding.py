@@ -23,9 +23,6 @@ def require_cached_decoding(policy: Policy) -> None:
     """Reject a model that keeps state other than keys and values, or whose cached decoding deviates.
 
     Decodes a few tokens after two prompts of different lengths, in fp32.
-
-    Raises:
-        UserError: naming the model and the reason.
     """
     failure = f"{type(policy.model).__name__} cannot be sampled or trained"
     try:

@@ -79,9 +79,6 @@ class EmbeddedEngine:
         """Sample ``group_size`` responses to each prompt, in the order of the prompts.
 
         Raises as ``stream`` does, and:
-
-        Raises:
-            UserError: a prompt is empty or longer than ``max_prompt_tokens``.
         """
         rollouts: list[dict[int, Rollout]] = [{} for _ in prompts]
         prefixes = [self.prefix(prompt) for prompt in prompts]
@@ -111,11 +108,6 @@ class EmbeddedEngine:
 
         Sequences are decoded in waves of at most ``wave_sequences``, those with alike room together; a replica reads a
         prefix once for all of its sequences in a wave.
-
-        Raises:
-            UserError: the model has no positions for so long a response.
-            TrainingHalted: the model's logits are not finite.
-            ValueError: a prefix leaves no room for a token.
         """
         limit = sampling.max_response_tokens
         longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
@@ -141,20 +133,12 @@ class EmbeddedEngine:
         Args:
             prompts: all that may be sampled from.
             response_tokens: the longest response.
-
-        Raises:
-            UserError: a prompt is empty or longer than ``max_prompt_tokens``, or the model has no positions for the
-                longest prompt with the longest response.
         """
         longest = max(map(self.count_tokens, prompts), default=0)
         require_positions(self.policy.model.config, longest, response_tokens)
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt.
-
-        Raises:
-            UserError: there are none, or more than ``max_prompt_tokens``.
-        """
+        """Tokens of a prompt."""
         return len(self.prefix(prompt).prompt_ids)
 
     def _decode_waves(

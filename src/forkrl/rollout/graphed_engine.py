@@ -53,11 +53,7 @@ class GraphedEngine(EmbeddedEngine):
 
 
 def require_graphs(policy: Policy) -> None:
-    """Refuse ``rollout.cuda_graphs`` where there would be none.
-
-    Raises:
-        UserError: the device is not CUDA, or the step does not reproduce the model.
-    """
+    """Refuse ``rollout.cuda_graphs`` where there would be none."""
     remedy = "set rollout.cuda_graphs = false (a run that began with it needs a new --out)"
     if policy.device.type != "cuda":
         raise UserError(

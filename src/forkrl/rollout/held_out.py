@@ -27,9 +27,6 @@ def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy)
         config: limit and stop tokens are the rollout's.
         temperature: 0 is greedy.
         policy: knows the ids of the stop tokens.
-
-    Raises:
-        UserError: a stop token that is not one token of the policy's tokenizer.
     """
     return SamplingParams(
         max_response_tokens=config.rollout.max_response_tokens,

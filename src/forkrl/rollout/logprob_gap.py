@@ -35,11 +35,7 @@ def logprob_gap(policy: Policy, batch: TokenBatch, temperature: float) -> Logpro
 
 
 def require_small_gap(gap: LogprobGap, precision: str) -> None:
-    """Stop a run whose engine and trainer disagree.
-
-    Raises:
-        TrainingHalted: the mean gap is above the limit of this precision, or not finite.
-    """
+    """Stop a run whose engine and trainer disagree."""
     limit = MAX_MEAN_GAP[precision]
     if not gap.mean <= limit:
         raise TrainingHalted(

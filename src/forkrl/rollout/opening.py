@@ -14,12 +14,7 @@ if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
 
 
 def open_engine(replicas: Replicas, config: TrainConfig) -> EmbeddedEngine:
-    """The embedded engine, with graphs or without.
-
-    Raises:
-        UserError: a model that cannot be decoded from a cache; ``rollout.cuda_graphs`` for a model or a device without
-            them.
-    """
+    """The embedded engine, with graphs or without."""
     require_cached_decoding(replicas.policy)
     if config.rollout.cuda_graphs:
         require_graphs(replicas.policy)

@@ -34,11 +34,7 @@ _NAMES = ("high", "low", "threshold")
 
 
 def requested(params: Any) -> ForkTemperature | None:
-    """What a request's ``SamplingParams.extra_args`` ask for; None if nothing.
-
-    Raises:
-        ValueError: not three numbers, one out of range, or a temperature of vLLM's own together with them.
-    """
+    """What a request's ``SamplingParams.extra_args`` ask for; None if nothing."""
     value = (params.extra_args or {}).get(KEY)
     if value is None:
         return None

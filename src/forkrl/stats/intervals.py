@@ -49,9 +49,6 @@ def mean_with_interval(scores: Scores) -> Estimate:
 
     Args:
         scores: ``[P, K]`` in [0, 1].
-
-    Raises:
-        ValueError: no scores, ragged rows, or a score outside [0, 1].
     """
     scores_PK = _as_shares(scores)
     return _wilson_of_means(scores_PK.mean(axis=1), most=scores_PK.size)
@@ -65,9 +62,6 @@ def mean_with_normal_interval(values: Scores) -> Estimate:
 
     Returns:
         The mean; with one question the ends are NaN, for nothing is known of the spread.
-
-    Raises:
-        ValueError: no values, ragged rows, or a value that is not finite.
     """
     return _student(_as_matrix(values).mean(axis=1))
 
@@ -86,9 +80,6 @@ def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
 
     Returns:
         The difference; with one question the ends are NaN.
-
-    Raises:
-        ValueError: different numbers of questions, no scores, ragged rows, or a score outside [0, 1].
     """
     a_PK, b_PK = _as_shares(scores_a), _as_shares(scores_b)
     _check_pairs(a_PK, b_PK)
@@ -104,9 +95,6 @@ def paired_difference_of_values(values_a: Sequence[float], values_b: Sequence[fl
         values_a: ``[P]``, chances of a right draw, before.
         values_b: ``[P]``, after.
         num_draws: independent draws that each value comes from, at most; for pass@k of K samples K / k.
-
-    Raises:
-        ValueError: as :func:`paired_difference`.
     """
     a_P1, b_P1 = (_as_shares([[value] for value in values]) for values in (values_a, values_b))
     _check_pairs(a_P1, b_P1)
@@ -119,9 +107,6 @@ def paired_normal_difference(values_a: Scores, values_b: Scores) -> Estimate:
     Args:
         values_a: ``[P, K]``, finite.
         values_b: ``[P, K']``, finite; row p is the same question.
-
-    Raises:
-        ValueError: different numbers of questions, no values, ragged rows, or a value that is not finite.
     """
     a_PK, b_PK = _as_matrix(values_a), _as_matrix(values_b)
     _check_pairs(a_PK, b_PK)
@@ -138,9 +123,6 @@ def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estima
         values: ``[P]``, chances of a right draw.
         num_draws: independent draws that each value comes from, at most. For a value made from all ways to draw k of K
             samples that is K / k (Hoeffding's bound on the variance of a U-statistic).
-
-    Raises:
-        ValueError: no values, or one outside [0, 1].
     """
     values_P1 = _as_shares([[value] for value in values])
     return _wilson_of_means(values_P1[:, 0], most=values_P1.size * num_draws)
@@ -242,9 +224,6 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     """Probability that at least one of ``k`` samples is right, without bias: ``1 - C(n - c, k) / C(n, k)``.
 
     The estimator of arXiv 2107.03374, eq. 1, in exact integers. Plugging c / n into ``1 - (1 - p)^k`` would be too low.
-
-    Raises:
-        ValueError: not ``0 <= num_correct <= num_samples`` or not ``1 <= k <= num_samples``.
     """
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct = {num_correct} is not between 0 and num_samples = {num_samples}")
@@ -264,9 +243,6 @@ def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Esti
         num_correct: ``[P]``, right samples of each question.
         num_samples: samples of each question.
         k: draws allowed.
-
-    Raises:
-        ValueError: no questions, or as :func:`pass_at_k`.
     """
     values = [pass_at_k(correct, num_samples, k) for correct in num_correct]
     return mean_of_question_values(values, num_samples / k)

@@ -23,11 +23,7 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, durably and all at once.
-
-    Raises:
-        UserError: the disk is full or refuses; whatever stood at ``path`` still does.
-    """
+    """Put ``data`` at ``path``, durably and all at once."""
     with explained_write_errors(path):
         temporary = temporary_beside(path)
         try:
@@ -79,11 +75,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while ``path`` is written into one line for the user.
-
-    Raises:
-        UserError: names ``path``, what was refused, that nothing old was lost, and the remedy.
-    """
+    """Turn what the operating system refuses while ``path`` is written into one line for the user."""
     try:
         yield
     except Exception as error:

@@ -45,11 +45,7 @@ def changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def refuse_other_data(folder: RunFolder, config: TrainConfig, fingerprint: str) -> None:
-    """Give the folder free and refuse, if a run is to be resumed on other prompts than it began with.
-
-    Raises:
-        UserError: both fingerprints.
-    """
+    """Give the folder free and refuse, if a run is to be resumed on other prompts than it began with."""
     before = folder.provenance.get("data_fingerprint")
     if before != fingerprint:
         folder.close()

@@ -14,11 +14,7 @@ _PREFIXES = tuple(key.removesuffix("*") for key in CHANGEABLE)
 
 
 def stored_config(folder: Path) -> TrainConfig:
-    """The settings of the run in ``folder``.
-
-    Raises:
-        UserError: there is no run, or its config.toml is damaged or was edited.
-    """
+    """The settings of the run in ``folder``."""
     return parse_recipe(TrainConfig, read_recipe(folder), str(folder / CONFIG))
 
 
@@ -29,9 +25,6 @@ def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]
         folder: of the run.
         config: the settings to resume it with.
         changed: settings that differ on purpose, as on the command line; any other difference is an error.
-
-    Raises:
-        UserError: the message lists all differences that are not accepted.
     """
     by_verl = config.runtime.engine == "verl"
     accepted: list[str] = []

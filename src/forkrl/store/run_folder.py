@@ -88,9 +88,6 @@ class RunFolder:
         Args:
             recipe_values: The resolved recipe as TOML can hold it, as ``recipe_toml`` gives it.
             provenance: Versions, commit, fingerprint of the data; None values are left out.
-
-        Raises:
-            UserError: the folder holds a run or anything else, is in use, or cannot be written.
         """
         refuse_occupied(path)
         with explained_write_errors(path):
@@ -110,11 +107,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Take up an existing run.
-
-        Raises:
-            UserError: there is no run in that folder, its config.toml is damaged, or another process holds it.
-        """
+        """Take up an existing run."""
         config = _read_config(path)
         with explained_write_errors(path):
             lock = lock_folder(path, "training")
@@ -160,9 +153,6 @@ class RunFolder:
             recipe_values: The resolved recipe as TOML can hold it.
             step: The last step done with the earlier settings.
             changes: Each as ``key: old -> new``.
-
-        Raises:
-            UserError: the disk is full or refuses; config.toml is then as it was.
         """
         history = [*self.provenance.get("changes", []), {"after_step": step, "settings": list(changes)}]
         _write_config(self.path, recipe_values, {**self.provenance, "changes": history})
@@ -173,11 +163,7 @@ class RunFolder:
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, handed to the operating system at once. NaN and infinity become null.
-
-        Raises:
-            UserError: the disk is full or refuses; the log is then as it was before.
-        """
+        """Add one line to metrics.jsonl, handed to the operating system at once. NaN and infinity become null."""
         finite = {key: _null_if_not_finite(value) for key, value in record.items()}
         line = json.dumps(finite, allow_nan=False).encode("utf-8") + b"\n"
         before = self._size()
@@ -213,11 +199,7 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every line of metrics.jsonl; one that is still being written, at the end, is left out.
-
-        Raises:
-            UserError: a line is not a JSON object.
-        """
+        """Every line of metrics.jsonl; one that is still being written, at the end, is left out."""
         records: list[dict[str, Any]] = []
         *lines, _ = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
@@ -241,10 +223,6 @@ class RunFolder:
         Args:
             name: ``train-`` or ``eval-`` and the step in six digits.
             rows: One mapping a response, with the columns of ``rollout_schema``; only ``advantage`` may be None.
-
-        Raises:
-            UserError: the disk is full or refuses.
-            ValueError: a name or a row that does not fit.
         """
         if not _ROLLOUT_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a name for rollouts, such as train-000010")
@@ -261,11 +239,7 @@ class RunFolder:
         return path
 
     def read_rollouts(self, name: str) -> list[dict[str, Any]]:
-        """The rows of ``rollouts/NAME.parquet``.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
+        """The rows of ``rollouts/NAME.parquet``."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -311,11 +285,7 @@ class RunFolder:
 
 
 def refuse_occupied(path: Path) -> None:
-    """Refuse a folder with anything in it but what a killed ``create`` may have left.
-
-    Raises:
-        UserError: naming what is there.
-    """
+    """Refuse a folder with anything in it but what a killed ``create`` may have left."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -340,11 +310,7 @@ def clear_folder(path: Path) -> None:
 
 
 def lock_folder(path: Path, activity: str) -> int:
-    """A descriptor that holds the exclusive lock of the folder until it is closed, or this process is gone.
-
-    Raises:
-        UserError: another process holds it; ``activity`` says what it is doing there.
-    """
+    """A descriptor that holds the exclusive lock of the folder until it is closed, or this process is gone."""
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -360,11 +326,7 @@ def lock_folder(path: Path, activity: str) -> int:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe of a run as plain values, without taking the folder's lock.
-
-    Raises:
-        UserError: there is no run in that folder, or its config.toml is damaged.
-    """
+    """The recipe of a run as plain values, without taking the folder's lock."""
     return {name: value for name, value in _read_config(path).items() if name != "provenance"}
 
 

@@ -31,10 +31,6 @@ def open_task(
         config: the recipe's ``task`` table.
         tokenizer: the model's, which every prompt is checked against; None where a server keeps it.
         max_prompt_tokens: longer prompts are rejected; None: any length.
-
-    Raises:
-        UserError: data that is missing or unusable, prompts that the tokenizer cannot represent or that are too long,
-            or a chat template that the tokenizer lacks.
     """
     return _open(config, tokenizer, _prompt_check(tokenizer, max_prompt_tokens), load_dataset_task)
 

@@ -46,9 +46,6 @@ def load_dataset_task(
         config: the recipe's ``task`` table.
         apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
         check: raises UserError for a prompt that the model cannot read; its row is then a bad row.
-
-    Raises:
-        UserError: what is wrong; of bad rows the first ten with their reasons, and the count.
     """
     if config.verifier == NO_VERIFIER:
         raise UserError(f"task.verifier = {NO_VERIFIER!r}: training needs something to judge responses by")
@@ -88,9 +85,6 @@ def load_evaluation_task(
         config: the recipe's ``task`` table.
         apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
         check: raises UserError for a prompt that the model cannot read; its row is then a bad row.
-
-    Raises:
-        UserError: what is wrong; of bad rows the first ten with their reasons, and the count.
     """
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
     prompts = [question.prompt for question in _Reader(config, apply_chat_template, check)(source, key).values()]

@@ -33,9 +33,6 @@ def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | Non
     Args:
         config: the recipe's ``task`` table.
         apply_chat_template: the tokenizer's, or None to take the text as it is.
-
-    Raises:
-        UserError: reasoning-gym is missing, does not have what is asked for, or has too few distinct questions.
     """
     curriculum = config.curriculum
     levels = [config.difficulty] if curriculum.raise_above is None else [curriculum.start, curriculum.most]
@@ -72,9 +69,6 @@ def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, 
         count: how many; fewer where it has no more.
         seed: of the questions.
         settings: of the generator.
-
-    Raises:
-        UserError: reasoning-gym is missing, or does not have what is asked for.
     """
     config = TaskConfig(
         name="reasoning-gym", generator=name, settings=dict(settings or {}), question_seed=seed, held_out_rows=count
@@ -137,11 +131,7 @@ def _count_levels(levels: list[int | None]) -> int:
 
 
 def _questions(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the questions' process writes, line by line.
-
-    Raises:
-        UserError: reasoning-gym is missing, or the recipe asks for what it does not have.
-    """
+    """What the questions' process writes, line by line."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("task.name = \"reasoning-gym\" needs the package of that name: pip install 'forkrl[gym]'")
     process = subprocess.Popen(

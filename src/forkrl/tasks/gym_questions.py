@@ -56,9 +56,6 @@ def questions(
 
     Yields:
         kind ("held_out" or "train"), question, answer (text or None), and what ``Source`` and index need.
-
-    Raises:
-        ValueError: names, settings or levels that the generator does not have.
     """
     levels = _resolve(generator, settings, levels)
     seen: set[str] = set()

@@ -9,11 +9,7 @@ from forkrl.errors import UserError
 
 
 def json_object(line: bytes, place: str) -> dict[str, Any]:
-    """The object on a line, without a byte order mark.
-
-    Raises:
-        UserError: it is not UTF-8, not JSON, or no object; ``place`` says where ("train.jsonl line 7").
-    """
+    """The object on a line, without a byte order mark."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -26,11 +22,7 @@ def json_object(line: bytes, place: str) -> dict[str, Any]:
 
 
 def require_characters(text: str, column: str, place: str) -> None:
-    """Refuse text that no tokenizer can take.
-
-    Raises:
-        UserError: it holds a lone surrogate.
-    """
+    """Refuse text that no tokenizer can take."""
     try:
         text.encode()
     except UnicodeEncodeError:

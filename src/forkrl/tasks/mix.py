@@ -23,9 +23,6 @@ def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Tas
     Args:
         config: the recipe's ``task`` table.
         open_part: the task of one part.
-
-    Raises:
-        UserError: a part cannot be opened, or is left without prompts. The line names the part.
     """
     tasks = {part.label: _open(part, open_part) for part in config.parts}
     held_out: dict[str, list[Prompt]] = {}

@@ -111,10 +111,6 @@ def compute_selected_stats(
             with probability ``p`` to run; 0 at the rest. None: the selected alone run.
         projections: at positions that do not run too, give the projections of keys and values their gradients.
         cache: of the same batch and weights, with the same ``projections``; None: it is made here.
-
-    Raises:
-        ValueError: ``projections`` together with weights above 1, which would count the same gradients twice; a model
-            whose layers do not attend through the interface of ``transformers``.
     """
     if projections and weight_BT is not None and bool((weight_BT > 1).any()):
         raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")
@@ -138,9 +134,6 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
 
     Such a model keeps state in addition to keys and values, has its own attention code, or (for ``projections``) does
     not mark its layers as such. ``open_policy`` rejects frequencies that depend on the length.
-
-    Raises:
-        UserError: naming the model.
     """
     name = type(policy.model).__name__
     refusal = f'training.backward = "forks_only" does not fit {name}; set it to "dense"'

@@ -39,11 +39,6 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     """Train from random weights and write the model, its tokenizer and its card to ``out``.
 
     After an interruption the same call resumes from the last checkpoint in ``out/.checkpoints``.
-
-    Raises:
-        UserError: ``out`` holds something else, or checkpoints of another recipe.
-        TrainingHalted: the loss is not finite.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
     checkpoints = out / ".checkpoints"
     if out.exists() and not out.is_dir():

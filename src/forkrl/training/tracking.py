@@ -152,11 +152,7 @@ class Tracker:
 
 
 def require_sinks(names: Sequence[str]) -> None:
-    """Check that the package of every named sink can be imported, before a run folder is made for them.
-
-    Raises:
-        UserError: a package is missing, with the line that installs it.
-    """
+    """Check that the package of every named sink can be imported, before a run folder is made for them."""
     for name in names:
         _require(name)  # each sink is named after its package
 
@@ -175,9 +171,6 @@ def open_sinks(
         run: what to tell the trackers.
         further: trackers that are open already, by name.
         report: gets one line when a sink fails later; standard error by default.
-
-    Raises:
-        UserError: a sink's package is missing (with the line that installs it), or the tracker refuses to start.
     """
     sinks: dict[str, Sink] = {}
     for name in dict.fromkeys(names):

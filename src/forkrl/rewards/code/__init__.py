@@ -74,11 +74,6 @@ def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **o
         float_tolerance: allowed error of numbers whose expected value has a decimal point, relative or absolute,
             whichever is larger.
         options: the settings of ``SandboxConfig``.
-
-    Raises:
-        ValueError: the tests cannot be read, or cannot judge this program.
-        UserError: there is no sandbox.
-        SandboxUnavailableError: the sandbox failed.
     """
     tests = unpack_tests(answer)
     source = last_program(response, tests)

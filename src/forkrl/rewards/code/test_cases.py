@@ -98,9 +98,6 @@ def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = ""
             list of values.
         outputs: standard outputs; for a function, JSON text of the value, or the value itself where it is not text.
         function: name of the function, or of the method of ``class Solution``.
-
-    Raises:
-        ValueError: not one output for each input, or none at all.
     """
     tests = {"inputs": list(inputs), "outputs": list(outputs)} | ({"fn_name": function} if function else {})
     with any_number_of_digits():

@@ -28,9 +28,6 @@ def verify_math(answer: str, response: str) -> Judgement:
     Returns:
         The score, and the final answer in a form in which equal answers are mostly equal text ("1/2" for ``0.5``); ""
         where the response has none that can be read. The form does not depend on the gold answer.
-
-    Raises:
-        ValueError: the gold answer cannot be read as mathematics; no response could ever be right.
     """
     gold = _read_gold(answer)
     text = final_answer(response)

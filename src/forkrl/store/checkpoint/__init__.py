@@ -78,11 +78,6 @@ def save_checkpoint(
 
     Returns:
         The folder of the new checkpoint.
-
-    Raises:
-        UserError: the disk is full or refuses. Every older checkpoint is intact, and nothing half-written stays.
-        ValueError: ``keep`` below 1, or a number in ``progress`` that is not finite.
-        TypeError: an optimizer state or ``progress`` that safetensors and JSON cannot hold.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least the new checkpoint has to stay")
@@ -117,9 +112,6 @@ def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
         checkpoints: Folder of all checkpoints of the run, on the same file system as ``saved``.
         step: Of the run. An older checkpoint of the same step is replaced.
         saved: The folder; it is gone afterwards.
-
-    Raises:
-        UserError: the disk is full or refuses; ``saved`` holds no model.
     """
     final, temporary = checkpoints / f"step-{step}", checkpoints / f"{SAVING}step-{step}"
     if not (saved / "config.json").is_file():
@@ -141,9 +133,6 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
     A damaged one is named in a warning, and the next older is tried. The step is told by what ``load_checkpoint``
     returns, not by the folder's name: after a kill between two renames, that is ``.replaced-step-N``.
-
-    Raises:
-        UserError: there are checkpoints, and all of them are damaged.
     """
     faults: list[str] = []
     for folder in candidates(checkpoints):
@@ -162,11 +151,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
-    """Every checkpoint by its step, oldest first.
-
-    Raises:
-        UserError: a file of one is missing or damaged.
-    """
+    """Every checkpoint by its step, oldest first."""
     folders = _by_step(checkpoints)
     for folder in folders.values():
         verify_checkpoint(folder)
@@ -174,11 +159,7 @@ def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
 
 
 def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
-    """The checkpoint of one step.
-
-    Raises:
-        UserError: there is none, with the steps that have one; or a file of it is missing or damaged.
-    """
+    """The checkpoint of one step."""
     folders = _by_step(checkpoints)
     if step not in folders:
         available = ", ".join(f"step-{number}" for number in folders)
@@ -203,10 +184,6 @@ def load_checkpoint(
     """Restore weights, optimizer and random states, bit for bit, in place; return the saved progress.
 
     Everything is read and compared before anything is changed, so a refused checkpoint leaves the model as it was.
-
-    Raises:
-        UserError: a file is damaged, missing or a pickle, or the checkpoint is of another model, optimizer or set of
-            generators; the message names the file or the tensor.
     """
     verify_checkpoint(path)
     weights = read_weights(path, model)

@@ -37,11 +37,7 @@ def write_manifest(folder: Path, step: int, *, weights_only: bool = False) -> No
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Check every file against the manifest: present, no other, same size, same SHA-256; and no pickle anywhere.
-
-    Raises:
-        UserError: naming the file, what was found and what the manifest says.
-    """
+    """Check every file against the manifest: present, no other, same size, same SHA-256; and no pickle anywhere."""
     try:
         present = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
         for name in sorted(present):
