@@ -56,7 +56,7 @@ $(NEWEST_STAMP): pyproject.toml constraints-newest.txt
 	$(call install,$(NEWEST_VENV),constraints-newest.txt)
 	@touch $@
 
-setup-cluster: $(CLUSTER_STAMP) ## verl, for the tests of --engine verl
+setup-cluster: $(CLUSTER_STAMP) ## verl, for the tests of --trainer verl
 
 $(CLUSTER_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[verl]'

@@ -77,7 +77,7 @@ def write_evaluation(
             }
         )  # fmt: skip
     results = {
-        "schema": "forkrl-eval/2", "model": model, "engine": "embedded", "command": "forkrl eval MODEL", "seed": 0,
+        "schema": "forkrl-eval/2", "model": model, "engine": "torch", "command": "forkrl eval MODEL", "seed": 0,
         "temperature": 1.0, "samples": entries[0]["samples"], "max_response_tokens": LIMIT, "prompt_format": "plain",
         "versions": {"forkrl": "0.1"}, "benchmarks": entries, **changes,
     }  # fmt: skip

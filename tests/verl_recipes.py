@@ -23,4 +23,4 @@ CPU = ("runtime.device=cpu",)
 
 def recipe(*overrides: str, path: Path | None = None) -> TrainConfig:
     """A recipe, by default one of defaults alone, with verl as its engine."""
-    return load_recipe(TrainConfig, path, ["runtime.engine=verl", *overrides])
+    return load_recipe(TrainConfig, path, ["runtime.trainer=verl", *overrides])

@@ -9,7 +9,7 @@ from forkrl.cluster.settings import ELSEWHERE, REFUSED, TABLE
 PAGE = """\
 # Recipes on verl, setting by setting
 
-How a recipe is translated for `runtime.engine = "verl"` (verl 0.9.1). This page is generated from the program's own
+How a recipe is translated for `runtime.trainer = "verl"` (verl 0.9.1). This page is generated from the program's own
 table (`python tools/cluster_settings.py > docs/cluster-settings.md`), which tests compare with the schema of recipes,
 with what verl is given, and with verl's own configuration files.
 

@@ -122,7 +122,7 @@ def found(policies: tuple[Policy, Policy], batch: TokenBatch, tmp_path_factory: 
         (folder / "old.json").write_text(json.dumps(batch.old_logprobs.tolist()))
         (folder / "advantages.json").write_text(json.dumps(batch.advantages.tolist()))
         (folder / "weights.json").write_text(json.dumps(importance(batch).tolist()))
-        (folder / "recipe.json").write_text(json.dumps(recipe({"runtime": {"engine": "verl"}})))
+        (folder / "recipe.json").write_text(json.dumps(recipe({"runtime": {"trainer": "verl"}})))
         (folder / "cases.json").write_text(json.dumps({name: recipe(sections) for name, sections in CASES.items()}))
         for size, padding in LAYOUTS.values():
             run_ranks(folder, size, padding)

@@ -93,7 +93,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) -> None:
     found = results(whole)
     assert {key: found[key] for key in ("schema", "model", "engine", "samples", "prompt_format")} == {
-        "schema": "forkrl-eval/2", "model": "wide", "engine": "embedded", "samples": 4, "prompt_format": "plain",
+        "schema": "forkrl-eval/2", "model": "wide", "engine": "torch", "samples": 4, "prompt_format": "plain",
     }  # fmt: skip
     assert [(each["name"], each["questions"], each["expected_questions"]) for each in found["benchmarks"]] == [
         ("aime25", 4, 30), ("math500", 3, 500),

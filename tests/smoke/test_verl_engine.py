@@ -1,4 +1,4 @@
-"""``forkrl train --engine verl``: one run on two ranks without a GPU, hurt again and again, and taken up each time.
+"""``forkrl train --trainer verl``: one run on two ranks without a GPU, hurt again and again, and taken up each time.
 
 Starting verl takes most of a minute, so all tests here read the same story: a rank is killed between two saves, then
 the sampler in the middle of a step, then the user stops the run, then it comes to its end.
@@ -173,7 +173,7 @@ def tell(place: Path) -> dict[str, Any]:
     write_world(place)
     folder = place / "run"
 
-    rank_killed = start(place, "recipe.toml", "--engine", "verl", "--out", "run")
+    rank_killed = start(place, "recipe.toml", "--trainer", "verl", "--out", "run")
     rank_killed.wait_for(lambda metrics: 3 in steps_of(metrics))
     rank_killed.kill_inside("WorkerDict")
     told: dict[str, Any] = {"rank_killed": rank_killed.end(), "after_rank_killed": metrics_of(folder)}

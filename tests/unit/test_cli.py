@@ -60,7 +60,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("xyz",), "no such command 'xyz'; see forkrl --help"),
     (("train", "--dryrun"), "no such option: --dryrun; did you mean --dry-run? See forkrl train --help"),
     (("branch", MODEL, "--frks", "3"), "no such option: --frks; did you mean --forks? See forkrl branch --help"),
-    (("train", "--engine", "ray"), "invalid value for '--engine': 'ray' is not one of 'local', 'verl'; see"),
+    (("train", "--trainer", "ray"), "invalid value for '--trainer': 'ray' is not one of 'local', 'verl'; see"),
     (("eval", MODEL, "--bench"), "option '--bench' requires an argument; see forkrl --help"),
     (("branch", MODEL, "--forks", "many"), "invalid value for '--forks': 'many' is not a whole number; see"),
     (("branch", MODEL, "--forks", "1.5"), "invalid value for '--forks': '1.5' is not a whole number"),
@@ -124,7 +124,7 @@ def test_python_m_forkrl_exits_like_the_command() -> None:
 SAME: list[tuple[str, of.Options]] = [
     ("train", of.TrainOptions()),
     ("train a.toml x=1 --out x --dry-run", of.TrainOptions("a.toml", overrides=["x=1"], out=Path("x"), dry_run=True)),
-    ("train x=1 a.toml --engine verl y=", of.TrainOptions("a.toml", overrides=["x=1", "y="], engine="verl")),
+    ("train x=1 a.toml --trainer verl y=", of.TrainOptions("a.toml", overrides=["x=1", "y="], trainer="verl")),
     ("train seed=1", of.TrainOptions(overrides=["seed=1"])),
     ("train sweeps/lr=1e-5/a.toml x=1", of.TrainOptions("sweeps/lr=1e-5/a.toml", overrides=["x=1"])),
     ("train --settings clip low", of.TrainOptions("clip", overrides=["low"], settings=True)),

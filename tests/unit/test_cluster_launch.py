@@ -35,7 +35,7 @@ def recipe(**sections: Any) -> TrainConfig:
             "reward": {"overlong_cache": 0},
             "training": {"steps": 2, "mini_batch_prompts": 2, "micro_batch_tokens": 1024},
             "eval": {"problems": 2},
-            "runtime": {"engine": "verl", "device": "cpu"},
+            "runtime": {"trainer": "verl", "device": "cpu"},
             **sections,
         },
         "recipe",

@@ -47,7 +47,7 @@ def track(run: Path, step: int) -> None:
 
 def test_without_verl_the_error_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forkrl.cluster.launch.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'runtime.engine = "verl" needs verl.*pip install .forkrl\[verl\].'):
+    with pytest.raises(UserError, match=r'runtime.trainer = "verl" needs verl.*pip install .forkrl\[verl\].'):
         require_verl()
 
 

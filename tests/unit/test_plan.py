@@ -21,7 +21,7 @@ from forkrl.planning.shapes import ModelShape, find_shape, known_shape, parse_sh
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KNOWN = json.loads(resources.files("forkrl.planning").joinpath("known_shapes.json").read_text(encoding="utf-8"))
-ON_VERL = ("runtime.engine=verl", "cluster.gpus_per_node=8")
+ON_VERL = ("runtime.trainer=verl", "cluster.gpus_per_node=8")
 CONFIG = {
     "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "tie_word_embeddings": False,
@@ -315,7 +315,7 @@ def test_every_remedy_makes_it_fit_and_every_change_of_it_is_needed(
 def test_a_recipe_too_large_for_one_gpu_is_sent_to_a_cluster() -> None:
     config = recipe("qwen3-32b")
     (remedy, *_) = find_remedies(config, shape_of(config), H100)
-    assert str(remedy.changes[0]) == 'runtime.engine = "verl"'
+    assert str(remedy.changes[0]) == 'runtime.trainer = "verl"'
     assert plan(changed(config, remedy.changes)).fits
 
 

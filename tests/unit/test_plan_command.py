@@ -13,8 +13,8 @@ import pytest
 from forkrl.cli import main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-PAPER_8B = ("plan", str(RECIPES / "qwen3-8b.toml"), "runtime.engine=verl", "cluster.gpus_per_node=8")
-PAPER_32B = ("plan", str(RECIPES / "qwen3-32b.toml"), "runtime.engine=verl", "cluster.gpus_per_node=8")
+PAPER_8B = ("plan", str(RECIPES / "qwen3-8b.toml"), "runtime.trainer=verl", "cluster.gpus_per_node=8")
+PAPER_32B = ("plan", str(RECIPES / "qwen3-32b.toml"), "runtime.trainer=verl", "cluster.gpus_per_node=8")
 
 
 def record(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:

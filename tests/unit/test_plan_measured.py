@@ -220,7 +220,7 @@ def test_logits_are_exact() -> None:
         TrainConfig,
         None,
         [
-            "runtime.engine=verl", "model.precision=bf16", "rollout.max_prompt_tokens=96",
+            "runtime.trainer=verl", "model.precision=bf16", "rollout.max_prompt_tokens=96",
             "rollout.max_response_tokens=4000", "reward.overlong_cache=0", f"training.micro_batch_tokens={tokens}",
             "selection.entropy=rollout",
         ],

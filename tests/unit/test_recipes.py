@@ -57,7 +57,7 @@ def test_paper_recipes_on_verl_differ_only_in_their_model_and_their_machines() -
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_recipe_on_verl_differs_from_that_of_one_machine_in_how_it_is_run(name: str) -> None:
-    how = ["rollout.max_sequences", "training.micro_batch_tokens", "eval.every", "checkpoint.every", "runtime.engine"]
+    how = ["rollout.max_sequences", "training.micro_batch_tokens", "eval.every", "checkpoint.every", "runtime.trainer"]
     changed = changed_keys(name, f"verl/{name}")
     assert [key for key in changed if not key.startswith("cluster.")] == how
 

@@ -4,7 +4,7 @@
     translate.py     recipe -> verl's command line
     hydra_text.py    values as hydra reads them
     data.py          prompts -> Parquet, verifiers -> JSON
-    launch.py        forkrl train --engine verl
+    launch.py        forkrl train --trainer verl
     plugin.py        what verl loads: registers the trainers and the agent loop
     options.py       +forkrl.* on verl's command line
     trainer.py       verl's trainers, with selection, metrics and records added

@@ -94,6 +94,6 @@ def read_verifiers(path: Path) -> Judging:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"forkrl.verifiers = {str(path)!r} cannot be read as verifiers ({type(error).__name__}: {error}); give the "
-            f"file that forkrl train --engine verl wrote"
+            f"file that forkrl train --trainer verl wrote"
         ) from error
     return Judging(verifiers, parse_recipe(RewardConfig, reward, str(path)), max_response_tokens)

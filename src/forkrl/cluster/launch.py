@@ -1,4 +1,4 @@
-"""``forkrl train --engine verl``: train a recipe by verl, with a run folder like a local one.
+"""``forkrl train --trainer verl``: train a recipe by verl, with a run folder like a local one.
 
 verl runs in its own process, with its output in ``verl/log.txt``, and writes metrics and rollouts itself
 (``record.py``). Here is everything before and after, and the progress display.
@@ -69,7 +69,7 @@ def require_verl() -> None:
     """Raises UserError, with the command that installs it, where verl is missing."""
     missing = [name for name in ("verl", "ray", "transfer_queue", "hydra") if find_spec(name) is None]
     if missing:
-        raise UserError(f'runtime.engine = "verl" needs {missing[0]}, which is not installed: {INSTALL}')
+        raise UserError(f'runtime.trainer = "verl" needs {missing[0]}, which is not installed: {INSTALL}')
 
 
 def _require_answer(address: str) -> None:
@@ -155,7 +155,7 @@ def dry_run(config: TrainConfig, out: Path) -> str:
     environment = [f"{name}={shlex.quote(value)}" for name, value in verl_environment(config).items()]
     written = ", ".join(shlex.quote(str(path)) for path in (files.train, files.held_out, files.verifiers))
     return (
-        f"# Reads files that forkrl train --engine verl writes before it starts verl, and writes to the run folder:\n"
+        f"# Reads files that forkrl train --trainer verl writes before it starts verl, and writes to the run folder:\n"
         f"# {files.run_folder}, with {written}\n"
     ) + " \\\n  ".join([*environment, shlex.join(command[:3]), *map(shlex.quote, command[3:])])
 
@@ -184,8 +184,8 @@ def prepare(config: TrainConfig) -> Prepared:
     """Load and check what a recipe names: tokenizer, prompts, verifiers."""
     if config.runtime.device == "cpu" and not os.environ.get(EXTERNAL):
         raise UserError(
-            f'runtime.device = "cpu" with runtime.engine = "verl" is for ForkRL\'s tests, which add a platform and a '
-            f'sampler to verl ({EXTERNAL}=tests.verl_cpu.register); set it to "auto", or runtime.engine = "local"'
+            f'runtime.device = "cpu" with runtime.trainer = "verl" is for ForkRL\'s tests, which add a platform and a '
+            f'sampler to verl ({EXTERNAL}=tests.verl_cpu.register); set it to "auto", or runtime.trainer = "local"'
         )
     refuse_untranslatable(config)
     model = model_location(config.model.path)

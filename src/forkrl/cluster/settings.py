@@ -285,7 +285,7 @@ ELSEWHERE = {
         ("sandbox", "server python seconds total_seconds memory_mb output_kb files_mb processes", _VERIFIERS),
         ("eval", "problems", "number of held-out prompts written to Parquet"),
         ("log", "sinks", "fed by the launcher from the run folder"),
-        ("runtime", "engine", "selects verl"),
+        ("runtime", "trainer", "selects verl"),
         ("cluster", "overrides", "added to verl's command line unchanged"),
     )
     for name in names.split()
@@ -304,7 +304,7 @@ class Refusal(NamedTuple):
     """None: checked with other settings (``require_even_shares``, ``refuse_unsuitable_prompts``, ``translate.py``)."""
 
 
-_OWN_LOOP = 'only ForkRL\'s own loop (runtime.engine = "local") supports it'
+_OWN_LOOP = 'only ForkRL\'s own loop (runtime.trainer = "local") supports it'
 
 REFUSED = (
     Refusal("seed", "2^31 and above", "verl's samplers keep it in 32 bits; take one below 2147483648",

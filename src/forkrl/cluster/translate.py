@@ -57,7 +57,7 @@ def refuse_untranslatable(config: TrainConfig) -> None:
         if task.curriculum.raise_above is not None:
             raise UserError(
                 f"{place}curriculum.raise_above = {task.curriculum.raise_above} follows the accuracy, and verl draws "
-                f'from all prompts alike; set difficulty instead, or use runtime.engine = "local"'
+                f'from all prompts alike; set difficulty instead, or use runtime.trainer = "local"'
             )
     require_even_shares(config)
 
@@ -82,5 +82,5 @@ def refuse_unsuitable_prompts(config: TrainConfig, prompts: Mapping[str, int]) -
             raise UserError(
                 f"task.parts: {part.label} has weight {part.weight:g}, {asked:.1%} of the prompts, but "
                 f"{prompts.get(part.label, 0)} of {total} rows, and verl draws from all rows alike; set the weights to "
-                f'the parts\' numbers of rows, or use runtime.engine = "local"'
+                f'the parts\' numbers of rows, or use runtime.trainer = "local"'
             )

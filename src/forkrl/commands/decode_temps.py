@@ -69,7 +69,7 @@ def run_decode_temps(options: DecodeTempsOptions) -> int:
 
 
 def decode_temps(options: DecodeTempsOptions) -> Outcome:
-    """Sample every setting that is not on the disk yet, on the same problems with the same random numbers; summarise."""
+    """Sample every setting that is not on disk yet, with the same problems and random numbers; summarise."""
     temperatures, threshold = parse_temperatures(options.temperatures), options.threshold
     subject = open_subject(options)
     samples, settings = subject.config.eval.samples, plan_settings(temperatures, subject.config.eval.temperature)

@@ -51,7 +51,7 @@ class EvalEngine(Protocol):
 
 
 class _Embedded:
-    name = "embedded"
+    name = "torch"
 
     def __init__(self, subject: Subject, replicas: Replicas) -> None:
         self._subject = subject

@@ -97,7 +97,7 @@ class TrainOptions(RecipeOptions):
       forkrl train recipes/qwen3-8b.toml --dry-run              print the complete recipe
       forkrl train --resume runs/first                          continue after Ctrl-C, a kill or a full disk
       forkrl train --resume runs/first training.steps=60        train a finished run further
-      forkrl train recipes/verl/qwen3-8b.toml --engine verl     the same method on a cluster (--dry-run: verl's command)
+      forkrl train recipes/verl/qwen3-8b.toml --trainer verl    the same method on a cluster (--dry-run: verl's command)
       forkrl train --settings clip                              the settings about clipping
 
     Every setting is section.key=value; --settings lists them. Ctrl-C saves and exits; --resume continues to exactly
@@ -106,10 +106,10 @@ class TrainOptions(RecipeOptions):
 
     out: Path | None = option(None, "folder of the new run (default: runs/NAME)", "DIR", OUTPUT)
     resume: Path | None = option(None, "resume the run in DIR", "DIR", OUTPUT)
-    engine: Literal["local", "verl"] | None = option(
+    trainer: Literal["local", "verl"] | None = option(
         None, "local (default): in this process; verl: the same recipe on a Ray cluster (docs/cluster.md)"
     )
-    dry_run: bool = option(False, "print the complete recipe and exit; with --engine verl, the command for verl")
+    dry_run: bool = option(False, "print the complete recipe and exit; with --trainer verl, the command for verl")
     settings: bool = option(False, "list all settings, or those whose name or help contains the WORDs given, and exit")
 
 
@@ -249,7 +249,7 @@ class EvalOptions(SampleOptions, ModelOptions):
     prompt: Literal["plain", "chat"] | None = option(
         None, "prompt of benchmarks: the paper's for base models, or the chat template", None, PROMPTS
     )
-    engine: Literal["embedded", "vllm"] = option("embedded", "inference backend", None, SAMPLING)
+    engine: Literal["torch", "vllm"] = option("torch", "inference backend", None, SAMPLING)
     server: str | None = option(
         None, "sample from an OpenAI-compatible server, such as http://host:8000/v1", "URL", SAMPLING
     )
@@ -271,7 +271,7 @@ class EvalOptions(SampleOptions, ModelOptions):
 
     @property
     def engine_name(self) -> str:
-        """What samples: embedded, vllm or server."""
+        """The inference backend: torch, vllm or server."""
         return "server" if self.server is not None else self.engine
 
     @property

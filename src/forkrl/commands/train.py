@@ -25,8 +25,8 @@ def run_train(options: TrainOptions) -> int:
     from forkrl.store.resuming import stored_config
     from forkrl.store.run_folder import refuse_occupied
 
-    engine = [] if options.engine is None else [f"runtime.engine={options.engine}"]
-    recipe, overrides = options.recipe, [*options.overrides, *engine]
+    trainer = [] if options.trainer is None else [f"runtime.trainer={options.trainer}"]
+    recipe, overrides = options.recipe, [*options.overrides, *trainer]
     changed = {override.partition("=")[0].strip() for override in overrides}
     stored = stored_config(options.resume) if options.resume is not None else None
     if stored is None and recipe is None and not any(key.startswith(("model.", "task.")) for key in changed):
@@ -39,7 +39,7 @@ def run_train(options: TrainOptions) -> int:
         return 0
     if options.resume is None:  # all of this before torch is imported, which takes seconds
         refuse_occupied(out)
-        if config.runtime.engine == "local":
+        if config.runtime.trainer == "local":
             model_location(config.model.path)
     elif options.out is not None:
         raise UserError("--resume continues in the run's own folder; drop --out")
@@ -62,7 +62,7 @@ def run_train(options: TrainOptions) -> int:
 
 def _train_by_engine(config: TrainConfig, out: Path, resume: Path | None, changed: Collection[str]) -> None:
     """Train in this process, or by verl; ``changed``: settings that the command line changes in a resumed run."""
-    if config.runtime.engine == "verl":
+    if config.runtime.trainer == "verl":
         from forkrl.cluster.launch import train_on_cluster
 
         train_on_cluster(config, out, resume=resume)
@@ -76,7 +76,7 @@ def _train_by_engine(config: TrainConfig, out: Path, resume: Path | None, change
 
 def print_dry_run(config: TrainConfig, out: Path) -> None:
     """The complete recipe as TOML, and what it selects; for verl the complete command that would run it."""
-    if config.runtime.engine == "verl":
+    if config.runtime.trainer == "verl":
         from forkrl.cluster.launch import dry_run
 
         print(dry_run(config, out))

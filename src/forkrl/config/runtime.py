@@ -14,16 +14,16 @@ class RuntimeConfig(Section):
     """"auto" takes an accelerator where there is one; else "cpu", "cuda:0", "mps"."""
     threads: Count = 0
     """CPU threads in all; 0 takes OMP_NUM_THREADS where it is set, else one per core (docs/threads.md)."""
-    engine: Literal["local", "verl"] = "local"
+    trainer: Literal["local", "verl"] = "local"
     """"local" trains in this process. "verl" spreads the same recipe over a Ray cluster (docs/cluster.md); so does
-    --engine verl."""
+    --trainer verl."""
     replicas: Count = 0
     """Processes on the CPU that share the weights, the work and the threads; 0: one a thread for a small model (up to
     50M parameters), which several threads at once would only slow down, else one. An accelerator takes one."""
 
 
 class ClusterConfig(Section):
-    """How `--engine verl` spreads a run over GPUs and nodes (docs/cluster.md)."""
+    """How `--trainer verl` spreads a run over GPUs and nodes (docs/cluster.md)."""
 
     address: str = ""
     """A running Ray cluster, "10.0.0.1:6379" or "auto". Empty: Ray is started on this machine for the run."""

@@ -95,14 +95,14 @@ class TrainConfig(Section):
                 f"{self.reward.memory_mb} with 256 to spare; raise that, or lower it"
             )
         self._forks_only_fits()
-        if self.runtime.engine == "local" and self.cluster != ClusterConfig():
+        if self.runtime.trainer == "local" and self.cluster != ClusterConfig():
             changed = next(
                 key
                 for key in ClusterConfig.model_fields
                 if getattr(self.cluster, key) != default_of(ClusterConfig, key)
             )
             raise ValueError(
-                f'cluster.{changed} is read by runtime.engine = "verl" alone; add --engine verl, or leave it out'
+                f'cluster.{changed} is read by runtime.trainer = "verl" alone; add --trainer verl, or leave it out'
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:

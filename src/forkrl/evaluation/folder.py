@@ -126,7 +126,7 @@ def _key(row: dict[str, Any]) -> Key:
 
 
 def checked_rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    """The objects of a file of lines in an evaluation's folder, each with the keys asked for and values of their kinds."""
+    """The objects in a JSONL file of an evaluation, each with the requested keys and kinds of values."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path} line {number}"

@@ -74,7 +74,7 @@ class EmbeddedSampler:
         grid: every response of the benchmark, in order, asked for or not: waves are cut from it.
     """
 
-    name = "embedded"
+    name = "torch"
 
     def __init__(self, engine: EmbeddedEngine, grid: Sequence[SampleRequest]) -> None:
         self._engine = engine

@@ -154,7 +154,7 @@ def _length_histogram(outcomes: Outcomes) -> dict[str, list[float]]:
 def average_over_benchmarks(
     scored: Mapping[str, Sequence[ScoredResponse]], samples: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """Mean ``accuracy`` and ``length`` over benchmarks, each weighing the same, with intervals; None for a single one."""
+    """Mean ``accuracy`` and ``length`` over benchmarks of equal weight, with intervals; None for one benchmark."""
     if len(scored) < 2:
         return None
     outcomes = [outcomes_of(list(by_question(scored[name], samples[name]).values())) for name in scored]

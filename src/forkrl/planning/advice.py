@@ -50,7 +50,7 @@ def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Reme
     alone the mildest is kept. Settings that change the algorithm (lengths, batch sizes, the selection) stay.
     """
     same = _search(config, shape, gpu, more_gpus=False)
-    if config.runtime.engine == "verl":
+    if config.runtime.trainer == "verl":
         more = _search(config, shape, gpu, more_gpus=True)
     else:
         more = _on_cluster(config, shape, gpu) if config.training.backward == "dense" else []
@@ -62,7 +62,7 @@ def _on_cluster(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Remedy
     """The recipe of the local engine on verl: on one node if it fits there."""
     graphs = [Change("rollout.cuda_graphs", False)] * config.rollout.cuda_graphs  # the local engine's alone
     moves = tuple(
-        (*graphs, Change("runtime.engine", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)
+        (*graphs, Change("runtime.trainer", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)
     )
     if found := list(_fitting(config, shape, gpu, moves)):
         return found[:1]
@@ -141,7 +141,7 @@ def _choices(config: TrainConfig, *, more_gpus: bool) -> Iterator[list[Change]]:
     # Where tokens are selected within a micro-batch, its size is part of the method.
     if config.selection.scope != "micro_batch" and config.training.micro_batch_tokens > longest:
         yield [Change("training.micro_batch_tokens", longest)]
-    if config.runtime.engine == "local":
+    if config.runtime.trainer == "local":
         sizes = [config.rollout.max_sequences >> power for power in range(1, config.rollout.max_sequences.bit_length())]
         yield _values("rollout.max_sequences", sizes)
         return
@@ -162,7 +162,7 @@ def _faster_choices(config: TrainConfig) -> Iterator[list[Change]]:
     if config.model.gradient_checkpointing:
         yield [Change("model.gradient_checkpointing", False)]
     yield _values("rollout.max_sequences", _doubles(config.rollout.max_sequences, 1024))
-    if config.runtime.engine == "verl":
+    if config.runtime.trainer == "verl":
         if not config.cluster.offload:
             yield [Change("cluster.offload", True)]
         yield _values("cluster.gpu_memory", _SHARES)

@@ -105,7 +105,7 @@ def assume(
             raise UserError(f"{option} {value:g}: must be above 0{bound}")
     if oversampling is None:
         # The local engine samples whole generation batches and drops the groups that a step does not need.
-        batches = config.runtime.engine == "local" and dynamic.enabled
+        batches = config.runtime.trainer == "local" and dynamic.enabled
         oversampling = max(1.0, dynamic.generation_prompts / rollout.prompts_per_step) if batches else 1.0
     if not 1 <= oversampling < math.inf:
         raise UserError(f"--oversampling {oversampling:g}: must be 1 or more; 1 means that no group is dropped")

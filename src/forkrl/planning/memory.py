@@ -142,7 +142,7 @@ def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
 
 def _find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
     """Raises UserError where a size does not divide another, or the model's heads."""
-    if config.runtime.engine == "local":
+    if config.runtime.trainer == "local":
         return Layout(1, 1, 1, 1, sharded=False)
     require_even_shares(config)
     cluster, heads, kv_heads = config.cluster, shape.heads, shape.kv_heads

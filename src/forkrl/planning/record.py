@@ -29,7 +29,7 @@ def plan_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assump
     sequences = math.ceil(config.rollout.prompts_per_step * assumed.oversampling) * config.rollout.group_size
     return {
         "model": {"path": config.model.path, "parameters": plan.shape.parameters} | plan.shape._asdict(),
-        "engine": config.runtime.engine,
+        "engine": config.runtime.trainer,
         "layout": {**layout._asdict(), "gpus": layout.gpus, "replicas": layout.replicas},
         "gpu": {**plan.gpu._asdict(), "usable": (1 - HEADROOM) * plan.gpu.memory},
         "assumed": assumed._asdict(),

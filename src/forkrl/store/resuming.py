@@ -26,7 +26,7 @@ def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]
         config: the settings to resume it with.
         changed: settings that differ on purpose, as on the command line; any other difference is an error.
     """
-    by_verl = config.runtime.engine == "verl"
+    by_verl = config.runtime.trainer == "verl"
     accepted: list[str] = []
     refused: list[str] = []
     for difference in recipe_differences(stored_config(folder), config):
