@@ -266,7 +266,7 @@ def test_functional_rows_of_livecodebench() -> None:
         (lcb_row(compressed(b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93.")), "STACK_GLOBAL"),
         (lcb_row(compressed(b"\x80\x04\x8c\x01a\x8c\x01b.")), "2 strings"),
         (lcb_row(compressed(b"\x80")), "compressed JSON"),
-        (lcb_row("{}"), "no list of tests"),
+        (lcb_row("{}"), "not a list of tests"),
         (lcb_row(PRIVATE, "functional"), "functional"),
         (lcb_row("[]", "functional", metadata="{}"), "func_name"),
         (lcb_row('[{"testtype": "stdin"}]'), "input"),

@@ -206,26 +206,26 @@ def update_flops(
 ) -> tuple[float, str]:
     """Operations of a step's gradients: backward takes twice its forward, checkpointing runs the layers once more.
 
-    The local engine's head runs on the selected tokens alone where entropies are known before the loss. It keeps no
-    logits, so that its backward recomputes those of its rows.
+    The head of the local trainer runs only on the selected tokens if they are selected before the loss. It keeps no
+    logits, so its backward recomputes those of its rows.
     """
     recompute = 1 if config.model.gradient_checkpointing else 0
     if layout.sharded:
         return (3 + recompute) * layers + 3 * head, f"{6 + 2 * recompute}N a token"
     head *= assumed.mean_response / (assumed.mean_prompt + assumed.mean_response)
     selected, selection = selected_share(config), config.selection
-    # Shares of all gradient steps: the first of their batch, those with a pass for entropies, those that know them.
+    # Shares of all gradient steps: the first of their batch, those with a pass for entropies.
     first = 1 / math.ceil(config.rollout.prompts_per_step / config.training.mini_batch_prompts)
     current = selection.rule not in ("all", "random") and selection.entropy == "current"
     whole = current and (selection.scope == "mini_batch" or selection.rule == "threshold")
     measured = 1 - first if whole else 0.0
     every_token = bool(config.loss.kl_coef or config.loss.entropy_coef)  # contributes to the loss
-    known = 0.0 if every_token else measured + (first if whole or not current else 0.0)
+    selects_first = not every_token and (whole or not current)
     if config.training.backward == "forks_only":
         share = share_with_gradients(config)
-        head_passes = 1 - first + 4 * selected
+        head_passes = (1 - first if current else 0.0) + 4 * selected
         return (1 + 3 * share) * layers + head_passes * head, f"{2 + 6 * share:.3g}N a token: forks_only"
-    forward, backward = known * selected + 1 - known, 1.0 if every_token else selected
+    forward, backward = selected if selects_first else 1.0, 1.0 if every_token else selected
     rows = f", {forward:.0%} of the rows through the head and {backward:.0%} back" if min(forward, backward) < 1 else ""
     passes = 3 + recompute + measured
     return passes * layers + (measured + forward + 3 * backward) * head, f"{2 * passes:.3g}N a token{rows}"
