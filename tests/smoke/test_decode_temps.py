@@ -207,7 +207,7 @@ def test_a_damaged_file_says_how_to_mend_it(world: World, run: Run) -> None:
     before = figures(world.folder / "damaged")
     damaged = world.folder / "damaged" / "responses" / "high-0.0-low-1.0.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-20])
-    assert "remove it and give the same command again" in refused(world, *argv)
+    assert "remove it and run the same command again" in refused(world, *argv)
     damaged.unlink()
     assert world.run("decode-temps", *argv).code == 0
     assert figures(world.folder / "damaged") == before

@@ -214,7 +214,8 @@ def test_settings_show_in_the_metrics(variations: dict[str, Run]) -> None:
     assert first["rule bottom"]["entropy/selected_mean"] < first["rule bottom"]["entropy/unselected_mean"]
     assert first["rule threshold"]["entropy/threshold"] >= 2.7 > first["base"]["entropy/unselected_mean"]
     assert first["kl"]["loss/kl"] > 0 == first["base"]["loss/kl"]
-    assert first["entropy bonus"]["loss/entropy"] == pytest.approx(first["entropy bonus"]["entropy/mean"], rel=1e-3)
+    # The bonus is of the current policy in every gradient step, entropy/mean of the policy that sampled.
+    assert first["entropy bonus"]["loss/entropy"] == pytest.approx(first["entropy bonus"]["entropy/mean"], rel=0.03)
     assert first["overlong"]["reward/mean"] < first["overlong"]["reward/accuracy"]
     assert first["warm-up"]["optimizer/lr"] == pytest.approx(0.02 * (0.1 + 0.2) / 2)
     assert first["stop"]["response/length"] < first["base"]["response/length"]

@@ -94,7 +94,7 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
     with reading_parquet(path):
         present = pq.read_schema(path).names
     if missing := [name for name in columns if name not in present]:
-        raise UserError(f"{path}: has no column {', '.join(missing)}; remove it and give the same command again")
+        raise UserError(f"{path}: has no column {', '.join(missing)}; remove it and run the same command again")
 
 
 def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:
