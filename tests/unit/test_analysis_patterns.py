@@ -211,7 +211,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     content = bytearray(part.read_bytes())
     content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # pages, not the footer
     part.write_bytes(content)
-    with pytest.raises(UserError, match=r"part-00001.parquet: cannot be read .*; remove it and run the same command again"):
+    with pytest.raises(UserError, match=r"part-00001.parquet: cannot be read .*; remove it"):
         analysis.entropy_summary(folder)
 
 
