@@ -104,7 +104,7 @@ def test_interrupted_by_ctrl_c_it_says_how_to_go_on(own_world: World) -> None:
     command = ("analyze", "model", *DATA, *SHORT, *SMALL, "--out", "found")
     outcome = own_world.run(*command, faults=[{"point": "token", "count": 20, "signal": signal.SIGINT}])
     assert outcome.code == 130
-    assert "kept in found; the same command goes on" in outcome.stderr
+    assert "kept in found; the same command resumes" in outcome.stderr
 
 
 def test_ready_responses_are_measured_and_nothing_is_generated(own_world: World) -> None:

@@ -79,7 +79,7 @@ def test_an_interrupted_one_goes_on(world: World, whole: dict[str, Any], signum:
     outcome = world.run("branch", "model", *SMALL, "--out", out, faults=[fault])
     assert outcome.code == code, outcome
     if code == 130:
-        assert f"what was finished is kept in {out}; the same command goes on from there" in outcome.stderr
+        assert f"what was finished is kept in {out}; the same command resumes" in outcome.stderr
     kept = {path: path.stat().st_mtime_ns for path in (world.folder / out / "parts").glob("part-*")}
     assert len(kept) == 3
     resumed, summary = branched(world, out, "model", *SMALL)

@@ -137,7 +137,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(world: World, run: Run) -> N
     argv = ("decode-temps", "run", *SWEEP, "--out", "interrupted")
     outcome = world.run(*argv, faults=[{"point": "token", "count": 40, "signal": signal.SIGINT}])
     assert outcome.code == 130, outcome
-    assert "what was finished is kept in interrupted; the same command goes on from there" in outcome.stderr
+    assert "what was finished is kept in interrupted; the same command resumes" in outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert not list((world.folder / "interrupted").rglob("*.writing"))
     assert world.run(*argv).code == 0

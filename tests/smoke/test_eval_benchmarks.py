@@ -134,7 +134,7 @@ def test_ctrl_c_keeps_everything(here: World, whole: Path) -> None:
     command = ("eval", "wide", *BOTH, *SHORT, "--out", "stopped")
     outcome = run(here, *command, faults=[{"point": "response", "count": 9, "signal": signal.SIGINT}])
     assert outcome.code == 130
-    assert "what was finished is kept in stopped; the same command goes on from there" in outcome.stderr
+    assert "what was finished is kept in stopped; the same command resumes" in outcome.stderr
     assert len(responses(here.folder / "stopped", "aime25")) == 8
     again = run(here, *command)
     assert again.code == 0

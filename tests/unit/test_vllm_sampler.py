@@ -221,7 +221,7 @@ def test_closing_takes_the_rest_out_of_the_engine() -> None:
             UserError,
             r"vLLM's engine failed \(CUDA out of memory\); nothi",
         ),
-        (MemoryError(), UserError, r"vLLM's engine failed \(MemoryError\); nothing is lost, the same command goes on"),
+        (MemoryError(), UserError, r"vLLM's engine failed \(MemoryError\); nothing is lost, the same command resumes"),
         (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
 )
@@ -241,7 +241,7 @@ def test_requests_that_vanish_do_not_hang_the_evaluation() -> None:
     answers = VllmSampler("m").sample(requests(), SAMPLING)
     next(answers)
     LLMEngine.opened[0].waiting.clear()
-    with pytest.raises(UserError, match="vLLM has lost 5 requests; nothing is lost here, the same command goes on"):
+    with pytest.raises(UserError, match="vLLM has lost 5 requests; nothing is lost here, the same command resumes"):
         next(answers)
 
 

@@ -377,7 +377,7 @@ class BranchOptions(ModelOptions):
     random: int = option(2, "positions drawn from all the others: the control", "N", MEASUREMENT, low=0)
     low: int = option(2, "positions drawn from the half of lowest entropy", "N", MEASUREMENT, low=0)
     alternatives: int = option(
-        3, "likeliest tokens tried at each position, besides the one that was sampled", "N", MEASUREMENT,
+        3, "likeliest tokens tried at each position, in addition to the sampled one", "N", MEASUREMENT,
         low=2, why="one alternative is not a fork",
     )  # fmt: skip
     continuations: int = option(

@@ -54,7 +54,7 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
             with _removed_if_rejected(path, whole=not existed):
                 yield path
         except KeyboardInterrupt:
-            print(f"forkrl: what was finished is kept in {path}; the same command goes on from there", file=sys.stderr)
+            print(f"forkrl: what was finished is kept in {path}; the same command resumes", file=sys.stderr)
             raise
         finally:
             os.close(lock)

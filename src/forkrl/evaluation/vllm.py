@@ -113,13 +113,13 @@ class VllmSampler:
         """What one step of the engine brought."""
         if not self.engine.has_unfinished_requests():
             # A step would wait for ever.
-            raise UserError(f"vLLM has lost {num_inside} requests; nothing is lost here, the same command goes on")
+            raise UserError(f"vLLM has lost {num_inside} requests; nothing is lost here, the same command resumes")
         try:
             return list(self.engine.step())
         except Exception as error:
             # Its engine runs in a process of its own and may die of anything, out of memory first of all.
             raise UserError(
-                f"vLLM's engine failed ({first_line(error)}); nothing is lost, the same command goes on"
+                f"vLLM's engine failed ({first_line(error)}); nothing is lost, the same command resumes"
             ) from error
 
 
@@ -128,7 +128,7 @@ def _sampled(request: SampleRequest, completion: Any) -> Sampled:
     if completion.finish_reason not in ("stop", "length"):
         raise UserError(
             f"question {request.prompt.id}: vLLM ended a response with {completion.finish_reason!r}; "
-            f"nothing is lost, the same command goes on"
+            f"nothing is lost, the same command resumes"
         )
     finished = completion.finish_reason == "stop"
     return Sampled(request, completion.text, len(completion.token_ids), finished=finished, entropy=None)

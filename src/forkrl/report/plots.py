@@ -303,7 +303,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "forkrl"}), warnings.catch_warnings():
-        # The fonts of whoever reads the page have the letters that matplotlib's lacks.
+        # Browser fonts have letters that matplotlib's font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = _NOT_FOR_PAGES.sub("", buffer.getvalue())
