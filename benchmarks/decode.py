@@ -7,7 +7,7 @@ The model is the embedded base model or, as LAYERSxWIDTH, random weights in a Qw
 every response is of full length). Sampling is from the full softmax at temperature 1. Each turn is a fresh process
 that decodes once to warm up and then ``--repeats`` times; the ways take turns, round after round, on the same cores.
 What counts is the tokens of the responses up to their ends, a second. "no entropies" is ForkRL with log-probs alone, to
-see what the entropies cost. One thread each; "threads" and "replicas" take all cores, the latter
+see what the entropies cost. One thread each; "threads" and "workers" take all cores, the latter
 as processes of one thread.
 
 For a GPU, and asked for by name: "forkrl, graphed" decodes by CUDA graphs (on a CPU the same steps without graphs);
@@ -42,7 +42,7 @@ WAYS = {
     "generate": 1,
     "generate, static cache": 1,
     "generate, continuous batching": 1,
-    "forkrl, replicas": 0,
+    "forkrl, workers": 0,
     "generate, threads": 0,
     "generate, static cache, threads": 0,
     "forkrl, graphed": 1,
@@ -100,7 +100,7 @@ def measure_apart(options: argparse.Namespace, way: str) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    torch.set_num_threads(1 if options.work == "forkrl, replicas" else int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(1 if options.work == "forkrl, workers" else int(os.environ["OMP_NUM_THREADS"]))
     decode = prepare(options)
     decode(options.seed)
     seconds, tokens = [], []
@@ -136,14 +136,14 @@ def prepare(options: argparse.Namespace) -> Callable[[int], int]:
 
 
 def prepare_forkrl(policy: Any, texts_P: list[str], options: argparse.Namespace) -> Callable[[int], int]:
-    from forkrl.parallel.replicas import Replicas
+    from forkrl.parallel.workers import Workers
     from forkrl.rollout import EmbeddedEngine
     from forkrl.rollout.graphed_engine import GraphedEngine
     from forkrl.types import Prompt, SamplingParams
 
-    count = available_cores() if options.work == "forkrl, replicas" else 1
+    count = available_cores() if options.work == "forkrl, workers" else 1
     kind = GraphedEngine if options.work == "forkrl, graphed" else EmbeddedEngine
-    engine = kind(Replicas(policy, count=count), max_prompt_tokens=1024, max_sequences=4096)
+    engine = kind(Workers(policy, count=count), max_prompt_tokens=1024, max_sequences=4096)
     prompts = [Prompt(str(place), text, "") for place, text in enumerate(texts_P)]
 
     def decode(seed: int) -> int:
@@ -312,7 +312,7 @@ def show(cases: list[dict[str, Any]], ways: list[str]) -> None:
         if failed:
             print(f"{way:32} failed: {failed}")
             continue
-        ours = ["forkrl, replicas" if not WAYS[way] and "forkrl, replicas" in ways else "forkrl", "forkrl, graphed"]
+        ours = ["forkrl, workers" if not WAYS[way] and "forkrl, workers" in ways else "forkrl", "forkrl, graphed"]
         ratios = "".join(f"{speed(each) / speed(way):6.2f} ({each})" for each in ours if each in ways)
         print(f"{way:32} {speed(way):9,.0f} tokens/s {ratios}")
 

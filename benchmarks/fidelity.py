@@ -29,7 +29,7 @@ from forkrl.config.recipe import load_recipe
 from forkrl.method.advantages import group_advantages, informative_groups
 from forkrl.method.batches import collate
 from forkrl.model.policy import open_policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rewards.pool import open_verifier
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.scoring import score_groups
@@ -82,7 +82,7 @@ def parse_options() -> argparse.Namespace:
 def sample_batch(policy: Any, config: TrainConfig, seed: int) -> TokenBatch:
     """Groups that teach something, one mini-batch of the recipe, with their advantages."""
     task = open_task(config.task, policy.tokenizer)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=64, max_sequences=512)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=64, max_sequences=512)
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(len(task.train), generator=generator)[:32].tolist()
     groups = engine.generate(
@@ -138,7 +138,7 @@ def gradient(
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     generator = torch.Generator().manual_seed(seed)
     began = time.process_time()
-    update_policy(Replicas(policy), optimizer, batch, config.model_copy(update=changes), generator, on_policy=True)
+    update_policy(Workers(policy), optimizer, batch, config.model_copy(update=changes), generator, on_policy=True)
     seconds = time.process_time() - began
     decoder = policy.decoder
     modules = {"embedding": decoder.embed_tokens} | {f"layer {n}": m for n, m in enumerate(decoder.layers)}

@@ -76,7 +76,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> list[dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "forkrl", "train", options.recipe, "--out", str(out), *overrides]
-        command += ["runtime.threads=1", "runtime.replicas=1", f"eval.every={options.every}", "log.rollouts_sampled=0"]
+        command += ["runtime.threads=1", "runtime.workers=1", f"eval.every={options.every}", "log.rollouts_sampled=0"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         if done.returncode:

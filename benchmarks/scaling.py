@@ -30,7 +30,7 @@ from benchmarks._record import RESULTS, ROOT, describe_setting, write_result
 from benchmarks.gpu.limits import synchronize
 from benchmarks.gpu.steps import PROMPT, Numerals, Shape, build_batch, build_model, build_settings, with_statistics
 from forkrl.model.policy import Policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.training.update import update_policy
 from forkrl.types import Prompt, SamplingParams
@@ -115,7 +115,7 @@ def shape_of(case: dict[str, int]) -> Shape:
 
 
 def rollout_of(policy: Policy, case: dict[str, int], device: str) -> Callable[[], object]:
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=PROMPT, max_sequences=2**20)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=PROMPT, max_sequences=2**20)
     ids = torch.randint(case["vocabulary"], (case["batch"] // GROUP, PROMPT)).tolist()
     prompts = [Prompt(str(place), " ".join(map(str, row)), "") for place, row in enumerate(ids)]
     sampling, generator = SamplingParams(case["response"]), torch.Generator(device).manual_seed(0)
@@ -129,7 +129,7 @@ def update_of(
     batch = with_statistics(policy, build_batch(shape_of(case), options), shape_of(case))
     settings: Any = build_settings("dense", max_tokens=32_768)
     generator = torch.Generator(device)
-    return lambda: update_policy(Replicas(policy), optimizer, batch, settings, generator, on_policy=True)
+    return lambda: update_policy(Workers(policy), optimizer, batch, settings, generator, on_policy=True)
 
 
 def observe(work: Callable[[], object], device: str) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Threads, waiting or sleeping, against replicas, on a quiet and on a busy machine (docs/threads.md).
+"""Threads, waiting or sleeping, against workers, on a quiet and on a busy machine (docs/threads.md).
 
     python -m benchmarks.threads [--seconds 5] [--rounds 2]
 
@@ -28,8 +28,8 @@ from rich.table import Table
 from benchmarks._record import describe_setting, write_result
 from forkrl.config import ModelConfig, RuntimeConfig
 from forkrl.model.policy import open_policy
-from forkrl.parallel.replicas import open_replicas
 from forkrl.parallel.threads import available_cores
+from forkrl.parallel.workers import open_workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.tasks.countdown import countdown_task
 from forkrl.training.sft import accumulate_cross_entropy
@@ -41,10 +41,10 @@ WAITING = {
     "spins a little": {},  # what OpenMP does unless told otherwise
     "sleeps": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
 }
-WAYS: dict[str, tuple[int, int, str]] = {  # threads in all, replicas, what a waiting thread does
+WAYS: dict[str, tuple[int, int, str]] = {  # threads in all, workers, what a waiting thread does
     "1 thread": (1, 1, "sleeps"),
     **{f"{CORES} threads, {waiting}": (CORES, 1, waiting) for waiting in reversed(WAITING)},
-    f"{CORES} replicas": (CORES, CORES, "sleeps"),
+    f"{CORES} workers": (CORES, CORES, "sleeps"),
 }
 NEIGHBOURS = ("nobody", "busy core", "second copy")
 BUSY_CORE = [sys.executable, "-c", "while True: pass"]
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Threads and replicas beside a busy neighbour.")
+    parser = argparse.ArgumentParser(description="Threads and workers beside a busy neighbour.")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement, at least")
     parser.add_argument("--rounds", type=int, default=2, help="turns of every way")
     parser.add_argument("--work", nargs=2, type=int, help=argparse.SUPPRESS)
@@ -79,10 +79,10 @@ def parse_options() -> argparse.Namespace:
 
 def measure_apart(way: str, neighbour: str, seconds: float) -> dict[str, float]:
     """Run the work in a process of its own beside its neighbour."""
-    threads, replicas, waiting = WAYS[way]
+    threads, workers, waiting = WAYS[way]
     cleared = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     environment = {**cleared, **WAITING[waiting]}
-    command = [sys.executable, "-m", "benchmarks.threads", "--work", str(threads), str(replicas)]
+    command = [sys.executable, "-m", "benchmarks.threads", "--work", str(threads), str(workers)]
     with beside(neighbour, [*command, "--seconds", "1e9"], environment):
         began = os.getloadavg()[0]
         command += ["--seconds", str(seconds)]
@@ -107,13 +107,13 @@ def beside(neighbour: str, command: list[str], environment: dict[str, str]) -> I
         process.wait()
 
 
-def work(threads: int, replicas: int, *, seconds: float) -> None:
+def work(threads: int, workers: int, *, seconds: float) -> None:
     """Print tokens per second of decoding and of gradients with the embedded model; in turns, as training does them."""
     policy = open_policy(ModelConfig(), "cpu")
     prompts = countdown_task().train[:16]
     done, spent = {"decode": 0, "gradient": 0}, {"decode": 0.0, "gradient": 0.0}
-    with open_replicas(policy, None, RuntimeConfig(threads=threads, replicas=replicas)) as opened:
-        engine = EmbeddedEngine(opened, max_prompt_tokens=16, max_sequences=256 // replicas)
+    with open_workers(policy, None, RuntimeConfig(threads=threads, workers=workers)) as opened:
+        engine = EmbeddedEngine(opened, max_prompt_tokens=16, max_sequences=256 // workers)
         generator = torch.Generator().manual_seed(0)
         warm = False
         while min(spent.values()) < seconds:
@@ -133,9 +133,9 @@ def decode(engine: EmbeddedEngine, prompts: Sequence[Prompt], generator: torch.G
 
 def gradient(engine: EmbeddedEngine, prompts: Sequence[Prompt], generator: torch.Generator) -> int:
     micro_batches = list(torch.randint(3, 20, (8, 8, 128), generator=generator))
-    engine.replicas.zero_gradients()
-    engine.replicas.map(accumulate_cross_entropy, [(ids_BT, ids_BT) for ids_BT in micro_batches], 8 * 1024)
-    engine.replicas.sum_gradients()
+    engine.workers.zero_gradients()
+    engine.workers.map(accumulate_cross_entropy, [(ids_BT, ids_BT) for ids_BT in micro_batches], 8 * 1024)
+    engine.workers.sum_gradients()
     return sum(ids_BT.numel() for ids_BT in micro_batches)
 
 

@@ -89,14 +89,14 @@ def error_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dict
     counted = [index for index, row in enumerate(rows) if row["set"] != CHOSEN_FOR_FAULTS]
     unseen = [index for index in counted if rows[index]["set"] in UNSEEN]
     at_first_sight = [bool(row["truth"]) != ("misjudged_at_first_sight" in row) for row in rows]
-    for way, verdicts in judged.items():
-        cases.append({"what": "errors", "rows": "sets 1 to 3", "way": way, **rates(rows, verdicts, counted)})
-        first = at_first_sight if way == "forkrl" else verdicts
+    for way, scores in judged.items():
+        cases.append({"what": "errors", "rows": "sets 1 to 3", "way": way, **rates(rows, scores, counted)})
+        first = at_first_sight if way == "forkrl" else scores
         cases.append({"what": "errors", "rows": "at first sight", "way": way, **rates(rows, first, unseen)})
         for category in dict.fromkeys(row["category"] for row in rows):
             chosen = [index for index, row in enumerate(rows) if row["category"] == category]
-            cases.append({"what": "category", "rows": category, "way": way, **rates(rows, verdicts, chosen)})
-        wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict != bool(row["truth"])]
+            cases.append({"what": "category", "rows": category, "way": way, **rates(rows, scores, chosen)})
+        wrong = [row for row, score in zip(rows, scores, strict=True) if score != bool(row["truth"])]
         cases.append({"what": "misjudged", "way": way, "pairs": wrong})
     return cases
 
@@ -107,8 +107,8 @@ def report_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dic
     on_reports = {"forkrl": judge(reports, by_forkrl), "math-verify": judge(reports, by_math_verify)}
     cases = []
     for name, pairs, verdicts_of in (("reports", reports, on_reports), ("sets 1 to 4", rows, judged)):
-        for way, verdicts in verdicts_of.items():
-            figures = rates(pairs, verdicts, range(len(pairs)))
+        for way, scores in verdicts_of.items():
+            figures = rates(pairs, scores, range(len(pairs)))
             cases.append({"what": "reports", "rows": name, "way": way, **figures})
             if way == "forkrl":
                 counts = dict(zip(("false_positive_count", "false_negative_count"), BEFORE[name], strict=True))
@@ -117,11 +117,11 @@ def report_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dic
     return cases
 
 
-def rates(rows: Sequence[Row], verdicts: Sequence[bool], chosen: Sequence[int]) -> dict[str, float]:
+def rates(rows: Sequence[Row], scores: Sequence[bool], chosen: Sequence[int]) -> dict[str, float]:
     """Both rates with their intervals over the chosen rows."""
     figures: dict[str, float] = {}
     for name, truth in (("false_positive", 0), ("false_negative", 1)):
-        errors = [[float(verdicts[index] != bool(truth))] for index in chosen if rows[index]["truth"] == truth]
+        errors = [[float(scores[index] != bool(truth))] for index in chosen if rows[index]["truth"] == truth]
         figures[f"{name}_of"] = len(errors)
         if errors:
             figures[f"{name}_count"] = sum(error for (error,) in errors)
@@ -135,9 +135,9 @@ def measure_speed(seed: int) -> list[dict[str, Any]]:
     with VerifierPool({"": VerifierSpec("forkrl.rewards.math:verify_math")}, workers=WORKERS) as pool:
         pool.verify(simple_items(seed + 1000)[:200])
         began = time.perf_counter()
-        verdicts = pool.verify(items)
+        scores = pool.verify(items)
         spent = time.perf_counter() - began
-    right = sum(verdict.score for verdict in verdicts)
+    right = sum(score.score for score in scores)
     figures = [{"way": "forkrl, pool of 2 workers", "responses_per_s": NUM_RESPONSES / spent, "judged_right": right}]
     for way, verifier in (("forkrl, one process", by_forkrl), ("math-verify, one process", by_math_verify)):
         began = time.perf_counter()

@@ -60,17 +60,17 @@ def show(title: str, pool: VerifierPool) -> None:
         (Prompt(id="pi", text="What is pi, roughly?", answer="3.14159"), "Let me think."),
         (Prompt(id="odd", text="Who knows?", answer="not a number"), "It is 42"),
     ]
-    verdicts = pool.submit(batch)
+    scores = pool.submit(batch)
     print(title)
-    for (prompt, response), verdict in zip(batch, verdicts.result(), strict=True):
-        print(f"  {prompt.id}: {response!r} {verdict}")
+    for (prompt, response), score in zip(batch, scores.result(), strict=True):
+        print(f"  {prompt.id}: {response!r} {score}")
     print(f"  failures: {dict(pool.failures)}")
 
 
 def main() -> None:
     if sys.argv[1:]:
         ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), JudgeByPost).serve_forever()
-    config = RewardConfig(workers=2, deadline_s=5)
+    config = RewardConfig(workers=2, timeout_s=5)
     function = VerifierSpec("own_verifier:near", {"tolerance": 0.01})
     with open_verifier({"": function}, config) as pool:
         show("function", pool)

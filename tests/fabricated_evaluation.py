@@ -32,7 +32,7 @@ def random_responses(
         for sample in range(samples):
             right = bool(generator.random() < chance)
             tokens = int(np.clip(generator.lognormal(6.5 - 0.3 * easiness + 0.4 * (not right), 0.5) * longer, 1, LIMIT))
-            failure = "deadline" if generator.random() < 0.01 else ""
+            failure = "timeout" if generator.random() < 0.01 else ""
             cut = tokens == LIMIT
             right = right and not failure and not cut
             read = "42" if right else "" if cut else str(generator.integers(0, 4))
@@ -50,8 +50,8 @@ def random_responses(
 def write_evaluation(
     folder: Path, benchmarks: Mapping[str, list[ScoredResponse]], *, model: str = "Qwen/Qwen3-0.6B", **changes: Any
 ) -> Path:
-    """Write responses, verdicts, questions and results of benchmarks; ``changes`` go into the results."""
-    for part in ("responses", "verdicts", "questions"):
+    """Write responses, results, questions and results of benchmarks; ``changes`` go into the results."""
+    for part in ("responses", "scores", "questions"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     entries = []
     for name, responses in benchmarks.items():
@@ -61,7 +61,7 @@ def write_evaluation(
              "finished": r.finished,
              "entropy": r.entropy} for r in responses
         ])  # fmt: skip
-        write_lines(folder / "verdicts" / f"{name}.jsonl", [
+        write_lines(folder / "scores" / f"{name}.jsonl", [
             {"question": r.question, "sample": r.sample, "score": r.score, "failure": r.failure, "answer": r.answer}
             for r in responses
         ])  # fmt: skip

@@ -47,13 +47,13 @@ def examine(generator: str, pool: VerifierPool) -> Finding:
     gold = [(prompt, answer) for prompt in prompts if (answer := gold_answer(prompt)) is not None]
     right = pool.verify([(prompt, f"<answer>{answer}</answer>") for prompt, answer in gold])
     wrong = pool.verify([(prompt, f"<answer>{text}</answer>") for prompt in prompts for text in WRONG])
-    failures = [verdict.failure for verdict in (*right, *wrong) if verdict.failure]
+    failures = [result.failure for result in (*right, *wrong) if result.failure]
     return Finding(
         generator,
         usable_levels(generator),
         ms_a_question(generator),
-        [verdict.score for verdict in right],
-        max(verdict.score for verdict in wrong),
+        [result.score for result in right],
+        max(result.score for result in wrong),
         failures,
     )
 
@@ -101,7 +101,7 @@ def main() -> None:
     """Print the table."""
     print("| generator | levels | ms a question | gold answers with full marks | best wrong answer | |")
     print("|---|---|---:|---|---:|---|")
-    with VerifierPool({"": GYM_VERIFIER}, deadline_s=30) as pool:
+    with VerifierPool({"": GYM_VERIFIER}, timeout_s=30) as pool:
         for generator in sorted(set(DATASETS) - set(REFUSED)):
             found = examine(generator, pool)
             gold = f"{sum(score == 1 for score in found.gold)} of {len(found.gold)}" if found.gold else "none known"

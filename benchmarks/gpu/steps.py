@@ -35,7 +35,7 @@ from benchmarks.gpu.limits import copy_rate, product_rate, synchronize
 from forkrl.method.batches import cut_micro_batches
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, set_gradient_checkpointing
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.graphed_engine import GraphedEngine
 from forkrl.training.update import update_policy
@@ -225,7 +225,7 @@ def rollout_clock(
     kind: type[EmbeddedEngine], policy: Policy, shape: Shape, options: argparse.Namespace
 ) -> Callable[[int, int], float]:
     """A function that decodes so many tokens after prompts of so many others, and tells the seconds."""
-    engine = kind(Replicas(policy), max_prompt_tokens=2**20, max_sequences=2**20)
+    engine = kind(Workers(policy), max_prompt_tokens=2**20, max_sequences=2**20)
 
     def seconds(prompt_tokens: int, tokens: int) -> float:
         ids = torch.randint(shape.vocabulary, (count_sequences(shape, options.response) // GROUP, prompt_tokens))
@@ -293,7 +293,7 @@ def measure_update(
     """Seconds of one gradient step on the batch, after one on its first micro-batch."""
     recompute = shape.recompute and way == "dense"
     set_gradient_checkpointing(model, recompute)
-    replicas = Replicas(Policy(model, Numerals(shape.vocabulary), "bf16"))  # type: ignore[arg-type]
+    workers = Workers(Policy(model, Numerals(shape.vocabulary), "bf16"))  # type: ignore[arg-type]
     max_tokens = shape.micro_batch_tokens if way == "dense" else shape.forks_only_tokens
     settings: Any = build_settings(way, max_tokens)
     device = str(batch.input_ids.device)
@@ -302,7 +302,7 @@ def measure_update(
         generator = torch.Generator(device).manual_seed(0)
         synchronize(device)
         began = time.perf_counter()
-        update_policy(replicas, optimizer, part, settings, generator, on_policy=True)
+        update_policy(workers, optimizer, part, settings, generator, on_policy=True)
         synchronize(device)
         return time.perf_counter() - began
 

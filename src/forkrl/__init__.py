@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         Task,
         TokenBatch,
         TokenStats,
-        Verdict,
         Verifier,
+        VerifierResult,
     )
 
 __version__ = "0.1.0"
@@ -52,8 +52,8 @@ __all__ = [
     "TrainConfig",
     "TrainingHalted",
     "UserError",
-    "Verdict",
     "Verifier",
+    "VerifierResult",
     "__version__",
     "entropy_change_by_percentile",
     "group_advantages",

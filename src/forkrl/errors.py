@@ -25,7 +25,7 @@ class TrainingHalted(Exception):
     """Training cannot continue, for example because of a NaN loss. Earlier checkpoints are unchanged; exit code 1."""
 
 
-class ReplicaLost(TrainingHalted):
+class WorkerLost(TrainingHalted):
     """A worker process has died. The run can be resumed from its checkpoints."""
 
 

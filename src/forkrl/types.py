@@ -56,12 +56,12 @@ class Judgement(NamedTuple):
     answer: str | None = None
 
 
-FAILURES = ("deadline", "crash", "memory", "error")
+FAILURES = ("timeout", "crash", "memory", "error")
 """Why a verifier may give no score: too slow, its process died, out of memory, it raised or returned no score."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerifierResult:
     """What a verifier said of one response.
 
     ``score`` is the correctness in [0, 1]. ``failure`` is empty when the verifier answered; otherwise it names why it
@@ -79,13 +79,13 @@ class VerifierSpec:
     """Which function judges, and how.
 
     ``path`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in [0, 1]
-    or a ``Judgement``. ``options`` are further arguments of it by name, as JSON can hold them. ``deadline_s`` is the
-    wall-clock limit for one response; None: the recipe's ``reward.deadline_s``.
+    or a ``Judgement``. ``options`` are further arguments of it by name, as JSON can hold them. ``timeout_s`` is the
+    wall-clock limit for one response; None: the recipe's ``reward.timeout_s``.
     """
 
     path: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    deadline_s: float | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,15 +109,15 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The ``G`` responses to one prompt, and, once scored, a verdict for each."""
+    """The ``G`` responses to one prompt, and, once scored, a result for each."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
-    verdicts: tuple[Verdict, ...] = ()
+    results: tuple[VerifierResult, ...] = ()
 
     @property
     def scores(self) -> tuple[float, ...]:
-        return tuple(verdict.score for verdict in self.verdicts)
+        return tuple(result.score for result in self.results)
 
 
 class TemperatureRule(Protocol):
@@ -234,11 +234,11 @@ class Verifier(Protocol):
         """For each kind of failure seen, the prompt and the message of the first."""
         ...
 
-    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        """A verdict for each pair of a prompt and a response, in order."""
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
+        """A result for each pair of a prompt and a response, in order."""
         ...
 
-    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
         """The same, asynchronously."""
         ...
 

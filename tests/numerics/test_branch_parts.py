@@ -15,9 +15,9 @@ from forkrl.commands.branch_parts import Design, PartSampler, branches_table
 from forkrl.commands.session import Session
 from forkrl.config import TrainConfig
 from forkrl.model.stop_tokens import response_text
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
-from forkrl.types import Prompt, Task, Verdict
+from forkrl.types import Prompt, Task, VerifierResult
 from tests.models import random_policy
 
 ODD = tuple("13579")
@@ -31,12 +31,12 @@ class SecondOdd:
         self.seen: list[tuple[Prompt, str]] = []
         self.first_failures: dict[str, str] = {}
 
-    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
         self.seen += items
-        return [Verdict(float(text[1:2] in ODD)) for _, text in items]
+        return [VerifierResult(float(text[1:2] in ODD)) for _, text in items]
 
-    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
-        future: Future[list[Verdict]] = Future()
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
+        future: Future[list[VerifierResult]] = Future()
         future.set_result(self.verify(items))
         return future
 
@@ -45,9 +45,9 @@ def sampled(continuations: int, **design: Any) -> tuple[Session, SecondOdd, list
     policy, verifier = random_policy(sharpness=3.0), SecondOdd()
     sizes: dict[str, Any] = {"max_response_tokens": 4, "max_prompt_tokens": 8, "max_sequences": 300}
     config = TrainConfig.model_validate({"rollout": sizes, "reward": {"overlong_cache": 0}})
-    replicas = Replicas(policy)
-    engine = EmbeddedEngine(replicas, max_prompt_tokens=8, max_sequences=300)
-    session = Session(config, replicas, engine, Task("test", [], PROMPTS, {}), PROMPTS, None)
+    workers = Workers(policy)
+    engine = EmbeddedEngine(workers, max_prompt_tokens=8, max_sequences=300)
+    session = Session(config, workers, engine, Task("test", [], PROMPTS, {}), PROMPTS, None)
     numbers = {"responses": 2, "forks": 4, "random": 0, "low": 0, "alternatives": 4, "temperature": 1.0} | design
     rows = PartSampler(session, verifier, Design(continuations=continuations, **numbers)).rows(0, PROMPTS)
     return session, verifier, rows

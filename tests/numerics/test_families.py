@@ -17,7 +17,7 @@ from forkrl.method.batches import collate
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.model.support import require_supported
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import open_engine
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams, TokenBatch
 from tests.families import ANALYSABLE, REJECTED, TRAINABLE, family_policy
@@ -28,7 +28,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def sampled(policy: Policy) -> TokenBatch:
-    engine = open_engine(Replicas(policy), TrainConfig())
+    engine = open_engine(Workers(policy), TrainConfig())
     groups = engine.generate(
         PROMPTS, group_size=3, sampling=SamplingParams(16), generator=torch.Generator().manual_seed(0)
     )
@@ -66,7 +66,7 @@ def test_a_model_with_other_state_can_be_measured_but_not_sampled(family: str) -
     policy = family_policy(family, ANALYSABLE[family])
     require_supported(policy, family)
     with pytest.raises(UserError, match=r"cannot be sampled or trained: .*docs/models.md") as error:
-        open_engine(Replicas(policy), TrainConfig())
+        open_engine(Workers(policy), TrainConfig())
     assert "\n" not in str(error.value)
     batch = collate([RolloutGroup(PROMPTS[0], sampled_rollouts())], torch.zeros(1, 3), pad_id=0)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_model_with_other_state_can_be_measured_but_not_sampled(family: str) -
 
 
 def sampled_rollouts() -> tuple[Rollout, ...]:
-    engine = open_engine(Replicas(random_policy()), TrainConfig())
+    engine = open_engine(Workers(random_policy()), TrainConfig())
     [group] = engine.generate(
         PROMPTS[:1], group_size=3, sampling=SamplingParams(12), generator=torch.Generator().manual_seed(0)
     )
@@ -146,7 +146,7 @@ def test_a_cache_that_does_not_reproduce_one_pass_is_rejected(monkeypatch: pytes
 
     monkeypatch.setattr(policy.model.get_decoder(), "forward", forgetful)
     with pytest.raises(UserError, match=r"decoded from a cache differ by \S+ nats from those of one pass"):
-        open_engine(Replicas(policy), TrainConfig())
+        open_engine(Workers(policy), TrainConfig())
 
 
 def test_an_adapter_is_rejected(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: ``B`` rows, ``V`` vocabulary.
 from __future__ import annotations
 
 import math
-import pickle  # noqa: TID251 - what replicas and vLLM do with it
+import pickle  # noqa: TID251 - what workers and vLLM do with it
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from forkrl import ForkTemperature, SamplingParams
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.fork_temperature import entropy_of
 from forkrl.rollout.sampling import sample_tokens
@@ -160,7 +160,7 @@ def test_a_temperature_beside_it_is_refused() -> None:
 @pytest.mark.parametrize("temperatures", [(0.0, 0.0), (0.0, 1e-4), (1e-4, 0.0)])
 def test_greedy_responses_are_those_of_generate(temperatures: tuple[float, float]) -> None:
     policy, fork = random_policy(sharpness=20.0), ForkTemperature(*temperatures, threshold=1.0)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     sampling = SamplingParams(20, fork_temperature=fork)
     (group,) = engine.generate(
         [Prompt("0", "1 2", "")], group_size=1, sampling=sampling, generator=torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from forkrl.errors import UserError
 from forkrl.method.batches import collate
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.training import forks_only, selected_attention
 from forkrl.training.batches import MicroBatch
@@ -38,7 +38,7 @@ def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def make_batch(policy: Policy) -> TokenBatch:
     """Sequences of several lengths with random advantages."""
     generator = torch.Generator().manual_seed(2)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     prompts = [Prompt(str(index), str(index) * (index + 1), "") for index in range(4)]
     groups = engine.generate(prompts, group_size=3, sampling=SamplingParams(24), generator=generator)
     return collate(groups, torch.randn(4, 3, generator=generator), pad_id=0)
@@ -212,7 +212,7 @@ def test_every_setting_changes_the_gradient_and_nothing_else(scope: str) -> None
             selection={"scope": scope},
         )
         optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-        update = update_policy(Replicas(working), optimizer, batch, config, torch.Generator().manual_seed(1))
+        update = update_policy(Workers(working), optimizer, batch, config, torch.Generator().manual_seed(1))
         grads = [p.grad.flatten() for p in working.model.parameters() if p.grad is not None]
         seen.append(torch.cat(grads) / update.metrics["grad/norm"])
         losses.add(round(update.metrics["loss/policy"], 5))
@@ -243,10 +243,10 @@ def test_keys_and_values_that_are_kept_change_nothing(monkeypatch: pytest.Monkey
             selection={"scope": "mini_batch", "ratio": 0.1},
         )
         optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-        replicas = Replicas(working)
+        workers = Workers(working)
         passes.clear()
-        update = update_policy(replicas, optimizer, batch, config, torch.Generator())
-        assert not replicas.local.kept
+        update = update_policy(workers, optimizer, batch, config, torch.Generator())
+        assert not workers.local.kept
         found.append((list(passes), update, [p.grad for p in working.model.parameters() if p.grad is not None]))
     (twice, one, grads), (once, other, same_grads) = found
     assert len(once) > 2 and sum(once) == len(batch) < sum(twice)
@@ -265,10 +265,10 @@ def test_what_is_kept_stays_within_its_limit() -> None:
     size = prefill(policy, batch, to_the_end=True).num_bytes
     room = config.forks_only.model_copy(update={"kept_mib": 2.5 * size / 2**20})
     config = config.model_copy(update={"forks_only": room})
-    replica = Replicas(policy).local
+    worker = Workers(policy).local
     for number in range(7):
-        measure_entropy(replica, MicroBatch(number, batch, None), config)
-    assert list(replica.kept) == [0, 1]
+        measure_entropy(worker, MicroBatch(number, batch, None), config)
+    assert list(worker.kept) == [0, 1]
     assert size == 2 * 2 * 2 * batch.input_ids.numel() * 8 * 4, "two layers, keys and values, two heads of 8, fp32"
 
 
@@ -316,7 +316,7 @@ def test_the_optimizer_steps_where_no_sequence_has_an_advantage(backward: str) -
     config = recipe(training={"mini_batch_prompts": 6, "backward": backward}, selection={"scope": "mini_batch"})
     before = policy.head_weight.detach().clone()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1, weight_decay=0.1)
-    update_policy(Replicas(policy), optimizer, batch, config, torch.Generator(), on_policy=True)
+    update_policy(Workers(policy), optimizer, batch, config, torch.Generator(), on_policy=True)
     torch.testing.assert_close(policy.head_weight.detach(), before * 0.99)
 
 
@@ -354,7 +354,7 @@ def test_an_update_selects_the_same_tokens_as_the_dense_one(scope: str, on_polic
         optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
         updates.append(
             update_policy(
-                Replicas(working),
+                Workers(working),
                 optimizer,
                 batch,
                 type(recipe()).model_validate(config),

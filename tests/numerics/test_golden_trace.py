@@ -18,7 +18,7 @@ import torch
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.training.update import update_policy
 from forkrl.types import TokenBatch
 
@@ -60,7 +60,7 @@ def trace(policy: Policy, sections: dict[str, Any]) -> list[dict[str, float]]:
     for _ in range(STEPS):
         with torch.no_grad():
             entropy = compute_token_stats(working, batch, temperature=1.0).entropy
-        update = update_policy(Replicas(working, reference), optimizer, batch, config, generator)
+        update = update_policy(Workers(working, reference), optimizer, batch, config, generator)
         selected = update.selected_BT
         update.metrics.pop("entropy/threshold")
         facts = {"num_selected": float(selected.sum()), "entropy_of_selected": float(entropy[selected].mean())}

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model.policy import Policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine, graphed_engine, graphed_step, open_engine
 from forkrl.rollout.embedded import Prefix, read_prompts
 from forkrl.rollout.flat_step import FlatStep, reproducible
@@ -87,7 +87,7 @@ def prefixes_of(policy: Policy) -> list[Prefix]:
 def rollouts_of(
     kind: type[EmbeddedEngine], policy: Policy, count: int = 4, max_sequences: int = 256, **sampling: Any
 ) -> list[Rollout]:
-    engine = kind(Replicas(policy), max_prompt_tokens=16, max_sequences=max_sequences)
+    engine = kind(Workers(policy), max_prompt_tokens=16, max_sequences=max_sequences)
     params = SamplingParams(**{"max_response_tokens": LONGEST, **sampling})
     continued = engine.continue_from(
         prefixes_of(policy), count=count, sampling=params, generator=torch.Generator(policy.device).manual_seed(4)
@@ -221,7 +221,7 @@ def test_statistics_equal_a_pass_of_the_model_itself(steps_are: list[int]) -> No
 
 def test_a_stop_token_beyond_the_limit_does_not_count() -> None:
     policy = random_policy(sharpness=2.0)
-    engine = GraphedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = GraphedEngine(Workers(policy), max_prompt_tokens=16)
     prefixes = [Prefix((2,), (3,) * 61), Prefix((2,))]  # the other one needs whole strides
     params, generator = SamplingParams(LONGEST), torch.Generator().manual_seed(4)
     rollouts, _ = engine.continue_from(prefixes, count=100, sampling=params, generator=generator)
@@ -232,7 +232,7 @@ def test_a_stop_token_beyond_the_limit_does_not_count() -> None:
 
 def test_a_seed_gives_the_same_responses_again_and_a_wave_alone_those_that_it_had() -> None:
     policy, params = random_policy(sharpness=6.0), SamplingParams(LONGEST)
-    engine = GraphedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=24)
+    engine = GraphedEngine(Workers(policy), max_prompt_tokens=16, max_sequences=24)
     first, again = (rollouts_of(GraphedEngine, policy, max_sequences=24) for _ in range(2))
     assert_same(first, again, tolerance=0)
     order = sorted(range(10), key=lambda index: len(prefixes_of(policy)[index].response_ids))
@@ -246,7 +246,7 @@ def test_a_seed_gives_the_same_responses_again_and_a_wave_alone_those_that_it_ha
 
 def test_within_a_stride_the_shorter_come_first_and_none_comes_late() -> None:
     policy = random_policy(sharpness=6.0)
-    engine = GraphedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = GraphedEngine(Workers(policy), max_prompt_tokens=16)
     params, generator = SamplingParams(LONGEST), torch.Generator().manual_seed(4)
     told = engine.stream(prefixes_of(policy), count=4, sampling=params, generator=generator)
     lengths = [len(ended.rollout) for ended in told]
@@ -254,7 +254,7 @@ def test_within_a_stride_the_shorter_come_first_and_none_comes_late() -> None:
 
 
 def test_nothing_to_decode_is_nothing() -> None:
-    engine = GraphedEngine(Replicas(random_policy()), max_prompt_tokens=16)
+    engine = GraphedEngine(Workers(random_policy()), max_prompt_tokens=16)
     assert engine.continue_from([], count=4, sampling=SamplingParams(4), generator=torch.Generator()) == []
 
 
@@ -297,9 +297,9 @@ def test_another_attention_is_refused() -> None:
 
 
 def test_another_device_is_refused_when_the_engine_is_opened() -> None:
-    replicas = Replicas(random_policy())
+    workers = Workers(random_policy())
     with pytest.raises(UserError, match=r"^rollout.cuda_graphs = true: the model is on cpu, which has no CUDA graphs"):
-        open_engine(replicas, TrainConfig.model_validate({"rollout": {"cuda_graphs": True}}))
+        open_engine(workers, TrainConfig.model_validate({"rollout": {"cuda_graphs": True}}))
 
 
 @pytest.mark.parametrize(("graphs", "kind"), [(True, GraphedEngine), (False, EmbeddedEngine)])
@@ -308,17 +308,17 @@ def test_the_setting_decides_which_engine_is_opened(
 ) -> None:
     asked: list[Policy] = []
     monkeypatch.setattr("forkrl.rollout.opening.require_graphs", asked.append)
-    replicas = Replicas(random_policy())
-    engine = open_engine(replicas, TrainConfig.model_validate({"rollout": {"cuda_graphs": graphs}}))
+    workers = Workers(random_policy())
+    engine = open_engine(workers, TrainConfig.model_validate({"rollout": {"cuda_graphs": graphs}}))
     assert type(engine) is kind
-    assert asked == [replicas.policy] * graphs
+    assert asked == [workers.policy] * graphs
 
 
-def test_several_replicas_are_refused() -> None:
-    replicas = Replicas(random_policy())
-    replicas.count = 2
-    engine = GraphedEngine(replicas, max_prompt_tokens=16)
-    with pytest.raises(ValueError, match="graphs are of one replica"):
+def test_several_workers_are_refused() -> None:
+    workers = Workers(random_policy())
+    workers.count = 2
+    engine = GraphedEngine(workers, max_prompt_tokens=16)
+    with pytest.raises(ValueError, match="graphs are of one worker"):
         engine.continue_from([Prefix((2,))], count=2, sampling=SamplingParams(4), generator=torch.Generator())
 
 

@@ -14,7 +14,7 @@ from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
 from forkrl.method.batches import collate
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, LogprobGap, logprob_gap, require_small_gap
 from forkrl.training.loop import train
@@ -26,7 +26,7 @@ NAMES = {"rollout/logprob_gap_mean", "rollout/logprob_gap_max"}
 
 
 def sampled(policy: Policy, **how: Any) -> TokenBatch:
-    groups = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16).generate(
+    groups = EmbeddedEngine(Workers(policy), max_prompt_tokens=16).generate(
         [Prompt("a", "12", ""), Prompt("b", "3 45678901", "")],
         group_size=4,
         sampling=SamplingParams(40, **how),
@@ -84,11 +84,11 @@ def config(**training: Any) -> TrainConfig:
         {
             "model": {"path": "embedded:countdown-base"},
             "rollout": {"prompts_per_step": 2, "group_size": 4, "max_response_tokens": 8, "max_prompt_tokens": 64},
-            "reward": {"overlong_cache": 0, "deadline_s": 300},
+            "reward": {"overlong_cache": 0, "timeout_s": 300},
             "dynamic_sampling": {"enabled": False},
             "training": {"mini_batch_prompts": 2, "micro_batch_tokens": 512, "steps": 2, **training},
             "eval": {"every": 0, "problems": 1, "samples": 1},
-            "runtime": {"device": "cpu", "replicas": 1, "threads": 1},
+            "runtime": {"device": "cpu", "workers": 1, "threads": 1},
             "checkpoint": {"every": 1},
         }
     )

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.growing_cache import build_cache
 from forkrl.types import Prompt, SamplingParams
@@ -34,7 +34,7 @@ def test_recomputing_activations_runs_layers_twice_and_changes_no_gradient(tmp_p
         count: list[int] = []
         attention = policy.decoder.get_submodule("layers.0.self_attn")
         attention.register_forward_hook(lambda *_, count=count: count.append(1))
-        EmbeddedEngine(Replicas(policy), max_prompt_tokens=8).generate(  # a cache must still work
+        EmbeddedEngine(Workers(policy), max_prompt_tokens=8).generate(  # a cache must still work
             [Prompt("a", "12", "")],
             group_size=2,
             sampling=SamplingParams(4),

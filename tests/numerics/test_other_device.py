@@ -31,7 +31,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any, on_policy: bool) -> tuple[Tensor, Any]:
     """The gradient of one update, flat, and what the update says; the weights given are left alone."""
     from forkrl.model.policy import Policy
-    from forkrl.parallel.replicas import Replicas
+    from forkrl.parallel.workers import Workers
     from forkrl.training.update import select_in_rollout_batch, update_policy
 
     def there(policy: Policy) -> Policy:
@@ -41,9 +41,9 @@ def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any,
     working = there(policy)
     generator = torch.Generator(device).manual_seed(5)
     batch = select_in_rollout_batch(batch, config, generator).to(device)
-    replicas = Replicas(working, None if reference is None else there(reference))
+    workers = Workers(working, None if reference is None else there(reference))
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-    update = update_policy(replicas, optimizer, batch, config, generator, on_policy=on_policy)
+    update = update_policy(workers, optimizer, batch, config, generator, on_policy=on_policy)
     gradients = [parameter.grad.flatten() for parameter in working.model.parameters() if parameter.grad is not None]
     return torch.cat(gradients), update
 

@@ -13,7 +13,7 @@ from forkrl.errors import TrainingHalted, UserError
 from forkrl.method.batches import collate
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine, embedded
 from forkrl.rollout.embedded import Prefix
 from forkrl.rollout.growing_cache import ROOM, GrowingLayer
@@ -29,7 +29,7 @@ def generate(
     family: str = "qwen3", *, group_size: int = 6, max_sequences: int = 256, seed: int = 0, **sampling: float
 ) -> list[RolloutGroup]:
     engine = EmbeddedEngine(
-        Replicas(random_policy(family, sharpness=6.0)), max_prompt_tokens=16, max_sequences=max_sequences
+        Workers(random_policy(family, sharpness=6.0)), max_prompt_tokens=16, max_sequences=max_sequences
     )
     params = SamplingParams(**{"max_response_tokens": 40, **sampling})  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ def test_frequencies_match_the_softmax() -> None:
 def test_frequencies_of_a_whole_decode_match_the_model() -> None:
     """Three thousand first and second tokens of one prompt, against the model's own joint probabilities."""
     policy = random_policy(sharpness=2.0)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=1000)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16, max_sequences=1000)
     groups = engine.generate(
         PROMPTS[:1], group_size=3000, sampling=SamplingParams(2), generator=torch.Generator().manual_seed(2)
     )
@@ -162,7 +162,7 @@ def test_waves_keep_the_order_of_prompts_and_groups() -> None:
 
 def test_stop_tokens_end_a_response_and_stay_out_of_its_text() -> None:
     policy = random_policy()
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     sampling = SamplingParams(40, stop_token_ids=policy.stop_token_ids([" "]))
     groups = engine.generate(PROMPTS, group_size=8, sampling=sampling, generator=torch.Generator().manual_seed(0))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -187,7 +187,7 @@ def test_a_stop_token_must_be_one_token() -> None:
 
 
 def test_prompts_that_cannot_be_answered_are_refused() -> None:
-    engine = EmbeddedEngine(Replicas(random_policy()), max_prompt_tokens=4)
+    engine = EmbeddedEngine(Workers(random_policy()), max_prompt_tokens=4)
     generator = torch.Generator()
     with pytest.raises(UserError, match=r"prompt long: 5 tokens, over rollout.max_prompt_tokens = 4"):
         engine.generate([Prompt("long", "12345", "")], group_size=2, sampling=SamplingParams(2), generator=generator)
@@ -197,7 +197,7 @@ def test_prompts_that_cannot_be_answered_are_refused() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_a_response_beyond_the_model_s_positions_is_refused(family: str) -> None:
-    engine = EmbeddedEngine(Replicas(random_policy(family)), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(random_policy(family)), max_prompt_tokens=16)
     sampling = SamplingParams(max_response_tokens=120)
     with pytest.raises(UserError, match="more than the 128 positions of the model; set it to 117 or less"):
         engine.generate(PROMPTS, group_size=2, sampling=sampling, generator=torch.Generator())
@@ -207,7 +207,7 @@ def test_weights_that_are_nan_stop_the_sampling() -> None:
     policy = random_policy()
     with torch.no_grad():
         policy.head_weight[3, 3] = torch.nan
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     with pytest.raises(TrainingHalted, match="NaN or infinite"):
         engine.generate(PROMPTS, group_size=2, sampling=SamplingParams(4), generator=torch.Generator())
 
@@ -221,7 +221,7 @@ def _prefixes(policy: Policy) -> list[Prefix]:
 
 def continued(family: str = "qwen3", *, count: int = 60, max_sequences: int = 120) -> list[tuple[Rollout, ...]]:
     policy = random_policy(family, sharpness=6.0)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=max_sequences)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16, max_sequences=max_sequences)
     generator = torch.Generator().manual_seed(4)
     return engine.continue_from(_prefixes(policy), count=count, sampling=SamplingParams(40), generator=generator)
 
@@ -255,7 +255,7 @@ def test_continuations_keep_their_order_their_statistics_and_each_its_own_limit(
 def test_a_continuation_may_use_the_model_s_last_position_and_no_more() -> None:
     """GPT-2 looks positions up in a table: one past its end is an error, also for a sequence that has been cut."""
     policy = random_policy("gpt2")
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     # One alone is cut early: it lingers in the batch, too few to be worth leaving.
     prefixes = [*[Prefix((2,) * 8)] * 99, Prefix((3,) * 8, (4,) * 100)]
     greedy = SamplingParams(120, temperature=0)  # and this model never ends then
@@ -268,7 +268,7 @@ def test_a_continuation_may_use_the_model_s_last_position_and_no_more() -> None:
 def test_continuations_are_drawn_from_the_model_given_their_prefix() -> None:
     """Next tokens after two prefixes that differ in their last token alone, against the model's own probabilities."""
     policy = random_policy(sharpness=2.0)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=1000)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16, max_sequences=1000)
     prefixes = [Prefix((2, 3, 4), (5, 6, last)) for last in (7, 8)]
     params, generator = SamplingParams(4), torch.Generator().manual_seed(5)
     for prefix, rollouts in zip(
@@ -283,7 +283,7 @@ def test_continuations_are_drawn_from_the_model_given_their_prefix() -> None:
 
 def test_generating_is_continuing_from_bare_prompts() -> None:
     policy = random_policy(sharpness=6.0)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16, max_sequences=7)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16, max_sequences=7)
     prefixes = [Prefix(tuple(policy.tokenizer.encode(prompt.text))) for prompt in PROMPTS]
     rollouts = engine.continue_from(
         prefixes, count=6, sampling=SamplingParams(40), generator=torch.Generator().manual_seed(0)
@@ -293,7 +293,7 @@ def test_generating_is_continuing_from_bare_prompts() -> None:
 
 
 def test_a_prefix_without_room_is_refused() -> None:
-    engine = EmbeddedEngine(Replicas(random_policy()), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(random_policy()), max_prompt_tokens=16)
     with pytest.raises(ValueError, match="a response of 4 tokens or more, the limit"):
         engine.continue_from([Prefix((2,), (3,) * 4)], count=1, sampling=SamplingParams(4), generator=torch.Generator())
 
@@ -301,7 +301,7 @@ def test_a_prefix_without_room_is_refused() -> None:
 @pytest.mark.parametrize("max_sequences", [256, 7])
 def test_rollouts_are_given_as_they_end(max_sequences: int) -> None:
     """Within a wave the shorter come first; nothing else differs from what is returned in the end."""
-    engine = EmbeddedEngine(Replicas(random_policy(sharpness=6.0)), max_prompt_tokens=16, max_sequences=max_sequences)
+    engine = EmbeddedEngine(Workers(random_policy(sharpness=6.0)), max_prompt_tokens=16, max_sequences=max_sequences)
     told: list[tuple[Prompt, Rollout]] = []
     groups = engine.generate(
         PROMPTS,
@@ -332,7 +332,7 @@ def test_an_ended_rollout_is_told_before_the_next_token_is_drawn(monkeypatch: py
         return sample_tokens(*arguments)
 
     monkeypatch.setattr("forkrl.rollout.embedded.sample_tokens", counted)
-    engine = EmbeddedEngine(Replicas(random_policy(sharpness=6.0)), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(random_policy(sharpness=6.0)), max_prompt_tokens=16)
     late: list[int] = []
     engine.generate(
         PROMPTS,
@@ -367,7 +367,7 @@ def test_sequences_that_have_ended_leave_the_batch_and_prompts_are_read_once(
     policy.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(len(kwargs["input_ids"])) if not stepped else None, with_kwargs=True
     )
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     groups = engine.generate(
         PROMPTS, group_size=6, sampling=SamplingParams(40), generator=torch.Generator().manual_seed(0)
     )

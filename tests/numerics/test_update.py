@@ -16,7 +16,7 @@ from forkrl.method.batches import collate, cut_micro_batches
 from forkrl.model import forward as dense
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.training.update import Update, update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch, TokenStats
@@ -42,7 +42,7 @@ def make_batch(policy: Policy) -> TokenBatch:
     The seed gives no response that repeats one character: its entropies would tie to the last bits.
     """
     generator = torch.Generator().manual_seed(1)
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=16)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     prompts = [Prompt(str(index), str(index) * (index + 1), "") for index in range(NUM_PROMPTS)]
     groups = engine.generate(prompts, group_size=GROUP, sampling=SamplingParams(24), generator=generator)
     advantages_PG = torch.randn(NUM_PROMPTS, GROUP, generator=generator)
@@ -72,7 +72,7 @@ def gradient(
     """The gradient of one update, flat; the policy's weights are left alone."""
     working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-    update = update_policy(Replicas(working, reference), optimizer, batch, config, torch.Generator().manual_seed(5))
+    update = update_policy(Workers(working, reference), optimizer, batch, config, torch.Generator().manual_seed(5))
     return torch.cat(
         [parameter.grad.flatten() for parameter in working.model.parameters() if parameter.grad is not None]
     ), update
@@ -267,7 +267,7 @@ def test_a_diverged_model_stops_before_its_weights_change(batch: TokenBatch, sco
     optimizer = torch.optim.SGD(broken.model.parameters(), lr=1.0)
     for selection in ({"scope": scope}, {"rule": "all"}, {"rule": "random", "scope": scope}):
         with pytest.raises(TrainingHalted, match="entropy is NaN or infinite at .* response tokens; the model"):
-            update_policy(Replicas(broken), optimizer, batch, recipe(selection=selection), torch.Generator())
+            update_policy(Workers(broken), optimizer, batch, recipe(selection=selection), torch.Generator())
     assert all(tensor.equal(before[name]) for name, tensor in broken.model.state_dict().items())
 
 
@@ -287,7 +287,7 @@ def test_sequences_without_advantage_are_left_out_and_change_nothing(
         with_kwargs=True,
     )
     config = recipe(selection={"scope": "mini_batch"})
-    update = update_policy(Replicas(working), optimizer, some_idle, config, torch.Generator(), on_policy=on_policy)
+    update = update_policy(Workers(working), optimizer, some_idle, config, torch.Generator(), on_policy=on_policy)
     hook.remove()
     carrying_B = (update.selected_BT & (advantages_B != 0)[:, None]).any(1)
     assert seen == [int(carrying_B.sum())]
@@ -313,10 +313,10 @@ def test_once_entropies_are_known_the_head_is_asked_about_selected_tokens_alone(
 
     monkeypatch.setattr(dense, "token_stats", spy)
     working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
-    replicas = Replicas(working, policy if "kl_coef" in loss else None)
+    workers = Workers(working, policy if "kl_coef" in loss else None)
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
     config = recipe(selection={"scope": "mini_batch"}, loss=loss)
-    update = update_policy(replicas, optimizer, batch, config, torch.Generator(), on_policy=on_policy)
+    update = update_policy(workers, optimizer, batch, config, torch.Generator(), on_policy=on_policy)
     num_carrying = int((update.selected_BT & (batch.advantages != 0)[:, None]).sum())
     # A KL penalty and an entropy bonus are of every token.
     assert sum(asked) == (batch.num_response_tokens if loss else num_carrying)

@@ -27,7 +27,7 @@ from forkrl.cluster.settings import verl_environment
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.training.metrics import update_metrics
 from forkrl.training.update import Update, select_in_rollout_batch, update_policy
 from forkrl.types import TokenBatch
@@ -186,7 +186,7 @@ def own_update(
         chosen = replace(chosen, advantages=chosen.advantages * importance(batch))
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
     reference = start if config.loss.kl_coef else None
-    update = update_policy(Replicas(working, reference), optimizer, chosen, config, generator)
+    update = update_policy(Workers(working, reference), optimizer, chosen, config, generator)
     found = {key: parameter.grad for key, parameter in working.model.named_parameters() if parameter.grad is not None}
     return found, update_metrics([batch], [update]), update
 

@@ -34,7 +34,7 @@ POINTS = {
     "eval": "forkrl.training.run:sample_and_score",
     "setting": "forkrl.commands.decode_temps:sample_and_score",
     "response": "forkrl.evaluation.response_files:BenchmarkFiles.add_response",
-    "verdict": "forkrl.evaluation.response_files:BenchmarkFiles.add_verdict",
+    "result": "forkrl.evaluation.response_files:BenchmarkFiles.add_result",
     "log": "forkrl.store.run_folder:RunFolder.append_metrics",
     "sample": "forkrl.store.run_folder:RunFolder.write_rollouts",
     "save": "forkrl.training.run:save_checkpoint",

@@ -17,7 +17,7 @@ from tests.smoke.world import Run, World, make_model, write_prompts
 
 DATA = ("--data", "prompts.jsonl", "task.verifier=first_character:first_character")
 SHORT = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=12", "runtime.device=cpu")
-SMALL = ("rollout.max_sequences=6", "runtime.replicas=1")  # parts of three prompts, two samples each
+SMALL = ("rollout.max_sequences=6", "runtime.workers=1")  # parts of three prompts, two samples each
 
 
 def analyzed(world: World, *argv: str) -> dict[str, Any]:
@@ -189,7 +189,7 @@ READY: dict[str, list[dict[str, Any]]] = {
     "nothing.jsonl": [{"prompt": "1+"}],
     "ids.jsonl": [{"prompt": "1+", "token_ids": [1, 20]}],
     "long.jsonl": [{"prompt": "1+", "response": "1" * 63}],
-    "verdict.jsonl": [{"prompt": "1+", "response": "1", "correct": "yes"}],
+    "result.jsonl": [{"prompt": "1+", "response": "1", "correct": "yes"}],
     "score.jsonl": [{"prompt": "1+", "response": "1", "score": 2}],
     "noprompt.jsonl": [{"prompt": "", "response": "1"}],
 }
@@ -211,7 +211,7 @@ READY: dict[str, list[dict[str, Any]]] = {
         (("--responses", "nothing.jsonl"), "line 1: has no response (text) and no token_ids; it has prompt"),
         (("--responses", "ids.jsonl"), "line 1: token_ids is not a list of ids from 0 to 19"),
         (("--responses", "long.jsonl"), "line 1: prompt and response have 65 tokens, the model has 64 positions"),
-        (("--responses", "verdict.jsonl"), "line 1: correct = 'yes' is neither true nor false"),
+        (("--responses", "result.jsonl"), "line 1: correct = 'yes' is neither true nor false"),
         (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
         (("--responses", "noprompt.jsonl"), "line 1: no tokens; an empty prompt cannot be continued"),
         (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),

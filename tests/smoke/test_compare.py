@@ -55,7 +55,7 @@ def test_bad_folders_are_refused_in_a_line(world: World, evals: Path) -> None:
     with (damaged / "responses" / "mine.jsonl").open("a") as file:
         file.write('{"question": "q0')
     strangers = shutil.copytree(evals / "other", evals / "strangers")
-    for part in ("responses", "verdicts"):
+    for part in ("responses", "scores"):
         path = strangers / part / "aime25.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         write_lines(path, [row | {"question": f"other{row['question']}"} for row in rows])

@@ -62,7 +62,7 @@ def test_every_setting_is_there_and_the_table_follows_from_the_files(world: Worl
     pd.testing.assert_frame_equal(table.set_index(["high", "low"]), recomputed, check_dtype=False)
     pd.testing.assert_frame_equal(pd.read_csv(sweep / "temperatures.csv"), table, check_dtype=False)
     stdout = (world.folder / "stdout").read_text()
-    assert found["verdict"] in stdout and f"report: {Path('run/analysis/decode-temps/report.html')}" in stdout
+    assert found["headline"] in stdout and f"report: {Path('run/analysis/decode-temps/report.html')}" in stdout
     page = (sweep / "report.html").read_text()
     assert "Lowering the temperature at forks" in page and "forkrl decode-temps run" in page
     assert write_report(sweep).read_text() == page

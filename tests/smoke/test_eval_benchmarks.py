@@ -78,16 +78,16 @@ def responses(folder: Path, name: str) -> list[str]:
     return (folder / "responses" / f"{name}.jsonl").read_text().splitlines()
 
 
-def verdicts(folder: Path, name: str) -> set[str]:
+def scores(folder: Path, name: str) -> set[str]:
     """In whatever order they came."""
-    return set((folder / "verdicts" / f"{name}.jsonl").read_text().splitlines())
+    return set((folder / "scores" / f"{name}.jsonl").read_text().splitlines())
 
 
 def assert_same(folder: Path, whole: Path) -> None:
     assert timeless(folder) == timeless(whole)
     for name in NAMES:
         assert responses(folder, name) == responses(whole, name)
-        assert verdicts(folder, name) == verdicts(whole, name)
+        assert scores(folder, name) == scores(whole, name)
 
 
 def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) 
     assert set(lines(whole, "responses", "aime25")[0]) == {
         "question", "sample", "text", "reasoning", "tokens", "finished", "entropy",
     }  # fmt: skip
-    assert set(lines(whole, "verdicts", "aime25")[0]) == {"question", "sample", "score", "failure", "answer"}
+    assert set(lines(whole, "scores", "aime25")[0]) == {"question", "sample", "score", "failure", "answer"}
     asked = lines(whole, "questions", "aime25")[0]
     wording = "Please reason step by step, and put your final answer within \\boxed{}."
     assert asked["prompt"] == f"User:\n0 + 1 =\n{wording}\n\nAssistant:\n"
@@ -114,7 +114,7 @@ def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) 
     assert "AIME'25            4  0." in stdout and "25.42 → 26.25" in stdout
 
 
-KILLS = [("response", 8), ("response", 17), ("verdict", 20)]
+KILLS = [("response", 8), ("response", 17), ("result", 20)]
 
 
 @pytest.mark.parametrize(("point", "count"), KILLS)
@@ -144,7 +144,7 @@ def test_ctrl_c_keeps_everything(here: World, whole: Path) -> None:
 
 def test_a_torn_line_is_dropped(here: World, whole: Path) -> None:
     torn = shutil.copytree(whole, here.folder / "torn")
-    for part in ("responses", "verdicts"):
+    for part in ("responses", "scores"):
         path = torn / part / "math500.jsonl"
         path.write_bytes(path.read_bytes()[:-7])
     assert run(here, "eval", "wide", *BOTH, *SHORT, "--out", "torn").code == 0
@@ -163,7 +163,7 @@ def test_a_finished_evaluation_samples_nothing_and_judges_nothing(here: World, w
     copy = shutil.copytree(whole, here.folder / "again")
     faults = [
         {"point": point, "count": 7 if point == "token" else 1, "signal": signal.SIGKILL}
-        for point in ("token", "response", "verdict")
+        for point in ("token", "response", "result")
     ]
     assert run(here, "eval", "wide", *BOTH, *SHORT, "--out", "again", faults=faults).code == 0
     assert results(copy)["benchmarks"] == results(whole)["benchmarks"]
@@ -237,7 +237,7 @@ def test_what_could_not_be_judged_is_judged_again(own_world: World) -> None:
     assert outcome.code == 0, outcome.stderr
     folder = own_world.folder / "out"
     (figures,) = results(folder)["benchmarks"]
-    failed = [each for each in lines(folder, "verdicts", "prompts") if each["failure"]]
+    failed = [each for each in lines(folder, "scores", "prompts") if each["failure"]]
     assert figures["failures"] == {"error": len(failed)} and 0 < len(failed) < 96
     assert f"({len(failed)} by error); the same command judges them again" in outcome.stdout
     (own_world.folder / "broken").unlink()
@@ -245,7 +245,7 @@ def test_what_could_not_be_judged_is_judged_again(own_world: World) -> None:
     assert run(own_world, *command, faults=[never]).code == 0
     (again,) = results(folder)["benchmarks"]
     assert again["failures"] == {}
-    assert len(lines(folder, "verdicts", "prompts")) == 96 + len(failed)
+    assert len(lines(folder, "scores", "prompts")) == 96 + len(failed)
     assert again["seconds"] == figures["seconds"]
 
 

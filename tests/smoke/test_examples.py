@@ -13,8 +13,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTS = {
     "forks_in_python.py": ["overlap of the top fifth"],
     "own_verifier.py": [
-        "function\n  pi: 'It is about 3.14' Verdict(score=1.0, failure='', answer='3.14')",
-        "server\n  pi: 'It is about 3.14' Verdict(score=1.0, failure='', answer='3.14')",
+        "function\n  pi: 'It is about 3.14' VerifierResult(score=1.0, failure='', answer='3.14')",
+        "server\n  pi: 'It is about 3.14' VerifierResult(score=1.0, failure='', answer='3.14')",
         "failures: {'error': 1}",
     ],
     "train_in_python.py": ["step 2: 0.", "selection/kept_fraction", "response"],

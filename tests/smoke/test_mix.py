@@ -32,7 +32,7 @@ held_out_rows = 8
 train_prompts = 6
 
 [task.parts.curriculum]
-raise_above = 0.01
+promote_above = 0.01
 window = 2
 most = 2
 

@@ -65,9 +65,7 @@ def run(elsewhere: World) -> Run:
 def test_a_run_is_what_it_is_on_the_cpu(elsewhere: World, settings: str) -> None:
     """The same responses, selections and losses: random numbers are the same, and so are sums but for rounding."""
     there = elsewhere.trained(f"{settings} there", *SHORT, *SETTINGS[settings])
-    here = elsewhere.trained(
-        f"{settings} here", *SHORT, *SETTINGS[settings], "runtime.device=cpu", "runtime.replicas=1"
-    )
+    here = elsewhere.trained(f"{settings} here", *SHORT, *SETTINGS[settings], "runtime.device=cpu", "runtime.workers=1")
     assert tomllib.loads((there.folder / "config.toml").read_text())["provenance"]["device"] == "pretend:0"
     assert [record.keys() for record in there.metrics] == [record.keys() for record in here.metrics]
     assert numbers(there.timeless) == pytest.approx(numbers(here.timeless), rel=1e-3, abs=1e-5)
@@ -103,7 +101,7 @@ def test_it_is_found_without_being_named(elsewhere: World) -> None:
     ("setting", "says"),
     [
         ("runtime.device=pretend:1", "runtime.device = 'pretend:1' is not usable here: invalid device ordinal"),
-        ("runtime.replicas=2", "runtime.replicas = 2: on pretend:0 there is one"),
+        ("runtime.workers=2", "runtime.workers = 2: on pretend:0 there is one"),
         ("rollout.cuda_graphs=true", "the model is on pretend:0, which has no CUDA graphs"),
     ],
 )
@@ -131,7 +129,7 @@ def test_a_command_finds_what_it_finds_on_the_cpu(elsewhere: World, run: Run, co
     found: list[list[float]] = []
     for device in ("cpu", "pretend:0"):
         out = f"{command} on {device}"
-        settings = (*COMMANDS[command], f"runtime.device={device}", "runtime.replicas=1", "--out", out)
+        settings = (*COMMANDS[command], f"runtime.device={device}", "runtime.workers=1", "--out", out)
         outcome = elsewhere.run(command, "run", *settings, without_report=True)
         assert outcome.code == 0, outcome.stderr
         figures = json.loads((elsewhere.folder / out / FIGURES[command]).read_text())

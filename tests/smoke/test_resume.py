@@ -76,7 +76,7 @@ def test_killed_at_random_points_also_while_resuming(world: World, uninterrupted
         assert world.resumed(out).bits() == uninterrupted.bits()
 
 
-IN_TWO_PROCESSES = ("runtime.threads=2", "runtime.replicas=2")
+IN_TWO_PROCESSES = ("runtime.threads=2", "runtime.workers=2")
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +99,20 @@ def test_interrupted_in_two_processes(
     assert world.resumed(out).bits() == uninterrupted_pair.bits()
 
 
-def test_a_lost_replica_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:
+def test_a_lost_worker_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:
     stop = {"point": "gradient", "count": 13, "signal": signal.SIGSTOP}
     started = world.start(
         "train", "recipe.toml", *IN_TWO_PROCESSES, "--out", "lost", faults=[stop], without_report=True
     )
     started.wait_until_stopped()
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    (replica,) = [pid for pid in children if b"forkrl.parallel.replicas" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(replica), signal.SIGKILL)
+    (worker,) = [pid for pid in children if b"forkrl.parallel.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(worker), signal.SIGKILL)
     started.send(signal.SIGCONT)
     outcome = started.wait()
     assert outcome.code == 1
     assert re.fullmatch(
-        "forkrl: training stopped at step [0-9]: a replica was killed by SIGKILL, as the system does when memory runs "
+        "forkrl: training stopped at step [0-9]: a worker was killed by SIGKILL, as the system does when memory runs "
         "out; continue with: forkrl train --resume lost",
         outcome.line,
     )
@@ -283,18 +283,18 @@ def test_a_tracker_refuses_and_later_goes_on_with_the_same_run(own_world: World)
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder, sinks = own_world.folder, 'log.sinks=["tensorboard", "wandb"]'
+    folder, trackers = own_world.folder, 'log.trackers=["tensorboard", "wandb"]'
     (folder / "wandb.py").write_text(WANDB)
     logged_out = folder / "logged-out"
-    refusal = "forkrl: log.sinks: wandb does not start: api_key not configured; fix it, or remove it"
+    refusal = "forkrl: log.trackers: wandb does not start: api_key not configured; fix it, or remove it"
 
     logged_out.touch()
-    outcome = own_world.train("run", sinks)
+    outcome = own_world.train("run", trackers)
     assert (outcome.code, outcome.line) == (2, refusal)
     assert not (folder / "run").exists()
 
     logged_out.unlink()
-    interrupt(own_world, "run", sinks, point="log", count=8, signal=signal.SIGKILL)  # step 5 is logged, step 4 saved
+    interrupt(own_world, "run", trackers, point="log", count=8, signal=signal.SIGKILL)  # step 5 is logged, step 4 saved
     before = Run(folder / "run", outcome).bits()
     logged_out.touch()
     outcome = own_world.run("train", "--resume", "run")

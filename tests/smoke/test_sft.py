@@ -17,7 +17,7 @@ from forkrl.config.recipe import load_recipe, recipe_toml
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model.locations import model_location
 from forkrl.model.policy import open_policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.tasks.countdown import countdown_task
 from forkrl.training import sft
 from forkrl.training.model_card import measure_base_model
@@ -37,7 +37,7 @@ TINY = SftConfig.model_validate(
 def test_the_embedded_base_model_executes_reliably_and_chooses_at_random() -> None:
     policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
     config = load_recipe(SftConfig, Path("recipes/countdown-base.toml"), ["eval_problems=200"])
-    figures = measure_base_model(Replicas(policy), countdown_task(), config)
+    figures = measure_base_model(Workers(policy), countdown_task(), config)
     assert figures.steps_right >= 0.98
     assert figures.below_hundredth >= 0.5
     assert 0.05 <= figures.solve_rate.mean <= 0.30  # 200 problems; the card's figure is of 1,000

@@ -142,7 +142,7 @@ def test_credentials_are_in_no_file_and_on_no_line(own_world: World, leaky_serve
     how = {"environment": CREDENTIALS | proxies}
     short = ("--samples", "1", "--problems", "2")
     commands = (
-        ("train", "recipe.toml", *SHORT, 'log.sinks=["tensorboard"]', *verifier, "--out", "run"),
+        ("train", "recipe.toml", *SHORT, 'log.trackers=["tensorboard"]', *verifier, "--out", "run"),
         ("train", "--resume", "run"),
         ("report", "run"),
         ("eval", "run", *short, "--out", "evaluated"),

@@ -25,7 +25,7 @@ from tests.once import once
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl
-PATIENCE_S = 400.0
+STALL_TIMEOUT_S = 400.0
 STEPS = 8
 VERIFIER = '''"""Countdown's verifier, but for one response in some, on which it never comes back."""
 
@@ -51,7 +51,7 @@ max_prompt_tokens = 16
 max_response_tokens = 96
 [reward]
 overlong_cache = 32
-deadline_s = 0.5
+timeout_s = 0.5
 workers = 2
 [dynamic_sampling]
 max_generation_batches = 8
@@ -75,7 +75,7 @@ every = 2
 [log]
 rollouts_every = 2
 rollouts_sampled = 8
-sinks = ["tensorboard"]
+trackers = ["tensorboard"]
 [runtime]
 device = "cpu"
 [cluster]
@@ -92,7 +92,7 @@ class Attempt:
 
     def wait_for(self, what: Callable[[list[dict[str, Any]]], bool]) -> None:
         """Until the run's metrics say so."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + STALL_TIMEOUT_S
         while not what(metrics_of(self.folder)):
             assert time.monotonic() < deadline and self.process.poll() is None, self.end()
             time.sleep(0.1)
@@ -107,7 +107,7 @@ class Attempt:
         named[-1].kill()
 
     def end(self) -> dict[str, Any]:
-        output = self.process.communicate(timeout=PATIENCE_S)[0]
+        output = self.process.communicate(timeout=STALL_TIMEOUT_S)[0]
         return {"code": self.process.returncode, "output": output}
 
 
@@ -283,7 +283,7 @@ def test_the_warm_up_counts_gradient_steps_through_every_resume(story: Story) ->
 
 
 def test_a_verifier_that_hangs_is_killed_and_counted(story: Story) -> None:
-    assert sum(record.get("verifier/failures_deadline", 0) for record in metrics_of(story.folder)) > 0
+    assert sum(record.get("verifier/failures_timeout", 0) for record in metrics_of(story.folder)) > 0
 
 
 def test_rollouts_have_entropies_and_the_selection(story: Story) -> None:
@@ -312,7 +312,7 @@ def test_the_merged_model_evaluates(story: Story) -> None:
     command += ["--out", "evaluated"]
     place = story.folder.parent
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=place, env=environment_in(place), timeout=PATIENCE_S
+        command, capture_output=True, text=True, cwd=place, env=environment_in(place), timeout=STALL_TIMEOUT_S
     )
     assert done.returncode == 0, done.stderr
     assert "report:" in done.stdout

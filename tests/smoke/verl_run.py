@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).parents[2]
 MAX_RESPONSE_TOKENS = 64
 OVERLONG_CACHE = 16
 _MARK = "FORKRL_TEST_VERL_RUN"
-_PATIENCE_S = 20.0
+_STALL_TIMEOUT_S = 20.0
 _RAY_TOO_SLOW = "The current node timed out during startup"
 """Ray gives its own processes 30 s to start. On a machine with much else to do that may not do; once more, then."""
 
@@ -214,7 +214,7 @@ def _run_once(overrides: Sequence[str], folder: Path, timeout_s: float, environm
                 process.wait(timeout_s)
             code = process.poll()
     finally:
-        leftovers = _end_all(mark, patience_s=0.0 if process.poll() is None else _PATIENCE_S)
+        leftovers = _end_all(mark, stall_timeout_s=0.0 if process.poll() is None else _STALL_TIMEOUT_S)
         process.wait()
         shutil.rmtree(ray_folder, ignore_errors=True)
     return VerlOutcome(
@@ -248,9 +248,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _end_all(mark: str, patience_s: float) -> int:
+def _end_all(mark: str, stall_timeout_s: float) -> int:
     """Kill what still carries the mark in its environment, once it has had time to end by itself; how many."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + stall_timeout_s
     while (found := _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     killed = len(found)

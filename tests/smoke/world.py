@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 300.0
+STALL_TIMEOUT_S = 300.0
 ALPHABET = "0123456789+-*/=ab "
 VERIFIER = '''"""Pays for a response that begins with one of the characters of the answer."""
 
@@ -107,7 +107,7 @@ class Started:
 
     def wait(self) -> Outcome:
         """Its outcome, once it has ended."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + STALL_TIMEOUT_S
         while (code := self.launcher.ask({"wait": self.pid})) is None:
             assert time.monotonic() < deadline, f"still running: {self.files['stdout'].read_text()}"
             time.sleep(0.005)
@@ -115,7 +115,7 @@ class Started:
 
     def wait_until_stopped(self) -> None:
         """Until a SIGSTOP has reached it."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + STALL_TIMEOUT_S
         while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -156,7 +156,7 @@ class Launcher:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(PATIENCE_S)
+        self._process.wait(STALL_TIMEOUT_S)
 
 
 @dataclass(frozen=True)

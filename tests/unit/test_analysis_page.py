@@ -52,7 +52,7 @@ def drift_mark(first: list[float], last: list[float]) -> float | None:
         "mean_entropy": {"step 0": 1.0, "step 9": 2.0},
     }  # fmt: skip
     page = drift_page(facts, tables, [], ["step 0", "step 9"], notes=[], provenance=[], command="")
-    assert page.verdict.startswith("At temperature 0.7, ")
+    assert page.headline.startswith("At temperature 0.7, ")
     assert page.forks is not None
     assert page.forks.mark is not None and f"above {page.forks.mark:.3g} nats" in page.forks.lead
     return page.forks.mark

@@ -12,13 +12,13 @@ import pytest
 import forkrl
 from forkrl.errors import UserError
 from forkrl.rollout import open_engine
-from forkrl.types import Prompt, Verdict
+from forkrl.types import Prompt, VerifierResult
 
 SETTINGS = (
     "training.steps=2", "rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_prompt_tokens=64",
     "rollout.max_response_tokens=8", "reward.overlong_cache=0", "dynamic_sampling.enabled=false",
     "training.mini_batch_prompts=2", "training.micro_batch_tokens=512", "eval.problems=2", "runtime.device=cpu",
-    "runtime.replicas=1", "log.rollouts_every=1",
+    "runtime.workers=1", "log.rollouts_every=1",
 )  # fmt: skip
 
 
@@ -27,11 +27,11 @@ class LengthVerifier:
 
     first_failures: Mapping[str, str] = {}
 
-    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        return [Verdict(min(1.0, len(text) / 10)) for _, text in items]
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
+        return [VerifierResult(min(1.0, len(text) / 10)) for _, text in items]
 
-    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
-        future: Future[list[Verdict]] = Future()
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
+        future: Future[list[VerifierResult]] = Future()
         future.set_result(self.verify(items))
         return future
 
@@ -51,8 +51,8 @@ class ListTracker:
 def test_a_run_with_plug_ins_and_its_results(tmp_path: Path) -> None:
     tracker, engines, seen = ListTracker(), [], []
 
-    def engine(replicas: Any, config: forkrl.TrainConfig) -> forkrl.RolloutEngine:
-        engines.append(open_engine(replicas, config))
+    def engine(workers: Any, config: forkrl.TrainConfig) -> forkrl.RolloutEngine:
+        engines.append(open_engine(workers, config))
         return engines[0]
 
     results = forkrl.train(

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from forkrl.analysis import branching
 from forkrl.report.branch_page import (
     BranchResults,
+    branch_headline,
     branch_page,
     branch_rates,
-    branch_verdict,
     natural_against_entropy,
     rate_histogram,
     spread_by_kind,
@@ -72,11 +72,11 @@ def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> 
 
 def test_the_verdict_names_each_share_and_says_what_is_settled() -> None:
     report = made_up()
-    verdict = branch_verdict(report.tables)
+    headline = branch_headline(report.tables)
     share = report.tables["kinds"].set_index("kind").loc["fork", "share"]
-    assert f"one fork decides {100 * share:.1f}% [" in verdict
-    assert "a random other token 0.0% [" in verdict or "a random other token -0.0" not in verdict
-    assert verdict.endswith("Within a response forks decide more than its other tokens.")
+    assert f"one fork decides {100 * share:.1f}% [" in headline
+    assert "a random other token 0.0% [" in headline or "a random other token -0.0" not in headline
+    assert headline.endswith("Within a response forks decide more than its other tokens.")
     assert 0.5 < share < 0.75  # weights 5/9 and 4/9, rates 0.1 and 0.9: natural 0.158 of 0.248
 
 
@@ -89,16 +89,16 @@ def test_the_verdict_names_each_share_and_says_what_is_settled() -> None:
     ],
 )
 def test_verdicts_where_little_is_known(report: BranchResults, says: str) -> None:
-    verdict = branch_verdict(report.tables)
-    assert says in verdict
-    assert "nan" not in verdict
-    assert "-0.0%" not in verdict
+    headline = branch_headline(report.tables)
+    assert says in headline
+    assert "nan" not in headline
+    assert "-0.0%" not in headline
 
 
 def test_nothing_is_decided_where_every_outcome_is_the_same() -> None:
     report = made_up()
     kinds = report.tables["kinds"].assign(share=np.nan)
-    assert "Nothing is decided anywhere" in branch_verdict({**report.tables, "kinds": kinds})
+    assert "Nothing is decided anywhere" in branch_headline({**report.tables, "kinds": kinds})
 
 
 def test_the_page_shows_the_branches_and_obeys_no_text(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_burst_is_one_batch_and_repeats_whatever_the_order_of_arrival(
 
 
 @pytest.mark.parametrize("changes", [{"seed": 8}, {"replica_rank": 1}])
-def test_seed_and_replica_change_what_is_drawn(serve: Any, changes: dict[str, int]) -> None:
+def test_seed_and_worker_change_what_is_drawn(serve: Any, changes: dict[str, int]) -> None:
     one, other = answers(serve(), PROMPTS), answers(serve(**changes), PROMPTS)
     assert [answer.token_ids for answer in one] != [answer.token_ids for answer in other]
 

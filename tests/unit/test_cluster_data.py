@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 VERIFIERS = {
     "": VerifierSpec("judges:equal"),
-    "code": VerifierSpec("judges:runs", {"seconds": 0.5, "languages": ["python", None]}, deadline_s=90.0),
+    "code": VerifierSpec("judges:runs", {"seconds": 0.5, "languages": ["python", None]}, timeout_s=90.0),
 }
 
 
@@ -59,7 +59,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_verifiers_are_read_as_they_were_written(tmp_path: Path) -> None:
-    reward = RewardConfig(overlong_cache=32, workers=3, deadline_s=1.5, memory_mb=512)
+    reward = RewardConfig(overlong_cache=32, workers=3, timeout_s=1.5, memory_mb=512)
     write_verifiers(tmp_path / "verifiers.json", VERIFIERS, reward, max_response_tokens=128)
     judging = read_verifiers(tmp_path / "verifiers.json")
     assert judging.verifiers == VERIFIERS

@@ -9,7 +9,7 @@ import torch
 
 from forkrl.cluster.figures import step_figures
 from forkrl.rollout.held_out import summarise
-from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
+from forkrl.types import Prompt, Rollout, RolloutGroup, VerifierResult
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl
@@ -26,7 +26,9 @@ TOLD = dict.fromkeys(
 def group(name: str, *scores: float) -> RolloutGroup:
     rollout = Rollout((1,), (2, 3), torch.zeros(2), torch.zeros(2), "x", True)
     return RolloutGroup(
-        Prompt(id=name, text="p", answer="a"), (rollout,) * len(scores), tuple(Verdict(score, "") for score in scores)
+        Prompt(id=name, text="p", answer="a"),
+        (rollout,) * len(scores),
+        tuple(VerifierResult(score, "") for score in scores),
     )
 
 
@@ -68,16 +70,16 @@ def test_groups_are_read_with_verdict_text_and_end(monkeypatch: pytest.MonkeyPat
             "raw_prompt": [{"role": "user", "content": "question"}],
         }
 
-    rows = [row([1, 2, 0], {"score": 1.0, "failure": ""}), row([1, 2], {"score": 0.0, "failure": "deadline"})]
+    rows = [row([1, 2, 0], {"score": 1.0, "failure": ""}), row([1, 2], {"score": 0.0, "failure": "timeout"})]
     rows.append(row([3], {}))  # of another reward function
     held = {name: [each[name] for each in rows] for name in rows[0]}
     monkeypatch.setattr("transfer_queue.kv_batch_get", lambda **asked: held)
     keys = ["u_0_0", "u_1_0", "w_0_0"]
     first, second = module.read_groups(keys, "train", Spelling(), [0], with_text=True)  # type: ignore[arg-type]
     assert [(each.text, each.finished) for each in first.rollouts] == [("bc", True), ("bc", False)]
-    assert [(each.score, each.failure) for each in first.verdicts] == [(1.0, ""), (0.0, "deadline")]
+    assert [(each.score, each.failure) for each in first.results] == [(1.0, ""), (0.0, "timeout")]
     assert first.prompt == Prompt(id="p", text="question", answer="42", place="file:1", source="s", level=2)
-    assert second.verdicts[0].score == 0.25
+    assert second.results[0].score == 0.25
 
 
 def test_an_evaluation_is_of_the_problems_with_all_their_responses() -> None:

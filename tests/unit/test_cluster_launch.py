@@ -98,7 +98,7 @@ def test_a_tracker_that_refuses_leaves_no_folder(tmp_path: Path, monkeypatch: py
     def refuse(*arguments: Any) -> Any:
         raise UserError("no tracker")
 
-    monkeypatch.setattr(launch, "open_sinks", refuse)
+    monkeypatch.setattr(launch, "open_trackers", refuse)
     with pytest.raises(UserError, match="no tracker"):
         launch.train_on_cluster(recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -50,7 +50,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 
 
 def open_buffer(
-    refill: Callable[[int], int], dropped: list[str], patience_s: float = 60.0, *, ahead: bool = False
+    refill: Callable[[int], int], dropped: list[str], stall_timeout_s: float = 60.0, *, ahead: bool = False
 ) -> Any:
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
@@ -62,7 +62,11 @@ def open_buffer(
         sync_refill_failed_groups=True,
     )  # fmt: skip
     return (AccountingReplayBufferAsync if ahead else BoundedReplayBuffer).taking_over(
-        verls, poll_interval=0.001, patience_s=patience_s, on_drop=dropped.extend, on_validation=lambda batch: None
+        verls,
+        poll_interval=0.001,
+        stall_timeout_s=stall_timeout_s,
+        on_drop=dropped.extend,
+        on_validation=lambda batch: None,
     )
 
 
@@ -117,9 +121,9 @@ def test_prompts_are_drawn_until_the_step_is_full(queue: Queue) -> None:
 
 
 def test_a_step_in_which_nothing_moves_ends_the_run(queue: Queue) -> None:
-    buffer = open_buffer(spent, [], patience_s=0.05)
+    buffer = open_buffer(spent, [], stall_timeout_s=0.05)
     queue.add_group("a", [], status="running")
-    with pytest.raises(TrainingHalted, match=r"0.05 s, and 1 prompts wait.*cluster.patience_s"):
+    with pytest.raises(TrainingHalted, match=r"0.05 s, and 1 prompts wait.*cluster.stall_timeout_s"):
         buffer.sample(1, "train", 2)
 
 

@@ -153,13 +153,13 @@ def test_a_source_without_a_verifier_is_an_error(open_manager: Open) -> None:
 
 
 def test_a_hanging_verifier_is_a_verdict_and_the_others_are_judged(open_manager: Open) -> None:
-    reward = RewardConfig(overlong_cache=0, deadline_s=1.0)
+    reward = RewardConfig(overlong_cache=0, timeout_s=1.0)
     manager = open_manager({"": VerifierSpec("judges:act")}, reward)
     began = time.monotonic()
     results = judge(manager, *(request(ids_of(text), "") for text in ("1", "2", "3")))
     assert time.monotonic() - began < 10
     assert [result["reward_score"] for result in results] == [0.0, 0.0, 0.5]
-    assert [result["reward_extra_info"]["failure"] for result in results] == ["deadline", "error", ""]
+    assert [result["reward_extra_info"]["failure"] for result in results] == ["timeout", "error", ""]
 
 
 def test_a_verifier_that_cannot_be_loaded_is_told_at_once(open_manager: Open) -> None:

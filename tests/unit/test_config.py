@@ -42,7 +42,7 @@ MISTAKES = [
     ("loss=3", "loss = 3: input should be a valid dictionary"),
     ("nonsense", "'nonsense' is not an override; write section.key=value"),
     ("training.steps=15e-1", "training.steps = 1.5: input should be a valid integer"),
-    ("log.sinks=tensorbord", "log.sinks.0 = 'tensorbord': input should be 'tensorboard', 'wandb' or 'trackio'"),
+    ("log.trackers=tensorbord", "log.trackers.0 = 'tensorbord': input should be 'tensorboard', 'wandb' or 'trackio'"),
     ("rollout.stop=[<x>]", "rollout.stop = '[<x>]': input should be a list"),
     ("optimizer.betas=x", "optimizer.betas = 'x': input should be a list"),
     ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
@@ -60,9 +60,11 @@ def test_a_mistake_is_named_in_one_line(override: str, message: str) -> None:
 def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[loss]\nclip_low = 0.1\nclip_high = 0.3\n[model]\npath = "there"\n')
-    config = load_recipe(TrainConfig, recipe, ["loss.clip_high=0.4", 'log.sinks=["tensorboard"]', "model.path=here/x"])
+    config = load_recipe(
+        TrainConfig, recipe, ["loss.clip_high=0.4", 'log.trackers=["tensorboard"]', "model.path=here/x"]
+    )
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.1, 0.4, None)
-    assert config.log.sinks == ("tensorboard",)
+    assert config.log.trackers == ("tensorboard",)
     assert config.model.path == "here/x"
 
 
@@ -70,7 +72,7 @@ SHORTHAND: list[tuple[str, str, Any]] = [
     ("training.steps=1e3", "training.steps", 1000),
     ("seed=1e18", "seed", 10**18),
     ("optimizer.lr=1e3", "optimizer.lr", 1000.0),
-    ("log.sinks=tensorboard", "log.sinks", ("tensorboard",)),
+    ("log.trackers=tensorboard", "log.trackers", ("tensorboard",)),
     ("rollout.stop=</answer>", "rollout.stop", ("</answer>",)),
     ('rollout.stop=["a","b"]', "rollout.stop", ("a", "b")),
 ]

@@ -23,7 +23,7 @@ PROBLEM = "2 5 9:90"
 RIGHT = "2*5=10 [9 10], 10*9=90 [90] 90:90 !"
 WRONG_FIRST = "2+5=7 [9 7], 9+7=16 [16] 16:90 ; "
 
-VERDICTS = [
+SCORE = [
     (RIGHT, 1),
     (WRONG_FIRST + RIGHT, 1),
     ("2*5=10 [9 10], 10*9=90 [90] !", 1),  # unchecked, and right all the same
@@ -53,7 +53,7 @@ VERDICTS = [
 ]
 
 
-@pytest.mark.parametrize(("response", "score"), VERDICTS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("response", "score"), SCORE, ids=lambda value: repr(value)[:40])
 def test_verdict(response: str, score: int) -> None:
     assert verify_countdown(PROBLEM, response) == score
 

@@ -11,7 +11,7 @@ import torch
 
 from forkrl.evaluation.samplers import EmbeddedSampler, EvalSampling, SampleRequest
 from forkrl.model.policy import Policy
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.embedded import Ended, Prefix
 from forkrl.rollout.held_out import evaluation_generator
@@ -32,7 +32,7 @@ class Counting(EmbeddedEngine):
     """Notes how many sequences each wave had."""
 
     def __init__(self, policy: Policy, waves: list[int]) -> None:
-        super().__init__(Replicas(policy), max_prompt_tokens=64, max_sequences=4)
+        super().__init__(Workers(policy), max_prompt_tokens=64, max_sequences=4)
         self.waves = waves
 
     def stream(self, prefixes: Sequence[Prefix], **settings: Any) -> Iterator[Ended]:
@@ -74,17 +74,17 @@ def test_only_waves_with_something_missing_are_decoded_and_give_the_same(
     assert some == {key: text for key, text in whole.items() if key in asked}
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_a_wave_that_is_passed_over_draws_what_its_decoding_would(policy: Policy, replicas: int) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_wave_that_is_passed_over_draws_what_its_decoding_would(policy: Policy, workers: int) -> None:
     seeds: list[list[int]] = []
 
     def note(_: object, parts: Sequence[tuple[Sequence[object], int]], *__: object) -> list[Any]:
         seeds.append([seed for _, seed in parts])
         return [[SimpleNamespace() for _ in part] for part, _ in parts]
 
-    stub: Any = SimpleNamespace(count=replicas, policy=policy, map=note)
-    engine = EmbeddedEngine(Replicas(policy) if replicas == 1 else stub, max_prompt_tokens=64, max_sequences=4)
-    for count in range(1, 4 * replicas + 1):
+    stub: Any = SimpleNamespace(count=workers, policy=policy, map=note)
+    engine = EmbeddedEngine(Workers(policy) if workers == 1 else stub, max_prompt_tokens=64, max_sequences=4)
+    for count in range(1, 4 * workers + 1):
         after = []
         for decoded in (True, False):
             generator = torch.Generator().manual_seed(1)
@@ -95,4 +95,4 @@ def test_a_wave_that_is_passed_over_draws_what_its_decoding_would(policy: Policy
                 engine.pass_over(count, generator)
             after.append(generator.get_state().tolist())
         assert after[0] == after[1], count
-    assert len(seeds) == (0 if replicas == 1 else 4 * replicas)
+    assert len(seeds) == (0 if workers == 1 else 4 * workers)

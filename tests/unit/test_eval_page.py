@@ -17,8 +17,8 @@ from forkrl.evaluation.folder import read_evaluation, read_questions
 from forkrl.evaluation.paper import TABLE_2
 from forkrl.report.compare_page import (
     budget_curves,
+    compare_headline,
     compare_page,
-    compare_verdict,
     difference_forest,
     side_names,
     spending_curves,
@@ -26,8 +26,8 @@ from forkrl.report.compare_page import (
 from forkrl.report.eval_page import (
     accuracy_against_budget,
     accuracy_and_paper,
+    eval_headline,
     eval_page,
-    eval_verdict,
     length_distributions,
     pass_and_majority,
     write_eval_page,
@@ -63,9 +63,9 @@ def test_a_folder_is_read_back_as_it_was_written(folder: Path) -> None:
 
 def test_the_last_verdict_counts(tmp_path: Path) -> None:
     write_evaluation(tmp_path, {"x": random_responses(2, 2)})
-    with (tmp_path / "verdicts" / "x.jsonl").open("a") as file:
-        verdict = {"question": "q001", "sample": 0, "score": 0.25, "failure": "", "answer": "again"}
-        file.write(json.dumps(verdict) + "\n")
+    with (tmp_path / "scores" / "x.jsonl").open("a") as file:
+        row = {"question": "q001", "sample": 0, "score": 0.25, "failure": "", "answer": "again"}
+        file.write(json.dumps(row) + "\n")
     _, scored = read_evaluation(tmp_path)
     assert [(r.score, r.answer) for r in scored["x"] if (r.question, r.sample) == ("q001", 0)] == [(0.25, "again")]
 
@@ -90,9 +90,9 @@ FINISH = "which samples and judges only what is missing"
         (lambda f: (f / "responses" / "x.jsonl").write_text('{"question": "q000", "sam'), "x.jsonl line 1 is not JSON"),
         (lambda f: damage(f / "responses" / "x.jsonl", 1, tokens="many"), "responses/x.jsonl line 2: tokens is text"),
         (lambda f: damage(f / "responses" / "x.jsonl", 1, finished=None), "line 2: finished is missing"),
-        (lambda f: damage(f / "verdicts" / "x.jsonl", 3, score=math.nan), "verdicts/x.jsonl line 4: score is nan"),
-        (lambda f: damage(f / "verdicts" / "x.jsonl", 3, score=1.5), "line 4: score 1.5 is not in"),
-        (lambda f: damage(f / "verdicts" / "x.jsonl", 0, sample=7), "sample 0 of question q000 of x has no verdict"),
+        (lambda f: damage(f / "scores" / "x.jsonl", 3, score=math.nan), "scores/x.jsonl line 4: score is nan"),
+        (lambda f: damage(f / "scores" / "x.jsonl", 3, score=1.5), "line 4: score 1.5 is not in"),
+        (lambda f: damage(f / "scores" / "x.jsonl", 0, sample=7), "sample 0 of question q000 of x has no result"),
         (lambda f: damage(f / "responses" / "x.jsonl", 0, question="q001"), "x has 3 responses to 2 questions, not 2"),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_verdict_names_the_hardest_and_the_easiest(folder: Path) -> None:
         "accuracy": {"mean": 0.5, "low": 0.25, "high": 0.75},
         "length": {"mean": 1234.5, "low": None, "high": None},
     }
-    assert eval_verdict(results, average) == (
+    assert eval_headline(results, average) == (
         "Acc@4 50.0% [25.0, 75.0] on average over 2 benchmarks, from 25.0% (mine) to 75.0% (AIME'24), with "
         "1,234 tokens a response."
     )
@@ -249,7 +249,7 @@ def comparison(**changes: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_the_verdict_of_a_comparison(changes: dict[str, Any], says: str) -> None:
-    assert says in compare_verdict(comparison(title="x", **changes))
+    assert says in compare_headline(comparison(title="x", **changes))
 
 
 def test_p_values_are_never_zero() -> None:

@@ -89,7 +89,7 @@ def small_benchmark() -> list[ScoredResponse]:
     second = [
         response("b", 0, "1", 0.0, tokens=40, entropy=1.5),
         response("b", 1, "", 0.0, tokens=50),
-        response("b", 2, None, 0.0, tokens=60, failure="deadline"),
+        response("b", 2, None, 0.0, tokens=60, failure="timeout"),
         response("b", 3, "2", 1.0, tokens=30),
     ]
     return first + second
@@ -112,7 +112,7 @@ def test_every_figure_of_a_small_benchmark_by_hand() -> None:
     assert {k: each["mean"] for k, each in figures["maj@k"].items()} == pytest.approx(
         {"1": 0.5, "2": (4.5 / 6 + 2.5 / 6) / 2, "4": (1 + 0.5) / 2}
     )
-    assert (figures["truncated"], figures["unparsed"], figures["failures"]) == (1 / 8, 1 / 8, {"deadline": 1})
+    assert (figures["truncated"], figures["unparsed"], figures["failures"]) == (1 / 8, 1 / 8, {"timeout": 1})
     json.dumps(figures)
 
 

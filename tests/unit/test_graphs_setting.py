@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def subject_of(model: str, graphs: str) -> Subject:
-    overrides = [f"rollout.cuda_graphs={graphs}", "runtime.device=cpu", "runtime.replicas=1", "runtime.threads=1"]
+    overrides = [f"rollout.cuda_graphs={graphs}", "runtime.device=cpu", "runtime.workers=1", "runtime.threads=1"]
     return open_subject(EvalOptions(model, overrides=overrides))
 
 
@@ -41,7 +41,7 @@ def sweep_question(subject: Subject) -> dict[str, Any]:
         config=subject.config,
         task=SimpleNamespace(name="task", verifiers={}, fingerprint=""),
         prompts=[],
-        replicas=SimpleNamespace(count=1),
+        workers=SimpleNamespace(count=1),
         policy=SimpleNamespace(device=torch.device("cpu")),
     )
     return _question(subject, session, [Setting(1.0, 1.0)], 1, None)

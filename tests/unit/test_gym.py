@@ -58,12 +58,12 @@ def asked(generator: str, **changes: Any) -> list[dict[str, Any]]:
 def test_a_question_is_made_again_in_another_process_and_judged(generator: str, pool: VerifierPool) -> None:
     prompts = gym_prompts(generator, count=4)
     gold = [gold_answer(prompt) for prompt in prompts]
-    verdicts = pool.verify(
+    results = pool.verify(
         [(prompt, f"So: <answer>{text}</answer>") for prompt, text in zip(prompts, gold, strict=True)]
     )
-    assert [(verdict.score, verdict.failure) for verdict in verdicts] == [(1.0, "")] * 4
+    assert [(result.score, result.failure) for result in results] == [(1.0, "")] * 4
     wrong = pool.verify([(prompt, f"<answer>{text}</answer>") for prompt in prompts for text in WRONG])
-    assert all(verdict.score < 1 and not verdict.failure for verdict in wrong)
+    assert all(result.score < 1 and not result.failure for result in wrong)
 
 
 @pytest.mark.slow
@@ -198,8 +198,8 @@ def _one_prompt(generator: str) -> Prompt:
 def test_another_question_than_the_prompts_is_not_judged(pool: VerifierPool) -> None:
     (prompt,) = gym_prompts("chain_sum", count=1)
     changed = json.loads(prompt.answer) | {"index": 1}
-    verdict = pool.verify([(Prompt("1", "", json.dumps(changed)), "<answer>1</answer>")])[0]
-    assert verdict.failure == "error"
+    result = pool.verify([(Prompt("1", "", json.dumps(changed)), "<answer>1</answer>")])[0]
+    assert result.failure == "error"
     assert "gives another question" in pool.first_failures["error"]
 
 
@@ -249,7 +249,7 @@ def test_the_templates_go_around_the_question() -> None:
 
 @pytest.mark.usefixtures("same_process")
 def test_a_curriculum_has_questions_of_every_level() -> None:
-    curriculum = CurriculumConfig(raise_above=0.7, start=1, most=3)
+    curriculum = CurriculumConfig(promote_above=0.7, start=1, max_level=3)
     found = task("chain_sum", curriculum=curriculum, held_out_rows=7, train_prompts=5)
     assert Counter(prompt.level for prompt in found.train) == {1: 5, 2: 5, 3: 5}
     assert Counter(prompt.level for prompt in found.held_out) == {1: 3, 2: 2, 3: 2}

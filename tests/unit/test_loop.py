@@ -17,7 +17,7 @@ from forkrl.rollout.scoring import Scoring
 from forkrl.training import loop
 from forkrl.training.run import Run, open_run
 from forkrl.training.update import Update
-from forkrl.types import RolloutGroup, TokenBatch, Verdict
+from forkrl.types import RolloutGroup, TokenBatch, VerifierResult
 
 RECIPE: dict[str, Any] = {
     "rollout": {"prompts_per_step": 2, "group_size": 2, "max_prompt_tokens": 64, "max_response_tokens": 8},
@@ -28,9 +28,9 @@ RECIPE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_no_gradient_is_kept_through_the_next_rollout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replicas: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     kept: list[bool] = []
     collect_groups = loop.collect_groups
@@ -40,9 +40,7 @@ def test_no_gradient_is_kept_through_the_next_rollout(
         return collect_groups(run)
 
     monkeypatch.setattr(loop, "collect_groups", observed)
-    config = TrainConfig.model_validate(
-        RECIPE | {"runtime": {"device": "cpu", "threads": replicas, "replicas": replicas}}
-    )
+    config = TrainConfig.model_validate(RECIPE | {"runtime": {"device": "cpu", "threads": workers, "workers": workers}})
     with open_run(config, tmp_path / "run") as run:
         loop.train(run)
         assert len(run.optimizer.state) == len(list(run.policy.model.parameters())), "every parameter had a gradient"
@@ -80,7 +78,10 @@ def test_only_the_first_gradient_step_of_a_batch_takes_the_rollouts_entropies(
 
 
 def all_wrong(scoring: Scoring, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    return [RolloutGroup(group.prompt, group.rollouts, tuple(Verdict(0.0) for _ in group.rollouts)) for group in groups]
+    return [
+        RolloutGroup(group.prompt, group.rollouts, tuple(VerifierResult(0.0) for _ in group.rollouts))
+        for group in groups
+    ]
 
 
 def test_dynamic_sampling_asks_what_was_right_not_how_long_it_was(

@@ -9,7 +9,7 @@ import torch
 
 from forkrl.training.metrics import rollout_metrics, update_metrics
 from forkrl.training.update import Update
-from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch, Verdict
+from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch, VerifierResult
 
 
 def mini_batch(advantages_B: list[float]) -> TokenBatch:
@@ -55,14 +55,14 @@ def test_extremes_of_a_step_are_those_of_any_gradient_step() -> None:
 
 
 def test_responses_that_could_not_be_judged_are_counted_by_reason() -> None:
-    verdicts = tuple(Verdict(0.0, failure) for failure in ("", "crash", "error", "crash"))
+    results = tuple(VerifierResult(0.0, failure) for failure in ("", "crash", "error", "crash"))
     rollout = Rollout((1,), (2,), torch.zeros(1), torch.zeros(1), "", finished=True)
-    group = RolloutGroup(Prompt("", "", ""), (rollout,) * 4, verdicts)
+    group = RolloutGroup(Prompt("", "", ""), (rollout,) * 4, results)
     figures = rollout_metrics([group, group], [], 2, 1, {"rollout": 1.0, "reward": 1.0})
     failures = {name: value for name, value in figures.items() if name.startswith("verifier/")}
     assert failures == {
         "verifier/failures": 6,
-        "verifier/failures_deadline": 0,
+        "verifier/failures_timeout": 0,
         "verifier/failures_crash": 4,
         "verifier/failures_memory": 0,
         "verifier/failures_error": 2,

@@ -21,7 +21,7 @@ from forkrl.rollout.held_out import summarise
 from forkrl.tasks.mix import mix_task
 from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
 from forkrl.training.metrics import level_metrics, part_metrics, rollout_metrics
-from forkrl.types import Prompt, Rollout, RolloutGroup, Task, Verdict, VerifierSpec
+from forkrl.types import Prompt, Rollout, RolloutGroup, Task, VerifierResult, VerifierSpec
 from tests.fabricated_run import write_run
 
 
@@ -31,7 +31,7 @@ def prompts(source: str, count: int, level: int = 0) -> list[Prompt]:
 
 def group(prompt: Prompt, *scores: float) -> RolloutGroup:
     rollout = Rollout((1,), (2, 3), torch.zeros(2), torch.zeros(2), "", True)
-    return RolloutGroup(prompt, (rollout,) * len(scores), tuple(Verdict(score) for score in scores))
+    return RolloutGroup(prompt, (rollout,) * len(scores), tuple(VerifierResult(score) for score in scores))
 
 
 WEIGHTS = [
@@ -68,7 +68,7 @@ def test_each_part_goes_through_all_its_prompts_each_epoch_in_an_order_of_its_ow
 
 def stream_with_levels() -> PromptStream:
     every = [*prompts("a", 5), *(prompt for level in range(3) for prompt in prompts("b", 4, level))]
-    curriculum = CurriculumConfig(raise_above=0.6, lower_below=0.2, window=3)
+    curriculum = CurriculumConfig(promote_above=0.6, demote_below=0.2, window=3)
     return PromptStream(every, 7, weights={"a": 1, "b": 2}, curricula={"b": curriculum})
 
 
@@ -249,11 +249,17 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"name": "mix", "parts": [{"name": "reasoning-gym"}]}, "task.parts.0: task.generator is empty"),
     ({"name": "mix", "parts": [GYM], "template": "{prompt}!"}, "task.template is for task.name = "),
     ({"name": "mix", "parts": [{"name": "dataset", "data": "x.jsonl", "verifier": "none"}]}, "judges nothing, and"),
-    ({"name": "mix", "parts": [COUNTDOWN | {"curriculum": {"raise_above": 0.7}}]}, "task.curriculum is for task.name"),
-    (GYM | {"curriculum": {"window": 3}}, "task.curriculum.window has no effect without task.curriculum.raise_above"),
-    (GYM | {"curriculum": {"raise_above": 0.5, "lower_below": 0.5}}, "lower_below = 0.5 is not below raise_above"),
-    (GYM | {"curriculum": {"raise_above": 0.5, "start": 3, "most": 2}}, "most = 2 is below start = 3"),
-    (GYM | {"curriculum": {"raise_above": 0.5}, "difficulty": 1}, "task.difficulty = 1 is a fixed level"),
+    (
+        {"name": "mix", "parts": [COUNTDOWN | {"curriculum": {"promote_above": 0.7}}]},
+        "task.curriculum is for",
+    ),
+    (GYM | {"curriculum": {"window": 3}}, "task.curriculum.window has no effect without task.curriculum.promote_above"),
+    (
+        GYM | {"curriculum": {"promote_above": 0.5, "demote_below": 0.5}},
+        "demote_below = 0.5 is not below",
+    ),
+    (GYM | {"curriculum": {"promote_above": 0.5, "start": 3, "max_level": 2}}, "max_level = 2 is below start = 3"),
+    (GYM | {"curriculum": {"promote_above": 0.5}, "difficulty": 1}, "task.difficulty = 1 is a fixed level"),
     ({"strict": True}, 'task.strict is for task.name = "reasoning-gym", but task.name = "countdown"'),
 ]
 
@@ -267,7 +273,7 @@ def test_a_mistake_is_one_line(values: dict[str, Any], message: str) -> None:
 
 
 def test_a_recipe_opens_its_stream() -> None:
-    recipe = {"name": "mix", "parts": [COUNTDOWN | {"weight": 3}, GYM | {"curriculum": {"raise_above": 0.5}}]}
+    recipe = {"name": "mix", "parts": [COUNTDOWN | {"weight": 3}, GYM | {"curriculum": {"promote_above": 0.5}}]}
     config = parse_recipe(TrainConfig, {"task": recipe}, "recipe.toml").task
     assert [part.label for part in config.parts] == ["countdown", "chain_sum"]
     stream = open_stream([*prompts("countdown", 5), *prompts("chain_sum", 5)], config, 0)

@@ -152,7 +152,7 @@ def test_the_cache_of_a_token_is_what_its_keys_and_values_take() -> None:
     assert halved.room_full > 2 * plan(config).rollout.room_full  # the weights are halved too
 
 
-def test_waves_follow_from_room_replicas_and_the_limit() -> None:
+def test_waves_follow_from_room_workers_and_the_limit() -> None:
     _, timing, _ = timed(recipe("qwen3-8b", *ON_VERL, "rollout.max_sequences=4"))
     planned = plan(recipe("qwen3-8b", *ON_VERL, "rollout.max_sequences=4"))
     assert planned.rollout.at_once == 4 * 8
@@ -274,7 +274,7 @@ def test_the_local_engine_samples_at_least_a_generation_batch() -> None:
 def test_no_hours_are_given_for_a_run_that_cannot_sample() -> None:
     planned, timing, _ = timed(recipe("qwen3-32b", *ON_VERL, "cluster.nodes=4"))
     rollout = planned.phases[0]
-    assert planned.verdict(rollout) == TOO_LARGE and "does not hold its weights" in planned.why(rollout)
+    assert planned.status(rollout) == TOO_LARGE and "does not hold its weights" in planned.why(rollout)
     assert timing.step_s is None and timing.run_s is None
 
 
@@ -282,8 +282,8 @@ def test_a_gpu_nearly_full_is_tight_and_does_not_count_as_fitting() -> None:
     config = recipe("qwen3-8b", *ON_VERL)
     peak = plan(config).phases[1].num_bytes
     planned = plan(config, H100._replace(memory=peak * 1.05))
-    assert planned.verdict(planned.phases[1]) == TIGHT and not planned.fits
-    assert plan(config, H100._replace(memory=peak * 1.2)).verdict(planned.phases[1]) == FITS
+    assert planned.status(planned.phases[1]) == TIGHT and not planned.fits
+    assert plan(config, H100._replace(memory=peak * 1.2)).status(planned.phases[1]) == FITS
 
 
 @pytest.mark.parametrize(

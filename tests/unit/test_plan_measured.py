@@ -27,7 +27,7 @@ from forkrl.config import ModelConfig, TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.method.batches import mini_batches
 from forkrl.model.policy import Policy, open_policy, set_gradient_checkpointing
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.planning.compute import forward_flops, update_flops
 from forkrl.planning.gpus import GPUS
 from forkrl.planning.memory import Arithmetic, outside_bytes, plan_memory, saved_bytes, stream_bytes
@@ -292,10 +292,10 @@ def test_operations_of_an_update_are_those_that_pytorch_counts(settings: tuple[s
     batch = random_batch(shape, 16, prompt, response)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     tokenizer: Any = SimpleNamespace(eos_token_id=0)
-    replicas = Replicas(Policy(model, tokenizer))
+    workers = Workers(Policy(model, tokenizer))
     with FlopCounterMode(display=False) as counter:
         for number, part in enumerate(mini_batches(batch, 4 * config.training.mini_batch_prompts)):
-            update_policy(replicas, optimizer, part, config, torch.Generator(), on_policy=number == 0)
+            update_policy(workers, optimizer, part, config, torch.Generator(), on_policy=number == 0)
     layers, head = forward_flops(shape, 16, prompt, response)
     assumed: Any = SimpleNamespace(mean_prompt=prompt, mean_response=response)
     planned, _ = update_flops(config, cast(Any, SimpleNamespace(sharded=False)), layers, head, assumed)

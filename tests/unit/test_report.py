@@ -26,7 +26,7 @@ from forkrl.report.fork_data import fork_data
 from forkrl.report.formatting import duration
 from forkrl.report.run_data import read_run
 from forkrl.report.run_page import histogram_counts, reproducing_command, run_forks
-from forkrl.report.run_summary import cards, verdict
+from forkrl.report.run_summary import cards, headline
 from forkrl.stats.intervals import mean_with_interval
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 from tests.report_page import Page, decoded
@@ -81,10 +81,10 @@ def test_evaluations_in_which_nothing_was_judged_are_no_result(tmp_path: Path) -
     }
     failed = {"eval/verifier_failures": 16}
     metrics_of(tmp_path, {"step": 0} | row | failed, {"step": 5} | row | failed)
-    text = verdict(read_run(tmp_path, 12))
+    text = headline(read_run(tmp_path, 12))
     assert text.startswith("The verifier judged no held-out response at step 0 and 5, so accuracy measures nothing")
     metrics_of(tmp_path, {"step": 0} | row | {"eval/verifier_failures": 15}, {"step": 5} | row)
-    assert "measures nothing" not in verdict(read_run(tmp_path, 12))
+    assert "measures nothing" not in headline(read_run(tmp_path, 12))
 
 
 GAIN = [[0.0]] * 60 + [[1.0]] * 40, [[1.0]] * 8 + [[0.0]] * 52 + [[1.0]] * 40  # intervals overlap, 8 won and none lost
@@ -93,28 +93,28 @@ NOISE = [[0.0]] * 60 + [[1.0]] * 40, [[1.0]] * 8 + [[0.0]] * 52 + [[0.0]] * 4 + 
 
 def test_two_evaluations_of_the_same_problems_are_compared_problem_by_problem(tmp_path: Path) -> None:
     before, after = GAIN
-    text = verdict(read_run(evaluated(tmp_path / "up", before, after), 12))
+    text = headline(read_run(evaluated(tmp_path / "up", before, after), 12))
     assert "rose from 40.0%" in text and "+8.0 points [+2.0, +13.7] paired by problem, p = 0.009" in text
-    text = verdict(read_run(evaluated(tmp_path / "down", after, before), 12))
+    text = headline(read_run(evaluated(tmp_path / "down", after, before), 12))
     assert "fell from 48.0%" in text and "-8.0 points" in text
-    text = verdict(read_run(evaluated(tmp_path / "same", *NOISE), 12))
+    text = headline(read_run(evaluated(tmp_path / "same", *NOISE), 12))
     assert "accuracy was 40.0%" in text and "no clear change" in text
     assert not re.search("rose|fell|overlap", text)
-    text = verdict(read_run(evaluated(tmp_path / "equal", before, before), 12))
+    text = headline(read_run(evaluated(tmp_path / "equal", before, before), 12))
     assert "is unchanged at 40.0% [" in text and "from step 0 to step 5" in text and "no clear change" in text
 
 
 def test_a_run_without_the_scores_of_each_problem_claims_no_more_than_it_knows(tmp_path: Path) -> None:
     folder = evaluated(tmp_path / "run", *GAIN)
     (folder / "rollouts/scores-000000.json").unlink()
-    text = verdict(read_run(folder, 12))
+    text = headline(read_run(folder, 12))
     assert "accuracy was 40.0%" in text and "the scores of each problem were not recorded" in text
     ends = [{"eval/accuracy_low": low, "eval/accuracy_high": low + 0.2} for low in (0.1, 0.6)]
     metrics_of(folder, {"step": 0, "eval/accuracy": 0.2} | ends[0], {"step": 5, "eval/accuracy": 0.7} | ends[1])
-    assert "rose from 20.0%" in verdict(read_run(folder, 12))
-    assert "the 95% intervals are apart" in verdict(read_run(folder, 12))
+    assert "rose from 20.0%" in headline(read_run(folder, 12))
+    assert "the 95% intervals are apart" in headline(read_run(folder, 12))
     metrics_of(folder, {"step": 0, "eval/accuracy": 0.2}, {"step": 5, "eval/accuracy": 0.7})
-    assert "accuracy was 20.0%" in verdict(read_run(folder, 12))
+    assert "accuracy was 20.0%" in headline(read_run(folder, 12))
 
 
 CHANGED = """
@@ -132,13 +132,13 @@ def test_evaluations_of_other_problems_are_compared_on_those_that_both_have(tmp_
     with (folder / "config.toml").open("a") as file:
         file.write(CHANGED.format("eval.problems: 100 -> 200"))
     run = read_run(folder, 12)
-    text = verdict(run)
+    text = headline(run)
     assert "rose from 40.0%" in text and "to 48.0%" in text and "+8.0 points [+2.0, +13.7] paired" in text
     assert "on the 100 problems that both evaluations have" in text
     assert "Evaluations changed after step 3: eval.problems: 100 -> 200." in run.notes
     assert ("48.0%", "40.0%") in [(card.value, card.before) for card in cards(run)]
     (folder / "rollouts/scores-000005.json").write_text(json.dumps({f"r{i}": row for i, row in enumerate(after)}))
-    text = verdict(read_run(folder, 12))
+    text = headline(read_run(folder, 12))
     assert "different problems, so they are not compared" in text and "paired" not in text
 
 
@@ -151,7 +151,7 @@ def test_evaluations_of_different_size_without_scores_are_not_compared(tmp_path:
         {"step": 5, "eval/accuracy": 0.7, "eval/problems": 20} | ends[1],
     )
     (folder / "rollouts/scores-000000.json").unlink()
-    text = verdict(read_run(folder, 12))
+    text = headline(read_run(folder, 12))
     assert "different problems, so they are not compared" in text and "rose" not in text
 
 
@@ -160,7 +160,7 @@ def test_evaluations_at_different_temperatures_are_not_compared(tmp_path: Path) 
     with (folder / "config.toml").open("a") as file:
         file.write(CHANGED.format("eval.temperature: 1.0 -> 0.0"))
     run = read_run(folder, 12)
-    text = verdict(run)
+    text = headline(run)
     assert "was 40.0%" in text and "sampled in different ways (eval.temperature: 1.0 -> 0.0), so they are not" in text
     assert "paired" not in text
     assert "not compared" in next(card.note for card in cards(run))
@@ -191,7 +191,7 @@ def test_damaged_scores_are_left_out_with_a_note(tmp_path: Path, content: str) -
     (folder / "rollouts/scores-000005.json").write_text(content, encoding="latin-1")
     run = read_run(folder, 12)
     assert any("rollouts/scores-000005.json cannot be read" in note for note in run.notes)
-    assert "the scores of each problem were not recorded" in verdict(run)
+    assert "the scores of each problem were not recorded" in headline(run)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_reproducing_command_resolves_to_the_same_recipe() -> None:
 
 
 def test_reproducing_command_of_a_mix() -> None:
-    gym = '{name="reasoning-gym", generator="gcd", settings={max_value=9}, curriculum={raise_above=0.5}}'
+    gym = '{name="reasoning-gym", generator="gcd", settings={max_value=9}, curriculum={promote_above=0.5}}'
     overrides = ["task.name=mix", f'task.parts=[{{name="dataset", data="it\'s.jsonl", weight=2}}, {gym}]']
     recipe = load_recipe(TrainConfig, None, overrides)
     found = shlex.split(reproducing_command(recipe_toml(recipe)))[2:]

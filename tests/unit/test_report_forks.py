@@ -156,12 +156,12 @@ def test_a_thousand_responses_fit_whole() -> None:
 
 
 def test_page_without_a_fork_view_carries_none_of_it() -> None:
-    page = render_page(Page("m", "analysis", "Verdict.", []))
+    page = render_page(Page("m", "analysis", "Headline.", []))
     assert "Where the model forks" not in page
     assert "fork-data" not in page
     assert "IntersectionObserver" not in page
     assert "<title>m · ForkRL analysis</title>" in page
-    empty = render_page(Page("m", "analysis", "Verdict.", [], forks=ForkView([], "No responses were kept.", None)))
+    empty = render_page(Page("m", "analysis", "Headline.", [], forks=ForkView([], "No responses were kept.", None)))
     assert "No responses were kept." in empty
     assert "fork-data" not in empty
 

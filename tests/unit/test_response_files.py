@@ -1,4 +1,4 @@
-"""The files of an evaluation: lines whole or not at all, verdicts that replace failures, questions that must stay."""
+"""The files of an evaluation: lines whole or not at all, results that replace failures, questions that must stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from forkrl.errors import UserError
 from forkrl.evaluation.folder import read_texts
 from forkrl.evaluation.response_files import BenchmarkFiles, LineFile
 from forkrl.evaluation.samplers import Sampled, SampleRequest
-from forkrl.types import Prompt, Verdict
+from forkrl.types import Prompt, VerifierResult
 
 PROMPTS = [Prompt("q1", "1 + 1 =", "2"), Prompt("q2", "2 + 2 =", "4")]
 
@@ -35,7 +35,7 @@ def test_reasoning_is_stored_and_not_judged(tmp_path: Path) -> None:
         files.add_response(sampled(files.grid[0], "4")._replace(reasoning="two and two"))
     with opened(tmp_path, samples=1) as files:
         assert [text for _, text in files.unjudged()] == ["4"]
-        files.add_verdict(files.grid[0], Verdict(1.0))
+        files.add_result(files.grid[0], VerifierResult(1.0))
         assert files.scored()[0].score == 1
     row = json.loads((tmp_path / "responses/sums.jsonl").read_text())
     assert (row["text"], row["reasoning"]) == ("4", "two and two")
@@ -47,8 +47,8 @@ def test_what_is_missing_unjudged_and_scored(tmp_path: Path) -> None:
         assert keys(files.missing()) == [("q1", 0), ("q1", 1), ("q2", 0), ("q2", 1)]
         for index in (2, 0, 1):
             files.add_response(sampled(files.grid[index], f"text {index}"))
-        files.add_verdict(files.grid[0], Verdict(1.0, answer="2"))
-        files.add_verdict(files.grid[1], Verdict(0.0, failure="deadline"))
+        files.add_result(files.grid[0], VerifierResult(1.0, answer="2"))
+        files.add_result(files.grid[1], VerifierResult(0.0, failure="timeout"))
     with opened(tmp_path) as files:
         assert keys(files.missing()) == [("q2", 1)]
         unjudged = files.unjudged()
@@ -56,7 +56,7 @@ def test_what_is_missing_unjudged_and_scored(tmp_path: Path) -> None:
             (("q1", 1), "text 1"), (("q2", 0), "text 2"),
         ]  # fmt: skip
         for request, _ in unjudged:
-            files.add_verdict(request, Verdict(0.0, answer=""))
+            files.add_result(request, VerifierResult(0.0, answer=""))
         assert [(each.question, each.sample, each.score, each.failure, each.answer) for each in files.scored()] == [
             ("q1", 0, 1.0, "", "2"), ("q1", 1, 0.0, "", ""), ("q2", 0, 0.0, "", ""),
         ]  # fmt: skip
@@ -82,9 +82,9 @@ def test_half_a_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
         ("responses", "{}", "line 2: question is missing"),
         ("responses", '{"question": ["q1"], "sample": 0}', "line 2: question is "),
         ("responses", "{torn", "line 2 is not JSON"),
-        ("verdicts", '{"question": "q1", "sample": 0, "failure": "", "answer": null}', "line 2: score is "),
+        ("scores", '{"question": "q1", "sample": 0, "failure": "", "answer": null}', "line 2: score is "),
         (
-            "verdicts",
+            "scores",
             '{"question": "q1", "sample": 0, "score": 7, "failure": "", "answer": null}',
             r"line 2: score 7 is not in \[0, 1\]",
         ),
@@ -93,7 +93,7 @@ def test_half_a_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
 def test_a_damaged_line_is_named_with_what_to_do(tmp_path: Path, name: str, line: str, says: str) -> None:
     with opened(tmp_path) as files:
         files.add_response(sampled(files.grid[0], "text"))
-        files.add_verdict(files.grid[0], Verdict(1.0, answer="2"))
+        files.add_result(files.grid[0], VerifierResult(1.0, answer="2"))
     path = tmp_path / name / "sums.jsonl"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=rf"{name}/sums.jsonl {says}.*remove that line"):

@@ -683,8 +683,8 @@ def test_a_forbidden_bubblewrap_is_a_failure_with_its_remedy(tmp_path: Path, mon
         with_sandbox({"": VerifierSpec("code")}, SandboxConfig())
     items = [(Prompt("p", "?", pack_tests([""], ["1"])), "```python\nprint(1)\n```")]
     with VerifierPool({"": code_verifier(SandboxConfig())}) as pool:
-        (verdict,) = pool.verify(items)
-    assert verdict.failure == "error"
+        (result,) = pool.verify(items)
+    assert result.failure == "error"
     assert "No permissions" in pool.first_failures["error"]
 
 
@@ -704,10 +704,10 @@ def test_through_the_pool() -> None:
     items = [(Prompt("p", "?", tests, source="code"), text) for text in (right, wrong, "none")]
     config = SandboxConfig.model_validate(QUICK)
     with VerifierPool(with_sandbox({"code": VerifierSpec("code")}, config)) as pool:
-        verdicts = pool.verify([*items, (unreadable, right)])
-    assert [verdict.score for verdict in verdicts] == [1, 0, 0, 0]
-    assert [verdict.failure for verdict in verdicts] == ["", "", "", "error"]
-    assert [verdict.answer for verdict in verdicts] == [None, None, "", None]
+        results = pool.verify([*items, (unreadable, right)])
+    assert [result.score for result in results] == [1, 0, 0, 0]
+    assert [result.failure for result in results] == ["", "", "", "error"]
+    assert [result.answer for result in results] == [None, None, "", None]
 
 
 def test_other_verifiers_need_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,8 +718,8 @@ def test_other_verifiers_need_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_pool_waits_longer_than_a_program_may_take() -> None:
     spec = code_verifier(SandboxConfig(total_seconds=100.0))
-    assert spec.deadline_s is not None
-    assert spec.deadline_s > 100
+    assert spec.timeout_s is not None
+    assert spec.timeout_s > 100
     assert SandboxConfig(**spec.options) == SandboxConfig(total_seconds=100.0)
     json.dumps(spec.options)
 

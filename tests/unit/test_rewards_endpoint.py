@@ -16,7 +16,7 @@ from forkrl.config import RewardConfig
 from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool, endpoint, open_verifier
 from forkrl.rewards.endpoint import EndpointError, verify_at_endpoint
-from forkrl.types import Judgement, Prompt, Verdict, VerifierSpec
+from forkrl.types import Judgement, Prompt, VerifierResult, VerifierSpec
 
 PATH = "forkrl.rewards.endpoint:verify_at_endpoint"
 
@@ -175,18 +175,18 @@ def test_secrets_of_the_url_stay_out_of_messages(serve: MakeServer) -> None:
 def test_through_the_pool_every_trouble_is_a_failure_with_its_reason(serve: MakeServer) -> None:
     good = (200, {"score": 1.0, "answer": "x"})
     server = serve(good, (404, "?"), (200, {"score": 2}), (200, {"score": float("nan")}), good)
-    with open_verifier({"": VerifierSpec(PATH, {"url": server.url})}, RewardConfig(deadline_s=20)) as pool:
-        verdicts = pool.verify([(Prompt(str(i), "?", "a"), "b") for i in range(5)])
-        failed = Verdict(0.0, "error")
-        assert verdicts == [Verdict(1.0, "", "x"), failed, failed, failed, Verdict(1.0, "", "x")]
+    with open_verifier({"": VerifierSpec(PATH, {"url": server.url})}, RewardConfig(timeout_s=20)) as pool:
+        results = pool.verify([(Prompt(str(i), "?", "a"), "b") for i in range(5)])
+        failed = VerifierResult(0.0, "error")
+        assert results == [VerifierResult(1.0, "", "x"), failed, failed, failed, VerifierResult(1.0, "", "x")]
         assert pool.failures == {"error": 3}
         assert "answered 404 Not Found" in pool.first_failures["error"]
 
 
 def test_a_slow_server_is_named_before_the_deadline_strikes(serve: MakeServer) -> None:
     server = serve(stall)
-    with open_verifier({"": VerifierSpec(PATH, {"url": server.url})}, RewardConfig(deadline_s=1.5)) as pool:
-        assert pool.verify([(Prompt("p", "?", "a"), "b")]) == [Verdict(0.0, "error")]
+    with open_verifier({"": VerifierSpec(PATH, {"url": server.url})}, RewardConfig(timeout_s=1.5)) as pool:
+        assert pool.verify([(Prompt("p", "?", "a"), "b")]) == [VerifierResult(0.0, "error")]
         assert "gave no answer in time" in pool.first_failures["error"]
 
 
@@ -207,7 +207,7 @@ def test_a_server_that_is_not_there_is_refused_at_the_start(url: str) -> None:
 @pytest.mark.parametrize("timeout_s", [10, 0, "3"])
 def test_a_time_out_above_the_deadline_is_refused(serve: MakeServer, timeout_s: Any) -> None:
     options = {"url": serve((200, {})).url, "timeout_s": timeout_s}
-    with pytest.raises(UserError, match=r"timeout_s = .* reward\.deadline_s = 10"):
+    with pytest.raises(UserError, match=r"timeout_s = .* reward\.timeout_s = 10"):
         open_verifier({"": VerifierSpec(PATH, options)}, RewardConfig())
 
 

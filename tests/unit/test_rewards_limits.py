@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from forkrl.rewards import VerifierPool, worker_process
-from forkrl.types import Prompt, Verdict, VerifierSpec
+from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="adopted orphans and /proc are Linux's")
 RAMPANT = r'''
@@ -195,26 +195,26 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> bool:
 
 def test_one_hung_item_delays_nothing_else(make_pool: MakePool) -> None:
     """Those that stood behind it in its worker's pipe as little as the rest: all are judged while it still hangs."""
-    pool = make_pool(workers=2, deadline_s=600)
+    pool = make_pool(workers=2, timeout_s=600)
     pool.verify(items(*["right"] * 200))  # both workers have shown that they are quick, and get many at a time
     hung = pool.submit(items("hang"))
     others = [pool.submit(items("right", "wrong")) for _ in range(500)]
     for future in others:
-        assert future.result(timeout=60) == [Verdict(1.0), Verdict(0.0)]
+        assert future.result(timeout=60) == [VerifierResult(1.0), VerifierResult(0.0)]
     assert not hung.done()
     assert not pool.failures
 
 
 def test_what_went_to_another_worker_is_not_judged_twice(make_pool: MakePool, tmp_path: Path) -> None:
-    pool = make_pool(workers=2, deadline_s=600)
+    pool = make_pool(workers=2, timeout_s=600)
     pool.verify(items(*["right"] * 200))
     served = sum(worker.served for worker in pool._crew.workers)
     slow = pool.submit(items("wait_for go"))
     behind = [pool.submit(items("right")) for _ in range(31)]
-    assert all(future.result(timeout=60) == [Verdict(1.0)] for future in behind)
+    assert all(future.result(timeout=60) == [VerifierResult(1.0)] for future in behind)
     (tmp_path / "go").touch()
-    assert slow.result(timeout=60) == [Verdict(1.0)]
-    assert pool.verify(items(*["slow 0.2"] * 4)) == [Verdict(1.0)] * 4  # both have been through what they held
+    assert slow.result(timeout=60) == [VerifierResult(1.0)]
+    assert pool.verify(items(*["slow 0.2"] * 4)) == [VerifierResult(1.0)] * 4  # both have been through what they held
     assert sum(worker.served for worker in pool._crew.workers) == served + 1 + 31 + 4
 
 
@@ -222,15 +222,15 @@ def test_batches_overlap_each_other_and_the_caller(make_pool: MakePool, tmp_path
     pool = make_pool(workers=2)
     first = pool.submit(items("right", "wait_for go", "wrong"))
     second = pool.submit(items("wrong", "right"))
-    assert second.result(timeout=30) == [Verdict(0.0), Verdict(1.0)]
+    assert second.result(timeout=30) == [VerifierResult(0.0), VerifierResult(1.0)]
     assert not first.done()
     (tmp_path / "go").touch()
-    assert first.result(timeout=30) == [Verdict(1.0), Verdict(1.0), Verdict(0.0)]
+    assert first.result(timeout=30) == [VerifierResult(1.0), VerifierResult(1.0), VerifierResult(0.0)]
     assert pool.submit([]).result(timeout=30) == []
 
 
 def test_close_cancels_what_waits(make_pool: MakePool) -> None:
-    pool = make_pool(deadline_s=600)
+    pool = make_pool(timeout_s=600)
     futures = [pool.submit(items("hang")), pool.submit(items("right"))]
     seen: list[BaseException | None] = []
 
@@ -249,28 +249,28 @@ def test_close_cancels_what_waits(make_pool: MakePool) -> None:
 
 
 def test_a_cancelled_batch_frees_its_worker(make_pool: MakePool) -> None:
-    pool = make_pool(deadline_s=600)
+    pool = make_pool(timeout_s=600)
     future = pool.submit(items("hang", "right"))
     assert wait_until(lambda: bool(pool._crew.workers[0].in_flight))
     assert future.cancel()
     assert wait_until(lambda: pool._crew.workers[0].state == "resting", 5)  # at once, not with the next batch
-    assert pool.submit(items("right")).result(timeout=30) == [Verdict(1.0)]
+    assert pool.submit(items("right")).result(timeout=30) == [VerifierResult(1.0)]
     assert not pool.failures
 
 
 def test_every_source_has_its_own_deadline(make_pool: MakePool) -> None:
     make_pool().close()
-    specs = {"quick": VerifierSpec("rampant:act", deadline_s=0.3), "patient": VerifierSpec("rampant:act")}
-    with VerifierPool(specs, deadline_s=600) as pool:
-        assert pool.verify(items("slow 0.6", source="patient")) == [Verdict(1.0)]
-        assert pool.verify(items("slow 60", source="quick")) == [Verdict(0.0, "deadline")]
-        assert "within 0.3 s" in pool.first_failures["deadline"]
+    specs = {"quick": VerifierSpec("rampant:act", timeout_s=0.3), "patient": VerifierSpec("rampant:act")}
+    with VerifierPool(specs, timeout_s=600) as pool:
+        assert pool.verify(items("slow 0.6", source="patient")) == [VerifierResult(1.0)]
+        assert pool.verify(items("slow 60", source="quick")) == [VerifierResult(0.0, "timeout")]
+        assert "within 0.3 s" in pool.first_failures["timeout"]
 
 
 @LINUX
 @pytest.mark.parametrize("response", ["daemon hang", "daemon leave", "daemon stay", "generations"])
 def test_nothing_that_a_verifier_started_outlives_it(make_pool: MakePool, tmp_path: Path, response: str) -> None:
-    pool = make_pool(deadline_s=1)
+    pool = make_pool(timeout_s=1)
     pool.verify(items(response))
     if response != "daemon stay":  # that verifier lives on, and is replaced only below
         fresh = {pool._crew.workers[0].pid, pool._crew.workers[0]._warden.pid}
@@ -285,15 +285,19 @@ def test_nothing_that_a_verifier_started_outlives_it(make_pool: MakePool, tmp_pa
 def test_a_fork_that_comes_back_out_of_the_verifier_is_ended(make_pool: MakePool) -> None:
     pool = make_pool()
     before = pool._crew.workers[0].pid
-    assert pool.verify(items("twin", *["right"] * 50)) == [Verdict(1.0)] * 51
+    assert pool.verify(items("twin", *["right"] * 50)) == [VerifierResult(1.0)] * 51
     assert not pool.failures
     assert pool._crew.workers[0].pid == before
 
 
 @LINUX
 def test_a_verifier_that_kills_its_warden_ends_itself(make_pool: MakePool, tmp_path: Path) -> None:
-    pool = make_pool(workers=2, deadline_s=600)
-    assert pool.verify(items("right", "murder", "right")) == [Verdict(1.0), Verdict(0.0, "crash"), Verdict(1.0)]
+    pool = make_pool(workers=2, timeout_s=600)
+    assert pool.verify(items("right", "murder", "right")) == [
+        VerifierResult(1.0),
+        VerifierResult(0.0, "crash"),
+        VerifierResult(1.0),
+    ]
     assert "SIGKILL" in pool.first_failures["crash"]
     pool.close()
     assert survivors(tmp_path) == []
@@ -307,13 +311,13 @@ def test_a_stopped_warden_is_killed_without_further_waiting(
     patience: list[float] = []
     close = worker_process.WorkerProcess.close
 
-    def note(worker: worker_process.WorkerProcess, patience_s: float = 600.0) -> str:
-        patience.append(patience_s)
-        return close(worker, patience_s)
+    def note(worker: worker_process.WorkerProcess, stall_timeout_s: float = 600.0) -> str:
+        patience.append(stall_timeout_s)
+        return close(worker, stall_timeout_s)
 
     monkeypatch.setattr(worker_process.WorkerProcess, "close", note)
     pool = make_pool()
-    assert pool.verify(items("freeze", "right")) == [Verdict(0.0, "crash"), Verdict(1.0)]
+    assert pool.verify(items("freeze", "right")) == [VerifierResult(0.0, "crash"), VerifierResult(1.0)]
     assert patience == [0.0]
 
 
@@ -336,32 +340,32 @@ def test_a_fork_of_the_pools_process_does_not_hold_up_its_end(make_pool: MakePoo
 
 
 @pytest.mark.parametrize(
-    ("response", "verdict", "message"),
+    ("response", "result", "message"),
     [
-        ("limits", Verdict(1.0), ""),
-        ("big_file", Verdict(0.0, "error"), "File too large"),
-        ("burn", Verdict(0.0, "crash"), "SIGXCPU"),
-        ("garbage", Verdict(0.0), ""),
+        ("limits", VerifierResult(1.0), ""),
+        ("big_file", VerifierResult(0.0, "error"), "File too large"),
+        ("burn", VerifierResult(0.0, "crash"), "SIGXCPU"),
+        ("garbage", VerifierResult(0.0), ""),
     ],
 )
-def test_files_and_cpu_are_bounded(make_pool: MakePool, response: str, verdict: Verdict, message: str) -> None:
-    pool = make_pool(deadline_s=20)
-    assert pool.verify(items(response)) == [verdict]
+def test_files_and_cpu_are_bounded(make_pool: MakePool, response: str, result: VerifierResult, message: str) -> None:
+    pool = make_pool(timeout_s=20)
+    assert pool.verify(items(response)) == [result]
     assert message in "".join(pool.first_failures.values())
 
 
 def test_a_worker_is_replaced_after_many_answers(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_process, "_MAX_SERVED", 10)
     pool = make_pool()
-    verdicts = pool.verify(items(*["whose"] * 35))
-    assert sorted(Counter(verdict.answer for verdict in verdicts).values()) == [5, 10, 10, 10]
+    results = pool.verify(items(*["whose"] * 35))
+    assert sorted(Counter(result.answer for result in results).values()) == [5, 10, 10, 10]
     assert not pool.failures
 
 
 @LINUX
 def test_a_worker_that_leaks_is_replaced(make_pool: MakePool) -> None:
     pool = make_pool(memory_mb=512)
-    assert pool.verify(items(*["swell"] * 150)) == [Verdict(1.0)] * 150
+    assert pool.verify(items(*["swell"] * 150)) == [VerifierResult(1.0)] * 150
     assert not pool.failures
 
 
@@ -374,24 +378,24 @@ def test_long_answers_are_shortened_and_stay_different(make_pool: MakePool) -> N
 @LINUX
 def test_two_thousand_hostile_items(make_pool: MakePool, tmp_path: Path) -> None:
     expected = {
-        "right": Verdict(1.0),
-        "wrong": Verdict(0.0),
-        "garbage": Verdict(0.0),
-        "daemon": Verdict(1.0),
-        "complain": Verdict(0.0, "error"),
-        "sysexit": Verdict(0.0, "error"),
-        "leave": Verdict(0.0, "crash"),
-        "segfault": Verdict(0.0, "crash"),
-        "scribble": Verdict(0.0, "crash"),
-        "allocate": Verdict(0.0, "memory"),
-        "hang": Verdict(0.0, "deadline"),
+        "right": VerifierResult(1.0),
+        "wrong": VerifierResult(0.0),
+        "garbage": VerifierResult(0.0),
+        "daemon": VerifierResult(1.0),
+        "complain": VerifierResult(0.0, "error"),
+        "sysexit": VerifierResult(0.0, "error"),
+        "leave": VerifierResult(0.0, "crash"),
+        "segfault": VerifierResult(0.0, "crash"),
+        "scribble": VerifierResult(0.0, "crash"),
+        "allocate": VerifierResult(0.0, "memory"),
+        "hang": VerifierResult(0.0, "timeout"),
     }
     shares = {"right": 400, "wrong": 400, "garbage": 300, "complain": 500, "sysexit": 296}
     few = {"leave": 25, "segfault": 25, "scribble": 25, "allocate": 12, "daemon": 12, "hang": 5}
     responses = [name for name, number in (shares | few).items() for _ in range(number)]
     random.Random(0).shuffle(responses)
     assert len(responses) == 2000
-    pool = make_pool(workers=2, deadline_s=1.5, memory_mb=512)
+    pool = make_pool(workers=2, timeout_s=1.5, memory_mb=512)
     assert pool.verify(items(*responses)) == [expected[response] for response in responses]
     wanted = Counter(expected[response].failure for response in responses if expected[response].failure)
     assert pool.failures == wanted

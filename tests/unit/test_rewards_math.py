@@ -91,8 +91,8 @@ def test_an_answer_inside_the_thinking_does_not_count(response: str) -> None:
 def test_thinking_that_the_prompt_opens_must_be_closed() -> None:
     prompt = Prompt("p", "User: what is 8 + 9?\nAssistant: <think>\n", "17")
     with VerifierPool(SPEC) as pool:
-        verdicts = pool.verify([(prompt, r"it is \boxed{17}"), (prompt, r"it is 3</think>\boxed{17}")])
-    assert [(verdict.score, verdict.answer) for verdict in verdicts] == [(0.0, ""), (1.0, "17")]
+        results = pool.verify([(prompt, r"it is \boxed{17}"), (prompt, r"it is 3</think>\boxed{17}")])
+    assert [(result.score, result.answer) for result in results] == [(0.0, ""), (1.0, "17")]
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_what_is_computed_from_a_gold_answer_is_judged_by_its_value() -> None:
 
 @pytest.mark.parametrize(("name", "rows"), [("cases", CASES), ("hostile", HOSTILE)])
 def test_the_table_holds_as_in_use(name: str, rows: list[dict[str, Any]]) -> None:
-    with VerifierPool(SPEC, deadline_s=5, memory_mb=1024) as pool:
+    with VerifierPool(SPEC, timeout_s=5, memory_mb=1024) as pool:
         items = [(Prompt(str(row), "?", case["answer"]), response_of(case)) for row, case in enumerate(rows)]
-        verdicts = pool.verify(items)
+        results = pool.verify(items)
     wrong = [
-        (case["why"], case["answer"], case["score"], verdict)
-        for case, verdict in zip(rows, verdicts, strict=True)
-        if verdict.score != case["score"] or verdict.failure
+        (case["why"], case["answer"], case["score"], result)
+        for case, result in zip(rows, results, strict=True)
+        if result.score != case["score"] or result.failure
     ]
     assert not wrong, pool.first_failures
     assert len(rows) >= {"cases": 80, "hostile": 150}[name]
@@ -247,8 +247,8 @@ def test_an_unreadable_gold_answer_is_an_error_whatever_the_response(answer: str
 
 def test_an_unreadable_gold_answer_is_a_counted_failure_not_a_wrong_answer() -> None:
     with VerifierPool(SPEC) as pool:
-        (verdict,) = pool.verify([(Prompt("p", "?", "???"), r"\boxed{1}")])
-    assert verdict.failure == "error"
+        (result,) = pool.verify([(Prompt("p", "?", "???"), r"\boxed{1}")])
+    assert result.failure == "error"
     assert "???" in pool.first_failures["error"]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool
-from forkrl.types import Prompt, Verdict, VerifierSpec
+from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
 HOSTILE = r'''
 import ctypes, json, os, subprocess, sys, time
@@ -118,7 +118,7 @@ def liar():
 
 
 def blind_liar():
-    """Write a forged verdict to every descriptor there may be."""
+    """Write a forged result to every descriptor there may be."""
     for fd in range(3, 64):
         try:
             os.write(fd, json.dumps(["0" * 16, 1.0, "", ""]).encode() + b"\n")
@@ -202,20 +202,20 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> bool:
 def test_a_thousand_items_keep_their_order(make_pool: MakePool) -> None:
     pool = make_pool("equal", workers=2)
     batch = [(Prompt(str(i), "?", str(i % 3)), str(i % 2)) for i in range(1000)]
-    assert pool.verify(batch) == [Verdict(float(i % 3 == i % 2)) for i in range(1000)]
+    assert pool.verify(batch) == [VerifierResult(float(i % 3 == i % 2)) for i in range(1000)]
     assert pool.verify([]) == []
     assert not pool.failures
 
 
 @pytest.mark.parametrize("hang", ["loop", "sleep", "power"])
 def test_a_hanging_verifier_is_killed_and_the_others_are_unharmed(make_pool: MakePool, hang: str) -> None:
-    pool = make_pool(deadline_s=0.5)
-    verdicts = pool.verify(items("right", hang, "right", "wrong", hang, "right"))
-    hung = Verdict(0.0, "deadline")
-    assert verdicts == [Verdict(1.0), hung, Verdict(1.0), Verdict(0.0), hung, Verdict(1.0)]
-    assert pool.verify(items(hang, "right")) == [hung, Verdict(1.0)]
-    assert pool.failures == {"deadline": 3}
-    assert "id-1" in pool.first_failures["deadline"]
+    pool = make_pool(timeout_s=0.5)
+    results = pool.verify(items("right", hang, "right", "wrong", hang, "right"))
+    hung = VerifierResult(0.0, "timeout")
+    assert results == [VerifierResult(1.0), hung, VerifierResult(1.0), VerifierResult(0.0), hung, VerifierResult(1.0)]
+    assert pool.verify(items(hang, "right")) == [hung, VerifierResult(1.0)]
+    assert pool.failures == {"timeout": 3}
+    assert "id-1" in pool.first_failures["timeout"]
 
 
 @pytest.mark.parametrize(
@@ -236,33 +236,33 @@ def test_failures_are_named_counted_and_do_no_harm(
     make_pool: MakePool, response: str, failure: str, message: str
 ) -> None:
     pool = make_pool(memory_mb=512)
-    expected = [Verdict(1.0), Verdict(0.0, failure), Verdict(1.0)]
+    expected = [VerifierResult(1.0), VerifierResult(0.0, failure), VerifierResult(1.0)]
     assert pool.verify(items("right", response, "right")) == expected
-    assert pool.verify(items(response, "wrong")) == [Verdict(0.0, failure), Verdict(0.0)]
+    assert pool.verify(items(response, "wrong")) == [VerifierResult(0.0, failure), VerifierResult(0.0)]
     assert pool.failures == {failure: 2}
     assert message in pool.first_failures[failure]
     assert pool.first_failures[failure].startswith("prompt id-1: ")
 
 
 RETURNS = {
-    "True": (Verdict(1.0), ""),
-    "0": (Verdict(0.0), ""),
-    "(1, '')": (Verdict(1.0, "", ""), ""),
-    "(0.5, None)": (Verdict(0.5), ""),
-    "Judgement(1.0, 'x')": (Verdict(1.0, "", "x"), ""),
-    "Fraction(1, 4)": (Verdict(0.25), ""),
-    "None": (Verdict(0.0, "error"), "returned None (NoneType), not a score in [0, 1]"),
-    "'1.0'": (Verdict(0.0, "error"), "returned '1.0' (str), not a score"),
-    "float('nan')": (Verdict(0.0, "error"), "returned nan (float), not a score"),
-    "float('inf')": (Verdict(0.0, "error"), "returned inf (float), not a score"),
-    "2.0": (Verdict(0.0, "error"), "returned 2.0 (float), not a score"),
-    "-0.1": (Verdict(0.0, "error"), "returned -0.1 (float), not a score"),
-    "1j": (Verdict(0.0, "error"), "returned something (complex), not a score"),
-    "[1.0]": (Verdict(0.0, "error"), "returned something (list), not a score"),
-    "(1.0, 7)": (Verdict(0.0, "error"), "returned the answer as int, not text"),
-    "(1.0, 'a', 'b')": (Verdict(0.0, "error"), "returned something (tuple), not a score"),
-    "('x', 1.0)": (Verdict(0.0, "error"), "returned 'x' (str), not a score"),
-    "1 / 0": (Verdict(0.0, "error"), "ZeroDivisionError: division by zero"),
+    "True": (VerifierResult(1.0), ""),
+    "0": (VerifierResult(0.0), ""),
+    "(1, '')": (VerifierResult(1.0, "", ""), ""),
+    "(0.5, None)": (VerifierResult(0.5), ""),
+    "Judgement(1.0, 'x')": (VerifierResult(1.0, "", "x"), ""),
+    "Fraction(1, 4)": (VerifierResult(0.25), ""),
+    "None": (VerifierResult(0.0, "error"), "returned None (NoneType), not a score in [0, 1]"),
+    "'1.0'": (VerifierResult(0.0, "error"), "returned '1.0' (str), not a score"),
+    "float('nan')": (VerifierResult(0.0, "error"), "returned nan (float), not a score"),
+    "float('inf')": (VerifierResult(0.0, "error"), "returned inf (float), not a score"),
+    "2.0": (VerifierResult(0.0, "error"), "returned 2.0 (float), not a score"),
+    "-0.1": (VerifierResult(0.0, "error"), "returned -0.1 (float), not a score"),
+    "1j": (VerifierResult(0.0, "error"), "returned something (complex), not a score"),
+    "[1.0]": (VerifierResult(0.0, "error"), "returned something (list), not a score"),
+    "(1.0, 7)": (VerifierResult(0.0, "error"), "returned the answer as int, not text"),
+    "(1.0, 'a', 'b')": (VerifierResult(0.0, "error"), "returned something (tuple), not a score"),
+    "('x', 1.0)": (VerifierResult(0.0, "error"), "returned 'x' (str), not a score"),
+    "1 / 0": (VerifierResult(0.0, "error"), "ZeroDivisionError: division by zero"),
 }
 
 
@@ -272,16 +272,16 @@ def test_what_a_verifier_may_return(hostile: str, tmp_path: Path) -> None:
         "def f(answer, response):\n    return eval(response)\n"
     )
     with VerifierPool({"": VerifierSpec("returning:f")}) as pool:
-        for returned, (verdict, message) in RETURNS.items():
+        for returned, (result, message) in RETURNS.items():
             pool.failures.clear()
             pool.first_failures.clear()
-            assert pool.verify(items(returned)) == [verdict], returned
+            assert pool.verify(items(returned)) == [result], returned
             assert pool.failures.total() == bool(message), returned
             assert message in "".join(pool.first_failures.values()), returned
 
 
 def test_the_first_failure_of_each_kind_is_announced(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
-    pool = make_pool(deadline_s=0.5)
+    pool = make_pool(timeout_s=0.5)
     pool.verify(items("right", "sysexit", "loop", "nan", "loop"))
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("verifier failure (error), prompt id-1: SystemExit: bye; the response scores 0")
@@ -320,10 +320,10 @@ def test_options_reach_the_verifier(hostile: str, tmp_path: Path) -> None:
     (tmp_path / "options.py").write_text(OPTIONS)
     options = {"tolerance": 0.5, "units": ["m", {"s": None}]}
     with VerifierPool({"": VerifierSpec("options:all_of_them", options)}) as pool:
-        assert pool.verify(items("")) == [Verdict(1.0)]
+        assert pool.verify(items("")) == [VerifierResult(1.0)]
     with VerifierPool({"": VerifierSpec("options:near", options), "strict": VerifierSpec("options:near")}) as pool:
         batch = [(Prompt("", "", "1.0", source=source), "1.4") for source in ("", "strict")]
-        assert pool.verify(batch) == [Verdict(1.0), Verdict(0.0)]
+        assert pool.verify(batch) == [VerifierResult(1.0), VerifierResult(0.0)]
 
 
 @pytest.mark.parametrize(
@@ -349,24 +349,32 @@ def test_a_prompt_from_nowhere_is_refused(make_pool: MakePool) -> None:
     pool = make_pool()
     with pytest.raises(UserError, match="prompt p: no verifier for its source 'elsewhere'"):
         pool.verify([(Prompt("p", "", "", source="elsewhere"), "")])
-    assert pool.verify(items("right")) == [Verdict(1.0)]
+    assert pool.verify(items("right")) == [VerifierResult(1.0)]
 
 
 def test_prints_cannot_forge_a_verdict(make_pool: MakePool) -> None:
     pool = make_pool()
-    assert pool.verify(items("liar", "right", "liar")) == [Verdict(0.0), Verdict(1.0), Verdict(0.0)]
+    assert pool.verify(items("liar", "right", "liar")) == [
+        VerifierResult(0.0),
+        VerifierResult(1.0),
+        VerifierResult(0.0),
+    ]
     assert not pool.failures
 
 
 def test_a_verdict_written_blindly_on_every_pipe_is_refused(make_pool: MakePool) -> None:
-    pool = make_pool(deadline_s=2)
-    assert pool.verify(items("right", "blind_liar", "right")) == [Verdict(1.0), Verdict(0.0, "crash"), Verdict(1.0)]
+    pool = make_pool(timeout_s=2)
+    assert pool.verify(items("right", "blind_liar", "right")) == [
+        VerifierResult(1.0),
+        VerifierResult(0.0, "crash"),
+        VerifierResult(1.0),
+    ]
 
 
 def test_a_verdict_does_not_depend_on_what_the_worker_did_before(make_pool: MakePool) -> None:
     """Each response keeps 100 MiB: a worker of 512 MiB fills up, which is not the fault of whoever finds it full."""
     pool = make_pool(memory_mb=512)
-    assert pool.verify(items(*["hoarder"] * 12)) == [Verdict(1.0)] * 12
+    assert pool.verify(items(*["hoarder"] * 12)) == [VerifierResult(1.0)] * 12
     assert not pool.failures
 
 
@@ -374,32 +382,32 @@ def test_any_python_string_arrives_unharmed(make_pool: MakePool) -> None:
     pool = make_pool("echo_length", workers=2)
     responses = ["\ud800", "\x00", "\u2028\n\r\x85", "é" * (5 << 20), "\x00" * (10 << 20), '"]}\\', "\U0001f600"]
     batch = [(Prompt(str(i), "?", f"{len(r)} {ord(r[0])} {ord(r[-1])}"), r) for i, r in enumerate(responses)]
-    assert pool.verify(batch) == [Verdict(1.0)] * len(responses)
+    assert pool.verify(batch) == [VerifierResult(1.0)] * len(responses)
 
 
 def test_many_large_responses_do_not_block(make_pool: MakePool) -> None:
     pool = make_pool("equal")
-    assert pool.verify(items(*["x" * (1 << 20)] * 40)) == [Verdict(0.0)] * 40
+    assert pool.verify(items(*["x" * (1 << 20)] * 40)) == [VerifierResult(0.0)] * 40
 
 
 def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_them(make_pool: MakePool) -> None:
-    pool = make_pool(deadline_s=0.5)
-    verdicts: dict[int, list[Verdict]] = {}
+    pool = make_pool(timeout_s=0.5)
+    results: dict[int, list[VerifierResult]] = {}
 
     def judge(number: int) -> None:
-        verdicts[number] = pool.verify(items("right", "loop", "wrong"))
+        results[number] = pool.verify(items("right", "loop", "wrong"))
 
     threads = [threading.Thread(target=judge, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    expected = [Verdict(1.0), Verdict(0.0, "deadline"), Verdict(0.0)]
-    assert verdicts == {0: expected, 1: expected}
+    expected = [VerifierResult(1.0), VerifierResult(0.0, "timeout"), VerifierResult(0.0)]
+    assert results == {0: expected, 1: expected}
     pids = [worker.pid for worker in pool._crew.workers]  # a thread that has ended started it
     assert not wait_until(lambda: not all(map(is_running, pids)), limit_s=0.3)
-    assert pool.verify(items("right")) == [Verdict(1.0)]
-    assert pool.failures == {"deadline": 2}
+    assert pool.verify(items("right")) == [VerifierResult(1.0)]
+    assert pool.failures == {"timeout": 2}
 
 
 def test_a_worker_that_died_while_idle_is_replaced(make_pool: MakePool) -> None:
@@ -408,7 +416,7 @@ def test_a_worker_that_died_while_idle_is_replaced(make_pool: MakePool) -> None:
     pid = worker.pid
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not is_running(pid))
-    assert pool.verify(items("right")) == [Verdict(1.0)]
+    assert pool.verify(items("right")) == [VerifierResult(1.0)]
     assert not pool.failures
 
 
@@ -421,15 +429,15 @@ def test_a_starved_parent_does_not_take_its_own_delay_for_the_workers(
             time.sleep(0.5)  # longer than the deadline
             return events
 
-    pool = make_pool("equal", workers=3, deadline_s=0.3)
+    pool = make_pool("equal", workers=3, timeout_s=0.3)
     monkeypatch.setattr("selectors.DefaultSelector", Starved)
-    assert pool.verify(items("right", *["wrong"] * 12)) == [Verdict(1.0), *[Verdict(0.0)] * 12]
+    assert pool.verify(items("right", *["wrong"] * 12)) == [VerifierResult(1.0), *[VerifierResult(0.0)] * 12]
 
 
 def test_an_interrupted_batch_leaves_no_answers_for_the_next(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make_pool(deadline_s=60)
+    pool = make_pool(timeout_s=60)
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
@@ -437,12 +445,12 @@ def test_an_interrupted_batch_leaves_no_answers_for_the_next(
             pool.verify(items("right", "sleep", "right"))
     finally:
         signal.signal(signal.SIGALRM, previous)
-    assert pool.verify(items("wrong", "wrong")) == [Verdict(0.0)] * 2
+    assert pool.verify(items("wrong", "wrong")) == [VerifierResult(0.0)] * 2
 
 
 def test_the_deadline_takes_the_processes_that_a_verifier_started_with_it(make_pool: MakePool) -> None:
-    pool = make_pool(deadline_s=0.5)
-    assert pool.verify(items("child")) == [Verdict(0.0, "deadline")]
+    pool = make_pool(timeout_s=0.5)
+    assert pool.verify(items("child")) == [VerifierResult(0.0, "timeout")]
     pid = int(Path("child.pid").read_text())
     assert wait_until(lambda: not is_running(pid))
 
@@ -450,7 +458,7 @@ def test_the_deadline_takes_the_processes_that_a_verifier_started_with_it(make_p
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_close_leaves_no_process_and_no_file(make_pool: MakePool) -> None:
     files, others = open_files(), children()
-    with make_pool(workers=2, deadline_s=0.3) as pool:
+    with make_pool(workers=2, timeout_s=0.3) as pool:
         pool.verify(items("loop", "leave", "right"))
         assert children() > others
     pool.close()
@@ -469,7 +477,7 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str, warden_
         import subprocess, sys, threading, time
         from forkrl.rewards import VerifierPool
         from forkrl.types import Prompt, VerifierSpec
-        pool = VerifierPool({{"": VerifierSpec("{hostile}:act")}}, deadline_s=3600)
+        pool = VerifierPool({{"": VerifierSpec("{hostile}:act")}}, timeout_s=3600)
         threading.Thread(target=pool.verify, args=([(Prompt("", "", ""), "{state}")],), daemon=True).start()
         time.sleep(0.3)
         print(pool._crew.workers[0].pid, pool._crew.workers[0]._warden.pid, flush=True)
@@ -529,8 +537,8 @@ def test_a_verifier_that_breaks_between_two_starts_ends_the_batch(hostile: str, 
 
 def test_time_to_start_is_not_the_items(hostile: str, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\n\ntime.sleep(1)\n\n\ndef f(answer, response):\n    return 1\n")
-    with VerifierPool({"": VerifierSpec("slow:f")}, deadline_s=0.4) as pool:
-        assert pool.verify(items("a", "b")) == [Verdict(1.0)] * 2
+    with VerifierPool({"": VerifierSpec("slow:f")}, timeout_s=0.4) as pool:
+        assert pool.verify(items("a", "b")) == [VerifierResult(1.0)] * 2
 
 
 def test_a_worker_is_light_and_single_threaded(hostile: str, tmp_path: Path) -> None:
@@ -540,4 +548,4 @@ def test_a_worker_is_light_and_single_threaded(hostile: str, tmp_path: Path) -> 
         "    return float('torch' not in sys.modules and os.environ['OMP_NUM_THREADS'] == '1')\n"
     )
     with VerifierPool({"": VerifierSpec("inside:f")}) as pool:
-        assert pool.verify(items("")) == [Verdict(1.0)]
+        assert pool.verify(items("")) == [VerifierResult(1.0)]

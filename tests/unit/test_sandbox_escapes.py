@@ -160,7 +160,7 @@ def test_at_least_fifty_probes() -> None:
 
 
 def test_the_probes_can_fail() -> None:
-    """Unprotected, a probe says that it got out; else none of the verdicts above would mean anything."""
+    """Unprotected, a probe says that it got out; else none of the results above would mean anything."""
     program = f"CALLS = {{}}\n{HELPERS}attempt(lambda: open(__import__('os').__file__).read()){LAST_LINE}"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"escaped\n"
 

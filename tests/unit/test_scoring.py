@@ -8,20 +8,20 @@ from concurrent.futures import Future
 import torch
 
 from forkrl.rollout.scoring import Scoring, score_groups
-from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
+from forkrl.types import Prompt, Rollout, RolloutGroup, VerifierResult
 
 
 class Deferred:
     """A verifier that answers when it is told to; the score of a response is its number in order of submission."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Future[list[Verdict]], str]] = []
+        self.waiting: list[tuple[Future[list[VerifierResult]], str]] = []
         self.first_failures: dict[str, str] = {}
 
-    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        return [Verdict(float(len(text)) / 10) for _, text in items]
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
+        return [VerifierResult(float(len(text)) / 10) for _, text in items]
 
-    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
         ((_, text),) = items
         self.waiting.append((Future(), text))
         return self.waiting[-1][0]
@@ -47,7 +47,7 @@ def test_verdicts_go_to_their_rollouts_in_whatever_order_they_come() -> None:
         scoring.add(sampled[group].prompt, sampled[group].rollouts[number])
     assert len(verifier.waiting) == 4, "judging begins before the sampling has ended"
     for number, (future, _) in reversed(list(enumerate(verifier.waiting))):
-        future.set_result([Verdict(number / 10)])
+        future.set_result([VerifierResult(number / 10)])
     assert [group.scores for group in scoring.finish(sampled)] == [(0.1, 0.3), (0.2, 0.0)]
 
 

@@ -196,7 +196,7 @@ def test_the_error_of_a_verifier_does_not_show_its_credential(monkeypatch: pytes
     monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     spec = VerifierSpec("tests.unit.test_secret_values:leak", {"api_key": "${JUDGE_TOKEN}"})
-    with open_verifier({"": spec}, RewardConfig(deadline_s=60)) as pool:
+    with open_verifier({"": spec}, RewardConfig(timeout_s=60)) as pool:
         said: list[str] = []
         pool.announce = said.append
         pool.verify([(Prompt("p", "?", "a"), "b")])

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from forkrl.config import ModelConfig, RewardConfig
 from forkrl.model.policy import open_policy
 from forkrl.model.stop_tokens import load_generation_config, response_text, stop_token_ids
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rewards import open_verifier
 from forkrl.rewards.reply import strip_turn_end
 from forkrl.rollout import EmbeddedEngine
@@ -41,7 +41,7 @@ def test_the_local_engine_stops_where_the_models_generation_config_says_so(tmp_p
     policy.tokenizer.save_pretrained(tmp_path)
     assert load_generation_config(str(tmp_path)).eos_token_id == [1, seven]
     opened = open_policy(ModelConfig(path=str(tmp_path)), "cpu")
-    engine = EmbeddedEngine(Replicas(opened), max_prompt_tokens=8)
+    engine = EmbeddedEngine(Workers(opened), max_prompt_tokens=8)
     [group] = engine.generate(
         [Prompt("a", "12", "")],
         group_size=32,
@@ -105,15 +105,15 @@ def test_other_text_stays_as_it_is(text: str) -> None:
 
 def test_a_verifier_is_given_no_marker() -> None:
     spec = VerifierSpec("forkrl.rewards.math:verify_math")
-    with open_verifier({"": spec}, RewardConfig(workers=1, deadline_s=300)) as pool:
+    with open_verifier({"": spec}, RewardConfig(workers=1, timeout_s=300)) as pool:
         responses = ["The answer is 17<|im_end|>", "The answer is 17</s>\n", "The answer is 18<|eot_id|>"]
-        verdicts = pool.verify([(Prompt("a", "", "17"), response) for response in responses])
-    assert [verdict.score for verdict in verdicts] == [1.0, 1.0, 0.0]
+        results = pool.verify([(Prompt("a", "", "17"), response) for response in responses])
+    assert [result.score for result in results] == [1.0, 1.0, 0.0]
 
 
 def test_a_rollouts_text_has_no_special_tokens(tmp_path: Path) -> None:
     policy = random_policy()
-    engine = EmbeddedEngine(Replicas(policy), max_prompt_tokens=8)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=8)
     [group] = engine.generate(
         [Prompt("a", "12", "")],
         group_size=64,

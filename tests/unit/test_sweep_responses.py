@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forkrl.analysis.temperatures import UNSCALED
 from forkrl.commands.sweep_responses import SweepResponses
-from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
+from forkrl.types import Prompt, Rollout, RolloutGroup, VerifierResult
 from tests.smoke.world import make_tokenizer
 
 STOP = 1
@@ -36,7 +36,7 @@ def test_a_closing_stop_token_is_left_out_of_a_loop(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, ids: tuple[int, ...], finished: bool, loop: bool
 ) -> None:
     rollout = Rollout((2,), ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "3" * len(ids), finished)
-    group = RolloutGroup(Prompt("p", "0", ""), (rollout,), (Verdict(1.0),))
+    group = RolloutGroup(Prompt("p", "0", ""), (rollout,), (VerifierResult(1.0),))
     sweep = SweepResponses(tmp_path / "responses", [UNSCALED])
     sweep.write(UNSCALED, [group], 0.5, tokenizer)
     row = sweep.figures().iloc[0]

@@ -1,4 +1,4 @@
-"""The verdict, the figures and the page of a temperature sweep."""
+"""The headline, the figures and the page of a temperature sweep."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from forkrl.report import Page, write_page
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.temps_page import (
     accuracy_against_temperature,
+    headline,
     length_and_broken,
     surprise_against_temperature,
     sweep_rows,
     telling_temperatures,
     temps_page,
-    verdict,
 )
 
 HOSTILE = "<script>alert(1)</script>\ufffd\u202e"
@@ -57,7 +57,7 @@ TABLE = pd.DataFrame(
 
 
 def test_the_verdict_says_what_each_temperature_does_with_its_interval() -> None:
-    assert verdict(TABLE) == (
+    assert headline(TABLE) == (
         "Lowering the temperature at forks from 1 to 0 costs 12.0 points of accuracy [8.0, 16.0]; "
         "elsewhere it makes no clear difference to accuracy (-1.0 points [-4.0, +2.0]). "
         "Raising the temperature at forks from 1 to 3 gains 10.0 points of accuracy [2.0, 18.0]; "
@@ -77,14 +77,16 @@ def test_the_verdict_says_what_each_temperature_does_with_its_interval() -> None
 def test_an_interval_that_holds_zero_by_little_settles_nothing(ends: tuple[float, float], says: str) -> None:
     difference = math.copysign(0.01, sum(ends))
     table = pd.DataFrame([row(1, 1), row(2, 1, difference=difference, difference_ends=ends), row(1, 2)])
-    assert f"at forks from 1 to 2 {says}" in verdict(table)
+    assert f"at forks from 1 to 2 {says}" in headline(table)
 
 
 def test_the_verdict_without_other_temperatures_or_intervals() -> None:
-    assert verdict(TABLE.iloc[:1]) == "Accuracy at temperature 1 is 50.0% [45.0, 55.0]; no other temperature was tried."
+    assert (
+        headline(TABLE.iloc[:1]) == "Accuracy at temperature 1 is 50.0% [45.0, 55.0]; no other temperature was tried."
+    )
     nothing = (math.nan, math.nan)
     one = pd.DataFrame([row(1, 1), row(2, 1, difference_ends=nothing), row(1, 2, difference_ends=nothing)])
-    assert "changes accuracy by +0.0 points (one problem tells no interval)" in verdict(one)
+    assert "changes accuracy by +0.0 points (one problem tells no interval)" in headline(one)
 
 
 def test_the_verdict_speaks_of_the_lowest_and_of_the_first_above_1() -> None:
@@ -117,7 +119,7 @@ def sweep(**changes: Any) -> Page:
     views = [View("t0", "Temperature 0", HOSTILE, [Frame("", [ShownPrompt(HOSTILE, "right", [response])])])]
     values: dict[str, Any] = {
         "name": HOSTILE, "table": TABLE, "threshold": 0.672, "origin": "given", "broken_means": "Broken is.",
-        "views": views, "verdict": verdict(TABLE), "settings": [("s", [("seed", "0", False)])],
+        "views": views, "headline": headline(TABLE), "settings": [("s", [("seed", "0", False)])],
         "provenance": [("torch", "2")], "command": HOSTILE,
     }  # fmt: skip
     return temps_page(**values | changes)
@@ -125,9 +127,9 @@ def sweep(**changes: Any) -> Page:
 
 def test_a_sweep_around_another_temperature_names_it_everywhere(tmp_path: Path) -> None:
     table = at_half(TABLE)
-    assert verdict(table, 0.5).startswith("Lowering the temperature at forks from 0.5 to 0 costs 12.0 points")
+    assert headline(table, 0.5).startswith("Lowering the temperature at forks from 0.5 to 0 costs 12.0 points")
     assert telling_temperatures(table, 0.5) == [0, 0.6]
-    assert verdict(table.iloc[:1], 0.5).startswith("Accuracy at temperature 0.5 is 50.0%")
+    assert headline(table.iloc[:1], 0.5).startswith("Accuracy at temperature 0.5 is 50.0%")
     (axes,) = accuracy_against_temperature(table, 0.5).axes
     legend = axes.get_legend()
     assert legend is not None

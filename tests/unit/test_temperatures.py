@@ -106,7 +106,7 @@ COLD = responses(
     Setting(0.3, 1),
     [
         [{"score": 0, "length": 30, "cut": True, "loop": True, "surprise": 6.0}, {"length": 10, "surprise": 2.0}],
-        [{"score": 1, "garbled": True}, {"score": 0, "failure": "deadline"}],
+        [{"score": 1, "garbled": True}, {"score": 0, "failure": "timeout"}],
         [{"loop": True}, {}],
     ],
 )

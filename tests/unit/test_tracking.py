@@ -13,12 +13,12 @@ import pytest
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.training import tracking
-from forkrl.training.tracking import TrackedRun, Tracker, open_sinks
+from forkrl.training.tracking import TrackedRun, Trackers, open_trackers
 
 CONFIG = {"seed": 3, "loss": {"clip_high": 0.28}}
 
 
-class RecordingSink:
+class RecordingTracker:
     """Keeps what it is sent; fails at and after ``fails_at``."""
 
     def __init__(self, fails_at: int | None = None) -> None:
@@ -35,9 +35,9 @@ class RecordingSink:
         self.closed += 1
 
 
-def test_a_failing_sink_is_reported_once_and_dropped_while_others_go_on() -> None:
-    good, bad, lines = RecordingSink(), RecordingSink(fails_at=2), list[str]()
-    tracker = Tracker({"bad": bad, "good": good}, lines.append)
+def test_a_failing_tracker_is_reported_once_and_dropped_while_others_go_on() -> None:
+    good, bad, lines = RecordingTracker(), RecordingTracker(fails_at=2), list[str]()
+    tracker = Trackers({"bad": bad, "good": good}, lines.append)
     for step in range(1, 5):
         tracker.log(step, {"reward/accuracy": step / 10})
     tracker.close()
@@ -49,12 +49,12 @@ def test_a_failing_sink_is_reported_once_and_dropped_while_others_go_on() -> Non
 
 
 def test_an_error_while_closing_does_not_escape_and_closing_twice_is_harmless() -> None:
-    class Unclosable(RecordingSink):
+    class Unclosable(RecordingTracker):
         def close(self) -> None:
             raise TimeoutError
 
-    last, lines = RecordingSink(), list[str]()
-    tracker = Tracker({"first": Unclosable(), "last": last}, lines.append)
+    last, lines = RecordingTracker(), list[str]()
+    tracker = Trackers({"first": Unclosable(), "last": last}, lines.append)
     tracker.close()
     tracker.close()
     assert last.closed == 1
@@ -67,30 +67,30 @@ def test_a_missing_package_stops_the_start_with_its_install_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"'{name}'.*pip install 'forkrl\[tracking\]'"):
-        open_sinks([name], TrackedRun(tmp_path, CONFIG, "f00d"))
+        open_trackers([name], TrackedRun(tmp_path, CONFIG, "f00d"))
 
 
 def test_a_missing_package_leaves_no_run_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from forkrl.training.run import open_run
 
     monkeypatch.setitem(sys.modules, "trackio", None)
-    config = TrainConfig.model_validate({"log": {"sinks": ["trackio"]}})
-    with pytest.raises(UserError, match="log.sinks names 'trackio'"), open_run(config, tmp_path / "run"):
+    config = TrainConfig.model_validate({"log": {"trackers": ["trackio"]}})
+    with pytest.raises(UserError, match="log.trackers names 'trackio'"), open_run(config, tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
 
 
-def test_a_sink_that_refuses_to_start_closes_those_already_open(
+def test_a_tracker_that_refuses_to_start_closes_those_already_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = RecordingSink()
+    opened = RecordingTracker()
 
-    def refuse(run: TrackedRun) -> RecordingSink:
+    def refuse(run: TrackedRun) -> RecordingTracker:
         raise PermissionError("no api key")
 
-    monkeypatch.setattr(tracking, "SINKS", {"tensorboard": lambda run: opened, "wandb": refuse})
-    with pytest.raises(UserError, match="log.sinks: wandb does not start: no api key"):
-        open_sinks(["tensorboard", "wandb"], TrackedRun(tmp_path, CONFIG, "f00d"))
+    monkeypatch.setattr(tracking, "TRACKERS", {"tensorboard": lambda run: opened, "wandb": refuse})
+    with pytest.raises(UserError, match="log.trackers: wandb does not start: no api key"):
+        open_trackers(["tensorboard", "wandb"], TrackedRun(tmp_path, CONFIG, "f00d"))
     assert opened.closed == 1
 
 
@@ -108,7 +108,7 @@ def test_hosted_trackers_get_name_config_steps_and_an_end(
         return run
 
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
-    with open_sinks([name], TrackedRun(tmp_path / "run-7", CONFIG, "f00d")) as tracker:
+    with open_trackers([name], TrackedRun(tmp_path / "run-7", CONFIG, "f00d")) as tracker:
         tracker.log(4, {"loss/policy": 0.5})
     start = calls[0][1]
     # W&B takes up a run by its id, trackio by its name.
@@ -122,7 +122,7 @@ def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with open_sinks(["tensorboard", "tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d")) as tracker:
+    with open_trackers(["tensorboard", "tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d")) as tracker:
         assert tracker.names == ("tensorboard",)
         tracker.log(0, {"eval/accuracy": 0.25})
         tracker.log(1, {"reward/accuracy": 0.5, "grad/norm": 2.0})
@@ -137,10 +137,10 @@ def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(first_step: in
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # the page's own
 
-    with open_sinks(["tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d")) as tracker:
+    with open_trackers(["tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d")) as tracker:
         for step in range(5):
             tracker.log(step, {"grad/norm": 1.0})
-    with open_sinks(["tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d", first_step)) as tracker:
+    with open_trackers(["tensorboard"], TrackedRun(tmp_path, CONFIG, "f00d", first_step)) as tracker:
         for step in range(first_step, 6):
             tracker.log(step, {"grad/norm": 2.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -109,7 +109,7 @@ CHANGES: dict[str, tuple[Sequence[str], str, list[object]]] = {
     "cluster.gpu_memory": ((), "cluster.gpu_memory=0.8", [0.8]),
     "cluster.offload": ((), "cluster.offload=true", [True, True]),
     "cluster.reward_workers": ((), "cluster.reward_workers=4", [4]),
-    "cluster.patience_s": ((), "cluster.patience_s=60.0", [60.0]),
+    "cluster.stall_timeout_s": ((), "cluster.stall_timeout_s=60.0", [60.0]),
 }
 """A change of each setting that verl is given, with what must be set next to it, and the values of verl's settings in
 the order of the table. ``selection.threshold`` comes with its rule, and has its own test."""

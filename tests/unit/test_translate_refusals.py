@@ -16,7 +16,7 @@ from tests.verl_recipes import CPU, MIX, ONE_GYM, PATHS, recipe
 REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ("seed", ["seed=2147483648"], "take one below 2147483648"),
     ("model.revision", ["model.revision=main"], "download that revision to a folder"),
-    ("task.curriculum.raise_above", [*ONE_GYM, "task.curriculum.raise_above=0.7"], "set difficulty instead"),
+    ("task.curriculum.promote_above", [*ONE_GYM, "task.curriculum.promote_above=0.7"], "set difficulty instead"),
     (
         "dynamic_sampling.generation_prompts",
         ["rollout.prompts_per_step=64", "dynamic_sampling.generation_prompts=96"],
@@ -43,7 +43,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ("runtime.device", ["runtime.device=mps"], 'set it to "auto"'),
     ("runtime.device", ['runtime.device="cuda:0"'], 'set it to "auto"'),
     ("runtime.threads", ["runtime.threads=2"], "set OMP_NUM_THREADS"),
-    ("runtime.replicas", ["runtime.replicas=2"], "set cluster.nodes and cluster.gpus_per_node"),
+    ("runtime.workers", ["runtime.workers=2"], "set cluster.nodes and cluster.gpus_per_node"),
     ("cluster.nodes", ["cluster.nodes=2"], 'set the address, "auto" on the head node'),
     ("cluster.tensor_parallel", ["cluster.gpus_per_node=8", "cluster.tensor_parallel=3"], "take a divisor"),
     (
@@ -94,15 +94,15 @@ def test_every_refusal_of_the_table_has_a_case() -> None:
     assert cases <= {row.recipe for row in REFUSED}
 
 
-@pytest.mark.parametrize("key", ["lower_below=0.1", "window=8", "start=1", "most=3"])
+@pytest.mark.parametrize("key", ["demote_below=0.1", "window=8", "start=1", "most=3"])
 def test_a_curriculum_is_refused_with_all_its_settings(key: str) -> None:
-    with pytest.raises(UserError, match="raise_above"):
-        refuse_untranslatable(recipe(*ONE_GYM, "task.curriculum.raise_above=0.7", f"task.curriculum.{key}"))
+    with pytest.raises(UserError, match="promote_above"):
+        refuse_untranslatable(recipe(*ONE_GYM, "task.curriculum.promote_above=0.7", f"task.curriculum.{key}"))
 
 
 def test_a_curriculum_of_a_part_is_refused_and_the_part_named() -> None:
-    part = 'task.parts=[{name="reasoning-gym", generator="chain_sum", curriculum={raise_above=0.7}}]'
-    with pytest.raises(UserError, match=r"task\.parts \(chain_sum\): curriculum\.raise_above = 0\.7"):
+    part = 'task.parts=[{name="reasoning-gym", generator="chain_sum", curriculum={promote_above=0.7}}]'
+    with pytest.raises(UserError, match=r"task\.parts \(chain_sum\): curriculum\.promote_above = 0\.7"):
         refuse_untranslatable(recipe(*MIX, part))
 
 

@@ -33,7 +33,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(path for path in RECIPES.rglob("*.toml") if not path.stem.endswith("-base"))
 REFUSED = {
     "countdown": ("dynamic_sampling.generation_prompts", ["dynamic_sampling.generation_prompts=0"]),
-    "gym-curriculum": ("task.curriculum.raise_above", ["task.curriculum="]),
+    "gym-curriculum": ("task.curriculum.promote_above", ["task.curriculum="]),
 }
 """Shipped recipes that verl cannot do as they are, with what to change."""
 NASTY = [

@@ -97,7 +97,7 @@ def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFram
         responses: a row a response. ``high``, ``low``: the setting; ``problem``: an integer, the same problems in every
             setting, each equally often; ``score`` in [0, 1]; ``length``: tokens; ``cut``, ``loop``, ``garbled``: bool;
             ``surprise``: sum of -log-prob over its tokens under the unscaled model, nats; ``forks``: tokens above the
-            threshold; ``failure``: empty, or why the verifier gave no verdict.
+            threshold; ``failure``: empty, or why the verifier gave no result.
         base: the temperature of the setting that the others are compared with, at forks and elsewhere.
 
     Returns:

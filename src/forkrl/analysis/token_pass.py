@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forkrl.analysis.measure import TokenDetails, token_details
 from forkrl.errors import UserError
-from forkrl.parallel.replicas import Replica, Replicas
+from forkrl.parallel.workers import Worker, Workers
 
 BATCH_TOKENS = 16_384
 """Padded tokens run through the model at once; a longer sequence forms a batch of its own."""
@@ -27,7 +27,7 @@ class Written(NamedTuple):
 
 
 def measure_responses(
-    replicas: Replicas, responses: Sequence[Written], *, temperature: float = 1.0, top: int
+    workers: Workers, responses: Sequence[Written], *, temperature: float = 1.0, top: int
 ) -> list[TokenDetails]:
     """Entropy, log-prob, rank and the ``top`` likeliest tokens at every response token, under the policy given.
 
@@ -41,7 +41,7 @@ def measure_responses(
         UserError: the model's logits are NaN or infinite.
     """
     batches = _batches(responses)
-    measured = replicas.map(
+    measured = workers.map(
         _measure_batch,
         [[responses[row] for row in batch] for batch in batches],
         temperature,
@@ -73,8 +73,8 @@ def _length(response: Written) -> int:
 
 
 @torch.no_grad()
-def _measure_batch(replica: Replica, batch: Sequence[Written], temperature: float, top: int) -> list[TokenDetails]:
-    policy = replica.policy
+def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float, top: int) -> list[TokenDetails]:
+    policy = worker.policy
     width = max(map(_length, batch)) - 1
     ids_BT = torch.zeros(len(batch), width, dtype=torch.int64)
     response_BT = torch.zeros(len(batch), width, dtype=torch.bool)

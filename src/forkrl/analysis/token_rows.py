@@ -18,7 +18,7 @@ from forkrl.model.policy import Policy
 from forkrl.model.prompt_tokens import listed, prompt_token_ids, unknown_characters
 from forkrl.model.support import require_supported
 from forkrl.model.token_texts import TokenTexts
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.types import Prompt
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -73,18 +73,18 @@ def measure_tokens(
         raise ValueError(f"the model is in {model.dtype}; load it with dtype=torch.float32 or torch.bfloat16")
     rows: list[SourceResponse] = []
     seen: dict[str, list[int]] = {}  # of each prompt its number, and how many responses it has so far
-    for place, (prompt, text, verdict) in enumerate(zip(prompts, responses, known, strict=True)):
+    for place, (prompt, text, result) in enumerate(zip(prompts, responses, known, strict=True)):
         written = _tokenised(model, tokenizer, prompt, text, place)
         count = seen.setdefault(prompt, [len(seen), 0])
-        rows.append(SourceResponse(str(count[0]), prompt, count[0], count[1], text, written, None, verdict))
+        rows.append(SourceResponse(str(count[0]), prompt, count[0], count[1], text, written, None, result))
         count[1] += 1
     rows.sort(key=lambda row: (row.number, row.sample))
     attention = model.config._attn_implementation
     try:
         policy = Policy(model, tokenizer, _PRECISIONS[model.dtype])
         require_supported(policy, model.config.name_or_path or type(model).__name__)
-        with Replicas(policy) as replicas:
-            details = measure_responses(replicas, [row.written for row in rows], temperature=temperature, top=TOP)
+        with Workers(policy) as workers:
+            details = measure_responses(workers, [row.written for row in rows], temperature=temperature, top=TOP)
     finally:
         model.set_attn_implementation(attention)  # the model is the caller's
     return token_rows(rows, details, TokenTexts(tokenizer)).to_pandas()

@@ -78,7 +78,7 @@ def write_verifiers(
 ) -> None:
     """Write the verifiers of every ``Prompt.source`` for ``read_verifiers`` in verl's processes."""
     specs = {
-        source: {"path": spec.path, "options": dict(spec.options), "deadline_s": spec.deadline_s}
+        source: {"path": spec.path, "options": dict(spec.options), "timeout_s": spec.timeout_s}
         for source, spec in verifiers.items()
     }
     limits = {"reward": reward.model_dump(mode="json"), "max_response_tokens": max_response_tokens}

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.model.stop_tokens import response_text
-from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict
+from forkrl.types import Prompt, Rollout, RolloutGroup, VerifierResult
 
 _BASE = ("prompts", "responses", "rm_scores", "extra_fields", "extra_info", "reward_model", "raw_prompt")
 _NOTHING = torch.zeros(0)
@@ -44,17 +44,17 @@ def read_groups(
         return []
     names, speller = per_token or {}, tokenizer if with_text else None
     data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[*_BASE, *names.values()])
-    members: dict[str, list[tuple[Rollout, Verdict]]] = {}
+    members: dict[str, list[tuple[Rollout, VerifierResult]]] = {}
     prompts: dict[str, Prompt] = {}
     for place, key in enumerate(keys):
         uid = key.split("_")[0]
         own = {name: _item(data, name, place) for name in _BASE}
         values = {name: _item(data, field, place) for name, field in names.items()}
-        members.setdefault(uid, []).append((_rollout(own, speller, stop_ids, values), _verdict(own)))
+        members.setdefault(uid, []).append((_rollout(own, speller, stop_ids, values), _result(own)))
         if uid not in prompts:
             prompts[uid] = _prompt(own, speller)
     return [
-        RolloutGroup(prompts[uid], tuple(rollout for rollout, _ in pairs), tuple(verdict for _, verdict in pairs))
+        RolloutGroup(prompts[uid], tuple(rollout for rollout, _ in pairs), tuple(result for _, result in pairs))
         for uid, pairs in members.items()
     ]
 
@@ -107,11 +107,11 @@ def _values(values_T: Tensor | None, length: int) -> Tensor:
     return _NOTHING if values_T is None else values_T[:length].detach().float().cpu()
 
 
-def _verdict(own: Mapping[str, Any]) -> Verdict:
+def _result(own: Mapping[str, Any]) -> VerifierResult:
     """Score and failure of ForkRL's verifier, or the score or reward of another reward function."""
     said: Mapping[str, Any] = (own["extra_fields"] or {}).get("reward_extra_info") or {}
     score = said.get("score", said.get("acc"))
-    return Verdict(float(own["rm_scores"].sum() if score is None else score), str(said.get("failure", "")))
+    return VerifierResult(float(own["rm_scores"].sum() if score is None else score), str(said.get("failure", "")))
 
 
 def _spell(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> str:

@@ -50,7 +50,7 @@ from forkrl.store.provenance import commit, new_run_id, refuse_other_data
 from forkrl.store.resuming import accepted_changes
 from forkrl.store.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import open_task
-from forkrl.training.tracking import TrackedRun, open_sinks, require_sinks
+from forkrl.training.tracking import TrackedRun, open_trackers, require_trackers
 from forkrl.types import Task
 
 ANSWER_S = 10.0
@@ -89,7 +89,7 @@ def _require_answer(address: str) -> None:
 def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = None) -> None:
     """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one."""
     require_verl()
-    require_sinks(config.log.sinks)
+    require_trackers(config.log.trackers)
     _require_answer(config.cluster.address)
     path = resume or out
     if resume is None:
@@ -108,7 +108,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
         files = _write_files(config, prepared, path.resolve(), fresh=resume is None)
         tracked = TrackedRun(path, recipe_toml(config), folder.provenance["run_id"], start)
         try:
-            tracker = stack.enter_context(open_sinks(config.log.sinks, tracked))
+            tracker = stack.enter_context(open_trackers(config.log.trackers, tracked))
         except BaseException:
             if resume is None:
                 folder.remove()  # as after any other mistake

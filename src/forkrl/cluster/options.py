@@ -33,7 +33,7 @@ class ForkOptions(SelectionConfig):
     """Batches of prompts that dynamic sampling may draw for one step; 0: no limit, as in verl."""
     poll_s: Annotated[float, Field(gt=0)] = 2.0
     """Seconds between checks for sampled responses; verl's is 2."""
-    patience_s: Annotated[float, Field(gt=0)] = 3600.0
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """A step in which nothing is sampled or judged for this long ends the run."""
     run_folder: str | None = None
     """Where metrics.jsonl and rollouts/ are written, in the form of a local run; not set: nowhere."""

@@ -27,7 +27,7 @@ class _Accounting:
     """Called with the keys of trajectories that will not be trained on."""
     on_validation: Callable[[KVBatchMeta], None]
     """Called with a batch of validation, before verl modifies it."""
-    patience_s: float
+    stall_timeout_s: float
     """How long nothing may be sampled or judged."""
     _seen: tuple[int, ...] = ()
     _since: float = 0.0
@@ -74,17 +74,17 @@ class _Accounting:
         super()._clear_groups(partition_id, uids)  # type: ignore[misc]
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        """Wait as verl does; raises TrainingHalted where nothing has changed for longer than ``patience_s``."""
+        """Wait as verl does; raises TrainingHalted where nothing has changed for longer than ``stall_timeout_s``."""
         own: Any = self
         keys = (own.pending_keys, own.running_keys, own.finished_keys, own.failure_keys, own.partitions)
         seen = tuple(len(each[partition_id]) for each in keys)
         now = time.monotonic()
         if seen != self._seen:
             self._seen, self._since = seen, now
-        elif now - self._since > self.patience_s:
+        elif now - self._since > self.stall_timeout_s:
             raise TrainingHalted(
-                f"no response has been sampled or judged for {self.patience_s:g} s, and {seen[0] + seen[1]} prompts "
-                f"wait; a sampler or a reward worker hangs (cluster.patience_s sets how long to wait)"
+                f"no response has been sampled or judged for {self.stall_timeout_s:g} s, and {seen[0] + seen[1]} "
+                f"prompts wait; a sampler or a reward worker hangs (cluster.stall_timeout_s sets how long to wait)"
             )
         return float(super()._wait_for_next_poll(partition_id, last_debug_time))  # type: ignore[misc]
 

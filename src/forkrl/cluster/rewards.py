@@ -48,8 +48,8 @@ class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships 
         ids = responses_T[:length].tolist()
         finished = bool(ids) and ids[-1] in self._stop_ids
         text = response_text(self.tokenizer, ids, finished=finished)
-        [verdict] = await asyncio.wrap_future(self._pool.submit([(read_prompt(item.non_tensor_batch), text)]))
+        [result] = await asyncio.wrap_future(self._pool.submit([(read_prompt(item.non_tensor_batch), text)]))
         longest, cache = self._judging.max_response_tokens, self._judging.reward.overlong_cache
-        penalty, score = float(overlong_penalty(torch.tensor(length), longest, cache)), verdict.score
-        extra = {"acc": score, "score": score, "failure": verdict.failure, "finished": finished}
+        penalty, score = float(overlong_penalty(torch.tensor(length), longest, cache)), result.score
+        extra = {"acc": score, "score": score, "failure": result.failure, "finished": finished}
         return {"reward_score": score + penalty, "reward_extra_info": extra}

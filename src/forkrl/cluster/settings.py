@@ -219,7 +219,7 @@ TABLE = (
     _row("cluster.offload", "actor.fsdp_config.param_offload actor.fsdp_config.optimizer_offload",
          lambda c: c.cluster.offload),
     _row("cluster.reward_workers", "reward.num_workers"),
-    _row("cluster.patience_s", "+forkrl.patience_s"),
+    _row("cluster.stall_timeout_s", "+forkrl.stall_timeout_s"),
     _of_run("model.path", lambda r: r.paths.model, "a folder", "model.path"),
     _of_run("data.train_files", lambda r: r.paths.train, "a file of the run", "written by the launcher"),
     _of_run("data.val_files", lambda r: r.paths.held_out, "a file of the run", "written by the launcher"),
@@ -267,7 +267,7 @@ TABLE = (
     _fixed("trainer.use_v1", True, "the plug-in extends it"),
     _fixed("trainer.val_before_train", True, "as in ForkRL's own loop"),
     _fixed("trainer.resume_mode", "auto", "a second start resumes from the newest checkpoint"),
-    _fixed("trainer.logger", ["console"], "the launcher feeds log.sinks"),
+    _fixed("trainer.logger", ["console"], "the launcher feeds log.trackers"),
     _fixed(f"{_STORAGE}total_storage_size", None, "no limit: a step holds as many responses as it must"),
 )  # fmt: skip
 
@@ -281,10 +281,10 @@ ELSEWHERE = {
         ("task", "train_prompts question_seed instruction parts parts.source", _PROMPTS),
         ("task", "verifier verifier_options strict", _VERIFIERS),
         ("rollout", "stop", "+forkrl.stop_token_ids, once the launcher has the tokenizer"),
-        ("reward", "overlong_cache workers deadline_s memory_mb", _VERIFIERS),
+        ("reward", "overlong_cache workers timeout_s memory_mb", _VERIFIERS),
         ("sandbox", "server python seconds total_seconds memory_mb output_kb files_mb processes", _VERIFIERS),
         ("eval", "problems", "number of held-out prompts written to Parquet"),
-        ("log", "sinks", "fed by the launcher from the run folder"),
+        ("log", "trackers", "fed by the launcher from the run folder"),
         ("runtime", "trainer", "selects verl"),
         ("cluster", "overrides", "added to verl's command line unchanged"),
     )
@@ -314,7 +314,7 @@ REFUSED = (
             lambda c: c.model.revision is not None),
     *(
         Refusal(f"task.curriculum.{name}", "any", "verl draws from all prompts alike, and cannot follow the accuracy")
-        for name in ("raise_above", "lower_below", "window", "start", "most")
+        for name in ("promote_above", "demote_below", "window", "start", "most")
     ),
     Refusal("task.parts.weight", "other proportions than the parts' numbers of rows, by more than one in a hundred",
             "verl draws from all rows alike"),
@@ -342,8 +342,8 @@ REFUSED = (
             lambda c: c.runtime.device not in ("auto", "cuda", "cpu")),
     Refusal("runtime.threads", "any", f"{_OWN_LOOP}; drop it, and set OMP_NUM_THREADS on each node if needed",
             lambda c: bool(c.runtime.threads)),
-    Refusal("runtime.replicas", "any", f"{_OWN_LOOP}; set cluster.nodes and cluster.gpus_per_node",
-            lambda c: bool(c.runtime.replicas)),
+    Refusal("runtime.workers", "any", f"{_OWN_LOOP}; set cluster.nodes and cluster.gpus_per_node",
+            lambda c: bool(c.runtime.workers)),
     Refusal("cluster.nodes", "more than 1 without cluster.address",
             "without cluster.address Ray starts on this machine alone; start Ray on every node and set the address, "
             '"auto" on the head node', lambda c: c.cluster.nodes > 1 and not c.cluster.address),

@@ -140,7 +140,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return own.taking_over(
             super()._build_replay_buffer(),
             poll_interval=self.options.poll_s,
-            patience_s=self.options.patience_s,
+            stall_timeout_s=self.options.stall_timeout_s,
             on_drop=self._note_dropped,
             on_validation=self._note_validated,
         )

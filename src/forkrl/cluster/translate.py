@@ -54,10 +54,10 @@ def refuse_untranslatable(config: TrainConfig) -> None:
             raise UserError(f"{row.recipe} = {json.dumps(setting(config, row.recipe))}: {row.why}")
     tasks = [("task.", config.task), *((f"task.parts ({part.label}): ", part) for part in config.task.parts)]
     for place, task in tasks:
-        if task.curriculum.raise_above is not None:
+        if task.curriculum.promote_above is not None:
             raise UserError(
-                f"{place}curriculum.raise_above = {task.curriculum.raise_above} follows the accuracy, and verl draws "
-                f'from all prompts alike; set difficulty instead, or use runtime.trainer = "local"'
+                f"{place}curriculum.promote_above = {task.curriculum.promote_above} follows the accuracy, and verl "
+                f'draws from all prompts alike; set difficulty instead, or use runtime.trainer = "local"'
             )
     require_even_shares(config)
 

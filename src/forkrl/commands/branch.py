@@ -28,7 +28,7 @@ from forkrl.commands.session import Session, open_session
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.work_folder import command_line, open_work_folder, read_json, stored_question, weights_fingerprint
 from forkrl.errors import UserError
-from forkrl.report.branch_page import KINDS, BranchResults, branch_page, branch_verdict
+from forkrl.report.branch_page import KINDS, BranchResults, branch_headline, branch_page
 from forkrl.report.formatting import duration, plain
 from forkrl.report.page import write_page
 from forkrl.report.progress import progress
@@ -222,7 +222,7 @@ def describe_branching(found: Branching) -> str:
         f"{facts['prompts']:,} of {facts['prompts_available']:,} prompts of {facts['settings']['task']}; "
         f"{facts['branches']:,} branches, {facts['continuations']:,} continuations; temperature "
         f"{facts['settings']['temperature']:g}",
-        branch_verdict(found.tables),
+        branch_headline(found.tables),
         "",
         f"{'':14}{'positions':>9}{'entropy':>9}  {'natural (decides)':27}{'forced':27}{'gain (best - taken)'}",
     ]

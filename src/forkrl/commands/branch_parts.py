@@ -29,7 +29,7 @@ from forkrl.rollout.embedded import Prefix, stop_tokens
 from forkrl.rollout.held_out import evaluation_sampling, sample_and_score
 from forkrl.store.atomic import write_bytes
 from forkrl.store.run_folder import encodable_text
-from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict, Verifier
+from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
 
 BRANCH = pa.struct(
     [
@@ -187,11 +187,11 @@ class PartSampler:
                 "tokens": [self._texts[token] for token in rollout.response_ids],
                 "entropy": rollout.entropy.tolist(),
                 "logprobs": rollout.logprobs.tolist(),
-                "score": verdict.score,
+                "score": result.score,
                 "finished": rollout.finished,
                 "branches": [],
             }
-            for place, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True))
+            for place, (rollout, result) in enumerate(zip(group.rollouts, group.results, strict=True))
         ]
 
     def _tries(self, groups: Sequence[RolloutGroup], draws: np.random.Generator) -> list[Try]:
@@ -199,7 +199,7 @@ class PartSampler:
         design = self._design
         rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
         details = measure_responses(
-            self._session.replicas,
+            self._session.workers,
             [Written(rollout.prompt_ids, rollout.response_ids) for _, rollout in rollouts],
             temperature=design.temperature,
             top=design.alternatives,
@@ -249,13 +249,13 @@ class PartSampler:
         ]
         items = [
             (each.prompt, response_text(self._session.policy.tokenizer, ids, finished=finished))
-            for each, results in zip(tries, outcomes, strict=True)
-            for ids, finished in results
+            for each, responses in zip(tries, outcomes, strict=True)
+            for ids, finished in responses
         ]
-        verdicts = iter(self._verifier.verify(items))
+        results = iter(self._verifier.verify(items))
         return [
-            _outcome(each.ends, results, [next(verdicts) for _ in results])
-            for each, results in zip(tries, outcomes, strict=True)
+            _outcome(each.ends, responses, [next(results) for _ in responses])
+            for each, responses in zip(tries, outcomes, strict=True)
         ]
 
 
@@ -270,12 +270,12 @@ def candidates(rollout: Rollout, detail: TokenDetails, position: int) -> dict[in
 
 
 def _outcome(
-    exact: bool, results: Sequence[tuple[tuple[int, ...], bool]], verdicts: Sequence[Verdict]
+    exact: bool, responses: Sequence[tuple[tuple[int, ...], bool]], results: Sequence[VerifierResult]
 ) -> dict[str, Any]:
     return {
         "exact": exact,
-        "cut": sum(not finished for _, finished in results) / len(results),
-        "length": sum(len(ids) for ids, _ in results) / len(results),
-        "failures": sum(bool(verdict.failure) for verdict in verdicts),
-        "scores": [verdict.score for verdict in verdicts],
+        "cut": sum(not finished for _, finished in responses) / len(responses),
+        "length": sum(len(ids) for ids, _ in responses) / len(responses),
+        "failures": sum(bool(result.failure) for result in results),
+        "scores": [result.score for result in results],
     }

@@ -15,7 +15,7 @@ from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
 from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError, notice
 from forkrl.model.policy import open_policy
-from forkrl.parallel.replicas import open_replicas
+from forkrl.parallel.workers import open_workers
 
 
 class Request(NamedTuple):
@@ -94,12 +94,12 @@ def _measure_generated(folder: Path, request: Request, asked: dict[str, Any]) ->
             "max_response_tokens": session.config.rollout.max_response_tokens,
             "stop": list(session.config.rollout.stop),
             # An earlier session's cut stands: it decides which responses share a generator, and another number of
-            # replicas may be at work now.
+            # workers may be at work now.
             "prompts_per_part": earlier or max(session.engine.wave_sequences // samples, 1),
         }
         with open_work_folder(folder, asked):
             source = GeneratedResponses(session, samples, request.temperature, asked["prompts_per_part"])
-            write_missing_parts(folder, source, session.replicas, request.entropy_temperature)
+            write_missing_parts(folder, source, session.workers, request.entropy_temperature)
 
 
 def _measure_ready(folder: Path, request: Request, responses: Path, asked: dict[str, Any]) -> list[str]:
@@ -116,8 +116,8 @@ def _measure_ready(folder: Path, request: Request, responses: Path, asked: dict[
     asked |= {"responses": str(responses), "data": source.fingerprint}
     with ExitStack() as stack:
         stack.enter_context(open_work_folder(folder, asked))
-        replicas = stack.enter_context(open_replicas(policy, None, config.runtime))
-        write_missing_parts(folder, source, replicas, request.entropy_temperature)
+        workers = stack.enter_context(open_workers(policy, None, config.runtime))
+        write_missing_parts(folder, source, workers, request.entropy_temperature)
     if not source.skipped.count:
         return []
     sentence = f"{source.skipped.count} rows of {responses.name} could not be used and are left out"

@@ -15,7 +15,7 @@ from forkrl.commands.work_folder import read_json
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks
-from forkrl.report.compare_page import compare_page, compare_verdict, mean_of, side_names
+from forkrl.report.compare_page import compare_headline, compare_page, mean_of, side_names
 from forkrl.report.formatting import interval, percent, probability, shortened
 from forkrl.report.page import write_page
 from forkrl.report.plots import ellipsis
@@ -107,7 +107,7 @@ def describe_comparison(comparison: Mapping[str, Any]) -> str:
         *(_table_line(title, row) for title, row in rows),
         *(f"note: {notice}" for notice in comparison["notices"]),
     ]
-    return "\n".join([*lines, compare_verdict(comparison)])
+    return "\n".join([*lines, compare_headline(comparison)])
 
 
 def _table_line(title: str, row: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import plain
 from forkrl.report.page import write_page
 from forkrl.report.progress import progress
-from forkrl.report.temps_page import sweep_rows, telling_temperatures, temps_page, verdict
+from forkrl.report.temps_page import headline, sweep_rows, telling_temperatures, temps_page
 from forkrl.rollout.fork_temperature import ForkTemperature
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score
 from forkrl.rollout.scoring import none_judged
@@ -56,7 +56,7 @@ class Outcome:
     table: pd.DataFrame
     temperature: float
     threshold: float
-    verdict: str
+    headline: str
     page: Path
 
 
@@ -107,7 +107,7 @@ def describe_outcome(outcome: Outcome) -> str:
     table, lines = outcome.table, []
     unjudged = bool((table["failures"] == table["problems"] * table["samples"]).all())
     if unjudged:
-        lines.append(outcome.verdict)
+        lines.append(outcome.headline)
     base, base_at = table.iloc[0], f"{outcome.temperature:g}"
     lines.append(
         f"threshold {outcome.threshold:.4f} nats; {base['forks']:.1%} of the tokens lie above it at temperature "
@@ -117,7 +117,7 @@ def describe_outcome(outcome: Outcome) -> str:
         columns = f"{f'difference to {base_at}':>25}{'length':>9}{'broken':>8}{'surprise':>10}"
         lines.append(f"\n{'temperature ' + title:39}{columns}")
         lines += [_describe_row(row, varied) for _, row in sweep_rows(table, varied, outcome.temperature).iterrows()]
-    return "\n".join(lines if unjudged else [*lines, "", outcome.verdict])
+    return "\n".join(lines if unjudged else [*lines, "", outcome.headline])
 
 
 def _describe_row(row: pd.Series, varied: str) -> str:
@@ -154,7 +154,7 @@ def _question(
         "rollout.stop": list(config.rollout.stop),
         # How sequences are divided decides which random numbers each of them gets.
         "rollout.max_sequences": config.rollout.max_sequences,
-        "runtime.replicas": session.replicas.count,
+        "runtime.workers": session.workers.count,
         "device": session.policy.device.type,
         **graphs_fact(config),
     }
@@ -185,7 +185,7 @@ def _sample(
     threshold: float | None,
     generator: Any,
 ) -> list[RolloutGroup]:
-    """One wave at one setting, with its verdicts."""
+    """One wave at one setting, with its results."""
     assert session.verifier is not None
     sampling = evaluation_sampling(session.config, 1.0, session.policy)
     if setting != UNSCALED:
@@ -209,14 +209,14 @@ def _summarise(folder: Path, responses: SweepResponses, session: Session, questi
         "question": question,
         "threshold": responses.threshold(),
         "threshold_origin": f"{100 * FORK_FRACTION:.0f}th percentile at temperature {base:g}" if estimated else "given",
-        "provenance": describe_provenance(session.task, session.replicas),
-        "verdict": f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else verdict(table, base),
+        "provenance": describe_provenance(session.task, session.workers),
+        "headline": f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else headline(table, base),
         "settings": table.to_dict("records"),
     }
     write_json(folder / "temperatures.json", figures)
     write_text(folder / "temperatures.csv", table.to_csv(index=False))
     page = write_temps_report(folder)
-    return Outcome(folder, table, base, figures["threshold"], figures["verdict"], page)
+    return Outcome(folder, table, base, figures["threshold"], figures["headline"], page)
 
 
 def write_temps_report(folder: Path) -> Path:
@@ -235,7 +235,7 @@ def write_temps_report(folder: Path) -> Path:
         base=base,
         views=_views(responses, table, base),
         name=str(question["model"]),
-        verdict=figures["verdict"],
+        headline=figures["headline"],
         settings=[("decode-temps", shown)],
         provenance=sorted((key, str(value)) for key, value in sources.items() if key != "command"),
         command=provenance["command"],
@@ -244,7 +244,7 @@ def write_temps_report(folder: Path) -> Path:
 
 
 def _views(responses: SweepResponses, table: pd.DataFrame, base: float) -> list[View]:
-    """One tab per temperature in the verdict, with forks next to other tokens, and one for the baseline."""
+    """One tab per temperature in the headline, with forks next to other tokens, and one for the baseline."""
     telling = telling_temperatures(table, base)
     pairs = {f"{value:g}": (Setting(value, base), Setting(base, value)) for value in telling}
     tabs = {**pairs, f"{base:g}": (Setting(base, base),)}

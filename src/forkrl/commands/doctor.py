@@ -37,9 +37,9 @@ _EXTRAS = {
     "vllm": ("vllm", "fast rollouts on an accelerator"),
     "verl": ("verl", "training on a cluster"),
     "reasoning-gym": ("gym", "more tasks with verifiers"),
-    "tensorboard": ("tracking", "log.sinks"),
-    "wandb": ("tracking", "log.sinks"),
-    "trackio": ("tracking", "log.sinks"),
+    "tensorboard": ("tracking", "log.trackers"),
+    "wandb": ("tracking", "log.trackers"),
+    "trackio": ("tracking", "log.trackers"),
 }
 
 

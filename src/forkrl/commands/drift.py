@@ -39,7 +39,7 @@ from forkrl.config import ModelConfig
 from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
 from forkrl.model.policy import open_policy
-from forkrl.parallel.replicas import open_replicas
+from forkrl.parallel.workers import open_workers
 from forkrl.report.drift_page import drift_page
 from forkrl.report.fork_view import choose_prompts, shown_prompts
 from forkrl.report.formatting import evenly_spaced
@@ -223,12 +223,12 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Re
             continue
         model = ModelConfig(path=checkpoint.path, revision=checkpoint.revision, precision=config.model.precision)
         policy = open_policy(model, config.runtime.device)
-        with open_replicas(policy, None, config.runtime) as replicas:
+        with open_workers(policy, None, config.runtime) as workers:
             for path in progress(missing, f"measuring {checkpoint.name} ({place + 1} of {len(series) - 1})"):
                 with reading_parquet(path):
                     rows = pq.read_table(path, columns=["prompt_token_ids", "token_ids"]).to_pydict()
                 written = [Written(tuple(p), tuple(r)) for p, r in zip(*rows.values(), strict=True)]
-                details = measure_responses(replicas, written, temperature=request.entropy_temperature, top=0)
+                details = measure_responses(workers, written, temperature=request.entropy_temperature, top=0)
                 with writing_parquet(target / path.name, _ENTROPY) as writer:
                     entropy_N = torch.cat([detail.entropy for detail in details]).float().numpy()
                     writer.write_table(pa.table({"entropy": entropy_N}, schema=_ENTROPY))

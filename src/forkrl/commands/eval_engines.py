@@ -18,7 +18,7 @@ from forkrl.evaluation.samplers import EmbeddedSampler, Sampler, SampleRequest
 from forkrl.model.locations import model_location
 from forkrl.model.stop_tokens import load_generation_config, stop_token_ids
 from forkrl.model.support import require_no_adapter
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import open_engine
 from forkrl.types import Prompt
 
@@ -53,17 +53,17 @@ class EvalEngine(Protocol):
 class _Embedded:
     name = "torch"
 
-    def __init__(self, subject: Subject, replicas: Replicas) -> None:
+    def __init__(self, subject: Subject, workers: Workers) -> None:
         self._subject = subject
-        self._engine = open_engine(replicas, subject.config)
-        self.tokenizer: PreTrainedTokenizerBase | None = replicas.policy.tokenizer
+        self._engine = open_engine(workers, subject.config)
+        self.tokenizer: PreTrainedTokenizerBase | None = workers.policy.tokenizer
         self.max_prompt_tokens: int | None = self._engine.max_prompt_tokens
         # How sequences are divided decides which random numbers each of them gets.
         self.facts: Mapping[str, Any] = {
             "model.precision": subject.config.model.precision,
             "rollout.max_sequences": subject.config.rollout.max_sequences,
-            "runtime.replicas": replicas.count,
-            "device": replicas.policy.device.type,
+            "runtime.workers": workers.count,
+            "device": workers.policy.device.type,
             **graphs_fact(subject.config),
         }
 
@@ -74,7 +74,7 @@ class _Embedded:
         return EmbeddedSampler(self._engine, grid)
 
     def finished(self) -> int:
-        return self._engine.replicas.sequences_finished
+        return self._engine.workers.sequences_finished
 
 
 class _Whole:
@@ -126,8 +126,8 @@ def open_eval_engine(subject: Subject, options: EvalOptions, prompt_format: Prom
         )
         yield _Whole(subject, sampler, tokenizer)
     else:
-        with open_model(subject) as replicas:
-            yield _Embedded(subject, replicas)
+        with open_model(subject) as workers:
+            yield _Embedded(subject, workers)
 
 
 def identity(subject: Subject, options: EvalOptions) -> dict[str, Any]:

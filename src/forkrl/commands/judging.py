@@ -10,11 +10,11 @@ from forkrl.evaluation.response_files import BenchmarkFiles
 from forkrl.evaluation.samplers import SampleRequest
 from forkrl.report.progress import progress
 from forkrl.rewards.pool import VerifierPool
-from forkrl.types import Verdict
+from forkrl.types import VerifierResult
 
 
 class Judging:
-    """Hands the responses of one benchmark to the verifiers, and keeps each verdict as it comes.
+    """Hands the responses of one benchmark to the verifiers, and keeps each result as it comes.
 
     Args:
         pool: the verifiers.
@@ -24,7 +24,7 @@ class Judging:
     def __init__(self, pool: VerifierPool, files: BenchmarkFiles) -> None:
         self._pool = pool
         self._files = files
-        self._pending: dict[SampleRequest, Future[list[Verdict]]] = {}
+        self._pending: dict[SampleRequest, Future[list[VerifierResult]]] = {}
         self._judged: SimpleQueue[SampleRequest] = SimpleQueue()
 
     def __enter__(self) -> Judging:
@@ -37,7 +37,7 @@ class Judging:
             future.cancel()
 
     def add(self, request: SampleRequest, text: str) -> None:
-        """Have a response judged; verdicts that have come by now are kept."""
+        """Have a response judged; results that have come by now are kept."""
         future = self._pool.submit([(request.prompt, text)])
         self._pending[request] = future
         future.add_done_callback(lambda _: self._judged.put(request))
@@ -45,10 +45,10 @@ class Judging:
             self._keep(self._judged.get())
 
     def finish(self) -> None:
-        """Wait for all verdicts."""
+        """Wait for all results."""
         for _ in progress(range(len(self._pending)), "judging the last"):
             self._keep(self._judged.get())
 
     def _keep(self, request: SampleRequest) -> None:
-        (verdict,) = self._pending.pop(request).result()
-        self._files.add_verdict(request, verdict)
+        (result,) = self._pending.pop(request).result()
+        self._files.add_result(request, result)

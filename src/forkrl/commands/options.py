@@ -235,7 +235,7 @@ class EvalOptions(SampleOptions, ModelOptions):
       forkrl eval my-model --recipe recipes/countdown.toml      ... or those of a recipe
       forkrl eval my-model --data prompts.jsonl                 ... or your own prompts
 
-    Writes into --out (default: inside the run, or evals/NAME): responses/, verdicts/ and questions/ (JSON lines),
+    Writes into --out (default: inside the run, or evals/NAME): responses/, scores/ and questions/ (JSON lines),
     results.json and report.html. Ctrl-C keeps every finished response; the same command continues.
     """
 

@@ -95,16 +95,16 @@ def _table(title: str) -> Table:
 
 
 def _memory_table(phase: Record, gpu: Record) -> Table:
-    on_gpu = "verdict" in phase
+    on_gpu = "status" in phase
     table = _table(f"{phase['name']}: one GPU" if on_gpu else phase["name"])
     table.add_column(overflow="fold")
     for item in phase["items"]:
         table.add_row(escape(item["name"]), in_gib(item["bytes"]), f"[dim]{escape(item['note'])}[/dim]")
-    verdict = ""
+    status = ""
     if on_gpu:
-        color = _COLORS[phase["verdict"]]
-        verdict = f"[{color}]{phase['verdict']}[/{color}] in {in_gib(gpu['memory'])}{escape(phase['why'])}"
-    table.add_row("[bold]together[/bold]", f"[bold]{in_gib(phase['bytes'])}[/bold]", verdict)
+        color = _COLORS[phase["status"]]
+        status = f"[{color}]{phase['status']}[/{color}] in {in_gib(gpu['memory'])}{escape(phase['why'])}"
+    table.add_row("[bold]together[/bold]", f"[bold]{in_gib(phase['bytes'])}[/bold]", status)
     return table
 
 
@@ -114,7 +114,7 @@ def _describe_room(record: Record) -> str:
     text = (
         f"KV cache: {in_gib(rollout['cache_bytes_per_token'] * rollout['full_length'])} for a sequence of full length "
         f"({rollout['full_length']:,} tokens of {rollout['cache_bytes_per_token'] / 1024:,.0f} KiB"
-        f"{' on each GPU of a replica' if layout['tensor_parallel'] > 1 else ''}). A replica has room for "
+        f"{' on each GPU of a worker' if layout['tensor_parallel'] > 1 else ''}). A worker has room for "
         f"{rollout['room_full']:,}"
     )
     if not rollout["at_once_full"]:
@@ -122,7 +122,7 @@ def _describe_room(record: Record) -> str:
     if rollout["room_full"] > rollout["limit"]:
         text += f" and is limited by rollout.max_sequences = {rollout['limit']}"
     return (
-        f"{text}; {counted(layout['replicas'], 'replica')} decode{'s' * (layout['replicas'] == 1)} "
+        f"{text}; {counted(layout['workers'], 'worker')} decode{'s' * (layout['workers'] == 1)} "
         f"{rollout['at_once_full']:,} at once, so that {rollout['sequences']:,} responses of full length take "
         f"{counted(rollout['waves_full'], 'wave')}."
     )

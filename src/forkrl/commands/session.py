@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from forkrl.commands.subject import Subject
 from forkrl.config import TrainConfig
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.replicas import Replicas, open_replicas
+from forkrl.parallel.workers import Workers, open_workers
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.pool import VerifierPool
@@ -25,7 +25,7 @@ class Session:
     """An open model with its prompts, and what samples and judges."""
 
     config: TrainConfig
-    replicas: Replicas
+    workers: Workers
     engine: EmbeddedEngine
     task: Task
     prompts: Sequence[Prompt]
@@ -34,7 +34,7 @@ class Session:
 
     @property
     def policy(self) -> Policy:
-        return self.replicas.policy
+        return self.workers.policy
 
     def waves(self, group_size: int) -> list[Sequence[Prompt]]:
         """The prompts in parts that fill whole batches of the engine: progress is seen, and no batch is left half
@@ -44,26 +44,26 @@ class Session:
 
 
 @contextmanager
-def open_model(subject: Subject) -> Iterator[Replicas]:
-    """Load the model and start its replicas."""
+def open_model(subject: Subject) -> Iterator[Workers]:
+    """Load the model and start its workers."""
     policy = open_policy(subject.config.model, subject.config.runtime.device)
-    with open_replicas(policy, None, subject.config.runtime) as replicas:
-        yield replicas
+    with open_workers(policy, None, subject.config.runtime) as workers:
+        yield workers
 
 
 @contextmanager
 def open_session(subject: Subject) -> Iterator[Session]:
-    """Load the model and its prompts, check every prompt, and start replicas and verifiers."""
+    """Load the model and its prompts, check every prompt, and start workers and verifiers."""
     with ExitStack() as stack:
-        replicas = stack.enter_context(open_model(subject))
+        workers = stack.enter_context(open_model(subject))
         open_it, most = open_evaluation_task if subject.whole else open_task, subject.config.rollout.max_prompt_tokens
-        task = open_it(subject.config.task, replicas.policy.tokenizer, max_prompt_tokens=most)
+        task = open_it(subject.config.task, workers.policy.tokenizer, max_prompt_tokens=most)
         prompts = task.held_out[: subject.limit]
-        engine = open_engine(replicas, subject.config)
+        engine = open_engine(workers, subject.config)
         config = checked_config(subject, engine, prompts)
         verifiers = with_sandbox(task.verifiers, config.sandbox)
         verifier = stack.enter_context(open_verifier(verifiers, config.reward)) if verifiers else None
-        yield Session(config, replicas, engine, task, prompts, verifier)
+        yield Session(config, workers, engine, task, prompts, verifier)
 
 
 def graphs_fact(config: TrainConfig) -> dict[str, bool]:

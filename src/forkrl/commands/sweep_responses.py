@@ -36,7 +36,7 @@ RESPONSE_SCHEMA = pa.schema(
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of the unscaled model, nats
         pa.field("entropy", pa.list_(pa.float32()), nullable=False),  # likewise
         pa.field("score", pa.float32(), nullable=False),
-        pa.field("failure", pa.string(), nullable=False),  # why the verifier gave no verdict; empty if it did
+        pa.field("failure", pa.string(), nullable=False),  # why the verifier gave no result; empty if it did
         pa.field("length", pa.int32(), nullable=False),  # tokens, a closing stop token among them
         pa.field("cut", pa.bool_(), nullable=False),
         pa.field("loop", pa.bool_(), nullable=False),
@@ -111,7 +111,7 @@ def _rows(
     """A row of ``RESPONSE_SCHEMA`` for each response."""
     texts = TokenTexts(tokenizer)
     for problem, group in enumerate(groups):
-        for sample, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True)):
+        for sample, (rollout, result) in enumerate(zip(group.rollouts, group.results, strict=True)):
             yield {
                 "high": setting.high,
                 "low": setting.low,
@@ -125,8 +125,8 @@ def _rows(
                 "tokens": [texts[token_id] for token_id in rollout.response_ids],
                 "logprobs": rollout.logprobs.numpy(),
                 "entropy": rollout.entropy.numpy(),
-                "score": verdict.score,
-                "failure": verdict.failure,
+                "score": result.score,
+                "failure": result.failure,
                 "length": len(rollout),
                 **_flags(rollout),
                 "surprise": -float(rollout.logprobs.double().sum()),

@@ -23,7 +23,7 @@ from forkrl.analysis.token_rows import SourceResponse, token_rows
 from forkrl.analysis.token_table import TOP, part_paths, reading_parquet
 from forkrl.commands.session import Session
 from forkrl.model.token_texts import TokenTexts
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.report.progress import progress
 from forkrl.rollout.held_out import evaluation_sampling
 from forkrl.rollout.scoring import score_groups
@@ -90,15 +90,15 @@ class GeneratedResponses:
                 text=rollout.text,
                 written=Written(rollout.prompt_ids, rollout.response_ids),
                 finished=rollout.finished,
-                correct=group.verdicts[sample].score == 1 if group.verdicts else None,
-                failure=group.verdicts[sample].failure if group.verdicts else "",
+                correct=group.results[sample].score == 1 if group.results else None,
+                failure=group.results[sample].failure if group.results else "",
             )
             for place, group in enumerate(groups)
             for sample, rollout in enumerate(group.rollouts)
         ]
 
 
-def write_missing_parts(folder: Path, source: ResponseSource, replicas: Replicas, temperature: float) -> None:
+def write_missing_parts(folder: Path, source: ResponseSource, workers: Workers, temperature: float) -> None:
     """Measure and write the parts that are not there yet, with progress and time left."""
     tables = ("tokens", "responses")
     for table in tables:
@@ -108,13 +108,13 @@ def write_missing_parts(folder: Path, source: ResponseSource, replicas: Replicas
     ]
     if 0 < len(missing) < source.num_parts:
         print(f"{source.num_parts - len(missing)} of {source.num_parts} parts are in {folder} already", flush=True)
-    texts = TokenTexts(replicas.policy.tokenizer)
+    texts = TokenTexts(workers.policy.tokenizer)
     for index in progress(missing, "measuring tokens"):
         responses = source.part(index)
         with writing_parquet(_path(folder, "tokens", index), TOKEN_SCHEMA) as writer:
             for group in _groups(responses):
                 written = [response.written for response in group]
-                details = measure_responses(replicas, written, temperature=temperature, top=TOP)
+                details = measure_responses(workers, written, temperature=temperature, top=TOP)
                 writer.write_table(token_rows(group, details, texts))
         with writing_parquet(_path(folder, "responses", index), RESPONSE_SCHEMA) as writer:
             writer.write_table(_response_rows(responses))

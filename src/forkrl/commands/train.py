@@ -52,10 +52,10 @@ def run_train(options: TrainOptions) -> int:
     except Interrupted as stop:
         print(f"forkrl: {stop} {stop.outcome}; continue with: forkrl train --resume {folder}", file=sys.stderr)
         return int(stop.exit_code)
-    from forkrl.report import run_verdict, write_run_report
+    from forkrl.report import run_headline, write_run_report
 
     report = write_run_report(folder)
-    print(run_verdict(folder))
+    print(run_headline(folder))
     print(f"report: {report}")
     return 0
 

@@ -28,7 +28,7 @@ class RolloutConfig(Section):
     stop: Annotated[tuple[str, ...], FROM_LIST] = ()
     """Further stop tokens, each one token of the tokenizer; its EOS and generation_config.json always stop."""
     max_sequences: PositiveInt = 256
-    """Sequences decoded at once by one replica; bounds its KV cache."""
+    """Sequences decoded at once by one worker; bounds its KV cache."""
     cuda_graphs: bool = False
     """Decode by CUDA graphs (docs/engines.md): on a GPU, for Llama, Mistral, Qwen2 and Qwen3. Off because it has not
     run on a GPU yet."""
@@ -39,7 +39,7 @@ class RewardConfig(Section):
     """L_cache: within the last L_cache tokens before L_max the reward falls linearly to -1; 0 turns it off."""
     workers: PositiveInt = 1
     """Verifier processes."""
-    deadline_s: Annotated[float, Field(gt=0)] = 10.0
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Wall-clock limit for judging one response; a worker past it is killed and replaced."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
     """Address space of one verifier process."""

@@ -17,7 +17,7 @@ class RuntimeConfig(Section):
     trainer: Literal["local", "verl"] = "local"
     """"local" trains in this process. "verl" spreads the same recipe over a Ray cluster (docs/cluster.md); so does
     --trainer verl."""
-    replicas: Count = 0
+    workers: Count = 0
     """Processes on the CPU that share the weights, the work and the threads; 0: one a thread for a small model (up to
     50M parameters), which several threads at once would only slow down, else one. An accelerator takes one."""
 
@@ -46,7 +46,7 @@ class ClusterConfig(Section):
     """Keep weights and optimizer state in the host's memory while the GPU does something else."""
     reward_workers: PositiveInt = 1
     """Ray actors that judge, spread over the nodes, each with reward.workers verifier processes."""
-    patience_s: Annotated[float, Field(gt=0)] = 3600.0
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """The run ends if no response is sampled or judged for this many seconds: something hangs."""
     overrides: Annotated[tuple[str, ...], FROM_LIST] = ()
     """Further settings of verl, as its command line takes them: "actor_rollout_ref.rollout.max_num_seqs=512". A key

@@ -18,33 +18,33 @@ GYM_INSTRUCTION = "Think step by step, then give the final answer alone between 
 class CurriculumConfig(Section):
     """Levels of difficulty that follow how well the model does, for a reasoning-gym generator that has them."""
 
-    raise_above: Annotated[float, Field(gt=0, lt=1)] | None = None
+    promote_above: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Go one level up when the mean accuracy of the last `window` groups is above this. Not set: no curriculum."""
-    lower_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    demote_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Go one level down when it is below this. 0: never."""
     window: PositiveInt = 64
     """Groups of responses, all of the present level; counting restarts after each change of level."""
     start: Count = 0
     """The first level."""
-    most: Count | None = None
+    max_level: Count | None = None
     """The last level. Not set: the last that the generator has."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> CurriculumConfig:
-        if self.raise_above is None:
+        if self.promote_above is None:
             changed = [name for name in type(self).model_fields if getattr(self, name) != default_of(type(self), name)]
             if changed:
                 raise ValueError(
-                    f"task.curriculum.{changed[0]} has no effect without task.curriculum.raise_above; set that too"
+                    f"task.curriculum.{changed[0]} has no effect without task.curriculum.promote_above; set that too"
                 )
             return self
-        if self.lower_below >= self.raise_above:
+        if self.demote_below >= self.promote_above:
             raise ValueError(
-                f"task.curriculum.lower_below = {self.lower_below} is not below raise_above = {self.raise_above}; "
-                f"every window would change the level"
+                f"task.curriculum.demote_below = {self.demote_below} is not below promote_above = "
+                f"{self.promote_above}; every window would change the level"
             )
-        if self.most is not None and self.most < self.start:
-            raise ValueError(f"task.curriculum.most = {self.most} is below start = {self.start}; raise it")
+        if self.max_level is not None and self.max_level < self.start:
+            raise ValueError(f"task.curriculum.max_level = {self.max_level} is below start = {self.start}; raise it")
         return self
 
 
@@ -128,7 +128,7 @@ class TaskConfig(Section):
             )
         if "{prompt}" not in self.template:
             raise ValueError("task.template has no {prompt}; every prompt would be the same text")
-        if self.difficulty is not None and self.curriculum.raise_above is not None:
+        if self.difficulty is not None and self.curriculum.promote_above is not None:
             raise ValueError(
                 f"task.difficulty = {self.difficulty} is a fixed level, and task.curriculum changes levels; set one of "
                 f"the two (task.curriculum.start is the first level)"

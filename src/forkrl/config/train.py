@@ -46,8 +46,8 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    sinks: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], FROM_LIST] = ()
-    """Besides metrics.jsonl, which is always written. A sink that fails is reported once and dropped."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], FROM_LIST] = ()
+    """Besides metrics.jsonl, which is always written. A tracker that fails is reported once and dropped."""
     rollouts_every: PositiveInt = 10
     """Steps between samples of training responses written to rollouts/."""
     rollouts_sampled: Count = 64
@@ -58,7 +58,7 @@ class TrainConfig(Section):
     """A recipe for ``forkrl train``."""
 
     seed: Seed = 0
-    """Of sampling, data order and evaluation: the same seed, machine, threads and replicas give the same bits."""
+    """Of sampling, data order and evaluation: the same seed, machine, threads and workers give the same bits."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -92,6 +92,6 @@ class ForksOnlyConfig(Section):
     """This share of the other tokens, drawn at random, runs with gradients as well, each counting 1 / sampled times:
     on average over draws the gradient is then the exact one."""
     kept_mib: Count = 1024
-    """For a selection over the whole mini-batch: keys and values that each replica keeps from the pass that measures
+    """For a selection over the whole mini-batch: keys and values that each worker keeps from the pass that measures
     entropies for the gradient. Those that do not fit are computed again; no number changes. Not with projections, whose
     keys and values hold all that made them."""

@@ -1,4 +1,4 @@
-"""A finished evaluation folder, read back: ``results.json`` and every response with its verdict."""
+"""A finished evaluation folder, read back: ``results.json`` and every response with its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESPONSE: Kinds = {
     "question": (str,), "sample": (int,), "text": (str,), "reasoning": (str,), "tokens": (int,), "finished": (bool,),
     "entropy": (*_NUMBER, _NOTHING),
 }  # fmt: skip
-VERDICT: Kinds = {
+SCORE: Kinds = {
     "question": (str,), "sample": (int,), "score": _NUMBER, "failure": (str,), "answer": (str, _NOTHING),
 }  # fmt: skip
 _QUESTION: Kinds = {"question": (str,), "prompt": (str,), "answer": (str,)}
@@ -90,18 +90,18 @@ def _as_written(row: dict[str, Any]) -> str:
 
 
 def _scored_responses(folder: Path, name: str) -> list[ScoredResponse]:
-    """Each response with its last verdict: one that failed may have been judged again."""
+    """Each response with its last result: one that failed may have been judged again."""
     responses = _by_key(folder / "responses" / f"{name}.jsonl", RESPONSE)
-    verdicts = _by_key(folder / "verdicts" / f"{name}.jsonl", VERDICT)
-    if missing := [key for key in responses if key not in verdicts]:
+    results = _by_key(folder / "scores" / f"{name}.jsonl", SCORE)
+    if missing := [key for key in responses if key not in results]:
         question, sample = missing[0]
         raise UserError(
-            f"{folder}: sample {sample} of question {question} of {name} has no verdict; {_how_to_finish(folder)}"
+            f"{folder}: sample {sample} of question {question} of {name} has no result; {_how_to_finish(folder)}"
         )
-    return [_scored(row, verdicts[key]) for key, row in responses.items()]
+    return [_scored(row, results[key]) for key, row in responses.items()]
 
 
-def _scored(response: dict[str, Any], verdict: dict[str, Any]) -> ScoredResponse:
+def _scored(response: dict[str, Any], result: dict[str, Any]) -> ScoredResponse:
     return ScoredResponse(
         question=response["question"],
         sample=response["sample"],
@@ -109,9 +109,9 @@ def _scored(response: dict[str, Any], verdict: dict[str, Any]) -> ScoredResponse
         tokens=response["tokens"],
         finished=response["finished"],
         entropy=response["entropy"],
-        score=float(verdict["score"]),
-        failure=verdict["failure"],
-        answer=verdict["answer"],
+        score=float(result["score"]),
+        failure=result["failure"],
+        answer=result["answer"],
     )
 
 

@@ -1,4 +1,4 @@
-"""The files of one benchmark in an evaluation's folder: its questions, and responses and verdicts as they come.
+"""The files of one benchmark in an evaluation's folder: its questions, and responses and results as they come.
 
 A line is written whole or not at all, and what a kill or a power cut leaves of a last one is dropped, so that an
 evaluation goes on from the response it had come to.
@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any
 
 from forkrl.errors import UserError
-from forkrl.evaluation.folder import RESPONSE, VERDICT, Key, Kinds, checked_rows
+from forkrl.evaluation.folder import RESPONSE, SCORE, Key, Kinds, checked_rows
 from forkrl.evaluation.responses import ScoredResponse
 from forkrl.evaluation.samplers import Sampled, SampleRequest
 from forkrl.store.atomic import explained_write_errors, fsync, write_text
-from forkrl.types import Prompt, Verdict
+from forkrl.types import Prompt, VerifierResult
 
 _SHOWN_ANSWER = 2000
 """Characters of an answer that are kept: the tests of a programming task are megabytes."""
@@ -92,16 +92,16 @@ class BenchmarkFiles:
     def __init__(self, folder: Path, name: str, prompts: Sequence[Prompt], samples: int) -> None:
         self.grid = [SampleRequest(prompt, sample) for prompt in prompts for sample in range(samples)]
         _require_questions(folder / "questions" / f"{name}.jsonl", prompts)
-        self._verdict_file = LineFile(folder / "verdicts" / f"{name}.jsonl")
+        self._score_file = LineFile(folder / "scores" / f"{name}.jsonl")
         self._response_file = LineFile(folder / "responses" / f"{name}.jsonl")
-        self._verdicts = {_key(row): row for row in self._verdict_file.rows(VERDICT)}  # of several, the last
+        self._results = {_key(row): row for row in self._score_file.rows(SCORE)}  # of several, the last
         self._responses: dict[Key, dict[str, Any]] = {}
         self._texts: dict[Key, str] = {}
         for row in self._response_file.rows(RESPONSE):
             key, text = _key(row), row.pop("text")
             del row["reasoning"]
             self._responses[key] = row
-            if self._verdicts.get(key, _UNJUDGED)["failure"]:
+            if self._results.get(key, _UNJUDGED)["failure"]:
                 self._texts[key] = text
 
     def __enter__(self) -> BenchmarkFiles:
@@ -111,14 +111,14 @@ class BenchmarkFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._response_file.close()
-        self._verdict_file.close()
+        self._score_file.close()
 
     def missing(self) -> list[SampleRequest]:
         """Responses that are still to be sampled."""
         return [request for request in self.grid if (request.prompt.id, request.sample) not in self._responses]
 
     def unjudged(self) -> list[tuple[SampleRequest, str]]:
-        """Responses that stood here without a verdict, or whose verifier could not answer, with their texts."""
+        """Responses that stood here without a result, or whose verifier could not answer, with their texts."""
         pairs = ((request, (request.prompt.id, request.sample)) for request in self.grid)
         return [(request, self._texts[key]) for request, key in pairs if key in self._texts]
 
@@ -138,25 +138,25 @@ class BenchmarkFiles:
         del row["text"], row["reasoning"]
         self._responses[_key(row)] = row
 
-    def add_verdict(self, request: SampleRequest, verdict: Verdict) -> None:
-        """Keep a verdict."""
+    def add_result(self, request: SampleRequest, result: VerifierResult) -> None:
+        """Keep a result."""
         row = {
             "question": request.prompt.id,
             "sample": request.sample,
-            "score": verdict.score,
-            "failure": verdict.failure,
-            "answer": verdict.answer,
+            "score": result.score,
+            "failure": result.failure,
+            "answer": result.answer,
         }
-        self._verdict_file.append(row)
-        self._verdicts[_key(row)] = row
+        self._score_file.append(row)
+        self._results[_key(row)] = row
 
     def scored(self) -> list[ScoredResponse]:
         """Every judged response, in the order of the questions, without its text."""
         keys = ((request.prompt.id, request.sample) for request in self.grid)
         return [
-            ScoredResponse(**self._responses[key] | self._verdicts[key], text="")
+            ScoredResponse(**self._responses[key] | self._results[key], text="")
             for key in keys
-            if key in self._responses and key in self._verdicts
+            if key in self._responses and key in self._results
         ]
 
 

@@ -1,4 +1,4 @@
-"""A response of an evaluation with its verdict: what every figure of an evaluation is made of."""
+"""A response of an evaluation with its result: what every figure of an evaluation is made of."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Decoding(NamedTuple):
     """A rate of sampling, and what bounds it."""
 
     sequences: int
-    """Of one replica at once."""
+    """Of one worker at once."""
     tokens_per_s: float
     """Of one GPU."""
     bound: str
@@ -136,7 +136,7 @@ def _decode_rate(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Decod
     if not fit.room_full:
         return None
     context = assumed.mean_prompt + assumed.mean_response / 2
-    wanted = config.rollout.prompts_per_step * config.rollout.group_size * assumed.oversampling / layout.replicas
+    wanted = config.rollout.prompts_per_step * config.rollout.group_size * assumed.oversampling / layout.workers
     room = int(fit.cache // (context * fit.cache_per_token))
     sequences = min(config.rollout.max_sequences, room, math.ceil(wanted))
     if layout.sharded:
@@ -195,7 +195,7 @@ def _rollout_part(
     decoding_s = tokens / (decoding.tokens_per_s * plan.layout.gpus)
     note = f"{decoding.tokens_per_s:,.0f} tokens/s a GPU, {decoding.bound}"
     if decoding.sequences:
-        note += f", {decoding.sequences} sequences a replica"
+        note += f", {decoding.sequences} sequences a worker"
     if decoding_s < decoding.shortest_s:
         note += "; as long as the longest response alone"
     return Part("rollout", flops, max(decoding_s, decoding.shortest_s) + prefill / rate, note)

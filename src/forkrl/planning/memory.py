@@ -51,7 +51,7 @@ class Layout(NamedTuple):
         return self.nodes * self.gpus_per_node
 
     @property
-    def replicas(self) -> int:
+    def workers(self) -> int:
         """Copies of the model that sample."""
         return self.gpus // self.tensor_parallel
 
@@ -79,26 +79,26 @@ class RolloutFit(NamedTuple):
     """How many sequences are sampled at once."""
 
     cache_per_token: float
-    """Bytes of the KV cache of one token, on each GPU of a replica."""
+    """Bytes of the KV cache of one token, on each GPU of a worker."""
     cache: float
-    """Bytes available to the cache on each GPU of a replica; may be below 0."""
+    """Bytes available to the cache on each GPU of a worker; may be below 0."""
     full_length: int
     """Tokens of the longest prompt with the longest response."""
     limit: int
     """rollout.max_sequences."""
-    replicas: int
+    workers: int
     share: float
     """Bytes of each GPU that sampling may take in all."""
 
     @property
     def room_full(self) -> int:
-        """Sequences of full length that a replica's cache holds."""
+        """Sequences of full length that a worker's cache holds."""
         return max(0, int(self.cache // (self.full_length * self.cache_per_token)))
 
     @property
     def at_once(self) -> int:
-        """Sequences of full length that all replicas decode at once."""
-        return min(self.room_full, self.limit) * self.replicas
+        """Sequences of full length that all workers decode at once."""
+        return min(self.room_full, self.limit) * self.workers
 
 
 class Plan(NamedTuple):
@@ -111,7 +111,7 @@ class Plan(NamedTuple):
     host: tuple[Phase, ...]
     rollout: RolloutFit
 
-    def verdict(self, phase: Phase) -> str:
+    def status(self, phase: Phase) -> str:
         """Of one phase, against the GPU's memory."""
         if phase.num_bytes > self.gpu.memory or (phase.name == "rollout" and not self.rollout.room_full):
             return TOO_LARGE
@@ -130,7 +130,7 @@ class Plan(NamedTuple):
     @property
     def fits(self) -> bool:
         """Every phase, with the headroom."""
-        return all(self.verdict(phase) == FITS for phase in self.phases)
+        return all(self.status(phase) == FITS for phase in self.phases)
 
 
 def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
@@ -314,7 +314,7 @@ def _verl_rollout(
     # With more GPUs than key-value heads, each head is repeated.
     per_token = shape.kv_numbers * size / min(parallel, shape.kv_heads)
     limit = config.rollout.max_sequences
-    return tuple(items), RolloutFit(per_token, cache, full_length(config), limit, layout.replicas, share)
+    return tuple(items), RolloutFit(per_token, cache, full_length(config), limit, layout.workers, share)
 
 
 def _local_rollout(
@@ -339,7 +339,7 @@ def _local_rollout(
     room = "in buffers of full length" if graphs else "with room to grow"
     wanted = sequences * length * per_token * growth
     items.append(Item("KV cache", wanted, f"{sequences} sequences of {length:,} tokens, {room}"))
-    return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, layout.replicas, share)
+    return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, layout.workers, share)
 
 
 def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:

@@ -30,11 +30,11 @@ def plan_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assump
     return {
         "model": {"path": config.model.path, "parameters": plan.shape.parameters} | plan.shape._asdict(),
         "engine": config.runtime.trainer,
-        "layout": {**layout._asdict(), "gpus": layout.gpus, "replicas": layout.replicas},
+        "layout": {**layout._asdict(), "gpus": layout.gpus, "workers": layout.workers},
         "gpu": {**plan.gpu._asdict(), "usable": (1 - HEADROOM) * plan.gpu.memory},
         "assumed": assumed._asdict(),
         "phases": [
-            _phase_record(phase) | {"verdict": plan.verdict(phase), "why": plan.why(phase)} for phase in plan.phases
+            _phase_record(phase) | {"status": plan.status(phase), "why": plan.why(phase)} for phase in plan.phases
         ],
         "host": [_phase_record(phase) for phase in plan.host],
         "rollout": {

@@ -42,7 +42,7 @@ def analyze_page(
     return Page(
         name=str(facts["model"]),
         kind="analysis",
-        verdict=_verdict(facts),
+        headline=_headline(facts),
         sections=_sections(facts, tables),
         cards=_cards(facts),
         forks=ForkView(
@@ -56,7 +56,7 @@ def analyze_page(
     )
 
 
-def _verdict(facts: Mapping[str, Any]) -> str:
+def _headline(facts: Mapping[str, Any]) -> str:
     return (
         f"At temperature {facts['temperature']:g}, {facts['share_below_0.01']:.1%} of {facts['tokens']:,.0f} tokens "
         f"were written with less than 0.01 nats of entropy; the fifth with the most has more than "

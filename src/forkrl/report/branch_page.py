@@ -34,7 +34,7 @@ KINDS = {
     "random": ("random others", "a random other token"),
     "low": ("low entropy", "a token of low entropy"),
 }
-"""Each kind of position, as a label and in the verdict."""
+"""Each kind of position, as a label and in the headline."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +60,7 @@ def branch_page(found: BranchResults, **about: Any) -> Page:
     failures, unjudged = found.facts["verifier_failures"], found.facts.get("unjudged", "")
     return Page(
         kind="what a fork is worth",
-        verdict=f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else branch_verdict(found.tables),
+        headline=f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else branch_headline(found.tables),
         sections=_sections(found),
         sections_title="What one token decides",
         notes=[f"{failures:,} continuations could not be verified; they count as wrong."] if failures else [],
@@ -71,7 +71,7 @@ def branch_page(found: BranchResults, **about: Any) -> Page:
     )
 
 
-def branch_verdict(tables: Mapping[str, pd.DataFrame]) -> str:
+def branch_headline(tables: Mapping[str, pd.DataFrame]) -> str:
     """How much of the outcome one fork decides, against the controls, with intervals."""
     kinds, differences = tables["kinds"], tables["differences"]
     if kinds["share"].isna().all():

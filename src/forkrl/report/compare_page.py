@@ -49,7 +49,7 @@ def compare_page(comparison: Comparison) -> Page:
     return Page(
         name=" → ".join(names),
         kind="comparison",
-        verdict=compare_verdict(comparison),
+        headline=compare_headline(comparison),
         sections=_sections(comparison),
         sections_title="Differences, and at what length",
         notes=comparison["notices"],
@@ -64,7 +64,7 @@ def compare_page(comparison: Comparison) -> Page:
     )
 
 
-def compare_verdict(comparison: Comparison) -> str:
+def compare_headline(comparison: Comparison) -> str:
     """The difference with its interval and p-value, and what is left of it where both spend the same tokens."""
     row, names = comparison["pooled"] or comparison["benchmarks"][0], side_names(comparison)
     count = len(comparison["benchmarks"])

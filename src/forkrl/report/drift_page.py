@@ -61,7 +61,7 @@ def drift_page(
     return Page(
         name=str(facts["model"]),
         kind="drift",
-        verdict=_verdict(facts, tables["change"]),
+        headline=_headline(facts, tables["change"]),
         sections=_sections(facts, tables),
         cards=_cards(facts, tables),
         forks=ForkView(
@@ -76,7 +76,7 @@ def drift_page(
     )
 
 
-def _verdict(facts: Mapping[str, Any], change: pd.DataFrame) -> str:
+def _headline(facts: Mapping[str, Any], change: pd.DataFrame) -> str:
     overlap, size = facts["overlap_of_last_with_first"], change["change"].abs()
     top_share = size.iloc[-max(len(size) // 5, 1) :].sum() / max(size.sum(), 1e-12)
     kept = percent(Estimate(overlap["share"], overlap["low"], overlap["high"]))

@@ -63,7 +63,7 @@ def eval_page(results: Results, *, average: Results | None, shelves: Sequence[Sh
     return Page(
         name=str(results["model"]),
         kind="evaluation",
-        verdict=eval_verdict(results, average),
+        headline=eval_headline(results, average),
         sections=_sections(results["benchmarks"], paper),
         sections_title="Accuracy and length",
         notes=_notes(results["benchmarks"]),
@@ -87,7 +87,7 @@ def unjudged_benchmarks(benchmarks: Sequence[Results]) -> list[str]:
     return sentences
 
 
-def eval_verdict(results: Results, average: Results | None) -> str:
+def eval_headline(results: Results, average: Results | None) -> str:
     """Accuracy with its interval, over all benchmarks or of the one, and the length of the responses."""
     benchmarks, samples = results["benchmarks"], results["samples"]
     if unjudged := unjudged_benchmarks(benchmarks):

@@ -102,11 +102,11 @@ class Page:
     Args:
         name: what the page is about, its heading.
         kind: such as "training run", "analysis" or "drift".
-        verdict: one sentence on top: what was found.
+        headline: one sentence on top: what was found.
         sections: plots and tables, in reading order.
         status: a sentence on work that is not finished; may be empty.
         notes: what is missing, damaged or left out, a sentence each.
-        cards: the few numbers under the verdict.
+        cards: the few numbers under the headline.
         forks: None: the page has no fork view.
         shelves: responses to read, one shelf a benchmark.
         settings: groups of (key, value, differs from the default).
@@ -119,7 +119,7 @@ class Page:
 
     name: str
     kind: str
-    verdict: str
+    headline: str
     sections: Sequence[Section]
     status: str = ""
     notes: Sequence[str] = ()

@@ -20,7 +20,7 @@ from forkrl.report.formatting import plain, visible
 from forkrl.report.page import Page, Section, write_page
 from forkrl.report.plots import HEIGHT, PERCENT, Curve, Kind, Panel, ellipsis, plot
 from forkrl.report.run_data import Floats, RolloutSample, RunData, read_run
-from forkrl.report.run_summary import cards, status, verdict
+from forkrl.report.run_summary import cards, headline, status
 
 FEW_POINTS = 40
 MAX_PROMPTS = 48
@@ -39,9 +39,9 @@ def write_run_report(run_dir: Path) -> Path:
     return write_page(Path(run_dir) / "report.html", run_page(run))
 
 
-def run_verdict(run_dir: Path) -> str:
+def run_headline(run_dir: Path) -> str:
     """The sentence that heads the report: accuracy before and after, with intervals, and what it took."""
-    return verdict(read_run(Path(run_dir), max_train_files=0))
+    return headline(read_run(Path(run_dir), max_train_files=0))
 
 
 def run_page(run: RunData) -> Page:
@@ -49,7 +49,7 @@ def run_page(run: RunData) -> Page:
     return Page(
         name=run.name,
         kind="training run",
-        verdict=verdict(run),
+        headline=headline(run),
         sections=sections(run),
         status=status(run),
         notes=run.notes,

@@ -68,7 +68,7 @@ def _nothing_was_judged(run: RunData, step: int) -> bool:
     return 0 < responses <= row.get("eval/verifier_failures", 0.0)
 
 
-def verdict(run: RunData) -> str:
+def headline(run: RunData) -> str:
     """One sentence: accuracy before and after, their paired difference with p-value, problems, steps, wall time."""
     found, effort = evaluations(run), _effort(run)
     if not found:
@@ -119,7 +119,7 @@ def status(run: RunData) -> str:
 
 
 def cards(run: RunData) -> list[Card]:
-    """The numbers under the verdict; one that was never recorded is left out."""
+    """The numbers under the headline; one that was never recorded is left out."""
     found = evaluations(run)
     made: list[Card] = []
     if len(found) > 1:

@@ -42,7 +42,7 @@ def temps_page(
         broken_means: what counts as broken, a sentence.
         base: the temperature that every other setting is compared with.
         views: responses at a few settings.
-        about: name, verdict, settings, provenance and command of the page.
+        about: name, headline, settings, provenance and command of the page.
     """
     failures = int(table["failures"].sum())
     lead = "The keys visit the tokens above the threshold, which are those that got the temperature of forks."
@@ -59,13 +59,13 @@ def temps_page(
 
 
 def telling_temperatures(table: pd.DataFrame, base: float = 1.0) -> list[float]:
-    """Those that the verdict speaks of: the lowest, if below ``base``, and the first above it, if any."""
+    """Those that the headline speaks of: the lowest, if below ``base``, and the first above it, if any."""
     temperatures = sorted({*table["high"], *table["low"]})
     below, above = ([value for value in temperatures if sign * value > sign * base] for sign in (-1, 1))
     return [*below[:1], *above[:1]]
 
 
-def verdict(table: pd.DataFrame, base: float = 1.0) -> str:
+def headline(table: pd.DataFrame, base: float = 1.0) -> str:
     """What a lower and a higher temperature do at forks and elsewhere, with the intervals of the paired differences."""
     sentences = []
     for value in telling_temperatures(table, base):

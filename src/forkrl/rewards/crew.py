@@ -14,7 +14,7 @@ from typing import Any
 from forkrl.errors import UserError
 from forkrl.rewards.reply import with_opened_thinking
 from forkrl.rewards.worker_process import FORGERY, Cause, Settings, WorkerProcess
-from forkrl.types import Prompt, Verdict
+from forkrl.types import Prompt, VerifierResult
 
 
 @dataclass(eq=False, slots=True)
@@ -25,34 +25,34 @@ class Item:
     index: int
     prompt: Prompt
     response: str
-    deadline_s: float
+    timeout_s: float
 
     @property
     def open(self) -> bool:
-        """Whether a verdict is still wanted."""
-        return self.batch.verdicts[self.index] is None and not self.batch.future.done()
+        """Whether a result is still wanted."""
+        return self.batch.results[self.index] is None and not self.batch.future.done()
 
 
 class Batch:
-    """The items of one ``submit`` call and the future of their verdicts."""
+    """The items of one ``submit`` call and the future of their results."""
 
-    def __init__(self, pairs: Sequence[tuple[Prompt, str]], deadline_of: Callable[[Prompt], float]) -> None:
-        self.future: Future[list[Verdict]] = Future()
+    def __init__(self, pairs: Sequence[tuple[Prompt, str]], timeout_of: Callable[[Prompt], float]) -> None:
+        self.future: Future[list[VerifierResult]] = Future()
         self.items = [
-            Item(self, index, prompt, with_opened_thinking(prompt.text, response), deadline_of(prompt))
+            Item(self, index, prompt, with_opened_thinking(prompt.text, response), timeout_of(prompt))
             for index, (prompt, response) in enumerate(pairs)
         ]
-        self.verdicts: list[Verdict | None] = [None] * len(self.items)
+        self.results: list[VerifierResult | None] = [None] * len(self.items)
         self._num_open = len(self.items)
 
-    def settle(self, index: int, verdict: Verdict) -> None:
-        self.verdicts[index] = verdict
+    def settle(self, index: int, result: VerifierResult) -> None:
+        self.results[index] = result
         self._num_open -= 1
         self.finish_if_settled()
 
     def finish_if_settled(self) -> None:
         if not self._num_open and self.future.set_running_or_notify_cancel():
-            self.future.set_result([verdict for verdict in self.verdicts if verdict is not None])
+            self.future.set_result([result for result in self.results if result is not None])
 
     def fail(self, error: BaseException) -> None:
         if not self.future.done() and self.future.set_running_or_notify_cancel():
@@ -62,7 +62,7 @@ class Batch:
 class Crew:
     """Worker processes and the items that wait for them.
 
-    Two workers may hold the same item if the first was slow to reach it; the first answer counts. A verdict must depend
+    Two workers may hold the same item if the first was slow to reach it; the first answer counts. A result must depend
     on its own item alone, but earlier items may have filled a worker's memory: so "crash" and "memory" from a worker
     that had answered other items are tried once more in a fresh one.
     """
@@ -211,7 +211,7 @@ class Crew:
             case [str(token), float(score), str(failure), str(message), str() | None as read, float(took)] if (
                 worker.expects(token)
             ):
-                self._settle(worker.next_turn(took), Verdict(score, failure, read), message)
+                self._settle(worker.next_turn(took), VerifierResult(score, failure, read), message)
                 if worker.has_swollen():
                     worker.end(None)
             case _:
@@ -235,10 +235,10 @@ class Crew:
             if worker.state == "starting":
                 raise self._start_failure(f"it was not ready in time{worker.last_words()}")
             if worker.state == "ending":  # the warden is stopped, or a process below it cannot be killed now
-                self._replace(worker, patience_s=0.0)
+                self._replace(worker, stall_timeout_s=0.0)
             else:
-                limit = worker.in_flight[0].item.deadline_s
-                worker.end(Cause("deadline", f"gave no answer within {limit:g} s"))
+                limit = worker.in_flight[0].item.timeout_s
+                worker.end(Cause("timeout", f"gave no answer within {limit:g} s"))
         elif asked >= self._lingers_at(worker):
             self._waiting.extendleft(reversed(worker.take_back()))
 
@@ -257,17 +257,17 @@ class Crew:
         given_back = [request.item for request in worker.in_flight if not request.withdrawn and request.item.open]
         if given_back and cause and worker.in_flight[0].item is given_back[0]:
             culprit = given_back.pop(0)
-            if cause.failure == "deadline" or not worker.served:
-                self._settle(culprit, Verdict(0.0, cause.failure), cause.message or how)
+            if cause.failure == "timeout" or not worker.served:
+                self._settle(culprit, VerifierResult(0.0, cause.failure), cause.message or how)
             else:
                 self._suspects.append(culprit)
         self._waiting.extendleft(reversed(given_back))
 
-    def _settle(self, item: Item, verdict: Verdict, message: str) -> None:
+    def _settle(self, item: Item, result: VerifierResult, message: str) -> None:
         if item.open:  # else another worker was faster, or the batch is cancelled
-            if verdict.failure:
-                self._note_failure(item, verdict.failure, self._hide(message))
-            item.batch.settle(item.index, verdict)
+            if result.failure:
+                self._note_failure(item, result.failure, self._hide(message))
+            item.batch.settle(item.index, result)
 
     def _start_failure(self, reason: str, path: str = "") -> UserError:
         named = path or ", ".join(dict.fromkeys(path for path, *_ in self._settings.verifiers.values()))

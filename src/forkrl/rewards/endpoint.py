@@ -18,7 +18,7 @@ from forkrl.config.secret_values import shown_url
 from forkrl.errors import UserError
 from forkrl.types import Judgement, VerifierSpec
 
-_SHARE_OF_DEADLINE = 0.8
+_SHARE_OF_TIMEOUT = 0.8
 """Share of the pool's deadline for the server; the rest is for reporting its failure."""
 _BACKOFF_S = (0.2, 0.8)
 """Waits before the second and the third attempt."""
@@ -60,14 +60,14 @@ def verify_at_endpoint(
     raise AssertionError
 
 
-def prepare_endpoint(spec: VerifierSpec, deadline_s: float) -> VerifierSpec:
-    """The endpoint with a timeout below the pool's deadline; raises UserError if its server cannot be reached."""
+def prepare_endpoint(spec: VerifierSpec, pool_timeout_s: float) -> VerifierSpec:
+    """The endpoint with a timeout below the pool's; raises UserError if its server cannot be reached."""
     url = spec.options["url"]
-    timeout_s = spec.options.get("timeout_s", _SHARE_OF_DEADLINE * deadline_s)
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < deadline_s:
+    timeout_s = spec.options.get("timeout_s", _SHARE_OF_TIMEOUT * pool_timeout_s)
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < pool_timeout_s:
         raise UserError(
-            f"task.verifier_options.timeout_s = {timeout_s!r} must lie between 0 and reward.deadline_s = "
-            f"{deadline_s:g}; leave it out to take {_SHARE_OF_DEADLINE:.0%} of that"
+            f"task.verifier_options.timeout_s = {timeout_s!r} must lie between 0 and reward.timeout_s = "
+            f"{pool_timeout_s:g}; leave it out to take {_SHARE_OF_TIMEOUT:.0%} of that"
         )
     try:
         httpx.options(url, timeout=_PROBE_S, trust_env=not is_loopback(url))
@@ -76,7 +76,7 @@ def prepare_endpoint(spec: VerifierSpec, deadline_s: float) -> VerifierSpec:
         raise UserError(
             f"task.verifier = {shown_url(url)!r} cannot be reached ({reason}); start the server, or correct the address"
         ) from None
-    return VerifierSpec(spec.path, {**spec.options, "timeout_s": timeout_s}, spec.deadline_s)
+    return VerifierSpec(spec.path, {**spec.options, "timeout_s": timeout_s}, spec.timeout_s)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 Model output is hostile text: a verifier fed with it may loop in C code, exhaust memory or crash, and no timeout inside
 the process survives that. So every verifier runs in a process of its own session, which is killed at its deadline with
-everything it started, while the response gets a verdict that says so. Workers are forked from small single-threaded
+everything it started, while the response gets a result that says so. Workers are forked from small single-threaded
 processes (``warden.py``): forking a process that holds torch threads or an accelerator is not safe.
 
 ``submit`` hands responses to the pool's thread, which waits on pipes and takes a few percent of one core.
@@ -28,7 +28,7 @@ from forkrl.errors import UserError, printable
 from forkrl.rewards.crew import Batch, Crew, Item
 from forkrl.rewards.reply import strip_turn_end
 from forkrl.rewards.worker_process import Settings
-from forkrl.types import Prompt, Verdict, VerifierSpec
+from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
 _log = logging.getLogger("forkrl")
 _ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
@@ -41,12 +41,12 @@ class VerifierPool:
     Args:
         verifiers: one for every ``Prompt.source``; imported in the workers only, from this process's import path.
         workers: number of processes.
-        deadline_s: wall-clock limit for one response, unless the verifier sets its own.
+        timeout_s: wall-clock limit for one response, unless the verifier sets its own.
         memory_mb: address space of one process, in MiB; not enforced on macOS.
         hide: removes credentials from messages.
 
     Attributes:
-        failures: number of failures by kind ("deadline", "crash", "memory", "error").
+        failures: number of failures by kind ("timeout", "crash", "memory", "error").
         first_failures: prompt and message of the first failure of each kind.
         announce: called from the pool's thread with one line at the first failure of each kind; logs a warning by
             default.
@@ -57,7 +57,7 @@ class VerifierPool:
         verifiers: Mapping[str, VerifierSpec],
         *,
         workers: int = 1,
-        deadline_s: float = 10.0,
+        timeout_s: float = 10.0,
         memory_mb: int = 2048,
         hide: Callable[[str], str] = str,
     ) -> None:
@@ -71,7 +71,7 @@ class VerifierPool:
         self.first_failures: dict[str, str] = {}
         self.announce: Callable[[str], None] = _log.warning
         self._deadlines = {
-            source: deadline_s if spec.deadline_s is None else spec.deadline_s for source, spec in verifiers.items()
+            source: timeout_s if spec.timeout_s is None else spec.timeout_s for source, spec in verifiers.items()
         }
         named = {source: (spec.path, dict(spec.options), self._deadlines[source]) for source, spec in verifiers.items()}
         self._crew = Crew(Settings(named, memory_mb), workers, self._note_failure, hide)
@@ -109,14 +109,14 @@ class VerifierPool:
                 os.close(self._waker_fd)
                 self._wake_fd = self._waker_fd = -1
 
-    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[Verdict]]:
+    def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
         """Have pairs of prompt and response judged in the background; any thread may call it, several times at once.
 
         Returns:
-            One verdict per item, in order. It fails only where a replacement worker cannot be started (UserError),
+            One result per item, in order. It fails only where a replacement worker cannot be started (UserError),
             never because of a response. Cancelling it abandons what is not judged yet.
         """
-        batch = Batch([(prompt, strip_turn_end(response)) for prompt, response in items], self._deadline_of)
+        batch = Batch([(prompt, strip_turn_end(response)) for prompt, response in items], self._timeout_of)
         with self._lock:
             if self._closed:
                 raise RuntimeError("this VerifierPool is closed")
@@ -125,7 +125,7 @@ class VerifierPool:
         batch.future.add_done_callback(self._wake_if_cancelled)
         return batch.future
 
-    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+    def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
         """``submit`` and wait; Ctrl-C abandons the batch, and the pool stays usable."""
         future = self.submit(items)
         try:
@@ -133,7 +133,7 @@ class VerifierPool:
         finally:
             future.cancel()
 
-    def _deadline_of(self, prompt: Prompt) -> float:
+    def _timeout_of(self, prompt: Prompt) -> float:
         if prompt.source not in self._deadlines:
             raise UserError(f"prompt {prompt.id}: no verifier for its source {prompt.source!r}")
         return self._deadlines[prompt.source]
@@ -203,7 +203,7 @@ def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -
     return VerifierPool(
         prepared,
         workers=config.workers,
-        deadline_s=config.deadline_s,
+        timeout_s=config.timeout_s,
         memory_mb=config.memory_mb,
         hide=secrets.hide,
     )
@@ -221,4 +221,4 @@ def _resolve_options(spec: VerifierSpec, secrets: SecretValues) -> VerifierSpec:
 def _prepare_endpoint(spec: VerifierSpec, config: RewardConfig) -> VerifierSpec:
     from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
 
-    return prepare_endpoint(spec, config.deadline_s if spec.deadline_s is None else spec.deadline_s)
+    return prepare_endpoint(spec, config.timeout_s if spec.timeout_s is None else spec.timeout_s)

@@ -1,7 +1,7 @@
 """One verifier process: reads responses, answers with scores, and can be killed at any moment.
 
 ``warden.py`` forks it. Requests and answers are JSON lines on two private pipes; standard output is /dev/null, so
-nothing a verifier prints can pass for a verdict.
+nothing a verifier prints can pass for a result.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _MAX_ANSWER = 1_000
 """Characters of an answer that are kept."""
 _MAX_FILE_BYTES = 64 << 20
 """Largest file that a verifier can write."""
-_CPU_PER_DEADLINE = 10
+_CPU_PER_TIMEOUT = 10
 """CPU time for one response, in deadlines: more than its threads can use before the deadline."""
 
 
 class _Judge(NamedTuple):
     function: Callable[[str, str], object]
-    deadline_s: float
+    timeout_s: float
 
 
 def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, dict[str, Any], float]]) -> None:
@@ -49,8 +49,8 @@ def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, 
     try:
         _limit_files()
         judges = {}
-        for source, (path, options, deadline_s) in verifiers.items():
-            judges[source] = _Judge(bind_options(load_verifier(path), path, options), deadline_s)
+        for source, (path, options, timeout_s) in verifiers.items():
+            judges[source] = _Judge(bind_options(load_verifier(path), path, options), timeout_s)
     except BaseException as error:
         send(answers_fd, {"failed": describe(error), "path": path})
         os._exit(1)
@@ -63,12 +63,12 @@ def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, 
             send(answers_fd, request)
             continue
         token, source, answer, response = request
-        _limit_cpu(judges[source].deadline_s)
+        _limit_cpu(judges[source].timeout_s)
         began = time.monotonic()
-        verdict = _judge(judges[source].function, answer, response)
+        result = _judge(judges[source].function, answer, response)
         if os.getpid() != me:  # a fork made by the verifier returned here
             os._exit(0)
-        send(answers_fd, [token, *verdict, time.monotonic() - began])
+        send(answers_fd, [token, *result, time.monotonic() - began])
 
 
 class _Requests:
@@ -118,9 +118,9 @@ def _limit_files() -> None:
     _set_soft_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
 
 
-def _limit_cpu(deadline_s: float) -> None:
+def _limit_cpu(timeout_s: float) -> None:
     """From now on, for this process and for each that it starts."""
-    _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_DEADLINE * deadline_s) + 1)
+    _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_TIMEOUT * timeout_s) + 1)
 
 
 def _set_soft_limit(kind: int, limit: int) -> None:
@@ -153,7 +153,7 @@ def bind_options(function: Callable[..., object], path: str, options: Mapping[st
 
 
 def _judge(verifier: Callable[..., object], answer: str, response: str) -> tuple[float, str, str, str | None]:
-    """Score, failure, message and the answer read; anything the verifier raises is a verdict, including SystemExit."""
+    """Score, failure, message and the answer read; anything the verifier raises is a result, including SystemExit."""
     try:
         returned = verifier(answer, response)
         score, read = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)

@@ -28,7 +28,7 @@ _START_LIMIT_S = 60.0
 """For the interpreter and the verifier's imports on a loaded machine."""
 _END_LIMIT_S = 10.0
 """For killing a worker and everything below it."""
-_PATIENCE_S = 0.1
+_STALL_TIMEOUT_S = 0.1
 """If an item takes longer, those queued behind it go to other workers."""
 _PIPELINE = 16
 """Requests sent ahead to a quick worker, so that it need not wait for the pool between two answers."""
@@ -44,7 +44,7 @@ _MEASURE_EVERY = 32
 """Answers between two measurements of a worker's memory."""
 _NEVER = float("inf")
 
-FORGERY = "wrote on the pipe that carries verdicts"
+FORGERY = "wrote on the pipe that carries results"
 
 
 class Settings(NamedTuple):
@@ -159,7 +159,7 @@ class WorkerProcess:
     def lingers_at(self) -> float:
         """When to withdraw the items behind the first; never if there are none."""
         waits = self.state == "ready" and any(not request.withdrawn for request in list(self.in_flight)[1:])
-        return self._turn_began + _PATIENCE_S if waits else _NEVER
+        return self._turn_began + _STALL_TIMEOUT_S if waits else _NEVER
 
     def expects(self, token: str) -> bool:
         """Whether this token belongs to the answer due; only who has read the request can know it."""
@@ -237,14 +237,14 @@ class WorkerProcess:
             self._words = self._stderr.read().decode("utf-8", "replace").strip()
         return f" ({self._words.splitlines()[-1][:300]})" if self._words else ""
 
-    def close(self, patience_s: float = _END_LIMIT_S) -> str:
-        """End the warden and all processes below it; say how it ended. It is killed after ``patience_s``."""
+    def close(self, stall_timeout_s: float = _END_LIMIT_S) -> str:
+        """End the warden and all processes below it; say how it ended. It is killed after ``stall_timeout_s``."""
         self._close_pipes()
         with suppress(OSError):  # the warden is already gone
             self.control.shutdown(socket.SHUT_RDWR)  # a fork of this process may hold the socket open
         self.control.close()
         try:
-            self._warden.wait(patience_s)
+            self._warden.wait(stall_timeout_s)
         except subprocess.TimeoutExpired:
             self._warden.kill()
             self._warden.wait()
@@ -258,7 +258,7 @@ class WorkerProcess:
 
     def _start_clock(self) -> None:
         self._turn_began = time.monotonic()
-        self.due = self._turn_began + self.in_flight[0].item.deadline_s if self.in_flight else _NEVER
+        self.due = self._turn_began + self.in_flight[0].item.timeout_s if self.in_flight else _NEVER
 
     def _close_pipes(self) -> None:
         for fd in (self.requests_fd, self.answers_fd):
@@ -277,7 +277,7 @@ def _start_warden(settings: Settings, control: socket.socket, stderr_fd: int) ->
             stdin=file,
             stdout=subprocess.DEVNULL,
             stderr=stderr_fd,
-            env=child_environment(1) | {"PYTHONHASHSEED": "0"},  # the same hash order, hence the same verdicts
+            env=child_environment(1) | {"PYTHONHASHSEED": "0"},  # the same hash order, hence the same results
             start_new_session=True,
         )
 

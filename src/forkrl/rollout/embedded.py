@@ -17,7 +17,7 @@ from forkrl.errors import TrainingHalted
 from forkrl.model.policy import Policy, require_positions
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.model.stop_tokens import response_text
-from forkrl.parallel.replicas import Replica, Replicas
+from forkrl.parallel.workers import Worker, Workers
 from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
 from forkrl.rollout.sampling import sample_tokens
@@ -51,21 +51,21 @@ class EmbeddedEngine:
     """Samples from a ``Policy``, with the fp32 log-prob and entropy of every token and no second pass.
 
     Args:
-        replicas: the policy, here and in further processes.
+        workers: the policy, here and in further processes.
         max_prompt_tokens: a longer prompt is refused.
-        max_sequences: decoded at once by one replica.
+        max_sequences: decoded at once by one worker.
     """
 
-    def __init__(self, replicas: Replicas, *, max_prompt_tokens: int, max_sequences: int = 256) -> None:
-        self.replicas = replicas
-        self.policy = replicas.policy
+    def __init__(self, workers: Workers, *, max_prompt_tokens: int, max_sequences: int = 256) -> None:
+        self.workers = workers
+        self.policy = workers.policy
         self.max_prompt_tokens = max_prompt_tokens
         self.max_sequences = max_sequences
 
     @property
     def wave_sequences(self) -> int:
-        """Sequences decoded at once by all replicas."""
-        return self.max_sequences * self.replicas.count
+        """Sequences decoded at once by all workers."""
+        return self.max_sequences * self.workers.count
 
     def generate(
         self,
@@ -102,11 +102,11 @@ class EmbeddedEngine:
     ) -> Iterator[Ended]:
         """Sample ``count`` continuations of each prefix, and give each as soon as it has ended.
 
-        What several replicas decode is given when all of it has ended. A continuation is a rollout whose prompt is the
+        What several workers decode is given when all of it has ended. A continuation is a rollout whose prompt is the
         whole prefix: ids, log-probs, entropy and text are of what was drawn after it. It may be as long as
         ``sampling.max_response_tokens`` leaves room for after the response's beginning, and is cut there, unfinished.
 
-        Sequences are decoded in waves of at most ``wave_sequences``, those with alike room together; a replica reads a
+        Sequences are decoded in waves of at most ``wave_sequences``, those with alike room together; a worker reads a
         prefix once for all of its sequences in a wave.
         """
         limit = sampling.max_response_tokens
@@ -124,7 +124,7 @@ class EmbeddedEngine:
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
         """Draw what decoding so many sequences, one wave, would draw from ``generator``: the waves after it stay the
         same when it need not be decoded again."""
-        size = -(-num_sequences // self.replicas.count)
+        size = -(-num_sequences // self.workers.count)
         self._draw_seeds(-(-num_sequences // size), generator)
 
     def check_prompts(self, prompts: Sequence[Prompt], response_tokens: int) -> None:
@@ -152,14 +152,14 @@ class EmbeddedEngine:
     def _decode_wave(
         self, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[tuple[int, Rollout]]:
-        """Every replica decodes its part of the sequences, with random numbers of its own."""
-        size = -(-len(prefixes_S) // self.replicas.count)
+        """Every worker decodes its part of the sequences, with random numbers of its own."""
+        size = -(-len(prefixes_S) // self.workers.count)
         parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
         seeds = self._draw_seeds(len(parts), generator)
-        if self.replicas.count == 1:
-            yield from _decode_part(self.replicas.local, (parts[0], seeds[0]), sampling)
+        if self.workers.count == 1:
+            yield from _decode_part(self.workers.local, (parts[0], seeds[0]), sampling)
             return
-        decoded = self.replicas.map(_decode_whole_part, list(zip(parts, seeds, strict=True)), sampling)
+        decoded = self.workers.map(_decode_whole_part, list(zip(parts, seeds, strict=True)), sampling)
         yield from enumerate(rollout for part in decoded for rollout in part)
 
     def _draw_seeds(self, count: int, generator: torch.Generator) -> list[int]:
@@ -176,17 +176,17 @@ def _in_order(rollouts: dict[int, Rollout]) -> tuple[Rollout, ...]:
 
 
 def _decode_part(
-    replica: Replica, part: tuple[Sequence[Prefix], int], sampling: SamplingParams
+    worker: Worker, part: tuple[Sequence[Prefix], int], sampling: SamplingParams
 ) -> Iterator[tuple[int, Rollout]]:
     prefixes_S, seed = part
-    generator = torch.Generator(replica.policy.device).manual_seed(seed)
-    for ended in decode(replica.policy, prefixes_S, sampling, generator):
-        replica.sequences_finished.add_(1)
+    generator = torch.Generator(worker.policy.device).manual_seed(seed)
+    for ended in decode(worker.policy, prefixes_S, sampling, generator):
+        worker.sequences_finished.add_(1)
         yield ended
 
 
-def _decode_whole_part(replica: Replica, part: tuple[Sequence[Prefix], int], sampling: SamplingParams) -> list[Rollout]:
-    return list(_in_order(dict(_decode_part(replica, part, sampling))))
+def _decode_whole_part(worker: Worker, part: tuple[Sequence[Prefix], int], sampling: SamplingParams) -> list[Rollout]:
+    return list(_in_order(dict(_decode_part(worker, part, sampling))))
 
 
 @torch.no_grad()

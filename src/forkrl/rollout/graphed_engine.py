@@ -37,8 +37,8 @@ class GraphedEngine(EmbeddedEngine):
     def _decode_waves(
         self, waves: Sequence[Sequence[Prefix]], sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[tuple[int, int, Rollout]]:
-        if self.replicas.count > 1:
-            raise ValueError("graphs are of one replica")
+        if self.workers.count > 1:
+            raise ValueError("graphs are of one worker")
         if not waves:
             return
         capacity = max(max(len(prefix.ids) for prefix in wave) + max(_rooms(wave, sampling)) for wave in waves)
@@ -48,7 +48,7 @@ class GraphedEngine(EmbeddedEngine):
             (seed,) = self._draw_seeds(1, generator)
             own = torch.Generator(self.policy.device).manual_seed(seed)
             for place, rollout in decode_in_strides(self.policy, step, prefixes_S, sampling, own):
-                self.replicas.local.sequences_finished.add_(1)
+                self.workers.local.sequences_finished.add_(1)
                 yield number, place, rollout
 
 

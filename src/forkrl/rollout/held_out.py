@@ -51,7 +51,7 @@ def sample_and_score(
     sampling: SamplingParams,
     generator: torch.Generator,
 ) -> list[RolloutGroup]:
-    """Sample responses and have each judged: groups with their verdicts, in the order of the prompts."""
+    """Sample responses and have each judged: groups with their results, in the order of the prompts."""
     scoring = Scoring(verifier)
     return scoring.finish(
         engine.generate(prompts, group_size=group_size, sampling=sampling, generator=generator, on_finished=scoring.add)
@@ -84,7 +84,7 @@ def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "truncated_fraction": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
         "problems": float(len(groups)),
         "samples": float(num_samples),
-        "verifier_failures": float(sum(bool(verdict.failure) for group in groups for verdict in group.verdicts)),
+        "verifier_failures": float(sum(bool(result.failure) for group in groups for result in group.results)),
     }
     for source, part in by_source(groups).items():
         of_part = mean_with_interval([list(group.scores) for group in part])

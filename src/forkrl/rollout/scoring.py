@@ -1,11 +1,11 @@
-"""From rollouts to verdicts, while others are still being sampled."""
+"""From rollouts to results, while others are still being sampled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
-from forkrl.types import Prompt, Rollout, RolloutGroup, Verdict, Verifier
+from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
 
 
 class Scoring:
@@ -16,19 +16,19 @@ class Scoring:
 
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
-        self._verdicts: dict[int, Future[list[Verdict]]] = {}  # by identity: two equal responses are two
+        self._results: dict[int, Future[list[VerifierResult]]] = {}  # by identity: two equal responses are two
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
         """Begin to judge a rollout; returns at once."""
-        self._verdicts[id(rollout)] = self._verifier.submit([(prompt, rollout.text)])
+        self._results[id(rollout)] = self._verifier.submit([(prompt, rollout.text)])
 
     def finish(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """The same groups with a verdict for every rollout, all of them added before."""
+        """The same groups with a result for every rollout, all of them added before."""
         return [
             RolloutGroup(
                 group.prompt,
                 group.rollouts,
-                tuple(self._verdicts[id(rollout)].result()[0] for rollout in group.rollouts),
+                tuple(self._results[id(rollout)].result()[0] for rollout in group.rollouts),
             )
             for group in groups
         ]
@@ -50,11 +50,11 @@ def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]
 
 def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, first_failures: Mapping[str, str]) -> str:
     """Why no group of a step has a gradient, and what to change."""
-    verdicts = [verdict for group in sampled for verdict in group.verdicts]
-    unjudged = sum(bool(verdict.failure) for verdict in verdicts)
-    if reason := none_judged(unjudged, len(verdicts), first_failures):
+    results = [result for group in sampled for result in group.results]
+    unjudged = sum(bool(result.failure) for result in results)
+    if reason := none_judged(unjudged, len(results), first_failures):
         return f"{reason}; correct task.verifier or its settings (docs/verifiers.md)"
-    accuracy = sum(verdict.score for verdict in verdicts) / len(verdicts)
+    accuracy = sum(result.score for result in results) / len(results)
     failed = f", {unjudged} responses could not be judged" if unjudged else ""
     return (
         f"nothing to learn: every group of {len(sampled)} prompts in {num_batches} generation batches was all right or "
@@ -64,8 +64,8 @@ def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, firs
 
 
 def score_groups(groups: Sequence[RolloutGroup], verifier: Verifier) -> list[RolloutGroup]:
-    """The same groups with a verdict for every rollout."""
-    verdicts = iter(verifier.verify([(group.prompt, rollout.text) for group in groups for rollout in group.rollouts]))
+    """The same groups with a result for every rollout."""
+    results = iter(verifier.verify([(group.prompt, rollout.text) for group in groups for rollout in group.rollouts]))
     return [
-        RolloutGroup(group.prompt, group.rollouts, tuple(next(verdicts) for _ in group.rollouts)) for group in groups
+        RolloutGroup(group.prompt, group.rollouts, tuple(next(results) for _ in group.rollouts)) for group in groups
     ]

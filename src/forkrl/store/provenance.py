@@ -17,12 +17,12 @@ import transformers
 import forkrl
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.store.run_folder import RunFolder
 from forkrl.types import Task
 
 
-def describe_provenance(task: Task, replicas: Replicas) -> dict[str, Any]:
+def describe_provenance(task: Task, workers: Workers) -> dict[str, Any]:
     """What a figure needs to be repeated: versions, commit, data, threads, device."""
     return {
         "forkrl": forkrl.__version__,
@@ -31,16 +31,16 @@ def describe_provenance(task: Task, replicas: Replicas) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit(),
         "data_fingerprint": task.fingerprint,
-        "replicas": replicas.count,
+        "workers": workers.count,
         "threads": torch.get_num_threads(),
-        "device": str(replicas.policy.device),
+        "device": str(workers.policy.device),
         "command": shlex.join(["forkrl", *sys.argv[1:]]),
     }
 
 
 def changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs of all that the last bits of a result depend on, as one phrase; empty where nothing does."""
-    names = [name for name in ("replicas", "threads", "torch", "transformers") if then.get(name) != now[name]]
+    names = [name for name in ("workers", "threads", "torch", "transformers") if then.get(name) != now[name]]
     return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
 
 

@@ -35,7 +35,7 @@ def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | Non
         apply_chat_template: the tokenizer's, or None to take the text as it is.
     """
     curriculum = config.curriculum
-    levels = [config.difficulty] if curriculum.raise_above is None else [curriculum.start, curriculum.most]
+    levels = [config.difficulty] if curriculum.promote_above is None else [curriculum.start, curriculum.max_level]
     held_out: list[Prompt] = []
     train: list[Prompt] = []
     wanted = config.held_out_rows + config.train_prompts * (1 if len(levels) == 1 else _count_levels(levels))

@@ -102,8 +102,8 @@ class PromptStream:
         if len(window) < curriculum.window:
             return
         accuracy = sum(window) / len(window)
-        assert curriculum.raise_above is not None
-        step = 1 if accuracy > curriculum.raise_above else -1 if accuracy < curriculum.lower_below else 0
+        assert curriculum.promote_above is not None
+        step = 1 if accuracy > curriculum.promote_above else -1 if accuracy < curriculum.demote_below else 0
         if step and self._levels[source] + step in self._pools[source]:
             self._levels[source] += step
             window.clear()
@@ -145,7 +145,7 @@ def open_stream(prompts: Sequence[Prompt], config: TaskConfig, seed: int) -> Pro
         seed,
         weights={part.label: part.weight for part in config.parts} or None,
         curricula={
-            source: part.curriculum for source, part in parts.items() if part.curriculum.raise_above is not None
+            source: part.curriculum for source, part in parts.items() if part.curriculum.promote_above is not None
         },
     )
 
@@ -161,7 +161,7 @@ def repeated_prompts(prompts: Sequence[Prompt], config: TrainConfig) -> str:
         wanted = math.floor(drawn * weights[source] / sum(weights.values()))
         if count < wanted:
             of = f"part {source}" if source else "the task"
-            at = f" at level {level}" if config.task.curriculum.raise_above is not None else ""
+            at = f" at level {level}" if config.task.curriculum.promote_above is not None else ""
             return (
                 f"{key} = {drawn} takes {wanted} prompts at a time from {of}, which has {count} to train on{at}: each "
                 f"step trains on some of them more than once; lower {key}, or add prompts"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from forkrl.method.loss import policy_loss_only
 from forkrl.model.forward import compute_token_stats
-from forkrl.parallel.replicas import Replica
+from forkrl.parallel.workers import Worker
 from forkrl.training.batches import MicroBatch
 from forkrl.training.forks_only import Prefill, compute_selected_stats, prefill, prefill_entropies
 from forkrl.types import TokenStats
@@ -26,16 +26,16 @@ if TYPE_CHECKING:  # avoids importing pydantic
 class Forward(Protocol):
     """One way to run micro-batches; fp32 ``[B, T]`` results that are 0 outside the response."""
 
-    def entropies(self, replica: Replica, micro: MicroBatch) -> Tensor:
+    def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
         """Entropies of all response tokens, without gradients."""
         ...
 
-    def stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
+    def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
         """Statistics with gradients: at least at ``at_BT``, and wherever the loss has a term."""
         ...
 
     def stats_and_selection(
-        self, replica: Replica, micro: MicroBatch, select: Callable[[Tensor], Tensor]
+        self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
     ) -> tuple[TokenStats, Tensor]:
         """The same where ``select`` chooses the tokens from the entropies of this micro-batch."""
         ...
@@ -52,22 +52,22 @@ class Dense:
 
     config: TrainConfig
 
-    def entropies(self, replica: Replica, micro: MicroBatch) -> Tensor:
+    def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
         with torch.no_grad():
-            return self._stats(replica, micro).entropy
+            return self._stats(worker, micro).entropy
 
-    def stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
-        return self._stats(replica, micro, at_BT if policy_loss_only(self.config.loss) else None)
+    def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
+        return self._stats(worker, micro, at_BT if policy_loss_only(self.config.loss) else None)
 
     def stats_and_selection(
-        self, replica: Replica, micro: MicroBatch, select: Callable[[Tensor], Tensor]
+        self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
     ) -> tuple[TokenStats, Tensor]:
-        stats = self._stats(replica, micro)
+        stats = self._stats(worker, micro)
         return stats, select(stats.entropy.detach())
 
-    def _stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor | None = None) -> TokenStats:
+    def _stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor | None = None) -> TokenStats:
         return compute_token_stats(
-            replica.policy,
+            worker.policy,
             micro.batch,
             temperature=self.config.rollout.temperature,
             entropy_grad=self.config.loss.entropy_coef != 0,
@@ -81,33 +81,33 @@ class ForksOnly:
 
     config: TrainConfig
 
-    def entropies(self, replica: Replica, micro: MicroBatch) -> Tensor:
-        cache = self._prefill(replica, micro)
-        num_bytes = sum(each.num_bytes for each in [cache, *replica.kept.values()])
+    def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
+        cache = self._prefill(worker, micro)
+        num_bytes = sum(each.num_bytes for each in [cache, *worker.kept.values()])
         # With projections it holds its autograd graph, many times the size of keys and values.
         if not self.config.forks_only.projections and num_bytes <= self.config.forks_only.kept_mib * 2**20:
-            replica.kept[micro.number] = cache._replace(hidden_BTD=None)
-        return self._entropies(replica, micro, cache)
+            worker.kept[micro.number] = cache._replace(hidden_BTD=None)
+        return self._entropies(worker, micro, cache)
 
-    def stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
-        return self._stats(replica, micro, at_BT, replica.kept.pop(micro.number, None))
+    def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
+        return self._stats(worker, micro, at_BT, worker.kept.pop(micro.number, None))
 
     def stats_and_selection(
-        self, replica: Replica, micro: MicroBatch, select: Callable[[Tensor], Tensor]
+        self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
     ) -> tuple[TokenStats, Tensor]:
-        cache = self._prefill(replica, micro)
-        selected_BT = select(self._entropies(replica, micro, cache))
-        return self._stats(replica, micro, selected_BT, cache), selected_BT
+        cache = self._prefill(worker, micro)
+        selected_BT = select(self._entropies(worker, micro, cache))
+        return self._stats(worker, micro, selected_BT, cache), selected_BT
 
-    def _prefill(self, replica: Replica, micro: MicroBatch) -> Prefill:
-        return prefill(replica.policy, micro.batch, to_the_end=True, projections=self.config.forks_only.projections)
+    def _prefill(self, worker: Worker, micro: MicroBatch) -> Prefill:
+        return prefill(worker.policy, micro.batch, to_the_end=True, projections=self.config.forks_only.projections)
 
-    def _entropies(self, replica: Replica, micro: MicroBatch, cache: Prefill) -> Tensor:
-        return prefill_entropies(replica.policy, micro.batch, cache, temperature=self.config.rollout.temperature)
+    def _entropies(self, worker: Worker, micro: MicroBatch, cache: Prefill) -> Tensor:
+        return prefill_entropies(worker.policy, micro.batch, cache, temperature=self.config.rollout.temperature)
 
-    def _stats(self, replica: Replica, micro: MicroBatch, at_BT: Tensor, cache: Prefill | None) -> TokenStats:
+    def _stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor, cache: Prefill | None) -> TokenStats:
         return compute_selected_stats(
-            replica.policy,
+            worker.policy,
             micro.batch,
             at_BT,
             temperature=self.config.rollout.temperature,

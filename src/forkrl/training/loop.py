@@ -115,14 +115,14 @@ def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> 
     """Selection, loss, backward and optimizer on one mini-batch; on-policy before the first step of a batch."""
     lr = run.set_learning_rate()
     update = update_policy(
-        run.replicas,
+        run.workers,
         run.optimizer,
         mini_batch.to(run.policy.device),
         run.config,
         run.generator,
         on_policy=on_policy,
     )
-    # The next rollout has use for their memory. Those of further replicas are parts of one shared block, and stay.
+    # The next rollout has use for their memory. Those of further workers are parts of one shared block, and stay.
     run.optimizer.zero_grad(set_to_none=True)
     return Update(update.selected_BT.cpu(), update.metrics | {"optimizer/lr": lr})
 

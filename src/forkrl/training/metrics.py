@@ -96,7 +96,7 @@ def accuracy(groups: Sequence[RolloutGroup]) -> float:
 
 def _failures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """How many responses could not be judged, in all and by reason; every reason has its column in every step."""
-    counts = Counter(verdict.failure for group in groups for verdict in group.verdicts if verdict.failure)
+    counts = Counter(result.failure for group in groups for result in group.results if result.failure)
     by_reason = {f"verifier/failures_{reason}": float(counts[reason]) for reason in FAILURES}
     return {"verifier/failures": float(counts.total()), **by_reason}
 

@@ -10,7 +10,7 @@ import torch
 
 from forkrl.config import SftConfig
 from forkrl.config.recipe import recipe_toml
-from forkrl.parallel.replicas import Replicas
+from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.stats.intervals import Estimate, mean_with_interval
 from forkrl.store.atomic import write_text
@@ -32,15 +32,15 @@ class BaseModelFigures(NamedTuple):
     """Entropy, in nats, that a fifth of the tokens exceed."""
 
 
-def measure_base_model(replicas: Replicas, task: Task, config: SftConfig) -> BaseModelFigures:
+def measure_base_model(workers: Workers, task: Task, config: SftConfig) -> BaseModelFigures:
     """Sample one response to each held-out problem and judge every step of it."""
-    engine = EmbeddedEngine(replicas, max_prompt_tokens=config.architecture.max_position_embeddings)
+    engine = EmbeddedEngine(workers, max_prompt_tokens=config.architecture.max_position_embeddings)
     room = config.architecture.max_position_embeddings - 16  # the longest prompt has 9 characters
     groups = engine.generate(
         task.held_out[: config.eval_problems],
         group_size=1,
         sampling=SamplingParams(max_response_tokens=room),
-        generator=torch.Generator(replicas.policy.device).manual_seed(config.seed),
+        generator=torch.Generator(workers.policy.device).manual_seed(config.seed),
     )
     pairs = [(group.prompt, group.rollouts[0]) for group in groups]
     steps = [

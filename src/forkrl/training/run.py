@@ -17,10 +17,10 @@ import torch
 
 from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import change_recipe, recipe_toml
-from forkrl.errors import NothingToLearn, ReplicaLost, TrainingHalted, UserError, notice
+from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.replicas import Replicas, open_replicas
+from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
@@ -37,7 +37,7 @@ from forkrl.tasks import PromptStream, open_stream, open_task, repeated_prompts
 from forkrl.training.forks_only import require_forks_only
 from forkrl.training.metrics import level_metrics
 from forkrl.training.rollout_rows import evaluation_rows
-from forkrl.training.tracking import Sink, TrackedRun, Tracker, open_sinks, require_sinks
+from forkrl.training.tracking import TrackedRun, Tracker, Trackers, open_trackers, require_trackers
 from forkrl.types import RolloutEngine, SamplingParams, Task, TokenBatch, Verifier
 
 
@@ -47,14 +47,14 @@ class Run:
 
     config: TrainConfig
     folder: RunFolder
-    replicas: Replicas
+    workers: Workers
     optimizer: torch.optim.Optimizer
     engine: RolloutEngine
     verifier: Verifier
     task: Task
     prompts: PromptStream
     generator: torch.Generator
-    tracker: Tracker
+    tracker: Trackers
     display: TrainingDisplay
     interruption: Interruption
     step: int = 0
@@ -106,15 +106,15 @@ class Run:
 
         ``total``: responses that are sampled in it.
         """
-        before = self.replicas.sequences_finished
-        self.display.phase(name, total, lambda: self.replicas.sequences_finished - before)
+        before = self.workers.sequences_finished
+        self.display.phase(name, total, lambda: self.workers.sequences_finished - before)
         with self.interruption.allowed():
             yield
 
     @property
     def policy(self) -> Policy:
         """The weights that learn."""
-        return self.replicas.policy
+        return self.workers.policy
 
     @property
     def sampling(self) -> SamplingParams:
@@ -186,9 +186,9 @@ class Run:
                 sampling=evaluation_sampling(self.config, self.config.eval.temperature, self.policy),
                 generator=evaluation_generator(self.config.seed, self.policy.device),
             )
-        verdicts = [verdict for group in groups for verdict in group.verdicts]
-        failures = sum(bool(verdict.failure) for verdict in verdicts)
-        if reason := none_judged(failures, len(verdicts), self.verifier.first_failures):
+        results = [result for group in groups for result in group.results]
+        failures = sum(bool(result.failure) for result in results)
+        if reason := none_judged(failures, len(results), self.verifier.first_failures):
             self.display.message(f"evaluation at step {self.step}: {reason}; its accuracy of 0 measures nothing")
         written = groups[: max(1, self.config.log.rollouts_sampled // self.config.eval.samples)]
         rows = evaluation_rows(self.step, written, self.policy.tokenizer, self.config.selection, seed=self.config.seed)
@@ -270,7 +270,7 @@ class Run:
         """Whether nothing was logged and nothing saved."""
         return self._saved_step is None and not self.folder.read_metrics()
 
-    def way_on(self) -> str:
+    def recovery_hint(self) -> str:
         """What can be done with a run that its own recipe cannot take further."""
         if self._saved_step is None:
             return "no checkpoint had been saved; start a new run with another --out"
@@ -309,10 +309,10 @@ class PlugIns:
     ``engine`` is called with the workers and the settings once the model is open. A ``verifier`` is not closed.
     """
 
-    engine: Callable[[Replicas, TrainConfig], RolloutEngine] | None = None
+    engine: Callable[[Workers, TrainConfig], RolloutEngine] | None = None
     task: Task | None = None
     verifier: Verifier | None = None
-    tracker: Sink | None = None
+    tracker: Tracker | None = None
 
 
 @contextmanager
@@ -346,7 +346,7 @@ def open_run(
     else:
         assert out is not None
         refuse_occupied(out)  # a model of many gigabytes need not be loaded to find this out
-    require_sinks(config.log.sinks)
+    require_trackers(config.log.trackers)
     with ExitStack() as stack:
         torch.manual_seed(config.seed)
         policy = _open_policy(config)
@@ -356,28 +356,28 @@ def open_run(
         if repeated := repeated_prompts(task.train, config):
             notice(repeated)
         reference = _frozen_copy(policy) if config.loss.kl_coef else None
-        replicas = stack.enter_context(open_replicas(policy, reference, config.runtime))
-        engine = (plug_ins.engine or open_engine)(replicas, config)
+        workers = stack.enter_context(open_workers(policy, reference, config.runtime))
+        engine = (plug_ins.engine or open_engine)(workers, config)
         engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
         verifier = plug_ins.verifier or stack.enter_context(
             open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward)
         )
         prompts = open_stream(task.train, config.task, config.seed)
         # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
-        provenance = describe_provenance(task, replicas)
+        provenance = describe_provenance(task, workers)
         folder = stack.enter_context(_open_folder(config, out, resume, provenance))
         interruption = Interruption()
         run = Run(
             config=config,
             folder=folder,
-            replicas=replicas,
+            workers=workers,
             optimizer=_open_optimizer(policy, config.optimizer),
             engine=engine,
             verifier=verifier,
             task=task,
             prompts=prompts,
             generator=torch.Generator(policy.device).manual_seed(config.seed),
-            tracker=Tracker({}),
+            tracker=Trackers({}),
             display=TrainingDisplay(config.training.steps),
             interruption=interruption,
         )
@@ -422,12 +422,12 @@ def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
     except NothingToLearn as error:
         if run.step:
             run.stop()
-        raise NothingToLearn(f"step {run.step + 1}: {error}; {run.way_on()}") from error
-    except ReplicaLost as error:  # not saved: it may have died between the gradient steps of a batch
+        raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
+    except WorkerLost as error:  # not saved: it may have died between the gradient steps of a batch
         remedy = f"continue with: forkrl train --resume {run.folder.path}"
-        raise ReplicaLost(f"step {run.step + 1}: {error}; {remedy}") from error
+        raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
     except TrainingHalted as error:  # not saved: the weights may be what went wrong
-        raise TrainingHalted(f"step {run.step + 1}: {error}; {run.way_on()}") from error
+        raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
 
 
 def _open_policy(config: TrainConfig) -> Policy:
@@ -460,12 +460,12 @@ def _open_folder(
     return folder
 
 
-def _open_tracker(run: Run, own: Sink | None, *, remove_on_failure: bool) -> Tracker:
+def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> Trackers:
     """The trackers of the recipe and the caller's ``own``. If one does not start, a new run's folder is removed."""
     run_id = run.folder.provenance.get("run_id") or new_run_id()  # runs of the first versions have none
     try:
         tracked = TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step)
-        return open_sinks(run.config.log.sinks, tracked, further={} if own is None else {"tracker": own})
+        return open_trackers(run.config.log.trackers, tracked, further={} if own is None else {"tracker": own})
     except BaseException:
         if remove_on_failure:
             run.folder.remove()

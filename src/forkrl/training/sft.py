@@ -21,7 +21,7 @@ from forkrl.config.recipe import parse_recipe, recipe_differences, recipe_toml
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model.policy import Policy, pick_device
 from forkrl.model.prompt_tokens import listed, prompt_token_ids, unknown_characters
-from forkrl.parallel.replicas import Replica, Replicas, open_replicas
+from forkrl.parallel.workers import Worker, Workers, open_workers
 from forkrl.report.progress import progress
 from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.store.interruption import Interruption
@@ -51,16 +51,16 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     )
     start, num_tokens = _resume(config, checkpoints, policy, optimizer)
     task = countdown_task()
-    with open_replicas(policy, None, config.runtime) as replicas:
+    with open_workers(policy, None, config.runtime) as workers:
         with Interruption() as interruption:
             for step in progress(range(start, config.steps), "training the base model"):
-                num_tokens += train_step(config, replicas, optimizer, trace_batch(config, policy, task, step), step)
+                num_tokens += train_step(config, workers, optimizer, trace_batch(config, policy, task, step), step)
                 stopped = interruption.signalled
                 if stopped or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
                     _save(config, checkpoints, policy, optimizer, step + 1, num_tokens)
                 interruption.check()
-        figures = measure_base_model(replicas, task, config)
-        threads = replicas.count * torch.get_num_threads()
+        figures = measure_base_model(workers, task, config)
+        threads = workers.count * torch.get_num_threads()
     policy.model.save_pretrained(out)
     policy.tokenizer.save_pretrained(out)
     write_model_card(out, config, figures, recipe=recipe, num_tokens=num_tokens, threads=threads)
@@ -69,7 +69,7 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
 
 def train_step(
     config: SftConfig,
-    replicas: Replicas,
+    workers: Workers,
     optimizer: torch.optim.Optimizer,
     batch: list[tuple[Tensor, Tensor]],
     step: int,
@@ -78,23 +78,23 @@ def train_step(
     num_tokens = sum(int((labels_BT[:, 1:] != IGNORED).sum()) for _, labels_BT in batch)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    replicas.zero_gradients()
+    workers.zero_gradients()
     sizes = [input_ids_BT.numel() for input_ids_BT, _ in batch]
-    losses = replicas.map(accumulate_cross_entropy, batch, num_tokens, sizes=sizes)
-    replicas.sum_gradients()
+    losses = workers.map(accumulate_cross_entropy, batch, num_tokens, sizes=sizes)
+    workers.sum_gradients()
     if not math.isfinite(sum(losses)):
         raise TrainingHalted(f"step {step + 1}: the loss is {sum(losses)}; lower lr")
-    nn.utils.clip_grad_norm_(replicas.policy.model.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(workers.policy.model.parameters(), 1.0)
     optimizer.step()
     return num_tokens
 
 
-def accumulate_cross_entropy(replica: Replica, item: tuple[Tensor, Tensor], num_tokens: int) -> float:
+def accumulate_cross_entropy(worker: Worker, item: tuple[Tensor, Tensor], num_tokens: int) -> float:
     """Loss and backward of one micro-batch, as its share of the mean over ``num_tokens`` labelled tokens."""
     input_ids_BT, labels_BT = item
     targets_BT = labels_BT[:, 1:]
     kept_BT = targets_BT != IGNORED
-    logits_NV = replica.policy.logits(replica.policy.hidden_states(input_ids_BT[:, :-1], use_cache=False)[kept_BT])
+    logits_NV = worker.policy.logits(worker.policy.hidden_states(input_ids_BT[:, :-1], use_cache=False)[kept_BT])
     loss = nn.functional.cross_entropy(logits_NV, targets_BT[kept_BT], reduction="sum") / num_tokens
     loss.backward()
     return loss.item()

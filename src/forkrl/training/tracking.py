@@ -38,7 +38,7 @@ class TrackedRun:
         return self.path.resolve().name
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """One tracker."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -46,7 +46,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class TensorBoardSink:
+class TensorBoardTracker:
     """Event files under ``RUN/tensorboard``; look at them with ``tensorboard --logdir RUN``."""
 
     def __init__(self, run: TrackedRun) -> None:
@@ -67,7 +67,7 @@ class TensorBoardSink:
         self._writer.close()
 
 
-class WandbSink:
+class WandbTracker:
     """A Weights & Biases run; its own settings (project, entity, offline mode) come from WANDB_* variables."""
 
     def __init__(self, run: TrackedRun) -> None:
@@ -81,7 +81,7 @@ class WandbSink:
         self._run.finish()
 
 
-class TrackioSink:
+class TrackioTracker:
     """A trackio run in the project "forkrl". It is resumed by its name, which therefore holds the id."""
 
     def __init__(self, run: TrackedRun) -> None:
@@ -97,10 +97,10 @@ class TrackioSink:
         self._run.finish()
 
 
-SINKS: dict[str, Callable[[TrackedRun], Sink]] = {
-    "tensorboard": TensorBoardSink,
-    "wandb": WandbSink,
-    "trackio": TrackioSink,
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+    "trackio": TrackioTracker,
 }
 
 
@@ -108,41 +108,41 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class Tracker:
-    """The open sinks of a run. No failure of theirs reaches the caller."""
+class Trackers:
+    """The open trackers of a run. No failure of theirs reaches the caller."""
 
-    def __init__(self, sinks: Mapping[str, Sink], report: Callable[[str], None] = _warn) -> None:
-        self._sinks = dict(sinks)
+    def __init__(self, trackers: Mapping[str, Tracker], report: Callable[[str], None] = _warn) -> None:
+        self._trackers = dict(trackers)
         self._report = report
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sinks still in use."""
-        return tuple(self._sinks)
+        """The trackers still in use."""
+        return tuple(self._trackers)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of one step to every sink."""
-        for name, sink in list(self._sinks.items()):
-            self._attempt(name, sink.log, step, metrics)
+        """Send the metrics of one step to every tracker."""
+        for name, tracker in list(self._trackers.items()):
+            self._attempt(name, tracker.log, step, metrics)
 
     def close(self) -> None:
-        """Flush and close every sink; a second call does nothing."""
-        for name, sink in list(self._sinks.items()):
-            self._attempt(name, sink.close)
-        self._sinks.clear()
+        """Flush and close every tracker; a second call does nothing."""
+        for name, tracker in list(self._trackers.items()):
+            self._attempt(name, tracker.close)
+        self._trackers.clear()
 
     def _attempt(self, name: str, call: Callable[..., None], *arguments: object) -> None:
         # A tracker may raise anything, network and disk errors included; whatever it is, it must not end the training.
         try:
             call(*arguments)
         except Exception as error:
-            del self._sinks[name]
+            del self._trackers[name]
             self._report(
                 f"{name} failed ({type(error).__name__}: {first_line(error)}) "
                 f"and gets no further metrics; training continues, metrics.jsonl is complete"
             )
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Trackers:
         return self
 
     def __exit__(
@@ -151,39 +151,39 @@ class Tracker:
         self.close()
 
 
-def require_sinks(names: Sequence[str]) -> None:
-    """Check that the package of every named sink can be imported, before a run folder is made for them."""
+def require_trackers(names: Sequence[str]) -> None:
+    """Check that the package of every named tracker can be imported, before a run folder is made for them."""
     for name in names:
-        _require(name)  # each sink is named after its package
+        _require(name)  # each tracker is named after its package
 
 
-def open_sinks(
+def open_trackers(
     names: Sequence[str],
     run: TrackedRun,
     *,
-    further: Mapping[str, Sink] = MappingProxyType({}),
+    further: Mapping[str, Tracker] = MappingProxyType({}),
     report: Callable[[str], None] = _warn,
-) -> Tracker:
-    """Open the named sinks before the first step.
+) -> Trackers:
+    """Open the named trackers before the first step.
 
     Args:
-        names: keys of ``SINKS``, from ``log.sinks``.
+        names: keys of ``TRACKERS``, from ``log.trackers``.
         run: what to tell the trackers.
         further: trackers that are open already, by name.
-        report: gets one line when a sink fails later; standard error by default.
+        report: gets one line when a tracker fails later; standard error by default.
     """
-    sinks: dict[str, Sink] = {}
+    trackers: dict[str, Tracker] = {}
     for name in dict.fromkeys(names):
         try:
-            sinks[name] = SINKS[name](run)
+            trackers[name] = TRACKERS[name](run)
         except UserError:
-            Tracker(sinks, report).close()
+            Trackers(trackers, report).close()
             raise
         except Exception as error:
-            Tracker(sinks, report).close()
+            Trackers(trackers, report).close()
             reason = first_line(error).rstrip(".")
-            raise UserError(f"log.sinks: {name} does not start: {reason}; fix it, or remove it") from error
-    return Tracker({**sinks, **further}, report)
+            raise UserError(f"log.trackers: {name} does not start: {reason}; fix it, or remove it") from error
+    return Trackers({**trackers, **further}, report)
 
 
 def _require(package: str) -> Any:
@@ -191,7 +191,7 @@ def _require(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise UserError(
-            f"log.sinks names {package!r}, which cannot be imported ({error}); "
+            f"log.trackers names {package!r}, which cannot be imported ({error}); "
             f"install it: pip install 'forkrl[tracking]'"
         ) from None
 

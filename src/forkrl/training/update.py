@@ -27,7 +27,7 @@ from forkrl.method.selection import (
 )
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
-from forkrl.parallel.replicas import Replica, Replicas
+from forkrl.parallel.workers import Worker, Workers
 from forkrl.training.batches import MicroBatch, assemble, make_micro_batches, padded_sizes, sample_positions
 from forkrl.training.forward import make_forward
 from forkrl.types import TokenBatch
@@ -62,7 +62,7 @@ class SelectedFirst(NamedTuple):
 
 
 def update_policy(
-    replicas: Replicas,
+    workers: Workers,
     optimizer: torch.optim.Optimizer,
     mini_batch: TokenBatch,
     config: TrainConfig,
@@ -73,7 +73,7 @@ def update_policy(
     """Take one gradient step on a mini-batch.
 
     Args:
-        replicas: the policy, and the reference policy if ``loss.kl_coef`` is above 0.
+        workers: the policy, and the reference policy if ``loss.kl_coef`` is above 0.
         optimizer: over the policy's parameters.
         mini_batch: on the policy's device; ``selected`` is set if the scope is the rollout batch.
         config: selection, loss and optimizer settings.
@@ -90,7 +90,7 @@ def update_policy(
     if inside:
         num_selected = count_selected(mask_BT, config.selection, cuts)
     else:
-        first = _select_first(replicas, mini_batch, cuts, config, generator, on_policy=on_policy)
+        first = _select_first(workers, mini_batch, cuts, config, generator, on_policy=on_policy)
         mini_batch, num_selected = first.mini_batch, int(_selected(first.mini_batch).sum())
         if policy_loss_only(config.loss) and not first.has_prefills:
             rows_B = _contributing_rows(mini_batch)
@@ -98,10 +98,10 @@ def update_policy(
 
     counts = Counts(int(mask_BT.sum()), num_selected)
     parts = make_micro_batches(mini_batch, cuts, sample_positions(mini_batch, config, generator))
-    replicas.zero_gradients()
-    results = replicas.map(accumulate_gradient, parts, counts, config, inside, sizes=padded_sizes(parts))
-    replicas.sum_gradients()
-    grad_norm = _take_step(replicas.policy, optimizer, config.optimizer.max_grad_norm)
+    workers.zero_gradients()
+    results = workers.map(accumulate_gradient, parts, counts, config, inside, sizes=padded_sizes(parts))
+    workers.sum_gradients()
+    grad_norm = _take_step(workers.policy, optimizer, config.optimizer.max_grad_norm)
 
     if inside:
         selected_BT = assemble(mask_BT, cuts, [result.selected_BT for result in results])
@@ -135,7 +135,7 @@ def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: t
 
 
 def accumulate_gradient(
-    replica: Replica, micro: MicroBatch, counts: Counts, config: TrainConfig, inside: bool
+    worker: Worker, micro: MicroBatch, counts: Counts, config: TrainConfig, inside: bool
 ) -> MicroBatchResult:
     """Statistics, loss and backward of one micro-batch, and its selection if it is made ``inside``."""
     batch, forward, threshold = micro.batch, make_forward(config), math.nan
@@ -148,16 +148,16 @@ def accumulate_gradient(
             threshold = float(entropy_threshold(entropy_BT, selected_BT))
             return selected_BT
 
-        stats, selected_BT = forward.stats_and_selection(replica, micro, select)
+        stats, selected_BT = forward.stats_and_selection(worker, micro, select)
     else:
         selected_BT = _selected(batch)
         at_BT = selected_BT & (batch.advantages != 0)[:, None]
-        stats = forward.stats(replica, micro, at_BT)
+        stats = forward.stats(worker, micro, at_BT)
         _require_finite(stats.entropy.detach()[at_BT])
     ref_logprobs_BT = None
-    if replica.reference is not None:
+    if worker.reference is not None:
         with torch.no_grad():
-            ref = compute_token_stats(replica.reference, batch, temperature=config.rollout.temperature)
+            ref = compute_token_stats(worker.reference, batch, temperature=config.rollout.temperature)
         ref_logprobs_BT = ref.logprobs
     loss, sums = step_loss(
         stats,
@@ -174,13 +174,13 @@ def accumulate_gradient(
     return MicroBatchResult(selected_BT, threshold, sums)
 
 
-def measure_entropy(replica: Replica, micro: MicroBatch, config: TrainConfig) -> Tensor:
+def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig) -> Tensor:
     """The current policy's entropies, fp32 ``[B, T]``."""
-    return make_forward(config).entropies(replica, micro)
+    return make_forward(config).entropies(worker, micro)
 
 
 def _select_first(
-    replicas: Replicas,
+    workers: Workers,
     mini_batch: TokenBatch,
     cuts: list[Tensor],
     config: TrainConfig,
@@ -193,7 +193,7 @@ def _select_first(
     measured = needs_entropy_first(config.selection) and not on_policy and mini_batch.selected is None
     if measured:
         micro_batches = make_micro_batches(mini_batch, cuts, None)
-        entropies = replicas.map(measure_entropy, micro_batches, config, sizes=padded_sizes(micro_batches))
+        entropies = workers.map(measure_entropy, micro_batches, config, sizes=padded_sizes(micro_batches))
         entropy_BT = assemble(entropy_BT, cuts, entropies)
     if mini_batch.selected is None:
         selected_BT = _select(entropy_BT, mini_batch.response_mask, config, cuts, generator)

@@ -1,4 +1,4 @@
-"""Judges programs by their tests. The program runs in a sandbox; the verdict is formed outside.
+"""Judges programs by their tests. The program runs in a sandbox; the result is formed outside.
 
 Only inputs go in, and only text comes out: a program's standard output, or the JSON of a function's value. Nothing
 inside knows what would pass, so the program cannot forge a pass. Tests written as ``assert`` statements are Python
@@ -52,7 +52,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
 def code_verifier(config: SandboxConfig, options: Mapping[str, Any] | None = None) -> VerifierSpec:
     """The verifier that judges programs within the limits of a recipe's ``[sandbox]``, with ``verifier_options``."""
     options = config.model_dump(mode="json") | dict(options or {})
-    return VerifierSpec("forkrl.rewards.code:verify_code", options, deadline_s=config.total_seconds + _MARGIN_S)
+    return VerifierSpec("forkrl.rewards.code:verify_code", options, timeout_s=config.total_seconds + _MARGIN_S)
 
 
 def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -> dict[str, VerifierSpec]:
@@ -118,9 +118,9 @@ def _calls_pass(tests: CodeTests, source: str, config: SandboxConfig, sandbox: S
 
 def _asserts_pass(tests: AssertTests, source: str, config: SandboxConfig, sandbox: Sandbox) -> bool:
     deadline = time.monotonic() + config.total_seconds
-    verdict = sandbox.run_tests(source, tests.request, max_output=config.output_kb << 10, deadline=deadline)
+    result = sandbox.run_tests(source, tests.request, max_output=config.output_kb << 10, deadline=deadline)
     try:
-        kind, *reason = json.loads(verdict or b'["failed"]')
+        kind, *reason = json.loads(result or b'["failed"]')
     except (ValueError, TypeError):  # cut off within a line
         return False
     if kind == "broken":

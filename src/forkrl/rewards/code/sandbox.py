@@ -61,7 +61,7 @@ class Sandbox(Protocol):
     def run_tests(self, source: str, tests: str, *, max_output: int, deadline: float) -> bytes:
         """Run ``assert`` statements (``AssertTests.request``) that the program cannot see.
 
-        The verdict is JSON: ["passed"], ["failed"] or ["broken", reason]; b"" if the tests did not finish.
+        The result is JSON: ["passed"], ["failed"] or ["broken", reason]; b"" if the tests did not finish.
         """
         ...
 

@@ -1,6 +1,6 @@
 """Programs on a SandboxFusion server, over HTTP (https://github.com/bytedance/SandboxFusion).
 
-The server isolates; the verdict is formed here, from what the program printed. A server's errors are not the program's.
+The server isolates; the result is formed here, from what the program printed. A server's errors are not the program's.
 """
 
 from __future__ import annotations

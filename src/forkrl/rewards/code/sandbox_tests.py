@@ -1,7 +1,7 @@
 """Runs tests written as ``assert`` statements against a program in another process. Part of the driver's text in a
 sandbox.
 
-The program's process is forked before the tests are read, keeps no descriptor that leads to them or to the verdict, and
+The program's process is forked before the tests are read, keeps no descriptor that leads to them or to the result, and
 begins only once the kernel denies it any look into the process of the tests. It answers calls; what it says becomes
 plain values there. So there is nothing that it could patch, and its end is a failure.
 """
@@ -34,7 +34,7 @@ class ProgramEndedError(BaseException):
 
 
 def run_tests(source: str, answers_fd: int) -> None:
-    """Run the ``assert`` statements on standard input; the verdict is the last line written to ``answers_fd``."""
+    """Run the ``assert`` statements on standard input; the result is the last line written to ``answers_fd``."""
     requests, replies = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
@@ -47,14 +47,14 @@ def run_tests(source: str, answers_fd: int) -> None:
         os._exit(0)
     os.close(requests[0])
     os.close(replies[1])
-    verdict = ["broken", "the kernel does not hide the tests from the program"]
+    result = ["broken", "the kernel does not hide the tests from the program"]
     if _hide_memory():
         program = _Program(requests[1], replies[0], answers_fd)
         program.send("begin")
         with os.fdopen(0, "rb", closefd=False) as file:
-            verdict = _run_asserts(program, json.loads(file.read()))
+            result = _run_asserts(program, json.loads(file.read()))
     os.kill(child, signal.SIGKILL)
-    os.write(answers_fd, json.dumps(verdict).encode("ascii") + b"\n")
+    os.write(answers_fd, json.dumps(result).encode("ascii") + b"\n")
     os._exit(0)
 
 

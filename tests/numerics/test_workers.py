@@ -18,7 +18,7 @@ import torch
 from forkrl.config import ModelConfig, RuntimeConfig, TrainConfig
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.replicas import Replica, Replicas, divide, open_replicas
+from forkrl.parallel.workers import Worker, Workers, divide, open_workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.training.update import update_policy
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
@@ -29,8 +29,8 @@ COUNT = 3
 
 
 @pytest.fixture(scope="module")
-def replicas() -> Iterator[Replicas]:
-    with Replicas(random_policy(), random_policy(seed=1), count=COUNT) as opened:
+def workers() -> Iterator[Workers]:
+    with Workers(random_policy(), random_policy(seed=1), count=COUNT) as opened:
         yield opened
 
 
@@ -39,8 +39,8 @@ def batch() -> TokenBatch:
     return make_batch(random_policy())
 
 
-def whereabouts(replica: Replica, item: int) -> tuple[int, int, float]:
-    return os.getpid(), item, next(replica.policy.model.parameters())[0, 0].item()
+def whereabouts(worker: Worker, item: int) -> tuple[int, int, float]:
+    return os.getpid(), item, next(worker.policy.model.parameters())[0, 0].item()
 
 
 class Unspeakable(Exception):
@@ -53,7 +53,7 @@ class Particular(Exception):
         super().__init__(reason)
 
 
-def misbehave(replica: Replica, item: str) -> None:
+def misbehave(worker: Worker, item: str) -> None:
     if item == "raise":
         raise TrainingHalted("told to")
     if item == "raise what cannot travel":
@@ -64,19 +64,19 @@ def misbehave(replica: Replica, item: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_items_are_divided_among_processes_and_come_back_in_order(replicas: Replicas) -> None:
-    answers = replicas.map(whereabouts, range(10))
+def test_items_are_divided_among_processes_and_come_back_in_order(workers: Workers) -> None:
+    answers = workers.map(whereabouts, range(10))
     assert [item for _, item, _ in answers] == list(range(10))
     assert len({pid for pid, _, _ in answers}) == COUNT
-    assert replicas.map(whereabouts, []) == []
+    assert workers.map(whereabouts, []) == []
 
 
-def test_weights_changed_here_are_changed_there(replicas: Replicas) -> None:
-    weight = next(replicas.policy.model.parameters())
+def test_weights_changed_here_are_changed_there(workers: Workers) -> None:
+    weight = next(workers.policy.model.parameters())
     before = weight[0, 0].item()
     with torch.no_grad():
         weight[0, 0] = 42.0
-    assert {value for _, _, value in replicas.map(whereabouts, range(COUNT))} == {42.0}
+    assert {value for _, _, value in workers.map(whereabouts, range(COUNT))} == {42.0}
     with torch.no_grad():
         weight[0, 0] = before
 
@@ -92,44 +92,44 @@ SECTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("sections", SECTIONS, ids=str)
-def test_the_gradient_is_that_of_one_process(replicas: Replicas, batch: TokenBatch, sections: dict[str, Any]) -> None:
+def test_the_gradient_is_that_of_one_process(workers: Workers, batch: TokenBatch, sections: dict[str, Any]) -> None:
     config = recipe(micro_batch_tokens=100, **sections)
-    own = Policy(copy.deepcopy(replicas.policy.model), replicas.policy.tokenizer)
-    alone = Replicas(own, replicas.local.reference)
+    own = Policy(copy.deepcopy(workers.policy.model), workers.policy.tokenizer)
+    alone = Workers(own, workers.local.reference)
     expected = gradient(alone, batch, config)
-    measured = gradient(replicas, batch, config)
+    measured = gradient(workers, batch, config)
     assert (measured - expected).norm() <= 1e-5 * expected.norm()
-    assert gradient(replicas, batch, config).equal(measured), "the same to the bit, every time"
+    assert gradient(workers, batch, config).equal(measured), "the same to the bit, every time"
 
 
-def gradient(replicas: Replicas, batch: TokenBatch, config: TrainConfig) -> torch.Tensor:
-    optimizer = torch.optim.SGD(replicas.policy.model.parameters(), lr=0.0)
-    update_policy(replicas, optimizer, batch, config, torch.Generator().manual_seed(5))
-    gradients = [parameter.grad for parameter in replicas.policy.model.parameters()]
+def gradient(workers: Workers, batch: TokenBatch, config: TrainConfig) -> torch.Tensor:
+    optimizer = torch.optim.SGD(workers.policy.model.parameters(), lr=0.0)
+    update_policy(workers, optimizer, batch, config, torch.Generator().manual_seed(5))
+    gradients = [parameter.grad for parameter in workers.policy.model.parameters()]
     return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
-def sample(replicas: Replicas, max_sequences: int = 5) -> list[RolloutGroup]:
-    engine = EmbeddedEngine(replicas, max_prompt_tokens=16, max_sequences=max_sequences)
+def sample(workers: Workers, max_sequences: int = 5) -> list[RolloutGroup]:
+    engine = EmbeddedEngine(workers, max_prompt_tokens=16, max_sequences=max_sequences)
     prompts = [Prompt(str(index), str(index) * (index + 1), "") for index in range(7)]
     return engine.generate(
         prompts, group_size=4, sampling=SamplingParams(20), generator=torch.Generator().manual_seed(0)
     )
 
 
-def test_responses_are_the_policys_own_in_order_and_repeatable(replicas: Replicas) -> None:
-    groups = sample(replicas)
+def test_responses_are_the_policys_own_in_order_and_repeatable(workers: Workers) -> None:
+    groups = sample(workers)
     assert [group.prompt.id for group in groups] == [str(index) for index in range(7)]
     assert len({rollout.response_ids for group in groups for rollout in group.rollouts}) > 20
     for group in groups:
         for rollout in group.rollouts:
-            assert rollout.prompt_ids == tuple(replicas.policy.tokenizer.encode(group.prompt.text))
+            assert rollout.prompt_ids == tuple(workers.policy.tokenizer.encode(group.prompt.text))
             ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
             with torch.no_grad():
-                logits_TV = replicas.policy.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+                logits_TV = workers.policy.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
             expected = logits_TV.log_softmax(-1).gather(1, ids[0, len(rollout.prompt_ids) :, None])[:, 0]
             torch.testing.assert_close(rollout.logprobs, expected, atol=1e-4, rtol=0)
-    again = sample(replicas)
+    again = sample(workers)
     assert [[rollout.response_ids for rollout in group.rollouts] for group in groups] == [
         [rollout.response_ids for rollout in group.rollouts] for group in again
     ]
@@ -143,8 +143,8 @@ def test_layers_recomputed_in_the_backward_pass(batch: TokenBatch, tmp_path: Pat
     policies = [
         open_policy(ModelConfig(path=str(tmp_path), gradient_checkpointing=flag), "cpu") for flag in (True, False)
     ]
-    with Replicas(policies[0], count=2) as replicas:
-        measured, expected = gradient(replicas, batch, config), gradient(Replicas(policies[1]), batch, config)
+    with Workers(policies[0], count=2) as workers:
+        measured, expected = gradient(workers, batch, config), gradient(Workers(policies[1]), batch, config)
     assert (measured - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -152,51 +152,51 @@ def test_a_parameter_that_no_loss_touches_has_no_gradient(batch: TokenBatch) -> 
     policy = random_policy()
     unused = torch.nn.Parameter(torch.ones(3))
     policy.model.register_parameter("unused", unused)
-    with Replicas(policy, count=2) as replicas:
-        gradient(replicas, batch, recipe(micro_batch_tokens=100))
+    with Workers(policy, count=2) as workers:
+        gradient(workers, batch, recipe(micro_batch_tokens=100))
     assert unused.grad is None
 
 
-def test_signals_to_every_process_are_for_the_first_to_answer(replicas: Replicas) -> None:
-    others = {pid for pid, _, _ in replicas.map(whereabouts, range(COUNT))} - {os.getpid()}
+def test_signals_to_every_process_are_for_the_first_to_answer(workers: Workers) -> None:
+    others = {pid for pid, _, _ in workers.map(whereabouts, range(COUNT))} - {os.getpid()}
     for pid in others:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
     time.sleep(0.1)
-    assert {pid for pid, _, _ in replicas.map(whereabouts, range(COUNT))} - {os.getpid()} == others
+    assert {pid for pid, _, _ in workers.map(whereabouts, range(COUNT))} - {os.getpid()} == others
 
 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
         ("raise", "told to"),
-        ("raise what cannot travel", "(?s)in a replica: .*no pickling"),
-        ("raise what does not come back", "(?s)in a replica: .*the reason"),
-        ("die", "a replica was killed by SIGKILL, as the system does when memory runs out"),
+        ("raise what cannot travel", "(?s)in a worker: .*no pickling"),
+        ("raise what does not come back", "(?s)in a worker: .*the reason"),
+        ("die", "a worker was killed by SIGKILL, as the system does when memory runs out"),
     ],
 )
-def test_what_goes_wrong_in_a_replica_is_told_here(item: str, message: str) -> None:
-    with Replicas(random_policy(), count=2) as replicas:
+def test_what_goes_wrong_in_a_worker_is_told_here(item: str, message: str) -> None:
+    with Workers(random_policy(), count=2) as workers:
         with pytest.raises((TrainingHalted, RuntimeError), match=message):
-            replicas.map(misbehave, ["", item])
-        with pytest.raises(RuntimeError, match="these replicas are closed"):
-            replicas.map(misbehave, ["", ""])
+            workers.map(misbehave, ["", item])
+        with pytest.raises(RuntimeError, match="these workers are closed"):
+            workers.map(misbehave, ["", ""])
 
 
-def test_replicas_end_with_the_process_that_started_them() -> None:
+def test_workers_end_with_the_process_that_started_them() -> None:
     program = (
-        "import time; from forkrl.parallel.replicas import Replicas; from tests.models import random_policy;"
-        "from tests.numerics.test_replicas import whereabouts;"
-        "print(Replicas(random_policy(), count=2).map(whereabouts, [0, 1])[1][0], flush=True); time.sleep(600)"
+        "import time; from forkrl.parallel.workers import Workers; from tests.models import random_policy;"
+        "from tests.numerics.test_workers import whereabouts;"
+        "print(Workers(random_policy(), count=2).map(whereabouts, [0, 1])[1][0], flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        replica = int(process.stdout.readline())
-        assert is_alive(replica)
+        worker = int(process.stdout.readline())
+        assert is_alive(worker)
         process.kill()
         process.wait()
     deadline = time.monotonic() + 60
-    while is_alive(replica):
+    while is_alive(worker):
         assert time.monotonic() < deadline, "it outlived its parent"
         time.sleep(0.05)
 
@@ -219,19 +219,19 @@ def test_the_largest_items_are_divided_first() -> None:
     ("settings", "count", "threads"),
     [
         ({"threads": 1}, 1, 1),
-        ({"threads": 2, "replicas": 1}, 1, 2),
-        ({"threads": 5, "replicas": 2}, 2, 2),
+        ({"threads": 2, "workers": 1}, 1, 2),
+        ({"threads": 5, "workers": 2}, 2, 2),
         ({"threads": 2}, 2, 1),
     ],
     ids=str,
 )
-def test_the_threads_are_divided_among_replicas(settings: dict[str, int], count: int, threads: int) -> None:
+def test_the_threads_are_divided_among_workers(settings: dict[str, int], count: int, threads: int) -> None:
     before = torch.get_num_threads()
-    with open_replicas(random_policy(), None, RuntimeConfig.model_validate(settings)) as replicas:
-        assert (replicas.count, torch.get_num_threads()) == (count, threads)
+    with open_workers(random_policy(), None, RuntimeConfig.model_validate(settings)) as workers:
+        assert (workers.count, torch.get_num_threads()) == (count, threads)
     torch.set_num_threads(before)
 
 
-def test_more_replicas_than_threads_are_refused() -> None:
-    with pytest.raises(UserError, match=r"runtime.replicas = 3 is more than the number of threads, 2"):
-        open_replicas(random_policy(), None, RuntimeConfig(threads=2, replicas=3))
+def test_more_workers_than_threads_are_refused() -> None:
+    with pytest.raises(UserError, match=r"runtime.workers = 3 is more than the number of threads, 2"):
+        open_workers(random_policy(), None, RuntimeConfig(threads=2, workers=3))

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from forkrl.errors import ReplicaLost, UserError
+from forkrl.errors import UserError, WorkerLost
 from forkrl.model.policy import Policy
 from forkrl.parallel.processes import child_environment, die_with_parent
 from forkrl.parallel.threads import configure_threads
@@ -43,30 +43,30 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 """Above it the matrix products are long enough that several threads on one of them pay off."""
 
 
-class Replica(NamedTuple):
-    """What a function that runs on a replica works with."""
+class Worker(NamedTuple):
+    """What a function that runs on a worker works with."""
 
     policy: Policy
     reference: Policy | None
     sequences_finished: Tensor
-    """How many sequences this replica has sampled, ``[1]``: every process can read it at any time."""
+    """How many sequences this worker has sampled, ``[1]``: every process can read it at any time."""
     kept: dict[int, Any]
     """What one function leaves in this process for another, by the number of the item; the other takes it out."""
 
 
-class Replicas:
+class Workers:
     """The policy here and in ``count - 1`` further processes; a context manager.
 
     Args:
-        policy: its parameters move into shared memory where there is more than one replica.
+        policy: its parameters move into shared memory where there is more than one worker.
         reference: the starting policy, if the loss needs it.
-        count: replicas, this process included; only on the CPU can there be more than one.
-        threads: of one operation, in each replica.
+        count: workers, this process included; only on the CPU can there be more than one.
+        threads: of one operation, in each worker.
     """
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
         self._counters = torch.zeros(count, dtype=torch.int64)
-        self.local = Replica(policy, reference, self._counters[:1], {})
+        self.local = Worker(policy, reference, self._counters[:1], {})
         self.count = count
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -86,10 +86,10 @@ class Replicas:
 
     @property
     def sequences_finished(self) -> int:
-        """How many sequences all replicas have sampled; it grows while they work."""
+        """How many sequences all workers have sampled; it grows while they work."""
         return int(self._counters.sum())
 
-    def __enter__(self) -> Replicas:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(
@@ -117,18 +117,18 @@ class Replicas:
         *arguments: Any,
         sizes: Sequence[int] | None = None,
     ) -> list[Result]:
-        """``function(replica, item, *arguments)`` of every item, in the order of the items.
+        """``function(worker, item, *arguments)`` of every item, in the order of the items.
 
         Args:
             function: of an importable module, so that the other processes find it.
-            items: divided among the replicas, the same way each time.
+            items: divided among the workers, the same way each time.
             arguments: the same for every item.
             sizes: the work in each item, for a fair division; by default all alike.
         """
         if self.count > 1 and function.__module__ == "__main__":
             raise ValueError(f"{function.__name__} is of the program itself; other processes need it in a module")
         if self._closed:
-            raise RuntimeError("these replicas are closed")
+            raise RuntimeError("these workers are closed")
         shares = divide([1] * len(items) if sizes is None else sizes, self.count)
         results: dict[int, Result] = {}
         try:
@@ -144,14 +144,14 @@ class Replicas:
         return [results[index] for index in range(len(items))]
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of every replica."""
+        """Forget the gradients of every worker."""
         self.policy.model.zero_grad(set_to_none=True)
         for gradients in self._gradients:
             for gradient in gradients:
                 gradient.zero_()
 
     def sum_gradients(self) -> None:
-        """Add the gradients of the other replicas to those here."""
+        """Add the gradients of the other workers to those here."""
         for gradients in self._gradients:
             for parameter, gradient in zip(_trained(self.policy), gradients, strict=True):
                 if parameter.grad is not None:
@@ -161,19 +161,19 @@ class Replicas:
 
     def _start(self, threads: int) -> None:
         if self.policy.device.type != "cpu":
-            raise ValueError("several replicas share their weights in main memory: the policy must be on the CPU")
+            raise ValueError("several workers share their weights in main memory: the policy must be on the CPU")
         for parameter in _parameters(self.local):  # a view of a larger block would be pickled with all of it
             parameter.data = parameter.data.clone()
         try:
             message = pickle.dumps(self.local)  # before the parameters become views of the shared block
         except Exception as error:
             raise UserError(
-                f"this model cannot be sent to further processes ({error}); set runtime.replicas=1"
+                f"this model cannot be sent to further processes ({error}); set runtime.workers=1"
             ) from error
         try:
             memory = _SharedMemory(self.local, self.count - 1)
         except OSError as error:
-            raise UserError(f"no memory for weights that replicas share ({error}); set runtime.replicas=1") from error
+            raise UserError(f"no memory for weights that workers share ({error}); set runtime.workers=1") from error
         memory.adopt_weights(self.local, fill=True)
         self._counters = memory.counters
         self.local = self.local._replace(sequences_finished=self._counters[:1])
@@ -220,27 +220,27 @@ class Replicas:
             raise error
         return results  # type: ignore[no-any-return]
 
-    def _death(self, rank: int) -> ReplicaLost:
+    def _death(self, rank: int) -> WorkerLost:
         code = self._processes[rank].wait()
         if code >= 0:
-            return ReplicaLost(f"a replica exited with code {code}")
+            return WorkerLost(f"a worker exited with code {code}")
         hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-        return ReplicaLost(f"a replica was killed by {signal.Signals(-code).name}{hint}")
+        return WorkerLost(f"a worker was killed by {signal.Signals(-code).name}{hint}")
 
 
-def open_replicas(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Replicas:
-    """As many replicas as the settings and the model ask for, with the threads divided among them."""
+def open_workers(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Workers:
+    """As many workers as the settings and the model ask for, with the threads divided among them."""
     threads = configure_threads(config.threads)
-    count = config.replicas or (threads if _is_small(policy) else 1)
+    count = config.workers or (threads if _is_small(policy) else 1)
     if count > 1 and policy.device.type != "cpu":
-        raise UserError(f"runtime.replicas = {count}: on {policy.device} there is one; set it to 0 or 1")
+        raise UserError(f"runtime.workers = {count}: on {policy.device} there is one; set it to 0 or 1")
     if count > threads:
         raise UserError(
-            f"runtime.replicas = {count} is more than the number of threads, {threads}; "
+            f"runtime.workers = {count} is more than the number of threads, {threads}; "
             f"lower it, or raise runtime.threads"
         )
     each = configure_threads(threads // count)
-    return Replicas(policy, reference, count=count, threads=each)
+    return Workers(policy, reference, count=count, threads=each)
 
 
 def _is_small(policy: Policy) -> bool:
@@ -249,7 +249,7 @@ def _is_small(policy: Policy) -> bool:
 
 
 def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of the items of each replica: the largest first, each to the replica with the least work so far."""
+    """Indices of the items of each worker: the largest first, each to the worker with the least work so far."""
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -266,16 +266,16 @@ def serve() -> None:
     torch.set_num_threads(threads)
     connection = Connection(connection_fd)
     with suppress(EOFError, OSError):  # the first process is gone
-        replica: Replica = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
-        memory = _SharedMemory(replica, others, memory_fd)
-        memory.adopt_weights(replica, fill=False)
-        replica = replica._replace(sequences_finished=memory.counters[rank + 1 : rank + 2])
-        for parameter, gradient in zip(_trained(replica.policy), memory.gradients(replica.policy, rank), strict=True):
+        worker: Worker = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
+        memory = _SharedMemory(worker, others, memory_fd)
+        memory.adopt_weights(worker, fill=False)
+        worker = worker._replace(sequences_finished=memory.counters[rank + 1 : rank + 2])
+        for parameter, gradient in zip(_trained(worker.policy), memory.gradients(worker.policy, rank), strict=True):
             parameter.grad = gradient
         memory.close_file()
         while True:
             function, items, arguments = pickle.loads(connection.recv_bytes())  # noqa: S301
-            connection.send_bytes(_answer(replica, function, items, arguments))
+            connection.send_bytes(_answer(worker, function, items, arguments))
 
 
 # A stop signal to every process of a job is the first process's to answer; it may want to finish a step.
@@ -283,36 +283,36 @@ _PROGRAM = """
 import signal
 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(signum, signal.SIG_IGN)
-from forkrl.parallel.replicas import serve
+from forkrl.parallel.workers import serve
 serve()
 """
 
 
-def _answer(replica: Replica, function: Callable[..., Any], items: list[Any], arguments: tuple[Any, ...]) -> bytes:
+def _answer(worker: Worker, function: Callable[..., Any], items: list[Any], arguments: tuple[Any, ...]) -> bytes:
     """The results and no error, or no results and the error, which tells where it comes from."""
     try:
-        return pickle.dumps(([function(replica, item, *arguments) for item in items], None))
+        return pickle.dumps(([function(worker, item, *arguments) for item in items], None))
     except Exception as error:
-        error.add_note(f"in a replica: {traceback.format_exc()}")
+        error.add_note(f"in a worker: {traceback.format_exc()}")
         try:
             message = pickle.dumps((None, error))
             pickle.loads(message)  # noqa: S301 - an error may hold anything, and fail on either way
         except Exception:
-            message = pickle.dumps((None, RuntimeError(f"in a replica: {traceback.format_exc()}")))
+            message = pickle.dumps((None, RuntimeError(f"in a worker: {traceback.format_exc()}")))
         return message
 
 
 class _SharedMemory:
-    """One block: the weights of policy and reference, the gradients of each further replica, a counter of each replica.
+    """One block: the weights of policy and reference, the gradients of each further worker, a counter of each worker.
 
     Every process computes the same layout from the same model. The file behind it has no name, so nothing is left over
     however the processes end.
     """
 
-    def __init__(self, replica: Replica, others: int, fd: int | None = None) -> None:
-        weights = sum(_size(parameter) for parameter in _parameters(replica))
+    def __init__(self, worker: Worker, others: int, fd: int | None = None) -> None:
+        weights = sum(_size(parameter) for parameter in _parameters(worker))
         self._gradients_start = weights
-        self._gradients_size = sum(_size(parameter) for parameter in _trained(replica.policy))
+        self._gradients_size = sum(_size(parameter) for parameter in _trained(worker.policy))
         counters_start = weights + others * self._gradients_size
         total = counters_start + 8 * (others + 1)
         if fd is None:
@@ -322,11 +322,11 @@ class _SharedMemory:
         self._memory = mmap.mmap(fd, total)
         self.counters = torch.frombuffer(self._memory, dtype=torch.int64, count=others + 1, offset=counters_start)
 
-    def adopt_weights(self, replica: Replica, *, fill: bool) -> None:
+    def adopt_weights(self, worker: Worker, *, fill: bool) -> None:
         """Make the parameters views of the block; ``fill``: put their values into it first."""
         start = 0
         with torch.no_grad():
-            for parameter in _parameters(replica):
+            for parameter in _parameters(worker):
                 view = self._view(parameter, start)
                 if fill:
                     view.copy_(parameter)
@@ -334,7 +334,7 @@ class _SharedMemory:
                 start += _size(parameter)
 
     def gradients(self, policy: Policy, rank: int) -> list[Tensor]:
-        """The gradients of another replica."""
+        """The gradients of another worker."""
         views, start = [], self._gradients_start + rank * self._gradients_size
         for parameter in _trained(policy):
             views.append(self._view(parameter, start))
@@ -358,8 +358,8 @@ def _open_unnamed() -> int:
         return os.dup(file.fileno())
 
 
-def _parameters(replica: Replica) -> list[torch.nn.Parameter]:
-    models = [policy.model for policy in (replica.policy, replica.reference) if policy is not None]
+def _parameters(worker: Worker) -> list[torch.nn.Parameter]:
+    models = [policy.model for policy in (worker.policy, worker.reference) if policy is not None]
     return list(chain.from_iterable(model.parameters() for model in models))
 
 
