@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
@@ -34,17 +34,18 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 class SandboxedProcess:
     """A running program; after the ``with`` block it and everything it started have ended.
 
-    ``command`` makes the command line up to the driver's ``arguments`` from the descriptors of the seccomp filter and
-    of bubblewrap's report. ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read
-    instead of standard output, which is discarded. ``user`` None keeps our own user. ``first_pid`` is the sandbox's
-    process 1 as seen from outside. Raises SandboxUnavailableError if the sandbox does not start.
+    ``bubblewrap`` is its command line, and ``driver`` that of process 1 inside, up to the driver's descriptors and
+    ``limits``. ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read instead of
+    standard output, which is discarded. ``user`` None keeps our own user. ``first_pid`` is the sandbox's process 1 as
+    seen from outside. Raises SandboxUnavailableError if the sandbox does not start.
     """
 
     def __init__(
         self,
-        command: Callable[[int, int], list[str]],
-        arguments: Sequence[str],
+        bubblewrap: Sequence[str],
+        driver: Sequence[str],
         *,
+        limits: Sequence[int],
         program: bytes,
         stdin: bytes,
         seccomp: bytes,
@@ -68,9 +69,10 @@ class SandboxedProcess:
             self._ours.enter_context(lifeline)
             theirs.enter_context(lifeline_end)
             fds = (private_end, lifeline_end.fileno(), program_fd)
+            outer = [*bubblewrap, "--seccomp", str(seccomp_fd), "--info-fd", str(info_end), "--"]
             try:
                 self._process = subprocess.Popen(
-                    [*command(seccomp_fd, info_end), *map(str, fds), *arguments],
+                    [*outer, *driver, *map(str, (*fds, *limits))],
                     stdin=stdin_fd,
                     stdout=subprocess.DEVNULL if answers else stdout_end,
                     stderr=stderr_end,

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
-from forkrl.rewards.code.sandbox_program import used_names
+from forkrl.rewards.code.sandbox_driver import used_names
 from forkrl.rewards.reply import reply_of
 
 CODE_VERIFIER = "code"
