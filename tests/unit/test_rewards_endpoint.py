@@ -183,7 +183,7 @@ def test_through_the_pool_every_trouble_is_a_failure_with_its_reason(serve: Make
         assert "answered 404 Not Found" in pool.first_failures["error"]
 
 
-def test_a_slow_server_is_named_before_the_deadline_strikes(serve: MakeServer) -> None:
+def test_a_slow_server_is_named_before_the_timeout(serve: MakeServer) -> None:
     server = serve(stall)
     with open_verifier({"": VerifierSpec(PATH, {"url": server.url})}, RewardConfig(timeout_s=1.5)) as pool:
         assert pool.verify([(Prompt("p", "?", "a"), "b")]) == [VerifierResult(0.0, "error")]
@@ -205,7 +205,7 @@ def test_a_server_that_is_not_there_is_refused_at_the_start(url: str) -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [10, 0, "3"])
-def test_a_time_out_above_the_deadline_is_refused(serve: MakeServer, timeout_s: Any) -> None:
+def test_a_timeout_above_the_pools_is_refused(serve: MakeServer, timeout_s: Any) -> None:
     options = {"url": serve((200, {})).url, "timeout_s": timeout_s}
     with pytest.raises(UserError, match=r"timeout_s = .* reward\.timeout_s = 10"):
         open_verifier({"": VerifierSpec(PATH, options)}, RewardConfig())

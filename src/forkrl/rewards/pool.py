@@ -29,12 +29,13 @@ from forkrl.config import RewardConfig
 from forkrl.config.secret_values import SecretValues
 from forkrl.errors import UserError, printable
 from forkrl.rewards.reply import strip_turn_end, with_opened_thinking
-from forkrl.rewards.worker_process import FORGERY, Failure, Settings, WorkerProcess
+from forkrl.rewards.worker_process import Failure, Settings, WorkerProcess
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
 _log = logging.getLogger("forkrl")
 _ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
 _CODE = "forkrl.rewards.code:verify_code"
+_FORGERY = "wrote on the pipe that carries results"
 
 
 @dataclass(eq=False, slots=True)
@@ -136,14 +137,15 @@ class VerifierPool:
         self._closed = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)
-        self._opened: Future[None] = Future()
+        try:
+            self._start_workers()
+            while any(worker.state != "ready" for worker in self._workers):
+                self._step()
+        except BaseException:
+            self._end()
+            raise
         self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
         self._thread.start()
-        try:
-            self._opened.result()
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -187,7 +189,7 @@ class VerifierPool:
             self._wake()
 
     def _wake(self, *, close: bool = False) -> None:
-        """Wake the pool's thread, which closes the sockets once told to close."""
+        """Wake the pool's thread; once ``close`` has told it to end, nothing else may touch the sockets."""
         with self._lock:
             if not self._closed:
                 self._closed = close
@@ -196,28 +198,22 @@ class VerifierPool:
 
     def _run(self) -> None:
         """The pool's thread."""
-        try:
-            self._start_workers()
-            while not self._closed and any(worker.state != "ready" for worker in self._workers):
+        while not self._closed:
+            try:
                 self._step()
-            self._opened.set_result(None)
-            while not self._closed:
-                try:
-                    self._step()
-                except BaseException as error:  # told to everyone who waits; the next batch gets new workers
-                    for batch in self._batches:
-                        batch.fail(error)
-                    self._end_workers()
-        except BaseException as error:
-            self._opened.set_exception(error)
-        finally:
-            self._take_submitted()
-            for batch in self._batches:
-                batch.future.cancel()
-            self._end_workers()
-            self._wake(close=True)
-            self._wake_reader.close()
-            self._wake_writer.close()
+            except BaseException as error:  # told to everyone who waits; the next batch gets new workers
+                for batch in self._batches:
+                    batch.fail(error)
+                self._end_workers()
+        self._end()
+
+    def _end(self) -> None:
+        self._take_submitted()
+        for batch in self._batches:
+            batch.future.cancel()
+        self._end_workers()
+        self._wake_reader.close()
+        self._wake_writer.close()
 
     def _end_workers(self) -> None:
         self._batches.clear()
@@ -299,15 +295,15 @@ class VerifierPool:
 
     def _collect(self, worker: WorkerProcess) -> bool:
         """Handle the answers that have arrived; whether more may follow."""
-        lines, problem = worker.read_answers()
+        lines, ended = worker.read_answers()
         for line in lines:
             if worker.state == "starting":
                 self._set_ready(worker, line)
             elif worker.state == "ready":
                 self._accept(worker, line)
-        if problem:  # at the end of the socket it is probably dead; the supervisor reports how
-            worker.kill(Failure("crash", "" if problem == "end" else problem))
-        return bool(lines) and not problem
+        if ended:  # it is probably dead; the supervisor reports how
+            worker.kill(Failure("crash", ""))
+        return bool(lines) and not ended
 
     def _set_ready(self, worker: WorkerProcess, line: Any) -> None:
         match line:
@@ -316,7 +312,7 @@ class VerifierPool:
             case {"failed": str(reason), "path": str(path)}:
                 raise self._start_failure(reason, path)
             case _:
-                raise self._start_failure(f"it {FORGERY}")
+                raise self._start_failure(f"it {_FORGERY}")
 
     def _accept(self, worker: WorkerProcess, line: Any) -> None:
         match line:
@@ -331,7 +327,7 @@ class VerifierPool:
                 if worker.is_worn():
                     worker.kill(None)
             case _:
-                worker.kill(Failure("crash", FORGERY))
+                worker.kill(Failure("crash", _FORGERY))
 
     def _read_reports(self, worker: WorkerProcess) -> None:
         reports, gone = worker.read_reports()
@@ -401,12 +397,14 @@ class VerifierPool:
 def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
     """The pool that a recipe asks for, with ``${NAME}`` in the options replaced by the environment's values."""
     secrets = SecretValues()
-    resolved = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
+    prepared = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
     try:
-        prepared = {
-            source: _prepare_endpoint(spec, config) if spec.path == _ENDPOINT else spec
-            for source, spec in resolved.items()
-        }
+        for source, spec in prepared.items():
+            if spec.path == _ENDPOINT:
+                from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
+
+                timeout_s = config.timeout_s if spec.timeout_s is None else spec.timeout_s
+                prepared[source] = prepare_endpoint(spec, timeout_s)
     except UserError as error:
         raise UserError(secrets.hide(str(error))) from None
     return VerifierPool(
@@ -419,15 +417,9 @@ def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -
 
 
 def _resolve_options(spec: VerifierSpec, secrets: SecretValues) -> VerifierSpec:
-    def key(name: str) -> str:
-        if spec.path == _ENDPOINT and name == "url":
-            return "task.verifier"
-        return f"sandbox.{name}" if spec.path == _CODE else f"task.verifier_options.{name}"
-
-    return replace(spec, options={name: secrets.resolve(key(name), value) for name, value in spec.options.items()})
-
-
-def _prepare_endpoint(spec: VerifierSpec, config: RewardConfig) -> VerifierSpec:
-    from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
-
-    return prepare_endpoint(spec, config.timeout_s if spec.timeout_s is None else spec.timeout_s)
+    table = "sandbox" if spec.path == _CODE else "task.verifier_options"
+    resolved = {}
+    for name, value in spec.options.items():
+        key = "task.verifier" if spec.path == _ENDPOINT and name == "url" else f"{table}.{name}"
+        resolved[name] = secrets.resolve(key, value)
+    return replace(spec, options=resolved)

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _supervise(control: socket.socket, verifiers: Verifiers) -> None:
-    """Start and kill the worker on command, report its end, and reap orphans."""
+    """Fork a worker on command, kill it on command, reap orphans, and report how the worker ended; then the next."""
     exits_fd, told_fd = os.pipe()
     os.set_blocking(exits_fd, False)
     os.set_blocking(told_fd, False)
@@ -76,36 +76,21 @@ def _supervise(control: socket.socket, verifiers: Verifiers) -> None:
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(exits_fd, select.POLLIN)
-    worker = 0
-    while True:
-        ready = {fd for fd, _ in poll.poll()}
-        status = None
-        if exits_fd in ready:
-            os.read(exits_fd, 1 << 12)
-            status = _reap(worker)
-            if status is not None:
-                _end_all(worker, status)
-        if control.fileno() in ready and status is None:
-            command, fds = _receive(control)
-            if command == START:
-                worker = _fork_worker(fds[0], verifiers, (control.fileno(), exits_fd, told_fd))
-            elif worker:  # else it ended by itself, which is reported
-                status = _end_all(worker)
+    with suppress(ConnectionError):  # the pool's process has ended
+        while True:
+            command, fds, *_ = socket.recv_fds(control, 1, 1)
             if not command:
                 return
-        if status is not None:
-            worker = 0
-            with suppress(ConnectionError):  # the next read sees that the socket is closed
-                send(control.fileno(), describe_exit(os.waitstatus_to_exitcode(status)))
-
-
-def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
-    """A command; empty once the socket is closed."""
-    try:
-        command, fds, *_ = socket.recv_fds(control, 1, 1)
-    except ConnectionError:
-        return b"", []
-    return command, fds
+            if command == KILL:  # the worker has ended
+                continue
+            worker = _fork_worker(fds[0], verifiers, (control.fileno(), exits_fd, told_fd))
+            status = None
+            # Until it ends, or a command or the end of the socket waits to be read.
+            while status is None and exits_fd in [fd for fd, _ in poll.poll()]:
+                os.read(exits_fd, 1 << 12)
+                status = _reap(worker)
+            status = _end_all(worker, status)
+            send(control.fileno(), describe_exit(os.waitstatus_to_exitcode(status)))
 
 
 def _fork_worker(channel_fd: int, verifiers: Verifiers, supervisor_fds: tuple[int, ...]) -> int:

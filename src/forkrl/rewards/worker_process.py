@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +31,8 @@ _STALL_TIMEOUT_S = 0.1
 """If an item takes longer, those queued behind it go to other workers."""
 _PIPELINE = 16
 """Requests sent ahead to a quick worker, so that it need not wait for the pool between two answers."""
-_QUICK_S, _SLOW_S = 0.01, 0.05
-"""Quicker answers double the number of requests sent ahead, slower ones halve it."""
+_QUICK_S = 0.01
+"""A worker is quick if its last answer took less."""
 _MAX_OUTBOX = 1 << 20
 """Bytes queued for a worker above which it gets no further request."""
 _MAX_LINE = 1 << 14
@@ -43,8 +42,6 @@ _MAX_SERVED = 20_000
 _MEASURE_EVERY = 32
 """Answers between two measurements of a worker's memory."""
 _NEVER = float("inf")
-
-FORGERY = "wrote on the pipe that carries results"
 
 
 class Settings(NamedTuple):
@@ -140,7 +137,7 @@ class WorkerProcess:
 
     def withdraw(self) -> list[Item]:
         """Withdraw and return the items behind the current one."""
-        withdrawn = list(self._withdrawable())
+        withdrawn = self._withdrawable()
         for request in withdrawn:
             request.withdrawn = True
         self._send(len(withdrawn))
@@ -150,8 +147,8 @@ class WorkerProcess:
     @property
     def stalls_at(self) -> float:
         """When to withdraw the items behind the current one; never if there are none."""
-        waits = self.state == "ready" and any(self._withdrawable())
-        return self._turn_began + _STALL_TIMEOUT_S if waits else _NEVER
+        stalls = self.state == "ready" and self._withdrawable()
+        return self._turn_began + _STALL_TIMEOUT_S if stalls else _NEVER
 
     def expects(self, token: str) -> bool:
         """Whether this token belongs to the answer due; only who has read the request can know it."""
@@ -162,10 +159,7 @@ class WorkerProcess:
         item = self.in_flight.popleft().item
         if took is not None:
             self.served += 1
-            if took < _QUICK_S:
-                self._depth = min(2 * self._depth, _PIPELINE)
-            elif took > _SLOW_S:
-                self._depth = max(self._depth // 2, 1)
+            self._depth = _PIPELINE if took < _QUICK_S else 1
         self._start_turn()
         return item
 
@@ -193,35 +187,17 @@ class WorkerProcess:
         except ConnectionError:
             self._outbox.clear()  # it is dead; its supervisor reports that
 
-    def read_answers(self) -> tuple[list[Any], str]:
-        """The answers that have arrived, and why no further one is valid ("" if it is, "end" at the end)."""
-        try:
-            data = self.channel.recv(1 << 16)
-        except BlockingIOError:
-            return [], ""
-        except ConnectionError:
-            data = b""
-        *lines, self._inbox = (self._inbox + data).split(b"\n")
-        answers = []
-        for line in lines:
-            try:
-                answers.append(json.loads(line))
-            except (ValueError, RecursionError):
-                return answers, FORGERY
+    def read_answers(self) -> tuple[list[Any], bool]:
+        """The answers that have arrived, None for an invalid one, and whether they have ended."""
+        lines, self._inbox, ended = _read_lines(self.channel, self._inbox)
         if len(self._inbox) > _MAX_LINE:
-            return answers, FORGERY
-        return answers, "" if data else "end"
+            lines.append(b"")
+        return list(map(_parse, lines)), ended
 
     def read_reports(self) -> tuple[list[str], bool]:
         """How workers have ended, and whether the supervisor itself has."""
-        try:
-            data = self.control.recv(1 << 16)
-        except BlockingIOError:
-            return [], False
-        except ConnectionError:
-            data = b""
-        *lines, self._reports = (self._reports + data).split(b"\n")
-        return [json.loads(line) for line in lines], not data
+        lines, self._reports, ended = _read_lines(self.control, self._reports)
+        return list(map(_parse, lines)), ended
 
     def last_stderr_line(self) -> str:
         """The last line on stderr before the worker was ready, in brackets to follow a message."""
@@ -257,8 +233,8 @@ class WorkerProcess:
         self._turn_began = time.monotonic()
         self.due = self._turn_began + self.in_flight[0].item.timeout_s if self.in_flight else _NEVER
 
-    def _withdrawable(self) -> Iterator[Request]:
-        return (request for request in list(self.in_flight)[1:] if not request.withdrawn)
+    def _withdrawable(self) -> list[Request]:
+        return [request for request in list(self.in_flight)[1:] if not request.withdrawn]
 
 
 def _start_supervisor(settings: Settings, control: socket.socket, stderr_fd: int) -> subprocess.Popen[bytes]:
@@ -274,6 +250,25 @@ def _start_supervisor(settings: Settings, control: socket.socket, stderr_fd: int
             env=child_environment(1) | {"PYTHONHASHSEED": "0"},  # the same hash order, hence the same results
             start_new_session=True,
         )
+
+
+def _read_lines(source: socket.socket, begun: bytes) -> tuple[list[bytes], bytes, bool]:
+    """The lines that have arrived, given the beginning of the first; that of the next one; and whether it has ended."""
+    try:
+        data = source.recv(1 << 16)
+    except BlockingIOError:
+        return [], begun, False
+    except ConnectionError:
+        data = b""
+    *lines, rest = (begun + data).split(b"\n")
+    return lines, rest, not data
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _resident_bytes(pid: int) -> int:

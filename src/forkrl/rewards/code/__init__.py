@@ -1,9 +1,9 @@
-"""Judges programs by their tests. The program runs in a sandbox; the result is formed outside.
+"""Scores programs by their tests. The program runs in a sandbox; the score is formed outside.
 
 Only inputs go in, and only text comes out: a program's standard output, or the JSON of a function's value. Nothing
 inside knows what would pass, so the program cannot forge a pass. Tests written as ``assert`` statements are Python
 themselves and run in the sandbox, in a process apart from the program's. The score is 1.0 if every test passes, else
-0.0; judging ends at the first failure.
+0.0; testing ends at the first failure.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = [
 ]
 
 _MARGIN_S = 30.0
-"""Between a program's own time limit and the pool's deadline, which would count as a failure."""
+"""Between a program's own time limit and the pool's timeout, which would count as a failure."""
 _LONG_INTEGER = 4_300
 """Digits."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
 
 
 def code_verifier(config: SandboxConfig, options: Mapping[str, Any] | None = None) -> VerifierSpec:
-    """The verifier that judges programs within the limits of a recipe's ``[sandbox]``, with ``verifier_options``."""
+    """The verifier of programs within the limits of a recipe's ``[sandbox]``, with ``verifier_options``."""
     options = config.model_dump(mode="json") | dict(options or {})
     return VerifierSpec("forkrl.rewards.code:verify_code", options, timeout_s=config.total_seconds + _MARGIN_S)
 
@@ -86,7 +86,7 @@ def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **o
 
 
 class _Run(NamedTuple):
-    """A program with what it takes to test it; ``deadline`` is a monotonic time."""
+    """A program to test, and how; ``deadline`` is a monotonic time."""
 
     source: str
     limits: SandboxConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.code.sandbox import Kind, LimitReachedError, Outcome, driver
+from forkrl.rewards.code.sandbox import Kind, Outcome, driver
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import build_filter, supports
 
@@ -46,24 +46,18 @@ class Bubblewrap:
         self._command = _command(bwrap, mounts, config.files_mb << 20, behind_doors=behind_doors)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """Run a program to its end, as ``Sandbox`` has it."""
-        printed = []
-        text = stdin.encode("utf-8", "replace")
-        seconds = self._limits.seconds
+        """See ``Sandbox``."""
+        text, seconds = stdin.encode("utf-8", "replace"), self._limits.seconds
         with self._start("program", source, text, cpu_seconds=seconds, max_output=max_output) as process:
             process.allow(seconds, deadline)
-            try:
-                while data := process.read():
-                    printed.append(data)
-            except LimitReachedError as limit:
-                return Outcome(b"".join(printed), str(limit))
-            return Outcome(b"".join(printed), "exit" if process.exit_code() else "")
+            printed = b"".join(process.output())
+            return Outcome(printed, process.failure or ("exit" if process.exit_code() else ""))
 
     @contextmanager
     def answers(
         self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> Iterator[Iterator[bytes]]:
-        """The answers to calls, as ``Sandbox`` has it; every call has a test's limits of time."""
+        """See ``Sandbox``; every call has a test's limits of time."""
         text = request.encode("ascii")
         with self._start(kind, source, text, cpu_seconds=cpu_seconds, max_output=max_output) as process:
             yield self._lines(process, deadline)
@@ -71,14 +65,11 @@ class Bubblewrap:
     def _lines(self, process: SandboxedProcess, deadline: float) -> Iterator[bytes]:
         rest = b""
         process.allow(self._limits.seconds, deadline)
-        try:
-            while data := process.read():
-                *lines, rest = (rest + data).split(b"\n")
-                yield from lines
-                if lines:
-                    process.allow(self._limits.seconds, deadline)
-        except LimitReachedError:
-            return
+        for data in process.output():
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+            if lines:
+                process.allow(self._limits.seconds, deadline)
 
     def _start(self, kind: str, source: str, stdin: bytes, *, cpu_seconds: float, max_output: int) -> SandboxedProcess:
         limits = self._limits

@@ -27,11 +27,7 @@ Kind = Literal["calls", "asserts"]
 
 
 class SandboxUnavailableError(Exception):
-    """The sandbox failed, which says nothing about the program: no score may come of it."""
-
-
-class LimitReachedError(Exception):
-    """The program exceeded a limit: "time", "memory", "output" or "files"."""
+    """The sandbox failed, which says nothing about the program, so there is no score."""
 
 
 class Outcome(NamedTuple):

@@ -93,7 +93,7 @@ def _result(program: "_Program", tests: dict[str, Any]) -> list[str]:
         return ["failed"]
     if program.ended:
         return ["failed"]
-    # Tests of an exception may stand around an ``assert False`` that must not be reached.
+    # Tests of an exception may contain an ``assert False`` that must not be reached.
     return ["passed"] if reached or program.raised else ["broken", "none of their assert statements was reached"]
 
 

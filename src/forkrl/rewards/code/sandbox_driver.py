@@ -14,43 +14,12 @@ import sys
 from types import ModuleType
 from typing import Callable, Set, Tuple  # noqa: UP035
 
+_MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
+)
 # What LiveCodeBench puts above every program, so that solutions written for it find their names.
-_PRELUDE = """
-from string import *
-from re import *
-from datetime import *
-from collections import *
-from heapq import *
-from bisect import *
-from copy import *
-from math import *
-from random import *
-from statistics import *
-from itertools import *
-from functools import *
-from operator import *
-from io import *
-from sys import *
-from json import *
-from builtins import *
-from typing import *
-import string
-import re
-import datetime
-import collections
-import heapq
-import bisect
-import copy
-import math
-import random
-import statistics
-import itertools
-import functools
-import operator
-import io
-import sys
-import json
-"""
+_PRELUDE = "".join(f"from {name} import *\n" for name in [*_MODULES.split(), "builtins", "typing"])
+_PRELUDE += "".join(f"import {name}\n" for name in _MODULES.split())
 _RECURSION_LIMIT = 50_000
 _DYNAMIC = {"eval", "exec", "globals"}
 

@@ -1,6 +1,6 @@
 """Programs on a SandboxFusion server, over HTTP (https://github.com/bytedance/SandboxFusion).
 
-The server isolates; the result is formed here, from what the program printed. A server's errors are not the program's.
+The server isolates; the score is formed here, from what the program printed. A server's errors are not the program's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SandboxFusion:
         self._use_proxies = not is_loopback(self._url)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """Run a program to its end, as ``Sandbox`` has it."""
+        """See ``Sandbox``."""
         text, run = driver("program")
         return self._post(f"{text}\n\n{run}({source!r})\n", stdin, self._limits.seconds, max_output, deadline)
 
@@ -40,7 +40,7 @@ class SandboxFusion:
     def answers(
         self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> Iterator[Iterator[bytes]]:
-        """The answers to all calls, as ``Sandbox`` has it, in one request."""
+        """See ``Sandbox``; one request has the answers to all calls."""
         text, run = driver(kind)
         code = f"{text}\n\nanswer_on_stdout({run}, {source!r})\n"
         outcome = self._post(code, request, cpu_seconds, max_output, deadline)
