@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from forkrl.config import RewardConfig
@@ -150,9 +149,7 @@ class VerifierPool:
     def __enter__(self) -> VerifierPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -198,14 +195,16 @@ class VerifierPool:
 
     def _run(self) -> None:
         """The pool's thread."""
-        while not self._closed:
-            try:
-                self._step()
-            except BaseException as error:  # told to everyone who waits; the next batch gets new workers
-                for batch in self._batches:
-                    batch.fail(error)
-                self._end_workers()
-        self._end()
+        try:
+            while not self._closed:
+                try:
+                    self._step()
+                except BaseException as error:  # told to everyone who waits; the next batch gets new workers
+                    for batch in self._batches:
+                        batch.fail(error)
+                    self._end_workers()
+        finally:
+            self._end()
 
     def _end(self) -> None:
         self._take_submitted()

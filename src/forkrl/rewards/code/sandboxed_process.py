@@ -16,7 +16,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from types import TracebackType
 
 from forkrl.rewards.code.sandbox import SandboxUnavailableError
 
@@ -104,9 +103,7 @@ class SandboxedProcess:
     def __enter__(self) -> SandboxedProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def allow(self, seconds: float, deadline: float) -> None:
