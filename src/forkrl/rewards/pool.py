@@ -372,18 +372,15 @@ class VerifierPool:
     def _settle(self, item: Item, result: VerifierResult, message: str) -> None:
         if not item.is_open:  # another worker was faster, or the batch is cancelled
             return
-        if result.failure:
-            self._note_failure(item, result.failure, self._hide(message))
+        if kind := result.failure:
+            self.failures[kind] += 1
+            if kind not in self.first_failures:
+                self.first_failures[kind] = printable(f"prompt {item.prompt.id}: {self._hide(message)}")
+                self.announce(
+                    f"verifier failure ({kind}), {self.first_failures[kind]}; the response scores 0, and further "
+                    f"failures of this kind are only counted (docs/verifiers.md)"
+                )
         item.batch.settle(item.index, result)
-
-    def _note_failure(self, item: Item, kind: str, message: str) -> None:
-        self.failures[kind] += 1
-        if kind not in self.first_failures:
-            self.first_failures[kind] = printable(f"prompt {item.prompt.id}: {message}")
-            self.announce(
-                f"verifier failure ({kind}), {self.first_failures[kind]}; the response scores 0, and further failures "
-                f"of this kind are only counted (docs/verifiers.md)"
-            )
 
     def _start_failure(self, reason: str, path: str = "") -> UserError:
         named = path or ", ".join(dict.fromkeys(path for path, *_ in self._settings.verifiers.values()))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.code.sandbox import Kind, Outcome, driver
+from forkrl.rewards.code.sandbox import USE_SERVER, Kind, Outcome, driver
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import build_filter, supports
 
@@ -28,7 +28,6 @@ _ADDRESS_SPACE_BEYOND = 256 << 20
 """Address space beyond the memory limit."""
 _OLDEST = (0, 8)
 _INSTALL = "apt-get install bubblewrap"
-_INSTEAD = "or set sandbox.server to the address of a SandboxFusion server"
 
 
 class Bubblewrap:
@@ -141,17 +140,17 @@ def _find_bubblewrap() -> str:
     if sys.platform != "linux" or not supports(platform.machine()):
         raise UserError(
             f"code rewards need a sandbox, and bubblewrap needs Linux on x86_64 or aarch64 "
-            f"(here: {sys.platform}, {platform.machine()}); {_INSTEAD.removeprefix('or ')}"
+            f"(here: {sys.platform}, {platform.machine()}); {USE_SERVER}"
         )
     found = shutil.which("bwrap")
     if found is None:
-        raise UserError(f"code rewards need a sandbox, and bubblewrap is not installed: {_INSTALL}, {_INSTEAD}")
+        raise UserError(f"code rewards need a sandbox, and bubblewrap is not installed: {_INSTALL}, or {USE_SERVER}")
     words = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     version = tuple(map(int, re.findall(r"\d+", words)[:2]))
     if version < _OLDEST:
         raise UserError(
             f"code rewards need bubblewrap 0.8 or newer (Debian 12, Ubuntu 24.04), and {found} is {words.strip()}; "
-            f"update it, {_INSTEAD}"
+            f"update it, or {USE_SERVER}"
         )
     return found
 

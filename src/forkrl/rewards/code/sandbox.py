@@ -22,6 +22,7 @@ _DRIVERS = {
 _OWN_IMPORTS = re.compile(r"^from forkrl\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
 _UBUNTU = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 _QUESTION, _ANSWER = "print(6 * 7)", b"42\n"
+USE_SERVER = "set sandbox.server to the address of a SandboxFusion server"
 Kind = Literal["calls", "asserts"]
 """How tests run, other than with whole programs."""
 
@@ -105,13 +106,12 @@ def require_sandbox(config: SandboxConfig) -> Sandbox:
 def _remedy(config: SandboxConfig) -> str:
     if config.server:
         return f"is sandbox.server = {config.server!r} the address of a SandboxFusion server?"
-    instead = "or set sandbox.server to the address of a SandboxFusion server"
     if _UBUNTU.exists() and _UBUNTU.read_text(encoding="ascii").strip() == "1":
         return (
             "Ubuntu forbids programs to make user namespaces: sudo sysctl -w "
-            f"kernel.apparmor_restrict_unprivileged_userns=0 (and in /etc/sysctl.d/, to keep it), {instead}"
+            f"kernel.apparmor_restrict_unprivileged_userns=0 (and in /etc/sysctl.d/, to keep it), or {USE_SERVER}"
         )
     return (
         "bubblewrap must be able to make user namespaces (in a container: --privileged, or --security-opt "
-        f"seccomp=unconfined), {instead}"
+        f"seccomp=unconfined), or {USE_SERVER}"
     )

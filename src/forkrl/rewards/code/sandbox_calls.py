@@ -175,7 +175,7 @@ def encode(value: Any) -> Any:
         return {"complex": [value.real, value.imag]}
     if is_node(value):
         return {type(value).__name__: list(map(encode, node_values(value)))}
-    sequences = (list, range, deque, type({}.keys()), type({}.values()), type({}.items()))
+    sequences: tuple[type, ...] = (list, range, deque, type({}.keys()), type({}.values()), type({}.items()))
     if isinstance(value, sequences) or hasattr(value, "__next__"):  # a generator; tests make a list of it
         return list(map(encode, value))
     raise NotTransferableError(type(value).__name__)
