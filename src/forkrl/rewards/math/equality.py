@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from forkrl.rewards.math.answer import FLIPPED, Answer, is_name, plain_words, read_measure, tells_a_value
+from forkrl.rewards.math.answer import FLIPPED, LETTER, Answer, is_name, plain_words, read_measure, tells_a_value
 from forkrl.rewards.math.formula import (
     Formula,
     difference,
@@ -26,7 +26,6 @@ _CONJUNCTION = re.compile(r"(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
 _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])")
 _INDEXED = re.compile(r"([a-zA-Z])\s*_\s*(?:\d|\{\s*\d+\s*\})")
-_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _PLACES = re.compile(r"\.(\d+)")
 _MOST_COMPARED = 50
 _LONGEST_PRODUCT = 3
@@ -227,7 +226,7 @@ def _conclusions(equation: Answer) -> Sequence[Answer]:
         if part.value is None and (is_name(part.text) or (part is first and tells_a_value(part.text))):
             continue
         if part.value is not None and _has_variables(part):
-            solves_itself = part is not first and names_of(part.value) & set(_LETTER.findall(first.text))
+            solves_itself = part is not first and names_of(part.value) & set(LETTER.findall(first.text))
             if solves_itself and not is_same(last, part):
                 return ()
         elif is_same(last, part):
