@@ -94,13 +94,12 @@ class _LiveRowStats(autograd.Function):
         ctx: Any, scan: Scan, differentiate: Differentiate, hidden_ND: Tensor, targets_N: Tensor, *head: Any
     ) -> tuple[Tensor, Tensor]:
         weight_VD, bias_V, *settings = head
-        logprobs_N, *saved = scan(hidden_ND, targets_N, Head(*head))
-        ctx.save_for_backward(weight_VD, bias_V, hidden_ND, targets_N, *saved)
+        scanned = scan(hidden_ND, targets_N, Head(*head))
+        ctx.save_for_backward(weight_VD, bias_V, hidden_ND, targets_N, *scanned[1:])
         ctx.differentiate, ctx.settings = differentiate, settings
-        entropy_N = saved[2]
         if not Head(*head).entropy_grad:
-            ctx.mark_non_differentiable(entropy_N)
-        return logprobs_N, entropy_N
+            ctx.mark_non_differentiable(scanned.entropy)
+        return scanned.logprobs, scanned.entropy
 
     @staticmethod
     @once_differentiable
