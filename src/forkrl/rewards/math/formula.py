@@ -152,12 +152,11 @@ def _has_branches(expression: Any) -> bool:
     return expression.has(sympy.log, sympy.Abs) or any(p.base.free_symbols and not p.exp.is_integer for p in powers)
 
 
-def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:
+def is_multiple(gold: Formula | None, found: Formula | None, *, positive: bool) -> bool:
     """Whether one is a (positive) multiple of the other, so that their zeros (their signs) are the same."""
-    a, b = _expression(gold), _expression(found)
-    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr) or names_of(gold) != names_of(found):
+    if gold is None or found is None or names_of(gold) != names_of(found):
         return False
-    values = [(_at(a, point), _at(b, point)) for point in _POINTS]
+    values = [(_at(gold.expression, point), _at(found.expression, point)) for point in _POINTS]
     ratios = [left / right for left, right in values if left and right]  # neither None nor 0
     if len(ratios) < 2 or (positive and not (ratios[0].is_real and ratios[0] > 0)):
         return False
@@ -172,8 +171,10 @@ def is_rounded(exact: Formula, found: Number, places: int) -> bool:
     return abs(_fraction(constant) - found.value) <= (Fraction(1, 10**places) if places else Fraction(1, 2))
 
 
-def difference(left: Formula | Number, right: Formula | Number) -> Formula | None:
+def difference(left: Formula | Number | None, right: Formula | Number | None) -> Formula | None:
     """``left - right``; None if it is undefined."""
+    if left is None or right is None:
+        return None
     a, b = _expression(left), _expression(right)
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return None
