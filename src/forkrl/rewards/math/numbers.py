@@ -28,7 +28,6 @@ _WORDS = [
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 ]  # fmt: skip
 _TOLERANCE = Fraction(1, 2_000_000)
-_Groups = dict[str, str | None]
 
 
 class Number(NamedTuple):
@@ -54,12 +53,11 @@ def read_number(text: str) -> Number | None:
     unsigned = _PERCENT.sub("", text)
     for pattern, read in _NOTATIONS:
         if match := pattern.fullmatch(unsigned):
-            groups = match.groupdict()
-            value = read(groups)
+            value = read(match)
             if value is None:
                 return None
-            is_decimal = bool(groups.get("point")) and not groups.get("repeating")
-            return Number(-value if groups["sign"] == "-" else value, is_decimal, unsigned != text)
+            is_decimal = pattern is _DECIMAL and bool(match["point"]) and not match["repeating"]
+            return Number(-value if match["sign"] == "-" else value, is_decimal, unsigned != text)
     return None
 
 
@@ -93,35 +91,35 @@ def is_close(gold: Fraction, found: Fraction, is_decimal: bool) -> bool:
     return abs(gold - found) <= _TOLERANCE * unit
 
 
-def _decimal(groups: _Groups) -> Fraction | None:
-    whole, places, repeating = (groups[name] or "" for name in ("whole", "places", "repeating"))
+def _decimal(match: re.Match[str]) -> Fraction | None:
+    whole, places, repeating = match["whole"] or "", match["places"] or "", match["repeating"] or ""
     if not (whole or places or repeating):
         return None
     value = Fraction(int(_bare(whole) + places or "0"), 10 ** len(places))
     if repeating:
         value += Fraction(int(repeating), (10 ** len(repeating) - 1) * 10 ** len(places))
-    return value * _power_of_ten(groups)
+    return value * Fraction(10) ** int(match["exponent"] or match["braced"] or match["bare"] or 0)
 
 
-def _fraction(groups: _Groups) -> Fraction | None:
-    top, bottom = (int(_bare(groups[name] or "")) for name in ("top", "bottom"))
+def _fraction(match: re.Match[str]) -> Fraction | None:
+    top, bottom = int(_bare(match["top"])), int(_bare(match["bottom"]))
     if bottom == 0:
         return None
     value = Fraction(top, bottom)
-    if not groups["whole"]:
+    if not match["whole"]:
         return value
-    return value + int(_bare(groups["whole"])) if 0 < value < 1 else None  # 2\frac{3}{2} is not a mixed number
+    return value + int(_bare(match["whole"])) if 0 < value < 1 else None  # 2\frac{3}{2} is not a mixed number
 
 
-def _power_of_ten(groups: _Groups) -> Fraction:
-    return Fraction(10) ** int(groups.get("exponent") or groups["braced"] or groups["bare"] or 0)
+def _power_of_ten(match: re.Match[str]) -> Fraction:
+    return Fraction(10) ** int(match["braced"] or match["bare"])
 
 
 def _bare(digits: str) -> str:
     return digits.replace(",", "").replace(" ", "")
 
 
-_NOTATIONS: list[tuple[re.Pattern[str], Callable[[_Groups], Fraction | None]]] = [
+_NOTATIONS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], Fraction | None]]] = [
     (_DECIMAL, _decimal),
     (_FRACTION, _fraction),
     (_SLASH, _fraction),
