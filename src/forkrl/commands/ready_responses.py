@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forkrl.analysis.token_pass import Written
-from forkrl.analysis.token_rows import SourceResponse
+from forkrl.analysis.measure import SourceResponse, Written
 from forkrl.errors import UserError
 from forkrl.model.policy import Policy
 from forkrl.model.prompt_tokens import PromptCheck, listed, unknown_characters
@@ -61,7 +60,7 @@ class ReadyResponses:
         digest = hashlib.sha256()
         for row in progress(self._rows(), f"reading {path.name}"):
             length = len(row.response.written.response_ids)
-            by_prompt.setdefault((row.response.prompt_id, row.response.prompt), []).append((row.offset, length))
+            by_prompt.setdefault((row.response.prompt_id, row.response.prompt_text), []).append((row.offset, length))
             digest.update(repr((row.response.prompt_id, row.response.written, row.response.correct)).encode())
         self.fingerprint = digest.hexdigest()[:16]
         if not skip_unusable:
@@ -79,7 +78,7 @@ class ReadyResponses:
             for offset, number, sample in self._parts[index]:
                 file.seek(offset)
                 response = self._parse(file.readline(), f"{self._path.name} at byte {offset}")
-                responses.append(response._replace(number=number, sample=sample))
+                responses.append(response._replace(prompt=number, sample=sample))
         return responses
 
     def _rows(self) -> Iterator[_Row]:
@@ -113,8 +112,8 @@ class ReadyResponses:
             prompt_id=encodable_text(str(given_id))
             if given_id is not None
             else hashlib.sha256(prompt.encode()).hexdigest()[:16],
-            prompt=prompt,
-            number=0,
+            prompt=0,
+            prompt_text=prompt,
             sample=0,
             text=text,
             written=Written(prompt_ids, response_ids),

@@ -14,15 +14,15 @@ from forkrl.store.run_folder import CONFIG
 
 _PAGES = {
     "analyze": "forkrl.commands.analyze:make_page",
+    "branch": "forkrl.commands.branch:make_page",
+    "decode-temps": "forkrl.commands.decode_temps:make_page",
+    "drift": "forkrl.commands.drift:make_page",
 }
 """The function that makes a page of ``Results``, by the command in their schema."""
 _WRITERS = {
     "run": "forkrl.report.run_page:write_run_report",
     "eval": "forkrl.evaluation.eval_report:write_eval_report",
     "compare": "forkrl.commands.compare:write_compare_report",
-    "drift": "forkrl.commands.drift:rewrite_report",
-    "branch": "forkrl.commands.branch:rewrite_report",
-    "decode-temps": "forkrl.commands.decode_temps:write_temps_report",
 }
 """The function that writes the page of a folder which has no ``Results``."""
 
@@ -53,15 +53,8 @@ def _command_of(folder: Path) -> tuple[str, Path]:
         raise UserError(f"{folder}: no such folder; name a run, or the folder given to --out")
     if (folder / CONFIG).is_file():
         return "run", folder / CONFIG
-    old = {
-        "comparison.json": "compare",
-        "drift.json": "drift",
-        "branches.json": "branch",
-        "temperatures.json": "decode-temps",
-    }
-    for name, command in old.items():
-        if (folder / name).is_file():
-            return command, folder / name
+    if (folder / "comparison.json").is_file():
+        return "compare", folder / "comparison.json"
     if not (path := folder / RESULTS).is_file():
         raise UserError(
             f"{folder}: no finished output of forkrl (neither {CONFIG} nor {RESULTS}); name a run, or the folder given "
