@@ -14,8 +14,8 @@ from forkrl.analysis.patterns import PAPER_TEMPERATURE, share_by_cluster
 from forkrl.analysis.token_table import tokens_of_prompts
 from forkrl.commands.options import AnalyzeOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import present, stored_question
-from forkrl.commands.token_parts import collect_tokens, make_request, read_responses
+from forkrl.commands.runner import model_question, present, stored_question
+from forkrl.commands.token_parts import collect_tokens, entropy_temperature, open_response_subject, read_responses
 from forkrl.errors import printable
 from forkrl.report.analyze_page import analyze_headline, analyze_page
 from forkrl.report.colors import coloured_response, entropy_legend
@@ -45,13 +45,14 @@ def analyze_model(options: AnalyzeOptions) -> Results:
     finished.
     """
     folder = options.out or parse_reference(options.model).default_folder("analyze")
-    left_out = collect_tokens(folder, make_request(options), {"schema": SCHEMA})
+    subject = open_response_subject(options)
+    left_out = collect_tokens(folder, subject, options, model_question(SCHEMA, subject))
     tokens, question = folder / "tokens", stored_question(folder)
     summary = analysis.entropy_summary(tokens)
     fork = float(summary["value"]["percentile_80"]) if options.threshold is None else options.threshold
     responses = analysis.response_table(tokens, fork)
     facts = {
-        "temperature": question["temperature"] or 1.0,
+        "temperature": entropy_temperature(subject),
         "threshold": fork,
         "threshold_is": "the 80th percentile" if options.threshold is None else "given",
         "min_count": options.min_count,

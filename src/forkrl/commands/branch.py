@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
 
 import pandas as pd
 
@@ -22,9 +21,9 @@ from forkrl.commands.branch_parts import (
 )
 from forkrl.commands.options import BranchOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import open_work_folder, present, say_kept, stored_question, weights_fingerprint
-from forkrl.commands.session import Session, open_session
-from forkrl.commands.subject import Subject, open_subject
+from forkrl.commands.runner import model_question, open_work_folder, present, say_kept, stored_question
+from forkrl.commands.session import Session, open_session, session_question
+from forkrl.commands.subject import open_subject
 from forkrl.errors import UserError
 from forkrl.report.branch_page import branch_headline, branch_page
 from forkrl.report.formatting import duration, sentence, unverified
@@ -68,7 +67,13 @@ def branch_model(options: BranchOptions) -> Results:
             raise UserError(f"{session.task.name}: its rows have no answers, so no branch can be judged")
         earlier = stored_question(folder).get("prompts_per_part")
         size = earlier or prompts_per_part(design, session.engine.wave_sequences)
-        question = _question(subject, session, design, size)
+        # More problems join the same folder, so their number is not part of the question.
+        question = {
+            **model_question(SCHEMA, subject),
+            **session_question(session),
+            **asdict(design),
+            "prompts_per_part": size,  # it decides which responses share a generator
+        }
         with open_work_folder(folder, question):
             (folder / "parts").mkdir(exist_ok=True)
             missing = missing_parts(folder, session.prompts, size)
@@ -121,27 +126,6 @@ def make_page(results: Results) -> Page:
     """The figures, and responses with their branches to look at."""
     rows = read_parts(results.folder, results.settings["prompts_per_part"], results.facts["prompts"])
     return branch_page(results, rows)
-
-
-def _question(subject: Subject, session: Session, design: Design, size: int) -> dict[str, Any]:
-    """Every setting that changes the numbers. The number of problems is not one: more of them join the same folder."""
-    config = session.config
-    return {
-        "schema": SCHEMA,
-        "model": subject.name,
-        "weights": config.model.path,
-        "revision": config.model.revision,
-        "fingerprint": weights_fingerprint(config.model.path),
-        "precision": config.model.precision,
-        "task": session.task.name,
-        "data": session.task.fingerprint,
-        "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},
-        "seed": config.seed,
-        "max_response_tokens": config.rollout.max_response_tokens,
-        "stop": list(config.rollout.stop),
-        **asdict(design),
-        "prompts_per_part": size,  # it decides which responses share a generator
-    }
 
 
 def describe_work(num_prompts: int, design: Design, seconds: float) -> str:

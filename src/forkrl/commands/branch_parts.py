@@ -6,7 +6,6 @@ number: an interrupted command that is given again neither repeats finished part
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from forkrl.analysis.branching import choose_positions
 from forkrl.analysis.measure import TokenDetails, Written, measure_responses
-from forkrl.commands.session import Session
+from forkrl.commands.session import Session, part_seed
 from forkrl.model.stop_tokens import response_text
 from forkrl.model.token_texts import TokenTexts
 from forkrl.rollout.embedded import Prefix, stop_tokens
@@ -153,8 +152,7 @@ class PartSampler:
 
     def rows(self, part: int, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         """Rows of ``PART_SCHEMA``, prompts numbered from 0; the same whenever they are asked for."""
-        digest = hashlib.sha256(f"branches/{self._session.config.seed}/{part}".encode()).digest()
-        seed = int.from_bytes(digest[:8], "little") >> 1
+        seed = part_seed("branches", self._session.config.seed, part)
         generator = torch.Generator(self._session.policy.device).manual_seed(seed)
         groups = sample_and_score(
             self._session.engine, self._verifier, prompts,

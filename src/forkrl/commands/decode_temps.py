@@ -13,8 +13,8 @@ import torch
 from forkrl.analysis.temperatures import FORK_FRACTION, UNSCALED, Setting, plan_settings, temperature_table
 from forkrl.commands.options import DecodeTempsOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import open_work_folder, present, say_kept, weights_fingerprint
-from forkrl.commands.session import Session, graphs_fact, open_session
+from forkrl.commands.runner import model_question, open_work_folder, present, say_kept
+from forkrl.commands.session import Session, graphs_fact, open_session, session_question
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.sweep_responses import (
     first_responses,
@@ -84,30 +84,18 @@ def _question(
     subject: Subject, session: Session, settings: Sequence[Setting], num_samples: int, threshold: float | None
 ) -> dict[str, Any]:
     """Every setting that changes the numbers."""
-    config = session.config
     return {
-        "schema": SCHEMA,
-        "model": subject.name,
-        "checkpoint": subject.checkpoint,
-        "model.revision": config.model.revision,
-        "model.precision": config.model.precision,
-        "weights": weights_fingerprint(config.model.path),
-        "task": session.task.name,
-        "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},
-        "data_fingerprint": session.task.fingerprint,
+        **model_question(SCHEMA, subject),
+        **session_question(session),
         "prompts": len(session.prompts),
         "samples": num_samples,
-        "temperature": settings[0].high,
         "temperatures": sorted({setting.high for setting in settings}),
         "threshold": threshold,
-        "seed": config.seed,
-        "rollout.max_response_tokens": config.rollout.max_response_tokens,
-        "rollout.stop": list(config.rollout.stop),
         # How sequences are divided decides which random numbers each of them gets.
-        "rollout.max_sequences": config.rollout.max_sequences,
+        "rollout.max_sequences": session.config.rollout.max_sequences,
         "runtime.workers": session.workers.count,
         "device": session.policy.device.type,
-        **graphs_fact(config),
+        **graphs_fact(session.config),
     }
 
 

@@ -23,9 +23,9 @@ from forkrl.analysis.measure import Written, measure_responses
 from forkrl.analysis.token_table import token_batches, tokens_of_prompts
 from forkrl.commands.options import DriftOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import open_work_folder, present, stored_question, weights_fingerprint
-from forkrl.commands.subject import locate_weights
-from forkrl.commands.token_parts import Request, collect_tokens, make_request, read_responses
+from forkrl.commands.runner import model_question, open_work_folder, present, stored_question, weights_fingerprint
+from forkrl.commands.subject import Subject, locate_weights
+from forkrl.commands.token_parts import collect_tokens, entropy_temperature, open_response_subject, read_responses
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
@@ -65,13 +65,13 @@ def measure_drift(options: DriftOptions) -> Results:
     """Measure every checkpoint's entropy on the final one's responses, and compare."""
     series = _series(options.models)
     _require_one_vocabulary(series)
-    request = make_request(options)
+    subject = open_response_subject(options)
     folder = options.out or parse_reference(options.model).default_folder("drift")
     named = [[point.name, point.path, weights_fingerprint(point.path)] for point in series]
-    notes = collect_tokens(folder, request, {"schema": SCHEMA, "checkpoints": named})
+    notes = collect_tokens(folder, subject, options, {**model_question(SCHEMA, subject), "checkpoints": named})
     question = stored_question(folder)
     with open_work_folder(folder, question):
-        _measure_checkpoints(folder, series, request)
+        _measure_checkpoints(folder, series, subject)
     if len(series) == 2:
         notes.append("Two checkpoints only; a run keeps more for this with checkpoint.every=5 checkpoint.keep=100.")
     entropies = {point.name: _entropy(folder, place, len(series)) for place, point in enumerate(series)}
@@ -89,7 +89,7 @@ def measure_drift(options: DriftOptions) -> Results:
     }
     facts = {
         "checkpoints": list(entropies),
-        "temperature": request.entropy_temperature,
+        "temperature": entropy_temperature(subject),
         "tokens": len(prompt_N),
         "prompts": len(prompt_N.unique()),
         "ratio": options.ratio,
@@ -181,9 +181,9 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
     return dict(tokenizer.get_vocab())
 
 
-def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Request) -> None:
+def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], subject: Subject) -> None:
     """Write ``entropies/N/part-*.parquet``, a value a token, of every checkpoint but the last, which wrote them."""
-    config = request.subject.config
+    config = subject.config
     parts = part_paths(folder / "responses")
     for place, checkpoint in enumerate(series[:-1]):
         target = folder / "entropies" / str(place)
@@ -198,7 +198,7 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], request: Re
                 with reading_parquet(path):
                     rows = pq.read_table(path, columns=["prompt_token_ids", "token_ids"]).to_pydict()
                 written = [Written(tuple(p), tuple(r)) for p, r in zip(*rows.values(), strict=True)]
-                details = measure_responses(workers, written, temperature=request.entropy_temperature, top=0)
+                details = measure_responses(workers, written, temperature=entropy_temperature(subject), top=0)
                 with writing_parquet(target / path.name, _ENTROPY) as writer:
                     entropy_N = torch.cat([detail.entropy for detail in details]).float().numpy()
                     writer.write_table(pa.table({"entropy": entropy_N}, schema=_ENTROPY))

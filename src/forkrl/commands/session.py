@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from forkrl.commands.subject import Subject
 from forkrl.config import TrainConfig
@@ -64,6 +66,25 @@ def open_session(subject: Subject) -> Iterator[Session]:
         verifiers = with_sandbox(task.verifiers, config.sandbox)
         verifier = stack.enter_context(open_verifier(verifiers, config.reward)) if verifiers else None
         yield Session(config, workers, engine, task, prompts, verifier)
+
+
+def session_question(session: Session) -> dict[str, Any]:
+    """The part of a question that says which prompts, how they are sampled, and who judges."""
+    config = session.config
+    return {
+        "task": session.task.name,
+        "data": session.task.fingerprint,
+        "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},
+        "seed": config.seed,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "stop": list(config.rollout.stop),
+    }
+
+
+def part_seed(kind: str, seed: int, part: int) -> int:
+    """The seed of one part of the work, which therefore does not depend on the parts before it."""
+    digest = hashlib.sha256(f"{kind}/{seed}/{part}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def graphs_fact(config: TrainConfig) -> dict[str, bool]:

@@ -6,11 +6,10 @@ is there, which is written last. The source cuts responses into parts that do no
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import pyarrow as pa
@@ -22,8 +21,8 @@ from forkrl.analysis.measure import SourceResponse, Written, measure_responses, 
 from forkrl.analysis.token_table import TOP
 from forkrl.commands.options import AnalyzeOptions, DriftOptions
 from forkrl.commands.ready_responses import ReadyResponses
-from forkrl.commands.runner import open_work_folder, say_kept, stored_question, weights_fingerprint
-from forkrl.commands.session import Session, open_session
+from forkrl.commands.runner import open_work_folder, say_kept, stored_question
+from forkrl.commands.session import Session, open_session, part_seed, session_question
 from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_subject
 from forkrl.errors import UserError, notice
 from forkrl.model.policy import open_policy
@@ -53,117 +52,84 @@ GROUP_TOKENS = 1 << 16
 """Tokens of a row group: memory in reading and writing is bounded by it, or by the longest response."""
 
 
-class Request(NamedTuple):
-    """Which responses to measure; sampled with the subject's settings unless they are in a file."""
-
-    subject: Subject
-    responses: Path | None
-    skip_unusable: bool
-
-    @property
-    def temperature(self) -> float:
-        """Of sampling."""
-        return self.subject.config.eval.temperature
-
-    @property
-    def entropy_temperature(self) -> float:
-        """At which entropies are measured: those of greedy responses are at temperature 1."""
-        return self.temperature or 1.0
-
-
-def make_request(options: AnalyzeOptions | DriftOptions) -> Request:
-    """The request that the options of a command make; those without effect are refused."""
-    subject, responses = open_subject(options), options.responses
-    if responses is not None:
+def open_response_subject(options: AnalyzeOptions | DriftOptions) -> Subject:
+    """The model and its settings; options without effect are rejected."""
+    if options.responses is not None:
         given = [f"--{name}" for name in ("problems", "samples") if getattr(options, name) is not None]
         unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
-        given += [override for override in options.all_overrides if _is_unread(override, unread)]
+        read = f"{ALLOW_UNKNOWN}="
+        given += [each for each in options.all_overrides if each.startswith(unread) and not each.startswith(read)]
         if given:
-            raise UserError(f"{given[0]}: has no effect along with --responses {responses}: nothing is generated")
+            what = f"--responses {options.responses}"
+            raise UserError(f"{given[0]}: has no effect along with {what}: nothing is generated")
     elif options.skip_unusable:
         raise UserError("--skip-unusable: has no effect without --responses")
-    return Request(subject, responses, options.skip_unusable)
+    return open_subject(options)
 
 
-def _is_unread(override: str, unread: tuple[str, ...]) -> bool:
-    return override.startswith(unread) and override.partition("=")[0].strip() != ALLOW_UNKNOWN
+def entropy_temperature(subject: Subject) -> float:
+    """At which entropies are measured: those of greedy responses are at temperature 1."""
+    return subject.config.eval.temperature or 1.0
 
 
-def collect_tokens(folder: Path, request: Request, question: Mapping[str, Any]) -> list[str]:
-    """Fill ``tokens/`` and ``responses/`` in the folder, from where an earlier session stopped.
+def collect_tokens(
+    folder: Path, subject: Subject, options: AnalyzeOptions | DriftOptions, question: Mapping[str, Any]
+) -> list[str]:
+    """Fill ``tokens/`` and ``responses/`` in the folder, from where an earlier call stopped.
 
     Args:
-        folder: of the work; refused if it holds the answer to another question.
-        request: which responses.
-        question: what more the command asks; its ``schema`` is among it.
+        folder: of the work; refused if it was created with other settings.
+        subject: of ``open_response_subject``.
+        options: whether responses are sampled or in a file.
+        question: see ``open_work_folder``; the settings of sampling are added.
 
     Returns:
         Sentences on what was left out.
     """
-    config = request.subject.config
-    asked = {
-        **question,
-        "model": request.subject.name,
-        "weights": config.model.path,
-        "revision": config.model.revision,
-        "fingerprint": weights_fingerprint(config.model.path),
-        "precision": config.model.precision,
-        "temperature": request.temperature,
-    }
-    if request.responses is not None:
-        return _measure_ready(folder, request, request.responses, asked)
-    _measure_generated(folder, request, asked)
+    if options.responses is not None:
+        return _measure_ready(folder, subject, options.responses, options.skip_unusable, question)
+    samples = subject.config.eval.samples
+    with open_session(subject) as session:
+        asked = {
+            **question,
+            **session_question(session),
+            "prompts": len(session.prompts),
+            "samples": samples,
+            # An earlier call's cut is kept: it decides which responses share a generator, and another number of
+            # workers may be at work now.
+            "prompts_per_part": stored_question(folder).get("prompts_per_part")
+            or max(session.engine.wave_sequences // samples, 1),
+        }
+        with open_work_folder(folder, asked):
+            source = GeneratedResponses(session, samples, asked["prompts_per_part"])
+            write_missing_parts(folder, source, session.workers, entropy_temperature(subject))
     return []
 
 
-def _measure_generated(folder: Path, request: Request, asked: dict[str, Any]) -> None:
-    """Sample, judge and measure what is not in the folder yet."""
-    samples = request.subject.config.eval.samples
-    with open_session(request.subject) as session:
-        earlier = stored_question(folder).get("prompts_per_part")
-        asked |= {
-            "data": session.task.fingerprint,
-            "prompts": len(session.prompts),
-            "samples": samples,
-            "seed": session.config.seed,
-            "max_response_tokens": session.config.rollout.max_response_tokens,
-            "stop": list(session.config.rollout.stop),
-            # An earlier session's cut stands: it decides which responses share a generator, and another number of
-            # workers may be at work now.
-            "prompts_per_part": earlier or max(session.engine.wave_sequences // samples, 1),
-        }
-        with open_work_folder(folder, asked):
-            source = GeneratedResponses(session, samples, request.temperature, asked["prompts_per_part"])
-            write_missing_parts(folder, source, session.workers, request.entropy_temperature)
-
-
-def _measure_ready(folder: Path, request: Request, responses: Path, asked: dict[str, Any]) -> list[str]:
+def _measure_ready(
+    folder: Path, subject: Subject, responses: Path, skip_unusable: bool, question: Mapping[str, Any]
+) -> list[str]:
     """Measure the ready responses that are not in the folder yet."""
-    config = request.subject.config
+    config = subject.config
     policy = open_policy(config.model, config.runtime.device)
+    parts = config.task.parts or (config.task,)
     source = ReadyResponses(
         responses,
         policy,
-        skip_unusable=request.skip_unusable,
-        templated=_is_templated(request.subject),
+        skip_unusable=skip_unusable,
+        templated=subject.run is not None and all(part.chat_template for part in parts),
         allow_unknown=config.task.allow_unknown_tokens,
     )
-    asked |= {"responses": str(responses), "data": source.fingerprint}
     with ExitStack() as stack:
+        asked = {**question, "responses": str(responses), "data": source.fingerprint}
         stack.enter_context(open_work_folder(folder, asked))
         workers = stack.enter_context(open_workers(policy, None, config.runtime))
-        write_missing_parts(folder, source, workers, request.entropy_temperature)
+        write_missing_parts(folder, source, workers, entropy_temperature(subject))
     if not source.skipped.count:
         return []
     sentence = f"{source.skipped.count} rows of {responses.name} could not be used and are left out"
     notice(f"{sentence}:\n{source.skipped.listing()}")
     return [f"{sentence}; {source.skipped.first}"]
-
-
-def _is_templated(subject: Subject) -> bool:
-    """Whether the prompts that the subject reads come from a chat template: those of a run that uses one."""
-    parts = subject.config.task.parts or (subject.config.task,)
-    return subject.run is not None and all(part.chat_template for part in parts)
 
 
 class ResponseSource(Protocol):
@@ -182,18 +148,18 @@ class GeneratedResponses:
     Every part draws from a generator of its own, seeded by the recipe's seed and the part's number.
     """
 
-    def __init__(self, session: Session, num_samples: int, temperature: float, prompts_per_part: int) -> None:
+    def __init__(self, session: Session, num_samples: int, prompts_per_part: int) -> None:
         self._session = session
         self._num_samples = num_samples
-        self._sampling = evaluation_sampling(session.config, temperature, session.policy)
+        self._sampling = evaluation_sampling(session.config, session.config.eval.temperature, session.policy)
         self._prompts_per_part = prompts_per_part
         self.num_parts = -(-len(session.prompts) // prompts_per_part)
 
     def part(self, index: int) -> list[SourceResponse]:
         start = index * self._prompts_per_part
         prompts = self._session.prompts[start : start + self._prompts_per_part]
-        digest = hashlib.sha256(f"responses/{self._session.config.seed}/{index}".encode()).digest()
-        generator = torch.Generator(self._session.policy.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        seed = part_seed("responses", self._session.config.seed, index)
+        generator = torch.Generator(self._session.policy.device).manual_seed(seed)
         groups = self._session.engine.generate(
             prompts, group_size=self._num_samples, sampling=self._sampling, generator=generator
         )
