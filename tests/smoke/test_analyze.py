@@ -212,7 +212,7 @@ READY: dict[str, list[dict[str, Any]]] = {
         (("--responses", "ids.jsonl"), "line 1: token_ids is not a list of ids from 0 to 19"),
         (("--responses", "long.jsonl"), "line 1: prompt and response have 65 tokens, the model has 64 positions"),
         (("--responses", "result.jsonl"), "line 1: correct = 'yes' is neither true nor false"),
-        (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
+        (("--responses", "score.jsonl"), "line 1: score = 2 is not a number from 0 to 1"),
         (("--responses", "noprompt.jsonl"), "line 1: no tokens; an empty prompt cannot be continued"),
         (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),
         (("--responses", "empty.jsonl", "--samples", "2"), "--samples: has no effect along with --responses"),
@@ -320,7 +320,7 @@ def test_so_it_is_where_the_weights_have_changed(own_world: World, argv: tuple[s
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("model",), "model: is no run folder; name a run, or two models at least"),
+        (("model",), "model: is not a run folder; name a run, or two models at least"),
         (("seed=3",), "name a run, or two models at least"),
         (("model", "model", *DATA, *SHORT), "model: is named twice"),
         (("./model", "model/", *DATA, *SHORT), "model/: is named twice"),

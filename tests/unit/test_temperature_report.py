@@ -89,7 +89,7 @@ def test_the_verdict_without_other_temperatures_or_intervals() -> None:
     )
     nothing = (math.nan, math.nan)
     one = pd.DataFrame([row(1, 1), row(2, 1, difference_ends=nothing), row(1, 2, difference_ends=nothing)])
-    assert "changes accuracy by +0.0 points (one prompt tells no interval)" in headline(one)
+    assert "changes accuracy by +0.0 points (no interval from one prompt)" in headline(one)
 
 
 def test_the_verdict_speaks_of_the_lowest_and_of_the_first_above_1() -> None:

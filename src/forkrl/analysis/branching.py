@@ -1,4 +1,4 @@
-"""What a token is worth: how much the outcome of a response depends on which token stands at one of its positions.
+"""What a token is worth: how much the outcome of a response depends on the token at one of its positions.
 
 The paper (arXiv 2506.01939, section 3) calls tokens of high entropy forks because of where they stand. Here is the
 causal test: at a position force each of several alternatives, continue each many times, and compare the success rates.
@@ -11,7 +11,7 @@ Tables are data frames. ``branches`` has a row for each alternative tried at a p
     kind                         "fork", "random" or "low": why the position was chosen
     entropy                      nats, of the distribution that alternatives and continuations are drawn from
     probability                  of the alternative in that distribution
-    taken                        bool: the response itself went on with it
+    taken                        bool: the response itself took it
     exact                        bool: it ends the response, so that nothing is random after it
     scores                       list: the score in [0, 1] of every continuation; of an exact one, the one score
 
@@ -192,7 +192,7 @@ def summarise_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
 
 
 def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) -> pd.DataFrame:
-    """The same for bins of entropy, whatever the kind, without those that are empty: from, to (nats), and means."""
+    """The same for bins of entropy, over all kinds, without empty bins: from, to (nats), and means."""
     number = np.searchsorted(np.asarray(edges), spreads["entropy"].clip(lower=edges[0]), side="right") - 1
     return pd.DataFrame(
         [
@@ -204,7 +204,7 @@ def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) 
 
 
 def fork_tokens(branches: pd.DataFrame, spreads: pd.DataFrame, min_positions: int = 20) -> pd.DataFrame:
-    """The same for forks, by the token that was taken there (column token), if at so many of them; most decisive first.
+    """The same for forks, by the token that was taken there (column token), if at ``min_positions``; most decisive first.
 
     Entropy says how undecided a model is, not what depends on the decision: this is where the two part.
     """

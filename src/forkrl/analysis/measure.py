@@ -177,7 +177,7 @@ def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float,
         ids = torch.tensor(response.prompt_ids + response.response_ids)
         ids_BT[row, : len(ids) - 1] = ids[:-1]
         response_BT[row, len(response.prompt_ids) - 1 : len(ids) - 1] = True
-    # Padding stands on the right, where causal attention never looks: no mask.
+    # Padding is on the right, where causal attention never looks: no mask.
     hidden_BTD = policy.hidden_states(ids_BT.to(policy.device), use_cache=False)
     targets_N = torch.tensor([token for response in batch for token in response.response_ids], device=policy.device)
     with policy.autocast():
@@ -224,7 +224,7 @@ def measure_tokens(
         tokenizer: its tokenizer.
         prompts: ``[R]`` texts, exactly as the model read them. Equal ones are one prompt.
         responses: ``[R]`` texts.
-        correct: ``[R]``; None: nobody knows.
+        correct: ``[R]``; None: unknown.
         temperature: divides the logits.
 
     Returns:

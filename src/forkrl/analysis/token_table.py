@@ -98,7 +98,7 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:
-    """The rows, with all columns, that belong to so many prompts (by ``prompt``, their number)."""
+    """The rows, with all columns, of some prompts (by ``prompt``, their number)."""
     wanted = pa.array(sorted(numbers), pa.int32())
     found = []
     for path in part_paths(tokens):

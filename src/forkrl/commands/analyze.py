@@ -114,7 +114,7 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
 
 
 def _outcomes(folder: Path) -> dict[str, Any]:
-    """Accuracy with its interval, and the shares cut at the limit and not judged; NaN where nobody knows."""
+    """Accuracy with its interval, and the shares cut at the limit and not judged; NaN where unknown."""
     responses = read_responses(folder, ["prompt", "finished", "correct", "failure"])
     judged = responses[responses["correct"].notna()]
     correct = judged["correct"].astype(float).groupby(judged["prompt"])

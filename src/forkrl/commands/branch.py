@@ -143,7 +143,7 @@ def expected_seconds(session: Session, design: Design, num_prompts: int) -> floa
     """Roughly, from the mean length of a few responses and the time of a few steps of a full batch.
 
     A continuation counts as a whole response: of what is left after a position, half a response is too little wherever
-    the model may give up or go on at any time. The token taken is seldom a branch of its own.
+    the model may stop or continue at any time. The token taken is seldom a branch of its own.
     """
     sampling = evaluation_sampling(session.config, design.temperature, session.policy)
     generator = evaluation_generator(session.config.seed, session.policy.device)

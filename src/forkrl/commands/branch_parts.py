@@ -126,7 +126,7 @@ def write_part(folder: Path, index: int, first: int, rows: Sequence[dict[str, An
 
 
 def read_parts(folder: Path, size: int, num_prompts: int) -> list[dict[str, Any]]:
-    """The rows of the first so many prompts, in order, from parts of ``size`` prompts."""
+    """The rows of the first ``num_prompts`` prompts, in order, from parts of ``size`` prompts."""
     paths = [part_path(folder / "parts", index) for index in range(-(-num_prompts // size))]
     rows = []
     for path in paths:

@@ -141,7 +141,7 @@ def _series_of_run(model: str) -> list[Checkpoint]:
     reference = parse_reference(model)
     if reference.run is None or reference.at:
         raise UserError(
-            f"{model}: is no run folder; name a run, or two models at least, the first to the last of training"
+            f"{model}: is not a run folder; name a run, or two models at least, the first to the last of training"
         )
     folder = reference.run
     steps = [Checkpoint(f"step {step}", str(path)) for step, path in all_checkpoints(folder / "checkpoints").items()]
@@ -176,7 +176,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
         tokenizer = AutoTokenizer.from_pretrained(model_location(checkpoint.path), revision=checkpoint.revision)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
+    except Exception as error:  # the libraries raise many kinds for a damaged or foreign folder
         raise UserError(f"{checkpoint.path}: its tokenizer cannot be opened ({first_line(error)})") from error
     return dict(tokenizer.get_vocab())
 

@@ -183,5 +183,5 @@ def _correct(values: dict[str, Any], place: str) -> bool | None:
     if score is None:
         return None
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise UserError(f"{place}: score = {score!r} is no number from 0 to 1")
+        raise UserError(f"{place}: score = {score!r} is not a number from 0 to 1")
     return score == 1

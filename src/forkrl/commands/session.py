@@ -94,7 +94,7 @@ def graphs_fact(config: TrainConfig) -> dict[str, bool]:
 
 def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
     """The subject's settings, once every prompt is found to fit; with the length of responses that the model's
-    positions leave, where nobody chose one.
+    positions leave, where none was chosen.
     """
     if not subject.bounded:
         return _bounded_by_positions(subject.config, engine, prompts)
@@ -103,7 +103,7 @@ def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[P
 
 
 def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
-    """Nobody chose a length of responses: the default, or as much as the model has positions for."""
+    """No length of responses was chosen: the default, or as much as the model has positions for."""
     longest = max((engine.count_tokens(prompt) for prompt in prompts), default=0)
     positions = getattr(engine.policy.model.config, "max_position_embeddings", None)
     if positions is None or longest + config.rollout.max_response_tokens <= positions:

@@ -43,7 +43,7 @@ RESPONSE_SCHEMA = pa.schema(
         pa.field("response", pa.string(), nullable=False),
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("finished", pa.bool_()),  # null where nobody knows
+        pa.field("finished", pa.bool_()),  # null where unknown
         pa.field("correct", pa.bool_()),  # null where nothing judged
         pa.field("failure", pa.string(), nullable=False),  # why a verifier could not judge
     ]

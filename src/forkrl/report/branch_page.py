@@ -106,7 +106,7 @@ def _sections(tables: Mapping[str, pd.DataFrame]) -> list[Section]:
         ),
         Section(
             "Success rates of branches",
-            "The share of branches in each tenth of the success rate, whatever their probability.",
+            "The share of branches in each tenth of the success rate, regardless of their probability.",
             "branch-rates",
             histogram,
             branch_rates(histogram),

@@ -17,7 +17,7 @@ from forkrl.store.results import Results
 
 BROKEN_MEANS = (
     "Broken is a response that is cut at the limit, or ends in a loop (one block of tokens at least 4 times in a row, "
-    "over at least 32 tokens), or holds U+FFFD, which stands for bytes that are not text."
+    "over at least 32 tokens), or holds U+FFFD, which replaces bytes that are not text."
 )
 _SHARES = ("broken", "broken_low", "broken_high", "cut", "loop", "garbled")
 _SWEEPS = (
@@ -73,7 +73,7 @@ def _effect(row: pd.Series) -> str:
     """What a setting does to accuracy: a verb, its object, and the interval of the paired difference."""
     points, low, high = (100 * value for value in interval_of(row, "difference"))
     if math.isnan(low):
-        return f"changes accuracy by {points:+.1f} points (one prompt tells no interval)"
+        return f"changes accuracy by {points:+.1f} points (no interval from one prompt)"
     if high < 0:
         return f"costs {-points:.1f} points of accuracy [{-high:.1f}, {-low:.1f}]"
     if low > 0:
