@@ -204,7 +204,7 @@ def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) 
 
 
 def fork_tokens(branches: pd.DataFrame, spreads: pd.DataFrame, min_positions: int = 20) -> pd.DataFrame:
-    """The same for forks, by the token that was taken there (column token), if at ``min_positions``; most decisive first.
+    """The same for forks, by the token taken there (column token), if at ``min_positions``; most decisive first.
 
     Entropy says how undecided a model is, not what depends on the decision: this is where the two part.
     """

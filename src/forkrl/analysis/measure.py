@@ -244,7 +244,10 @@ def measure_tokens(
     rows: list[SourceResponse] = []
     seen: dict[str, list[int]] = {}  # of each prompt its number, and how many responses it has so far
     for place, (prompt, text, result) in enumerate(zip(prompts, responses, known, strict=True)):
-        written = _tokenised(model, tokenizer, prompt, text, place)
+        try:
+            written = _tokenised(model, tokenizer, prompt, text, f"response {place}")
+        except UserError as error:
+            raise ValueError(str(error)) from None
         count = seen.setdefault(prompt, [len(seen), 0])
         rows.append(SourceResponse(str(count[0]), count[0], prompt, count[1], text, written, None, result))
         count[1] += 1
@@ -261,24 +264,45 @@ def measure_tokens(
 
 
 def _tokenised(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, place: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, place: str
 ) -> Written:
-    try:
-        prompt_ids = prompt_token_ids(tokenizer, Prompt("", prompt, "", f"response {place}"))
-    except UserError as error:
-        raise ValueError(str(error)) from None
+    prompt_ids = prompt_token_ids(tokenizer, Prompt("", prompt, "", place))
     if unknown := unknown_characters(tokenizer, prompt):
-        raise ValueError(f"response {place}: the tokenizer does not know {listed(unknown)} of the prompt")
-    written = Written(prompt_ids, tuple(tokenizer.encode(text, add_special_tokens=False)))
-    if not written.response_ids:
-        raise ValueError(f"response {place}: the response has no tokens")
-    if tokenizer.decode(list(written.response_ids), clean_up_tokenization_spaces=False) != text:
-        raise ValueError(f"response {place}: does not tokenise back; another tokenizer wrote it")
+        raise UserError(f"{place}: the tokenizer does not know {listed(unknown)} of the prompt")
+    written = Written(prompt_ids, response_token_ids(tokenizer, text, place))
+    require_positions(model, written, place)
+    return written
+
+
+def response_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> tuple[int, ...]:
+    """The tokens of a response given as text; ``place`` names it in errors.
+
+    Raises:
+        UserError: it has no tokens, or they are not the same text.
+    """
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise UserError(f"{place}: the response has no tokens")
+    back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    if back == text:
+        return ids
+    remedy = "use the tokenizer of the model that wrote it, or give its token_ids"
+    if unknown := unknown_characters(tokenizer, text):
+        raise UserError(f"{place}: the tokenizer does not know {listed(unknown)} of the response; {remedy}")
+    differs = (at for at, (a, b) in enumerate(zip(back, text, strict=False)) if a != b)
+    at = next(differs, min(len(back), len(text)))
+    raise UserError(
+        f"{place}: response does not tokenise back: from character {at + 1} on {text[at : at + 12]!r} becomes "
+        f"{back[at : at + 12]!r}; {remedy}"
+    )
+
+
+def require_positions(model: PreTrainedModel, written: Written, place: str) -> None:
+    """Reject a prompt and response together longer than the model has positions for."""
     length = len(written.prompt_ids) + len(written.response_ids)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
-        raise ValueError(f"response {place}: {length} tokens with its prompt, the model has {positions} positions")
-    return written
+        raise UserError(f"{place}: prompt and response have {length} tokens, the model has {positions} positions")
 
 
 def token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails], texts: TokenTexts) -> pa.Table:

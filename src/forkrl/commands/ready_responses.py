@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forkrl.analysis.measure import SourceResponse, Written
+from forkrl.analysis.measure import SourceResponse, Written, require_positions, response_token_ids
 from forkrl.errors import UserError
 from forkrl.model.policy import Policy
-from forkrl.model.prompt_tokens import PromptCheck, listed, unknown_characters
+from forkrl.model.prompt_tokens import PromptCheck
 from forkrl.report.progress import progress
 from forkrl.store.run_folder import encodable_text
 from forkrl.tasks.bad_rows import BadRows
@@ -106,7 +106,8 @@ class ReadyResponses:
             Prompt("", prompt, "", place, templated=self._templated), allow_unknown=self._allow_unknown
         )
         response_ids, text = self._response(values, place)
-        self._require_positions(len(prompt_ids) + len(response_ids), place)
+        written = Written(prompt_ids, response_ids)
+        require_positions(self._policy.model, written, place)
         given_id = values.get("prompt_id")
         return SourceResponse(
             prompt_id=encodable_text(str(given_id))
@@ -116,7 +117,7 @@ class ReadyResponses:
             prompt_text=prompt,
             sample=0,
             text=text,
-            written=Written(prompt_ids, response_ids),
+            written=written,
             finished=None,
             correct=_correct(values, place),
         )
@@ -137,27 +138,7 @@ class ReadyResponses:
         if not text:
             raise UserError(f"{place}: response is empty; remove the row")
         require_characters(text, "response", place)
-        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-        back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-        if back != text and (unknown := unknown_characters(tokenizer, text)):
-            raise UserError(
-                f"{place}: the tokenizer does not know {listed(unknown)} of the response; use the tokenizer of the "
-                f"model that wrote it, or give its token_ids"
-            )
-        if back != text:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), min(len(back), len(text))
-            )
-            raise UserError(
-                f"{place}: response does not tokenise back: from character {at + 1} on {text[at : at + 12]!r} becomes "
-                f"{back[at : at + 12]!r}; use the tokenizer of the model that wrote it, or give its token_ids"
-            )
-        return ids, text
-
-    def _require_positions(self, length: int, place: str) -> None:
-        positions = getattr(self._policy.model.config, "max_position_embeddings", None)
-        if positions is not None and length > positions:
-            raise UserError(f"{place}: prompt and response have {length} tokens, the model has {positions} positions")
+        return response_token_ids(tokenizer, text, place), text
 
 
 def _cut(by_prompt: dict[tuple[str, str], list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
