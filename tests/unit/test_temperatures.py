@@ -166,7 +166,7 @@ def test_without_the_baseline_there_is_no_difference() -> None:
     ("frame", "says"),
     [
         (BASE.iloc[:0], "no responses"),
-        (BASE.iloc[:5], "problems differ in their number of responses"),
+        (BASE.iloc[:5], "prompts differ in their number of responses"),
         (pd.concat([BASE, COLD.iloc[:4]]), "same ones"),
     ],
 )

@@ -40,7 +40,7 @@ def temps_page(results: Results, views: Sequence[View]) -> Page:
         sections_title="Accuracy, length and nonsense against temperature",
         cards=[
             interval_card(f"Accuracy at {at}, {at}", interval_of(row, "accuracy")),
-            Card("Threshold", f"{facts['threshold']:.4f} nats", note=facts["threshold_is"]),
+            Card("Threshold", f"{facts['threshold']:.4g} nats", note=facts["threshold_is"]),
             Card("Tokens above it", f"{row['forks']:.1%}", note=f"at temperature {at}"),
             Card("Responses", f"{len(table) * row['prompts'] * row['samples']:,.0f}", note=scale),
         ],
