@@ -27,6 +27,7 @@ from forkrl.evaluation.majority import Ballot, majority_at_k
 from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
+    from_columns,
     mean_of_question_values,
     mean_pass_at_k,
     mean_with_interval,
@@ -50,9 +51,8 @@ def scores(generator: Generator, chance_P: Floats, samples: int) -> Floats:
     return (generator.random((len(chance_P), samples)) < chance_P[:, None]).astype(np.float64)
 
 
-def covers(estimate: Estimate | dict[str, float], truth: float) -> bool:
-    low, high = (estimate["low"], estimate["high"]) if isinstance(estimate, dict) else estimate[1:]
-    return low <= truth <= high
+def covers(estimate: Estimate, truth: float) -> bool:
+    return estimate.low <= truth <= estimate.high
 
 
 def accuracy(simulations: int, questions: int, samples: int, shape: tuple[float, float]) -> dict[str, float]:
@@ -198,7 +198,7 @@ def spending(simulations: int, questions: int, samples: int, longest_b: int) -> 
             )
             for each, longest in ((0.0, 100), (gain, longest_b))
         ]
-        covered += covers(compare_at_equal_spending(sides[0], sides[1], seed=0)[-1]["difference"], truth)
+        covered += covers(from_columns(compare_at_equal_spending(sides[0], sides[1], seed=0)[-1], "difference"), truth)
     return {"coverage": covered / simulations}
 
 

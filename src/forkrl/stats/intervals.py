@@ -9,7 +9,7 @@ the spread of the question means. A thousand samples of one question are one obs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,11 @@ class Estimate(NamedTuple):
 def as_columns(name: str, estimate: Estimate) -> dict[str, float]:
     """The estimate as three columns of a table: ``name``, ``name_low``, ``name_high``."""
     return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def from_columns(row: Mapping[str, float], name: str) -> Estimate:
+    """The estimate that ``as_columns`` wrote."""
+    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def mean_with_interval(scores: Scores) -> Estimate:
