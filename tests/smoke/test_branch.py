@@ -145,7 +145,7 @@ def test_a_run_is_branched_in_its_own_folder(world: World) -> None:
         (("--out", "model"), "model: is not empty (it holds config.json)"),
         (
             ("--out", "whole", "--forks", "3"),
-            "whole: holds the answer to another question (forks = 2, now 3); name another folder with --out",
+            "whole: was created with different settings (forks = 2, now 3); name another folder with --out",
         ),
     ],
 )
@@ -181,7 +181,7 @@ def test_whatever_changes_the_branches_is_another_question(
     before = parts(world, "whole")
     outcome = world.run("branch", "model", *SMALL, "--out", "whole", *changed)
     assert outcome.code == 2, outcome
-    assert f"whole: holds the answer to another question ({key} = " in outcome.line
+    assert f"whole: was created with different settings ({key} = " in outcome.line
     assert parts(world, "whole") == before
 
 

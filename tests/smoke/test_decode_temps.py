@@ -162,10 +162,10 @@ def test_one_problem_is_a_sweep_without_intervals(world: World, run: Run) -> Non
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("run", *SWEEP, "--threshold", "0.5"), "holds the answer to another question (threshold = None, now 0.5)"),
-        (("run", "--problems", "6", "--samples", "2"), "another question (problems = 7, now 6)"),
-        (("run", *SWEEP, "--temperatures", "0,1"), "another question (temperatures ="),
-        (("run", *SWEEP, "seed=4"), "another question (seed = 3, now 4)"),
+        (("run", *SWEEP, "--threshold", "0.5"), "was created with different settings (threshold = None, now 0.5)"),
+        (("run", "--problems", "6", "--samples", "2"), "different settings (problems = 7, now 6)"),
+        (("run", *SWEEP, "--temperatures", "0,1"), "different settings (temperatures ="),
+        (("run", *SWEEP, "seed=4"), "different settings (seed = 3, now 4)"),
         (("run", *SWEEP, "--out", "model"), "is not empty"),
         (("run", "--out", "recipe.toml"), "recipe.toml: is a file"),
         (("run", "--threshold", "-1"), "--threshold -1: must be at least 0 (entropy in nats)"),

@@ -119,7 +119,7 @@ COMMANDS = {
     "decode-temps": ("--problems", "2", "--samples", "1", "--temperatures", "0.5,1"),
 }
 FIGURES = {
-    "eval": "results.json", "analyze": "analysis.json", "drift": "drift.json", "branch": "branches.json",
+    "eval": "results.json", "analyze": "results.json", "drift": "drift.json", "branch": "branches.json",
     "decode-temps": "temperatures.json",
 }  # fmt: skip
 

@@ -38,9 +38,11 @@ def test_pages_of_a_run_an_evaluation_and_a_comparison_are_made_again(tmp_path: 
         (None, "no such folder; name a run"),
         ({}, "no finished output of forkrl"),
         ({"settings.json": "{}"}, "the same command finishes an interrupted one"),
-        ({"comparison.json": "["}, "comparison.json: cannot be read"),
-        ({"comparison.json": "[]"}, "comparison.json: is not a JSON object"),
-        ({"drift.json": "{}", "settings.json": json.dumps({"checkpoints": []})}, "has no 'ratio', so another version"),
+        ({"results.json": "["}, "results.json: cannot be read"),
+        ({"results.json": "[]"}, "results.json: is not a JSON object"),
+        ({"results.json": '{"schema": "forkrl-eval/2"}'}, "results.json: another version of ForkRL wrote it"),
+        ({"results.json": '{"schema": "forkrl-x/1"}'}, "results.json: has the unknown schema 'forkrl-x/1'"),
+        ({"drift.json": "{}", "settings.json": json.dumps({"checkpoints": []})}, "has no 'ratio': another version"),
     ],
 )
 def test_other_folders_are_refused_in_a_line(tmp_path: Path, files: dict[str, str] | None, says: str) -> None:

@@ -116,7 +116,7 @@ def test_the_figures_draw_both_sweeps_at_even_distances() -> None:
 
 def sweep(**changes: Any) -> Page:
     response = ShownResponse("high 1, low 1", [HOSTILE, "b"], [[0.1, 0.9]], [-0.1, -0.9], score=1.0, finished=False)
-    views = [View("t0", "Temperature 0", HOSTILE, [Frame("", [ShownPrompt(HOSTILE, "right", [response])])])]
+    views = [View("Temperature 0", HOSTILE, [Frame("", [ShownPrompt(HOSTILE, "right", [response])])])]
     values: dict[str, Any] = {
         "name": HOSTILE, "table": TABLE, "threshold": 0.672, "origin": "given", "broken_means": "Broken is.",
         "views": views, "headline": headline(TABLE), "settings": [("s", [("seed", "0", False)])],

@@ -24,9 +24,9 @@ from forkrl.commands.branch_parts import (
 )
 from forkrl.commands.options import BranchOptions
 from forkrl.commands.reference import parse_reference
+from forkrl.commands.runner import open_work_folder, stored_question, weights_fingerprint
 from forkrl.commands.session import Session, open_session
 from forkrl.commands.subject import Subject, open_subject
-from forkrl.commands.work_folder import command_line, open_work_folder, read_json, stored_question, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report.branch_page import KINDS, BranchResults, branch_headline, branch_page
 from forkrl.report.formatting import duration, plain
@@ -36,6 +36,7 @@ from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling
 from forkrl.rollout.scoring import none_judged
 from forkrl.stats.intervals import ClusterSums
 from forkrl.store.atomic import write_bytes, write_json, write_text
+from forkrl.store.results import command_line, read_json
 from forkrl.types import SamplingParams, Verifier
 
 SCHEMA = "forkrl-branch/1"

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from forkrl.commands.options import AnalyzeOptions, DriftOptions
 from forkrl.commands.ready_responses import ReadyResponses
+from forkrl.commands.runner import open_work_folder, stored_question, weights_fingerprint
 from forkrl.commands.session import open_session
 from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_subject
 from forkrl.commands.token_parts import GeneratedResponses, write_missing_parts
-from forkrl.commands.work_folder import open_work_folder, stored_question, weights_fingerprint
 from forkrl.errors import UserError, notice
 from forkrl.model.policy import open_policy
 from forkrl.parallel.workers import open_workers

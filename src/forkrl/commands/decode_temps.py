@@ -21,10 +21,10 @@ from forkrl.analysis.temperatures import (
 )
 from forkrl.commands.options import DecodeTempsOptions
 from forkrl.commands.reference import parse_reference
+from forkrl.commands.runner import open_work_folder, weights_fingerprint
 from forkrl.commands.session import Session, graphs_fact, open_session
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.sweep_responses import SweepResponses, fork_threshold
-from forkrl.commands.work_folder import open_work_folder, read_json, weights_fingerprint
 from forkrl.errors import UserError
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import plain
@@ -36,6 +36,7 @@ from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, s
 from forkrl.rollout.scoring import none_judged
 from forkrl.store.atomic import write_json, write_text
 from forkrl.store.provenance import describe_provenance
+from forkrl.store.results import read_json
 from forkrl.types import RolloutGroup
 
 SCHEMA = "forkrl-decode-temps/1"
@@ -249,8 +250,8 @@ def _views(responses: SweepResponses, table: pd.DataFrame, base: float) -> list[
     pairs = {f"{value:g}": (Setting(value, base), Setting(base, value)) for value in telling}
     tabs = {**pairs, f"{base:g}": (Setting(base, base),)}
     return [
-        View(f"t{number}", f"Temperature {value}", _note(value, f"{base:g}"), [Frame("", _shown(responses, settings))])
-        for number, (value, settings) in enumerate(tabs.items())
+        View(f"Temperature {value}", _note(value, f"{base:g}"), [Frame("", _shown(responses, settings))])
+        for value, settings in tabs.items()
     ]
 
 

@@ -25,16 +25,9 @@ from forkrl.analysis.token_table import part_paths, reading_parquet, token_batch
 from forkrl.commands.collect_tokens import Request, collect_tokens, make_request
 from forkrl.commands.options import DriftOptions
 from forkrl.commands.reference import parse_reference
+from forkrl.commands.runner import open_work_folder, stored_question, weights_fingerprint
 from forkrl.commands.subject import locate_weights
 from forkrl.commands.token_parts import read_responses, writing_parquet
-from forkrl.commands.work_folder import (
-    command_line,
-    open_work_folder,
-    read_json,
-    stored_question,
-    weights_fingerprint,
-    work_provenance,
-)
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
@@ -47,6 +40,7 @@ from forkrl.report.page import write_page
 from forkrl.report.progress import progress
 from forkrl.store.atomic import write_json, write_text
 from forkrl.store.checkpoint import all_checkpoints
+from forkrl.store.results import command_line, read_json
 from forkrl.store.resuming import stored_config
 
 SCHEMA = "forkrl-drift/1"
@@ -142,7 +136,7 @@ def write_drift_report(found: Drift) -> Path:
 
 
 def _provenance(folder: Path) -> list[tuple[str, str]]:
-    rows = [(key, value) for key, value in work_provenance(folder) if key != "checkpoints"]
+    rows = [(key, str(value)) for key, value in stored_question(folder).items() if key != "checkpoints"]
     return [*rows, *((name, path) for name, path, _ in stored_question(folder)["checkpoints"])]
 
 

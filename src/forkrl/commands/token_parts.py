@@ -21,6 +21,7 @@ from forkrl.analysis import TOKEN_SCHEMA
 from forkrl.analysis.token_pass import Written, measure_responses
 from forkrl.analysis.token_rows import SourceResponse, token_rows
 from forkrl.analysis.token_table import TOP, part_paths, reading_parquet
+from forkrl.commands.runner import say_kept
 from forkrl.commands.session import Session
 from forkrl.model.token_texts import TokenTexts
 from forkrl.parallel.workers import Workers
@@ -106,8 +107,7 @@ def write_missing_parts(folder: Path, source: ResponseSource, workers: Workers, 
     missing = [
         index for index in range(source.num_parts) if not all(_path(folder, table, index).exists() for table in tables)
     ]
-    if 0 < len(missing) < source.num_parts:
-        print(f"{source.num_parts - len(missing)} of {source.num_parts} parts are in {folder} already", flush=True)
+    say_kept(source.num_parts - len(missing), source.num_parts, "parts", folder)
     texts = TokenTexts(workers.policy.tokenizer)
     for index in progress(missing, "measuring tokens"):
         responses = source.part(index)

@@ -168,7 +168,7 @@ def _fork_view(found: BranchResults) -> ForkView:
         "tried, how probable it was, and how often its continuations came out right."
     )
     entropy = np.concatenate([row["entropy"] for row in found.rows])
-    view = View("branches", "Branches", note, [Frame("", list(prompts.values()))])
+    view = View("Branches", note, [Frame("", list(prompts.values()))])
     return ForkView([view], lead, mark=float(np.percentile(entropy, FORK_PERCENTILE)))
 
 

@@ -65,7 +65,7 @@ def drift_page(
         sections=_sections(facts, tables),
         cards=_cards(facts, tables),
         forks=ForkView(
-            [View("responses", "Responses of the last", choice, [Frame("", shown)], layers)],
+            [View("Responses of the last", choice, [Frame("", shown)], layers)],
             "The same tokens under every checkpoint: switch between them to see where the model grew more or less "
             f"certain. The keys visit tokens above {mark:.3g} nats, the 80th percentile of the first checkpoint.",
             mark,

@@ -185,7 +185,8 @@ def _sections(tables: Mapping[str, pd.DataFrame], paper: Paper) -> list[Section]
     if len(compared):
         found.append(_paper_section(compared, paper))
     caption = "Shares of all responses. A failed response is one that the verifier could not judge; it counts as wrong."
-    return [*found, Section("What went wrong", caption, "eval-trouble", benchmarks[list(trouble)].rename(columns=trouble))]
+    table = benchmarks[list(trouble)].rename(columns=trouble)
+    return [*found, Section("What went wrong", caption, "eval-trouble", table)]
 
 
 def _paper_section(benchmarks: pd.DataFrame, paper: Paper) -> Section:

@@ -112,7 +112,6 @@ def _view(view: View, max_bytes: int, table: TextTable, mark: float | None) -> d
         _check(response, len(view.layers))
     frames, limit = fitting(view.frames, max_bytes)
     return {
-        "id": visible(view.id),
         "title": visible(view.title),
         "note": visible(view.note + _said(view.frames, frames, limit)),
         "layers": [visible(name) for name in view.layers],

@@ -89,7 +89,6 @@ class View:
     """A tab of the fork view.
 
     Args:
-        id: short and unique in the page.
         title: on the tab.
         note: a sentence on which responses these are.
         frames: at least one.
@@ -97,7 +96,6 @@ class View:
         frame_name: what the labels of the frames count, such as "Step".
     """
 
-    id: str
     title: str
     note: str
     frames: Sequence[Frame]

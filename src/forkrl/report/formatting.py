@@ -68,7 +68,8 @@ def interval(estimate: Mapping[str, float | None] | None) -> Estimate:
 
 def interval_of(row: Any, name: str) -> Estimate:
     """An estimate in a row of a table: its columns ``name``, ``name_low`` and ``name_high``."""
-    return Estimate(*(float(row[name + end]) for end in ("", "_low", "_high")))
+    values = (row[name + end] for end in ("", "_low", "_high"))
+    return Estimate(*(math.nan if value is None else float(value) for value in values))
 
 
 def percent(estimate: Estimate, *, unit: str = "%", sign: str = "") -> str:
