@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forkrl.store.results import read_results
 
+from forkrl.store.results import read_results
 from tests.fabricated_evaluation import random_responses, write_evaluation, write_lines
 from tests.report_page import Page
 from tests.smoke.world import World

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from forkrl.store.results import read_results
 
 from forkrl.analysis import temperature_table
 from forkrl.commands.report import write_report
+from forkrl.store.results import read_results
 from tests.smoke.test_eval import DATASET, SHORT
 from tests.smoke.world import Run, World, write_prompts
 

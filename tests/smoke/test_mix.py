@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from forkrl.store.results import read_results
 
+from forkrl.store.results import read_results
 from tests.smoke.world import ALPHABET, Launcher, Run, World, copy_world, make_model
 
 PARTS = ("countdown", "gcd", "prompts")

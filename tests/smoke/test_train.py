@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from forkrl.store.results import read_results
 
+from forkrl.store.results import read_results
 from tests.smoke.world import Run, World
 
 RUN_FOLDER = Path(__file__).parents[2] / "docs/run-folder.md"

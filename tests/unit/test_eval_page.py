@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from forkrl.report.terminal import describe_page
-from forkrl.store.results import Results
 
 from forkrl.commands.report import write_report
 from forkrl.errors import UserError
@@ -38,7 +36,9 @@ from forkrl.report.eval_page import (
 )
 from forkrl.report.formatting import READ_CHARACTERS, probability, shortened
 from forkrl.report.page import write_page
+from forkrl.report.terminal import describe_page
 from forkrl.stats.intervals import Estimate, as_columns
+from forkrl.store.results import Results
 from tests.fabricated_evaluation import HOSTILE, random_responses, write_evaluation, write_lines
 from tests.report_page import Page
 

@@ -420,7 +420,8 @@ def read_response(server: Server, request: SampleRequest, sampling: EvalSampling
 
 def _text_and_reasoning(server: Server, choice: Mapping[str, Any]) -> tuple[str, str]:
     """The response, and the reasoning that a server returns separately ("" without any)."""
-    text, reasoning = choice.get("text"), ""
+    text: Any = choice.get("text")
+    reasoning: Any = ""
     if server.chat:
         message = choice.get("message")
         if not isinstance(message, dict):

@@ -261,7 +261,7 @@ def _by_benchmark(
 
 def length_distributions(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Share of right and of wrong responses by length, one plot per benchmark."""
-    benchmarks, panels = tables["benchmarks"], []
+    benchmarks, panels = tables["benchmarks"], list[Panel]()
     for name, title in zip(benchmarks["benchmark"], benchmarks["title"], strict=True):
         bins = tables["lengths"][tables["lengths"]["benchmark"] == name]
         edges = [*bins["from"], bins["to"].iloc[-1]]
