@@ -24,10 +24,10 @@ from rich.table import Table
 from benchmarks._record import describe_setting, write_result
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.majority import Ballot, majority_at_k
+from forkrl.report.formatting import interval_of
 from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
-    from_columns,
     mean_of_question_values,
     mean_pass_at_k,
     mean_with_interval,
@@ -198,7 +198,7 @@ def spending(simulations: int, questions: int, samples: int, longest_b: int) -> 
             )
             for each, longest in ((0.0, 100), (gain, longest_b))
         ]
-        covered += covers(from_columns(compare_at_equal_spending(sides[0], sides[1], seed=0)[-1], "difference"), truth)
+        covered += covers(interval_of(compare_at_equal_spending(sides[0], sides[1], seed=0)[-1], "difference"), truth)
     return {"coverage": covered / simulations}
 
 

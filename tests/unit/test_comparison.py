@@ -17,10 +17,10 @@ from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import ScoredResponse
 from forkrl.evaluation.summary import Tables
+from forkrl.report.formatting import interval_of
 from forkrl.stats import permutation
 from forkrl.stats.intervals import (
     Estimate,
-    from_columns,
     mean_of_estimates,
     mean_of_question_values,
     paired_difference_of_values,
@@ -176,7 +176,7 @@ def test_a_comparison_by_hand() -> None:
     passes = {(each["measure"], each["k"]): each for each in found["passes"]}
     at_two = passes["pass@k", 2]
     assert (at_two["a"], at_two["b"]) == (0.5, 0.75)
-    assert from_columns(at_two, "difference") == paired_difference_of_values([1, 0, 1, 0], [1, 1, 1, 0], 1)
+    assert interval_of(at_two, "difference") == paired_difference_of_values([1, 0, 1, 0], [1, 1, 1, 0], 1)
     # Wrong answers of A and B are all different: one right of two ties.
     assert (passes["maj@k", 2]["a"], passes["maj@k", 2]["b"]) == (3 / 8, 5 / 8)
     assert [each["question"] for each in found["changes"]] == ["q000", "q001"]
@@ -203,10 +203,10 @@ def test_the_same_evaluation_twice_differs_in_nothing_but_is_not_certain() -> No
         found = compared(responses(scores, tokens), responses(scores, tokens))
         (row,) = found["benchmarks"]
         assert row["p"] == 1 and found["changes"] == []
-        assert from_columns(row, "length_difference") == (0, 0, 0)
-        differences = [from_columns(row, f"{name}_difference") for name in ("accuracy", "matched")]
+        assert interval_of(row, "length_difference") == (0, 0, 0)
+        differences = [interval_of(row, f"{name}_difference") for name in ("accuracy", "matched")]
         others = (each for name in ("budget", "spending", "passes") for each in found[name])
-        for difference in (*differences, *(from_columns(each, "difference") for each in others)):
+        for difference in (*differences, *(interval_of(each, "difference") for each in others)):
             assert difference.mean == 0 and difference.low < 0 < difference.high
 
 

@@ -18,7 +18,8 @@ from forkrl.evaluation.folder import ScoredResponse
 from forkrl.evaluation.majority import Ballot, ballot, majority_at_k
 from forkrl.evaluation.paper import AVERAGE, TABLE_2
 from forkrl.evaluation.summary import by_question, mean_over_benchmarks, summarise_benchmark
-from forkrl.stats.intervals import Estimate, as_columns, from_columns, mean_with_interval, mean_with_normal_interval
+from forkrl.report.formatting import interval_of
+from forkrl.stats.intervals import Estimate, as_columns, mean_with_interval, mean_with_normal_interval
 from forkrl.types import FAILURES
 
 SIMULATIONS = 200
@@ -113,11 +114,11 @@ def test_every_figure_of_a_small_benchmark_by_hand() -> None:
     (figures,) = tables["benchmarks"]
     scores, lengths = [[1, 1, 1, 0], [0, 0, 0, 1]], [[10, 20, 30, 100], [40, 50, 60, 30]]
     assert (figures["benchmark"], figures["questions"], figures["samples"]) == ("x", 2, 4)
-    assert from_columns(figures, "accuracy") == mean_with_interval(scores)
-    assert from_columns(figures, "length") == mean_with_normal_interval(lengths)
+    assert interval_of(figures, "accuracy") == mean_with_interval(scores)
+    assert interval_of(figures, "length") == mean_with_normal_interval(lengths)
     assert figures["length_right"] == pytest.approx(90 / 4)
     assert figures["length_wrong"] == pytest.approx(250 / 4)
-    assert from_columns(figures, "length_gap") == pytest.approx(mean_with_normal_interval([[80], [20]]))
+    assert interval_of(figures, "length_gap") == pytest.approx(mean_with_normal_interval([[80], [20]]))
     assert figures["entropy"] == pytest.approx((0.5 * 300 + 1.5 * 40) / 340)
     assert passes_of(small_benchmark(), 4, "pass") == pytest.approx({1: 0.5, 2: (1 + 1 / 2) / 2, 4: 1.0})
     # Of a's pairs 3 are right and 3 tie; b votes 1 right, 1 wrong, 2 silent: pairs r1 ½, rs 1, rs 1, 1s 0, 1s 0, ss 0.
@@ -133,9 +134,9 @@ def test_maj_at_1_is_pass_at_1_is_accuracy() -> None:
     generator = np.random.default_rng(1)
     rows = [answered(str(q), [("r", "a", "b", "")[i] for i in generator.integers(0, 4, 8)]) for q in range(30)]
     tables = summarise_benchmark("x", [each for row in rows for each in row], 8)
-    accuracy = from_columns(tables["benchmarks"][0], "accuracy")
+    accuracy = interval_of(tables["benchmarks"][0], "accuracy")
     for name in ("pass", "majority"):
-        assert from_columns(tables["passes"][0], name) == pytest.approx(accuracy), name
+        assert interval_of(tables["passes"][0], name) == pytest.approx(accuracy), name
     assert [row["k"] for row in tables["passes"]] == [1, 2, 4, 8]
 
 
@@ -152,10 +153,10 @@ def test_the_budget_curve_counts_longer_responses_as_wrong() -> None:
     tables = summarise_benchmark("x", small_benchmark(), 4)
     curve = {row["tokens"]: row for row in tables["budget"]}
     assert max(curve) == 100
-    assert from_columns(curve[100], "accuracy") == from_columns(tables["benchmarks"][0], "accuracy")
+    assert interval_of(curve[100], "accuracy") == interval_of(tables["benchmarks"][0], "accuracy")
     for budget, row in curve.items():
         right = [[float(length <= budget) for length in (10, 20, 30)] + [0.0], [0.0, 0.0, 0.0, float(budget >= 30)]]
-        assert from_columns(row, "accuracy") == pytest.approx(mean_with_interval(right))
+        assert interval_of(row, "accuracy") == pytest.approx(mean_with_interval(right))
         lengths = [10, 20, 30, 100, 40, 50, 60, 30]
         assert row["spent"] == pytest.approx(sum(min(each, budget) for each in lengths) / 8)
     assert summarise_benchmark("x", [response("q", 0, "", tokens=0)], 1)["budget"][0]["tokens"] == 1
@@ -217,8 +218,8 @@ def test_intervals_of_accuracy_and_majority_cover_the_truth() -> None:
             response(f"{q:02}", k, "r" if right[q, k] else "w", float(right[q, k])) for q in range(40) for k in range(4)
         ]
         tables = summarise_benchmark("x", responses, 4)
-        found = {"accuracy": from_columns(tables["benchmarks"][0], "accuracy")}
-        found["maj"] = from_columns(tables["passes"][2], "majority")
+        found = {"accuracy": interval_of(tables["benchmarks"][0], "accuracy")}
+        found["maj"] = interval_of(tables["passes"][2], "majority")
         for name, estimate in found.items():
             covered[name] += estimate.low <= truth[name] <= estimate.high
     for name, count in covered.items():
@@ -236,6 +237,6 @@ def test_the_mean_over_benchmarks_weighs_each_alike() -> None:
     rows = [as_columns("accuracy", Estimate(0.2, 0.1, 0.3)) | as_columns("length", Estimate(10, 7, 13))] * 2
     rows[1] = as_columns("accuracy", Estimate(0.6, 0.5, 0.7)) | as_columns("length", Estimate(30, 26, 34))
     (mean,) = mean_over_benchmarks(rows)
-    assert from_columns(mean, "accuracy") == pytest.approx((0.4, 0.4 - 0.1 / 2**0.5, 0.4 + 0.1 / 2**0.5))
-    assert from_columns(mean, "length") == pytest.approx((20, 17.5, 22.5))
+    assert interval_of(mean, "accuracy") == pytest.approx((0.4, 0.4 - 0.1 / 2**0.5, 0.4 + 0.1 / 2**0.5))
+    assert interval_of(mean, "length") == pytest.approx((20, 17.5, 22.5))
     assert mean_over_benchmarks(rows[:1]) == []

@@ -20,7 +20,8 @@ import pytest
 
 from forkrl.errors import UserError
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
-from forkrl.evaluation.server import Answer, Failure, Server, ServerSampler, read_response, request_body, wait_s
+from forkrl.evaluation.server import ServerSampler, wait_s
+from forkrl.evaluation.server_answers import Answer, Failure, Server, read_response, request_body
 from forkrl.types import Prompt
 from tests.openai_server import MODEL, Behaviour, Exchange, OpenAIServer, completion, echo
 

@@ -23,9 +23,9 @@ from forkrl.evaluation.summary import (
     powers_of_two,
     truncated_share,
 )
+from forkrl.report.formatting import interval_of
 from forkrl.stats.intervals import (
     as_columns,
-    from_columns,
     mean_of_estimates,
     mean_with_interval,
     mean_with_normal_interval,
@@ -216,6 +216,6 @@ def _mean_over_benchmarks(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pai
         for side in "ab":
             pooled[f"{measure}_{side}"] = float(np.mean([row[f"{measure}_{side}"] for row in rows]))
         name = f"{measure}_difference"
-        differences = mean_of_estimates([from_columns(row, name) for row in rows])
+        differences = mean_of_estimates([interval_of(row, name) for row in rows])
         pooled |= as_columns(name, test.difference if measure == "accuracy" else differences)
     return [pooled]

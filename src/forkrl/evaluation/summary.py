@@ -15,11 +15,11 @@ import numpy as np
 from forkrl.evaluation.budgets import Floats, Outcomes, budget_curve
 from forkrl.evaluation.folder import ScoredResponse
 from forkrl.evaluation.majority import MAX_VOTES, ballot, majority_at_k
+from forkrl.report.formatting import interval_of
 from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
     as_columns,
-    from_columns,
     mean_of_estimates,
     mean_of_question_values,
     mean_pass_at_k,
@@ -78,7 +78,7 @@ def mean_over_benchmarks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, fl
     """One row with the mean ``accuracy`` and ``length`` of benchmarks of equal weight; none for a single benchmark."""
     if len(rows) < 2:
         return []
-    accuracy, length = (mean_of_estimates([from_columns(row, name) for row in rows]) for name in ("accuracy", "length"))
+    accuracy, length = (mean_of_estimates([interval_of(row, name) for row in rows]) for name in ("accuracy", "length"))
     return [as_columns("accuracy", accuracy) | as_columns("length", length)]
 
 

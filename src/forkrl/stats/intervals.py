@@ -1,15 +1,15 @@
-"""Scores with their uncertainty: 95% intervals that know that samples of one question are alike.
+"""Scores with 95% intervals that are clustered by question.
 
 Axes: ``P`` questions, ``K`` samples per question.
 
-Questions, not samples, are drawn independently, so every standard error here is *clustered by question*: it comes from
-the spread of the question means. A thousand samples of one question are one observation of the benchmark.
+Questions, not samples, are drawn independently, so every standard error comes from the spread of the question means: a
+thousand samples of one question are one observation of the benchmark.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,18 +39,12 @@ def as_columns(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def from_columns(row: Mapping[str, float], name: str) -> Estimate:
-    """The estimate that ``as_columns`` wrote."""
-    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
-
-
 def mean_with_interval(scores: Scores) -> Estimate:
     """Mean score with a Wilson interval at the effective sample size of the clustered standard error.
 
-    With ``p`` the mean and ``SE`` its standard error clustered by question, ``n = p (1 - p) / SE^2`` is the number of
-    independent yes-or-no draws that would be as uncertain. It lies between P (samples of a question always agree) and
-    P·K (they are independent) and is clipped to that range, which also settles ``p = 0`` and ``p = 1``: n = P there.
-    Wilson's interval at ``(p, n)`` stays within [0, 1] and keeps its coverage near the ends.
+    With ``p`` the mean and ``SE`` its clustered standard error, ``n = p (1 - p) / SE^2`` is the number of independent
+    yes-or-no draws that would be as uncertain, clipped to the range from P (samples of a question always agree) to P·K
+    (they are independent); n = P at ``p = 0`` and ``p = 1``. Wilson's interval stays within [0, 1].
 
     Args:
         scores: ``[P, K]`` in [0, 1].
@@ -66,7 +60,7 @@ def mean_with_normal_interval(values: Scores) -> Estimate:
         values: ``[P, K]``, finite.
 
     Returns:
-        The mean; with one question the ends are NaN, for nothing is known of the spread.
+        The mean; with one question the ends are NaN.
     """
     return _student(_as_matrix(values).mean(axis=1))
 
@@ -74,10 +68,9 @@ def mean_with_normal_interval(values: Scores) -> Estimate:
 def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
     """How much higher ``scores_b`` are than ``scores_a`` on the same questions: mean(b) - mean(a), in [-1, 1].
 
-    The variance of the difference of two responses to the same question, over the squared standard error clustered by
-    question, is the effective number of pairs; it is clipped to P to P times the larger number of samples. Bonett and
-    Price (2012) add one pair with difference 1 and one with -1, and take the normal interval. So it has a width even
-    where all responses agree.
+    Bonett and Price's interval (2012): one pair with difference 1 and one with -1 are added, so it has a width even if
+    all responses agree. The effective number of pairs is the variance of the difference of two responses to the same
+    question over the squared clustered standard error, clipped to P to P times the larger number of samples.
 
     Args:
         scores_a: ``[P, K]`` in [0, 1], before.
@@ -119,15 +112,12 @@ def paired_normal_difference(values_a: Scores, values_b: Scores) -> Estimate:
 
 
 def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estimate:
-    """Mean over questions of one value in [0, 1] each, with a 95% interval.
-
-    For values estimated per question that are not means of samples, such as pass@k or a majority vote. The
-    interval is Wilson's at the effective sample size of the spread over questions, as in :func:`mean_with_interval`.
+    """Mean of one value in [0, 1] per question, such as pass@k or a majority vote; interval as ``mean_with_interval``.
 
     Args:
         values: ``[P]``, chances of a right draw.
-        num_draws: independent draws that each value comes from, at most. For a value made from all ways to draw k of K
-            samples that is K / k (Hoeffding's bound on the variance of a U-statistic).
+        num_draws: largest number of independent draws that a value comes from; K / k if it is a mean over all ways to
+            draw k of K samples (Hoeffding's bound on the variance of a U-statistic).
     """
     values_P1 = _as_shares([[value] for value in values])
     return _wilson_of_means(values_P1[:, 0], most=values_P1.size * num_draws)
@@ -136,9 +126,9 @@ def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estima
 def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of independent estimates, each weighing the same, whatever its number of questions.
 
-    For a score averaged over benchmarks: they are what they are, and were not drawn, so only the questions within each
-    make the mean uncertain. Each end is as far from the mean as the root of the sum of the squared distances of the
-    estimates' own ends, over their number (MOVER, Zou and Donner 2008), so intervals need not be symmetric.
+    For a score averaged over benchmarks, which were not drawn: only the questions within each make the mean uncertain.
+    The distance of each end is the root of the sum of the squared distances of the estimates' own ends, over their
+    number (MOVER, Zou and Donner 2008).
 
     Returns:
         The mean; its ends are NaN if those of an estimate are.
@@ -152,10 +142,9 @@ def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
 class ClusterSums:
     """Means over tokens (or other small units) with intervals clustered by question, in constant memory.
 
-    Questions are met one at a time; of each, only sums enter: a mean is a sum over a count, both random, and its
-    standard error is the delta method's, ``sqrt(C / (C - 1) * sum_c e_c^2)`` over the ``C`` questions that count, with
-    ``e_c = (y_c - mean * n_c) / sum(n)`` the pull of question c on the mean. The interval is Student's with C - 1
-    degrees of freedom; with one question its ends are NaN.
+    Only sums of each question enter. A mean is a sum over a count, both random; its standard error is the delta
+    method's, ``sqrt(C / (C - 1) * sum_c e_c^2)`` over the ``C`` questions with a count, with the pull
+    ``e_c = (y_c - mean * n_c) / sum(n)`` of question c. The interval is Student's with C - 1 degrees of freedom.
 
     Args:
         width: sums kept of each question.
@@ -226,9 +215,8 @@ class ClusterSums:
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
-    """Probability that at least one of ``k`` samples is right, without bias: ``1 - C(n - c, k) / C(n, k)``.
-
-    The estimator of arXiv 2107.03374, eq. 1, in exact integers. Plugging c / n into ``1 - (1 - p)^k`` would be too low.
+    """Unbiased probability that at least one of ``k`` samples is right (arXiv 2107.03374, eq. 1), in exact integers:
+    ``1 - C(n - c, k) / C(n, k)``.
     """
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct = {num_correct} is not between 0 and num_samples = {num_samples}")
@@ -239,10 +227,7 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Estimate:
-    """Mean pass@k over questions, with a 95% interval.
-
-    Each question gives one unbiased estimate in [0, 1]; the interval is Wilson's at the effective sample size of their
-    spread over questions, as in :func:`mean_with_interval`. No resampling: the same counts give the same interval.
+    """Mean pass@k over questions; interval as ``mean_of_question_values``.
 
     Args:
         num_correct: ``[P]``, right samples of each question.
