@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import tomli_w
 import torch
@@ -132,8 +133,10 @@ def test_a_command_finds_what_it_finds_on_the_cpu(elsewhere: World, run: Run, co
         settings = (*COMMANDS[command], f"runtime.device={device}", "runtime.workers=1", "--out", out)
         outcome = elsewhere.run(command, "run", *settings, without_report=True)
         assert outcome.code == 0, outcome.stderr
-        figures = json.loads((elsewhere.folder / out / FIGURES[command]).read_text())
-        found.append(numbers(figures))
+        folder = elsewhere.folder / out
+        paths = sorted(folder.glob("tables/*.csv")) if command == "eval" else []
+        tables = [json.loads(pd.read_csv(path).to_json(orient="records")) for path in paths]
+        found.append(numbers([json.loads((folder / FIGURES[command]).read_text()), *tables]))
     assert found[0]
     assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
 

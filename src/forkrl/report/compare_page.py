@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from forkrl.report.eval_page import select
 from forkrl.report.formatting import interval_of, is_clear, plain, points, probability
 from forkrl.report.page import Card, Page, Section, interval_card
 from forkrl.report.plots import (
@@ -116,28 +117,19 @@ def _cards(tables: Tables) -> list[Card]:
 
 def _sections(tables: Tables, names: Names) -> list[Section]:
     a, b = names
-    differences = _differences(tables, names)
-    benchmarks = tables["benchmarks"]
+    accuracies = {"a": f"accuracy of {a}", "b": f"accuracy of {b}", "difference": "difference"}
     counts = "; ".join(
         f"{row['title']}: {row['better']:,} higher for {b}, {row['worse']:,} lower, {row['same']:,} the same"
-        for row in benchmarks.to_dict("records")
+        for row in tables["benchmarks"].to_dict("records")
     )
     return [
-        Section(
-            "Differences of accuracy",
-            f"{b} minus {a}, paired by question, with 95% intervals: of the responses as they are, and with the longer "
-            "responses cut so that both spend the same tokens on average.",
-            "compare-differences",
-            differences,
-            difference_forest(tables),
-            printed=differences,
-        ),
+        _differences_section(tables, names),
         Section(
             "At equal budgets",
             "Accuracy if every response longer than the budget counts as wrong. Bands: 95%, clustered by question; "
             "the difference in the table is paired, and its interval is narrower than the bands suggest.",
             "compare-budgets",
-            _named(tables["budget"], names),
+            select(tables["budget"], _same("benchmark", "tokens") | accuracies),
             budget_curves(tables, names),
         ),
         Section(
@@ -145,35 +137,63 @@ def _sections(tables: Tables, names: Names) -> list[Section]:
             "Accuracy against the mean of the tokens spent: each side has the budget at which it spends that many. The "
             "curves end where the side with the shorter responses is complete.",
             "compare-spending",
-            _named(tables["spending"], names),
+            select(
+                tables["spending"],
+                _same("benchmark", "spent") | {"budget_a": f"budget of {a}", "budget_b": f"budget of {b}"} | accuracies,
+            ),
             spending_curves(tables, names),
         ),
         Section(
             "pass@k and maj@k",
             "Both sides, and the paired difference with its 95% interval.",
             "compare-pass-majority",
-            _named(tables["passes"], names),
+            select(tables["passes"], _same("benchmark", "measure", "k") | accuracies),
         ),
         Section(
             "Questions that changed most",
             f"Questions by how much their accuracy changed. {counts}. Single questions are noisy: the largest changes "
             "are partly chance.",
             "compare-questions",
-            _named(tables["changes"], names),
+            select(
+                tables["changes"],
+                _same("benchmark", "question", "text")
+                | accuracies
+                | {"length_a": f"tokens of {a}", "length_b": f"tokens of {b}"},
+            ),
         ),
     ]
 
 
-def _differences(tables: Tables, names: Names) -> pd.DataFrame:
+def _differences_section(tables: Tables, names: Names) -> Section:
     """The main figures of every benchmark and of their mean."""
-    ends = ("", "_low", "_high")
-    columns = {"title": "benchmark", "questions": "questions"}
-    columns |= {f"accuracy_{side}": f"accuracy of {name}" for side, name in zip("ab", names, strict=True)}
-    columns |= {f"accuracy_difference{end}": f"difference{end}" for end in ends} | {"p": "p", "p_holm": "p, Holm"}
-    columns |= {f"length_{side}": f"tokens of {name}" for side, name in zip("ab", names, strict=True)}
-    columns |= {f"length_difference{end}": f"tokens_difference{end}" for end in ends}
-    columns |= {f"matched_difference{end}": f"at_equal_spending{end}" for end in ends}
-    return _with_mean(tables)[list(columns)].rename(columns=columns)
+    a, b = names
+    columns = {
+        "title": "benchmark",
+        "questions": "questions",
+        "accuracy_a": f"accuracy of {a}",
+        "accuracy_b": f"accuracy of {b}",
+        "accuracy_difference": "difference",
+        "p": "p",
+        "p_holm": "p, Holm",
+        "length_a": f"tokens of {a}",
+        "length_b": f"tokens of {b}",
+        "length_difference": "tokens_difference",
+        "matched_difference": "at_equal_spending",
+    }
+    table = select(_with_mean(tables), columns)
+    return Section(
+        "Differences of accuracy",
+        f"{b} minus {a}, paired by question, with 95% intervals: of the responses as they are, and with the longer "
+        "responses cut so that both spend the same tokens on average.",
+        "compare-differences",
+        table,
+        difference_forest(tables),
+        printed=table,
+    )
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 def _with_mean(tables: Tables) -> pd.DataFrame:

@@ -35,6 +35,20 @@ _PAPER_CAPTION = (
     " Below each, for three sizes of Qwen3 base models, the paper's Acc@16: hollow after training on all tokens, full "
     "after training on forks; it gives no intervals."
 )
+_PASSES = {"pass": "pass", "maj": "majority"}
+# Columns of tables by their names on the page.
+_ACCURACY = {"title": "benchmark", "questions": "questions", "samples": "samples", "accuracy": "accuracy"}
+_LENGTHS = {
+    "title": "benchmark", "length": "all", "length_right": "right", "length_wrong": "wrong", "length_gap": "gap",
+}  # fmt: skip
+_TROUBLE = {
+    "title": "benchmark",
+    "truncated": "cut at the limit",
+    "unparsed": "no answer found",
+    **{f"failed_{reason}": f"failed: {reason}" for reason in FAILURES},
+    "entropy": "entropy, nats",
+    "tokens_per_s": "tokens/s",
+}
 
 
 def eval_page(results: Results, shelves: Sequence[Shelf], paper: Paper) -> Page:
@@ -56,11 +70,6 @@ def eval_page(results: Results, shelves: Sequence[Shelf], paper: Paper) -> Page:
         source="this folder's results.json and tables/",
     )
     return replace(page, provenance=[*page.provenance, *sources])
-
-
-def failed(benchmarks: pd.DataFrame) -> pd.Series:
-    """How many responses to each benchmark could not be judged."""
-    return benchmarks[[f"failed_{reason}" for reason in FAILURES]].sum(axis=1)
 
 
 def eval_headline(benchmarks: pd.DataFrame, mean: pd.DataFrame) -> str:
@@ -126,36 +135,14 @@ def _sections(tables: Mapping[str, pd.DataFrame], paper: Paper) -> list[Section]
     benchmarks = tables["benchmarks"]
     compared = benchmarks[benchmarks["benchmark"].isin(list(paper))]
     few = "" if len(benchmarks) > FEW_LINES else " Bands: 95%, clustered by question."
-    largest = tables["passes"].groupby("benchmark", sort=False).last().reindex(benchmarks["benchmark"])
-    accuracy = benchmarks[["title", "questions", "samples", "accuracy", "accuracy_low", "accuracy_high"]]
-    printed = accuracy.drop(columns="samples").assign(
-        tokens=benchmarks["length"],
-        **{f"{name}@{largest['k'].iloc[0]}": largest[key].to_numpy() for name, key in _PASSES.items()},
-        truncated=benchmarks["truncated"],
-        unparsed=benchmarks["unparsed"],
-        unjudged=failed(benchmarks),
-    )
-    lengths = [
-        f"{name}{end}"
-        for name in ("length", "length_right", "length_wrong", "length_gap")
-        for end in ("", "_low", "_high")
-    ]
-    trouble = {
-        "title": "benchmark",
-        "truncated": "cut at the limit",
-        "unparsed": "no answer found",
-        **{f"failed_{reason}": f"failed: {reason}" for reason in FAILURES},
-        "entropy": "entropy, nats",
-        "tokens_per_s": "tokens/s",
-    }
     found = [
         Section(
             "Accuracy",
             f"Bars: 95% Wilson intervals, clustered by question.{'' if compared.empty else _PAPER_CAPTION}",
             "eval-accuracy",
-            accuracy,
+            select(benchmarks, _ACCURACY),
             accuracy_and_paper(benchmarks, paper),
-            printed=printed,
+            printed=_printed(tables),
         ),
         Section(
             "pass@k and maj@k",
@@ -178,15 +165,34 @@ def _sections(tables: Mapping[str, pd.DataFrame], paper: Paper) -> list[Section]
             "Each as shares of its own. Gap: how much longer wrong responses are than right ones to the same question, "
             "so that hard questions, which have longer responses, do not make it.",
             "eval-lengths",
-            benchmarks[["title", *lengths]],
+            select(benchmarks, _LENGTHS),
             length_distributions(tables),
         ),
     ]
     if len(compared):
         found.append(_paper_section(compared, paper))
     caption = "Shares of all responses. A failed response is one that the verifier could not judge; it counts as wrong."
-    table = benchmarks[list(trouble)].rename(columns=trouble)
-    return [*found, Section("What went wrong", caption, "eval-trouble", table)]
+    return [*found, Section("What went wrong", caption, "eval-trouble", select(benchmarks, _TROUBLE))]
+
+
+def select(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """The columns that there are, by their new names; an estimate brings the ends of its interval."""
+    columns = {f"{old}{end}": f"{new}{end}" for old, new in names.items() for end in ("", "_low", "_high")}
+    return table[[name for name in columns if name in table]].rename(columns=columns)
+
+
+def _printed(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The main figures, for a terminal."""
+    benchmarks = tables["benchmarks"]
+    passes = tables["passes"].drop_duplicates("benchmark", keep="last")  # those of the largest k
+    passes = passes.set_index("benchmark").reindex(benchmarks["benchmark"])
+    return select(benchmarks, {name: title for name, title in _ACCURACY.items() if name != "samples"}).assign(
+        tokens=benchmarks["length"],
+        **{f"{name}@{passes['k'].iloc[0]}": passes[column].to_numpy() for name, column in _PASSES.items()},
+        truncated=benchmarks["truncated"],
+        unparsed=benchmarks["unparsed"],
+        unjudged=benchmarks[[f"failed_{reason}" for reason in FAILURES]].sum(axis=1),
+    )
 
 
 def _paper_section(benchmarks: pd.DataFrame, paper: Paper) -> Section:
@@ -222,9 +228,6 @@ def accuracy_and_paper(benchmarks: pd.DataFrame, paper: Paper) -> Figure:
     axes.set_xlim(0, 1)
     finish(axes, "", "accuracy")
     return figure
-
-
-_PASSES = {"pass": "pass", "maj": "majority"}
 
 
 def pass_and_majority(tables: Mapping[str, pd.DataFrame]) -> Figure:
