@@ -41,7 +41,7 @@ def test_tokens_are_what_the_model_says_of_them(own_world: World) -> None:
     facts = analyzed(own_world, "model", *DATA, *SHORT, *SMALL, "--samples", "2", "--min-count", "1")
     folder = own_world.folder / "found"
     tokens = pd.read_parquet(folder / "tokens")
-    responses = pd.read_parquet(folder / "responses").set_index(["number", "sample"])
+    responses = pd.read_parquet(folder / "responses").set_index(["prompt", "sample"])
     assert facts["prompts"] == 24
     assert facts["responses"] == len(responses) == 48
     assert facts["tokens"] == len(tokens) == responses["token_ids"].map(len).sum()
@@ -142,7 +142,7 @@ def test_a_model_without_a_chosen_limit_takes_the_positions_it_has(own_world: Wo
 def test_drift_of_a_run(world: World, run: Run) -> None:
     outcome = world.run("drift", "run", "--samples", "2", "--problems", "6", "--out", "drift")
     assert outcome.code == 0, outcome.stderr
-    facts = json.loads((world.folder / "drift/drift.json").read_text())
+    facts = json.loads((world.folder / "drift/results.json").read_text())["facts"]
     assert facts["checkpoints"] == ["step 0", "step 1", "step 2", "step 3"]
     overlap = pd.read_csv(world.folder / "drift/tables/overlap.csv")
     assert overlap["with_first"].iloc[0] == 1.0
@@ -152,7 +152,7 @@ def test_drift_of_a_run(world: World, run: Run) -> None:
     assert len(base) == len(tokens) == facts["tokens"]
     k = math.ceil(0.2 * len(tokens))
     tops = [set(values.sort_values(ascending=False, kind="stable").index[:k]) for values in (base, tokens["entropy"])]
-    assert facts["overlap_of_last_with_first"]["share"] == pytest.approx(len(tops[0] & tops[1]) / k)
+    assert facts["overlap"] == pytest.approx(len(tops[0] & tops[1]) / k)
     change = pd.read_csv(world.folder / "drift/tables/change.csv")
     weighted = (change["change"] * change["tokens"]).sum() / len(tokens)
     assert weighted == pytest.approx((tokens["entropy"].astype(float) - base.astype(float)).mean(), abs=1e-6)
@@ -171,7 +171,7 @@ def test_the_entropies_of_the_first_checkpoint_are_those_of_the_starting_model(w
     responses = pd.read_parquet(world.folder / "own/responses")
     rows = [
         {"prompt": prompt, "token_ids": [int(i) for i in ids]}
-        for prompt, ids in zip(responses["prompt"], responses["token_ids"], strict=True)
+        for prompt, ids in zip(responses["prompt_text"], responses["token_ids"], strict=True)
     ]
     write_lines(world.folder / "written.jsonl", rows)
     argv = ("model", "--responses", "written.jsonl", "runtime.device=cpu", "--out", "base")
@@ -212,7 +212,7 @@ READY: dict[str, list[dict[str, Any]]] = {
         (("--responses", "ids.jsonl"), "line 1: token_ids is not a list of ids from 0 to 19"),
         (("--responses", "long.jsonl"), "line 1: prompt and response have 65 tokens, the model has 64 positions"),
         (("--responses", "result.jsonl"), "line 1: correct = 'yes' is neither true nor false"),
-        (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
+        (("--responses", "score.jsonl"), "line 1: score = 2 is not a number from 0 to 1"),
         (("--responses", "noprompt.jsonl"), "line 1: no tokens; an empty prompt cannot be continued"),
         (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),
         (("--responses", "empty.jsonl", "--samples", "2"), "--samples: has no effect along with --responses"),
@@ -320,7 +320,7 @@ def test_so_it_is_where_the_weights_have_changed(own_world: World, argv: tuple[s
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("model",), "model: is no run folder; name a run, or two models at least"),
+        (("model",), "model: is not a run folder; name a run, or two models at least"),
         (("seed=3",), "name a run, or two models at least"),
         (("model", "model", *DATA, *SHORT), "model: is named twice"),
         (("./model", "model/", *DATA, *SHORT), "model/: is named twice"),
@@ -386,7 +386,7 @@ def test_drift_of_a_model_and_a_run_and_of_folders_named_like_settings(world: Wo
     argv = ("drift", "lr=1e-3", "run", "--problems", "2", "--out", "mixed", "--bins", "2")
     outcome = world.run(*argv)
     assert outcome.code == 0, outcome.stderr
-    assert json.loads((world.folder / "mixed/drift.json").read_text())["checkpoints"] == ["lr=1e-3", "run"]
+    assert json.loads((world.folder / "mixed/results.json").read_text())["facts"]["checkpoints"] == ["lr=1e-3", "run"]
 
 
 def test_drift_finds_a_checkpoint_under_the_name_a_kill_left_it(own_world: World) -> None:
@@ -394,7 +394,7 @@ def test_drift_finds_a_checkpoint_under_the_name_a_kill_left_it(own_world: World
     (run.folder / "checkpoints/step-2").rename(run.folder / "checkpoints/.replaced-step-2")
     outcome = own_world.run("drift", "run", "--problems", "2", "--out", "found", "--bins", "2")
     assert outcome.code == 0, outcome.stderr
-    facts = json.loads((own_world.folder / "found/drift.json").read_text())
+    facts = json.loads((own_world.folder / "found/results.json").read_text())["facts"]
     assert facts["checkpoints"] == ["step 0", "step 1", "step 2"]
 
 

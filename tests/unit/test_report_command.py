@@ -38,11 +38,11 @@ def test_pages_of_a_run_an_evaluation_and_a_comparison_are_made_again(tmp_path: 
         (None, "no such folder; name a run"),
         ({}, "no finished output of forkrl"),
         ({"settings.json": "{}"}, "the same command finishes an interrupted one"),
-        ({"results.json": "["}, "results.json: cannot be read"),
         ({"results.json": "[]"}, "results.json: is not a JSON object"),
-        ({"results.json": '{"schema": "forkrl-eval/2"}'}, "results.json: another version of ForkRL wrote it"),
-        ({"results.json": '{"schema": "forkrl-x/1"}'}, "results.json: has the unknown schema 'forkrl-x/1'"),
-        ({"drift.json": "{}", "settings.json": json.dumps({"checkpoints": []})}, "has no 'ratio': another version"),
+        ({"results.json": "{"}, "results.json: cannot be read"),
+        ({"results.json": "{}"}, "results.json: has the unknown schema 'None'"),
+        ({"results.json": json.dumps({"schema": "forkrl-brew/1"})}, "has the unknown schema 'forkrl-brew/1'"),
+        ({"results.json": json.dumps({"schema": "forkrl-drift/2"})}, "another version of ForkRL wrote it"),
     ],
 )
 def test_other_folders_are_refused_in_a_line(tmp_path: Path, files: dict[str, str] | None, says: str) -> None:

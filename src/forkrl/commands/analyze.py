@@ -10,20 +10,20 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from forkrl import analysis
-from forkrl.analysis.patterns import PAPER_TEMPERATURE
+from forkrl.analysis.patterns import PAPER_TEMPERATURE, share_by_cluster
 from forkrl.analysis.token_table import tokens_of_prompts
-from forkrl.commands.collect_tokens import collect_tokens, make_request
 from forkrl.commands.options import AnalyzeOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import present, stored_question
-from forkrl.commands.token_parts import read_responses
+from forkrl.commands.runner import model_question, present, stored_question
+from forkrl.commands.token_parts import collect_tokens, entropy_temperature, open_response_subject, read_responses
 from forkrl.errors import printable
 from forkrl.report.analyze_page import analyze_headline, analyze_page
 from forkrl.report.colors import coloured_response, entropy_legend
 from forkrl.report.fork_view import choose_prompts, shown_prompts
+from forkrl.report.formatting import sentence
 from forkrl.report.page import Page
 from forkrl.rollout.scoring import none_judged
-from forkrl.stats.intervals import ClusterSums, Estimate, as_columns
+from forkrl.stats.intervals import as_columns
 from forkrl.store.results import Results, write_results
 
 SCHEMA = "forkrl-analyze/1"
@@ -45,13 +45,14 @@ def analyze_model(options: AnalyzeOptions) -> Results:
     finished.
     """
     folder = options.out or parse_reference(options.model).default_folder("analyze")
-    left_out = collect_tokens(folder, make_request(options), {"schema": SCHEMA})
+    subject = open_response_subject(options)
+    left_out = collect_tokens(folder, subject, options, model_question(SCHEMA, subject))
     tokens, question = folder / "tokens", stored_question(folder)
     summary = analysis.entropy_summary(tokens)
     fork = float(summary["value"]["percentile_80"]) if options.threshold is None else options.threshold
     responses = analysis.response_table(tokens, fork)
     facts = {
-        "temperature": question["temperature"] or 1.0,
+        "temperature": entropy_temperature(subject),
         "threshold": fork,
         "threshold_is": "the 80th percentile" if options.threshold is None else "given",
         "min_count": options.min_count,
@@ -83,7 +84,7 @@ def analyze_model(options: AnalyzeOptions) -> Results:
 def make_page(results: Results) -> Page:
     """The figures, and a sample of the responses to look at."""
     numbers = choose_prompts(results.tables["responses"])
-    responses = read_responses(results.folder, ["number", "sample", "prompt", "finished", "correct"], numbers)
+    responses = read_responses(results.folder, ["prompt", "sample", "prompt_text", "finished", "correct"], numbers)
     return analyze_page(results, shown_prompts(tokens_of_prompts(results.folder / "tokens", numbers), responses))
 
 
@@ -92,7 +93,7 @@ def coloured_sample(results: Results) -> Group:
     tokens = tokens_of_prompts(results.folder / "tokens", [0])
     rows = tokens[tokens["sample"] == 0].head(SHOWN_IN_TERMINAL)
     more = int(rows["length"].iloc[0]) - len(rows)
-    prompt = read_responses(results.folder, ["prompt"], [0])["prompt"].iloc[0]
+    prompt = read_responses(results.folder, ["prompt_text"], [0])["prompt_text"].iloc[0]
     top = float(results.facts["max"])
     response = coloured_response(rows["text"].astype(str).tolist(), rows["entropy"].tolist(), top=top)
     if more > 0:
@@ -103,7 +104,7 @@ def coloured_sample(results: Results) -> Group:
 def _warnings(facts: dict[str, Any]) -> list[str]:
     found = []
     if reason := none_judged(facts["verifier_failures"], facts["responses"], {}):
-        found.append(f"{reason[0].upper()}{reason[1:]}.")
+        found.append(sentence(reason))
     if facts["temperature"] != PAPER_TEMPERATURE:
         found.append(
             f"Entropies are measured at temperature {facts['temperature']:g}, the paper's at {PAPER_TEMPERATURE:g}: "
@@ -113,16 +114,13 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
 
 
 def _outcomes(folder: Path) -> dict[str, Any]:
-    """Accuracy with its interval, and the shares cut at the limit and not judged; NaN where nobody knows."""
-    responses = read_responses(folder, ["number", "finished", "correct", "failure"])
+    """Accuracy with its interval, and the shares cut at the limit and not judged; NaN where unknown."""
+    responses = read_responses(folder, ["prompt", "finished", "correct", "failure"])
     judged = responses[responses["correct"].notna()]
-    sums = ClusterSums(2)
-    for _, group in judged.groupby("number"):
-        sums.add([float(group["correct"].astype(float).sum()), len(group)])
-    accuracy = sums.share(0, 1) if len(judged) else Estimate(float("nan"), float("nan"), float("nan"))
+    correct = judged["correct"].astype(float).groupby(judged["prompt"])
     finished = responses["finished"].dropna().astype(bool)
     return {
-        **as_columns("accuracy", accuracy),
+        **as_columns("accuracy", share_by_cluster(correct.sum(), correct.size())),
         "truncated_fraction": float((~finished).mean()) if len(finished) else float("nan"),
         "judged": len(judged),
         "verifier_failures": int((responses["failure"] != "").sum()),

@@ -24,6 +24,7 @@ from forkrl.store.atomic import explained_write_errors, temporary_beside, write_
 from forkrl.store.run_folder import LOCK, clear_folder, lock_folder
 
 if TYPE_CHECKING:
+    from forkrl.commands.subject import Subject
     from forkrl.report.page import Page
 
 SETTINGS = "settings.json"
@@ -119,6 +120,21 @@ def weights_fingerprint(path: str) -> str:
         with file.open("rb") as stream:
             digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def model_question(schema: str, subject: Subject) -> dict[str, Any]:
+    """The part of a question that says which command asks, and of which weights."""
+    model = subject.config.model
+    return {
+        "schema": schema,
+        "model": subject.name,
+        "checkpoint": subject.checkpoint,
+        "weights": model.path,
+        "revision": model.revision,
+        "fingerprint": weights_fingerprint(model.path),
+        "precision": model.precision,
+        "temperature": subject.config.eval.temperature,
+    }
 
 
 def say_kept(kept: int, total: int, unit: str, folder: Path) -> None:

@@ -97,6 +97,16 @@ def probability(p: float) -> str:
     return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
 
 
+def unverified(count: int, what: str) -> list[str]:
+    """A note on what the verifier could not judge; none if it judged everything."""
+    return [f"{count:,} {what} could not be verified; they count as wrong."] if count else []
+
+
+def sentence(text: str) -> str:
+    """``text`` with a capital and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def duration(seconds: float) -> str:
     """``4.2 s``, ``42 s``, ``3 min 05 s``, ``2 h 07 min`` or ``2 d 7 h``."""
     whole = max(0, round(seconds))

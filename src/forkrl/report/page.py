@@ -1,4 +1,4 @@
-"""One self-contained HTML page, for whatever command has something to show.
+"""One self-contained HTML page, the same for every command.
 
 A page is plain data (``Page``): commands fill it in, and only this module knows HTML.
 """

@@ -56,10 +56,9 @@ def _value(before: str, value: str) -> str:
 def _aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
     """The cells in columns, two blanks apart; ``numbers``: all but the first column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(
-            cell.rjust(width) if numbers and place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        first, *rest = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(c.rjust(w) if numbers else c.ljust(w) for c, w in rest)]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return lines
