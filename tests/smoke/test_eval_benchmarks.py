@@ -151,7 +151,7 @@ def test_ctrl_c_keeps_everything(here: World, whole: Path) -> None:
     assert len(responses(here.folder / "stopped", "aime25")) == 8
     again = run(here, *command)
     assert again.code == 0
-    assert "forkrl: AIME'25: 8 of 16 responses are there already" in again.stderr.splitlines()
+    assert "forkrl: 8 of 16 responses to AIME'25 are in stopped already" in again.stderr.splitlines()
     assert_same(here.folder / "stopped", whole)
 
 

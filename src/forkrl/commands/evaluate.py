@@ -17,7 +17,7 @@ import pandas as pd
 from forkrl.commands.eval_engines import engine_facts, identity, open_sampler, settings_for
 from forkrl.commands.options import EvalOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import open_work_folder
+from forkrl.commands.runner import open_work_folder, say_kept
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.config import TrainConfig
 from forkrl.evaluation.folder import SCHEMA, BenchmarkFiles, read_results
@@ -146,6 +146,8 @@ def _evaluate(
         seed=question["seed"],
         stop=tuple(question["rollout.stop"]),
     )
+    total = len(files.grid)
+    say_kept(total - len(files.missing()), total, f"responses to {questions.title}", folder)
     tokens, seconds = _sample_and_judge(files, sampler, pool, sampling, questions.title)
     tables = summarise_benchmark(questions.name, files.scored(), question["samples"])
     earlier = read_results(folder) if (folder / RESULTS).exists() else None
@@ -197,9 +199,6 @@ def _sample_and_judge(
 ) -> tuple[int, float]:
     """Sample and judge what is missing, judging while sampling; returns the tokens sampled and the seconds it took."""
     missing = files.missing()
-    if 0 < len(missing) < len(files.grid):
-        kept = len(files.grid) - len(missing)
-        print(f"forkrl: {title}: {kept} of {len(files.grid)} responses are there already", file=sys.stderr)
     pending: dict[Future[list[VerifierResult]], SampleRequest] = {}
     judged: SimpleQueue[Future[list[VerifierResult]]] = SimpleQueue()
 
