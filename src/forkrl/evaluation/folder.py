@@ -151,32 +151,16 @@ class BenchmarkFiles:
 
     def add_response(self, sampled: Sampled) -> None:
         """Store a response."""
-        question, sample = sampled.request.key
-        row = {
-            "question": question,
-            "sample": sample,
-            "text": sampled.text,
-            "reasoning": sampled.reasoning,
-            "tokens": sampled.tokens,
-            "finished": sampled.finished,
-            "entropy": sampled.entropy,
-        }
+        row = _row(sampled.request, sampled, RESPONSE)
         self._response_file.append(row)
         del row["text"], row["reasoning"]
-        self._responses[question, sample] = row
+        self._responses[_key(row)] = row
 
     def add_result(self, request: SampleRequest, result: VerifierResult) -> None:
         """Store a result."""
-        question, sample = request.key
-        row = {
-            "question": question,
-            "sample": sample,
-            "score": result.score,
-            "failure": result.failure,
-            "answer": result.answer,
-        }
+        row = _row(request, result, SCORE)
         self._score_file.append(row)
-        self._results[question, sample] = row
+        self._results[_key(row)] = row
 
     def scored(self) -> list[ScoredResponse]:
         """Every judged response, in the order of the questions."""
@@ -299,9 +283,14 @@ def _by_key(folder: Path, part: str, name: str) -> dict[Key, dict[str, Any]]:
 
 
 def _scored(response: Mapping[str, Any], result: Mapping[str, Any]) -> ScoredResponse:
-    names = ("question", "sample", "tokens", "finished", "entropy")
-    score, failure, answer = float(result["score"]), result["failure"], result["answer"]
-    return ScoredResponse(**{name: response[name] for name in names}, score=score, failure=failure, answer=answer)
+    row = {**response, **result, "score": float(result["score"])}
+    return ScoredResponse(**{name: row[name] for name in ScoredResponse.__slots__})
+
+
+def _row(request: SampleRequest, found: Sampled | VerifierResult, kinds: Kinds) -> dict[str, Any]:
+    """A line of a file: which response, and the other values by their names."""
+    key = dict(zip(("question", "sample"), request.key, strict=True))
+    return key | {name: getattr(found, name) for name in kinds if name not in key}
 
 
 def _key(row: Mapping[str, Any]) -> Key:
