@@ -99,7 +99,6 @@ def _in_words(difference: Estimate, names: Names, where: str) -> str:
 
 def _cards(tables: Tables) -> list[Card]:
     row = _main_row(tables)
-    p = probability(row["p"]).removeprefix("p ").removeprefix("= ")
     signed = {"unit": "", "sign": "+"}
     return [
         Card(
@@ -109,7 +108,7 @@ def _cards(tables: Tables) -> list[Card]:
             "mean of the benchmarks" if len(tables["mean"]) else "",
         ),
         interval_card("Difference", interval_of(row, "accuracy_difference"), "points, paired by question", **signed),
-        Card("p-value", p, note="two-sided permutation test"),
+        Card("p-value", _bare_probability(row["p"]), note="two-sided permutation test"),
         interval_card("At equal spending", interval_of(row, "matched_difference"), "points", **signed),
         Card("Tokens", f"{row['length_b']:,.0f}", f"{row['length_a']:,.0f}", "a response"),
     ]
@@ -181,6 +180,10 @@ def _differences_section(tables: Tables, names: Names) -> Section:
         "matched_difference": "at_equal_spending",
     }
     table = select(_with_mean(tables), columns)
+    sides = [columns[f"{measure}_{side}"] for measure in ("accuracy", "length") for side in "ab"]
+    printed = table.drop(columns=[f"{name}{end}" for name in sides for end in ("_low", "_high")])
+    for name in ("p", "p, Holm"):
+        printed[name] = ["" if pd.isna(p) else _bare_probability(p) for p in table[name]]
     return Section(
         "Differences of accuracy",
         f"{b} minus {a}, paired by question, with 95% intervals: of the responses as they are, and with the longer "
@@ -188,8 +191,13 @@ def _differences_section(tables: Tables, names: Names) -> Section:
         "compare-differences",
         table,
         difference_forest(tables),
-        printed=table,
+        printed=printed,
     )
+
+
+def _bare_probability(p: float) -> str:
+    """A p-value, never 0: ``0.043`` or ``< 0.001``."""
+    return probability(p).removeprefix("p ").removeprefix("= ")
 
 
 def _same(*names: str) -> dict[str, str]:
