@@ -87,7 +87,7 @@ def responses(folder: Path, name: str) -> list[str]:
 
 
 def scores(folder: Path, name: str) -> set[str]:
-    """In whatever order they came."""
+    """Without their order."""
     return set((folder / "scores" / f"{name}.jsonl").read_text().splitlines())
 
 
@@ -295,7 +295,7 @@ def test_a_server_samples(here: World, prompt: str) -> None:
 
 
 def test_a_server_that_dies_loses_nothing(here: World) -> None:
-    """The first answers are good, then it wants a key; another one goes on where that left off."""
+    """The first answers are good, then it wants a key; another one resumes."""
     given: list[object] = []
 
     def tire(exchange: Exchange, fields: dict[str, Any]) -> None:

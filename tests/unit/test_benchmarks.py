@@ -54,7 +54,7 @@ def test_the_wording_is_the_papers() -> None:
     assert BOXED == "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def test_a_question_that_stands_there_twice_is_asked_twice(mirror: Path) -> None:
+def test_a_duplicate_question_is_asked_twice(mirror: Path) -> None:
     first, second = (prompt.id for prompt in loaded("minerva", mirror).prompts)
     assert second == f"{first}-2"
 

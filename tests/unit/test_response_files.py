@@ -100,7 +100,7 @@ def test_a_damaged_line_is_named_with_what_to_do(tmp_path: Path, name: str, line
         opened(tmp_path)
 
 
-def test_a_file_of_half_a_line_begins_anew(tmp_path: Path) -> None:
+def test_a_file_of_half_a_line_is_emptied(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_bytes(b'{"a"')
     LineFile(tmp_path / "lines.jsonl").close()
     assert (tmp_path / "lines.jsonl").read_bytes() == b""

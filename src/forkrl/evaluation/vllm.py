@@ -110,7 +110,7 @@ class VllmSampler(Sampler):
 
     def _step(self, num_inside: int) -> list[Any]:
         """The outputs of one step of the engine."""
-        if not self.engine.has_unfinished_requests():  # a step would wait for ever
+        if not self.engine.has_unfinished_requests():  # a step would wait forever
             raise UserError(f"vLLM has lost {num_inside} requests; nothing is lost here, the same command resumes")
         try:
             return list(self.engine.step())

@@ -75,7 +75,7 @@ def eval_page(results: Results, shelves: Sequence[Shelf], paper: Paper) -> Page:
 def eval_headline(benchmarks: pd.DataFrame, mean: pd.DataFrame) -> str:
     """Accuracy with its interval, over all benchmarks or of the one, and the length of the responses.
 
-    A benchmark of which no response could be judged comes first: its accuracy of 0 measures nothing.
+    A benchmark without a judged response comes first: its accuracy of 0 measures nothing.
     """
     responses = benchmarks["questions"] * benchmarks["samples"]
     unjudged = [

@@ -124,7 +124,7 @@ def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estima
 
 
 def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, each weighing the same, whatever its number of questions.
+    """The mean of independent estimates, each weighing the same.
 
     For a score averaged over benchmarks, which were not drawn: only the questions within each make the mean uncertain.
     The distance of each end is the root of the sum of the squared distances of the estimates' own ends, over their
