@@ -138,8 +138,8 @@ def model_question(schema: str, subject: Subject) -> dict[str, Any]:
 
 
 def say_kept(kept: int, total: int, unit: str, folder: Path) -> None:
-    """Tell how much of the work an earlier call finished, if any."""
-    if kept:
+    """Tell how much of the work an earlier call finished, where some of it is missing."""
+    if 0 < kept < total:
         print(f"forkrl: {kept} of {total} {unit} are in {folder} already", file=sys.stderr, flush=True)
 
 

@@ -137,11 +137,12 @@ class Page:
 def about(results: Results) -> dict[str, Any]:
     """Fields of ``Page`` that every command fills from its results alike."""
     command = results.schema.removeprefix("forkrl-").partition("/")[0]
+    given = ((key, value) for key, value in results.settings.items() if value not in ("", None, [], {}))
     return {
         "name": str(results.settings["model"]),
         "headline": results.headline,
         "notes": results.notes,
-        "settings": [(command, [(key, plain(value), False) for key, value in results.settings.items()])],
+        "settings": [(command, [(key, plain(value), False) for key, value in given])],
         "provenance": list(results.versions.items()),
         "command": results.command,
     }

@@ -94,6 +94,8 @@ def _at(table: pd.DataFrame, varied: str, value: float, base: float) -> pd.Serie
 def _sections(table: pd.DataFrame, base: float) -> list[Section]:
     settings = ["high", "low"]
     spread = {name: [name, f"{name}_low", f"{name}_high"] for name in ("accuracy", "difference", "length", "surprise")}
+    printed = table[[*settings, *spread["accuracy"], *spread["difference"], "length", "broken", "surprise"]].copy()
+    printed.loc[table["high"] == table["low"], spread["difference"]] = np.nan  # the baseline itself
     return [
         Section(
             "Accuracy",
@@ -103,7 +105,7 @@ def _sections(table: pd.DataFrame, base: float) -> list[Section]:
             "temperature-accuracy",
             table[settings + spread["accuracy"] + spread["difference"]],
             accuracy_against_temperature(table, base),
-            printed=table[[*settings, *spread["accuracy"], *spread["difference"], "length", "broken", "surprise"]],
+            printed=printed,
         ),
         Section(
             "Length and broken outputs",

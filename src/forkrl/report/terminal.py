@@ -55,6 +55,7 @@ def _value(before: str, value: str) -> str:
 
 def _aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
     """The cells in columns, two blanks apart; ``numbers``: all but the first column to the right."""
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
