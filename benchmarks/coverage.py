@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks._record import describe_setting, write_result
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.majority import Ballot, majority_at_k
+from forkrl.report.formatting import interval_of
 from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
@@ -50,9 +51,8 @@ def scores(generator: Generator, chance_P: Floats, samples: int) -> Floats:
     return (generator.random((len(chance_P), samples)) < chance_P[:, None]).astype(np.float64)
 
 
-def covers(estimate: Estimate | dict[str, float], truth: float) -> bool:
-    low, high = (estimate["low"], estimate["high"]) if isinstance(estimate, dict) else estimate[1:]
-    return low <= truth <= high
+def covers(estimate: Estimate, truth: float) -> bool:
+    return estimate.low <= truth <= estimate.high
 
 
 def accuracy(simulations: int, questions: int, samples: int, shape: tuple[float, float]) -> dict[str, float]:
@@ -198,7 +198,7 @@ def spending(simulations: int, questions: int, samples: int, longest_b: int) -> 
             )
             for each, longest in ((0.0, 100), (gain, longest_b))
         ]
-        covered += covers(compare_at_equal_spending(sides[0], sides[1], seed=0)[-1]["difference"], truth)
+        covered += covers(interval_of(compare_at_equal_spending(sides[0], sides[1], seed=0)[-1], "difference"), truth)
     return {"coverage": covered / simulations}
 
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from forkrl.store.results import write_results
 
-from forkrl.evaluation.responses import ScoredResponse
-from forkrl.evaluation.summary import summarise_benchmark
+from forkrl.evaluation.folder import SCHEMA, ScoredResponse
+from forkrl.evaluation.summary import Tables, mean_over_benchmarks, summarise_benchmark
+from forkrl.report.eval_page import eval_headline, eval_notes
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e$x_1$"
 TITLES = {
@@ -37,10 +40,9 @@ def random_responses(
             right = right and not failure and not cut
             read = "42" if right else "" if cut else str(generator.integers(0, 4))
             answer = None if failure or not answers else read
-            text = f"{HOSTILE} The response {sample} to {question}, \\boxed{{{answer}}}"
             made.append(
                 ScoredResponse(
-                    f"q{question:03}", sample, text, tokens, not cut, float(generator.gamma(4, 0.1)), float(right),
+                    f"q{question:03}", sample, tokens, not cut, float(generator.gamma(4, 0.1)), float(right),
                     failure, answer,
                 )
             )  # fmt: skip
@@ -50,14 +52,14 @@ def random_responses(
 def write_evaluation(
     folder: Path, benchmarks: Mapping[str, list[ScoredResponse]], *, model: str = "Qwen/Qwen3-0.6B", **changes: Any
 ) -> Path:
-    """Write responses, results, questions and results of benchmarks; ``changes`` go into the results."""
+    """Write responses, results, questions and results of benchmarks; ``changes`` go into the settings."""
     for part in ("responses", "scores", "questions"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    entries = []
+    tables: Tables = {}
     for name, responses in benchmarks.items():
         samples = max(Counter(response.question for response in responses).values())
         write_lines(folder / "responses" / f"{name}.jsonl", [
-            {"question": r.question, "sample": r.sample, "text": r.text, "reasoning": "", "tokens": r.tokens,
+            {"question": r.question, "sample": r.sample, "text": text_of(r), "reasoning": "", "tokens": r.tokens,
              "finished": r.finished,
              "entropy": r.entropy} for r in responses
         ])  # fmt: skip
@@ -68,22 +70,36 @@ def write_evaluation(
         ids = sorted({response.question for response in responses})
         lines = [{"question": each, "prompt": f"What is {each}? {HOSTILE}", "answer": "42"} for each in ids]
         write_lines(folder / "questions" / f"{name}.jsonl", lines)
-        entries.append(
-            {
-                "name": name, "title": TITLES.get(name, name), "hub": f"made-up/{name}", "revision": "main",
-                "fingerprint": f"f-{name}", "questions": len(ids), "available_questions": len(ids),
-                "expected_questions": len(ids), "notice": "", "seconds": 12.5,
-                "tokens_per_s": 1000.0, **summarise_benchmark(responses, samples),
-            }
-        )  # fmt: skip
-    results = {
-        "schema": "forkrl-eval/2", "model": model, "engine": "torch", "command": "forkrl eval MODEL", "seed": 0,
-        "temperature": 1.0, "samples": entries[0]["samples"], "max_response_tokens": LIMIT, "prompt_format": "plain",
-        "versions": {"forkrl": "0.1"}, "benchmarks": entries, **changes,
+        found = summarise_benchmark(name, responses, samples)
+        found["benchmarks"][0] |= {
+            "title": TITLES.get(name, name), "available_questions": len(ids), "expected_questions": len(ids),
+            "hub": f"made-up/{name}", "revision": "main", "fingerprint": f"f-{name}", "notice": "",
+            "first_failure": "", "seconds": 12.5, "tokens_per_s": 1000.0,
+        }  # fmt: skip
+        for table, rows in found.items():
+            tables.setdefault(table, []).extend(rows)
+    tables["mean"] = mean_over_benchmarks(tables["benchmarks"])
+    frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+    settings = {
+        "schema": SCHEMA, "model": model, "engine": "torch", "seed": 0, "temperature": 1.0, "samples": samples,
+        "max_response_tokens": LIMIT, "prompt_format": "plain", **changes,
     }  # fmt: skip
-    (folder / "settings.json").write_text(json.dumps({"schema": "forkrl-eval/2"}))
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "settings.json").write_text(json.dumps(settings))
+    write_results(
+        folder,
+        SCHEMA,
+        settings=settings,
+        headline=eval_headline(frames["benchmarks"], frames["mean"]),
+        notes=eval_notes(frames["benchmarks"]),
+        facts={"verifiers": {}},
+        tables=frames,
+    )
     return folder
+
+
+def text_of(response: ScoredResponse) -> str:
+    """What the model wrote."""
+    return f"{HOSTILE} The response {response.sample} to {int(response.question[1:])}, \\boxed{{{response.answer}}}"
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -39,7 +39,7 @@ COMMANDS = {
     "train": Command(of.TrainOptions, "train:run_train", "training", TRAIN),
     "sft": Command(of.SftOptions, "train:run_sft", "training the base model", TRAIN),
     "plan": Command(of.PlanOptions, "plan:run_plan", "the plan", TRAIN),
-    "eval": Command(of.EvalOptions, "eval_table:run_eval", "the evaluation", MEASURE),
+    "eval": Command(of.EvalOptions, "eval:run_eval", "the evaluation", MEASURE),
     "compare": Command(of.CompareOptions, "compare:run_compare", "the comparison", MEASURE),
     "analyze": Command(of.AnalyzeOptions, "analyze:run_analyze", "the analysis", MEASURE),
     "branch": Command(of.BranchOptions, "branch:run_branch", "branching", MEASURE),

@@ -33,8 +33,8 @@ POINTS = {
     "optimizer": "torch.optim:AdamW.step",
     "eval": "forkrl.training.run:sample_and_score",
     "setting": "forkrl.commands.decode_temps:sample_and_score",
-    "response": "forkrl.evaluation.response_files:BenchmarkFiles.add_response",
-    "result": "forkrl.evaluation.response_files:BenchmarkFiles.add_result",
+    "response": "forkrl.evaluation.folder:BenchmarkFiles.add_response",
+    "result": "forkrl.evaluation.folder:BenchmarkFiles.add_result",
     "log": "forkrl.store.run_folder:RunFolder.append_metrics",
     "sample": "forkrl.store.run_folder:RunFolder.write_rollouts",
     "save": "forkrl.training.run:save_checkpoint",
@@ -187,8 +187,8 @@ def _leave_report_out() -> None:
     """Drawing costs more than the tiny training that it draws."""
     report: Any = importlib.import_module("forkrl.report")
     report.write_run_report = lambda folder: folder / "report.html"
-    evaluate: Any = importlib.import_module("forkrl.commands.evaluate")
-    evaluate.write_eval_report = lambda folder: folder / "report.html"
+    page: Any = importlib.import_module("forkrl.report.page")
+    page.write_page = lambda path, _: path
 
 
 def _remember_opened_policies() -> None:

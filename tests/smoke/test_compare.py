@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from forkrl.store.results import read_results
 from tests.fabricated_evaluation import random_responses, write_evaluation, write_lines
 from tests.report_page import Page
 from tests.smoke.world import World
@@ -31,19 +32,22 @@ def test_a_comparison_is_printed_and_written(world: World, evals: Path) -> None:
     outcome = world.run("compare", "evals/a", "evals/b")
     assert outcome.code == 0, outcome.stderr
     lines = outcome.stdout.splitlines()
-    assert lines[0] == "trained (evals/b) minus base (evals/a)"
-    assert [line.split()[0] for line in lines[2:5]] == ["AIME'24", "mine", "mean"]
+    assert lines[0].startswith("trained is ") and "better than base on average over 2 benchmarks" in lines[0]
+    table = lines[lines.index("Differences of accuracy:") + 1 :]
+    assert table[0].split("  ")[1] == "benchmark" and "accuracy of trained" in table[0]
+    assert [line.split()[0] for line in table[1:4]] == ["AIME'24", "mine", "mean"]
     assert "note: temperature differs: 1.0 for base, 0.6 for trained." in lines
     assert "note: aime24: 2 of 20 questions of base are not in the other; left out." in lines
     assert any(line.startswith("note: amc23: evals/b has not finished it") for line in lines)
     assert lines[-1] == "report: analyses/a-vs-b/report.html"
-    stored = json.loads((world.folder / "analyses/a-vs-b/comparison.json").read_text())
-    first = stored["benchmarks"][0]
-    assert (stored["schema"], first["name"], first["questions"]) == ("forkrl-compare/1", "aime24", 18)
-    assert first["accuracy"]["difference"]["low"] > 0 and first["p"] <= first["p_holm"] < 0.05
-    assert stored["command"] == "forkrl compare evals/a evals/b"
+    stored = read_results(world.folder / "analyses/a-vs-b")
+    first = stored.tables["benchmarks"].iloc[0]
+    assert (stored.schema, first["benchmark"], first["questions"]) == ("forkrl-compare/2", "aime24", 18)
+    assert first["accuracy_difference_low"] > 0 and first["p"] <= first["p_holm"] < 0.05
+    assert stored.command == "forkrl compare evals/a evals/b"
+    assert list(stored.tables) == ["benchmarks", "passes", "budget", "spending", "changes", "mean"]
     page = Page(world.folder / "analyses/a-vs-b/report.html")
-    assert lines[-2] in page.text and "What is q00" in page.text
+    assert lines[0] in page.text and "What is q00" in page.text
     again = world.run("compare", "evals/a", "evals/b")
     assert again.stdout == outcome.stdout, "the same command gives the same numbers"
 
@@ -60,8 +64,8 @@ def test_bad_folders_are_refused_in_a_line(world: World, evals: Path) -> None:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         write_lines(path, [row | {"question": f"other{row['question']}"} for row in rows])
     cases = [
-        (("evals/a", "evals/none"), "evals/none: is no evaluation folder (no results.json)"),
-        (("evals/empty", "evals/a"), "evals/empty: is no evaluation folder"),
+        (("evals/a", "evals/none"), "evals/none: is not an evaluation (no results.json)"),
+        (("evals/empty", "evals/a"), "evals/empty: is not an evaluation"),
         (
             ("evals/a", "evals/unfinished"),
             "this evaluation is not finished; run its forkrl eval command again with --out",

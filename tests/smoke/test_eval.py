@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forkrl.evaluation.folder import read_results
 from tests.smoke.world import Outcome, Run, World, write_prompts
 
 DATASET = ("task.name=dataset", "task.verifier=first_character:first_character")
@@ -17,12 +18,18 @@ SHORT = ("rollout.max_prompt_tokens=8", "rollout.max_response_tokens=6", "runtim
 
 
 def evaluated(world: World, *argv: str) -> dict[str, Any]:
-    """The figures of an evaluation that has to succeed, of its one benchmark."""
+    """The figures of an evaluation that has to succeed, of its one benchmark; pass@2 is among them."""
     shutil.rmtree(world.folder / "evaluation", ignore_errors=True)
     outcome = world.run("eval", *argv, "--out", "evaluation", without_report=True)
     assert outcome.code == 0, outcome.stderr
-    (figures,) = json.loads((world.folder / "evaluation/results.json").read_text())["benchmarks"]
-    return {**figures, "stdout": outcome.stdout}
+    passes = read_results(world.folder / "evaluation").tables["passes"].set_index("k")["pass"]
+    return {**figures_of(world.folder / "evaluation"), "pass@2": passes.get(2), "stdout": outcome.stdout}
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """The row of the one benchmark of an evaluation."""
+    (figures,) = read_results(folder).tables["benchmarks"].to_dict("records")
+    return {str(name): value for name, value in figures.items()}
 
 
 def refused(world: World, *argv: str) -> str:
@@ -43,15 +50,12 @@ def run(world: World) -> Run:
 def test_a_run_is_evaluated_as_it_was_while_it_trained(world: World, run: Run) -> None:
     figures = evaluated(world, "run", "--problems", "7", "--samples", "2", "--temperature", "1")
     last = run.metrics[-1]
-    accuracy, length = figures["accuracy"], figures["length"]
-    measured = {
-        "accuracy": accuracy["mean"], "accuracy_low": accuracy["low"], "accuracy_high": accuracy["high"],
-        "length": length["mean"], "truncated_fraction": figures["truncated"], "entropy": figures["entropy"],
-        "pass@2": figures["pass@k"]["2"]["mean"], "problems": figures["questions"],
-    }  # fmt: skip
+    same = ("accuracy", "accuracy_low", "accuracy_high", "length", "entropy", "pass@2")
+    measured = {name: figures[name] for name in same}
+    measured |= {"truncated_fraction": figures["truncated"], "problems": figures["questions"]}
     assert measured == pytest.approx({name: last[f"eval/{name}"] for name in measured}, rel=1e-6)
-    assert 0 < accuracy["mean"] < 1
-    assert "prompts.jsonl     7 of 8" in figures["stdout"]
+    assert 0 < figures["accuracy"] < 1
+    assert "note: prompts.jsonl: the first 7 of 8 questions." in figures["stdout"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def evaluated_inside(world: World, model: str, folder: str) -> tuple[dict[str, A
     outcome = world.run("eval", model, without_report=True)
     assert outcome.code == 0, outcome.stderr
     path = world.folder / "stepped/analysis" / folder
-    (figures,) = json.loads((path / "results.json").read_text())["benchmarks"]
+    figures = figures_of(path)
     (questions,) = (path / "questions").iterdir()
     return figures, questions.read_text(), json.loads((path / "settings.json").read_text())
 
@@ -79,7 +83,7 @@ def test_a_run_at_a_step_is_evaluated_as_the_run_is(world: World, stepped: Run) 
         assert {key for key in settings if settings[key] != settings_there[key]} == {"model", "checkpoint", "weights"}
         assert settings_there["checkpoint"] == at
     # The run itself measured its first model, at step 0.
-    assert figures["accuracy"]["mean"] == pytest.approx(stepped.metrics[0]["eval/accuracy"])
+    assert figures["accuracy"] == pytest.approx(stepped.metrics[0]["eval/accuracy"])
     # A path inside the run is the same question as RUN@step-N: in the same folder nothing is left to sample.
     by_path = evaluated_inside(world, "stepped/checkpoints/step-1", "eval-step-1")
     assert by_path[1:] == (questions, settings | {key: by_path[2][key] for key in ("model", "checkpoint", "weights")})
@@ -183,4 +187,4 @@ def test_responses_shorter_than_the_penalty_of_training(world: World, tmp_path: 
     figures = evaluated(
         world, "model", *DATASET, "task.data=prompts.jsonl", "rollout.max_response_tokens=2", "--problems", "3"
     )
-    assert figures["length"]["mean"] <= 2
+    assert figures["length"] <= 2

@@ -3,6 +3,7 @@ r"""``forkrl eval --bench``: a folder that survives a kill, and figures that an 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
+from forkrl.evaluation.folder import read_results
 from forkrl.rewards.code.sandbox import require_sandbox
 from tests.benchmark_mirror import AIME25, make_mirror, write_rows
 from tests.openai_server import MODEL, Exchange, OpenAIServer, completion
@@ -60,18 +62,23 @@ def run(world: World, *argv: str, **how: Any) -> Outcome:
     return world.run(*argv, without_report=True, **how)
 
 
-def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
+def benchmarks(folder: Path) -> list[dict[str, Any]]:
+    """The figures of every benchmark; None where one is unknown."""
+    rows = read_results(folder).tables["benchmarks"].to_dict("records")
+    return [{str(name): None if value != value else value for name, value in row.items()} for row in rows]
 
 
 def lines(folder: Path, part: str, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / part / f"{name}.jsonl").read_text().splitlines()]
 
 
+def failures(figures: dict[str, Any]) -> int:
+    return sum(int(value) for name, value in figures.items() if name.startswith("failed_"))
+
+
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """The figures without the clock."""
-    return [{key: value for key, value in each.items() if key not in CLOCK} for each in results(folder)["benchmarks"]]
+    return [{key: value for key, value in each.items() if key not in CLOCK} for each in benchmarks(folder)]
 
 
 def responses(folder: Path, name: str) -> list[str]:
@@ -79,7 +86,7 @@ def responses(folder: Path, name: str) -> list[str]:
 
 
 def scores(folder: Path, name: str) -> set[str]:
-    """In whatever order they came."""
+    """Without their order."""
     return set((folder / "scores" / f"{name}.jsonl").read_text().splitlines())
 
 
@@ -91,15 +98,20 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 
 def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) -> None:
-    found = results(whole)
-    assert {key: found[key] for key in ("schema", "model", "engine", "samples", "prompt_format")} == {
-        "schema": "forkrl-eval/2", "model": "wide", "engine": "torch", "samples": 4, "prompt_format": "plain",
+    found = read_results(whole)
+    assert {key: found.settings[key] for key in ("schema", "model", "engine", "samples", "prompt_format")} == {
+        "schema": "forkrl-eval/3", "model": "wide", "engine": "torch", "samples": 4, "prompt_format": "plain",
     }  # fmt: skip
-    assert [(each["name"], each["questions"], each["expected_questions"]) for each in found["benchmarks"]] == [
+    assert found.facts["verifiers"]["aime25"] == {"aime25": ["forkrl.rewards.math:verify_math", {}]}
+    assert {path.stem for path in (whole / "tables").iterdir()} == set(found.tables)
+    assert set(found.tables) == {"benchmarks", "passes", "budget", "lengths", "mean"}
+    rows = benchmarks(whole)
+    assert [(each["benchmark"], each["questions"], each["expected_questions"]) for each in rows] == [
         ("aime25", 4, 30), ("math500", 3, 500),
     ]  # fmt: skip
-    first = found["benchmarks"][0]
-    assert (first["hub"], first["revision"], first["unparsed"]) == ("math-ai/aime25", "mirror", first["unparsed"])
+    first = rows[0]
+    assert (first["hub"], first["revision"]) == ("math-ai/aime25", "mirror")
+    assert 0 <= first["unparsed"] <= 1 and first["accuracy_low"] <= first["accuracy"] <= first["accuracy_high"]
     assert "holds 4 questions, not the 30 expected" in first["notice"]
     assert set(lines(whole, "responses", "aime25")[0]) == {
         "question", "sample", "text", "reasoning", "tokens", "finished", "entropy",
@@ -111,7 +123,7 @@ def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) 
     assert asked["answer"] == "1"
     stdout = (here.folder / "stdout").read_text()
     assert "report: whole/report.html" in stdout and (whole / "report.html").is_file()
-    assert "AIME'25            4  0." in stdout and "25.42 → 26.25" in stdout
+    assert re.search(r"AIME'25 +4 +0\.?\d* \[", stdout) and "25.42 → 26.25" in stdout
 
 
 KILLS = [("response", 8), ("response", 17), ("result", 20)]
@@ -138,7 +150,7 @@ def test_ctrl_c_keeps_everything(here: World, whole: Path) -> None:
     assert len(responses(here.folder / "stopped", "aime25")) == 8
     again = run(here, *command)
     assert again.code == 0
-    assert "forkrl: AIME'25: 8 of 16 responses are there already" in again.stderr.splitlines()
+    assert "forkrl: 8 of 16 responses to AIME'25 are in stopped already" in again.stderr.splitlines()
     assert_same(here.folder / "stopped", whole)
 
 
@@ -166,14 +178,14 @@ def test_a_finished_evaluation_samples_nothing_and_judges_nothing(here: World, w
         for point in ("token", "response", "result")
     ]
     assert run(here, "eval", "wide", *BOTH, *SHORT, "--out", "again", faults=faults).code == 0
-    assert results(copy)["benchmarks"] == results(whole)["benchmarks"]
+    assert benchmarks(copy) == benchmarks(whole)
 
 
 def test_a_further_benchmark_joins_the_folder(here: World, whole: Path) -> None:
     command = ("eval", "wide", "--mirror", "mirror", *SHORT, "--out", "joined")
     for name in reversed(NAMES):
         assert run(here, *command, "--bench", name).code == 0
-    assert sorted(timeless(here.folder / "joined"), key=lambda each: str(each["name"])) == timeless(whole)
+    assert sorted(timeless(here.folder / "joined"), key=lambda each: str(each["benchmark"])) == timeless(whole)
 
 
 def test_the_first_problems(here: World) -> None:
@@ -204,7 +216,7 @@ def test_a_chat_template_is_put_around_the_question(here: World) -> None:
     assert outcome.code == 0, outcome.stderr
     (asked,) = lines(here.folder / "chat", "questions", "aime25")
     assert asked["prompt"].startswith("0 + 1 =\nPlease reason") and asked["prompt"].endswith("\\boxed{}. /*")
-    assert results(here.folder / "chat")["prompt_format"] == "chat"
+    assert read_results(here.folder / "chat").settings["prompt_format"] == "chat"
 
 
 FLAKY = '''"""Cannot judge while a file lies beside it."""
@@ -236,15 +248,15 @@ def test_what_could_not_be_judged_is_judged_again(own_world: World) -> None:
     outcome = run(own_world, *command)
     assert outcome.code == 0, outcome.stderr
     folder = own_world.folder / "out"
-    (figures,) = results(folder)["benchmarks"]
+    (figures,) = benchmarks(folder)
     failed = [each for each in lines(folder, "scores", "prompts") if each["failure"]]
-    assert figures["failures"] == {"error": len(failed)} and 0 < len(failed) < 96
+    assert figures["failed_error"] == len(failed) and 0 < len(failed) < 96
     assert f"({len(failed)} by error); the same command judges them again" in outcome.stdout
     (own_world.folder / "broken").unlink()
     never = {"point": "token", "count": 7, "signal": signal.SIGKILL}
     assert run(own_world, *command, faults=[never]).code == 0
-    (again,) = results(folder)["benchmarks"]
-    assert again["failures"] == {}
+    (again,) = benchmarks(folder)
+    assert again["failed_error"] == 0 and figures["first_failure"] and not again["first_failure"]
     assert len(lines(folder, "scores", "prompts")) == 96 + len(failed)
     assert again["seconds"] == figures["seconds"]
 
@@ -277,12 +289,12 @@ def test_a_server_samples(here: World, prompt: str) -> None:
     assert (f"User:\n{question}\n\nAssistant:\n" if prompt == "plain" else question) in texts
     assert len(asked) == 8 and {fields["max_tokens"] for fields in asked} == {9}
     assert all(alone), "one request at a time"
-    (figures,) = results(here.folder / f"served-{prompt}")["benchmarks"]
-    assert (figures["accuracy"]["mean"], figures["length"]["mean"], figures["entropy"]) == (0.25, 7, None)
+    (figures,) = benchmarks(here.folder / f"served-{prompt}")
+    assert (figures["accuracy"], figures["length"], figures["entropy"]) == (0.25, 7, None)
 
 
 def test_a_server_that_dies_loses_nothing(here: World) -> None:
-    """The first answers are good, then it wants a key; another one goes on where that left off."""
+    """The first answers are good, then it wants a key; another one resumes."""
     given: list[object] = []
 
     def tire(exchange: Exchange, fields: dict[str, Any]) -> None:
@@ -328,18 +340,18 @@ def test_programs_are_run(here: World) -> None:
         )  # fmt: skip
         assert outcome.code == 0, outcome.stderr
         right = [fields["seed"] % 2 for fields in server.asked]
-    (figures,) = results(here.folder / "programs")["benchmarks"]
-    assert (figures["questions"], figures["failures"]) == (2, {})
-    assert 0 < figures["accuracy"]["mean"] < 1
-    assert figures["accuracy"]["mean"] == sum(right) / len(right)
+    (figures,) = benchmarks(here.folder / "programs")
+    assert (figures["questions"], failures(figures)) == (2, 0)
+    assert 0 < figures["accuracy"] < 1
+    assert figures["accuracy"] == sum(right) / len(right)
 
 
 def test_questions_of_reasoning_gym(here: World) -> None:
     pytest.importorskip("reasoning_gym")
     outcome = run(here, "eval", "wide", "--bench", "gym:chain_sum", "--problems", "3", *SHORT)
     assert outcome.code == 0, outcome.stderr
-    (figures,) = results(here.folder / "evals/wide")["benchmarks"]
-    assert (figures["name"], figures["questions"], figures["failures"]) == ("gym:chain_sum", 3, {})
+    (figures,) = benchmarks(here.folder / "evals/wide")
+    assert (figures["benchmark"], figures["questions"], failures(figures)) == ("gym:chain_sum", 3, 0)
     assert figures["revision"].startswith("reasoning-gym ")
     asked = lines(here.folder / "evals/wide", "questions", "gym:chain_sum")
     assert len(asked) == 3 and all("<answer>" in each["prompt"] for each in asked)

@@ -3,7 +3,6 @@ again, evaluated."""
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import tomllib
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from forkrl.store.results import read_results
 from tests.smoke.world import ALPHABET, Launcher, Run, World, copy_world, make_model
 
 PARTS = ("countdown", "gcd", "prompts")
@@ -137,12 +137,10 @@ def test_the_run_is_evaluated_by_part(mixed: World, whole: Run) -> None:
     assert whole.folder.name == "whole"
     outcome = mixed.run("eval", "whole", "--out", "evaluated", without_report=True)
     assert outcome.code == 0, outcome.stderr
-    results = json.loads((mixed.folder / "evaluated" / "results.json").read_text())
-    by_part = {benchmark["name"]: benchmark for benchmark in results["benchmarks"]}
-    assert {part: by_part[part]["questions"] for part in by_part} == {"countdown": 3, "gcd": 6, "prompts": 3}
-    for figures in by_part.values():
-        assert figures["accuracy"]["low"] <= figures["accuracy"]["mean"] <= figures["accuracy"]["high"]
-        assert not figures["failures"]
+    parts = read_results(mixed.folder / "evaluated").tables["benchmarks"]
+    assert dict(zip(parts["benchmark"], parts["questions"], strict=True)) == {"countdown": 3, "gcd": 6, "prompts": 3}
+    assert (parts["accuracy_low"] <= parts["accuracy"]).all() and (parts["accuracy"] <= parts["accuracy_high"]).all()
+    assert not parts.filter(like="failed_").any(axis=None)
 
 
 def test_the_recipe_of_the_run_is_its_own(whole: Run) -> None:

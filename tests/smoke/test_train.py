@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from forkrl.store.results import read_results
 from tests.smoke.world import Run, World
 
 RUN_FOLDER = Path(__file__).parents[2] / "docs/run-folder.md"
@@ -138,13 +139,13 @@ def test_eval_of_a_run_takes_its_newest_checkpoint_and_its_task(world: World, le
         "eval", "learned", "--problems", "12", "--samples", "4", "--out", "evaluation", without_report=True
     )
     assert outcome.code == 0, outcome.stderr
-    assert "learned: 4 response(s) to each question" in outcome.stdout
-    (figures,) = json.loads((world.folder / "evaluation/results.json").read_text())["benchmarks"]
-    accuracy, pass_at = figures["accuracy"], figures["pass@k"]
-    assert (figures["questions"], figures["available_questions"]) == (12, 12)
-    assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
-    assert abs(accuracy["mean"] - learned.column("eval/accuracy")[-1]) < 0.15
-    assert accuracy["mean"] <= pass_at["2"]["mean"] <= pass_at["4"]["mean"]
+    assert "to 12 questions" in outcome.stdout
+    tables = read_results(world.folder / "evaluation").tables
+    (figures,) = tables["benchmarks"].to_dict("records")
+    assert (figures["questions"], figures["available_questions"], figures["samples"]) == (12, 12, 4)
+    assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
+    assert abs(figures["accuracy"] - learned.column("eval/accuracy")[-1]) < 0.15
+    assert tables["passes"]["k"].tolist() == [1, 2, 4] and tables["passes"]["pass"].is_monotonic_increasing
 
 
 def test_report_is_written_anew(world: World, learned: Run) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from forkrl.errors import UserError
 from forkrl.evaluation.benchmarks import BENCHMARKS, BOXED, find_benchmark
-from forkrl.evaluation.load import Questions, fingerprint, load_questions, mirror_command
+from forkrl.evaluation.questions import Questions, load_questions, mirror_command
 from forkrl.rewards.code.test_cases import ProgramTest, unpack_tests
 from tests import benchmark_mirror
 from tests.benchmark_mirror import make_mirror, write_rows
@@ -54,7 +54,7 @@ def test_the_wording_is_the_papers() -> None:
     assert BOXED == "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def test_a_question_that_stands_there_twice_is_asked_twice(mirror: Path) -> None:
+def test_a_duplicate_question_is_asked_twice(mirror: Path) -> None:
     first, second = (prompt.id for prompt in loaded("minerva", mirror).prompts)
     assert second == f"{first}-2"
 
@@ -82,7 +82,7 @@ def test_fingerprints_tell_answers_and_questions_apart(tmp_path: Path) -> None:
     def of(problem: str, answer: str) -> str:
         folder = tmp_path / f"{problem}{answer}"
         write_rows(folder / "math-ai/aime25/test.jsonl", [{"problem": problem, "answer": answer}])
-        return fingerprint(loaded("aime25", folder).prompts)
+        return loaded("aime25", folder).fingerprint
 
     assert len({of("a", "1"), of("a", "2"), of("b", "1")}) == 3
     assert of("a", "1") == of("a", "1")

@@ -116,6 +116,15 @@ def test_mistakes_are_one_line_and_exit_2_before_torch_is_imported() -> None:
         assert line.startswith("forkrl: ") and says in line, argv
 
 
+def test_the_benchmarks_are_listed_without_slow_imports() -> None:
+    code = (
+        "import sys; from forkrl.cli import main; main(['eval', '--list'])\n"
+        "print([name for name in ('torch', 'transformers', 'matplotlib', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("name  ") and done.stdout.splitlines()[-1] == "[]"
+
+
 def test_python_m_forkrl_exits_like_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "forkrl", "tran"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -15,7 +15,9 @@ from forkrl.errors import UserError
 from forkrl.evaluation import budgets
 from forkrl.evaluation.budgets import Outcomes, compare_at_equal_spending
 from forkrl.evaluation.comparison import compare
-from forkrl.evaluation.responses import ScoredResponse
+from forkrl.evaluation.folder import ScoredResponse
+from forkrl.evaluation.summary import Tables
+from forkrl.report.formatting import interval_of
 from forkrl.stats import permutation
 from forkrl.stats.intervals import (
     Estimate,
@@ -38,7 +40,7 @@ def responses(scores: Table, tokens: Table | None = None, questions: Sequence[st
                 int(tokens[q][k]) if tokens is not None else 10,
             )
             answer = "right" if score == 1 else str(k)
-            made.append(ScoredResponse(question, k, "text", length, True, None, float(score), "", answer))
+            made.append(ScoredResponse(question, k, length, True, None, float(score), "", answer))
     return made
 
 
@@ -155,75 +157,79 @@ A = [[1, 0], [0, 0], [1, 1], [0, 0]]
 B = [[1, 1], [0, 1], [1, 1], [0, 0]]
 
 
+def compared(a: list[ScoredResponse], b: list[ScoredResponse]) -> Tables:
+    """The tables of two evaluations of one benchmark."""
+    return compare({"x": a}, {"x": b}).tables
+
+
 def test_a_comparison_by_hand() -> None:
     tokens_b = [[20, 20], [40, 40], [20, 20], [20, 20]]
-    found = compare({"x": responses(A)}, {"x": responses(B, tokens_b)})
+    found, notes = compare({"x": responses(A)}, {"x": responses(B, tokens_b)})
     (row,) = found["benchmarks"]
-    assert (row["questions"], row["samples"], row["better"], row["worse"], row["same"]) == (
-        4,
-        {"a": 2, "b": 2},
-        2,
-        0,
-        2,
-    )
-    assert row["accuracy"]["difference"]["mean"] == 0.25
-    assert (row["accuracy"]["a"]["mean"], row["accuracy"]["b"]["mean"]) == (3 / 8, 5 / 8)
+    names = ("benchmark", "questions", "samples_a", "samples_b", "better", "worse", "same")
+    assert [row[name] for name in names] == ["x", 4, 2, 2, 2, 0, 2]
+    assert row["accuracy_difference"] == 0.25
+    assert (row["accuracy_a"], row["accuracy_b"]) == (3 / 8, 5 / 8)
     assert (row["p_method"], row["p_holm"]) == ("exact", row["p"])
     assert row["p"] >= enumerated_p(A, B)
-    assert row["length"]["difference"]["mean"] == 15
-    assert row["pass@k"]["2"] == {
-        "a": 0.5, "b": 0.75, "difference": paired_difference_of_values([1, 0, 1, 0], [1, 1, 1, 0], 1)._asdict(),
-    }  # fmt: skip
+    assert row["length_difference"] == 15
+    passes = {(each["measure"], each["k"]): each for each in found["passes"]}
+    at_two = passes["pass@k", 2]
+    assert (at_two["a"], at_two["b"]) == (0.5, 0.75)
+    assert interval_of(at_two, "difference") == paired_difference_of_values([1, 0, 1, 0], [1, 1, 1, 0], 1)
     # Wrong answers of A and B are all different: one right of two ties.
-    assert (row["maj@k"]["2"]["a"], row["maj@k"]["2"]["b"]) == (3 / 8, 5 / 8)
-    assert [each["question"] for each in row["changes"]] == ["q000", "q001"]
-    assert (found["pooled"], found["notices"]) == (None, [])
+    assert (passes["maj@k", 2]["a"], passes["maj@k", 2]["b"]) == (3 / 8, 5 / 8)
+    assert [each["question"] for each in found["changes"]] == ["q000", "q001"]
+    assert (found["mean"], notes) == ([], [])
 
 
 def test_equal_budgets_and_equal_spending_take_the_longer_answers_away() -> None:
     """B's gain comes with 40 tokens where A has 10: at 10 tokens each, B has no right answer of that question left."""
     tokens_b = [[20, 20], [40, 40], [20, 20], [20, 20]]
-    (row,) = compare({"x": responses(A)}, {"x": responses(B, tokens_b)})["benchmarks"]
-    at = {each["tokens"]: each for each in row["budget"]}
-    assert (at[40]["a"]["mean"], at[40]["b"]["mean"], at[40]["spent_a"], at[40]["spent_b"]) == (3 / 8, 5 / 8, 10, 25)
-    assert (at[10]["a"]["mean"], at[10]["b"]["mean"]) == (3 / 8, 0)
-    matched = row["length_matched"]
-    assert matched == row["equal_spending"][-1]
-    assert (matched["spent"], matched["a"], matched["b"], matched["budget_b"]) == (10, 3 / 8, 0, 10)
-    assert matched["difference"]["mean"] == -3 / 8
+    found = compared(responses(A), responses(B, tokens_b))
+    at = {each["tokens"]: each for each in found["budget"]}
+    assert (at[40]["a"], at[40]["b"], at[40]["spent_a"], at[40]["spent_b"]) == (3 / 8, 5 / 8, 10, 25)
+    assert (at[10]["a"], at[10]["b"]) == (3 / 8, 0)
+    (row,), last = found["benchmarks"], found["spending"][-1]
+    assert {f"matched_{name}": value for name, value in last.items() if name != "benchmark"}.items() <= row.items()
+    assert (last["spent"], last["a"], last["b"], last["budget_b"]) == (10, 3 / 8, 0, 10)
+    assert last["difference"] == -3 / 8
 
 
 def test_the_same_evaluation_twice_differs_in_nothing_but_is_not_certain() -> None:
     generator = np.random.default_rng(5)
     tokens = generator.integers(5, 300, (12, 4)).tolist()
     for scores in (generator.integers(0, 2, (12, 4)).tolist(), [[1] * 4] * 12, [[0] * 4] * 12):
-        (row,) = compare({"x": responses(scores, tokens)}, {"x": responses(scores, tokens)})["benchmarks"]
-        assert row["p"] == 1 and row["changes"] == []
-        assert row["length"]["difference"] == {"mean": 0, "low": 0, "high": 0}
-        measures = [row["accuracy"], row["length_matched"], *row["budget"], *row["equal_spending"]]
-        for each in (*measures, *row["pass@k"].values(), *row["maj@k"].values()):
-            difference = each["difference"]
-            assert difference["mean"] == 0 and difference["low"] < 0 < difference["high"]
+        found = compared(responses(scores, tokens), responses(scores, tokens))
+        (row,) = found["benchmarks"]
+        assert row["p"] == 1 and found["changes"] == []
+        assert interval_of(row, "length_difference") == (0, 0, 0)
+        differences = [interval_of(row, f"{name}_difference") for name in ("accuracy", "matched")]
+        others = (each for name in ("budget", "spending", "passes") for each in found[name])
+        for difference in (*differences, *(interval_of(each, "difference") for each in others)):
+            assert difference.mean == 0 and difference.low < 0 < difference.high
 
 
 def test_sample_counts_may_differ_and_fractions_are_drawn() -> None:
-    (row,) = compare({"x": responses(A)}, {"x": responses([[*each, 0.5] for each in B])})["benchmarks"]
-    assert (row["samples"], row["p_method"]) == ({"a": 2, "b": 3}, "draws")
-    (row,) = compare({"x": responses([[*each, 1, 0] for each in A])}, {"x": responses(B)})["benchmarks"]
-    assert list(row["pass@k"]) == list(row["maj@k"]) == ["1", "2"]
-    (row,) = compare({"x": responses(A)}, {"x": responses([[*each, 1] for each in B])})["benchmarks"]
+    (row,) = compared(responses(A), responses([[*each, 0.5] for each in B]))["benchmarks"]
+    assert (row["samples_a"], row["samples_b"], row["p_method"]) == (2, 3, "draws")
+    passes = compared(responses([[*each, 1, 0] for each in A]), responses(B))["passes"]
+    assert [(each["measure"], each["k"]) for each in passes] == [
+        ("pass@k", 1), ("pass@k", 2), ("maj@k", 1), ("maj@k", 2),
+    ]  # fmt: skip
+    (row,) = compared(responses(A), responses([[*each, 1] for each in B]))["benchmarks"]
     assert row["p_method"] == "exact"
 
 
 def test_questions_that_only_one_side_has_are_left_out_with_a_notice() -> None:
-    found = compare(
+    found, notes = compare(
         {"x": responses(A, questions=["a", "b", "c", "d"]), "mine": responses(A)},
         {"x": responses(B, questions=["c", "b", "y", "z"]), "yours": responses(A)},
     )
     (row,) = found["benchmarks"]
     assert row["questions"] == 2
-    assert row["accuracy"]["difference"]["mean"] == ((1 - 1) + (0.5 - 0)) / 2
-    assert found["notices"] == [
+    assert row["accuracy_difference"] == ((1 - 1) + (0.5 - 0)) / 2
+    assert notes == [
         "mine: only A has it; left out.",
         "yours: only B has it; left out.",
         "x: 2 of 4 questions of A are not in the other; left out.",
@@ -239,22 +245,23 @@ def test_nothing_in_common_is_refused() -> None:
 
 
 def test_one_question_has_no_interval() -> None:
-    (row,) = compare({"x": responses(A[:1])}, {"x": responses(B[:1])})["benchmarks"]
-    assert all(math.isnan(row[name]["difference"]["low"]) for name in ("accuracy", "length", "length_matched"))
+    (row,) = compared(responses(A[:1]), responses(B[:1]))["benchmarks"]
+    assert all(math.isnan(row[f"{name}_difference_low"]) for name in ("accuracy", "length", "matched"))
 
 
 def test_pooling_weighs_benchmarks_alike() -> None:
     same = [[0, 0], [1, 0]]
     found = compare({"x": responses(A), "y": responses(same)}, {"x": responses(B), "y": responses(same)})
-    pooled = found["pooled"]
-    assert pooled["accuracy"]["difference"]["mean"] == (2 / 8 + 0) / 2
-    assert (pooled["accuracy"]["a"], pooled["accuracy"]["b"]) == ((3 / 8 + 1 / 4) / 2, (5 / 8 + 1 / 4) / 2)
-    assert pooled["p"] >= 0.05 and pooled["accuracy"]["difference"]["low"] <= 0
+    (mean,) = found.tables["mean"]
+    assert mean["accuracy_difference"] == (2 / 8 + 0) / 2
+    assert (mean["accuracy_a"], mean["accuracy_b"]) == ((3 / 8 + 1 / 4) / 2, (5 / 8 + 1 / 4) / 2)
+    assert mean["p"] >= 0.05 and mean["accuracy_difference_low"] <= 0
     zeros, wins, loss = [[0.0]] * 4, [[1.0]] * 4, [[1.0]]  # a loss in one of one question weighs as much as four wins
     even = compare({"x": responses(zeros), "y": responses(loss)}, {"x": responses(wins), "y": responses(zeros[:1])})
-    assert even["pooled"]["accuracy"]["difference"]["mean"] == 0 and even["pooled"]["p"] == 1
+    (mean,) = even.tables["mean"]
+    assert mean["accuracy_difference"] == 0 and mean["p"] == 1
     one = compare({"x": responses(A), "y": responses(same[:1])}, {"x": responses(B), "y": responses(same[:1])})
-    assert math.isnan(one["pooled"]["accuracy"]["difference"]["low"])
+    assert math.isnan(one.tables["mean"][0]["accuracy_difference_low"])
 
 
 def test_the_ends_of_a_mean_of_estimates_by_hand() -> None:
@@ -266,8 +273,8 @@ def test_the_ends_of_a_mean_of_estimates_by_hand() -> None:
 def test_the_largest_changes_come_first_and_lost_ones_count() -> None:
     before = [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     after = [[0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
-    (row,) = compare({"x": responses(before)}, {"x": responses(after)})["benchmarks"]
-    assert [(each["question"], each["difference"]) for each in row["changes"]] == [
+    changes = compared(responses(before), responses(after))["changes"]
+    assert [(each["question"], each["difference"]) for each in changes] == [
         ("q000", -0.75), ("q002", 0.5), ("q001", 0.25)
     ]  # fmt: skip
 

@@ -41,10 +41,10 @@ class Counting(EmbeddedEngine):
 
 
 def texts(policy: Policy, requests: Sequence[SampleRequest], waves: list[int] | None = None) -> dict[object, str]:
-    sampler = EmbeddedSampler(Counting(policy, [] if waves is None else waves), GRID)
+    sampler = EmbeddedSampler(Counting(policy, [] if waves is None else waves))
     return {
         (sampled.request.prompt.id, sampled.request.sample): sampled.text
-        for sampled in sampler.sample(requests, SAMPLING)
+        for sampled in sampler.sample(requests, SAMPLING, GRID)
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forkrl.commands.eval_engines import identity, open_eval_engine
+from forkrl.commands.eval_engines import identity, open_sampler, settings_for
 from forkrl.commands.options import EvalOptions
 from forkrl.commands.subject import open_subject
 from forkrl.errors import UserError
@@ -34,10 +34,11 @@ class Recorded:
 def test_vllm_gets_the_model(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forkrl.evaluation.vllm.VllmSampler", Recorded)
     options = EvalOptions(model, engine="vllm", overrides=["seed=7"], max_tokens=5)
-    with open_eval_engine(open_subject(options), options, "plain") as engine:
-        assert engine.tokenizer is not None and engine.tokenizer.eos_token == "<eos>"
-        assert engine.settings_for([]).rollout.max_response_tokens == 5
-        assert isinstance(engine.sampler([]), Recorded)
+    subject = open_subject(options)
+    with open_sampler(subject, options, "plain") as sampler:
+        assert sampler.tokenizer is not None and sampler.tokenizer.eos_token == "<eos>"
+        assert settings_for(subject, sampler, []).rollout.max_response_tokens == 5
+        assert isinstance(sampler, Recorded)
     assert Recorded.made == ((model,), {"revision": None, "seed": 7, "stop_token_ids": (1,)})
 
 
@@ -76,6 +77,6 @@ def test_a_run_has_no_name_at_a_server(model: str, tmp_path: Path) -> None:
     subject = open_subject(options)._replace(run=tmp_path)
     with (
         pytest.raises(UserError, match="give the model's name at the server in place of the run"),
-        open_eval_engine(subject, options, "plain"),
+        open_sampler(subject, options, "plain"),
     ):
         pass

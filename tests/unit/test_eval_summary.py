@@ -8,22 +8,25 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from forkrl.evaluation.budgets import Outcomes, Spending, token_budgets
+from forkrl.evaluation.folder import ScoredResponse
 from forkrl.evaluation.majority import Ballot, ballot, majority_at_k
 from forkrl.evaluation.paper import AVERAGE, TABLE_2
-from forkrl.evaluation.responses import ScoredResponse
-from forkrl.evaluation.summary import by_question, summarise_benchmark
-from forkrl.stats.intervals import mean_with_interval, mean_with_normal_interval
+from forkrl.evaluation.summary import by_question, mean_over_benchmarks, summarise_benchmark
+from forkrl.report.formatting import interval_of
+from forkrl.stats.intervals import Estimate, as_columns, mean_with_interval, mean_with_normal_interval
+from forkrl.types import FAILURES
 
 SIMULATIONS = 200
 
 
 def response(question: str, sample: int, answer: str | None, score: float = 0.0, **changes: object) -> ScoredResponse:
-    made = ScoredResponse(question, sample, "text", 10, True, 0.5, score, "", answer)
+    made = ScoredResponse(question, sample, 10, True, 0.5, score, "", answer)
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -95,56 +98,68 @@ def small_benchmark() -> list[ScoredResponse]:
     return first + second
 
 
+def figures_of(responses: list[ScoredResponse], samples: int) -> dict[str, Any]:
+    """The row of the benchmark."""
+    (figures,) = summarise_benchmark("x", responses, samples)["benchmarks"]
+    return figures
+
+
+def passes_of(responses: list[ScoredResponse], samples: int, measure: str) -> dict[int, float]:
+    """pass@k or maj@k by k."""
+    return {row["k"]: row[measure] for row in summarise_benchmark("x", responses, samples)["passes"]}
+
+
 def test_every_figure_of_a_small_benchmark_by_hand() -> None:
-    figures = summarise_benchmark(small_benchmark()[::-1], 4)
+    tables = summarise_benchmark("x", small_benchmark()[::-1], 4)
+    (figures,) = tables["benchmarks"]
     scores, lengths = [[1, 1, 1, 0], [0, 0, 0, 1]], [[10, 20, 30, 100], [40, 50, 60, 30]]
-    assert figures["samples"] == 4
-    assert figures["accuracy"] == mean_with_interval(scores)._asdict()
-    assert figures["length"] == mean_with_normal_interval(lengths)._asdict()
-    assert figures["length_right"]["mean"] == pytest.approx(90 / 4)
-    assert figures["length_wrong"]["mean"] == pytest.approx(250 / 4)
-    assert figures["length_gap"] == pytest.approx(mean_with_normal_interval([[80], [20]])._asdict())
+    assert (figures["benchmark"], figures["questions"], figures["samples"]) == ("x", 2, 4)
+    assert interval_of(figures, "accuracy") == mean_with_interval(scores)
+    assert interval_of(figures, "length") == mean_with_normal_interval(lengths)
+    assert figures["length_right"] == pytest.approx(90 / 4)
+    assert figures["length_wrong"] == pytest.approx(250 / 4)
+    assert interval_of(figures, "length_gap") == pytest.approx(mean_with_normal_interval([[80], [20]]))
     assert figures["entropy"] == pytest.approx((0.5 * 300 + 1.5 * 40) / 340)
-    assert {k: each["mean"] for k, each in figures["pass@k"].items()} == pytest.approx(
-        {"1": 0.5, "2": (1 + 1 / 2) / 2, "4": 1.0}
-    )
+    assert passes_of(small_benchmark(), 4, "pass") == pytest.approx({1: 0.5, 2: (1 + 1 / 2) / 2, 4: 1.0})
     # Of a's pairs 3 are right and 3 tie; b votes 1 right, 1 wrong, 2 silent: pairs r1 ½, rs 1, rs 1, 1s 0, 1s 0, ss 0.
-    assert {k: each["mean"] for k, each in figures["maj@k"].items()} == pytest.approx(
-        {"1": 0.5, "2": (4.5 / 6 + 2.5 / 6) / 2, "4": (1 + 0.5) / 2}
+    assert passes_of(small_benchmark(), 4, "majority") == pytest.approx(
+        {1: 0.5, 2: (4.5 / 6 + 2.5 / 6) / 2, 4: (1 + 0.5) / 2}
     )
-    assert (figures["truncated"], figures["unparsed"], figures["failures"]) == (1 / 8, 1 / 8, {"timeout": 1})
-    json.dumps(figures)
+    assert (figures["truncated"], figures["unparsed"]) == (1 / 8, 1 / 8)
+    assert [figures[f"failed_{reason}"] for reason in FAILURES] == [1, 0, 0, 0]
+    json.dumps(tables)
 
 
 def test_maj_at_1_is_pass_at_1_is_accuracy() -> None:
     generator = np.random.default_rng(1)
     rows = [answered(str(q), [("r", "a", "b", "")[i] for i in generator.integers(0, 4, 8)]) for q in range(30)]
-    figures = summarise_benchmark([each for row in rows for each in row], 8)
-    for name in ("pass@k", "maj@k"):
-        assert figures[name]["1"] == pytest.approx(figures["accuracy"]), name
-        assert list(figures[name]) == ["1", "2", "4", "8"]
+    tables = summarise_benchmark("x", [each for row in rows for each in row], 8)
+    accuracy = interval_of(tables["benchmarks"][0], "accuracy")
+    for name in ("pass", "majority"):
+        assert interval_of(tables["passes"][0], name) == pytest.approx(accuracy), name
+    assert [row["k"] for row in tables["passes"]] == [1, 2, 4, 8]
 
 
 def test_without_answers_there_is_no_majority_and_nothing_is_called_unparsed() -> None:
     silent = [replace(each, answer=None) for each in small_benchmark()]
-    figures = summarise_benchmark(silent, 4)
-    assert figures["maj@k"] is None and figures["unparsed"] is None
+    assert np.isnan([*passes_of(silent, 4, "majority").values(), figures_of(silent, 4)["unparsed"]]).all()
     failed = [replace(each, failure="crash", score=0.0, answer=None, entropy=None) for each in small_benchmark()]
-    figures = summarise_benchmark(failed, 4)
-    assert figures["maj@k"] is None
-    assert (figures["failures"], figures["entropy"], figures["length_right"]) == ({"crash": 8}, None, None)
+    figures = figures_of(failed, 4)
+    assert np.isnan([*passes_of(failed, 4, "majority").values(), figures["entropy"], figures["length_right"]]).all()
+    assert [figures[f"failed_{reason}"] for reason in FAILURES] == [0, 8, 0, 0]
 
 
 def test_the_budget_curve_counts_longer_responses_as_wrong() -> None:
-    figures = summarise_benchmark(small_benchmark(), 4)
-    curve = {row["tokens"]: row for row in figures["budget"]}
-    assert max(curve) == 100 and curve[100]["accuracy"] == figures["accuracy"]
+    tables = summarise_benchmark("x", small_benchmark(), 4)
+    curve = {row["tokens"]: row for row in tables["budget"]}
+    assert max(curve) == 100
+    assert interval_of(curve[100], "accuracy") == interval_of(tables["benchmarks"][0], "accuracy")
     for budget, row in curve.items():
         right = [[float(length <= budget) for length in (10, 20, 30)] + [0.0], [0.0, 0.0, 0.0, float(budget >= 30)]]
-        assert row["accuracy"] == pytest.approx(mean_with_interval(right)._asdict())
+        assert interval_of(row, "accuracy") == pytest.approx(mean_with_interval(right))
         lengths = [10, 20, 30, 100, 40, 50, 60, 30]
         assert row["spent"] == pytest.approx(sum(min(each, budget) for each in lengths) / 8)
-    assert summarise_benchmark([response("q", 0, "", tokens=0)], 1)["budget"][0]["tokens"] == 1
+    assert summarise_benchmark("x", [response("q", 0, "", tokens=0)], 1)["budget"][0]["tokens"] == 1
 
 
 def test_budgets_span_the_lengths_evenly() -> None:
@@ -182,7 +197,7 @@ def test_spending_of_weighted_questions_is_that_of_repeated_ones() -> None:
 @pytest.mark.parametrize(("samples", "says"), [(3, "question a has 4 responses"), (5, "not samples 0 to 4")])
 def test_a_question_without_all_its_samples_is_refused(samples: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        summarise_benchmark(small_benchmark(), samples)
+        summarise_benchmark("x", small_benchmark(), samples)
 
 
 def test_responses_are_sorted_whatever_their_order() -> None:
@@ -202,15 +217,26 @@ def test_intervals_of_accuracy_and_majority_cover_the_truth() -> None:
         responses = [
             response(f"{q:02}", k, "r" if right[q, k] else "w", float(right[q, k])) for q in range(40) for k in range(4)
         ]
-        figures = summarise_benchmark(responses, 4)
-        for name, found in (("accuracy", figures["accuracy"]), ("maj", figures["maj@k"]["4"])):
-            covered[name] += found["low"] <= truth[name] <= found["high"]
+        tables = summarise_benchmark("x", responses, 4)
+        found = {"accuracy": interval_of(tables["benchmarks"][0], "accuracy")}
+        found["maj"] = interval_of(tables["passes"][2], "majority")
+        for name, estimate in found.items():
+            covered[name] += estimate.low <= truth[name] <= estimate.high
     for name, count in covered.items():
         assert 0.91 <= count / SIMULATIONS <= 0.99, name
 
 
 @pytest.mark.parametrize("size", ["8B", "14B", "32B"])
 def test_the_papers_rows_have_the_papers_averages(size: str) -> None:
-    for which in ("all_tokens", "forks"):
-        mean = sum(getattr(sizes[size], which) for sizes in TABLE_2.values()) / len(TABLE_2)
-        assert mean == pytest.approx(getattr(AVERAGE[size], which), abs=0.0101)
+    for which in (0, 1):
+        mean = sum(sizes[size][which] for sizes in TABLE_2.values()) / len(TABLE_2)
+        assert mean == pytest.approx(AVERAGE[size][which], abs=0.0101)
+
+
+def test_the_mean_over_benchmarks_weighs_each_alike() -> None:
+    rows = [as_columns("accuracy", Estimate(0.2, 0.1, 0.3)) | as_columns("length", Estimate(10, 7, 13))] * 2
+    rows[1] = as_columns("accuracy", Estimate(0.6, 0.5, 0.7)) | as_columns("length", Estimate(30, 26, 34))
+    (mean,) = mean_over_benchmarks(rows)
+    assert interval_of(mean, "accuracy") == pytest.approx((0.4, 0.4 - 0.1 / 2**0.5, 0.4 + 0.1 / 2**0.5))
+    assert interval_of(mean, "length") == pytest.approx((20, 17.5, 22.5))
+    assert mean_over_benchmarks(rows[:1]) == []

@@ -11,7 +11,7 @@ import torch
 
 from forkrl.analysis.temperatures import Setting
 from forkrl.commands.decode_temps import _question
-from forkrl.commands.eval_engines import open_eval_engine
+from forkrl.commands.eval_engines import engine_facts, open_sampler
 from forkrl.commands.options import EvalOptions
 from forkrl.commands.runner import open_work_folder
 from forkrl.commands.subject import Subject, open_subject
@@ -32,8 +32,8 @@ def subject_of(model: str, graphs: str) -> Subject:
 
 
 def evaluation_question(subject: Subject) -> dict[str, Any]:
-    with open_eval_engine(subject, EvalOptions(subject.name), "plain") as engine:
-        return dict(engine.facts)
+    with open_sampler(subject, EvalOptions(subject.name), "plain") as sampler:
+        return engine_facts(subject, sampler)
 
 
 def sweep_question(subject: Subject) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from forkrl.commands.compare import compare_evaluations
 from forkrl.commands.options import CompareOptions
 from forkrl.commands.report import write_report
 from forkrl.errors import UserError
-from forkrl.evaluation.eval_report import write_eval_report
 from tests.fabricated_evaluation import random_responses, write_evaluation
 from tests.fabricated_run import write_run
 
@@ -21,8 +20,8 @@ def test_pages_of_a_run_an_evaluation_and_a_comparison_are_made_again(tmp_path: 
         (tmp_path / name).mkdir()
         write_evaluation(tmp_path / name, {"x": random_responses(9, 2, seed=seed)}, model=f"model {name}")
     made = [
-        write_eval_report(tmp_path / "a"),
-        compare_evaluations(CompareOptions(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")).page,
+        write_report(tmp_path / "a"),
+        write_report(compare_evaluations(CompareOptions(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")).folder),
         write_report(write_run(tmp_path / "run", steps=0)),
     ]
     assert "What is q0" in made[1].read_text()
@@ -39,8 +38,7 @@ def test_pages_of_a_run_an_evaluation_and_a_comparison_are_made_again(tmp_path: 
         (None, "no such folder; name a run"),
         ({}, "no finished output of forkrl"),
         ({"settings.json": "{}"}, "the same command finishes an interrupted one"),
-        ({"comparison.json": "["}, "comparison.json: cannot be read"),
-        ({"comparison.json": "[]"}, "comparison.json: is not a JSON object"),
+        ({"results.json": "[]"}, "results.json: is not a JSON object"),
         ({"results.json": "{"}, "results.json: cannot be read"),
         ({"results.json": "{}"}, "results.json: has the unknown schema 'None'"),
         ({"results.json": json.dumps({"schema": "forkrl-brew/1"})}, "has the unknown schema 'forkrl-brew/1'"),

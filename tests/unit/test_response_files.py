@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from forkrl.errors import UserError
-from forkrl.evaluation.folder import read_texts
-from forkrl.evaluation.response_files import BenchmarkFiles, LineFile
+from forkrl.evaluation.folder import BenchmarkFiles, LineFile, read_rows, read_texts
 from forkrl.evaluation.samplers import Sampled, SampleRequest
 from forkrl.types import Prompt, VerifierResult
 
@@ -73,7 +72,8 @@ def test_half_a_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
     assert path.read_bytes() == whole
     lines.append({"a": 3})
     lines.close()
-    assert [row["a"] for row in LineFile(path).rows({})] == [1, 2, 3]
+    LineFile(path).close()
+    assert [row["a"] for row in read_rows(path, {})] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,10 @@ def test_a_damaged_line_is_named_with_what_to_do(tmp_path: Path, name: str, line
         opened(tmp_path)
 
 
-def test_a_file_of_half_a_line_begins_anew(tmp_path: Path) -> None:
+def test_a_file_of_half_a_line_is_emptied(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_bytes(b'{"a"')
-    assert list(LineFile(tmp_path / "lines.jsonl").rows({})) == []
+    LineFile(tmp_path / "lines.jsonl").close()
+    assert (tmp_path / "lines.jsonl").read_bytes() == b""
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
     assert len(calls) == 2
     lines.append({"a": 3})
-    assert [row["a"] for row in lines.rows({})] == [1, 3]
+    assert [row["a"] for row in read_rows(lines.path, {})] == [1, 3]
 
 
 def test_text_that_is_no_text_is_kept(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_text_that_is_no_text_is_kept(tmp_path: Path) -> None:
 def test_other_questions_are_refused(tmp_path: Path, prompts: list[Prompt]) -> None:
     with opened(tmp_path):
         pass
-    with pytest.raises(UserError, match="sums.jsonl: the questions, or their prompts or answers, were others"):
+    with pytest.raises(UserError, match="sums.jsonl: the questions, or their prompts or answers, have changed"):
         opened(tmp_path, prompts)
 
 
@@ -154,5 +155,5 @@ def test_long_answers_are_cut_but_their_change_is_seen(tmp_path: Path) -> None:
     with opened(tmp_path, [Prompt("q", "?", tests + "1")]):
         row = json.loads((tmp_path / "questions/sums.jsonl").read_text())
     assert row["answer"] == tests[:2000]
-    with pytest.raises(UserError, match="were others"):
+    with pytest.raises(UserError, match="have changed"):
         opened(tmp_path, [Prompt("q", "?", tests + "2")])

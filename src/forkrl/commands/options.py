@@ -236,7 +236,7 @@ class EvalOptions(SampleOptions, ModelOptions):
       forkrl eval my-model --data prompts.jsonl                 ... or your own prompts
 
     Writes into --out (default: inside the run, or evals/NAME): responses/, scores/ and questions/ (JSON lines),
-    results.json and report.html. Ctrl-C keeps every finished response; the same command continues.
+    results.json, tables/*.csv and report.html. Ctrl-C keeps every finished response; the same command continues.
     """
 
     activity: ClassVar[str] = "an evaluation"
@@ -306,7 +306,7 @@ class CompareOptions(Options):
 
     B minus A, paired by question: accuracy with a 95% interval and a p-value, length, pass@k, maj@k, and accuracy at
     equal tokens, since longer responses alone can raise it. It reads only what forkrl eval --out wrote. Writes
-    comparison.json and report.html.
+    results.json, tables/*.csv and report.html.
     """
 
     a: Path = field(kw_only=False, metadata=argument("a folder that forkrl eval --out wrote: before", "EVAL_A"))

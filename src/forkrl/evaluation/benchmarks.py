@@ -1,7 +1,4 @@
-r"""The benchmarks: where each one's questions are, which columns hold them, how they are asked and judged.
-
-An entry is data. ``load.py`` reads its questions, from the hub or from a local mirror.
-"""
+r"""The benchmarks: where each one's questions are, which columns hold them, how they are asked and judged."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 class QuestionAndAnswer(NamedTuple):
-    """What a row holds, as far as it can be told; text that is missing or of another kind is refused later."""
+    """What a row holds; text that is missing or of another kind is refused later."""
 
     question: Any
     answer: Any
@@ -36,10 +33,9 @@ class QuestionAndAnswer(NamedTuple):
 class Benchmark:
     """One benchmark of the hub.
 
-    ``revision`` is the commit that is taken from there; None: the newest. ``files`` are JSONL files of the repository,
-    where its split cannot be loaded as such. ``prepare`` makes question and answer of a row whose columns do not hold
-    them ready; ``columns`` are those that it reads besides. ``wanted`` leaves rows out. ``question`` is put around the
-    question in place of ``{prompt}``.
+    ``revision`` is the commit to load; None: the newest. ``files`` are JSONL files of a repository whose split cannot
+    be loaded. ``prepare`` makes question and answer of a row, with further ``columns``; None: they are its columns.
+    ``wanted`` selects rows. ``question`` is the wording around the question, ``{prompt}``.
     """
 
     name: str
@@ -80,7 +76,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def runs_programs(names: Sequence[str]) -> bool:
-    """Whether any of these benchmarks has programs to run."""
+    """Whether a verifier of these benchmarks runs programs."""
     return any(name in BENCHMARKS and BENCHMARKS[name].verifier == CODE for name in names)
 
 
@@ -93,7 +89,7 @@ def after_hashes(row: Row) -> QuestionAndAnswer:
 
 
 def with_context(row: Row) -> QuestionAndAnswer:
-    """OlympiadBench: some questions go on from a context, and the answers are a list, mostly of one."""
+    """OlympiadBench: some questions have a context, and the answers are a list, mostly of one."""
     question, context, answers = row["question"], row["context"], row["final_answer"]
     if isinstance(context, str) and context.strip() and isinstance(question, str):
         question = f"{context.strip()}\n{question}"

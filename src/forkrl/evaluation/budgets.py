@@ -1,6 +1,6 @@
-"""Accuracy against tokens: what would be left of it if longer responses did not count.
+"""Accuracy against tokens: what is left of it if longer responses do not count.
 
-Axes: ``P`` questions, ``K`` samples each.
+Axes: ``P`` questions, ``K`` samples each, ``J`` amounts of tokens.
 
 At a budget of ``b`` tokens a response counts as right if it is right and no longer than ``b``; a longer one is stopped
 there, having *spent* ``b``. Two models compare at equal budgets (each response may take as long) or at equal spending
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from forkrl.stats.intervals import Z95, Estimate, mean_with_interval, paired_difference
+from forkrl.stats.intervals import Z95, Estimate, as_columns, mean_with_interval, paired_difference
 
 NUM_BUDGETS = 20
 RESAMPLES = 1000
@@ -24,7 +24,7 @@ FRACTIONS = tuple(0.05 * step for step in range(1, 21))
 
 Floats = npt.NDArray[np.float64]
 _ROUNDING = 1e-6
-"""A budget found by interpolation must not miss the response that it stands at."""
+"""A budget found by interpolation must include the response whose length it is."""
 
 
 class Outcomes(NamedTuple):
@@ -32,6 +32,14 @@ class Outcomes(NamedTuple):
 
     scores: Floats
     tokens: Floats
+
+    def within(self, budget: float) -> Floats:
+        """``[P, K]``: the scores, 0 for responses longer than ``budget`` tokens."""
+        return np.where(self.tokens <= budget, self.scores, 0.0)
+
+    def spent(self, budget: float) -> float:
+        """Mean tokens of a response that is stopped at ``budget``."""
+        return float(np.minimum(self.tokens, budget).mean())
 
 
 def token_budgets(tokens: Floats) -> list[int]:
@@ -41,39 +49,31 @@ def token_budgets(tokens: Floats) -> list[int]:
     return sorted({*(round(float(budget)) for budget in np.geomspace(short, longest, NUM_BUDGETS)), longest})
 
 
-def within_budget(outcomes: Outcomes, budget: float) -> Floats:
-    """``[P, K]``: the scores, 0 where the response is longer than ``budget`` tokens."""
-    return np.where(outcomes.tokens <= budget, outcomes.scores, 0.0)
-
-
-def budget_curve(outcomes: Outcomes, budgets: list[int]) -> list[dict[str, Any]]:
+def budget_curve(outcomes: Outcomes) -> list[dict[str, Any]]:
     """Accuracy with its interval at every budget, and the mean of the tokens spent."""
     return [
         {
             "tokens": budget,
-            "accuracy": mean_with_interval(within_budget(outcomes, budget))._asdict(),
-            "spent": float(np.minimum(outcomes.tokens, budget).mean()),
+            **as_columns("accuracy", mean_with_interval(outcomes.within(budget))),
+            "spent": outcomes.spent(budget),
         }
-        for budget in budgets
+        for budget in token_budgets(outcomes.tokens)
     ]
 
 
 def compare_at_budgets(a: Outcomes, b: Outcomes) -> list[dict[str, Any]]:
     """Both accuracies and their paired difference with its interval, at equal budgets; row p is the same question."""
-    rows = []
-    for budget in token_budgets(np.concatenate([a.tokens.ravel(), b.tokens.ravel()])):
-        cut_a, cut_b = within_budget(a, budget), within_budget(b, budget)
-        rows.append(
-            {
-                "tokens": budget,
-                "a": mean_with_interval(cut_a)._asdict(),
-                "b": mean_with_interval(cut_b)._asdict(),
-                "difference": paired_difference(cut_a, cut_b)._asdict(),
-                "spent_a": float(np.minimum(a.tokens, budget).mean()),
-                "spent_b": float(np.minimum(b.tokens, budget).mean()),
-            }
-        )
-    return rows
+    return [
+        {
+            "tokens": budget,
+            **as_columns("a", mean_with_interval(a.within(budget))),
+            **as_columns("b", mean_with_interval(b.within(budget))),
+            **as_columns("difference", paired_difference(a.within(budget), b.within(budget))),
+            "spent_a": a.spent(budget),
+            "spent_b": b.spent(budget),
+        }
+        for budget in token_budgets(np.concatenate([a.tokens.ravel(), b.tokens.ravel()]))
+    ]
 
 
 class Spending:
@@ -92,7 +92,7 @@ class Spending:
         self.num_questions = len(outcomes.tokens)
 
     def at(self, amounts: Floats, weights_P: Floats) -> tuple[Floats, Floats]:
-        """Budgets at which so many tokens are spent on average, and the accuracies there, ``[J]`` each."""
+        """Budgets at which these amounts are spent on average, and the accuracies there, ``[J]`` each."""
         weights = weights_P[self._questions]
         total = weights_P.sum() * self._samples
         counted = np.cumsum(weights)
@@ -112,8 +112,8 @@ def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[
 
     The amounts are twentieths of the smaller mean length; at the last one the evaluation of shorter responses is whole,
     and the other is cut at the budget that makes it spend as much. Amounts and budgets come from the data too, so the
-    interval holds the 95% range of ``RESAMPLES`` resamples of the questions, each of which finds its own. It also holds
-    the interval at the budgets that were found, which has a width even where all responses agree.
+    interval contains the 95% range of ``RESAMPLES`` resamples of the questions, each of which finds its own. It also
+    contains the interval at the budgets that were found, which has a width even if all responses agree.
 
     Args:
         a: before.
@@ -128,7 +128,7 @@ def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[
     lows, highs = _resampled_ends(sides, differences, seed)
     rows = []
     for j in range(len(amounts)):
-        cut = paired_difference(within_budget(a, budgets_a[j] + _ROUNDING), within_budget(b, budgets_b[j] + _ROUNDING))
+        cut = paired_difference(a.within(budgets_a[j] + _ROUNDING), b.within(budgets_b[j] + _ROUNDING))
         interval = Estimate(float(differences[j]), min(cut.low, float(lows[j])), max(cut.high, float(highs[j])))
         rows.append(
             {
@@ -137,7 +137,7 @@ def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[
                 "budget_b": float(budgets_b[j]),
                 "a": float(accuracy_a[j]),
                 "b": float(accuracy_b[j]),
-                "difference": interval._asdict(),
+                **as_columns("difference", interval),
             }
         )
     return rows
@@ -150,8 +150,8 @@ def _resampled_ends(sides: tuple[Spending, Spending], differences: Floats, seed:
     """
     questions = sides[0].num_questions
     if questions == 1:
-        nothing = np.full(len(FRACTIONS), math.nan)
-        return nothing, nothing
+        unknown = np.full(len(FRACTIONS), math.nan)
+        return unknown, unknown
     generator = np.random.default_rng(seed)
     found = np.empty((RESAMPLES, len(FRACTIONS)))
     for row in found:

@@ -5,25 +5,27 @@ Axes: ``P`` questions that both have, ``K`` samples of each (which may differ be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from forkrl.errors import UserError
 from forkrl.evaluation.budgets import Floats, Outcomes, compare_at_budgets, compare_at_equal_spending
-from forkrl.evaluation.responses import ScoredResponse
+from forkrl.evaluation.folder import ScoredResponse
 from forkrl.evaluation.summary import (
     Rows,
+    Tables,
     by_question,
     majority_values,
-    names_all_answers,
     outcomes_of,
     pass_counts,
     powers_of_two,
+    truncated_share,
 )
+from forkrl.report.formatting import interval_of
 from forkrl.stats.intervals import (
-    Estimate,
+    as_columns,
     mean_of_estimates,
     mean_with_interval,
     mean_with_normal_interval,
@@ -34,7 +36,16 @@ from forkrl.stats.intervals import (
 from forkrl.stats.permutation import Pair, holm, paired_test, pooled_paired_test
 
 SHOWN_CHANGES = 20
+MEASURES = ("accuracy", "length", "matched")
+"""Each has the columns ``MEASURE_a``, ``MEASURE_b`` and, with its interval, ``MEASURE_difference``."""
 Responses = Mapping[str, Sequence[ScoredResponse]]
+
+
+class Comparison(NamedTuple):
+    """The tables of a comparison, and sentences on what is not the same on both sides."""
+
+    tables: Tables
+    notes: list[str]
 
 
 class Side(NamedTuple):
@@ -51,19 +62,18 @@ class Side(NamedTuple):
         return means
 
 
-def compare(a: Responses, b: Responses, seed: int = 0, sides: tuple[str, str] = ("A", "B")) -> dict[str, Any]:
+def compare(a: Responses, b: Responses, seed: int = 0, sides: tuple[str, str] = ("A", "B")) -> Comparison:
     """Compare two evaluations, B minus A, benchmark by benchmark and over all that both have.
 
     Args:
         a: responses of each benchmark, before.
         b: after.
         seed: of what is resampled or drawn.
-        sides: what notices call them.
+        sides: what notes call them.
 
     Returns:
-        ``benchmarks``: see ``compare_benchmark``, with ``p_holm``, the p-value adjusted for their number. ``pooled``:
-        differences averaged over benchmarks, each weighing the same; None for a single one. ``notices``: sentences on
-        what is not the same on both sides.
+        The tables of ``compare_benchmark``; ``benchmarks`` also has ``p_holm``, the p-value adjusted for their number.
+        ``mean`` has one row: means over benchmarks, each weighing the same; none for a single benchmark.
     """
     names = [name for name in a if name in b]
     if not names:
@@ -71,61 +81,64 @@ def compare(a: Responses, b: Responses, seed: int = 0, sides: tuple[str, str] = 
             f"the evaluations have no benchmark in common ({', '.join(a) or 'none'} against {', '.join(b) or 'none'}); "
             f"compare two evaluations with the same --bench"
         )
-    notices = [
+    notes = [
         f"{name}: only {which} has it; left out."
         for which, here, there in ((sides[0], a, b), (sides[1], b, a))
         for name in here
         if name not in there
     ]
-    found, pairs = [], []
+    tables: Tables = {}
+    pairs = []
     for name in names:
         side_a, side_b, left_out = _common_questions(name, a[name], b[name], sides)
-        notices += left_out
-        found.append(compare_benchmark(name, side_a, side_b, seed))
+        notes += left_out
+        for table, rows in compare_benchmark(name, side_a, side_b, seed).items():
+            tables.setdefault(table, []).extend(rows)
         pairs.append((side_a.outcomes.scores, side_b.outcomes.scores))
-    for row, adjusted in zip(found, holm([row["p"] for row in found]), strict=True):
+    for row, adjusted in zip(tables["benchmarks"], holm([row["p"] for row in tables["benchmarks"]]), strict=True):
         row["p_holm"] = adjusted
-    return {"benchmarks": found, "pooled": _pool(found, pairs, seed), "notices": notices}
+    tables["mean"] = _mean_over_benchmarks(tables["benchmarks"], pairs, seed) if len(names) > 1 else []
+    return Comparison(tables, notes)
 
 
-def compare_benchmark(name: str, a: Side, b: Side, seed: int) -> dict[str, Any]:
-    """One benchmark: every figure of A and B, and their paired difference {"mean", "low", "high"}.
+def compare_benchmark(name: str, a: Side, b: Side, seed: int) -> Tables:
+    """One benchmark: the figures of A and B, and their paired difference.
 
-    ``accuracy``, ``length``, ``pass@k`` and ``maj@k`` have "a", "b" and "difference"; ``budget`` has them at equal
-    budgets of tokens, ``equal_spending`` where both spend the same on average; ``length_matched`` is its last row.
-    ``p`` is that of ``permutation.paired_test`` on the scores; it is below 5% iff the interval of the difference of
-    accuracy excludes 0.
+    ``benchmarks``: one row with ``MEASURES``; ``matched`` is the last row of ``spending``. ``p`` is that of
+    ``permutation.paired_test`` on the scores: below 5% if and only if the interval of the difference of accuracy
+    excludes 0. ``passes``: pass@k and maj@k. ``budget``: accuracy at equal budgets of tokens. ``spending``: accuracy
+    where both spend the same on average. ``changes``: the questions whose accuracy changed most.
     """
     test = paired_test(a.outcomes.scores, b.outcomes.scores, seed)
     spending = compare_at_equal_spending(a.outcomes, b.outcomes, seed)
-    change = b.question_means - a.question_means
-    return {
-        "name": name,
+    matched, change = spending[-1], b.question_means - a.question_means
+    figures = {
         "questions": len(a.rows),
-        "samples": {"a": a.samples, "b": b.samples},
-        "accuracy": {
-            "a": mean_with_interval(a.outcomes.scores)._asdict(),
-            "b": mean_with_interval(b.outcomes.scores)._asdict(),
-            "difference": test.difference._asdict(),
-        },
+        "samples_a": a.samples,
+        "samples_b": b.samples,
+        **as_columns("accuracy_a", mean_with_interval(a.outcomes.scores)),
+        **as_columns("accuracy_b", mean_with_interval(b.outcomes.scores)),
+        **as_columns("accuracy_difference", test.difference),
         "p": test.p,
         "p_method": test.method,
-        "length": {
-            "a": mean_with_normal_interval(a.outcomes.tokens)._asdict(),
-            "b": mean_with_normal_interval(b.outcomes.tokens)._asdict(),
-            "difference": paired_normal_difference(a.outcomes.tokens, b.outcomes.tokens)._asdict(),
-        },
-        "truncated": {"a": _truncated(a), "b": _truncated(b)},
-        "pass@k": _compare_passes(a, b),
-        "maj@k": _compare_majorities(a, b),
-        "budget": compare_at_budgets(a.outcomes, b.outcomes),
-        "equal_spending": spending,
-        "length_matched": spending[-1],
+        **as_columns("length_a", mean_with_normal_interval(a.outcomes.tokens)),
+        **as_columns("length_b", mean_with_normal_interval(b.outcomes.tokens)),
+        **as_columns("length_difference", paired_normal_difference(a.outcomes.tokens, b.outcomes.tokens)),
+        **{f"matched_{column}": value for column, value in matched.items()},
+        "truncated_a": truncated_share(a.rows),
+        "truncated_b": truncated_share(b.rows),
         "better": int((change > 0).sum()),
         "worse": int((change < 0).sum()),
         "same": int((change == 0).sum()),
+    }
+    tables = {
+        "benchmarks": [figures],
+        "passes": [*_compare_values("pass@k", a, b, _passes), *_compare_values("maj@k", a, b, majority_values)],
+        "budget": compare_at_budgets(a.outcomes, b.outcomes),
+        "spending": spending,
         "changes": _largest_changes(a, b),
     }
+    return {table: [{"benchmark": name, **row} for row in found] for table, found in tables.items()}
 
 
 def _common_questions(
@@ -139,49 +152,42 @@ def _common_questions(
             f"{name}: the two evaluations have no question in common (such as {next(iter(rows_a))!r} against "
             f"{next(iter(rows_b))!r}); evaluate both on the same data"
         )
-    notices = [
+    notes = [
         f"{name}: {len(rows) - len(common)} of {len(rows)} questions of {which} are not in the other; left out."
         for which, rows in zip(names, (rows_a, rows_b), strict=True)
         if len(rows) > len(common)
     ]
-    sides = []
-    for rows in (rows_a, rows_b):
-        kept = [rows[question] for question in common]
-        sides.append(Side(kept, len(kept[0]), outcomes_of(kept)))
-    return sides[0], sides[1], notices
+    kept_a, kept_b = ([rows[question] for question in common] for rows in (rows_a, rows_b))
+    return (
+        Side(kept_a, len(kept_a[0]), outcomes_of(kept_a)),
+        Side(kept_b, len(kept_b[0]), outcomes_of(kept_b)),
+        notes,
+    )
 
 
-def _compare_passes(a: Side, b: Side) -> dict[str, Any]:
-    found = {}
-    for k in powers_of_two(min(a.samples, b.samples)):
-        passes_a, passes_b = (
-            [pass_at_k(right, side.samples, k) for right in pass_counts(side.rows)] for side in (a, b)
-        )
-        found[str(k)] = _values_and_difference(passes_a, passes_b, max(a.samples, b.samples) / k)
-    return found
+def _passes(rows: Rows, samples: int) -> dict[int, list[float]]:
+    """pass@k of every question for k = 1, 2, 4, … up to K."""
+    return {k: [pass_at_k(right, samples, k) for right in pass_counts(rows)] for k in powers_of_two(samples)}
 
 
-def _compare_majorities(a: Side, b: Side) -> dict[str, Any] | None:
-    if not (names_all_answers(a.rows) and names_all_answers(b.rows)):
-        return None
-    votes_a, votes_b = majority_values(a.rows, a.samples), majority_values(b.rows, b.samples)
-    return {
-        str(k): _values_and_difference(votes_a[k], votes_b[k], max(a.samples, b.samples) / k)
-        for k in votes_a
-        if k in votes_b
-    }
-
-
-def _values_and_difference(a_P: Sequence[float], b_P: Sequence[float], most_draws: float) -> dict[str, Any]:
-    return {
-        "a": float(np.mean(a_P)),
-        "b": float(np.mean(b_P)),
-        "difference": paired_difference_of_values(a_P, b_P, most_draws)._asdict(),
-    }
-
-
-def _truncated(side: Side) -> float:
-    return float(np.mean([not response.finished for row in side.rows for response in row]))
+def _compare_values(
+    measure: str, a: Side, b: Side, values: Callable[[Rows, int], dict[int, list[float]]]
+) -> list[dict[str, Any]]:
+    """A value per question and k, where both sides have it."""
+    values_a, values_b = values(a.rows, a.samples), values(b.rows, b.samples)
+    return [
+        {
+            "measure": measure,
+            "k": k,
+            "a": float(np.mean(values_a[k])),
+            "b": float(np.mean(values_b[k])),
+            **as_columns(
+                "difference", paired_difference_of_values(values_a[k], values_b[k], max(a.samples, b.samples) / k)
+            ),
+        }
+        for k in values_a
+        if k in values_b
+    ]
 
 
 def _largest_changes(a: Side, b: Side) -> list[dict[str, Any]]:
@@ -202,21 +208,14 @@ def _largest_changes(a: Side, b: Side) -> list[dict[str, Any]]:
     ]
 
 
-def _pool(found: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], seed: int) -> dict[str, Any] | None:
+def _mean_over_benchmarks(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], seed: int) -> list[dict[str, Any]]:
     """Means over benchmarks, each weighing the same, and the test of the mean difference of accuracy."""
-    if len(found) == 1:
-        return None
     test = pooled_paired_test(pairs, seed)
-
-    def pooled(measure: str) -> dict[str, Any]:
-        return mean_of_estimates([Estimate(**row[measure]["difference"]) for row in found])._asdict()
-
-    return {
-        "accuracy": {side: float(np.mean([row["accuracy"][side]["mean"] for row in found])) for side in ("a", "b")}
-        | {"difference": test.difference._asdict()},
-        "p": test.p,
-        "length": {side: float(np.mean([row["length"][side]["mean"] for row in found])) for side in ("a", "b")}
-        | {"difference": pooled("length")},
-        "length_matched": {side: float(np.mean([row["length_matched"][side] for row in found])) for side in ("a", "b")}
-        | {"difference": pooled("length_matched")},
-    }
+    pooled: dict[str, Any] = {"questions": sum(row["questions"] for row in rows), "p": test.p}
+    for measure in MEASURES:
+        for side in "ab":
+            pooled[f"{measure}_{side}"] = float(np.mean([row[f"{measure}_{side}"] for row in rows]))
+        name = f"{measure}_difference"
+        differences = mean_of_estimates([interval_of(row, name) for row in rows])
+        pooled |= as_columns(name, test.difference if measure == "accuracy" else differences)
+    return [pooled]

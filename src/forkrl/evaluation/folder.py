@@ -1,24 +1,40 @@
-"""A finished evaluation folder, read back: ``results.json`` and every response with its result."""
+"""The folder of an evaluation: written response by response, and read back.
+
+settings.json           what was asked
+questions/NAME.jsonl    the questions of a benchmark
+responses/NAME.jsonl    a line for each response, as it finishes
+scores/NAME.jsonl       a line for each result; of several for a response, the last counts
+results.json, tables/   the figures (``forkrl.store.results``)
+
+A line is written whole or not at all, and half a last line (after a kill or a power cut) is dropped, so that an
+evaluation resumes at the response it had reached.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Set
+import os
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from forkrl.errors import UserError
-from forkrl.evaluation.responses import ScoredResponse
-from forkrl.report.progress import progress
+from forkrl.evaluation.samplers import Key, Sampled, SampleRequest
+from forkrl.store import results as store
+from forkrl.store.atomic import explained_write_errors, fsync, write_text
+from forkrl.store.results import RESULTS, Results
 from forkrl.tasks.json_lines import json_object, kind_of
+from forkrl.types import Prompt, VerifierResult
 
-SCHEMA = "forkrl-eval/2"
-RESULTS = "results.json"
-_NUMBER = (int, float)
-_NOTHING = type(None)
+SCHEMA = "forkrl-eval/3"
+_BLOCK = 1 << 20
+_SHOWN_ANSWER = 2000  # characters of an answer that are kept: the tests of a programming task are megabytes
 Kinds = dict[str, tuple[type, ...]]
-Key = tuple[str, int]
+_NUMBER, _NOTHING = (int, float), type(None)
 RESPONSE: Kinds = {
     "question": (str,), "sample": (int,), "text": (str,), "reasoning": (str,), "tokens": (int,), "finished": (bool,),
     "entropy": (*_NUMBER, _NOTHING),
@@ -26,73 +42,229 @@ RESPONSE: Kinds = {
 SCORE: Kinds = {
     "question": (str,), "sample": (int,), "score": _NUMBER, "failure": (str,), "answer": (str, _NOTHING),
 }  # fmt: skip
-_QUESTION: Kinds = {"question": (str,), "prompt": (str,), "answer": (str,)}
+QUESTION: Kinds = {"question": (str,), "prompt": (str,), "answer": (str,)}
 
 
-def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[ScoredResponse]]]:
-    """What ``forkrl eval`` left in a folder: its results, and by benchmark the responses that they are made of.
+@dataclass(frozen=True, slots=True)
+class ScoredResponse:
+    """One response to one question, judged: what every figure of an evaluation is made of.
 
-    Their texts are left out (``text`` is empty): they can be gigabytes. ``read_texts`` gives those that are wanted.
+    ``question`` is the id of the prompt, ``sample`` counts its responses from 0, ``tokens`` is the length of the
+    response, ``entropy`` its mean in nats, None if the engine does not say. ``failure`` is empty when the verifier
+    answered. ``answer`` is what it read as the final answer: "" if it found none, None if it does not say.
     """
+
+    question: str
+    sample: int
+    tokens: int
+    finished: bool
+    entropy: float | None
+    score: float
+    failure: str
+    answer: str | None
+
+
+class LineFile:
+    """A file of JSON objects, one per line, that only grows; half a last line is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explained_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._descriptor, self._end_of_whole_lines())
+
+    def _end_of_whole_lines(self) -> int:
+        """Bytes up to the last line break."""
+        end = os.fstat(self._descriptor).st_size
+        while end:
+            start = max(0, end - _BLOCK)
+            found = os.pread(self._descriptor, end - start, start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+        return 0
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line."""
+        line = memoryview(json.dumps(row).encode("ascii") + b"\n")
+        with explained_write_errors(self.path):
+            end = os.fstat(self._descriptor).st_size
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except BaseException:
+                os.ftruncate(self._descriptor, end)
+                raise
+
+    def close(self) -> None:
+        """Wait until all lines are on the disk, and close the file."""
+        with explained_write_errors(self.path):
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            fsync(self.path.parent)
+
+
+class BenchmarkFiles:
+    """The responses and results of one benchmark so far; a context manager.
+
+    Texts, which can be gigabytes, stay on the disk, except for those that are still to be judged.
+
+    Args:
+        folder: of the evaluation.
+        name: of the benchmark; the files' names.
+        prompts: its questions, as the model reads them.
+        samples: responses to each.
+    """
+
+    def __init__(self, folder: Path, name: str, prompts: Sequence[Prompt], samples: int) -> None:
+        self.grid = [SampleRequest(prompt, sample) for prompt in prompts for sample in range(samples)]
+        _require_questions(folder / "questions" / f"{name}.jsonl", prompts)
+        self._score_file = LineFile(folder / "scores" / f"{name}.jsonl")
+        self._response_file = LineFile(folder / "responses" / f"{name}.jsonl")
+        self._results = {_key(row): row for row in read_rows(self._score_file.path, SCORE)}
+        self._responses: dict[Key, dict[str, Any]] = {}
+        self._texts: dict[Key, str] = {}
+        for row in read_rows(self._response_file.path, RESPONSE):
+            key = _key(row)
+            self._responses[key] = row
+            if key not in self._results or self._results[key]["failure"]:
+                self._texts[key] = row["text"]
+            del row["text"], row["reasoning"]
+
+    def __enter__(self) -> BenchmarkFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._response_file.close()
+        self._score_file.close()
+
+    def missing(self) -> list[SampleRequest]:
+        """Responses that are still to be sampled."""
+        return [request for request in self.grid if request.key not in self._responses]
+
+    def unjudged(self) -> list[tuple[SampleRequest, str]]:
+        """Responses found here without a result, or that the verifier could not judge, with their texts."""
+        return [(request, self._texts[request.key]) for request in self.grid if request.key in self._texts]
+
+    def add_response(self, sampled: Sampled) -> None:
+        """Store a response."""
+        row = _row(sampled.request, sampled, RESPONSE)
+        self._response_file.append(row)
+        del row["text"], row["reasoning"]
+        self._responses[_key(row)] = row
+
+    def add_result(self, request: SampleRequest, result: VerifierResult) -> None:
+        """Store a result."""
+        row = _row(request, result, SCORE)
+        self._score_file.append(row)
+        self._results[_key(row)] = row
+
+    def scored(self) -> list[ScoredResponse]:
+        """Every judged response, in the order of the questions."""
+        known = self._responses.keys() & self._results.keys()
+        return [_scored(self._responses[r.key], self._results[r.key]) for r in self.grid if r.key in known]
+
+
+def _require_questions(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write down the questions; if they are written already, they must be these."""
+    rows = [
+        {
+            "question": prompt.id,
+            "prompt": prompt.text,
+            "answer": prompt.answer[:_SHOWN_ANSWER],
+            "answer_sha256": hashlib.sha256(prompt.answer.encode()).hexdigest(),
+        }
+        for prompt in prompts
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists():
+        with explained_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{path}: the questions, or their prompts or answers, have changed since this evaluation began; name "
+            f"another folder with --out, or remove this one"
+        )
+
+
+def read_evaluation(folder: Path) -> tuple[Results, dict[str, list[ScoredResponse]]]:
+    """What ``forkrl eval`` left in a folder: its results, and by benchmark the responses that they are made of."""
+    from forkrl.report.progress import progress  # which loads the plotting libraries
+
     results = read_results(folder)
     scored = {}
-    for benchmark in progress(results["benchmarks"], f"reading {folder.name}"):
-        name = benchmark["name"]
-        scored[name] = _scored_responses(folder, name)
-        if len(scored[name]) != benchmark["questions"] * benchmark["samples"]:
+    for row in progress(results.tables["benchmarks"].to_dict("records"), f"reading {folder.name}"):
+        name = row["benchmark"]
+        scored[name] = _read_responses(folder, name)
+        if len(scored[name]) != row["questions"] * row["samples"]:
             raise UserError(
-                f"{folder}: {name} has {len(scored[name])} responses to {benchmark['questions']} questions, not "
-                f"{benchmark['samples']} to each; {_how_to_finish(folder)}"
+                f"{folder}: {name} has {len(scored[name])} responses to {row['questions']} questions, not "
+                f"{row['samples']} to each; {_how_to_finish(folder)}"
             )
     return results, scored
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """``results.json`` of a folder."""
+def read_results(folder: Path) -> Results:
+    """The figures of an evaluation."""
     path = folder / RESULTS
     if not path.is_file():
         if (folder / "settings.json").is_file() and (folder / "responses").is_dir():
             raise UserError(f"{folder}: this evaluation is not finished; {_how_to_finish(folder)}")
-        raise UserError(f"{folder}: is no evaluation folder (no {RESULTS}); name one that forkrl eval --out wrote")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_how_to_finish(folder)}") from error
-    schema = results.get("schema") if isinstance(results, dict) else None
+        raise UserError(f"{folder}: is not an evaluation (no {RESULTS}); name a folder that forkrl eval --out wrote")
+    schema = store.read_json(path).get("schema")
     if schema != SCHEMA:
         raise UserError(f"{path}: has schema {schema!r}, not {SCHEMA!r}; evaluate again with this version of ForkRL")
-    return dict(results)
+    return store.read_results(folder)
 
 
-def unfinished_benchmarks(folder: Path, results: Mapping[str, Any]) -> list[str]:
+def unfinished_benchmarks(results: Results) -> list[str]:
     """Names of benchmarks that have responses but no figures yet: results are written one benchmark at a time."""
-    finished = {benchmark["name"] for benchmark in results["benchmarks"]}
-    return sorted(path.stem for path in (folder / "responses").glob("*.jsonl") if path.stem not in finished)
+    finished = set(results.tables["benchmarks"]["benchmark"])
+    return sorted(path.stem for path in (results.folder / "responses").glob("*.jsonl") if path.stem not in finished)
 
 
 def read_questions(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """By id: ``prompt`` and ``answer`` of every question of a benchmark; empty where they were not kept."""
+    """``prompt`` and ``answer`` of every question of a benchmark by id; empty if they were not kept."""
     path = folder / "questions" / f"{name}.jsonl"
-    if not path.is_file():
-        return {}
-    return {row["question"]: row for row in checked_rows(path, _QUESTION)}
+    return {row["question"]: row for row in read_rows(path, QUESTION)} if path.is_file() else {}
 
 
 def read_texts(folder: Path, name: str, wanted: Set[Key]) -> dict[Key, str]:
-    """The texts of some responses to a benchmark, by question and sample, a server's separate reasoning in front."""
-    rows = checked_rows(folder / "responses" / f"{name}.jsonl", RESPONSE)
-    return {_key(row): _as_written(row) for row in rows if _key(row) in wanted}
+    """The texts of some responses to a benchmark, a server's separate reasoning, which was not judged, in front."""
+    rows = read_rows(folder / "responses" / f"{name}.jsonl", RESPONSE)
+    return {
+        _key(row): f"<think>{row['reasoning']}</think>{row['text']}" if row["reasoning"] else row["text"]
+        for row in rows
+        if _key(row) in wanted
+    }
 
 
-def _as_written(row: dict[str, Any]) -> str:
-    """What a person reads: ``text`` alone is what was judged."""
-    return f"<think>{row['reasoning']}</think>{row['text']}" if row["reasoning"] else str(row["text"])
+def read_rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
+    """The objects in a JSONL file of an evaluation, each with the requested keys and kinds of values."""
+    remedy = f"remove that line, then {_how_to_finish(path.parent.parent)}"
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path} line {number}"
+            try:
+                row = json_object(line, place)
+            except UserError as error:
+                raise UserError(f"{error}; {remedy}") from None
+            for key, allowed in kinds.items():
+                value = row.get(key)
+                if type(value) not in allowed or (isinstance(value, float) and not math.isfinite(value)):
+                    raise UserError(f"{place}: {key} is {kind_of(value)}; {remedy}")
+            if not 0 <= row.get("score", 0) <= 1:
+                raise UserError(f"{place}: score {row['score']} is not in [0, 1]; {remedy}")
+            yield row
 
 
-def _scored_responses(folder: Path, name: str) -> list[ScoredResponse]:
+def _read_responses(folder: Path, name: str) -> list[ScoredResponse]:
     """Each response with its last result: one that failed may have been judged again."""
-    responses = _by_key(folder / "responses" / f"{name}.jsonl", RESPONSE)
-    results = _by_key(folder / "scores" / f"{name}.jsonl", SCORE)
+    responses, results = (_by_key(folder, part, name) for part in ("responses", "scores"))
     if missing := [key for key in responses if key not in results]:
         question, sample = missing[0]
         raise UserError(
@@ -101,49 +273,28 @@ def _scored_responses(folder: Path, name: str) -> list[ScoredResponse]:
     return [_scored(row, results[key]) for key, row in responses.items()]
 
 
-def _scored(response: dict[str, Any], result: dict[str, Any]) -> ScoredResponse:
-    return ScoredResponse(
-        question=response["question"],
-        sample=response["sample"],
-        text="",
-        tokens=response["tokens"],
-        finished=response["finished"],
-        entropy=response["entropy"],
-        score=float(result["score"]),
-        failure=result["failure"],
-        answer=result["answer"],
-    )
-
-
-def _by_key(path: Path, kinds: Kinds) -> dict[Key, dict[str, Any]]:
+def _by_key(folder: Path, part: str, name: str) -> dict[Key, dict[str, Any]]:
+    """The rows of a file, the last of each response, without the texts."""
+    path = folder / part / f"{name}.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: is missing; {_how_to_finish(path.parent.parent)}")
-    return {_key(row): row | {"text": "", "reasoning": ""} for row in checked_rows(path, kinds)}
+        raise UserError(f"{path}: is missing; {_how_to_finish(folder)}")
+    kinds = RESPONSE if part == "responses" else SCORE
+    return {_key(row): row | {"text": "", "reasoning": ""} for row in read_rows(path, kinds)}
 
 
-def _key(row: dict[str, Any]) -> Key:
+def _scored(response: Mapping[str, Any], result: Mapping[str, Any]) -> ScoredResponse:
+    row = {**response, **result, "score": float(result["score"])}
+    return ScoredResponse(**{name: row[name] for name in ScoredResponse.__slots__})
+
+
+def _row(request: SampleRequest, found: Sampled | VerifierResult, kinds: Kinds) -> dict[str, Any]:
+    """A line of a file: which response, and the other values by their names."""
+    key = dict(zip(("question", "sample"), request.key, strict=True))
+    return key | {name: getattr(found, name) for name in kinds if name not in key}
+
+
+def _key(row: Mapping[str, Any]) -> Key:
     return row["question"], row["sample"]
-
-
-def checked_rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    """The objects in a JSONL file of an evaluation, each with the requested keys and kinds of values."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{path} line {number}"
-            try:
-                row = json_object(line, place)
-            except UserError as error:
-                raise UserError(f"{error}; remove that line, then {_how_to_finish(path.parent.parent)}") from None
-            for key, allowed in kinds.items():
-                value = row.get(key)
-                if type(value) not in allowed or (isinstance(value, float) and not math.isfinite(value)):
-                    raise UserError(
-                        f"{place}: {key} is {kind_of(value)}; remove that line, then "
-                        f"{_how_to_finish(path.parent.parent)}"
-                    )
-            if not 0 <= row.get("score", 0) <= 1:
-                raise UserError(f"{place}: score {row['score']} is not in [0, 1]; remove that line, then judge again")
-            yield row
 
 
 def _how_to_finish(folder: Path) -> str:

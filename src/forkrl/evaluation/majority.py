@@ -1,7 +1,4 @@
-"""maj@k: how often the most frequent answer of ``k`` responses is right, exactly, from ``n >= k`` responses.
-
-Axes: ``P`` questions.
-"""
+"""maj@k: how often the most frequent answer of ``k`` responses is right, exactly, from ``n >= k`` responses."""
 
 from __future__ import annotations
 
@@ -13,18 +10,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from forkrl.evaluation.responses import ScoredResponse
+from forkrl.evaluation.folder import ScoredResponse
 
 MAX_VOTES = 64
-"""Votes beyond this are not counted: the time grows with their square, and 64 responses tell what more would."""
+"""Largest k: the time grows with its square, and 64 responses tell what more would."""
 
 
 class Ballot(NamedTuple):
-    """The responses to one question, sorted by what they answer.
-
-    ``right``: right ones, one class whatever their text. ``wrong``: the size of each class of equal wrong answers,
-    largest first. ``silent``: those with no answer, which do not vote.
-    """
+    """Votes of the responses to one question: right ones, the sizes of the classes of equal wrong answers (largest
+    first), and ``silent`` ones, which have no answer and do not vote."""
 
     right: int
     wrong: tuple[int, ...]
@@ -32,10 +26,7 @@ class Ballot(NamedTuple):
 
 
 def ballot(responses: Sequence[ScoredResponse]) -> Ballot:
-    """How the responses to one question vote, where the verifier names answers.
-
-    A response that could not be judged has none.
-    """
+    """Votes of the responses to one question; one that could not be judged has no answer."""
     wrong = Counter(response.answer or "" for response in responses if response.score != 1)
     silent = wrong.pop("", 0)
     return Ballot(len(responses) - wrong.total() - silent, tuple(sorted(wrong.values(), reverse=True)), silent)
@@ -44,10 +35,9 @@ def ballot(responses: Sequence[ScoredResponse]) -> Ballot:
 def majority_at_k(votes: Ballot, numbers: Sequence[int]) -> list[float]:
     """For each ``k`` of ``numbers``, the probability that the majority of ``k`` responses is right.
 
-    The mean over all C(n, k) subsets of the responses, so it is unbiased, without going through them: for each number
-    r of right responses in the subset, the rest is counted by dynamic programming over the wrong answers, none of
-    which may have more than r votes. Where t wrong answers have r votes too, the right one wins in 1 of t + 1 cases.
-    Where only responses without an answer are drawn, the vote is wrong.
+    The mean over all C(n, k) subsets, so it is unbiased. For each number r of right responses in the subset, dynamic
+    programming over the wrong answers counts the ways in which none has more than r votes. If t wrong answers have r
+    votes too, the right one wins in 1 of t + 1 cases. If nobody votes, the vote is wrong.
 
     Args:
         votes: of one question.
@@ -67,9 +57,9 @@ def majority_at_k(votes: Ballot, numbers: Sequence[int]) -> list[float]:
 
 
 def _ways_of_others(votes: Ballot, limit: int, draws: int) -> npt.NDArray[np.float64]:
-    """``[draws + 1, ties + 1]``: ways to draw so many wrong and silent responses, so many answers having ``limit``.
+    """``[draws + 1, ties + 1]``: ways to draw wrong and silent responses, by their number and by how many answers tie.
 
-    No wrong answer has more than ``limit`` votes.
+    No wrong answer has more than ``limit`` votes; those with ``limit`` tie.
     """
     ways = np.zeros((draws + 1, draws // limit + 1))
     ways[:, 0] = [math.comb(votes.silent, drawn) for drawn in range(draws + 1)]

@@ -1,28 +1,38 @@
-"""The engines of an evaluation: asked for responses, they yield each as it finishes."""
+"""What an evaluation asks an engine for, and what it gets; the embedded engine. The others: ``server`` and ``vllm``."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from forkrl.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:  # torch, which an evaluation on a server need not load
+    from transformers import PreTrainedTokenizerBase
+
     from forkrl.rollout.embedded import EmbeddedEngine
+
+Key = tuple[str, int]
+"""Id of the question, and which of its responses, counted from 0."""
 
 
 class SampleRequest(NamedTuple):
-    """One response that is still to be sampled: to which prompt, and which of its responses, counted from 0."""
+    """One response to sample: to which prompt, and which of its responses, counted from 0."""
 
     prompt: Prompt
     sample: int
 
+    @property
+    def key(self) -> Key:
+        return self.prompt.id, self.sample
+
 
 class Sampled(NamedTuple):
-    """A response that has finished. ``tokens`` is its length, ``entropy`` its mean in nats, None if unknown.
+    """A finished response. ``tokens`` is its length, ``entropy`` its mean in nats, None if unknown.
 
-    ``reasoning`` is what a server returned separately from the text; it is stored, and not judged.
+    ``reasoning`` is what a server returned separately from the text; it is stored, but not judged.
     """
 
     request: SampleRequest
@@ -52,53 +62,69 @@ def request_seed(seed: int, question: str, sample: int) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
-class Sampler(Protocol):
-    """An engine of an evaluation; ``name`` is how results call it."""
+class Sampler(ABC):
+    """An engine of an evaluation, with its model.
+
+    ``name`` is what results call it, ``tokenizer`` is None if a server keeps it, and ``max_prompt_tokens`` is None if
+    the engine has its own limit.
+    """
 
     name: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_prompt_tokens: int | None = None
 
-    def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
-        """Sample a response to every request, yielding each as it finishes, in any order."""
-        ...
+    @abstractmethod
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
+    ) -> Iterator[Sampled]:
+        """Sample a response to every request, yielding each as it finishes, in any order.
+
+        ``grid``: every response of the benchmark, in order; empty if ``requests`` are all of them.
+        """
+
+    def finished(self) -> int:
+        """Number of responses sampled so far, yielded or not; 0 where each is yielded at once."""
+        return 0
 
 
-class EmbeddedSampler:
-    """The embedded engine, whose responses are drawn in waves: those of a wave share their random numbers.
+class EmbeddedSampler(Sampler):
+    """The embedded engine, which draws responses in waves: those of a wave share their random numbers.
 
-    A wave of which any response is asked for is decoded whole, with the random numbers that it has in an evaluation
-    that is never interrupted, and only what was asked for is yielded. So an interruption changes no number; and drawing
-    anew the responses alone that had not finished would favour short ones.
-
-    Args:
-        engine: with the model.
-        grid: every response of the benchmark, in order, asked for or not: waves are cut from it.
+    A wave with any missing response is decoded whole, with the random numbers that it has in an uninterrupted
+    evaluation, and only the missing ones are yielded. So an interruption changes no number; drawing only the unfinished
+    responses again would favour short ones.
     """
 
     name = "torch"
 
-    def __init__(self, engine: EmbeddedEngine, grid: Sequence[SampleRequest]) -> None:
-        self._engine = engine
-        size = engine.wave_sequences
-        self._waves = [grid[start : start + size] for start in range(0, len(grid), size)]
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self.engine = engine
+        self.tokenizer = engine.policy.tokenizer
+        self.max_prompt_tokens = engine.max_prompt_tokens
 
-    def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
+    ) -> Iterator[Sampled]:
         """See ``Sampler``; responses come wave by wave, the shorter ones of a wave first."""
         from forkrl.rollout.held_out import evaluation_generator
 
-        wanted = {(request.prompt.id, request.sample) for request in requests}
-        generator = evaluation_generator(sampling.seed, self._engine.policy.device)
-        how = SamplingParams(
+        engine, grid, wanted = self.engine, grid or requests, {request.key for request in requests}
+        generator = evaluation_generator(sampling.seed, engine.policy.device)
+        params = SamplingParams(
             max_response_tokens=sampling.max_response_tokens,
             temperature=sampling.temperature,
-            stop_token_ids=self._engine.policy.stop_token_ids(sampling.stop),
+            stop_token_ids=engine.policy.stop_token_ids(sampling.stop),
         )
-        for wave in self._waves:
-            if wanted.isdisjoint((request.prompt.id, request.sample) for request in wave):
-                self._engine.pass_over(len(wave), generator)
+        for start in range(0, len(grid), engine.wave_sequences):
+            wave = grid[start : start + engine.wave_sequences]
+            if wanted.isdisjoint(request.key for request in wave):
+                engine.pass_over(len(wave), generator)
                 continue
-            prefixes = [self._engine.prefix(request.prompt) for request in wave]
-            for place, _, rollout in self._engine.stream(prefixes, count=1, sampling=how, generator=generator):
-                request = wave[place]
-                if (request.prompt.id, request.sample) in wanted:
+            prefixes = [engine.prefix(request.prompt) for request in wave]
+            for place, _, rollout in engine.stream(prefixes, count=1, sampling=params, generator=generator):
+                if wave[place].key in wanted:
                     entropy = float(rollout.entropy.mean())
-                    yield Sampled(request, rollout.text, len(rollout), rollout.finished, entropy)
+                    yield Sampled(wave[place], rollout.text, len(rollout), rollout.finished, entropy)
+
+    def finished(self) -> int:
+        return self.engine.workers.sequences_finished

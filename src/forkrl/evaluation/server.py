@@ -7,7 +7,6 @@ uninterrupted one. docs/engines.md says how failures are handled.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import os
 import queue
@@ -17,26 +16,16 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, wait
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any, Literal
 
 import httpx
 
-from forkrl import __version__
-from forkrl.config.loopback import is_loopback
 from forkrl.errors import UserError
-from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
-from forkrl.evaluation.server_answers import (
-    KEY_VARIABLE,
-    Answer,
-    Failure,
-    Server,
-    raise_for_access,
-    read_json_object,
-    read_response,
-    request_body,
-)
+from forkrl.evaluation.samplers import EvalSampling, Sampled, Sampler, SampleRequest
+from forkrl.evaluation.server_answers import KEY_VARIABLE, Answer, Failure, Server, read_response, request_body
 
 CONCURRENCY = 32
 """Default number of requests in flight."""
@@ -49,10 +38,9 @@ _WHOLE_DISTRIBUTION: dict[Any, dict[str, float]] = {
 _LONGEST_WAIT_S = 60.0
 _CONNECT_S, _PROBE_S, _STOP_S = 10.0, 15.0, 5.0
 _PROBE_BYTES = 16 * 1024 * 1024
-_RESUME = "no response is lost: run the same command again to resume"
 
 
-class ServerSampler:
+class ServerSampler(Sampler):
     """Samples from a server that speaks OpenAI's ``/completions`` or ``/chat/completions``.
 
     Args:
@@ -89,135 +77,110 @@ class ServerSampler:
         self.patience = patience
         self.first_wait_s = first_wait_s
         self.largest_answer = largest_answer
+        self._in_flight = self._failures_in_a_row = 0
 
-    def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
-        """Sample a response to every request, yielding each as it finishes, in any order.
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
+    ) -> Iterator[Sampled]:
+        """See ``Sampler``.
 
         At most ``2 * concurrency`` responses are ahead of the caller. Closing the iterator abandons what is in flight.
         """
         if not requests:
             return
-        sending = _Sending(self, requests, sampling)
+        client, slots = self._open_client(), asyncio.Semaphore(self.concurrency)
+        self._in_flight, self._failures_in_a_row = min(self.concurrency, len(requests)), 0
+        finished: queue.SimpleQueue[Future[Sampled]] = queue.SimpleQueue()
+        # A thread of its own: timeouts must not run out while the caller judges responses, and a notebook's thread
+        # already runs an event loop. A daemon, so that a half-read iterator does not keep the program from ending.
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="forkrl-server-requests", daemon=True)
+        thread.start()
+        asked = (
+            asyncio.run_coroutine_threadsafe(self._respond(client, slots, each, sampling), loop) for each in requests
+        )
         try:
+            for future in islice(asked, 2 * self.concurrency):
+                future.add_done_callback(finished.put)
             for _ in requests:
-                yield sending.take()
+                response = finished.get().result()
+                for future in islice(asked, 1):
+                    future.add_done_callback(finished.put)
+                yield response
         finally:
-            sending.stop()
+            abandoned, _ = wait([asyncio.run_coroutine_threadsafe(_abandon(client), loop)], _STOP_S)
+            if abandoned:  # not if the interpreter is ending and has stopped the thread
+                loop.call_soon_threadsafe(loop.stop)
+                thread.join()
+                loop.close()
 
-
-class _Sending:
-    """A thread whose event loop keeps requests in flight.
-
-    It needs its own thread because timeouts must not run out while the caller judges responses, and because a
-    notebook's thread already runs an event loop.
-    """
-
-    def __init__(self, sampler: ServerSampler, requests: Sequence[SampleRequest], sampling: EvalSampling) -> None:
-        self._sampler, self._server, self._sampling = sampler, sampler.server, sampling
-        self._backlog = iter(requests)
-        self._size = min(sampler.concurrency, len(requests))
-        self._finished: queue.SimpleQueue[Sampled | BaseException] = queue.SimpleQueue()
-        self._loop = asyncio.new_event_loop()
-        self._ahead = asyncio.Semaphore(2 * sampler.concurrency)
-        self._stopped = asyncio.Event()
-        self._failures_in_a_row = 0
-        # A daemon, so that a half-read iterator does not keep the program from ending.
-        self._thread = threading.Thread(target=self._run, name="forkrl-server-requests", daemon=True)
-        self._thread.start()
-
-    def take(self) -> Sampled:
-        """The next response; raises whatever ended the sampling."""
-        finished = self._finished.get()
-        if isinstance(finished, BaseException):
-            raise finished
-        self._loop.call_soon_threadsafe(self._ahead.release)
-        return finished
-
-    def stop(self) -> None:
-        """Abandon what is in flight and wait for the thread to end."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed if the thread ended by itself
-            self._loop.call_soon_threadsafe(self._stopped.set)
-        self._thread.join(_STOP_S)
-
-    def _run(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._serve())
-        except BaseException as error:  # ``take`` raises it again
-            self._finished.put(error)
-
-    async def _serve(self) -> None:
-        limits = httpx.Limits(max_connections=self._size, max_keepalive_connections=self._size)
-        options = _client_options(self._server)
+    def _open_client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        options = self.server.client_options()
         if not options["trust_env"] or not urllib.request.getproxies():  # a transport would replace the proxies
             options["transport"] = httpx.AsyncHTTPTransport(limits=limits, socket_options=_keep_alive())
-        timeout = httpx.Timeout(self._sampler.timeout_s, connect=_CONNECT_S)
-        async with httpx.AsyncClient(limits=limits, timeout=timeout, **options) as client:
-            workers = [asyncio.create_task(self._work(client)) for _ in range(self._size)]
-            await self._stopped.wait()
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(self.timeout_s, connect=_CONNECT_S), **options)
 
-    async def _work(self, client: httpx.AsyncClient) -> None:
-        try:
-            while True:
-                await self._ahead.acquire()
-                request = next(self._backlog, None)
-                if request is None:
-                    return
-                self._finished.put(await self._ask(client, request))
-        except Exception as error:  # ``take`` raises it again
-            self._finished.put(error)
-
-    async def _ask(self, client: httpx.AsyncClient, request: SampleRequest) -> Sampled:
+    async def _respond(
+        self, client: httpx.AsyncClient, slots: asyncio.Semaphore, request: SampleRequest, sampling: EvalSampling
+    ) -> Sampled:
         """The response to one request, tried again while patience lasts.
 
         A server that only asks for patience (429) counts towards the failures in a row, not towards the request's own.
         """
-        body, patience = request_body(self._server, request, self._sampling), self._sampler.patience
         tries = own_failures = 0
-        while True:
-            try:
-                answer = await self._post(client, request, body)
-                response = read_response(self._server, request, self._sampling, answer)
-            except Failure as failure:
-                tries += 1
-                own_failures += not failure.busy
-                self._failures_in_a_row += 1
-                last = f"the last with: {failure}; {_RESUME}"
-                if own_failures >= patience:
-                    raise UserError(
-                        f"question {request.prompt.id}: {self._server.endpoint} failed {own_failures} times, {last}"
-                    ) from failure
-                if self._failures_in_a_row >= patience * self._size:
-                    raise UserError(
-                        f"{self._server.endpoint} failed {self._failures_in_a_row} times in a row, {last}"
-                    ) from failure
-                await asyncio.sleep(wait_s(tries, self._sampler.first_wait_s, failure.retry_after_s))
-            else:
-                self._failures_in_a_row = 0
-                return response
+        async with slots:
+            while True:
+                try:
+                    response = read_response(
+                        self.server, request, sampling, await self._post(client, request, sampling)
+                    )
+                except Failure as failure:
+                    tries += 1
+                    own_failures += not failure.busy
+                    self._failures_in_a_row += 1
+                    last = f"the last with: {failure}; no response is lost: run the same command again to resume"
+                    if own_failures >= self.patience:
+                        raise UserError(
+                            f"question {request.prompt.id}: {self.server.endpoint} failed {own_failures} times, {last}"
+                        ) from failure
+                    if self._failures_in_a_row >= self.patience * self._in_flight:
+                        raise UserError(
+                            f"{self.server.endpoint} failed {self._failures_in_a_row} times in a row, {last}"
+                        ) from failure
+                    await asyncio.sleep(wait_s(tries, self.first_wait_s, failure.retry_after_s))
+                else:
+                    self._failures_in_a_row = 0
+                    return response
 
-    async def _post(self, client: httpx.AsyncClient, request: SampleRequest, body: bytes) -> Answer:
-        limit, received = self._sampler.largest_answer, bytearray()
+    async def _post(self, client: httpx.AsyncClient, request: SampleRequest, sampling: EvalSampling) -> Answer:
+        received, body = bytearray(), request_body(self.server, request, sampling)
         try:
             async with (
-                asyncio.timeout(self._sampler.timeout_s),
-                client.stream("POST", self._server.endpoint, content=body) as response,
+                asyncio.timeout(self.timeout_s),
+                client.stream("POST", self.server.endpoint, content=body) as response,
             ):
                 async for chunk in response.aiter_bytes():
                     received += chunk
-                    if len(received) > limit:
+                    if len(received) > self.largest_answer:
                         raise UserError(
-                            f"question {request.prompt.id}: {self._server.endpoint} answers with more than {limit:,} "
-                            f"bytes; lower --max-tokens (now {self._sampling.max_response_tokens})"
+                            f"question {request.prompt.id}: {self.server.endpoint} answers with more than "
+                            f"{self.largest_answer:,} bytes; lower --max-tokens (now {sampling.max_response_tokens})"
                         )
                 return Answer(response.status_code, response.headers, bytes(received))
         except TimeoutError as error:
-            raise Failure(f"no complete answer within {self._sampler.timeout_s:g} s") from error
+            raise Failure(f"no complete answer within {self.timeout_s:g} s") from error
         except httpx.RequestError as error:
-            raise Failure(self._server.shown(str(error) or type(error).__name__)) from error
+            raise Failure(self.server.shown(str(error) or type(error).__name__)) from error
+
+
+async def _abandon(client: httpx.AsyncClient) -> None:
+    """Cancel every request and close the connections."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await client.aclose()
 
 
 def wait_s(tries: int, first_wait_s: float, retry_after_s: float) -> float:
@@ -243,20 +206,13 @@ def find_server(url: str, model: str, *, chat: bool, key: str | None) -> Server:
     server = Server(bare if bare.endswith("/v1") else f"{bare}/v1", model, chat, key or None)
     answer = _ask_models(server)
     if answer.status in (404, 405) and server.base != bare:
-        server = replace(server, base=bare)
+        server.base = bare
         answer = _ask_models(server)
-    cards = _model_cards(server, answer)
-    server = replace(server, names=tuple(cards))
-    _check_model(server)
-    return replace(server, extras=_WHOLE_DISTRIBUTION.get(str(cards.get(model)), {}))
-
-
-def _client_options(server: Server) -> dict[str, Any]:
-    """Settings of every HTTP client: no redirects, the key in a header, no proxy to reach this machine."""
-    headers = {"user-agent": f"forkrl/{__version__}", "accept-encoding": "identity", "content-type": "application/json"}
-    if server.key:
-        headers["authorization"] = f"Bearer {server.key}"
-    return {"headers": headers, "follow_redirects": False, "trust_env": not is_loopback(server.base)}
+    owners = _owners(server, answer)
+    server.names = tuple(owners)
+    server.extras = _WHOLE_DISTRIBUTION.get(str(owners.get(model)), {})
+    _require_model(server)
+    return server
 
 
 def _ask_models(server: Server) -> Answer:
@@ -264,7 +220,7 @@ def _ask_models(server: Server) -> Answer:
     ends, body = time.monotonic() + _PROBE_S, b""
     try:
         with (
-            httpx.Client(timeout=_PROBE_S, **_client_options(server)) as client,
+            httpx.Client(timeout=_PROBE_S, **server.client_options()) as client,
             client.stream("GET", f"{server.base}/models") as response,
         ):
             for chunk in response.iter_bytes():
@@ -279,32 +235,28 @@ def _ask_models(server: Server) -> Answer:
         ) from error
 
 
-def _model_cards(server: Server, answer: Answer) -> dict[str, Any]:
+def _owners(server: Server, answer: Answer) -> dict[str, Any]:
     """The owner of every model that ``/models`` lists."""
-    raise_for_access(server, answer)
+    server.require_access(answer)
     if answer.status != 200:
         remedy = "wait until it is ready" if answer.status == 503 else "give the address of an OpenAI-style server"
         raise UserError(f"--server {server.base}/models: {answer.status}, {server.said(answer.body)}; {remedy}")
     try:
-        cards = read_json_object(server, answer).get("data")
+        cards = server.json_object(answer).get("data")
     except Failure as failure:
         raise UserError(f"--server {server.base}/models: {failure}; is it an OpenAI-style server?") from failure
-    return {
-        card["id"]: card.get("owned_by")
-        for card in (cards if isinstance(cards, list) else [])
-        if isinstance(card, dict) and isinstance(card.get("id"), str)
-    }
+    found = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+    return {card["id"]: card.get("owned_by") for card in found if isinstance(card.get("id"), str)}
 
 
-def _check_model(server: Server) -> None:
+def _require_model(server: Server) -> None:
     """Reject a model that the server does not list: some servers silently answer with another one.
 
     A gateway may list patterns, Ollama omits ``:latest``, and a server that lists nothing cannot be checked.
     """
     model, names = server.model, server.names
-    if not names or model in names or f"{model}:latest" in names:
-        return
-    if any("*" in name and fnmatchcase(model, name) for name in names):
+    accepted = any(name in (model, f"{model}:latest") or ("*" in name and fnmatchcase(model, name)) for name in names)
+    if accepted or not names:
         return
     lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(model.lower(), lower, n=1)

@@ -1,4 +1,5 @@
-"""What an OpenAI-compatible server's answers mean: a response, a failure worth another try, or a user's error."""
+"""What to ask an OpenAI-compatible server, and what its answers mean: a response, a failure worth another try, or a
+user's error."""
 
 from __future__ import annotations
 
@@ -7,23 +8,41 @@ import email.utils
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
+from forkrl import __version__
+from forkrl.config.loopback import is_loopback
 from forkrl.errors import UserError, printable
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_QUOTED_CHARACTERS = 300
-"""Longest quote of an error message: a proxy may answer with a whole page."""
+_QUOTED_CHARACTERS = 300  # of an answer in a message: a proxy may answer with a whole page
 _LISTED_MODELS = 8
 _RETRIED = frozenset({408, 409, 425, 429})
 _ENDED = frozenset({"stop", "eos_token", "stop_sequence", "content_filter", "tool_calls", "function_call"})
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
+class Answer(NamedTuple):
+    """A complete HTTP answer; header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Failure(Exception):
+    """A failure that may pass. ``busy``: the server asked for patience, which does not count against the request."""
+
+    def __init__(self, reason: str, *, busy: bool = False, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.busy = busy
+        self.retry_after_s = retry_after_s
+
+
+@dataclass
 class Server:
     """Where and how to ask. ``extras`` are non-standard fields that this server understands, ``names`` its models."""
 
@@ -32,7 +51,7 @@ class Server:
     chat: bool
     key: str | None = field(default=None, repr=False)
     extras: Mapping[str, Any] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
+    names: Sequence[str] = ()
 
     @property
     def endpoint(self) -> str:
@@ -42,7 +61,16 @@ class Server:
     def listed(self) -> str:
         """The first few model names in one line."""
         more = f" and {len(self.names) - _LISTED_MODELS} more" if len(self.names) > _LISTED_MODELS else ""
-        return ", ".join(self.shown(name) for name in self.names[:_LISTED_MODELS]) + more or "it lists none"
+        return ", ".join(map(self.shown, self.names[:_LISTED_MODELS])) + more or "it lists none"
+
+    def client_options(self) -> dict[str, Any]:
+        """Settings of every HTTP client: no redirects, the key in a header, no proxy to reach this machine."""
+        headers = {
+            "user-agent": f"forkrl/{__version__}", "accept-encoding": "identity", "content-type": "application/json",
+        }  # fmt: skip
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        return {"headers": headers, "follow_redirects": False, "trust_env": not is_loopback(self.base)}
 
     def shown(self, text: str) -> str:
         """Server text that is safe in a message: one short line, no control characters, and never the key."""
@@ -63,22 +91,24 @@ class Server:
             text = _message(json.loads(text)) or text
         return f'"{self.shown(text)}"'
 
+    def require_access(self, answer: Answer) -> None:
+        """Raise a UserError if the server wants another key or redirects to an address that nobody named."""
+        if 300 <= answer.status < 400:
+            target = self.shown(answer.headers.get("location", "nowhere"))
+            raise UserError(f"--server {self.base}: {answer.status}, redirects to {target}; give the final address")
+        if answer.status in (401, 403):
+            remedy = f"it rejects the key in {KEY_VARIABLE}" if self.key else f"put its key in {KEY_VARIABLE}"
+            raise UserError(f"--server {self.base}: {answer.status}, {self.said(answer.body)}; {remedy}")
 
-class Answer(NamedTuple):
-    """A complete HTTP answer; header names are in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class Failure(Exception):
-    """A failure that may pass. ``busy``: the server asked for patience, which is not held against the request."""
-
-    def __init__(self, reason: str, *, busy: bool = False, retry_after_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.busy = busy
-        self.retry_after_s = retry_after_s
+    def json_object(self, answer: Answer) -> dict[str, Any]:
+        """The body as a JSON object; raises Failure if it is not one."""
+        try:
+            content = json.loads(answer.body.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise Failure(f"an answer that is not JSON ({self.said(answer.body)})") from error
+        if not isinstance(content, dict):
+            raise Failure(f"an answer that is not a JSON object ({self.said(answer.body)})")
+        return content
 
 
 def request_body(server: Server, request: SampleRequest, sampling: EvalSampling) -> bytes:
@@ -90,7 +120,7 @@ def request_body(server: Server, request: SampleRequest, sampling: EvalSampling)
         "max_tokens": sampling.max_response_tokens,
         "temperature": sampling.temperature,
         "top_p": 1.0,
-        "seed": request_seed(sampling.seed, request.prompt.id, request.sample),
+        "seed": request_seed(sampling.seed, *request.key),
         "stream": False,
     }
     if sampling.stop:
@@ -102,7 +132,7 @@ def read_response(server: Server, request: SampleRequest, sampling: EvalSampling
     """The response in an answer; raises Failure where another try may help, and UserError where it would not."""
     if answer.status != 200:
         _raise_for_status(server, request, sampling, answer)
-    content = read_json_object(server, answer)
+    content = server.json_object(answer)
     if error := content.get("error"):
         code = error.get("code") if isinstance(error, dict) else None
         _raise_for_status(server, request, sampling, answer._replace(status=code if type(code) is int else 500))
@@ -113,7 +143,7 @@ def read_response(server: Server, request: SampleRequest, sampling: EvalSampling
     reason = choice.get("finish_reason")
     if reason != "length" and not (isinstance(reason, str) and reason in _ENDED):
         raise Failure(f"an answer with finish_reason {server.shown(json.dumps(reason))}")
-    text, reasoning = (_SURROGATE.sub("\ufffd", part) for part in _text_and_reasoning(server, choice))
+    text, reasoning = _text_and_reasoning(server, choice)
     usage = content.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     if type(tokens) is not int or tokens < 0:
@@ -130,33 +160,30 @@ def read_response(server: Server, request: SampleRequest, sampling: EvalSampling
     return Sampled(request, text, tokens, finished=reason != "length", entropy=None, reasoning=reasoning)
 
 
-def read_json_object(server: Server, answer: Answer) -> dict[str, Any]:
-    """The body as a JSON object; raises Failure where it is none."""
-    try:
-        content = json.loads(answer.body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Failure(f"an answer that is not JSON ({server.said(answer.body)})") from error
-    if not isinstance(content, dict):
-        raise Failure(f"an answer that is not a JSON object ({server.said(answer.body)})")
-    return content
-
-
-def raise_for_access(server: Server, answer: Answer) -> None:
-    """Raise a UserError if the server wants another key or redirects to an address that nobody named."""
-    if 300 <= answer.status < 400:
-        target = server.shown(answer.headers.get("location", "nowhere"))
-        raise UserError(f"--server {server.base}: {answer.status}, redirects to {target}; give the final address")
-    if answer.status in (401, 403):
-        remedy = f"it rejects the key in {KEY_VARIABLE}" if server.key else f"put its key in {KEY_VARIABLE}"
-        raise UserError(f"--server {server.base}: {answer.status}, {server.said(answer.body)}; {remedy}")
+def _text_and_reasoning(server: Server, choice: Mapping[str, Any]) -> tuple[str, str]:
+    """The response, and the reasoning that a server returns separately ("" without any)."""
+    text: Any = choice.get("text")
+    reasoning: Any = ""
+    if server.chat:
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            raise Failure("an answer without a message")
+        text = message.get("content")
+        reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
+        # The content is null where the response was cut off while the model was still reasoning.
+        text = text or "" if reasoning else text
+    for value in (text, reasoning):
+        if not isinstance(value, str):
+            raise Failure(f"an answer whose text is {server.shown(json.dumps(value))}")
+    return _SURROGATE.sub("\ufffd", text), _SURROGATE.sub("\ufffd", reasoning)
 
 
 def _raise_for_status(server: Server, request: SampleRequest, sampling: EvalSampling, answer: Answer) -> NoReturn:
     status, words, question = answer.status, server.said(answer.body), f"question {request.prompt.id}"
     if status in _RETRIED or status >= 500 or 200 <= status < 300:
-        retry_after_s = _retry_after_s(answer.headers.get("retry-after", "").strip())
-        raise Failure(f"{status}, {words}", busy=status == 429, retry_after_s=retry_after_s)
-    raise_for_access(server, answer)
+        wait = _retry_after_s(answer.headers.get("retry-after", "").strip())
+        raise Failure(f"{status}, {words}", busy=status == 429, retry_after_s=wait)
+    server.require_access(answer)
     if status == 404:
         raise UserError(
             f"{server.endpoint}: 404, {words}; try --prompt {'plain' if server.chat else 'chat'} if the server lacks "
@@ -170,15 +197,6 @@ def _raise_for_status(server: Server, request: SampleRequest, sampling: EvalSamp
     raise UserError(f"{question}: {server.endpoint} rejects it with {status}, {words}")
 
 
-def _message(content: Any) -> str:
-    """The message in any of the shapes that servers give their errors."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, dict):
-        return next(filter(None, (_message(content.get(name)) for name in ("error", "message", "detail"))), "")
-    return ""
-
-
 def _retry_after_s(value: str) -> float:
     """Seconds that a ``Retry-After`` header asks for, as a number or a date; 0 for none."""
     if value.isascii() and value.isdigit():
@@ -189,21 +207,10 @@ def _retry_after_s(value: str) -> float:
         return 0.0
 
 
-def _text_and_reasoning(server: Server, choice: Mapping[str, Any]) -> tuple[str, str]:
-    """The response, and the reasoning that a server returns separately ("" without any)."""
-    if not server.chat:
-        return _string(server, choice.get("text")), ""
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise Failure("an answer without a message")
-    reasoning = message.get("reasoning") or message.get("reasoning_content")
-    if not reasoning:
-        return _string(server, message.get("content")), ""
-    # The content is null where the response was cut off while the model was still reasoning.
-    return _string(server, message.get("content") or ""), _string(server, reasoning)
-
-
-def _string(server: Server, value: Any) -> str:
-    if not isinstance(value, str):
-        raise Failure(f"an answer whose text is {server.shown(json.dumps(value))}")
-    return value
+def _message(content: Any) -> str:
+    """The message in any of the shapes that servers give their errors."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict):
+        return next(filter(None, (_message(content.get(name)) for name in ("error", "message", "detail"))), "")
+    return ""

@@ -1,69 +1,89 @@
-"""What the scored responses to one benchmark say: accuracy, pass@k, maj@k, lengths, and what went wrong.
+"""Figures of the scored responses to one benchmark: accuracy, pass@k, maj@k, lengths, and what went wrong.
 
 Axes: ``P`` questions, ``K`` samples each.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from forkrl.evaluation.budgets import Floats, Outcomes, budget_curve, token_budgets
+from forkrl.evaluation.budgets import Floats, Outcomes, budget_curve
+from forkrl.evaluation.folder import ScoredResponse
 from forkrl.evaluation.majority import MAX_VOTES, ballot, majority_at_k
-from forkrl.evaluation.responses import ScoredResponse
+from forkrl.report.formatting import interval_of
 from forkrl.stats.intervals import (
     ClusterSums,
     Estimate,
+    as_columns,
     mean_of_estimates,
     mean_of_question_values,
     mean_pass_at_k,
     mean_with_interval,
     mean_with_normal_interval,
 )
+from forkrl.types import FAILURES
 
 LENGTH_BINS = 40
 Rows = list[list[ScoredResponse]]
+Tables = dict[str, list[dict[str, Any]]]
+"""Rows of several tables by name; an estimate has the columns ``name``, ``name_low`` and ``name_high`` (95%)."""
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
-def summarise_benchmark(responses: Sequence[ScoredResponse], samples: int) -> dict[str, Any]:
-    """The figures of one benchmark, as JSON holds them; every estimate is {"mean", "low", "high"}, its 95% interval.
+def summarise_benchmark(name: str, responses: Sequence[ScoredResponse], samples: int) -> Tables:
+    """The figures of one benchmark, whose name is in the column ``benchmark`` of every table.
 
-    ``accuracy`` is Acc@K, ``length`` Len@K in tokens (``length_right`` and ``length_wrong`` of those with score 1 and
-    of all others, null where there are none; ``length_gap`` how much longer wrong ones are than right ones to the same
-    question, over questions that have both). ``pass@k`` and ``maj@k`` hold powers of two up to K; ``maj@k`` and
-    ``unparsed`` are null where the verifier names no answers. ``truncated`` and ``unparsed`` are shares of all
-    responses, ``failures`` counts reasons, ``entropy`` is in nats per token. ``budget`` is accuracy where longer
-    responses count as wrong, and ``lengths`` the histogram of lengths, right and wrong ones.
+    ``benchmarks``: one row: ``accuracy`` (Acc@K), ``length`` (Len@K in tokens, ``length_right`` and ``length_wrong`` of
+    responses with score 1 and of all others; ``length_gap``: how much longer wrong ones are than right ones to the same
+    question, over questions that have both), ``entropy`` in nats per token, the shares ``truncated`` and ``unparsed``
+    of all responses, and the number ``failed_REASON``. ``passes``: pass@k and maj@k for k = 1, 2, 4, … up to K.
+    ``budget``: accuracy where longer responses count as wrong. ``lengths``: right and wrong responses by length.
+    What is unknown is NaN; maj@k and ``unparsed`` are where the verifier names no answers.
 
     Args:
+        name: of the benchmark.
         responses: in any order.
         samples: K, of every question.
     """
     rows = list(by_question(responses, samples).values())
     outcomes = outcomes_of(rows)
     answers = [response.answer for row in rows for response in row]
-    names_answers = names_all_answers(rows)
-    return {
+    failures = Counter(response.failure for response in responses)
+    figures = {
+        "questions": len(rows),
         "samples": samples,
-        "accuracy": mean_with_interval(outcomes.scores)._asdict(),
-        "length": mean_with_normal_interval(outcomes.tokens)._asdict(),
+        **as_columns("accuracy", mean_with_interval(outcomes.scores)),
+        **as_columns("length", mean_with_normal_interval(outcomes.tokens)),
         **_lengths_by_outcome(outcomes),
         "entropy": _mean_entropy(rows),
-        "pass@k": {k: mean._asdict() for k, mean in _pass_at_powers(rows, samples).items()},
-        "maj@k": {k: mean._asdict() for k, mean in _majority_at_powers(rows, samples).items()} or None,
-        "truncated": sum(not response.finished for row in rows for response in row) / len(answers),
-        "unparsed": answers.count("") / len(answers) if names_answers else None,
-        "failures": dict(Counter(response.failure for row in rows for response in row if response.failure)),
-        "budget": budget_curve(outcomes, token_budgets(outcomes.tokens)),
+        "truncated": truncated_share(rows),
+        "unparsed": answers.count("") / len(answers) if names_all_answers(rows) else math.nan,
+        **{f"failed_{reason}": failures[reason] for reason in FAILURES},
+    }
+    tables = {
+        "benchmarks": [figures],
+        "passes": _passes(rows, samples),
+        "budget": budget_curve(outcomes),
         "lengths": _length_histogram(outcomes),
     }
+    return {table: [{"benchmark": name, **row} for row in found] for table, found in tables.items()}
+
+
+def mean_over_benchmarks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """One row with the mean ``accuracy`` and ``length`` of benchmarks of equal weight; none for a single benchmark."""
+    if len(rows) < 2:
+        return []
+    accuracy, length = (mean_of_estimates([interval_of(row, name) for row in rows]) for name in ("accuracy", "length"))
+    return [as_columns("accuracy", accuracy) | as_columns("length", length)]
 
 
 def by_question(responses: Sequence[ScoredResponse], samples: int) -> dict[str, list[ScoredResponse]]:
-    """The responses to each question, questions and samples in order, whatever order they finished in."""
+    """The responses to each question, questions and samples in order."""
     found: dict[str, list[ScoredResponse]] = {}
     for response in sorted(responses, key=lambda response: (response.question, response.sample)):
         found.setdefault(response.question, []).append(response)
@@ -88,6 +108,11 @@ def names_all_answers(rows: Rows) -> bool:
     return bool(judged) and all(response.answer is not None for response in judged)
 
 
+def truncated_share(rows: Rows) -> float:
+    """Share of the responses that were cut at the limit."""
+    return float(np.mean([not response.finished for row in rows for response in row]))
+
+
 def pass_counts(rows: Rows) -> list[int]:
     """Right responses (score 1) to each question."""
     return [sum(response.score == 1 for response in row) for row in rows]
@@ -108,57 +133,49 @@ def majority_values(rows: Rows, samples: int) -> dict[int, list[float]]:
     return {k: [known[votes][i] for votes in ballots] for i, k in enumerate(numbers)}
 
 
-def _pass_at_powers(rows: Rows, samples: int) -> dict[str, Estimate]:
-    return {str(k): mean_pass_at_k(pass_counts(rows), samples, k) for k in powers_of_two(samples)}
+def _passes(rows: Rows, samples: int) -> list[dict[str, Any]]:
+    counts = pass_counts(rows)
+    majorities = {k: mean_of_question_values(each, samples / k) for k, each in majority_values(rows, samples).items()}
+    return [
+        {
+            "k": k,
+            **as_columns("pass", mean_pass_at_k(counts, samples, k)),
+            **as_columns("majority", majorities.get(k, UNKNOWN)),
+        }
+        for k in powers_of_two(samples)
+    ]
 
 
-def _majority_at_powers(rows: Rows, samples: int) -> dict[str, Estimate]:
-    return {str(k): mean_of_question_values(each, samples / k) for k, each in majority_values(rows, samples).items()}
-
-
-def _mean_entropy(rows: Rows) -> float | None:
-    """Of all tokens; None where the engine does not say."""
+def _mean_entropy(rows: Rows) -> float:
+    """Of all tokens; NaN if the engine does not say."""
     known = [(response.entropy, response.tokens) for row in rows for response in row if response.entropy is not None]
     tokens = sum(count for _, count in known)
-    return sum(entropy * count for entropy, count in known) / tokens if tokens else None
+    return sum(entropy * count for entropy, count in known) / tokens if tokens else math.nan
 
 
-def _lengths_by_outcome(outcomes: Outcomes) -> dict[str, Any]:
+def _lengths_by_outcome(outcomes: Outcomes) -> dict[str, float]:
     """Mean lengths of right and wrong responses, clustered by question, and the difference within questions."""
     right = outcomes.scores == 1
-    figures: dict[str, Any] = {}
+    figures: dict[str, float] = {}
     for name, chosen in (("length_right", right), ("length_wrong", ~right)):
         sums = ClusterSums(2)
         for lengths, taken in zip(outcomes.tokens, chosen, strict=True):
             sums.add([lengths[taken].sum(), taken.sum()])
-        figures[name] = sums.mean(0, 1)._asdict() if chosen.any() else None
+        figures |= as_columns(name, sums.mean(0, 1))
     gaps = [
-        lengths[~taken].mean() - lengths[taken].mean()
+        [lengths[~taken].mean() - lengths[taken].mean()]
         for lengths, taken in zip(outcomes.tokens, right, strict=True)
         if taken.any() and not taken.all()
     ]
-    figures["length_gap"] = mean_with_normal_interval([[gap] for gap in gaps])._asdict() if gaps else None
-    return figures
+    return figures | as_columns("length_gap", mean_with_normal_interval(gaps) if gaps else UNKNOWN)
 
 
-def _length_histogram(outcomes: Outcomes) -> dict[str, list[float]]:
-    """Edges in tokens, and how many right and wrong responses lie between them."""
+def _length_histogram(outcomes: Outcomes) -> list[dict[str, float]]:
+    """How many right and wrong responses lie between two lengths in tokens."""
     edges = np.linspace(0, max(1.0, float(outcomes.tokens.max())), LENGTH_BINS + 1)
     right = outcomes.scores == 1
-    counts = {
-        name: np.histogram(outcomes.tokens[chosen], edges)[0] for name, chosen in (("right", right), ("wrong", ~right))
-    }
-    return {"edges": edges.tolist(), **{name: count.tolist() for name, count in counts.items()}}
-
-
-def average_over_benchmarks(
-    scored: Mapping[str, Sequence[ScoredResponse]], samples: Mapping[str, int]
-) -> dict[str, Any] | None:
-    """Mean ``accuracy`` and ``length`` over benchmarks of equal weight, with intervals; None for one benchmark."""
-    if len(scored) < 2:
-        return None
-    outcomes = [outcomes_of(list(by_question(scored[name], samples[name]).values())) for name in scored]
-    return {
-        "accuracy": mean_of_estimates([mean_with_interval(each.scores) for each in outcomes])._asdict(),
-        "length": mean_of_estimates([mean_with_normal_interval(each.tokens) for each in outcomes])._asdict(),
-    }
+    counts = [np.histogram(outcomes.tokens[chosen], edges)[0] for chosen in (right, ~right)]
+    return [
+        {"from": low, "to": high, "right": int(count_right), "wrong": int(count_wrong)}
+        for low, high, count_right, count_wrong in zip(edges[:-1], edges[1:], *counts, strict=True)
+    ]

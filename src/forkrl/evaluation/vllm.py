@@ -1,4 +1,4 @@
-"""An evaluation's responses from vLLM in this process, each yielded as it finishes.
+"""Evaluation responses from vLLM in this process.
 
 Written against vLLM's documented ``EngineArgs``, ``LLMEngine`` and ``SamplingParams`` (0.24 on) and tested against a
 stand-in with that interface: no real vLLM has run it yet. Importing this module does not import vLLM.
@@ -11,21 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from forkrl.errors import UserError, first_line
-from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
+from forkrl.evaluation.samplers import EvalSampling, Sampled, Sampler, SampleRequest, request_seed
 from forkrl.model.prompt_tokens import prompt_token_ids
 
 
-class VllmSampler:
-    """Samples with vLLM's engine, a request a response, so that an evaluation can be resumed to the response.
+class VllmSampler(Sampler):
+    """Samples with vLLM's engine, one request per response, so that an evaluation can resume at any response.
 
     Args:
         model: folder or hub id.
         revision: of the model and its tokenizer on the hub; None is the newest.
-        max_model_len: tokens of prompt and response together that the engine makes room for; None: what the model has.
-        seed: of the engine. Responses have seeds of their own.
+        max_model_len: limit on prompt and response tokens together; None: the model's.
+        seed: of the engine. Responses have their own seeds.
         tensor_parallel_size: accelerators that share the model.
         stop_token_ids: tokens that end a response.
-        max_requests: in the engine at once. It batches as many as fit; the others wait in it.
+        max_requests: in the engine at once. It batches those that fit; the others wait in it.
     """
 
     name = "vllm"
@@ -58,11 +58,10 @@ class VllmSampler:
         except (ValueError, OSError, RuntimeError) as error:
             raise UserError(f"vLLM cannot open {model}: {first_line(error)}") from error
 
-    def sample(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Iterator[Sampled]:
-        """Sample a response to every request, yielding each as it finishes, in any order.
-
-        Closing the iterator, or an exception such as KeyboardInterrupt, takes the others out of the engine.
-        """
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
+    ) -> Iterator[Sampled]:
+        """See ``Sampler``. Closing the iterator, or an exception, takes the other requests out of the engine."""
         ids_by_question = self._encode(requests, sampling)
         backlog = iter(requests)
         inside: dict[str, SampleRequest] = {}
@@ -80,7 +79,7 @@ class VllmSampler:
                 self.engine.abort_request(list(inside))
 
     def _encode(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Mapping[str, list[int]]:
-        """Every question's tokens. vLLM itself would cut a response short that it has no room for, and say nothing."""
+        """Tokens of every question. vLLM itself would silently cut a response that it has no room for."""
         tokenizer, room = self.engine.get_tokenizer(), self.engine.model_config.max_model_len
         encoded: dict[str, list[int]] = {}
         for prompt, _ in requests:
@@ -96,13 +95,13 @@ class VllmSampler:
         return encoded
 
     def _add(self, request: SampleRequest, prompt_ids: list[int], sampling: EvalSampling) -> str:
-        """Put a request into the engine; returns what the engine calls it."""
+        """Put a request into the engine; returns its id there."""
         name = str(next(self._numbers))
         params = self._vllm.SamplingParams(
             n=1,
             temperature=sampling.temperature,
             max_tokens=sampling.max_response_tokens,
-            seed=request_seed(sampling.seed, request.prompt.id, request.sample),
+            seed=request_seed(sampling.seed, *request.key),
             stop_token_ids=self.stop_token_ids,
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
@@ -110,14 +109,12 @@ class VllmSampler:
         return name
 
     def _step(self, num_inside: int) -> list[Any]:
-        """What one step of the engine brought."""
-        if not self.engine.has_unfinished_requests():
-            # A step would wait for ever.
+        """The outputs of one step of the engine."""
+        if not self.engine.has_unfinished_requests():  # a step would wait forever
             raise UserError(f"vLLM has lost {num_inside} requests; nothing is lost here, the same command resumes")
         try:
             return list(self.engine.step())
-        except Exception as error:
-            # Its engine runs in a process of its own and may die of anything, out of memory first of all.
+        except Exception as error:  # its engine runs in its own process and may die of anything
             raise UserError(
                 f"vLLM's engine failed ({first_line(error)}); nothing is lost, the same command resumes"
             ) from error

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from forkrl.report.eval_page import band
-from forkrl.report.formatting import interval, is_clear, percent, points, probability
-from forkrl.report.page import Card, Page, Section, interval_card, table_of
+from forkrl.report.eval_page import select
+from forkrl.report.formatting import interval_of, is_clear, plain, points, probability
+from forkrl.report.page import Card, Page, Section, interval_card
 from forkrl.report.plots import (
     COUNT,
     GRID,
@@ -20,19 +20,20 @@ from forkrl.report.plots import (
     POINTS,
     Curve,
     Panel,
+    column_curve,
     finish,
     forest,
     plot,
 )
 from forkrl.stats.intervals import Estimate
+from forkrl.store.results import Results
 
-Comparison = Mapping[str, Any]
-Rows = Sequence[Mapping[str, Any]]
+Names = tuple[str, str]
+Tables = Mapping[str, pd.DataFrame]
 
 
-def side_names(comparison: Comparison) -> tuple[str, str]:
+def side_names(a: Mapping[str, Any], b: Mapping[str, Any]) -> Names:
     """What to call the two sides: their models, or their folders where the models have the same name."""
-    a, b = comparison["a"], comparison["b"]
     for of in (_model_name, lambda side: Path(str(side["folder"])).name, lambda side: str(side["folder"])):
         if of(a) != of(b):
             return of(a), of(b)
@@ -43,43 +44,51 @@ def _model_name(side: Mapping[str, Any]) -> str:
     return str(side.get("model", "")).rstrip("/").rpartition("/")[2]
 
 
-def compare_page(comparison: Comparison) -> Page:
-    """The page of a comparison, as ``comparison.json`` holds it (schema forkrl-compare/1)."""
-    names = side_names(comparison)
+def compare_page(results: Results) -> Page:
+    """The page of a comparison."""
+    sides = [results.settings[side] for side in "ab"]
+    names = side_names(sides[0], sides[1])
     return Page(
         name=" → ".join(names),
         kind="comparison",
-        headline=compare_headline(comparison),
-        sections=_sections(comparison),
+        headline=results.headline,
+        sections=_sections(results.tables, names),
         sections_title="Differences, and at what length",
-        notes=comparison["notices"],
-        cards=_cards(comparison),
+        notes=results.notes,
+        cards=_cards(results.tables),
         settings=[
-            (f"{name}: {side['folder']}", [(key, str(value), False) for key, value in side.items() if key != "folder"])
-            for name, side in zip(names, (comparison["a"], comparison["b"]), strict=True)
+            (
+                f"{name}: {side['folder']}",
+                [(key, plain(value), False) for key, value in side.items() if key != "folder"],
+            )
+            for name, side in zip(names, sides, strict=True)
         ],
-        provenance=[("version of forkrl", str(comparison["version"])), ("seed of resamples", str(comparison["seed"]))],
-        command=str(comparison["command"]),
-        source="comparison.json in this folder",
+        provenance=[*results.versions.items(), ("seed of resamples", str(results.settings["seed"]))],
+        command=results.command,
+        source="this folder's results.json and tables/",
     )
 
 
-def compare_headline(comparison: Comparison) -> str:
+def _main_row(tables: Tables) -> Any:
+    """The mean over benchmarks, or the one benchmark."""
+    return (tables["mean"] if len(tables["mean"]) else tables["benchmarks"]).iloc[0]
+
+
+def compare_headline(tables: Tables, names: Names) -> str:
     """The difference with its interval and p-value, and what is left of it where both spend the same tokens."""
-    row, names = comparison["pooled"] or comparison["benchmarks"][0], side_names(comparison)
-    count = len(comparison["benchmarks"])
+    row, count = _main_row(tables), len(tables["benchmarks"])
     where = f"on average over {count} benchmarks" if count > 1 else f"on {row['title']}"
-    text = f"{_in_words(interval(row['accuracy']['difference']), names, where)}, {probability(row['p'])}."
-    longer = interval(row["length"]["difference"])
+    text = f"{_in_words(interval_of(row, 'accuracy_difference'), names, where)}, {probability(row['p'])}."
+    longer = interval_of(row, "length_difference")
     if not is_clear(longer):
         return f"{text} Its responses are neither clearly longer nor shorter ({longer.mean:+,.0f} tokens)."
     change = "longer" if longer.mean > 0 else "shorter"
-    matched = _in_words(interval(row["length_matched"]["difference"]), names, "where both spend the same tokens")
+    matched = _in_words(interval_of(row, "matched_difference"), names, "where both spend the same tokens")
     return f"{text} Its responses are {abs(longer.mean):,.0f} tokens {change}. {matched}."
 
 
-def _in_words(difference: Estimate, names: tuple[str, str], where: str) -> str:
-    """A difference of accuracy; better and worse only where its interval excludes 0."""
+def _in_words(difference: Estimate, names: Names, where: str) -> str:
+    """A difference of accuracy; better and worse only if its interval excludes 0."""
     a, b = names
     if not is_clear(difference):
         return f"No clear difference {where}: {b} minus {a} is {points(difference)}"
@@ -88,187 +97,181 @@ def _in_words(difference: Estimate, names: tuple[str, str], where: str) -> str:
     return f"{b} is {100 * abs(difference.mean):.1f} points [{nearer:.1f}, {farther:.1f}] {word} than {a} {where}"
 
 
-def _cards(comparison: Comparison) -> list[Card]:
-    row = comparison["pooled"] or comparison["benchmarks"][0]
-    accuracy, length, matched = row["accuracy"], row["length"], row["length_matched"]
-    means = "mean of the benchmarks" if comparison["pooled"] else ""
-    paired = interval_card(
-        "Difference", interval(accuracy["difference"]), "points, paired by question", unit="", sign="+"
-    )
+def _cards(tables: Tables) -> list[Card]:
+    row = _main_row(tables)
+    signed = {"unit": "", "sign": "+"}
     return [
-        Card("Accuracy", f"{mean_of(accuracy['b']):.1%}", f"{mean_of(accuracy['a']):.1%}", means),
-        paired,
-        Card("p-value", probability(row["p"]).removeprefix("p ").removeprefix("= "), note="two-sided permutation test"),
-        interval_card("At equal spending", interval(matched["difference"]), "points", unit="", sign="+"),
-        Card("Tokens", f"{mean_of(length['b']):,.0f}", f"{mean_of(length['a']):,.0f}", "a response"),
+        Card(
+            "Accuracy",
+            f"{row['accuracy_b']:.1%}",
+            f"{row['accuracy_a']:.1%}",
+            "mean of the benchmarks" if len(tables["mean"]) else "",
+        ),
+        interval_card("Difference", interval_of(row, "accuracy_difference"), "points, paired by question", **signed),
+        Card("p-value", _bare_probability(row["p"]), note="two-sided permutation test"),
+        interval_card("At equal spending", interval_of(row, "matched_difference"), "points", **signed),
+        Card("Tokens", f"{row['length_b']:,.0f}", f"{row['length_a']:,.0f}", "a response"),
     ]
 
 
-def mean_of(value: Any) -> float:
-    """Of an estimate, or of a number."""
-    return interval(value).mean if isinstance(value, Mapping) else float(value)
-
-
-def _sections(comparison: Comparison) -> list[Section]:
-    benchmarks, pooled, names = comparison["benchmarks"], comparison["pooled"], side_names(comparison)
+def _sections(tables: Tables, names: Names) -> list[Section]:
     a, b = names
-    rows = [(each["title"], each, each["questions"]) for each in benchmarks]
-    if pooled:
-        rows.append(("mean", pooled, sum(each["questions"] for each in benchmarks)))
+    accuracies = {"a": f"accuracy of {a}", "b": f"accuracy of {b}", "difference": "difference"}
+    counts = "; ".join(
+        f"{row['title']}: {row['better']:,} higher for {b}, {row['worse']:,} lower, {row['same']:,} the same"
+        for row in tables["benchmarks"].to_dict("records")
+    )
     return [
-        Section(
-            "Differences of accuracy",
-            f"{b} minus {a}, paired by question, with 95% intervals: of the responses as they are, and with the longer "
-            "responses cut so that both spend the same tokens on average.",
-            "compare-differences",
-            table_of(_difference_row(*row, names) for row in rows),
-            difference_forest(benchmarks, pooled),
-        ),
+        _differences_section(tables, names),
         Section(
             "At equal budgets",
             "Accuracy if every response longer than the budget counts as wrong. Bands: 95%, clustered by question; "
             "the difference in the table is paired, and its interval is narrower than the bands suggest.",
             "compare-budgets",
-            table_of(
-                {"benchmark": each["title"], "tokens": row["tokens"], f"accuracy of {a}": row["a"]}
-                | {f"accuracy of {b}": row["b"], "difference": row["difference"]}
-                for each in benchmarks
-                for row in each["budget"]
-            ),
-            budget_curves(benchmarks, names),
+            select(tables["budget"], _same("benchmark", "tokens") | accuracies),
+            budget_curves(tables, names),
         ),
         Section(
             "At equal spending",
             "Accuracy against the mean of the tokens spent: each side has the budget at which it spends that many. The "
             "curves end where the side with the shorter responses is complete.",
             "compare-spending",
-            table_of(
-                {"benchmark": each["title"], "spent": row["spent"]}
-                | {f"budget of {name}": float(row[f"budget_{side}"]) for side, name in zip("ab", names, strict=True)}
-                | {f"accuracy of {name}": float(row[side]) for side, name in zip("ab", names, strict=True)}
-                | {"difference": row["difference"]}
-                for each in benchmarks
-                for row in each["equal_spending"]
+            select(
+                tables["spending"],
+                _same("benchmark", "spent") | {"budget_a": f"budget of {a}", "budget_b": f"budget of {b}"} | accuracies,
             ),
-            spending_curves(benchmarks, names),
+            spending_curves(tables, names),
         ),
         Section(
             "pass@k and maj@k",
-            "Both sides, and the paired difference in points with its 95% interval.",
+            "Both sides, and the paired difference with its 95% interval.",
             "compare-pass-majority",
-            pd.DataFrame(
-                {
-                    "benchmark": each["title"],
-                    "measure": name.replace("k", k),
-                    f"accuracy of {a}": f"{row['a']:.1%}",
-                    f"accuracy of {b}": f"{row['b']:.1%}",
-                    "difference": percent(interval(row["difference"]), unit="", sign="+"),
-                }
-                for each in benchmarks
-                for name in ("pass@k", "maj@k")
-                for k, row in (each[name] or {}).items()
+            select(tables["passes"], _same("benchmark", "measure", "k") | accuracies),
+        ),
+        Section(
+            "Questions that changed most",
+            f"Questions by how much their accuracy changed. {counts}. Single questions are noisy: the largest changes "
+            "are partly chance.",
+            "compare-questions",
+            select(
+                tables["changes"],
+                _same("benchmark", "question", "text")
+                | accuracies
+                | {"length_a": f"tokens of {a}", "length_b": f"tokens of {b}"},
             ),
         ),
-        _changes_section(benchmarks, names),
     ]
 
 
-def _difference_row(title: str, row: Mapping[str, Any], questions: int, names: tuple[str, str]) -> dict[str, Any]:
-    sides = list(zip("ab", names, strict=True))
-    return {
-        "benchmark": title,
-        "questions": questions,
-        **{f"accuracy of {name}": mean_of(row["accuracy"][side]) for side, name in sides},
-        "difference": row["accuracy"]["difference"],
-        "p": float(row["p"]),
-        "p, Holm": row.get("p_holm"),
-        **{f"tokens of {name}": mean_of(row["length"][side]) for side, name in sides},
-        "tokens_difference": row["length"]["difference"],
-        "at_equal_spending": row["length_matched"]["difference"],
-    }
-
-
-def _changes_section(benchmarks: Rows, names: tuple[str, str]) -> Section:
+def _differences_section(tables: Tables, names: Names) -> Section:
+    """The main figures of every benchmark and of their mean."""
     a, b = names
-    rows = [
-        {
-            "benchmark": each["title"],
-            "question": change["question"],
-            "text": change["text"],
-            f"accuracy of {a}": f"{change['a']:.0%}",
-            f"accuracy of {b}": f"{change['b']:.0%}",
-            "points": f"{100 * change['difference']:+.0f}",
-            f"tokens of {a}": round(change["length_a"]),
-            f"tokens of {b}": round(change["length_b"]),
+    columns = {
+        "title": "benchmark",
+        "questions": "questions",
+        "accuracy_a": f"accuracy of {a}",
+        "accuracy_b": f"accuracy of {b}",
+        "accuracy_difference": "difference",
+        "p": "p",
+        "p_holm": "p, Holm",
+        "length_a": f"tokens of {a}",
+        "length_b": f"tokens of {b}",
+        "length_difference": "tokens_difference",
+        "matched_difference": "at_equal_spending",
+    }
+    table = select(_with_mean(tables), columns)
+    sides = [columns[f"{measure}_{side}"] for measure in ("accuracy", "length") for side in "ab"]
+    printed = table.drop(columns=[f"{name}{end}" for name in sides for end in ("_low", "_high")])
+    for name in ("p", "p, Holm"):
+        printed[name] = ["" if pd.isna(p) else _bare_probability(p) for p in table[name]]
+    return Section(
+        "Differences of accuracy",
+        f"{b} minus {a}, paired by question, with 95% intervals: of the responses as they are, and with the longer "
+        "responses cut so that both spend the same tokens on average.",
+        "compare-differences",
+        table,
+        difference_forest(tables),
+        printed=printed,
+    )
+
+
+def _bare_probability(p: float) -> str:
+    """A p-value, never 0: ``0.043`` or ``< 0.001``."""
+    return probability(p).removeprefix("p ").removeprefix("= ")
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _with_mean(tables: Tables) -> pd.DataFrame:
+    """The rows of all benchmarks, and then of their mean."""
+    if not len(tables["mean"]):
+        return tables["benchmarks"]
+    return pd.concat([tables["benchmarks"], tables["mean"].assign(title="mean")])
+
+
+def _named(table: pd.DataFrame, names: Names) -> pd.DataFrame:
+    """The table with the names of the sides in place of a and b."""
+    words = {"": "accuracy", "budget_": "budget", "spent_": "spending", "length_": "tokens"}
+    return table.rename(
+        columns={
+            f"{prefix}{side}{end}": f"{word} of {name}{end}"
+            for side, name in zip("ab", names, strict=True)
+            for prefix, word in words.items()
+            for end in ("", "_low", "_high")
         }
-        for each in benchmarks
-        for change in each["changes"]
-    ]
-    counts = "; ".join(
-        f"{each['title']}: {each['better']:,} higher for {b}, {each['worse']:,} lower, {each['same']:,} the same"
-        for each in benchmarks
     )
-    caption = (
-        f"Questions by how much their accuracy changed. {counts}. Single questions are noisy: the largest changes are "
-        "partly chance."
-    )
-    return Section("Questions that changed most", caption, "compare-questions", pd.DataFrame(rows))
 
 
-def difference_forest(benchmarks: Rows, pooled: Mapping[str, Any] | None) -> Figure:
+def difference_forest(tables: Tables) -> Figure:
     """The paired difference of accuracy of every benchmark and of their mean, as it is and at equal spending."""
-    rows = [(each["title"], each) for each in benchmarks] + ([("mean", pooled)] if pooled is not None else [])
+    rows = _with_mean(tables).to_dict("records")
     measures = [
-        (label, [interval(row[measure]["difference"]) for _, row in rows], offset)
-        for measure, label, offset in (
-            ("accuracy", "as they are", 0.12),
-            ("length_matched", "at equal spending", -0.12),
-        )
+        (label, [interval_of(row, f"{measure}_difference") for row in rows], offset)
+        for measure, label, offset in (("accuracy", "as they are", 0.12), ("matched", "at equal spending", -0.12))
     ]
-    figure, axes = forest([title for title, _ in rows], measures, POINTS)
+    figure, axes = forest([row["title"] for row in rows], measures, POINTS)
     axes.axvline(0, color=MUTED, linewidth=1)
-    if pooled is not None:
+    if len(tables["mean"]):
         axes.axhline(1.5 - len(rows), color=GRID, linewidth=1)
     finish(axes, "", "difference of accuracy, points")
     return figure
 
 
-def budget_curves(benchmarks: Rows, names: tuple[str, str]) -> Figure:
-    """Accuracy of both against the budget of tokens, with 95% bands, one plot a benchmark."""
-    curves = [
-        [
-            band({row["tokens"]: row[side] for row in each["budget"]}, name)
-            for side, name in zip("ab", names, strict=True)
-        ]
-        for each in benchmarks
-    ]
-    return _one_plot_each(benchmarks, curves, "tokens a response may take", log="x")
+def budget_curves(tables: Tables, names: Names) -> Figure:
+    """Accuracy of both against the budget of tokens, with 95% bands, one plot per benchmark."""
+
+    def curve(rows: pd.DataFrame, side: str, name: str) -> Curve:
+        return column_curve(rows, rows["tokens"], side, name, kind="band")
+
+    return _one_plot_each(tables, "budget", names, curve, "tokens a response may take", log="x")
 
 
-def spending_curves(benchmarks: Rows, names: tuple[str, str]) -> Figure:
-    """Accuracy of both against the mean of the tokens spent, up to the smaller mean length, one plot a benchmark."""
-    curves = [
-        [
-            Curve(
-                [row["spent"] for row in each["equal_spending"]],
-                [float(row[side]) for row in each["equal_spending"]],
-                name,
-            )
-            for side, name in zip("ab", names, strict=True)
-        ]
-        for each in benchmarks
-    ]
-    return _one_plot_each(benchmarks, curves, "mean tokens spent on a response")
+def spending_curves(tables: Tables, names: Names) -> Figure:
+    """Accuracy of both against the mean of the tokens spent, up to the smaller mean length, one plot per benchmark."""
+
+    def curve(rows: pd.DataFrame, side: str, name: str) -> Curve:
+        return Curve(rows["spent"], rows[side], name)
+
+    return _one_plot_each(tables, "spending", names, curve, "mean tokens spent on a response")
 
 
-def _one_plot_each(benchmarks: Rows, curves: Sequence[Sequence[Curve]], xlabel: str, log: str = "") -> Figure:
+def _one_plot_each(
+    tables: Tables,
+    table: str,
+    names: Names,
+    curve: Callable[[pd.DataFrame, str, str], Curve],
+    xlabel: str,
+    log: str = "",
+) -> Figure:
     """Small plots with axes of their own: two columns, or one benchmark alone."""
+    benchmarks, panels = tables["benchmarks"], []
     columns = min(len(benchmarks), 2)
-    panels = [
-        Panel(
-            "" if place % columns else "accuracy", found, PERCENT, COUNT, title=each["title"], log=log, legend=not place
-        )
-        for place, (each, found) in enumerate(zip(benchmarks, curves, strict=True))
-    ]
-    rows = -(-len(benchmarks) // columns)
-    return plot(panels, xlabel, columns=columns, height=1.0 + (1.9 if columns == 1 else 1.55) * rows)
+    for place, (benchmark, title) in enumerate(zip(benchmarks["benchmark"], benchmarks["title"], strict=True)):
+        rows = tables[table][tables[table]["benchmark"] == benchmark]
+        curves = [curve(rows, side, name) for side, name in zip("ab", names, strict=True)]
+        ylabel = "" if place % columns else "accuracy"
+        panels.append(Panel(ylabel, curves, PERCENT, COUNT, title=title, log=log, legend=not place))
+    height = 1.0 + (1.9 if columns == 1 else 1.55) * -(-len(benchmarks) // columns)
+    return plot(panels, xlabel, columns=columns, height=height)

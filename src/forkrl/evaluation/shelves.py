@@ -1,4 +1,4 @@
-"""``report.html`` of a finished evaluation: its figures, and some of its responses to read."""
+"""Some responses of an evaluation, for its page."""
 
 from __future__ import annotations
 
@@ -8,28 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from forkrl.evaluation.folder import read_evaluation, read_questions, read_texts
-from forkrl.evaluation.paper import TABLE_2
-from forkrl.evaluation.responses import ScoredResponse
-from forkrl.evaluation.summary import average_over_benchmarks, by_question
-from forkrl.report.eval_page import write_eval_page
+from forkrl.evaluation.folder import ScoredResponse, read_evaluation, read_questions, read_texts
+from forkrl.evaluation.summary import by_question
 from forkrl.report.formatting import evenly_spaced, shortened
 from forkrl.report.page import Shelf
 
 SHOWN_QUESTIONS = 8
 
 
-def write_eval_report(folder: Path) -> Path:
-    """Write the page of a finished evaluation from its folder, and return its path."""
+def read_shelves(folder: Path) -> list[Shelf]:
+    """Responses to a few questions of every benchmark."""
     results, scored = read_evaluation(folder)
-    samples = {each["name"]: each["samples"] for each in results["benchmarks"]}
-    shelves = [
-        Shelf(each["title"], f"{len(shown)} of {each['questions']:,} questions, from the hardest to the easiest", shown)
-        for each in results["benchmarks"]
-        if (shown := shown_questions(folder, each["name"], scored[each["name"]], each["samples"]))
-    ]
-    average = average_over_benchmarks(scored, samples)
-    return write_eval_page(folder, results, average=average, shelves=shelves, paper=TABLE_2)
+    shelves = []
+    for row in results.tables["benchmarks"].to_dict("records"):
+        shown = shown_questions(folder, row["benchmark"], scored[row["benchmark"]], row["samples"])
+        note = f"{len(shown)} of {row['questions']:,} questions, from the hardest to the easiest"
+        shelves.append(Shelf(row["title"], note, shown))
+    return shelves
 
 
 def shown_questions(folder: Path, name: str, responses: Sequence[ScoredResponse], samples: int) -> list[dict[str, Any]]:
