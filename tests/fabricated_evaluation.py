@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from forkrl.store.results import write_results
 
 from forkrl.evaluation.folder import SCHEMA, ScoredResponse
 from forkrl.evaluation.summary import Tables, mean_over_benchmarks, summarise_benchmark
 from forkrl.report.eval_page import eval_headline, eval_notes
+from forkrl.store.results import write_results
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e$x_1$"
 TITLES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from forkrl.errors import acts_unseen
@@ -58,12 +58,6 @@ def evenly_spaced(count: int, limit: int) -> list[int]:
     if limit < 2:
         return list(range(limit))
     return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
-
-
-def interval(estimate: Mapping[str, float | None] | None) -> Estimate:
-    """An estimate of a JSON file, which has null for NaN; None is an estimate that was not made."""
-    values = ((estimate or {}).get(name) for name in Estimate._fields)
-    return Estimate(*(math.nan if value is None else float(value) for value in values))
 
 
 def interval_of(row: Any, name: str) -> Estimate:

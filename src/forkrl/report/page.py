@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from forkrl.report.colors import token_colors
 from forkrl.report.fork_data import fork_data
 from forkrl.report.fork_view import ForkView
-from forkrl.report.formatting import evenly_spaced, interval, percent, plain, script_json, visible
+from forkrl.report.formatting import evenly_spaced, percent, plain, script_json, visible
 from forkrl.report.plots import inline_svg
-from forkrl.stats.intervals import Estimate, as_columns
+from forkrl.stats.intervals import Estimate
 from forkrl.store.atomic import write_text
 from forkrl.store.results import Results, csv_cell, csv_text
 
@@ -146,20 +146,6 @@ def about(results: Results) -> dict[str, Any]:
         "provenance": list(results.versions.items()),
         "command": results.command,
     }
-
-
-def table_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """A table of JSON rows; an estimate (mean, low, high) becomes three columns."""
-    return pd.DataFrame(
-        {
-            column: number
-            for name, value in row.items()
-            for column, number in (
-                as_columns(name, interval(value)) if isinstance(value, Mapping) else {name: value}
-            ).items()
-        }
-        for row in rows
-    )
 
 
 def render_page(page: Page) -> str:
