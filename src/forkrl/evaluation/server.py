@@ -24,7 +24,7 @@ from typing import Any, Literal
 import httpx
 
 from forkrl import __version__
-from forkrl.config.loopback import is_loopback
+from forkrl.config.secret_values import is_loopback
 from forkrl.errors import UserError
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest
 from forkrl.evaluation.server_answers import (

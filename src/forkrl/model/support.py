@@ -1,8 +1,7 @@
-"""Which models ForkRL can use: each check rejects, in one line, a model that would otherwise be trained or measured
-wrongly without an error. The table of model families is in docs/models.md.
+"""Checks that reject models that ForkRL would train or measure wrongly. docs/models.md lists supported families.
 
-ForkRL never asks a model for logits: it takes the last hidden states and the output embedding. It runs a sequence
-alone, in a batch with others, and token by token from a cache, and all of these must give the same log-probs.
+ForkRL computes log-probs from the last hidden states and the output embedding. They must not depend on whether a
+sequence runs alone, in a batch, or token by token from a cache.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     from forkrl.model.policy import Policy
 
 PROBE_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
-"""What the code of a model raises when it is called in a way that it does not support."""
+"""What a model's code raises if it is called in a way that it does not support."""
 _PROBE_LOGIT = 100.0
-"""Beyond the soft caps in use (Gemma 2: 30), within the range of every precision."""
+"""Above common soft caps (Gemma 2: 30), and within the range of every precision."""
 
 
 def require_no_adapter(location: str, revision: str | None, path: str) -> None:
@@ -40,7 +39,7 @@ def require_no_adapter(location: str, revision: str | None, path: str) -> None:
 def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
     """Reject rotary embeddings whose frequencies depend on the longest sequence of a batch.
 
-    The log-probs of a token then differ between sampling and training, and with the other sequences of its batch.
+    A token's log-prob would then depend on the batch, and differ between sampling and training.
     """
     for kind in rope_types(config.to_dict()):
         if kind == "longrope" or "dynamic" in kind:
@@ -52,7 +51,7 @@ def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
 
 
 def rope_types(settings: Any) -> Iterator[str]:
-    """Every type of rotary embedding in the settings of a model; each kind of layer may have its own."""
+    """The types of rotary embedding in a model's settings; each kind of layer may have its own."""
     if isinstance(settings, Mapping):
         if isinstance(kind := settings.get("rope_type"), str):
             yield kind
@@ -62,7 +61,7 @@ def rope_types(settings: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def require_supported(policy: Policy, path: str) -> None:
-    """Reject a model whose log-probs ForkRL would compute wrongly, for every command."""
+    """Reject a model whose log-probs ForkRL would compute wrongly."""
     require_fixed_frequencies(policy.model.config, path)
     with explained_failures(policy, path):
         _require_finite(policy, path)
@@ -72,14 +71,13 @@ def require_supported(policy: Policy, path: str) -> None:
 
 @contextmanager
 def explained_failures(policy: Policy, path: str) -> Iterator[None]:
-    """Turn whatever a model's code raises into one line."""
+    """Turn errors of a model's code into one line."""
     try:
         yield
     except PROBE_ERRORS as error:
         raise UserError(
             f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
-            f"embedding ({type(error).__name__}: {first_line(error)}); "
-            f"docs/models.md lists the supported families"
+            f"embedding ({type(error).__name__}: {first_line(error)}); docs/models.md lists the supported families"
         ) from error
 
 
@@ -90,11 +88,11 @@ def _require_finite(policy: Policy, path: str) -> None:
 
 
 def _require_causal(policy: Policy, path: str) -> None:
-    """The states of a sequence must not depend on padding behind it or on other sequences."""
+    """Hidden states must not depend on later padding or on other sequences."""
     ids = _probe_ids(policy, 8)
     padded = torch.cat([torch.cat([ids[:, :4], torch.zeros_like(ids[:, 4:])], 1), ids])
     half = policy.head_weight.dtype == torch.bfloat16
-    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):  # as exact as the weights allow
+    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):  # as precise as the weights
         alone, together = (
             policy.decoder(input_ids=each, use_cache=False).last_hidden_state[0, :4].float()
             for each in (ids[:, :4], padded)
@@ -110,7 +108,7 @@ def _require_causal(policy: Policy, path: str) -> None:
 def _require_linear_head(policy: Policy, path: str) -> None:
     """Logits must be ``hidden @ weight.T + bias``.
 
-    The input of the output embedding is scaled up until the logits are large: near zero a soft cap hardly changes them.
+    The input of the output embedding is scaled up, because a soft cap hardly changes small logits.
     """
     ids, name = _probe_ids(policy, 4), type(policy.model).__name__
     mask = torch.ones_like(ids)
