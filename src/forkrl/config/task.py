@@ -64,7 +64,7 @@ class TaskConfig(Section):
     prompt_column: str = "prompt"
     """dataset: column with the question (text or chat messages). Dots select nested fields: "extra.question"."""
     answer_column: str = "answer"
-    """dataset: column with the gold answer."""
+    """dataset: column with the gold answer, such as "answer" or "reward_model.ground_truth"."""
     template: str = "{prompt}"
     """dataset, reasoning-gym: text around the question, which replaces {prompt}."""
     chat_template: bool = False

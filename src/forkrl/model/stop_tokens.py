@@ -26,13 +26,13 @@ def stop_token_ids(
     """
     eos = None if generation is None else generation.eos_token_id
     own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    further = []
+    extra = []
     for text in stop:
         encoded = tokenizer.encode(text, add_special_tokens=False)
         if len(encoded) != 1:
             raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
-        further.append(encoded[0])
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *own, *further]))
+        extra.append(encoded[0])
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *own, *extra]))
 
 
 def load_generation_config(model: str, revision: str | None = None) -> GenerationConfig:

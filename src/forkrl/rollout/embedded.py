@@ -140,23 +140,21 @@ class EmbeddedEngine:
     def _decode_waves(
         self, waves: Sequence[Sequence[Prefix]], sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[tuple[int, int, Rollout]]:
-        """Decode wave after wave: the index of the wave, the index of the sequence in it, and the rollout."""
-        for number, prefixes_S in enumerate(waves):
-            for place, rollout in self._decode_wave(prefixes_S, sampling, generator):
-                yield number, place, rollout
+        """Yield the index of the wave, the index of the sequence in it, and the rollout.
 
-    def _decode_wave(
-        self, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
-    ) -> Iterator[tuple[int, Rollout]]:
-        """Every worker decodes its part of the sequences with its own random numbers."""
-        size = -(-len(prefixes_S) // self.workers.count)
-        parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
-        seeds = self._draw_seeds(len(parts), generator)
-        if self.workers.count == 1:
-            yield from _decode_part(self.workers.local, (parts[0], seeds[0]), sampling)
-            return
-        decoded = self.workers.map(_decode_whole_part, list(zip(parts, seeds, strict=True)), sampling)
-        yield from enumerate(rollout for part in decoded for rollout in part)
+        Every worker decodes its part of a wave with its own random numbers.
+        """
+        for number, prefixes_S in enumerate(waves):
+            size = -(-len(prefixes_S) // self.workers.count)
+            parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
+            seeded = list(zip(parts, self._draw_seeds(len(parts), generator), strict=True))
+            if self.workers.count == 1:
+                decoded = _decode_part(self.workers.local, seeded[0], sampling)
+            else:
+                by_worker = self.workers.map(_decode_whole_part, seeded, sampling)
+                decoded = enumerate(rollout for rollouts in by_worker for rollout in rollouts)
+            for place, rollout in decoded:
+                yield number, place, rollout
 
     def _draw_seeds(self, count: int, generator: torch.Generator) -> list[int]:
         seeds: list[int] = torch.randint(2**62, (count,), device=generator.device, generator=generator).tolist()
