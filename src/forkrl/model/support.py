@@ -7,7 +7,6 @@ sequence runs alone, in a batch, or token by token from a cache.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,31 +62,25 @@ def rope_types(settings: Any) -> Iterator[str]:
 def require_supported(policy: Policy, path: str) -> None:
     """Reject a model whose log-probs ForkRL would compute wrongly."""
     require_fixed_frequencies(policy.model.config, path)
-    with explained_failures(policy, path):
-        _require_finite(policy, path)
-        _require_causal(policy, path)
-        _require_linear_head(policy, path)
+    for fault_of in (_infinite_logits, _dependence_on_batch, _other_head):
+        try:
+            fault = fault_of(policy)
+        except PROBE_ERRORS as error:
+            raise UserError(
+                f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
+                f"embedding ({type(error).__name__}: {first_line(error)}); docs/models.md lists the supported families"
+            ) from error
+        if fault:
+            raise UserError(f"model.path = {path!r}: {fault}")
 
 
-@contextmanager
-def explained_failures(policy: Policy, path: str) -> Iterator[None]:
-    """Turn errors of a model's code into one line."""
-    try:
-        yield
-    except PROBE_ERRORS as error:
-        raise UserError(
-            f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
-            f"embedding ({type(error).__name__}: {first_line(error)}); docs/models.md lists the supported families"
-        ) from error
-
-
-def _require_finite(policy: Policy, path: str) -> None:
+def _infinite_logits(policy: Policy) -> str:
     ids = _probe_ids(policy, 4)
-    if not policy.logits(policy.hidden_states(ids, torch.ones_like(ids))[0]).isfinite().all():
-        raise UserError(f"model.path = {path!r}: its logits are NaN or infinite; the weights are damaged")
+    finite = policy.logits(policy.hidden_states(ids, torch.ones_like(ids))[0]).isfinite().all()
+    return "" if finite else "its logits are NaN or infinite; the weights are damaged"
 
 
-def _require_causal(policy: Policy, path: str) -> None:
+def _dependence_on_batch(policy: Policy) -> str:
     """Hidden states must not depend on later padding or on other sequences."""
     ids = _probe_ids(policy, 8)
     padded = torch.cat([torch.cat([ids[:, :4], torch.zeros_like(ids[:, 4:])], 1), ids])
@@ -97,15 +90,15 @@ def _require_causal(policy: Policy, path: str) -> None:
             policy.decoder(input_ids=each, use_cache=False).last_hidden_state[0, :4].float()
             for each in (ids[:, :4], padded)
         )
-    tolerance = 5e-2 if half else 1e-3
-    if _differ(alone, together, tolerance):
-        raise UserError(
-            f"model.path = {path!r}: the hidden states of {type(policy.model).__name__} change with the padding behind "
-            f"a sequence, so its log-probs would depend on the batch; ForkRL does not support it"
-        )
+    if not _differ(alone, together, 5e-2 if half else 1e-3):
+        return ""
+    return (
+        f"the hidden states of {type(policy.model).__name__} change with the padding behind a sequence, so its "
+        f"log-probs would depend on the batch; ForkRL does not support it"
+    )
 
 
-def _require_linear_head(policy: Policy, path: str) -> None:
+def _other_head(policy: Policy) -> str:
     """Logits must be ``hidden @ weight.T + bias``.
 
     The input of the output embedding is scaled up, because a soft cap hardly changes small logits.
@@ -113,8 +106,7 @@ def _require_linear_head(policy: Policy, path: str) -> None:
     ids, name = _probe_ids(policy, 4), type(policy.model).__name__
     mask = torch.ones_like(ids)
     hidden_TD = policy.hidden_states(ids, mask)[0]
-    largest = float(policy.logits(hidden_TD).abs().max())
-    scale = _PROBE_LOGIT / max(largest, 1e-6)
+    scale = _PROBE_LOGIT / max(float(policy.logits(hidden_TD).abs().max()), 1e-6)
     inputs: list[Tensor] = []
 
     def enlarge(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -125,15 +117,16 @@ def _require_linear_head(policy: Policy, path: str) -> None:
         expected = policy.model(input_ids=ids, attention_mask=mask).logits[0].float()
     tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
     if len(inputs) != 1 or inputs[0][0].shape != hidden_TD.shape or _differ(inputs[0][0], hidden_TD, tolerance):
-        raise UserError(
-            f"model.path = {path!r}: {name} changes its last hidden states before the output embedding (a projection "
-            f"or scaling), which ForkRL does not support"
+        return (
+            f"{name} changes its last hidden states before the output embedding (a projection or scaling), which "
+            f"ForkRL does not support"
         )
     if _differ(policy.logits(hidden_TD * scale), expected, tolerance):
-        raise UserError(
-            f"model.path = {path!r}: {name} transforms its logits after the output embedding (soft-capping or "
-            f"scaling), which ForkRL does not support"
+        return (
+            f"{name} transforms its logits after the output embedding (soft-capping or scaling), which ForkRL does not "
+            f"support"
         )
+    return ""
 
 
 def _probe_ids(policy: Policy, length: int) -> Tensor:
