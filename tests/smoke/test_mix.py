@@ -34,7 +34,7 @@ train_prompts = 6
 [task.parts.curriculum]
 promote_above = 0.01
 window = 2
-most = 2
+max_level = 2
 
 [[task.parts]]
 name = "dataset"
