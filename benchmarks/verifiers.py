@@ -106,8 +106,8 @@ def report_cases(rows: Sequence[Row], judged: dict[str, list[bool]]) -> list[dic
     reports = [json.loads(line) for line in REPORTS.read_text(encoding="utf-8").splitlines()]
     on_reports = {"forkrl": judge(reports, by_forkrl), "math-verify": judge(reports, by_math_verify)}
     cases = []
-    for name, pairs, verdicts_of in (("reports", reports, on_reports), ("sets 1 to 4", rows, judged)):
-        for way, scores in verdicts_of.items():
+    for name, pairs, scores_of in (("reports", reports, on_reports), ("sets 1 to 4", rows, judged)):
+        for way, scores in scores_of.items():
             figures = rates(pairs, scores, range(len(pairs)))
             cases.append({"what": "reports", "rows": name, "way": way, **figures})
             if way == "forkrl":

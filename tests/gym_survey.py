@@ -15,8 +15,7 @@ from typing import NamedTuple
 from reasoning_gym.factory import DATASETS
 
 from forkrl.rewards import VerifierPool
-from forkrl.rewards.gym import _READABLE
-from forkrl.rewards.gym_entries import REFUSED, Source, highest_level, make_entry, open_source
+from forkrl.rewards.gym import _READABLE, REFUSED, Source, highest_level, make_entry, open_source
 from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
 from forkrl.types import Prompt
 

@@ -10,12 +10,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from forkrl.errors import UserError
 from forkrl.head import token_stats
+from forkrl.types import TokenStats
 from tests.numerics.test_token_stats import DEVICE, TOLERANCE, assert_errs_no_more_than_naive, make_problem
 
 backend = pytest.importorskip("forkrl.head.triton")
@@ -82,6 +86,56 @@ def test_fp64_is_refused() -> None:
     problem = make_problem(3, 7, 4, torch.float64)
     with pytest.raises(ValueError, match='"triton" has no fp64; "chunked" and "reference" do'):
         token_stats(problem.hidden, problem.weight, problem.targets, backend="triton")
+
+
+def broken(function: Callable[..., Any], fault: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda *args: fault(function(*args))
+
+
+def failing(*_: object) -> None:
+    raise RuntimeError("PassManager::run failed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("part", "fault", "message"),
+    [
+        ("_combine_splits", lambda found: found._replace(logprobs=found.logprobs - 0.05), "log-probs and entropies"),
+        ("_combine_splits", lambda found: found._replace(entropy=found.entropy * float("nan")), "nan in log-probs"),
+        ("_grad_logits", lambda grad: grad * 1.5, "in gradients"),
+        ("_grad_logits", failing, "RuntimeError: PassManager::run failed"),
+    ],
+    ids=["log-prob", "entropy", "gradient", "does not compile"],
+)
+def test_kernels_that_fail_or_deviate_are_an_error_that_names_the_remedy(
+    part: str, fault: Callable[[Any], Any], message: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem(5, 50, 8, dtype)
+
+    def run() -> TokenStats:
+        return token_stats(problem.hidden, problem.weight, problem.targets, bias=problem.bias, backend="triton")
+
+    monkeypatch.setattr(backend, "_checked", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, part, broken(getattr(backend, part), fault))
+        for _ in range(2):  # a failed check is repeated
+            with pytest.raises(UserError, match=message) as raised:
+                run()
+            assert "backend=chunked" in str(raised.value) and "\n" not in str(raised.value)
+    run()
+    assert len(backend._checked) == 1
+    monkeypatch.setattr(backend, "_probe", failing)
+    run()  # checked once per process
+
+
+def test_the_check_of_the_kernels_skips_rows_without_finite_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_checked", set())
+    problem = make_problem(5, 50, 8, torch.float32)
+    hidden = problem.hidden.clone()
+    hidden[0] = torch.nan
+    for rows, checked in ((hidden[:0], 0), (hidden[:1], 0), (hidden, 1)):
+        stats = token_stats(rows, problem.weight, problem.targets[: len(rows)], backend="triton")
+        assert stats.entropy.isnan().sum() == min(1, len(rows)) and len(backend._checked) == checked
 
 
 MACHINE = """

@@ -152,7 +152,7 @@ def test_a_source_without_a_verifier_is_an_error(open_manager: Open) -> None:
         judge(open_manager(EQUAL, NO_PENALTY), request(ids_of("7"), "7", source="new"))
 
 
-def test_a_hanging_verifier_is_a_verdict_and_the_others_are_judged(open_manager: Open) -> None:
+def test_a_hanging_verifier_is_a_failure_and_the_others_are_scored(open_manager: Open) -> None:
     reward = RewardConfig(overlong_cache=0, timeout_s=1.0)
     manager = open_manager({"": VerifierSpec("judges:act")}, reward)
     began = time.monotonic()

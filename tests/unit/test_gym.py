@@ -18,8 +18,7 @@ import forkrl.tasks.gym
 from forkrl.config import CurriculumConfig, TaskConfig
 from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool
-from forkrl.rewards.gym import _READABLE, final_answer, verify_gym
-from forkrl.rewards.gym_entries import Source, make_entry, open_source
+from forkrl.rewards.gym import _READABLE, Source, final_answer, make_entry, open_source, verify_gym
 from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts, gym_task
 from forkrl.tasks.gym_questions import questions
 from forkrl.types import Prompt, Task

@@ -211,7 +211,7 @@ def test_a_server_that_is_not_there_is_refused_at_the_start(url: str) -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [10, 0, "3"])
-def test_a_time_out_above_the_deadline_is_refused(serve: MakeServer, timeout_s: Any) -> None:
+def test_a_timeout_above_the_pools_is_refused(serve: MakeServer, timeout_s: Any) -> None:
     options = {"url": serve((200, {})).url, "timeout_s": timeout_s}
     with pytest.raises(UserError, match=r"timeout_s = .* reward\.timeout_s = 10"):
         open_verifier({"": VerifierSpec(PATH, options)}, RewardConfig())

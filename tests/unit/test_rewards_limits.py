@@ -194,7 +194,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> bool:
 
 
 def test_one_hung_item_delays_nothing_else(make_pool: MakePool) -> None:
-    """Those that stood behind it in its worker's pipe as little as the rest: all are judged while it still hangs."""
+    """Not even those queued behind it in its own worker: all others get a result while it still hangs."""
     pool = make_pool(workers=2, timeout_s=600)
     pool.verify(items(*["right"] * 200))  # both workers have shown that they are quick, and get many at a time
     hung = pool.submit(items("hang"))
@@ -205,17 +205,17 @@ def test_one_hung_item_delays_nothing_else(make_pool: MakePool) -> None:
     assert not pool.failures
 
 
-def test_what_went_to_another_worker_is_not_judged_twice(make_pool: MakePool, tmp_path: Path) -> None:
+def test_what_went_to_another_worker_is_not_scored_twice(make_pool: MakePool, tmp_path: Path) -> None:
     pool = make_pool(workers=2, timeout_s=600)
     pool.verify(items(*["right"] * 200))
-    served = sum(worker.served for worker in pool._crew.workers)
+    served = sum(worker.served for worker in pool._workers)
     slow = pool.submit(items("wait_for go"))
     behind = [pool.submit(items("right")) for _ in range(31)]
     assert all(future.result(timeout=60) == [VerifierResult(1.0)] for future in behind)
     (tmp_path / "go").touch()
     assert slow.result(timeout=60) == [VerifierResult(1.0)]
     assert pool.verify(items(*["slow 0.2"] * 4)) == [VerifierResult(1.0)] * 4  # both have been through what they held
-    assert sum(worker.served for worker in pool._crew.workers) == served + 1 + 31 + 4
+    assert sum(worker.served for worker in pool._workers) == served + 1 + 31 + 4
 
 
 def test_batches_overlap_each_other_and_the_caller(make_pool: MakePool, tmp_path: Path) -> None:
@@ -251,14 +251,16 @@ def test_close_cancels_what_waits(make_pool: MakePool) -> None:
 def test_a_cancelled_batch_frees_its_worker(make_pool: MakePool) -> None:
     pool = make_pool(timeout_s=600)
     future = pool.submit(items("hang", "right"))
-    assert wait_until(lambda: bool(pool._crew.workers[0].in_flight))
+    (worker,) = pool._workers
+    assert wait_until(lambda: bool(worker.in_flight))
+    hung = worker.pid
     assert future.cancel()
-    assert wait_until(lambda: pool._crew.workers[0].state == "resting", 5)  # at once, not with the next batch
+    assert wait_until(lambda: worker.state == "ready" and worker.pid != hung, 5)  # at once, not with the next batch
     assert pool.submit(items("right")).result(timeout=30) == [VerifierResult(1.0)]
     assert not pool.failures
 
 
-def test_every_source_has_its_own_deadline(make_pool: MakePool) -> None:
+def test_every_source_has_its_own_timeout(make_pool: MakePool) -> None:
     make_pool().close()
     specs = {"quick": VerifierSpec("rampant:act", timeout_s=0.3), "patient": VerifierSpec("rampant:act")}
     with VerifierPool(specs, timeout_s=600) as pool:
@@ -273,9 +275,9 @@ def test_nothing_that_a_verifier_started_outlives_it(make_pool: MakePool, tmp_pa
     pool = make_pool(timeout_s=1)
     pool.verify(items(response))
     if response != "daemon stay":  # that verifier lives on, and is replaced only below
-        fresh = {pool._crew.workers[0].pid, pool._crew.workers[0]._warden.pid}
-        assert wait_until(lambda: pool._crew.workers[0].state in ("ready", "resting"))
-        fresh |= {pool._crew.workers[0].pid}
+        fresh = {pool._workers[0].pid, pool._workers[0].supervisor.pid}
+        assert wait_until(lambda: pool._workers[0].state == "ready")
+        fresh |= {pool._workers[0].pid}
         assert wait_until(lambda: set(survivors(tmp_path)) <= fresh)
     pool.close()
     assert survivors(tmp_path) == []
@@ -284,14 +286,14 @@ def test_nothing_that_a_verifier_started_outlives_it(make_pool: MakePool, tmp_pa
 @LINUX
 def test_a_fork_that_comes_back_out_of_the_verifier_is_ended(make_pool: MakePool) -> None:
     pool = make_pool()
-    before = pool._crew.workers[0].pid
+    before = pool._workers[0].pid
     assert pool.verify(items("twin", *["right"] * 50)) == [VerifierResult(1.0)] * 51
     assert not pool.failures
-    assert pool._crew.workers[0].pid == before
+    assert pool._workers[0].pid == before
 
 
 @LINUX
-def test_a_verifier_that_kills_its_warden_ends_itself(make_pool: MakePool, tmp_path: Path) -> None:
+def test_a_verifier_that_kills_its_supervisor_ends_itself(make_pool: MakePool, tmp_path: Path) -> None:
     pool = make_pool(workers=2, timeout_s=600)
     assert pool.verify(items("right", "murder", "right")) == [
         VerifierResult(1.0),
@@ -304,21 +306,21 @@ def test_a_verifier_that_kills_its_warden_ends_itself(make_pool: MakePool, tmp_p
 
 
 @LINUX
-def test_a_stopped_warden_is_killed_without_further_waiting(
+def test_a_stopped_supervisor_is_killed_without_further_waiting(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "_END_LIMIT_S", 0.5)
-    patience: list[float] = []
+    monkeypatch.setattr(worker_process, "_END_TIMEOUT_S", 0.5)
+    timeouts: list[float | None] = []
     close = worker_process.WorkerProcess.close
 
-    def note(worker: worker_process.WorkerProcess, stall_timeout_s: float = 600.0) -> str:
-        patience.append(stall_timeout_s)
-        return close(worker, stall_timeout_s)
+    def note(worker: worker_process.WorkerProcess, timeout_s: float | None = None) -> str:
+        timeouts.append(timeout_s)
+        return close(worker, timeout_s)
 
     monkeypatch.setattr(worker_process.WorkerProcess, "close", note)
     pool = make_pool()
     assert pool.verify(items("freeze", "right")) == [VerifierResult(0.0, "crash"), VerifierResult(1.0)]
-    assert patience == [0.0]
+    assert timeouts == [0.0]
 
 
 def test_a_fork_of_the_pools_process_does_not_hold_up_its_end(make_pool: MakePool) -> None:
@@ -331,9 +333,9 @@ def test_a_fork_of_the_pools_process_does_not_hold_up_its_end(make_pool: MakePoo
         os._exit(0)
     os.close(pipe)
     try:
-        wardens = [worker._warden for worker in pool._crew.workers]
+        supervisors = [worker.supervisor for worker in pool._workers]
         pool.close()
-        assert [warden.returncode for warden in wardens] == [0]  # not killed after ten seconds
+        assert [supervisor.returncode for supervisor in supervisors] == [0]  # not killed after ten seconds
     finally:
         os.close(end)
         os.waitpid(pid, 0)

@@ -76,6 +76,14 @@ def test_an_interval_needs_its_brackets(found: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("found", "score"),
+    [("3 > y+2x", 1), ("-4x-2y > -6", 1), ("4x+2y < 6", 1), ("2x+y > 3", 0), (r"2x+y \le 3", 0), ("2x+z < 3", 0)],
+)
+def test_an_inequality_in_two_variables_is_judged_up_to_a_positive_factor(found: str, score: float) -> None:
+    assert verify_math("2x+y < 3", rf"\boxed{{{found}}}").score == score
+
+
+@pytest.mark.parametrize(
     "response",
     [
         r"<think>Maybe \boxed{17}",

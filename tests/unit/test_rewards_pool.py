@@ -352,7 +352,7 @@ def test_a_prompt_from_nowhere_is_refused(make_pool: MakePool) -> None:
     assert pool.verify(items("right")) == [VerifierResult(1.0)]
 
 
-def test_prints_cannot_forge_a_verdict(make_pool: MakePool) -> None:
+def test_prints_cannot_forge_a_result(make_pool: MakePool) -> None:
     pool = make_pool()
     assert pool.verify(items("liar", "right", "liar")) == [
         VerifierResult(0.0),
@@ -362,7 +362,7 @@ def test_prints_cannot_forge_a_verdict(make_pool: MakePool) -> None:
     assert not pool.failures
 
 
-def test_a_verdict_written_blindly_on_every_pipe_is_refused(make_pool: MakePool) -> None:
+def test_a_result_written_blindly_on_every_pipe_is_refused(make_pool: MakePool) -> None:
     pool = make_pool(timeout_s=2)
     assert pool.verify(items("right", "blind_liar", "right")) == [
         VerifierResult(1.0),
@@ -371,7 +371,7 @@ def test_a_verdict_written_blindly_on_every_pipe_is_refused(make_pool: MakePool)
     ]
 
 
-def test_a_verdict_does_not_depend_on_what_the_worker_did_before(make_pool: MakePool) -> None:
+def test_a_result_does_not_depend_on_what_the_worker_did_before(make_pool: MakePool) -> None:
     """Each response keeps 100 MiB: a worker of 512 MiB fills up, which is not the fault of whoever finds it full."""
     pool = make_pool(memory_mb=512)
     assert pool.verify(items(*["hoarder"] * 12)) == [VerifierResult(1.0)] * 12
@@ -394,17 +394,17 @@ def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_th
     pool = make_pool(timeout_s=0.5)
     results: dict[int, list[VerifierResult]] = {}
 
-    def judge(number: int) -> None:
+    def score(number: int) -> None:
         results[number] = pool.verify(items("right", "loop", "wrong"))
 
-    threads = [threading.Thread(target=judge, args=(number,)) for number in range(2)]
+    threads = [threading.Thread(target=score, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
     expected = [VerifierResult(1.0), VerifierResult(0.0, "timeout"), VerifierResult(0.0)]
     assert results == {0: expected, 1: expected}
-    pids = [worker.pid for worker in pool._crew.workers]  # a thread that has ended started it
+    pids = [worker.pid for worker in pool._workers]  # a thread that has ended started it
     assert not wait_until(lambda: not all(map(is_running, pids)), limit_s=0.3)
     assert pool.verify(items("right")) == [VerifierResult(1.0)]
     assert pool.failures == {"timeout": 2}
@@ -412,7 +412,7 @@ def test_it_works_from_any_thread_and_workers_outlive_the_thread_that_started_th
 
 def test_a_worker_that_died_while_idle_is_replaced(make_pool: MakePool) -> None:
     pool = make_pool()
-    (worker,) = pool._crew.workers
+    (worker,) = pool._workers
     pid = worker.pid
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not is_running(pid))
@@ -426,7 +426,7 @@ def test_a_starved_parent_does_not_take_its_own_delay_for_the_workers(
     class Starved(selectors.DefaultSelector):
         def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
             events = super().select(timeout)
-            time.sleep(0.5)  # longer than the deadline
+            time.sleep(0.5)  # longer than the timeout
             return events
 
     pool = make_pool("equal", workers=3, timeout_s=0.3)
@@ -448,7 +448,7 @@ def test_an_interrupted_batch_leaves_no_answers_for_the_next(
     assert pool.verify(items("wrong", "wrong")) == [VerifierResult(0.0)] * 2
 
 
-def test_the_deadline_takes_the_processes_that_a_verifier_started_with_it(make_pool: MakePool) -> None:
+def test_the_timeout_kills_the_processes_that_a_verifier_started(make_pool: MakePool) -> None:
     pool = make_pool(timeout_s=0.5)
     assert pool.verify(items("child")) == [VerifierResult(0.0, "timeout")]
     pid = int(Path("child.pid").read_text())
@@ -470,9 +470,9 @@ def test_close_leaves_no_process_and_no_file(make_pool: MakePool) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a closed pipe is Linux's")
 @pytest.mark.parametrize(
-    ("state", "warden_too"), [("pid", False), ("power", False), ("child", False), ("loop", False), ("loop", True)]
+    ("state", "supervisor_too"), [("pid", False), ("power", False), ("child", False), ("loop", False), ("loop", True)]
 )
-def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str, warden_too: bool) -> None:
+def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str, supervisor_too: bool) -> None:
     script = f"""
         import subprocess, sys, threading, time
         from forkrl.rewards import VerifierPool
@@ -480,7 +480,7 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str, warden_
         pool = VerifierPool({{"": VerifierSpec("{hostile}:act")}}, timeout_s=3600)
         threading.Thread(target=pool.verify, args=([(Prompt("", "", ""), "{state}")],), daemon=True).start()
         time.sleep(0.3)
-        print(pool._crew.workers[0].pid, pool._crew.workers[0]._warden.pid, flush=True)
+        print(pool._workers[0].pid, pool._workers[0].supervisor.pid, flush=True)
         time.sleep(3600)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -493,7 +493,7 @@ def test_kill_9_of_the_parent_leaves_no_worker(hostile: str, state: str, warden_
             assert wait_until(lambda: bool(Path("child.pid").exists() and Path("child.pid").read_text()))
             pids.append(int(Path("child.pid").read_text()))
         assert all(map(is_running, pids))
-        if warden_too:
+        if supervisor_too:
             parent.send_signal(signal.SIGSTOP)  # it must not notice
             os.kill(pids[1], signal.SIGKILL)
         parent.kill()

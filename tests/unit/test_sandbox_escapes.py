@@ -42,7 +42,7 @@ HELPERS = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 escaped = []
-def verdict(contained):
+def report(contained):
     escaped.append(not contained)
 def attempt(action):
     try:
@@ -166,7 +166,7 @@ def test_the_probes_can_fail() -> None:
 
 
 @pytest.mark.parametrize("leader", [True, False])
-def test_nothing_outlives_a_judge_that_is_killed(leader: bool) -> None:
+def test_nothing_outlives_a_verifier_that_is_killed(leader: bool) -> None:
     """As the pool kills it, with its session, or on its own, as the kernel's OOM killer would."""
     program = (
         "import time\nfrom forkrl.config import SandboxConfig\nfrom forkrl.rewards.code import bubblewrap\n"
@@ -238,7 +238,7 @@ def test_works_for_ordinary_users(tmp_path: Path) -> None:
 
 def test_processes_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clock says, as on a machine that lets a program wait."""
-    monkeypatch.setattr(sandboxed_process, "_PATIENCE", 1000)
+    monkeypatch.setattr(sandboxed_process, "_WALL_PER_CPU_S", 1000)
     program = (
         "import os, time\n"
         "for _ in range(4):\n"

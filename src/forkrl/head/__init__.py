@@ -1,4 +1,4 @@
-"""Log-prob of every target and entropy of every position, straight from hidden states.
+"""Log-prob of each target and entropy of each position, directly from hidden states.
 
 Axes: ``N`` rows (token positions), ``D`` hidden, ``V`` vocabulary.
 """
@@ -8,49 +8,30 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from forkrl.head.chunked import chunked_token_stats
+from forkrl.head.live_rows import Head
 from forkrl.head.reference import reference_token_stats
 from forkrl.types import TokenStats, require_tensors
 
 __all__ = ["BACKENDS", "token_stats"]
 
 
-class Backend(Protocol):
-    """One way to compute the same numbers; it may trust that its inputs were checked."""
-
-    def __call__(
-        self,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        bias_V: Tensor | None,
-        *,
-        temperature: float,
-        entropy_grad: bool,
-    ) -> TokenStats: ...
+Backend = Callable[[Tensor, Tensor, Head], TokenStats]
+"""One way to compute the same numbers from hidden states ``[N, D]`` and targets ``[N]``, which are checked here."""
 
 
-def _triton_token_stats(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    bias_V: Tensor | None,
-    *,
-    temperature: float,
-    entropy_grad: bool,
-) -> TokenStats:
+def _triton_token_stats(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> TokenStats:
     """Import Triton only now: it is large, needs an accelerator, and is not on every machine."""
     if not _has_triton():
         raise ModuleNotFoundError('backend = "triton" needs the triton package: pip install triton')
     from forkrl.head.triton import triton_token_stats
 
-    inputs = (hidden_ND, weight_VD, targets_N, bias_V)
-    return triton_token_stats(*inputs, temperature=temperature, entropy_grad=entropy_grad)
+    return triton_token_stats(hidden_ND, targets_N, head)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -75,23 +56,22 @@ def token_stats(
     """Log-prob of each target and entropy of each position of a language-model head.
 
     With ``z = (hidden @ weight.T + bias) / temperature`` and ``p = softmax(z)``: ``logprobs = log p[target]`` and
-    ``entropy = -sum(p log p)`` in nats (arXiv 2506.01939v2, eq. 1). The matrix product is taken in the dtype given, as
-    the model's own head would take it (autocast is honoured too); everything after it is fp32, or fp64 for fp64 inputs.
+    ``entropy = -sum(p log p)`` in nats (arXiv 2506.01939v2, eq. 1). The matrix product has the dtype of the inputs (or
+    of autocast), as in the model's own head; everything after it is fp32, or fp64 for fp64 inputs.
 
-    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" never hold ``[N, V]``
-    (beyond one small tile), and their backward computes only the rows whose incoming gradient is non-zero. "triton"
-    does not round the logits to the dtype given, so it errs less than the model's own head. A NaN row gives NaN
-    statistics; a logit of minus infinity gives NaN entropy.
+    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" hold no more of
+    ``[N, V]`` than one small tile; their backward computes only rows with a non-zero incoming gradient. "triton" does
+    not round the logits, so it errs less than the model's own head. On its first use in a process it is compared with
+    "chunked" on four rows. A NaN row gives NaN statistics, a logit of minus infinity NaN entropy.
 
     Args:
         hidden: ``[N, D]``, last hidden states; fp16, bf16, fp32 or fp64.
-        weight: ``[V, D]``, the head's matrix, same dtype.
+        weight: ``[V, D]``, same dtype.
         targets: ``[N]`` int64 in ``[0, V)``, the token each row predicts.
-        temperature: divides the logits; that of the sampling policy.
+        temperature: of the sampling policy; divides the logits.
         bias: ``[V]`` or None, same dtype.
-        backend: "chunked", "triton" (CUDA, or its interpreter; no fp64), "reference" (naive, holds ``[N, V]``; the
-            truth in fp64) or "auto": "triton" for 16-bit tensors on a CUDA device where it can be imported, else
-            "chunked".
+        backend: "chunked", "triton" (CUDA, or its interpreter; no fp64), "reference" (naive, holds ``[N, V]``) or
+            "auto": "triton" for 16-bit tensors on a CUDA device if it can be imported, else "chunked".
         entropy_grad: let gradients flow through ``entropy`` as well.
 
     Returns:
@@ -101,6 +81,7 @@ def token_stats(
         ValueError: shapes or dtypes disagree, a target lies outside the vocabulary, the temperature is not a positive
             finite number, the backend is unknown, or it cannot take these tensors.
         ModuleNotFoundError: backend "triton" where Triton is not installed.
+        UserError: "triton" does not compile here, or deviates from "chunked".
     """
     require_tensors(hidden=hidden, weight=weight, targets=targets, **({} if bias is None else {"bias": bias}))
     hidden, weight, bias = _as_autocast_would(hidden, weight, bias)
@@ -110,13 +91,13 @@ def token_stats(
     name = _choose_backend(hidden) if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
-    # The dtype of every product is settled above; autocast must not change it again half-way, nor in the backward.
+    # The dtype of every product is settled above; autocast must not change it again.
     with torch.autocast(hidden.device.type, enabled=False):
-        return BACKENDS[name](hidden, weight, targets, bias, temperature=temperature, entropy_grad=entropy_grad)
+        return BACKENDS[name](hidden, targets, Head(weight, bias, temperature, entropy_grad))
 
 
 def _choose_backend(hidden: Tensor) -> str:
-    """Triton where it is faster: exact fp32 products are the library's strength, and most of the time in fp32."""
+    """Triton where it is faster: in fp32 most of the time goes into exact products, which the library does best."""
     if not hidden.is_cuda or hidden.dtype not in (torch.float16, torch.bfloat16) or not _has_triton():
         return "chunked"
     # Older cards have no bf16.

@@ -1,8 +1,8 @@
-"""Token statistics in tiles of rows and vocabulary: memory does not grow with N x V, in either direction.
+"""Token statistics in tiles of rows and vocabulary: memory does not grow with N x V, forward or backward.
 
 Forward: for each block of rows, one pass over the vocabulary keeps a running maximum ``m``, ``s = sum(exp(z - m))`` and
-``a = sum(exp(z - m) (z - m))``; then ``log p = (z - m) - log s`` and ``H = log s - a / s``. Backward: the tiles are
-computed again, only for rows whose incoming gradient is non-zero (one tile that holds everything is kept instead), and
+``a = sum(exp(z - m) (z - m))``; then ``log p = (z - m) - log s`` and ``H = log s - a / s``. Backward: tiles are
+recomputed for live rows (if one tile holds everything, it is kept instead), and
 
     dL/dz_j = g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H).
 
@@ -15,69 +15,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forkrl.head.live_rows import Gradients, Needs, Rows, Scanned, live_row_stats, slices
+from forkrl.head.live_rows import Gradients, Head, Needs, Rows, Scanned, live_row_stats, slices
 from forkrl.types import TokenStats
 
 TILE_ELEMENTS_CPU = 1 << 20
-"""Logits held at once on a CPU: 4 MiB in fp32, which its cache holds."""
+"""Logits per tile on a CPU: 4 MiB in fp32, which fits the cache."""
 TILE_ELEMENTS = 1 << 24
-"""Logits held at once elsewhere: 64 MiB in fp32, so that kernels are few and large. Two or three of them coexist."""
+"""Logits per tile elsewhere: 64 MiB in fp32, for few, large kernels. Two or three tiles coexist."""
 TILE_COLUMNS = 8192
 """Widest slice of the vocabulary."""
 FORWARD_COLUMNS = 2048
-"""Narrowest slice in the forward, which costs a few operations on each row for every slice."""
+"""Narrowest slice in the forward, where every slice costs a few operations per row."""
 BACKWARD_COLUMNS = 256
-"""In the backward, where a tile that has all rows writes the weight's gradient at once: narrow rather than several."""
+"""Narrowest slice in the backward: a tile with all rows writes the weight's gradient at once, so narrow is better."""
 
 
-def chunked_token_stats(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    bias_V: Tensor | None,
-    *,
-    temperature: float,
-    entropy_grad: bool,
-) -> TokenStats:
-    """Softmax statistics tile by tile (arXiv 2506.01939v2, eq. 1), as :func:`token_stats` describes them."""
-    inputs = (hidden_ND, weight_VD, targets_N, bias_V)
-    return live_row_stats(_scan_rows, _backward_tiles, *inputs, temperature, entropy_grad)
+def chunked_token_stats(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> TokenStats:
+    """Softmax statistics tile by tile."""
+    return live_row_stats(scan_rows, backward_tiles, hidden_ND, targets_N, head)
 
 
-def _scan_rows(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, temperature: float
-) -> Scanned:
+def scan_rows(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Scanned:
     """The statistics of every row; the logits never outlive their tile, unless it is the only one."""
-    num_rows, dtype = len(hidden_ND), torch.promote_types(hidden_ND.dtype, torch.float32)
-    found_4N = torch.empty(4, num_rows, dtype=dtype, device=hidden_ND.device)
-    rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device, FORWARD_COLUMNS)
-    if num_rows <= rows_per_tile and len(weight_VD) <= columns_per_tile:
-        return _scan_vocabulary(hidden_ND, weight_VD, targets_N, bias_V, temperature, columns_per_tile, keep=True)
+    num_rows, vocabulary = len(hidden_ND), len(head.weight)
+    rows_per_tile, columns_per_tile = _tile_shape(num_rows, vocabulary, hidden_ND.device, FORWARD_COLUMNS)
+    if num_rows <= rows_per_tile and vocabulary <= columns_per_tile:
+        return _scan_vocabulary(hidden_ND, targets_N, head, columns_per_tile, keep=True)
+    found_4N = hidden_ND.new_empty(4, num_rows, dtype=_summing_dtype(hidden_ND))
     for rows in slices(num_rows, rows_per_tile):
-        scanned = _scan_vocabulary(
-            hidden_ND[rows], weight_VD, targets_N[rows], bias_V, temperature, columns_per_tile, keep=False
-        )
+        scanned = _scan_vocabulary(hidden_ND[rows], targets_N[rows], head, columns_per_tile, keep=False)
         found_4N[:, rows] = torch.stack(scanned[:4])
     return Scanned(*found_4N)
 
 
-def _scan_vocabulary(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    bias_V: Tensor | None,
-    temperature: float,
-    columns_per_tile: int,
-    *,
-    keep: bool,
-) -> Scanned:
+def _scan_vocabulary(hidden_RD: Tensor, targets_R: Tensor, head: Head, columns_per_tile: int, *, keep: bool) -> Scanned:
     """The statistics of a block of rows in one pass over the vocabulary; ``keep``: of one slice, with its log-probs."""
-    dtype = torch.promote_types(hidden_RD.dtype, torch.float32)
+    dtype = _summing_dtype(hidden_RD)
     # The lowest finite number, not -inf: 0 * (m - new_m) below must be 0 on the first tile.
     m_R = torch.full(targets_R.shape, torch.finfo(dtype).min, dtype=dtype, device=hidden_RD.device)
     s_R, a_R, target_R = (torch.zeros_like(m_R) for _ in range(3))
-    for columns in slices(len(weight_VD), columns_per_tile):
-        z_RC = _logits_tile(hidden_RD, weight_VD, bias_V, columns, temperature)
+    for columns in slices(len(head.weight), columns_per_tile):
+        z_RC = _logits_tile(hidden_RD, head, columns)
         column_R, inside_R = _locate(targets_R, columns)
         target_R = torch.where(inside_R, z_RC.gather(1, column_R[:, None]).squeeze(1), target_R)
         new_m_R = torch.maximum(m_R, z_RC.amax(1))
@@ -89,37 +67,29 @@ def _scan_vocabulary(
         s_R = shrink_R * s_R + exp_RC.sum(1)
         a_R += exp_RC.mul_(z_RC).sum(1)
     log_s_R = s_R.log()
-    # s is at least 1 and a at most 0, whatever the rounding: the entropy cannot come out negative.
+    # s >= 1 and a <= 0 even after rounding, so the entropy is not negative.
     log_p_RV = z_RC.sub_(log_s_R[:, None]) if keep else None
     return Scanned((target_R - m_R) - log_s_R, m_R, log_s_R, log_s_R - a_R / s_R, log_p_RV)
 
 
-def _backward_tiles(
-    per_row: Rows,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    temperature: float,
-    entropy_grad: bool,
-    needs: Needs,
-) -> Gradients:
-    """Gradients of the given rows, of the weight and of the bias, each where needed; summed in fp32 at least."""
-    num_rows, dtype = len(per_row.hidden), per_row.log_s.dtype
+def backward_tiles(per_row: Rows, head: Head, needs: Needs) -> Gradients:
+    """Gradients of the given rows, the weight and the bias; summed in fp32 at least."""
+    num_rows, vocabulary, dtype = len(per_row.hidden), len(head.weight), per_row.log_s.dtype
     sum_hidden = torch.zeros_like(per_row.hidden, dtype=dtype) if needs.hidden else None
     new = torch.empty_like if num_rows else torch.zeros_like  # any row writes all of them
-    grad_weight_VD = new(weight_VD) if needs.weight else None
-    grad_bias_V = new(bias_V) if needs.bias and bias_V is not None else None
-    rows_per_tile, columns_per_tile = _tile_shape(num_rows, len(weight_VD), weight_VD.device, BACKWARD_COLUMNS)
+    grad_weight_VD = new(head.weight) if needs.weight else None
+    grad_bias_V = new(head.bias) if needs.bias and head.bias is not None else None
+    rows_per_tile, columns_per_tile = _tile_shape(num_rows, vocabulary, per_row.hidden.device, BACKWARD_COLUMNS)
     row_slices = slices(num_rows, rows_per_tile)
-    # Vocabulary outside: the fp32 sum for the weight is then one slice wide, not [V, D].
-    for columns in slices(len(weight_VD), columns_per_tile) if num_rows else []:
-        weight_CD = weight_VD[columns]
-        # One tile of rows needs no sum: its product is rounded once, into its place.
+    # Vocabulary in the outer loop: the fp32 sum for the weight is one slice wide, not [V, D].
+    for columns in slices(vocabulary, columns_per_tile) if num_rows else []:
+        weight_CD = head.weight[columns].to(per_row.hidden.dtype)
         several = needs.weight and len(row_slices) > 1
         sum_weight_CD = torch.zeros_like(weight_CD, dtype=dtype) if several else None
         sum_bias_C = torch.zeros(len(weight_CD), dtype=dtype, device=weight_CD.device)
         for rows in row_slices:
             tile = per_row.take(rows)
-            grad_RC = _grad_logits_tile(tile, weight_VD, bias_V, columns, temperature, entropy_grad)
+            grad_RC = _grad_logits_tile(tile, head, columns)
             if grad_bias_V is not None:
                 sum_bias_C += grad_RC.sum(0)
             grad_RC = grad_RC.to(weight_CD.dtype)
@@ -137,19 +107,17 @@ def _backward_tiles(
     return Gradients(grad_hidden, grad_weight_VD, grad_bias_V)
 
 
-def _grad_logits_tile(
-    tile: Rows, weight_VD: Tensor, bias_V: Tensor | None, columns: slice, temperature: float, entropy_grad: bool
-) -> Tensor:
-    """dL/d(hidden @ weight.T + bias) on one tile, by the formula atop this file."""
+def _grad_logits_tile(tile: Rows, head: Head, columns: slice) -> Tensor:
+    """dL/d(hidden @ weight.T + bias) on one tile, by the formula at the top of this file."""
     if tile.log_p is None:
-        z_RC = _logits_tile(tile.hidden, weight_VD, bias_V, columns, temperature)
+        z_RC = _logits_tile(tile.hidden, head, columns)
         log_p_RC = z_RC.sub_(tile.highest[:, None]).sub_(tile.log_s[:, None])
     else:
         log_p_RC = tile.log_p[:, columns].clone()  # a graph may be walked twice
     # d z / d logits = 1 / temperature goes into the row factors, which are few.
-    grad_logprobs_R = tile.grad_logprobs / temperature
-    if entropy_grad:
-        grad_entropy_R1 = (tile.grad_entropy / temperature)[:, None]
+    grad_logprobs_R = tile.grad_logprobs / head.temperature
+    if head.entropy_grad:
+        grad_entropy_R1 = (tile.grad_entropy / head.temperature)[:, None]
         factor_RC = (log_p_RC + tile.entropy[:, None]).mul_(grad_entropy_R1).add_(grad_logprobs_R[:, None]).neg_()
         grad_RC = log_p_RC.exp_().mul_(factor_RC)
     else:
@@ -158,21 +126,22 @@ def _grad_logits_tile(
     return grad_RC.scatter_add_(1, column_R[:, None], torch.where(inside_R, grad_logprobs_R, 0)[:, None])
 
 
-def _logits_tile(
-    hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, columns: slice, temperature: float
-) -> Tensor:
-    """Scaled logits of some rows and columns, fp32 at least, in memory of their own."""
-    logits_RC = F.linear(hidden_RD, weight_VD[columns], None if bias_V is None else bias_V[columns])
-    logits_RC = logits_RC.to(torch.promote_types(logits_RC.dtype, torch.float32))
-    return logits_RC if temperature == 1 else logits_RC.div_(temperature)
+def _logits_tile(hidden_RD: Tensor, head: Head, columns: slice) -> Tensor:
+    """Scaled logits of some rows and columns, fp32 at least; ``hidden_RD`` may be more precise than the weight."""
+    weight_CD, bias_C = (None if part is None else part[columns].to(hidden_RD.dtype) for part in head[:2])
+    assert weight_CD is not None
+    logits_RC = F.linear(hidden_RD, weight_CD, bias_C)
+    logits_RC = logits_RC.to(_summing_dtype(logits_RC))
+    return logits_RC if head.temperature == 1 else logits_RC.div_(head.temperature)
+
+
+def _summing_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, the product in the dtype of the model, the sum in that of ``total``.
-
-    Two steps on purpose: a fused product may be added to ``total`` term by term (BLAS does so for narrow matrices), and
-    150,000 small terms after a large one then lose ten times the digits.
-    """
+    """``total += left @ right``, the product in the model's dtype, the sum in that of ``total``."""
+    # Not fused: BLAS may add narrow products term by term, and 150,000 small terms after a large one lose a digit.
     total += left @ right
 
 

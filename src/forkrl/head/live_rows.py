@@ -1,20 +1,30 @@
-"""The autograd function of the fast backends: it keeps a few numbers a row, and its backward takes live rows only.
+"""The autograd function of the fast backends: it saves a few numbers per row and differentiates live rows only.
 
-A row is live where its incoming gradient is not zero. What a backend does with the rows it is given, tile by tile or
-in kernels, is its own; which rows those are is decided here, once.
+A row is live if its incoming gradient is not zero. This file decides which rows are; a backend computes the rows that
+it is given, tile by tile or in kernels.
 
-Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` the rows that are live.
+Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` live rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from torch import Tensor, autograd, zeros_like
+import torch
+from torch import Tensor, autograd
 from torch.autograd.function import once_differentiable
 
 from forkrl.types import TokenStats
+
+
+class Head(NamedTuple):
+    """What all rows share: ``weight`` ``[V, D]`` and ``bias`` ``[V]`` or None, in the dtype of the hidden states."""
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    entropy_grad: bool
 
 
 class Rows(NamedTuple):
@@ -28,7 +38,7 @@ class Rows(NamedTuple):
     grad_logprobs: Tensor
     grad_entropy: Tensor
     log_p: Tensor | None
-    """``[R, V]``, of a problem so small that the forward kept it."""
+    """``[R, V]`` if the problem was small enough for the forward to keep it."""
 
     def take(self, rows: Tensor | slice) -> Rows:
         """Some of the rows; a tensor of indices copies them, a slice does not."""
@@ -36,7 +46,7 @@ class Rows(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody wants."""
+    """Which gradients to compute."""
 
     hidden: bool
     weight: bool
@@ -52,7 +62,7 @@ class Gradients(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """``[N]`` each, and all log-probs where they are few enough to keep: ``[N, V]`` or None.
+    """``[N]`` each, and all log-probs if they are few enough to keep: ``[N, V]`` or None.
 
     The largest logit and the logarithm of the sum stay apart: their sum would cost large logits their last digits.
     """
@@ -64,84 +74,52 @@ class Scanned(NamedTuple):
     log_p: Tensor | None = None
 
 
-class Scan(Protocol):
-    """The statistics of every row."""
-
-    def __call__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, temperature: float
-    ) -> Scanned: ...
-
-
-class Differentiate(Protocol):
-    """Gradients of the given rows, of the weight and of the bias."""
-
-    def __call__(
-        self,
-        per_row: Rows,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        temperature: float,
-        entropy_grad: bool,
-        needs: Needs,
-    ) -> Gradients: ...
+Scan = Callable[[Tensor, Tensor, Head], Scanned]
+"""Statistics of every row, from hidden states ``[N, D]`` and targets ``[N]``."""
+Differentiate = Callable[[Rows, Head, Needs], Gradients]
+"""Gradients of the given rows, the weight and the bias."""
 
 
 def live_row_stats(
-    scan: Scan,
-    differentiate: Differentiate,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    bias_V: Tensor | None,
-    temperature: float,
-    entropy_grad: bool,
+    scan: Scan, differentiate: Differentiate, hidden_ND: Tensor, targets_N: Tensor, head: Head
 ) -> TokenStats:
     """Statistics by ``scan``, differentiable by ``differentiate`` on the rows that are live then."""
     apply: Callable[..., tuple[Tensor, Tensor]] = _LiveRowStats.apply
-    inputs = (hidden_ND, weight_VD, targets_N, bias_V)
-    return TokenStats(*apply(scan, differentiate, *inputs, temperature, entropy_grad))
+    return TokenStats(*apply(scan, differentiate, hidden_ND, targets_N, *head))
 
 
 class _LiveRowStats(autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        scan: Scan,
-        differentiate: Differentiate,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        bias_V: Tensor | None,
-        temperature: float,
-        entropy_grad: bool,
+        ctx: Any, scan: Scan, differentiate: Differentiate, hidden_ND: Tensor, targets_N: Tensor, *head: Any
     ) -> tuple[Tensor, Tensor]:
-        logprobs_N, highest_N, log_s_N, entropy_N, log_p_NV = scan(hidden_ND, weight_VD, targets_N, bias_V, temperature)
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V, highest_N, log_s_N, entropy_N, log_p_NV)
-        ctx.differentiate, ctx.temperature, ctx.entropy_grad = differentiate, temperature, entropy_grad
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy_N)
-        return logprobs_N, entropy_N
+        weight_VD, bias_V, *settings = head
+        scanned = scan(hidden_ND, targets_N, Head(*head))
+        ctx.save_for_backward(weight_VD, bias_V, hidden_ND, targets_N, *scanned[1:])
+        ctx.differentiate, ctx.settings = differentiate, settings
+        if not Head(*head).entropy_grad:
+            ctx.mark_non_differentiable(scanned.entropy)
+        return scanned.logprobs, scanned.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, targets_N, bias_V, highest_N, log_s_N, entropy_N, log_p_NV = ctx.saved_tensors
+        weight_VD, bias_V, hidden_ND, targets_N, highest_N, log_s_N, entropy_N, log_p_NV = ctx.saved_tensors
+        head = Head(weight_VD, bias_V, *ctx.settings)
         live_N = grad_logprobs_N != 0  # true of NaN as well, which must reach the caller
-        if ctx.entropy_grad:
+        if head.entropy_grad:
             live_N |= grad_entropy_N != 0
         per_row = Rows(hidden_ND, targets_N, highest_N, log_s_N, entropy_N, grad_logprobs_N, grad_entropy_N, log_p_NV)
         live = live_N.nonzero().squeeze(1)
         dense = len(live) == len(live_N)
         if not dense:  # gathering copies the rows, which a dense gradient can do without
             per_row = per_row.take(live)
-        _, _, needs_hidden, needs_weight, _, needs_bias, _, _ = ctx.needs_input_grad
+        _, _, needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         needs = Needs(needs_hidden, needs_weight, needs_bias)
-        grad_hidden, grad_weight_VD, grad_bias_V = ctx.differentiate(
-            per_row, weight_VD, bias_V, ctx.temperature, ctx.entropy_grad, needs
-        )
+        grad_hidden, grad_weight_VD, grad_bias_V = ctx.differentiate(per_row, head, needs)
         if grad_hidden is not None and not dense:
-            grad_hidden = zeros_like(hidden_ND).index_copy_(0, live, grad_hidden)
-        return None, None, grad_hidden, grad_weight_VD, None, grad_bias_V, None, None
+            grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, live, grad_hidden)
+        return None, None, grad_hidden, None, grad_weight_VD, grad_bias_V, None, None
 
 
 def slices(length: int, step: int) -> list[slice]:

@@ -1,4 +1,4 @@
-"""Rewards of a group of responses to one prompt, turned into advantages; and what shapes or filters them.
+"""Advantages from the rewards of a group of responses, dynamic sampling's filter and DAPO's length penalty.
 
 Axes: ``P`` prompts, ``G`` rollouts per prompt (the group).
 """
@@ -17,7 +17,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Standardise rewards within each group: ``A = (R - mean) / (std + 1e-6)`` (arXiv 2506.01939v2, eq. 4).
 
     ``std`` is the sample standard deviation (divided by G - 1), as in verl, which the official runs used. A group of
-    equal rewards teaches nothing: its advantages are exactly 0.
+    equal rewards has advantages of exactly 0.
 
     Args:
         rewards: ``[P, G]``, finite, G at least 2.
@@ -31,7 +31,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     rewards = _as_groups(rewards)
     centered_PG = rewards - rewards.mean(1, keepdim=True)
     advantages_PG = centered_PG / (rewards.std(1, keepdim=True, correction=1) + _EPS)
-    # A mean rounds: three rewards of 0.1 are not exactly their mean, and a difference of 1e-8 is not small beside 1e-6.
+    # A mean rounds: three rewards of 0.1 differ from theirs by 1e-8, which is not small compared with 1e-6.
     return torch.where(informative_groups(rewards)[:, None], advantages_PG, 0.0)
 
 
@@ -39,7 +39,7 @@ def informative_groups(scores: Tensor) -> Tensor:
     """Groups that dynamic sampling keeps: those whose scores are not all equal (arXiv 2506.01939v2, section 5.2).
 
     Args:
-        scores: ``[P, G]`` correctness, before any shaping: the filter asks what was right, not how long it was.
+        scores: ``[P, G]`` correctness, before any length penalty.
 
     Returns:
         ``[P]`` bool.
@@ -52,14 +52,13 @@ def informative_groups(scores: Tensor) -> Tensor:
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -> Tensor:
-    """What DAPO adds to the reward of a long response: 0, then a line down to -1 over the last ``cache_length`` tokens.
+    """DAPO's soft overlong punishment: 0, then linear down to -1 over the last ``cache_length`` tokens.
 
-    ``clip((max_length - cache_length - length) / cache_length, -1, 0)`` (soft overlong punishment; the recipe of arXiv
-    2506.01939v2 takes 20,480 and 4,096).
+    ``clip((max_length - cache_length - length) / cache_length, -1, 0)``; arXiv 2506.01939v2 takes 20,480 and 4,096.
 
     Args:
         lengths: response lengths in tokens, any shape.
-        max_length: L_max, the longest response allowed.
+        max_length: L_max, longest allowed response.
         cache_length: L_cache; 0 turns the penalty off.
 
     Returns:

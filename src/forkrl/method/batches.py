@@ -14,12 +14,9 @@ from forkrl.types import RolloutGroup, TokenBatch
 
 
 def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) -> TokenBatch:
-    """Lay the rollouts of all groups out as next-token predictions, padded on the right, in group order.
+    """The rollouts of all groups as next-token predictions, padded on the right, in group order.
 
-    Args:
-        groups: scored groups.
-        advantages_PG: fp32 ``[P, G]``.
-        pad_id: any token id; padding is never read.
+    ``pad_id`` may be any token id: padding is never read.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts) - 1
@@ -47,9 +44,9 @@ def mini_batches(batch: TokenBatch, sequences: int) -> list[TokenBatch]:
 
 
 def cut_micro_batches(batch: TokenBatch, max_tokens: int) -> list[Tensor]:
-    """Row indices of micro-batches whose padded size is at most ``max_tokens``, cut from length-sorted sequences.
+    """Row indices of micro-batches of at most ``max_tokens`` with padding, cut from length-sorted sequences.
 
-    Sorting keeps padding small. A sequence longer than ``max_tokens`` forms a micro-batch of its own.
+    A sequence longer than ``max_tokens`` forms a micro-batch of its own.
     """
     lengths_B = batch.attention_mask.sum(1)
     cuts: list[list[int]] = []

@@ -32,8 +32,8 @@ class Counts(NamedTuple):
 class TokenSums(NamedTuple):
     """What a micro-batch contributes to a gradient step. Everything adds up except ``ratio_max``.
 
-    ``policy``, ``kl`` and ``entropy`` are already divided by the counts of the mini-batch. ``clipped`` and
-    ``approx_kl`` are sums over the ``contributing`` tokens: selected, in a sequence with a non-zero advantage.
+    ``policy``, ``kl`` and ``entropy`` are already divided by the counts of the mini-batch; ``clipped`` and
+    ``approx_kl`` are sums over the ``contributing`` tokens (selected, with a non-zero advantage).
     """
 
     policy: float
@@ -82,18 +82,17 @@ def step_loss(
     """The contribution of one micro-batch to the loss of its mini-batch.
 
     The policy loss is divided by ``counts.selected`` or ``counts.response`` (``config.denominator``), KL penalty and
-    entropy bonus by ``counts.response``. So the gradient does not depend on the division into micro-batches.
+    entropy bonus by ``counts.response``, so the gradient does not depend on how micro-batches are cut.
 
     Args:
-        stats: ``[B, T]`` with gradients; of all response tokens if there is a KL penalty or an entropy bonus, else only
-            the contributing tokens are read.
+        stats: ``[B, T]`` with gradients. Without KL penalty and entropy bonus only contributing tokens are read.
         old_logprobs: ``[B, T]``, of the policy that sampled.
         advantages: ``[B]`` or ``[B, T]``.
         response_mask: ``[B, T]`` bool.
         selected_mask: ``[B, T]`` bool.
         counts: of the whole mini-batch.
         config: coefficients, clip range and denominator.
-        ref_logprobs: ``[B, T]``, of the reference policy, for ``config.kl_coef``.
+        ref_logprobs: ``[B, T]``, of the reference policy; needed if ``config.kl_coef`` is not 0.
 
     Raises:
         TrainingHalted: the loss is NaN or infinite.
@@ -142,12 +141,10 @@ def policy_loss(
 
     With ``r = exp(logprobs - old_logprobs)``, each selected token contributes
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; where A < 0, ``dual_clip`` bounds it at ``dual_clip |A|``.
-    Their sum is divided by the denominator. Tokens that are not selected give exactly zero gradient, whatever they
-    hold, NaN included.
+    The sum is divided by the denominator. Tokens that are not selected have exactly zero gradient, even if NaN.
 
-    The log-ratio is clamped to +-``MAX_LOG_RATIO``. This differs from eq. 6 only where ``|log r| > 20``: such a token
-    has zero gradient, also where the equation gives one (A < 0 and r > e^20 without ``dual_clip``; A > 0 and
-    r < e^-20).
+    The log-ratio is clamped to +-``MAX_LOG_RATIO``, so tokens with ``|log r| > 20`` have zero gradient; eq. 6 gives
+    one if A < 0 and r > e^20 without ``dual_clip``, or A > 0 and r < e^-20.
 
     Args:
         logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
@@ -159,13 +156,12 @@ def policy_loss(
         clip_high: how far it may rise above 1.
         dual_clip: c > 1, or None.
         denominator: "selected" (paper v2) or "response" (paper v1, TRL) counts this call's tokens; a number is the
-            count of the whole mini-batch, which makes the gradient independent of how it is cut into micro-batches. An
-            empty selection gives loss 0 and zero gradients.
+            count of the whole mini-batch. An empty selection gives loss 0 and zero gradients.
 
     Returns:
         The loss to minimise, and over the selected tokens of this call ``clip_fraction`` (tokens whose gradient a clip
         or the clamp cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and
-        ``num_selected`` to weigh the means by; all are 0 when nothing is selected.
+        ``num_selected`` to weight the means; all are 0 if nothing is selected.
 
     Raises:
         ValueError: shapes disagree, a mask is not bool, a selected token lies outside the response, or a setting is out
@@ -176,7 +172,7 @@ def policy_loss(
     selected_mask = response_mask if selected_mask is None else selected_mask
     advantages_BT = advantages[:, None].expand(-1, logprobs.shape[-1]) if advantages.ndim == 1 else advantages
     _check_settings(clip_low, clip_high, dual_clip, denominator)
-    check_like(
+    _check_like(
         logprobs,
         old_logprobs=old_logprobs,
         advantages=advantages_BT,
@@ -185,7 +181,25 @@ def policy_loss(
     )
     if bool((selected_mask & ~response_mask).any()):
         raise ValueError("selected_mask selects tokens outside response_mask")
+    objective_BT, log_ratio_BT, clipped_BT = _clipped_objective(
+        logprobs, old_logprobs, advantages_BT, selected_mask, clip_low, clip_high, dual_clip
+    )
+    masks = {"selected": selected_mask, "response": response_mask}
+    counted = masks[denominator].sum() if isinstance(denominator, str) else denominator
+    loss = _masked_sum_over(-objective_BT, selected_mask, counted)
+    return LossOutput(loss, _metrics(log_ratio_BT.detach(), clipped_BT, selected_mask))
 
+
+def _clipped_objective(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages_BT: Tensor,
+    selected_mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Objective, log-ratio and whether a clip or the clamp cut it off, ``[B, T]`` each; of selected tokens only."""
     # Masked before exp and again in the sum: 0 times the gradient of an infinite ratio would be NaN.
     advantages_BT = advantages_BT.detach()
     exact_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
@@ -196,12 +210,7 @@ def policy_loss(
     if dual_clip is not None:
         bounded_BT = torch.maximum(objective_BT, dual_clip * advantages_BT)
         objective_BT = torch.where(advantages_BT < 0, bounded_BT, objective_BT)
-
-    masks = {"selected": selected_mask, "response": response_mask}
-    counted = masks[denominator].sum() if isinstance(denominator, str) else denominator
-    loss = masked_sum_over(-objective_BT, selected_mask, counted)
-    clipped_BT = (objective_BT != unclipped_BT) | (log_ratio_BT != exact_BT)
-    return LossOutput(loss, _metrics(log_ratio_BT.detach(), clipped_BT, selected_mask))
+    return objective_BT, log_ratio_BT, (objective_BT != unclipped_BT) | (log_ratio_BT != exact_BT)
 
 
 def kl_penalty(
@@ -212,11 +221,10 @@ def kl_penalty(
 ) -> LossOutput:
     """Mean k3 estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = ref_logprobs - logprobs``.
 
-    Never negative, token by token, and unbiased for tokens sampled from the policy (GRPO, arXiv 2402.03300, eq. 4).
+    Never negative for any token, and unbiased for tokens sampled from the policy (GRPO, arXiv 2402.03300, eq. 4).
 
-    ``d`` is clamped from above at ``MAX_LOG_RATIO``, so that ``exp`` cannot overflow; such a token has zero gradient.
-    Unlike verl, which also clamps ``d`` from below and the estimate to 10, nothing else is clamped: those clamps remove
-    the gradient where the policy is far from the reference (d > 2.6 or d < -11).
+    ``d`` is clamped from above at ``MAX_LOG_RATIO`` against overflow; such a token has zero gradient. verl also clamps
+    ``d`` from below and the estimate at 10, which removes the gradient far from the reference (d > 2.6 or d < -11).
 
     Args:
         logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
@@ -225,38 +233,31 @@ def kl_penalty(
         denominator: "response" counts this call's tokens; a number is the whole mini-batch's count.
 
     Returns:
-        The penalty to add to a loss, and over this call ``kl`` (the mean) and ``num_response`` to weigh it by.
+        The penalty to add to a loss, and over this call ``kl`` (the mean) and ``num_response`` to weight it.
 
     Raises:
         ValueError: shapes disagree, the mask is not bool, or the denominator is not a count.
         TypeError: an argument that must be a tensor is not one.
     """
     require_tensors(logprobs=logprobs)
-    check_like(logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
+    _check_like(logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
     if isinstance(denominator, str) and denominator != "response":
         raise ValueError(f'denominator = {denominator!r} must be "response" or a number')
     num_response = response_mask.sum()
     difference_BT = torch.where(response_mask, ref_logprobs.detach(), 0.0) - torch.where(response_mask, logprobs, 0.0)
     difference_BT = difference_BT.clamp(max=MAX_LOG_RATIO)
     kl_BT = difference_BT.expm1() - difference_BT  # expm1: exp(d) - 1 loses all digits of a small d
-    loss = masked_sum_over(kl_BT, response_mask, num_response if isinstance(denominator, str) else denominator)
+    loss = _masked_sum_over(kl_BT, response_mask, num_response if isinstance(denominator, str) else denominator)
     return LossOutput(
-        loss, {"kl": masked_sum_over(kl_BT.detach(), response_mask, num_response), "num_response": num_response}
+        loss, {"kl": _masked_sum_over(kl_BT.detach(), response_mask, num_response), "num_response": num_response}
     )
 
 
-def masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Tensor) -> Tensor:
-    """``sum(values[mask]) / denominator``, and 0, still attached to the graph, where the denominator counts nothing.
+def _masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Tensor) -> Tensor:
+    """``sum(values[mask]) / denominator``; 0, still attached to the graph, if the denominator counts nothing.
 
-    Values outside the mask, NaN among them, reach neither the sum nor its gradient.
-
-    Args:
-        values_BT: one number a token.
-        mask_BT: bool.
-        denominator: tokens to divide by: a count of this call as a tensor, or the whole mini-batch's as a number.
-
-    Raises:
-        ValueError: the denominator is negative or not finite, or is the number 0 although tokens were selected.
+    Values outside the mask, even NaN, reach neither the sum nor its gradient. The denominator is a count of this call
+    (a tensor) or of the whole mini-batch (a number).
     """
     total = torch.where(mask_BT, values_BT, 0.0).sum()
     if isinstance(denominator, Tensor):
@@ -268,13 +269,8 @@ def masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Ten
     return total / (denominator or 1.0)
 
 
-def check_like(reference_BT: Tensor, **others: Tensor) -> None:
-    """Check that all are tensors of the first one's shape, and that masks (named ``*_mask``) are bool.
-
-    Raises:
-        TypeError: one is not a tensor.
-        ValueError: a shape differs, or a mask is not bool.
-    """
+def _check_like(reference_BT: Tensor, **others: Tensor) -> None:
+    """Check that all are tensors of the first one's shape, and that masks (named ``*_mask``) are bool."""
     require_tensors(**others)
     for name, tensor in others.items():
         if tensor.shape != reference_BT.shape:
@@ -288,12 +284,12 @@ def _metrics(log_ratio_BT: Tensor, clipped_BT: Tensor, selected_mask: Tensor) ->
     ratio_BT = log_ratio_BT.exp()
 
     def mean(values_BT: Tensor) -> Tensor:
-        return masked_sum_over(values_BT, selected_mask, num_selected)
+        return _masked_sum_over(values_BT, selected_mask, num_selected)
 
     return {
         "clip_fraction": mean(clipped_BT.to(ratio_BT.dtype)),
         "ratio_mean": mean(ratio_BT),
-        # A ratio is never negative, so the appended 0 is the maximum only if no token is selected.
+        # Ratios are positive: the appended 0 is the maximum only if no token is selected.
         "ratio_max": torch.cat([torch.where(selected_mask, ratio_BT, 0.0).flatten(), ratio_BT.new_zeros(1)]).amax(),
         "approx_kl": mean(log_ratio_BT.expm1() - log_ratio_BT),
         "num_selected": num_selected,

@@ -1,7 +1,5 @@
 """Which tokens carry gradient: the rules, and the set of tokens over which a fraction is taken.
 
-A new rule is one function and one line in ``RULES``.
-
 Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in reading order.
 """
 
@@ -30,37 +28,23 @@ class Candidates:
     entropy: Tensor
     """``[N]`` nats, any floating dtype; finite for rules that read it."""
     num_kept: int
-    """How many to keep, for rules that keep a fraction."""
     threshold: float | None
-    """Nats, for the rule that has one."""
+    """Nats."""
     generator: torch.Generator | None
-    """For rules that draw; None draws from torch's default."""
+    """None draws from torch's default."""
 
 
 class Rule(NamedTuple):
-    """A function from candidates to a bool per token; if it reads their entropy, that must be finite."""
+    """A function from candidates to a bool per token, and whether it reads their entropy."""
 
     select: Callable[[Candidates], Tensor]
     reads_entropy: bool
 
 
-def _all(candidates: Candidates) -> Tensor:
-    return torch.ones_like(candidates.entropy, dtype=torch.bool)
-
-
-def _top_entropy(candidates: Candidates) -> Tensor:
-    return keep_highest(candidates.entropy, candidates.num_kept)
-
-
-def _bottom_entropy(candidates: Candidates) -> Tensor:
-    return keep_highest(-candidates.entropy, candidates.num_kept)
-
-
 def _random(candidates: Candidates) -> Tensor:
     generator, home = candidates.generator, candidates.entropy.device
-    order_N = torch.randperm(
-        len(candidates.entropy), generator=generator, device=home if generator is None else generator.device
-    )
+    drawn_on = home if generator is None else generator.device
+    order_N = torch.randperm(len(candidates.entropy), generator=generator, device=drawn_on)
     selected_N = torch.zeros(len(order_N), dtype=torch.bool, device=home)
     selected_N[order_N[: candidates.num_kept].to(home)] = True
     return selected_N
@@ -72,14 +56,14 @@ def _threshold(candidates: Candidates) -> Tensor:
 
 
 RULES: dict[str, Rule] = {
-    "all": Rule(_all, reads_entropy=False),
-    "top_entropy": Rule(_top_entropy, reads_entropy=True),
-    "bottom_entropy": Rule(_bottom_entropy, reads_entropy=True),
+    "all": Rule(lambda tokens: torch.ones_like(tokens.entropy, dtype=torch.bool), reads_entropy=False),
+    "top_entropy": Rule(lambda tokens: keep_highest(tokens.entropy, tokens.num_kept), reads_entropy=True),
+    "bottom_entropy": Rule(lambda tokens: keep_highest(-tokens.entropy, tokens.num_kept), reads_entropy=True),
     "random": Rule(_random, reads_entropy=False),
     "threshold": Rule(_threshold, reads_entropy=True),
 }
 """all: plain DAPO. top_entropy: the forking tokens (arXiv 2506.01939v2, eq. 6). bottom_entropy: the paper's control
-(fig. 7). random: as many tokens, chosen uniformly (cf. arXiv 2605.07660). threshold: a fixed entropy bound for the
+(fig. 7). random: the same number, chosen uniformly (cf. arXiv 2605.07660). threshold: a fixed entropy bound for the
 whole run (the paper's 80th percentile is 0.672 nats)."""
 
 
@@ -95,15 +79,15 @@ def select_tokens(
     """Choose response tokens, ``1[H >= tau]`` of eq. 6 (arXiv 2506.01939v2), with tau taken over all tokens given.
 
     "top_entropy", "bottom_entropy" and "random" keep exactly ``max(1, ceil(ratio * N))`` of the N response tokens; of
-    equal entropies the earliest. "all" keeps every one, "threshold" those with entropy of at least ``threshold``. With
-    no response token the selection is empty. What lies outside the response is neither read nor selected.
+    equal entropies the earliest. "all" keeps every token, "threshold" those with entropy >= ``threshold``. Tokens
+    outside the response are neither read nor selected.
 
     Args:
         entropy: nats, floating point, any shape.
-        response_mask: bool, same shape; True where the model itself wrote the token.
+        response_mask: bool, same shape; True where the model wrote the token.
         rule: a key of ``RULES``.
         ratio: fraction to keep, in (0, 1].
-        threshold: nats; goes with rule "threshold" and only with it.
+        threshold: nats; required by rule "threshold", forbidden with others.
         generator: what "random" draws from.
 
     Returns:
@@ -135,22 +119,7 @@ def select_tokens_per_sequence(
     threshold: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`select_tokens` within each sequence, so that every response keeps its own fraction.
-
-    Args:
-        entropy: ``[B, T]``, nats.
-        response_mask: ``[B, T]`` bool.
-        rule: as in :func:`select_tokens`, and so are the others.
-        ratio: fraction of each sequence to keep, in (0, 1].
-        threshold: nats, for rule "threshold".
-        generator: what "random" draws from, sequence after sequence.
-
-    Returns:
-        ``[B, T]`` bool.
-
-    Raises:
-        ValueError, TypeError: as in :func:`select_tokens`.
-    """
+    """:func:`select_tokens` within each sequence of ``[B, T]``, so that every response keeps its own fraction."""
     _check_request(entropy, response_mask, rule, threshold)
     selected_BT = torch.zeros_like(response_mask)
     for row, (entropy_T, mask_T) in enumerate(zip(entropy, response_mask, strict=True)):
@@ -159,14 +128,14 @@ def select_tokens_per_sequence(
 
 
 def entropy_threshold(entropy: Tensor, selected_mask: Tensor) -> Tensor:
-    """The lowest entropy among the selected tokens, tau of eq. 6, as a scalar to log; NaN if none is selected."""
+    """The lowest entropy among the selected tokens (tau of eq. 6), a scalar; NaN if none is selected."""
     require_tensors(entropy=entropy, selected_mask=selected_mask)
     entropy_N = entropy.detach()[selected_mask]
     return entropy_N.min() if len(entropy_N) else entropy.new_full((), math.nan)
 
 
 def _of_response(entropy: Tensor, response_mask: Tensor) -> Tensor:
-    """The response's entropies ``[N]`` in reading order, gathered chunk by chunk: an index takes more than they do."""
+    """The response's entropies ``[N]`` in reading order, gathered in chunks: a full index would need more memory."""
     entropy_N, start = entropy.new_empty(int(response_mask.sum())), 0
     for part, mask in zip(entropy.flatten().split(CHUNK), response_mask.flatten().split(CHUNK), strict=True):
         chosen = part[mask]
@@ -192,14 +161,7 @@ def _check_request(entropy: Tensor, response_mask: Tensor, rule: str, threshold:
 def num_selected(num_tokens: int, ratio: float) -> int:
     """``max(1, ceil(ratio * num_tokens))``, the size of a selection; 0 of no tokens.
 
-    The ceiling is that of the decimal product: 0.1 x 30 is 3, although the nearest doubles multiply to slightly more.
-
-    Args:
-        num_tokens: response tokens to choose among.
-        ratio: fraction to keep, in (0, 1].
-
-    Raises:
-        ValueError: ``ratio`` is outside (0, 1].
+    Computed in decimals: 0.1 x 30 is 3, although the nearest doubles multiply to slightly more.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio = {ratio} must lie in (0, 1]")
@@ -216,30 +178,14 @@ def select_in_scope(
     micro_batches: Sequence[Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """The trained tokens of a mini-batch, ``[B, T]`` bool, by the configured rule in the configured scope.
+    """The trained tokens of a mini-batch (or rollout batch, if that is the scope), ``[B, T]`` bool.
 
-    Of a rollout batch, where that is the scope.
-
-    Args:
-        entropy_BT: nats; read only by rules that look at entropy.
-        response_mask_BT: bool.
-        config: rule, ratio, threshold, scope.
-        micro_batches: row indices, as the mini-batch is cut.
-        generator: what "random" draws from.
-
-    Raises:
-        ValueError: the rule reads an entropy that is NaN or infinite.
+    ``micro_batches`` holds the row indices of each micro-batch.
     """
 
     def select(function: Callable[..., Tensor], rows: Tensor | slice) -> Tensor:
-        return function(
-            entropy_BT[rows],
-            response_mask_BT[rows],
-            config.rule,
-            config.ratio,
-            threshold=config.threshold,
-            generator=generator,
-        )
+        inputs = (entropy_BT[rows], response_mask_BT[rows], config.rule, config.ratio)
+        return function(*inputs, threshold=config.threshold, generator=generator)
 
     if config.scope == "sequence":
         return select(select_tokens_per_sequence, slice(None))
@@ -252,25 +198,20 @@ def select_in_scope(
 
 
 def reads_current_entropy(config: SelectionConfig) -> bool:
-    """Whether the rule looks at the entropies of the weights as they are, not at those of the rollout."""
+    """Whether the rule reads the entropies of the current policy, not those of the rollout."""
     return RULES[config.rule].reads_entropy and config.entropy == "current"
 
 
 def needs_entropy_first(config: SelectionConfig) -> bool:
     """Whether the selection needs the current policy's entropies of the whole mini-batch before the first loss.
 
-    It does where tokens of different micro-batches compete, and where the number of selected tokens, which the loss
-    divides by, cannot be told from counts alone.
+    It does if tokens of different micro-batches compete, or the number of selected tokens depends on the entropies.
     """
     return reads_current_entropy(config) and (config.scope == "mini_batch" or config.rule == "threshold")
 
 
 def count_selected(response_mask_BT: Tensor, config: SelectionConfig, micro_batches: Sequence[Tensor]) -> int:
-    """How many tokens a rule with a fixed count will select, known before any entropy is.
-
-    Raises:
-        ValueError: the rule "threshold" has no count before it has seen the entropies.
-    """
+    """How many tokens a rule other than "threshold" will select; known without entropies."""
     if config.rule == "threshold":
         raise ValueError('rule "threshold" has no count before it has seen the entropies')
     lengths_B = response_mask_BT.sum(1)

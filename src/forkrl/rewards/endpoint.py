@@ -1,6 +1,6 @@
-"""Judges by asking an HTTP server: POST ``{"answer", "response"}``, get ``{"score", "answer"?}``.
+"""Asks an HTTP server for scores: POST ``{"answer", "response"}``, get ``{"score", "answer"?}``.
 
-It runs in the pool's workers, which enforce the deadline. Each worker keeps one connection open.
+Runs in the pool's workers, each of which keeps one connection open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from forkrl.errors import UserError
 from forkrl.types import Judgement, VerifierSpec
 
 _SHARE_OF_TIMEOUT = 0.8
-"""Share of the pool's deadline for the server; the rest is for reporting its failure."""
+"""Share of the pool's timeout for the server; the rest is for reporting its failure."""
 _BACKOFF_S = (0.2, 0.8)
 """Waits before the second and the third attempt."""
 _MAX_BODY = 1 << 16
@@ -27,33 +27,33 @@ _PROBE_S = 5.0
 
 
 class EndpointError(Exception):
-    """The server gave no judgement."""
+    """The server gave no score."""
 
 
 class _TryAgain(Exception):
-    """Another attempt may succeed: connections break, and servers are busy or restarting."""
+    """Another attempt may succeed: the connection broke, or the server is busy or restarting."""
 
 
 def verify_at_endpoint(
     answer: str, response: str, *, url: str, timeout_s: float = 8.0, headers: Mapping[str, str] | None = None
 ) -> Judgement:
-    """Have a server judge.
+    """A server's score.
 
     Args:
         answer: the gold answer.
         response: what the model wrote.
         url: where to POST; redirects are not followed.
-        timeout_s: limit for all attempts together, below the deadline of the pool.
+        timeout_s: limit for all attempts together, below the pool's timeout.
         headers: additional headers, such as ``Authorization``.
     """
     # ASCII JSON carries anything a Python string can hold, lone surrogates too.
     body = json.dumps({"answer": answer, "response": response}).encode("ascii")
-    ends = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s
     for wait in (*_BACKOFF_S, None):
         try:
-            return _judgement(_post(url, body, dict(headers or {}), ends), url)
+            return _judgement(_post(url, body, dict(headers or {}), deadline), url)
         except _TryAgain as error:
-            if wait is None or time.monotonic() + wait >= ends:
+            if wait is None or time.monotonic() + wait >= deadline:
                 raise EndpointError(f"{shown_url(url)} {error}") from None
             time.sleep(wait)
     raise AssertionError
@@ -83,12 +83,12 @@ def _client(*, use_proxies: bool) -> httpx.Client:
     return httpx.Client(follow_redirects=False, trust_env=use_proxies)
 
 
-def _post(url: str, body: bytes, headers: dict[str, str], ends: float) -> bytes:
+def _post(url: str, body: bytes, headers: dict[str, str], deadline: float) -> bytes:
     """The body of a reply with status 200."""
     # No compression: a few kilobytes of it could unpack to gigabytes.
     sent = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | headers
     client = _client(use_proxies=not is_loopback(url))  # the first call takes time that is not the server's
-    left = max(ends - time.monotonic(), 0.01)
+    left = max(deadline - time.monotonic(), 0.01)
     try:
         with client.stream("POST", url, content=body, headers=sent, timeout=left) as reply:
             if reply.status_code == 429 or reply.status_code >= 500:
@@ -96,20 +96,20 @@ def _post(url: str, body: bytes, headers: dict[str, str], ends: float) -> bytes:
             if reply.status_code != 200:
                 hint = "; redirects are not followed" if reply.is_redirect else ""
                 raise EndpointError(f"{shown_url(url)} answered {reply.status_code} {reply.reason_phrase}{hint}")
-            return _read(reply, url, ends)
+            return _read(reply, url, deadline)
     except httpx.TimeoutException:
         raise EndpointError(f"{shown_url(url)} gave no answer in time") from None
     except httpx.TransportError as error:
         raise _TryAgain(f"could not be asked: {str(error) or type(error).__name__}") from None
 
 
-def _read(reply: httpx.Response, url: str, ends: float) -> bytes:
+def _read(reply: httpx.Response, url: str, deadline: float) -> bytes:
     body = b""
     for part in reply.iter_raw():
         body += part
         if len(body) > _MAX_BODY:
             raise EndpointError(f"{shown_url(url)} answered with more than {_MAX_BODY:,} bytes")
-        if time.monotonic() > ends:
+        if time.monotonic() > deadline:
             raise EndpointError(f"{shown_url(url)} gave no whole answer in time")
     return body
 
@@ -119,11 +119,9 @@ def _judgement(body: bytes, url: str) -> Judgement:
         reply: Any = json.loads(body)
     except (ValueError, RecursionError):
         raise EndpointError(f"{shown_url(url)} answered with what is not JSON: {body[:60]!r}") from None
-    match reply:
-        case {"score": int() | float() as score}:
-            answer = reply.get("answer")
-        case _:
-            raise EndpointError(f'{shown_url(url)} answered without a number as "score": {body[:60]!r}')
+    score, answer = (reply.get("score"), reply.get("answer")) if isinstance(reply, dict) else (None, None)
+    if not isinstance(score, int | float):
+        raise EndpointError(f'{shown_url(url)} answered without a number as "score": {body[:60]!r}')
     if answer is not None and not isinstance(answer, str):
         raise EndpointError(f'{shown_url(url)} answered with an "answer" that is not text: {body[:60]!r}')
     return Judgement(float(score), answer)

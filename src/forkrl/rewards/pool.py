@@ -1,42 +1,91 @@
 """Scores responses in worker processes that can be killed.
 
 Model output is hostile text: a verifier fed with it may loop in C code, exhaust memory or crash, and no timeout inside
-the process survives that. So every verifier runs in a process of its own session, which is killed at its deadline with
-everything it started, while the response gets a result that says so. Workers are forked from small single-threaded
-processes (``warden.py``): forking a process that holds torch threads or an accelerator is not safe.
+the process survives that. So every verifier runs in a process of its own session, which is killed after its timeout
+with everything it started, while the response gets a result that says so. Workers are forked from small single-threaded
+supervisors (``worker.py``): forking a process that holds torch threads or an accelerator is not safe.
 
-``submit`` hands responses to the pool's thread, which waits on pipes and takes a few percent of one core.
+``submit`` hands responses to the pool's thread, which waits on sockets and takes a few percent of one core.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import selectors
+import socket
 import sys
 import threading
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
-from types import TracebackType
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from forkrl.config import RewardConfig
 from forkrl.config.secret_values import SecretValues
 from forkrl.errors import UserError, printable
-from forkrl.rewards.crew import Batch, Crew, Item
-from forkrl.rewards.reply import strip_turn_end
-from forkrl.rewards.worker_process import Settings
+from forkrl.rewards.reply import strip_turn_end, with_opened_thinking
+from forkrl.rewards.worker_process import Failure, Settings, WorkerProcess
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
 _log = logging.getLogger("forkrl")
 _ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
 _CODE = "forkrl.rewards.code:verify_code"
+_FORGERY = "wrote on the pipe that carries results"
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One response to score."""
+
+    batch: Batch
+    index: int
+    prompt: Prompt
+    response: str
+    timeout_s: float
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a result is still wanted."""
+        return self.batch.results[self.index] is None and not self.batch.future.done()
+
+
+class Batch:
+    """The items of one ``submit`` call and the future of their results."""
+
+    def __init__(self, pairs: Sequence[tuple[Prompt, str]], timeouts: Mapping[str, float]) -> None:
+        self.future: Future[list[VerifierResult]] = Future()
+        self.items: list[Item] = []
+        for index, (prompt, response) in enumerate(pairs):
+            if prompt.source not in timeouts:
+                raise UserError(f"prompt {prompt.id}: no verifier for its source {prompt.source!r}")
+            text = with_opened_thinking(prompt.text, strip_turn_end(response))
+            self.items.append(Item(self, index, prompt, text, timeouts[prompt.source]))
+        self.results: list[VerifierResult | None] = [None] * len(self.items)
+        self._num_open = len(self.items)
+        if not self.items:
+            self.future.set_result([])
+
+    def settle(self, index: int, result: VerifierResult) -> None:
+        self.results[index] = result
+        self._num_open -= 1
+        if not self._num_open and self.future.set_running_or_notify_cancel():
+            self.future.set_result([result for result in self.results if result is not None])
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 class VerifierPool:
     """Processes that run verifiers; a context manager.
+
+    Two workers may hold the same item if the first was slow to reach it; the first answer counts. A result must depend
+    on its own item alone, but earlier items may have filled a worker's memory: so "crash" and "memory" from a worker
+    that had answered other items are tried once more in a fresh one.
 
     Args:
         verifiers: one for every ``Prompt.source``; imported in the workers only, from this process's import path.
@@ -66,62 +115,61 @@ class VerifierPool:
             if not module or not function:
                 raise UserError(f'task.verifier = {spec.path!r} is not an import path; write "module:function"')
         if sys.platform == "darwin":
-            warnings.warn("macOS does not enforce reward.memory_mb; only the deadline bounds a verifier", stacklevel=2)
+            warnings.warn("macOS does not enforce reward.memory_mb; only the timeout bounds a verifier", stacklevel=2)
         self.failures: Counter[str] = Counter()
         self.first_failures: dict[str, str] = {}
         self.announce: Callable[[str], None] = _log.warning
-        self._deadlines = {
+        self._timeouts = {
             source: timeout_s if spec.timeout_s is None else spec.timeout_s for source, spec in verifiers.items()
         }
-        named = {source: (spec.path, dict(spec.options), self._deadlines[source]) for source, spec in verifiers.items()}
-        self._crew = Crew(Settings(named, memory_mb), workers, self._note_failure, hide)
+        named = {source: (spec.path, dict(spec.options), self._timeouts[source]) for source, spec in verifiers.items()}
+        self._settings, self._num_workers, self._hide = Settings(named, memory_mb), workers, hide
+        # The thread's own: running workers, unfinished batches, items that wait, and items that made a used worker
+        # fail, each to be tried in a fresh one.
+        self._workers: list[WorkerProcess] = []
+        self._batches: list[Batch] = []
+        self._waiting: deque[Item] = deque()
+        self._suspects: deque[Item] = deque()
+        # Shared with other threads.
         self._lock = threading.Lock()
-        self._handed_in: deque[Batch] = deque()
+        self._submitted: list[Batch] = []
         self._closed = False
-        self._wake_fd, self._waker_fd = os.pipe()
-        os.set_blocking(self._waker_fd, False)
-        self._opened: Future[None] = Future()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_writer.setblocking(False)
+        try:
+            self._start_workers()
+            while any(worker.state != "ready" for worker in self._workers):
+                self._step()
+        except BaseException:
+            self._end()
+            raise
         self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
         self._thread.start()
-        try:
-            self._opened.result()
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> VerifierPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Cancel what waits, kill the workers and wait for them; may be called twice."""
-        with self._lock:
-            self._closed = True
-            self._wake()
+        self._wake(close=True)
         self._thread.join()
-        with self._lock:
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-                os.close(self._waker_fd)
-                self._wake_fd = self._waker_fd = -1
 
     def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
-        """Have pairs of prompt and response judged in the background; any thread may call it, several times at once.
+        """Have pairs of prompt and response scored in the background; any thread may call it, several times at once.
 
         Returns:
             One result per item, in order. It fails only where a replacement worker cannot be started (UserError),
-            never because of a response. Cancelling it abandons what is not judged yet.
+            never because of a response. Cancelling it abandons what is not scored yet.
         """
-        batch = Batch([(prompt, strip_turn_end(response)) for prompt, response in items], self._timeout_of)
+        batch = Batch(items, self._timeouts)
         with self._lock:
             if self._closed:
                 raise RuntimeError("this VerifierPool is closed")
-            self._handed_in.append(batch)
-            self._wake()
+            self._submitted.append(batch)
+        self._wake()
         batch.future.add_done_callback(self._wake_if_cancelled)
         return batch.future
 
@@ -133,71 +181,226 @@ class VerifierPool:
         finally:
             future.cancel()
 
-    def _timeout_of(self, prompt: Prompt) -> float:
-        if prompt.source not in self._deadlines:
-            raise UserError(f"prompt {prompt.id}: no verifier for its source {prompt.source!r}")
-        return self._deadlines[prompt.source]
-
     def _wake_if_cancelled(self, future: Future[Any]) -> None:
         if future.cancelled():
-            with self._lock:
-                if not self._closed:
-                    self._wake()
+            self._wake()
 
-    def _wake(self) -> None:
-        """Wake the pool's thread; the lock is held."""
-        try:
-            if self._waker_fd >= 0:
-                os.write(self._waker_fd, b"!")
-        except BlockingIOError:
-            pass  # the pipe already holds bytes that wake it
+    def _wake(self, *, close: bool = False) -> None:
+        """Wake the pool's thread; once ``close`` has told it to end, nothing else may touch the sockets."""
+        with self._lock:
+            if not self._closed:
+                self._closed = close
+                with suppress(BlockingIOError):  # the socket already holds bytes that wake it
+                    self._wake_writer.send(b"!")
 
     def _run(self) -> None:
-        """The pool's thread; nothing else touches the crew."""
+        """The pool's thread."""
         try:
-            self._crew.staff()
-            while not self._closed and not self._crew.is_ready:
-                self._crew.step(self._wake_fd)
-            self._opened.set_result(None)
             while not self._closed:
                 try:
-                    self._take_in()
-                    self._crew.step(self._wake_fd)
+                    self._step()
                 except BaseException as error:  # told to everyone who waits; the next batch gets new workers
-                    self._crew.abandon(error)
-        except BaseException as error:
-            self._opened.set_exception(error)
+                    for batch in self._batches:
+                        batch.fail(error)
+                    self._end_workers()
         finally:
-            self._take_in()
-            self._crew.close()
+            self._end()
 
-    def _take_in(self) -> None:
+    def _end(self) -> None:
+        self._take_submitted()
+        for batch in self._batches:
+            batch.future.cancel()
+        self._end_workers()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def _end_workers(self) -> None:
+        self._batches.clear()
+        self._waiting.clear()
+        self._suspects.clear()
+        while self._workers:
+            self._workers.pop().close()
+
+    def _start_workers(self) -> None:
+        while len(self._workers) < self._num_workers:
+            self._workers.append(WorkerProcess(self._settings))
+
+    def _step(self) -> None:
+        """Hand out items, wait for the next event, and handle it; raises UserError if a worker cannot be started."""
+        self._take_submitted()
+        for worker in self._workers:  # an item of a cancelled batch might keep its worker until its timeout
+            if worker.in_flight and worker.in_flight[0].item.batch.future.cancelled():
+                worker.kill(None)
+        if self._batches:
+            self._start_workers()
+            self._hand_out()
+        asked = time.monotonic()
+        ready = self._wait(asked)
+        if self._wake_reader.fileno() in ready:
+            self._wake_reader.recv(1 << 12)
+        for worker in list(self._workers):
+            has_answers = worker.channel.fileno() in ready
+            if has_answers:
+                self._collect(worker)
+            if worker.control.fileno() in ready:
+                self._read_reports(worker)
+            elif not has_answers:  # time as of the select: a late answer is read
+                self._check_time(worker, asked)
+
+    def _take_submitted(self) -> None:
         with self._lock:
-            arrived = list(self._handed_in)
-            self._handed_in.clear()
-        for batch in arrived:
-            batch.finish_if_settled()  # an empty one
-            self._crew.add(batch)
+            submitted, self._submitted = self._submitted, []
+        self._batches = [batch for batch in self._batches + submitted if not batch.future.done()]
+        for batch in submitted:
+            self._waiting.extend(batch.items)
 
-    def _note_failure(self, item: Item, kind: str, message: str) -> None:
-        self.failures[kind] += 1
-        if kind not in self.first_failures:
-            self.first_failures[kind] = printable(f"prompt {item.prompt.id}: {message}")
-            self.announce(
-                f"verifier failure ({kind}), {self.first_failures[kind]}; the response scores 0, and further failures "
-                f"of this kind are only counted (docs/verifiers.md)"
-            )
+    def _wait(self, asked: float) -> set[int]:
+        """The descriptors to read from after the next event or deadline."""
+        due = min((min(worker.due, self._stalls_at(worker)) for worker in self._workers), default=float("inf"))
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_reader, selectors.EVENT_READ)
+            for worker in self._workers:
+                selector.register(worker.control, selectors.EVENT_READ)
+                if worker.state != "ending":
+                    write = selectors.EVENT_WRITE if worker.has_outbox else 0
+                    selector.register(worker.channel, selectors.EVENT_READ | write)
+            events = selector.select(max(0.0, due - asked) if due < float("inf") else None)
+        return {key.fd for key, event in events if event & selectors.EVENT_READ}
+
+    def _stalls_at(self, worker: WorkerProcess) -> float:
+        return worker.stalls_at if len(self._workers) > 1 else float("inf")
+
+    def _hand_out(self) -> None:
+        """One item per worker in turn, while any has room."""
+        taking = [worker for worker in self._workers if worker.has_room]
+        while taking:
+            for worker in list(taking):
+                item = self._next_item(fresh=not worker.served) if worker.has_room else None
+                if item is None:
+                    taking.remove(worker)
+                else:
+                    worker.request(item)
+        for worker in self._workers:
+            if worker.has_outbox:
+                worker.flush()
+
+    def _next_item(self, *, fresh: bool) -> Item | None:
+        for queue in (self._suspects, self._waiting) if fresh else (self._waiting,):
+            while queue:
+                item = queue.popleft()
+                if item.is_open:
+                    return item
+        return None
+
+    def _collect(self, worker: WorkerProcess) -> bool:
+        """Handle the answers that have arrived; whether more may follow."""
+        lines, ended = worker.read_answers()
+        for line in lines:
+            if worker.state == "starting":
+                self._set_ready(worker, line)
+            elif worker.state == "ready":
+                self._accept(worker, line)
+        if ended:  # it is probably dead; the supervisor reports how
+            worker.kill(Failure("crash", ""))
+        return bool(lines) and not ended
+
+    def _set_ready(self, worker: WorkerProcess, line: Any) -> None:
+        match line:
+            case {"ready": int(pid)}:
+                worker.set_ready(pid)
+            case {"failed": str(reason), "path": str(path)}:
+                raise self._start_failure(reason, path)
+            case _:
+                raise self._start_failure(f"it {_FORGERY}")
+
+    def _accept(self, worker: WorkerProcess, line: Any) -> None:
+        match line:
+            case str(token) if worker.expects(token) and worker.in_flight[0].withdrawn:
+                worker.end_turn(None)
+            case [str(token), float(), "memory", str(message), None, float()] if worker.expects(token):
+                worker.kill(Failure("memory", message))
+            case [str(token), float(score), str(failure), str(message), str() | None as read, float(took)] if (
+                worker.expects(token)
+            ):
+                self._settle(worker.end_turn(took), VerifierResult(score, failure, read), message)
+                if worker.is_worn():
+                    worker.kill(None)
+            case _:
+                worker.kill(Failure("crash", _FORGERY))
+
+    def _read_reports(self, worker: WorkerProcess) -> None:
+        reports, gone = worker.read_reports()
+        for how in reports:
+            self._clear(worker, how)
+            worker.restart()
+        if gone:
+            self._drop(worker)
+
+    def _check_time(self, worker: WorkerProcess, asked: float) -> None:
+        if asked >= worker.due:
+            if worker.state == "starting":
+                raise self._start_failure(f"it was not ready in time{worker.last_stderr_line()}")
+            if worker.state == "ending":  # the supervisor is stopped, or a process below it cannot be killed now
+                self._drop(worker, timeout_s=0.0)
+            else:
+                limit = worker.in_flight[0].item.timeout_s
+                worker.kill(Failure("timeout", f"gave no answer within {limit:g} s"))
+        elif asked >= self._stalls_at(worker):
+            self._waiting.extendleft(reversed(worker.withdraw()))
+
+    def _drop(self, worker: WorkerProcess, timeout_s: float | None = None) -> None:
+        """End a supervisor and its worker; the next step starts another."""
+        self._workers.remove(worker)
+        self._clear(worker, f"lost its supervisor, which {worker.close(timeout_s)}")
+
+    def _clear(self, worker: WorkerProcess, how: str) -> None:
+        """A worker is dead: read its last answers, blame the item it worked on, and requeue the others."""
+        while worker.channel.fileno() >= 0 and worker.state != "ending" and self._collect(worker):
+            pass
+        if not worker.pid:
+            raise self._start_failure(f"it {how}{worker.last_stderr_line()}")
+        failure = worker.failure if worker.state == "ending" else Failure("crash", how)
+        given_back = [request.item for request in worker.in_flight if not request.withdrawn and request.item.is_open]
+        if given_back and failure and worker.in_flight[0].item is given_back[0]:
+            culprit = given_back.pop(0)
+            if failure.kind == "timeout" or not worker.served:
+                self._settle(culprit, VerifierResult(0.0, failure.kind), failure.message or how)
+            else:
+                self._suspects.append(culprit)
+        self._waiting.extendleft(reversed(given_back))
+
+    def _settle(self, item: Item, result: VerifierResult, message: str) -> None:
+        if not item.is_open:  # another worker was faster, or the batch is cancelled
+            return
+        if kind := result.failure:
+            self.failures[kind] += 1
+            if kind not in self.first_failures:
+                self.first_failures[kind] = printable(f"prompt {item.prompt.id}: {self._hide(message)}")
+                self.announce(
+                    f"verifier failure ({kind}), {self.first_failures[kind]}; the response scores 0, and further "
+                    f"failures of this kind are only counted (docs/verifiers.md)"
+                )
+        item.batch.settle(item.index, result)
+
+    def _start_failure(self, reason: str, path: str = "") -> UserError:
+        named = path or ", ".join(dict.fromkeys(path for path, *_ in self._settings.verifiers.values()))
+        return UserError(
+            f'task.verifier = "{named}" could not be started: {self._hide(reason)}; '
+            f"name an importable module:function that fits in reward.memory_mb = {self._settings.memory_mb}"
+        )
 
 
 def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
     """The pool that a recipe asks for, with ``${NAME}`` in the options replaced by the environment's values."""
     secrets = SecretValues()
-    resolved = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
+    prepared = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
     try:
-        prepared = {
-            source: _prepare_endpoint(spec, config) if spec.path == _ENDPOINT else spec
-            for source, spec in resolved.items()
-        }
+        for source, spec in prepared.items():
+            if spec.path == _ENDPOINT:
+                from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
+
+                timeout_s = config.timeout_s if spec.timeout_s is None else spec.timeout_s
+                prepared[source] = prepare_endpoint(spec, timeout_s)
     except UserError as error:
         raise UserError(secrets.hide(str(error))) from None
     return VerifierPool(
@@ -210,15 +413,9 @@ def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -
 
 
 def _resolve_options(spec: VerifierSpec, secrets: SecretValues) -> VerifierSpec:
-    def key(name: str) -> str:
-        if spec.path == _ENDPOINT and name == "url":
-            return "task.verifier"
-        return f"sandbox.{name}" if spec.path == _CODE else f"task.verifier_options.{name}"
-
-    return replace(spec, options={name: secrets.resolve(key(name), value) for name, value in spec.options.items()})
-
-
-def _prepare_endpoint(spec: VerifierSpec, config: RewardConfig) -> VerifierSpec:
-    from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
-
-    return prepare_endpoint(spec, config.timeout_s if spec.timeout_s is None else spec.timeout_s)
+    table = "sandbox" if spec.path == _CODE else "task.verifier_options"
+    resolved = {}
+    for name, value in spec.options.items():
+        key = "task.verifier" if spec.path == _ENDPOINT and name == "url" else f"{table}.{name}"
+        resolved[name] = secrets.resolve(key, value)
+    return replace(spec, options=resolved)

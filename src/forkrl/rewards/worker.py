@@ -1,11 +1,18 @@
-"""One verifier process: reads responses, answers with scores, and can be killed at any moment.
+"""The processes below a pool: a worker, which runs verifiers and can be killed at any moment, and its supervisor.
 
-``warden.py`` forks it. Requests and answers are JSON lines on two private pipes; standard output is /dev/null, so
+``WorkerProcess`` starts the supervisor as ``python -m forkrl.rewards.worker``. It forks the worker and kills whatever
+the worker leaves behind. It runs no verifier itself, so none can hang it, and it has one thread, so it can fork safely
+and in milliseconds. On Linux it adopts the orphans below it: everything that a verifier started, in its own session or
+not, becomes a child of the supervisor once the worker is dead, and is killed. When the pool's process ends, for any
+reason, the control socket closes, which ends the worker too.
+
+The worker reads requests and writes answers as JSON lines on a private socket. Its standard output is /dev/null, so
 nothing a verifier prints can pass for a result.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import inspect
@@ -15,112 +22,204 @@ import numbers
 import os
 import resource
 import select
+import signal
+import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
+START, KILL = b"s", b"k"
+"""Commands on the control socket; START carries the worker's end of its private socket."""
+Verifiers = Mapping[str, tuple[str, Mapping[str, Any], float]]
+"""Import path, options and timeout in seconds by source."""
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MAX_MESSAGE = 300
 _MAX_ANSWER = 1_000
 """Characters of an answer that are kept."""
 _MAX_FILE_BYTES = 64 << 20
 """Largest file that a verifier can write."""
 _CPU_PER_TIMEOUT = 10
-"""CPU time for one response, in deadlines: more than its threads can use before the deadline."""
+"""CPU time for one response, in timeouts: more than its threads can use before the timeout."""
 
 
-class _Judge(NamedTuple):
-    function: Callable[[str, str], object]
-    timeout_s: float
+def main() -> None:
+    """Supervise one worker until the control socket given as an argument closes. Standard input holds the settings."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    settings = json.load(sys.stdin)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if sys.platform != "darwin":  # where every process maps more than any sensible limit
+        _set_soft_limit(resource.RLIMIT_AS, settings["memory_mb"] << 20)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(Exception):  # the worker then reports the error
+        for path, *_ in settings["verifiers"].values():
+            # Our verifiers start no threads, so they are loaded before the fork. Others might.
+            if path.startswith("forkrl."):
+                load_verifier(path)
+    _supervise(control, settings["verifiers"])
 
 
-def serve(requests_fd: int, answers_fd: int, verifiers: Mapping[str, tuple[str, dict[str, Any], float]]) -> None:
-    """Load the verifiers and judge with them until the request pipe closes.
+def _supervise(control: socket.socket, verifiers: Verifiers) -> None:
+    """Fork a worker on command, kill it on command, reap orphans, and report how the worker ended; then the next."""
+    exits_fd, told_fd = os.pipe()
+    os.set_blocking(exits_fd, False)
+    os.set_blocking(told_fd, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler the signal wakes nobody
+    signal.set_wakeup_fd(told_fd, warn_on_full_buffer=False)
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(exits_fd, select.POLLIN)
+    with suppress(ConnectionError):  # the pool's process has ended
+        while True:
+            command, fds, *_ = socket.recv_fds(control, 1, 1)
+            if not command:
+                return
+            if command == KILL:  # the worker has ended
+                continue
+            worker = _fork_worker(fds[0], verifiers, (control.fileno(), exits_fd, told_fd))
+            status = None
+            # Until it ends, or a command or the end of the socket waits to be read.
+            while status is None and exits_fd in [fd for fd, _ in poll.poll()]:
+                os.read(exits_fd, 1 << 12)
+                status = _reap(worker)
+            status = _end_all(worker, status)
+            send(control.fileno(), describe_exit(os.waitstatus_to_exitcode(status)))
 
-    Args:
-        requests_fd: lines ``[token, source, answer, response]``, and ``token`` for a request that is withdrawn.
-        answers_fd: first ``{"ready": process id}`` or ``{"failed": message, "path": verifier}``; then, in the order of
-            the requests, ``[token, score, failure, message, answer, seconds]``, or ``token`` for a withdrawn one.
-        verifiers: import path, options and deadline by source.
+
+def _fork_worker(channel_fd: int, verifiers: Verifiers, supervisor_fds: tuple[int, ...]) -> int:
+    supervisor = os.getpid()
+    worker = os.fork()
+    if worker:
+        os.close(channel_fd)
+        return worker
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd in supervisor_fds:
+            os.close(fd)
+        os.setsid()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == supervisor:  # it may have died before the signal was armed
+            _serve(channel_fd, verifiers)
+            code = 0
+    finally:
+        os._exit(code)  # none of the supervisor's own code may run here
+
+
+def _reap(worker: int) -> int | None:
+    """Reap ended processes, including adopted orphans, up to the worker; its status if it has ended."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == worker:
+                return ended[1]
+    return None
+
+
+def _end_all(worker: int, status: int | None = None) -> int:
+    """Kill the worker, unless its status is known, and everything below it; return the worker's status.
+
+    A killed process leaves its children to the supervisor, so killing the supervisor's children until none are left
+    reaches all generations.
+    """
+    if status is None:
+        os.kill(worker, signal.SIGKILL)  # it is not reaped yet, so this is still its id
+    with suppress(ProcessLookupError, PermissionError):  # macOS forbids it for a group of dead processes
+        os.killpg(worker, signal.SIGKILL)
+    while True:
+        try:
+            pid, ended = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            assert status is not None
+            return status
+        if pid == worker:
+            status = ended
+        elif pid == 0:
+            for child in _children():
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.001)
+
+
+def _children() -> list[int]:
+    """Child processes; empty without /proc."""
+    me, found = os.getpid(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it is gone
+            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+            if int(fields[1]) == me:
+                found.append(int(folder.name))
+    return found
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
+
+
+def _serve(channel_fd: int, verifiers: Verifiers) -> None:
+    """Load the verifiers and score with them until the socket closes.
+
+    Read are lines ``[token, source, answer, response]``, and a number N to withdraw the last N requests. Written are
+    first ``{"ready": process id}`` or ``{"failed": message, "path": verifier}``; then, in the order of the requests,
+    ``[token, score, failure, message, answer, seconds]``, or the bare ``token`` of a withdrawn one.
     """
     path = ""
     try:
-        _limit_files()
-        judges = {}
+        _set_soft_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
+        functions = {}
         for source, (path, options, timeout_s) in verifiers.items():
-            judges[source] = _Judge(bind_options(load_verifier(path), path, options), timeout_s)
+            functions[source] = _bind_options(load_verifier(path), path, options), timeout_s
     except BaseException as error:
-        send(answers_fd, {"failed": describe(error), "path": path})
+        send(channel_fd, {"failed": _describe(error), "path": path})
         os._exit(1)
     me = os.getpid()
-    send(answers_fd, {"ready": me})
+    send(channel_fd, {"ready": me})
     os.dup2(1, 2)  # stderr is only for failed starts
-    requests = _Requests(requests_fd)
-    while (request := requests.next()) is not None:
+    for request in _requests(channel_fd):
         if isinstance(request, str):
-            send(answers_fd, request)
+            send(channel_fd, request)
             continue
         token, source, answer, response = request
-        _limit_cpu(judges[source].timeout_s)
+        function, timeout_s = functions[source]
+        # From now on, for this process and for each that it starts.
+        _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_TIMEOUT * timeout_s) + 1)
         began = time.monotonic()
-        result = _judge(judges[source].function, answer, response)
+        result = _score(function, answer, response)
         if os.getpid() != me:  # a fork made by the verifier returned here
             os._exit(0)
-        send(answers_fd, [token, *result, time.monotonic() - began])
+        send(channel_fd, [token, *result, time.monotonic() - began])
 
 
-class _Requests:
-    """The requests on a pipe in order; a withdrawn one appears as its bare token."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLIN)
-        self._parts: list[bytes] = []
-        self._waiting: deque[list[str]] = deque()
-        self._withdrawn: set[str] = set()
-
-    def next(self) -> list[str] | str | None:
-        """The next request, after reading all that has arrived, which may withdraw it; None at the end."""
-        while not self._waiting or self._poll.poll(0):
-            data = os.read(self._fd, 1 << 16)
+def _requests(channel_fd: int) -> Iterator[list[str] | str]:
+    """The requests in order; of a withdrawn one only its token."""
+    poll = select.poll()
+    poll.register(channel_fd, select.POLLIN)
+    parts: list[bytes] = []
+    waiting: deque[list[str] | str] = deque()
+    while True:
+        while not waiting or poll.poll(0):  # read all that has arrived: it may withdraw the next one
+            data = os.read(channel_fd, 1 << 16)
             if not data:
-                return None
-            self._take(data)
-        request = self._waiting.popleft()
-        if request[0] in self._withdrawn:
-            self._withdrawn.remove(request[0])
-            return request[0]
-        return request
-
-    def _take(self, data: bytes) -> None:
-        *whole, rest = data.split(b"\n")
-        for line in whole:
-            request = json.loads(b"".join([*self._parts, line]))
-            self._parts.clear()
-            if isinstance(request, list):
-                self._waiting.append(request)
-            elif any(request == waiting[0] for waiting in self._waiting):  # else it is already answered
-                self._withdrawn.add(request)
-        self._parts.append(rest)
-
-
-def limit_memory(memory: int) -> None:
-    """Limit the address space (bytes) of this process and its forks; disable core files."""
-    if sys.platform != "darwin":  # where every process maps more than any sensible limit
-        _set_soft_limit(resource.RLIMIT_AS, memory)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _limit_files() -> None:
-    _set_soft_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
-
-
-def _limit_cpu(timeout_s: float) -> None:
-    """From now on, for this process and for each that it starts."""
-    _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_TIMEOUT * timeout_s) + 1)
+                return
+            *lines, rest = data.split(b"\n")
+            for line in lines:
+                request = json.loads(b"".join([*parts, line]))
+                parts.clear()
+                if isinstance(request, list):
+                    waiting.append(request)
+                else:
+                    for index in range(max(len(waiting) - request, 0), len(waiting)):
+                        waiting[index] = waiting[index][0]
+            parts.append(rest)
+        yield waiting.popleft()
 
 
 def _set_soft_limit(kind: int, limit: int) -> None:
@@ -139,20 +238,19 @@ def load_verifier(path: str) -> Callable[..., object]:
     return function  # type: ignore[no-any-return]
 
 
-def bind_options(function: Callable[..., object], path: str, options: Mapping[str, Any]) -> Callable[..., object]:
+def _bind_options(function: Callable[..., object], path: str, options: Mapping[str, Any]) -> Callable[..., object]:
     """The function with its options bound; TypeError, naming the signature, if they do not fit."""
-    try:
+    with suppress(ValueError):  # some C functions have no signature
         signature = inspect.signature(function)
-    except ValueError:  # some C functions have no signature
-        return partial(function, **options)
-    try:
-        signature.bind("", "", **options)
-    except TypeError as error:
-        raise TypeError(f"(answer, response) and task.verifier_options do not fit {path}{signature}: {error}") from None
+        try:
+            signature.bind("", "", **options)
+        except TypeError as error:
+            message = f"(answer, response) and task.verifier_options do not fit {path}{signature}: {error}"
+            raise TypeError(message) from None
     return partial(function, **options)
 
 
-def _judge(verifier: Callable[..., object], answer: str, response: str) -> tuple[float, str, str, str | None]:
+def _score(verifier: Callable[..., object], answer: str, response: str) -> tuple[float, str, str, str | None]:
     """Score, failure, message and the answer read; anything the verifier raises is a result, including SystemExit."""
     try:
         returned = verifier(answer, response)
@@ -161,9 +259,10 @@ def _judge(verifier: Callable[..., object], answer: str, response: str) -> tuple
     except MemoryError:
         return 0.0, "memory", "out of memory", None
     except BaseException as error:
-        return 0.0, "error", describe(error), None
+        return 0.0, "error", _describe(error), None
     if not 0 <= value <= 1:  # NaN is not either
-        return 0.0, "error", f"returned {_show(score)} ({type(score).__name__}), not a score in [0, 1]", None
+        shown = repr(score)[:40] if type(score) in (int, float, str, bytes, bool, type(None)) else "something"
+        return 0.0, "error", f"returned {shown} ({type(score).__name__}), not a score in [0, 1]", None
     if read is not None and not isinstance(read, str):
         return 0.0, "error", f"returned the answer as {type(read).__name__}, not text", None
     return value, "", "", read if read is None else _shorten(read)
@@ -177,22 +276,19 @@ def _shorten(answer: str) -> str:
     return f"{answer[:_MAX_ANSWER]}… {digest}"
 
 
-def _show(value: object) -> str:
-    return repr(value)[:40] if type(value) in (int, float, str, bytes, bool, type(None)) else "something"
-
-
-def describe(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """The error as one line of bounded length."""
     try:
         text = str(error)
     except Exception:  # the verifier's own exception class may fail here too
         text = "(its message cannot be shown)"
-    return _clip(f"{type(error).__name__}: {text}" if text else type(error).__name__)
-
-
-def _clip(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join((f"{type(error).__name__}: {text}" if text else type(error).__name__).split())
     return line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + "…"
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended; a negative code is a signal."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 def send(fd: int, message: object) -> None:
@@ -200,3 +296,7 @@ def send(fd: int, message: object) -> None:
     line = json.dumps(message).encode("ascii") + b"\n"
     while line:
         line = line[os.write(fd, line) :]
+
+
+if __name__ == "__main__":
+    main()

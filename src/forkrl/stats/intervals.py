@@ -1,9 +1,9 @@
-"""Scores with their uncertainty: 95% intervals that know that samples of one question are alike.
+"""Scores with 95% intervals whose standard errors are *clustered by question*.
+
+Questions are drawn independently, samples of a question are not, so the standard error comes from the spread of the
+question means.
 
 Axes: ``P`` questions, ``K`` samples per question.
-
-Questions, not samples, are drawn independently, so every standard error here is *clustered by question*: it comes from
-the spread of the question means. A thousand samples of one question are one observation of the benchmark.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ def as_columns(name: str, estimate: Estimate) -> dict[str, float]:
 def mean_with_interval(scores: Scores) -> Estimate:
     """Mean score with a Wilson interval at the effective sample size of the clustered standard error.
 
-    With ``p`` the mean and ``SE`` its standard error clustered by question, ``n = p (1 - p) / SE^2`` is the number of
-    independent yes-or-no draws that would be as uncertain. It lies between P (samples of a question always agree) and
-    P·K (they are independent) and is clipped to that range, which also settles ``p = 0`` and ``p = 1``: n = P there.
-    Wilson's interval at ``(p, n)`` stays within [0, 1] and keeps its coverage near the ends.
+    With ``p`` the mean and ``SE`` its standard error, ``n = p (1 - p) / SE^2`` is the number of independent yes-or-no
+    draws that would be as uncertain. It is clipped to P (samples of a question always agree) to P·K (they are
+    independent); at ``p = 0`` and ``p = 1`` it is P. Wilson's interval keeps its coverage near 0 and 1.
 
     Args:
         scores: ``[P, K]`` in [0, 1].
@@ -55,24 +54,16 @@ def mean_with_interval(scores: Scores) -> Estimate:
 
 
 def mean_with_normal_interval(values: Scores) -> Estimate:
-    """Mean of any quantity (response lengths, say) with Student's interval, clustered by question.
-
-    Args:
-        values: ``[P, K]``, finite.
-
-    Returns:
-        The mean; with one question the ends are NaN, for nothing is known of the spread.
-    """
+    """Mean of any finite quantity ``[P, K]`` with Student's interval; with one question the ends are NaN."""
     return _student(_as_matrix(values).mean(axis=1))
 
 
 def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
     """How much higher ``scores_b`` are than ``scores_a`` on the same questions: mean(b) - mean(a), in [-1, 1].
 
-    The variance of the difference of two responses to the same question, over the squared standard error clustered by
-    question, is the effective number of pairs; it is clipped to P to P times the larger number of samples. Bonett and
-    Price (2012) add one pair with difference 1 and one with -1, and take the normal interval. So it has a width even
-    where all responses agree.
+    The variance of the difference of two responses to the same question, divided by the squared standard error, is the
+    effective number of pairs; it is clipped to P to P times the larger number of samples. Bonett and Price (2012) add
+    one pair with difference 1 and one with -1 to the normal interval, so it has a width even if all responses agree.
 
     Args:
         scores_a: ``[P, K]`` in [0, 1], before.
@@ -89,12 +80,12 @@ def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
 
 
 def paired_difference_of_values(values_a: Sequence[float], values_b: Sequence[float], num_draws: float) -> Estimate:
-    """``paired_difference`` for one value in [0, 1] a question and side, such as pass@k or a majority vote.
+    """``paired_difference`` for one value in [0, 1] per question and side, such as pass@k or a majority vote.
 
     Args:
         values_a: ``[P]``, chances of a right draw, before.
         values_b: ``[P]``, after.
-        num_draws: independent draws that each value comes from, at most; for pass@k of K samples K / k.
+        num_draws: as in :func:`mean_of_question_values`.
     """
     a_P1, b_P1 = (_as_shares([[value] for value in values]) for values in (values_a, values_b))
     _check_pairs(a_P1, b_P1)
@@ -102,12 +93,7 @@ def paired_difference_of_values(values_a: Sequence[float], values_b: Sequence[fl
 
 
 def paired_normal_difference(values_a: Scores, values_b: Scores) -> Estimate:
-    """``paired_difference`` of any quantity (response lengths, say), with Student's interval on the question means.
-
-    Args:
-        values_a: ``[P, K]``, finite.
-        values_b: ``[P, K']``, finite; row p is the same question.
-    """
+    """``paired_difference`` of any finite quantity, with Student's interval on the question means."""
     a_PK, b_PK = _as_matrix(values_a), _as_matrix(values_b)
     _check_pairs(a_PK, b_PK)
     return _student(b_PK.mean(axis=1) - a_PK.mean(axis=1))
@@ -116,12 +102,12 @@ def paired_normal_difference(values_a: Scores, values_b: Scores) -> Estimate:
 def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estimate:
     """Mean over questions of one value in [0, 1] each, with a 95% interval.
 
-    For values estimated per question that are not means of samples, such as pass@k or a majority vote. The
-    interval is Wilson's at the effective sample size of the spread over questions, as in :func:`mean_with_interval`.
+    For values that are not means of samples, such as pass@k or a majority vote; Wilson's interval as in
+    :func:`mean_with_interval`.
 
     Args:
         values: ``[P]``, chances of a right draw.
-        num_draws: independent draws that each value comes from, at most. For a value made from all ways to draw k of K
+        num_draws: largest number of independent draws behind each value. For a value made from all ways to draw k of K
             samples that is K / k (Hoeffding's bound on the variance of a U-statistic).
     """
     values_P1 = _as_shares([[value] for value in values])
@@ -129,11 +115,10 @@ def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estima
 
 
 def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, each weighing the same, whatever its number of questions.
+    """The mean of independent estimates with equal weights, such as a score averaged over benchmarks.
 
-    For a score averaged over benchmarks: they are what they are, and were not drawn, so only the questions within each
-    make the mean uncertain. Each end is as far from the mean as the root of the sum of the squared distances of the
-    estimates' own ends, over their number (MOVER, Zou and Donner 2008), so intervals need not be symmetric.
+    Each end's distance from the mean is the root of the summed squares of the estimates' own distances, divided by
+    their number (MOVER, Zou and Donner 2008); intervals need not be symmetric.
 
     Returns:
         The mean; its ends are NaN if those of an estimate are.
@@ -221,9 +206,9 @@ class ClusterSums:
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
-    """Probability that at least one of ``k`` samples is right, without bias: ``1 - C(n - c, k) / C(n, k)``.
+    """Unbiased probability that at least one of ``k`` samples is right: ``1 - C(n - c, k) / C(n, k)``.
 
-    The estimator of arXiv 2107.03374, eq. 1, in exact integers. Plugging c / n into ``1 - (1 - p)^k`` would be too low.
+    The estimator of arXiv 2107.03374, eq. 1, in exact integers.
     """
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct = {num_correct} is not between 0 and num_samples = {num_samples}")
@@ -234,10 +219,7 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Estimate:
-    """Mean pass@k over questions, with a 95% interval.
-
-    Each question gives one unbiased estimate in [0, 1]; the interval is Wilson's at the effective sample size of their
-    spread over questions, as in :func:`mean_with_interval`. No resampling: the same counts give the same interval.
+    """Mean pass@k over questions, with the interval of :func:`mean_of_question_values`.
 
     Args:
         num_correct: ``[P]``, right samples of each question.
@@ -261,7 +243,7 @@ def _paired(change_P: _Array, square: float, num_draws: float) -> Estimate:
 
 
 def _squared_error(means_P: _Array) -> float:
-    """Of the mean over questions; 0 with a single one, whose spread nobody knows."""
+    """Squared standard error of the mean over questions; 0 for one question, whose spread is unknown."""
     return float(means_P.var(ddof=1)) / len(means_P) if len(means_P) > 1 else 0.0
 
 
@@ -285,7 +267,7 @@ def _effective_size(variance: float, squared_error: float, clusters: float, most
         return clusters
     if squared_error == 0:
         return most
-    # Few questions tell their spread badly; shrinking by (z / t)^2 turns the normal quantile into Student's t.
+    # The spread of few questions is uncertain: shrinking by (z / t)^2 turns the normal quantile into Student's t.
     shrink = (Z95 / _student_quantile(clusters - 1)) ** 2
     return min(most, max(clusters, variance / squared_error * shrink))
 

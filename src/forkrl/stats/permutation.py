@@ -18,7 +18,7 @@ DRAWS = 20_000
 LEVEL = 0.05
 _BATCH = 500
 _ROUNDING = 1e-9
-"""Differences that are equal except for rounding count as equal: at least as extreme as the observed one."""
+"""Differences that are equal except for rounding count as equal."""
 
 Floats = npt.NDArray[np.float64]
 Pair = tuple[Floats, Floats]
@@ -39,12 +39,12 @@ def paired_test(a_PK: Floats, b_PK: Floats, seed: int = 0) -> PairedTest:
     """Test whether two evaluations have the same mean score.
 
     Under the null hypothesis the K_a + K_b responses to a question are exchangeable, so they are pooled and re-dealt.
-    That is valid for any numbers of samples. See :func:`_consistent` for how p-value and interval agree.
+    :func:`_consistent` makes p-value and interval agree.
 
     Args:
         a_PK: ``[P, K_a]`` scores in [0, 1], before.
         b_PK: ``[P, K_b]``, after; row p is the same question.
-        seed: of the draws, which scores other than 0 and 1 need.
+        seed: of the random deals, for scores other than 0 and 1.
     """
     difference = paired_difference(a_PK, b_PK)
     if _is_binary(a_PK, b_PK):
@@ -56,7 +56,7 @@ def paired_test(a_PK: Floats, b_PK: Floats, seed: int = 0) -> PairedTest:
 
 
 def pooled_paired_test(pairs: Sequence[Pair], seed: int = 0) -> PairedTest:
-    """The same for the mean difference over several benchmarks, each weighing the same."""
+    """The same for the mean difference over several benchmarks with equal weights."""
     generator = np.random.default_rng(seed)
     difference = mean_of_estimates([paired_difference(a_PK, b_PK) for a_PK, b_PK in pairs])
     deals_D = np.mean([_drawn_deals(a_PK, b_PK, generator) for a_PK, b_PK in pairs], axis=0)
@@ -74,11 +74,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _consistent(difference: Estimate, permutation_p: float) -> tuple[Estimate, float]:
-    """One answer from permutation test and interval: significant at 5% iff the interval excludes 0.
+    """Make permutation test and interval agree: significant at 5% iff the interval excludes 0.
 
-    The permutation test asks whether A and B behave alike on these questions, the interval what other questions would
-    give. The p-value is the larger of the test's and the interval's own, and the interval is extended to 0 where that
-    p-value is not below 5%. With one question nothing is known of others: no interval, p = 1.
+    The test asks whether A and B differ on these questions, the interval what other questions would give. The p-value
+    is the larger of the test's and the interval's; if it is not below 5%, the interval is extended to 0. One question
+    tells nothing about others: no interval, p = 1.
     """
     if math.isnan(difference.low):
         return difference, 1.0
@@ -97,8 +97,7 @@ def _is_binary(a_PK: Floats, b_PK: Floats) -> bool:
 def _all_deals(a_PK: Floats, b_PK: Floats) -> tuple[Floats, Floats]:
     """Every mean difference that re-dealing scores of 0 and 1 can give, and its probability.
 
-    With s right responses to a question, the number that B is dealt is hypergeometric; the distribution of the total is
-    the convolution over questions.
+    The number of right responses dealt to B is hypergeometric for each question; the total is their convolution.
     """
     samples_a, samples_b = a_PK.shape[1], b_PK.shape[1]
     right_P = [round(float(right)) for right in a_PK.sum(axis=1) + b_PK.sum(axis=1)]
@@ -139,7 +138,7 @@ def _drawn_deals(a_PK: Floats, b_PK: Floats, generator: np.random.Generator) -> 
 
 
 def _drawn_p(deals_D: Floats, observed: float) -> float:
-    """The observed deal counts as one draw more, so the p-value is never 0 and the test keeps its level."""
+    """The observed deal counts as one more draw, so the p-value is never 0 and the test keeps its level."""
     return (int(_is_extreme(deals_D, observed).sum()) + 1) / (len(deals_D) + 1)
 
 

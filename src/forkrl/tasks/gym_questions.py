@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from forkrl.rewards.gym_entries import Source, highest_level, make_entry, open_source
+from forkrl.rewards.gym import Source, highest_level, make_entry, open_source
 
 _MOST_TRIES = 4
 """Entries tried per distinct question; a generator that repeats itself more often has no more questions."""

@@ -1,9 +1,9 @@
-"""Judges programs by their tests. The program runs in a sandbox; the result is formed outside.
+"""Scores programs by their tests. The program runs in a sandbox; the score is formed outside.
 
 Only inputs go in, and only text comes out: a program's standard output, or the JSON of a function's value. Nothing
 inside knows what would pass, so the program cannot forge a pass. Tests written as ``assert`` statements are Python
 themselves and run in the sandbox, in a process apart from the program's. The score is 1.0 if every test passes, else
-0.0; judging ends at the first failure.
+0.0; testing ends at the first failure.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import json
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from forkrl.config import SandboxConfig
 from forkrl.rewards.code.sandbox import Sandbox, open_sandbox, require_sandbox
 from forkrl.rewards.code.test_cases import (
     CODE_VERIFIER,
-    AssertTests,
     CallTest,
     CodeTests,
     any_number_of_digits,
@@ -43,14 +43,14 @@ __all__ = [
 ]
 
 _MARGIN_S = 30.0
-"""Between a program's own time limit and the pool's deadline, which would count as a failure."""
+"""Between a program's own time limit and the pool's timeout, which would count as a failure."""
 _LONG_INTEGER = 4_300
 """Digits."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
 
 
 def code_verifier(config: SandboxConfig, options: Mapping[str, Any] | None = None) -> VerifierSpec:
-    """The verifier that judges programs within the limits of a recipe's ``[sandbox]``, with ``verifier_options``."""
+    """The verifier of programs within the limits of a recipe's ``[sandbox]``, with ``verifier_options``."""
     options = config.model_dump(mode="json") | dict(options or {})
     return VerifierSpec("forkrl.rewards.code:verify_code", options, timeout_s=config.total_seconds + _MARGIN_S)
 
@@ -80,14 +80,19 @@ def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **o
     if source is None:
         return Judgement(0.0, "")
     config = SandboxConfig(**options)
-    sandbox = _sandbox(config)
-    if tests.asserts is not None:
-        passed = _asserts_pass(tests.asserts, source, config, sandbox)
-    elif tests.calls:
-        passed = _calls_pass(tests, source, config, sandbox, float_tolerance)
-    else:
-        passed = _programs_pass(tests, source, config, sandbox, float_tolerance)
-    return Judgement(float(passed))
+    run = _Run(source, config, _sandbox(config), time.monotonic() + config.total_seconds, float_tolerance)
+    passes = _passes_asserts if tests.asserts else _passes_calls if tests.calls else _passes_programs
+    return Judgement(float(passes(tests, run)))
+
+
+class _Run(NamedTuple):
+    """A program to test, and how; ``deadline`` is a monotonic time."""
+
+    source: str
+    limits: SandboxConfig
+    sandbox: Sandbox
+    deadline: float
+    tolerance: float
 
 
 @lru_cache(maxsize=4)
@@ -95,33 +100,44 @@ def _sandbox(config: SandboxConfig) -> Sandbox:
     return open_sandbox(config)
 
 
-def _programs_pass(tests: CodeTests, source: str, config: SandboxConfig, sandbox: Sandbox, tolerance: float) -> bool:
-    deadline = time.monotonic() + config.total_seconds
+def _passes_programs(tests: CodeTests, run: _Run) -> bool:
     for test in tests.programs:
-        max_output = max(config.output_kb << 10, 2 * len(test.stdout.encode()) + 1024)
-        outcome = sandbox.run_program(source, test.stdin, max_output=max_output, deadline=deadline)
-        if outcome.failure or not _same_text(test.stdout, outcome.output.decode("utf-8", "replace"), tolerance):
+        max_output = max(run.limits.output_kb << 10, 2 * len(test.stdout.encode()) + 1024)
+        outcome = run.sandbox.run_program(run.source, test.stdin, max_output=max_output, deadline=run.deadline)
+        if outcome.failure or not _same_text(test.stdout, outcome.output.decode("utf-8", "replace"), run.tolerance):
             return False
     return True
 
 
-def _calls_pass(tests: CodeTests, source: str, config: SandboxConfig, sandbox: Sandbox, tolerance: float) -> bool:
-    deadline = time.monotonic() + config.total_seconds
+def _passes_calls(tests: CodeTests, run: _Run) -> bool:
     with any_number_of_digits():
         expected = sum(len(json.dumps(test.accepted)) for test in tests.calls)
-    max_output = max(config.output_kb << 10, 2 * expected + 1024)
-    inputs = [test.arguments for test in tests.calls]
-    with sandbox.call_function(source, tests.function, inputs, max_output=max_output, deadline=deadline) as answers:
-        passed = all(_right_value(test, next(answers, b""), tolerance) for test in tests.calls)
-        return passed and next(answers, None) is None
+    with run.sandbox.answers(
+        "calls",
+        run.source,
+        json.dumps([tests.function, [test.arguments for test in tests.calls]]),
+        cpu_seconds=min(run.limits.seconds * len(tests.calls), run.limits.total_seconds),
+        max_output=max(run.limits.output_kb << 10, 2 * expected + 1024),
+        deadline=run.deadline,
+    ) as lines:
+        passed = all(_right_value(test, next(lines, b""), run.tolerance) for test in tests.calls)
+        return passed and next(lines, None) is None
 
 
-def _asserts_pass(tests: AssertTests, source: str, config: SandboxConfig, sandbox: Sandbox) -> bool:
-    deadline = time.monotonic() + config.total_seconds
-    result = sandbox.run_tests(source, tests.request, max_output=config.output_kb << 10, deadline=deadline)
+def _passes_asserts(tests: CodeTests, run: _Run) -> bool:
+    assert tests.asserts
+    with run.sandbox.answers(
+        "asserts",
+        run.source,
+        tests.asserts.request,
+        cpu_seconds=run.limits.total_seconds,
+        max_output=run.limits.output_kb << 10,
+        deadline=run.deadline,
+    ) as lines:
+        last = deque(lines, maxlen=1)
     try:
-        kind, *reason = json.loads(result or b'["failed"]')
-    except (ValueError, TypeError):  # cut off within a line
+        kind, *reason = json.loads(last[0]) if last else ["failed"]
+    except (ValueError, TypeError):  # the last line is a call
         return False
     if kind == "broken":
         raise ValueError(f"the tests cannot judge this program: {' '.join(map(str, reason))}")

@@ -6,7 +6,6 @@ processes: no network, no other files, no environment, no privileges, and an unu
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -15,13 +14,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
-from forkrl.rewards.code.sandbox import LimitReachedError, Outcome, driver
+from forkrl.rewards.code.sandbox import USE_SERVER, Kind, Outcome, driver
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import build_filter, supports
 
@@ -31,7 +28,6 @@ _ADDRESS_SPACE_BEYOND = 256 << 20
 """Address space beyond the memory limit."""
 _OLDEST = (0, 8)
 _INSTALL = "apt-get install bubblewrap"
-_INSTEAD = "or set sandbox.server to the address of a SandboxFusion server"
 
 
 class Bubblewrap:
@@ -39,91 +35,73 @@ class Bubblewrap:
 
     def __init__(self, config: SandboxConfig) -> None:
         self._limits = config
-        self._bwrap = _find_bubblewrap()
+        bwrap = _find_bubblewrap()
         self._seccomp = build_filter(platform.machine())
-        self._python = _find_python(config.python)
-        self._user = _USER if os.geteuid() == 0 else None
+        self._python, mounts = _find_python(config.python)
+        user = _USER if os.geteuid() == 0 else None
         # Root's own folders are closed to the user that programs run as.
-        self._behind_doors = self._user is not None and not all(map(_open_to_all, self._python.mounts))
+        behind_doors = user is not None and not all(map(_open_to_all, mounts))
+        self._user = None if behind_doors else user
+        self._command = _command(bwrap, mounts, config.files_mb << 20, behind_doors=behind_doors)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """Run a program to its end, as ``Sandbox`` has it."""
-        printed = []
-        text = stdin.encode("utf-8", "replace")
-        with self._start("program", source, text, max_output=max_output) as process:
-            process.allow(self._limits.seconds, deadline)
-            try:
-                while data := process.read():
-                    printed.append(data)
-            except LimitReachedError as limit:
-                return Outcome(b"".join(printed), str(limit))
-            return Outcome(b"".join(printed), "exit" if process.exit_code() else "")
+        """See ``Sandbox``."""
+        text, seconds = stdin.encode("utf-8", "replace"), self._limits.seconds
+        with self._start("program", source, text, cpu_seconds=seconds, max_output=max_output) as process:
+            process.allow(seconds, deadline)
+            printed = b"".join(process.output())
+            return Outcome(printed, process.failure or ("exit" if process.exit_code() else ""))
 
     @contextmanager
-    def call_function(
-        self, source: str, function: str, inputs: Sequence[Sequence[str]], *, max_output: int, deadline: float
+    def answers(
+        self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> Iterator[Iterator[bytes]]:
-        """Call one function with several inputs, as ``Sandbox`` has it; every call has a test's limits of time."""
-        arguments = json.dumps(inputs).encode("ascii")
-        with self._start("calls", source, arguments, function=function, max_output=max_output) as process:
-            yield self._answers(process, deadline)
+        """See ``Sandbox``; every call has a test's limits of time."""
+        text = request.encode("ascii")
+        with self._start(kind, source, text, cpu_seconds=cpu_seconds, max_output=max_output) as process:
+            yield self._lines(process, deadline)
 
-    def run_tests(self, source: str, tests: str, *, max_output: int, deadline: float) -> bytes:
-        """Run ``assert`` statements, as ``Sandbox`` has it; every call of the program has a test's limits of time."""
-        with self._start("tests", source, tests.encode("ascii"), max_output=max_output) as process:
-            last = b""
-            for line in self._answers(process, deadline):
-                last = line
-            return last
-
-    def _answers(self, process: SandboxedProcess, deadline: float) -> Iterator[bytes]:
+    def _lines(self, process: SandboxedProcess, deadline: float) -> Iterator[bytes]:
         rest = b""
         process.allow(self._limits.seconds, deadline)
-        try:
-            while data := process.read():
-                *lines, rest = (rest + data).split(b"\n")
-                yield from lines
-                if lines:
-                    process.allow(self._limits.seconds, deadline)
-        except LimitReachedError:
-            return
+        for data in process.output():
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+            if lines:
+                process.allow(self._limits.seconds, deadline)
 
-    def _start(self, mode: str, source: str, stdin: bytes, *, max_output: int, function: str = "") -> SandboxedProcess:
+    def _start(self, kind: str, source: str, stdin: bytes, *, cpu_seconds: float, max_output: int) -> SandboxedProcess:
         limits = self._limits
         memory = limits.memory_mb << 20
-        # Calls share a process, so the kernel's own limit on its CPU time can only be that of all of them.
-        cpu_seconds = int(limits.seconds if mode == "program" else limits.total_seconds) + 1
-        ours = 2 if mode == "tests" else 1
-        numbers = (memory + _ADDRESS_SPACE_BEYOND, cpu_seconds, limits.files_mb << 20, limits.processes + ours)
+        ours = 2 if kind == "asserts" else 1
+        text, run = driver(kind)
         return SandboxedProcess(
-            partial(_command, driver(mode), self._bwrap, self._python, limits.files_mb << 20, self._behind_doors),
-            [*map(str, numbers), mode, function],
+            self._command,
+            [self._python, "-s", "-S", "-B", "-X", "utf8", "-c", f"{text}\n\nenter_sandbox({run})\n"],
+            limits=(
+                memory + _ADDRESS_SPACE_BEYOND,
+                int(cpu_seconds) + 1,
+                limits.files_mb << 20,
+                limits.processes + ours,
+            ),
             program=source.encode("utf-8", "replace"),
             stdin=stdin,
             seccomp=self._seccomp,
-            user=None if self._behind_doors else self._user,
+            user=self._user,
             memory=memory,
             max_output=max_output,
-            answers=mode != "program",
+            answers=kind != "program",
         )
 
 
-class _Python(NamedTuple):
-    executable: str
-    mounts: tuple[str, ...]
-    """The executable and the folders of its standard library that are not among the system's."""
-
-
-def _command(
-    driver_text: str, bwrap: str, python: _Python, file_bytes: int, behind_doors: bool, seccomp_fd: int, info_fd: int
-) -> list[str]:
-    """The command line up to the driver's arguments."""
+def _command(bwrap: str, mounts: Sequence[str], file_bytes: int, *, behind_doors: bool) -> list[str]:
+    """Bubblewrap's command line up to the descriptors and the program inside."""
     outer: list[str] = []
-    shown = {path: path for path in python.mounts}
+    shown = {path: path for path in mounts}
     if behind_doors:
         # As root: put the interpreter where the programs' user can reach it, in our own mount namespace, and become
         # that user.
-        shown = {path: f"/tmp/{number}" for number, path in enumerate(python.mounts)}
+        shown = {path: f"/tmp/{number}" for number, path in enumerate(mounts)}
         outer = [bwrap, "--die-with-parent", "--dev-bind", "/", "/", "--tmpfs", "/tmp"]
         outer += [word for path, place in shown.items() for word in ("--ro-bind", path, place)]
         outer += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--", "setpriv"]
@@ -140,8 +118,6 @@ def _command(
         "--size", str(file_bytes), "--tmpfs", "/tmp",
         *(word for path, place in shown.items() for word in ("--ro-bind", place, path)),  # after /tmp: it may lie there
         "--remount-ro", "/", "--chdir", "/tmp",
-        "--seccomp", str(seccomp_fd), "--info-fd", str(info_fd), "--",
-        python.executable, "-s", "-S", "-B", "-X", "utf8", "-c", driver_text + "\n\nenter_sandbox()\n",
     ]  # fmt: skip
 
 
@@ -164,22 +140,23 @@ def _find_bubblewrap() -> str:
     if sys.platform != "linux" or not supports(platform.machine()):
         raise UserError(
             f"code rewards need a sandbox, and bubblewrap needs Linux on x86_64 or aarch64 "
-            f"(here: {sys.platform}, {platform.machine()}); set sandbox.server to the address of a SandboxFusion server"
+            f"(here: {sys.platform}, {platform.machine()}); {USE_SERVER}"
         )
     found = shutil.which("bwrap")
     if found is None:
-        raise UserError(f"code rewards need a sandbox, and bubblewrap is not installed: {_INSTALL}, {_INSTEAD}")
+        raise UserError(f"code rewards need a sandbox, and bubblewrap is not installed: {_INSTALL}, or {USE_SERVER}")
     words = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     version = tuple(map(int, re.findall(r"\d+", words)[:2]))
     if version < _OLDEST:
         raise UserError(
             f"code rewards need bubblewrap 0.8 or newer (Debian 12, Ubuntu 24.04), and {found} is {words.strip()}; "
-            f"update it, {_INSTEAD}"
+            f"update it, or {USE_SERVER}"
         )
     return found
 
 
-def _find_python(wanted: str) -> _Python:
+def _find_python(wanted: str) -> tuple[str, list[str]]:
+    """The interpreter, and with it the folders of its standard library that are not among the system's."""
     executable, prefix = getattr(sys, "_base_executable", sys.executable), sys.base_prefix
     if wanted:
         question = "import sys; print(sys.executable); print(sys.base_prefix); assert sys.version_info >= (3, 9)"
@@ -191,7 +168,7 @@ def _find_python(wanted: str) -> _Python:
     executable = os.path.realpath(executable)
     system = {str(folder) for folder in _libraries()}
     folders = (f"{prefix}/lib", f"{prefix}/lib64")
-    return _Python(executable, (executable, *(path for path in folders if path not in system and Path(path).is_dir())))
+    return executable, [executable, *(path for path in folders if path not in system and Path(path).is_dir())]
 
 
 def _open_to_all(path: str) -> bool:

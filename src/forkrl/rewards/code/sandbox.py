@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
 
-_PARTS = {
-    "program": ("sandbox_program", "sandbox_driver"),
-    "calls": ("sandbox_values", "sandbox_program", "sandbox_driver"),
-    "tests": ("sandbox_values", "sandbox_program", "sandbox_tests", "sandbox_driver"),
+_DRIVERS = {
+    "program": ("run_program", ("sandbox_driver",)),
+    "calls": ("call_function", ("sandbox_driver", "sandbox_calls")),
+    "asserts": ("run_asserts", ("sandbox_driver", "sandbox_calls", "sandbox_asserts")),
 }
+"""By kind of run: the function that runs inside, and the modules that it needs."""
 _OWN_IMPORTS = re.compile(r"^from forkrl\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
 _UBUNTU = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 _QUESTION, _ANSWER = "print(6 * 7)", b"42\n"
+USE_SERVER = "set sandbox.server to the address of a SandboxFusion server"
+Kind = Literal["calls", "asserts"]
+"""How tests run, other than with whole programs."""
 
 
 class SandboxUnavailableError(Exception):
-    """The sandbox failed, which says nothing about the program: no score may come of it."""
-
-
-class LimitReachedError(Exception):
-    """The program exceeded a limit: "time", "memory", "output" or "files"."""
+    """The sandbox failed, which says nothing about the program, so there is no score."""
 
 
 class Outcome(NamedTuple):
@@ -48,32 +48,32 @@ class Sandbox(Protocol):
         """Run a program to its end."""
         ...
 
-    def call_function(
-        self, source: str, function: str, inputs: Sequence[Sequence[str]], *, max_output: int, deadline: float
+    def answers(
+        self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """Call a function, or a method of class Solution, with several inputs (arguments as JSON), one after the other.
+        """Lines of JSON that the program answers with while it runs; leave the ``with`` block to end it.
 
-        The iterator yields what the program claims as results, one line of JSON each, while it runs. It ends early if
-        the program fails and yields more if the program says more; leave the ``with`` block to end the program.
-        """
-        ...
+        "calls": ``request`` is the JSON of a function's name, or of a method's of class Solution, and of its inputs,
+        each a list of arguments as JSON text. They are called one after the other; each line is a claimed result. There
+        are fewer lines if the program fails, and more if it writes more.
 
-    def run_tests(self, source: str, tests: str, *, max_output: int, deadline: float) -> bytes:
-        """Run ``assert`` statements (``AssertTests.request``) that the program cannot see.
+        "asserts": ``request`` is ``AssertTests.request``, which the program cannot see. The last line is ["passed"],
+        ["failed"] or ["broken", reason]; without one the tests did not finish.
 
-        The result is JSON: ["passed"], ["failed"] or ["broken", reason]; b"" if the tests did not finish.
+        ``cpu_seconds`` limits all calls together.
         """
         ...
 
 
 @cache
-def driver(mode: str) -> str:
-    """The text that runs between a sandbox's first process and a program, in the mode "program", "calls" or "tests".
+def driver(kind: str) -> tuple[str, str]:
+    """The text that runs between a sandbox's first process and a program, and the name of its function for this kind.
 
-    ForkRL cannot be imported inside, so the parts are joined into one text.
+    ForkRL cannot be imported inside, so the modules are joined into one text.
     """
-    texts = (Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in _PARTS[mode])
-    return "\n\n".join(_OWN_IMPORTS.sub("", text) for text in texts)
+    function, modules = _DRIVERS[kind]
+    texts = (Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in modules)
+    return "\n\n".join(_OWN_IMPORTS.sub("", text) for text in texts), function
 
 
 def open_sandbox(config: SandboxConfig) -> Sandbox:
@@ -109,10 +109,9 @@ def _remedy(config: SandboxConfig) -> str:
     if _UBUNTU.exists() and _UBUNTU.read_text(encoding="ascii").strip() == "1":
         return (
             "Ubuntu forbids programs to make user namespaces: sudo sysctl -w "
-            "kernel.apparmor_restrict_unprivileged_userns=0 (and in /etc/sysctl.d/, to keep it), or set sandbox.server "
-            "to the address of a SandboxFusion server"
+            f"kernel.apparmor_restrict_unprivileged_userns=0 (and in /etc/sysctl.d/, to keep it), or {USE_SERVER}"
         )
     return (
         "bubblewrap must be able to make user namespaces (in a container: --privileged, or --security-opt "
-        "seccomp=unconfined), or set sandbox.server to the address of a SandboxFusion server"
+        f"seccomp=unconfined), or {USE_SERVER}"
     )

@@ -1,30 +1,35 @@
-"""Runs inside the sandbox, as the text of ``python -c``: what stands between its first process and a program.
+"""Runs inside the sandbox, as the text of ``python -c``: between its first process and a program.
 
-Of whole programs and of called functions nothing here is believed: there is no expected output in here, and what is
-reported is a value that the program could have returned as well. The outside compares. Two things are relied on, and
-both are over before the program's first line: the limits are set, and process 1 of the sandbox is this file.
+With whole programs and called functions nothing in here is trusted: there is no expected output, and what is reported
+is a value that the program could have returned as well. The outside compares. Two things are relied on, and both are
+done before the program's first line: the limits are set, and process 1 of the sandbox is this file.
 
-Tests written as ``assert`` statements run in here too, but in a process of their own (``run_tests``). The program
-answers calls in another process, which never sees the tests and cannot look into theirs. Only plain values pass.
+``sandbox_calls`` and ``sandbox_asserts`` follow in the text where they are needed. All must run on Python 3.9, as
+``sandbox.python`` may be that.
 """
 
+import builtins
 import os
 import sys
 from types import ModuleType
-from typing import Any, Callable  # noqa: UP035 - sandbox.python may be Python 3.9
+from typing import Callable, Set, Tuple  # noqa: UP035
 
-from forkrl.rewards.code.sandbox_program import load_program, new_module
-from forkrl.rewards.code.sandbox_tests import run_tests
-from forkrl.rewards.code.sandbox_values import find_function, make_nodes, node_values
+_MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
+)
+# What LiveCodeBench puts above every program, so that solutions written for it find their names.
+_PRELUDE = "".join(f"from {name} import *\n" for name in [*_MODULES.split(), "builtins", "typing"])
+_PRELUDE += "".join(f"import {name}\n" for name in _MODULES.split())
+_RECURSION_LIMIT = 50_000
+_DYNAMIC = {"eval", "exec", "globals"}
 
 
-def enter_sandbox() -> None:
-    """Process 1: says that the sandbox stands, lets a child run the program, and ends with it."""
-    answers_fd, lifeline_fd, program_fd, *limits = map(int, sys.argv[1:-2])
-    mode, function = sys.argv[-2:]
+def enter_sandbox(run: Callable[[str, int], None]) -> None:
+    """Process 1: says that the sandbox is ready, lets a child run the program, and ends with it."""
+    answers_fd, lifeline_fd, program_fd, *limits = map(int, sys.argv[1:])
     os.write(answers_fd, b"ready\n")
     if not os.read(lifeline_fd, 1):
-        os._exit(1)  # the judge has died meanwhile
+        os._exit(1)  # the process outside has died meanwhile
     child = os.fork()
     if child:
         for fd in (0, 1, 2, answers_fd, program_fd):
@@ -36,25 +41,14 @@ def enter_sandbox() -> None:
     os.close(null)
     with os.fdopen(program_fd, "rb") as file:
         source = file.read().decode()
-    if mode == "tests":
-        set_limits(*limits)
-        run_tests(source, answers_fd)
-    elif mode == "program":
-        os.close(answers_fd)
-        set_limits(*limits)
-        run_program(source)
-    else:
-        with os.fdopen(0, "rb", closefd=False) as file:
-            inputs = file.read().decode()
-        os.dup2(2, 0)
-        set_limits(*limits)
-        call_function(source, function, inputs, answers_fd)
+    set_limits(*limits)
+    run(source, answers_fd)
 
 
 def end_with(child: int, lifeline_fd: int) -> None:
-    """End this process, and with it every other one in here, when the program ends or the judge outside has died.
+    """End this process, and with it every other one in here, when the program ends or the process outside has died.
 
-    The judge holds the other end of the lifeline, a socket: nobody in here could keep it open in its place.
+    That process holds the other end of the lifeline, a socket: nobody in here could keep it open in its place.
     """
     import select
 
@@ -88,72 +82,50 @@ def set_limits(memory: int, cpu_seconds: int, file_size: int, processes: int) ->
         resource.setrlimit(kind, (limit, limit))
 
 
-def run_program(source: str) -> None:
-    """A whole program, as ``__main__``, on standard input and output."""
-    exec(compile(source, "program.py", "exec"), new_module("__main__", source).__dict__)
-
-
-def call_function(source: str, function: str, inputs: str, answers_fd: int) -> None:
-    """Call a function with each input; a line of JSON for each: a list of the value, and where that is None of what
-    stands for it: the first argument, which a function may change instead of returning a value.
-
-    Arguments that the function's annotations call ListNode or TreeNode are made from lists, and such values are lists.
-    """
-    import json
-
-    dumps, loads, write, leave = json.dumps, json.loads, os.write, os._exit
-    module = load_program(source)
-    target = find_function(module, function)
-    annotations = _annotations(target)
-    makers = [_node_maker(module, annotation) for name, annotation in annotations.items() if name != "return"]
-    returns_nodes = "Node" in annotations.get("return", "")
-    takes_nodes = "Node" in next(iter(annotations.values()), "")
-    for texts in loads(inputs):
-        arguments = list(map(loads, texts))
-        for index, maker in enumerate(makers[: len(arguments)]):
-            arguments[index] = maker(arguments[index])
-        value = target(*arguments)
-        reply = [value]
-        if value is None and returns_nodes:
-            reply.append([])
-        elif value is None and arguments:
-            reply.append([] if takes_nodes and arguments[0] is None else arguments[0])
-        line = (dumps(reply, allow_nan=False, default=node_values) + "\n").encode("ascii")
-        while line:
-            line = line[write(answers_fd, line) :]
-    leave(0)
-
-
-def _annotations(target: Any) -> dict[str, str]:
-    """The annotation of every parameter in order, and of the result ("return"), as text."""
-    import inspect
-
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):
-        return {}
-    annotations = {name: str(parameter.annotation) for name, parameter in signature.parameters.items()}
-    return {**annotations, "return": str(signature.return_annotation)}
-
-
-def _node_maker(module: ModuleType, annotation: str) -> Callable[[Any], Any]:
-    name = next((name for name in ("ListNode", "TreeNode") if name in annotation), "")
-    if not name:
-        return lambda value: value
-    if "List[" in annotation or "list[" in annotation:  # a list of them
-        return lambda value: [make_nodes(module, name, each) for each in value]
-    return lambda value: make_nodes(module, name, value)
-
-
-def answer_on_stdout(mode: str, source: str, function: str) -> None:
-    """The same where there is no private pipe: answers take standard output, and what is printed goes nowhere."""
+def answer_on_stdout(run: Callable[[str, int], None], source: str) -> None:
+    """Run without a private pipe: answers take standard output, and what the program prints is discarded."""
     answers_fd = os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    if mode == "tests":
-        run_tests(source, answers_fd)
-    else:
-        inputs = sys.stdin.read()
-        os.dup2(null, 0)
-        call_function(source, function, inputs, answers_fd)
+    run(source, answers_fd)
+
+
+def run_program(source: str, answers_fd: int = -1) -> None:
+    """A whole program, as ``__main__``, on standard input and output."""
+    if answers_fd >= 0:
+        os.close(answers_fd)
+    exec(compile(source, "program.py", "exec"), new_module("__main__", source).__dict__)
+
+
+def new_module(name: str, source: str) -> ModuleType:
+    """An empty module for a program, with the names that LiveCodeBench provides if the program needs any."""
+    if hasattr(sys, "set_int_max_str_digits"):  # else Python does not read or write integers over 4,300 digits
+        sys.set_int_max_str_digits(0)
+    sys.argv[:] = ["program.py"]
+    sys.path[:] = [folder for folder in sys.path if folder]
+    for leave in ("exit", "quit"):  # from Python's site module, which is left out because it costs time
+        setattr(builtins, leave, sys.exit)
+    module = sys.modules[name] = ModuleType(name)
+    used, undefined = used_names(source)
+    if undefined - {"ListNode", "TreeNode"} or used & _DYNAMIC:  # these imports take as long as starting Python does
+        exec(_PRELUDE, module.__dict__)
+    sys.setrecursionlimit(_RECURSION_LIMIT)
+    return module
+
+
+def used_names(source: str) -> Tuple[Set[str], Set[str]]:  # noqa: UP006
+    """The global names that a program uses, and those of them that neither it nor Python defines."""
+    import symtable
+
+    top = symtable.symtable(source, "program.py", "exec")
+    known = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    used: set[str] = set()
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        if table is not top:  # "global x" in a function
+            known |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_declared_global()}
+    return used, used - known - set(dir(builtins)) - {"__name__", "__file__"}

@@ -1,13 +1,12 @@
 """Programs on a SandboxFusion server, over HTTP (https://github.com/bytedance/SandboxFusion).
 
-The server isolates; the result is formed here, from what the program printed. A server's errors are not the program's.
+The server isolates; the score is formed here, from what the program printed. A server's errors are not the program's.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +14,7 @@ import httpx
 
 from forkrl.config import SandboxConfig
 from forkrl.config.secret_values import SecretValues, is_loopback, shown_url
-from forkrl.rewards.code.sandbox import Outcome, SandboxUnavailableError, driver
+from forkrl.rewards.code.sandbox import Kind, Outcome, SandboxUnavailableError, driver
 
 _ANSWER_LIMIT_S = 30.0
 """For the server's queue and the network, on top of the program's own time."""
@@ -32,31 +31,26 @@ class SandboxFusion:
         self._use_proxies = not is_loopback(self._url)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """Run a program to its end, as ``Sandbox`` has it."""
-        seconds = min(self._limits.seconds, deadline - time.monotonic())
-        return self._post("program", f"run_program({source!r})", stdin, seconds, max_output)
+        """See ``Sandbox``."""
+        text, run = driver("program")
+        return self._post(f"{text}\n\n{run}({source!r})\n", stdin, self._limits.seconds, max_output, deadline)
 
     @contextmanager
-    def call_function(
-        self, source: str, function: str, inputs: Sequence[Sequence[str]], *, max_output: int, deadline: float
+    def answers(
+        self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> Iterator[Iterator[bytes]]:
-        """Call one function with several inputs, as ``Sandbox`` has it, in one request for all."""
-        seconds = min(self._limits.seconds * len(inputs), deadline - time.monotonic())
-        call = f"answer_on_stdout('calls', {source!r}, {function!r})"
-        outcome = self._post("calls", call, json.dumps(inputs), seconds, max_output)
+        """See ``Sandbox``; one request has the answers to all calls."""
+        text, run = driver(kind)
+        code = f"{text}\n\nanswer_on_stdout({run}, {source!r})\n"
+        outcome = self._post(code, request, cpu_seconds, max_output, deadline)
         yield iter(outcome.output.split(b"\n")[:-1])
 
-    def run_tests(self, source: str, tests: str, *, max_output: int, deadline: float) -> bytes:
-        """Run ``assert`` statements, as ``Sandbox`` has it, with all the time there is."""
-        seconds = min(self._limits.total_seconds, deadline - time.monotonic())
-        outcome = self._post("tests", f"answer_on_stdout('tests', {source!r}, '')", tests, seconds, max_output)
-        return b"" if outcome.failure else outcome.output.rstrip(b"\n").rpartition(b"\n")[2]
-
-    def _post(self, mode: str, last_line: str, stdin: str, seconds: float, max_output: int) -> Outcome:
+    def _post(self, code: str, stdin: str, seconds: float, max_output: int, deadline: float) -> Outcome:
+        seconds = min(seconds, deadline - time.monotonic())
         if seconds <= 0:
             return Outcome(b"", "time")
         request = {
-            "code": f"{driver(mode)}\n\n{last_line}\n",
+            "code": code,
             "language": "python",
             "stdin": stdin,
             "run_timeout": seconds,

@@ -1,6 +1,6 @@
 """One program inside bubblewrap, watched from outside until nothing of it is left.
 
-Its input is a sealed file in memory, so a program that never reads cannot block the judge. What rlimits cannot bound
+Its input is a sealed file in memory, so a program that never reads cannot block the verifier. What rlimits cannot bound
 across processes (memory, CPU time, number of files) is checked every 50 ms through the sandbox's own ``/proc``.
 """
 
@@ -14,15 +14,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from types import TracebackType
 
-from forkrl.rewards.code.sandbox import LimitReachedError, SandboxUnavailableError
+from forkrl.rewards.code.sandbox import SandboxUnavailableError
 
 _START_LIMIT_S = 20.0
 """For bubblewrap and the interpreter on a loaded machine; not part of a program's time."""
-_PATIENCE = 2
+_WALL_PER_CPU_S = 2
 """Wall-clock seconds per second of CPU time, for loaded machines."""
 _WATCH_S = 0.05
 _MAX_FILES = 10_000
@@ -34,17 +33,22 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 class SandboxedProcess:
     """A running program; after the ``with`` block it and everything it started have ended.
 
-    ``command`` makes the command line up to the driver's ``arguments`` from the descriptors of the seccomp filter and
-    of bubblewrap's report. ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read
-    instead of standard output, which is discarded. ``user`` None keeps our own user. ``first_pid`` is the sandbox's
-    process 1 as seen from outside. Raises SandboxUnavailableError if the sandbox does not start.
+    ``bubblewrap`` is its command line, and ``driver`` that of process 1 inside, up to the driver's descriptors and
+    ``limits``. ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read instead of
+    standard output, which is discarded. ``user`` None keeps our own user. Raises SandboxUnavailableError if the sandbox
+    does not start.
+
+    Attributes:
+        first_pid: process 1 of the sandbox, as seen from outside.
+        failure: the limit that the program exceeded ("time", "memory", "output" or "files"), or "".
     """
 
     def __init__(
         self,
-        command: Callable[[int, int], list[str]],
-        arguments: Sequence[str],
+        bubblewrap: Sequence[str],
+        driver: Sequence[str],
         *,
+        limits: Sequence[int],
         program: bytes,
         stdin: bytes,
         seccomp: bytes,
@@ -54,7 +58,7 @@ class SandboxedProcess:
         answers: bool,
     ) -> None:
         self._memory, self._max_output = memory, max_output
-        self._written = 0
+        self.failure, self._written = "", 0
         self._next_watch = self._deadline = self._cpu_allowed = 0.0
         self._ours = ExitStack()
         self._first: int | None = None
@@ -68,9 +72,10 @@ class SandboxedProcess:
             self._ours.enter_context(lifeline)
             theirs.enter_context(lifeline_end)
             fds = (private_end, lifeline_end.fileno(), program_fd)
+            outer = [*bubblewrap, "--seccomp", str(seccomp_fd), "--info-fd", str(info_end), "--"]
             try:
                 self._process = subprocess.Popen(
-                    [*command(seccomp_fd, info_end), *map(str, fds), *arguments],
+                    [*outer, *driver, *map(str, (*fds, *limits))],
                     stdin=stdin_fd,
                     stdout=subprocess.DEVNULL if answers else stdout_end,
                     stderr=stderr_end,
@@ -98,32 +103,33 @@ class SandboxedProcess:
     def __enter__(self) -> SandboxedProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def allow(self, seconds: float, deadline: float) -> None:
         """From now on allow ``seconds`` of CPU time, twice that on the clock, but not past ``deadline`` (monotonic)."""
         _, cpu = self._usage()
         self._cpu_allowed = cpu + seconds * _TICKS_PER_S
-        self._deadline = min(time.monotonic() + _PATIENCE * seconds, deadline)
+        self._deadline = min(time.monotonic() + _WALL_PER_CPU_S * seconds, deadline)
 
-    def read(self) -> bytes:
-        """The next output, b"" at its end; raises LimitReachedError at a limit."""
-        while True:
+    def output(self) -> Iterator[bytes]:
+        """The output as it comes, until its end or a limit, which ``failure`` then names."""
+        while not self.failure:
             now = time.monotonic()
             if now >= self._next_watch:
-                self._watch()
+                self.failure = self._exceeded()
                 self._next_watch = now + _WATCH_S
             if now >= self._deadline:
-                raise LimitReachedError("time")
-            if self._polled.poll(1000 * min(_WATCH_S, self._deadline - now)):
+                self.failure = "time"
+            if not self.failure and self._polled.poll(1000 * min(_WATCH_S, self._deadline - now)):
                 data = os.read(self._output, 1 << 16)
                 self._written += len(data)
                 if self._written > self._max_output:
-                    raise LimitReachedError("output")
-                return data
+                    self.failure = "output"
+                elif not data:
+                    return
+                else:
+                    yield data
 
     def exit_code(self) -> int:
         """The program's exit code; the sandbox ends with its standard output."""
@@ -160,15 +166,14 @@ class SandboxedProcess:
         except OSError as error:
             raise SandboxUnavailableError(f"the sandbox cannot be watched: {error}") from error
 
-    def _watch(self) -> None:
+    def _exceeded(self) -> str:
         memory, cpu = self._usage()
-        if memory > self._memory:
-            raise LimitReachedError("memory")
-        if cpu > self._cpu_allowed:
-            raise LimitReachedError("time")
         files = os.fstatvfs(self._tmp)
-        if files.f_files - files.f_ffree > _MAX_FILES:
-            raise LimitReachedError("files")
+        if memory > self._memory:
+            return "memory"
+        if cpu > self._cpu_allowed:
+            return "time"
+        return "files" if files.f_files - files.f_ffree > _MAX_FILES else ""
 
     def _usage(self) -> tuple[int, int]:
         """Memory in bytes and CPU ticks of the processes inside, including ticks of reaped children."""

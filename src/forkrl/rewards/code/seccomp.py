@@ -60,7 +60,7 @@ _MACHINES = {
 
 
 def refused_calls(machine: str) -> dict[str, int]:
-    """Numbers by name of the calls that are refused whatever their arguments."""
+    """Numbers by name of the calls that are refused with any arguments."""
     rows = (entry.split() for entry in _REFUSED.split(";"))
     numbers = {row[0]: int(row[_MACHINES[machine].column]) for row in rows}
     return {name: number for name, number in numbers.items() if number >= 0}

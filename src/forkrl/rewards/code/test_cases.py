@@ -20,14 +20,17 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError
-from forkrl.rewards.code.sandbox_program import used_names
+from forkrl.rewards.code.sandbox_driver import used_names
 from forkrl.rewards.reply import reply_of
 
 CODE_VERIFIER = "code"
 """What task.verifier calls the verifier of programs; ``with_sandbox`` makes of it one that a pool can run."""
 
 _COMPRESSED = "zlib+base64:"
-_FORMS = 'of the form {"inputs": [...], "outputs": [...]}, {"test": ..., "entry_point": ...} or {"test_list": [...]}'
+_NOT_TESTS = (
+    'the tests are not JSON of the form {"inputs": [...], "outputs": [...]}, {"test": ..., "entry_point": ...} or '
+    '{"test_list": [...]}'
+)
 _LONG = 4_000
 """Characters; shorter tests stay readable in rollouts and data."""
 _STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
@@ -125,11 +128,11 @@ def unpack_tests(text: str) -> CodeTests:
                 text = data.decode("utf-8", "surrogatepass")
             tests = json.loads(text)
         except (ValueError, zlib.error):
-            raise ValueError(f"the tests are not JSON {_FORMS}") from None
+            raise ValueError(_NOT_TESTS) from None
         if isinstance(tests, list):
             tests = {"test_list": tests}
         if not isinstance(tests, dict) or not tests.keys() & {"inputs", "test", "test_list"}:
-            raise ValueError(f"the tests are not JSON {_FORMS}")
+            raise ValueError(_NOT_TESTS)
         return _unpack_pairs(tests) if "inputs" in tests else _unpack_asserts(tests)
 
 
@@ -252,19 +255,14 @@ def _accepted(due: Any) -> tuple[Any, ...]:
     return (due, due[0]) if isinstance(due, list) and len(due) == 1 else (due,)
 
 
-class _Block(NamedTuple):
-    language: str
-    code: str
-
-
 def last_program(response: str, tests: CodeTests | None = None) -> str | None:
     """The program in a reply: its last closed block fenced as Python, else its last one without a language.
 
     With tests, the last block that defines the called function counts, or that reads the given standard input.
     """
     blocks = _closed_blocks(reply_of(response))
-    candidates = [block.code for block in blocks if block.language in _PYTHON]
-    candidates = candidates or [block.code for block in blocks if not block.language]
+    candidates = [code for language, code in blocks if language in _PYTHON]
+    candidates = candidates or [code for language, code in blocks if not language]
     suitable = [code for code in candidates if tests is not None and _may_be_the_program(code, tests)]
     return (suitable or candidates)[-1] if candidates else None
 
@@ -279,7 +277,8 @@ def _may_be_the_program(code: str, tests: CodeTests) -> bool:
     )
 
 
-def _closed_blocks(response: str) -> list[_Block]:
+def _closed_blocks(response: str) -> list[tuple[str, str]]:
+    """Language and code of each."""
     blocks = []
     opened: tuple[str, int, int] | None = None
     lines = response.split("\n")
@@ -291,7 +290,7 @@ def _closed_blocks(response: str) -> list[_Block]:
             opened = fence[2].lower(), number, len(fence[1].expandtabs())
             continue
         (language, start, indent), opened = opened, None
-        blocks.append(_Block(language, _without_indent(lines[start + 1 : number], indent)))
+        blocks.append((language, _without_indent(lines[start + 1 : number], indent)))
     return blocks
 
 

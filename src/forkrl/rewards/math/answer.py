@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 from forkrl.rewards.math.formula import Formula, read_formula
 from forkrl.rewards.math.notation import closing_place, plain_notation, split_outside, without_thousands
 from forkrl.rewards.math.numbers import Number, number_word, read_number
-from forkrl.rewards.math.units import NO_UNIT, Unit, split_unit
+from forkrl.rewards.math.phrases import SET_OF_ALL
+from forkrl.rewards.math.units import NO_UNIT, Unit, flat_text, split_unit
 
 Kind = Literal[
     "value", "words", "choice", "clock", "ratio", "base", "list", "set", "brackets", "union", "equation", "inequality",
@@ -66,7 +68,6 @@ _LEADING_WORDS = re.compile(
 _SEPARATOR = re.compile(rf"\s*[,;]\s*{_JOIN}?|\s*{_JOIN}")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _MEMBER_OF = re.compile(r"^(?:[a-zA-Z]|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))\s*\\in(?![a-zA-Z])\s*")
-_SET_OF_ALL = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?::|\||\\mid(?![a-zA-Z]))(.*)\\\}")
 _EQUALS = re.compile(r"(?<![\\<>!])=|\\equiv(?![a-zA-Z])")
 _CONGRUENCE = re.compile(
     r"(?:(?P<left>[^=]*?)\s*\\equiv\s*)?(?P<residues>.*?)[\s,]*\(?\s*(?P<mod>\\pmod|\\bmod|\\mod|\\text\{mod\}|(?<![a-zA-Z\\])mod)"
@@ -94,7 +95,7 @@ _ANOTHER_CHOICE = re.compile(r"(?:and|or|,)?\s*\(?[A-J]\)?", re.IGNORECASE)
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _BASE = re.compile(r"\(?([0-9A-F]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\(?(\d+)\)?\}?\s*\}|(\d))")
-_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
+LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _NUMERIC_COMMANDS = re.compile(r"\\(?:cdot|times|div|frac|sqrt|binom|pi)(?![a-zA-Z])")
 _QUANTITY = re.compile(r"-?[a-zA-Z](?:\s*[-+]?\s*[a-zA-Z])*")
 _OF_NAMES = re.compile(
@@ -112,6 +113,7 @@ _WORD_AMONG_SYMBOLS = re.compile(
 _TWO_SIGNS = re.compile(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _CONTENT = re.compile(r"[^\W_]")
+_RISING = ("<", r"\le")
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
@@ -141,15 +143,8 @@ def _read(text: str, depth: int) -> Answer:
         return Answer("value", text, value=number)
     if words := _read_words(text):
         return words
-    for read in (
-        _read_choice,
-        _read_congruence,
-        _read_several,
-        _read_brackets,
-        _read_relation,
-        _read_two_signs,
-        _read_notation,
-    ):
+    readers = (_read_choice, _read_congruence, _read_several, _read_brackets, _read_relation, _read_two_signs)
+    for read in (*readers, _read_notation):
         if answer := read(text, depth + 1):
             return answer
     return _read_value(text)
@@ -157,29 +152,22 @@ def _read(text: str, depth: int) -> Answer:
 
 def _read_words(text: str) -> Answer | None:
     whole = _WHOLE_TEXT.fullmatch(text)
-    words = " ".join(_TEXT.sub(r" \1 ", text).split())
+    words = flat_text(text)
     if _CHOICE.fullmatch(words) or not re.search(r"[^\W\d_]", words) or (not whole and not _WORDS.fullmatch(words)):
         return None
     if _CHOICE_WITH_TEXT.fullmatch(words) or (whole and len(words) < 2):
         return None
     lower = plain_words(words)
-    longest = max(map(len, re.split(r"[ '-]", lower)))
-    if not (
-        whole
-        or longest >= 4
-        or _SHORT_WORD.fullmatch(lower)
-        or lower in _SHORT_WORDS
-        or number_word(lower)
-        or words.istitle()
-    ):
-        return None  # a product of variables
     number = number_word(lower)
+    is_long = max(map(len, re.split(r"[ '-]", lower))) >= 4 or lower in _SHORT_WORDS or words.istitle()
+    if not (whole or number or is_long or _SHORT_WORD.fullmatch(lower)):
+        return None  # a product of variables
     return Answer("value", text, value=number) if number else Answer("words", text, mark=lower)
 
 
 def plain_words(text: str) -> str:
     """In lower case, without a leading article and a final full stop."""
-    return _ARTICLE.sub("", " ".join(_TEXT.sub(r" \1 ", text).split()).rstrip(".").casefold())
+    return _ARTICLE.sub("", flat_text(text).rstrip(".").casefold())
 
 
 def _read_choice(text: str, depth: int) -> Answer | None:
@@ -197,19 +185,15 @@ def _read_congruence(text: str, depth: int) -> Answer | None:
     match = _CONGRUENCE.fullmatch(text)
     if not match or not match["residues"]:
         return None
-    residues = _read(match["residues"].strip(), depth)
+    residues, modulus = _read(match["residues"].strip(), depth), (match["braced"] or match["bare"]).strip()
     if match["left"] is None and match["mod"] == r"\bmod":
-        return _remainder(text, residues, match["braced"] or match["bare"])
+        dividend = residues.value
+        if not isinstance(dividend, Number) or not modulus.isdecimal() or not int(modulus):
+            return None
+        return Answer("value", text, value=Number(dividend.value % int(modulus)))
     parts = residues.parts if residues.kind == "list" else (residues,)
     left = (match["left"] or "").strip()
-    modulus = (match["braced"] or match["bare"]).strip()
     return Answer("congruence", text, parts, mark=modulus) if not left or is_name(left) else None
-
-
-def _remainder(text: str, dividend: Answer, divisor: str) -> Answer | None:
-    if not isinstance(dividend.value, Number) or not divisor.isdecimal() or not int(divisor):
-        return None
-    return Answer("value", text, value=Number(dividend.value.value % int(divisor)))
 
 
 def _read_several(text: str, depth: int) -> Answer | None:
@@ -238,7 +222,7 @@ def _read_brackets(text: str, depth: int) -> Answer | None:
     if text == r"\emptyset":
         return Answer("set", text)
     text = _MEMBER_OF.sub("", text)
-    if match := _SET_OF_ALL.fullmatch(text):
+    if match := SET_OF_ALL.fullmatch(text):
         return _read(match[1].strip(), depth)
     for opening, closing, mark in ((r"\{", r"\}", "{}"), (r"\langle", r"\rangle", "()")):
         if text.startswith(opening) and text.endswith(closing) and text.count(opening) == 1:
@@ -280,25 +264,25 @@ def _read_relation(text: str, depth: int) -> Answer | None:
 
 
 def _read_inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Answer | None:
-    if len(sides) == 3 and len({sign in ("<", r"\le") for sign in signs}) == 1:
-        if signs[0] in (">", r"\ge"):
-            sides, signs = sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
-        ends = (_read(sides[0], depth), _read(sides[2], depth))
-        return Answer(
-            "brackets", text, ends, mark=("[" if signs[0] == r"\le" else "(") + ("]" if signs[1] == r"\le" else ")")
-        )
     if len(sides) == 3:
-        return None
+        if (signs[0] in _RISING) != (signs[1] in _RISING):
+            return None
+        if signs[0] not in _RISING:
+            sides, signs = sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
+        return _interval(text, sides[0], signs[0], signs[1], sides[2], depth)
     left, right, sign = sides[0], sides[1], signs[0]
     if len(right) == 1 and right.isalpha():
         left, right, sign = right, left, FLIPPED[sign]
-    if len(left) == 1 and left.isalpha() and left not in _LETTER.findall(right):
-        end, infinity = _read(right, depth), _read(r"\infty" if sign in (">", r"\ge") else r"-\infty", depth)
-        closed = sign in (r"\ge", r"\le")
-        if sign in (">", r"\ge"):
-            return Answer("brackets", text, (end, infinity), mark=("[" if closed else "(") + ")")
-        return Answer("brackets", text, (infinity, end), mark="(" + ("]" if closed else ")"))
+    if len(left) == 1 and left.isalpha() and left not in LETTER.findall(right):
+        if sign in _RISING:
+            return _interval(text, r"-\infty", "<", sign, right, depth)
+        return _interval(text, right, FLIPPED[sign], "<", r"\infty", depth)
     return Answer("inequality", text, (_read(left, depth), _read(right, depth)), mark=sign)
+
+
+def _interval(text: str, low: str, low_sign: str, high_sign: str, high: str, depth: int) -> Answer:
+    mark = ("[" if low_sign == r"\le" else "(") + ("]" if high_sign == r"\le" else ")")
+    return Answer("brackets", text, (_read(low, depth), _read(high, depth)), mark=mark)
 
 
 def _read_two_signs(text: str, depth: int) -> Answer | None:
@@ -317,11 +301,9 @@ def _read_notation(text: str, depth: int) -> Answer | None:
     if match and _is_clock(int(match[1]), match[2], unit):
         return Answer("clock", text, mark=f"{int(match[1])}:{match[2]}", unit=unit)
     if _RATIO.fullmatch(bare):
-        terms = [read_number(term.strip()) for term in bare.split(":")]
-        first = terms[0].value if terms[0] else 0
-        if first:
-            mark = ":".join(str(term.value / first) for term in terms if term)
-            return Answer("ratio", text, mark=mark)
+        terms = [Fraction(term.strip()) for term in bare.split(":")]
+        if terms[0]:
+            return Answer("ratio", text, mark=":".join(str(term / terms[0]) for term in terms))
     if match := _BASE.fullmatch(bare):
         base = int(match[2] or match[3])
         if 2 <= base <= 36 and (base > 10 or match[1].isdecimal()):
@@ -331,9 +313,7 @@ def _read_notation(text: str, depth: int) -> Answer | None:
 
 def _is_clock(hour: int, minutes: str, unit: Unit) -> bool:
     """Nothing but custom tells 3:45 from a ratio: times are mostly multiples of five minutes."""
-    if hour > 24 or int(minutes) > 59:
-        return False
-    return bool(unit.measures) or minutes.startswith("0") or int(minutes) % 5 == 0
+    return hour <= 24 and int(minutes) <= 59 and (bool(unit.measures) or minutes[0] == "0" or int(minutes) % 5 == 0)
 
 
 def _read_value(text: str) -> Answer:
@@ -354,12 +334,9 @@ def _read_value(text: str) -> Answer:
 
 def tells_a_value(text: str) -> bool:
     """Whether the right side of an equation with this left side is an answer: 2x + 1 = 7 is not the answer 7."""
-    return (
-        is_name(text)
-        or bool(_QUANTITY.fullmatch(text))
-        or bool(_OF_NAMES.fullmatch(text))
-        or not re.search(r"[a-zA-Z\\]", _NUMERIC_COMMANDS.sub("", text))
-    )
+    if is_name(text) or _QUANTITY.fullmatch(text) or _OF_NAMES.fullmatch(text):
+        return True
+    return not re.search(r"[a-zA-Z\\]", _NUMERIC_COMMANDS.sub("", text))
 
 
 def is_name(text: str) -> bool:

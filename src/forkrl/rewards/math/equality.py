@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from forkrl.rewards.math.answer import FLIPPED, Answer, is_name, plain_words, read_measure, tells_a_value
+from forkrl.rewards.math.answer import FLIPPED, LETTER, Answer, is_name, plain_words, read_measure, tells_a_value
 from forkrl.rewards.math.formula import (
     Formula,
     difference,
@@ -26,7 +26,6 @@ _CONJUNCTION = re.compile(r"(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])")
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
 _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])")
 _INDEXED = re.compile(r"([a-zA-Z])\s*_\s*(?:\d|\{\s*\d+\s*\})")
-_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _PLACES = re.compile(r"\.(\d+)")
 _MOST_COMPARED = 50
 _LONGEST_PRODUCT = 3
@@ -76,9 +75,7 @@ def is_same(gold: Answer, found: Answer) -> bool:
             if all(part.kind == "equation" for part in gold.parts):
                 return found.mark == "()" and _same_in_order(_as_point(gold), found.parts)
             return found.mark in ("()", "[]") and _same_members(gold.parts, found.parts)
-        case "set", "list":
-            return _same_members(gold.parts, found.parts)
-        case ("list", "list") | ("list", "set") | ("set", "set") | ("union", "union") | ("union", "list"):
+        case ("list" | "set", "list" | "set") | ("union", "union" | "list"):
             return _same_members(gold.parts, found.parts)
         case "list", "value":
             return _same_members(gold.parts, (found,))
@@ -204,8 +201,7 @@ def _same_equation(gold: Answer, found: Answer) -> bool:
             side.parts[0].text if not call else call[2] for side, call in zip((gold, found), functions, strict=True)
         }:  # f(x) = 2x and y = 2x
             return is_same(gold.parts[-1], found.parts[-1])
-        gaps = [_gap(side) for side in (gold, found)]
-        return gaps[0] is not None and gaps[1] is not None and is_multiple(gaps[0], gaps[1], positive=False)
+        return is_multiple(_gap(gold), _gap(found), positive=False)
     if gold.kind == "equation":
         if found.kind == "list" and gold.parts[-1].kind == "brackets":
             order = _bare(gold.parts[0].text).strip("()").split(",")
@@ -227,7 +223,7 @@ def _conclusions(equation: Answer) -> Sequence[Answer]:
         if part.value is None and (is_name(part.text) or (part is first and tells_a_value(part.text))):
             continue
         if part.value is not None and _has_variables(part):
-            solves_itself = part is not first and names_of(part.value) & set(_LETTER.findall(first.text))
+            solves_itself = part is not first and names_of(part.value) & set(LETTER.findall(first.text))
             if solves_itself and not is_same(last, part):
                 return ()
         elif is_same(last, part):
@@ -261,23 +257,16 @@ def _residue(answer: Answer, modulus: str) -> Fraction | None:
 
 
 def _same_inequality(gold: Answer, found: Answer) -> bool:
-    gaps = [_gap(side) for side in (gold, found)]
-    if gaps[0] is None or gaps[1] is None:
-        return False
-    if found.mark == gold.mark:
-        return is_multiple(gaps[0], gaps[1], positive=True)
-    turned = Formula(-gaps[1].expression, False)
-    return FLIPPED[found.mark] == gold.mark and is_multiple(gaps[0], turned, positive=True)
+    if found.mark != gold.mark:
+        found = replace(found, parts=found.parts[::-1], mark=FLIPPED[found.mark])
+    return found.mark == gold.mark and is_multiple(_gap(gold), _gap(found), positive=True)
 
 
 def _gap(relation: Answer) -> Formula | None:
     """Left side minus right side."""
-    left, right = (_side_value(part) for part in (relation.parts[0], relation.parts[-1]))
-    return difference(left, right) if left is not None and right is not None else None
-
-
-def _side_value(side: Answer) -> Formula | Number | None:
-    return side.value if side.value is not None else read_formula(side.text)
+    sides = (relation.parts[0], relation.parts[-1])
+    left, right = (side.value if side.value is not None else read_formula(side.text) for side in sides)
+    return difference(left, right)
 
 
 def _renamed(answer: Answer, old: str, new: str) -> Answer:

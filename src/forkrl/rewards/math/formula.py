@@ -13,6 +13,7 @@ import re
 import zlib
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import sympy
@@ -34,12 +35,19 @@ _MAX_ROOT_DIGITS = 1_000
 _MAX_BINOMIAL = 10_000
 _MAX_TERMS = 100
 
-_UNFINISHED = re.compile(
-    r"\\(?:sum|int|iint|oint|prod|lim|gcd|lcm|def|newcommand|input|include|write|csname|loop)(?![a-z])"
-)
+_REFUSED = [
+    (re.compile(pattern, re.DOTALL), reason)
+    for pattern, reason in (
+        (
+            r"\\(?:sum|int|iint|oint|prod|lim|gcd|lcm|def|newcommand|input|include|write|csname|loop)(?![a-z])",
+            "a sum, integral or limit is not a final answer",
+        ),
+        (r"(?:_\s*\{[^{}_]*){3}_", "subscripts of subscripts"),  # each level doubles the parser's time
+        # The parser computes binomial coefficients and gamma functions while it reads.
+        (r"\\Gamma(?![a-z]).*\\Gamma(?![a-z])", "a gamma function of gamma functions"),
+    )
+]
 _BINOMIAL = re.compile(r"\\[dt]?binom|\\choose|\\Gamma(?![a-z])")
-_NESTED_GAMMA = re.compile(r"\\Gamma(?![a-z]).*\\Gamma(?![a-z])", re.DOTALL)
-_SUBSCRIPTS_DEEP = re.compile(r"(?:_\s*\{[^{}_]*){3}_")
 _NUMERAL = re.compile(r"\d+")
 _PRODUCT = re.compile(r"((?<![_\d.])\d+(?:\.\d+)?|\))\s*(?=\()|\)\s*(?=\\frac)")
 _PRODUCT_WITH_FRACTION = re.compile(r"(?<![_^\d])(\d+)\s*(\\frac\{(\d+)\}\{(\d+)\})")
@@ -68,7 +76,9 @@ class Formula(NamedTuple):
     has_bars: bool = False
 
     def __str__(self) -> str:
-        return _describe(self.expression)
+        """Expanded if that is cheap, so that equal answers mostly have equal text."""
+        is_cheap = isinstance(self.expression, sympy.Expr) and _terms(self.expression) <= _MAX_TERMS
+        return str(sympy.expand(self.expression) if is_cheap else self.expression)
 
     def renamed(self, old: str, new: str) -> Formula:
         """The same with another name for a variable."""
@@ -105,18 +115,15 @@ def read_formula(text: str) -> Formula | Number | None:
 
 def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
     """Whether both have the same value for all values of their variables."""
-    a, b = _expression(gold), _expression(found)
+    gold, found = _as_formula(gold), _as_formula(found)
+    a, b, is_decimal = gold.expression, found.expression, gold.is_decimal or found.is_decimal
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         return _same_matrix(gold, found)
-    is_decimal = any(
-        (isinstance(side, Formula) and side.is_decimal) or (isinstance(side, Number) and side.is_decimal)
-        for side in (gold, found)
-    )
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return bool(verify(a, b, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True))
-    if _names(a) != _names(b):
+    if names_of(gold) != names_of(found):
         return False
-    if not _names(a):
+    if not names_of(gold):
         return _same_constant(a, b, is_decimal)
     tolerance = 6 if is_decimal else 40
     agree = [_agree_at(a, b, point, tolerance) for point in _POINTS]
@@ -125,8 +132,7 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
     if False not in agree:
         return True
     # Roots and logarithms have many values where variables are negative: sqrt(xy) and sqrt(x)sqrt(y).
-    has_bars = [isinstance(side, Formula) and side.has_bars for side in (gold, found)]
-    if not (_has_branches(a) or _has_branches(b)) or any(has_bars):
+    if gold.has_bars or found.has_bars or not (_has_branches(a) or _has_branches(b)):
         return False
     return all(_agree_at(a, b, point, tolerance) for point in _POSITIVE_POINTS)
 
@@ -142,29 +148,19 @@ def _agree_at(a: Any, b: Any, point: int | Fraction, tolerance: int) -> bool | N
 
 
 def _has_branches(expression: Any) -> bool:
-    return (
-        expression.has(sympy.log)
-        or any(power.base.free_symbols and not power.exp.is_integer for power in expression.atoms(sympy.Pow))
-        or expression.has(sympy.Abs)
-    )  # sympy's |x| for sqrt(x^2)
+    powers = expression.atoms(sympy.Pow)  # and |x|, which sympy writes for sqrt(x^2)
+    return expression.has(sympy.log, sympy.Abs) or any(p.base.free_symbols and not p.exp.is_integer for p in powers)
 
 
-def is_multiple(gold: Formula | Number, found: Formula | Number, *, positive: bool) -> bool:
+def is_multiple(gold: Formula | None, found: Formula | None, *, positive: bool) -> bool:
     """Whether one is a (positive) multiple of the other, so that their zeros (their signs) are the same."""
-    a, b = _expression(gold), _expression(found)
-    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr) or _names(a) != _names(b):
+    if gold is None or found is None or names_of(gold) != names_of(found):
         return False
-    ratios = []
-    for point in _POINTS:
-        left, right = _at(a, point), _at(b, point)
-        if left is None or right is None or left == 0 or right == 0:
-            continue
-        ratios.append(left / right)
-    return (
-        len(ratios) >= 2
-        and all(_is_within(ratios[0] - ratio, ratio, ratio, 15) for ratio in ratios)
-        and not (positive and not (ratios[0].is_real and ratios[0] > 0))
-    )
+    values = [(_at(gold.expression, point), _at(found.expression, point)) for point in _POINTS]
+    ratios = [left / right for left, right in values if left and right]  # neither None nor 0
+    if len(ratios) < 2 or (positive and not (ratios[0].is_real and ratios[0] > 0)):
+        return False
+    return all(_is_within(ratios[0] - ratio, ratio, ratio, 15) for ratio in ratios)
 
 
 def is_rounded(exact: Formula, found: Number, places: int) -> bool:
@@ -175,8 +171,10 @@ def is_rounded(exact: Formula, found: Number, places: int) -> bool:
     return abs(_fraction(constant) - found.value) <= (Fraction(1, 10**places) if places else Fraction(1, 2))
 
 
-def difference(left: Formula | Number, right: Formula | Number) -> Formula | None:
+def difference(left: Formula | Number | None, right: Formula | Number | None) -> Formula | None:
     """``left - right``; None if it is undefined."""
+    if left is None or right is None:
+        return None
     a, b = _expression(left), _expression(right)
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return None
@@ -202,7 +200,7 @@ def entries_of_vector(value: Formula | Number) -> list[Formula]:
 
 def names_of(value: Formula | Number) -> set[str]:
     """The names of the variables in a value."""
-    return _names(_expression(value))
+    return {symbol.name for symbol in _expression(value).free_symbols}
 
 
 def _with_products(text: str) -> str:
@@ -216,19 +214,12 @@ def _with_products(text: str) -> str:
 def _refuse_large_text(text: str) -> None:
     if len(text) > _MAX_TEXT:
         raise TooLarge(f"{len(text)} characters")
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "{([") - (character in "})]")
-        deepest = max(deepest, depth)
+    deepest = max(accumulate((character in "{([") - (character in "})]") for character in text), default=0)
     if deepest > _MAX_DEPTH:
         raise TooLarge(f"brackets {deepest} deep")
-    if _UNFINISHED.search(text):
-        raise TooLarge("a sum, integral or limit is not a final answer")
-    if _SUBSCRIPTS_DEEP.search(text):
-        raise TooLarge("subscripts of subscripts")  # each level doubles the parser's time
-    # The parser computes binomial coefficients and gamma functions while it reads.
-    if _NESTED_GAMMA.search(text):
-        raise TooLarge("a gamma function of gamma functions")
+    for pattern, reason in _REFUSED:
+        if pattern.search(text):
+            raise TooLarge(reason)
     if _BINOMIAL.search(text) and (
         "^" in text or "!" in text or max(map(int, _NUMERAL.findall(text)), default=0) > _MAX_BINOMIAL
     ):
@@ -301,19 +292,22 @@ def _exact(expression: Any) -> Formula | Number | None:
     return Formula(exact, bool(floats))
 
 
-def _expression(value: Formula | Number) -> Any:
+def _as_formula(value: Formula | Number) -> Formula:
     if isinstance(value, Formula):
-        return value.expression
-    return sympy.Rational(value.amount.numerator, value.amount.denominator)
+        return value
+    return Formula(sympy.Rational(value.amount.numerator, value.amount.denominator), value.is_decimal)
 
 
-def _same_matrix(gold: Formula | Number, found: Formula | Number) -> bool:
-    a, b = _expression(gold), _expression(found)
+def _expression(value: Formula | Number) -> Any:
+    return _as_formula(value).expression
+
+
+def _same_matrix(gold: Formula, found: Formula) -> bool:
+    a, b = gold.expression, found.expression
     if not isinstance(a, sympy.MatrixBase) or not isinstance(b, sympy.MatrixBase) or a.shape != b.shape:
         return False
-    decimals = [isinstance(side, Formula) and side.is_decimal for side in (gold, found)]
     pairs = zip(a, b, strict=True)
-    return all(same_formula(Formula(x, decimals[0]), Formula(y, decimals[1])) for x, y in pairs)
+    return all(same_formula(Formula(x, gold.is_decimal), Formula(y, found.is_decimal)) for x, y in pairs)
 
 
 def _same_constant(a: Any, b: Any, is_decimal: bool) -> bool:
@@ -321,9 +315,9 @@ def _same_constant(a: Any, b: Any, is_decimal: bool) -> bool:
         return True
     if a.is_infinite or b.is_infinite:
         return False
-    gap = sympy.Add(a, -b)
     if is_decimal and a.is_real and b.is_real:
         return is_close(_fraction(a), _fraction(b), is_decimal)
+    gap = sympy.Add(a, -b)
     if gap.is_Rational:
         return bool(gap == 0)
     # Of an exact zero, cancellation at that many digits leaves next to nothing.
@@ -349,10 +343,6 @@ def _fraction(constant: Any) -> Fraction:
     return Fraction(str(sympy.N(constant, _DIGITS)))
 
 
-def _names(expression: Any) -> set[str]:
-    return {symbol.name for symbol in expression.free_symbols}
-
-
 def _at(expression: Any, point: int | Fraction) -> Any:
     """The value with a different number for each variable, positive or negative by ``point``; None if there is none."""
     values = {
@@ -365,13 +355,6 @@ def _at(expression: Any, point: int | Fraction) -> Any:
     value = expression.xreplace(values)
     value = value if value.is_Rational else value.evalf(_DIGITS)
     return value if value.is_finite and all(part.is_Number for part in value.as_real_imag()) else None
-
-
-def _describe(expression: Any) -> str:
-    """Expanded if that is cheap, so that equal answers mostly have equal text."""
-    if isinstance(expression, sympy.Expr) and _terms(expression) <= _MAX_TERMS:
-        expression = sympy.expand(expression)
-    return str(expression)
 
 
 def _terms(node: Any) -> float:

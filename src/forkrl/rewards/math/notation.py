@@ -64,6 +64,21 @@ def _with_usual_brackets(interval: re.Match[str]) -> str:
     return opening.replace("]", "(") + left + separator + right + closing.replace("[", ")")
 
 
+_SYNONYMS = {
+    name: symbol
+    for names, symbol in (
+        ("dfrac tfrac cfrac nicefrac xfrac sfrac flatfrac", r"\frac"),
+        ("leq leqslant le", r"\le "),
+        ("geq geqslant ge", r"\ge "),
+        ("lvert rvert vert", "|"),
+        ("langle lparen", "("),
+        ("rangle rparen", ")"),
+    )
+    for name in names.split()
+} | {
+    "lbrack": "[", "rbrack": "]", "lbrace": r"\{", "rbrace": r"\}", "lt": "<", "gt": ">", "neq": r"\ne ",
+    "cong": r"\equiv ", "bigcup": r"\cup ", "bigcap": r"\cap ", "varnothing": r"\emptyset", "lg": r"\log_{10}",
+}  # fmt: skip
 _ROWS = re.compile(r"matrix|array|cases")
 _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[a-zA-Z])")
 _REWRITES = [
@@ -72,22 +87,12 @@ _REWRITES = [
         (r"\\text\{\s*\\?\$\s*(\}?)", lambda money: r"\$" if money[1] else r"\$\text{"),
         (r"^\s*\$\s*(?=\d[\d.,]*$)", r"\\$"),  # $ 18.00
         (r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),  # thousands
-        (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
-        (r"\\!", ""),
+        (rf"\\({'|'.join(_SYNONYMS)})(?![a-zA-Z])", lambda command: _SYNONYMS[command[1]]),
         (r"\\\\\s*\[[^\[\]]*\]", r"\\\\"),  # extra space between rows
         (r"(?<!\\)\\[,;:> ]|~", " "),
-        (r"\\,(?![a-zA-Z])", " "),
-        (r"\\(?:[dtc]|nice|x|s|flat)frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:langle|lparen)(?![a-zA-Z])", "("),
-        (r"\\(?:rangle|rparen)(?![a-zA-Z])", ")"),
-        (r"\\lbrack(?![a-zA-Z])", "["),
-        (r"\\rbrack(?![a-zA-Z])", "]"),
-        (r"\\[lr]?vert(?![a-zA-Z])", "|"),
-        (r"\\big(cup|cap)(?![a-zA-Z])", r"\\\1 "),
         (r"\\colon(?![a-zA-Z])|\{:\}|\\text\s*\{\s*:\s*\}", ":"),
         (r"\\[lc]?dots[cbmio]?(?![a-zA-Z])|(?<!\.)\.\.\.(?!\.)", r"\\ldots "),
-        (r"\\cong(?![a-zA-Z])", r"\\equiv "),
         (r"(?<=\d)\{,\}(?=\d)", "."),  # a decimal comma: the thousands are gone
         (rf"\\(?:{_TEXT_COMMANDS})\s*\{{", r"\\text{"),
         (r"\\text\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
@@ -103,32 +108,21 @@ _REWRITES = [
         (r"(?<=\.)(\d*?)(?:(\d)\2\2+|(\d{2,6}?)\3+)\s*\\ldots\s*$", r"\1\\overline{\2\3}"),
         (r"\\text\{(?:percent|percentage|\\?%)\}|(?<![a-zA-Z])percent(?:age)?(?![a-zA-Z])|(?<!\\)%", r"\\%"),
         (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""),
-        (r"\\(?:leqslant|leq|le)(?![a-zA-Z])", r"\\le "),
-        (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])", r"\\ge "),
-        (r"\\neq(?![a-zA-Z])", r"\\ne "),
-        (r"\\lt(?![a-zA-Z])", "<"),
-        (r"\\gt(?![a-zA-Z])", ">"),
         (r"<=|=<", r"\\le "),
         (r">=", r"\\ge "),
         (r"\*\*", "^"),
         (r"\*|\\ast(?![a-zA-Z])", r"\\cdot "),
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
         (r"(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])|\\infin(?![a-zA-Z])", r"\\infty"),
         (
             r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-zA-Z]))|\\(?:text)?degree(?![a-zA-Z])",
             r"^\\circ",
         ),
         (r"(?<=\d)\s*\^\s*(?:\{\s*(?:\\text\{o\}|o)\s*\}|\\text\{o\}|o(?![a-zA-Z]))", r"^\\circ"),
-        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"(?<![a-zA-Z\\])sqrt(?![a-zA-Z])", r"\\sqrt"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
         (r"\\frac\s*(\\pi|[0-9a-zA-Z])", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\\pi|[0-9a-zA-Z])", r"\\frac\1{\2}"),
-        (r"\\frac\s+\{", r"\\frac{"),
-        (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
         (r"\^\s*(-?\d{2,}|-\d)", r"^{\1}"),
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
@@ -138,7 +132,6 @@ _REWRITES = [
         (rf"(?:^|\{{\s*\}})\s*[_^]\s*{_ABOVE}\s*(?:C|\\text\{{C\}})\s*_\s*{_CHOSEN}", _binomial),
         (r"(?<![a-zA-Z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)", r"\\binom{\1}{\2}"),
         (r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\})", r"\\ln "),
-        (r"\\lg(?![a-zA-Z])", r"\\log_{10}"),
         (r"\\text\{cis\}\s*(.*)$", _cis),
         # The last ones see what all others have left.
         (rf"([(\[\]]){_END}([,;]){_END}([)\[\]])", _with_usual_brackets),
@@ -151,6 +144,8 @@ _GROUPED = re.compile(
 )
 _OPENING = re.compile(r"^(?:[\s:=*]|\\#(?=\s*\d)|\\approx(?![a-zA-Z])|\+(?=[\d.\\]))+")
 _CLOSING = re.compile(r"(?:[\s.,;:*]|\\\\|(?<!\\)\\(?=$))+$")
+_BRACKET = re.compile(r"\\[^{}]|[()\[\]{}]")
+_CHANGE_OF_DEPTH = dict.fromkeys("([{", 1) | dict.fromkeys(")]}", -1)
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _SPACES = re.compile(r"\s+")
 _ALREADY_PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})", re.ASCII)
@@ -220,19 +215,10 @@ def _one_to_ascii(character: str) -> str:
 def closing_place(text: str, start: int) -> int:
     """Where the bracket at ``start`` closes, or -1. Kinds of brackets may differ, as in intervals."""
     depth = 0
-    place = start
-    while place < len(text):
-        character = text[place]
-        if character == "\\" and text[place + 1 : place + 2] not in ("{", "}"):
-            place += 2
-            continue
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth == 0:
-                return place
-        place += 1
+    for token in _BRACKET.finditer(text, start):
+        depth += _CHANGE_OF_DEPTH.get(token[0], 0)
+        if depth == 0:
+            return token.start()
     return -1
 
 
@@ -240,15 +226,11 @@ def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
     """Pieces between the matches of ``separator`` outside all brackets."""
     pieces, depth, begin, place = [], 0, 0, 0
     while place < len(text):
-        match = separator.match(text, place) if depth == 0 else None
-        if match and match.end() > place:
+        if depth == 0 and (match := separator.match(text, place)) and match[0]:
             pieces.append(text[begin:place])
             begin = place = match.end()
             continue
-        character = text[place]
-        if character == "\\" and text[place + 1 : place + 2] not in ("{", "}"):
-            place += 2
-            continue
-        depth = max(0, depth + (character in "([{") - (character in ")]}"))
-        place += 1
+        token = _BRACKET.match(text, place)
+        depth = max(0, depth + _CHANGE_OF_DEPTH.get(token[0], 0)) if token else depth
+        place = token.end() if token else place + 1
     return [*pieces, text[begin:]]

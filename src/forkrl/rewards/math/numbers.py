@@ -6,6 +6,7 @@ Most final answers are one of these, and need no algebra: a pattern and a ``Frac
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -50,13 +51,13 @@ def read_number(text: str) -> Number | None:
     if text.isdecimal() and len(text) < 1000:
         return Number(Fraction(int(text)))
     unsigned = _PERCENT.sub("", text)
-    is_percent = unsigned != text
-    if match := _DECIMAL.fullmatch(unsigned):
-        return _decimal(match, is_percent)
-    if match := _FRACTION.fullmatch(unsigned) or _SLASH.fullmatch(unsigned):
-        return _fraction(match, is_percent)
-    if match := _POWER_OF_TEN.fullmatch(unsigned):
-        return Number(_signed(match["sign"], Fraction(10) ** _exponent(match)), False, is_percent)
+    for pattern, read in _NOTATIONS:
+        if match := pattern.fullmatch(unsigned):
+            value = read(match)
+            if value is None:
+                return None
+            is_decimal = pattern is _DECIMAL and bool(match["point"]) and not match["repeating"]
+            return Number(-value if match["sign"] == "-" else value, is_decimal, unsigned != text)
     return None
 
 
@@ -83,49 +84,44 @@ def is_close(gold: Fraction, found: Fraction, is_decimal: bool) -> bool:
 
     Below 1 that is the sixth significant digit: to six decimals every charge of an electron would be 0.
     """
-    if gold == found:
-        return True
-    if not is_decimal:
-        return False
+    if gold == found or not is_decimal:
+        return gold == found
     scale = max(abs(gold), abs(found))
-    unit = Fraction(1)
-    if scale < 1:
-        unit = Fraction(1, 10 ** (len(str(scale.denominator // scale.numerator)) - 1))
+    unit = Fraction(1, 10 ** (len(str(scale.denominator // scale.numerator)) - 1)) if scale < 1 else 1
     return abs(gold - found) <= _TOLERANCE * unit
 
 
-def _decimal(match: re.Match[str], is_percent: bool) -> Number | None:
+def _decimal(match: re.Match[str]) -> Fraction | None:
     whole, places, repeating = match["whole"] or "", match["places"] or "", match["repeating"] or ""
-    if not whole and not places and not repeating:
+    if not (whole or places or repeating):
         return None
     value = Fraction(int(_bare(whole) + places or "0"), 10 ** len(places))
     if repeating:
         value += Fraction(int(repeating), (10 ** len(repeating) - 1) * 10 ** len(places))
-    power = Fraction(10) ** _exponent(match)
-    is_decimal = bool(match["point"]) and not repeating
-    return Number(_signed(match["sign"], value * power), is_decimal, is_percent)
+    return value * Fraction(10) ** int(match["exponent"] or match["braced"] or match["bare"] or 0)
 
 
-def _fraction(match: re.Match[str], is_percent: bool) -> Number | None:
+def _fraction(match: re.Match[str]) -> Fraction | None:
     top, bottom = int(_bare(match["top"])), int(_bare(match["bottom"]))
     if bottom == 0:
         return None
     value = Fraction(top, bottom)
-    if match["whole"]:
-        if not 0 < value < 1:
-            return None  # 2\frac{3}{2} is not a mixed number
-        value += int(_bare(match["whole"]))
-    return Number(_signed(match["sign"], value), False, is_percent)
+    if not match["whole"]:
+        return value
+    return value + int(_bare(match["whole"])) if 0 < value < 1 else None  # 2\frac{3}{2} is not a mixed number
+
+
+def _power_of_ten(match: re.Match[str]) -> Fraction:
+    return Fraction(10) ** int(match["braced"] or match["bare"])
 
 
 def _bare(digits: str) -> str:
     return digits.replace(",", "").replace(" ", "")
 
 
-def _signed(sign: str, value: Fraction) -> Fraction:
-    return -value if sign == "-" else value
-
-
-def _exponent(match: re.Match[str]) -> int:
-    groups = match.groupdict()
-    return int(groups.get("exponent") or groups["braced"] or groups["bare"] or 0)
+_NOTATIONS: list[tuple[re.Pattern[str], Callable[[re.Match[str]], Fraction | None]]] = [
+    (_DECIMAL, _decimal),
+    (_FRACTION, _fraction),
+    (_SLASH, _fraction),
+    (_POWER_OF_TEN, _power_of_ten),
+]

@@ -6,14 +6,12 @@ The text is in the notation of ``plain_notation``, one final answer of bounded l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 
 from forkrl.rewards.math.numbers import number_word, read_number
-from forkrl.rewards.math.units import find_unit
+from forkrl.rewards.math.units import find_unit, flat_text
 
-_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CANDIDATE = re.compile(r"\\(?:text|in|ne|ge|mathbb|setminus|forall)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2}|'|[万亿]")
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 
@@ -47,7 +45,7 @@ _DOMAINS = [
     )
 ]
 
-_SET_OF_ALL = re.compile(rf"\\\{{\s*[a-zA-Z]\s*(?:\\in\s*{_REALS}\s*)?(?::|\||\\mid(?![a-zA-Z]))(.*)\\\}}")
+SET_OF_ALL = re.compile(rf"\\\{{\s*[a-zA-Z]\s*(?:\\in\s*{_REALS}\s*)?(?::|\||\\mid(?![a-zA-Z]))(.*)\\\}}")
 _WITHOUT = re.compile(
     rf"(?:[a-zA-Z]\s*\\in\s*)?(?:{_REALS}|\(\s*-\\infty\s*,\s*\+?\\infty\s*\))\s*(?:\\setminus|\\backslash|-|\\)\s*\\\{{(.*)\\\}}"
     r"|(?:[a-zA-Z]\s+is\s+)?(?:the\s+set\s+of\s+)?(?:all|any)\s+reals?(?:\s+numbers?)?(?:\s+[a-zA-Z])?"
@@ -69,12 +67,13 @@ def with_phrases_read(text: str) -> str:
         return text
     text = _FEET_AND_INCHES.sub(r"\1 feet \2 inches", text)
     text = _MAGNITUDE.sub(_multiplied, text)
-    flat = " ".join(_TEXT.sub(r" \1 ", text).split())
-    rules: tuple[Callable[[str], str | None], ...] = (_measures_added, _base, _ratio, _without_points, _nothing)
-    for rule in rules:
+    flat = flat_text(text)
+    for rule in (_measures_added, _base, _without_points):
         if (read := rule(flat)) is not None:
             return read
-    return _without_domain(text, flat)
+    if ratio := _RATIO.fullmatch(flat):
+        return f"{ratio[1]}:{ratio[2]}"
+    return r"\emptyset" if _NO_SOLUTION.fullmatch(flat) else _without_domain(text, flat)
 
 
 def _multiplied(match: re.Match[str]) -> str:
@@ -86,25 +85,22 @@ def _multiplied(match: re.Match[str]) -> str:
 
 def _measures_added(flat: str) -> str | None:
     """``2 hours and 15 minutes`` in its first unit: a smaller unit follows, with less than one of the unit before."""
-    place, total, first, last = 0, Fraction(0), "", Fraction(0)
-    bases: dict[str, int] | None = None
+    measures: list[tuple[Fraction, Fraction, dict[str, int], str]] = []
+    place = 0
     while place < len(flat):
         match = _MEASURE.match(flat, place)
         unit = find_unit(match[2]) if match else None
         if not match or not unit:
             return None
-        amount, factor = Fraction(match[1].replace(",", "")) * unit[0], unit[0]
-        if first and (unit[1] != bases or amount >= last or factor >= last):
-            return None
-        total, last, bases = total + amount, factor, unit[1]
-        first = first or match[2]
-        if place == 0:
-            size = factor
+        measures.append((Fraction(match[1].replace(",", "")) * unit[0], *unit, match[2]))
         place = match.end()
-    if not first or last == size:
+    for (_, size, bases, _), (amount, smaller_size, same_bases, _) in pairwise(measures):
+        if bases != same_bases or amount >= size or smaller_size >= size:
+            return None
+    if len(measures) < 2:
         return None
-    total /= size
-    return rf"\frac{{{total.numerator}}}{{{total.denominator}}} \text{{{first}}}"
+    total = sum((amount for amount, *_ in measures), Fraction(0)) / measures[0][1]
+    return rf"\frac{{{total.numerator}}}{{{total.denominator}}} \text{{{measures[0][3]}}}"
 
 
 def _base(flat: str) -> str | None:
@@ -116,18 +112,9 @@ def _base(flat: str) -> str | None:
     return f"{match[1]}_{{{base}}}" if base.isdecimal() else None
 
 
-def _ratio(flat: str) -> str | None:
-    match = _RATIO.fullmatch(flat)
-    return f"{match[1]}:{match[2]}" if match else None
-
-
-def _nothing(flat: str) -> str | None:
-    return r"\emptyset" if _NO_SOLUTION.fullmatch(flat) else None
-
-
 def _without_points(flat: str) -> str | None:
     r"""``\mathbb{R}\setminus\{3\}`` and ``x \ne 3`` as ``(-\infty,3)\cup(3,\infty)``."""
-    if described := _SET_OF_ALL.fullmatch(flat):
+    if described := SET_OF_ALL.fullmatch(flat):
         flat = described[1].strip()
     match = _WITHOUT.fullmatch(flat)
     if not match:

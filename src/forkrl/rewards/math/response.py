@@ -113,29 +113,25 @@ def _boxed(text: str) -> str | None:
 def _joined_boxes(text: str, boxes: Sequence[tuple[int, int, int]]) -> str:
     r"""The last box with those before it that are parts of the same answer, with the names of ``x=\boxed{2}``."""
     names = [_NAME_BEFORE.search(text[max(0, start - 40) : start]) for start, _, _ in boxes]
-    last = len(boxes) - 1
-    joint = " and "
-    while last:
-        between = text[boxes[last - 1][2] + 1 : boxes[last][0]]
-        name = names[last]
-        if len(between) > 80:
-            break
-        if name and names[last - 1]:
-            is_joined = bool(_BETWEEN_NAMED_BOXES.fullmatch(between[: len(between) - len(name[0])]))
-        else:
-            is_joined = bool(_BETWEEN_BOXES.fullmatch(between))
-        if not is_joined:
+    first, joint = len(boxes) - 1, " and "
+    while first:
+        between = gap = text[boxes[first - 1][2] + 1 : boxes[first][0]]
+        pattern, name = _BETWEEN_BOXES, names[first]
+        if name and names[first - 1]:
+            pattern, gap = _BETWEEN_NAMED_BOXES, between[: len(between) - len(name[0])]
+        if len(between) > 80 or not pattern.fullmatch(gap):
             break
         joint = " or " if _OR_BETWEEN.search(between) else joint
-        last -= 1
-    if last == len(boxes) - 1:
-        _, content, end = boxes[last]
-        behind = _BEHIND_BOX.match(text, end + 1)
-        unit = behind[1] if behind and split_unit(plain_notation("1" + behind[1]))[1].measures not in ("", "?") else ""
-        return text[content:end].strip() + (behind[1] if behind and "%" in behind[1] else unit)
+        first -= 1
+    if first == len(boxes) - 1:
+        _, content, end = boxes[first]
+        match = _BEHIND_BOX.match(text, end + 1)
+        behind = match[1] if match else ""
+        is_unit = "%" in behind or split_unit(plain_notation("1" + behind))[1].measures not in ("", "?")
+        return text[content:end].strip() + (behind if is_unit else "")
     contents = [
         (f"{name[1]}=" if name else "") + text[content:end].strip()
-        for name, (_, content, end) in zip(names[last:], boxes[last:], strict=True)
+        for name, (_, content, end) in zip(names[first:], boxes[first:], strict=True)
     ]
     return rf" \text{{{joint}}} ".join(dict.fromkeys(contents))
 
@@ -151,8 +147,7 @@ def _unboxed(text: str) -> str:
 
 def _stated(text: str) -> str:
     """The answer that prose states."""
-    announcements = list(_ANNOUNCED.finditer(text))
-    if announcements:
+    if announcements := list(_ANNOUNCED.finditer(text)):
         return _announced(text[announcements[-1].end() :])
     paragraph = text.rstrip().rpartition("\n\n")[2]
     formulas = list(_FORMULA.finditer(paragraph))
@@ -163,7 +158,7 @@ def _stated(text: str) -> str:
         return either[1]
     number = _last_number(sentence)
     if formulas and (not number or formulas[-1].end() > paragraph.rfind(number)):
-        return _joined(paragraph, formulas, len(formulas) - 1)
+        return _joined(paragraph, formulas)[-1]
     return number
 
 
@@ -183,12 +178,7 @@ def _announced(text: str) -> str:
     text = text.lstrip(_DECORATION + ":")
     formulas = list(_FORMULA.finditer(text))
     if formulas and formulas[0].start() == 0:
-        last = 0
-        while last + 1 < len(formulas) and _BETWEEN_FORMULAS.fullmatch(
-            text[formulas[last].end() : formulas[last + 1].start()]
-        ):
-            last += 1
-        return _joined(text, formulas[: last + 1], last)
+        return _joined(text, formulas)[0]
     end = _SENTENCE_END.search(text)
     sentence = (text[: end.start()] if end else text).strip(_DECORATION)
     if len(sentence.split()) <= 4:
@@ -198,12 +188,17 @@ def _announced(text: str) -> str:
     return _last_number(sentence)
 
 
-def _joined(text: str, formulas: list[re.Match[str]], last: int) -> str:
-    """The formula at ``last`` with those before it that are joined to it by "and", "or" or a comma."""
-    first = last
-    while first and _BETWEEN_FORMULAS.fullmatch(text[formulas[first - 1].end() : formulas[first].start()]):
-        first -= 1
-    return r" \text{ and } ".join(_content(formula) for formula in formulas[first : last + 1])
+def _joined(text: str, formulas: list[re.Match[str]]) -> list[str]:
+    """The formulas; those that are joined by "and", "or" or a comma as one."""
+    runs: list[list[str]] = []
+    end = 0
+    for formula in formulas:
+        if runs and _BETWEEN_FORMULAS.fullmatch(text[end : formula.start()]):
+            runs[-1].append(_content(formula))
+        else:
+            runs.append([_content(formula)])
+        end = formula.end()
+    return [r" \text{ and } ".join(run) for run in runs]
 
 
 def _content(formula: re.Match[str]) -> str:
@@ -211,10 +206,9 @@ def _content(formula: re.Match[str]) -> str:
 
 
 def _last_sentence(text: str) -> str:
-    pieces = [piece for piece in _SENTENCE_END.split(text) if piece.strip(_DECORATION)]
-    return pieces[-1] if pieces else ""
+    return next((piece for piece in reversed(_SENTENCE_END.split(text)) if piece.strip(_DECORATION)), "")
 
 
 def _last_number(sentence: str) -> str:
-    numbers = _NUMBER.findall(sentence)
-    return numbers[-1].strip() if numbers else ""
+    numbers: list[str] = _NUMBER.findall(sentence) or [""]
+    return numbers[-1].strip()

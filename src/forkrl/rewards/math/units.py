@@ -12,10 +12,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 Bases = dict[str, int]
-GENERIC = {"unit", "thing", "单位"}
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_GENERIC = {"unit", "thing", "单位"}
 """Words that say that there is a unit, not which."""
-CURRENCY_SIGNS = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
-LOOKS_LIKE_UNIT = re.compile(r"[a-zA-Z]+")
+_CURRENCY_SIGNS = "$€£¥₹"
+_LETTERS = re.compile(r"[a-zA-Z]+")
 _PREFIXES = {
     "f": ("femto", -15), "p": ("pico", -12), "n": ("nano", -9), "µ": ("micro", -6), "m": ("milli", -3),
     "c": ("centi", -2), "d": ("deci", -1), "k": ("kilo", 3), "M": ("mega", 6), "G": ("giga", 9), "T": ("tera", 12),
@@ -169,6 +170,11 @@ _REWRITES = [
 ]
 
 
+def flat_text(text: str) -> str:
+    r"""The words of ``\text{...}`` without the command, single-spaced."""
+    return " ".join(_TEXT.sub(r" \1 ", text).split())
+
+
 def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
     """The answer (in ``plain_notation``) without its unit, and the unit.
 
@@ -179,9 +185,8 @@ def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
     text = _UNIT_FRACTION.sub(r"\1/(\2)", text)
     if match := _MONEY.match(text):
         rest, unit = split_unit(match[1] + text[match.end() :])
-        return rest, unit if unit.measures not in ("", "?") else _unit(
-            CURRENCY_SIGNS.get(match[2][-1]) or _NO_LETTERS.sub("", match[2])
-        )
+        currency = match[2][-1] if match[2][-1] in _CURRENCY_SIGNS else _NO_LETTERS.sub("", match[2])
+        return rest, _unit(currency) if unit.measures in ("", "?") else unit
     match = _DEGREE.search(text)
     if match and not TRIGONOMETRY.search(text):
         return _DEGREE.sub("", text), _unit({"C": "celsius", "F": "fahrenheit"}.get(match[1], "degree"))
@@ -214,14 +219,14 @@ def _is_bare_unit(space: str, words: str, lenient: bool) -> bool:
         return bool((space and _WORD.search(words)) or not words[0].isascii())
     if lenient or not words[0].isascii():
         return True
-    first = LOOKS_LIKE_UNIT.match(words)
+    first = _LETTERS.match(words)
     if first and len(first[0]) > 1:
         return bool(space) or first[0] in _CLOSE_TO_NUMBER or len(first[0]) > 3
     return "/" in words and (bool(space) or words.startswith("m/s"))
 
 
 def _unit(words: str) -> Unit:
-    words = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", words)
+    words = _TEXT.sub(r" \1 ", words)
     for pattern, replacement in _REWRITES:
         words = pattern.sub(replacement, words)
     words = _DETAIL.sub("", " ".join(words.replace(".", "").split()))
@@ -234,35 +239,31 @@ def _unit(words: str) -> Unit:
 def _product(words: str) -> Unit | None:
     """A product of units with powers, such as ``kg m^2/s^2``; None where a factor is not known."""
     factor, powers = Fraction(1), Counter[str]()
-    signs = [1]
-    sign_of_next = 1
-    place, known = 0, 0
-    while place < len(words.rstrip()):
+    signs, sign = [1], 1  # inside the open brackets; before the next unit
+    place, known = 0, False
+    while place < len(words):
         match = _TOKEN.match(words, place)
         if not match:
             return None
         place = match.end()
         slash, bracket, name, power_text = match.groups()
         if slash:
-            sign_of_next = -1
+            sign = -1
         elif bracket == "(":
-            signs.append(signs[-1] * sign_of_next)
-            sign_of_next = 1
-        elif bracket == ")":
-            if len(signs) > 1:
-                signs.pop()
+            signs.append(signs[-1] * sign)
+            sign = 1
+        elif bracket and len(signs) > 1:
+            signs.pop()
         elif name:
-            power = signs[-1] * sign_of_next * int(re.sub(r"[^-\d]", "", power_text or "1"))
-            sign_of_next = 1
-            known += 1
-            if name.casefold().removesuffix("s") in GENERIC:
+            power = signs[-1] * sign * int(re.sub(r"[^-\d]", "", power_text or "1"))
+            sign, known = 1, True
+            if name.casefold().removesuffix("s") in _GENERIC:
                 continue
             found = find_unit(name)
             if found is None:
                 return None
-            scale, bases = found
-            factor *= scale**power
-            for base, exponent in bases.items():
+            factor *= found[0] ** power
+            for base, exponent in found[1].items():
                 powers[base] += exponent * power
     measures = " ".join(f"{base}^{exponent}" for base, exponent in sorted(powers.items()) if exponent)
     return Unit(measures, factor if measures else Fraction(1)) if known else None

@@ -1,11 +1,17 @@
-"""Values as they pass in and out of a sandboxed program, and LeetCode's nodes. Part of the driver's text in a sandbox.
+"""Calls of a function of a sandboxed program, values as they pass in and out, and LeetCode's nodes.
 
-Must run on Python 3.9, as ``sandbox.python`` may be that.
+Part of the driver's text in a sandbox.
 """
 
+import json
+import os
 from collections import deque
 from types import ModuleType
-from typing import Any
+from typing import Any, Callable  # noqa: UP035
+
+from forkrl.rewards.code.sandbox_driver import new_module
+
+_NODES = ("ListNode", "TreeNode")
 
 
 class ListNode:
@@ -24,6 +30,75 @@ class TreeNode:
 
 class NotTransferableError(BaseException):
     """A value of a kind that cannot be passed between the program and its tests; these do not catch it by accident."""
+
+
+def call_function(source: str, answers_fd: int) -> None:
+    """Call the function named on standard input with each of the inputs there.
+
+    Answers with a line of JSON for each: a list of the value and, if that is None, of a substitute: the first argument,
+    which a function may change instead of returning a value. Arguments that the function's annotations call ListNode or
+    TreeNode are made from lists, and such values are lists.
+    """
+    loads, leave = json.loads, os._exit
+    with os.fdopen(0, "rb", closefd=False) as file:
+        function, inputs = loads(file.read())
+    os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+    module = load_program(source)
+    target = find_function(module, function)
+    annotations = _annotations(target)
+    makers = [_node_maker(module, annotation) for name, annotation in annotations.items() if name != "return"]
+    returns_nodes = "Node" in annotations.get("return", "")
+    takes_nodes = "Node" in next(iter(annotations.values()), "")
+    for texts in inputs:
+        arguments = list(map(loads, texts))
+        for index, maker in enumerate(makers[: len(arguments)]):
+            arguments[index] = maker(arguments[index])
+        value = target(*arguments)
+        reply = [value]
+        if value is None and returns_nodes:
+            reply.append([])
+        elif value is None and arguments:
+            reply.append([] if takes_nodes and arguments[0] is None else arguments[0])
+        write_line(answers_fd, reply, allow_nan=False, default=node_values)
+    leave(0)
+
+
+def write_line(
+    fd: int, message: Any, dumps: Any = json.dumps, write: Callable[[int, bytes], int] = os.write, **options: Any
+) -> None:
+    """Write a line of JSON. Its own functions are those from before the program, which may replace others."""
+    line = (dumps(message, **options) + "\n").encode("ascii")
+    while line:
+        line = line[write(fd, line) :]
+
+
+def _annotations(target: Any) -> dict[str, str]:
+    """The annotation of every parameter in order, and of the result ("return"), as text."""
+    import inspect
+
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return {}
+    annotations = {name: str(parameter.annotation) for name, parameter in signature.parameters.items()}
+    return {**annotations, "return": str(signature.return_annotation)}
+
+
+def _node_maker(module: ModuleType, annotation: str) -> Callable[[Any], Any]:
+    name = next((name for name in _NODES if name in annotation), "")
+    if not name:
+        return lambda value: value
+    if "List[" in annotation or "list[" in annotation:  # a list of them
+        return lambda value: [make_nodes(module, name, each) for each in value]
+    return lambda value: make_nodes(module, name, value)
+
+
+def load_program(source: str) -> ModuleType:
+    """The program as a module whose functions are to be called, with LeetCode's nodes unless it defines its own."""
+    module = new_module("program", source)
+    module.__dict__.update(ListNode=ListNode, TreeNode=TreeNode)
+    exec(compile(source, "program.py", "exec"), module.__dict__)
+    return module
 
 
 def find_function(module: ModuleType, name: str) -> Any:
@@ -58,7 +133,7 @@ def make_nodes(module: ModuleType, name: str, values: Any) -> Any:
 def node_values(node: Any) -> list[Any]:
     """The values of a linked list or a tree, as ``make_nodes`` takes them."""
     kind = type(node).__name__
-    if kind not in ("ListNode", "TreeNode"):
+    if kind not in _NODES:
         raise NotTransferableError(kind)
     values: list[Any] = []
     seen: set[int] = set()
@@ -82,7 +157,7 @@ def node_values(node: Any) -> list[Any]:
 
 
 def is_node(value: Any) -> bool:
-    return type(value).__name__ in ("ListNode", "TreeNode")
+    return type(value).__name__ in _NODES
 
 
 def encode(value: Any) -> Any:
@@ -100,9 +175,8 @@ def encode(value: Any) -> Any:
         return {"complex": [value.real, value.imag]}
     if is_node(value):
         return {type(value).__name__: list(map(encode, node_values(value)))}
-    if isinstance(value, (list, range, deque, type({}.keys()), type({}.values()), type({}.items()))):
-        return list(map(encode, value))
-    if hasattr(value, "__next__"):  # a generator; tests make a list of it
+    sequences: tuple[type, ...] = (list, range, deque, type({}.keys()), type({}.values()), type({}.items()))
+    if isinstance(value, sequences) or hasattr(value, "__next__"):  # a generator; tests make a list of it
         return list(map(encode, value))
     raise NotTransferableError(type(value).__name__)
 
@@ -117,7 +191,7 @@ def decode(module: Any, value: Any) -> Any:
     if kind == "bytes":
         return bytes(parts)
     parts = [decode(module, each) for each in parts]
-    if kind in ("ListNode", "TreeNode"):
+    if kind in _NODES:
         return make_nodes(module, kind, parts)
     if kind == "complex":
         return complex(*parts)

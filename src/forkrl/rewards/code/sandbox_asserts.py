@@ -1,9 +1,9 @@
-"""Runs tests written as ``assert`` statements against a program in another process. Part of the driver's text in a
-sandbox.
+"""Runs tests written as ``assert`` statements against a program in another process.
 
-The program's process is forked before the tests are read, keeps no descriptor that leads to them or to the result, and
-begins only once the kernel denies it any look into the process of the tests. It answers calls; what it says becomes
-plain values there. So there is nothing that it could patch, and its end is a failure.
+Part of the driver's text in a sandbox. The program's process is forked before the tests are read, keeps no descriptor
+that leads to them or to the result, and begins only once the kernel denies it any look into the process of the tests.
+It answers calls; its replies become plain values there. So there is nothing that it could patch, and its end is a
+failure.
 """
 
 import ast
@@ -14,8 +14,7 @@ import signal
 from types import ModuleType
 from typing import Any, Callable  # noqa: UP035
 
-from forkrl.rewards.code.sandbox_program import load_program, new_module
-from forkrl.rewards.code.sandbox_values import (
+from forkrl.rewards.code.sandbox_calls import (
     ListNode,
     NotTransferableError,
     TreeNode,
@@ -23,7 +22,10 @@ from forkrl.rewards.code.sandbox_values import (
     encode,
     find_function,
     is_node,
+    load_program,
+    write_line,
 )
+from forkrl.rewards.code.sandbox_driver import new_module
 
 _PR_SET_DUMPABLE = 4
 _REACHED = "_forkrl_reached"
@@ -33,7 +35,7 @@ class ProgramEndedError(BaseException):
     """The program's process has ended. A BaseException, so that tests do not catch it by accident."""
 
 
-def run_tests(source: str, answers_fd: int) -> None:
+def run_asserts(source: str, answers_fd: int) -> None:
     """Run the ``assert`` statements on standard input; the result is the last line written to ``answers_fd``."""
     requests, replies = os.pipe(), os.pipe()
     child = os.fork()
@@ -52,9 +54,9 @@ def run_tests(source: str, answers_fd: int) -> None:
         program = _Program(requests[1], replies[0], answers_fd)
         program.send("begin")
         with os.fdopen(0, "rb", closefd=False) as file:
-            result = _run_asserts(program, json.loads(file.read()))
+            result = _result(program, json.loads(file.read()))
     os.kill(child, signal.SIGKILL)
-    os.write(answers_fd, json.dumps(result).encode("ascii") + b"\n")
+    write_line(answers_fd, result)
     os._exit(0)
 
 
@@ -68,7 +70,7 @@ def _hide_memory() -> bool:
         return False
 
 
-def _run_asserts(program: "_Program", tests: dict[str, Any]) -> list[str]:
+def _result(program: "_Program", tests: dict[str, Any]) -> list[str]:
     """["passed"], ["failed"], or ["broken", why] where it is the tests that cannot work."""
     module = new_module("tests", "")
     module.__dict__.update(ListNode=ListNode, TreeNode=TreeNode)
@@ -91,7 +93,7 @@ def _run_asserts(program: "_Program", tests: dict[str, Any]) -> list[str]:
         return ["failed"]
     if program.ended:
         return ["failed"]
-    # Tests of an exception may stand around an ``assert False`` that must not be reached.
+    # Tests of an exception may contain an ``assert False`` that must not be reached.
     return ["passed"] if reached or program.raised else ["broken", "none of their assert statements was reached"]
 
 
@@ -123,10 +125,8 @@ class _Program:
         return call
 
     def send(self, request: Any) -> None:
-        line = (json.dumps(request) + "\n").encode("ascii")
         try:
-            while line:
-                line = line[os.write(self._requests_fd, line) :]
+            write_line(self._requests_fd, request)
         except BrokenPipeError:
             self.ended = True
             raise ProgramEndedError from None
@@ -179,7 +179,7 @@ def _change(argument: Any, now: Any) -> None:
 
 def serve_calls(source: str, incoming: Any, replies_fd: int) -> None:
     """The program's process: load it, and answer calls until the tests end."""
-    dumps, loads, write = json.dumps, json.loads, os.write
+    loads = json.loads
     module = load_program(source)
     for line in incoming:
         name, given, named = loads(line)
@@ -193,6 +193,4 @@ def serve_calls(source: str, incoming: Any, replies_fd: int) -> None:
         except Exception as error:
             own = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
             reply = ["raised", own, str(error)[:1000]]
-        data = (dumps(reply) + "\n").encode("ascii")
-        while data:
-            data = data[write(replies_fd, data) :]
+        write_line(replies_fd, reply)
