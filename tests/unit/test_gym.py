@@ -171,7 +171,7 @@ def test_what_would_fool_a_scorer_or_hold_it_up_scores_nothing(generator: str, a
 
 def test_a_probability_is_right_where_it_is_close() -> None:
     for entry in asked("coin_flip", held_out=12, train=0):
-        prompt = forkrl.tasks.gym._prompt(TaskConfig(name="reasoning-gym", generator="coin_flip"), entry, "")
+        prompt = _as_prompt("coin_flip", entry)
         assert verify_gym(prompt.answer, f"<answer>{Fraction(entry['answer'])}</answer>").score == 1
         assert verify_gym(prompt.answer, f"<answer>{float(entry['answer']) * 1.5}</answer>").score < 1
 
@@ -187,11 +187,13 @@ def test_an_integral_left_as_it_was_is_no_answer() -> None:
 
 
 def _one_prompt(generator: str) -> Prompt:
-    """Without a process for it: these nine depend on no order."""
-    from forkrl.tasks.gym import _prompt
+    """Made in this process: these nine generators do not depend on string hashing."""
+    return _as_prompt(generator, asked(generator, held_out=1, train=0)[0])
 
+
+def _as_prompt(generator: str, entry: dict[str, Any]) -> Prompt:
     config = TaskConfig(name="reasoning-gym", generator=generator)
-    return _prompt(config, asked(generator, held_out=1, train=0)[0], "")
+    return forkrl.tasks.gym._prompt(config, entry, lambda content, place: "")
 
 
 def test_another_question_than_the_prompts_is_not_judged(pool: VerifierPool) -> None:

@@ -248,7 +248,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"name": "mix", "parts": [{"name": "dataset"}]}, "task.parts.0: task.data is empty"),
     ({"name": "mix", "parts": [{"name": "reasoning-gym"}]}, "task.parts.0: task.generator is empty"),
     ({"name": "mix", "parts": [GYM], "template": "{prompt}!"}, "task.template is for task.name = "),
-    ({"name": "mix", "parts": [{"name": "dataset", "data": "x.jsonl", "verifier": "none"}]}, "judges nothing, and"),
+    ({"name": "mix", "parts": [{"name": "dataset", "data": "x.jsonl", "verifier": "none"}]}, "gives no scores, which"),
     (
         {"name": "mix", "parts": [COUNTDOWN | {"curriculum": {"promote_above": 0.7}}]},
         "task.curriculum is for",

@@ -167,22 +167,6 @@ def test_evaluations_at_different_temperatures_are_not_compared(tmp_path: Path) 
     Page(write_run_report(folder))
 
 
-def test_a_credential_in_an_old_run_is_not_shown(tmp_path: Path) -> None:
-    folder = evaluated(tmp_path / "run", *GAIN)
-    text = (
-        (folder / "config.toml")
-        .read_text()
-        .replace(
-            "[provenance]",
-            '[task]\nverifier = "http://ann:s3cret@host/judge"\nverifier_options.headers.A = "Bearer s3cret"\n'
-            "[provenance]\ncommand = \"forkrl train 'task.verifier=http://ann:s3cret@host/judge'\"",
-        )
-    )
-    (folder / "config.toml").write_text(text)
-    page = write_run_report(folder).read_text(encoding="utf-8")
-    assert "s3cret" not in page and "host/judge" in page
-
-
 @pytest.mark.parametrize(
     "content", ["", "[1]", '{"q0": [1, 0], "q1": [1]}', '{"q0": ["x"]}', '{"q0": [7]}', "{}", "\xff"]
 )

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from forkrl.config import RewardConfig, TrainConfig
-from forkrl.config.loopback import is_loopback
-from forkrl.config.recipe import load_recipe, recipe_toml
-from forkrl.config.secret_values import SecretValues, shown_url, without_secrets_in_command, without_written_secrets
+from forkrl.config.recipe import load_recipe
+from forkrl.config.secret_values import SecretValues, is_loopback, shown_url
 from forkrl.errors import UserError
 from forkrl.rewards import open_verifier
 from forkrl.types import Prompt, VerifierSpec
@@ -136,45 +135,6 @@ def test_a_message_that_is_cut_within_a_credential_does_not_show_it(
         pool.announce = lambda _: None
         pool.verify([(Prompt("p", "?", "a"), "b")])
     assert "s3cret" not in pool.first_failures["error"]
-
-
-def test_credentials_that_an_older_version_stored_are_not_shown() -> None:
-    stored = {
-        "task": {
-            "verifier": "http://ann:s3cret@host/judge?token=s3cret",
-            "verifier_options": {"headers": {"A": "s3cret"}, "api_key": "s3cret", "mode": "exact", "n": 3},
-        },
-        "seed": 0,
-    }
-    assert without_written_secrets("", stored) == {
-        "task": {
-            "verifier": "http://…@host/judge?…",
-            "verifier_options": {"headers": {"A": "…"}, "api_key": "…", "mode": "exact", "n": 3},
-        },
-        "seed": 0,
-    }
-    usual = recipe_toml(TrainConfig())
-    assert without_written_secrets("", usual) == usual
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "task.verifier=http://ann:s3cret@host/judge",
-        "'task.verifier=http://host/judge?token=s3cret'",
-        "task.verifier_options.api_key=s3cret",
-        "'task.verifier_options.headers={A = \"Bearer s3cret\"}'",
-        "'task.verifier_options.headers.A=Bearer s3cret'",
-        "'task.verifier_options={headers = {A = \"s3cret\"}}'",
-        '\'task.parts=[{name="dataset", verifier="http://ann:s3cret@host"}]\'',
-        "http://ann:s3cret@host",
-    ],
-)
-def test_a_recorded_command_is_shown_without_credentials(setting: str) -> None:
-    shown = without_secrets_in_command(f"forkrl train r.toml {setting} seed=3")
-    assert "s3cret" not in shown
-    assert shown.startswith("forkrl train r.toml ") and shown.endswith(" seed=3")
-    assert without_secrets_in_command("forkrl train 'a b.toml'  seed=3") == "forkrl train 'a b.toml'  seed=3"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from forkrl.model.policy import Policy
 from forkrl.model.prompt_tokens import PromptCheck
 from forkrl.report.progress import progress
 from forkrl.store.run_folder import encodable_text
-from forkrl.tasks.bad_rows import BadRows
-from forkrl.tasks.json_lines import json_object, kind_of, require_characters
+from forkrl.tasks.json_lines import BadRows, json_object, kind_of, require_characters
 from forkrl.types import Prompt
 
 PART_TOKENS = 1 << 14

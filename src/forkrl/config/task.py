@@ -1,8 +1,7 @@
-"""Which prompts a run is about, and what judges the responses to them."""
+"""Which prompts a run samples from, and which verifier scores the responses."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,30 +9,29 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from forkrl.config.secret_values import reject_written_secrets
-from forkrl.config.sections import FROM_LIST, Count, PositiveInt, Section, Seed, default_of
+from forkrl.config.sections import FROM_LIST, Count, Decay, Positive, PositiveInt, Section, Seed
 
 GYM_INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
 
 
 class CurriculumConfig(Section):
-    """Levels of difficulty that follow how well the model does, for a reasoning-gym generator that has them."""
+    """Difficulty levels that follow the model's accuracy, for a reasoning-gym generator that has levels."""
 
     promote_above: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Go one level up when the mean accuracy of the last `window` groups is above this. Not set: no curriculum."""
-    demote_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    demote_below: Decay = 0.0
     """Go one level down when it is below this. 0: never."""
     window: PositiveInt = 64
-    """Groups of responses, all of the present level; counting restarts after each change of level."""
+    """Groups of responses at the current level; counting restarts whenever the level changes."""
     start: Count = 0
     """The first level."""
     max_level: Count | None = None
-    """The last level. Not set: the last that the generator has."""
+    """The last level. Not set: the generator's last level."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> CurriculumConfig:
         if self.promote_above is None:
-            changed = [name for name in type(self).model_fields if getattr(self, name) != default_of(type(self), name)]
-            if changed:
+            if changed := self.changed():
                 raise ValueError(
                     f"task.curriculum.{changed[0]} has no effect without task.curriculum.promote_above; set that too"
                 )
@@ -50,8 +48,8 @@ class CurriculumConfig(Section):
 
 class TaskConfig(Section):
     name: Literal["countdown", "countdown-validation", "dataset", "reasoning-gym", "mix"] = "countdown"
-    """"countdown" makes its own problems; "countdown-validation" evaluates on others than those, for choosing settings;
-    "dataset" reads yours; "reasoning-gym" takes one of that package's generators; "mix" mixes several tasks."""
+    """"countdown" generates its problems; "countdown-validation" evaluates on other problems, for choosing settings;
+    "dataset" reads your data; "reasoning-gym" uses one of that package's generators; "mix" mixes several tasks."""
     data: str = ""
     """dataset: a .jsonl or .parquet file, a folder of them, or a hub id."""
     subset: str | None = None
@@ -59,67 +57,67 @@ class TaskConfig(Section):
     split: str = "train"
     """dataset: the split to train on."""
     held_out_data: str = ""
-    """dataset: prompts to evaluate on, in the same columns; a hub id may name its split, "owner/name:test". Empty:
-    `held_out_rows` rows are kept aside from `data`."""
+    """dataset: prompts to evaluate on, with the same columns; a hub id may name its split, "owner/name:test". Empty:
+    hold out `held_out_rows` rows of `data`."""
     held_out_rows: PositiveInt = 256
-    """dataset: how many rows to keep aside when `held_out_data` is empty. reasoning-gym: questions to evaluate on."""
+    """dataset: rows to hold out if `held_out_data` is empty. reasoning-gym: questions to evaluate on."""
     prompt_column: str = "prompt"
-    """dataset: column with the question (text or chat messages). Dots reach inside: "reward_model.ground_truth"."""
+    """dataset: column with the question (text or chat messages). Dots select nested fields: "extra.question"."""
     answer_column: str = "answer"
-    """dataset: column with the gold answer."""
+    """dataset: column with the gold answer, such as "answer" or "reward_model.ground_truth"."""
     template: str = "{prompt}"
-    """dataset, reasoning-gym: text around the question; {prompt} is replaced by it."""
+    """dataset, reasoning-gym: text around the question, which replaces {prompt}."""
     chat_template: bool = False
-    """dataset, reasoning-gym: wrap the templated question as a user message with the tokenizer's chat template."""
+    """dataset, reasoning-gym: format the templated question as a user message with the tokenizer's chat template."""
     skip_bad_rows: bool = False
-    """dataset: leave out rows that cannot be used, and report them. Otherwise they are an error."""
+    """dataset: skip and report unusable rows. Otherwise they are an error."""
     allow_unknown_tokens: bool = False
-    """Accept prompts with characters that the tokenizer does not know: it replaces them by its unknown token, or drops
-    them. Otherwise they are an error."""
+    """Accept prompts with characters that the tokenizer would drop or replace by its unknown token, which is otherwise
+    an error."""
     verifier: str = "forkrl.rewards.math:verify_math"
     """dataset: import path "module:function" of (answer, response) -> score in [0, 1], or the "http://…" or "https://…"
-    address of a server that judges, with credentials as ${NAME} (docs/verifiers.md). "code": the answers are tests of
-    programs, which run in a sandbox (docs/code-rewards.md). "none": nothing is judged and no answers are read, for
-    commands that can do without."""
-    verifier_options: dict[str, Any] = Field(default={})
-    """dataset: further arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1. ${NAME} in text
-    is replaced by that environment variable. "code" takes float_tolerance (docs/code-rewards.md)."""
+    address of a verifier server, with credentials as ${NAME} (docs/verifiers.md). "code": the answers are tests for
+    programs, which run in a sandbox (docs/code-rewards.md). "none": no answers and no scores, for commands that need
+    none."""
+    verifier_options: dict[str, JsonValue] = Field(default={})
+    """dataset: additional arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1. ${NAME} in
+    text is replaced by that environment variable. "code" takes float_tolerance (docs/code-rewards.md)."""
     generator: str = ""
     """reasoning-gym: the generator's name, such as "chain_sum" (docs/tasks.md lists them)."""
     settings: dict[str, JsonValue] = Field(default={})
-    """reasoning-gym: the generator's own settings, such as { min_terms = 2, max_terms = 3 }."""
+    """reasoning-gym: the generator's settings, such as { min_terms = 2, max_terms = 3 }."""
     difficulty: Count | None = None
-    """reasoning-gym: a fixed level of the generator's curriculum, from 0. Not set: the generator's own defaults."""
+    """reasoning-gym: a fixed level of the generator's curriculum, from 0. Not set: the generator's defaults."""
     train_prompts: PositiveInt = 2048
-    """reasoning-gym: distinct questions to train on, at each level of a curriculum."""
+    """reasoning-gym: distinct questions to train on, per level of a curriculum."""
     question_seed: Seed = 0
-    """reasoning-gym: of the questions themselves; `seed` orders them."""
+    """reasoning-gym: random seed of the questions; their order depends on `seed`."""
     instruction: str = GYM_INSTRUCTION
-    """reasoning-gym: what follows the question inside {prompt}. Only the text in <answer> tags is judged."""
+    """reasoning-gym: text after the question inside {prompt}. Only the text in <answer> tags is scored."""
     strict: bool = False
-    """reasoning-gym: only full marks count; the fractions that many scorers give become 0."""
+    """reasoning-gym: turn partial scores, which many scorers give, into 0."""
     curriculum: CurriculumConfig = CurriculumConfig()
     parts: Annotated[tuple[PartConfig, ...], FROM_LIST] = ()
     """mix: the tasks, each a table [[task.parts]] with the settings of [task] and those below."""
 
     @model_validator(mode="after")
     def _settings_go_with_the_name(self) -> TaskConfig:
-        for key in TaskConfig.model_fields:
-            owners = _TASK_KEYS.get(key, ("dataset",))
-            if key != "name" and self.name not in owners and getattr(self, key) != default_of(TaskConfig, key):
+        changed = self.changed()
+        for tasks, settings in _TASKS_THAT_READ.items():
+            misplaced = [key for key in settings.split() if key in changed]
+            if misplaced and self.name not in tasks:
                 raise ValueError(
-                    f'task.{key} is for task.name = "{owners[0]}", but task.name = "{self.name}"; set task.name too'
+                    f'task.{misplaced[0]} is for task.name = "{tasks[0]}", but task.name = "{self.name}"; set '
+                    f"task.name too"
                 )
         if self.name == "dataset" and not self.data:
             raise ValueError(
                 'task.data is empty; name a .jsonl or .parquet file, or a hub data set, for task.name = "dataset"'
             )
         if self.verifier_options and self.verifier == "none":
-            raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; leave them out')
+            raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; remove them')
         if self.verifier == "code":
             _require_code_options(self.verifier_options)
-        for name, value in self.verifier_options.items():
-            _require_json(f"task.verifier_options.{name}", value)
         reject_written_secrets("task.verifier", self.verifier)
         reject_written_secrets("task.verifier_options", self.verifier_options)
         if self.name == "reasoning-gym" and not self.generator:
@@ -151,46 +149,36 @@ class PartConfig(TaskConfig):
     """One task of a mix."""
 
     source: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
-    """What the part is called in metrics and reports. Empty: after its generator, its data or its name."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Its share of the prompts is this over the sum of all weights."""
+    """Name of the part in metrics and reports. Empty: its generator, its data or its task name."""
+    weight: Positive = 1.0
+    """Its share of the prompts is its weight divided by the sum of all weights."""
 
     @model_validator(mode="after")
     def _is_no_mix(self) -> PartConfig:
         if self.name == "mix":
             raise ValueError("task.name: a part of a mix cannot be a mix; list its parts next to the others")
         if self.verifier == "none":
-            raise ValueError('task.verifier = "none" judges nothing, and a mix is trained on')
+            raise ValueError(
+                'task.verifier = "none" gives no scores, which a mix needs for training; choose a verifier'
+            )
         return self
 
     @property
     def label(self) -> str:
-        """``source``, or a name made of what the part is."""
-        own = {"dataset": Path(self.data).stem if self.data.endswith((".jsonl", ".parquet")) else Path(self.data).name}
-        name = self.source or self.generator or own.get(self.name, self.name)
-        return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+        """``source``, or a name derived from the part's generator, data or task name."""
+        data = Path(self.data)
+        name = self.source or self.generator or (data.stem if data.suffix in (".jsonl", ".parquet") else data.name)
+        return re.sub(r"[^A-Za-z0-9_.-]", "-", name or self.name)
 
 
-_TASK_KEYS = {
-    **dict.fromkeys(
-        (
-            "generator",
-            "settings",
-            "difficulty",
-            "train_prompts",
-            "question_seed",
-            "instruction",
-            "strict",
-            "curriculum",
-        ),
-        ("reasoning-gym",),
-    ),
-    **dict.fromkeys(("held_out_rows", "template", "chat_template"), ("dataset", "reasoning-gym")),
-    "allow_unknown_tokens": ("dataset", "reasoning-gym", "countdown", "countdown-validation"),
-    "parts": ("mix",),
+_TASKS_THAT_READ = {
+    ("dataset",): "data subset split held_out_data prompt_column answer_column skip_bad_rows verifier verifier_options",
+    ("reasoning-gym",): "generator settings difficulty train_prompts question_seed instruction strict curriculum",
+    ("dataset", "reasoning-gym"): "held_out_rows template chat_template",
+    ("dataset", "reasoning-gym", "countdown", "countdown-validation"): "allow_unknown_tokens",
+    ("mix",): "parts",
 }
-"""The tasks that read a setting; those that are not here are for "dataset" alone."""
-
+"""The settings that are specific to some tasks, by ``task.name``."""
 
 TaskConfig.model_rebuild()
 
@@ -206,12 +194,3 @@ def _require_code_options(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"task.verifier_options.float_tolerance = {value!r} is not a number in [0, 1), such as 1e-6"
             )
-
-
-def _require_json(key: str, value: Any) -> None:
-    try:
-        json.dumps(value)
-    except TypeError:
-        raise ValueError(
-            f"{key} = {value!r} is no text, number, truth value, list or table; write it as text"
-        ) from None

@@ -1,19 +1,21 @@
-"""A whole recipe for ``forkrl train``, and what its tables must agree on."""
+"""A recipe for ``forkrl train``: its tables, except ``[task]``, and the checks across them.
+
+Defaults are the paper's setting (arXiv 2506.01939v2, section 5.2) wherever it has one. The text under a setting is its
+help and its entry in docs/recipes.md.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from forkrl.config.responses import DynamicSamplingConfig, RewardConfig, RolloutConfig, SandboxConfig
-from forkrl.config.runtime import ClusterConfig, RuntimeConfig
-from forkrl.config.sections import FROM_LIST, Count, NonNegative, PositiveInt, Section, Seed, default_of
+from forkrl.config.secret_values import reject_written_secrets
+from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
-from forkrl.config.update import ForksOnlyConfig, LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
 
 CHANGEABLE = ("training.steps", "eval.*", "checkpoint.*", "log.*")
-"""Settings that affect no finished step: a resumed run may change them."""
+"""Settings that a resumed run may change: they do not affect finished steps."""
 
 
 class ModelConfig(Section):
@@ -27,13 +29,171 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
+class RolloutConfig(Section):
+    prompts_per_step: PositiveInt = 512
+    """Groups in the loss of one step."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Responses per prompt; their mean is the baseline of their advantages."""
+    temperature: Positive = 1.0
+    """Sampling temperature; training computes log-probs and entropies at the same temperature."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling. Below 1 the sampling policy differs from the trained one: a bias that the paper avoids."""
+    top_k: Count = 0
+    """Sample from the k most likely tokens; 0: all."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Longer prompts are an error."""
+    max_response_tokens: PositiveInt = 20480
+    """L_max: responses are truncated here."""
+    stop: Annotated[tuple[str, ...], FROM_LIST] = ()
+    """Additional stop tokens, each a single token; EOS of tokenizer and generation_config.json always stops."""
+    max_sequences: PositiveInt = 256
+    """Sequences that one worker decodes at once; bounds its KV cache."""
+    cuda_graphs: bool = False
+    """Decode with CUDA graphs (docs/engines.md): on a GPU, for Llama, Mistral, Qwen2 and Qwen3. Off by default because
+    it has not run on a GPU yet."""
+
+
+class DynamicSamplingConfig(Section):
+    enabled: bool = True
+    """Drop groups whose responses are all right or all wrong, and sample more prompts until the step is full."""
+    generation_prompts: Count = 0
+    """Prompts sampled at a time; 0: prompts_per_step. The official scripts use 3 x 512."""
+    max_generation_batches: PositiveInt = 10
+    """After this many batches, train on the groups found so far; if there are none, the run ends with an error."""
+
+
+class RewardConfig(Section):
+    overlong_cache: Count = 4096
+    """L_cache: over the last L_cache tokens before L_max the reward falls linearly to -1; 0: no penalty."""
+    workers: PositiveInt = 1
+    """Verifier processes."""
+    timeout_s: Positive = 10.0
+    """Wall-clock limit for judging one response; a worker that exceeds it is killed and replaced."""
+    memory_mb: Annotated[int, Field(ge=64)] = 2048
+    """Address space of one verifier process."""
+
+
+class SandboxConfig(Section):
+    """Where code rewards run programs, and within which limits (docs/code-rewards.md)."""
+
+    server: str = ""
+    """Address of a SandboxFusion server, such as "http://localhost:8080", with credentials as ${NAME}. Empty:
+    bubblewrap on this machine."""
+    python: str = ""
+    """Python interpreter that runs the programs, with only its standard library. Empty: the one that runs ForkRL."""
+    seconds: Annotated[float, Field(ge=0.1)] = 6.0
+    """CPU time for one test; its wall-clock limit is twice this."""
+    total_seconds: Annotated[float, Field(ge=0.1)] = 60.0
+    """Wall-clock limit for all tests of one program; a program that exceeds it fails."""
+    memory_mb: Annotated[int, Field(ge=64)] = 1024
+    """Memory of one program with all its processes, in MiB; at least 256 below reward.memory_mb."""
+    output_kb: PositiveInt = 16384
+    """KiB that a program may print in one test; twice the expected output is always allowed."""
+    files_mb: PositiveInt = 64
+    """MiB of files that a program may have at a time; they are deleted after the test."""
+    processes: PositiveInt = 32
+    """Processes and threads of one program at a time."""
+
+    @model_validator(mode="after")
+    def _holds_no_secrets(self) -> SandboxConfig:
+        reject_written_secrets("sandbox.server", self.server)
+        return self
+
+
+class SelectionConfig(Section):
+    rule: Literal["all", "top_entropy", "bottom_entropy", "random", "threshold"] = "top_entropy"
+    """Which response tokens carry gradient. "all" is plain DAPO."""
+    ratio: Fraction = 0.2
+    """rho: the fraction that top_entropy, bottom_entropy and random keep."""
+    threshold: NonNegative | None = None
+    """rule "threshold" only: keep tokens with at least this entropy, in nats (the paper's 80th percentile: 0.672)."""
+    scope: Literal["micro_batch", "mini_batch", "rollout_batch", "sequence"] = "micro_batch"
+    """Tokens over which the fraction is taken. The paper: one micro-batch. "mini_batch" does not depend on how it is
+    split; "rollout_batch", all tokens of a step, is selected before the first update and needs entropy = "rollout"."""
+    entropy: Literal["current", "rollout"] = "current"
+    """Entropy of the policy being trained, as in the paper, or of the policy that sampled."""
+
+    @model_validator(mode="after")
+    def _threshold_goes_with_its_rule(self) -> SelectionConfig:
+        if (self.threshold is None) == (self.rule == "threshold"):
+            raise ValueError('selection.threshold goes with selection.rule = "threshold", and only with it')
+        return self
+
+    @model_validator(mode="after")
+    def _rollout_batch_is_chosen_before_it_is_trained_on(self) -> SelectionConfig:
+        if self.scope == "rollout_batch" and self.entropy == "current":
+            raise ValueError(
+                'selection.scope = "rollout_batch" selects before the first update, when only the entropy of the '
+                'rollout is known; set selection.entropy = "rollout", or scope = "mini_batch"'
+            )
+        return self
+
+
+class LossConfig(Section):
+    clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """epsilon_low: where the advantage is negative, ratios below 1 - clip_low carry no gradient."""
+    clip_high: NonNegative = 0.28
+    """epsilon_high (clip-higher): where the advantage is positive, ratios above 1 + clip_high carry no gradient."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound the loss of negative advantages at dual_clip x |advantage| (the official scripts: 10)."""
+    denominator: Literal["selected", "response"] = "selected"
+    """Divide by the selected tokens (paper v2) or by all response tokens (paper v1, TRL) of the mini-batch."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the KL divergence to the starting policy (k3 estimator, mean over all response tokens)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus (mean over all response tokens)."""
+
+
+class OptimizerConfig(Section):
+    lr: Positive = 1e-6
+    """AdamW's learning rate, constant after the warm-up."""
+    warmup_steps: Count = 0
+    """Gradient steps over which lr rises linearly from 0."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled, on all parameters (as in the official scripts)."""
+    betas: Annotated[tuple[Decay, Decay], FROM_LIST] = (0.9, 0.999)
+    """AdamW's decay rates for the averages of the gradient and its square."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Positive = 1.0
+    """Gradients with a larger norm are scaled down to it (as in the official scripts)."""
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt = 100
+    """Rollout batches to train on."""
+    mini_batch_prompts: PositiveInt = 32
+    """Groups per gradient step; there are prompts_per_step / mini_batch_prompts gradient steps per batch."""
+    micro_batch_tokens: PositiveInt = 32768
+    """Padded tokens (prompt and response) that the model processes at once; bounds memory. Changes gradients only with
+    selection.scope = "micro_batch"."""
+    backward: Literal["dense", "forks_only"] = "dense"
+    """"dense" is exact. "forks_only" computes gradients only through the selected tokens and treats the others as
+    constants: a faster approximation (docs/forks-only.md)."""
+
+
+class ForksOnlyConfig(Section):
+    """What `training.backward = "forks_only"` adds to its gradient, at a cost (docs/forks-only.md)."""
+
+    projections: bool = False
+    """Also train the key and value projections at the other positions, with their input held constant."""
+    prompt: bool = False
+    """Also compute gradients through the prompt's tokens."""
+    sampled: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Also compute gradients through this share of the other tokens, drawn at random and weighted by 1 / sampled: the
+    expected gradient is then exact."""
+    kept_mib: Count = 1024
+    """For a selection over the whole mini-batch: MiB of keys and values that each worker keeps from the entropy pass
+    for the gradient pass. The rest is recomputed; results do not change. Has no effect with projections."""
+
+
 class EvalConfig(Section):
     every: Count = 20
-    """Steps between evaluations on held-out prompts; 0: only before and after."""
+    """Steps between evaluations on held-out prompts; 0: only before and after training."""
     problems: PositiveInt = 512
-    """Held-out prompts, the same each time."""
+    """Held-out prompts per evaluation, the same each time."""
     samples: PositiveInt = 1
-    """Responses to each."""
+    """Responses per held-out prompt."""
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 is greedy."""
 
@@ -42,23 +202,67 @@ class CheckpointConfig(Section):
     every: PositiveInt = 20
     """Steps between checkpoints; the last step and an interruption always save."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept whole; older ones are removed after a newer one is safe."""
+    """Checkpoints to keep; older ones are removed once a newer one is complete."""
 
 
 class LogConfig(Section):
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], FROM_LIST] = ()
-    """Besides metrics.jsonl, which is always written. A tracker that fails is reported once and dropped."""
+    """In addition to metrics.jsonl, which is always written. A tracker that fails is reported once and dropped."""
     rollouts_every: PositiveInt = 10
     """Steps between samples of training responses written to rollouts/."""
     rollouts_sampled: Count = 64
     """Responses per sample."""
 
 
+class RuntimeConfig(Section):
+    device: str = "auto"
+    """"auto" (an accelerator if there is one), "cpu", "cuda:0", "mps"."""
+    threads: Count = 0
+    """CPU threads in total; 0: OMP_NUM_THREADS if set, else one per core (docs/threads.md)."""
+    trainer: Literal["local", "verl"] = "local"
+    """"local" trains in this process. "verl" spreads the same recipe over a Ray cluster (docs/cluster.md); so does
+    --trainer verl."""
+    workers: Count = 0
+    """CPU processes that share weights, work and threads; 0: one per thread for a small model (up to 50M parameters),
+    which several threads would slow down, else one. On an accelerator: one."""
+
+
+class ClusterConfig(Section):
+    """How `--trainer verl` spreads a run over GPUs and nodes (docs/cluster.md)."""
+
+    address: str = ""
+    """Address of a running Ray cluster, "10.0.0.1:6379" or "auto". Empty: start Ray on this machine for the run."""
+    nodes: PositiveInt = 1
+    """Number of machines."""
+    gpus_per_node: PositiveInt = 1
+    """GPUs per machine."""
+    trainer: Literal["sync", "colocate_async"] = "sync"
+    """"sync" samples with the weights that it then trains. "colocate_async" samples the next step while it trains, with
+    older weights."""
+    rollout_engine: Literal["vllm", "sglang"] = "vllm"
+    """Inference engine on GPUs."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one copy of the model while sampling."""
+    sequence_parallel: PositiveInt = 1
+    """GPUs that share each sequence while training (Ulysses)."""
+    gpu_memory: Fraction = 0.6
+    """Fraction of a GPU's memory for the inference engine."""
+    offload: bool = False
+    """Keep weights and optimizer state in host memory while the GPU does not need them."""
+    reward_workers: PositiveInt = 1
+    """Ray actors that score responses, spread over the nodes, each with reward.workers verifier processes."""
+    stall_timeout_s: Positive = 3600.0
+    """End the run if no response is sampled or scored for this many seconds."""
+    overrides: Annotated[tuple[str, ...], FROM_LIST] = ()
+    """Additional settings in the syntax of verl's command line: "actor_rollout_ref.rollout.max_num_seqs=512". Keys that
+    ForkRL sets itself are rejected."""
+
+
 class TrainConfig(Section):
     """A recipe for ``forkrl train``."""
 
     seed: Seed = 0
-    """Of sampling, data order and evaluation: the same seed, machine, threads and workers give the same bits."""
+    """Seed of sampling, data order and evaluation: the same seed, machine, threads and workers give the same bits."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -92,17 +296,11 @@ class TrainConfig(Section):
         if self.task.verifier == "code" and self.sandbox.memory_mb + 256 > self.reward.memory_mb:
             raise ValueError(
                 f"sandbox.memory_mb = {self.sandbox.memory_mb} does not fit in reward.memory_mb = "
-                f"{self.reward.memory_mb} with 256 to spare; raise that, or lower it"
+                f"{self.reward.memory_mb} with 256 to spare; lower the former, or raise the latter"
             )
-        self._forks_only_fits()
-        if self.runtime.trainer == "local" and self.cluster != ClusterConfig():
-            changed = next(
-                key
-                for key in ClusterConfig.model_fields
-                if getattr(self.cluster, key) != default_of(ClusterConfig, key)
-            )
+        if self.runtime.trainer == "local" and (changed := self.cluster.changed()):
             raise ValueError(
-                f'cluster.{changed} is read by runtime.trainer = "verl" alone; add --trainer verl, or leave it out'
+                f'cluster.{changed[0]} is for runtime.trainer = "verl"; add --trainer verl, or remove the setting'
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:
@@ -112,35 +310,37 @@ class TrainConfig(Section):
             )
         return self
 
-    def _forks_only_fits(self) -> None:
+    @model_validator(mode="after")
+    def _forks_only_fits(self) -> TrainConfig:
         if self.training.backward == "dense":
-            if self.forks_only != ForksOnlyConfig():
+            if self.forks_only.changed():
                 raise ValueError(
-                    'forks_only.* is read by training.backward = "forks_only" alone; set that, or leave the section out'
+                    'forks_only.* is read by training.backward = "forks_only" alone; set that, or remove it'
                 )
-            return
+            return self
         if self.loss.kl_coef or self.loss.entropy_coef:
             raise ValueError(
-                'training.backward = "forks_only" gives gradients to selected tokens only, and loss.kl_coef and '
+                'training.backward = "forks_only" computes gradients of selected tokens only, but loss.kl_coef and '
                 'loss.entropy_coef are means over all; set both to 0, or training.backward to "dense"'
             )
         if self.model.gradient_checkpointing:
             raise ValueError(
-                'training.backward = "forks_only" takes keys and values out of layers as they run, which recomputed '
-                "layers would do twice; set model.gradient_checkpointing to false"
+                'training.backward = "forks_only" records keys and values as layers run, and recomputed layers would '
+                "record them twice; set model.gradient_checkpointing to false"
             )
         if self.forks_only.projections and self.forks_only.sampled:
             raise ValueError(
                 f"forks_only.projections and forks_only.sampled = {self.forks_only.sampled} would count the same "
                 f"gradients twice; set one of them"
             )
-        selection, default = self.selection, ForksOnlyConfig().kept_mib
+        selection = self.selection
         ahead = selection.entropy == "current" and (
             selection.rule == "threshold"
             or (selection.scope == "mini_batch" and selection.rule in ("top_entropy", "bottom_entropy"))
         )
-        if self.forks_only.kept_mib != default and (self.forks_only.projections or not ahead):
+        if "kept_mib" in self.forks_only.changed() and (self.forks_only.projections or not ahead):
             raise ValueError(
                 f"forks_only.kept_mib = {self.forks_only.kept_mib} is read only for a selection by current entropies "
-                f"over the mini-batch, without forks_only.projections; leave it out"
+                f"over the mini-batch, without forks_only.projections; remove it"
             )
+        return self

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from forkrl import __version__
-from forkrl.config.loopback import is_loopback
+from forkrl.config.secret_values import is_loopback
 from forkrl.errors import UserError, printable
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
 

@@ -1,10 +1,9 @@
-"""The attention of every model here: PyTorch's, but for decoding with grouped queries, which then copies no cache.
+"""Attention for all models: PyTorch's, except for decoding with grouped queries, which avoids copying the cache.
 
-Where several query heads share one head of keys and values, ``transformers`` repeats the keys and values for each of
-them before it calls PyTorch: at every token a copy of the whole cache, which on a CPU costs eight times the attention
-itself. A single new token needs none of that: the query heads that share keys can stand where a sequence of queries
-would. And for so few queries two matrix products take as little as half of the time of PyTorch's fused attention on a
-CPU.
+For grouped queries, ``transformers`` repeats keys and values for every query head: a copy of the whole cache at every
+token, which on a CPU costs eight times as much as the attention itself. For a single new token, the query heads that
+share keys can take the place of a sequence of queries instead. For so few queries, two matrix products take down to
+half of the time of PyTorch's fused attention on a CPU.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ _stand_in: ContextVar[Attention | None] = ContextVar("stand_in", default=None)
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let a model that uses PyTorch's attention decode this way; any other is left as it is."""
+    """Use this attention in a model that uses PyTorch's; other models are unchanged."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
 @contextmanager
 def attending_by(attention: Attention) -> Iterator[None]:
-    """Inside, every layer of such a model attends by this function instead."""
+    """Inside the context, every layer of such a model uses this attention function instead."""
     token = _stand_in.set(attention)
     try:
         yield
@@ -42,7 +41,7 @@ def attending_by(attention: Attention) -> Iterator[None]:
 
 
 def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """What ``transformers`` calls in each layer."""
+    """The function that ``transformers`` calls in each layer."""
     return (_stand_in.get() or grouped_attention)(module, *args, **kwargs)
 
 
@@ -56,7 +55,7 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention ``[S, T, heads, head_dim]`` of query ``[S, heads, T, head_dim]``, the same as that of "sdpa"."""
+    """Attention ``[S, T, heads, head_dim]`` of query ``[S, heads, T, head_dim]``, equal to that of "sdpa"."""
     num_sequences, num_heads, length, head_dim = query.shape
     shared_by = num_heads // key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
@@ -73,19 +72,19 @@ def grouped_attention(
 
 
 def _precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
-    """CPUs attend in fp32: the backward pass of PyTorch's attention takes them four times as long in bf16."""
+    """Disable autocast on CPUs, where the backward pass of PyTorch's attention takes four times as long in bf16."""
     return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
 
 def attend_one_token(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
 ) -> Tensor:
-    """Attention ``[S, kv_heads, shared_by, head_dim]`` of one new token's queries, in that shape, to all keys.
+    """Attention of one new token's queries to all keys, in the shape of ``query``.
 
     Args:
-        query: ``[S, kv_heads, shared_by, head_dim]``: the query heads of each head of keys.
+        query: ``[S, kv_heads, shared_by, head_dim]``: the query heads that share each key head.
         key, value: ``[S, kv_heads, T, head_dim]``.
-        mask: ``[S, 1, 1, T]``: bool, True where a key is seen, or floating, added to the scores; None if all are seen.
+        mask: ``[S, 1, 1, T]``: bool, True where a key is visible, or floating, added to the scores; None: all visible.
         scaling: factor of the scores.
         dropout: probability.
     """

@@ -1,4 +1,4 @@
-"""The dense forward pass: every position runs through the model; the head runs only at requested positions.
+"""The dense forward pass: all positions run through the model, the head only at requested positions.
 
 Shapes: ``B`` sequences, ``T`` token positions, ``N`` requested positions, ``D`` hidden.
 """
@@ -23,14 +23,14 @@ def compute_token_stats(
     """Log-prob of every response token and entropy of its position under the policy, fp32 ``[B, T]``, 0 elsewhere.
 
     Args:
-        policy: gradients flow into its weights where autograd is on.
+        policy: its weights get gradients if autograd is on.
         batch: on the policy's device.
-        temperature: of sampling; the statistics are of the same distribution.
-        entropy_grad: let gradients flow through the entropy too, for an entropy bonus.
+        temperature: sampling temperature; the statistics are of the same distribution.
+        entropy_grad: also compute gradients through the entropy, for an entropy bonus.
         at_BT: bool, inside the response mask: compute only these positions; None: the whole response.
     """
     asked_BT = batch.response_mask if at_BT is None else at_BT
-    # Padding is on the right, so causal attention needs no mask and takes its fast path.
+    # Padding is on the right, so causal attention needs no mask and uses its fast path.
     hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False)
     with policy.autocast():
         stats_N = token_stats(

@@ -1,6 +1,6 @@
-"""What a name points to: a local file or folder, a model inside the package, or the Hugging Face hub. Imports no torch.
+"""Local paths, models inside the package, and names on the Hugging Face hub. Imports no torch.
 
-A lookup on the hub takes up to a minute without a network, so a mistyped local path must never reach it.
+Without a network, a hub lookup takes up to a minute, so a mistyped local path must never become one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _FILE_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".toml", ".safe
 def model_location(path: str) -> str:
     """The folder or hub id behind ``model.path``."""
     if path.startswith(EMBEDDED_PREFIX):
-        folder = resources.files("forkrl") / "assets" / path.removeprefix(EMBEDDED_PREFIX)
+        assets = resources.files("forkrl") / "assets"
+        folder = assets / path.removeprefix(EMBEDDED_PREFIX)
         if not folder.is_dir():
-            names = sorted(entry.name for entry in (resources.files("forkrl") / "assets").iterdir() if entry.is_dir())
+            names = sorted(entry.name for entry in assets.iterdir() if entry.is_dir())
             raise UserError(f"model.path = {path!r}: no such embedded model; there is {', '.join(names)}")
         return str(folder)
     _require_no_gguf(path)
@@ -34,7 +35,7 @@ def model_location(path: str) -> str:
 
 
 def _require_no_gguf(path: str) -> None:
-    """Reject a GGUF file, or a folder that holds nothing else."""
+    """Reject a GGUF file, or a folder of GGUF files without safetensors."""
     given = Path(path).expanduser()
     files = sorted(given.glob("*.gguf")) if given.is_dir() and not any(given.glob("*.safetensors")) else []
     if path.endswith(".gguf") or files:
@@ -47,10 +48,10 @@ def _require_no_gguf(path: str) -> None:
 
 
 def require_hub_id(name: str, key: str, kind: str) -> None:
-    """Reject a name that is a local path: it has the form of one, or the folder above it exists.
+    """Reject a name that looks like a local path, or whose parent folder exists.
 
     Args:
-        name: of something that is not usable as a local path; ``owner/name`` or ``name`` on the hub.
+        name: a name that is not a usable local path; on the hub, ``owner/name`` or ``name``.
         key: the setting that holds it.
         kind: what it would be locally, such as "folder".
     """

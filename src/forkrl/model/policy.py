@@ -1,7 +1,7 @@
-"""Opening a causal language model: weights, tokenizer, device, and the head that token statistics read.
+"""Opens a causal language model: weights, tokenizer, device, and the head that token statistics read.
 
-ForkRL never asks the model for logits. It takes the last hidden states and the output embedding, so that
-``token_stats`` can work on exactly the rows it needs. ``model_support`` rejects models for which that is wrong.
+ForkRL takes the last hidden states and the output embedding instead of logits, so that ``token_stats`` can compute only
+the rows that it needs. ``support.py`` rejects models for which that is wrong.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Policy:
         return decoder
 
     def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
-        """The ids of all tokens that end a response; see ``stop_tokens.stop_token_ids``."""
+        """The ids of all tokens that end a response (``stop_tokens.stop_token_ids``)."""
         return stop_token_ids(self.tokenizer, self.model.generation_config, stop)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -89,18 +89,18 @@ class Policy:
         cache: DynamicCache | None = None,
         **options: Any,
     ) -> Tensor:
-        """Last hidden states ``[B, T, D]``. The model gets all arguments unchanged.
+        """Last hidden states ``[B, T, D]``; the model gets all arguments unchanged.
 
         Args:
             input_ids_BT: token ids.
             attention_mask: one mask, or one per kind of layer.
-            cache: keys and values of earlier tokens; the new ones are appended.
-            options: further arguments of the model.
+            cache: keys and values of earlier tokens; those of the new tokens are appended.
+            options: additional arguments of the model.
         """
         if cache is not None:
             options[self._cache_argument] = cache
-        # transformers recomputes layers in training mode only, and then they neither use a cache nor go without
-        # dropout; the policy stays in evaluation mode, and only the layers themselves are told, only for gradients.
+        # transformers recomputes layers only in training mode, in which layers use dropout and no cache. The policy
+        # stays in evaluation mode; only these layers switch, and only when gradients are computed.
         for layer in self._recomputed_layers:
             layer.training = torch.is_grad_enabled()
         with self.autocast():
@@ -108,13 +108,13 @@ class Policy:
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """fp32 logits ``[N, V]`` of a few rows, with the head in the configured precision."""
+        """fp32 logits ``[N, V]`` of a few rows; the head runs in the configured precision."""
         with self.autocast():
             return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
 
 
 def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:
-    """Reject lengths for which the model has no positions: it would fail late, or write nonsense."""
+    """Reject lengths beyond the model's positions, where it would fail late or generate nonsense."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and prompt_tokens + response_tokens > positions:
         raise UserError(
@@ -124,16 +124,16 @@ def require_positions(model_config: Any, prompt_tokens: int, response_tokens: in
 
 
 def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
-    """Load model and tokenizer, fp32, on the device, ready to train."""
+    """Load model (fp32, on the device) and tokenizer; raises UserError if they cannot be used."""
     path = model_location(config.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(
             f"model.path = {config.path!r} cannot be opened as a model: the folder has no config.json; name one that "
             f"save_pretrained wrote"
         )
-    transformers_logging.disable_progress_bar()  # of reading weights
+    transformers_logging.disable_progress_bar()  # for reading weights
     if sys.stderr.isatty():
-        enable_progress_bars()  # the hub's own, of downloads, which the line above disables too
+        enable_progress_bars()  # the hub's own for downloads, which the line above disables too
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
         require_no_adapter(path, config.revision, config.path)
@@ -142,10 +142,10 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         )
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged or foreign folder provokes inside the libraries
+    except Exception as error:  # a damaged or foreign folder can raise anything inside the libraries
         raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
     model, report = opened
-    if not tokenizer.encode("1 2", add_special_tokens=False):  # an empty one is opened where there are no files
+    if not tokenizer.encode("1 2", add_special_tokens=False):  # without files, transformers opens an empty one
         raise UserError(
             f"model.path = {config.path!r} has no tokenizer; save the model's there: tokenizer.save_pretrained(FOLDER)"
         )
@@ -158,7 +158,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         )
     if config.gradient_checkpointing:
         set_gradient_checkpointing(model, True)
-        model.disable_input_require_grads()  # that is for adapters; its hook is of a kind that cannot be pickled
+        model.disable_input_require_grads()  # only needed for adapters, and its hook cannot be pickled
     model.eval()
     torch.nn.Module.to(model, pick_device(device))
     policy = Policy(model, tokenizer, config.precision)
@@ -167,7 +167,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
 
 
 def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
-    """Recompute the layers' activations in the backward pass, or keep them."""
+    """Recompute activations in the backward pass, or store them."""
     switch = f"checkpointing_{'enable' if enabled else 'disable'}"
     # Renamed in transformers 5.24, where the old name warns.
     renamed = getattr(model, f"activation_{switch}", None)

@@ -1,4 +1,4 @@
-"""From a prompt to token ids: one function for all commands, and the check that a prompt survives the tokenizer."""
+"""Prompt to token ids: one function for all commands, and the check that a prompt survives the tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forkrl.types import Prompt
 
 _SHOWN_CHARACTERS = 10
 _MAY_VANISH = ("C", "M", "Z")
-"""Unicode categories (control, mark, separator) that the normalizers of many tokenizers remove on purpose."""
+"""Unicode categories (control, mark, separator) that many tokenizers remove intentionally."""
 
 
 def prompt_token_ids(
@@ -20,12 +20,10 @@ def prompt_token_ids(
 ) -> tuple[int, ...]:
     """The token ids of a prompt. Every command, engine and worker calls this function.
 
-    The tokenizer adds its own special tokens, except to a prompt that a chat template has wrapped: the template has
-    added them. A prompt that already starts with BOS gets no second one.
+    The tokenizer adds its special tokens, unless a chat template has added them (``Prompt.templated``). A prompt that
+    already starts with BOS does not get a second one.
     """
-    ids: Sequence[int] = tokenizer.encode(prompt.text, add_special_tokens=not prompt.templated)
-    if has_second_bos(tokenizer, prompt, ids):
-        ids = ids[1:]
+    ids, _ = _encode(tokenizer, prompt)
     place = prompt.place or f"prompt {prompt.id}"
     if not ids:
         raise UserError(f"{place}: no tokens; an empty prompt cannot be continued")
@@ -37,17 +35,19 @@ def prompt_token_ids(
     return tuple(ids)
 
 
-def has_second_bos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int]) -> bool:
-    """Whether ``ids``, encoded with special tokens, start with a BOS that the text itself already has."""
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[Sequence[int], bool]:
+    """Token ids with one BOS at most, and whether the tokenizer had added one that the text already has."""
+    ids: Sequence[int] = tokenizer.encode(prompt.text, add_special_tokens=not prompt.templated)
     bos = tokenizer.bos_token_id
     if prompt.templated or bos is None or list(ids[:2]) != [bos, bos]:
-        return False
+        return ids, False
     written: Sequence[int] = tokenizer.encode(prompt.text, add_special_tokens=False)
-    return list(written) == list(ids[1 : 1 + len(written)])
+    repeated = list(written) == list(ids[1 : 1 + len(written)])
+    return (ids[1:], True) if repeated else (ids, False)
 
 
 class PromptCheck:
-    """Checks prompts before any work starts; prints one notice if a prompt starts with BOS already."""
+    """Checks prompts before any work starts; prints one notice if a prompt already starts with BOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> None:
         self.tokenizer = tokenizer
@@ -63,33 +63,29 @@ class PromptCheck:
                 f"{prompt.place or f'prompt {prompt.id}'}: the tokenizer does not know {listed(unknown)} and would "
                 f"replace or drop them; remove them, use another model, or set task.allow_unknown_tokens = true"
             )
-        if not self._noticed and ids[0] == self.tokenizer.bos_token_id:
-            self._notice_second_bos(prompt)
-        return ids
-
-    def _notice_second_bos(self, prompt: Prompt) -> None:
-        ids: Sequence[int] = self.tokenizer.encode(prompt.text, add_special_tokens=True)
-        if has_second_bos(self.tokenizer, prompt, ids):
+        starts_with_bos = not self._noticed and ids[0] == self.tokenizer.bos_token_id
+        if starts_with_bos and _encode(self.tokenizer, prompt)[1]:
             self._noticed = True
             notice(
                 f"prompts already start with {self.tokenizer.bos_token!r}, which the tokenizer adds as well; it is "
                 f"added once"
             )
+        return ids
 
 
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The parts of a text that the tokenizer replaces by its unknown token or drops, each once."""
+    """The distinct parts of a text that the tokenizer drops or replaces by its unknown token."""
     return _Vocabulary(tokenizer).unknown_in(text)
 
 
 def listed(parts: Sequence[str]) -> str:
-    """The first few as a message shows them: ``'W', 'h' and 3 more``."""
+    """The first ten for a message: ``'W', 'h' and 3 more``."""
     more = len(parts) - _SHOWN_CHARACTERS
     return ", ".join(repr(part) for part in parts[:_SHOWN_CHARACTERS]) + (f" and {more} more" if more > 0 else "")
 
 
 class _Vocabulary:
-    """What a tokenizer cannot represent. Characters are looked up once."""
+    """Finds text that a tokenizer cannot represent; looks up every character once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -104,7 +100,7 @@ class _Vocabulary:
         return list(dict.fromkeys([*unknown, *dropped]))
 
     def _replaced(self, text: str) -> list[str]:
-        """What becomes the unknown token; not where the text itself spells that token."""
+        """Parts that become the unknown token, unless the text itself spells that token."""
         if not self._tokenizer.is_fast:
             return [character for character in dict.fromkeys(text) if self._is_replaced(character)]
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -126,7 +122,7 @@ class _Vocabulary:
 
 
 def _unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The tokenizer's unknown token as it is declared, and as its model uses it, which may differ or be undeclared."""
+    """The tokenizer's unknown token as declared and as its model uses it, which may differ."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     used = getattr(getattr(backend, "model", None), "unk_token", None)
     return {str(token) for token in (tokenizer.unk_token, used) if token is not None}

@@ -1,4 +1,4 @@
-"""What ends a response, and the text of it that a verifier reads: one rule for all engines."""
+"""The tokens that end a response, and the text of a response that a verifier reads; the same for all engines."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ _TAG = re.compile(r"<(/?)([A-Za-z_]\w*)>")
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, stop: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """The ids of all tokens that end a response: the tokenizer's EOS, the model's own list, ``rollout.stop``.
+    """The ids of all tokens that end a response: the tokenizer's EOS, the model's own list, and ``stop``.
 
     Args:
         tokenizer: has an EOS token.
-        generation: of the model; many chat models end a turn with another token than the tokenizer's EOS.
-        stop: further tokens, as text.
+        generation: the model's; many chat models end a turn with a token other than the tokenizer's EOS.
+        stop: additional tokens, as text.
     """
     eos = None if generation is None else generation.eos_token_id
     own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    further = []
+    extra = []
     for text in stop:
         encoded = tokenizer.encode(text, add_special_tokens=False)
         if len(encoded) != 1:
             raise UserError(f"rollout.stop: {text!r} is {len(encoded)} tokens of this tokenizer, not one")
-        further.append(encoded[0])
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *own, *further]))
+        extra.append(encoded[0])
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *own, *extra]))
 
 
 def load_generation_config(model: str, revision: str | None = None) -> GenerationConfig:
     """The generation settings of a folder or hub id as transformers and vLLM read them."""
     try:
         return GenerationConfig.from_pretrained(model, revision=revision or "main")
-    except OSError:  # there is no generation_config.json: config.json names the EOS
+    except OSError:  # without generation_config.json, config.json names the EOS
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision))
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int], *, finished: bool) -> str:
-    """What a verifier reads of a response: no closing stop token and no special tokens.
+    """The text that a verifier reads: without the closing stop token and special tokens.
 
-    A special token between words becomes a line break, because without one "1<pad>7" would read as 17. ``<unk>`` and
-    tags that come in pairs (``<think>`` and ``</think>``) stay: they are part of what the model wrote.
+    A special token between words becomes a line break, so that "1<pad>7" does not read as 17. ``<unk>`` and paired tags
+    (``<think>`` and ``</think>``) stay, because they are part of the response.
     """
     written = response_ids[:-1] if finished else response_ids
     hidden = _hidden_ids(tokenizer)

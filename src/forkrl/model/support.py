@@ -1,14 +1,12 @@
-"""Which models ForkRL can use: each check rejects, in one line, a model that would otherwise be trained or measured
-wrongly without an error. The table of model families is in docs/models.md.
+"""Checks that reject models that ForkRL would train or measure wrongly. docs/models.md lists supported families.
 
-ForkRL never asks a model for logits: it takes the last hidden states and the output embedding. It runs a sequence
-alone, in a batch with others, and token by token from a cache, and all of these must give the same log-probs.
+ForkRL computes log-probs from the last hidden states and the output embedding. They must not depend on whether a
+sequence runs alone, in a batch, or token by token from a cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +20,9 @@ if TYPE_CHECKING:
     from forkrl.model.policy import Policy
 
 PROBE_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
-"""What the code of a model raises when it is called in a way that it does not support."""
+"""What a model's code raises if it is called in a way that it does not support."""
 _PROBE_LOGIT = 100.0
-"""Beyond the soft caps in use (Gemma 2: 30), within the range of every precision."""
+"""Above common soft caps (Gemma 2: 30), and within the range of every precision."""
 
 
 def require_no_adapter(location: str, revision: str | None, path: str) -> None:
@@ -40,7 +38,7 @@ def require_no_adapter(location: str, revision: str | None, path: str) -> None:
 def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
     """Reject rotary embeddings whose frequencies depend on the longest sequence of a batch.
 
-    The log-probs of a token then differ between sampling and training, and with the other sequences of its batch.
+    A token's log-prob would then depend on the batch, and differ between sampling and training.
     """
     for kind in rope_types(config.to_dict()):
         if kind == "longrope" or "dynamic" in kind:
@@ -52,7 +50,7 @@ def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
 
 
 def rope_types(settings: Any) -> Iterator[str]:
-    """Every type of rotary embedding in the settings of a model; each kind of layer may have its own."""
+    """The types of rotary embedding in a model's settings; each kind of layer may have its own."""
     if isinstance(settings, Mapping):
         if isinstance(kind := settings.get("rope_type"), str):
             yield kind
@@ -62,61 +60,53 @@ def rope_types(settings: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def require_supported(policy: Policy, path: str) -> None:
-    """Reject a model whose log-probs ForkRL would compute wrongly, for every command."""
+    """Reject a model whose log-probs ForkRL would compute wrongly."""
     require_fixed_frequencies(policy.model.config, path)
-    with explained_failures(policy, path):
-        _require_finite(policy, path)
-        _require_causal(policy, path)
-        _require_linear_head(policy, path)
+    for fault_of in (_infinite_logits, _dependence_on_batch, _other_head):
+        try:
+            fault = fault_of(policy)
+        except PROBE_ERRORS as error:
+            raise UserError(
+                f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
+                f"embedding ({type(error).__name__}: {first_line(error)}); docs/models.md lists the supported families"
+            ) from error
+        if fault:
+            raise UserError(f"model.path = {path!r}: {fault}")
 
 
-@contextmanager
-def explained_failures(policy: Policy, path: str) -> Iterator[None]:
-    """Turn whatever a model's code raises into one line."""
-    try:
-        yield
-    except PROBE_ERRORS as error:
-        raise UserError(
-            f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
-            f"embedding ({type(error).__name__}: {first_line(error)}); "
-            f"docs/models.md lists the supported families"
-        ) from error
-
-
-def _require_finite(policy: Policy, path: str) -> None:
+def _infinite_logits(policy: Policy) -> str:
     ids = _probe_ids(policy, 4)
-    if not policy.logits(policy.hidden_states(ids, torch.ones_like(ids))[0]).isfinite().all():
-        raise UserError(f"model.path = {path!r}: its logits are NaN or infinite; the weights are damaged")
+    finite = policy.logits(policy.hidden_states(ids, torch.ones_like(ids))[0]).isfinite().all()
+    return "" if finite else "its logits are NaN or infinite; the weights are damaged"
 
 
-def _require_causal(policy: Policy, path: str) -> None:
-    """The states of a sequence must not depend on padding behind it or on other sequences."""
+def _dependence_on_batch(policy: Policy) -> str:
+    """Hidden states must not depend on later padding or on other sequences."""
     ids = _probe_ids(policy, 8)
     padded = torch.cat([torch.cat([ids[:, :4], torch.zeros_like(ids[:, 4:])], 1), ids])
     half = policy.head_weight.dtype == torch.bfloat16
-    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):  # as exact as the weights allow
+    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):  # as precise as the weights
         alone, together = (
             policy.decoder(input_ids=each, use_cache=False).last_hidden_state[0, :4].float()
             for each in (ids[:, :4], padded)
         )
-    tolerance = 5e-2 if half else 1e-3
-    if _differ(alone, together, tolerance):
-        raise UserError(
-            f"model.path = {path!r}: the hidden states of {type(policy.model).__name__} change with the padding behind "
-            f"a sequence, so its log-probs would depend on the batch; ForkRL does not support it"
-        )
+    if not _differ(alone, together, 5e-2 if half else 1e-3):
+        return ""
+    return (
+        f"the hidden states of {type(policy.model).__name__} change with the padding behind a sequence, so its "
+        f"log-probs would depend on the batch; ForkRL does not support it"
+    )
 
 
-def _require_linear_head(policy: Policy, path: str) -> None:
+def _other_head(policy: Policy) -> str:
     """Logits must be ``hidden @ weight.T + bias``.
 
-    The input of the output embedding is scaled up until the logits are large: near zero a soft cap hardly changes them.
+    The input of the output embedding is scaled up, because a soft cap hardly changes small logits.
     """
     ids, name = _probe_ids(policy, 4), type(policy.model).__name__
     mask = torch.ones_like(ids)
     hidden_TD = policy.hidden_states(ids, mask)[0]
-    largest = float(policy.logits(hidden_TD).abs().max())
-    scale = _PROBE_LOGIT / max(largest, 1e-6)
+    scale = _PROBE_LOGIT / max(float(policy.logits(hidden_TD).abs().max()), 1e-6)
     inputs: list[Tensor] = []
 
     def enlarge(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -127,15 +117,16 @@ def _require_linear_head(policy: Policy, path: str) -> None:
         expected = policy.model(input_ids=ids, attention_mask=mask).logits[0].float()
     tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
     if len(inputs) != 1 or inputs[0][0].shape != hidden_TD.shape or _differ(inputs[0][0], hidden_TD, tolerance):
-        raise UserError(
-            f"model.path = {path!r}: {name} changes its last hidden states before the output embedding (a projection "
-            f"or scaling), which ForkRL does not support"
+        return (
+            f"{name} changes its last hidden states before the output embedding (a projection or scaling), which "
+            f"ForkRL does not support"
         )
     if _differ(policy.logits(hidden_TD * scale), expected, tolerance):
-        raise UserError(
-            f"model.path = {path!r}: {name} transforms its logits after the output embedding (soft-capping or "
-            f"scaling), which ForkRL does not support"
+        return (
+            f"{name} transforms its logits after the output embedding (soft-capping or scaling), which ForkRL does not "
+            f"support"
         )
+    return ""
 
 
 def _probe_ids(policy: Policy, length: int) -> Tensor:

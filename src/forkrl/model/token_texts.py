@@ -1,4 +1,4 @@
-"""The text of single tokens, as tables and pages show it."""
+"""The text of single tokens for tables and pages."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenTexts:
-    """The text of each token on its own, decoded once.
+    """The text of each token, decoded once.
 
-    Bytes that are no whole character, as in a token that holds a part of ``数``, are written ``<0xE6><0x95>``. A lone
-    surrogate, which UTF-8 cannot encode, is spelled out.
+    Bytes of an incomplete character, as in a token with a part of ``数``, are written ``<0xE6><0x95>``; lone surrogates
+    are escaped.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -30,7 +30,7 @@ class TokenTexts:
         return self._known[token_id]
 
     def _bytes(self, token_id: int) -> bytes | None:
-        """What the token stands for; None where its spelling does not tell."""
+        """The bytes of a token; None if its spelling does not show them."""
         spelling = str(self._tokenizer.convert_ids_to_tokens(token_id))
         if found := _BYTE_TOKEN.fullmatch(spelling):  # the byte fallback of SentencePiece
             return bytes.fromhex(found[1])
@@ -40,7 +40,7 @@ class TokenTexts:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character by which byte-level BPE (GPT-2, Llama 3, Qwen) spells each byte, and the byte."""
+    """Byte-level BPE's character for each byte (GPT-2, Llama 3, Qwen)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}

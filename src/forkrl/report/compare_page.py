@@ -211,19 +211,6 @@ def _with_mean(tables: Tables) -> pd.DataFrame:
     return pd.concat([tables["benchmarks"], tables["mean"].assign(title="mean")])
 
 
-def _named(table: pd.DataFrame, names: Names) -> pd.DataFrame:
-    """The table with the names of the sides in place of a and b."""
-    words = {"": "accuracy", "budget_": "budget", "spent_": "spending", "length_": "tokens"}
-    return table.rename(
-        columns={
-            f"{prefix}{side}{end}": f"{word} of {name}{end}"
-            for side, name in zip("ab", names, strict=True)
-            for prefix, word in words.items()
-            for end in ("", "_low", "_high")
-        }
-    )
-
-
 def difference_forest(tables: Tables) -> Figure:
     """The paired difference of accuracy of every benchmark and of their mean, as it is and at equal spending."""
     rows = _with_mean(tables).to_dict("records")

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from forkrl.config.secret_values import without_secrets_in_command, without_written_secrets
 from forkrl.errors import UserError, first_line
 from forkrl.report.formatting import evenly_spaced
 from forkrl.stats.intervals import mean_with_interval
@@ -175,18 +174,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     path = folder / "config.toml"
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: not a run folder, it has no config.toml; name the folder given to forkrl train --out"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it, or report on another run") from None
-    shown: dict[str, Any] = without_written_secrets("", settings)  # an older version stored them
-    provenance = shown.get("provenance")
-    if isinstance(provenance, dict) and isinstance(provenance.get("command"), str):
-        provenance["command"] = without_secrets_in_command(provenance["command"])
-    return shown
 
 
 def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:

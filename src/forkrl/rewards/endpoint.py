@@ -13,8 +13,7 @@ from typing import Any
 
 import httpx
 
-from forkrl.config.loopback import is_loopback
-from forkrl.config.secret_values import shown_url
+from forkrl.config.secret_values import is_loopback, shown_url
 from forkrl.errors import UserError
 from forkrl.types import Judgement, VerifierSpec
 

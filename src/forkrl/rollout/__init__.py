@@ -1,4 +1,4 @@
-"""Engines that turn prompts into rollouts; ``forkrl.types.RolloutEngine`` is what they have in common."""
+"""Engines that turn prompts into rollouts (``forkrl.types.RolloutEngine``)."""
 
 from forkrl.rollout.embedded import EmbeddedEngine
 from forkrl.rollout.opening import open_engine

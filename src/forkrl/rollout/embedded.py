@@ -1,4 +1,4 @@
-"""The embedded engine: batched sampling in this process, on the very weights that are trained.
+"""The embedded engine: batched sampling in this process, from the weights that are trained.
 
 Shapes: ``P`` prompts, ``S`` sequences being decoded, ``T`` tokens, ``D`` hidden, ``V`` vocabulary.
 """
@@ -24,12 +24,12 @@ from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 COMPACT_FRACTION = 0.03
-"""Finished sequences leave once they are this share of the batch: leaving copies others into their places in the cache,
-staying costs compute."""
+"""Finished sequences are removed once they are this share of the batch: removal copies parts of the cache, and keeping
+them costs compute."""
 
 
 class Prefix(NamedTuple):
-    """What a sequence holds before its first token is drawn: a prompt, and perhaps the beginning of a response."""
+    """What a sequence starts from: a prompt, and possibly the beginning of a response."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ class Prefix(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A continuation that has ended: whose, which of its prefix's, and the rollout."""
+    """A finished continuation: the index of its prefix, its number within the prefix, and the rollout."""
 
     prefix: int
     number: int
@@ -51,8 +51,8 @@ class EmbeddedEngine:
     """Samples from a ``Policy``, with the fp32 log-prob and entropy of every token and no second pass.
 
     Args:
-        workers: the policy, here and in further processes.
-        max_prompt_tokens: a longer prompt is refused.
+        workers: the policy in this process and in worker processes.
+        max_prompt_tokens: longer prompts are rejected.
         max_sequences: decoded at once by one worker.
     """
 
@@ -76,10 +76,7 @@ class EmbeddedEngine:
         generator: torch.Generator,
         on_finished: Callable[[Prompt, Rollout], None] | None = None,
     ) -> list[RolloutGroup]:
-        """Sample ``group_size`` responses to each prompt, in the order of the prompts.
-
-        Raises as ``stream`` does, and:
-        """
+        """Sample ``group_size`` responses to each prompt, in the order of the prompts; raises as ``stream``."""
         rollouts: list[dict[int, Rollout]] = [{} for _ in prompts]
         prefixes = [self.prefix(prompt) for prompt in prompts]
         for ended in self.stream(prefixes, count=group_size, sampling=sampling, generator=generator):
@@ -91,7 +88,7 @@ class EmbeddedEngine:
     def continue_from(
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> list[tuple[Rollout, ...]]:
-        """All that ``stream`` gives, in the order of the prefixes."""
+        """All continuations that ``stream`` yields, in the order of the prefixes."""
         continued: list[dict[int, Rollout]] = [{} for _ in prefixes]
         for ended in self.stream(prefixes, count=count, sampling=sampling, generator=generator):
             continued[ended.prefix][ended.number] = ended.rollout
@@ -100,14 +97,19 @@ class EmbeddedEngine:
     def stream(
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[Ended]:
-        """Sample ``count`` continuations of each prefix, and give each as soon as it has ended.
+        """Sample ``count`` continuations of each prefix, and yield each as soon as it ends.
 
-        What several workers decode is given when all of it has ended. A continuation is a rollout whose prompt is the
-        whole prefix: ids, log-probs, entropy and text are of what was drawn after it. It may be as long as
-        ``sampling.max_response_tokens`` leaves room for after the response's beginning, and is cut there, unfinished.
+        With several workers, a wave's continuations are yielded when all have ended. A continuation is a rollout whose
+        prompt is the whole prefix: ids, log-probs, entropy and text are of the tokens after it. The response, with the
+        prefix's beginning of it, is truncated after ``sampling.max_response_tokens``.
 
-        Sequences are decoded in waves of at most ``wave_sequences``, those with alike room together; a worker reads a
-        prefix once for all of its sequences in a wave.
+        Sequences are decoded in waves of at most ``wave_sequences``, sorted by the length of that beginning; a worker
+        prefills a prefix once for all of its sequences in a wave.
+
+        Raises:
+            UserError: the model has too few positions.
+            ValueError: a prefix leaves no room for a token.
+            TrainingHalted: the model's logits are not finite.
         """
         limit = sampling.max_response_tokens
         longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
@@ -122,52 +124,44 @@ class EmbeddedEngine:
             yield Ended(*waves[number][place], rollout)
 
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
-        """Draw what decoding so many sequences, one wave, would draw from ``generator``: the waves after it stay the
-        same when it need not be decoded again."""
+        """Advance ``generator`` as decoding a wave of ``num_sequences`` would, to skip that wave."""
         size = -(-num_sequences // self.workers.count)
         self._draw_seeds(-(-num_sequences // size), generator)
 
     def check_prompts(self, prompts: Sequence[Prompt], response_tokens: int) -> None:
-        """Refuse before a run the prompts that would end it when their turn comes.
-
-        Args:
-            prompts: all that may be sampled from.
-            response_tokens: the longest response.
-        """
+        """Raise UserError, before a run starts, for prompts that cannot be continued by ``response_tokens`` tokens."""
         longest = max(map(self.count_tokens, prompts), default=0)
         require_positions(self.policy.model.config, longest, response_tokens)
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt."""
+        """The number of tokens of a prompt."""
         return len(self.prefix(prompt).prompt_ids)
 
     def _decode_waves(
         self, waves: Sequence[Sequence[Prefix]], sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[tuple[int, int, Rollout]]:
-        """One wave after the other: the number of the wave, the place in it, and the rollout."""
-        for number, prefixes_S in enumerate(waves):
-            for place, rollout in self._decode_wave(prefixes_S, sampling, generator):
-                yield number, place, rollout
+        """Yield the index of the wave, the index of the sequence in it, and the rollout.
 
-    def _decode_wave(
-        self, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
-    ) -> Iterator[tuple[int, Rollout]]:
-        """Every worker decodes its part of the sequences, with random numbers of its own."""
-        size = -(-len(prefixes_S) // self.workers.count)
-        parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
-        seeds = self._draw_seeds(len(parts), generator)
-        if self.workers.count == 1:
-            yield from _decode_part(self.workers.local, (parts[0], seeds[0]), sampling)
-            return
-        decoded = self.workers.map(_decode_whole_part, list(zip(parts, seeds, strict=True)), sampling)
-        yield from enumerate(rollout for part in decoded for rollout in part)
+        Every worker decodes its part of a wave with its own random numbers.
+        """
+        for number, prefixes_S in enumerate(waves):
+            size = -(-len(prefixes_S) // self.workers.count)
+            parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
+            seeded = list(zip(parts, self._draw_seeds(len(parts), generator), strict=True))
+            if self.workers.count == 1:
+                decoded = _decode_part(self.workers.local, seeded[0], sampling)
+            else:
+                by_worker = self.workers.map(_decode_whole_part, seeded, sampling)
+                decoded = enumerate(rollout for rollouts in by_worker for rollout in rollouts)
+            for place, rollout in decoded:
+                yield number, place, rollout
 
     def _draw_seeds(self, count: int, generator: torch.Generator) -> list[int]:
         seeds: list[int] = torch.randint(2**62, (count,), device=generator.device, generator=generator).tolist()
         return seeds
 
     def prefix(self, prompt: Prompt) -> Prefix:
-        """The tokens of a prompt; raises as ``count_tokens`` does."""
+        """The token ids of a prompt."""
         return Prefix(prompt_token_ids(self.policy.tokenizer, prompt, max_tokens=self.max_prompt_tokens))
 
 
@@ -197,10 +191,10 @@ def decode(
     generator: torch.Generator,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Decode one batch to its end, giving each sequence, with its place in the batch, as soon as it has ended.
+    """Decode one batch; yield each rollout, with its index in the batch, as soon as it ends.
 
-    ``interrupted`` is asked after every token: once it says so, the sequences still decoding are given as they are,
-    unfinished. Buffers keep the original order; ``row_S`` maps those still decoding to it.
+    ``interrupted`` is called after every token; once it returns True, the remaining sequences are yielded unfinished.
+    Buffers keep the original order; ``row_S`` maps the sequences in the decoding batch to it.
     """
     device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
     stop_ids = torch.tensor(stop_tokens(policy, sampling), device=device)
@@ -242,34 +236,33 @@ def decode(
             row_S, drawn_S, position_S = row_S[index_S], drawn_S[index_S], position_S[index_S]
             seen_ST, going_S = seen_ST[index_S], going_S[index_S]
         hidden_SD = advance(drawn_S, position_S, seen_ST[:, : cached + step + 1], cache)
-        position_S = position_S + going_S  # one that lingers must not run past the model's last position
+        position_S = position_S + going_S  # a finished one must not exceed the model's last position
 
 
 def _close_gaps(going_S: Tensor, num_going: int) -> Tensor:
-    """Rows to keep, each where it is as far as can be: the last ones fill the places of those that have finished."""
+    """Rows to keep: the last unfinished rows move to the places of finished ones, the others stay."""
     index_S = torch.arange(num_going, device=going_S.device)
     index_S[~going_S[:num_going]] = going_S[num_going:].nonzero()[:, 0] + num_going
     return index_S
 
 
 def choose_step(policy: Policy) -> Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor]:
-    """What takes the newest tokens, their positions, a mask ``[S, T]`` and the cache to the last hidden states."""
+    """The step: newest tokens, their positions, a mask ``[S, T]`` and the cache to last hidden states."""
     return FlatStep(policy).hidden_states if reproducible(policy) else partial(_model_step, policy)
 
 
 def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
-    """The step by the model's own code."""
-    return policy.hidden_states(
-        tokens_S[:, None], seen_ST, position_ids=position_S[:, None], cache=cache, use_cache=True
-    )[:, -1]
+    """A decoding step through the model's own code."""
+    ids_S1, position_S1 = tokens_S[:, None], position_S[:, None]
+    return policy.hidden_states(ids_S1, seen_ST, position_ids=position_S1, cache=cache, use_cache=True)[:, -1]
 
 
 def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Fill a cache with each distinct prompt, once.
+    """Fill a cache with each distinct prompt.
 
     Returns:
-        Last hidden states ``[P, D]``, the cache, bool ``[P, T]`` of what is a token in it (padding is on the left),
-        and which prompt is whose, ``[S]``.
+        Last hidden states ``[P, D]``; the cache; bool ``[P, T]``, True where it holds a token (padding is on the left);
+        and the index of each sequence's prompt, ``[S]``.
     """
     distinct = list(dict.fromkeys(prompts_S))
     longest = max(map(len, distinct))
@@ -283,7 +276,7 @@ def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[
     )
     place = {ids: index for index, ids in enumerate(distinct)}
     owner_S = torch.tensor([place[ids] for ids in prompts_S], device=policy.device)
-    return hidden_PTD[:, -1].clone(), cache, mask_PT, owner_S  # a view would keep all of them
+    return hidden_PTD[:, -1].clone(), cache, mask_PT, owner_S  # a view would keep all hidden states in memory
 
 
 def build_rollout(
@@ -295,6 +288,7 @@ def build_rollout(
     *,
     finished: bool,
 ) -> Rollout:
+    """A rollout from the tokens of one sequence; raises TrainingHalted unless its statistics are finite."""
     if not (logprobs_T.isfinite().all() and entropy_T.isfinite().all()):
         raise TrainingHalted("the model's logits are NaN or infinite while sampling; its weights have diverged")
     ids = tokens_T.tolist()
@@ -309,5 +303,5 @@ def build_rollout(
 
 
 def stop_tokens(policy: Policy, sampling: SamplingParams) -> tuple[int, ...]:
-    """The ids of all tokens that end a response: the model's own always do."""
+    """The ids of all tokens that end a response; the model's own always do."""
     return tuple(dict.fromkeys([*policy.stop_token_ids(), *sampling.stop_token_ids]))

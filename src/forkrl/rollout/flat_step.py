@@ -1,13 +1,12 @@
-"""One decoding step of a Llama-like model in a third of the operations that the model's own code takes.
+"""A decoding step of a Llama-like model with a third of the operations that the model's own code takes.
 
-A small model decodes at the speed of its operations' overheads: ``transformers`` runs some sixty of them a layer, in
-Python. Here a layer takes about twenty: one product for queries, keys and values, one for gate and up, rotation and
-norms of queries and keys together, residuals added within the products. The weights stand stacked, in the precision of
-the products, so that autocast need not convert them at every token; that is a second copy of the layers for as long as
-a batch decodes.
+The overhead per operation determines the decoding speed of a small model: ``transformers`` runs about sixty operations
+per layer, this module about twenty. One product computes queries, keys and values, one gate and up; queries and keys
+are rotated and normalised together; residuals are added within the products. The stacked weights are a second copy of
+the layers while a batch decodes, in the precision of the products, so that autocast does not convert them at every
+token.
 
-Models of other architectures, or with options that are not reproduced here, decode through their own code
-(:func:`reproducible`). Prompts always do, which also fills the cache.
+Other models decode through their own code (:func:`reproducible`), as do all prompts, which fills the cache.
 
 Shapes: ``S`` sequences, ``D`` hidden, ``H`` query heads, ``K`` heads of keys and values, ``C`` channels of a head.
 """
@@ -29,13 +28,13 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Layer(NamedTuple):
-    """The weights of one decoder layer, stacked where one product reads the same input."""
+    """The weights of one decoder layer, stacked if they are applied to the same input."""
 
     input_norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
-    """``[H + K, C]``: the query heads' scale, then the key heads'."""
+    """``[H + K, C]``: scales of the query heads, then of the key heads."""
     out: Tensor
     mlp_norm: Tensor
     gate_up: Tensor
@@ -62,7 +61,7 @@ def _has_sliding_layers(config: PreTrainedConfig) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Linear maps where they are expected (no adapters), and a bias at most on queries, keys and values."""
+    """Whether all projections are linear layers (no adapters), with biases only on queries, keys and values."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     rest = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -75,7 +74,7 @@ class FlatStep:
     """Runs the decoder layers on one new token of every sequence.
 
     Args:
-        policy: for which :func:`reproducible` is true; its weights are read now and not again.
+        policy: one for which :func:`reproducible` is true; its weights are read only here.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -91,28 +90,28 @@ class FlatStep:
         self.layers = [_stack(layer, dtype, self.head_dim) for layer in decoder.layers]
 
     def hidden_states(self, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
-        """Last hidden states ``[S, D]``; the cache grows by the new tokens.
+        """Last hidden states ``[S, D]``; appends the new tokens to the cache.
 
         Args:
-            tokens_S: the tokens written last.
-            position_S: their positions in their sequences.
-            seen_ST: bool, False where a place in the cache is padding, the new token's included.
-            cache: of all tokens before.
+            tokens_S: the newest token of every sequence.
+            position_S: its position in its sequence.
+            seen_ST: bool, False for padding; ``T`` counts the cache and the new token.
+            cache: of all earlier tokens.
         """
         bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
         return self.run_layers(tokens_S, position_S, bias, cache.layers)
 
     def run_layers(self, tokens_S: Tensor, position_S: Tensor, bias: Tensor, stores: Sequence[Any]) -> Tensor:
-        """The step with the mask ``[S, 1, 1, T]`` as what is added to scores, and whatever holds keys and values.
+        """The step with an additive mask ``[S, 1, 1, T]``.
 
         Args:
-            stores: of each layer, an object whose ``update(key, value)`` takes the new tokens' ``[S, K, 1, C]`` and
-                gives all that is attended to, ``[S, K, T, C]``.
+            stores: for each layer, an object whose ``update(key, value)`` takes ``[S, K, 1, C]`` of the new tokens and
+                returns all keys and values to attend to, ``[S, K, T, C]``.
         """
         decoder: Any = self.policy.decoder
         hidden_SD = embedding(tokens_S, decoder.embed_tokens.weight)
         cos_S1C, sin_S1C = decoder.rotary_emb(hidden_SD, position_S[:, None])
-        # rotate_half(x) is the halves of x exchanged, the first with its sign turned; the sine takes the sign.
+        # rotate_half(x) swaps the halves of x and negates the first; here the sine carries that sign.
         half = self.head_dim // 2
         sin_S1C = torch.cat([-sin_S1C[..., :half], sin_S1C[..., half:]], -1)
         for layer, stored in zip(self.layers, stores, strict=True):
@@ -126,7 +125,7 @@ class FlatStep:
     def _attend(
         self, layer: Layer, normed_SD: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, stored: Any
     ) -> Tensor:
-        """Attention of the new tokens to the cache and themselves, before the output's product."""
+        """Attention of the new tokens to the cache and themselves, before the output projection."""
         num_sequences, half, (cos_S1C, sin_S1C) = len(normed_SD), self.head_dim // 2, rotation
         heads = linear(normed_SD.to(layer.qkv.dtype), layer.qkv, layer.qkv_bias).view(num_sequences, -1, self.head_dim)
         rotated, value = heads[:, : -self.num_kv], heads[:, -self.num_kv :]
@@ -140,7 +139,7 @@ class FlatStep:
         return attend_one_token(grouped, keys, values, bias, self.scaling).reshape(num_sequences, -1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last axis. On a CPU ``rms_norm`` is ten operations, most of them over all of ``hidden``."""
+        """RMSNorm over the last axis; on a CPU, PyTorch's ``rms_norm`` takes ten operations."""
         size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         inverse_rms = torch.addcmul(self.eps, size, size, value=1 / hidden.shape[-1]).rsqrt_()
         return hidden * inverse_rms * weight
@@ -168,7 +167,7 @@ def _stack(layer: Any, dtype: torch.dtype, head_dim: int) -> Layer:
 
 
 def _add_product(residual_SD: Tensor, input_SD: Tensor, weight: Tensor) -> Tensor:
-    """``residual + input @ weight.T``, in one operation where both have one precision."""
+    """``residual + input @ weight.T``, in one operation if both have the same precision."""
     if weight.dtype == residual_SD.dtype:
         return torch.addmm(residual_SD, input_SD.to(weight.dtype), weight.t())
     return residual_SD + linear(input_SD.to(weight.dtype), weight)

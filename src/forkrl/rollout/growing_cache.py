@@ -1,7 +1,7 @@
 """A key-value cache for decoding that writes in place.
 
-``transformers``' DynamicCache copies every layer's whole past at each token. Here each full-attention layer keeps a
-buffer with room to spare and hands out a view of what is filled; other layers (sliding windows) stay the library's own.
+``transformers``' DynamicCache copies the whole cache at every token. Here each full-attention layer has a buffer with
+spare room and returns a view of its filled part; other layers (sliding windows) are the library's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class GrowingLayer(DynamicLayer):
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values and return all of them."""
+        """Append the new keys and values; return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep (or repeat) the given sequences. Where they are fewer, those that keep their row are not copied."""
+        """Keep (or repeat) the given sequences; if their number shrinks, those that keep their row are not copied."""
         if self.buffers is None or len(indices) > len(self.buffers[0]):
             super().batch_select_indices(indices)
             self.buffers = None
@@ -45,20 +45,18 @@ class GrowingLayer(DynamicLayer):
         row = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
         for buffer in self.buffers:
             buffer[:, :, :end].index_copy_(0, row, buffer[:, :, :end].index_select(0, indices[row]))
-        key_buffer, value_buffer = self.buffers = (
-            self.buffers[0][: len(indices)],
-            self.buffers[1][: len(indices)],
-        )
+        key_buffer, value_buffer = (buffer[: len(indices)] for buffer in self.buffers)
+        self.buffers = (key_buffer, value_buffer)
         self.keys, self.values = key_buffer[:, :, :end], value_buffer[:, :, :end]
 
 
 def _fits(buffer: Tensor, new: Tensor, end: int) -> bool:
-    """Whether there is room, in the precision that the new ones come in."""
+    """Whether the buffer has room, in the precision of the new values."""
     return buffer.shape[2] >= end and buffer.dtype == new.dtype
 
 
 def _roomy(new: Tensor, old: Tensor | None, past: int, end: int) -> Tensor:
-    """A buffer like ``new`` with the past copied in and room beyond ``end``."""
+    """A buffer like ``new`` that holds the past and has room beyond ``end``."""
     buffer = new.new_empty((*new.shape[:2], end + max(ROOM, end // 2), new.shape[3]))
     if past and old is not None:
         buffer[:, :, :past] = old
@@ -66,13 +64,13 @@ def _roomy(new: Tensor, old: Tensor | None, past: int, end: int) -> Tensor:
 
 
 def build_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache for the model, with in-place layers wherever attention is full."""
+    """An empty cache for the model, with in-place layers for full attention."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def select_sequences(cache: DynamicCache, index_S: Tensor) -> None:
-    """Keep only the given sequences of a cache, in that order; an index may come several times."""
+    """Keep the given sequences of a cache in that order; an index may occur several times."""
     with torch.no_grad():
         cache.batch_select_indices(index_S)

@@ -1,4 +1,4 @@
-"""Accuracy on prompts kept aside, and what else a set of scored responses tells.
+"""Evaluation on held-out prompts: sampling, scoring, and summary metrics.
 
 Axes: ``P`` prompts, ``K`` samples each.
 """
@@ -18,15 +18,9 @@ from forkrl.types import Prompt, RolloutEngine, RolloutGroup, SamplingParams, Ve
 
 
 def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy) -> SamplingParams:
-    """How held-out responses are sampled, in a run and by ``forkrl eval`` alike.
+    """How a run and ``forkrl eval`` sample held-out responses: with the rollout's length limit and stop tokens.
 
-    From the whole distribution: ``rollout.top_p`` and ``rollout.top_k`` shape what training sees, and must not flatter
-    the figure that compares runs.
-
-    Args:
-        config: limit and stop tokens are the rollout's.
-        temperature: 0 is greedy.
-        policy: knows the ids of the stop tokens.
+    ``rollout.top_p`` and ``rollout.top_k`` do not apply, because they would bias the metric that compares runs.
     """
     return SamplingParams(
         max_response_tokens=config.rollout.max_response_tokens,
@@ -36,8 +30,8 @@ def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy)
 
 
 def evaluation_generator(seed: int, device: torch.device) -> torch.Generator:
-    """The random numbers of every evaluation with this seed: the same each time, in a run and by ``forkrl eval``."""
-    # Hashed: training draws from a generator of the bare seed, and the two must not run in step.
+    """The random numbers of every evaluation with this seed, in a run and in ``forkrl eval``."""
+    # Hashed, because training uses a generator with the seed itself, and the two must differ.
     digest = hashlib.sha256(f"evaluation/{seed}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -51,7 +45,7 @@ def sample_and_score(
     sampling: SamplingParams,
     generator: torch.Generator,
 ) -> list[RolloutGroup]:
-    """Sample responses and have each judged: groups with their results, in the order of the prompts."""
+    """Sample and score responses; the groups are in the order of the prompts."""
     scoring = Scoring(verifier)
     return scoring.finish(
         engine.generate(prompts, group_size=group_size, sampling=sampling, generator=generator, on_finished=scoring.add)
@@ -59,7 +53,7 @@ def sample_and_score(
 
 
 def by_source(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGroup]]:
-    """The groups of each part of a mixed task, in the order of its name; empty for a task of one part."""
+    """The groups of each part of a mixed task, sorted by name; empty for other tasks."""
     found: dict[str, list[RolloutGroup]] = {}
     for group in groups:
         found.setdefault(group.prompt.source, []).append(group)
@@ -67,37 +61,34 @@ def by_source(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGroup]]:
 
 
 def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Figures of an evaluation: avg@K with its 95% interval clustered by prompt, unbiased pass@k, lengths, entropy.
+    """Metrics of an evaluation: avg@K with its 95% interval clustered by prompt, unbiased pass@k, lengths, entropy.
 
-    Of a mixed task, accuracy and length of each part as well: ``accuracy/PART``.
+    For a mixed task also accuracy and length of each part: ``accuracy/PART``.
     """
     num_samples = len(groups[0].rollouts)
-    accuracy = mean_with_interval([list(group.scores) for group in groups])
-    length = mean_with_normal_interval([[float(len(rollout)) for rollout in group.rollouts] for group in groups])
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    figures = {
-        "accuracy": accuracy.mean,
-        "accuracy_low": accuracy.low,
-        "accuracy_high": accuracy.high,
-        "length": length.mean,
+    figures = _accuracy_and_length(groups, "") | {
         "entropy": float(torch.cat([rollout.entropy for rollout in rollouts]).mean()),
         "truncated_fraction": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
-        "problems": float(len(groups)),
         "samples": float(num_samples),
         "verifier_failures": float(sum(bool(result.failure) for group in groups for result in group.results)),
     }
     for source, part in by_source(groups).items():
-        of_part = mean_with_interval([list(group.scores) for group in part])
-        lengths = mean_with_normal_interval([[float(len(rollout)) for rollout in group.rollouts] for group in part])
-        figures |= {
-            f"accuracy/{source}": of_part.mean,
-            f"accuracy_low/{source}": of_part.low,
-            f"accuracy_high/{source}": of_part.high,
-            f"length/{source}": lengths.mean,
-            f"problems/{source}": float(len(part)),
-        }
+        figures |= _accuracy_and_length(part, f"/{source}")
     solved = [sum(score == 1 for score in group.scores) for group in groups]
     for k in (2**power for power in range(1, num_samples.bit_length())):
         estimate = mean_pass_at_k(solved, num_samples, k)
         figures |= {f"pass@{k}": estimate.mean, f"pass@{k}_low": estimate.low, f"pass@{k}_high": estimate.high}
     return figures
+
+
+def _accuracy_and_length(groups: Sequence[RolloutGroup], suffix: str) -> dict[str, float]:
+    accuracy = mean_with_interval([list(group.scores) for group in groups])
+    length = mean_with_normal_interval([[float(len(rollout)) for rollout in group.rollouts] for group in groups])
+    return {
+        f"accuracy{suffix}": accuracy.mean,
+        f"accuracy_low{suffix}": accuracy.low,
+        f"accuracy_high{suffix}": accuracy.high,
+        f"length{suffix}": length.mean,
+        f"problems{suffix}": float(len(groups)),
+    }

@@ -1,26 +1,65 @@
-"""The engine that a recipe asks for."""
+"""Opens the engine of a recipe, for models whose decoding from a cache gives what one forward pass gives."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from transformers import DynamicCache
+
+from forkrl.errors import UserError, first_line
+from forkrl.method.batches import collate
+from forkrl.model.policy import Policy
+from forkrl.model.support import PROBE_ERRORS
 from forkrl.parallel.workers import Workers
-from forkrl.rollout.cached_decoding import require_cached_decoding
-from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.rollout.embedded import EmbeddedEngine, Prefix, decode
 from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
+from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, logprob_gap
+from forkrl.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
     from forkrl.config import TrainConfig
 
+_SUPPORTED_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+_REMEDY = (
+    "choose another model (docs/models.md); ready responses of this one can be analysed with forkrl analyze --responses"
+)
+
 
 def open_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
-    """The embedded engine, with graphs or without."""
-    require_cached_decoding(workers.policy)
+    """The embedded engine, with CUDA graphs or without; raises UserError for a model that it cannot decode."""
+    _require_cached_decoding(workers.policy)
     if config.rollout.cuda_graphs:
         require_graphs(workers.policy)
-    kind = GraphedEngine if config.rollout.cuda_graphs else EmbeddedEngine
-    return kind(
-        workers,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_sequences=config.rollout.max_sequences,
-    )
+    engine = GraphedEngine if config.rollout.cuda_graphs else EmbeddedEngine
+    limits = config.rollout
+    return engine(workers, max_prompt_tokens=limits.max_prompt_tokens, max_sequences=limits.max_sequences)
+
+
+def _require_cached_decoding(policy: Policy) -> None:
+    """Reject a model that caches state other than keys and values, or whose cached decoding deviates."""
+    failure = f"{type(policy.model).__name__} cannot be sampled or trained"
+    try:
+        layers = DynamicCache(config=policy.model.config).layers
+        if other := sorted({type(layer).__name__ for layer in layers} - _SUPPORTED_CACHES):
+            raise UserError(f"{failure}: it keeps other state than keys and values ({', '.join(other)}); {_REMEDY}")
+        gap = _decoding_gap(Policy(policy.model, policy.tokenizer))
+    except PROBE_ERRORS as error:
+        raise UserError(
+            f"{failure}: decoding from a cache fails ({type(error).__name__}: {first_line(error)}); {_REMEDY}"
+        ) from error
+    if not gap <= MAX_MEAN_GAP["fp32"]:
+        raise UserError(
+            f"{failure}: log-probs of tokens decoded from a cache differ by {gap:.2g} nats from those of one pass over "
+            f"the sequence; {_REMEDY}"
+        )
+
+
+def _decoding_gap(policy: Policy) -> float:
+    """The mean gap over a few tokens after prompts of different lengths; in fp32, where it is only rounding."""
+    prefixes = [Prefix((0, 1, 2, 3, 4)), Prefix((3, 1)), Prefix((0, 1, 2, 3, 4))]
+    generator = torch.Generator(policy.device).manual_seed(0)
+    rollouts = dict(decode(policy, prefixes, SamplingParams(6), generator))
+    groups = [RolloutGroup(Prompt("", "", ""), (rollouts[index],)) for index in sorted(rollouts)]
+    batch = collate(groups, torch.zeros(len(groups), 1), pad_id=0)
+    return logprob_gap(policy, batch.to(policy.device), 1.0).mean

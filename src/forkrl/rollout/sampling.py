@@ -17,14 +17,14 @@ def sample_tokens(
     """Draw the next token of every sequence.
 
     Args:
-        logits_SV: fp32 ``[S, V]``, as the model gives them.
-        sampling: temperature or fork temperature, top-k and top-p shape what is *drawn*.
+        logits_SV: the model's, fp32 ``[S, V]``.
+        sampling: temperature or fork temperature, top-k and top-p affect only which token is *drawn*.
         generator: on the device of the logits.
 
     Returns:
         Tokens int64 ``[S]``; fp32 ``[S]`` log-probs and entropies (nats) of the full vocabulary at the sampling
-        temperature, whatever top-k and top-p leave out. At temperature 0 (greedy), and with a fork temperature, they
-        refer to temperature 1: that entropy is the one compared with the threshold.
+        temperature, regardless of top-k and top-p. At temperature 0 (greedy), and with a fork temperature, they refer
+        to temperature 1, whose entropy is compared with the threshold.
     """
     scaled_SV = logits_SV if sampling.temperature in (0, 1) else logits_SV / sampling.temperature
     logprobs_SV = torch.log_softmax(scaled_SV, dim=-1)
@@ -33,7 +33,7 @@ def sample_tokens(
     if sampling.temperature == 0:
         tokens_S = logits_SV.argmax(-1)
     else:
-        if sampling.fork_temperature is not None:  # not normalised: only the proportions of a row matter below
+        if sampling.fork_temperature is not None:  # unnormalised; only ratios matter below
             probs_SV = sampling.fork_temperature.rescale(logprobs_SV, entropy_S).exp()
         candidates_SV = _restrict(probs_SV, sampling)
         # The largest p / Exp(1) is a draw from p: exact, and without multinomial's host synchronisation.
@@ -42,7 +42,7 @@ def sample_tokens(
 
 
 def _restrict(probs_SV: Tensor, sampling: SamplingParams) -> Tensor:
-    """Zero what top-k and top-p leave out. The likeliest token always stays."""
+    """Zero the tokens that top-k and top-p exclude; the most likely token always stays."""
     if 0 < sampling.top_k < probs_SV.shape[-1]:
         kept = torch.zeros_like(probs_SV, dtype=torch.bool)
         kept.scatter_(-1, probs_SV.topk(sampling.top_k, dim=-1).indices, True)

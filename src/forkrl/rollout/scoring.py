@@ -1,4 +1,4 @@
-"""From rollouts to results, while others are still being sampled."""
+"""Scores rollouts while others are still being sampled."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
 
 
 class Scoring:
-    """Has each rollout judged from the moment it has ended.
-
-    A slow verifier then costs a step only what it takes beyond the sampling.
-    """
+    """Submits each rollout to the verifier as soon as it ends, so that scoring overlaps with sampling."""
 
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
-        self._results: dict[int, Future[list[VerifierResult]]] = {}  # by identity: two equal responses are two
+        self._results: dict[
+            int, Future[list[VerifierResult]]
+        ] = {}  # by identity: equal responses are scored separately
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
-        """Begin to judge a rollout; returns at once."""
+        """Start scoring a rollout; does not block."""
         self._results[id(rollout)] = self._verifier.submit([(prompt, rollout.text)])
 
     def finish(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """The same groups with a result for every rollout, all of them added before."""
+        """The groups with a result for every rollout; all must have been added."""
         return [
             RolloutGroup(
                 group.prompt,
@@ -35,12 +34,12 @@ class Scoring:
 
 
 def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]) -> str:
-    """A sentence for the case that the verifier judged no response at all; empty if it judged one.
+    """A sentence for the case that the verifier failed on all responses; empty if it scored one.
 
     Args:
-        failures: responses that could not be judged.
-        responses: all of them.
-        first_failures: of the verifier, see ``VerifierPool``; may be empty.
+        failures: number of responses that could not be scored.
+        responses: number of responses.
+        first_failures: the verifier's; may be empty.
     """
     if failures < responses:
         return ""
@@ -49,7 +48,7 @@ def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]
 
 
 def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, first_failures: Mapping[str, str]) -> str:
-    """Why no group of a step has a gradient, and what to change."""
+    """Why no group of a step has a gradient, and the remedy."""
     results = [result for group in sampled for result in group.results]
     unjudged = sum(bool(result.failure) for result in results)
     if reason := none_judged(unjudged, len(results), first_failures):
@@ -64,7 +63,7 @@ def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, firs
 
 
 def score_groups(groups: Sequence[RolloutGroup], verifier: Verifier) -> list[RolloutGroup]:
-    """The same groups with a result for every rollout."""
+    """The groups with a result for every rollout."""
     results = iter(verifier.verify([(group.prompt, rollout.text) for group in groups for rollout in group.rollouts]))
     return [
         RolloutGroup(group.prompt, group.rollouts, tuple(next(results) for _ in group.rollouts)) for group in groups

@@ -1,20 +1,21 @@
-"""``ForkTemperature`` inside vLLM: its logits processors for both of its model runners.
+"""``ForkTemperature`` in vLLM: logits processors for both of its model runners.
 
-Name the class to vLLM when the engine starts, and the temperatures with every request that wants them::
+Name the class when the engine starts, and the temperatures in every request that uses them::
 
     llm = LLM(model, logits_processors=["forkrl.rollout.vllm_fork_temperature:ForkTemperatureV1"])
     temperatures = {"high": 1.0, "low": 0.3, "threshold": 0.672}
     llm.generate(prompts, SamplingParams(temperature=1, extra_args={"fork_temperature": temperatures}))
 
-A server takes ``--logits-processors`` and, as ``vllm_xargs`` may hold no dictionaries, the three numbers in this order:
-``"vllm_xargs": {"fork_temperature": "1.0,0.3,0.672"}``, or a list of them where that vLLM allows lists.
+A server takes ``--logits-processors`` and, because ``vllm_xargs`` cannot hold dictionaries, the three numbers in this
+order: ``"vllm_xargs": {"fork_temperature": "1.0,0.3,0.672"}``, or a list of them if that vLLM accepts lists.
 
-``ForkTemperatureV1`` is for the V1 model runner (vLLM 0.24 on; ``VLLM_USE_V2_MODEL_RUNNER=0`` where it is not the
-default), ``ForkTemperatureV2`` for Model Runner V2 (vLLM 0.32 on). Both runners call them before their own temperature,
-so what is compared with the threshold is the unscaled distribution. Speculative decoding works with V2 alone.
+``ForkTemperatureV1`` is for the V1 model runner (vLLM 0.24 and later; ``VLLM_USE_V2_MODEL_RUNNER=0`` if it is not the
+default), ``ForkTemperatureV2`` for Model Runner V2 (vLLM 0.32 and later). Both runners call them before applying their
+own temperature, so the entropy of the unscaled distribution is compared with the threshold. Speculative decoding needs
+V2.
 
-Importing this module does not import vLLM; taking one of the classes does. It was written against vLLM's documentation
-and is tested against a stand-in with that interface: no real vLLM has run it yet.
+Importing this module does not import vLLM; accessing one of the classes does. It follows vLLM's documentation and is
+tested against a fake with that interface: no real vLLM has run it yet.
 
 Shapes: ``N`` rows of logits, ``V`` vocabulary.
 """
@@ -34,7 +35,7 @@ _NAMES = ("high", "low", "threshold")
 
 
 def requested(params: Any) -> ForkTemperature | None:
-    """What a request's ``SamplingParams.extra_args`` ask for; None if nothing."""
+    """The ``ForkTemperature`` in a request's ``SamplingParams.extra_args``, if any."""
     value = (params.extra_args or {}).get(KEY)
     if value is None:
         return None
@@ -47,7 +48,7 @@ def requested(params: Any) -> ForkTemperature | None:
 
 
 def _listed(value: Any) -> Sequence[Any]:
-    """A list as it is, numbers separated by commas as a list; nothing for anything else."""
+    """A list, or comma-separated numbers as a list; empty for anything else."""
     if not isinstance(value, str):
         return value if isinstance(value, Sequence) else ()
     try:
@@ -60,7 +61,7 @@ def _build_v1() -> type:
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class ForkTemperatureV1(AdapterLogitsProcessor):  # type: ignore[misc]  # untyped
-        """Applies to each request its own ``ForkTemperature``: interface of vLLM's V1 model runner."""
+        """Applies each request's own ``ForkTemperature``, for vLLM's V1 model runner."""
 
         @classmethod
         def validate_params(cls, sampling_params: Any) -> None:
@@ -68,7 +69,7 @@ def _build_v1() -> type:
             requested(sampling_params)
 
         def is_argmax_invariant(self) -> bool:
-            """False: what is invariant runs after the temperature, and here the entropy from before it counts."""
+            """False: argmax-invariant processors run after the temperature; this one needs the entropy before."""
             return False
 
         def new_req_logits_processor(self, params: Any) -> ForkTemperature | None:
@@ -82,7 +83,7 @@ def _build_v2() -> type:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
     class ForkTemperatureV2(LogitsProcessor):  # type: ignore[misc]  # untyped
-        """Applies to the rows of each request its own ``ForkTemperature``: interface of vLLM's Model Runner V2."""
+        """Applies each request's own ``ForkTemperature`` to its rows, for vLLM's Model Runner V2."""
 
         def __init__(self, vllm_config: Any, req_states: Any) -> None:
             super().__init__(vllm_config, req_states)
@@ -94,7 +95,7 @@ def _build_v2() -> type:
             requested(sampling_params)
 
         def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-            """Take note of a new request; its slot may have been another's before."""
+            """Register a new request; its slot may have had another one before."""
             wanted = requested(sampling_params)
             self._by_slot.pop(req_idx, None)
             if wanted is not None:
@@ -102,7 +103,7 @@ def _build_v2() -> type:
             return wanted is not None
 
         def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-            """Rescale in place the rows ``[N, V]`` of requests in this batch that asked for it."""
+            """Rescale in place the rows ``[N, V]`` of the requests that asked for it."""
             for wanted in {self._by_slot[slot] for slot in ctx.idx_mapping_np.tolist() if slot in self._by_slot}:
                 slots = torch.tensor([slot for slot, theirs in self._by_slot.items() if theirs == wanted])
                 rows_N = torch.isin(ctx.expanded_idx_mapping, slots.to(logits.device))
@@ -116,7 +117,7 @@ _BUILDERS: dict[str, Callable[[], type]] = {"ForkTemperatureV1": _build_v1, "For
 
 
 def __getattr__(name: str) -> Any:
-    """The processor classes, made when first asked for: their base classes are vLLM's."""
+    """The processor classes, built at first access because their base classes are vLLM's."""
     if name not in _BUILDERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -125,6 +126,6 @@ def __getattr__(name: str) -> Any:
         if error.name == "vllm":
             raise ImportError(f"{name} needs vLLM; install it with: pip install 'forkrl[vllm]'") from error
         raise ImportError(f"this vLLM has no interface for {name} ({error}); see {__name__}") from error
-    made.__qualname__ = name  # what is pickled to vLLM's other processes is found by this name
+    made.__qualname__ = name  # vLLM's other processes unpickle it by this name
     globals()[name] = made
     return made

@@ -1,4 +1,4 @@
-"""Prompts with a verifier, one file a task, and the endless stream that training draws from."""
+"""Tasks (prompts with a verifier), and the endless stream of prompts that training draws from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.model.prompt_tokens import PromptCheck
-from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.countdown import countdown_task
 from forkrl.tasks.dataset import ApplyChatTemplate, load_dataset_task, load_evaluation_task
 from forkrl.tasks.gym import gym_task
+from forkrl.tasks.json_lines import BadRows
 from forkrl.tasks.mix import mix_task
 from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
 from forkrl.types import Prompt, Task
@@ -25,12 +25,15 @@ __all__ = ["PromptStream", "check_prompts", "open_evaluation_task", "open_stream
 def open_task(
     config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_prompt_tokens: int | None = None
 ) -> Task:
-    """The configured task, its prompts as the model will read them.
+    """The configured task, with its prompts exactly as the model reads them.
 
     Args:
         config: the recipe's ``task`` table.
-        tokenizer: the model's, which every prompt is checked against; None where a server keeps it.
+        tokenizer: the model's, to check every prompt; None if a server has it.
         max_prompt_tokens: longer prompts are rejected; None: any length.
+
+    Raises:
+        UserError: data, settings or a prompt cannot be used.
     """
     return _open(config, tokenizer, _prompt_check(tokenizer, max_prompt_tokens), load_dataset_task)
 
@@ -38,16 +41,16 @@ def open_task(
 def open_evaluation_task(
     config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_prompt_tokens: int | None = None
 ) -> Task:
-    """The configured task with every prompt to evaluate on in ``held_out``, and, for a data set, none to train on.
+    """The configured task with all prompts for evaluation in ``held_out``; arguments and errors as for ``open_task``.
 
-    A data set gives all of ``held_out_data``, or where that is empty all of ``data``. Countdown and reasoning-gym give
-    the problems that they always hold out; a mix what its parts give. Arguments and errors are those of ``open_task``.
+    For a data set they are all of ``held_out_data``, or if that is empty, all of ``data``, and ``train`` is empty. For
+    Countdown and reasoning-gym they are the problems that are always held out.
     """
     return _open(config, tokenizer, _prompt_check(tokenizer, max_prompt_tokens), load_evaluation_task)
 
 
 def check_prompts(prompts: Iterable[Prompt], check: PromptCheck, *, allow_unknown: bool) -> None:
-    """Raise UserError if the model cannot read a prompt: the first ten with their reasons, and the count."""
+    """Raise UserError with the first ten prompts that the model cannot read, and their count."""
     bad, total = BadRows(), 0
     for prompt in prompts:
         total += 1
@@ -83,13 +86,8 @@ def _open(
 
 
 def _chat_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None) -> ApplyChatTemplate | None:
-    if not config.chat_template:
+    if not config.chat_template or tokenizer is None or not tokenizer.chat_template:
         return None
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UserError(
-            "task.chat_template = true, but the tokenizer has no chat template (base models often have none); "
-            "set it to false and put the wording into task.template"
-        )
 
     def apply_chat_template(messages: list[dict[str, str]]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

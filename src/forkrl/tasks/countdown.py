@@ -1,14 +1,14 @@
-"""Countdown in miniature: reach a target from three numbers, and the random search that teaches a base model.
+"""A small Countdown: reach a target from three numbers. Also the random searcher whose traces train the base model.
 
-A problem is ``2 5 9:90?``. A response is a chain of tries; every step restates the numbers that remain, and every try
-is checked against the target::
+A problem is ``2 5 9:90?``. A response is a chain of attempts; every step restates the remaining numbers, and every
+attempt is checked against the target::
 
     2*5=10 [9 10], 10+9=19 [19] 19:90 ; 2*5=10 [9 10], 10*9=90 [90] 90:90 !
 
-``!`` claims success, ``?`` gives up, ``;`` tries again. The traces come from a search that knows nothing of the answer:
-it chooses numbers and operations uniformly, and has the habits of a real base model, good and bad: it gives up or goes
-on, repeats a failed try or avoids it, checks its result or claims success unseen. What reinforcement learning finds is
-which of these branches to take.
+``!`` claims success, ``?`` gives up, ``;`` tries again. The searcher does not know the answer: it chooses numbers and
+operations uniformly and has the good and bad habits of a real base model: it gives up or continues, repeats a failed
+attempt or avoids it, checks its result or claims success without checking. Reinforcement learning finds out which of
+these branches to take.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import hashlib
 import itertools
 import random
 import re
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from forkrl.config import SearchHabits
 from forkrl.rewards.reply import reply_of
@@ -33,9 +33,8 @@ NUM_HELD_OUT = 1000
 NUM_VALIDATION = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One operation of a response, judged: arithmetic right, numbers available, remainder restated right."""
+class Step(NamedTuple):
+    """One operation of a response; ``right``: correct arithmetic, available numbers, remainder restated correctly."""
 
     right: bool
     remaining: tuple[int, ...]
@@ -44,11 +43,11 @@ class Step:
 def countdown_task(*, validation: bool = False) -> Task:
     """All problems with three numbers from 1 to 9 and a reachable target up to 99, split by a hash.
 
-    A problem's numbers in another order are the same problem, so none of the held-out ones is seen in training.
+    The order of a problem's numbers does not matter, so no held-out problem is seen in training.
 
     Args:
-        validation: hold out another part instead, for choosing settings: a figure on problems by which the settings
-            were chosen is no longer one on held-out problems. Training is on the same problems either way.
+        validation: hold out other problems, for choosing settings, so that the usual held-out problems remain unseen.
+            The training problems are the same.
     """
     prompts = sorted(map(_prompt, _problems()), key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
     held_out, rest = prompts[:NUM_HELD_OUT], prompts[NUM_HELD_OUT:]
@@ -64,11 +63,11 @@ def countdown_task(*, validation: bool = False) -> Task:
 
 
 def verify_countdown(answer: str, response: str) -> float:
-    """1.0 if the last try claims success and really reaches the target, each step right; else 0.0.
+    """1.0 if the last attempt claims success, reaches the target, and every step is right; else 0.0.
 
     Args:
         answer: the problem, ``"2 5 9:90"``.
-        response: the model's text; anything at all.
+        response: the model's text.
     """
     numbers, target = parse_problem(answer)
     response = reply_of(response)
@@ -79,7 +78,7 @@ def verify_countdown(answer: str, response: str) -> float:
 
 
 def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
-    """Every try of a response, step by step, following what the response itself says remains."""
+    """The steps of every attempt, each judged by the numbers that the response says remain."""
     tries = []
     for text in response.split(";"):
         remaining, steps = numbers, []
@@ -91,7 +90,7 @@ def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
 
 
 def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habits: SearchHabits) -> str:
-    """The response of the random searcher to one problem."""
+    """The random searcher's response to a problem."""
     written = ""
     tried: list[tuple[str, int]] = []
     for attempt in range(1, habits.most_tries + 1):
@@ -113,7 +112,7 @@ def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habit
 
 
 def random_problem(task: Task, rng: random.Random) -> tuple[Prompt, tuple[int, ...], int]:
-    """A training problem with its numbers in random order: the prompt, the numbers, the target."""
+    """A training problem with its numbers in random order: prompt, numbers, target."""
     numbers, target = parse_problem(rng.choice(task.train).answer)
     shuffled = tuple(rng.sample(numbers, len(numbers)))
     return _prompt((shuffled, target)), shuffled, target
@@ -132,7 +131,7 @@ def parse_problem(answer: str) -> tuple[tuple[int, ...], int]:
 
 
 def _problems() -> list[tuple[tuple[int, ...], int]]:
-    """Every multiset of numbers with every target it can reach, its numbers in an order drawn once and for all."""
+    """Every multiset of numbers with every reachable target, the numbers in a fixed random order."""
     rng = random.Random("countdown")
     found = []
     for numbers in itertools.combinations_with_replacement(range(1, LARGEST_NUMBER + 1), NUM_NUMBERS):
@@ -157,7 +156,7 @@ def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
 
 
 def _calculate(left: int, sign: str, right: int) -> int | None:
-    """The result where it is a whole number from 0 to 999, else None."""
+    """The result if it is an integer from 0 to 999, else None."""
     if sign == "/":
         return left // right if right and left % right == 0 else None
     result = left + right if sign == "+" else left - right if sign == "-" else left * right
@@ -165,7 +164,7 @@ def _calculate(left: int, sign: str, right: int) -> int | None:
 
 
 def _new_try(numbers: tuple[int, ...], rng: random.Random, tried: list[tuple[str, int]]) -> tuple[str, int]:
-    """A random try, not one of those already written if a few draws find another."""
+    """A random attempt, a new one if 20 draws find one."""
     for _ in range(20):
         candidate = _random_try(numbers, rng)
         if candidate not in tried:
@@ -174,7 +173,7 @@ def _new_try(numbers: tuple[int, ...], rng: random.Random, tried: list[tuple[str
 
 
 def _random_try(numbers: tuple[int, ...], rng: random.Random) -> tuple[str, int]:
-    """Combine two random numbers by a random possible operation until one is left: the text and the result."""
+    """Combine random pairs by random possible operations until one number is left: text and result."""
     pool, steps = list(numbers), []
     while len(pool) > 1:
         left, right = rng.sample(range(len(pool)), 2)

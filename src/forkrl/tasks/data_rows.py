@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError, first_line
 from forkrl.model.locations import require_hub_id
-from forkrl.tasks.json_lines import json_object
+from forkrl.tasks.json_lines import BadRows, json_object
 
 NO_VERIFIER = "none"
 _SUFFIXES = (".jsonl", ".parquet")
@@ -21,22 +22,30 @@ _BATCH_ROWS = 1024
 
 class Row(NamedTuple):
     place: str
-    """The location of the row in error messages: "train.jsonl line 7"."""
+    """Its location for error messages: "train.jsonl line 7"."""
     values: dict[str, Any]
 
 
-class RawRow(NamedTuple):
-    """A row with its place; ``values`` is still a line of JSON where it comes from a JSONL file."""
-
-    place: str
-    values: bytes | dict[str, Any]
-
-    def parsed(self) -> Row:
-        return Row(self.place, json_object(self.values, self.place) if isinstance(self.values, bytes) else self.values)
+def read_rows(config: TaskConfig, source: str, key: str, bad: BadRows) -> Iterator[Row]:
+    """The rows of a source with the columns that the recipe names; lines that are not JSON objects go to ``bad``."""
+    path = Path(source).expanduser()
+    if path.exists():
+        for setting in ("subset", "split"):
+            if setting in config.changed() and (value := getattr(config, setting)):
+                raise UserError(
+                    f"task.{setting} = {value!r} is for hub data sets, but {key} = {source!r} is a local path"
+                )
+        for file in _files_of(path, key):
+            yield from _read_jsonl(file, bad) if file.suffix == ".jsonl" else _read_parquet(config, file)
+    else:
+        name, _, split = source.partition(":")
+        is_hub_name = not Path(name).exists() and (not split or _SPLIT.fullmatch(split))
+        require_hub_id(name if is_hub_name else source, key, "file or folder")
+        yield from _read_hub(config, name, split or config.split, key)
 
 
 def look_up(row: Row, column: str, key: str) -> Any:
-    """The value of a column; dots reach inside dicts, and with a number inside lists."""
+    """The value of a column; dots select nested fields, and with a number items of lists."""
     if column in row.values:
         return row.values[column]
     value: Any = row.values
@@ -51,13 +60,11 @@ def look_up(row: Row, column: str, key: str) -> Any:
 
 
 def _no_such_column(place: str, column: str, key: str, names: list[str]) -> UserError:
-    near = difflib.get_close_matches(column, names, n=1)
-    remedy = f"; set {key}" + (
-        " (or task.verifier=none, where there are no answers)" if key == "task.answer_column" else ""
-    )
-    suggestion = f"; did you mean {near[0]!r}?" if near else remedy
+    remedy = f"set {key}" + (" (or task.verifier=none, if there are no answers)" if key == "task.answer_column" else "")
+    if near := difflib.get_close_matches(column, names, n=1):
+        remedy = f"did you mean {near[0]!r}?"
     listing = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    return UserError(f"{place} has no column {column!r} ({key}); it has: {listing or 'none'}{suggestion}")
+    return UserError(f"{place} has no column {column!r} ({key}); it has: {listing or 'none'}; {remedy}")
 
 
 def _column_names(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -67,24 +74,6 @@ def _column_names(values: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             names += _column_names(value, f"{prefix}{name}.")
     return names
-
-
-def read_rows(config: TaskConfig, source: str, key: str) -> Iterator[RawRow]:
-    path = Path(source).expanduser()
-    if path.exists():
-        for name, value in (
-            ("subset", config.subset or None),
-            ("split", config.split if config.split != "train" else None),
-        ):
-            if value is not None:
-                raise UserError(f"task.{name} = {value!r} is for hub data sets, but {key} = {source!r} is a local path")
-        for file in _files_of(path, key):
-            yield from _read_jsonl(file) if file.suffix == ".jsonl" else _read_parquet(config, file)
-    else:
-        name, _, split = source.partition(":")
-        named = not Path(name).exists() and (not split or _SPLIT.fullmatch(split))
-        require_hub_id(name if named else source, key, "file or folder")
-        yield from _read_hub(config, name, split or config.split, key)
 
 
 def _files_of(path: Path, key: str) -> list[Path]:
@@ -98,33 +87,37 @@ def _files_of(path: Path, key: str) -> list[Path]:
     return [path]
 
 
-def _read_jsonl(path: Path) -> Iterator[RawRow]:
+def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield RawRow(f"{path.name} line {number}", line)
+                if not line.strip():
+                    continue
+                place = f"{path.name} line {number}"
+                try:
+                    values = json_object(line, place)
+                except UserError as error:
+                    bad.add(error)
+                else:
+                    yield Row(place, values)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _read_parquet(config: TaskConfig, path: Path) -> Iterator[RawRow]:
+def _read_parquet(config: TaskConfig, path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = _top_columns(config, file.schema_arrow.names, path.name)
-            number = 0
+            columns, number = _top_columns(config, file.schema_arrow.names, path.name), count(1)
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield RawRow(f"{path.name} row {number}", values)
+                yield from (Row(f"{path.name} row {next(number)}", values) for values in batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
 
 
-def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[RawRow]:
+def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[Row]:
     import datasets
 
     try:
@@ -134,20 +127,19 @@ def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[R
             f"{key} = {name!r} is not a local path, and the hub has no split {split!r} of it ({first_line(error)}); "
             f"check the name, or download it and give the path of a .jsonl or .parquet file or a folder of them"
         ) from None
-    rows = rows.select_columns(_top_columns(config, rows.column_names, name))
-    number = 0
-    for batch in rows.iter(_BATCH_ROWS):
+    number = count(1)
+    for batch in rows.select_columns(_top_columns(config, rows.column_names, name)).iter(_BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield RawRow(f"{name} ({split}) row {number}", dict(zip(batch, values, strict=True)))
+            yield Row(f"{name} ({split}) row {next(number)}", dict(zip(batch, values, strict=True)))
 
 
 def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:
-    """The columns that must be read so that the recipe's two, which may lie inside them, can be looked up."""
+    """The top-level columns that hold the recipe's prompt and answer columns, which may be nested in them."""
+    wanted = {"task.prompt_column": config.prompt_column}
+    if config.verifier != NO_VERIFIER:
+        wanted["task.answer_column"] = config.answer_column
     needed: dict[str, None] = {}
-    for key, column in (("task.prompt_column", config.prompt_column), ("task.answer_column", config.answer_column)):
-        if key == "task.answer_column" and config.verifier == NO_VERIFIER:
-            continue
+    for key, column in wanted.items():
         top = column if column in names else column.partition(".")[0]
         if top not in names:
             raise _no_such_column(place, column, key, names)

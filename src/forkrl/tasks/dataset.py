@@ -1,7 +1,7 @@
 """Prompts from your own data: JSONL, Parquet, a folder of them, or a data set of the Hugging Face hub.
 
-Rows are read one by one and only distinct questions are kept, so a file with every question a hundred times over (as
-DAPO-Math-17K is on the hub) costs its time to read and no more memory than its distinct questions.
+Rows are read one by one and only distinct questions are kept, so that a file with every question a hundred times
+(DAPO-Math-17K on the hub) needs no more memory than its distinct questions.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -19,42 +18,42 @@ from forkrl.config import TaskConfig
 from forkrl.config.secret_values import is_address
 from forkrl.errors import UserError, notice
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
-from forkrl.tasks.bad_rows import BadRows
 from forkrl.tasks.data_rows import NO_VERIFIER, Row, look_up, read_rows
-from forkrl.tasks.json_lines import kind_of, require_characters
+from forkrl.tasks.json_lines import BadRows, kind_of, require_characters
 from forkrl.types import Prompt, Task, VerifierSpec
 
-ApplyChatTemplate = Callable[[list[dict[str, str]]], str]
+Messages = list[dict[str, str]]
+ApplyChatTemplate = Callable[[Messages], str]
 CheckPrompt = Callable[[Prompt], object]
-
-_SKIP = "set task.skip_bad_rows = true to leave such rows out"
+RenderPrompt = Callable[[str | Messages, str], str]
 
 
 def load_dataset_task(
     config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None = None
 ) -> Task:
-    """Read the prompts that ``config`` names and keep some aside.
+    """Read the prompts that ``config`` names and hold some out.
 
-    A question is text, or a list of chat messages whose last is the user's; ``config.template`` goes around that text,
-    and with ``config.chat_template`` the tokenizer's chat template around all of it. A prompt's id is a hash of its
-    question: it depends on no order, file or template. Duplicates are dropped and reported: the same question, or one
-    that differs only in whitespace and has the same answer. Held-out prompts come from ``held_out_data``, or are those
-    of ``held_out_rows`` lowest ids, which depends on no order either; a question that is held out is never trained on.
-    A hub data set may name its split: ``"owner/name:test"``.
+    A question is text, or a list of chat messages whose last is the user's. ``config.template`` is applied to that
+    text, and with ``config.chat_template`` the tokenizer's chat template to all messages. A prompt's id hashes its
+    question. Duplicates are dropped and reported: the same question, or one that differs only in whitespace and has the
+    same answer. Held-out prompts come from ``held_out_data``, or are the ``held_out_rows`` questions with the lowest
+    ids, independent of the order of rows; a held-out question is never trained on.
 
     Args:
         config: the recipe's ``task`` table.
-        apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
-        check: raises UserError for a prompt that the model cannot read; its row is then a bad row.
+        apply_chat_template: the tokenizer's: chat messages to text; None if it has no chat template.
+        check: raises UserError for a prompt that the model cannot read, which makes its row a bad row.
+
+    Raises:
+        UserError: a source cannot be read, a row cannot be used (without ``skip_bad_rows``), or nothing is left.
     """
     if config.verifier == NO_VERIFIER:
         raise UserError(f"task.verifier = {NO_VERIFIER!r}: training needs something to judge responses by")
-    read = _Reader(config, apply_chat_template, check)
-    questions = read(config.data, "task.data")
+    questions = _read_questions(config, config.data, "task.data", apply_chat_template, check)
     if config.held_out_data:
-        aside = read(config.held_out_data, "task.held_out_data")
-        keys = {question.key for question in aside.values()}
-        shared = {id for id, question in questions.items() if id in aside or question.key in keys}
+        held_out = _read_questions(config, config.held_out_data, "task.held_out_data", apply_chat_template, check)
+        keys = {question.key for question in held_out.values()}
+        shared = {id for id, question in questions.items() if id in held_out or question.key in keys}
         if len(shared) == len(questions):
             raise UserError(f"{config.data}: every question is also in task.held_out_data; nothing is left to train on")
         if shared:
@@ -65,29 +64,23 @@ def load_dataset_task(
                 f"task.held_out_rows = {config.held_out_rows} leaves nothing to train on: {config.data} has "
                 f"{len(questions)} distinct questions; lower it, or name task.held_out_data"
             )
-        aside = {id: questions[id] for id in sorted(questions)[: config.held_out_rows]}
-        shared = set(aside)
+        held_out = {id: questions[id] for id in sorted(questions)[: config.held_out_rows]}
+        shared = set(held_out)
     train = [question.prompt for id, question in questions.items() if id not in shared]
-    held_out = [question.prompt for question in aside.values()]
-    return Task(config.data, train, held_out, _verifiers(config), fingerprint_of(train, held_out))
+    aside = [question.prompt for question in held_out.values()]
+    return Task(config.data, train, aside, _verifiers(config), fingerprint_of(train, aside))
 
 
 def load_evaluation_task(
     config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None = None
 ) -> Task:
-    """Read the prompts that ``config`` names for evaluation alone: nothing is split off, nothing is left to train on.
+    """Read prompts for evaluation only: all distinct questions of ``held_out_data``, or if that is empty, of ``data``.
 
-    They are all distinct questions of ``held_out_data``; where it is empty, all of ``data``. A benchmark of 30 rows
-    needs no second file and no ``held_out_rows``. Whether a model has trained on them is for the caller to know. With
-    the verifier "none", ``Task.verifiers`` is empty.
-
-    Args:
-        config: the recipe's ``task`` table.
-        apply_chat_template: the tokenizer's: chat messages to the text that the model reads. None where it has none.
-        check: raises UserError for a prompt that the model cannot read; its row is then a bad row.
+    With the verifier "none", ``Task.verifiers`` is empty. Arguments and errors are those of ``load_dataset_task``.
     """
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
-    prompts = [question.prompt for question in _Reader(config, apply_chat_template, check)(source, key).values()]
+    questions = _read_questions(config, source, key, apply_chat_template, check)
+    prompts = [question.prompt for question in questions.values()]
     return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts))
 
 
@@ -100,85 +93,91 @@ def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
     return {"": VerifierSpec(config.verifier, config.verifier_options)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
+class _Question(NamedTuple):
     prompt: Prompt
     key: str
     """Equal for questions that differ only in whitespace and have the same answer."""
 
 
-class _Reader:
-    """Reads the distinct questions of a source as prompts; collects bad rows and duplicates, and reports both."""
-
-    def __init__(
-        self, config: TaskConfig, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None
-    ) -> None:
-        self._config = config
-        self._render = _Renderer(config, apply_chat_template)
-        self._check = check
-
-    def __call__(self, source: str, key: str) -> dict[str, _Question]:
-        """Questions by id, in the order of their first appearance."""
-        questions: dict[str, _Question] = {}
-        keys: set[str] = set()
-        bad, num_rows, num_duplicates = BadRows(), 0, 0
-        for raw in read_rows(self._config, source, key):
-            num_rows += 1
-            try:
-                question = self._question(raw.parsed(), questions, keys)
-            except UserError as error:
-                bad.add(error)
-                continue
-            if question is None:
+def _read_questions(
+    config: TaskConfig,
+    source: str,
+    key: str,
+    apply_chat_template: ApplyChatTemplate | None,
+    check: CheckPrompt | None,
+) -> dict[str, _Question]:
+    """The distinct questions of a source by id, in the order of their first appearance."""
+    render = prompt_renderer(config, apply_chat_template)
+    questions: dict[str, _Question] = {}
+    keys: set[str] = set()
+    bad, num_duplicates = BadRows(), 0
+    for row in read_rows(config, source, key, bad):
+        try:
+            content, answer = _question_content(config, row), _answer_text(config, row)
+            # Questions that differ only in whitespace may differ in meaning (grids, programs): their answers decide.
+            texts = [content] if isinstance(content, str) else [text for each in content for text in each.values()]
+            words = [" ".join(text.split()) for text in texts]
+            key_of_question = hashlib.sha256(json.dumps([words, answer]).encode()).hexdigest()[:16]
+            id = question_id(content)
+            if id in questions:
+                _require_same_answer(config, row, answer, questions[id].prompt)
+            if id in questions or key_of_question in keys:
                 num_duplicates += 1
-            else:
-                questions[question.prompt.id] = question
-                keys.add(question.key)
-        self._report(source, bad, num_rows, num_duplicates)
-        if not questions:
-            raise UserError(f"{key} = {source!r} holds no rows" + (" that can be used" if num_rows else ""))
-        return questions
-
-    def _question(self, row: Row, known: Mapping[str, _Question], keys: set[str]) -> _Question | None:
-        """The question of a row; None for a duplicate."""
-        content, answer = _question_content(self._config, row), _answer_text(self._config, row)
-        id = question_id(content)
-        if id in known:
-            earlier = known[id].prompt
-            if earlier.answer != answer:
-                raise UserError(
-                    f"{row.place} asks what {earlier.place} asks, but its {self._config.answer_column} is "
-                    f"{_short(answer)}, not {_short(earlier.answer)}; remove one of the two"
-                )
-            return None
-        # Questions that differ only in whitespace may differ in meaning (grids, programs): their answers decide.
-        key = hashlib.sha256(json.dumps([_single_spaced(content), answer]).encode()).hexdigest()[:16]
-        if key in keys:
-            return None
-        prompt = self._render(id, content, answer, row.place)
-        if self._check is not None:
-            self._check(prompt)
-        return _Question(prompt, key)
-
-    def _report(self, source: str, bad: BadRows, num_rows: int, num_duplicates: int) -> None:
-        if not self._config.skip_bad_rows:
-            bad.require_none(source, num_rows, _SKIP)
-        elif bad.count:
-            notice(f"{source}: left out {bad.count:,} of {num_rows:,} rows (task.skip_bad_rows):\n{bad.listing()}")
-        if num_duplicates:
-            notice(
-                f"{source}: dropped {num_duplicates:,} of {num_rows:,} rows as duplicates (the same question, or one "
-                f"that differs only in whitespace, with the same answer)"
-            )
+                continue
+            prompt = Prompt(id, render(content, row.place), answer, row.place, templated=config.chat_template)
+            if check is not None:
+                check(prompt)
+        except UserError as error:
+            bad.add(error)
+            continue
+        questions[id] = _Question(prompt, key_of_question)
+        keys.add(key_of_question)
+    num_rows = len(questions) + num_duplicates + bad.count
+    if not config.skip_bad_rows:
+        bad.require_none(source, num_rows, "set task.skip_bad_rows = true to leave such rows out")
+    elif bad.count:
+        notice(f"{source}: left out {bad.count:,} of {num_rows:,} rows (task.skip_bad_rows):\n{bad.listing()}")
+    if num_duplicates:
+        notice(
+            f"{source}: dropped {num_duplicates:,} of {num_rows:,} rows as duplicates (the same question, or one that "
+            f"differs only in whitespace, with the same answer)"
+        )
+    if not questions:
+        raise UserError(f"{key} = {source!r} holds no rows" + (" that can be used" if num_rows else ""))
+    return questions
 
 
-def _single_spaced(content: str | list[dict[str, str]]) -> list[str]:
-    """A question with every run of whitespace as one space."""
-    messages = [content] if isinstance(content, str) else [part for message in content for part in message.values()]
-    return [" ".join(text.split()) for text in messages]
+def _require_same_answer(config: TaskConfig, row: Row, answer: str, earlier: Prompt) -> None:
+    if earlier.answer != answer:
+        raise UserError(
+            f"{row.place} asks what {earlier.place} asks, but its {config.answer_column} is {_short(answer)}, not "
+            f"{_short(earlier.answer)}; remove one of the two"
+        )
 
 
-def _question_content(config: TaskConfig, row: Row) -> str | list[dict[str, str]]:
+def prompt_renderer(config: TaskConfig, apply_chat_template: ApplyChatTemplate | None) -> RenderPrompt:
+    """The function that applies the recipe's template and chat template to a question, given with its place."""
+    if config.chat_template and apply_chat_template is None:
+        raise UserError(
+            "task.chat_template = true, but the model's tokenizer has no chat template (base models often have none); "
+            "set it to false and write the whole prompt as task.template"
+        )
+
+    def render(content: str | Messages, place: str) -> str:
+        *before, last = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        # Not str.format: a question may contain braces.
+        text = config.template.replace("{prompt}", last["content"])
+        if apply_chat_template is None:
+            return text
+        try:
+            return apply_chat_template([*before, {"role": "user", "content": text}])
+        except TemplateError as error:  # some templates reject a system message, or roles that do not alternate
+            raise UserError(f"{place}: the tokenizer's chat template rejects the messages ({error})") from error
+
+    return render
+
+
+def _question_content(config: TaskConfig, row: Row) -> str | Messages:
     value = look_up(row, config.prompt_column, "task.prompt_column")
     if isinstance(value, str):
         return _checked_text(value, config.prompt_column, row.place)
@@ -224,7 +223,7 @@ def _answer_text(config: TaskConfig, row: Row) -> str:
 
 
 def _tests_text(config: TaskConfig, value: Any, place: str) -> str:
-    """A program's tests: the ecosystem's JSON, as text or in the row itself."""
+    """A program's tests as JSON, which the row holds as text or as values."""
     with any_number_of_digits():
         text = json.dumps(value) if isinstance(value, dict | list) else value
     if not isinstance(text, str):
@@ -243,44 +242,20 @@ def _checked_text(text: str, column: str, place: str, *, may_be_empty: bool = Fa
     return text
 
 
-class _Renderer:
-    """Puts the recipe's template, and the chat template, around a question."""
-
-    def __init__(self, config: TaskConfig, apply_chat_template: ApplyChatTemplate | None) -> None:
-        if config.chat_template and apply_chat_template is None:
-            raise UserError(
-                "task.chat_template = true, but the model's tokenizer has no chat template; "
-                "set it to false and write the whole prompt as task.template"
-            )
-        self._template = config.template
-        self._apply = apply_chat_template if config.chat_template else None
-
-    def __call__(self, id: str, content: str | list[dict[str, str]], answer: str, place: str) -> Prompt:
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        *before, last = messages
-        # Not str.format: a question may hold braces of its own.
-        text = self._template.replace("{prompt}", last["content"])
-        if self._apply is not None:
-            try:
-                text = self._apply([*before, {"role": "user", "content": text}])
-            except TemplateError as error:  # of some templates: a system message, or roles that do not alternate
-                raise UserError(f"{place}: the tokenizer's chat template rejects the messages ({error})") from error
-        return Prompt(id, text, answer, place, templated=self._apply is not None)
-
-
-def question_id(content: str | list[dict[str, str]]) -> str:
-    """The id of a question by what it asks alone: the same in every file, in any order, under any template."""
+def question_id(content: str | Messages) -> str:
+    """A hash of the question alone, independent of its file, order and template."""
     canonical = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def fingerprint_of(train: list[Prompt], held_out: list[Prompt]) -> str:
-    """A hash of all that the model reads and is judged by."""
+def fingerprint_of(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+    """A hash of everything that the model reads and that its responses are scored against."""
     digest = hashlib.sha256()
     for name, prompts in (("train", train), ("held_out", held_out)):
         digest.update(f"{name} {len(prompts)}\n".encode())
         for prompt in prompts:
-            digest.update(json.dumps([prompt.id, prompt.text, prompt.answer]).encode() + b"\n")
+            part = [prompt.source] if prompt.source else []
+            digest.update(json.dumps([*part, prompt.id, prompt.text, prompt.answer]).encode() + b"\n")
     return digest.hexdigest()
 
 

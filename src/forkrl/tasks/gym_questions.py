@@ -1,8 +1,8 @@
 """A process that writes reasoning-gym's questions, one JSON line each: ``python -m forkrl.tasks.gym_questions``.
 
-In a process of its own for three reasons: questions must not depend on the order in which this interpreter happens to
-hash strings, generators print and may loop, and training need not hold what they import. Reads a ``QuestionRequest`` as
-JSON from standard input. Writes questions, last ``{"done": true}``, or ``{"error": line}`` for a mistake of the recipe.
+A separate process, because questions must not depend on the interpreter's string hashing, generators print and may
+loop, and training should not hold their imports. Reads the arguments of ``questions`` as JSON from standard input.
+Writes questions and last ``{"done": true}``, or ``{"error": line}`` for a mistake in the recipe.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from forkrl.rewards.gym import Source, highest_level, make_entry, open_source
 
 _MOST_TRIES = 4
-"""Entries made for one that is kept: where questions repeat that often, there are no more to be had."""
+"""Entries tried per distinct question; a generator that repeats itself more often has no more questions."""
 
 
 def main() -> None:
-    """Answer the one request."""
+    """Answer one request."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # generators print
     request = json.load(sys.stdin)
@@ -35,27 +35,21 @@ def main() -> None:
 
 
 def questions(
-    *,
-    generator: str,
-    settings: dict[str, Any],
-    seed: int,
-    levels: list[int | None],
-    held_out: int,
-    train: int,
+    *, generator: str, settings: dict[str, Any], seed: int, levels: list[int | None], held_out: int, train: int
 ) -> Iterator[dict[str, Any]]:
-    """Distinct questions: those held out first, then those to train on, none of which is held out.
+    """Distinct questions: first the held-out ones, then those to train on.
 
     Args:
         generator: its name in reasoning-gym.
         settings: its settings.
-        seed: of the questions; the two kinds draw from far apart in what it spans.
-        levels: ``[None]`` without difficulty; ``[level]``; or the first level of a curriculum and its last, which None
-            makes the last that the generator can do.
-        held_out: how many, spread evenly over the levels.
-        train: how many at each level.
+        seed: of the questions; the two kinds use distant seeds derived from it.
+        levels: ``[None]`` for no level; ``[level]``; or the first and the last level of a curriculum, with None for the
+            last that the generator supports.
+        held_out: number of held-out questions, spread evenly over the levels.
+        train: number of training questions per level.
 
     Yields:
-        kind ("held_out" or "train"), question, answer (text or None), and what ``Source`` and index need.
+        kind ("held_out" or "train"), question, answer (text or None), and the fields of its ``Source`` and its index.
     """
     levels = _resolve(generator, settings, levels)
     seen: set[str] = set()
@@ -72,7 +66,7 @@ def _distinct(
     size = _MOST_TRIES * count + 100
     start = int.from_bytes(hashlib.sha256(f"{kind}/{generator}/{level}/{seed}".encode()).digest()[:4], "big") % 2**31
     source = Source(generator, json.dumps(settings, sort_keys=True), level, start, size)
-    open_source(source)  # what is wrong with the settings is said before the first question is made
+    open_source(source)  # reports wrong settings before the first question
     kept = 0
     for index in range(size):
         if kept == count:
@@ -94,7 +88,7 @@ def _distinct(
 
 
 def _entry(source: Source, index: int) -> Any:
-    """An entry; a generator that fails with its settings is an error in the settings."""
+    """An entry; if the generator fails, its settings are at fault."""
     try:
         return make_entry(source, index)
     except Exception as error:
@@ -107,13 +101,13 @@ def _entry(source: Source, index: int) -> Any:
 
 
 def _resolve(generator: str, settings: dict[str, Any], levels: list[int | None]) -> list[int | None]:
-    """Every level that is asked for, each one that the generator can do."""
+    """All requested levels, checked against those that the generator supports."""
     if levels == [None]:
         return levels
     top = highest_level(generator)
     if top is None:
         raise ValueError(
-            f"reasoning-gym's {generator} has no levels of difficulty; leave task.difficulty and task.curriculum out, "
+            f"reasoning-gym's {generator} has no levels of difficulty; remove task.difficulty and task.curriculum, "
             f"and choose task.settings"
         )
     first, last = levels[0], levels[-1]
@@ -129,7 +123,7 @@ def _resolve(generator: str, settings: dict[str, Any], levels: list[int | None])
         except ValueError:
             if last is not None or not found:
                 raise
-            break  # some curricula name levels that their generators refuse
+            break  # some curricula name levels that their generators reject
         found.append(level)
     return found
 

@@ -1,4 +1,4 @@
-"""Lines of a JSONL file, and their text, or one clear line on what is wrong with them."""
+"""Rows of a user's JSONL file, and one clear line for everything that is wrong with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 from forkrl.errors import UserError
+
+_SHOWN = 10
 
 
 def json_object(line: bytes, place: str) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def json_object(line: bytes, place: str) -> dict[str, Any]:
 
 
 def require_characters(text: str, column: str, place: str) -> None:
-    """Refuse text that no tokenizer can take."""
+    """Reject text that no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -32,6 +34,36 @@ def require_characters(text: str, column: str, place: str) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words for a person."""
+    """The kind of a JSON value, for messages."""
     names = {type(None): "missing", bool: "true or false", dict: "an object", list: "a list", str: "text"}
     return names.get(type(value), f"{value!r:.40} ({type(value).__name__})")
+
+
+class BadRows:
+    """Collects the errors of unusable rows, so that one message reports the first ten and the count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[str] = []
+
+    @property
+    def first(self) -> str:
+        return self._first[0]
+
+    def add(self, error: UserError) -> None:
+        self.count += 1
+        if self.count <= _SHOWN:
+            self._first.append(str(error))
+
+    def listing(self) -> str:
+        """The first few errors, one per line."""
+        more = [f"  and {self.count - _SHOWN:,} more"] if self.count > _SHOWN else []
+        return "\n".join([f"  {error}" for error in self._first] + more)
+
+    def require_none(self, source: str, total: int, remedy: str) -> None:
+        """Raise UserError if a row is bad: one line for one row, else a list with the count of all ``total`` rows."""
+        if self.count == 1:
+            raise UserError(f"{self._first[0]}; or {remedy}" if remedy else self._first[0])
+        if self.count:
+            ending = f"; fix them, or {remedy}" if remedy else ""
+            raise UserError(f"{source}: {self.count:,} of {total:,} rows cannot be used{ending}:\n{self.listing()}")

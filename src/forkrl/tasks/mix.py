@@ -1,46 +1,47 @@
-"""Several tasks as one: each prompt knows its part, each part has its own verifier and template."""
+"""Several tasks as one: each prompt knows its part, and each part has its own verifier and template."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from forkrl.config import PartConfig, TaskConfig
 from forkrl.errors import UserError, notice
+from forkrl.tasks.dataset import fingerprint_of
 from forkrl.tasks.stream import furthest_behind
 from forkrl.types import Prompt, Task
 
 
 def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
-    """All parts of a mix, told apart by ``Prompt.source``.
+    """All parts of a mix; ``Prompt.source`` names the part.
 
-    A question that one part holds out is trained on in no other, and one that two parts hold out is kept by the first;
-    both are reported. The held-out prompts of the parts take turns by the formula of the training stream, so that any
-    number of them from the first is a mix in the proportions of the weights, as long as each part has some left.
+    A question that one part holds out is not trained on in any other; a question that two parts hold out is kept by
+    the first. Both are reported. The parts' held-out prompts alternate by the formula of the training stream, so that
+    any number of them from the start is mixed by the weights, as long as every part has some left.
 
     Args:
         config: the recipe's ``task`` table.
-        open_part: the task of one part.
+        open_part: opens the task of one part.
     """
     tasks = {part.label: _open(part, open_part) for part in config.parts}
     held_out: dict[str, list[Prompt]] = {}
     aside: set[str] = set()
     for label, task in tasks.items():
         held_out[label] = [replace(prompt, source=label) for prompt in task.held_out if prompt.id not in aside]
-        _tell(label, "held-out questions are held out by a part before it", len(task.held_out) - len(held_out[label]))
+        if dropped := len(task.held_out) - len(held_out[label]):
+            notice(f"{label}: {dropped:,} held-out questions are held out by a part before it")
         aside.update(prompt.id for prompt in held_out[label])
     train: list[Prompt] = []
     for label, task in tasks.items():
         kept = [replace(prompt, source=label) for prompt in task.train if prompt.id not in aside]
-        _tell(label, "questions are held out by another part and will not be trained on", len(task.train) - len(kept))
         if task.train and not kept:
             raise UserError(f"task.parts: every question of {label} is held out by another part; nothing is left")
+        if dropped := len(task.train) - len(kept):
+            notice(f"{label}: {dropped:,} questions are held out by another part and will not be trained on")
         train += kept
     verifiers = {label: spec for label, task in tasks.items() for spec in task.verifiers.values()}
-    in_turns = _take_turns(config.parts, held_out)
-    return Task("mix", train, in_turns, verifiers, _fingerprint(train, in_turns))
+    mixed = _mixed({part.label: part.weight for part in config.parts}, held_out)
+    return Task("mix", train, mixed, verifiers, fingerprint_of(train, mixed))
 
 
 def _open(part: PartConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
@@ -50,15 +51,9 @@ def _open(part: PartConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
         raise UserError(f"part {part.label} of task.parts: {error}") from error
 
 
-def _tell(label: str, what: str, count: int) -> None:
-    if count:
-        notice(f"{label}: {count:,} {what}")
-
-
-def _take_turns(parts: Sequence[PartConfig], prompts: dict[str, list[Prompt]]) -> list[Prompt]:
-    """The prompts in the order of the training stream's formula; a part that is used up misses its turns."""
+def _mixed(weights: dict[str, float], prompts: dict[str, list[Prompt]]) -> list[Prompt]:
+    """The parts' prompts in the order of the training stream; a part without prompts left skips its turns."""
     mixed: list[Prompt] = []
-    weights = {part.label: part.weight for part in parts}
     shares = {label: weight / sum(weights.values()) for label, weight in weights.items()}
     turns = dict.fromkeys(prompts, 0)
     left = {label for label in prompts if prompts[label]}
@@ -72,12 +67,3 @@ def _take_turns(parts: Sequence[PartConfig], prompts: dict[str, list[Prompt]]) -
     for label in left:
         mixed += prompts[label][turns[label] :]
     return mixed
-
-
-def _fingerprint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompts in (train, held_out):
-        digest.update(f"{len(prompts)}\n".encode())
-        for prompt in prompts:
-            digest.update(json.dumps([prompt.source, prompt.id, prompt.text, prompt.answer]).encode() + b"\n")
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The endless stream of prompts that training draws from, and the levels of difficulty that it moves between."""
+"""The endless stream of prompts that training draws from, with mixed parts and levels of difficulty."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from forkrl.types import Prompt, RolloutGroup
 
 
 class PromptStream:
-    """Prompts without end: each part's own epoch after epoch, each epoch in its own seeded order.
+    """An endless stream of prompts: every part repeats its prompts, each epoch in a new seeded order.
 
-    Between the parts of a mix, the next prompt is always of the part that lags furthest behind its weight: at any
-    moment the numbers drawn are in the proportions of the weights, as nearly as whole prompts can be. A part with a
-    curriculum gives prompts of its present level; ``observe`` moves it. ``state`` alone restores all of it.
+    In a mix, the next prompt always comes from the part that is furthest behind its weight, so the numbers drawn are
+    proportional to the weights at any time, up to whole prompts. A part with a curriculum gives prompts of its current
+    level, which ``observe`` changes. ``restore`` continues from ``state``.
 
     Args:
         prompts: of all parts (``Prompt.source``) and levels (``Prompt.level``).
         seed: of the orders.
-        weights: by source, above 0; not given, all weigh the same.
+        weights: by source, above 0; None: equal.
         curricula: by source, for the parts that have one.
     """
 
@@ -39,7 +39,7 @@ class PromptStream:
         for prompt in prompts:
             pools.setdefault(prompt.source, {}).setdefault(prompt.level, []).append(prompt)
         sources = sorted(pools)
-        random.Random(f"{seed}/sources").shuffle(sources)  # who comes first where two lag equally
+        random.Random(f"{seed}/sources").shuffle(sources)  # their order decides ties
         self._seed = seed
         self._curricula = dict(curricula or {})
         given = weights or dict.fromkeys(sources, 1.0)
@@ -48,13 +48,13 @@ class PromptStream:
             source: {level: _Pool(pools[source][level], self._pool_seed(source, level)) for level in pools[source]}
             for source in sources
         }
-        # A fixed difficulty is a level as well, and the only one of its part.
+        # With a fixed difficulty a part has one level.
         self._levels = {source: min(pools[source]) for source in sources}
         self._windows: dict[str, list[float]] = {source: [] for source in self._curricula}
 
     @property
     def levels(self) -> dict[str, int]:
-        """The present level of each part that has a curriculum."""
+        """The current level of each part with a curriculum."""
         return {source: self._levels[source] for source in self._curricula}
 
     def take(self, count: int) -> list[Prompt]:
@@ -62,7 +62,7 @@ class PromptStream:
         return [self._next() for _ in range(count)]
 
     def observe(self, groups: Sequence[RolloutGroup]) -> None:
-        """Take in the scores of sampled groups, in their order: they are what a curriculum goes by."""
+        """Let curricula move by the scores of sampled groups, in their order."""
         for group in groups:
             source = group.prompt.source
             if source in self._curricula and group.prompt.level == self._levels[source]:
@@ -70,25 +70,18 @@ class PromptStream:
                 self._move(source, self._curricula[source])
 
     def state(self) -> dict[str, Any]:
-        """The position of the stream, as JSON."""
-        drawn = {
-            source: {str(level): pool.position for level, pool in levels.items()}
-            for source, levels in self._pools.items()
-        }
+        """The position of the stream, as JSON values."""
+        pools = self._pools.items()
+        drawn = {source: {str(level): pool.position for level, pool in levels.items()} for source, levels in pools}
         return {"drawn": drawn, "levels": self.levels, "windows": copy.deepcopy(self._windows)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where ``state`` was taken, in a stream of the same prompts."""
+        """Continue from a ``state`` of a stream of the same prompts."""
         for source, levels in state["drawn"].items():
             for level, position in levels.items():
                 self._pools[source][int(level)].position = position
         self._levels |= state["levels"]
         self._windows = {source: list(window) for source, window in state["windows"].items()}
-
-    def restore_position(self, position: int) -> None:
-        """Go to where a checkpoint stands that was written when tasks had one part, and no levels."""
-        ((pool,),) = (levels.values() for levels in self._pools.values())
-        pool.position = position
 
     def _next(self) -> Prompt:
         drawn = {source: sum(pool.position for pool in levels.values()) for source, levels in self._pools.items()}
@@ -96,7 +89,7 @@ class PromptStream:
         return self._pools[source][self._levels[source]].next()
 
     def _move(self, source: str, curriculum: CurriculumConfig) -> None:
-        """Change the level once a window is full; a full window that changes nothing slides on."""
+        """Change the level if the full window says so; otherwise the window slides."""
         window = self._windows[source]
         del window[: -curriculum.window]
         if len(window) < curriculum.window:
@@ -113,13 +106,13 @@ class PromptStream:
 
 
 def furthest_behind(shares: Mapping[str, float], drawn: Mapping[str, int]) -> str:
-    """The part whose number of drawn prompts is furthest below its share; the first of equals."""
+    """The part whose number of drawn prompts is furthest below its share; the first one in a tie."""
     total = sum(drawn.values()) + 1
     return max(drawn, key=lambda name: shares[name] * total - drawn[name])
 
 
 class _Pool:
-    """The prompts of one part and level, epoch after epoch. ``position`` alone restores it."""
+    """The prompts of one part and level, repeated; ``position`` is its whole state."""
 
     def __init__(self, prompts: list[Prompt], seed: str) -> None:
         self.position = 0
@@ -138,20 +131,15 @@ class _Pool:
 
 
 def open_stream(prompts: Sequence[Prompt], config: TaskConfig, seed: int) -> PromptStream:
-    """The stream that a recipe asks for, of the prompts that its task trains on."""
+    """The stream of a recipe over the training prompts of its task."""
     parts: dict[str, TaskConfig] = {part.label: part for part in config.parts} or {"": config}
-    return PromptStream(
-        prompts,
-        seed,
-        weights={part.label: part.weight for part in config.parts} or None,
-        curricula={
-            source: part.curriculum for source, part in parts.items() if part.curriculum.promote_above is not None
-        },
-    )
+    curricula = {name: part.curriculum for name, part in parts.items() if part.curriculum.promote_above is not None}
+    weights = {part.label: part.weight for part in config.parts} or None
+    return PromptStream(prompts, seed, weights=weights, curricula=curricula)
 
 
 def repeated_prompts(prompts: Sequence[Prompt], config: TrainConfig) -> str:
-    """A warning where one step takes a prompt more than once, as its part or level has too few; "" where none does."""
+    """A warning if a part or level has too few prompts, so that one step takes some more than once; "" otherwise."""
     rollout, dynamic = config.rollout, config.dynamic_sampling
     key, drawn = "rollout.prompts_per_step", rollout.prompts_per_step
     if dynamic.enabled and dynamic.generation_prompts > drawn:

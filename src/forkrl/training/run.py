@@ -243,10 +243,7 @@ class Run:
             path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
         )
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
-        if "prompts" in progress:
-            self.prompts.restore(progress["prompts"])
-        else:  # of the first versions
-            self.prompts.restore_position(progress["prompt_position"])
+        self.prompts.restore(progress["prompts"])
         self._evaluated_step = progress["evaluated_step"]
         evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
         if evaluation_bytes:

@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 
 from forkrl.config import SandboxConfig
-from forkrl.config.loopback import is_loopback
-from forkrl.config.secret_values import SecretValues, shown_url
+from forkrl.config.secret_values import SecretValues, is_loopback, shown_url
 from forkrl.rewards.code.sandbox import Kind, Outcome, SandboxUnavailableError, driver
 
 _ANSWER_LIMIT_S = 30.0
