@@ -85,11 +85,6 @@ class PromptStream:
         self._levels |= state["levels"]
         self._windows = {source: list(window) for source, window in state["windows"].items()}
 
-    def restore_position(self, position: int) -> None:
-        """Go to where a checkpoint stands that was written when tasks had one part, and no levels."""
-        ((pool,),) = (levels.values() for levels in self._pools.values())
-        pool.position = position
-
     def _next(self) -> Prompt:
         drawn = {source: sum(pool.position for pool in levels.values()) for source, levels in self._pools.items()}
         source = furthest_behind(self._shares, drawn)

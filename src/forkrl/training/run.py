@@ -243,10 +243,7 @@ class Run:
             path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
         )
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
-        if "prompts" in progress:
-            self.prompts.restore(progress["prompts"])
-        else:  # of the first versions
-            self.prompts.restore_position(progress["prompt_position"])
+        self.prompts.restore(progress["prompts"])
         self._evaluated_step = progress["evaluated_step"]
         evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
         if evaluation_bytes:
@@ -462,8 +459,8 @@ def _open_folder(
 
 def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> Trackers:
     """The trackers of the recipe and the caller's ``own``. If one does not start, a new run's folder is removed."""
-    run_id = run.folder.provenance.get("run_id") or new_run_id()  # runs of the first versions have none
     try:
+        run_id = run.folder.provenance["run_id"]
         tracked = TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step)
         return open_trackers(run.config.log.trackers, tracked, further={} if own is None else {"tracker": own})
     except BaseException:
