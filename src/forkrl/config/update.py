@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, PositiveInt, Section
 
@@ -38,6 +38,15 @@ class SelectionConfig(Section):
         return self
 
 
+def _require_denominator(value: Any) -> Any:
+    if value in ("selected", "response") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError('must be "selected", "response" or a whole number of at least 1')
+
+
+Denominator = Annotated[Literal["selected", "response"] | int, BeforeValidator(_require_denominator)]
+
+
 class LossConfig(Section):
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """epsilon_low: below 1 - clip_low a ratio brings no more gradient where the advantage is negative."""
@@ -45,8 +54,9 @@ class LossConfig(Section):
     """epsilon_high (clip-higher): the ratio may rise further than it may fall."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound the loss of negative advantages at dual_clip x |advantage| (the official scripts: 10)."""
-    denominator: Literal["selected", "response"] = "selected"
-    """Divide by the selected tokens (paper v2) or by all response tokens (paper v1, TRL) of the mini-batch."""
+    denominator: Denominator = "selected"
+    """Divide by the selected tokens (paper v2) or by all response tokens (paper v1, TRL) of the mini-batch, or by a
+    fixed number such as 8192: long and short responses of all mini-batches then count the same per token."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL divergence to the starting policy (k3 estimator, mean over all response tokens)."""
     entropy_coef: float = 0.0

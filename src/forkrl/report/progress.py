@@ -48,8 +48,11 @@ def describe_selection(config: TrainConfig) -> str:
 
 def _selection(config: TrainConfig) -> str:
     selection, denominator = config.selection, config.loss.denominator
-    divisor = "selected tokens" if denominator == "selected" else "all response tokens"
-    mean = f"loss over {divisor} of the mini-batch"
+    if isinstance(denominator, int):
+        mean = f"loss divided by {denominator}"
+    else:
+        divisor = "selected tokens" if denominator == "selected" else "all response tokens"
+        mean = f"loss over {divisor} of the mini-batch"
     if selection.rule == "all":
         return f"training on all response tokens (plain DAPO), {mean}"
     whose = {"current": "current policy", "rollout": "rollout policy"}[selection.entropy]

@@ -120,7 +120,7 @@ def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
 def latest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint whose every file matches its manifest, or None if there are no checkpoints.
 
-    A damaged one is named in a warning, and the next older is tried. Its folder may be named ``.replaced-step-N``, after
+    A damaged one is named in a warning, and the next older is tried. Its folder may be ``.replaced-step-N``, after
     a kill between two renames; ``load_checkpoint`` returns the step.
     """
     faults: list[str] = []
