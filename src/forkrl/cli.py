@@ -1,13 +1,14 @@
 """The command line, made from the options of the commands: parse, check what needs no torch, dispatch.
 
-Exit codes: 0; 1 training stopped; 2 an error that the user must fix, in one line; 130 after Ctrl-C, 143 after SIGTERM
-and 129 after SIGHUP, with everything saved.
+Exit codes: 0; 1 training stopped, or the reader of the output has closed the pipe; 2 an error that the user must fix,
+in one line; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, with everything saved.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -52,10 +53,24 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the process."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # such as ``| head``
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+            return 1
+        raise
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
     configure_environment()  # before anything imports torch
     activity = "the command"
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
         if isinstance(options, int):
             return options
         command = next(each for each in COMMANDS.values() if type(options) is each.options)

@@ -82,9 +82,13 @@ class TestCreate:
 
 class TestOpen:
     def test_what_is_no_run_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"missing: no such run folder; --resume takes"):
+        with pytest.raises(
+            UserError, match=r"missing: no such run folder; name the folder given to forkrl train --out"
+        ):
             RunFolder.open(tmp_path / "missing")
-        with pytest.raises(UserError, match=r"not a run folder, it has no config.toml; --resume takes"):
+        with pytest.raises(
+            UserError, match=r"not a run folder, it has no config.toml; name the folder given to forkrl train --out"
+        ):
             RunFolder.open(tmp_path)
         assert list(tmp_path.iterdir()) == []
         (tmp_path / "config.toml").write_text("seed = ")

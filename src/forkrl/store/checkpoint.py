@@ -24,6 +24,7 @@ import logging
 import re
 import shutil
 import stat
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -77,11 +78,8 @@ def save_checkpoint(
         optimizer: AdamW or any other whose state is tensors only, over parameters of ``model``.
         generators: the run's random generators by name; PyTorch's global ones are saved too.
         progress: what else the loop needs to resume, as JSON.
-        keep: checkpoints to leave, the new one included. Older ones are removed once it is durable, and so are those
-            of later steps, which were damaged: the run has resumed from one before them.
-
-    Returns:
-        The folder of the new checkpoint.
+        keep: checkpoints to leave, including the new one. Older ones are removed once it is durable, and those of later
+            steps too: they were damaged, or the run would have resumed from them.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least the new checkpoint has to stay")
@@ -124,7 +122,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     a kill between two renames; ``load_checkpoint`` returns the step.
     """
     faults: list[str] = []
-    for folder in _newest_first(checkpoints):
+    for folder in itertools.chain.from_iterable(reversed(_folders(checkpoints).values())):
         try:
             verify_checkpoint(folder)
         except UserError as error:
@@ -141,7 +139,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """Every checkpoint by its step, oldest first."""
-    folders = _by_step(checkpoints)
+    folders = {step: folder for step, (folder, *_) in _folders(checkpoints).items()}
     for folder in folders.values():
         verify_checkpoint(folder)
     return folders
@@ -149,12 +147,12 @@ def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
 
 def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
     """The checkpoint of one step."""
-    folders = _by_step(checkpoints)
+    folders = _folders(checkpoints)
     if step not in folders:
         available = ", ".join(f"step-{number}" for number in folders)
         raise UserError(f"{checkpoints}: no checkpoint of step {step}; available: {available or 'none'}")
-    verify_checkpoint(folders[step])
-    return folders[step]
+    verify_checkpoint(folders[step][0])
+    return folders[step][0]
 
 
 def load_checkpoint(
@@ -205,26 +203,14 @@ def verify_checkpoint(path: Path) -> None:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def _step_folders(checkpoints: Path, prefix: str = "") -> dict[int, Path]:
-    """The folders named after a step, with ``prefix`` before it, by their steps."""
-    names = {path.name.removeprefix(prefix): path for path in checkpoints.glob(f"{prefix}step-*")}
-    return {int(match[1]): path for name, path in names.items() if (match := _STEP_FOLDER.fullmatch(name))}
-
-
-def _newest_first(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, judging by their names; of one step the one that was replaced comes last."""
-    ranked = [
-        (step, prefix == "", path)
-        for prefix in ("", _REPLACED)
-        for step, path in _step_folders(checkpoints, prefix).items()
-    ]
-    return [path for *_, path in sorted(ranked, reverse=True)]
-
-
-def _by_step(checkpoints: Path) -> dict[int, Path]:
-    """Checkpoint folders by step, oldest first."""
-    # A kill between two renames leaves a checkpoint under the name of the one it was about to replace.
-    return dict(sorted((_step_folders(checkpoints, _REPLACED) | _step_folders(checkpoints)).items()))
+def _folders(checkpoints: Path) -> dict[int, list[Path]]:
+    """Checkpoint folders by step, oldest first; after ``step-N`` the one that it was about to replace, if any."""
+    found: defaultdict[int, list[Path]] = defaultdict(list)
+    for prefix in ("", _REPLACED):
+        for path in checkpoints.glob(f"{prefix}step-*"):
+            if match := _STEP_FOLDER.fullmatch(path.name.removeprefix(prefix)):
+                found[int(match[1])].append(path)
+    return dict(sorted(found.items()))
 
 
 @contextmanager
@@ -265,12 +251,12 @@ def _settle(checkpoints: Path) -> None:
 
 def _prune(checkpoints: Path, step: int, keep: int) -> None:
     """Remove checkpoints of later steps than the one just saved, and all but ``keep`` of the others."""
-    steps = _step_folders(checkpoints)
-    later = [folder for number, folder in steps.items() if number > step]
-    older = [folder for number, folder in sorted(steps.items(), reverse=True) if number < step]
+    folders = {number: folder for number, (folder, *_) in _folders(checkpoints).items()}
+    later = [folder for number, folder in folders.items() if number > step]
+    older = [folder for number, folder in folders.items() if number < step]
     for folder in later:
         _log.warning("%s: removed; the run went back behind it, to an older checkpoint", folder)
-    for folder in later + older[keep - 1 :]:
+    for folder in later + older[: len(older) - keep + 1]:
         _remove(folder)
 
 

@@ -433,7 +433,7 @@ def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> 
     try:
         run_id = run.folder.provenance["run_id"]
         tracked = TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step)
-        return open_trackers(run.config.log.trackers, tracked, further={} if own is None else {"tracker": own})
+        return open_trackers(run.config.log.trackers, tracked, own=own)
     except BaseException:
         if remove_on_failure:
             run.folder.remove()
