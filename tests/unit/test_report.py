@@ -108,7 +108,8 @@ def test_a_run_without_the_scores_of_each_problem_claims_no_more_than_it_knows(t
     folder = evaluated(tmp_path / "run", *GAIN)
     (folder / "rollouts/scores-000000.json").unlink()
     ends = [{"eval/accuracy_low": low, "eval/accuracy_high": low + 0.2} for low in (0.1, 0.6)]
-    for rows in (ends, [{}, {}]):
+    without_ends: list[dict[str, float]] = [{}, {}]
+    for rows in (ends, without_ends):
         before, after = ({"step": 5 * i, "eval/accuracy": 0.2 + 0.5 * i} | row for i, row in enumerate(rows))
         metrics_of(folder, before, after)
         run = read_run(folder, 12)

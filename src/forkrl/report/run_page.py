@@ -62,30 +62,30 @@ def run_page(run: RunData) -> Page:
 
 def reproducing_command(settings: dict[str, Any]) -> str:
     """A command line with every setting that differs from the defaults as an override."""
-    defaults, of_part = recipe_toml(TrainConfig()), recipe_toml(PartConfig())
-    overrides = []
-    for section, table in settings.items():
-        if not isinstance(table, dict):
-            overrides += [] if defaults.get(section) == table else [f"{section}={plain(table)}"]
-            continue
-        if section == "task" and isinstance(table.get("parts"), list):
-            table = {**table, "parts": [_changed(part, of_part) for part in table["parts"]]}
-        changed = _changed(table, defaults.get(section, {}))
-        overrides += [f"{section}.{key}={plain(value)}" for key, value in changed.items()]
+    of_part, overrides = recipe_toml(PartConfig()), []
+    for section, table, defaults in _tables(settings):
+        for key, value in _changed(table, defaults).items():
+            if (section, key) == ("task", "parts") and isinstance(value, list):
+                value = [_changed(part, of_part) for part in value]
+            overrides.append(f"{section}.{key}={plain(value)}".removeprefix("."))
     return " ".join(["forkrl train", *(shlex.quote(visible(override)) for override in overrides)])
 
 
 def _settings(run: RunData) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """Groups of (key, value, differs from the default), settings outside any section first."""
-    defaults = recipe_toml(TrainConfig())
-    loose = {key: value for key, value in run.settings.items() if not isinstance(value, dict)}
-    tables = {"run": loose} | {key: value for key, value in run.settings.items() if isinstance(value, dict)}
     return [
-        (name, [(key, plain(value), key in _changed(table, known)) for key, value in table.items()])
-        for name, table in tables.items()
+        (section or "run", [(key, plain(value), defaults.get(key) != value) for key, value in table.items()])
+        for section, table, defaults in _tables(run.settings)
         if table
-        for known in [defaults if table is loose else defaults.get(name, {})]
     ]
+
+
+def _tables(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, values and defaults of every section; first, under "", the settings outside any section."""
+    defaults = recipe_toml(TrainConfig())
+    loose = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    sections = [(key, value, defaults.get(key, {})) for key, value in settings.items() if isinstance(value, dict)]
+    return [("", loose, defaults), *sections]
 
 
 def _changed(table: Any, defaults: Mapping[str, Any]) -> Any:

@@ -281,7 +281,7 @@ def refuse_unusable(path: Path) -> None:
     """Refuse a path at which no folder can be created or written to."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another --out")
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "is not writable" if existing.is_dir() else "is not a folder"
         raise UserError(f"{path}: cannot be created: {existing} {reason}; choose another --out")
