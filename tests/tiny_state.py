@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from forkrl.store.checkpoint import load_checkpoint, save_checkpoint
+from forkrl.store.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 
 WORDS = ("<pad>", "<eos>", *"0123456789+-*/= ")
 
@@ -60,6 +60,7 @@ class TinyState:
         )  # fmt: skip
 
     def load(self, path: Path) -> dict[str, Any]:
+        verify_checkpoint(path)  # as a resume does, in latest_checkpoint
         return load_checkpoint(path, model=self.model, optimizer=self.optimizer, generators=self.generators)
 
     def bits(self) -> dict[str, Any]:

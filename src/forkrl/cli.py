@@ -1,14 +1,16 @@
 """The command line, made from the options of the commands: parse, check what needs no torch, dispatch.
 
-Exit codes: 0; 1 training stopped; 2 an error that the user must fix, in one line; 130 after Ctrl-C, 143 after SIGTERM
-and 129 after SIGHUP, with everything saved.
+Exit codes: 0; 1 training stopped, or the reader of the output has closed the pipe; 2 an error that the user must fix,
+in one line; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, with everything saved.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -52,10 +54,29 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the process."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        return 1
+    return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(argv: Sequence[str]) -> int:
     configure_environment()  # before anything imports torch
     activity = "the command"
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
         if isinstance(options, int):
             return options
         command = next(each for each in COMMANDS.values() if type(options) is each.options)

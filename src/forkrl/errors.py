@@ -16,7 +16,7 @@ _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 class UserError(Exception):
     """An error the user must fix. The command line prints it as one line and exits with code 2.
 
-    Say what was found, where, and what to do about it: "recipe.toml: loss.clip_hgh is not a setting; did you mean
+    It says what is wrong, where, and how to fix it: "recipe.toml: loss.clip_hgh is not a setting; did you mean
     loss.clip_high?".
     """
 
@@ -30,20 +30,20 @@ class WorkerLost(TrainingHalted):
 
 
 class NothingToLearn(TrainingHalted):
-    """No group of responses has a gradient. The weights are sound, so the finished steps are worth saving."""
+    """No group of responses has a gradient. The weights are sound, so the finished steps are saved."""
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and never obeys: an escape character appears as ``\\x1b``.
+    """Text without control characters: escape is shown as ``\\x1b``.
 
-    Model output may hold sequences that recolour, retitle or overwrite a terminal, and marks that reorder a line.
-    Newline and tab are escaped too, so that a response can forge no line of the log.
+    Model output may contain sequences that recolour, retitle or overwrite a terminal, or reorder a line. Newline and
+    tab are escaped too, so that a response cannot forge a line of the log.
     """
     return "".join(_escaped(char) if acts_unseen(char) else char for char in text)
 
 
 def acts_unseen(char: str) -> bool:
-    """Whether a character acts on what shows it without being seen; newline and tab are among them."""
+    """Whether a character is invisible and affects the display; newline and tab are among them."""
     return unicodedata.category(char) in _UNSAFE_CATEGORIES
 
 
@@ -64,7 +64,7 @@ def notice(text: str) -> None:
 
 
 def write_line(stream: TextIO, text: str) -> None:
-    """Print a line at once; what the stream's encoding lacks is escaped, so that a C locale cannot end a run."""
+    """Print a line and flush; what the stream's encoding lacks is escaped, so that a C locale cannot end a run."""
     encoding = stream.encoding or "utf-8"
     with lost_terminal_ignored():
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
@@ -73,7 +73,7 @@ def write_line(stream: TextIO, text: str) -> None:
 
 @contextmanager
 def lost_terminal_ignored() -> Iterator[None]:
-    """A closed terminal answers writes with EIO, and sends SIGHUP; the step under way must still end and be saved."""
+    """Ignore EIO: a closed terminal also sends SIGHUP, on which the run finishes its step and saves."""
     try:
         yield
     except OSError as error:

@@ -29,11 +29,11 @@ def require_tensors(**values: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question, exactly as the model reads it, with what its verifier needs to judge an answer.
+    """A question, exactly as the model reads it, and the answer for its verifier.
 
     ``place`` is its location in the user's data for error messages ("train.jsonl line 7"); may be empty.
-    ``source`` is the part of a mixed task that it comes from; empty in a task of one part. ``level`` is its place in a
-    curriculum; 0 where there is none. ``templated``: a chat template has wrapped the text and added special tokens.
+    ``source`` is its part of a mixed task; empty in a task of one part. ``level`` is that of a curriculum, or 0.
+    ``templated``: a chat template has wrapped the text and added special tokens.
     """
 
     id: str
@@ -46,10 +46,10 @@ class Prompt:
 
 
 class Judgement(NamedTuple):
-    """What a verifier function may return in place of a bare score.
+    """What a verifier function may return instead of a bare score.
 
-    ``answer`` is what it read as the final answer, in a form in which equal answers are mostly equal text, for votes
-    among responses; "" where it found none, None where it does not say.
+    ``answer`` is the final answer that it read, normalised so that equal answers are mostly equal text, for votes among
+    responses; "" if it found none, None if it does not say.
     """
 
     score: float
@@ -57,16 +57,15 @@ class Judgement(NamedTuple):
 
 
 FAILURES = ("timeout", "crash", "memory", "error")
-"""Why a verifier may give no score: too slow, its process died, out of memory, it raised or returned no score."""
+"""Why a verifier gave no score: too slow, its process died, out of memory, it raised or returned no score."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierResult:
-    """What a verifier said of one response.
+    """The result of one response.
 
-    ``score`` is the correctness in [0, 1]. ``failure`` is empty when the verifier answered; otherwise it names why it
-    could not, as one of ``FAILURES``: the score is then 0, and the reason is counted and logged.
-    ``answer`` is the final answer that it read, as in ``Judgement``.
+    ``score`` is the correctness in [0, 1]. ``failure`` is empty, or one of ``FAILURES``: the score is then 0, and the
+    reason is counted and logged. ``answer`` is the final answer that the verifier read, as in ``Judgement``.
     """
 
     score: float
@@ -76,11 +75,11 @@ class VerifierResult:
 
 @dataclass(frozen=True, slots=True)
 class VerifierSpec:
-    """Which function judges, and how.
+    """A verifier function and its options.
 
     ``path`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in [0, 1]
-    or a ``Judgement``. ``options`` are further arguments of it by name, as JSON can hold them. ``timeout_s`` is the
-    wall-clock limit for one response; None: the recipe's ``reward.timeout_s``.
+    or a ``Judgement``. ``options`` are further keyword arguments, as JSON. ``timeout_s`` is the wall-clock limit for
+    one response; None: the recipe's ``reward.timeout_s``.
     """
 
     path: str
@@ -90,10 +89,10 @@ class VerifierSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
-    """One sampled response with the policy's own account of every token.
+    """One sampled response.
 
     ``logprobs`` and ``entropy`` (nats) are fp32 ``[T]``, over the full vocabulary at the sampling temperature.
-    ``response_ids`` holds the closing stop token when ``finished``; ``text`` does not.
+    ``response_ids`` includes the closing stop token if ``finished``; ``text`` does not.
     """
 
     prompt_ids: tuple[int, ...]
@@ -109,7 +108,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The ``G`` responses to one prompt, and, once scored, a result for each."""
+    """The ``G`` responses to one prompt, and once scored, a result for each."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -153,7 +152,7 @@ class TokenBatch:
     """Sequences padded on the right, seen as next-token predictions.
 
     Position ``t`` reads ``input_ids[b, t]`` and predicts ``targets[b, t]``, the token after it, so every ``[B, T]``
-    field speaks of a *prediction*. ``response_mask`` is True where the model itself wrote the target.
+    field is about a *prediction*. ``response_mask`` is True where the model wrote the target.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -219,9 +218,8 @@ class RolloutEngine(Protocol):
     ) -> list[RolloutGroup]:
         """Sample ``group_size`` responses to each prompt, in the order of the prompts.
 
-        The same weights, prompts, sampling and generator state give the same responses. ``on_finished`` is told of each
-        as soon as it has ended, while others are still being sampled. Raises UserError for a prompt that leaves no room
-        for an answer.
+        The same weights, prompts, sampling and generator state give the same responses. ``on_finished`` is called with
+        each response as soon as it has ended. Raises UserError for a prompt that leaves no room for an answer.
         """
         ...
 
@@ -231,7 +229,7 @@ class Verifier(Protocol):
 
     @property
     def first_failures(self) -> Mapping[str, str]:
-        """For each kind of failure seen, the prompt and the message of the first."""
+        """For each kind of failure seen, the prompt and message of the first."""
         ...
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
@@ -245,10 +243,10 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Prompts to learn from, prompts kept aside, and what judges answers.
+    """Training prompts, held-out prompts, and verifiers.
 
-    ``verifiers`` holds one for every ``Prompt.source``: under "" in a task of one part. It is empty where there are no
-    answers. ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
+    ``verifiers`` has one for every ``Prompt.source`` ("" in a task of one part); it is empty if there are no answers.
+    ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
     """
 
     name: str

@@ -114,7 +114,7 @@ def test_top_entropy_is_equation_6(policy: Policy, batch: TokenBatch) -> None:
     assert close(measured, naive_gradient(policy, batch, update.selected_BT, kept))
 
 
-@pytest.mark.parametrize("denominator", ["selected", "response"])
+@pytest.mark.parametrize("denominator", ["selected", "response", 50])
 @pytest.mark.parametrize(
     "selection",
     [
@@ -130,7 +130,7 @@ def test_top_entropy_is_equation_6(policy: Policy, batch: TokenBatch) -> None:
     ids=lambda value: " ".join(map(str, value.values())),
 )
 def test_one_micro_batch_or_many_give_the_same_gradient(
-    policy: Policy, batch: TokenBatch, selection: dict[str, Any], denominator: str
+    policy: Policy, batch: TokenBatch, selection: dict[str, Any], denominator: str | int
 ) -> None:
     sections: dict[str, Any] = {
         "selection": selection,
@@ -204,8 +204,10 @@ def test_each_loss_setting_changes_the_gradient(policy: Policy, batch: TokenBatc
 def test_denominators_differ_by_the_kept_fraction_alone(policy: Policy, batch: TokenBatch) -> None:
     selected, update = gradient(policy, batch, recipe())
     response, _ = gradient(policy, batch, recipe(loss={"denominator": "response"}))
-    fraction = float(update.selected_BT.sum()) / batch.num_response_tokens
-    assert close(response, selected * fraction)
+    number, _ = gradient(policy, batch, recipe(loss={"denominator": 50}))
+    kept = int(update.selected_BT.sum())
+    assert close(response, selected * kept / batch.num_response_tokens)
+    assert close(number, selected * kept / 50)
 
 
 def test_a_selection_that_finds_no_token_gives_zero_gradient(policy: Policy, batch: TokenBatch) -> None:

@@ -108,8 +108,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
 def test_a_folder_in_use_is_refused_and_a_diverging_loss_stops(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="the folder is not empty"):
-        sft.make_base_model(TINY, tmp_path / "taken", recipe="tiny")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(tomli_w.dumps(recipe_toml(TINY)))
+    assert main(["sft", str(recipe), "--out", str(tmp_path / "taken")]) == 2
     with pytest.raises(TrainingHalted, match=r"step \d: the loss is (nan|inf)"):
         sft.make_base_model(TINY.model_copy(update={"lr": 1e30}), tmp_path / "wild", recipe="tiny")
 

@@ -203,7 +203,7 @@ class TestPrune:
         state = tiny_state()
         state.save(tmp_path, 1, keep=2)
         state.save(tmp_path, 2, keep=2)
-        monkeypatch.setattr("forkrl.store.checkpoint.write_manifest", interrupt)
+        monkeypatch.setattr("forkrl.store.checkpoint._write_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             state.save(tmp_path, 3, keep=1)
         assert self.names(tmp_path) == ["step-1", "step-2"]

@@ -75,6 +75,10 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("drift", "seed=3"), "name a run, or two models at least, the first to the last of training"),
     (("sft", "steps=3", "--out", "x"), "RECIPE is missing: a TOML file"),
     (("sft", "recipes/countdown-base.toml"), "missing option '--out'"),
+    (("sft", "recipes/countdown-base.toml", "--out", "src"), "--out src: the folder is not empty; name a new one"),
+    (("sft", "recipes/countdown-base.toml", "--out", "README.md"), "README.md: is a file; choose another --out"),
+    (("sft", "recipes/countdown-base.toml", "--out", "README.md/a/b"), "README.md/a/b: cannot be created"),
+    (("train", "--out", "README.md/a"), "README.md/a: cannot be created: README.md is not a folder; choose another"),
     (("compare", "a"), "missing argument 'EVAL_B'; see forkrl compare --help"),
     (("compare", "a", "b", "c"), "got unexpected extra argument(s) (c)"),
     (("analyze", MODEL, "seed"), "'seed' is not an override; write section.key=value"),
@@ -123,6 +127,16 @@ def test_the_benchmarks_are_listed_without_slow_imports() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("name  ") and done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("arguments", ["train --settings", "train --dry-run", "eval --list", "--help"])
+def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(arguments: str) -> None:
+    command = [sys.executable, "-m", "forkrl", *arguments.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        lines = [line for line in process.stderr.read().splitlines() if "so this is the demo" not in line]
+    assert (process.returncode, lines) == (1, [])
 
 
 def test_python_m_forkrl_exits_like_the_command() -> None:

@@ -19,8 +19,7 @@ from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
 from forkrl.cluster.processes import run_and_watch
 from forkrl.cluster.record import OWN, PROGRESS, StopRequested, note_end
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
-from forkrl.store.checkpoint import adopt_weights, all_checkpoints
-from forkrl.store.checkpoint.manifest import MANIFEST
+from forkrl.store.checkpoint import MANIFEST, adopt_weights, all_checkpoints
 from forkrl.store.interruption import Interrupted
 from forkrl.store.run_folder import RunFolder
 

@@ -16,6 +16,8 @@ from forkrl.errors import UserError
 MISTAKES = [
     ("loss.clip_hgh=0.3", "loss.clip_hgh is not a setting; did you mean loss.clip_high?"),
     ("selecton.rule=all", "selecton is not a setting; did you mean selection?"),
+    ("loss.denominator=tokens", 'loss.denominator = \'tokens\': must be "selected", "response" or a whole number'),
+    ("loss.denominator=0", 'loss.denominator = 0: must be "selected", "response" or a whole number of at least 1'),
     ("loss.lr=1", "loss.lr is not a setting; did you mean optimizer.lr?"),
     ("selection.rule=top", "selection.rule = 'top': input should be 'all', 'top_entropy', 'bottom_entropy', 'random'"),
     ("selection.ratio=1.5", "selection.ratio = 1.5: input should be less than or equal to 1"),
@@ -72,6 +74,7 @@ SHORTHAND: list[tuple[str, str, Any]] = [
     ("training.steps=1e3", "training.steps", 1000),
     ("seed=1e18", "seed", 10**18),
     ("optimizer.lr=1e3", "optimizer.lr", 1000.0),
+    ("loss.denominator=1e3", "loss.denominator", 1000),
     ("log.trackers=tensorboard", "log.trackers", ("tensorboard",)),
     ("rollout.stop=</answer>", "rollout.stop", ("</answer>",)),
     ('rollout.stop=["a","b"]', "rollout.stop", ("a", "b")),

@@ -128,5 +128,7 @@ def test_the_stream_goes_through_every_prompt_once_an_epoch_and_resumes_anywhere
     assert drawn[:7] != drawn[7:14]
     for position in (0, 6, 7, 13):
         resumed = PromptStream(prompts, seed=3)
-        resumed.restore({"drawn": {"": {"0": position}}, "levels": {}, "windows": {}})
+        stopped = PromptStream(prompts, seed=3)
+        stopped.take(position)
+        resumed.restore(stopped.state())
         assert [prompt.id for prompt in resumed.take(21 - position)] == drawn[position:]

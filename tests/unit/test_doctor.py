@@ -52,7 +52,7 @@ def test_a_truncated_model_is_found_and_fails_the_check(assets: Path, capsys: py
     weights.write_bytes(weights.read_bytes()[:200])
     assert found("embedded:tiny").status == "missing"
     assert run_doctor() == 1
-    assert "mend embedded:tiny" in capsys.readouterr().out
+    assert "fix embedded:tiny" in capsys.readouterr().out
 
 
 def test_a_package_without_model_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_without_torch_the_rest_is_still_reported(assets: Path, monkeypatch: pyt
     assert checks["torch"].status == "missing"
     assert "pip install" in checks["torch"].remedy
     assert "disk" in checks
-    assert "mend torch" in abilities(list(checks.values()))[0]
+    assert "fix torch" in abilities(list(checks.values()))[0]
 
 
 @pytest.mark.parametrize("version", ["5.8.9", "5.99.0"])

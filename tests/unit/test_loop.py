@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forkrl.config import TrainConfig
-from forkrl.errors import NothingToLearn
+from forkrl.errors import NothingToLearn, UserError
 from forkrl.rollout.scoring import Scoring
 from forkrl.training import loop
 from forkrl.training.run import Run, open_run
@@ -46,6 +46,18 @@ def test_no_gradient_is_kept_through_the_next_rollout(
         assert len(run.optimizer.state) == len(list(run.policy.model.parameters())), "every parameter had a gradient"
         assert all(parameter.grad is None for parameter in run.policy.model.parameters())
     assert kept == [False, False]
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig.model_validate(RECIPE | {"runtime": {"device": "cpu"}})
+    with open_run(config, tmp_path / "run") as run:
+        run.save()
+    monkeypatch.setattr("forkrl.training.run.load_checkpoint", lambda *_, **__: {"step": 0, "prompt_position": 3})
+    with (
+        pytest.raises(UserError, match=r"saved by another version of ForkRL .*prompts\); .*model.path=.*step-0"),
+        open_run(config, resume=tmp_path / "run"),
+    ):
+        pass
 
 
 def first_is_right(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:

@@ -199,10 +199,11 @@ def test_printable_keeps_ordinary_text_of_any_script() -> None:
         (SelectionConfig(rule="random", ratio=0.07), "response", ["random 7%", "loss over all response tokens"]),
         (SelectionConfig(rule="threshold", threshold=0.672), "selected", ["≥ 0.672 nats of the current policy"]),
         (SelectionConfig(rule="all"), "response", ["all response tokens (plain DAPO)", "loss over all response"]),
+        (SelectionConfig(), 8192, ["each micro-batch", "current policy, loss divided by 8192"]),
     ],
 )
 def test_the_header_says_what_the_run_really_does(
-    selection: SelectionConfig, denominator: str, words: list[str]
+    selection: SelectionConfig, denominator: str | int, words: list[str]
 ) -> None:
     loss = LossConfig.model_validate({"denominator": denominator})
     sentence = describe_selection(TrainConfig(selection=selection, loss=loss))

@@ -18,6 +18,7 @@ import pytest
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe, recipe_toml
 from forkrl.errors import UserError
+from forkrl.store.resuming import stored_config
 from forkrl.store.run_folder import RunFolder, rollout_schema
 
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}
@@ -49,6 +50,11 @@ class TestCreate:
         recipe = parse_recipe(TrainConfig, {"optimizer": {"lr": 1 / 3e5}}, "test")
         with RunFolder.create(tmp_path / "run", recipe_toml(recipe), {}) as run:
             assert parse_recipe(TrainConfig, run.recipe, "config.toml") == recipe
+
+    def test_settings_of_another_version_are_refused_by_name(self, tmp_path: Path) -> None:
+        RunFolder.create(tmp_path / "run", {"loss": {"clip_hgh": 0.3}}, {}).close()
+        with pytest.raises(UserError, match=r"clip_hgh is not a setting.*; the run was made by another version of"):
+            stored_config(tmp_path / "run")
 
     def test_a_folder_with_a_run_is_refused(self, run: RunFolder) -> None:
         run.close()
@@ -82,9 +88,13 @@ class TestCreate:
 
 class TestOpen:
     def test_what_is_no_run_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"missing: no such run folder; --resume takes"):
+        with pytest.raises(
+            UserError, match=r"missing: no such run folder; name the folder given to forkrl train --out"
+        ):
             RunFolder.open(tmp_path / "missing")
-        with pytest.raises(UserError, match=r"not a run folder, it has no config.toml; --resume takes"):
+        with pytest.raises(
+            UserError, match=r"not a run folder, it has no config.toml; name the folder given to forkrl train --out"
+        ):
             RunFolder.open(tmp_path)
         assert list(tmp_path.iterdir()) == []
         (tmp_path / "config.toml").write_text("seed = ")
@@ -95,6 +105,7 @@ class TestOpen:
 HOLD = """
 import sys, time
 from pathlib import Path
+from forkrl.store.resuming import stored_config
 from forkrl.store.run_folder import RunFolder
 run = RunFolder.open(Path(sys.argv[1]))
 print("held", flush=True)
@@ -277,7 +288,7 @@ class TestDiscard:
 
 def test_a_folder_that_may_not_be_written_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"run: cannot be written \(Not a directory\).*check that the folder is there"):
+    with pytest.raises(UserError, match=r"run: cannot be created: .*file is not a folder; choose another --out"):
         RunFolder.create(tmp_path / "file" / "run", RECIPE, {})
 
 

@@ -45,7 +45,7 @@ from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.store.atomic import explained_write_errors
-from forkrl.store.checkpoint.manifest import MANIFEST
+from forkrl.store.checkpoint import MANIFEST
 from forkrl.store.provenance import commit, new_run_id, refuse_other_data
 from forkrl.store.resuming import accepted_changes
 from forkrl.store.run_folder import RunFolder, refuse_occupied

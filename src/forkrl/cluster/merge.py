@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from forkrl.errors import UserError, first_line
-from forkrl.store.checkpoint import adopt_weights
-from forkrl.store.checkpoint.manifest import MANIFEST
+from forkrl.store.checkpoint import MANIFEST, adopt_weights
 from forkrl.store.run_folder import RunFolder
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -13,6 +13,7 @@ from pydantic import Field
 from forkrl.config import SelectionConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.config.sections import FROM_LIST, Count, PositiveInt, Seed
+from forkrl.config.train import Denominator
 from forkrl.errors import UserError
 
 MODES = {"forkrl": "sync", "forkrl_colocate_async": "colocate_async", "forkrl_separate_async": "separate_async"}
@@ -24,7 +25,7 @@ class ForkOptions(SelectionConfig):
 
     scope: Literal["micro_batch", "mini_batch", "rollout_batch", "sequence"] = "rollout_batch"
     entropy: Literal["current", "rollout"] = "rollout"
-    denominator: Literal["selected", "response"] = "selected"
+    denominator: Denominator = "selected"
     seed: Seed = 0
     """For the rule "random"."""
     warmup_steps: Count = 0

@@ -1,4 +1,4 @@
-"""``forkrl doctor``: what this machine can do, what it lacks, and the line that mends it."""
+"""``forkrl doctor``: what this machine can do, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _EXTRAS = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at. ``required``: without it ForkRL does not work here; everything else is a choice."""
+    """The result of one check. ``required``: ForkRL does not work without it."""
 
     name: str
     status: Status
@@ -55,16 +55,16 @@ class Check:
 
 
 def run_doctor(options: DoctorOptions | None = None) -> int:
-    """Print every check and what it means; 1 when something ForkRL cannot do without is missing, else 0."""
+    """Print every check and what it means; 1 if something required is missing, else 0."""
     checks = report_machine()
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 140  # a file has no width; the default of 80 would fold most lines
+        console.width = 140  # the default of 80 would fold most lines
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "what", "found", "remedy"):
         table.add_column(title, overflow="fold")
     marks = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "missing": "[red]missing[/red]"}
-    optional = "[dim]not there[/dim]"
+    optional = "[dim]not installed[/dim]"
     for check in checks:
         mark = marks[check.status] if check.required or check.status != "missing" else optional
         table.add_row(mark, check.name, escape(check.detail), escape(check.remedy))
@@ -75,7 +75,7 @@ def run_doctor(options: DoctorOptions | None = None) -> int:
 
 
 def report_machine() -> list[Check]:
-    """Look at the interpreter, the numeric libraries, the hardware and the optional packages. Takes a few seconds."""
+    """Check the interpreter, the numeric libraries, the hardware and the optional packages. Takes a few seconds."""
     checks = [_check_python(), _check_torch(), _check_package("transformers")]
     if all(check.status != "missing" for check in checks[1:]):
         checks += [*_check_devices(), _check_speed(), _check_threads(), *_check_embedded_models(_assets())]
@@ -83,10 +83,10 @@ def report_machine() -> list[Check]:
 
 
 def abilities(checks: Sequence[Check]) -> list[str]:
-    """What the checks mean to someone who wants to train, in sentences."""
+    """What the checks mean for training, in sentences."""
     broken = [check.name for check in checks if check.required and check.status == "missing"]
     if broken:
-        return [f"ForkRL is not whole here yet: mend {', '.join(broken)}."]
+        return [f"ForkRL does not work here yet: fix {', '.join(broken)}."]
     sentences = ["This machine can run the embedded demo (make demo), which is made for two cores and five minutes."]
     where, memory = _training_memory()
     if memory:
@@ -111,7 +111,7 @@ def _check_python() -> Check:
 def _check_torch() -> Check:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of it does not load
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries does not load
         return Check("torch", "missing", first_line(error), f"pip install '{_tested('torch')}'", required=True)
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     return _check_version("torch", torch.__version__, f"{torch.__version__}, built for {build}")
@@ -133,7 +133,7 @@ def _check_version(name: str, version: str, detail: str) -> Check:
 
 
 def _tested(package: str) -> Requirement:
-    """The versions of a dependency that this ForkRL is tested with, as its package declares them."""
+    """The versions of a dependency that ForkRL is tested with, as its package declares them."""
     declared = map(Requirement, importlib.metadata.requires("forkrl") or ())
     return next(each for each in declared if each.name == package and each.marker is None)
 
@@ -148,16 +148,12 @@ def _check_devices() -> list[Check]:
     import torch
 
     accelerator = _accelerator()
-    if accelerator is None:
-        detail = "CPU only"
-        if shutil.which("nvidia-smi") and not torch.version.cuda:
-            return [
-                Check("device", "warn", f"{detail}, though there is an NVIDIA driver", "install a CUDA build of torch")
-            ]
-        return [Check("device", "ok", detail)]
-    if accelerator.type != "cuda":
-        return [Check("device", "ok", accelerator.type)]
-    return [_check_cuda(index) for index in range(torch.cuda.device_count())]
+    if accelerator is not None and accelerator.type == "cuda":
+        return [_check_cuda(index) for index in range(torch.cuda.device_count())]
+    if accelerator is None and shutil.which("nvidia-smi") and not torch.version.cuda:
+        detail = "CPU only, although there is an NVIDIA driver"
+        return [Check("device", "warn", detail, "install a CUDA build of torch")]
+    return [Check("device", "ok", "CPU only" if accelerator is None else accelerator.type)]
 
 
 def _check_cuda(index: int) -> Check:
@@ -165,7 +161,7 @@ def _check_cuda(index: int) -> Check:
 
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    # Emulated bf16 works and is slow: only hardware support counts.
+    # Emulated bf16 works but is slow: only hardware support counts.
     bf16 = properties.major >= 8 or torch.version.hip is not None
     detail = f"{properties.name}, {total / _GIB:.0f} GiB, {free / _GIB:.0f} free, bf16 {'yes' if bf16 else 'no'}"
     if not bf16:
@@ -187,11 +183,11 @@ def _check_speed() -> Check:
 
 
 def _matmul_gflops(device: torch.device, dtype: torch.dtype, size: int = 1024, budget_s: float = 0.5) -> float:
-    """The fastest of as many products as fit the budget: the best time is the one other processes disturbed least."""
+    """The fastest of as many products as fit the budget: the one that other processes disturbed least."""
     import torch
 
     left = torch.ones(size, size, device=device, dtype=dtype)
-    float((left @ left)[0, 0])  # the first one pays for set-up
+    float((left @ left)[0, 0])  # the first one includes set-up
     best, deadline = float("inf"), time.perf_counter() + budget_s
     while best == float("inf") or time.perf_counter() < deadline:
         began = time.perf_counter()
@@ -229,14 +225,14 @@ def _check_model(folder: Traversable, remedy: str) -> Check:
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # a damaged file can raise anything, and all of it is the finding
+    except Exception as error:  # a damaged file can raise anything
         return Check(name, "missing", f"does not load: {first_line(error)}", remedy, required=True)
     detail = f"{model.num_parameters() / 1e6:.2f} million parameters, {len(tokenizer)} tokens, loads"
     return Check(name, "ok", detail, required=True)
 
 
 def _available_memory() -> int:
-    """Bytes of RAM that a new process could take; 0 where the system does not say."""
+    """Bytes of RAM that a new process could use; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -246,7 +242,7 @@ def _available_memory() -> int:
 
 
 def _training_memory() -> tuple[str, int]:
-    """Where a model would be trained, and the bytes of memory there."""
+    """Where a model would be trained, and how many bytes of memory it has."""
     import torch
 
     accelerator = _accelerator()
@@ -259,16 +255,18 @@ def _check_memory() -> Check:
     available = _available_memory()
     if not available:
         return Check("memory", "warn", "the system does not say how much is free")
-    enough = available >= 2 * _GIB
-    remedy = "" if enough else "the demo may not fit; close something"
-    return Check("memory", "ok" if enough else "warn", f"{available / _GIB:.1f} GiB available", remedy)
+    detail = f"{available / _GIB:.1f} GiB available"
+    if available < 2 * _GIB:
+        return Check("memory", "warn", detail, "the demo may not fit; close something")
+    return Check("memory", "ok", detail)
 
 
 def _check_disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
-    enough = free >= _GIB
-    remedy = "" if enough else "run folders hold checkpoints; free some space or use --out"
-    return Check("disk", "ok" if enough else "warn", f"{free / _GIB:.1f} GiB free in {folder}", remedy)
+    detail = f"{free / _GIB:.1f} GiB free in {folder}"
+    if free < _GIB:
+        return Check("disk", "warn", detail, "run folders contain checkpoints; free some space or use --out")
+    return Check("disk", "ok", detail)
 
 
 def _check_extra(package: str) -> Check:
@@ -280,7 +278,7 @@ def _check_extra(package: str) -> Check:
 
 
 def _check_bubblewrap() -> Check:
-    """Try it: bubblewrap may be there and forbidden, as in most containers."""
+    """Try it: bubblewrap may be installed but forbidden, as in most containers."""
     from forkrl.rewards.code.sandbox import require_sandbox
 
     found = shutil.which("bwrap")

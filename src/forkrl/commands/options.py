@@ -20,16 +20,16 @@ PANELS = (None, PROMPTS, SAMPLING, MEASUREMENT, GPU, WORKLOAD, OUTPUT)
 
 
 class Option(NamedTuple):
-    """What a field of an ``Options`` class is on the command line, and which values it takes."""
+    """How a field of an ``Options`` class appears on the command line, and its range."""
 
     help: str
     metavar: str | None = None
     panel: str | None = None
     """Heading of the group in ``--help``."""
     low: float | None = None
-    """The smallest value allowed; None: any value is."""
+    """The smallest value allowed; None: no limits."""
     exclusive: bool = False
-    """Whether ``low`` itself is not allowed."""
+    """Whether ``low`` itself is excluded."""
     high: float = math.inf
     """The largest value allowed; infinity itself never is."""
     why: str = ""
@@ -37,7 +37,7 @@ class Option(NamedTuple):
     setting: str = ""
     """The recipe setting that the option replaces."""
     flag: str = ""
-    """The name on the command line, if it is not that of the field."""
+    """The name on the command line, if it differs from the field's."""
     positional: bool = False
 
 
@@ -58,7 +58,7 @@ def flag_of(name: str, declared: Option | None = None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all commands share: each value is checked against its range."""
+    """Base of all commands' options; checks the range of each value."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -191,12 +191,12 @@ class TaskOptions(Options):
 
     @property
     def unused_settings(self) -> Mapping[str, str]:
-        """Settings, or sections with a dot after them, that have no effect with these options, each with the reason."""
+        """Settings (or ``section.``) without effect with these options, each with the reason."""
         return {}
 
     @property
     def used_sections(self) -> Collection[str]:
-        """Sections of settings that have an effect in this command only."""
+        """Sections of settings that have an effect only in this command."""
         return ()
 
 

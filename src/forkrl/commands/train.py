@@ -1,4 +1,4 @@
-"""``forkrl train``, ``forkrl sft`` and ``forkrl report``: what makes models, and the page about a run."""
+"""``forkrl train`` and ``forkrl sft``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_train(options: TrainOptions) -> int:
     if options.dry_run:
         print_dry_run(config, options.resume or out)
         return 0
-    if options.resume is None:  # all of this before torch is imported, which takes seconds
+    if options.resume is None:  # before importing torch, which takes seconds
         refuse_occupied(out)
         if config.runtime.trainer == "local":
             model_location(config.model.path)
@@ -75,7 +75,7 @@ def _train_by_engine(config: TrainConfig, out: Path, resume: Path | None, change
 
 
 def print_dry_run(config: TrainConfig, out: Path) -> None:
-    """The complete recipe as TOML, and what it selects; for verl the complete command that would run it."""
+    """The complete recipe as TOML, and what it selects; for verl the command that would run it."""
     if config.runtime.trainer == "verl":
         from forkrl.cluster.launch import dry_run
 
@@ -93,6 +93,11 @@ def print_dry_run(config: TrainConfig, out: Path) -> None:
 def run_sft(options: SftOptions) -> int:
     """``forkrl sft``."""
     config = load_recipe(SftConfig, options.recipe, options.overrides)
+    from forkrl.store.run_folder import refuse_unusable
+
+    refuse_unusable(options.out)
+    if options.out.exists() and not (options.out / ".checkpoints").exists() and any(options.out.iterdir()):
+        raise UserError(f"--out {options.out}: the folder is not empty; name a new one")
     from forkrl.store.interruption import Interrupted
     from forkrl.training.sft import make_base_model
 

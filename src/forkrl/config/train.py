@@ -6,9 +6,9 @@ help and its entry in docs/recipes.md.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
@@ -129,6 +129,15 @@ class SelectionConfig(Section):
         return self
 
 
+def _require_denominator(value: Any) -> Any:
+    if value in ("selected", "response") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError('must be "selected", "response" or a whole number of at least 1')
+
+
+Denominator = Annotated[Literal["selected", "response"] | int, BeforeValidator(_require_denominator)]
+
+
 class LossConfig(Section):
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """epsilon_low: where the advantage is negative, ratios below 1 - clip_low carry no gradient."""
@@ -136,8 +145,9 @@ class LossConfig(Section):
     """epsilon_high (clip-higher): where the advantage is positive, ratios above 1 + clip_high carry no gradient."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound the loss of negative advantages at dual_clip x |advantage| (the official scripts: 10)."""
-    denominator: Literal["selected", "response"] = "selected"
-    """Divide by the selected tokens (paper v2) or by all response tokens (paper v1, TRL) of the mini-batch."""
+    denominator: Denominator = "selected"
+    """Divide by the selected tokens (paper v2), by all response tokens (paper v1, TRL) of the mini-batch, or by a fixed
+    number such as 8192, so that a token has the same weight in every mini-batch."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL divergence to the starting policy (k3 estimator, mean over all response tokens)."""
     entropy_coef: float = 0.0

@@ -28,6 +28,12 @@ class Counts(NamedTuple):
     response: int
     selected: int
 
+    def divisor(self, denominator: Literal["selected", "response"] | int) -> int:
+        """What the policy loss is divided by, given ``loss.denominator``."""
+        if isinstance(denominator, int):
+            return denominator
+        return self.selected if denominator == "selected" else self.response
+
 
 class TokenSums(NamedTuple):
     """What a micro-batch contributes to a gradient step. Everything adds up except ``ratio_max``.
@@ -81,8 +87,8 @@ def step_loss(
 ) -> tuple[Tensor, TokenSums]:
     """The contribution of one micro-batch to the loss of its mini-batch.
 
-    The policy loss is divided by ``counts.selected`` or ``counts.response`` (``config.denominator``), KL penalty and
-    entropy bonus by ``counts.response``, so the gradient does not depend on how micro-batches are cut.
+    The policy loss is divided by ``counts.divisor(config.denominator)``, KL penalty and entropy bonus by
+    ``counts.response``. So the gradient does not depend on the division into micro-batches.
 
     Args:
         stats: ``[B, T]`` with gradients. Without KL penalty and entropy bonus only contributing tokens are read.
@@ -107,7 +113,7 @@ def step_loss(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
-        denominator=float(counts.selected if config.denominator == "selected" else counts.response),
+        denominator=float(counts.divisor(config.denominator)),
     )
     loss, kl, bonus = policy.loss, 0.0, 0.0
     if config.kl_coef:

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: a live panel on a terminal, one plain line per step elsewhere."""
+"""Progress of a command: a live panel on a terminal, one plain line per step in a log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from statistics import median
 from types import TracebackType
 from typing import NamedTuple, TextIO, TypeVar
@@ -19,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from forkrl.config import TrainConfig
+from forkrl.config import SelectionConfig, TrainConfig
 from forkrl.errors import lost_terminal_ignored, printable, write_line
 from forkrl.report.formatting import duration
 
@@ -34,41 +35,42 @@ _EVAL_NAMES = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
 
 def describe_selection(config: TrainConfig) -> str:
     """One sentence on what carries gradient in this run: rule, ratio, scope, whose entropy, denominator, backward."""
-    if config.training.backward == "dense":
-        return _selection(config)
-    more, settings = [], config.forks_only
+    settings, more = config.forks_only, list[str]()
     if settings.projections:
         more.append("projections of keys and values everywhere")
     if settings.prompt:
         more.append("the prompt's tokens")
     if settings.sampled:
         more.append(f"a random {100 * settings.sampled:g}% of the others")
-    return f"{_selection(config)}; forks-only backward" + (f" with {' and '.join(more)}" if more else "")
+    backward = "; forks-only backward" + (f" with {' and '.join(more)}" if more else "")
+    sentence = f"training on {_selected_tokens(config.selection)}, {_divisor(config.loss.denominator)}"
+    return sentence + (backward if config.training.backward == "forks_only" else "")
 
 
-def _selection(config: TrainConfig) -> str:
-    selection, denominator = config.selection, config.loss.denominator
-    divisor = "selected tokens" if denominator == "selected" else "all response tokens"
-    mean = f"loss over {divisor} of the mini-batch"
-    if selection.rule == "all":
-        return f"training on all response tokens (plain DAPO), {mean}"
-    whose = {"current": "current policy", "rollout": "rollout policy"}[selection.entropy]
-    if selection.rule == "threshold":
-        return f"training on tokens with entropy ≥ {selection.threshold} nats of the {whose}, {mean}"
+def _selected_tokens(selection: SelectionConfig) -> str:
     scope = {
         "micro_batch": "each micro-batch",
         "mini_batch": "each mini-batch",
         "rollout_batch": "each rollout batch",
         "sequence": "each response",
-    }
+    }[selection.scope]
+    whose = {"current": "current policy", "rollout": "rollout policy"}[selection.entropy]
     share = f"{100 * selection.ratio:g}%"
-    if selection.rule == "random":
-        return f"training on a random {share} of the tokens of {scope[selection.scope]}, {mean}"
+    match selection.rule:
+        case "all":
+            return "all response tokens (plain DAPO)"
+        case "threshold":
+            return f"tokens with entropy ≥ {selection.threshold} nats of the {whose}"
+        case "random":
+            return f"a random {share} of the tokens of {scope}"
     end = "highest" if selection.rule == "top_entropy" else "lowest"
-    return (
-        f"training on the {share} of tokens with the {end} entropy in {scope[selection.scope]}, "
-        f"entropy of the {whose}, {mean}"
-    )
+    return f"the {share} of tokens with the {end} entropy in {scope}, entropy of the {whose}"
+
+
+def _divisor(denominator: str | int) -> str:
+    if isinstance(denominator, int):
+        return f"loss divided by {denominator}"
+    return f"loss over {'selected' if denominator == 'selected' else 'all response'} tokens of the mini-batch"
 
 
 def sparkline(values: Iterable[float], width: int = 24) -> str:
@@ -101,7 +103,7 @@ class _Repeat(threading.Thread):
 
 
 class _Phase(NamedTuple):
-    """A part of a step; ``finished`` of ``total`` responses, where it has any."""
+    """A part of a step, with the number of its responses that are finished; ``total`` is 0 if it has none."""
 
     name: str
     total: int
@@ -118,10 +120,10 @@ class TrainingDisplay:
     Args:
         total_steps: steps of the whole run.
         start_step: steps done before, for a resumed run.
-        header: what the run really does, from ``describe_selection``; printed first.
+        header: printed first, from ``describe_selection``.
         stream: standard output by default.
         clock: monotonic seconds; for tests.
-        phase_every_s: seconds between lines on a phase that takes longer, where there is no terminal.
+        phase_every_s: in a log, seconds between lines on a long phase.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class TrainingDisplay:
         self._repeat = _Repeat(phase_every_s, self._tell_phase)
         self._latest: dict[str, float] = {}
         self._accuracy: list[float] = []
-        # Rich asks the terminal for its width; a file has none, and a log line must not be folded.
+        # Only for a terminal: Rich would fold the lines of a log.
         self._stream = stream or sys.stdout
         self._console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
         self._live: Live | None = None
@@ -175,7 +177,7 @@ class TrainingDisplay:
     def phase(self, name: str, total: int = 0, finished: Callable[[], int] = int) -> None:
         """Show the current phase (rollout, reward, update, eval or save) and how many of its responses are finished.
 
-        A terminal shows it at once, a log only if it has a ``total`` and takes long.
+        A log shows it only if it has a ``total`` and takes long.
         """
         self._phase = _Phase(printable(name), total, finished, self._clock())
 
@@ -188,7 +190,7 @@ class TrainingDisplay:
             self._console.print(Text(printable(text)))
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a finished step, as they go to ``metrics.jsonl`` (``step`` among them)."""
+        """Show the metrics of a finished step, as written to ``metrics.jsonl`` (including ``step``)."""
         self._count_step(int(metrics.get("step", self._step + 1)))
         self._latest = {**{name: self._latest[name] for name in _EVAL_NAMES if name in self._latest}, **metrics}
         if "reward/accuracy" in metrics:
@@ -200,9 +202,9 @@ class TrainingDisplay:
                 self._live.refresh()
 
     def seconds_left(self) -> float | None:
-        """The median time of this process's last few steps, times the steps to come.
+        """The median time of this process's last few steps, times the remaining steps.
 
-        The time between the ends of two steps counts, so an evaluation after every step is included, a rare one not.
+        It is the time between the ends of two steps, so it includes an evaluation after every step, but not a rare one.
         """
         if not self._durations or self._step >= self._total:
             return None
@@ -212,12 +214,12 @@ class TrainingDisplay:
         now, done = self._clock(), step - self._step
         if done > 0:
             self._durations.append((now - self._step_ended) / done)
-        if done > 0 or step == self._start:  # an evaluation before the first step is no part of it
+        if done > 0 or step == self._start:  # an evaluation before the first step does not count
             self._step_ended = now
         self._step = step
 
     def _tell_phase(self) -> None:
-        """In a log: how far a phase is that has been going on for a while."""
+        """In a log: how far a long phase is."""
         phase = self._phase
         if phase.total and self._clock() - phase.began >= self._phase_every_s:
             write_line(self._stream, f"step {self._step + 1}/{self._total}  {phase}")
@@ -242,7 +244,7 @@ class TrainingDisplay:
 
 
 def _figures(metrics: Mapping[str, float]) -> list[str]:
-    """The handful of metrics worth a line, in words; absent ones are left out."""
+    """The main metrics in words; absent ones are left out."""
     formats = {
         "reward/accuracy": ("accuracy", "{:.3f}"),
         "entropy/mean": ("entropy", "{:.3f}"),
@@ -271,7 +273,7 @@ def progress(
 ) -> Iterator[Item]:
     """Pass ``items`` through and show how many are done, with the time left.
 
-    A terminal gets a bar. Elsewhere a flushed line follows every five seconds, so short work prints nothing.
+    A terminal gets a bar, a log one line every five seconds, so short work prints nothing there.
 
     Args:
         items: the work.
@@ -289,9 +291,16 @@ def progress(
     def number() -> int:
         return max(done, finished()) if count is None else min(max(done, finished()), count)
 
-    show = _Bar(description, count, console) if console.is_terminal else _Lines(description, count, stream, clock)
-    repeat = _Repeat(show.every_s, lambda: show(number()))
-    with show:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(description, total=count)
+
+    def draw(number: int) -> None:
+        bar.update(task, completed=number)
+
+    show = draw if console.is_terminal else _lines(description, count, stream, clock)
+    repeat = _Repeat(0.5 if console.is_terminal else _PLAIN_EVERY_S, lambda: show(number()))
+    with bar if console.is_terminal else nullcontext():
         repeat.start()
         try:
             for item in items:
@@ -302,52 +311,19 @@ def progress(
             repeat.stop()
 
 
-class _Bar:
-    """Progress on a terminal."""
+def _lines(description: str, count: int | None, stream: TextIO, clock: Callable[[], float]) -> Callable[[int], None]:
+    """Progress in a log: a function that prints a line if the last one is old enough."""
+    began = spoke = clock()
+    lock = threading.Lock()
 
-    every_s = 0.5
-
-    def __init__(self, description: str, count: int | None, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._task = self._progress.add_task(description, total=count)
-
-    def __enter__(self) -> None:
-        self._progress.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, number: int) -> None:
-        self._progress.update(self._task, completed=number)
-
-
-class _Lines:
-    """Progress in a log."""
-
-    every_s = _PLAIN_EVERY_S
-
-    def __init__(self, description: str, count: int | None, stream: TextIO, clock: Callable[[], float]) -> None:
-        self._description, self._count, self._stream, self._clock = description, count, stream, clock
-        self._began = self._spoke = clock()
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def __call__(self, number: int) -> None:
-        with self._lock:
-            now = self._clock()
-            if not number or now - self._spoke < _PLAIN_EVERY_S:
+    def show(number: int) -> None:
+        nonlocal spoke
+        with lock:
+            now = clock()
+            if not number or now - spoke < _PLAIN_EVERY_S:
                 return
-            self._spoke = now
-            text = f"{number}"
-            if self._count:
-                text += f"/{self._count}  left {duration((now - self._began) / number * (self._count - number))}"
-            write_line(self._stream, f"{self._description}  {text}")
+            spoke = now
+            left = f"/{count}  left {duration((now - began) / number * (count - number))}" if count else ""
+            write_line(stream, f"{description}  {number}{left}")
+
+    return show

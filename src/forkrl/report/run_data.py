@@ -1,11 +1,10 @@
-"""What a run folder holds, read for the report. The page notes whatever is missing or damaged."""
+"""A run folder, read for its report, which notes everything that is missing or damaged."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,11 @@ import pyarrow.parquet as pq
 from forkrl.errors import UserError, first_line
 from forkrl.report.formatting import evenly_spaced
 from forkrl.stats.intervals import mean_with_interval
+from forkrl.store.run_folder import read_config
 
 Floats = npt.NDArray[np.float64]
 _KEEP_ANSWERS = ("eval.every:", "eval.problems:", "eval.samples:")
-"""Of an evaluation: these change how many answers there are, not how each is drawn."""
+"""Changes of an evaluation that do not affect how a response is sampled."""
 _ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
 _PER_TOKEN = {"tokens": pa.string(), "logprobs": pa.float32(), "entropy": pa.float32(), "selected": pa.bool_()}
 _SCALARS = {
@@ -78,7 +78,7 @@ class RunData:
     evals: tuple[RolloutSample, ...]  # first and last readable evaluation; one if they are the same
     train: tuple[RolloutSample, ...]
     num_train_files: int
-    scores: dict[int, dict[str, list[float]]]  # of the first and last evaluation, by prompt id, where recorded
+    scores: dict[int, dict[str, list[float]]]  # of the first and last evaluation, by prompt id
     notes: list[str] = field(default_factory=list)
 
     def series(self, name: str) -> Series:
@@ -86,19 +86,19 @@ class RunData:
         return Series(*np.array(pairs, dtype=float).reshape(-1, 2).T)
 
     @property
+    def metric_names(self) -> set[str]:
+        return {name for row in self.metrics.values() for name in row}
+
+    @property
     def parts(self) -> list[str]:
         """The parts of a mixed task, by the names of the metrics; none in a task of one part."""
         prefixes = ("reward/accuracy/", "eval/accuracy/")
-        return sorted({name.split("/", 2)[2] for name in self._metric_names if name.startswith(prefixes)})
+        return sorted({name.split("/", 2)[2] for name in self.metric_names if name.startswith(prefixes)})
 
     @property
     def level_names(self) -> list[str]:
-        """The metrics that hold a curriculum's level."""
-        return sorted(name for name in self._metric_names if f"{name}/".startswith("task/level/"))
-
-    @property
-    def _metric_names(self) -> set[str]:
-        return {name for row in self.metrics.values() for name in row}
+        """The metrics that contain a curriculum's level."""
+        return sorted(name for name in self.metric_names if f"{name}/".startswith("task/level/"))
 
     @property
     def num_steps(self) -> int:
@@ -113,7 +113,7 @@ class RunData:
 
     @property
     def setting_changes(self) -> list[tuple[int, list[str]]]:
-        """What resuming changed: the last step done before, and each setting as ``key: old -> new``."""
+        """What resuming changed: the last step before it, and each setting as ``key: old -> new``."""
         recorded = self.provenance.get("changes")
         return [
             (each["after_step"], [str(change) for change in each["settings"]])
@@ -122,7 +122,7 @@ class RunData:
         ]
 
     def sampling_changes(self, first: int, last: int) -> list[str]:
-        """Settings that changed between two evaluations and make answers to the same problem differ."""
+        """Settings that changed between two evaluations and affect how responses are sampled."""
         return [
             change
             for step, changes in self.setting_changes
@@ -141,21 +141,23 @@ class RunData:
 def read_run(folder: Path, max_train_files: int) -> RunData:
     """Read the run folder; of the training samples, at most ``max_train_files``, evenly spaced, both ends included."""
     notes: list[str] = []
-    settings = _read_config(folder)
+    settings = read_config(folder)
     provenance = settings.pop("provenance", {})
     metrics = _read_metrics(folder / "metrics.jsonl", notes)
     paths: dict[str, list[tuple[int, Path]]] = {"eval": [], "train": []}
-    for path in sorted((folder / "rollouts").glob("*.parquet")):
+    for path in (folder / "rollouts").glob("*.parquet"):
         if match := _ROLLOUT_FILE.fullmatch(path.name):
             paths[match[1]].append((int(match[2]), path))
     evals, train = sorted(paths["eval"]), sorted(paths["train"])
     chosen = [_read_rollouts(*train[i], notes) for i in evenly_spaced(len(train), max_train_files)]
+    first = _first_readable(evals, notes)
+    last = None if first is None else _first_readable([each for each in evals[::-1] if each[0] > first.step], notes)
     run = RunData(
         name=folder.resolve().name,
         settings=settings,
         provenance=provenance if isinstance(provenance, dict) else {},
         metrics=metrics,
-        evals=_first_and_last(evals, notes),
+        evals=tuple(sample for sample in (first, last) if sample is not None),
         train=tuple(sample for sample in chosen if sample is not None),
         num_train_files=len(train),
         scores=_read_scores(folder, [step for step, row in metrics.items() if "eval/accuracy" in row], notes),
@@ -167,22 +169,6 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
     return run
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; name the folder of a run, which holds config.toml and metrics.jsonl"
-        )
-    path = folder / "config.toml"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: not a run folder, it has no config.toml; name the folder given to forkrl train --out"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or report on another run") from None
-
-
 def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
     try:
         lines = path.read_bytes().splitlines()
@@ -192,7 +178,7 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     rows: dict[int, dict[str, float]] = {}
-    damaged, num_numbers, num_finite = [], 0, 0
+    damaged, num_lost = [], 0
     for number, line in enumerate(lines, start=1):
         row = _parse_line(line)
         if row is None:
@@ -201,16 +187,13 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
         step = row.pop("step")
         numbers = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        num_numbers, num_finite = num_numbers + len(numbers), num_finite + len(finite)
+        num_lost += len(numbers) - len(finite)
         rows.setdefault(step, {}).update(finite)
     if damaged:
-        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-        which = ", ".join(damaged[:5]) + more
+        which = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
         notes.append(f"metrics.jsonl: left out what could not be read, line {which} (cut short in writing?).")
-    if num_finite < num_numbers:
-        notes.append(
-            f"metrics.jsonl: {num_numbers - num_finite} values are NaN or infinite; the figures leave them out."
-        )
+    if num_lost:
+        notes.append(f"metrics.jsonl: {num_lost} values are NaN or infinite; the figures leave them out.")
     return dict(sorted(rows.items()))
 
 
@@ -229,25 +212,19 @@ def _read_scores(folder: Path, steps: Sequence[int], notes: list[str]) -> dict[i
         path = folder / "rollouts" / f"scores-{step:06d}.json"
         try:
             scores = dict(json.loads(path.read_bytes()))
-            mean_with_interval(list(scores.values()))  # raises where they are not equally long lists of scores
-        except FileNotFoundError:  # written by an older version
-            continue
+            mean_with_interval(list(scores.values()))  # raises unless they are lists of scores of one length
         except (OSError, ValueError, TypeError) as error:
-            notes.append(f"rollouts/{path.name} cannot be read and is left out: {str(error)[:200]}")
+            reason = error.strerror if isinstance(error, OSError) else first_line(error, 200)
+            notes.append(f"rollouts/{path.name} cannot be read and is left out: {reason}")
             continue
         found[step] = scores
     return found
 
 
-def _first_and_last(paths: list[tuple[int, Path]], notes: list[str]) -> tuple[RolloutSample, ...]:
-    """The first and the last sample that can be read; what is damaged before and after them is noted."""
+def _first_readable(paths: Sequence[tuple[int, Path]], notes: list[str]) -> RolloutSample | None:
+    """The first sample that can be read; the damaged ones before it are noted."""
     samples = (_read_rollouts(*each, notes) for each in paths)
-    first = next((sample for sample in samples if sample is not None), None)
-    if first is None:
-        return ()
-    samples = (_read_rollouts(*each, notes) for each in reversed(paths) if each[0] > first.step)
-    last = next((sample for sample in samples if sample is not None), None)
-    return (first,) if last is None else (first, last)
+    return next((sample for sample in samples if sample is not None), None)
 
 
 def _read_rollouts(step: int, path: Path, notes: list[str]) -> RolloutSample | None:
@@ -270,7 +247,7 @@ def _read_rollouts(step: int, path: Path, notes: list[str]) -> RolloutSample | N
 
 
 def _whole_rows(table: pa.Table) -> pa.Array:
-    """Whether nothing in a row is null but the advantage, and each token has one log-prob, entropy and mark."""
+    """Whether a row has no null except the advantage, and one log-prob, entropy and mark per token."""
     lists = [table.column(name).combine_chunks() for name in _PER_TOKEN]
     whole = [np.asarray(table.column(name).is_valid()) for name in (*_SCALARS, *_PER_TOKEN)]
     lengths = [np.asarray(each.value_lengths().fill_null(-1)) for each in lists]

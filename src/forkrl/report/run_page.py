@@ -1,4 +1,4 @@
-"""The page of a training run: its curves, and held-out responses before and after training."""
+"""The page of a training run: curves, and held-out responses before and after training."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ PAPER_LOW_ENTROPY = 0.01  # nats; the paper finds 50.64% of tokens below it (Qwe
 
 
 def write_run_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run folder, whole or not at all, and return its path.
-
-    Reads only config.toml, metrics.jsonl and rollouts/*. The page says what is missing or damaged.
-    """
+    """Write ``report.html`` into a run folder and return its path. The page says what is missing or damaged."""
     run = read_run(Path(run_dir), MAX_TRAIN_STEPS)
     return write_page(Path(run_dir) / "report.html", run_page(run))
 
 
 def run_headline(run_dir: Path) -> str:
-    """The sentence that heads the report: accuracy before and after, with intervals, and what it took."""
+    """The first sentence of the report: accuracy before and after, with intervals, steps and time."""
     return headline(read_run(Path(run_dir), max_train_files=0))
 
 
@@ -64,35 +61,35 @@ def run_page(run: RunData) -> Page:
 
 
 def reproducing_command(settings: dict[str, Any]) -> str:
-    """A command line that resolves to the same recipe: every setting that differs from the defaults, as an override."""
-    defaults, of_part = recipe_toml(TrainConfig()), recipe_toml(PartConfig())
-    overrides = []
-    for section, table in settings.items():
-        if not isinstance(table, dict):
-            overrides += [] if defaults.get(section) == table else [f"{section}={plain(table)}"]
-            continue
-        if section == "task" and isinstance(table.get("parts"), list):
-            table = {**table, "parts": [_changed(part, of_part) for part in table["parts"]]}
-        changed = _changed(table, defaults.get(section, {}))
-        overrides += [f"{section}.{key}={plain(value)}" for key, value in changed.items()]
+    """A command line with every setting that differs from the defaults as an override."""
+    of_part, overrides = recipe_toml(PartConfig()), []
+    for section, table, defaults in _tables(settings):
+        for key, value in _changed(table, defaults).items():
+            if (section, key) == ("task", "parts") and isinstance(value, list):
+                value = [_changed(part, of_part) for part in value]
+            overrides.append(f"{section}.{key}={plain(value)}".removeprefix("."))
     return " ".join(["forkrl train", *(shlex.quote(visible(override)) for override in overrides)])
 
 
 def _settings(run: RunData) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """Groups of (key, value, differs from the default), settings outside any section first."""
-    defaults = recipe_toml(TrainConfig())
-    loose = {key: value for key, value in run.settings.items() if not isinstance(value, dict)}
-    tables = {"run": loose} | {key: value for key, value in run.settings.items() if isinstance(value, dict)}
     return [
-        (name, [(key, plain(value), key in _changed(table, known)) for key, value in table.items()])
-        for name, table in tables.items()
+        (section or "run", [(key, plain(value), defaults.get(key) != value) for key, value in table.items()])
+        for section, table, defaults in _tables(run.settings)
         if table
-        for known in [defaults if table is loose else defaults.get(name, {})]
     ]
 
 
+def _tables(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, values and defaults of every section; first, under "", the settings outside any section."""
+    defaults = recipe_toml(TrainConfig())
+    loose = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    sections = [(key, value, defaults.get(key, {})) for key, value in settings.items() if isinstance(value, dict)]
+    return [("", loose, defaults), *sections]
+
+
 def _changed(table: Any, defaults: Mapping[str, Any]) -> Any:
-    """The values of a table that are not the defaults."""
+    """The values of a table that differ from the defaults."""
     if not isinstance(table, dict):
         return table
     return {key: value for key, value in table.items() if defaults.get(key) != value}
@@ -153,7 +150,7 @@ _CURVES: list[tuple[str, str, str, dict[str, dict[str, str]]]] = [
 
 
 def sections(run: RunData) -> list[Section]:
-    """Every plot of the page, in reading order."""
+    """The plots of the page, in order."""
     learning, entropy, *others = [_curves_section(run, *curves) for curves in _CURVES]
     found = [learning]
     if run.parts:
@@ -170,7 +167,7 @@ def sections(run: RunData) -> list[Section]:
 def _curves_section(
     run: RunData, name: str, title: str, caption: str, panels: Mapping[str, Mapping[str, str]]
 ) -> Section:
-    """Metrics against the step, and the numbers behind them."""
+    """Metrics against the step, and the numbers as a table."""
     metrics = [each for labels in panels.values() for metric in labels for each in _with_interval(metric)]
     missing = [metric for metric in metrics if not len(run.series(metric))]
     present = [metric for metric in metrics if metric not in missing]
@@ -192,7 +189,7 @@ def _curves_section(
 
 
 def _with_interval(metric: str) -> list[str]:
-    """The metric, and the ends of its 95% interval where the trainer records them."""
+    """The metric, and the ends of its 95% interval if the trainer records them."""
     ends = ("", "_low", "_high") if metric.startswith("eval/accuracy") else ("",)
     return [metric.replace("accuracy", f"accuracy{end}", 1) for end in ends]
 
@@ -255,8 +252,8 @@ def _histogram(run: RunData) -> Section:
 
 
 def run_forks(run: RunData) -> ForkView:
-    """What the page shows of a run's rollouts; no view at all where none can be read."""
-    outlined = run.setting("selection.rule") != "all"  # where every token is trained on, an outline tells nothing
+    """The fork view of a run's rollouts; without views if none can be read."""
+    outlined = run.setting("selection.rule") != "all"  # an outline of every token says nothing
     views = [*([_held_out(run, outlined)] if run.evals else []), *([_training(run, outlined)] if run.train else [])]
     if not views:
         return ForkView([], "This run folder has no sampled responses that can be read (rollouts/*.parquet).", None)
@@ -274,7 +271,7 @@ def _lead(run: RunData) -> str:
 
 
 def _fork_mark(run: RunData, views: Sequence[View]) -> float | None:
-    """Entropy from which a token counts as a fork in the page; None where the run's own selection decides."""
+    """Entropy from which the page treats a token as a fork; None: the run's selection decides."""
     if run.setting("selection.rule") in ("top_entropy", "threshold"):
         return None
     layers = [response.entropy[0] for view in views for response in responses_of(view.frames)]
@@ -284,7 +281,7 @@ def _fork_mark(run: RunData, views: Sequence[View]) -> float | None:
 
 
 def _held_out(run: RunData, outlined: bool) -> View:
-    """The first prompts, in file order, that every evaluation answered; the first response of each to each."""
+    """The first prompts in file order that both evaluations have, with the first response of each."""
     first_rows: list[dict[str, int]] = []
     for sample in run.evals:
         rows: dict[str, int] = {}

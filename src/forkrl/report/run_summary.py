@@ -15,16 +15,13 @@ from forkrl.stats.permutation import PairedTest, paired_test
 
 
 class Comparison(NamedTuple):
-    """The first and the last evaluation, on the problems that both have, and the paired test of them.
-
-    ``unequal``: why they cannot be compared; empty if they can. ``problems``: what they were on, to follow the numbers.
-    """
+    """The first and the last evaluation. ``problems``: a phrase on what they were on, to follow the numbers."""
 
     before: Estimate
     after: Estimate
-    problems: str
-    test: PairedTest | None = None
-    unequal: str = ""
+    problems: str = ""
+    result: PairedTest | str = ""
+    """The paired test on the problems that both have, or the reason why they cannot be compared."""
 
 
 def evaluations(run: RunData) -> dict[int, Estimate]:
@@ -38,34 +35,26 @@ def evaluations(run: RunData) -> dict[int, Estimate]:
 
 
 def comparison(run: RunData) -> Comparison:
-    """The last evaluation against the first, problem by problem where the scores of each were recorded.
+    """The last evaluation against the first, problem by problem.
 
-    A resumed run may change its evaluations. Other problems are left out of the comparison; answers that were sampled
-    in another way are not compared.
+    A resumed run may change its evaluations. Problems that only one has are left out; responses that were sampled in
+    different ways are not compared.
     """
-    found, problems = evaluations(run), _num_problems(run)
-    (first, before), *_, (last, after) = found.items()
+    (first, before), *_, (last, after) = evaluations(run).items()
     if changes := run.sampling_changes(first, last):
-        return Comparison(before, after, "", unequal=f"they were sampled in different ways ({'; '.join(changes)})")
+        return Comparison(before, after, result=f"they were sampled in different ways ({'; '.join(changes)})")
     scores_before, scores_after = run.scores.get(first), run.scores.get(last)
     if scores_before is None or scores_after is None:
-        counts = {run.metrics[step].get("eval/problems") for step in (first, last)}
-        unequal = "" if len(counts) == 1 else "they are on different problems"
-        return Comparison(before, after, "" if unequal else problems, unequal=unequal)
+        return Comparison(before, after, result="the scores of each problem were not recorded")
     common = [problem for problem in scores_before if problem in scores_after]
     if not common:
-        return Comparison(before, after, "", unequal="they are on different problems")
+        return Comparison(before, after, result="they are on different problems")
     rows = [np.array([scores[name] for name in common], dtype=np.float64) for scores in (scores_before, scores_after)]
+    problems = _num_problems(run)
     if scores_before.keys() != scores_after.keys():
         problems = f" on the {len(common):,} problems that both evaluations have"
         before, after = map(mean_with_interval, rows)
     return Comparison(before, after, problems, paired_test(rows[0], rows[1]))
-
-
-def _nothing_was_judged(run: RunData, step: int) -> bool:
-    row = run.metrics[step]
-    responses = row.get("eval/problems", 0.0) * row.get("eval/samples", 1.0)
-    return 0 < responses <= row.get("eval/verifier_failures", 0.0)
 
 
 def headline(run: RunData) -> str:
@@ -74,38 +63,31 @@ def headline(run: RunData) -> str:
     if not found:
         return f"Nothing was evaluated on held-out problems; {effort}."
     first, last = min(found), max(found)
-    if blind := [step for step in dict.fromkeys((first, last)) if _nothing_was_judged(run, step)]:
-        steps = " and ".join(map(str, blind))
+    if unjudged := [str(step) for step in sorted({first, last}) if _nothing_was_judged(run, step)]:
+        steps = " and ".join(unjudged)
         return f"The verifier judged no held-out response at step {steps}, so accuracy measures nothing; {effort}."
     if first == last:
         only = f"Held-out accuracy was {percent(found[first])} at step {first}{_num_problems(run)}"
         return f"{only}, and there is no second evaluation to compare; {effort}."
-    before, after, problems, test, unequal = comparison(run)
+    before, after, problems, result = comparison(run)
     effort = effort[0].upper() + effort[1:]
     at_first, at_last = f"{percent(before)} at step {first}", f"{percent(after)} at step {last}"
-    if unequal:
-        return f"Held-out accuracy was {at_first} and {at_last}; {unequal}, so they are not compared. {effort}."
-    clear = _intervals_are_apart(before, after) if test is None else is_clear(test.difference)
-    if clear:
+    if isinstance(result, str):
+        return f"Held-out accuracy was {at_first} and {at_last}; {result}, so they are not compared. {effort}."
+    difference = f"{points(result.difference)} paired by problem, {probability(result.p)}"
+    if is_clear(result.difference):
         change = f"{'rose' if after.mean > before.mean else 'fell'} from {at_first} to {at_last}"
-    elif percent(before) == percent(after):
+        return f"Held-out accuracy {change}{problems}; {difference}. {effort}."
+    change = f"was {at_first} and {at_last}"
+    if percent(before) == percent(after):
         change = f"is unchanged at {percent(before)} from step {first} to step {last}"
-    else:
-        change = f"was {at_first} and {at_last}"
-    return f"Held-out accuracy {change}{problems}; {_meaning(test, clear=clear)}. {effort}."
+    return f"Held-out accuracy {change}{problems}; {difference}: no clear change. {effort}."
 
 
-def _meaning(test: PairedTest | None, *, clear: bool) -> str:
-    if test is not None:
-        found = f"{points(test.difference)} paired by problem, {probability(test.p)}"
-        return found if clear else f"{found}: no clear change"
-    if clear:
-        return "the 95% intervals are apart"
-    return "the scores of each problem were not recorded, so whether this is more than chance is not known"
-
-
-def _intervals_are_apart(before: Estimate, after: Estimate) -> bool:
-    return after.low > before.high or after.high < before.low
+def _nothing_was_judged(run: RunData, step: int) -> bool:
+    row = run.metrics[step]
+    responses = row.get("eval/problems", 0.0) * row.get("eval/samples", 1.0)
+    return 0 < responses <= row.get("eval/verifier_failures", 0.0)
 
 
 def status(run: RunData) -> str:
@@ -123,9 +105,8 @@ def cards(run: RunData) -> list[Card]:
     found = evaluations(run)
     made: list[Card] = []
     if len(found) > 1:
-        before, after, _, test, unequal = comparison(run)
-        difference = Estimate(after.mean - before.mean, math.nan, math.nan) if test is None else test.difference
-        note = f"not compared: {unequal}" if unequal else points(difference)
+        before, after, _, result = comparison(run)
+        note = f"not compared: {result}" if isinstance(result, str) else points(result.difference)
         made.append(Card("Held-out accuracy", f"{after.mean:.1%}", f"{before.mean:.1%}", note))
     elif found:
         ((step, only),) = found.items()

@@ -1,6 +1,6 @@
-"""Writing files so that a kill, a power cut or a full disk leaves the old one or the new one, never half of either.
+"""Atomic writes: a kill, a power cut or a full disk leaves the old file or the new one, never a part.
 
-Write next to the target, fsync, rename over it, fsync the folder that holds the name.
+Write next to the target, fsync, rename over it, fsync the folder.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from forkrl.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# Rust libraries (safetensors, tokenizers) raise their own exceptions and keep errno in the text alone.
+# Rust libraries (safetensors, tokenizers) raise their own exceptions, with errno only in the text.
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, durably and all at once."""
+    """Write ``data`` to ``path``, durably and atomically. Raises UserError if the system refuses."""
     with explained_write_errors(path):
         temporary = temporary_beside(path)
         try:
@@ -39,33 +39,31 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put ``text`` at ``path`` as UTF-8, durably and all at once. Raises UserError as ``write_bytes`` does."""
+    """Write ``text`` as UTF-8, as ``write_bytes`` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Put ``value`` at ``path`` as JSON, durably and all at once, with null for NaN and infinity, which JSON lacks.
-
-    Raises UserError as ``write_bytes`` does.
-    """
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    """Write ``value`` as JSON, as ``write_bytes`` does, with null for NaN and infinity, which JSON lacks."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for NaN and infinity."""
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def temporary_beside(path: Path) -> Path:
-    """The name under which ``path`` is written. It is fixed, so what a kill leaves behind is reused, not piled up."""
+    """The name under which ``path`` is written; always the same, so that a killed write leaves at most one file."""
     return path.with_name(f".{path.name}.writing")
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,7 +73,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while ``path`` is written into one line for the user."""
+    """Turn an error of the operating system while ``path`` is written into a UserError."""
     try:
         yield
     except Exception as error:

@@ -10,11 +10,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What ends a run early. SIGHUP comes when a terminal is closed or a connection is lost."""
+"""Signals that end a run early. SIGHUP comes when a terminal is closed or a connection is lost."""
 
 
 class Interrupted(BaseException):
-    """The user or the system asked the run to stop. Not an ``Exception``: nothing on the way up may swallow it.
+    """The user or the system asked the run to stop. Not an ``Exception``, so that no caller swallows it.
 
     ``outcome``: what became of the finished steps, as in "stopped by SIGINT and saved".
     """
@@ -28,7 +28,7 @@ class Interrupted(BaseException):
 class Interruption:
     """While open, the stop signals raise ``Interrupted``: at once inside ``allowed()``, else when it is next entered.
 
-    Weights change outside ``allowed()`` only, so a run never stops half-way through a step.
+    Weights change only outside ``allowed()``, so a run never stops in the middle of an update.
     """
 
     def __init__(self) -> None:
@@ -38,11 +38,11 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        # Python delivers signals to the main thread only; a run inside another thread is its host's to stop.
+        # Python delivers signals to the main thread only; in another thread the caller has to stop the run.
         if threading.current_thread() is threading.main_thread():
             for signum in STOP_SIGNALS:
                 if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-                    continue  # under nohup: the run is to outlive its terminal
+                    continue  # under nohup the run outlives its terminal
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -54,7 +54,7 @@ class Interruption:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """A stretch that may be abandoned at any instant."""
+        """Code that may be abandoned at any instant."""
         self._allowed = True
         try:
             self.check()
@@ -69,7 +69,7 @@ class Interruption:
 
     @property
     def signalled_again(self) -> bool:
-        """Whether a second one has."""
+        """Whether a second signal has come."""
         return self._signals > 1
 
     def check(self) -> None:
@@ -87,9 +87,9 @@ class Interruption:
 
 @contextmanager
 def signals_put_off() -> Iterator[None]:
-    """A stretch that must not be left half-way: what a stop signal would do meanwhile, it does at its end.
+    """Delay stop signals to the end of the block.
 
-    Blocking them for this thread would not help: the system gives them to another, and Python handles them here anyway.
+    Blocking them in this thread would not help: the system delivers them to another, and Python handles them here.
     """
     came: list[int] = []
 

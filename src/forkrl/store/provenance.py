@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: versions, commit, data, machine; and what may differ when it is resumed."""
+"""Where a run's numbers come from: versions, commit, data, machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from forkrl.types import Task
 
 
 def describe_provenance(task: Task, workers: Workers) -> dict[str, Any]:
-    """What a figure needs to be repeated: versions, commit, data, threads, device."""
+    """What is needed to repeat a result: versions, commit, data, threads, device."""
     return {
         "forkrl": forkrl.__version__,
         "torch": torch.__version__,
@@ -38,14 +38,20 @@ def describe_provenance(task: Task, workers: Workers) -> dict[str, Any]:
     }
 
 
-def changed_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs of all that the last bits of a result depend on, as one phrase; empty where nothing does."""
-    names = [name for name in ("workers", "threads", "torch", "transformers") if then.get(name) != now[name]]
-    return ", ".join(f"{name} {now[name]} instead of {then.get(name, 'unknown')}" for name in names)
+def changed_arithmetic(then: Mapping[str, Any], workers: Workers) -> str:
+    """What has changed of everything that the last bits of a result depend on, as one phrase; empty if nothing has."""
+    now = {
+        "workers": workers.count,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    changed = {name: value for name, value in now.items() if then.get(name) != value}
+    return ", ".join(f"{name} {value} instead of {then.get(name, 'unknown')}" for name, value in changed.items())
 
 
 def refuse_other_data(folder: RunFolder, config: TrainConfig, fingerprint: str) -> None:
-    """Give the folder free and refuse, if a run is to be resumed on other prompts than it began with."""
+    """Close the folder and refuse to resume a run with other prompts than it began with."""
     before = folder.provenance.get("data_fingerprint")
     if before != fingerprint:
         folder.close()
@@ -66,5 +72,5 @@ def commit() -> str:
 
 
 def new_run_id() -> str:
-    """No other run has it, whatever the name of its folder. Takes nothing from the seeded generators."""
+    """Unique among all runs; drawn without the seeded generators."""
     return uuid.uuid4().hex[:12]

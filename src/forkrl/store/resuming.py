@@ -15,7 +15,13 @@ _PREFIXES = tuple(key.removesuffix("*") for key in CHANGEABLE)
 
 def stored_config(folder: Path) -> TrainConfig:
     """The settings of the run in ``folder``."""
-    return parse_recipe(TrainConfig, read_recipe(folder), str(folder / CONFIG))
+    values = read_recipe(folder)
+    try:
+        return parse_recipe(TrainConfig, values, str(folder / CONFIG))
+    except UserError as error:  # config.toml has not been edited since ForkRL wrote it: read_recipe has checked that
+        raise UserError(
+            f"{error}; the run was made by another version of ForkRL: use that, or start a new run"
+        ) from error
 
 
 def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]) -> list[str]:
@@ -40,12 +46,11 @@ def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]
 
     newest = latest_checkpoint(folder / "checkpoints")
     weights = "" if newest is None else f", from these weights with model.path={newest}"
-    rule = "a run by verl keeps all its settings"
-    if not by_verl:
-        rule = f"only {', '.join(CHANGEABLE)} may change, each given as key=value"
+    rule = f"only {', '.join(CHANGEABLE)} may change, each given as key=value"
     raise UserError(
-        f"--resume {folder}: the recipe has changed since the run began: {'; '.join(refused)}; "
-        f"resume without a recipe ({rule}), or start a new run with another --out{weights}"
+        f"--resume {folder}: the recipe has changed since the run began: {'; '.join(refused)}; resume without a recipe "
+        f"({'a run by verl keeps all its settings' if by_verl else rule}), or start a new run with another "
+        f"--out{weights}"
     )
 
 
@@ -54,12 +59,7 @@ def describe_resume(
 ) -> str:
     """From which step a resumed run continues, with which changes; or that it is finished.
 
-    Args:
-        folder: of the run.
-        done: the step of its newest checkpoint; None where there is none.
-        config: the run's settings.
-        changes: settings that it changes from here on.
-        finished: whether it is at its last step, and evaluated there.
+    ``done`` is the step of its newest checkpoint, None if it has none. ``finished``: it is evaluated at its last step.
     """
     last = config.training.steps
     if finished:

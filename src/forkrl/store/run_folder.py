@@ -1,4 +1,4 @@
-"""The folder of one training run: what it was told, what it measured, what it wrote.
+"""The folder of one training run.
 
     config.toml          the resolved recipe, and a [provenance] table
     metrics.jsonl        one JSON object a line
@@ -7,7 +7,7 @@
     checkpoints/         step-N/, see forkrl.store.checkpoint
     report.html
 
-One process at a time may hold a run folder; the operating system frees the lock when that process dies, in any way.
+One process at a time may use a run folder; the operating system frees its lock when that process ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ import tomli_w
 
 from forkrl.config import CHANGEABLE
 from forkrl.errors import UserError, first_line
-from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside, write_bytes, write_text
+from forkrl.store.atomic import explained_write_errors, finite, fsync, temporary_beside, write_bytes, write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,8 +48,8 @@ _log = logging.getLogger("forkrl")
 
 @cache
 def rollout_schema() -> pa.Schema:
-    """One row a response; the five lists hold one value per response token. Log-probs and entropy are in nats."""
-    import pyarrow as pa  # takes as long as everything else that a mistyped command imports
+    """One row per response; the lists have one value per response token. Log-probs and entropy are in nats."""
+    import pyarrow as pa  # slow: not for a mistyped command
 
     return pa.schema(
         [
@@ -72,7 +71,7 @@ def rollout_schema() -> pa.Schema:
 
 
 class RunFolder:
-    """A locked run folder. Make one with ``create`` or ``open``; use it as a context manager, or ``close`` it."""
+    """A locked run folder, from ``create`` or ``open``; a context manager."""
 
     def __init__(self, path: Path, lock: int, config: dict[str, Any]) -> None:
         self.path = path
@@ -86,8 +85,8 @@ class RunFolder:
         """Start a run in a new or empty folder and write its config.toml.
 
         Args:
-            recipe_values: The resolved recipe as TOML can hold it, as ``recipe_toml`` gives it.
-            provenance: Versions, commit, fingerprint of the data; None values are left out.
+            recipe_values: the resolved recipe, from ``recipe_toml``.
+            provenance: versions, commit, fingerprint of the data; None values are left out.
         """
         refuse_occupied(path)
         with explained_write_errors(path):
@@ -100,15 +99,15 @@ class RunFolder:
                 known = {key: value for key, value in provenance.items() if value is not None}
                 _write_config(path, recipe_values, known)
                 fsync(path.parent)
-                return cls(path, lock, _read_config(path))
+                return cls(path, lock, _read_unedited(path))
             except BaseException:
                 os.close(lock)
                 raise
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Take up an existing run."""
-        config = _read_config(path)
+        """Open an existing run."""
+        config = _read_unedited(path)
         with explained_write_errors(path):
             lock = lock_folder(path, "training")
             try:
@@ -118,14 +117,14 @@ class RunFolder:
                 raise
 
     def close(self) -> None:
-        """Give the folder free for another process."""
+        """Release the folder for another process."""
         self._metrics.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def remove(self) -> None:
-        """Take back a run that ``create`` has just begun: delete all that is in the folder, and the folder."""
+        """Delete the folder of a run that ``create`` has just begun."""
         clear_folder(self.path)
         with suppress(OSError):  # a link or a mount point that the user made stays, empty
             self.path.rmdir()
@@ -147,29 +146,28 @@ class RunFolder:
         return self.path / "report.html"
 
     def change_recipe(self, recipe_values: Mapping[str, Any], step: int, changes: Sequence[str]) -> None:
-        """Replace the recipe in config.toml, all at once, and append to ``provenance.changes`` what changed.
+        """Replace the recipe in config.toml, atomically, and append the changes to ``provenance.changes``.
 
         Args:
-            recipe_values: The resolved recipe as TOML can hold it.
-            step: The last step done with the earlier settings.
-            changes: Each as ``key: old -> new``.
+            recipe_values: the resolved recipe, from ``recipe_toml``.
+            step: the last step done with the earlier settings.
+            changes: each as ``key: old -> new``.
         """
         history = [*self.provenance.get("changes", []), {"after_step": step, "settings": list(changes)}]
         _write_config(self.path, recipe_values, {**self.provenance, "changes": history})
-        config = _read_config(self.path)
+        config = _read_unedited(self.path)
         self.provenance = config.pop("provenance")
         self.recipe = config
 
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, handed to the operating system at once. NaN and infinity become null."""
-        finite = {key: _null_if_not_finite(value) for key, value in record.items()}
-        line = json.dumps(finite, allow_nan=False).encode("utf-8") + b"\n"
+        """Add one line to metrics.jsonl, without buffering. NaN and infinity become null."""
+        line = json.dumps(finite(record), allow_nan=False).encode("utf-8") + b"\n"
         before = self._size()
         with explained_write_errors(self.path / "metrics.jsonl"):
             try:
-                while line:  # a nearly full disk takes a part
+                while line:  # a nearly full disk accepts only a part
                     line = line[self._metrics.write(line) :]
             except BaseException:
                 self._metrics.truncate(before)
@@ -177,16 +175,13 @@ class RunFolder:
 
     @property
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl, which is on the disk when this returns: a checkpoint may count on it."""
+        """Length of metrics.jsonl, synced to disk, so that a checkpoint can refer to it."""
         with explained_write_errors(self.path / "metrics.jsonl"):
             os.fsync(self._metrics.fileno())
         return self._size()
 
     def truncate_metrics(self, size: int) -> None:
-        """Cut metrics.jsonl to its first ``size`` bytes, and to whole lines.
-
-        If it is shorter, lines that the checkpoint counted on are lost: that is logged, and the run can continue.
-        """
+        """Cut metrics.jsonl to the complete lines in its first ``size`` bytes; warn if that is less."""
         content = (self.path / "metrics.jsonl").read_bytes()
         whole = content[:size].rfind(b"\n") + 1
         if whole != size:
@@ -199,7 +194,7 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every line of metrics.jsonl; one that is still being written, at the end, is left out."""
+        """Every complete line of metrics.jsonl."""
         records: list[dict[str, Any]] = []
         *lines, _ = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
@@ -218,11 +213,11 @@ class RunFolder:
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
     def write_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write sampled responses to ``rollouts/NAME.parquet``, all at once.
+        """Write sampled responses to ``rollouts/NAME.parquet``, atomically.
 
         Args:
             name: ``train-`` or ``eval-`` and the step in six digits.
-            rows: One mapping a response, with the columns of ``rollout_schema``; only ``advantage`` may be None.
+            rows: one mapping per response, with the columns of ``rollout_schema``; only ``advantage`` may be None.
         """
         if not _ROLLOUT_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a name for rollouts, such as train-000010")
@@ -252,7 +247,7 @@ class RunFolder:
 
     @property
     def rollout_names(self) -> list[str]:
-        """What ``read_rollouts`` can read: evaluations first, each kind by step."""
+        """The names for ``read_rollouts``: evaluations first, each kind by step."""
         found = [_ROLLOUT_NAME.fullmatch(path.stem) for path in (self.path / "rollouts").glob("*.parquet")]
         return [match[0] for match in sorted(filter(None, found), key=lambda match: (match[1], int(match[2])))]
 
@@ -266,11 +261,9 @@ class RunFolder:
     # -- resume ------------------------------------------------------------------------------------------------------
 
     def discard_after(self, step: int, metrics_bytes: int) -> None:
-        """Forget whatever was logged or sampled after a checkpoint: it is about to happen again.
+        """Delete what was logged or sampled after the checkpoint of ``step`` (-1: everything); it will be repeated.
 
-        Args:
-            step: Step of the checkpoint; -1 forgets everything.
-            metrics_bytes: Length of metrics.jsonl when the checkpoint was taken.
+        ``metrics_bytes``: the length of metrics.jsonl when the checkpoint was saved.
         """
         for name in self.rollout_names:
             if int(name.partition("-")[2]) > step:
@@ -284,12 +277,21 @@ class RunFolder:
         self.truncate_metrics(metrics_bytes)
 
 
+def refuse_unusable(path: Path) -> None:
+    """Refuse a path at which no folder can be created or written to."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; choose another --out")
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is not writable" if existing.is_dir() else "is not a folder"
+        raise UserError(f"{path}: cannot be created: {existing} {reason}; choose another --out")
+
+
 def refuse_occupied(path: Path) -> None:
-    """Refuse a folder with anything in it but what a killed ``create`` may have left."""
+    """Refuse a path that is unusable, or a folder with other content than a killed ``create`` may have left."""
+    refuse_unusable(path)
     if not path.exists():
         return
-    if not path.is_dir():
-        raise UserError(f"{path}: is a file; choose another --out")
     if (path / CONFIG).exists():
         raise UserError(f"{path}: already holds a run; continue it with --resume {path}, or choose another --out")
     ours = {LOCK, temporary_beside(Path(CONFIG)).name}
@@ -301,7 +303,7 @@ def refuse_occupied(path: Path) -> None:
 
 
 def clear_folder(path: Path) -> None:
-    """Delete all that is in a folder."""
+    """Delete everything in a folder."""
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
@@ -310,7 +312,7 @@ def clear_folder(path: Path) -> None:
 
 
 def lock_folder(path: Path, activity: str) -> int:
-    """A descriptor that holds the exclusive lock of the folder until it is closed, or this process is gone."""
+    """A descriptor that holds the exclusive lock of the folder until it is closed or this process ends."""
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -325,9 +327,23 @@ def lock_folder(path: Path, activity: str) -> int:
     return descriptor
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The contents of config.toml: the recipe, and ``provenance``. Edits are not noticed."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder; name the folder given to forkrl train --out")
+    try:
+        return tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: not a run folder, it has no {CONFIG}; name the folder given to forkrl train --out"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / CONFIG}: cannot be read ({error}); restore it, or use another run") from error
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe of a run as plain values, without taking the folder's lock."""
-    return {name: value for name, value in _read_config(path).items() if name != "provenance"}
+    return {name: value for name, value in _read_unedited(path).items() if name != "provenance"}
 
 
 def _write_config(path: Path, recipe_values: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
@@ -336,21 +352,12 @@ def _write_config(path: Path, recipe_values: Mapping[str, Any], provenance: Mapp
 
 
 def _digest(recipe_values: Mapping[str, Any]) -> str:
-    """Tells whether somebody edited config.toml: past steps would no longer be those of its settings."""
+    """Detects edits of config.toml, after which it would not be what the past steps were trained with."""
     return hashlib.sha256(json.dumps(recipe_values, sort_keys=True).encode()).hexdigest()
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; --resume takes the folder that --out named")
-    try:
-        config = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: not a run folder, it has no {CONFIG}; --resume takes the folder that --out named"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / CONFIG}: cannot be read ({error}); restore it, or start a new run") from error
+def _read_unedited(path: Path) -> dict[str, Any]:
+    config = read_config(path)
     provenance = config.get("provenance", {})
     if provenance.get(_DIGEST) != _digest({name: value for name, value in config.items() if name != "provenance"}):
         raise UserError(
@@ -360,12 +367,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _null_if_not_finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _check_row(number: int, row: Mapping[str, Any]) -> None:
-    """Arrow would fill what is missing with null, and drop what is too much, without a word."""
+    """Arrow would silently fill missing columns with null and drop unknown ones."""
     if difference := row.keys() ^ set(rollout_schema().names):
         raise ValueError(f"row {number}: missing or unknown columns: {', '.join(sorted(difference))}")
     if empty := [name for name in rollout_schema().names if row[name] is None and name != "advantage"]:
@@ -376,11 +379,11 @@ def _check_row(number: int, row: Mapping[str, Any]) -> None:
 
 
 def _encodable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with text that Parquet can hold."""
+    """The row with text that Parquet can store."""
     texts = {name: encodable_text(row[name]) for name in ("prompt_id", "prompt", "response")}
     return {**row, **texts, "tokens": [encodable_text(token) for token in row["tokens"]]}
 
 
 def encodable_text(text: str) -> str:
-    """Text that Parquet can hold: a lone surrogate, which UTF-8 cannot encode, is spelled out."""
+    """Text that Parquet can store: lone surrogates, which UTF-8 cannot encode, are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

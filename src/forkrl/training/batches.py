@@ -1,4 +1,4 @@
-"""Micro-batches: parts of a mini-batch that run through the model together, and putting their results back together.
+"""Micro-batches: parts of a mini-batch that run through the model together, and how their results are joined.
 
 Axes: ``B`` sequences, ``T`` token positions.
 """
@@ -26,7 +26,7 @@ class MicroBatch(NamedTuple):
 
 
 def sample_positions(mini_batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> Tensor | None:
-    """Each position with probability ``forks_only.sampled``; None if that is 0."""
+    """Draw each position with probability ``forks_only.sampled``; None if that is 0."""
     if not config.forks_only.sampled:
         return None
     shape, device = mini_batch.attention_mask.shape, mini_batch.attention_mask.device
@@ -44,7 +44,7 @@ def make_micro_batches(mini_batch: TokenBatch, cuts: list[Tensor], sampled_BT: T
 
 
 def padded_sizes(micro_batches: list[MicroBatch]) -> list[int]:
-    """Padded tokens: the amount of work in each."""
+    """The number of padded tokens in each, to share the work evenly."""
     return [micro.batch.input_ids.numel() for micro in micro_batches]
 
 

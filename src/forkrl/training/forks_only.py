@@ -1,12 +1,11 @@
-"""The forks-only backward: only some positions run with gradients. An approximation for speed.
+"""The forks-only backward: only some positions run with gradients. An approximation for speed (docs/forks-only.md).
 
-First every position runs without gradients, which leaves the keys and values of each layer, and the entropies that a
-selection wants. Then the selected positions run again with gradients, attending to those keys and values. The log-probs
-of the selected tokens are those of the dense pass, and so is the gradient if everything runs; otherwise it lacks the
-paths that lead through the hidden states of positions that do not run. Three settings give some of them back
-(``ForksOnlyConfig``): weight gradients of key and value projections everywhere, the prompt's tokens, a random sample.
+A prefill without gradients gives the keys and values of each layer, and the entropies for the selection. Then the
+selected positions run with gradients, attending to those keys and values. Their log-probs equal those of the dense
+pass. So does the gradient if every position runs; otherwise it lacks the paths through the hidden states of positions
+that do not run, some of which three settings restore (``ForksOnlyConfig``).
 
-It goes through the attention interface of ``transformers`` and touches no model's code.
+It uses the attention interface of ``transformers`` and changes no model's code.
 
 Shapes: ``B`` sequences, ``T`` token positions, ``N`` running positions in all, ``D`` hidden; ``H`` query heads, ``K``
 heads of keys and values, ``C`` channels of a head.
@@ -33,32 +32,32 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class KeysAndValues(NamedTuple):
-    """What a pass over every position leaves of a layer, ``[B, K, T, C]`` each."""
+    """The keys and values of a layer at every position, ``[B, K, T, C]`` each."""
 
     keys: Tensor
     values: Tensor
 
 
 class Prefill(NamedTuple):
-    """What a pass over every position leaves: of each layer, and of the last one if it was run to its end."""
+    """The keys and values of each layer, and the last hidden states if the pass ran to its end."""
 
     layers: dict[int, KeysAndValues]
     hidden_BTD: Tensor | None
 
     @property
     def num_bytes(self) -> int:
-        """Of keys and values."""
+        """The size of keys and values."""
         return sum(each.nbytes for layer in self.layers.values() for each in layer)
 
 
 def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections: bool = False) -> Prefill:
-    """Run every position, to know keys and values, and the last hidden states if the pass goes ``to_the_end``.
+    """A forward pass over every position that caches each layer's keys and values.
 
     Args:
-        policy: whose layers run.
+        policy: the model.
         batch: on the policy's device.
-        to_the_end: else the pass ends at the last layer's keys and values.
-        projections: let gradients flow from keys and values into what made them of the layer's input, and no further.
+        to_the_end: compute the last hidden states too; else the pass ends at the last layer's keys and values.
+        projections: let gradients flow from keys and values into their projections, and no further.
     """
     layers: dict[int, KeysAndValues] = {}
     num_layers = policy.model.config.get_text_config().num_hidden_layers
@@ -84,7 +83,7 @@ def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections:
 
 
 def prefill_entropies(policy: Policy, batch: TokenBatch, cache: Prefill, *, temperature: float) -> Tensor:
-    """Entropy of every response position, fp32 ``[B, T]``, 0 elsewhere, after a pass to the end."""
+    """Entropy of every response position, fp32 ``[B, T]``, 0 elsewhere. The prefill ran to the end."""
     assert cache.hidden_BTD is not None, "the pass ended early"
     with torch.no_grad():
         return _head(policy, cache.hidden_BTD[batch.response_mask], batch, batch.response_mask, temperature).entropy
@@ -107,10 +106,10 @@ def compute_selected_stats(
         batch: on the policy's device.
         selected_BT: bool, inside the response mask.
         temperature: of sampling; the statistics are of the same distribution.
-        weight_BT: 1 at the selected positions and at others that are to run as well; ``1 / p`` at those that were drawn
-            with probability ``p`` to run; 0 at the rest. None: the selected alone run.
-        projections: at positions that do not run too, give the projections of keys and values their gradients.
-        cache: of the same batch and weights, with the same ``projections``; None: it is made here.
+        weight_BT: 1 at selected positions and at others that run too; ``1 / p`` at positions that were drawn with
+            probability ``p`` to run; 0 elsewhere. None: only selected positions run.
+        projections: compute the gradients of the key and value projections at all positions.
+        cache: a prefill of the same batch and weights, with the same ``projections``; None: it is made here.
     """
     if projections and weight_BT is not None and bool((weight_BT > 1).any()):
         raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")
@@ -130,10 +129,10 @@ def compute_selected_stats(
 
 
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
-    """Refuse a model that this way does not fit.
+    """Refuse a model that this backward does not fit, by comparing log-probs with the dense pass.
 
-    Such a model keeps state in addition to keys and values, has its own attention code, or (for ``projections``) does
-    not mark its layers as such. ``open_policy`` rejects frequencies that depend on the length.
+    Such a model keeps state other than keys and values, has its own attention code, or (for ``projections``) does not
+    mark its layers. ``open_policy`` rejects rotary frequencies that depend on the length.
     """
     name = type(policy.model).__name__
     refusal = f'training.backward = "forks_only" does not fit {name}; set it to "dense"'
@@ -156,12 +155,12 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
 
 
 class _LastKeysKnown(Exception):
-    """Ends a pass from inside it, where nothing after the last layer's keys and values is wanted."""
+    """Ends a forward pass from inside, once the last layer's keys and values are known."""
 
 
 @contextmanager
 def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
-    """Inside, every layer takes its input for a constant, so that gradients stay within a layer."""
+    """If ``wanted``, every layer treats its input as a constant, so that gradients stay within a layer."""
 
     def detach_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -180,7 +179,7 @@ def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
 
 
 def _attention_to(policy: Policy, cache: Prefill, groups: list[Group]) -> Any:
-    """Attention of the running positions, packed as one sequence, to the keys of their own sequences."""
+    """Attention of the running positions, packed as one sequence, to the keys of their sequences."""
     windows = _windows(policy)
 
     def attention(
@@ -197,7 +196,7 @@ def _attention_to(policy: Policy, cache: Prefill, groups: list[Group]) -> Any:
 
 
 def _windows(policy: Policy) -> list[int | None]:
-    """For each layer, how many positions a query sees, itself included; None: all before it."""
+    """For each layer, how many positions a query sees, itself included; None: all up to itself."""
     config = policy.model.config.get_text_config()
     num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers

@@ -1,4 +1,4 @@
-"""How a micro-batch runs: with gradients at every position (``Dense``), or at the selected ones (``ForksOnly``).
+"""How a micro-batch runs: with gradients at every position (``Dense``) or at selected ones (``ForksOnly``).
 
 Axes: ``B`` sequences, ``T`` token positions.
 """
@@ -37,7 +37,7 @@ class Forward(Protocol):
     def stats_and_selection(
         self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
     ) -> tuple[TokenStats, Tensor]:
-        """The same where ``select`` chooses the tokens from the entropies of this micro-batch."""
+        """The same, where ``select`` chooses the tokens from the entropies of this micro-batch."""
         ...
 
 
@@ -84,7 +84,7 @@ class ForksOnly:
     def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
         cache = self._prefill(worker, micro)
         num_bytes = sum(each.num_bytes for each in [cache, *worker.kept.values()])
-        # With projections it holds its autograd graph, many times the size of keys and values.
+        # With projections it includes its autograd graph, many times the size of keys and values.
         if not self.config.forks_only.projections and num_bytes <= self.config.forks_only.kept_mib * 2**20:
             worker.kept[micro.number] = cache._replace(hidden_BTD=None)
         return self._entropies(worker, micro, cache)

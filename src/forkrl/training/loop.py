@@ -1,8 +1,5 @@
 """One training step in one file: prompts, rollouts, rewards, advantages, selection, loss, step, log.
 
-Everything else in the package is a leaf that one of these lines calls. The command line, the smoke tests and the
-tutorial all run ``train``.
-
 Shapes: ``P`` prompts, ``G`` rollouts per prompt, ``B`` sequences, ``T`` token positions.
 """
 
@@ -35,7 +32,7 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
 
     Raises:
         NothingToLearn: every group was all right or all wrong; ``open_run`` saves the finished steps.
-        TrainingHalted: numbers that are not finite.
+        TrainingHalted: a NaN or infinite loss, entropy or gradient.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; ``open_run`` saves the finished steps.
     """
     run.evaluate_if_due()
@@ -62,10 +59,10 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
 
 
 def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Sample and score until the step is full of groups that can teach something (DAPO's dynamic sampling).
+    """Sample and score until there are enough groups with a gradient (DAPO's dynamic sampling).
 
     A group whose responses are all right or all wrong has zero advantage everywhere; it is dropped and counted.
-    Accuracy and lengths are over everything sampled, dropped groups included.
+    Metrics are over everything sampled, dropped groups included.
     """
     wanted, dynamic = run.config.rollout.prompts_per_step, run.config.dynamic_sampling
     kept: list[RolloutGroup] = []
@@ -112,7 +109,7 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
 
 
 def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> Update:
-    """Selection, loss, backward and optimizer on one mini-batch; on-policy before the first step of a batch."""
+    """Selection, loss, backward and optimizer on one mini-batch; ``on_policy`` is True for the first of a batch."""
     lr = run.set_learning_rate()
     update = update_policy(
         run.workers,
@@ -122,7 +119,7 @@ def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> 
         run.generator,
         on_policy=on_policy,
     )
-    # The next rollout has use for their memory. Those of further workers are parts of one shared block, and stay.
+    # Frees memory for the next rollout. The gradients of other workers share one block, which is kept.
     run.optimizer.zero_grad(set_to_none=True)
     return Update(update.selected_BT.cpu(), update.metrics | {"optimizer/lr": lr})
 
@@ -135,10 +132,10 @@ def sample_rows(
     parts: Sequence[TokenBatch],
     updates: Sequence[Update],
 ) -> list[dict[str, Any]]:
-    """The first groups of the step, each token with its entropy and whether it carried gradient, if it is time."""
-    num_groups = -(-run.config.log.rollouts_sampled // run.config.rollout.group_size)
+    """The first groups of the step for ``rollouts/``, with the tokens that carried gradient; empty if not due."""
     if not run.should_sample():
         return []
+    num_groups = -(-run.config.log.rollouts_sampled // run.config.rollout.group_size)
     selected = [
         selected_T[mask_T].tolist()
         for part, update in zip(parts, updates, strict=True)

@@ -1,4 +1,4 @@
-"""The figures of one step, by their names in ``metrics.jsonl``.
+"""The metrics of one step, by their names in ``metrics.jsonl``.
 
 Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
 """
@@ -24,7 +24,7 @@ def rollout_metrics(
     num_batches: int,
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """What sampling gave, over everything sampled; what dynamic sampling dropped; how many groups are trained on."""
+    """Metrics of everything sampled, and how many groups dynamic sampling kept and dropped."""
     rollouts = [rollout for group in sampled for rollout in group.rollouts]
     num_tokens = sum(map(len, rollouts))
     return {
@@ -44,7 +44,7 @@ def rollout_metrics(
 
 
 def part_metrics(sampled: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup]) -> dict[str, float]:
-    """What sampling gave for each part of a mixed task, by ``area/name/PART``; nothing for a task of one part."""
+    """Sampling metrics of each part of a mixed task, as ``area/name/PART``; empty for a task of one part."""
     metrics: dict[str, float] = {}
     for source, groups in by_source(sampled).items():
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -66,8 +66,8 @@ def level_metrics(levels: Mapping[str, int]) -> dict[str, float]:
 def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> dict[str, float]:
     """Means over the gradient steps of a batch, and statistics of the selection over all its tokens.
 
-    Entropies are those of the policy that sampled, except ``entropy/threshold``: the lowest entropy selected, as the
-    rule read it.
+    Entropies are of the policy that sampled, except ``entropy/threshold``: the lowest selected entropy, as the rule
+    read it.
     """
     means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in updates[0].metrics}
     entropy_N = torch.cat([part.rollout_entropy[part.response_mask] for part in parts])
@@ -95,7 +95,7 @@ def accuracy(groups: Sequence[RolloutGroup]) -> float:
 
 
 def _failures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """How many responses could not be judged, in all and by reason; every reason has its column in every step."""
+    """The number of responses that could not be judged, in total and by reason; every step has all reasons."""
     counts = Counter(result.failure for group in groups for result in group.results if result.failure)
     by_reason = {f"verifier/failures_{reason}": float(counts[reason]) for reason in FAILURES}
     return {"verifier/failures": float(counts.total()), **by_reason}

@@ -1,4 +1,4 @@
-"""What the embedded base model can do, measured, and the card that says so."""
+"""Measurements of the embedded base model, and its model card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BaseModelFigures(NamedTuple):
     problems: int
     solve_rate: Estimate
     steps_right: float
-    """Share of arithmetic steps that are right, use available numbers and restate the rest right."""
+    """Share of arithmetic steps that are right, use available numbers and restate the remaining ones right."""
     length: float
     below_hundredth: float
     """Share of tokens with entropy below 0.01 nats."""
@@ -63,7 +63,7 @@ def measure_base_model(workers: Workers, task: Task, config: SftConfig) -> BaseM
 def write_model_card(
     out: Path, config: SftConfig, figures: BaseModelFigures, *, recipe: str, num_tokens: int, threads: int
 ) -> None:
-    """Write ``README.md`` next to the weights: what it is, how it was made, what was measured."""
+    """Write ``README.md`` next to the weights."""
     write_text(
         out / "README.md",
         f"""\

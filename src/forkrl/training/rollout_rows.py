@@ -1,4 +1,4 @@
-"""Responses as rows of ``rollouts/*.parquet``, whichever engine sampled them."""
+"""Responses as rows of ``rollouts/*.parquet``."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def rollout_rows(
     rewards: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a response, as ``run_folder.rollout_schema`` has it.
+    """One row per response, with the columns of ``run_folder.rollout_schema``.
 
     Args:
         step: of the run.
         groups: judged responses.
-        tokenizer: spells the tokens.
+        tokenizer: for the text of the tokens.
         selected: for each response, in order, which of its tokens carried gradient.
-        rewards: for each response; without them they are the scores.
-        advantages: for each response; null without them.
+        rewards: for each response; None: the scores.
+        advantages: for each response; None: null.
     """
     texts = TokenTexts(tokenizer)
     judged = [
@@ -68,7 +68,7 @@ def evaluation_rows(
     *,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Rows of an evaluation; ``selected`` is what the rule would pick over these very responses."""
+    """Rows of an evaluation; ``selected`` is what the rule would select from these responses."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     entropy_N = torch.cat([rollout.entropy for rollout in rollouts])
     selected_N = select_tokens(

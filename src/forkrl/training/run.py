@@ -1,6 +1,6 @@
-"""A training run: everything it opens, and what happens around its steps (log, sample, save, resume, stop).
+"""A training run: what it opens, and what happens around its steps (log, sample, save, resume, stop).
 
-``loop.py`` is what happens inside a step.
+``loop.py`` has what happens inside a step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from forkrl.types import RolloutEngine, SamplingParams, Task, TokenBatch, Verifi
 
 @dataclass(eq=False)
 class Run:
-    """The state of a run between its steps. ``step`` counts finished steps; 0 is the untrained model."""
+    """The state of a run between its steps. ``step`` counts finished steps; at 0 the model is untrained."""
 
     config: TrainConfig
     folder: RunFolder
@@ -95,17 +95,14 @@ class Run:
         return open_run(config, resume=Path(folder), changed=changes, plug_ins=PlugIns(**plug_ins))
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps still to do. Each begins by noting where the random state and the data stand."""
+        """The numbers of the steps still to do; random state and data position are noted before each, for ``stop``."""
         while self.step < self.config.training.steps:
             self._mark()
             yield self.step + 1
 
     @contextmanager
     def phase(self, name: str, total: int = 0) -> Iterator[None]:
-        """A part of a step that changes no weights: shown on the display, and a signal ends it at once.
-
-        ``total``: responses that are sampled in it.
-        """
+        """A part of a step that changes no weights, so a signal ends it at once. It samples ``total`` responses."""
         before = self.workers.sequences_finished
         self.display.phase(name, total, lambda: self.workers.sequences_finished - before)
         with self.interruption.allowed():
@@ -113,7 +110,7 @@ class Run:
 
     @property
     def policy(self) -> Policy:
-        """The weights that learn."""
+        """The model being trained."""
         return self.workers.policy
 
     @property
@@ -131,10 +128,7 @@ class Run:
     def check_logprobs(self, batch: TokenBatch) -> dict[str, float]:
         """Compare the sampler's log-probs with the trainer's, on the first micro-batch after a start or a resume.
 
-        Weights and random states stay as they are.
-
-        Raises:
-            TrainingHalted: they differ by more than rounding.
+        Changes neither weights nor random states. Raises TrainingHalted if they differ by more than rounding.
         """
         if self._gap_checked:
             return {}
@@ -145,7 +139,7 @@ class Run:
         return {"rollout/logprob_gap_mean": gap.mean, "rollout/logprob_gap_max": gap.max}
 
     def set_learning_rate(self) -> float:
-        """Constant, after a linear warm-up over the first gradient steps; counts the gradient step about to come."""
+        """Count the next gradient step and set its learning rate: linear warm-up, then constant."""
         self.gradient_steps += 1
         warmup = self.config.optimizer.warmup_steps
         lr = self.config.optimizer.lr * min(1.0, self.gradient_steps / warmup if warmup else 1.0)
@@ -154,7 +148,7 @@ class Run:
         return lr
 
     def finish_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Count the step, log it, and save where the recipe says so."""
+        """Count the step, log it, and save a checkpoint if one is due."""
         self.step += 1
         self._mark()
         if samples:
@@ -164,13 +158,13 @@ class Run:
             self.save()
 
     def should_sample(self) -> bool:
-        """Whether the step being done writes a sample of its responses."""
+        """Whether the current step writes a sample of its responses."""
         return bool(self.config.log.rollouts_sampled) and (self.step + 1) % self.config.log.rollouts_every == 0
 
     def evaluate_if_due(self) -> None:
-        """Accuracy on held-out prompts: before training, after the last step, and every ``eval.every`` steps.
+        """Measure held-out accuracy: before training, after the last step, and every ``eval.every`` steps.
 
-        The same prompts and the same random numbers each time; training's own generator is not touched.
+        The prompts and the random numbers are the same each time; training's own generator is not used.
         """
         every, last = self.config.eval.every, self.config.training.steps
         due = self.step in (0, last) or (every and self.step % every == 0)
@@ -198,7 +192,7 @@ class Run:
         self._evaluated_step = self.step
 
     def save(self) -> None:
-        """Write a checkpoint of the finished steps, unless this step has one."""
+        """Write a checkpoint of the finished steps, unless there is one."""
         if self._saved_step == self.step:
             return
         self.display.phase("save")
@@ -221,20 +215,20 @@ class Run:
         self._saved_step = self.step
 
     def stop(self) -> None:
-        """Abandon the step under way, if any, and save the finished ones."""
+        """Abandon the current step and save the finished ones."""
         prompts_state, generator_state = self._step_start
         self.prompts.restore(prompts_state)
         self.generator.set_state(generator_state)
         self.save()
 
     def restore(self) -> int:
-        """Go back to the newest whole checkpoint; to the start where there is none. The folder stays as it is.
+        """Restore the newest complete checkpoint, if there is one; the folder is not changed.
 
         Returns:
             The length of metrics.jsonl as of that checkpoint.
 
         Raises:
-            UserError: that checkpoint is beyond training.steps.
+            UserError: that checkpoint is beyond training.steps, or of another version of ForkRL.
         """
         path = latest_checkpoint(self.folder.checkpoints)
         if path is None:
@@ -242,12 +236,15 @@ class Run:
         progress = load_checkpoint(
             path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
         )
+        if missing := {"step", "gradient_steps", "prompts", "evaluated_step", "metrics_bytes"} - progress.keys():
+            raise UserError(
+                f"{path}: saved by another version of ForkRL (its progress lacks {', '.join(sorted(missing))}); "
+                f"start a new run from its weights: model.path={path} and another --out"
+            )
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
         self.prompts.restore(progress["prompts"])
-        self._evaluated_step = progress["evaluated_step"]
         evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
-        if evaluation_bytes:
-            self._evaluated_step = self.step
+        self._evaluated_step = self.step if evaluation_bytes else progress["evaluated_step"]
         if self.step > self.config.training.steps:
             raise UserError(
                 f"training.steps = {self.config.training.steps}: {self.folder.path} is at step {self.step} already; "
@@ -259,16 +256,16 @@ class Run:
 
     @property
     def first_unsaved_step(self) -> int:
-        """The first step that no checkpoint holds; 0 where there is none, as the state before training counts too."""
+        """The first step that no checkpoint contains; 0 without checkpoints: the state before training counts."""
         return 0 if self._saved_step is None else self._saved_step + 1
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was logged and nothing saved."""
+        """Whether nothing has been logged or saved."""
         return self._saved_step is None and not self.folder.read_metrics()
 
     def recovery_hint(self) -> str:
-        """What can be done with a run that its own recipe cannot take further."""
+        """What the user can do with a run that cannot continue with its recipe."""
         if self._saved_step is None:
             return "no checkpoint had been saved; start a new run with another --out"
         return (
@@ -277,9 +274,9 @@ class Run:
         )
 
     def _evaluation_bytes(self, start: int) -> int:
-        """Length of the line at ``start`` of metrics.jsonl, if it is an evaluation of this step; else 0.
+        """Length of the line at ``start`` of metrics.jsonl if it is the evaluation of this step; else 0.
 
-        A checkpoint is written before its step is evaluated. An evaluation that was logged since need not be repeated.
+        The checkpoint of a step is written before the step is evaluated; a logged evaluation is not repeated.
         """
         line, newline, _ = (self.folder.path / "metrics.jsonl").read_bytes()[start:].partition(b"\n")
         try:
@@ -324,7 +321,7 @@ def open_run(
     """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
 
     On Ctrl-C, SIGTERM or SIGHUP the finished steps are saved before ``Interrupted`` reaches the caller. On a failure,
-    earlier checkpoints stay as they are.
+    earlier checkpoints are unchanged.
 
     Args:
         config: of a resumed run: the settings it was started with.
@@ -342,93 +339,67 @@ def open_run(
         changes = accepted_changes(resume, config, changed)
     else:
         assert out is not None
-        refuse_occupied(out)  # a model of many gigabytes need not be loaded to find this out
+        refuse_occupied(out)  # before loading a model of many gigabytes
     require_trackers(config.log.trackers)
     with ExitStack() as stack:
-        torch.manual_seed(config.seed)
-        policy = _open_policy(config)
-        task = plug_ins.task or open_task(
-            config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens
-        )
-        if repeated := repeated_prompts(task.train, config):
-            notice(repeated)
-        reference = _frozen_copy(policy) if config.loss.kl_coef else None
-        workers = stack.enter_context(open_workers(policy, reference, config.runtime))
-        engine = (plug_ins.engine or open_engine)(workers, config)
-        engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
-        verifier = plug_ins.verifier or stack.enter_context(
-            open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward)
-        )
-        prompts = open_stream(task.train, config.task, config.seed)
-        # The folder comes after all that can be wrong with the input: a mistake leaves none behind.
-        provenance = describe_provenance(task, workers)
-        folder = stack.enter_context(_open_folder(config, out, resume, provenance))
-        interruption = Interruption()
-        run = Run(
-            config=config,
-            folder=folder,
-            workers=workers,
-            optimizer=_open_optimizer(policy, config.optimizer),
-            engine=engine,
-            verifier=verifier,
-            task=task,
-            prompts=prompts,
-            generator=torch.Generator(policy.device).manual_seed(config.seed),
-            tracker=Trackers({}),
-            display=TrainingDisplay(config.training.steps),
-            interruption=interruption,
-        )
+        run = _open_parts(config, out, resume, plug_ins, stack)
         metrics_bytes = run.restore() if resume is not None else 0
         run.tracker = stack.enter_context(_open_tracker(run, plug_ins.tracker, remove_on_failure=resume is None))
-        stack.enter_context(interruption)  # not before: a tracker that waits for its server must be stoppable
+        stack.enter_context(run.interruption)  # not earlier: Ctrl-C must end a tracker that waits for its server
         if resume is not None:
-            folder.discard_after(run.first_unsaved_step - 1, metrics_bytes)
+            run.folder.discard_after(run.first_unsaved_step - 1, metrics_bytes)
         if changes:
-            folder.change_recipe(recipe_toml(config), run.step, changes)
+            run.folder.change_recipe(recipe_toml(config), run.step, changes)
         run.display = stack.enter_context(
             TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
         )
-        if isinstance(verifier, VerifierPool):
-            verifier.announce = run.display.message
+        if isinstance(run.verifier, VerifierPool):
+            run.verifier.announce = run.display.message
         if resume is not None:
-            _announce_resume(run, changes, provenance)
+            _announce_resume(run, changes)
         with _early_ends(run, new=resume is None):
             yield run
 
 
-def _announce_resume(run: Run, changes: Sequence[str], provenance: Mapping[str, Any]) -> None:
-    done = run.step if run.first_unsaved_step else None
-    finished = run.step == run._evaluated_step == run.config.training.steps
-    run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
-    if arithmetic := changed_arithmetic(run.folder.provenance, provenance):
-        run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")
-
-
-@contextmanager
-def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
-    """Save what is sound when a run ends before its last step, and say where it ended and what can be done."""
-    try:
-        yield
-    except UserError:
-        if new and run.is_empty:  # rejected before its first figure: the corrected command can use the same folder
-            run.folder.remove()
-        raise
-    except Interrupted:
-        run.stop()
-        raise
-    except NothingToLearn as error:
-        if run.step:
-            run.stop()
-        raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
-    except WorkerLost as error:  # not saved: it may have died between the gradient steps of a batch
-        remedy = f"continue with: forkrl train --resume {run.folder.path}"
-        raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
-    except TrainingHalted as error:  # not saved: the weights may be what went wrong
-        raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
+def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug_ins: PlugIns, stack: ExitStack) -> Run:
+    """The run before it is restored, without trackers and display. ``stack`` closes its parts."""
+    torch.manual_seed(config.seed)
+    policy = _open_policy(config)
+    task = plug_ins.task or open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    if repeated := repeated_prompts(task.train, config):
+        notice(repeated)
+    reference = None
+    if config.loss.kl_coef:
+        frozen = copy.deepcopy(policy.model).requires_grad_(False)
+        reference = Policy(frozen, policy.tokenizer, policy.precision)
+    workers = stack.enter_context(open_workers(policy, reference, config.runtime))
+    engine = (plug_ins.engine or open_engine)(workers, config)
+    engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
+    verifier = plug_ins.verifier or stack.enter_context(
+        open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward)
+    )
+    prompts = open_stream(task.train, config.task, config.seed)
+    # The folder comes after everything that can be wrong with the input: a mistake leaves none behind.
+    provenance = describe_provenance(task, workers)
+    folder = stack.enter_context(_open_folder(config, out, resume, provenance))
+    return Run(
+        config=config,
+        folder=folder,
+        workers=workers,
+        optimizer=_open_optimizer(policy, config.optimizer),
+        engine=engine,
+        verifier=verifier,
+        task=task,
+        prompts=prompts,
+        generator=torch.Generator(policy.device).manual_seed(config.seed),
+        tracker=Trackers({}),
+        display=TrainingDisplay(config.training.steps),
+        interruption=Interruption(),
+    )
 
 
 def _open_policy(config: TrainConfig) -> Policy:
-    """The model, once it is found to do what the recipe asks of it: better told before the run than in it."""
+    """The model, checked before the run begins to support what the recipe asks of it."""
     policy = open_policy(config.model, config.runtime.device)
     if config.training.backward == "forks_only":
         require_forks_only(policy, projections=config.forks_only.projections)
@@ -459,16 +430,42 @@ def _open_folder(
 
 def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> Trackers:
     """The trackers of the recipe and the caller's ``own``. If one does not start, a new run's folder is removed."""
-    run_id = run.folder.provenance.get("run_id") or new_run_id()  # runs of the first versions have none
     try:
+        run_id = run.folder.provenance["run_id"]
         tracked = TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step)
-        return open_trackers(run.config.log.trackers, tracked, further={} if own is None else {"tracker": own})
+        return open_trackers(run.config.log.trackers, tracked, own=own)
     except BaseException:
         if remove_on_failure:
             run.folder.remove()
         raise
 
 
-def _frozen_copy(policy: Policy) -> Policy:
-    """The starting policy, kept for the KL term."""
-    return Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, policy.precision)
+def _announce_resume(run: Run, changes: Sequence[str]) -> None:
+    done = run.step if run.first_unsaved_step else None
+    finished = run.step == run._evaluated_step == run.config.training.steps
+    run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
+    if arithmetic := changed_arithmetic(run.folder.provenance, run.workers):
+        run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")
+
+
+@contextmanager
+def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
+    """When a run ends before its last step, save what is sound, and say where it ended and what can be done."""
+    try:
+        yield
+    except UserError:
+        if new and run.is_empty:  # the corrected command can use the same folder
+            run.folder.remove()
+        raise
+    except Interrupted:
+        run.stop()
+        raise
+    except NothingToLearn as error:
+        if run.step:
+            run.stop()
+        raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
+    except WorkerLost as error:  # not saved: it may have died between the gradient steps of a batch
+        remedy = f"continue with: forkrl train --resume {run.folder.path}"
+        raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
+    except TrainingHalted as error:  # not saved: the weights may be what went wrong
+        raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error

@@ -1,13 +1,13 @@
-"""Attention of a few positions to all positions of their sequences, with gradients for those few alone.
+"""Attention of a few positions to all positions of their sequences, with gradients for those few only.
 
-The keys and values of every position are there already, those of the few among them: nothing need be copied into
-place, and where the others are constants, the gradient of keys and values is one of few positions to few. Memory is a
-tile of scores; queries come in order, so a block of them reads only the keys before its last one.
+The keys and values of every position are given, so nothing is copied into place. Where the others are constants, only
+the few positions have a gradient of keys and values. Memory is one tile of scores; queries are in order, so a block of
+them reads only the keys up to its last one.
 
 A position that runs with weight ``w`` was drawn with probability ``1 / w``. The gradient that reaches its key and value
 from other positions counts ``w`` times, so that on average over draws every path through it counts once.
 
-Sequences with unlike numbers of running positions attend in groups, so that no row is padded beyond its double.
+Sequences with similar numbers of running positions attend as a group, so that padding at most doubles a row.
 
 Shapes: ``B`` sequences, ``T`` positions, ``S`` running positions of the sequence with the most, ``N`` running positions
 in all; ``H`` query heads, ``K`` heads of keys, ``G`` query heads to each, ``C`` channels; ``R`` queries of a block,
@@ -24,37 +24,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SCORES_CPU, COLUMNS_CPU = 1 << 19, 1024
-"""Scores of a tile on a CPU, 2 MiB in fp32, which its cache holds; and its keys, which leave room for some queries."""
+"""Most scores in a tile on a CPU (2 MiB in fp32 fit its cache), and most keys, to leave room for several queries."""
 SCORES, COLUMNS = 1 << 26, 16_384
-"""The same elsewhere."""
+"""The same on accelerators."""
 
 
 class Layout(NamedTuple):
-    """Where the running positions of some sequences stand. They are packed, ``[N]``, by sequence and in order."""
+    """The positions that run in some sequences. They are packed, ``[N]``, by sequence and in order."""
 
     place_BS: Tensor
     """Position of each in its sequence; padded with ``T``."""
     slot_BS: Tensor
-    """Index of each among the packed."""
+    """Its index among the packed positions."""
     real_BS: Tensor
-    """False on what pads a row."""
+    """False on padding."""
     weight_BS: Tensor | None
-    """How often its key and value count; None: once, all of them."""
+    """How often its key and value count; None: all once."""
     bounds: list[tuple[int, int]]
-    """For each column ``S``, the lowest and the highest place in it."""
+    """The lowest and the highest place in each column ``S``."""
 
 
 class Group(NamedTuple):
-    """Sequences of a batch with like numbers of running positions."""
+    """Sequences of a batch with similar numbers of running positions."""
 
     rows_B: Tensor
     slots_N: Tensor
-    """Their positions among the packed ones of the whole batch."""
+    """Indices of their positions among the packed ones of the batch."""
     layout: Layout
 
 
 def lay_out(running_BT: Tensor, weight_BT: Tensor | None) -> list[Group]:
-    """The positions that run: True in ``running_BT``, with weights if some do not count once."""
+    """Groups of sequences for the positions that run; ``weight_BT`` if some do not count once."""
     counts = running_BT.sum(1).tolist()
     slots_B = torch.arange(sum(counts), device=running_BT.device).split(counts)
     groups: list[list[int]] = []
@@ -92,11 +92,11 @@ def selected_attention(
 
     Args:
         query: ``[1, H, N, C]``.
-        key, value: ``[1, K, N, C]``: equal to those in ``all_keys`` and ``all_values``; they receive the gradient.
-        all_keys, all_values: ``[B, K, T, C]``. If they require gradients, theirs is that of the other positions.
+        key, value: ``[1, K, N, C]``, equal to those in ``all_keys`` and ``all_values``; they receive the gradient.
+        all_keys, all_values: ``[B, K, T, C]``. If they require gradients, they receive that of the other positions.
         groups: of the packed positions, by ``lay_out``.
         scaling: factor of the scores.
-        window: how many positions a query sees, itself included; None: all before it.
+        window: how many positions a query sees, itself included; None: all up to itself.
     """
     packed = [attention_dtype(each) for each in (query, key, value)]
     constant = [attention_dtype(each) for each in (all_keys, all_values)]
@@ -131,7 +131,7 @@ def attention_dtype(each: Tensor) -> Tensor:
 
 
 class _SelectedAttention(torch.autograd.Function):
-    """Keeps what it is given, its output and a number for each query and head; scores are computed again."""
+    """Saves its inputs, its output and a log-sum-exp per query and head; the backward computes scores again."""
 
     @staticmethod
     def forward(
@@ -166,7 +166,7 @@ class _SelectedAttention(torch.autograd.Function):
         num_kv, to_all = key.shape[1], ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         query_BKGSC = _group(_unpack(query, layout), num_kv)
         grad_BKGSC = _group(_unpack(grad, layout) * layout.real_BS[:, None, :, None], num_kv)
-        # The sum over keys of weight times its gradient, without either.
+        # Equals the sum over keys of weight times its gradient.
         dot_BKGS = (grad_BKGSC * _group(_unpack(mixed, layout), num_kv)).sum(-1, dtype=_wide(grad))
         grad_query = torch.zeros_like(query_BKGSC, dtype=_wide(query))
         own = (all_keys, all_values) if to_all else (_unpack(key, layout), _unpack(value, layout))
@@ -207,7 +207,7 @@ class _SelectedAttention(torch.autograd.Function):
 
 
 class _Part(NamedTuple):
-    """What the backward knows of the queries of a block, ``[B, K, G, R, C]`` and ``[B, K, G, R]``."""
+    """The queries of a block in the backward, ``[B, K, G, R, C]`` and ``[B, K, G, R]``."""
 
     query: Tensor
     grad: Tensor
@@ -218,7 +218,7 @@ class _Part(NamedTuple):
 class _Tile(NamedTuple):
     columns: slice
     clear: int
-    """So many of its keys, from the first on, are seen by every query of the block."""
+    """The number of leading keys that every query of the block sees."""
 
     def places(self, device: torch.device) -> Tensor:
         return torch.arange(self.columns.start, self.columns.stop, device=device)[None]
@@ -232,7 +232,7 @@ class _Block(NamedTuple):
 def _blocks(
     layout: Layout, num_heads: int, num_positions: int, window: int | None, device: torch.device
 ) -> Iterator[_Block]:
-    """Queries in order, as many at once as a tile has room for, each with the keys that it sees, tile by tile."""
+    """Consecutive queries, as many as fit a tile, with the tiles of keys that they see."""
     budget, width = (SCORES_CPU, COLUMNS_CPU) if device.type == "cpu" else (SCORES, COLUMNS)
     budget //= len(layout.place_BS) * num_heads
     start = 0
@@ -252,7 +252,7 @@ def _blocks(
 
 
 def _query_places(layout: Layout, rows: slice, num_positions: int) -> Tensor:
-    """Places of some queries, ``[B, R]``. What pads a row sees what the last position would, and no other padding."""
+    """Places of some queries, ``[B, R]``. Padding sees what the last position sees, and no other padding."""
     return layout.place_BS[:, rows].clamp_max(num_positions - 1)
 
 
@@ -273,12 +273,12 @@ def _sees(query_place_BR: Tensor, key_place_BM: Tensor, window: int | None) -> T
 
 
 def _hide(scores: Tensor, seen_BRM: Tensor, clear: int) -> None:
-    """Minus infinity where a query does not see a key, of those after the first ``clear``."""
+    """Set the scores of unseen keys to minus infinity; the first ``clear`` keys are seen by all."""
     scores[..., clear:].masked_fill_(~seen_BRM[:, None, None], -torch.inf)
 
 
 def _count(to_own: Tensor, weight_BS: Tensor | None, rows: slice) -> None:
-    """What reaches a drawn position from others counts by its weight; what it sends itself counts once."""
+    """Weigh the gradient that reaches a drawn position from others; what it sends itself counts once."""
     if weight_BS is None:
         return
     weight_BM = weight_BS[:, : rows.stop].to(to_own.dtype)
@@ -289,7 +289,7 @@ def _count(to_own: Tensor, weight_BS: Tensor | None, rows: slice) -> None:
 
 
 def _divide_gradient(sums: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The gradient of all keys (and of all values): that of the running positions, and that of the others."""
+    """Split the gradients of all keys and all values into those of running and of other positions."""
     inside_BS = layout.place_BS.where(layout.real_BS, 0)
     running, rest = [], list[Tensor | None]()
     for total in sums:
@@ -302,7 +302,7 @@ def _divide_gradient(sums: list[Tensor], layout: Layout) -> tuple[list[Tensor], 
 
 
 def _unpack(packed: Tensor, layout: Layout) -> Tensor:
-    """``[1, heads, N, C]`` to ``[B, heads, S, C]``, something finite on what pads a row."""
+    """``[1, heads, N, C]`` to ``[B, heads, S, C]``, finite on padding."""
     taken: Tensor = packed[0].index_select(1, layout.slot_BS.flatten()).unflatten(1, layout.slot_BS.shape)
     return taken.transpose(0, 1)
 

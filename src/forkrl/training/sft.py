@@ -1,7 +1,6 @@
 """Supervised training from random weights on generated search traces: how the embedded base model is made.
 
-Every batch is drawn afresh from the task's random searcher with a generator seeded by (seed, step), so a recipe names
-one sequence of data, and a resumed run meets the same traces.
+The random searcher of each batch is seeded by (seed, step), so a recipe determines the data, also of a resumed run.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from forkrl.types import Task
 
 IGNORED = -100
 MICRO_BATCH_TOKENS = 1024
-"""Small enough that activations stay in a core's cache: a third faster than 8,192 on the machine it was chosen on."""
+"""Small enough that activations stay in a core's cache: a third faster than 8,192 where it was measured."""
 CHECKPOINT_EVERY = 250
 
 
@@ -41,10 +40,6 @@ def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     After an interruption the same call resumes from the last checkpoint in ``out/.checkpoints``.
     """
     checkpoints = out / ".checkpoints"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
-    if out.exists() and not checkpoints.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: the folder is not empty; name a new one")
     policy = build_base_policy(config)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
@@ -136,7 +131,7 @@ def build_base_policy(config: SftConfig) -> Policy:
 def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> list[tuple[Tensor, Tensor]]:
     """The data of one gradient step, cut into ``(input_ids [B, T], labels [B, T])`` of similar length.
 
-    Prompt and padding carry no label. Every character of every trace is the model's to predict.
+    Prompt and padding have no label; every character of every trace has one.
     """
     rng, tokenizer = random.Random(f"{config.seed}/{step}"), policy.tokenizer
     rows: list[tuple[list[int], list[int]]] = []
@@ -192,7 +187,7 @@ def _save(
 
 
 def _resume(config: SftConfig, checkpoints: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Steps and tokens done before, with weights and optimizer restored; zeros for a new model."""
+    """Restore weights and optimizer; the steps and tokens done before, zeros for a new model."""
     newest = latest_checkpoint(checkpoints)
     if newest is None:
         return 0, 0

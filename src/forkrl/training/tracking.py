@@ -1,10 +1,10 @@
-"""Metrics to TensorBoard, W&B and trackio, for those who keep their curves there.
+"""Copies of the metrics in TensorBoard, W&B and trackio; ``metrics.jsonl`` is always written.
 
-``metrics.jsonl`` is the record and is always written; a tracker is a copy. So one that is not installed or refuses to
-start stops the run before its first step; one that fails later is reported once and dropped, and training continues.
+A tracker that is not installed or does not start stops the run before its first step; one that fails later is reported
+once and dropped, and training continues.
 
-A resumed run continues its curves. Steps that were logged after its checkpoint are logged again: TensorBoard is told
-to forget the first time, W&B keeps the first and warns, and trackio, which can do neither, shows both.
+A resumed run continues its curves. Steps that were logged after its checkpoint are logged again: TensorBoard deletes
+the first ones, W&B keeps them and warns, and trackio, which can do neither, shows both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Protocol
 
 from forkrl.errors import UserError, first_line
@@ -22,16 +22,16 @@ from forkrl.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run."""
+    """The run, as trackers see it."""
 
     path: Path
     """The run folder; its name is the run's name."""
     config: Mapping[str, Any]
     """The resolved recipe, stored with the curves."""
     id: str
-    """The run's own for as long as it lives, however often it is resumed."""
+    """Unique, and the same after every resume."""
     first_step: int = 0
-    """The first step still to be logged; what a tracker holds from there on comes from steps that were lost."""
+    """The first step still to be logged; later ones that a tracker has are of steps that were lost."""
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """One tracker."""
+    """Where metrics are copied to."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -67,40 +67,39 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-class WandbTracker:
-    """A Weights & Biases run; its own settings (project, entity, offline mode) come from WANDB_* variables."""
+class HostedTracker:
+    """A run of W&B or trackio."""
 
-    def __init__(self, run: TrackedRun) -> None:
-        wandb = _require("wandb")
-        self._run = wandb.init(name=run.name, id=run.id, resume="allow", dir=str(run.path), config=dict(run.config))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class TrackioTracker:
-    """A trackio run in the project "forkrl". It is resumed by its name, which therefore holds the id."""
-
-    def __init__(self, run: TrackedRun) -> None:
-        trackio = _require("trackio")
-        self._run = trackio.init(
-            project="forkrl", name=f"{run.name}-{run.id}", resume="allow", config=_flatten(run.config)
-        )
+    def __init__(self, run: Any) -> None:
+        self._run = run
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _open_wandb(run: TrackedRun) -> Tracker:
+    """Its own settings (project, entity, offline mode) come from WANDB_* variables."""
+    wandb = _require("wandb")
+    return HostedTracker(
+        wandb.init(name=run.name, id=run.id, resume="allow", dir=str(run.path), config=dict(run.config))
+    )
+
+
+def _open_trackio(run: TrackedRun) -> Tracker:
+    """In the project "forkrl". trackio resumes a run by its name, which therefore includes the id."""
+    trackio = _require("trackio")
+    return HostedTracker(
+        trackio.init(project="forkrl", name=f"{run.name}-{run.id}", resume="allow", config=_flatten(run.config))
+    )
 
 
 TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     "tensorboard": TensorBoardTracker,
-    "wandb": WandbTracker,
-    "trackio": TrackioTracker,
+    "wandb": _open_wandb,
+    "trackio": _open_trackio,
 }
 
 
@@ -109,7 +108,7 @@ def _warn(message: str) -> None:
 
 
 class Trackers:
-    """The open trackers of a run. No failure of theirs reaches the caller."""
+    """The open trackers of a run. Their failures do not reach the caller."""
 
     def __init__(self, trackers: Mapping[str, Tracker], report: Callable[[str], None] = _warn) -> None:
         self._trackers = dict(trackers)
@@ -132,7 +131,7 @@ class Trackers:
         self._trackers.clear()
 
     def _attempt(self, name: str, call: Callable[..., None], *arguments: object) -> None:
-        # A tracker may raise anything, network and disk errors included; whatever it is, it must not end the training.
+        # A tracker may raise anything; it must not end the training.
         try:
             call(*arguments)
         except Exception as error:
@@ -152,7 +151,7 @@ class Trackers:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Check that the package of every named tracker can be imported, before a run folder is made for them."""
+    """Check that the package of every named tracker can be imported, before a run folder is created."""
     for name in names:
         _require(name)  # each tracker is named after its package
 
@@ -161,15 +160,15 @@ def open_trackers(
     names: Sequence[str],
     run: TrackedRun,
     *,
-    further: Mapping[str, Tracker] = MappingProxyType({}),
+    own: Tracker | None = None,
     report: Callable[[str], None] = _warn,
 ) -> Trackers:
     """Open the named trackers before the first step.
 
     Args:
         names: keys of ``TRACKERS``, from ``log.trackers``.
-        run: what to tell the trackers.
-        further: trackers that are open already, by name.
+        run: the run.
+        own: a further tracker, open already.
         report: gets one line when a tracker fails later; standard error by default.
     """
     trackers: dict[str, Tracker] = {}
@@ -183,7 +182,7 @@ def open_trackers(
             Trackers(trackers, report).close()
             reason = first_line(error).rstrip(".")
             raise UserError(f"log.trackers: {name} does not start: {reason}; fix it, or remove it") from error
-    return Trackers({**trackers, **further}, report)
+    return Trackers(trackers if own is None else {**trackers, "tracker": own}, report)
 
 
 def _require(package: str) -> Any:

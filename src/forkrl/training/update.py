@@ -1,7 +1,9 @@
 """One gradient step on a mini-batch: selection, loss and backward for each micro-batch, then the optimizer.
 
-Every term of the loss is divided by a count of the whole mini-batch (``method.loss.step_loss``), so the division into
-micro-batches and among workers changes only memory and time, and a selection of scope "micro_batch".
+Gradient flows through the selected tokens of sequences with a non-zero advantage. Their loss is summed over the
+mini-batch and divided by ``counts.divisor(loss.denominator)``: its selected tokens, its response tokens, or a fixed
+number. A KL penalty and an entropy bonus are means over its response tokens. So the division into micro-batches and
+among workers changes only memory and time, and a selection of scope "micro_batch".
 
 Axes: ``B`` sequences, ``T`` token positions.
 """
@@ -58,7 +60,7 @@ class SelectedFirst(NamedTuple):
     mini_batch: TokenBatch
     threshold: float
     has_prefills: bool
-    """Workers keep prefills of its micro-batches, which must then stay as they are."""
+    """Workers keep prefills of its micro-batches, so the cut must not change."""
 
 
 def update_policy(
@@ -78,8 +80,7 @@ def update_policy(
         mini_batch: on the policy's device; ``selected`` is set if the scope is the rollout batch.
         config: selection, loss and optimizer settings.
         generator: of the "random" rule and ``forks_only.sampled``; on the policy's device.
-        on_policy: the weights have not changed since the mini-batch was sampled, so the entropies of the rollout are
-            the current ones.
+        on_policy: the weights have not changed since sampling, so the rollout's entropies are the current ones.
 
     Raises:
         TrainingHalted: a NaN or infinite entropy, loss or gradient; the weights have not changed.
@@ -113,12 +114,12 @@ def update_policy(
 
 
 def selects_inside(mini_batch: TokenBatch, config: TrainConfig, *, on_policy: bool) -> bool:
-    """Whether each micro-batch selects its tokens from its own forward pass, instead of before the first loss."""
+    """Whether each micro-batch selects from its own forward pass, instead of all before the first loss."""
     if mini_batch.selected is not None or not reads_current_entropy(config.selection):
         return False
     if needs_entropy_first(config.selection):
         return False
-    return config.training.backward == "dense" or not on_policy  # on-policy, forks-only saves a pass to the end
+    return config.training.backward == "dense" or not on_policy  # on-policy, forks-only saves part of a pass
 
 
 def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> TokenBatch:
@@ -137,7 +138,7 @@ def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: t
 def accumulate_gradient(
     worker: Worker, micro: MicroBatch, counts: Counts, config: TrainConfig, inside: bool
 ) -> MicroBatchResult:
-    """Statistics, loss and backward of one micro-batch, and its selection if it is made ``inside``."""
+    """Statistics, loss and backward of one micro-batch, and its selection if that is made ``inside``."""
     batch, forward, threshold = micro.batch, make_forward(config), math.nan
     if inside:
 
@@ -188,7 +189,7 @@ def _select_first(
     *,
     on_policy: bool,
 ) -> SelectedFirst:
-    """Select by the entropies of the rollout, or by those of the current policy, which takes a pass over all tokens."""
+    """Select by the entropies of the rollout, or of the current policy, which takes a pass over all tokens."""
     entropy_BT = mini_batch.rollout_entropy
     measured = needs_entropy_first(config.selection) and not on_policy and mini_batch.selected is None
     if measured:
@@ -215,7 +216,7 @@ def _selected(batch: TokenBatch) -> Tensor:
 
 
 def _require_finite(entropy_N: Tensor) -> None:
-    """Checked for every rule: one that does not read entropies would go on training a diverged model."""
+    """Checked for every rule: one that does not read entropies would keep training a diverged model."""
     if num_bad := int((~entropy_N.isfinite()).sum()):
         raise TrainingHalted(
             f"entropy is NaN or infinite at {num_bad} of {len(entropy_N)} response tokens; "
@@ -224,14 +225,14 @@ def _require_finite(entropy_N: Tensor) -> None:
 
 
 def _contributing_rows(mini_batch: TokenBatch) -> Tensor:
-    """Sequences with a contributing token; at least one, because the optimizer's state moves on a zero gradient too."""
+    """Sequences with a contributing token; at least one, as a zero gradient changes the optimizer's state too."""
     contributing_BT = _selected(mini_batch) & (mini_batch.advantages != 0)[:, None]
     rows_B = contributing_BT.any(1).cpu().nonzero()[:, 0]
     return rows_B if len(rows_B) else torch.zeros(1, dtype=torch.int64)
 
 
 def _take_step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Clip the gradient and update the weights; the gradient norm before clipping."""
+    """Clip the gradient and update the weights; returns the gradient norm before clipping."""
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     if all(parameter.grad is None for parameter in trained):  # nothing ran with gradients
         for parameter in trained:
@@ -241,6 +242,6 @@ def _take_step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float
         raise TrainingHalted(f"the gradient norm is {grad_norm}; the weights were left as they are")
     optimizer.step()
     if not all(bool(parameter.isfinite().all()) for parameter in policy.model.parameters()):
-        # Checked before the step counts as done: no checkpoint may hold such weights.
+        # Checked before the step counts as done, so that no checkpoint contains such weights.
         raise TrainingHalted("the optimizer's step left weights that are NaN or infinite; lower optimizer.lr")
     return grad_norm

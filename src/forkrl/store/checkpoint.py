@@ -1,0 +1,502 @@
+"""Checkpoints that survive a kill at any instant, resume bit for bit, and cannot run code.
+
+    checkpoints/step-20/                 loads with AutoModelForCausalLM.from_pretrained
+        config.json, model.safetensors, tokenizer.json, ...
+        trainer/optimizer.safetensors    AdamW moments and step counts, by parameter name
+        trainer/optimizer.json           learning rate and the other numbers of every parameter group
+        trainer/rng.safetensors          PyTorch's random states: CPU, every CUDA device, every named generator
+        trainer/progress.json            what else the loop needs to resume
+        manifest.json                    size and SHA-256 of all the above, written last
+
+A save builds the whole folder under a hidden name, syncs it, and renames it; only then are older ones removed. The
+hidden names show a later save what a killed one was doing: ``.saving-`` is unfinished, ``.removing-`` half deleted, and
+``.replaced-`` the older of two checkpoints of one step, complete, moved aside between two renames.
+
+Saving is synchronous: once ``save_checkpoint`` returns, nothing on disk refers to live weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+import shutil
+import stat
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from forkrl.errors import UserError, first_line
+from forkrl.store.atomic import explained_write_errors, fsync
+
+MANIFEST = "manifest.json"
+OPTIMIZER_TENSORS = "trainer/optimizer.safetensors"
+OPTIMIZER_GROUPS = "trainer/optimizer.json"
+RANDOM_STATES = "trainer/rng.safetensors"
+PROGRESS = "trainer/progress.json"
+FORMAT = 1
+
+_SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_LOADABLE = {".safetensors", ".json", ".py"}  # what a loader might pick up unasked; anything else is a user's note
+# Entries of config.json that do not change the function the model computes.
+_NOT_THE_FUNCTION = {
+    "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"
+}  # fmt: skip
+
+_log = logging.getLogger("forkrl")
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    generators: Mapping[str, torch.Generator],
+    progress: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``checkpoints/step-N`` so that the newest complete checkpoint can be found at every instant.
+
+    Args:
+        checkpoints: folder of all checkpoints of the run; one process at a time writes to it.
+        step: gradient steps done. An older checkpoint of the same step is replaced.
+        optimizer: AdamW or any other whose state is tensors only, over parameters of ``model``.
+        generators: the run's random generators by name; PyTorch's global ones are saved too.
+        progress: what else the loop needs to resume, as JSON.
+        keep: checkpoints to leave, including the new one. Older ones are removed once it is durable, and those of later
+            steps too: they were damaged, or the run would have resumed from them.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep}: at least the new checkpoint has to stay")
+    final = checkpoints / f"step-{step}"
+    with explained_write_errors(final):
+        with _new_folder(final) as folder:
+            folder.mkdir()
+            with _no_progress_bars():
+                model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            (folder / "trainer").mkdir()
+            save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_TENSORS)
+            _write_exactly(folder / OPTIMIZER_GROUPS, _optimizer_groups(model, optimizer))
+            save_file(_random_states(generators), folder / RANDOM_STATES)
+            _write_exactly(folder / PROGRESS, dict(progress))
+            _write_manifest(folder, step)
+        _prune(checkpoints, step, keep)
+    return final
+
+
+def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
+    """Move ``saved``, a model and tokenizer written by another program, to the checkpoint of ``step``.
+
+    It has weights only: it loads like any model, but training cannot resume from it. ``saved`` must be on the same
+    file system. An older checkpoint of the same step is replaced.
+    """
+    final = checkpoints / f"step-{step}"
+    if not (saved / "config.json").is_file():
+        raise UserError(f"{saved}: no model was written there, it has no config.json")
+    with explained_write_errors(final), _new_folder(final) as folder:
+        saved.rename(folder)
+        _write_manifest(folder, step, weights_only=True)
+    return final
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose every file matches its manifest, or None if there are no checkpoints.
+
+    A damaged one is named in a warning, and the next older is tried. Its folder may be ``.replaced-step-N``, after
+    a kill between two renames; ``load_checkpoint`` returns the step.
+    """
+    faults: list[str] = []
+    for folder in itertools.chain.from_iterable(reversed(_folders(checkpoints).values())):
+        try:
+            verify_checkpoint(folder)
+        except UserError as error:
+            _log.warning("%s; trying the checkpoint before it", error)
+            faults.append(str(error))
+        else:
+            return folder
+    if faults:
+        raise UserError(
+            f"{checkpoints}: no checkpoint is whole; restore one from a backup or start a new run: " + "; ".join(faults)
+        )
+    return None
+
+
+def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """Every checkpoint by its step, oldest first."""
+    folders = {step: folder for step, (folder, *_) in _folders(checkpoints).items()}
+    for folder in folders.values():
+        verify_checkpoint(folder)
+    return folders
+
+
+def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
+    """The checkpoint of one step."""
+    folders = _folders(checkpoints)
+    if step not in folders:
+        available = ", ".join(f"step-{number}" for number in folders)
+        raise UserError(f"{checkpoints}: no checkpoint of step {step}; available: {available or 'none'}")
+    verify_checkpoint(folders[step][0])
+    return folders[step][0]
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    generators: Mapping[str, torch.Generator],
+) -> dict[str, Any]:
+    """Restore weights, optimizer and random states in place, bit for bit; return the saved progress.
+
+    ``path`` has been verified, as ``latest_checkpoint`` does. Everything is read and compared before anything is
+    changed, so a checkpoint of another model leaves this one unchanged.
+    """
+    weights = _read_weights(path, model)
+    optimizer_state = _read_optimizer(path, model, optimizer)
+    states = _read_random_states(path, generators)
+    progress = _read_json(path / PROGRESS)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
+    optimizer.load_state_dict(optimizer_state)
+    _restore_random_states(path, states, generators)  # last: nothing after it may draw a number
+    return progress
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Check every file against the manifest: present, no other, same size, same SHA-256; and no pickle anywhere."""
+    try:
+        present = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+        for name in sorted(present):
+            if PurePosixPath(name).suffix in _PICKLES:
+                raise UserError(
+                    f"{path / name}: a pickle, which could run code; ForkRL loads only safetensors and JSON"
+                )
+        listed = _read_manifest(path)
+        for name in sorted(present - listed.keys() - {MANIFEST}):
+            if PurePosixPath(name).suffix in _LOADABLE:
+                raise UserError(
+                    f"{path / name}: not part of the checkpoint, its {MANIFEST} does not list it; remove it"
+                )
+        for name, (size, digest) in listed.items():
+            _verify_file(path / name, size, digest)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: damaged checkpoint: cannot be read ({error.strerror})") from error
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def _folders(checkpoints: Path) -> dict[int, list[Path]]:
+    """Checkpoint folders by step, oldest first; after ``step-N`` the one that it was about to replace, if any."""
+    found: defaultdict[int, list[Path]] = defaultdict(list)
+    for prefix in ("", _REPLACED):
+        for path in checkpoints.glob(f"{prefix}step-*"):
+            if match := _STEP_FOLDER.fullmatch(path.name.removeprefix(prefix)):
+                found[int(match[1])].append(path)
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def _new_folder(final: Path) -> Iterator[Path]:
+    """A hidden path at which to build a folder; it is renamed to ``final`` at the end, or removed on a failure."""
+    checkpoints = final.parent
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    fsync(checkpoints.parent)
+    _settle(checkpoints)
+    temporary = checkpoints / f"{_SAVING}{final.name}"
+    try:
+        yield temporary
+        _swap_in(temporary, final)
+    finally:
+        _settle(checkpoints)
+
+
+def _swap_in(temporary: Path, final: Path) -> None:
+    """Rename a complete folder. It cannot be renamed over another, so an older one is moved aside first."""
+    if final.exists() or final.is_symlink():
+        final.rename(final.with_name(_REPLACED + final.name))
+    temporary.rename(final)
+    fsync(final.parent)
+
+
+def _settle(checkpoints: Path) -> None:
+    """Clear away what a save left half-done, so that only complete checkpoints under their own names remain."""
+    for folder in [*checkpoints.glob(f"{_SAVING}*"), *checkpoints.glob(f"{_REMOVING}*")]:
+        _delete(folder)
+    for folder in checkpoints.glob(f"{_REPLACED}*"):
+        final = folder.with_name(folder.name.removeprefix(_REPLACED))
+        if final.exists():
+            _remove(folder)
+        else:
+            folder.rename(final)
+            fsync(checkpoints)
+
+
+def _prune(checkpoints: Path, step: int, keep: int) -> None:
+    """Remove checkpoints of later steps than the one just saved, and all but ``keep`` of the others."""
+    folders = {number: folder for number, (folder, *_) in _folders(checkpoints).items()}
+    later = [folder for number, folder in folders.items() if number > step]
+    older = [folder for number, folder in folders.items() if number < step]
+    for folder in later:
+        _log.warning("%s: removed; the run went back behind it, to an older checkpoint", folder)
+    for folder in later + older[: len(older) - keep + 1]:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: first its name, in one instant, then its files."""
+    _delete(folder.rename(folder.with_name(_REMOVING + folder.name.removeprefix(_REPLACED))))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+# -- manifest ----------------------------------------------------------------------------------------------------------
+
+
+def _write_manifest(folder: Path, step: int, *, weights_only: bool = False) -> None:
+    """Sync every file to disk, then the list of them."""
+    files: dict[str, dict[str, int | str]] = {}
+    for path in sorted(folder.rglob("*")):
+        fsync(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"format": FORMAT, "step": step, "files": files} | ({"weights_only": True} if weights_only else {})
+    _write_exactly(folder / MANIFEST, manifest)
+    fsync(folder / MANIFEST)
+    fsync(folder)
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file, by its path relative to the checkpoint."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise UserError(f"{path}: no checkpoint of ForkRL, or not a whole one: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_bytes())
+        found, step, weights_only = manifest["format"], manifest["step"], bool(manifest.get("weights_only"))
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged checkpoint: not a manifest ({type(error).__name__}: {error})") from error
+    if found != FORMAT:
+        raise UserError(f"{file}: checkpoint format {found!r}, this version of ForkRL reads {FORMAT}")
+    if path.name.removeprefix(_REPLACED) != f"step-{step}" and _STEP_FOLDER.fullmatch(path.name):
+        raise UserError(f"{file}: damaged checkpoint: it says step {step!r} in a folder named {path.name}")
+    for name in listed:
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            raise UserError(f"{file}: damaged checkpoint: it lists {name!r}, outside the checkpoint")
+    training = set() if weights_only else {OPTIMIZER_TENSORS, OPTIMIZER_GROUPS, RANDOM_STATES, PROGRESS}
+    for name in sorted(({"config.json"} | training) - listed.keys()):
+        raise UserError(f"{file}: damaged checkpoint: it does not list {name}")
+    return listed
+
+
+def _verify_file(file: Path, size: int, digest: str) -> None:
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        raise UserError(f"{file}: damaged checkpoint: the file is missing") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{file}: damaged checkpoint: not a regular file")
+    if status.st_size != size:
+        raise UserError(f"{file}: damaged checkpoint: {status.st_size} bytes, the manifest says {size}")
+    if (actual := _sha256(file)) != digest:
+        raise UserError(f"{file}: damaged checkpoint: sha256 {actual[:12]}…, the manifest says {digest[:12]}…")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# -- contents ----------------------------------------------------------------------------------------------------------
+
+
+def _write_exactly(path: Path, value: dict[str, Any]) -> None:
+    """Raises ValueError for NaN and infinity: null in their place would resume with other numbers."""
+    path.write_text(json.dumps(value, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: holds no JSON object")
+    return value
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors ({first_line(error)})") from error
+
+
+def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The saved weights under the names of ``model.state_dict()``.
+
+    They are read by ``from_pretrained``, because file and module may use different names: tied weights are stored once,
+    and mixture-of-experts models are fused in memory and split on disk.
+    """
+    config, dtype = _read_json(path / "config.json"), str(model.dtype).removeprefix("torch.")
+    kind, here_kind = f"{config.get('model_type')} in {config.get('dtype')}", f"{model.config.model_type} in {dtype}"
+    if kind != here_kind:
+        raise UserError(f"{path}: checkpoint of another model: {kind}, this run trains {here_kind}")
+    try:
+        with _no_progress_bars():
+            opened: Any = type(model).from_pretrained(
+                path, dtype=model.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # a file made by hand can provoke anything inside the libraries
+        raise UserError(f"{path}: its weights cannot be read ({type(error).__name__}: {first_line(error)})") from error
+    loaded, report = opened
+    here, saved = model.state_dict(), loaded.state_dict()
+    for name, tensor in here.items():
+        if name not in saved or name in report["missing_keys"]:
+            raise UserError(f"{path}: checkpoint of another model: it has no {name}")
+        if saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
+            there = _described(saved[name])
+            raise UserError(f"{path}: checkpoint of another model: {name} is {there}, here {_described(tensor)}")
+    for name in sorted({*report["unexpected_keys"], *saved.keys() - here.keys()}):
+        raise UserError(f"{path}: checkpoint of another model: it holds {name}, which this model lacks")
+    # Weights of the same shapes can still be another model: other heads, another rotary base, tied or not.
+    was, now = loaded.config.to_dict(), model.config.to_dict()
+    for key in sorted((was.keys() | now.keys()) - _NOT_THE_FUNCTION):
+        if not key.startswith("_") and was.get(key) != now.get(key):
+            difference = f"its config.json has {key} = {was.get(key)!r}, here {now.get(key)!r}"
+            raise UserError(f"{path}: checkpoint of another model: {difference}")
+    return dict(saved)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' bars over shards: the terminal belongs to the run's own progress."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _optimizer_groups(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's parameter groups, with names for parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{**group, "params": [names[id(each)] for each in group["params"]]} for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "param_groups": groups}
+
+
+def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by ``key/parameter``."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{type(optimizer).__name__} keeps {key} as {type(value).__name__}, not as a tensor")
+            tensors[f"{key}/{name}"] = value.contiguous()
+    return tensors
+
+
+def _read_optimizer(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A dict for ``optimizer.load_state_dict``, which matches parameters by their order in the groups."""
+    file, tensors = path / OPTIMIZER_GROUPS, _read_tensors(path / OPTIMIZER_TENSORS)
+    saved, current = _read_json(file), _optimizer_groups(model, optimizer)
+    here = [group["params"] for group in current["param_groups"]]
+    try:
+        there, kind = [list(group["params"]) for group in saved["param_groups"]], saved["class"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read as parameter groups ({type(error).__name__}: {error})") from error
+    if kind != current["class"]:
+        raise UserError(f"{file}: checkpoint of another optimizer: {kind}, this run uses {current['class']}")
+    if there != here:
+        raise UserError(
+            f"{file}: checkpoint of another model or optimizer: groups of {list(map(len, there))} parameters, "
+            f"here {list(map(len, here))}; first difference: {_first_difference(there, here)}"
+        )
+    names = set(itertools.chain(*here))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in names}
+    state: dict[str, dict[str, Tensor]] = {}
+    for label, tensor in tensors.items():
+        key, _, name = label.partition("/")
+        if name not in shapes or (tensor.dim() and tensor.shape != shapes[name]):
+            raise UserError(f"{path / OPTIMIZER_TENSORS}: checkpoint of another model: {label} is {_described(tensor)}")
+        state.setdefault(name, {})[key] = tensor
+    groups = [
+        {key: tuple(value) if isinstance(now.get(key), tuple) else value for key, value in group.items()}
+        for now, group in zip(current["param_groups"], saved["param_groups"], strict=True)
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _first_difference(there: list[list[str]], here: list[list[str]]) -> str:
+    flat = itertools.chain.from_iterable
+    pairs = itertools.zip_longest(flat(there), flat(here), fillvalue="nothing")
+    return next((f"{a} there, {b} here" for a, b in pairs if a != b), "where one group ends")
+
+
+def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
+    """PyTorch's own random states and those of the run's generators."""
+    states = {"torch/cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"torch/cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states | {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
+
+
+def _read_random_states(path: Path, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
+    """The saved states, checked to be those of these generators; nothing is set yet."""
+    file = path / RANDOM_STATES
+    states = _read_tensors(file)
+    there = {label.partition("/")[2] for label in states if label.startswith("generator/")}
+    if there != set(generators):
+        raise UserError(f"{file}: random generators {sorted(there)}, this run has {sorted(generators)}")
+    for name, generator in generators.items():
+        if states[f"generator/{name}"].shape != generator.get_state().shape:
+            raise UserError(
+                f"{file}: random generator {name!r} lived on another kind of device than {generator.device}; "
+                f"resume where the run was started"
+            )
+    if "torch/cpu" not in states:
+        raise UserError(f"{file}: no random state of the CPU")
+    return states
+
+
+def _restore_random_states(path: Path, states: Mapping[str, Tensor], generators: Mapping[str, torch.Generator]) -> None:
+    for name, generator in generators.items():
+        generator.set_state(states[f"generator/{name}"])
+    torch.set_rng_state(states["torch/cpu"])
+    saved = sum(label.startswith("torch/cuda:") for label in states)
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if saved > devices:
+        _log.warning(
+            "%s: saved with %d CUDA devices, here are %d: no longer the same run to the bit", path, saved, devices
+        )
+    for index in range(min(devices, saved)):
+        torch.cuda.set_rng_state(states[f"torch/cuda:{index}"], index)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
