@@ -30,7 +30,7 @@ class Servers:
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     async def generate(self, **asked: Any) -> Any:
-        from verl.workers.rollout.worker import TokenOutput
+        from verl.workers.rollout.replica import TokenOutput
 
         self.asked.append(asked)
         logprobs = [-0.5] * len(self.token_ids)

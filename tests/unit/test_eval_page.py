@@ -140,7 +140,7 @@ def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: P
     for text in (
         "55.83 → 63.54",
         percent(interval(first["accuracy"])),
-        "could not be judged (deadline",
+        "could not be judged (timeout",
         "no answer found",
     ):
         assert text in page.text, text

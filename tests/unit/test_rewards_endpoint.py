@@ -15,7 +15,7 @@ import pytest
 from forkrl.config import RewardConfig
 from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool, endpoint, open_verifier
-from forkrl.rewards.endpoint import EndpointError, verify_at_endpoint
+from forkrl.rewards.endpoint import EndpointError, prepare_endpoint, verify_at_endpoint
 from forkrl.types import Judgement, Prompt, VerifierResult, VerifierSpec
 
 PATH = "forkrl.rewards.endpoint:verify_at_endpoint"
@@ -183,11 +183,17 @@ def test_through_the_pool_every_trouble_is_a_failure_with_its_reason(serve: Make
         assert "answered 404 Not Found" in pool.first_failures["error"]
 
 
-def test_a_slow_server_is_named_before_the_deadline_strikes(serve: MakeServer) -> None:
-    server = serve(stall)
-    with open_verifier({"": VerifierSpec(PATH, {"url": server.url})}, RewardConfig(timeout_s=1.5)) as pool:
+def test_a_slow_server_is_named_before_the_pool_kills_the_worker(serve: MakeServer) -> None:
+    spec = VerifierSpec(PATH, {"url": serve(stall).url, "timeout_s": 1})
+    with open_verifier({"": spec}, RewardConfig(timeout_s=30)) as pool:
         assert pool.verify([(Prompt("p", "?", "a"), "b")]) == [VerifierResult(0.0, "error")]
         assert "gave no answer in time" in pool.first_failures["error"]
+
+
+def test_the_default_timeout_leaves_the_pool_time_to_report(serve: MakeServer) -> None:
+    server = serve((200, {}))
+    prepared = prepare_endpoint(VerifierSpec(PATH, {"url": server.url}), 10)
+    assert prepared.options["timeout_s"] == 8
 
 
 def free_url() -> str:

@@ -285,7 +285,7 @@ def test_the_first_failure_of_each_kind_is_announced(make_pool: MakePool, caplog
     pool.verify(items("right", "sysexit", "loop", "nan", "loop"))
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("verifier failure (error), prompt id-1: SystemExit: bye; the response scores 0")
-    assert second.startswith("verifier failure (deadline), prompt id-2: gave no answer within 0.5 s;")
+    assert second.startswith("verifier failure (timeout), prompt id-2: gave no answer within 0.5 s;")
 
 
 def test_an_announcement_cannot_steer_the_terminal(hostile: str, tmp_path: Path) -> None:

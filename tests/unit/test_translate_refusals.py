@@ -94,7 +94,7 @@ def test_every_refusal_of_the_table_has_a_case() -> None:
     assert cases <= {row.recipe for row in REFUSED}
 
 
-@pytest.mark.parametrize("key", ["demote_below=0.1", "window=8", "start=1", "most=3"])
+@pytest.mark.parametrize("key", ["demote_below=0.1", "window=8", "start=1", "max_level=3"])
 def test_a_curriculum_is_refused_with_all_its_settings(key: str) -> None:
     with pytest.raises(UserError, match="promote_above"):
         refuse_untranslatable(recipe(*ONE_GYM, "task.curriculum.promote_above=0.7", f"task.curriculum.{key}"))

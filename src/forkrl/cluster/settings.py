@@ -301,7 +301,7 @@ REFUSED = (
             lambda c: c.model.revision is not None),
     *(
         Refusal(f"task.curriculum.{name}", "any", "verl draws from all prompts alike, and cannot follow the accuracy")
-        for name in ("promote_above", "demote_below", "window", "start", "most")
+        for name in ("promote_above", "demote_below", "window", "start", "max_level")
     ),
     Refusal("task.parts.weight", "other proportions than the parts' numbers of rows, by more than one in a hundred",
             "verl draws from all rows alike"),
