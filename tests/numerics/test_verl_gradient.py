@@ -202,7 +202,7 @@ def test_verl_has_the_gradient_of_the_local_loop(
     largest = max(float(value.abs().max()) for value in own.values())
     assert largest > 1e-3
     difference = max(float((own[key] - theirs[key]).abs().max()) for key in own)
-    assert difference < 1e-5 * largest, f"{difference:.2g} beside a largest gradient of {largest:.2g}"
+    assert difference < 1e-5 * largest, f"{difference:.2g} with a largest gradient of {largest:.2g}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -95,7 +95,7 @@ def test_an_evaluation_made_after_the_save_is_kept(run: Path) -> None:
         ]  # fmt: skip
 
 
-def test_without_a_checkpoint_the_run_begins_anew(run: Path) -> None:
+def test_without_a_checkpoint_the_run_starts_over(run: Path) -> None:
     with RunFolder.open(run) as folder:
         folder.append_metrics({"step": 1, "reward/accuracy": 0.5})
         shards(run, 2, None)
@@ -275,7 +275,7 @@ def test_a_merge_that_alone_fails_is_what_ended_the_run(run: Path) -> None:
         pass
 
 
-def test_what_is_saved_is_merged_whatever_ended_the_run(run: Path) -> None:
+def test_what_is_saved_is_merged_however_the_run_ended(run: Path) -> None:
     merged: list[str] = []
     with conclude(lambda: merged.append("at its end"), run / OWN / "checkpoints", print):
         assert not merged

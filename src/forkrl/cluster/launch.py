@@ -223,8 +223,14 @@ def child_environment(config: TrainConfig) -> dict[str, str]:
 
 def _paths(run_folder: Path, model: str) -> VerlPaths:
     own = run_folder / OWN
-    files = (own / name for name in ("train.parquet", "held_out.parquet", "verifiers.json", "checkpoints"))
-    return VerlPaths(model, *files, run_folder)
+    return VerlPaths(
+        model=model,
+        train=own / "train.parquet",
+        held_out=own / "held_out.parquet",
+        verifiers=own / "verifiers.json",
+        checkpoints=own / "checkpoints",
+        run_folder=run_folder,
+    )
 
 
 def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None) -> RunFolder:

@@ -38,7 +38,8 @@ class _Bounded(ReplayBuffer):  # type: ignore[misc]  # verl ships no types
     def replacing(cls, buffer: ReplayBuffer, **attributes: Any) -> Any:
         """A buffer of this class in place of verl's own new and empty one."""
         own = cls.__new__(cls)
-        vars(own).update(vars(buffer), **attributes)
+        for name, value in {**vars(buffer), **attributes}.items():
+            setattr(own, name, value)
         return own
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:

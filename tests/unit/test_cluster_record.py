@@ -1,4 +1,4 @@
-"""Figures of a step on verl count as those of a local step do, and an evaluation does without what failed."""
+"""Metrics of a step on verl count as a local step's do, and an evaluation leaves out problems that lost a response."""
 
 from __future__ import annotations
 
