@@ -56,7 +56,7 @@ def preloaded(environment: Mapping[str, str]) -> Iterator[Preloaded]:
         client, address = Path(folder) / "client.py", Path(folder) / "socket"
         client.write_text(_CLIENT)
         command = [sys.executable, "-m", "tests.verl_cpu.preloaded", str(address)]
-        server = subprocess.Popen(command, env=dict(environment), stdin=subprocess.PIPE)
+        server = subprocess.Popen(command, env=dict(environment), stdin=subprocess.PIPE, start_new_session=True)
         try:
             deadline = time.monotonic() + _START_TIMEOUT_S
             while not address.exists():
@@ -120,6 +120,7 @@ def _fork(client: socket.socket) -> int:
 
 def _become(request: dict[str, Any], streams: list[int]) -> NoReturn:
     """Run the client's program in this fork, as ``python FILE ARGUMENTS`` would."""
+    os.setpgid(0, 0)  # Ray ends a worker by killing its process group
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(3, 256)
