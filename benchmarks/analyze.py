@@ -82,7 +82,7 @@ def timed(name: str, argv: list[str], out: Path) -> dict[str, Any]:
     own, child = map(int, done.stdout.splitlines()[-1].split()[1:])
     return {
         "case": name,
-        "tokens": int(json.loads((out / "analysis.json").read_text())["tokens"]),
+        "tokens": int(json.loads((out / "results.json").read_text())["facts"]["tokens"]),
         "seconds": seconds,
         "peak_mib": own / 1024,
         "peak_child_mib": child / 1024,

@@ -122,7 +122,7 @@ def one_view(groups: list[list[int]], rng: np.random.Generator) -> ForkView:
         )
         for i, group in enumerate(groups)
     ]
-    return ForkView([View("responses", "Responses", "Made up.", [Frame("", prompts)])], "Made up.", None)
+    return ForkView([View("Responses", "Made up.", [Frame("", prompts)])], "Made up.", None)
 
 
 def response(label: str, num_tokens: int, rng: np.random.Generator) -> ShownResponse:

@@ -44,7 +44,7 @@ def made_forks(groups: list[list[int]], *, layers: tuple[str, ...] = ("",)) -> F
         ShownPrompt(f"Problem {i}", "", [made_response(k + 1, n, layers=len(layers)) for k, n in enumerate(group)])
         for i, group in enumerate(groups)
     ]
-    return ForkView([View("all", "All", "Made up.", [Frame("", prompts)], layers)], "Made up.", None)
+    return ForkView([View("All", "Made up.", [Frame("", prompts)], layers)], "Made up.", None)
 
 
 def made_page(path: Path, forks: ForkView) -> Path:

@@ -66,7 +66,7 @@ def test_each_branch_has_the_rate_that_the_model_gives_it(temperature: float) ->
     encode = session.policy.tokenizer.encode
     odd = [encode(character)[0] for character in ODD]
     seen = set()
-    assert [(row["prompt"], row["response"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [(row["prompt"], row["sample"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for row in rows:
         prompt_ids = encode(row["prompt_text"])
         for branch in row["branches"]:
@@ -92,7 +92,7 @@ def test_the_natural_spread_is_that_of_the_model_s_own_choice() -> None:
     session, _, rows = sampled(2000)
     odd = [session.policy.tokenizer.encode(character)[0] for character in ODD]
     table = branches_table(rows)
-    spreads = position_spreads(table).set_index(["prompt", "response", "position"])
+    spreads = position_spreads(table).set_index(["prompt", "sample", "position"])
     for row in rows:
         prompt_ids = session.policy.tokenizer.encode(row["prompt_text"])
         if row["branches"][0]["position"] != 0:
@@ -105,7 +105,7 @@ def test_the_natural_spread_is_that_of_the_model_s_own_choice() -> None:
         ]
         weights /= weights.sum()
         true = weights @ (np.array(rates) - weights @ rates) ** 2
-        assert spreads.loc[(row["prompt"], row["response"], 0), "natural"] == pytest.approx(true, abs=0.004)
+        assert spreads.loc[(row["prompt"], row["sample"], 0), "natural"] == pytest.approx(true, abs=0.004)
 
 
 def test_a_branch_that_ends_the_response_is_judged_once_and_as_it_is() -> None:

@@ -104,8 +104,8 @@ def test_a_notebooks_model_is_left_as_it_was_and_refused_where_its_logits_are_no
     ("prompts", "responses", "says"),
     [
         ([], [], "no responses"),
-        (["1"], ["x"], "response 0: does not tokenise back"),
-        (["1"], ["1" * 512], "response 0: 513 tokens with its prompt, the model has 512 positions"),
+        (["1"], ["x"], "response 0: the tokenizer does not know 'x' of the response"),
+        (["1"], ["1" * 512], "response 0: prompt and response have 513 tokens, the model has 512 positions"),
     ],
 )
 def test_what_a_notebook_cannot_have_measured(prompts: list[str], responses: list[str], says: str) -> None:

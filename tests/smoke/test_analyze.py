@@ -24,7 +24,7 @@ def analyzed(world: World, *argv: str) -> dict[str, Any]:
     """The facts of an analysis that has to succeed, with what it printed."""
     outcome = world.run("analyze", *argv, "--out", "found")
     assert outcome.code == 0, outcome.stderr
-    facts: dict[str, Any] = json.loads((world.folder / "found/analysis.json").read_text())
+    facts: dict[str, Any] = json.loads((world.folder / "found/results.json").read_text())["facts"]
     return facts | {"stdout": outcome.stdout, "stderr": outcome.stderr}
 
 
@@ -41,7 +41,7 @@ def test_tokens_are_what_the_model_says_of_them(own_world: World) -> None:
     facts = analyzed(own_world, "model", *DATA, *SHORT, *SMALL, "--samples", "2", "--min-count", "1")
     folder = own_world.folder / "found"
     tokens = pd.read_parquet(folder / "tokens")
-    responses = pd.read_parquet(folder / "responses").set_index(["number", "sample"])
+    responses = pd.read_parquet(folder / "responses").set_index(["prompt", "sample"])
     assert facts["prompts"] == 24
     assert facts["responses"] == len(responses) == 48
     assert facts["tokens"] == len(tokens) == responses["token_ids"].map(len).sum()
@@ -90,7 +90,7 @@ def test_a_killed_analysis_goes_on_without_repeating_work(own_world: World) -> N
     assert 0 < len(done) < 16
     facts = analyzed(own_world, *command[:-2])
     finished = [path for path in done if path.parent.name == "responses"]
-    assert f"{len(finished)} of 8 parts are in found already" in facts["stdout"]
+    assert f"{len(finished)} of 8 parts are in found already" in facts["stderr"]
     for path in finished:
         assert path.stat().st_mtime_ns == done[path], "a finished part is not made again"
     for name, table in expected.items():
@@ -142,7 +142,7 @@ def test_a_model_without_a_chosen_limit_takes_the_positions_it_has(own_world: Wo
 def test_drift_of_a_run(world: World, run: Run) -> None:
     outcome = world.run("drift", "run", "--samples", "2", "--problems", "6", "--out", "drift")
     assert outcome.code == 0, outcome.stderr
-    facts = json.loads((world.folder / "drift/drift.json").read_text())
+    facts = json.loads((world.folder / "drift/results.json").read_text())["facts"]
     assert facts["checkpoints"] == ["step 0", "step 1", "step 2", "step 3"]
     overlap = pd.read_csv(world.folder / "drift/tables/overlap.csv")
     assert overlap["with_first"].iloc[0] == 1.0
@@ -152,7 +152,7 @@ def test_drift_of_a_run(world: World, run: Run) -> None:
     assert len(base) == len(tokens) == facts["tokens"]
     k = math.ceil(0.2 * len(tokens))
     tops = [set(values.sort_values(ascending=False, kind="stable").index[:k]) for values in (base, tokens["entropy"])]
-    assert facts["overlap_of_last_with_first"]["share"] == pytest.approx(len(tops[0] & tops[1]) / k)
+    assert facts["overlap"] == pytest.approx(len(tops[0] & tops[1]) / k)
     change = pd.read_csv(world.folder / "drift/tables/change.csv")
     weighted = (change["change"] * change["tokens"]).sum() / len(tokens)
     assert weighted == pytest.approx((tokens["entropy"].astype(float) - base.astype(float)).mean(), abs=1e-6)
@@ -171,7 +171,7 @@ def test_the_entropies_of_the_first_checkpoint_are_those_of_the_starting_model(w
     responses = pd.read_parquet(world.folder / "own/responses")
     rows = [
         {"prompt": prompt, "token_ids": [int(i) for i in ids]}
-        for prompt, ids in zip(responses["prompt"], responses["token_ids"], strict=True)
+        for prompt, ids in zip(responses["prompt_text"], responses["token_ids"], strict=True)
     ]
     write_lines(world.folder / "written.jsonl", rows)
     argv = ("model", "--responses", "written.jsonl", "runtime.device=cpu", "--out", "base")
@@ -212,7 +212,7 @@ READY: dict[str, list[dict[str, Any]]] = {
         (("--responses", "ids.jsonl"), "line 1: token_ids is not a list of ids from 0 to 19"),
         (("--responses", "long.jsonl"), "line 1: prompt and response have 65 tokens, the model has 64 positions"),
         (("--responses", "result.jsonl"), "line 1: correct = 'yes' is neither true nor false"),
-        (("--responses", "score.jsonl"), "line 1: score = 2 is no number from 0 to 1"),
+        (("--responses", "score.jsonl"), "line 1: score = 2 is not a number from 0 to 1"),
         (("--responses", "noprompt.jsonl"), "line 1: no tokens; an empty prompt cannot be continued"),
         (("--responses", "absent.jsonl"), "absent.jsonl: cannot be read (No such file or directory)"),
         (("--responses", "empty.jsonl", "--samples", "2"), "--samples: has no effect along with --responses"),
@@ -254,7 +254,7 @@ def test_another_question_in_the_same_folder_is_refused(own_world: World) -> Non
     analyzed(own_world, "model", *DATA, *SHORT, "--problems", "2")
     outcome = own_world.run("analyze", "model", *DATA, *SHORT, "--problems", "2", "--samples", "3", "--out", "found")
     assert outcome.code == 2
-    assert "found: holds the answer to another question (samples = 1, now 3)" in outcome.line
+    assert "found: was created with different settings (samples = 1, now 3)" in outcome.line
 
 
 ASKED = (*DATA, *SHORT, "--problems", "2")
@@ -290,7 +290,7 @@ def test_whatever_changes_the_tokens_is_another_question(
 ) -> None:
     outcome = world.run("analyze", "model", *ASKED, *changed, "--out", "asked")
     assert outcome.code == 2, outcome
-    assert f"asked: holds the answer to another question ({key} = " in outcome.line
+    assert f"asked: was created with different settings ({key} = " in outcome.line
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_whatever_changes_the_tokens_is_another_question(
 def test_so_it_is_of_ready_responses(world: World, answered: None, changed: tuple[str, ...], key: str) -> None:
     outcome = world.run("analyze", "model", *ASKED_READY, *changed, "--out", "asked-ready")
     assert outcome.code == 2, outcome
-    assert f"asked-ready: holds the answer to another question ({key} = " in outcome.line
+    assert f"asked-ready: was created with different settings ({key} = " in outcome.line
 
 
 @pytest.mark.parametrize(("argv", "out"), [(ASKED, "asked"), (ASKED_READY, "asked-ready")], ids=["asked", "ready"])
@@ -314,13 +314,13 @@ def test_so_it_is_where_the_weights_have_changed(own_world: World, argv: tuple[s
     make_model(own_world.folder / "model", initializer_range=0.3)
     outcome = own_world.run("analyze", "model", *argv, "--out", out)
     assert outcome.code == 2, outcome
-    assert f"{out}: holds the answer to another question (fingerprint = " in outcome.line
+    assert f"{out}: was created with different settings (fingerprint = " in outcome.line
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("model",), "model: is no run folder; name a run, or two models at least"),
+        (("model",), "model: is not a run folder; name a run, or two models at least"),
         (("seed=3",), "name a run, or two models at least"),
         (("model", "model", *DATA, *SHORT), "model: is named twice"),
         (("./model", "model/", *DATA, *SHORT), "model/: is named twice"),
@@ -353,7 +353,7 @@ def test_another_model_at_the_same_path_is_another_question(own_world: World) ->
     save_file(weights, path, {"format": "pt"})
     outcome = own_world.run("analyze", "model", *DATA, *SHORT, "--problems", "2", "--out", "found")
     assert outcome.code == 2
-    assert "another question (fingerprint = " in outcome.line
+    assert "different settings (fingerprint = " in outcome.line
 
 
 def test_other_prompt_ids_are_another_question(own_world: World) -> None:
@@ -363,7 +363,7 @@ def test_other_prompt_ids_are_another_question(own_world: World) -> None:
     write_lines(path, [{"prompt": "1+", "response": "1", "prompt_id": name} for name in ("a", "b")])
     outcome = own_world.run("analyze", "model", "--responses", "ready.jsonl", "runtime.device=cpu", "--out", "found")
     assert outcome.code == 2
-    assert "another question (data = " in outcome.line
+    assert "different settings (data = " in outcome.line
 
 
 @pytest.mark.parametrize("table", ["tokens", "responses"])
@@ -386,7 +386,7 @@ def test_drift_of_a_model_and_a_run_and_of_folders_named_like_settings(world: Wo
     argv = ("drift", "lr=1e-3", "run", "--problems", "2", "--out", "mixed", "--bins", "2")
     outcome = world.run(*argv)
     assert outcome.code == 0, outcome.stderr
-    assert json.loads((world.folder / "mixed/drift.json").read_text())["checkpoints"] == ["lr=1e-3", "run"]
+    assert json.loads((world.folder / "mixed/results.json").read_text())["facts"]["checkpoints"] == ["lr=1e-3", "run"]
 
 
 def test_drift_finds_a_checkpoint_under_the_name_a_kill_left_it(own_world: World) -> None:
@@ -394,7 +394,7 @@ def test_drift_finds_a_checkpoint_under_the_name_a_kill_left_it(own_world: World
     (run.folder / "checkpoints/step-2").rename(run.folder / "checkpoints/.replaced-step-2")
     outcome = own_world.run("drift", "run", "--problems", "2", "--out", "found", "--bins", "2")
     assert outcome.code == 0, outcome.stderr
-    facts = json.loads((own_world.folder / "found/drift.json").read_text())
+    facts = json.loads((own_world.folder / "found/results.json").read_text())["facts"]
     assert facts["checkpoints"] == ["step 0", "step 1", "step 2"]
 
 
@@ -403,10 +403,9 @@ def test_the_temperature_of_entropies_is_stated(own_world: World, given: str, me
     facts = analyzed(own_world, "model", *DATA, *SHORT, "--problems", "2", "--temperature", given)
     page = (own_world.folder / "found/report.html").read_text()
     assert facts["temperature"] == measured
-    assert f"prompts; entropies at temperature {measured:g}\n" in facts["stdout"]
     assert "the paper's Qwen3-8B at temperature 1: 50.64%" in facts["stdout"]
-    assert f"At temperature {measured:g}, " in page
     for text in (facts["stdout"], page):
+        assert f"At temperature {measured:g}, " in text
         assert ("compare figures with those of the paper only at --temperature 1" in " ".join(text.split())) == (
             measured != 1
         )

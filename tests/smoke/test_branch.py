@@ -11,19 +11,25 @@ import pandas as pd
 import pytest
 
 from forkrl.commands.report import write_report
+from forkrl.store.results import read_table
 from tests.smoke.world import Outcome, Run, World, write_prompts
 
 SIZES = ("--problems", "5", "--forks", "2", "--random", "1", "--low", "1", "--continuations", "6")
 # Batches of 16: four of them hold the continuations of one prompt, so that there are five parts.
 SMALL = ("--recipe", "recipe.toml", "rollout.max_sequences=16", *SIZES)
-TABLES = ("kinds", "differences", "relation", "bins", "tokens")
 
 
 def branched(world: World, out: str, *argv: str, **how: Any) -> tuple[Outcome, dict[str, Any]]:
-    """A branching that has to succeed, and its summary."""
+    """A branching that has to succeed, and its facts."""
     outcome = world.run("branch", *argv, "--out", out, **how)
     assert outcome.code == 0, outcome.stderr
-    return outcome, json.loads((world.folder / out / "branches.json").read_text())
+    return outcome, json.loads((world.folder / out / "results.json").read_text())["facts"]
+
+
+def branches(folder: Path) -> pd.DataFrame:
+    """The table of branches, with the scores as lists."""
+    table = read_table(folder / "tables" / "branches.csv")
+    return table.assign(scores=table["scores"].map(json.loads))
 
 
 def parts(world: World, out: str) -> dict[str, bytes]:
@@ -38,10 +44,10 @@ def whole(world: World) -> dict[str, Any]:
 
 def test_what_it_writes(world: World, whole: dict[str, Any]) -> None:
     folder = world.folder / "whole"
-    table = pd.read_parquet(folder / "branches.parquet")
-    assert len(table) == whole["branches"] == len(pd.read_csv(folder / "branches.csv"))
-    positions = table.groupby(["prompt", "response", "position"])
-    assert whole["positions"] == len(positions) == len(pd.read_csv(folder / "positions.csv"))
+    table = branches(folder)
+    assert len(table) == whole["branches"] == len(pd.read_csv(folder / "tables" / "branches.csv"))
+    positions = table.groupby(["prompt", "sample", "position"])
+    assert whole["positions"] == len(positions) == len(pd.read_csv(folder / "tables" / "positions.csv"))
     assert (positions["taken"].sum() == 1).all()
     assert positions.size().between(3, 4).all()
     assert (table["count"] == [1 if exact else 6 for exact in table["exact"]]).all()
@@ -52,8 +58,9 @@ def test_what_it_writes(world: World, whole: dict[str, Any]) -> None:
     assert (table["rate"] == [sum(scores) / len(scores) for scores in table["scores"]]).all()
     assert table["length"].max() <= 6
     assert whole["continuations"] == table.loc[~table["exact"], "count"].sum()
-    assert whole["schema"] == "forkrl-branch/1"
-    assert {row["kind"] for row in whole["kinds"]} == {"fork", "random", "low"}
+    assert json.loads((folder / "results.json").read_text())["schema"] == "forkrl-branch/2"
+    assert set(pd.read_csv(folder / "tables" / "kinds.csv")["kind"]) == {"fork", "random", "low"}
+    assert "% of the outcome" in whole["stdout"] or "of the outcome's variance" in whole["stdout"]
     page = (folder / "report.html").read_text()
     assert "one fork decides" in page
     assert write_report(folder).read_text() == page
@@ -64,10 +71,10 @@ def test_what_it_writes(world: World, whole: dict[str, Any]) -> None:
 
 def test_what_is_right_depends_on_the_first_token_alone(world: World, whole: dict[str, Any]) -> None:
     """The tiny verifier looks at the first character: a branch at position 0 has rate 0 or 1, and later ones none."""
-    table = pd.read_parquet(world.folder / "whole" / "branches.parquet")
+    table = branches(world.folder / "whole")
     at_first = table[table["position"] == 0]
     assert (at_first["rate"] == at_first["token"].isin(list("13579"))).all()
-    spreads = pd.read_csv(world.folder / "whole" / "positions.csv")
+    spreads = pd.read_csv(world.folder / "whole" / "tables" / "positions.csv")
     later = spreads.loc[spreads["position"] > 0, ["natural", "forced", "range", "gain"]]
     assert (later.abs() < 1e-12).all(axis=None)
 
@@ -87,7 +94,9 @@ def test_an_interrupted_one_goes_on(world: World, whole: dict[str, Any], signum:
     assert "2 prompts, 1 response(s) to each" in resumed.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert parts(world, out) == parts(world, "whole")
-    assert {name: summary[name] for name in TABLES} == {name: whole[name] for name in TABLES}
+    assert summary == {name: whole[name] for name in summary}
+    for table in (world.folder / "whole" / "tables").iterdir():
+        assert (world.folder / out / "tables" / table.name).read_bytes() == table.read_bytes()
 
 
 def test_more_problems_are_added_and_fewer_are_read_from_what_is_there(world: World, whole: dict[str, Any]) -> None:
@@ -117,9 +126,9 @@ def test_a_run_is_branched_in_its_own_folder(world: World) -> None:
     run: Run = world.trained("run", "training.steps=2")
     outcome = world.run("branch", "run", *SIZES, "--problems", "2", "--responses-per-problem", "2")
     assert outcome.code == 0, outcome.stderr
-    summary = json.loads((run.folder / "analysis" / "branch" / "branches.json").read_text())
-    assert (summary["responses"], summary["settings"]["model"]) == (4, "run")
-    assert summary["settings"]["weights"].endswith("step-2")
+    results = json.loads((run.folder / "analysis" / "branch" / "results.json").read_text())
+    assert (results["facts"]["responses"], results["settings"]["model"]) == (4, "run")
+    assert results["settings"]["weights"].endswith("step-2")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +154,7 @@ def test_a_run_is_branched_in_its_own_folder(world: World) -> None:
         (("--out", "model"), "model: is not empty (it holds config.json)"),
         (
             ("--out", "whole", "--forks", "3"),
-            "whole: holds the answer to another question (forks = 2, now 3); name another folder with --out",
+            "whole: was created with different settings (forks = 2, now 3); name another folder with --out",
         ),
     ],
 )
@@ -181,7 +190,7 @@ def test_whatever_changes_the_branches_is_another_question(
     before = parts(world, "whole")
     outcome = world.run("branch", "model", *SMALL, "--out", "whole", *changed)
     assert outcome.code == 2, outcome
-    assert f"whole: holds the answer to another question ({key} = " in outcome.line
+    assert f"whole: was created with different settings ({key} = " in outcome.line
     assert parts(world, "whole") == before
 
 
@@ -205,7 +214,7 @@ def test_a_response_of_a_single_token_and_hostile_text_are_no_trouble(own_world:
         "branch", "model", *dataset, "rollout.max_response_tokens=1", "--continuations", "4", "--out", "hostile"
     )
     assert outcome.code == 0, outcome.stderr
-    summary = json.loads((own_world.folder / "hostile" / "branches.json").read_text())
+    summary = json.loads((own_world.folder / "hostile" / "results.json").read_text())["facts"]
     assert (summary["positions"], summary["continuations"], summary["exact_branches"]) == (3, 0, summary["branches"])
     folder: Path = own_world.folder / "hostile"
     assert "=1+<script>" not in (folder / "report.html").read_text()
@@ -214,9 +223,10 @@ def test_a_response_of_a_single_token_and_hostile_text_are_no_trouble(own_world:
 def test_a_run_branches_at_its_own_temperature(world: World) -> None:
     world.trained("warm", "training.steps=1", "eval.temperature=0.5")
     for argv, temperature in (((), 0.5), (("--temperature", "0.7"), 0.7), (("eval.temperature=0.8",), 0.8)):
-        outcome, summary = branched(world, f"warm-{temperature}", "warm", *SIZES, *argv)
-        assert summary["settings"]["temperature"] == temperature
-        assert f"continuations; temperature {temperature}" in outcome.stdout
+        outcome, _ = branched(world, f"warm-{temperature}", "warm", *SIZES, *argv)
+        settings = json.loads((world.folder / f"warm-{temperature}" / "settings.json").read_text())
+        assert settings["temperature"] == temperature
+        assert f"temperature {temperature}\n" in outcome.stdout
     outcome = world.run("branch", "warm", *SIZES, "eval.temperature=0")
     assert outcome.code == 2
     assert "temperature = 0: must be above 0" in outcome.line

@@ -14,6 +14,7 @@ import pytest
 
 from forkrl.analysis import temperature_table
 from forkrl.commands.report import write_report
+from forkrl.store.results import read_table
 from tests.smoke.test_eval import DATASET, SHORT
 from tests.smoke.world import Run, World, write_prompts
 
@@ -22,10 +23,11 @@ SWEEP = ("--problems", "7", "--samples", "2")
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What a sweep found, without what it ran on."""
-    found: dict[str, Any] = json.loads((folder / "temperatures.json").read_text())
-    del found["provenance"]
-    return found
+    """What a sweep found, without the command line."""
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    del found["command"]
+    rows = read_table(folder / "tables" / "settings.csv").to_dict("records")
+    return found | {"rows": [{key: None if value != value else value for key, value in row.items()} for row in rows]}
 
 
 def responses(folder: Path) -> pd.DataFrame:
@@ -55,12 +57,11 @@ def sweep(world: World, run: Run) -> Path:
 
 def test_every_setting_is_there_and_the_table_follows_from_the_files(world: World, sweep: Path) -> None:
     found, rows = figures(sweep), responses(sweep)
-    assert found["schema"] == "forkrl-decode-temps/1"
-    assert len(found["settings"]) == SETTINGS
-    table = pd.DataFrame(found["settings"])
+    assert found["schema"] == "forkrl-decode-temps/2"
+    assert len(found["rows"]) == SETTINGS
+    table = pd.read_csv(sweep / "tables" / "settings.csv")
     recomputed = temperature_table(rows).set_index(["high", "low"]).loc[list(zip(table.high, table.low, strict=True))]
     pd.testing.assert_frame_equal(table.set_index(["high", "low"]), recomputed, check_dtype=False)
-    pd.testing.assert_frame_equal(pd.read_csv(sweep / "temperatures.csv"), table, check_dtype=False)
     stdout = (world.folder / "stdout").read_text()
     assert found["headline"] in stdout and f"report: {Path('run/analysis/decode-temps/report.html')}" in stdout
     page = (sweep / "report.html").read_text()
@@ -72,7 +73,7 @@ def test_temperature_1_is_what_eval_measures(world: World, sweep: Path) -> None:
     outcome = world.run("eval", "run", *SWEEP, "--temperature", "1", "--out", "evaluation", without_report=True)
     assert outcome.code == 0, outcome.stderr
     (evaluated,) = json.loads((world.folder / "evaluation/results.json").read_text())["benchmarks"]
-    base = figures(sweep)["settings"][0]
+    base = figures(sweep)["rows"][0]
     assert (base["high"], base["low"]) == (1, 1)
     accuracy = evaluated["accuracy"]
     measured = (accuracy["mean"], accuracy["low"], accuracy["high"], evaluated["length"]["mean"])
@@ -83,8 +84,10 @@ def test_temperature_1_is_what_eval_measures(world: World, sweep: Path) -> None:
 def test_the_threshold_is_the_80th_percentile_at_temperature_1(sweep: Path) -> None:
     found, rows = figures(sweep), responses(sweep)
     base = rows[(rows.high == 1) & (rows.low == 1)]
-    assert found["threshold"] == pytest.approx(np.percentile(np.concatenate(base.entropy.to_list()), 80), rel=1e-6)
-    assert set(rows.threshold) == {found["threshold"]}
+    assert found["facts"]["threshold"] == pytest.approx(
+        np.percentile(np.concatenate(base.entropy.to_list()), 80), rel=1e-6
+    )
+    assert set(rows.threshold) == {found["facts"]["threshold"]}
 
 
 def test_rows_say_of_a_response_what_its_tokens_say(sweep: Path) -> None:
@@ -124,7 +127,7 @@ def test_after_a_kill_only_what_is_missing_is_sampled(world: World, sweep: Path,
     assert killed.code == -signal.SIGKILL
     files = list((world.folder / folder).glob("responses/high*.parquet"))
     assert len(files) == waves_before // 2
-    assert not (world.folder / folder / "temperatures.json").exists()
+    assert not (world.folder / folder / "results.json").exists()
     stamps = {path: path.stat().st_mtime_ns for path in files}
     still_to_do = 2 * (SETTINGS - len(files))
     again = world.run(*argv, faults=[{"point": "setting", "count": still_to_do + 1, "signal": 9}])
@@ -148,24 +151,24 @@ def test_a_given_threshold_and_temperatures_are_taken(world: World) -> None:
     outcome = world.run("decode-temps", *argv, *SWEEP)
     assert outcome.code == 0, outcome.stderr
     found = figures(world.folder / "analyses" / "model-decode-temps")
-    assert (found["threshold"], found["threshold_origin"]) == (1.25, "given")
-    assert [(row["high"], row["low"]) for row in found["settings"]] == [(1, 1), (2, 1), (0, 1), (1, 2), (1, 0)]
+    assert found["facts"] == {"threshold": 1.25, "threshold_is": "given"}
+    assert [(row["high"], row["low"]) for row in found["rows"]] == [(1, 1), (2, 1), (0, 1), (1, 2), (1, 0)]
 
 
 def test_one_problem_is_a_sweep_without_intervals(world: World, run: Run) -> None:
     argv = ("--problems", "1", "--samples", "1", "--temperatures", "0", "--out", "one")
     outcome = world.run("decode-temps", "run", *argv)
     assert outcome.code == 0, outcome.stderr
-    assert figures(world.folder / "one")["settings"][1]["difference_low"] is None
+    assert figures(world.folder / "one")["rows"][1]["difference_low"] is None
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("run", *SWEEP, "--threshold", "0.5"), "holds the answer to another question (threshold = None, now 0.5)"),
-        (("run", "--problems", "6", "--samples", "2"), "another question (problems = 7, now 6)"),
-        (("run", *SWEEP, "--temperatures", "0,1"), "another question (temperatures ="),
-        (("run", *SWEEP, "seed=4"), "another question (seed = 3, now 4)"),
+        (("run", *SWEEP, "--threshold", "0.5"), "was created with different settings (threshold = None, now 0.5)"),
+        (("run", "--problems", "6", "--samples", "2"), "different settings (prompts = 7, now 6)"),
+        (("run", *SWEEP, "--temperatures", "0,1"), "different settings (temperatures ="),
+        (("run", *SWEEP, "seed=4"), "different settings (seed = 3, now 4)"),
         (("run", *SWEEP, "--out", "model"), "is not empty"),
         (("run", "--out", "recipe.toml"), "recipe.toml: is a file"),
         (("run", "--threshold", "-1"), "--threshold -1: must be at least 0 (entropy in nats)"),
@@ -226,16 +229,16 @@ def test_a_run_is_swept_around_its_own_temperature(world: World) -> None:
     world.trained("warm", "training.steps=1", "eval.temperature=0.5", "eval.problems=7", "eval.samples=2")
     outcome = world.run("decode-temps", "warm", *SWEEP, "--temperatures", "0,1")
     assert outcome.code == 0, outcome.stderr
-    assert "lie above it at temperature 0.5;" in outcome.stdout and "difference to 0.5" in outcome.stdout
+    assert "at temperature 0.5\n" in outcome.stdout and "from 0.5 to 0" in outcome.stdout
     sweep = world.folder / "warm" / "analysis" / "decode-temps"
     found = figures(sweep)
-    assert [(row["high"], row["low"]) for row in found["settings"]] == [
+    assert [(row["high"], row["low"]) for row in found["rows"]] == [
         (0.5, 0.5), (0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1),
     ]  # fmt: skip
-    assert found["settings"][1]["difference"] is not None
+    assert found["rows"][1]["difference"] is not None
     assert world.run("eval", "warm", *SWEEP, "--out", "at-half", without_report=True).code == 0
     (evaluated,) = json.loads((world.folder / "at-half/results.json").read_text())["benchmarks"]
-    base = found["settings"][0]
+    base = found["rows"][0]
     measured = (evaluated["accuracy"]["mean"], evaluated["length"]["mean"])
     assert measured == pytest.approx((base["accuracy"], base["length"]))
     rows = responses(sweep)
@@ -244,4 +247,4 @@ def test_a_run_is_swept_around_its_own_temperature(world: World) -> None:
     assert first.entropy[0] == pytest.approx(greedy.entropy[0], rel=1e-5), "the first position has one distribution"
     given = ("--temperatures", "0", "--temperature", "1", "--out", "warmer")
     assert world.run("decode-temps", "warm", *SWEEP, *given).code == 0
-    assert figures(world.folder / "warmer")["settings"][0]["high"] == 1
+    assert figures(world.folder / "warmer")["rows"][0]["high"] == 1

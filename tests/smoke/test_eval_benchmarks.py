@@ -363,7 +363,7 @@ def test_questions_of_reasoning_gym(here: World) -> None:
         (("--bench", "aime25", "--mirror", "mirror", "--samples", "0"), "--samples 0: must be at least 1"),
         (("--bench", "aime25", "--mirror", "mirror", "--concurrency", "4"), "--concurrency 4: is for --server"),
         (("--bench", "aime25", "--mirror", "mirror", "--prompt", "chat"), "--prompt chat: the tokenizer has no chat"),
-        ((*BOTH, *SHORT, "--out", "whole", "seed=4"), "whole: holds the answer to another question (seed = 0, now 4)"),
+        ((*BOTH, *SHORT, "--out", "whole", "seed=4"), "whole: was created with different settings (seed = 0, now 4)"),
         ((*BOTH, *SHORT, "--out", "changed"), "changed/questions/aime25.jsonl: the questions, or their prompts or"),
         ((*BOTH, "sandbox.seconds=3"), "sandbox.seconds=3: has no effect on an evaluation; drop it"),
         ((*BOTH, "rollout.max_prompt_tokens=20"), "aime25 row 1: 97 tokens, over rollout.max_prompt_tokens = 20"),

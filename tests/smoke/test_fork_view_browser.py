@@ -91,7 +91,7 @@ def test_token_outside_its_alternatives_is_added_with_its_own_probability(
     browser: webdriver.Chrome, tmp_path: Path
 ) -> None:
     one = ShownResponse("r", ["rare"], [[2.0]], [-4.60517], ranks=[9], alternatives=[[("a", 0.5), ("b", 0.2)]])
-    forks = ForkView([View("v", "V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 1.0)
+    forks = ForkView([View("V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 1.0)
     open_page(browser, made_page(tmp_path / "page.html", forks))
     press(browser, "n")
     taken = browser.find_element(By.CSS_SELECTOR, "#tip .taken")
@@ -106,7 +106,7 @@ def test_of_two_alternatives_that_look_alike_the_rank_tells(
     browser: webdriver.Chrome, tmp_path: Path, ranks: list[int], marked: list[bool]
 ) -> None:
     one = ShownResponse("r", ["a"], [[2.0]], [-1.0], ranks=ranks, alternatives=[[("a", 0.6), ("a", 0.3), ("b", 0.1)]])
-    forks = ForkView([View("v", "V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 1.0)
+    forks = ForkView([View("V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 1.0)
     open_page(browser, made_page(tmp_path / "page.html", forks))
     press(browser, "n")
     rows = browser.find_elements(By.CSS_SELECTOR, "#tip .alternatives .line")
@@ -347,7 +347,7 @@ def test_hostile_text_is_inert_and_visible_everywhere(browser: webdriver.Chrome,
         for _ in range(3)
     ]
     frames = [Frame(HOSTILE, [ShownPrompt(HOSTILE, outcome, responses) for outcome in (HOSTILE, "b")])] * 2
-    forks = ForkView([View(i, HOSTILE, HOSTILE, frames, (HOSTILE, "b"), HOSTILE) for i in "ab"], HOSTILE, 0.5)
+    forks = ForkView([View(HOSTILE, HOSTILE, frames, (HOSTILE, "b"), HOSTILE) for _ in "ab"], HOSTILE, 0.5)
     open_page(browser, made_page(tmp_path / "page.html", forks))
     press(browser, "n")
     seen = [tip(browser)]
@@ -367,7 +367,7 @@ def test_hostile_text_is_inert_and_visible_everywhere(browser: webdriver.Chrome,
 def test_a_selected_token_with_a_leading_space_never_wraps_inside(browser: webdriver.Chrome, tmp_path: Path) -> None:
     words = [" wait", "ing", " for", ",", " the"] * 60
     one = ShownResponse("r", words, [[1.0] * 300], [-0.1] * 300, selected=[True] * 300)
-    forks = ForkView([View("v", "V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", None)
+    forks = ForkView([View("V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", None)
     open_page(browser, made_page(tmp_path / "page.html", forks))
     script = """
         document.querySelector(".tokens").style.width = arguments[0] + "px";
@@ -383,7 +383,7 @@ def test_a_selected_token_with_a_leading_space_never_wraps_inside(browser: webdr
 def test_a_character_of_several_tokens_is_shown_with_their_bytes(browser: webdriver.Chrome, tmp_path: Path) -> None:
     tokens = ["so", " <0xE6><0x95>", "<0xB0>", "<0xE6>"]
     one = ShownResponse("r", tokens, [[1.0] * 4], [-0.1] * 4, alternatives=[[("<0xE6><0x95>", 0.5)]] * 4)
-    forks = ForkView([View("v", "V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 0.5)
+    forks = ForkView([View("V", "", [Frame("", [ShownPrompt("p", "", [one])])])], "", 0.5)
     open_page(browser, made_page(tmp_path / "page.html", forks))
     shown = browser.execute_script("return [...document.querySelectorAll('.t')].map((t) => t.textContent)")
     assert shown == ["so", " 数⟨E6 95⟩", "⟨B0⟩", "⟨E6⟩"]

@@ -16,6 +16,7 @@ import pytest
 import tomli_w
 import torch
 
+from forkrl.store.results import read_table
 from tests.elsewhere import on_accelerator
 from tests.smoke.test_sft import TINY
 from tests.smoke.world import Launcher, Run, World, copy_world
@@ -118,10 +119,6 @@ COMMANDS = {
     "branch": ("--problems", "2", "--forks", "2", "--random", "1", "--low", "1", "--continuations", "2"),
     "decode-temps": ("--problems", "2", "--samples", "1", "--temperatures", "0.5,1"),
 }
-FIGURES = {
-    "eval": "results.json", "analyze": "analysis.json", "drift": "drift.json", "branch": "branches.json",
-    "decode-temps": "temperatures.json",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -132,8 +129,9 @@ def test_a_command_finds_what_it_finds_on_the_cpu(elsewhere: World, run: Run, co
         settings = (*COMMANDS[command], f"runtime.device={device}", "runtime.workers=1", "--out", out)
         outcome = elsewhere.run(command, "run", *settings, without_report=True)
         assert outcome.code == 0, outcome.stderr
-        figures = json.loads((elsewhere.folder / out / FIGURES[command]).read_text())
-        found.append(numbers(figures))
+        figures = json.loads((elsewhere.folder / out / "results.json").read_text())
+        tables = [read_table(path) for path in sorted((elsewhere.folder / out / "tables").glob("*.csv"))]
+        found.append(numbers([figures, *(table.to_dict("records") for table in tables)]))
     assert found[0]
     assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
 
@@ -145,7 +143,7 @@ def numbers(figures: Any) -> list[float]:
         return [number for key in sorted(kept) if "tokens_per_s" not in key for number in numbers(kept[key])]
     if isinstance(figures, list):
         return [number for value in figures for number in numbers(value)]
-    return [float(figures)] if isinstance(figures, int | float) else []
+    return [float(figures)] if isinstance(figures, int | float) and figures == figures else []
 
 
 def test_a_command_in_bf16_ends(elsewhere: World, run: Run) -> None:

@@ -14,8 +14,9 @@ from matplotlib.patches import PathPatch
 
 from forkrl.analysis.drift import change_table, overlap_table, percentile_table
 from forkrl.report import plots
-from forkrl.report.drift_page import drift_page, overlap_curves
+from forkrl.report.drift_page import drift_headline, drift_page, overlap_curves
 from forkrl.report.fork_view import SHOWN_RESPONSES, SHOWN_TOKENS, choose_prompts
+from tests.fabricated_results import made_up_results
 
 
 def lengths(num_prompts: int, length: int, samples: int = 1) -> pd.DataFrame:
@@ -46,13 +47,11 @@ def drift_mark(first: list[float], last: list[float]) -> float | None:
         "percentiles": percentile_table(entropies),
     }
     facts: dict[str, Any] = {
-        "model": "m", "first": "step 0", "last": "step 9", "ratio": 0.2, "prompts": 3, "tokens": len(first),
-        "temperature": 0.7,
-        "overlap_of_last_with_first": {"share": 0.5, "low": 0.4, "high": 0.6},
-        "mean_entropy": {"step 0": 1.0, "step 9": 2.0},
+        "checkpoints": ["step 0", "step 9"], "ratio": 0.2, "prompts": 3, "tokens": len(first), "temperature": 0.7,
+        "overlap": 0.5, "overlap_low": 0.4, "overlap_high": 0.6,
     }  # fmt: skip
-    page = drift_page(facts, tables, [], ["step 0", "step 9"], notes=[], provenance=[], command="")
-    assert page.headline.startswith("At temperature 0.7, ")
+    page = drift_page(made_up_results("drift", facts, tables), [], ["step 0", "step 9"])
+    assert drift_headline(facts, tables["change"]).startswith("At temperature 0.7, from step 0 to step 9, 50.0% [40")
     assert page.forks is not None
     assert page.forks.mark is not None and f"above {page.forks.mark:.3g} nats" in page.forks.lead
     return page.forks.mark

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from forkrl.analysis import branching
 from forkrl.report.branch_page import (
-    BranchResults,
     branch_headline,
     branch_page,
     branch_rates,
@@ -23,12 +22,25 @@ from forkrl.report.branch_page import (
     spread_by_kind,
 )
 from forkrl.report.page import write_page
+from forkrl.store.results import Results
+from tests.fabricated_results import made_up_results
 from tests.report_page import Page
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J"
 
 
-def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> BranchResults:
+class Made(NamedTuple):
+    """What a page is made of."""
+
+    results: Results
+    rows: list[dict[str, Any]]
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        return self.results.tables
+
+
+def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> Made:
     """Responses of four tokens, branched at a fork (0), at random (1) and at a low one (2)."""
     generator = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
@@ -47,12 +59,12 @@ def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> 
         ]  # fmt: skip
         rows.append(
             {
-                "prompt": prompt, "response": 0, "prompt_id": str(prompt), "prompt_text": f"{prompt}{HOSTILE}",
+                "prompt": prompt, "sample": 0, "prompt_id": str(prompt), "prompt_text": f"{prompt}{HOSTILE}",
                 "tokens": ["a", HOSTILE, "c", "d"], "entropy": [0.9, 0.01, 1e-5, 0.2], "logprobs": [-0.7, 0, 0, -0.1],
                 "score": 1.0, "finished": True, "branches": branches,
             }
         )  # fmt: skip
-    place = ("prompt", "response")
+    place = ("prompt", "sample")
     table = pd.DataFrame([{name: row[name] for name in place} | each for row in rows for each in row["branches"]])
     table = branching.branch_rates(table)
     spreads = branching.position_spreads(table)
@@ -62,12 +74,15 @@ def made_up(prompts: int = 12, fork_rates: tuple[float, float] = (0.1, 0.9)) -> 
         "relation": branching.entropy_relation(spreads, 0, 200),
         "bins": branching.entropy_bins(spreads),
         "tokens": branching.fork_tokens(table, spreads, min_positions=10),
+        "branches": table,
+        "positions": spreads,
     }
     facts = {
-        "verifier_failures": 2, "prompts": prompts, "responses": prompts, "positions": len(spreads),
+        "prompts": prompts, "prompts_available": prompts, "responses": prompts, "positions": len(spreads),
         "branches": len(table), "continuations": 16 * len(table),
+        "accuracy": 1.0, "accuracy_low": 0.7, "accuracy_high": 1.0,
     }  # fmt: skip
-    return BranchResults(rows, table, spreads, tables, facts)
+    return Made(made_up_results("branch", facts, tables), rows)
 
 
 def test_the_verdict_names_each_share_and_says_what_is_settled() -> None:
@@ -88,7 +103,7 @@ def test_the_verdict_names_each_share_and_says_what_is_settled() -> None:
         (made_up(4, (0.0, 0.0)), "a random other token"),
     ],
 )
-def test_verdicts_where_little_is_known(report: BranchResults, says: str) -> None:
+def test_verdicts_where_little_is_known(report: Made, says: str) -> None:
     headline = branch_headline(report.tables)
     assert says in headline
     assert "nan" not in headline
@@ -103,17 +118,18 @@ def test_nothing_is_decided_where_every_outcome_is_the_same() -> None:
 
 def test_the_page_shows_the_branches_and_obeys_no_text(tmp_path: Path) -> None:
     report = made_up()
-    page = Page(write_page(tmp_path / "report.html", branch_page(report, name=HOSTILE)))
+    results = replace(report.results, settings={"model": HOSTILE, "temperature": 1.0}, notes=["Two failed."])
+    page = Page(write_page(tmp_path / "report.html", branch_page(results, report.rows)))
     assert HOSTILE not in page.source
-    assert "2 continuations could not be verified; they count as wrong." in page.text
+    assert "Two failed." in page.text
     (view,) = page.views
     assert len(view["frames"][0]["prompts"]) == 12
     response = view["frames"][0]["prompts"][0]["responses"][0]
     assert sorted(response["b"]) == ["0", "1", "2"]
     assert response["f"] == "", "no token carried gradient, so none is outlined"
     assert page.data["mark"] == 9000  # of 0.9, 0.2, 0.01 and 0 nats in every response the fork is the top fifth
-    first = report.branches.iloc[0]
-    numbers = [first["probability"], first["rate"], first["low"], first["high"], 16]
+    first = report.tables["branches"].iloc[0]
+    numbers = [first["probability"], first["rate"], first["rate_low"], first["rate_high"], 16]
     assert response["b"]["0"][0][1:] == pytest.approx(numbers, abs=1e-4)
     texts = page.data["texts"]
     assert texts[response["b"]["0"][0][0]] == "a"
@@ -135,9 +151,10 @@ def test_the_page_shows_the_branches_and_obeys_no_text(tmp_path: Path) -> None:
 )
 def test_a_prompt_with_right_and_wrong_responses_is_mixed(scores: Sequence[float], outcome: str) -> None:
     report = made_up(1)
-    rows = [{**report.rows[0], "response": number, "score": score} for number, score in enumerate(scores)]
-    branches = pd.concat([report.branches.assign(response=number) for number in range(len(scores))], ignore_index=True)
-    forks = branch_page(replace(report, rows=rows, branches=branches), name="m").forks
+    rows = [{**report.rows[0], "sample": number, "score": score} for number, score in enumerate(scores)]
+    tried = report.tables["branches"]
+    branches = pd.concat([tried.assign(sample=number) for number in range(len(scores))], ignore_index=True)
+    forks = branch_page(replace(report.results, tables={**report.tables, "branches": branches}), rows).forks
     assert forks is not None
     (prompt,) = forks.views[0].frames[0].prompts
     assert (prompt.outcome, [response.score for response in prompt.responses]) == (outcome, list(scores))
@@ -145,17 +162,17 @@ def test_a_prompt_with_right_and_wrong_responses_is_mixed(scores: Sequence[float
 
 def test_figures_draw_the_numbers_of_their_tables() -> None:
     report = made_up()
-    histogram = rate_histogram(report.branches)
+    histogram = rate_histogram(report.tables["branches"])
     for kind in ("fork", "random", "low"):
         assert histogram[kind].sum() == pytest.approx(1)
     figures = [
-        natural_against_entropy(report.spreads, report.tables["bins"]),
+        natural_against_entropy(report.tables["positions"], report.tables["bins"]),
         spread_by_kind(report.tables["kinds"]),
         branch_rates(histogram),
     ]
     assert all(isinstance(figure, Figure) for figure in figures)
     drawn = {round(float(y), 9) for line in figures[0].axes[0].lines for y in np.atleast_1d(line.get_ydata())}
-    assert {round(value, 9) for value in report.spreads["natural"]} <= drawn
+    assert {round(value, 9) for value in report.tables["positions"]["natural"]} <= drawn
     assert {round(value, 9) for value in report.tables["bins"]["natural"]} <= drawn
     means = {round(float(y), 9) for line in figures[1].axes[0].lines for y in np.atleast_1d(line.get_ydata())}
     assert {round(value, 9) for value in report.tables["kinds"]["forced"]} <= means

@@ -31,7 +31,7 @@ from forkrl.stats.intervals import mean_with_normal_interval
 
 def position(scores: Sequence[Sequence[float]], probability: Sequence[float], **place: Any) -> pd.DataFrame:
     """The branches of one position; the first is the one that was taken."""
-    known = {"prompt": 0, "response": 0, "position": 3, "kind": "fork", "entropy": 1.0} | place
+    known = {"prompt": 0, "sample": 0, "position": 3, "kind": "fork", "entropy": 1.0} | place
     rows = [
         known | {"probability": p, "taken": index == 0, "exact": len(each) == 1, "scores": list(each)}
         for index, (each, p) in enumerate(zip(scores, probability, strict=True))
@@ -104,8 +104,8 @@ def test_rates_by_hand() -> None:
     z2 = 3.841458820694124
     centre, half = (0.75 + z2 / 8) / (1 + z2 / 4), np.sqrt(z2 * (0.1875 / 4 + z2 / 64)) / (1 + z2 / 4)
     assert (first["count"], first["rate"]) == (4, 0.75)
-    assert (first["low"], first["high"]) == pytest.approx((centre - half, centre + half))
-    assert (second["count"], second["rate"], second["low"], second["high"]) == (1, 0, 0, 0)
+    assert (first["rate_low"], first["rate_high"]) == pytest.approx((centre - half, centre + half))
+    assert (second["count"], second["rate"], second["rate_low"], second["rate_high"]) == (1, 0, 0, 0)
 
 
 def test_spreads_by_hand() -> None:
@@ -193,7 +193,7 @@ def test_the_correction_equals_brute_force_over_all_outcomes() -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    known = {"response": 0, "position": 0, "kind": "fork", "entropy": 1.0, "branches": 3, "covered": 0.9, "rate": 0.5}
+    known = {"sample": 0, "position": 0, "kind": "fork", "entropy": 1.0, "branches": 3, "covered": 0.9, "rate": 0.5}
     numbers = {"natural": 0.0, "variance": 0.2, "forced": 0.0, "range": 0.0, "gain": 0.0}
     return pd.DataFrame([known | numbers | row for row in rows])
 
@@ -237,18 +237,18 @@ def test_ranks_equal_scipy_s_and_the_interval_holds_the_truth() -> None:
         for index, e in enumerate(entropy)
     ]
     relation = entropy_relation(table(rows), seed=0, resamples=400).set_index("measure")
-    assert relation.loc["natural", "low"] > 0.3
-    assert relation.loc["forced", "low"] < 0 < relation.loc["forced", "high"]
+    assert relation.loc["natural", "spearman_low"] > 0.3
+    assert relation.loc["forced", "spearman_low"] < 0 < relation.loc["forced", "spearman_high"]
     assert relation.equals(entropy_relation(table(rows), seed=0, resamples=400).set_index("measure"))
     single = entropy_relation(table(rows[:5]), seed=0).set_index("measure")
-    assert np.isnan(single.loc["natural", "low"])
+    assert np.isnan(single.loc["natural", "spearman_low"])
 
 
 def test_forks_by_the_token_that_was_taken() -> None:
     places = [("a", 0.3), ("b", 0.1), ("a", 0.5), ("b", 0.3), ("rare", 0.9)]
     spreads = table([{"prompt": index, "natural": value} for index, (_, value) in enumerate(places)])
     rows = [
-        {"prompt": index, "response": 0, "position": 0, "kind": "fork", "taken": taken, "token": name if taken else "c"}
+        {"prompt": index, "sample": 0, "position": 0, "kind": "fork", "taken": taken, "token": name if taken else "c"}
         for index, (name, _) in enumerate(places)
         for taken in (True, False)
     ]

@@ -41,7 +41,10 @@ def test_pages_of_a_run_an_evaluation_and_a_comparison_are_made_again(tmp_path: 
         ({"settings.json": "{}"}, "the same command finishes an interrupted one"),
         ({"comparison.json": "["}, "comparison.json: cannot be read"),
         ({"comparison.json": "[]"}, "comparison.json: is not a JSON object"),
-        ({"drift.json": "{}", "settings.json": json.dumps({"checkpoints": []})}, "has no 'ratio', so another version"),
+        ({"results.json": "{"}, "results.json: cannot be read"),
+        ({"results.json": "{}"}, "results.json: has the unknown schema 'None'"),
+        ({"results.json": json.dumps({"schema": "forkrl-brew/1"})}, "has the unknown schema 'forkrl-brew/1'"),
+        ({"results.json": json.dumps({"schema": "forkrl-drift/2"})}, "another version of ForkRL wrote it"),
     ],
 )
 def test_other_folders_are_refused_in_a_line(tmp_path: Path, files: dict[str, str] | None, says: str) -> None:

@@ -24,7 +24,7 @@ def response(num_tokens: int, label: str = "Response 1", **more: Any) -> ShownRe
 
 def forks_of(*responses: ShownResponse, layers: tuple[str, ...] = ("",), **more: Any) -> ForkView:
     prompts = [ShownPrompt(f"prompt {i}", "", [each]) for i, each in enumerate(responses)]
-    return ForkView([View("all", "All", "Note.", [Frame("", prompts)], layers=layers)], "Lead.", more.get("mark"))
+    return ForkView([View("All", "Note.", [Frame("", prompts)], layers=layers)], "Lead.", more.get("mark"))
 
 
 def first(forks: ForkView) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def test_prompts_go_before_responses_are_cut_to_pieces() -> None:
 
 def test_every_frame_keeps_a_prompt() -> None:
     frames = [Frame(str(i), [ShownPrompt("p", "", [response(3 * MIN_TOKENS_SHOWN)])] * 3) for i in range(4)]
-    forks = ForkView([View("v", "V", "", frames)], "", None)
+    forks = ForkView([View("V", "", frames)], "", None)
     view = decoded(fork_data(forks, max_bytes=PER_TOKEN * 4000))[0]
     assert [len(frame["prompts"]) for frame in view["frames"]] == [1] * 4
     assert {len(frame["prompts"][0]["responses"][0]["t"]) for frame in view["frames"]} == {1000}
@@ -172,14 +172,12 @@ def test_hostile_text_is_visible_in_every_field() -> None:
         hostile, [hostile], [[1.0]], [-1.0], alternatives=[[(hostile, 1.0)]],
         branches={0: [Branch(hostile, 1.0, 0.5, 0.4, 0.6, 8)]},
     )  # fmt: skip
-    view = View(
-        hostile, hostile, hostile, [Frame(hostile, [ShownPrompt(hostile, hostile, [one])])], (hostile,), hostile
-    )
+    view = View(hostile, hostile, [Frame(hostile, [ShownPrompt(hostile, hostile, [one])])], (hostile,), hostile)
     text = script_json(fork_data(ForkView([view], hostile, None)))
     assert "<" not in text
     shown = json.dumps(json.loads(text), ensure_ascii=False)
     assert not set("\u2028\u202e\x00\ud800") & set(shown)
-    assert shown.count("⟨U+2028⟩⟨U+202E⟩␀⟨U+D800⟩") == 10  # one for the three of tokens, alternatives and branches
+    assert shown.count("⟨U+2028⟩⟨U+202E⟩␀⟨U+D800⟩") == 9  # one for the three of tokens, alternatives and branches
     page = render_page(Page(hostile, hostile, hostile, [], forks=ForkView([view], hostile, None)))
     page.encode("utf-8")  # no lone surrogate
     assert page.count("</script>") == 2
@@ -222,7 +220,7 @@ def test_a_fork_in_the_page_is_strictly_above_the_mark() -> None:
 def made(*tokens: str, prompt: str = "p") -> str:
     """A page whose fork view shows one response."""
     one = ShownResponse("r", tokens, [[0.5] * len(tokens)], [])
-    view = View("v", "V", "", [Frame("", [ShownPrompt(prompt, "", [one])])])
+    view = View("V", "", [Frame("", [ShownPrompt(prompt, "", [one])])])
     return render_page(Page("p", "k", "v", [], forks=ForkView([view], "", None)))
 
 

@@ -41,7 +41,7 @@ def test_numbers_are_short_in_the_page_and_whole_in_the_file() -> None:
 def test_a_cell_is_one_line_in_the_page_and_as_written_in_the_file() -> None:
     section = render_section(Section("T", "C.", "types", pd.DataFrame({"type": [".\n\n"]})))
     assert section["rows"] == [(".⏎⏎",)]
-    assert rows_of(section)[1] == [".\n\n"]
+    assert rows_of(section)[1] == ['".\\n\\n"']
 
 
 def test_long_tables_are_sampled_in_the_page_alone() -> None:
@@ -56,21 +56,23 @@ def test_long_tables_are_sampled_in_the_page_alone() -> None:
 @pytest.mark.parametrize(
     ("text", "cell"),
     [
-        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
-        ("+1+cmd|' /C calc'!A0", "'+1+cmd|' /C calc'!A0"),
-        ("-1+1", "'-1+1"),
-        ("@SUM(A1)", "'@SUM(A1)"),
-        ("\t=1", "␉=1"),
-        ("\r=1", "␍=1"),
-        ("=", "="),
-        ("-", "-"),
-        ('a\nb,"c', 'a\nb,"c'),
-        ("\x00\ud800\u202e", "␀⟨U+D800⟩⟨U+202E⟩"),
+        ("=HYPERLINK(1)", '"=HYPERLINK(1)"'),
+        ("+1+cmd|' /C calc'!A0", "\"+1+cmd|' /C calc'!A0\""),
+        ("-1+1", '"-1+1"'),
+        ("@SUM(A1)", '"@SUM(A1)"'),
+        (" =1", '" =1"'),
+        ("\t=1", '"\\t=1"'),
+        ("\r=1", '"\\r=1"'),
+        ("=", '"="'),
+        ('a\nb,"c', '"a\\nb,\\"c"'),
+        ('"', '"\\""'),
+        ("\x00\ud800\u202e", '"\\u0000\\ud800\\u202e"'),
+        ("é, 数", "é, 数"),
     ],
 )
 def test_no_cell_of_the_file_is_a_formula(text: str, cell: str) -> None:
     section = render_section(Section("T", "C.", "x", pd.DataFrame({"=1+1": [text]}, dtype=object)))
-    assert rows_of(section) == [["'=1+1"], [cell]]
+    assert rows_of(section) == [['"=1+1"'], [cell]]
 
 
 def test_negative_numbers_stay_numbers() -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.analysis.temperatures import UNSCALED
-from forkrl.commands.sweep_responses import SweepResponses
+from forkrl.commands.sweep_responses import read_figures, write_setting
 from forkrl.types import Prompt, Rollout, RolloutGroup, VerifierResult
 from tests.smoke.world import make_tokenizer
 
@@ -37,7 +37,6 @@ def test_a_closing_stop_token_is_left_out_of_a_loop(
 ) -> None:
     rollout = Rollout((2,), ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "3" * len(ids), finished)
     group = RolloutGroup(Prompt("p", "0", ""), (rollout,), (VerifierResult(1.0),))
-    sweep = SweepResponses(tmp_path / "responses", [UNSCALED])
-    sweep.write(UNSCALED, [group], 0.5, tokenizer)
-    row = sweep.figures().iloc[0]
+    write_setting(tmp_path / "responses", UNSCALED, [group], 0.5, tokenizer)
+    row = read_figures(tmp_path / "responses", [UNSCALED]).iloc[0]
     assert (row["loop"], row["cut"], row["length"]) == (loop, not finished, len(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from forkrl.report import Page, write_page
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
+from forkrl.report.formatting import unverified
 from forkrl.report.temps_page import (
     accuracy_against_temperature,
     headline,
@@ -20,6 +22,7 @@ from forkrl.report.temps_page import (
     telling_temperatures,
     temps_page,
 )
+from tests.fabricated_results import made_up_results
 
 HOSTILE = "<script>alert(1)</script>\ufffd\u202e"
 
@@ -37,7 +40,7 @@ def row(high: float, low: float, **changes: Any) -> dict[str, Any]:
         low_end, high_end = changes.pop(f"{name}_ends", (value - 0.05, value + 0.05))
         spread |= {name: value, f"{name}_low": low_end, f"{name}_high": high_end}
     shares = {"cut": 0.1, "loop": 0.05, "garbled": 0.0, "forks": 0.2}
-    counts = {"problems": 30, "samples": 4, "tokens": 9600, "failures": 0}
+    counts = {"prompts": 30, "samples": 4, "tokens": 9600, "failures": 0}
     return {"high": high, "low": low, **spread, **shares, **counts, **changes}
 
 
@@ -86,7 +89,7 @@ def test_the_verdict_without_other_temperatures_or_intervals() -> None:
     )
     nothing = (math.nan, math.nan)
     one = pd.DataFrame([row(1, 1), row(2, 1, difference_ends=nothing), row(1, 2, difference_ends=nothing)])
-    assert "changes accuracy by +0.0 points (one problem tells no interval)" in headline(one)
+    assert "changes accuracy by +0.0 points (no interval from one prompt)" in headline(one)
 
 
 def test_the_verdict_speaks_of_the_lowest_and_of_the_first_above_1() -> None:
@@ -114,15 +117,13 @@ def test_the_figures_draw_both_sweeps_at_even_distances() -> None:
     assert drawn == [[0.1, 0.38, 0.5, 0.5, 0.6], [0.5, 0.5, 0.5, 0.5, 0.0]]
 
 
-def sweep(**changes: Any) -> Page:
+def sweep(table: pd.DataFrame = TABLE, views: bool = True, base: float = 1.0, **changes: Any) -> Page:
     response = ShownResponse("high 1, low 1", [HOSTILE, "b"], [[0.1, 0.9]], [-0.1, -0.9], score=1.0, finished=False)
-    views = [View("t0", "Temperature 0", HOSTILE, [Frame("", [ShownPrompt(HOSTILE, "right", [response])])])]
-    values: dict[str, Any] = {
-        "name": HOSTILE, "table": TABLE, "threshold": 0.672, "origin": "given", "broken_means": "Broken is.",
-        "views": views, "headline": headline(TABLE), "settings": [("s", [("seed", "0", False)])],
-        "provenance": [("torch", "2")], "command": HOSTILE,
-    }  # fmt: skip
-    return temps_page(**values | changes)
+    shown = [View("Temperature 0", HOSTILE, [Frame("", [ShownPrompt(HOSTILE, "right", [response])])])]
+    facts = {"threshold": 0.672, "threshold_is": "given"}
+    results = made_up_results("decode-temps", facts, {"settings": table}, model=HOSTILE, temperature=base)
+    results = replace(results, headline=headline(table, base), command=HOSTILE, **changes)
+    return temps_page(results, shown if views else [])
 
 
 def test_a_sweep_around_another_temperature_names_it_everywhere(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_the_page_holds_verdict_numbers_and_responses_and_no_markup_of_theirs(tm
 
 
 def test_a_page_without_responses_has_no_fork_view_and_failures_are_noted(tmp_path: Path) -> None:
-    page = sweep(views=(), table=TABLE.assign(failures=1))
+    page = sweep(views=False, notes=unverified(9, "responses"))
     assert page.forks is None
     assert page.notes == ["9 responses could not be verified; they count as wrong."]
     write_page(tmp_path / "report.html", page)

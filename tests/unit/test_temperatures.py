@@ -94,7 +94,7 @@ def responses(setting: Setting, rows: list[list[dict[str, Any]]]) -> pd.DataFram
     plain = {"score": 0.0, "length": 10, "cut": False, "loop": False, "garbled": False, "surprise": 1.0, "forks": 2}
     return pd.DataFrame(
         [
-            {"high": setting.high, "low": setting.low, "problem": problem, "failure": "", **plain, **response}
+            {"high": setting.high, "low": setting.low, "prompt": problem, "failure": "", **plain, **response}
             for problem, group in enumerate(rows)
             for response in group
         ]
@@ -122,7 +122,7 @@ def test_the_table_holds_what_is_worked_by_hand() -> None:
     assert cold["length"] == pytest.approx(80 / 6)
     assert cold["surprise"] == pytest.approx((6 + 2 + 4 * 1) / 80), "per token, not the mean of responses"
     assert cold["forks"] == pytest.approx(12 / 80)
-    assert (cold["problems"], cold["samples"], cold["tokens"], cold["failures"]) == (3, 2, 80, 1)
+    assert (cold["prompts"], cold["samples"], cold["tokens"], cold["failures"]) == (3, 2, 80, 1)
     assert base["difference"] == 0 and cold["difference"] == pytest.approx(1 / 6 - 1 / 2)
 
 
@@ -166,7 +166,7 @@ def test_without_the_baseline_there_is_no_difference() -> None:
     ("frame", "says"),
     [
         (BASE.iloc[:0], "no responses"),
-        (BASE.iloc[:5], "problems differ in their number of responses"),
+        (BASE.iloc[:5], "prompts differ in their number of responses"),
         (pd.concat([BASE, COLD.iloc[:4]]), "same ones"),
     ],
 )

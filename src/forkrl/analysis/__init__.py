@@ -1,7 +1,7 @@
 """The numbers behind the figures of the paper (arXiv 2506.01939v2, sections 3 and 4), as data frames."""
 
 from forkrl.analysis.drift import entropy_change_by_percentile, overlap_ratio, overlap_table, percentile_table
-from forkrl.analysis.measure import TokenDetails, token_details
+from forkrl.analysis.measure import TokenDetails, measure_tokens, token_details
 from forkrl.analysis.patterns import (
     LOW_ENTROPY,
     correct_against_incorrect,
@@ -14,7 +14,6 @@ from forkrl.analysis.patterns import (
     token_types,
 )
 from forkrl.analysis.temperatures import temperature_table
-from forkrl.analysis.token_rows import measure_tokens
 from forkrl.analysis.token_table import TOKEN_SCHEMA, read_tokens
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a token is worth: how much the outcome of a response depends on which token stands at one of its positions.
+"""What a token is worth: how much the outcome of a response depends on the token at one of its positions.
 
 The paper (arXiv 2506.01939, section 3) calls tokens of high entropy forks because of where they stand. Here is the
 causal test: at a position force each of several alternatives, continue each many times, and compare the success rates.
@@ -7,11 +7,11 @@ for that.
 
 Tables are data frames. ``branches`` has a row for each alternative tried at a position:
 
-    prompt, response, position   int: which prompt, which response to it, which token of that (all from 0)
+    prompt, sample, position     int: which prompt, which response to it, which token of that (all from 0)
     kind                         "fork", "random" or "low": why the position was chosen
     entropy                      nats, of the distribution that alternatives and continuations are drawn from
     probability                  of the alternative in that distribution
-    taken                        bool: the response itself went on with it
+    taken                        bool: the response itself took it
     exact                        bool: it ends the response, so that nothing is random after it
     scores                       list: the score in [0, 1] of every continuation; of an exact one, the one score
 
@@ -20,13 +20,16 @@ Intervals are 95% intervals, clustered by prompt: positions of one prompt are al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import rankdata
 
-from forkrl.stats.intervals import ClusterSums, Estimate, mean_with_interval
+from forkrl.analysis.patterns import mean_by_cluster
+from forkrl.stats.intervals import Estimate, as_columns, mean_with_interval
 
 KINDS = ("fork", "random", "low")
 MEASURES = ("natural", "forced", "range", "gain")
@@ -35,7 +38,7 @@ ENTROPY_EDGES = (0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, np.inf)
 """Nats; the same for every model, so that tables compare."""
 RESAMPLES = 2000
 
-_POSITION = ["prompt", "response", "position"]
+_POSITION = ["prompt", "sample", "position"]
 Floats = npt.NDArray[np.float64]
 
 
@@ -92,7 +95,7 @@ def _shares(wanted: Sequence[int], available: int) -> list[int]:
 
 
 def branch_rates(branches: pd.DataFrame) -> pd.DataFrame:
-    """``branches`` with the success rate of each: columns count, rate, low, high.
+    """``branches`` with the success rate of each: columns count, rate, rate_low, rate_high.
 
     Continuations are independent draws, so the interval is Wilson's at their number. The rate of an exact branch is
     known: both ends are the rate.
@@ -101,7 +104,9 @@ def branch_rates(branches: pd.DataFrame) -> pd.DataFrame:
         Estimate(*[float(scores[0])] * 3) if exact else mean_with_interval([[float(score)] for score in scores])
         for scores, exact in zip(branches["scores"], branches["exact"], strict=True)
     ]
-    columns = dict(zip(("rate", "low", "high"), zip(*estimates, strict=True), strict=True)) if estimates else {}
+    columns = (
+        dict(zip(("rate", "rate_low", "rate_high"), zip(*estimates, strict=True), strict=True)) if estimates else {}
+    )
     return branches.assign(count=[len(scores) for scores in branches["scores"]], **columns)
 
 
@@ -113,7 +118,7 @@ def position_spreads(branches: pd.DataFrame) -> pd.DataFrame:
     i; its unbiased estimate from the continuations (binomial, where scores are 0 or 1) is subtracted. So equal true
     rates give 0 on average, and a single position may come out below 0.
 
-    Columns, beside prompt, response, position, kind and entropy:
+    Columns, next to prompt, sample, position, kind and entropy:
         branches: how many were tried.
         covered: probability of the tried ones together.
         natural: the spread with the model's own probabilities (renormalised over those tried) as weights: the part of
@@ -176,14 +181,6 @@ def _from_halves(scores: Sequence[Floats], taken: int) -> tuple[float, float]:
     return spread, gain
 
 
-def ratio_with_interval(sums_P: Iterable[float], counts_P: Iterable[float]) -> Estimate:
-    """``sum(sums) / sum(counts)`` over prompts with an interval clustered by prompt; NaN where nothing was counted."""
-    clusters = ClusterSums(2)
-    for pair in zip(sums_P, counts_P, strict=True):
-        clusters.add(pair)
-    return clusters.mean(0, 1)
-
-
 def summarise_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
     """One row a kind of position that was tried: counts, and means over its positions with intervals.
 
@@ -195,7 +192,7 @@ def summarise_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
 
 
 def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) -> pd.DataFrame:
-    """The same for bins of entropy, whatever the kind, without those that are empty: from, to (nats), and means."""
+    """The same for bins of entropy, over all kinds, without empty bins: from, to (nats), and means."""
     number = np.searchsorted(np.asarray(edges), spreads["entropy"].clip(lower=edges[0]), side="right") - 1
     return pd.DataFrame(
         [
@@ -207,7 +204,7 @@ def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) 
 
 
 def fork_tokens(branches: pd.DataFrame, spreads: pd.DataFrame, min_positions: int = 20) -> pd.DataFrame:
-    """The same for forks, by the token that was taken there (column token), if at so many of them; most decisive first.
+    """The same for forks, by the token taken there (column token), if at ``min_positions``; most decisive first.
 
     Entropy says how undecided a model is, not what depends on the decision: this is where the two part.
     """
@@ -224,14 +221,11 @@ def _means(spreads: pd.DataFrame) -> dict[str, float]:
     by_prompt = spreads.groupby("prompt")
     sums, counts = by_prompt[[*MEASURES, "variance"]].sum(), by_prompt.size()
     plain = {name: float(spreads[name].mean()) for name in ("entropy", "branches", "covered", "rate")}
-    estimates = {"share": ratio_with_interval(sums["natural"], sums["variance"])}
-    estimates |= {name: ratio_with_interval(sums[name], counts) for name in MEASURES}
-    return {"positions": len(spreads), "prompts": len(counts), **plain, **_spelled(estimates)}
-
-
-def _spelled(estimates: dict[str, Estimate]) -> dict[str, float]:
-    ends = {"": "mean", "_low": "low", "_high": "high"}
-    return {name + end: getattr(each, field) for name, each in estimates.items() for end, field in ends.items()}
+    found = {"positions": len(spreads), "prompts": len(counts), **plain}
+    found |= as_columns("share", mean_by_cluster(sums["natural"], sums["variance"]))
+    for name in MEASURES:
+        found |= as_columns(name, mean_by_cluster(sums[name], counts))
+    return found
 
 
 def compare_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
@@ -241,19 +235,18 @@ def compare_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
     paired by response (those that have both), so what makes a whole response easy or hard cancels.
     """
     rows = []
-    means = spreads.pivot_table(index=["prompt", "response"], columns="kind", values=list(MEASURES), aggfunc="mean")
+    means = spreads.pivot_table(index=["prompt", "sample"], columns="kind", values=list(MEASURES), aggfunc="mean")
     tried = set(spreads["kind"])
     for control in KINDS[1:]:
         if not {KINDS[0], control} <= tried:
             continue
-        estimates, responses = {}, 0
+        row: dict[str, Any] = {"against": control}
         for measure in MEASURES:
             difference = (means[measure, KINDS[0]] - means[measure, control]).dropna()
-            by_prompt, responses = difference.groupby("prompt"), len(difference)
-            if responses:
-                estimates[measure] = ratio_with_interval(by_prompt.sum(), by_prompt.size())
-        if responses:
-            rows.append({"against": control, "responses": responses, **_spelled(estimates)})
+            by_prompt, row["responses"] = difference.groupby("prompt"), len(difference)
+            row |= as_columns(measure, mean_by_cluster(by_prompt.sum(), by_prompt.size()))
+        if row["responses"]:
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -264,8 +257,8 @@ def entropy_relation(spreads: pd.DataFrame, seed: int, resamples: int = RESAMPLE
     Noise of the single spreads pulls a correlation towards 0; it does not make one.
 
     Returns:
-        Rows natural and forced: measure, spearman, low, high, positions. NaN where one of the two does not vary; the
-        ends are NaN with a single prompt.
+        Rows natural and forced: measure, spearman, spearman_low, spearman_high, positions. NaN where one of the two
+        does not vary; the ends are NaN with a single prompt.
     """
     rows = []
     members = list(spreads.groupby("prompt").indices.values())
@@ -279,19 +272,13 @@ def entropy_relation(spreads: pd.DataFrame, seed: int, resamples: int = RESAMPLE
         finite = np.array([each for each in draws if np.isfinite(each)])
         low, high = np.quantile(finite, (0.025, 0.975)) if len(finite) else (np.nan, np.nan)
         rows.append((measure, spearman(entropy_N, spread_N), float(low), float(high), len(spreads)))
-    return pd.DataFrame(rows, columns=["measure", "spearman", "low", "high", "positions"])
+    return pd.DataFrame(rows, columns=["measure", "spearman", "spearman_low", "spearman_high", "positions"])
 
 
 def spearman(first_N: Floats, second_N: Floats) -> float:
     """Pearson's correlation of the ranks; equal values share their mean rank. NaN where one does not vary."""
     if len(first_N) < 2:
         return float("nan")
-    first_N, second_N = (ranks - ranks.mean() for ranks in map(_ranks, (first_N, second_N)))
+    first_N, second_N = (ranks - ranks.mean() for ranks in map(rankdata, (first_N, second_N)))
     size = np.sqrt((first_N @ first_N) * (second_N @ second_N))
     return float(first_N @ second_N / size) if size > 0 else float("nan")
-
-
-def _ranks(values_N: Floats) -> Floats:
-    _, inverse_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    rank = np.asarray(counts.cumsum() - (counts - 1) / 2, dtype=np.float64)
-    return rank[inverse_N]

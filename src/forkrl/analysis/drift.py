@@ -71,7 +71,7 @@ def overlap_table(entropies: Mapping[str, Tensor], prompts: Tensor, ratio: float
     for name in names:
         row: dict[str, str | float] = {"checkpoint": name}
         for column, end in (("with_first", names[0]), ("with_last", names[-1])):
-            # With itself it is no estimate.
+            # With itself it is known exactly.
             share = Estimate(1.0, 1.0, 1.0) if name == end else _overlap(top(name), ends[end], owner_N)
             row |= as_columns(column, share)
         rows.append(row)

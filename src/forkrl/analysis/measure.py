@@ -1,19 +1,37 @@
-"""What a model thinks at each position: entropy, log-prob, rank and the likeliest alternatives, a few rows at a time.
+"""What a model thinks at each token of given responses: entropy, log-prob, rank, the likeliest alternatives.
 
-Axes: ``N`` rows (token positions), ``R`` rows of a tile, ``D`` hidden, ``V`` vocabulary, ``K`` alternatives.
+``token_details`` computes it from hidden states, ``measure_responses`` of token ids, ``measure_tokens`` of texts.
+Axes: ``B`` sequences of a batch, ``T`` token positions, ``N`` response tokens, ``R`` rows of a tile, ``D`` hidden,
+``V`` vocabulary, ``K`` alternatives.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from forkrl.analysis.token_table import TOKEN_SCHEMA, TOP
+from forkrl.errors import UserError
+from forkrl.model.policy import Policy
+from forkrl.model.prompt_tokens import listed, prompt_token_ids, unknown_characters
+from forkrl.model.support import require_supported
+from forkrl.model.token_texts import TokenTexts
+from forkrl.parallel.workers import Worker, Workers
+from forkrl.types import Prompt
 
 TILE_ELEMENTS_CPU = 1 << 22
 """Logits held at once on a CPU: 16 MiB in fp32, 27 rows of a vocabulary of 150,000. Two or three such tiles coexist."""
 TILE_ELEMENTS = 1 << 25
 """Logits held at once elsewhere: 128 MiB in fp32, so that kernels are few and large."""
+BATCH_TOKENS = 16_384
+"""Padded tokens run through the model at once; a longer sequence forms a batch of its own."""
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class TokenDetails(NamedTuple):
@@ -94,3 +112,227 @@ def _tile_details(
         top_ids=ids_RK.int(),
         top_probs=top_RK.exp(),
     )
+
+
+class Written(NamedTuple):
+    """A response as token ids, after its prompt."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+def measure_responses(
+    workers: Workers, responses: Sequence[Written], *, temperature: float = 1.0, top: int
+) -> list[TokenDetails]:
+    """Entropy, log-prob, rank and the ``top`` likeliest tokens at every response token, under the policy given.
+
+    The entropy is that of the policy itself, whoever wrote the response (arXiv 2506.01939v2, eq. 1). Sequences are
+    batched by length; a batch holds one tile of logits at a time.
+
+    Returns:
+        For each response details ``[N]`` on the CPU, in the order given.
+
+    Raises:
+        UserError: the model's logits are NaN or infinite.
+    """
+    batches = _batches(responses)
+    measured = workers.map(
+        _measure_batch,
+        [[responses[row] for row in batch] for batch in batches],
+        temperature,
+        top,
+        sizes=[len(batch) * _length(responses[batch[0]]) for batch in batches],
+    )
+    found: dict[int, TokenDetails] = {}
+    for batch, details in zip(batches, measured, strict=True):
+        found.update(zip(batch, details, strict=True))
+    ordered = [found[row] for row in range(len(responses))]
+    if not all(bool(details.entropy.isfinite().all()) for details in ordered):
+        raise UserError("the model's logits are NaN or infinite on these responses; its weights have diverged")
+    return ordered
+
+
+def _batches(responses: Sequence[Written]) -> list[list[int]]:
+    """Row indices, longest first, cut so that a padded batch holds at most ``BATCH_TOKENS``."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(responses)), key=lambda row: -_length(responses[row])):
+        if batches and (len(batches[-1]) + 1) * _length(responses[batches[-1][0]]) <= BATCH_TOKENS:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _length(response: Written) -> int:
+    return len(response.prompt_ids) + len(response.response_ids)
+
+
+@torch.no_grad()
+def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float, top: int) -> list[TokenDetails]:
+    policy = worker.policy
+    width = max(map(_length, batch)) - 1
+    ids_BT = torch.zeros(len(batch), width, dtype=torch.int64)
+    response_BT = torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, response in enumerate(batch):
+        ids = torch.tensor(response.prompt_ids + response.response_ids)
+        ids_BT[row, : len(ids) - 1] = ids[:-1]
+        response_BT[row, len(response.prompt_ids) - 1 : len(ids) - 1] = True
+    # Padding is on the right, where causal attention never looks: no mask.
+    hidden_BTD = policy.hidden_states(ids_BT.to(policy.device), use_cache=False)
+    targets_N = torch.tensor([token for response in batch for token in response.response_ids], device=policy.device)
+    with policy.autocast():
+        details = token_details(
+            hidden_BTD[response_BT.to(policy.device)].to(policy.head_weight.dtype),
+            policy.head_weight,
+            targets_N,
+            bias=policy.head_bias,
+            temperature=temperature,
+            top=top,
+        )
+    lengths = [len(response.response_ids) for response in batch]
+    columns: list[tuple[Tensor, ...]] = [column.cpu().split(lengths) for column in details]
+    return [TokenDetails(*parts) for parts in zip(*columns, strict=True)]
+
+
+class SourceResponse(NamedTuple):
+    """A response on its way into the tables."""
+
+    prompt_id: str
+    prompt: int
+    prompt_text: str
+    sample: int
+    text: str
+    written: Written
+    finished: bool | None
+    correct: bool | None
+    failure: str = ""
+
+
+def measure_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    correct: Sequence[bool] | None = None,
+    temperature: float = 1.0,
+) -> pd.DataFrame:
+    """The table of tokens of given responses, for a notebook: what ``forkrl analyze`` writes, in memory.
+
+    Args:
+        model: a causal language model, on any device, in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: ``[R]`` texts, exactly as the model read them. Equal ones are one prompt.
+        responses: ``[R]`` texts.
+        correct: ``[R]``; None: unknown.
+        temperature: divides the logits.
+
+    Returns:
+        Rows of ``TOKEN_SCHEMA``, by prompt, sample and position: what every function of this package takes.
+
+    Raises:
+        UserError: ForkRL does not support the model (``forkrl.model.support``), or its logits are not finite.
+        ValueError: the model is neither in fp32 nor in bf16, lengths differ, there are no responses, one has no tokens,
+            does not tokenise back, or is longer than the model has positions for, or the tokenizer does not know a
+            character of a prompt.
+    """
+    known = [None] * len(prompts) if correct is None else list(correct)
+    if not prompts:
+        raise ValueError("there are no responses to measure")
+    if model.dtype not in _PRECISIONS:
+        raise ValueError(f"the model is in {model.dtype}; load it with dtype=torch.float32 or torch.bfloat16")
+    rows: list[SourceResponse] = []
+    seen: dict[str, list[int]] = {}  # of each prompt its number, and how many responses it has so far
+    for place, (prompt, text, result) in enumerate(zip(prompts, responses, known, strict=True)):
+        try:
+            written = _tokenised(model, tokenizer, prompt, text, f"response {place}")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        count = seen.setdefault(prompt, [len(seen), 0])
+        rows.append(SourceResponse(str(count[0]), count[0], prompt, count[1], text, written, None, result))
+        count[1] += 1
+    rows.sort(key=lambda row: (row.prompt, row.sample))
+    attention = model.config._attn_implementation
+    try:
+        policy = Policy(model, tokenizer, _PRECISIONS[model.dtype])
+        require_supported(policy, model.config.name_or_path or type(model).__name__)
+        with Workers(policy) as workers:
+            details = measure_responses(workers, [row.written for row in rows], temperature=temperature, top=TOP)
+    finally:
+        model.set_attn_implementation(attention)  # the model is the caller's
+    return token_rows(rows, details, TokenTexts(tokenizer)).to_pandas()
+
+
+def _tokenised(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, place: str
+) -> Written:
+    prompt_ids = prompt_token_ids(tokenizer, Prompt("", prompt, "", place))
+    if unknown := unknown_characters(tokenizer, prompt):
+        raise UserError(f"{place}: the tokenizer does not know {listed(unknown)} of the prompt")
+    written = Written(prompt_ids, response_token_ids(tokenizer, text, place))
+    require_positions(model, written, place)
+    return written
+
+
+def response_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> tuple[int, ...]:
+    """The tokens of a response given as text; ``place`` names it in errors.
+
+    Raises:
+        UserError: it has no tokens, or they are not the same text.
+    """
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise UserError(f"{place}: the response has no tokens")
+    back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    if back == text:
+        return ids
+    remedy = "use the tokenizer of the model that wrote it, or give its token_ids"
+    if unknown := unknown_characters(tokenizer, text):
+        raise UserError(f"{place}: the tokenizer does not know {listed(unknown)} of the response; {remedy}")
+    differs = (at for at, (a, b) in enumerate(zip(back, text, strict=False)) if a != b)
+    at = next(differs, min(len(back), len(text)))
+    raise UserError(
+        f"{place}: response does not tokenise back: from character {at + 1} on {text[at : at + 12]!r} becomes "
+        f"{back[at : at + 12]!r}; {remedy}"
+    )
+
+
+def require_positions(model: PreTrainedModel, written: Written, place: str) -> None:
+    """Reject a prompt and response together longer than the model has positions for."""
+    length = len(written.prompt_ids) + len(written.response_ids)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UserError(f"{place}: prompt and response have {length} tokens, the model has {positions} positions")
+
+
+def token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails], texts: TokenTexts) -> pa.Table:
+    """Rows of ``TOKEN_SCHEMA`` for the responses, in order, with what was measured of each."""
+    lengths = [len(response.written.response_ids) for response in group]
+    ids = [token for response in group for token in response.written.response_ids]
+
+    def repeated(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+        owner = [row for row, length in enumerate(lengths) for _ in range(length)]
+        return pa.array(values, kind).take(pa.array(owner, pa.int32()))
+
+    top_ids = torch.cat([detail.top_ids for detail in details])
+    width = top_ids.shape[1]
+    flat_ids = top_ids.flatten().tolist()
+    offsets = pa.array(range(0, len(flat_ids) + 1, width) if width else [0] * (len(ids) + 1), pa.int32())
+    flat_probs = torch.cat([detail.top_probs for detail in details]).flatten().float().numpy()
+    columns = {
+        "prompt_id": repeated([response.prompt_id for response in group], pa.string()).dictionary_encode(),
+        "prompt": repeated([response.prompt for response in group], pa.int32()),
+        "sample": repeated([response.sample for response in group], pa.int32()),
+        "position": pa.array([position for length in lengths for position in range(length)], pa.int32()),
+        "length": repeated(lengths, pa.int32()),
+        "token_id": pa.array(ids, pa.int32()),
+        "text": pa.array([texts[token] for token in ids], pa.string()).dictionary_encode(),
+        "entropy": torch.cat([detail.entropy for detail in details]).float().numpy(),
+        "logprob": torch.cat([detail.logprobs for detail in details]).float().numpy(),
+        "rank": torch.cat([detail.ranks for detail in details]).numpy(),
+        "top_ids": pa.ListArray.from_arrays(offsets, pa.array(flat_ids, pa.int32())),
+        "top_texts": pa.ListArray.from_arrays(offsets, pa.array([texts[token] for token in flat_ids], pa.string())),
+        "top_probs": pa.ListArray.from_arrays(offsets, pa.array(flat_probs)),
+        "correct": repeated([response.correct for response in group], pa.bool_()),
+    }
+    return pa.table(columns, schema=TOKEN_SCHEMA)

@@ -7,7 +7,7 @@ alike, and tokens of one response even more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -238,23 +238,37 @@ def density_against_correctness(responses: pd.DataFrame, bins: int = 5) -> pd.Da
     if judged.empty:
         return pd.DataFrame()
     part = pd.qcut(judged["fork_density"], bins, labels=False, duplicates="drop").fillna(0).astype(int).to_numpy()
-    correct = judged["correct"].to_numpy(float)
     rows = []
     for index in np.unique(part):
         inside = part == index
-        sums = ClusterSums(2)
-        for _, group in judged[inside].assign(value=correct[inside]).groupby("prompt", sort=False):
-            sums.add([group["value"].sum(), len(group)])
+        right = judged["correct"][inside].astype(float).groupby(judged["prompt"][inside], sort=False)
         density = judged["fork_density"][inside]
         rows.append(
             {
                 "low": float(density.min()),
                 "high": float(density.max()),
                 "responses": int(inside.sum()),
-                **as_columns("accuracy", sums.share(0, 1)),
+                **as_columns("accuracy", share_by_cluster(right.sum(), right.size())),
             }
         )
     return pd.DataFrame(rows)
+
+
+def share_by_cluster(sums_P: Iterable[float], counts_P: Iterable[float]) -> Estimate:
+    """A mean of zeros and ones, ``sum(sums) / sum(counts)`` over prompts; NaN where nothing was counted."""
+    return _sums_by_cluster(sums_P, counts_P).share(0, 1)
+
+
+def mean_by_cluster(sums_P: Iterable[float], counts_P: Iterable[float]) -> Estimate:
+    """``sum(sums) / sum(counts)`` over prompts, with Student's interval; NaN where nothing was counted."""
+    return _sums_by_cluster(sums_P, counts_P).mean(0, 1)
+
+
+def _sums_by_cluster(sums_P: Iterable[float], counts_P: Iterable[float]) -> ClusterSums:
+    clusters = ClusterSums(2)
+    for pair in zip(sums_P, counts_P, strict=True):
+        clusters.add(pair)
+    return clusters
 
 
 def _cluster_sums(found: pd.DataFrame, parts: int, columns: Sequence[str]) -> ClusterSums:

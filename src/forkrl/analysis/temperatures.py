@@ -1,6 +1,6 @@
 """Decoding with two temperatures: the sweep, what counts as broken, and the figures (arXiv 2506.01939, eq. 5, Fig. 3).
 
-Axes: ``P`` problems, ``K`` responses to each, ``N`` tokens.
+Axes: ``P`` prompts, ``K`` responses to each, ``N`` tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from forkrl.stats.intervals import Estimate, mean_with_interval, mean_with_normal_interval, paired_difference
+from forkrl.stats.intervals import (
+    Estimate,
+    as_columns,
+    mean_with_interval,
+    mean_with_normal_interval,
+    paired_difference,
+)
 
 PAPER_TEMPERATURES = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 FORK_FRACTION = 0.8
@@ -45,9 +51,9 @@ def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES, base: floa
         ValueError: a temperature is negative, not finite, or there twice.
     """
     if wrong := [value for value in temperatures if not 0 <= value < math.inf]:
-        raise ValueError(f"{wrong[0]} is no temperature")
+        raise ValueError(f"{wrong[0]} is not a valid temperature")
     if len(set(temperatures)) < len(temperatures):
-        raise ValueError(f"a temperature stands twice among {', '.join(f'{value:g}' for value in temperatures)}")
+        raise ValueError(f"duplicate temperature among {', '.join(f'{value:g}' for value in temperatures)}")
     others = [temperature for temperature in temperatures if temperature != base]
     return [
         Setting(base, base),
@@ -91,10 +97,10 @@ def holds_no_text(response: str) -> bool:
 
 
 def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFrame:
-    """The figures of every setting, with 95% intervals clustered by problem.
+    """The figures of every setting, with 95% intervals clustered by prompt.
 
     Args:
-        responses: a row a response. ``high``, ``low``: the setting; ``problem``: an integer, the same problems in every
+        responses: a row a response. ``high``, ``low``: the setting; ``prompt``: an integer, the same prompts in every
             setting, each equally often; ``score`` in [0, 1]; ``length``: tokens; ``cut``, ``loop``, ``garbled``: bool;
             ``surprise``: sum of -log-prob over its tokens under the unscaled model, nats; ``forks``: tokens above the
             threshold; ``failure``: empty, or why the verifier gave no result.
@@ -102,12 +108,12 @@ def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFram
 
     Returns:
         A row a setting, in the order of their first response. ``accuracy``, ``difference`` (of accuracy to
-        (base, base), paired by problem; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or
+        (base, base), paired by prompt; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or
         is garbled) and ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``,
-        ``loop``, ``garbled``, ``forks``; counts ``problems``, ``samples``, ``tokens``, ``failures``.
+        ``loop``, ``garbled``, ``forks``; counts ``prompts``, ``samples``, ``tokens``, ``failures``.
 
     Raises:
-        ValueError: no responses, or problems that differ in their number of responses, or between settings.
+        ValueError: no responses, or prompts that differ in their number of responses, or between settings.
     """
     if responses.empty:
         raise ValueError("no responses")
@@ -116,8 +122,8 @@ def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFram
     }
     baseline = groups.get(Setting(base, base))
     rows = [_figures(setting, group, baseline) for setting, group in groups.items()]
-    if len({(row["problems"], row["samples"]) for row in rows}) > 1:
-        raise ValueError("the settings differ in their numbers of problems or of responses to each")
+    if len({(row["prompts"], row["samples"]) for row in rows}) > 1:
+        raise ValueError("the settings differ in their numbers of prompts or of responses to each")
     return pd.DataFrame(rows)
 
 
@@ -135,19 +141,19 @@ def _figures(setting: Setting, group: pd.DataFrame, baseline: pd.DataFrame | Non
     }
     row: dict[str, Any] = {"high": setting.high, "low": setting.low}
     for name, estimate in estimates.items():
-        row |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        row |= as_columns(name, estimate)
     row |= {name: float(group[name].mean()) for name in ("cut", "loop", "garbled")}
-    problems, samples = score_PK.shape
+    prompts, samples = score_PK.shape
     failures = int((group["failure"] != "").sum())
-    row |= {"forks": float(group["forks"].sum()) / tokens, "problems": problems, "samples": samples}
+    row |= {"forks": float(group["forks"].sum()) / tokens, "prompts": prompts, "samples": samples}
     return row | {"tokens": tokens, "failures": failures}
 
 
 def _matrix(group: pd.DataFrame, column: str) -> _Array:
-    """``[P, K]``, problems in rising order."""
-    values = [part.to_numpy(np.float64) for _, part in group.groupby("problem", sort=True)[column]]
+    """``[P, K]``, prompts in rising order."""
+    values = [part.to_numpy(np.float64) for _, part in group.groupby("prompt", sort=True)[column]]
     if len({len(part) for part in values}) > 1:
-        raise ValueError("problems differ in their number of responses")
+        raise ValueError("prompts differ in their number of responses")
     return np.stack(values)
 
 

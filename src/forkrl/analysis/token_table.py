@@ -7,7 +7,6 @@ it). A row group holds whole responses, and the responses to one prompt follow e
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from forkrl.errors import UserError, first_line
+from forkrl.errors import UserError
+from forkrl.store.parquet import part_paths, reading_parquet
 
 TOP = 5
 """Alternatives kept of each position."""
@@ -98,7 +98,7 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:
-    """The rows, with all columns, that belong to so many prompts (by ``prompt``, their number)."""
+    """The rows, with all columns, of some prompts (by ``prompt``, their number)."""
     wanted = pa.array(sorted(numbers), pa.int32())
     found = []
     for path in part_paths(tokens):
@@ -108,31 +108,6 @@ def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:
                 # Filtered before it is a data frame: its lists would keep all of the row group alive.
                 found.append(table.filter(pc.is_in(table["prompt"], wanted)).combine_chunks())
     return pa.concat_tables(found).unify_dictionaries().to_pandas()
-
-
-@contextmanager
-def reading_parquet(path: Path) -> Iterator[None]:
-    """Turn what a damaged part provokes into one line for the user.
-
-    Raises:
-        UserError: names the part, and how to make it anew.
-    """
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({first_line(error)}); remove it and run the same command again, which rebuilds it"
-        ) from error
-
-
-def part_paths(tokens: Path) -> list[Path]:
-    """The files of a table, in order."""
-    if tokens.is_file():
-        return [tokens]
-    paths = sorted(tokens.glob("part-*.parquet"))
-    if not paths:
-        raise ValueError(f"{tokens}: holds no part-*.parquet")
-    return paths
 
 
 def read_tokens(tokens: str | Path, columns: Iterable[str] | None = None) -> pd.DataFrame:

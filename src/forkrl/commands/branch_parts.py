@@ -6,7 +6,6 @@ number: an interrupted command that is given again neither repeats finished part
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,13 @@ import pyarrow.parquet as pq
 import torch
 
 from forkrl.analysis.branching import choose_positions
-from forkrl.analysis.measure import TokenDetails
-from forkrl.analysis.token_pass import Written, measure_responses
-from forkrl.analysis.token_table import reading_parquet
-from forkrl.commands.session import Session
+from forkrl.analysis.measure import TokenDetails, Written, measure_responses
+from forkrl.commands.session import Session, part_seed
 from forkrl.model.stop_tokens import response_text
 from forkrl.model.token_texts import TokenTexts
 from forkrl.rollout.embedded import Prefix, stop_tokens
 from forkrl.rollout.held_out import evaluation_sampling, sample_and_score
-from forkrl.store.atomic import write_bytes
+from forkrl.store.parquet import part_path, reading_parquet, write_rows
 from forkrl.store.run_folder import encodable_text
 from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
 
@@ -44,16 +41,14 @@ BRANCH = pa.struct(
         pa.field("exact", pa.bool_(), nullable=False),  # ends the response: judged once, nothing sampled
         pa.field("cut", pa.float32(), nullable=False),  # share of the continuations that ran into the limit
         pa.field("length", pa.float32(), nullable=False),  # mean tokens of the whole response
-        pa.field(
-            "failures", pa.int32(), nullable=False
-        ),  # continuations that the verifier could not judge; they score 0
+        pa.field("failures", pa.int32(), nullable=False),  # continuations that could not be judged; they score 0
         pa.field("scores", pa.list_(pa.float32()), nullable=False),  # of every continuation
     ]
 )
 PART_SCHEMA = pa.schema(
     [
         pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
-        pa.field("response", pa.int32(), nullable=False),  # among those to its prompt, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
@@ -111,7 +106,7 @@ def prompts_per_part(design: Design, wave_sequences: int) -> int:
 def missing_parts(folder: Path, prompts: Sequence[Prompt], size: int) -> dict[int, Sequence[Prompt]]:
     """The parts that are not there yet, with their prompts. A last part with too few of them is not there."""
     parts = {start // size: prompts[start : start + size] for start in range(0, len(prompts), size)}
-    return {index: part for index, part in parts.items() if not _holds(part_path(folder, index), part)}
+    return {index: part for index, part in parts.items() if not _holds(part_path(folder / "parts", index), part)}
 
 
 def _holds(path: Path, prompts: Sequence[Prompt]) -> bool:
@@ -124,21 +119,15 @@ def _holds(path: Path, prompts: Sequence[Prompt]) -> bool:
     return list(found.values())[: len(prompts)] == [encodable_text(prompt.id) for prompt in prompts]
 
 
-def part_path(folder: Path, index: int) -> Path:
-    return folder / "parts" / f"part-{index:05d}.parquet"
-
-
 def write_part(folder: Path, index: int, first: int, rows: Sequence[dict[str, Any]]) -> None:
     """Write a part, all at once; its prompts are numbered from ``first``."""
     numbered = [row | {"prompt": first + row["prompt"]} for row in rows]
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(numbered, schema=PART_SCHEMA), buffer, compression="zstd")
-    write_bytes(part_path(folder, index), buffer.getvalue().to_pybytes())
+    write_rows(part_path(folder / "parts", index), numbered, PART_SCHEMA)
 
 
 def read_parts(folder: Path, size: int, num_prompts: int) -> list[dict[str, Any]]:
-    """The rows of the first so many prompts, in order, from parts of ``size`` prompts."""
-    paths = [part_path(folder, index) for index in range(-(-num_prompts // size))]
+    """The rows of the first ``num_prompts`` prompts, in order, from parts of ``size`` prompts."""
+    paths = [part_path(folder / "parts", index) for index in range(-(-num_prompts // size))]
     rows = []
     for path in paths:
         with reading_parquet(path):
@@ -148,7 +137,7 @@ def read_parts(folder: Path, size: int, num_prompts: int) -> list[dict[str, Any]
 
 def branches_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """All branches as one table, as ``forkrl.analysis.branching`` wants it, with all columns of ``BRANCH``."""
-    place = ("prompt", "response", "prompt_id")
+    place = ("prompt", "sample", "prompt_id")
     return pd.DataFrame([{name: row[name] for name in place} | branch for row in rows for branch in row["branches"]])
 
 
@@ -163,8 +152,7 @@ class PartSampler:
 
     def rows(self, part: int, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         """Rows of ``PART_SCHEMA``, prompts numbered from 0; the same whenever they are asked for."""
-        digest = hashlib.sha256(f"branches/{self._session.config.seed}/{part}".encode()).digest()
-        seed = int.from_bytes(digest[:8], "little") >> 1
+        seed = part_seed("branches", self._session.config.seed, part)
         generator = torch.Generator(self._session.policy.device).manual_seed(seed)
         groups = sample_and_score(
             self._session.engine, self._verifier, prompts,
@@ -180,7 +168,7 @@ class PartSampler:
         return [
             {
                 "prompt": number,
-                "response": place,
+                "sample": place,
                 "prompt_id": encodable_text(group.prompt.id),
                 "prompt_text": encodable_text(group.prompt.text),
                 "token_ids": list(rollout.response_ids),

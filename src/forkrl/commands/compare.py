@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import forkrl
 from forkrl.commands.options import CompareOptions
-from forkrl.commands.work_folder import read_json
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks
@@ -20,6 +19,7 @@ from forkrl.report.formatting import interval, percent, probability, shortened
 from forkrl.report.page import write_page
 from forkrl.report.plots import ellipsis
 from forkrl.store.atomic import explained_write_errors, write_json
+from forkrl.store.results import read_json
 
 SCHEMA = "forkrl-compare/1"
 COMPARISON = "comparison.json"

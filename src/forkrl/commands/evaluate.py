@@ -16,8 +16,8 @@ from forkrl.commands.eval_engines import EvalEngine, PromptFormat, identity, ope
 from forkrl.commands.judging import Judging
 from forkrl.commands.options import EvalOptions
 from forkrl.commands.reference import parse_reference
+from forkrl.commands.runner import open_work_folder
 from forkrl.commands.subject import Subject, open_subject
-from forkrl.commands.work_folder import command_line, open_work_folder
 from forkrl.config import TrainConfig
 from forkrl.evaluation.eval_report import write_eval_report
 from forkrl.evaluation.folder import RESULTS, SCHEMA, read_results
@@ -29,6 +29,7 @@ from forkrl.report.progress import progress
 from forkrl.rewards import open_verifier
 from forkrl.rewards.pool import VerifierPool
 from forkrl.store.atomic import write_json
+from forkrl.store.results import command_line
 from forkrl.tasks import check_prompts
 from forkrl.types import VerifierSpec
 

@@ -336,7 +336,7 @@ class AnalyzeOptions(ResponseOptions, ModelOptions):
       forkrl analyze my-model --responses rollouts.jsonl        your own responses: {"prompt": …, "response": …}
 
     Writes into --out (default: inside the run, or analyses/NAME-analyze): tokens/ (Parquet, one row per token: text,
-    entropy, log-prob, rank, five alternatives), responses/, tables/*.csv, analysis.json and report.html. Ctrl-C keeps
+    entropy, log-prob, rank, five alternatives), responses/, tables/*.csv, results.json and report.html. Ctrl-C keeps
     what is finished; the same command continues.
     """
 
@@ -395,7 +395,7 @@ class DriftOptions(ResponseOptions):
       forkrl drift base-model sft-model rl-model --data prompts.jsonl
 
     Every checkpoint reads the final one's responses. Writes into --out (default: inside the run, or
-    analyses/NAME-drift): the tokens, tables/*.csv (overlap, change by percentile, percentiles), drift.json and
+    analyses/NAME-drift): the tokens, tables/*.csv (overlap, change by percentile, percentiles), results.json and
     report.html. Ctrl-C keeps what is finished; the same command continues.
     """
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forkrl.analysis.token_pass import Written
-from forkrl.analysis.token_rows import SourceResponse
+from forkrl.analysis.measure import SourceResponse, Written, require_positions, response_token_ids
 from forkrl.errors import UserError
 from forkrl.model.policy import Policy
-from forkrl.model.prompt_tokens import PromptCheck, listed, unknown_characters
+from forkrl.model.prompt_tokens import PromptCheck
 from forkrl.report.progress import progress
 from forkrl.store.run_folder import encodable_text
 from forkrl.tasks.bad_rows import BadRows
@@ -61,7 +60,7 @@ class ReadyResponses:
         digest = hashlib.sha256()
         for row in progress(self._rows(), f"reading {path.name}"):
             length = len(row.response.written.response_ids)
-            by_prompt.setdefault((row.response.prompt_id, row.response.prompt), []).append((row.offset, length))
+            by_prompt.setdefault((row.response.prompt_id, row.response.prompt_text), []).append((row.offset, length))
             digest.update(repr((row.response.prompt_id, row.response.written, row.response.correct)).encode())
         self.fingerprint = digest.hexdigest()[:16]
         if not skip_unusable:
@@ -79,7 +78,7 @@ class ReadyResponses:
             for offset, number, sample in self._parts[index]:
                 file.seek(offset)
                 response = self._parse(file.readline(), f"{self._path.name} at byte {offset}")
-                responses.append(response._replace(number=number, sample=sample))
+                responses.append(response._replace(prompt=number, sample=sample))
         return responses
 
     def _rows(self) -> Iterator[_Row]:
@@ -107,17 +106,18 @@ class ReadyResponses:
             Prompt("", prompt, "", place, templated=self._templated), allow_unknown=self._allow_unknown
         )
         response_ids, text = self._response(values, place)
-        self._require_positions(len(prompt_ids) + len(response_ids), place)
+        written = Written(prompt_ids, response_ids)
+        require_positions(self._policy.model, written, place)
         given_id = values.get("prompt_id")
         return SourceResponse(
             prompt_id=encodable_text(str(given_id))
             if given_id is not None
             else hashlib.sha256(prompt.encode()).hexdigest()[:16],
-            prompt=prompt,
-            number=0,
+            prompt=0,
+            prompt_text=prompt,
             sample=0,
             text=text,
-            written=Written(prompt_ids, response_ids),
+            written=written,
             finished=None,
             correct=_correct(values, place),
         )
@@ -138,27 +138,7 @@ class ReadyResponses:
         if not text:
             raise UserError(f"{place}: response is empty; remove the row")
         require_characters(text, "response", place)
-        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-        back = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-        if back != text and (unknown := unknown_characters(tokenizer, text)):
-            raise UserError(
-                f"{place}: the tokenizer does not know {listed(unknown)} of the response; use the tokenizer of the "
-                f"model that wrote it, or give its token_ids"
-            )
-        if back != text:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), min(len(back), len(text))
-            )
-            raise UserError(
-                f"{place}: response does not tokenise back: from character {at + 1} on {text[at : at + 12]!r} becomes "
-                f"{back[at : at + 12]!r}; use the tokenizer of the model that wrote it, or give its token_ids"
-            )
-        return ids, text
-
-    def _require_positions(self, length: int, place: str) -> None:
-        positions = getattr(self._policy.model.config, "max_position_embeddings", None)
-        if positions is not None and length > positions:
-            raise UserError(f"{place}: prompt and response have {length} tokens, the model has {positions} positions")
+        return response_token_ids(tokenizer, text, place), text
 
 
 def _cut(by_prompt: dict[tuple[str, str], list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
@@ -184,5 +164,5 @@ def _correct(values: dict[str, Any], place: str) -> bool | None:
     if score is None:
         return None
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise UserError(f"{place}: score = {score!r} is no number from 0 to 1")
+        raise UserError(f"{place}: score = {score!r} is not a number from 0 to 1")
     return score == 1

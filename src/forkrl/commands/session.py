@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from forkrl.commands.subject import Subject
 from forkrl.config import TrainConfig
@@ -66,6 +68,25 @@ def open_session(subject: Subject) -> Iterator[Session]:
         yield Session(config, workers, engine, task, prompts, verifier)
 
 
+def session_question(session: Session) -> dict[str, Any]:
+    """The part of a question that says which prompts, how they are sampled, and who judges."""
+    config = session.config
+    return {
+        "task": session.task.name,
+        "data": session.task.fingerprint,
+        "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},
+        "seed": config.seed,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "stop": list(config.rollout.stop),
+    }
+
+
+def part_seed(kind: str, seed: int, part: int) -> int:
+    """The seed of one part of the work, which therefore does not depend on the parts before it."""
+    digest = hashlib.sha256(f"{kind}/{seed}/{part}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def graphs_fact(config: TrainConfig) -> dict[str, bool]:
     """For a command's question, which names the setting only where it is on: it is younger than the questions are."""
     return {"rollout.cuda_graphs": True} if config.rollout.cuda_graphs else {}
@@ -73,7 +94,7 @@ def graphs_fact(config: TrainConfig) -> dict[str, bool]:
 
 def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
     """The subject's settings, once every prompt is found to fit; with the length of responses that the model's
-    positions leave, where nobody chose one.
+    positions leave, where none was chosen.
     """
     if not subject.bounded:
         return _bounded_by_positions(subject.config, engine, prompts)
@@ -82,7 +103,7 @@ def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[P
 
 
 def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
-    """Nobody chose a length of responses: the default, or as much as the model has positions for."""
+    """No length of responses was chosen: the default, or as much as the model has positions for."""
     longest = max((engine.count_tokens(prompt) for prompt in prompts), default=0)
     positions = getattr(engine.policy.model.config, "max_position_embeddings", None)
     if positions is None or longest + config.rollout.max_response_tokens <= positions:

@@ -34,7 +34,7 @@ class Subject(NamedTuple):
     """A model as the user named it, with the settings to look at it under.
 
     ``checkpoint``: of the run, "step-N" or "base"; ``whole``: on all prompts of the data, nothing split off; ``limit``:
-    at most so many of them; ``bounded``: the user set ``rollout.max_response_tokens``; ``given``: the settings that
+    at most this many of them; ``bounded``: the user set ``rollout.max_response_tokens``; ``given``: the settings that
     overrides or options set.
     """
 
@@ -124,7 +124,7 @@ class Weights(NamedTuple):
 
 
 def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
-    """The weights that a reference to a run stands for; ``trained``: the model settings of that run."""
+    """The weights that a reference to a run names; ``trained``: the model settings of that run."""
     from forkrl.store.checkpoint import checkpoint_of_step, latest_checkpoint  # which imports torch
 
     assert reference.run is not None
@@ -159,7 +159,7 @@ def _chosen(options: ModelOptions | DriftOptions) -> dict[str, tuple[str, Any]]:
 def _why_unused(key: str, unused: Mapping[str, str]) -> str:
     section = key.partition(".")[0] + "."
     if key == ALLOW_UNKNOWN and section in unused:
-        return ""  # of all prompts, whatever they come from
+        return ""  # of all prompts, wherever they come from
     return next((f"has no effect {unused[name]}; drop it" for name in (key, section) if name in unused), "")
 
 
@@ -172,7 +172,7 @@ def _why_without_effect(key: str, config: TrainConfig, whole: bool, activity: st
     if not key.startswith("task."):
         return "" if key in _SETTINGS else f"has no effect on {activity}; drop it"
     if whole and key == "task.held_out_rows":
-        return "has no effect; all rows are taken (--problems takes the first so many)"
+        return "has no effect; all rows are taken (--problems limits them)"
     if whole and key == "task.data" and config.task.held_out_data:
         return f"has no effect; the prompts come from task.held_out_data = {config.task.held_out_data!r}; set that one"
     return ""

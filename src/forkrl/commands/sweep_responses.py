@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +13,25 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.analysis.temperatures import FORK_FRACTION, Setting, ends_in_loop, holds_no_text
-from forkrl.analysis.token_table import reading_parquet
 from forkrl.model.token_texts import TokenTexts
-from forkrl.store.atomic import write_bytes
+from forkrl.store.parquet import reading_parquet, write_rows
 from forkrl.store.run_folder import encodable_text
-from forkrl.types import Rollout, RolloutGroup
+from forkrl.types import RolloutGroup
 
 RESPONSE_SCHEMA = pa.schema(
     [
         pa.field("high", pa.float64(), nullable=False),
         pa.field("low", pa.float64(), nullable=False),
         pa.field("threshold", pa.float64(), nullable=False),  # nats
-        pa.field("problem", pa.int32(), nullable=False),  # its number, from 0
-        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its problem, from 0
+        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response", pa.string(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("tokens", pa.list_(pa.string()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of the unscaled model, nats
-        pa.field("entropy", pa.list_(pa.float32()), nullable=False),  # likewise
+        pa.field("entropy", pa.list_(pa.float32()), nullable=False),  # of the unscaled model, nats
         pa.field("score", pa.float32(), nullable=False),
         pa.field("failure", pa.string(), nullable=False),  # why the verifier gave no result; empty if it did
         pa.field("length", pa.int32(), nullable=False),  # tokens, a closing stop token among them
@@ -45,58 +42,40 @@ RESPONSE_SCHEMA = pa.schema(
         pa.field("forks", pa.int32(), nullable=False),  # tokens with an entropy above the threshold
     ]
 )
-_PER_TOKEN = ("token_ids", "tokens", "logprobs", "entropy")
-_FIGURES = [name for name in RESPONSE_SCHEMA.names if name not in (*_PER_TOKEN, "prompt_id", "prompt", "response")]
+_LONG = ("token_ids", "tokens", "logprobs", "entropy", "prompt_id", "prompt_text", "response")
+_FIGURES = [name for name in RESPONSE_SCHEMA.names if name not in _LONG]
 
 
-@dataclass(frozen=True, slots=True)
-class SweepResponses:
-    """The files of one sweep.
+def setting_path(folder: Path, setting: Setting) -> Path:
+    """The file of a setting."""
+    return folder / f"high-{setting.high!r}-low-{setting.low!r}.parquet"
 
-    Args:
-        folder: where they are; made when the first is written.
-        settings: all of the sweep, the baseline first.
-    """
 
-    folder: Path
-    settings: Sequence[Setting]
+def write_setting(
+    folder: Path,
+    setting: Setting,
+    groups: Sequence[RolloutGroup],
+    threshold: float,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Put a finished setting on disk, all at once."""
+    folder.mkdir(exist_ok=True)
+    write_rows(setting_path(folder, setting), list(_rows(setting, groups, threshold, tokenizer)), RESPONSE_SCHEMA)
 
-    @property
-    def missing(self) -> list[Setting]:
-        """Settings still to be sampled, in order."""
-        return [setting for setting in self.settings if not self._path(setting).exists()]
 
-    def write(
-        self, setting: Setting, groups: Sequence[RolloutGroup], threshold: float, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        """Put a finished setting on the disk, all at once."""
-        rows = list(_rows(setting, groups, threshold, tokenizer))
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, RESPONSE_SCHEMA), buffer, compression="zstd")
-        self.folder.mkdir(exist_ok=True)
-        write_bytes(self._path(setting), buffer.getvalue())
+def stored_threshold(folder: Path, baseline: Setting) -> float:
+    """The threshold that the sweep began with, from the file of its baseline."""
+    return float(_read(folder, baseline, ["threshold"])["threshold"].iloc[0])
 
-    def threshold(self) -> float:
-        """The one that the sweep began with, from the file of the baseline."""
-        return float(self._read(self.settings[0], ["threshold"])["threshold"].iloc[0])
 
-    def figures(self) -> pd.DataFrame:
-        """All responses of all settings without what is long: what ``temperature_table`` needs."""
-        return pd.concat([self._read(setting, _FIGURES) for setting in self.settings], ignore_index=True)
+def read_figures(folder: Path, settings: Sequence[Setting]) -> pd.DataFrame:
+    """All responses of all settings without their tokens and texts: what ``temperature_table`` needs."""
+    return pd.concat([_read(folder, setting, _FIGURES) for setting in settings], ignore_index=True)
 
-    def first_responses(self, setting: Setting, problems: int) -> pd.DataFrame:
-        """The first response to each of the first problems, in full."""
-        wanted = [("problem", "<", problems), ("sample", "==", 0)]
-        return self._read(setting, RESPONSE_SCHEMA.names, wanted)
 
-    def _read(self, setting: Setting, columns: list[str], filters: Any = None) -> pd.DataFrame:
-        path = self._path(setting)
-        with reading_parquet(path):
-            frame: pd.DataFrame = pq.read_table(path, columns=columns, filters=filters).to_pandas()
-        return frame
-
-    def _path(self, setting: Setting) -> Path:
-        return self.folder / f"high-{setting.high!r}-low-{setting.low!r}.parquet"
+def first_responses(folder: Path, setting: Setting, num_prompts: int) -> pd.DataFrame:
+    """The first response to each of the first prompts, in full."""
+    return _read(folder, setting, RESPONSE_SCHEMA.names, [("prompt", "<", num_prompts), ("sample", "==", 0)])
 
 
 def fork_threshold(groups: Sequence[RolloutGroup]) -> float:
@@ -105,21 +84,28 @@ def fork_threshold(groups: Sequence[RolloutGroup]) -> float:
     return float(np.quantile(np.concatenate(entropies).astype(np.float64), FORK_FRACTION))
 
 
+def _read(folder: Path, setting: Setting, columns: list[str], filters: Any = None) -> pd.DataFrame:
+    path = setting_path(folder, setting)
+    with reading_parquet(path):
+        frame: pd.DataFrame = pq.read_table(path, columns=columns, filters=filters).to_pandas()
+    return frame
+
+
 def _rows(
     setting: Setting, groups: Sequence[RolloutGroup], threshold: float, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """A row of ``RESPONSE_SCHEMA`` for each response."""
     texts = TokenTexts(tokenizer)
-    for problem, group in enumerate(groups):
+    for number, group in enumerate(groups):
         for sample, (rollout, result) in enumerate(zip(group.rollouts, group.results, strict=True)):
             yield {
                 "high": setting.high,
                 "low": setting.low,
                 "threshold": threshold,
-                "problem": problem,
+                "prompt": number,
                 "sample": sample,
                 "prompt_id": encodable_text(group.prompt.id),
-                "prompt": encodable_text(group.prompt.text),
+                "prompt_text": encodable_text(group.prompt.text),
                 "response": encodable_text(rollout.text),
                 "token_ids": rollout.response_ids,
                 "tokens": [texts[token_id] for token_id in rollout.response_ids],
@@ -128,13 +114,9 @@ def _rows(
                 "score": result.score,
                 "failure": result.failure,
                 "length": len(rollout),
-                **_flags(rollout),
+                "cut": not rollout.finished,
+                "loop": ends_in_loop(rollout.response_ids[:-1] if rollout.finished else rollout.response_ids),
+                "garbled": holds_no_text(rollout.text),
                 "surprise": -float(rollout.logprobs.double().sum()),
                 "forks": int((rollout.entropy > threshold).sum()),
             }
-
-
-def _flags(rollout: Rollout) -> dict[str, bool]:
-    """The three ways to be broken."""
-    written = rollout.response_ids[:-1] if rollout.finished else rollout.response_ids
-    return {"cut": not rollout.finished, "loop": ends_in_loop(written), "garbled": holds_no_text(rollout.text)}

@@ -1,16 +1,15 @@
-"""Responses and their tokens on disk, part by part: ``tokens/part-00000.parquet`` and ``responses/part-00000.parquet``.
+"""The tokens that ``analyze`` and ``drift`` look at: of responses generated or given, measured part by part.
 
-A part is done when its file in ``responses/`` is there: it is written last. Responses are generated, or read from a
-file of the user's; either way the source cuts them into parts that do not depend on how often the work was interrupted.
+``tokens/part-00000.parquet`` … and ``responses/part-00000.parquet`` …: a part is done when its file in ``responses/``
+is there, which is written last. The source cuts responses into parts that do not depend on interruptions.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import pyarrow as pa
@@ -18,34 +17,119 @@ import pyarrow.parquet as pq
 import torch
 
 from forkrl.analysis import TOKEN_SCHEMA
-from forkrl.analysis.token_pass import Written, measure_responses
-from forkrl.analysis.token_rows import SourceResponse, token_rows
-from forkrl.analysis.token_table import TOP, part_paths, reading_parquet
-from forkrl.commands.session import Session
+from forkrl.analysis.measure import SourceResponse, Written, measure_responses, token_rows
+from forkrl.analysis.token_table import TOP
+from forkrl.commands.options import AnalyzeOptions, DriftOptions
+from forkrl.commands.ready_responses import ReadyResponses
+from forkrl.commands.runner import open_work_folder, say_kept, stored_question
+from forkrl.commands.session import Session, open_session, part_seed, session_question
+from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_subject
+from forkrl.errors import UserError, notice
+from forkrl.model.policy import open_policy
 from forkrl.model.token_texts import TokenTexts
-from forkrl.parallel.workers import Workers
+from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import progress
 from forkrl.rollout.held_out import evaluation_sampling
 from forkrl.rollout.scoring import score_groups
-from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside
+from forkrl.store.parquet import part_path, part_paths, reading_parquet, writing_parquet
 from forkrl.store.run_folder import encodable_text
 
 RESPONSE_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("number", pa.int32(), nullable=False),  # of the prompt, from 0; "prompt" in the table of tokens
-        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
+        pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response", pa.string(), nullable=False),
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("finished", pa.bool_()),  # null where nobody knows
+        pa.field("finished", pa.bool_()),  # null where unknown
         pa.field("correct", pa.bool_()),  # null where nothing judged
         pa.field("failure", pa.string(), nullable=False),  # why a verifier could not judge
     ]
 )
 GROUP_TOKENS = 1 << 16
 """Tokens of a row group: memory in reading and writing is bounded by it, or by the longest response."""
+
+
+def open_response_subject(options: AnalyzeOptions | DriftOptions) -> Subject:
+    """The model and its settings; options without effect are rejected."""
+    if options.responses is not None:
+        given = [f"--{name}" for name in ("problems", "samples") if getattr(options, name) is not None]
+        unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
+        read = f"{ALLOW_UNKNOWN}="
+        given += [each for each in options.all_overrides if each.startswith(unread) and not each.startswith(read)]
+        if given:
+            what = f"--responses {options.responses}"
+            raise UserError(f"{given[0]}: has no effect along with {what}: nothing is generated")
+    elif options.skip_unusable:
+        raise UserError("--skip-unusable: has no effect without --responses")
+    return open_subject(options)
+
+
+def entropy_temperature(subject: Subject) -> float:
+    """At which entropies are measured: those of greedy responses are at temperature 1."""
+    return subject.config.eval.temperature or 1.0
+
+
+def collect_tokens(
+    folder: Path, subject: Subject, options: AnalyzeOptions | DriftOptions, question: Mapping[str, Any]
+) -> list[str]:
+    """Fill ``tokens/`` and ``responses/`` in the folder, from where an earlier call stopped.
+
+    Args:
+        folder: of the work; refused if it was created with other settings.
+        subject: of ``open_response_subject``.
+        options: whether responses are sampled or in a file.
+        question: see ``open_work_folder``; the settings of sampling are added.
+
+    Returns:
+        Sentences on what was left out.
+    """
+    if options.responses is not None:
+        return _measure_ready(folder, subject, options.responses, options.skip_unusable, question)
+    samples = subject.config.eval.samples
+    with open_session(subject) as session:
+        asked = {
+            **question,
+            **session_question(session),
+            "prompts": len(session.prompts),
+            "samples": samples,
+            # An earlier call's cut is kept: it decides which responses share a generator, and another number of
+            # workers may be at work now.
+            "prompts_per_part": stored_question(folder).get("prompts_per_part")
+            or max(session.engine.wave_sequences // samples, 1),
+        }
+        with open_work_folder(folder, asked):
+            source = GeneratedResponses(session, samples, asked["prompts_per_part"])
+            write_missing_parts(folder, source, session.workers, entropy_temperature(subject))
+    return []
+
+
+def _measure_ready(
+    folder: Path, subject: Subject, responses: Path, skip_unusable: bool, question: Mapping[str, Any]
+) -> list[str]:
+    """Measure the ready responses that are not in the folder yet."""
+    config = subject.config
+    policy = open_policy(config.model, config.runtime.device)
+    parts = config.task.parts or (config.task,)
+    source = ReadyResponses(
+        responses,
+        policy,
+        skip_unusable=skip_unusable,
+        templated=subject.run is not None and all(part.chat_template for part in parts),
+        allow_unknown=config.task.allow_unknown_tokens,
+    )
+    with ExitStack() as stack:
+        asked = {**question, "responses": str(responses), "data": source.fingerprint}
+        stack.enter_context(open_work_folder(folder, asked))
+        workers = stack.enter_context(open_workers(policy, None, config.runtime))
+        write_missing_parts(folder, source, workers, entropy_temperature(subject))
+    if not source.skipped.count:
+        return []
+    sentence = f"{source.skipped.count} rows of {responses.name} could not be used and are left out"
+    notice(f"{sentence}:\n{source.skipped.listing()}")
+    return [f"{sentence}; {source.skipped.first}"]
 
 
 class ResponseSource(Protocol):
@@ -64,18 +148,18 @@ class GeneratedResponses:
     Every part draws from a generator of its own, seeded by the recipe's seed and the part's number.
     """
 
-    def __init__(self, session: Session, num_samples: int, temperature: float, prompts_per_part: int) -> None:
+    def __init__(self, session: Session, num_samples: int, prompts_per_part: int) -> None:
         self._session = session
         self._num_samples = num_samples
-        self._sampling = evaluation_sampling(session.config, temperature, session.policy)
+        self._sampling = evaluation_sampling(session.config, session.config.eval.temperature, session.policy)
         self._prompts_per_part = prompts_per_part
         self.num_parts = -(-len(session.prompts) // prompts_per_part)
 
     def part(self, index: int) -> list[SourceResponse]:
         start = index * self._prompts_per_part
         prompts = self._session.prompts[start : start + self._prompts_per_part]
-        digest = hashlib.sha256(f"responses/{self._session.config.seed}/{index}".encode()).digest()
-        generator = torch.Generator(self._session.policy.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        seed = part_seed("responses", self._session.config.seed, index)
+        generator = torch.Generator(self._session.policy.device).manual_seed(seed)
         groups = self._session.engine.generate(
             prompts, group_size=self._num_samples, sampling=self._sampling, generator=generator
         )
@@ -84,8 +168,8 @@ class GeneratedResponses:
         return [
             SourceResponse(
                 prompt_id=group.prompt.id,
-                prompt=group.prompt.text,
-                number=start + place,
+                prompt=start + place,
+                prompt_text=group.prompt.text,
                 sample=sample,
                 text=rollout.text,
                 written=Written(rollout.prompt_ids, rollout.response_ids),
@@ -104,27 +188,28 @@ def write_missing_parts(folder: Path, source: ResponseSource, workers: Workers, 
     for table in tables:
         (folder / table).mkdir(exist_ok=True)
     missing = [
-        index for index in range(source.num_parts) if not all(_path(folder, table, index).exists() for table in tables)
+        index
+        for index in range(source.num_parts)
+        if not all(part_path(folder / table, index).exists() for table in tables)
     ]
-    if 0 < len(missing) < source.num_parts:
-        print(f"{source.num_parts - len(missing)} of {source.num_parts} parts are in {folder} already", flush=True)
+    say_kept(source.num_parts - len(missing), source.num_parts, "parts", folder)
     texts = TokenTexts(workers.policy.tokenizer)
     for index in progress(missing, "measuring tokens"):
         responses = source.part(index)
-        with writing_parquet(_path(folder, "tokens", index), TOKEN_SCHEMA) as writer:
+        with writing_parquet(part_path(folder / "tokens", index), TOKEN_SCHEMA) as writer:
             for group in _groups(responses):
                 written = [response.written for response in group]
                 details = measure_responses(workers, written, temperature=temperature, top=TOP)
                 writer.write_table(token_rows(group, details, texts))
-        with writing_parquet(_path(folder, "responses", index), RESPONSE_SCHEMA) as writer:
+        with writing_parquet(part_path(folder / "responses", index), RESPONSE_SCHEMA) as writer:
             writer.write_table(_response_rows(responses))
 
 
 def read_responses(
-    folder: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
+    folder: Path, columns: Sequence[str] | None = None, prompts: Collection[int] | None = None
 ) -> pd.DataFrame:
     """The table of responses: all of it, or some columns, or those to some prompts."""
-    chosen = None if numbers is None else [("number", "in", list(numbers))]
+    chosen = None if prompts is None else [("prompt", "in", list(prompts))]
     names = None if columns is None else list(columns)
     frames = []
     for path in part_paths(folder / "responses"):
@@ -152,9 +237,9 @@ def _response_rows(responses: Sequence[SourceResponse]) -> pa.Table:
     rows = [
         {
             "prompt_id": response.prompt_id,
-            "prompt": encodable_text(response.prompt),
-            "number": response.number,
+            "prompt": response.prompt,
             "sample": response.sample,
+            "prompt_text": encodable_text(response.prompt_text),
             "response": encodable_text(response.text),
             "prompt_token_ids": list(response.written.prompt_ids),
             "token_ids": list(response.written.response_ids),
@@ -165,23 +250,3 @@ def _response_rows(responses: Sequence[SourceResponse]) -> pa.Table:
         for response in responses
     ]
     return pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA)
-
-
-def _path(folder: Path, table: str, index: int) -> Path:
-    return folder / table / f"part-{index:05d}.parquet"
-
-
-@contextmanager
-def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A Parquet writer whose file appears at ``path`` all at once, when everything is in it."""
-    temporary = temporary_beside(path)
-    with explained_write_errors(path):
-        try:
-            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                yield writer
-            fsync(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync(path.parent)

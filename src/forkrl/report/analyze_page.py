@@ -11,52 +11,46 @@ from matplotlib.figure import Figure
 
 from forkrl.report.fork_view import ForkView, Frame, ShownPrompt, View, describe_choice
 from forkrl.report.formatting import interval_of, visible_token
-from forkrl.report.page import Card, Page, Section, interval_card
-from forkrl.report.plots import (
-    BLUE,
-    PERCENT,
-    Curve,
-    Panel,
-    column_curve,
-    plot,
-    word_cloud,
-)
+from forkrl.report.page import Card, Page, Section, about, interval_card
+from forkrl.report.plots import BLUE, PERCENT, Curve, Panel, column_curve, plot, word_cloud
 from forkrl.stats.intervals import Estimate
+from forkrl.store.results import Results
 
-TYPE_ROWS = 100
-_PAPER = "the paper at temperature 1: "
+TYPE_ROWS, PRINTED_TYPES = 100, 8
+_PAPER = "the paper's Qwen3-8B at temperature 1: "
 
 
-def analyze_page(
-    facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], shown: Sequence[ShownPrompt], **about: Any
-) -> Page:
-    """The page of an analysis.
-
-    Args:
-        facts: as in analysis.json.
-        tables: the frames of ``forkrl.analysis`` by the names of their CSV files.
-        shown: prompts whose responses can be looked at.
-        about: ``notes``, ``provenance`` and ``command`` of the page.
-    """
+def analyze_page(results: Results, shown: Sequence[ShownPrompt]) -> Page:
+    """The page of an analysis; ``shown``: prompts whose responses can be looked at."""
+    facts = results.facts
     choice = describe_choice(len(shown), facts["prompts"])
+    cards = [
+        Card(
+            "Tokens", f"{facts['tokens']:,.0f}", note=f"{facts['responses']:,} responses, {facts['prompts']:,} prompts"
+        ),
+        Card("Below 0.01 nats", f"{facts['share_below_0.01']:.2%}", note=f"of tokens; {_PAPER}50.64%"),
+        Card("80th percentile", f"{facts['percentile_80']:.3f} nats", note=f"{_PAPER}0.672"),
+        Card("Mean entropy", f"{facts['mean']:.3g} nats", note=f"the highest is {facts['max']:.3g}"),
+    ]
+    if facts["accuracy"] is not None:
+        cards.append(interval_card("Accuracy", interval_of(facts, "accuracy")))
     return Page(
-        name=str(facts["model"]),
+        **about(results),
         kind="analysis",
-        headline=_headline(facts),
-        sections=_sections(facts, tables),
-        cards=_cards(facts),
+        sections=_sections(facts, results.tables),
+        cards=cards,
         forks=ForkView(
-            [View("responses", "Responses", choice, [Frame("", shown)])],
+            [View("Responses", choice, [Frame("", shown)])],
             f"The keys visit the forks: tokens written with more than {facts['threshold']:.3g} nats of entropy.",
             facts["threshold"],
         ),
         sections_title="Patterns",
         source="the analysis folder's tokens/ and responses/",
-        **about,
     )
 
 
-def _headline(facts: Mapping[str, Any]) -> str:
+def analyze_headline(facts: Mapping[str, Any]) -> str:
+    """How certain the model was when it wrote, next to the paper's figures."""
     return (
         f"At temperature {facts['temperature']:g}, {facts['share_below_0.01']:.1%} of {facts['tokens']:,.0f} tokens "
         f"were written with less than 0.01 nats of entropy; the fifth with the most has more than "
@@ -64,21 +58,8 @@ def _headline(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _cards(facts: Mapping[str, Any]) -> list[Card]:
-    scale = f"{facts['responses']:,} responses, {facts['prompts']:,} prompts"
-    cards = [
-        Card("Tokens", f"{facts['tokens']:,.0f}", note=scale),
-        Card("Below 0.01 nats", f"{facts['share_below_0.01']:.1%}", note=f"of tokens; {_PAPER}50.64%"),
-        Card("80th percentile", f"{facts['percentile_80']:.3g} nats", note=f"{_PAPER}0.672"),
-        Card("Mean entropy", f"{facts['mean']:.3g} nats", note=f"the highest is {facts['max']:.3g}"),
-    ]
-    if facts["accuracy"] is not None:
-        cards.append(interval_card("Accuracy", interval_of(facts, "accuracy")))
-    return cards
-
-
 def _sections(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> list[Section]:
-    types, contexts = tables["types"], tables["contexts"]
+    types, contexts, min_count = tables["types"], tables["contexts"], facts["min_count"]
     found = [
         Section(
             "Entropy of all tokens",
@@ -99,11 +80,13 @@ def _sections(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> l
     ]
     for word, ordered in (("highest", types), ("lowest", types.iloc[::-1])):
         if len(types):
-            caption = f"Token types seen at least {facts['min_count']} times ({len(types):,} of them); larger: {word}."
+            caption = f"Token types seen at least {min_count} times ({len(types):,} of them); larger: {word}."
             cloud = word_cloud(types, highest=word == "highest")
             table = _with_marks(ordered.head(TYPE_ROWS), "text")
-            found.append(Section(f"Types of {word} mean entropy", caption, f"types-{word}", table, cloud))
-    caption = f"Pairs of tokens seen at least {facts['min_count']} times, by the number of forks right after them."
+            printed = table.head(PRINTED_TYPES)[["text", "count", "mean_entropy", "fork_share"]]
+            title = f"Types of {word} mean entropy"
+            found.append(Section(title, caption, f"types-{word}", table, cloud, printed=printed))
+    caption = f"Pairs of tokens seen at least {min_count} times, by the number of forks right after them."
     missing = () if len(contexts) else ("a pair of tokens seen that often (--min-count)",)
     table = _with_marks(contexts.head(TYPE_ROWS), "context")
     return [*found, Section("What comes before a fork", caption, "contexts", table, missing=missing)]

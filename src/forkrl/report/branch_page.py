@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,9 @@ from matplotlib.figure import Figure
 
 from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import evenly_spaced, interval_of, outcome, percent
-from forkrl.report.page import Card, Page, Section, interval_card
-from forkrl.report.plots import (
-    INK,
-    PERCENT,
-    Curve,
-    Panel,
-    column_curve,
-    plot,
-)
+from forkrl.report.page import Card, Page, Section, about, interval_card
+from forkrl.report.plots import INK, PERCENT, Curve, Panel, column_curve, plot
+from forkrl.store.results import Results
 
 MAX_PROMPTS = 24
 MAX_POINTS = 2000
@@ -37,37 +30,35 @@ KINDS = {
 """Each kind of position, as a label and in the headline."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BranchResults:
-    """What was found.
+def branch_page(results: Results, rows: Sequence[Mapping[str, Any]]) -> Page:
+    """The page of a branching.
 
     Args:
-        rows: the responses, each with prompt_text, tokens, entropy, logprobs, score, finished and its branches.
-        branches, spreads, tables: as ``forkrl.analysis.branching`` gives them (tables: kinds, differences, relation,
-            bins, tokens).
-        facts: the counts of the summary.
+        results: of ``forkrl branch``.
+        rows: the responses, each with prompt_text, tokens, entropy, logprobs, score, finished.
     """
-
-    rows: Sequence[Mapping[str, Any]]
-    branches: pd.DataFrame
-    spreads: pd.DataFrame
-    tables: Mapping[str, pd.DataFrame]
-    facts: Mapping[str, Any]
-
-
-def branch_page(found: BranchResults, **about: Any) -> Page:
-    """The page of a branching; ``about``: name, settings, provenance and command of the page."""
-    failures, unjudged = found.facts["verifier_failures"], found.facts.get("unjudged", "")
+    facts, tables = results.facts, results.tables
+    scale = f"{facts['continuations']:,} continuations of {facts['branches']:,} branches"
+    size = f"in {facts['responses']:,} responses to {facts['prompts']:,} of {facts['prompts_available']:,} prompts"
     return Page(
+        **about(results),
         kind="what a fork is worth",
-        headline=f"{unjudged[0].upper()}{unjudged[1:]}." if unjudged else branch_headline(found.tables),
-        sections=_sections(found),
+        sections=_sections(tables),
         sections_title="What one token decides",
-        notes=[f"{failures:,} continuations could not be verified; they count as wrong."] if failures else [],
-        cards=_cards(found),
-        forks=_fork_view(found),
-        source="this folder's parts/ and branches.json",
-        **about,
+        cards=[
+            *(
+                interval_card(
+                    f"Decided at {KINDS[row['kind']][0]}", interval_of(row, "share"), "of the outcome's variance"
+                )
+                for _, row in tables["kinds"].iterrows()
+            ),
+            interval_card(
+                "Accuracy", interval_of(facts, "accuracy"), f"temperature {results.settings['temperature']:g}"
+            ),
+            Card("Positions", f"{facts['positions']:,}", note=f"{size}; {scale}"),
+        ],
+        forks=_fork_view(tables["branches"], rows, facts["prompts"]),
+        source="this folder's parts/ and tables/",
     )
 
 
@@ -87,19 +78,11 @@ def branch_headline(tables: Mapping[str, pd.DataFrame]) -> str:
     return f"{sentence} Whether forks decide more than other tokens of the same response is not settled."
 
 
-def _cards(found: BranchResults) -> list[Card]:
-    facts = found.facts
-    shares = [
-        interval_card(f"Decided at {KINDS[row['kind']][0]}", interval_of(row, "share"), "of the outcome's variance")
-        for _, row in found.tables["kinds"].iterrows()
-    ]
-    scale = f"{facts['continuations']:,} continuations of {facts['branches']:,} branches"
-    return [*shares, Card("Positions", f"{facts['positions']:,}", note=f"in {facts['responses']:,} responses; {scale}")]
-
-
-def _sections(found: BranchResults) -> list[Section]:
-    tables, histogram = found.tables, rate_histogram(found.branches)
-    few = f" Of {len(found.spreads):,} positions {MAX_POINTS:,} are drawn." if len(found.spreads) > MAX_POINTS else ""
+def _sections(tables: Mapping[str, pd.DataFrame]) -> list[Section]:
+    positions, histogram, kinds = tables["positions"], rate_histogram(tables["branches"]), tables["kinds"]
+    few = f" Of {len(positions):,} positions {MAX_POINTS:,} are drawn." if len(positions) > MAX_POINTS else ""
+    estimates = [f"{name}{end}" for name in ("natural", "forced", "gain") for end in ("", "_low", "_high")]
+    differences = tables["differences"]
     made = [
         Section(
             "By kind of position",
@@ -108,8 +91,9 @@ def _sections(found: BranchResults) -> list[Section]:
             "large also where a slip that the model never makes would derail the response. Both less the noise of "
             "sampling. Share: natural over the whole variance of the outcome.",
             "branch-kinds",
-            tables["kinds"],
-            spread_by_kind(tables["kinds"]),
+            kinds,
+            spread_by_kind(kinds),
+            printed=kinds[["kind", "positions", "entropy", *estimates]],
         ),
         Section(
             "Against entropy",
@@ -117,11 +101,12 @@ def _sections(found: BranchResults) -> list[Section]:
             f"entropy with intervals clustered by prompt.{few}{_relation(tables['relation'])}",
             "branch-entropy",
             tables["bins"],
-            natural_against_entropy(found.spreads, tables["bins"]),
+            natural_against_entropy(positions, tables["bins"]),
+            printed=tables["relation"],
         ),
         Section(
             "Success rates of branches",
-            "The share of branches in each tenth of the success rate, whatever their probability.",
+            "The share of branches in each tenth of the success rate, regardless of their probability.",
             "branch-rates",
             histogram,
             branch_rates(histogram),
@@ -132,7 +117,8 @@ def _sections(found: BranchResults) -> list[Section]:
             "Range: best minus worst branch; gain: best minus taken; chosen on one half of the continuations and "
             "measured on the other.",
             "branch-differences",
-            tables["differences"],
+            differences,
+            printed=differences[["against", "responses", *estimates]] if len(differences) else None,
         ),
     ]
     if len(tokens := tables["tokens"]):
@@ -147,38 +133,38 @@ def _sections(found: BranchResults) -> list[Section]:
 
 
 def _relation(relation: pd.DataFrame) -> str:
-    row = relation.set_index("measure").loc["natural"]
-    if math.isnan(row["spearman"]):
+    mean, low, high = interval_of(relation.set_index("measure").loc["natural"], "spearman")
+    if math.isnan(mean):
         return ""
-    ends = "" if math.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f" Spearman's rank correlation: {row['spearman']:.2f}{ends}."
+    ends = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+    return f" Spearman's rank correlation: {mean:.2f}{ends}."
 
 
-def _fork_view(found: BranchResults) -> ForkView:
+def _fork_view(branches: pd.DataFrame, rows: Sequence[Mapping[str, Any]], num_prompts: int) -> ForkView:
     prompts: dict[int, ShownPrompt] = {}
-    by_response = dict(list(found.branches.groupby(["prompt", "response"])))
-    numbers = sorted({row["prompt"] for row in found.rows})[:MAX_PROMPTS]
-    for row in (row for row in found.rows if row["prompt"] in numbers):
+    by_response = dict(list(branches.groupby(["prompt", "sample"])))
+    numbers = sorted({row["prompt"] for row in rows})[:MAX_PROMPTS]
+    for row in (row for row in rows if row["prompt"] in numbers):
         prompt = prompts.setdefault(row["prompt"], ShownPrompt(row["prompt_text"], "", []))
-        prompt.responses = [*prompt.responses, _shown(row, by_response[row["prompt"], row["response"]])]
+        prompt.responses = [*prompt.responses, _shown(row, by_response[row["prompt"], row["sample"]])]
         prompt.outcome = outcome([response.score for response in prompt.responses])
-    note = f"The first {len(prompts):,} of {found.facts['prompts']:,} prompts, in order: none was picked for its looks."
+    note = f"The first {len(prompts):,} of {num_prompts:,} prompts, in order: none was picked for its looks."
     lead = (
         "Underlined tokens are the positions where alternatives were forced; choose one to see its branches: what was "
         "tried, how probable it was, and how often its continuations came out right."
     )
-    entropy = np.concatenate([row["entropy"] for row in found.rows])
-    view = View("branches", "Branches", note, [Frame("", list(prompts.values()))])
+    entropy = np.concatenate([row["entropy"] for row in rows])
+    view = View("Branches", note, [Frame("", list(prompts.values()))])
     return ForkView([view], lead, mark=float(np.percentile(entropy, FORK_PERCENTILE)))
 
 
 def _shown(row: Mapping[str, Any], branches: pd.DataFrame) -> ShownResponse:
     tried: dict[int, list[Branch]] = {}
-    columns = ["position", "token", "probability", "rate", "low", "high", "count"]
+    columns = ["position", "token", "probability", "rate", "rate_low", "rate_high", "count"]
     for position, *values in branches[columns].itertuples(index=False, name=None):
         tried.setdefault(int(position), []).append(Branch(*values))
     return ShownResponse(
-        label=f"Response {row['response'] + 1}",
+        label=f"Response {row['sample'] + 1}",
         tokens=row["tokens"],
         entropy=[row["entropy"]],
         logprobs=row["logprobs"],
@@ -188,12 +174,12 @@ def _shown(row: Mapping[str, Any], branches: pd.DataFrame) -> ShownResponse:
     )
 
 
-def natural_against_entropy(spreads: pd.DataFrame, bins: pd.DataFrame) -> Figure:
+def natural_against_entropy(positions: pd.DataFrame, bins: pd.DataFrame) -> Figure:
     """Natural spread of each position against its entropy, and the mean of each bin of entropy with its interval.
 
     At most ``MAX_POINTS`` positions are drawn, evenly spaced. Single positions are noisy and may lie below 0.
     """
-    shown = spreads.iloc[evenly_spaced(len(spreads), MAX_POINTS)]
+    shown = positions.iloc[evenly_spaced(len(positions), MAX_POINTS)]
     curves = [
         Curve(points["entropy"], points["natural"], label, style="", marker=None, alpha=0.45)
         for name, (label, _) in KINDS.items()

@@ -15,8 +15,8 @@ from forkrl.errors import printable
 
 COLOR_BINS = 24
 
-# Magma: lightness falls evenly, and the order survives every kind of colour blindness. The page's own ground stands
-# for 0, so each theme takes the part of the map that starts near its ground.
+# Magma: lightness falls evenly, and the order survives every kind of colour blindness. The page's own background is
+# 0, so each theme takes the part of the map that starts near its ground.
 _LIGHT_MAP, _DARK_MAP = ("magma_r", 0.03, 0.80), ("magma", 0.16, 0.95)
 
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from forkrl.report.fork_view import ForkView, Frame, ShownPrompt, View, describe_choice
-from forkrl.report.formatting import percent
-from forkrl.report.page import Card, Page, Section
+from forkrl.report.formatting import interval_of, percent
+from forkrl.report.page import Card, Page, Section, about, interval_card
 from forkrl.report.plots import (
     BLUE,
     FONT_SIZE,
@@ -34,74 +34,62 @@ from forkrl.report.plots import (
     finish,
     plot,
 )
-from forkrl.stats.intervals import Estimate
+from forkrl.store.results import Results
 
 FORK_PERCENTILE = 80
 _STEP = re.compile(r"step (\d+)")
 
 
-def drift_page(
-    facts: Mapping[str, Any],
-    tables: Mapping[str, pd.DataFrame],
-    shown: Sequence[ShownPrompt],
-    layers: Sequence[str],
-    **about: Any,
-) -> Page:
+def drift_page(results: Results, shown: Sequence[ShownPrompt], layers: Sequence[str]) -> Page:
     """The page of a drift.
 
     Args:
-        facts: as in drift.json.
-        tables: "overlap", "change" and "percentiles".
+        results: of ``forkrl drift``.
         shown: prompts whose responses can be looked at, with an entropy for every layer.
         layers: names of the checkpoints that the fork view switches between.
-        about: ``notes``, ``provenance`` and ``command`` of the page.
     """
-    mark = float(tables["percentiles"].iloc[0][f"percentile_{FORK_PERCENTILE}"])
+    facts, percentiles = results.facts, results.tables["percentiles"]
+    top = percentiles[f"percentile_{FORK_PERCENTILE}"]
+    means, mark = percentiles["mean"], float(top.iloc[0])
     choice = describe_choice(len(shown), facts["prompts"])
     return Page(
-        name=str(facts["model"]),
+        **about(results),
         kind="drift",
-        headline=_headline(facts, tables["change"]),
-        sections=_sections(facts, tables),
-        cards=_cards(facts, tables),
+        sections=_sections(facts, results.tables),
+        cards=[
+            interval_card(
+                "Overlap", interval_of(facts, "overlap"), "top positions of the last checkpoint and the first"
+            ),
+            Card("Mean entropy", f"{means.iloc[-1]:.3g}", f"{means.iloc[0]:.3g}", "nats, first and last checkpoint"),
+            Card("80th percentile", f"{top.iloc[-1]:.3g}", f"{top.iloc[0]:.3g}", "nats"),
+            Card("Tokens", f"{facts['tokens']:,}", note=f"{facts['prompts']:,} prompts, {len(means)} checkpoints"),
+        ],
         forks=ForkView(
-            [View("responses", "Responses of the last", choice, [Frame("", shown)], layers)],
+            [View("Responses of the last", choice, [Frame("", shown)], layers)],
             "The same tokens under every checkpoint: switch between them to see where the model grew more or less "
             f"certain. The keys visit tokens above {mark:.3g} nats, the 80th percentile of the first checkpoint.",
             mark,
         ),
         sections_title="How entropy moved",
         source="the drift folder's tokens/, responses/ and entropies/",
-        **about,
     )
 
 
-def _headline(facts: Mapping[str, Any], change: pd.DataFrame) -> str:
-    overlap, size = facts["overlap_of_last_with_first"], change["change"].abs()
+def drift_headline(facts: Mapping[str, Any], change: pd.DataFrame) -> str:
+    """How many top positions stayed, and where the change of entropy is."""
+    size, names = change["change"].abs(), facts["checkpoints"]
     top_share = size.iloc[-max(len(size) // 5, 1) :].sum() / max(size.sum(), 1e-12)
-    kept = percent(Estimate(overlap["share"], overlap["low"], overlap["high"]))
     return (
-        f"At temperature {facts['temperature']:g}, from {facts['first']} to {facts['last']}, {kept} of the top "
-        f"{100 * facts['ratio']:g}% of positions stayed there (the paper's 14B: 86.7%), and {top_share:.0%} of the "
-        "change of entropy lies in the fifth of the tokens that had the most."
+        f"At temperature {facts['temperature']:g}, from {names[0]} to {names[-1]}, "
+        f"{percent(interval_of(facts, 'overlap'))} of the top {100 * facts['ratio']:g}% of positions stayed there (the "
+        f"paper's 14B: 86.7%), and {top_share:.0%} of the change of entropy lies in the fifth of the tokens that had "
+        "the most."
     )
-
-
-def _cards(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> list[Card]:
-    means = list(facts["mean_entropy"].values())
-    percentiles = tables["percentiles"][f"percentile_{FORK_PERCENTILE}"]
-    share = facts["overlap_of_last_with_first"]["share"]
-    return [
-        Card("Overlap", f"{share:.1%}", note="of the last checkpoint's top positions with the first's"),
-        Card("Mean entropy", f"{means[-1]:.3g}", f"{means[0]:.3g}", "nats, first and last checkpoint"),
-        Card("80th percentile", f"{percentiles.iloc[-1]:.3g}", f"{percentiles.iloc[0]:.3g}", "nats"),
-        Card("Tokens", f"{facts['tokens']:,}", note=f"{facts['prompts']:,} prompts, {len(means)} checkpoints"),
-    ]
 
 
 def _sections(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> list[Section]:
     overlap, change, percentiles = tables["overlap"], tables["change"], tables["percentiles"]
-    noise = np.nan if "change_low" not in change else float((change["change_high"] - change["change_low"]).mean() / 2)
+    noise, names = float((change["change_high"] - change["change_low"]).mean() / 2), facts["checkpoints"]
     return [
         Section(
             "Overlap of the top positions",
@@ -110,15 +98,17 @@ def _sections(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> l
             "overlap",
             overlap,
             overlap_curves(overlap, facts["ratio"]),
+            printed=overlap,
         ),
         Section(
             "Change by percentile",
-            f"Mean change of entropy from {facts['first']} to {facts['last']} in each percentile range of the first's "
+            f"Mean change of entropy from {names[0]} to {names[-1]} in each percentile range of the first's "
             f"(figure 4); bars are 95% intervals, ±{noise:.2g} nats on average. What ranks high by chance tends to "
             "fall.",
             "change",
             change,
             change_by_percentile(change),
+            printed=change[["from_percentile", "to_percentile", "change", "change_low", "change_high"]],
         ),
         Section(
             "Percentiles over training",

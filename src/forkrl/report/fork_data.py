@@ -71,7 +71,7 @@ def joined_characters(tokens: Sequence[str]) -> Sequence[str]:
 
 
 def _bytes(token: str) -> bytes:
-    """What the token stands for, byte by byte."""
+    """The bytes of the token."""
     pieces = re.split(r"<0x([0-9A-F]{2})>", token)  # text and bytes take turns
     return b"".join(
         bytes.fromhex(piece) if place % 2 else piece.encode("utf-8", "surrogatepass")
@@ -85,7 +85,7 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     Views have frames, frames have prompts, prompts have responses. A response holds, per token: text ``t`` (place in
     ``texts``), entropy ``e`` (a list a layer, 1/10,000 nat) and log-prob ``l`` (the same unit), ``f`` (a string of 0
     and 1: selected), rank ``r``; ``a`` and ``q`` hold ``w`` alternatives a token, texts and probabilities (1/100,000);
-    ``b`` the branches by position. Null stands for values that are not finite.
+    ``b`` the branches by position. Null is a value that is not finite.
 
     Args:
         max_bytes: what the tokens may take; beyond it the views show fewer prompts and cut long responses, and say so.
@@ -112,7 +112,6 @@ def _view(view: View, max_bytes: int, table: TextTable, mark: float | None) -> d
         _check(response, len(view.layers))
     frames, limit = fitting(view.frames, max_bytes)
     return {
-        "id": visible(view.id),
         "title": visible(view.title),
         "note": visible(view.note + _said(view.frames, frames, limit)),
         "layers": [visible(name) for name in view.layers],

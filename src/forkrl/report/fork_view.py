@@ -89,7 +89,6 @@ class View:
     """A tab of the fork view.
 
     Args:
-        id: short and unique in the page.
         title: on the tab.
         note: a sentence on which responses these are.
         frames: at least one.
@@ -97,7 +96,6 @@ class View:
         frame_name: what the labels of the frames count, such as "Step".
     """
 
-    id: str
     title: str
     note: str
     frames: Sequence[Frame]
@@ -154,14 +152,14 @@ def shown_prompts(
 
     Args:
         tokens: rows of ``forkrl.analysis.TOKEN_SCHEMA``, and a column for each layer.
-        responses: rows with ``number``, ``sample``, ``prompt`` (text), ``finished``, ``correct``.
+        responses: rows with ``prompt`` (its number), ``sample``, ``prompt_text``, ``finished``, ``correct``.
         layers: columns of ``tokens`` with entropies, one for each layer of the view.
     """
-    about = responses.set_index(["number", "sample"])
+    about = responses.set_index(["prompt", "sample"])
     prompts: dict[int, ShownPrompt] = {}
     for (number, sample), rows in tokens.groupby(["prompt", "sample"], sort=False, observed=True):
         facts = about.loc[(number, sample)]
-        prompt = prompts.setdefault(number, ShownPrompt(str(facts["prompt"]), "", []))
+        prompt = prompts.setdefault(number, ShownPrompt(str(facts["prompt_text"]), "", []))
         label = f"Response {sample + 1}"
         prompt.responses = [*prompt.responses, _shown_response(label, rows, facts, layers)]
     for prompt in prompts.values():

@@ -68,7 +68,8 @@ def interval(estimate: Mapping[str, float | None] | None) -> Estimate:
 
 def interval_of(row: Any, name: str) -> Estimate:
     """An estimate in a row of a table: its columns ``name``, ``name_low`` and ``name_high``."""
-    return Estimate(*(float(row[name + end]) for end in ("", "_low", "_high")))
+    values = (row[name + end] for end in ("", "_low", "_high"))
+    return Estimate(*(math.nan if value is None else float(value) for value in values))
 
 
 def percent(estimate: Estimate, *, unit: str = "%", sign: str = "") -> str:
@@ -94,6 +95,16 @@ def is_clear(difference: Estimate) -> bool:
 def probability(p: float) -> str:
     """A p-value: ``p = 0.043`` or ``p < 0.001``."""
     return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
+
+
+def unverified(count: int, what: str) -> list[str]:
+    """A note on what the verifier could not judge; none if it judged everything."""
+    return [f"{count:,} {what} could not be verified; they count as wrong."] if count else []
+
+
+def sentence(text: str) -> str:
+    """``text`` with a capital and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page, for whatever command has something to show.
+"""One self-contained HTML page, the same for every command.
 
 A page is plain data (``Page``): commands fill it in, and only this module knows HTML.
 """
@@ -6,9 +6,7 @@ A page is plain data (``Page``): commands fill it in, and only this module knows
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +22,14 @@ from matplotlib.figure import Figure
 from forkrl.report.colors import token_colors
 from forkrl.report.fork_data import fork_data
 from forkrl.report.fork_view import ForkView
-from forkrl.report.formatting import evenly_spaced, interval, percent, script_json, visible
+from forkrl.report.formatting import evenly_spaced, interval, percent, plain, script_json, visible
 from forkrl.report.plots import inline_svg
 from forkrl.stats.intervals import Estimate, as_columns
 from forkrl.store.atomic import write_text
+from forkrl.store.results import Results, csv_cell, csv_text
 
 MAX_TABLE_ROWS = 200
 _FORK_SCRIPTS = ("fork_model.js", "fork_blocks.js", "fork_tip.js", "fork_controls.js")
-_FORMULA_STARTS = ("=", "+", "-", "@")
 _COUNTDOWN = re.compile(r"\d+( \d+)+:\d+\?")
 _MARKS = {
     "⏎": "⏎ is a line break",
@@ -72,6 +70,7 @@ class Section:
         table: numbers and texts, one row a point; empty when nothing was recorded.
         figure: None: the table alone. Text of a model in it must be drawn with ``parse_math=False``.
         missing: names of what was not recorded, said under the plot.
+        printed: a table for the terminal; None: the section is only on the page.
     """
 
     title: str
@@ -80,6 +79,7 @@ class Section:
     table: pd.DataFrame
     figure: Figure | None = None
     missing: Sequence[str] = ()
+    printed: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,20 @@ class Page:
     reproduce: str = ""
     sections_title: str = "How it went"
     source: str = ""
+
+
+def about(results: Results) -> dict[str, Any]:
+    """Fields of ``Page`` that every command fills from its results alike."""
+    command = results.schema.removeprefix("forkrl-").partition("/")[0]
+    given = ((key, value) for key, value in results.settings.items() if value not in ("", None, [], {}))
+    return {
+        "name": str(results.settings["model"]),
+        "headline": results.headline,
+        "notes": results.notes,
+        "settings": [(command, [(key, plain(value), False) for key, value in given])],
+        "provenance": list(results.versions.items()),
+        "command": results.command,
+    }
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -210,7 +224,10 @@ def render_section(section: Section) -> dict[str, Any]:
     table = section.table
     columns = [visible(str(column)) for column in table.columns]
     texts = {place for place in range(len(columns)) if any(isinstance(each, str) for each in table.iloc[:, place])}
-    written = [*columns, *(each for place in texts for each in table.iloc[:, place] if isinstance(each, str))]
+    written = [
+        *map(str, table.columns),
+        *(each for place in texts for each in table.iloc[:, place] if isinstance(each, str)),
+    ]
     missing = f" Not recorded: {', '.join(section.missing)}." if section.missing else ""
     shown = table.iloc[evenly_spaced(len(table), MAX_TABLE_ROWS)]
     return {
@@ -223,27 +240,8 @@ def render_section(section: Section) -> dict[str, Any]:
         "num_rows": len(table),
         "csv_name": f"{section.name}.csv",
         "csv_uri": "data:text/csv;base64," + base64.b64encode(csv_text(table).encode()).decode(),
-        "has_apostrophes": any(_csv_cell(text) != visible(text) for text in written),
+        "has_json": any(csv_cell(text) != text for text in written),
     }
-
-
-def csv_text(table: pd.DataFrame) -> str:
-    """The table as CSV: text as the page shows it, with an apostrophe before what a spreadsheet runs as a formula."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(map(_csv_cell, map(str, table.columns)))
-    writer.writerows(map(_csv_cell, row) for row in table.itertuples(index=False, name=None))
-    return buffer.getvalue()
-
-
-def _csv_cell(value: Any) -> Any:
-    """A single sign is text to every spreadsheet, and a frequent token, so it stays as it is."""
-    if _is_missing(value):
-        return ""
-    if not isinstance(value, str):
-        return value
-    text = visible(value)
-    return f"'{text}" if len(text) > 1 and text.startswith(_FORMULA_STARTS) else text
 
 
 def _is_missing(value: Any) -> bool:

@@ -306,7 +306,7 @@ def _held_out(run: RunData, outlined: bool) -> View:
         f"The first {len(prompts)} of {len(first_rows[0]):,} held-out problems, "
         "in file order, one response to each: none was picked for its looks."
     )
-    return View("held-out", "Held out", note, [Frame("", prompts)])
+    return View("Held out", note, [Frame("", prompts)])
 
 
 def _outcome(right: Sequence[bool]) -> str:
@@ -321,7 +321,7 @@ def _training(run: RunData, outlined: bool) -> View:
         f"the first {MAX_RESPONSES_PER_STEP} responses (or fewer) in file order."
     )
     frames = [Frame(str(sample.step), _training_prompts(sample, outlined)) for sample in run.train]
-    return View("training", "Training", note, frames, frame_name="Step")
+    return View("Training", note, frames, frame_name="Step")
 
 
 def _training_prompts(sample: RolloutSample, outlined: bool) -> list[ShownPrompt]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +11,14 @@ from matplotlib.figure import Figure
 
 from forkrl.report.fork_view import ForkView, View
 from forkrl.report.formatting import interval_of, percent
-from forkrl.report.page import Card, Page, Section, interval_card
+from forkrl.report.page import Card, Page, Section, about, interval_card
 from forkrl.report.plots import PERCENT, Panel, column_curve, plot
+from forkrl.store.results import Results
 
+BROKEN_MEANS = (
+    "Broken is a response that is cut at the limit, or ends in a loop (one block of tokens at least 4 times in a row, "
+    "over at least 32 tokens), or holds U+FFFD, which replaces bytes that are not text."
+)
 _SHARES = ("broken", "broken_low", "broken_high", "cut", "loop", "garbled")
 _SWEEPS = (
     ("high", "at forks ({:g} elsewhere)", -0.06),
@@ -23,38 +27,25 @@ _SWEEPS = (
 """Column that varies, label, and an offset so that neither bar hides the other."""
 
 
-def temps_page(
-    table: pd.DataFrame,
-    threshold: float,
-    origin: str,
-    broken_means: str,
-    *,
-    base: float = 1.0,
-    views: Sequence[View] = (),
-    **about: Any,
-) -> Page:
-    """The page of a sweep.
-
-    Args:
-        table: as ``forkrl.analysis.temperature_table`` gives it.
-        threshold: nats.
-        origin: where the threshold comes from, such as "given".
-        broken_means: what counts as broken, a sentence.
-        base: the temperature that every other setting is compared with.
-        views: responses at a few settings.
-        about: name, headline, settings, provenance and command of the page.
-    """
-    failures = int(table["failures"].sum())
+def temps_page(results: Results, views: Sequence[View]) -> Page:
+    """The page of a sweep; ``views``: responses at a few settings."""
+    table, facts, base = results.tables["settings"], results.facts, results.settings["temperature"]
+    row, at = _at(table, "high", base, base), f"{base:g}"
+    scale = f"{row['prompts']:,.0f} prompts, {row['samples']:,.0f} responses to each, at every setting"
     lead = "The keys visit the tokens above the threshold, which are those that got the temperature of forks."
     return Page(
+        **about(results),
         kind="decoding temperatures",
-        sections=_sections(table, base, broken_means),
+        sections=_sections(table, base),
         sections_title="Accuracy, length and nonsense against temperature",
-        notes=[f"{failures} responses could not be verified; they count as wrong."] if failures else [],
-        cards=_cards(table, base, threshold, origin),
-        forks=ForkView(views, lead, threshold) if views else None,
-        source="this folder's responses/ and temperatures.json",
-        **about,
+        cards=[
+            interval_card(f"Accuracy at {at}, {at}", interval_of(row, "accuracy")),
+            Card("Threshold", f"{facts['threshold']:.4g} nats", note=facts["threshold_is"]),
+            Card("Tokens above it", f"{row['forks']:.1%}", note=f"at temperature {at}"),
+            Card("Responses", f"{len(table) * row['prompts'] * row['samples']:,.0f}", note=scale),
+        ],
+        forks=ForkView(views, lead, facts["threshold"]) if views else None,
+        source="this folder's responses/ and tables/",
     )
 
 
@@ -82,7 +73,7 @@ def _effect(row: pd.Series) -> str:
     """What a setting does to accuracy: a verb, its object, and the interval of the paired difference."""
     points, low, high = (100 * value for value in interval_of(row, "difference"))
     if math.isnan(low):
-        return f"changes accuracy by {points:+.1f} points (one problem tells no interval)"
+        return f"changes accuracy by {points:+.1f} points (no interval from one prompt)"
     if high < 0:
         return f"costs {-points:.1f} points of accuracy [{-high:.1f}, {-low:.1f}]"
     if low > 0:
@@ -100,33 +91,25 @@ def _at(table: pd.DataFrame, varied: str, value: float, base: float) -> pd.Serie
     return rows[rows[varied] == value].iloc[0]
 
 
-def _cards(table: pd.DataFrame, base: float, threshold: float, origin: str) -> list[Card]:
-    row, at = _at(table, "high", base, base), f"{base:g}"
-    scale = f"{row['problems']:,.0f} problems, {row['samples']:,.0f} responses to each, at every setting"
-    return [
-        interval_card(f"Accuracy at {at}, {at}", interval_of(row, "accuracy")),
-        Card("Threshold", f"{threshold:.3f} nats", note=origin),
-        Card("Tokens above it", f"{row['forks']:.1%}", note=f"at temperature {at}"),
-        Card("Responses", f"{len(table) * row['problems'] * row['samples']:,.0f}", note=scale),
-    ]
-
-
-def _sections(table: pd.DataFrame, base: float, broken_means: str) -> list[Section]:
+def _sections(table: pd.DataFrame, base: float) -> list[Section]:
     settings = ["high", "low"]
     spread = {name: [name, f"{name}_low", f"{name}_high"] for name in ("accuracy", "difference", "length", "surprise")}
+    printed = table[[*settings, *spread["accuracy"], *spread["difference"], "length", "broken", "surprise"]].copy()
+    printed.loc[table["high"] == table["low"], spread["difference"]] = np.nan  # the baseline itself
     return [
         Section(
             "Accuracy",
             "One line varies the temperature where the unscaled entropy is above the threshold, the other where it is "
-            f"not; the rest stays at {base:g}. Bars: 95%, clustered by problem. The difference to ({base:g}, {base:g}) "
-            "is paired by problem.",
+            f"not; the rest stays at {base:g}. Bars: 95%, clustered by prompt. The difference to ({base:g}, {base:g}) "
+            "is paired by prompt.",
             "temperature-accuracy",
             table[settings + spread["accuracy"] + spread["difference"]],
             accuracy_against_temperature(table, base),
+            printed=printed,
         ),
         Section(
             "Length and broken outputs",
-            f"Mean tokens per response, and the share of broken outputs. {broken_means}",
+            f"Mean tokens per response, and the share of broken outputs. {BROKEN_MEANS}",
             "temperature-length-broken",
             table[[*settings, *spread["length"], *_SHARES]],
             length_and_broken(table, base),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from forkrl.commands.work_folder import open_work_folder, stored_question
+from forkrl.commands.runner import open_work_folder, stored_question
 from forkrl.errors import UserError
 
 QUESTION: dict[str, Any] = {"schema": "s/1", "seed": 0, "stop": ["a"]}
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_another_question_is_refused_and_nothing_is_touched(folder: Path, asked: dict[str, Any], says: str) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    refused = pytest.raises(UserError, match="holds the answer to another question")
+    refused = pytest.raises(UserError, match="was created with different settings")
     with refused as refusal, open_work_folder(folder, asked):
         pytest.fail("it was opened")
     assert says in str(refusal.value)

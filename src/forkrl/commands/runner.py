@@ -1,0 +1,174 @@
+"""What all commands share: a work folder that is resumable part by part, and what they print at the end.
+
+settings.json       the question; the same one resumes, another one is refused
+…                   parts, each written all at once when it is done
+results.json        what was found (``forkrl.store.results``)
+tables/*.csv
+report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forkrl.errors import UserError
+from forkrl.model.locations import model_location
+from forkrl.store.atomic import explained_write_errors, temporary_beside, write_json
+from forkrl.store.run_folder import LOCK, clear_folder, lock_folder
+
+if TYPE_CHECKING:
+    from forkrl.commands.subject import Subject
+    from forkrl.report.page import Page
+
+SETTINGS = "settings.json"
+# Weights, architecture, and every file that a tokenizer may be made of.
+_MODEL_FILES = (
+    "*.safetensors", "config.json", "*token*.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+
+
+@contextmanager
+def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
+    """Start the work that answers ``question`` in a new or empty folder, or resume it; locked while open.
+
+    After Ctrl-C a line says that the same command resumes. A folder in which an error left no work is removed, so
+    that the corrected command can use it.
+
+    Args:
+        path: the folder.
+        question: every setting that changes the numbers, as JSON values; ``schema`` is one of them.
+    """
+    with explained_write_errors(path):
+        existed = path.exists()
+        _require_question(path, dict(question))
+        path.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(path, "at work")
+        try:
+            _require_question(path, dict(question))  # again: another process may have been faster
+            if not (path / SETTINGS).exists():
+                write_json(path / SETTINGS, question)
+            with _removed_if_rejected(path, whole=not existed):
+                yield path
+        except KeyboardInterrupt:
+            print(f"forkrl: what was finished is kept in {path}; the same command resumes", file=sys.stderr)
+            raise
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def _removed_if_rejected(path: Path, *, whole: bool) -> Iterator[None]:
+    """After an error, empty a folder in which nothing was finished; ``whole``: remove it."""
+    try:
+        yield
+    except UserError:
+        files = [file for file in path.rglob("*") if file.is_file() and file.name not in (SETTINGS, LOCK)]
+        # The questions of an evaluation are written before the first response, and its other files begin empty.
+        if not any(file.stat().st_size and file.parent.name != "questions" for file in files):
+            clear_folder(path)
+            if whole:
+                path.rmdir()
+        raise
+
+
+def require_usable(path: Path) -> None:
+    """Reject a folder that holds anything but a command's work."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; name another folder with --out")
+    if not path.exists() or stored_question(path):
+        return
+    ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
+    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
+        raise UserError(
+            f"{path}: is not empty (it holds {others[0]}) and has no {SETTINGS}; name another folder with --out"
+        )
+
+
+def stored_question(folder: Path) -> dict[str, Any]:
+    """The question that the folder answers; empty where no work was started."""
+    try:
+        stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SETTINGS}: cannot be read ({error}); name another folder with --out") from error
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{folder / SETTINGS}: is not a JSON object; name another folder with --out")
+    return stored
+
+
+def weights_fingerprint(path: str) -> str:
+    """A hash of all bytes of a local model: its weights, configuration and tokenizer.
+
+    Empty for a hub model, which is known by its name and revision.
+    """
+    from forkrl.report.progress import progress  # which imports rich
+
+    folder = Path(model_location(path))
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)})
+    for file in progress(files, f"reading {folder.name}"):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def model_question(schema: str, subject: Subject) -> dict[str, Any]:
+    """The part of a question that says which command asks, and of which weights."""
+    model = subject.config.model
+    return {
+        "schema": schema,
+        "model": subject.name,
+        "checkpoint": subject.checkpoint,
+        "weights": model.path,
+        "revision": model.revision,
+        "fingerprint": weights_fingerprint(model.path),
+        "precision": model.precision,
+        "temperature": subject.config.eval.temperature,
+    }
+
+
+def say_kept(kept: int, total: int, unit: str, folder: Path) -> None:
+    """Tell how much of the work an earlier call finished, where some of it is missing."""
+    if 0 < kept < total:
+        print(f"forkrl: {kept} of {total} {unit} are in {folder} already", file=sys.stderr, flush=True)
+
+
+def present(folder: Path, page: Page) -> int:
+    """Write ``report.html``, print what it says, and return the exit code."""
+    from forkrl.report.page import write_page
+    from forkrl.report.terminal import describe_page
+    from forkrl.store.results import REPORT
+
+    path = write_page(folder / REPORT, page)
+    print(describe_page(page))
+    print(f"report: {path}")
+    return 0
+
+
+def _require_question(path: Path, question: dict[str, Any]) -> None:
+    require_usable(path)
+    stored = stored_question(path)
+    if not stored:
+        return
+    asked = json.loads(json.dumps(question))
+    if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
+        key = changed[0]
+        raise UserError(
+            f"{path}: was created with different settings ({key} = {_short(stored.get(key))}, now "
+            f"{_short(asked.get(key))}); name another folder with --out, or remove this one"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
