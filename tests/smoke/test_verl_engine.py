@@ -129,7 +129,10 @@ def left_behind(folder: Path, forks: int) -> list[str]:
     """Processes of a run that still exist."""
     import psutil
 
-    found = [str(each) for each in psutil.Process(forks).children()]
+    deadline = time.monotonic() + 20  # Ray's workers end a moment after Ray
+    while (workers := psutil.Process(forks).children()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    found = [str(each) for each in workers]
     for each in psutil.process_iter(["cmdline"]):
         words = " ".join(each.info["cmdline"] or [])
         if str(folder) in words:
