@@ -1,10 +1,11 @@
 """One rank of verl's, without Ray: the gradients of its actor on a given batch, by ForkRL's loss.
 
-Run by test_verl_gradient.py, a process a rank: ``python -m tests.numerics.verl_rank FOLDER PADDING``.
+Run by test_verl_gradient.py, one process per rank: ``python -m tests.numerics.verl_rank FOLDER PADDING...``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -23,18 +24,17 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from forkrl.cluster.options import ForkOptions
-from forkrl.cluster.selection import seeded, select
 from forkrl.cluster.settings import VerlPaths
 from forkrl.cluster.translate import verl_overrides
-from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker, loss_config
+from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker, loss_config, select
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 
 
-def main(folder: Path, padding: int) -> None:
-    """Every case, once; with so many sequences of padding behind the batch, as verl fills one up."""
+def main(folder: Path, paddings: list[int]) -> None:
+    """Every case with each number of sequences of padding after the batch, as verl fills one up."""
     cases = json.loads((folder / "cases.json").read_text())
     worker = open_worker(folder)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -43,7 +43,7 @@ def main(folder: Path, padding: int) -> None:
     )
     weights_B = _read(folder / "weights.json")
     reference_BT = _read(folder / "reference.json")
-    for name, sections in cases.items():
+    for padding, (name, sections) in itertools.product(paddings, cases.items()):
         config = parse_recipe(TrainConfig, sections, name)
         data = as_verl_has_it(batch, reference_BT, config, padding)
         if name == "importance weights":
@@ -51,9 +51,11 @@ def main(folder: Path, padding: int) -> None:
             weights = [*weights_B.tolist(), *[1.0] * padding]
             rows = [torch.full((n,), w) for n, w in zip(lengths_B.tolist(), weights, strict=True)]
             data["rollout_is_weights"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        gradients, metrics, told = gradient(worker, config, data, rank, size)
+        gradients, metrics, details = gradient(worker, config, data, rank, size)
         save_file(gradients, folder / f"{name}-{size}-{padding}-{rank}.safetensors")
-        (folder / f"{name}-{size}-{padding}-{rank}.json").write_text(json.dumps({"metrics": metrics, "told": told}))
+        (folder / f"{name}-{size}-{padding}-{rank}.json").write_text(
+            json.dumps({"metrics": metrics, "details": details})
+        )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -110,7 +112,7 @@ def gradient(
     finally:
         training.engine.optimizer_step = original
     metrics = {key: float(values[0]) for key, values in tu.get(output, "metrics").items() if key.startswith(PREFIX)}
-    return caught, metrics, training.loss_fn.told
+    return caught, metrics, training.loss_fn.details
 
 
 def _options(config: TrainConfig) -> ForkOptions:
@@ -172,7 +174,7 @@ def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig,
     }
     if config.selection.scope == "rollout_batch":  # what the trainer adds
         mask_N = fields["response_mask"].values().bool()
-        chosen_N = select(fields["entropy"].values(), mask_N, config.selection, seeded("any"))
+        chosen_N = select(fields["entropy"].values(), mask_N, config.selection, "any")
         fields[SELECTED] = torch.nested.nested_tensor_from_jagged(
             chosen_N.to(torch.int8), fields["response_mask"].offsets()
         )
@@ -191,4 +193,4 @@ def _padding(like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), [int(padding) for padding in sys.argv[2:]])

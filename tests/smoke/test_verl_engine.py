@@ -1,7 +1,7 @@
-"""``forkrl train --trainer verl``: one run on two ranks without a GPU, hurt again and again, and taken up each time.
+"""``forkrl train --trainer verl``: one run on two ranks without a GPU, interrupted and resumed several times.
 
 Starting verl takes most of a minute, so all tests here read the same story: a rank is killed between two saves, then
-the sampler in the middle of a step, then the user stops the run, then it comes to its end.
+the sampler in the middle of a step, then the user stops the run, then it finishes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 
 from forkrl.store.run_folder import RunFolder
 from tests.once import once
+from tests.verl_cpu.preloaded import preloaded
 from tests.verl_here import needs_verl
 
 pytestmark = needs_verl
@@ -80,6 +81,7 @@ trackers = ["tensorboard"]
 device = "cpu"
 [cluster]
 gpus_per_node = 2
+overrides = ["+ray_kwargs.ray_init.runtime_env.py_executable='{{python}}'"]
 """
 
 
@@ -89,6 +91,8 @@ class Attempt:
 
     process: subprocess.Popen[str]
     folder: Path
+    forks: int
+    """The process whose children are Ray's workers (``tests/verl_cpu/preloaded.py``)."""
 
     def wait_for(self, what: Callable[[list[dict[str, Any]]], bool]) -> None:
         """Until the run's metrics say so."""
@@ -101,7 +105,7 @@ class Attempt:
         """SIGKILL to a Ray process of this run, by the beginning of its title."""
         import psutil
 
-        own = psutil.Process(self.process.pid).children(recursive=True)
+        own = psutil.Process(self.forks).children()
         named = [each for each in own if (each.cmdline() or [""])[0].startswith(f"ray::{name}")]
         assert named, [(each.cmdline() or [each.name()])[0] for each in own]
         named[-1].kill()
@@ -121,11 +125,14 @@ def steps_of(metrics: list[dict[str, Any]]) -> list[int]:
     return [record["step"] for record in metrics if "reward/accuracy" in record]
 
 
-def left_behind(folder: Path) -> list[str]:
-    """Processes that still have to do with a run."""
+def left_behind(folder: Path, forks: int) -> list[str]:
+    """Processes of a run that still exist."""
     import psutil
 
-    found = []
+    deadline = time.monotonic() + 20  # Ray's workers end a moment after Ray
+    while (workers := psutil.Process(forks).children()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    found = [str(each) for each in workers]
     for each in psutil.process_iter(["cmdline"]):
         words = " ".join(each.info["cmdline"] or [])
         if str(folder) in words:
@@ -169,46 +176,50 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 
 def tell(place: Path) -> dict[str, Any]:
-    """Live through it all."""
-    write_world(place)
+    with preloaded(environment_in(place)) as python:
+        write_world(place, python.executable)
+        return tell_with(place, python.pid)
+
+
+def tell_with(place: Path, forks: int) -> dict[str, Any]:
     folder = place / "run"
 
-    rank_killed = start(place, "recipe.toml", "--trainer", "verl", "--out", "run")
+    rank_killed = start(place, forks, "recipe.toml", "--trainer", "verl", "--out", "run")
     rank_killed.wait_for(lambda metrics: 3 in steps_of(metrics))
     rank_killed.kill_inside("WorkerDict")
     told: dict[str, Any] = {"rank_killed": rank_killed.end(), "after_rank_killed": metrics_of(folder)}
 
-    sampler_killed = start(place, "--resume", "run")
+    sampler_killed = start(place, forks, "--resume", "run")
     sampler_killed.wait_for(lambda metrics: steps_of(metrics)[-1:] == [4] or len(steps_of(metrics)) > 3)
     sampler_killed.kill_inside("CpuServer")
     told |= {"sampler_killed": sampler_killed.end()}
 
     done = max(steps_of(metrics_of(folder)))
-    interrupted = start(place, "--resume", "run")
+    interrupted = start(place, forks, "--resume", "run")
     interrupted.wait_for(lambda metrics: max(steps_of(metrics), default=0) == min(done + 1, STEPS - 1))
     interrupted.process.send_signal(signal.SIGINT)
     told |= {"interrupted": interrupted.end(), "after_interruption": metrics_of(folder)}
 
-    told |= {"finished": start(place, "--resume", "run").end()}
-    return told | {"left_behind": left_behind(folder)}
+    told |= {"finished": start(place, forks, "--resume", "run").end()}
+    return told | {"left_behind": left_behind(folder, forks)}
 
 
-def write_world(place: Path) -> None:
+def write_world(place: Path, python: str) -> None:
     from forkrl.tasks.countdown import countdown_task
 
     prompts = countdown_task().train[:96]
     rows = [json.dumps({"prompt": prompt.text, "answer": prompt.answer}) for prompt in prompts]
     (place / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     (place / "slow_verifier.py").write_text(VERIFIER)
-    (place / "recipe.toml").write_text(RECIPE)
+    (place / "recipe.toml").write_text(RECIPE.format(python=python))
 
 
-def start(place: Path, *arguments: str) -> Attempt:
+def start(place: Path, forks: int, *arguments: str) -> Attempt:
     process = subprocess.Popen(
         [sys.executable, "-m", "forkrl", "train", *arguments],
         cwd=place, env=environment_in(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    return Attempt(process, place / "run")
+    return Attempt(process, place / "run", forks)
 
 
 def environment_in(place: Path) -> dict[str, str]:
@@ -219,13 +230,13 @@ def environment_in(place: Path) -> dict[str, str]:
     return {**os.environ, **own, "OMP_NUM_THREADS": "1"}
 
 
-def test_a_killed_rank_ends_the_run_with_a_line_that_says_how_to_go_on(story: Story) -> None:
+def test_a_killed_rank_ends_the_run_with_a_line_that_says_how_to_resume(story: Story) -> None:
     last = story.rank_killed.output.strip().splitlines()[-1]
     assert story.rank_killed.code == 1, story.rank_killed.output
     assert last.startswith("forkrl: training stopped") and "forkrl train --resume" in last and "log.txt" in last
 
 
-def test_a_killed_sampler_ends_it_likewise(story: Story) -> None:
+def test_so_does_a_killed_sampler(story: Story) -> None:
     last = story.sampler_killed.output.strip().splitlines()[-1]
     assert story.sampler_killed.code == 1, story.sampler_killed.output
     assert last.startswith("forkrl: training stopped") and "forkrl train --resume" in last

@@ -30,6 +30,7 @@ from forkrl.model.locations import model_location
 from forkrl.tasks.countdown import countdown_task
 from forkrl.types import Prompt, VerifierSpec
 from tests.once import once
+from tests.verl_cpu.preloaded import preloaded
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_RESPONSE_TOKENS = 64
@@ -92,7 +93,7 @@ def write_countdown(
 
 
 def stock_overrides(files: VerlFiles, *, ranks: int = 1) -> list[str]:
-    """Verl's own synchronous trainer on so many ranks: GRPO on Countdown, with all of ForkRL around it.
+    """Verl's own synchronous trainer on ``ranks`` ranks: GRPO on Countdown, with all of ForkRL around it.
 
     ``+forkrl.*`` holds what agent loop and reward manager read; a ForkRL trainer wants more.
     """
@@ -197,26 +198,33 @@ def run_verl(
 
 def _run_once(overrides: Sequence[str], folder: Path, timeout_s: float, environment: dict[str, str]) -> VerlOutcome:
     began = time.monotonic()
-    # Ray's sockets lie in its folder, and a socket's path is limited to about a hundred characters: not below pytest's.
+    # A socket's path is limited to about a hundred characters, so Ray's folder cannot be in pytest's.
     ray_folder = Path(tempfile.mkdtemp(prefix="fk-", dir="/tmp"))
     mark, metrics = uuid4().hex, folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    variables = cpu_environment() | {_MARK: mark, "VERL_FILE_LOGGER_PATH": str(metrics)} | dict(environment)
-    own = f"+ray_kwargs.ray_init._temp_dir={ray_folder}"
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides, own]
-    try:
-        with (folder / "output.txt").open("wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=folder,
-                start_new_session=True,
-            )  # fmt: skip
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout_s)
-            code = process.poll()
-    finally:
-        leftovers = _end_all(mark, stall_timeout_s=0.0 if process.poll() is None else _STALL_TIMEOUT_S)
-        process.wait()
-        shutil.rmtree(ray_folder, ignore_errors=True)
+    variables = cpu_environment() | environment
+    with preloaded(variables) as python:
+        command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+        command += [f"+ray_kwargs.ray_init._temp_dir={ray_folder}"]
+        command += [f"+ray_kwargs.ray_init.runtime_env.py_executable='{python.executable}'"]
+        try:
+            with (folder / "output.txt").open("wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=variables | {_MARK: mark, "VERL_FILE_LOGGER_PATH": str(metrics)},
+                    cwd=folder,
+                    start_new_session=True,
+                )
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout_s)
+                code = process.poll()
+        finally:
+            leftovers = _end_all(mark, stall_timeout_s=0.0 if process.poll() is None else _STALL_TIMEOUT_S)
+            process.wait()
+            shutil.rmtree(ray_folder, ignore_errors=True)
     return VerlOutcome(
         code=code,
         output=(folder / "output.txt").read_text(errors="replace"),

@@ -77,7 +77,7 @@ def answers(server: Any, prompts: list[tuple[int, ...]], **sampling: Any) -> lis
     return found
 
 
-def test_a_burst_is_one_batch_and_repeats_whatever_the_order_of_arrival(
+def test_a_burst_is_one_batch_and_repeats_in_any_order_of_arrival(
     serve: Any, batches: list[list[tuple[int, ...]]]
 ) -> None:
     one = answers(serve(), PROMPTS)
@@ -93,7 +93,7 @@ def test_seed_and_worker_change_what_is_drawn(serve: Any, changes: dict[str, int
     assert [answer.token_ids for answer in one] != [answer.token_ids for answer in other]
 
 
-def test_every_step_and_batch_draws_anew_and_a_step_repeats(serve: Any) -> None:
+def test_every_step_and_batch_draws_other_numbers_and_a_step_repeats(serve: Any) -> None:
     def step(server: Any, number: int) -> list[list[int]]:
         run(server.set_global_steps(number))
         return [answer.token_ids for answer in answers(server, PROMPTS)]

@@ -12,7 +12,7 @@ import tomli_w
 
 from forkrl.cli import main
 from forkrl.cluster import launch
-from forkrl.cluster.merge import TRACKER
+from forkrl.cluster.process import TRACKER
 from forkrl.cluster.record import OWN
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe, recipe_toml

@@ -54,14 +54,14 @@ def open_buffer(
 ) -> Any:
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-    from forkrl.cluster.replay import AccountingReplayBufferAsync, BoundedReplayBuffer
+    from forkrl.cluster.replay import BoundedReplayBuffer, BoundedReplayBufferAsync
 
     verls = (ReplayBufferAsync if ahead else ReplayBuffer)(
         "colocate_async" if ahead else "sync", {}, 8, "drop", {},
         refill_fn=refill, filter_groups_metric="score", train_batch_size=2, gen_batch_size=1,
         sync_refill_failed_groups=True,
     )  # fmt: skip
-    return (AccountingReplayBufferAsync if ahead else BoundedReplayBuffer).taking_over(
+    return (BoundedReplayBufferAsync if ahead else BoundedReplayBuffer).replacing(
         verls,
         poll_interval=0.001,
         stall_timeout_s=stall_timeout_s,

@@ -13,11 +13,17 @@ from typing import Any
 
 import pytest
 
-from forkrl.cluster.ending import conclude, explain_end, last_error
-from forkrl.cluster.launch import require_verl
-from forkrl.cluster.merge import TRACKER, merge_checkpoints, verl_checkpoints
-from forkrl.cluster.processes import run_and_watch
-from forkrl.cluster.record import OWN, PROGRESS, StopRequested, note_end
+from forkrl.cluster.launch import _rewind, require_verl
+from forkrl.cluster.process import (
+    TRACKER,
+    conclude,
+    explain_end,
+    last_error,
+    merge_checkpoints,
+    run_and_watch,
+    verl_checkpoints,
+)
+from forkrl.cluster.record import BEGUN, OWN, PROGRESS, STOP, StopRequested, note_end
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
 from forkrl.store.checkpoint import MANIFEST, adopt_weights, all_checkpoints
 from forkrl.store.interruption import Interrupted
@@ -63,8 +69,6 @@ def test_a_checkpoint_that_the_tracker_has_not_come_to_is_not_whole(run: Path) -
 
 
 def test_taking_up_forgets_what_came_after_the_checkpoint(run: Path) -> None:
-    from forkrl.cluster.launch import _take_up
-
     with RunFolder.open(run) as folder:
         for step in (1, 2):
             folder.append_metrics({"step": step, "reward/accuracy": 0.5})
@@ -72,76 +76,64 @@ def test_taking_up_forgets_what_came_after_the_checkpoint(run: Path) -> None:
         track(run, 2)
         folder.append_metrics({"step": 3, "reward/accuracy": 0.5})
         begun = shards(run, 4, None)
-        assert _take_up(folder) == 2
+        assert _rewind(folder) == 2
         assert [record["step"] for record in folder.read_metrics()] == [1, 2]
         assert not begun.exists()
 
 
 def test_an_evaluation_made_after_the_save_is_kept(run: Path) -> None:
-    from forkrl.cluster.launch import _take_up
-
     with RunFolder.open(run) as folder:
         folder.append_metrics({"step": 2, "reward/accuracy": 0.5})
         shards(run, 2, folder.metrics_bytes)
         track(run, 2)
         folder.append_metrics({"step": 2, "eval/accuracy": 0.25})
         folder.append_metrics({"step": 3, "reward/accuracy": 0.5})
-        assert _take_up(folder) == 2
+        assert _rewind(folder) == 2
         assert [sorted(record) for record in folder.read_metrics()] == [
             ["reward/accuracy", "step"], ["eval/accuracy", "step"]
         ]  # fmt: skip
 
 
-def test_without_a_checkpoint_the_run_begins_anew(run: Path) -> None:
-    from forkrl.cluster.launch import _take_up
-
+def test_without_a_checkpoint_the_run_starts_over(run: Path) -> None:
     with RunFolder.open(run) as folder:
         folder.append_metrics({"step": 1, "reward/accuracy": 0.5})
         shards(run, 2, None)
-        assert _take_up(folder) == 0
+        assert _rewind(folder) == 0
         assert folder.read_metrics() == []
 
 
 @pytest.mark.parametrize("content", ["", "four", "-", "\xff"])
 def test_a_damaged_tracker_is_told_and_nothing_is_deleted(run: Path, content: str) -> None:
-    from forkrl.cluster.launch import _take_up
-
     kept = [shards(run, 2), shards(run, 4)]
     (run / OWN / "checkpoints" / TRACKER).write_bytes(content.encode("latin-1"))
     with RunFolder.open(run) as folder, pytest.raises(UserError, match=rf"{TRACKER}.*write 4"):
-        _take_up(folder)
+        _rewind(folder)
     assert all(folder.is_dir() for folder in kept)
 
 
 def test_a_lost_tracker_costs_no_checkpoint(run: Path) -> None:
-    from forkrl.cluster.launch import _take_up
-
     kept = [shards(run, 2), shards(run, 4)]
     with RunFolder.open(run) as folder, pytest.raises(UserError, match=rf"{TRACKER}.*write 4"):
-        _take_up(folder)
+        _rewind(folder)
     assert all(folder.is_dir() for folder in kept)
 
 
 def test_a_folder_of_the_users_among_the_checkpoints_stays(run: Path) -> None:
-    from forkrl.cluster.launch import _take_up
-
     shards(run, 2)
     track(run, 2)
     own = run / OWN / "checkpoints" / "global_step_2-copy"
     own.mkdir()
     with RunFolder.open(run) as folder:
-        assert _take_up(folder) == 2
+        assert _rewind(folder) == 2
     assert own.is_dir()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 2}', "{"])
 def test_damaged_progress_names_the_file_and_a_way_on(run: Path, content: str) -> None:
-    from forkrl.cluster.launch import _take_up
-
     (shards(run, 2) / PROGRESS).write_text(content)
     track(run, 2)
     with RunFolder.open(run) as folder, pytest.raises(UserError, match=rf"{PROGRESS}.*{TRACKER}"):
-        _take_up(folder)
+        _rewind(folder)
 
 
 def test_older_checkpoints_than_are_kept_go_in_both_forms(run: Path) -> None:
@@ -282,7 +274,7 @@ def test_a_merge_that_alone_fails_is_what_ended_the_run(run: Path) -> None:
         pass
 
 
-def test_what_is_saved_is_merged_whatever_ended_the_run(run: Path) -> None:
+def test_what_is_saved_is_merged_however_the_run_ended(run: Path) -> None:
     merged: list[str] = []
     with conclude(lambda: merged.append("at its end"), run / OWN / "checkpoints", print):
         assert not merged
@@ -305,17 +297,15 @@ print("said")
 
 
 def watch(tmp_path: Path, *more: str, seen: list[Any], said: list[str] | None = None, begun: bool = True) -> int:
-    metrics, stop = tmp_path / "metrics.jsonl", tmp_path / "stop"
+    metrics, stop = tmp_path / "metrics.jsonl", tmp_path / OWN / STOP
+    (tmp_path / OWN).mkdir()
     if begun:
-        (tmp_path / "begun").touch()
+        (tmp_path / OWN / BEGUN).touch()
     metrics.write_text('{"step": 0}\n')
     return run_and_watch(
         [sys.executable, "-c", CHILD, str(metrics), str(stop), *more],
         {"PATH": "/usr/bin:/bin"},
-        log=tmp_path / "log.txt",
-        begun=tmp_path / "begun",
-        stop=stop,
-        metrics=metrics,
+        tmp_path,
         known=1,
         on_metrics=seen.append,
         on_stop=lambda: said.append("stopping") if said is not None else None,
@@ -326,7 +316,7 @@ def test_every_new_line_is_told_once(tmp_path: Path) -> None:
     seen: list[Any] = []
     assert watch(tmp_path, seen=seen) == 0
     assert seen == [{"step": 1}, {"step": 2}]
-    assert (tmp_path / "log.txt").read_text() == "said\n"
+    assert (tmp_path / OWN / "log.txt").read_text() == "said\n"
 
 
 def test_a_signal_asks_for_the_end_and_waits_for_it(tmp_path: Path) -> None:

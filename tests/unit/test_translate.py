@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from forkrl.cluster.hydra_text import override
 from forkrl.cluster.settings import ELSEWHERE, REFUSED, TABLE, verl_environment
-from forkrl.cluster.translate import refuse_untranslatable, verl_command, verl_overrides, verl_settings
+from forkrl.cluster.translate import override, refuse_untranslatable, verl_command, verl_overrides, verl_settings
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import item_section
 from forkrl.config.sections import Section

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forkrl.cluster.hydra_text import override
 from forkrl.cluster.settings import TABLE, Value, VerlPaths
-from forkrl.cluster.translate import verl_overrides, verl_settings
+from forkrl.cluster.translate import override, verl_overrides, verl_settings
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.model.locations import model_location

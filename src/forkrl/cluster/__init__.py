@@ -1,19 +1,14 @@
 """The cluster engine: recipes on verl (Ray, FSDP2, vLLM), as a plug-in of its trainer.
 
-    settings.py      the table: recipe -> verl, and what verl cannot do
-    translate.py     recipe -> verl's command line
-    hydra_text.py    values as hydra reads them
-    data.py          prompts -> Parquet, verifiers -> JSON
-    launch.py        forkrl train --trainer verl
-    plugin.py        what verl loads: registers the trainers and the agent loop
-    options.py       +forkrl.* on verl's command line
-    trainer.py       verl's trainers, with selection, metrics and records added
-    selection.py     which tokens of a rollout batch carry gradient
-    worker.py        loss and gradient step inside each rank
-    replay.py        dynamic sampling with an end
-    agent_loop.py    prompts exactly as the recipe words them
-    rewards.py       rewards by ForkRL's verifiers
-    record.py        the run folder, as the local engine writes it
+    launch.py, process.py        forkrl train --trainer verl: start verl, watch it, merge its checkpoints
+    settings.py, translate.py    recipe -> verl's command line, and what verl does not support
+    data.py                      prompts -> Parquet, verifiers -> JSON
+    plugin.py                    what verl loads: registers the trainers and the agent loop
+    options.py                   +forkrl.* on verl's command line
+    trainer.py, replay.py        verl's trainers, with selection, bounded dynamic sampling and records added
+    worker.py                    selection, loss and gradient step inside each rank
+    agent_loop.py, rewards.py    sample one response to a recipe's prompt, and score it with ForkRL's verifiers
+    groups.py, record.py         TransferQueue -> ForkRL's types -> the run folder, as the local engine writes it
 
 Only ``translate``, ``data`` and ``launch`` are imported outside verl's processes; they do not import verl.
 """

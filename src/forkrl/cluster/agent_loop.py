@@ -1,4 +1,4 @@
-"""verl's agent loop with the prompt exactly as the recipe words it."""
+"""verl's agent loop with a recipe's prompts, unchanged."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from forkrl.model.prompt_tokens import prompt_token_ids
 class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships no types
     """One response to a complete prompt: no chat template is applied to it.
 
-    Rows are those of ``forkrl.cluster.data.write_prompts``. A response ends with the tokenizer's EOS or one of
+    Rows come from ``forkrl.cluster.data.write_prompts``. A response ends with the tokenizer's EOS or one of
     ``forkrl.stop_token_ids``, which it includes, or at ``rollout.response_length``.
     """
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **unused: Any) -> None:
-        # Without verl's own __init__: it prepares for later turns of a chat, and raises where the tokenizer lacks the
-        # chat's tokens, as those of base models do.
+        # Without verl's own __init__, which prepares for later turns of a chat and fails for tokenizers without chat
+        # tokens, as base models have.
         self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
         self.server_manager = server_manager
         self.tokenizer = tokenizer
         self._options = read_options(trainer_config.config)
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
-        """Sample one response; raises UserError where the prompt is empty or over ``rollout.prompt_length``."""
+        """Sample one response; raises UserError if the prompt is empty or over ``rollout.prompt_length``."""
         limit, max_tokens = self.rollout_config.response_length, self.rollout_config.prompt_length
         prompt_ids = list(prompt_token_ids(self.tokenizer, read_prompt(row), max_tokens=max_tokens))
         stop_ids = list(self._options.stops(self.tokenizer))
@@ -50,6 +50,6 @@ class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships n
             response_logprobs=answer.log_probs[:limit] if answer.log_probs else None,
             num_turns=2,
             metrics=AgentLoopMetrics(num_preempted=preempted, **timing),
-            # verl's own loops write the two lists, and its batches need the same fields of every loop.
+            # verl's batches need the fields that its own loops write.
             extra_fields=answer.extra_fields | {"turn_scores": [], "tool_rewards": []},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +34,11 @@ PROMPT_SCHEMA = pa.schema(
         }.items()
     ]
 )  # fmt: skip
-"""The columns that verl's ``RLHFDataset`` reads. ``content`` is all that the model reads, with nothing added."""
+"""The columns that verl's ``RLHFDataset`` reads. ``content`` is the model's complete prompt."""
 
 
 class Judging(NamedTuple):
-    """A file of verifiers: their limits, and the length from which the overlong penalty counts."""
+    """A file of verifiers, with their limits and the maximum length for the overlong penalty."""
 
     verifiers: dict[str, VerifierSpec]
     reward: RewardConfig
@@ -47,10 +48,7 @@ class Judging(NamedTuple):
 def write_prompts(path: Path, prompts: Sequence[Prompt], task_name: str) -> None:
     """Write prompts as verl reads them, in their order, to a path that ends in ".parquet".
 
-    Args:
-        path: the file; verl knows the format by its name.
-        prompts: the task's.
-        task_name: the data source of prompts without a source.
+    ``task_name`` is the data source of prompts without a source.
     """
     rows = [
         {
@@ -77,10 +75,7 @@ def write_verifiers(
     path: Path, verifiers: Mapping[str, VerifierSpec], reward: RewardConfig, *, max_response_tokens: int
 ) -> None:
     """Write the verifiers of every ``Prompt.source`` for ``read_verifiers`` in verl's processes."""
-    specs = {
-        source: {"path": spec.path, "options": dict(spec.options), "timeout_s": spec.timeout_s}
-        for source, spec in verifiers.items()
-    }
+    specs = {source: asdict(spec) | {"options": dict(spec.options)} for source, spec in verifiers.items()}
     limits = {"reward": reward.model_dump(mode="json"), "max_response_tokens": max_response_tokens}
     write_json(path, {"verifiers": specs, **limits})
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
-from tensordict import TensorDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -37,25 +36,24 @@ def read_groups(
         partition_id: "train" or "val".
         tokenizer: the model's.
         stop_ids: tokens that end a response.
-        per_token: the fields with ``logprobs`` and ``entropy``, if wanted.
+        per_token: the fields to read ``logprobs`` and ``entropy`` from.
         with_text: decode prompts and responses, which is slow for a large batch; otherwise their text is empty.
     """
     if not keys:
         return []
     names, speller = per_token or {}, tokenizer if with_text else None
     data = tq.kv_batch_get(keys=list(keys), partition_id=partition_id, select_fields=[*_BASE, *names.values()])
-    members: dict[str, list[tuple[Rollout, VerifierResult]]] = {}
-    prompts: dict[str, Prompt] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for place, key in enumerate(keys):
-        uid = key.split("_")[0]
-        own = {name: _item(data, name, place) for name in _BASE}
-        values = {name: _item(data, field, place) for name, field in names.items()}
-        members.setdefault(uid, []).append((_rollout(own, speller, stop_ids, values), _result(own)))
-        if uid not in prompts:
-            prompts[uid] = _prompt(own, speller)
+        row = {name: _item(data, name, place) for name in (*_BASE, *names.values())}
+        rows.setdefault(key.split("_")[0], []).append(row)
     return [
-        RolloutGroup(prompts[uid], tuple(rollout for rollout, _ in pairs), tuple(result for _, result in pairs))
-        for uid, pairs in members.items()
+        RolloutGroup(
+            _prompt(members[0], speller),
+            tuple(_rollout(row, speller, stop_ids, names) for row in members),
+            tuple(_result(row) for row in members),
+        )
+        for members in rows.values()
     ]
 
 
@@ -66,66 +64,59 @@ def in_file_order(keys: Sequence[str], partition_id: str) -> list[str]:
     return [key for _, key in sorted(zip(rows, keys, strict=True))]
 
 
-def whole_groups(groups: Sequence[RolloutGroup], size: int) -> list[RolloutGroup]:
-    """Groups with all their responses: verl drops a response that cannot be sampled or judged."""
-    whole = [group for group in groups if len(group.rollouts) == size]
-    if not whole:
+def complete_groups(groups: Sequence[RolloutGroup], size: int) -> list[RolloutGroup]:
+    """Groups with all their responses: verl drops a response that cannot be sampled or scored."""
+    complete = [group for group in groups if len(group.rollouts) == size]
+    if not complete:
         raise RuntimeError(f"none of {len(groups)} problems has all its {size} responses; the log has the errors")
-    return whole
+    return complete
 
 
-def _item(data: TensorDict, name: str, place: int) -> Any:
+def _item(data: Any, name: str, place: int) -> Any:
     """One trajectory's value, a tensor or a Python object; None where verl has no such field."""
-    if name not in data.keys():  # noqa: SIM118  # `in` of a TensorDict is not a test for keys
+    if name not in data.keys():  # noqa: SIM118  # a TensorDict's `in` does not test for keys
         return None
-    value = data[name]
-    if isinstance(value, Tensor):
-        return value[place]
-    item = value[place]
-    return getattr(item, "data", item)
+    value = data[name][place]
+    return value if isinstance(value, Tensor) else getattr(value, "data", value)
 
 
 def _rollout(
-    own: Mapping[str, Any],
+    row: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     stop_ids: Sequence[int],
-    per_token: Mapping[str, Tensor | None],
+    per_token: Mapping[str, str],
 ) -> Rollout:
-    ids = tuple(own["responses"].tolist())
+    ids = tuple(row["responses"].tolist())
     finished = bool(ids) and ids[-1] in stop_ids
+    values = {name: row[field] for name, field in per_token.items() if row[field] is not None}
+    values = {name: values_T[: len(ids)].detach().float().cpu() for name, values_T in values.items()}
     return Rollout(
-        prompt_ids=tuple(own["prompts"].tolist()),
+        prompt_ids=tuple(row["prompts"].tolist()),
         response_ids=ids,
-        logprobs=_values(per_token.get("logprobs"), len(ids)),
-        entropy=_values(per_token.get("entropy"), len(ids)),
+        logprobs=values.get("logprobs", _NOTHING),
+        entropy=values.get("entropy", _NOTHING),
         text="" if tokenizer is None else response_text(tokenizer, ids, finished=finished),
         finished=finished,
     )
 
 
-def _values(values_T: Tensor | None, length: int) -> Tensor:
-    return _NOTHING if values_T is None else values_T[:length].detach().float().cpu()
-
-
-def _result(own: Mapping[str, Any]) -> VerifierResult:
+def _result(row: Mapping[str, Any]) -> VerifierResult:
     """Score and failure of ForkRL's verifier, or the score or reward of another reward function."""
-    said: Mapping[str, Any] = (own["extra_fields"] or {}).get("reward_extra_info") or {}
-    score = said.get("score", said.get("acc"))
-    return VerifierResult(float(own["rm_scores"].sum() if score is None else score), str(said.get("failure", "")))
+    found: Mapping[str, Any] = (row["extra_fields"] or {}).get("reward_extra_info") or {}
+    score = found.get("score", found.get("acc"))
+    return VerifierResult(float(row["rm_scores"].sum() if score is None else score), str(found.get("failure", "")))
 
 
-def _spell(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> str:
-    return "" if tokenizer is None else str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-def _prompt(own: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    info, messages = own["extra_info"] or {}, own["raw_prompt"]
-    single = len(messages) == 1 if messages is not None else False
-    text = str(messages[0]["content"]) if single else _spell(tokenizer, own["prompts"].tolist())
+def _prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
+    info, messages, text = row["extra_info"] or {}, row["raw_prompt"], ""
+    if messages is not None and len(messages) == 1:
+        text = str(messages[0]["content"])
+    elif tokenizer is not None:
+        text = str(tokenizer.decode(row["prompts"].tolist(), skip_special_tokens=False))
     return Prompt(
         id=str(info.get("id", info.get("index", ""))),
         text=text,
-        answer=str((own["reward_model"] or {}).get("ground_truth", "")),
+        answer=str((row["reward_model"] or {}).get("ground_truth", "")),
         place=str(info.get("place") or ""),
         source=str(info.get("source") or ""),
         level=int(info.get("level") or 0),

@@ -1,7 +1,7 @@
-"""``forkrl train --trainer verl``: train a recipe by verl, with a run folder like a local one.
+"""``forkrl train --trainer verl``: train a recipe by verl, with a run folder like a local run's.
 
-verl runs in its own process, with its output in ``verl/log.txt``, and writes metrics and rollouts itself
-(``record.py``). Here is everything before and after, and the progress display.
+verl runs in its own process, logs to ``verl/log.txt``, and writes metrics and rollouts itself (``record.py``). This
+module does everything before and after, and displays the progress.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,9 +26,17 @@ from transformers import AutoConfig, AutoTokenizer
 
 import forkrl
 from forkrl.cluster.data import write_prompts, write_verifiers
-from forkrl.cluster.ending import conclude, explain_end
-from forkrl.cluster.merge import TRACKER, begun_checkpoints, merge_checkpoints, verl_checkpoints
-from forkrl.cluster.processes import GRACE_S, run_and_watch
+from forkrl.cluster.process import (
+    GRACE_S,
+    LOG,
+    TRACKER,
+    begun_checkpoints,
+    conclude,
+    explain_end,
+    merge_checkpoints,
+    run_and_watch,
+    verl_checkpoints,
+)
 from forkrl.cluster.record import BEGUN, ENDED, OWN, PROGRESS, STOP
 from forkrl.cluster.settings import EXTERNAL, VerlPaths, verl_environment
 from forkrl.cluster.translate import refuse_unsuitable_prompts, refuse_untranslatable, verl_command
@@ -53,7 +60,7 @@ from forkrl.tasks import open_task
 from forkrl.training.tracking import TrackedRun, open_trackers, require_trackers
 from forkrl.types import Task
 
-ANSWER_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 INSTALL = "pip install 'forkrl[verl]'"
 
 
@@ -66,19 +73,19 @@ class Prepared(NamedTuple):
 
 
 def require_verl() -> None:
-    """Raises UserError, with the command that installs it, where verl is missing."""
+    """Raises UserError, with the command that installs it, if verl is missing."""
     missing = [name for name in ("verl", "ray", "transfer_queue", "hydra") if find_spec(name) is None]
     if missing:
         raise UserError(f'runtime.trainer = "verl" needs {missing[0]}, which is not installed: {INSTALL}')
 
 
-def _require_answer(address: str) -> None:
-    """Raises UserError where nothing listens at ``host:port``: Ray would try for minutes before an error in its log."""
+def _require_ray(address: str) -> None:
+    """Raises UserError if nothing listens at ``host:port``: Ray would try for minutes before it logs an error."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:  # "auto" and the like, which Ray answers at once
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cluster.address = {address!r}: no Ray cluster answers there ({error}); start one with ray start --head, "
@@ -90,7 +97,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
     """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one."""
     require_verl()
     require_trackers(config.log.trackers)
-    _require_answer(config.cluster.address)
+    _require_ray(config.cluster.address)
     path = resume or out
     if resume is None:
         refuse_occupied(out)  # before all prompts are read
@@ -100,51 +107,45 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
             print(f"{resume} is finished (step {config.training.steps}); a run by verl cannot be extended")
             return
     prepared = prepare(config)
-    command = _checked_command(config, _paths(path.resolve(), prepared.model), prepared)
+    files = _paths(path.resolve(), prepared.model)
+    command = _checked_command(config, files, prepared)
+    environment, log = child_environment(config), path / OWN / LOG
     with ExitStack() as stack:
         folder = _open_folder(config, prepared.task, out, resume)
         stack.callback(folder.close)
-        start = _take_up(folder) if resume is not None else 0
-        files = _write_files(config, prepared, path.resolve(), fresh=resume is None)
+        start = 0 if resume is None else _rewind(folder)
+        _write_files(config, prepared, files, fresh=resume is None)
         tracked = TrackedRun(path, recipe_toml(config), folder.provenance["run_id"], start)
         try:
             tracker = stack.enter_context(open_trackers(config.log.trackers, tracked))
         except BaseException:
             if resume is None:
-                folder.remove()  # as after any other mistake
+                folder.remove()
             raise
         if resume is not None and not _evaluation_due(config, folder, start):
             command.append("trainer.val_before_train=False")
-        known = len(folder.read_metrics())
-        folder.close()  # verl's trainer holds it now
-        environment = child_environment(config)
-        log = path / OWN / "log.txt"
-        logged = log.stat().st_size if log.is_file() else 0
+        known, logged = len(folder.read_metrics()), log.stat().st_size if log.is_file() else 0
+        folder.close()  # verl's trainer takes its lock
         header = f"{describe_selection(config)}; by verl on {_described_machines(config)}"
         display = stack.enter_context(TrainingDisplay(config.training.steps, start, header=header))
         display.message(f"verl starts, which takes a minute; its log: {log}")
-        merge = partial(_merge, path, files.checkpoints, environment, display, keep=config.checkpoint.keep)
+
+        def show(record: Mapping[str, Any]) -> None:
+            values = {name: value for name, value in record.items() if value is not None}
+            display.update(values)
+            tracker.log(int(values.pop("step")), values)
+
+        def merge() -> None:
+            display.phase("merge")
+            with _reopen(path) as run:
+                merge_checkpoints(run, files.checkpoints, environment, display.message, keep=config.checkpoint.keep)
+
+        def say_stopping() -> None:
+            display.message("verl ends after this step; interrupt again to end it at once")
+
         with conclude(merge, files.checkpoints, display.message):
-            status = run_and_watch(
-                command,
-                environment,
-                log=log,
-                begun=path / OWN / BEGUN,
-                stop=path / OWN / STOP,
-                metrics=path / "metrics.jsonl",
-                known=known,
-                on_metrics=lambda record: _take_in(record, display, tracker),
-                on_stop=lambda: display.message("verl ends after this step; interrupt again to end it at once"),
-            )
+            status = run_and_watch(command, environment, path, known, show, say_stopping)
             explain_end(path, status, since=logged)
-
-
-def _merge(
-    path: Path, checkpoints: Path, environment: Mapping[str, str], display: TrainingDisplay, *, keep: int
-) -> None:
-    display.phase("merge")
-    with _reopen(path) as run:
-        merge_checkpoints(run, checkpoints, environment, display.message, keep=keep)
 
 
 def dry_run(config: TrainConfig, out: Path) -> str:
@@ -203,7 +204,7 @@ def prepare(config: TrainConfig) -> Prepared:
     require_positions(model_config, max(lengths), config.rollout.max_response_tokens)
     refuse_unsuitable_prompts(config, Counter(prompt.source for prompt in task.train))
     with open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward):
-        pass  # a verifier that cannot be imported is reported here instead of inside an actor
+        pass  # reports a verifier that cannot be imported here instead of inside an actor
     return Prepared(task, stop_token_ids(tokenizer, generation, config.rollout.stop), model)
 
 
@@ -233,6 +234,10 @@ def _paths(run_folder: Path, model: str) -> VerlPaths:
 
 
 def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None) -> RunFolder:
+    if resume is not None:
+        folder = RunFolder.open(resume)
+        refuse_other_data(folder, config, task.fingerprint)
+        return folder
     provenance = {
         "engine": "verl",
         "forkrl": forkrl.__version__,
@@ -243,15 +248,11 @@ def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None
         "command": shlex.join(["forkrl", *sys.argv[1:]]),
         "run_id": new_run_id(),
     }
-    if resume is None:
-        return RunFolder.create(out, recipe_toml(config), provenance)
-    folder = RunFolder.open(resume)
-    refuse_other_data(folder, config, task.fingerprint)
-    return folder
+    return RunFolder.create(out, recipe_toml(config), provenance)
 
 
 def _reopen(path: Path) -> RunFolder:
-    """The folder, as soon as verl's trainer, which outlives its driver by a moment, has released its lock."""
+    """The folder, once verl's trainer, which outlives its driver by a moment, has released its lock."""
     deadline = time.monotonic() + GRACE_S
     while True:
         try:
@@ -268,66 +269,58 @@ def _is_finished(config: TrainConfig, folder: Path) -> bool:
     if not (folder / "checkpoints" / f"step-{last}" / MANIFEST).is_file():
         return False
     with RunFolder.open(folder) as run:
-        return any(record.get("step") == last and "eval/accuracy" in record for record in run.read_metrics())
+        return _is_evaluated(run, last)
 
 
-def _write_files(config: TrainConfig, prepared: Prepared, run_folder: Path, *, fresh: bool) -> VerlPaths:
+def _is_evaluated(folder: RunFolder, step: int) -> bool:
+    return any(record.get("step") == step and "eval/accuracy" in record for record in folder.read_metrics())
+
+
+def _evaluation_due(config: TrainConfig, folder: RunFolder, step: int) -> bool:
+    """Whether the checkpoint's evaluation is missing."""
+    due = step in (0, config.training.steps) or (config.eval.every > 0 and step % config.eval.every == 0)
+    return due and not _is_evaluated(folder, step)
+
+
+def _write_files(config: TrainConfig, prepared: Prepared, files: VerlPaths, *, fresh: bool) -> None:
     """Write what verl reads; a resumed run keeps its prompts and their order."""
-    files, task = _paths(run_folder, prepared.model), prepared.task
-    with explained_write_errors(run_folder):
-        (run_folder / OWN).mkdir(exist_ok=True)
+    task, own = prepared.task, files.run_folder / OWN
+    with explained_write_errors(files.run_folder):
+        own.mkdir(exist_ok=True)
         for name in (STOP, ENDED, BEGUN):
-            (run_folder / OWN / name).unlink(missing_ok=True)
+            (own / name).unlink(missing_ok=True)
     if fresh or not files.train.is_file():
         write_prompts(files.train, task.train, task.name)
         write_prompts(files.held_out, task.held_out[: config.eval.problems], task.name)
-    write_verifiers(
-        files.verifiers,
-        with_sandbox(task.verifiers, config.sandbox),
-        config.reward,
-        max_response_tokens=config.rollout.max_response_tokens,
-    )
-    return files
+    verifiers = with_sandbox(task.verifiers, config.sandbox)
+    write_verifiers(files.verifiers, verifiers, config.reward, max_response_tokens=config.rollout.max_response_tokens)
 
 
-def _take_up(folder: RunFolder) -> int:
-    """The step of verl's newest complete checkpoint, after deleting everything later; 0 where there is none."""
+def _rewind(folder: RunFolder) -> int:
+    """Delete everything after verl's newest complete checkpoint; returns its step, or 0 if there is none."""
     own = folder.path / OWN / "checkpoints"
-    whole = verl_checkpoints(own)
+    complete = verl_checkpoints(own)
     for step, leftover in begun_checkpoints(own).items():
-        if step > max(whole, default=0):
-            shutil.rmtree(leftover)  # incomplete
-    if not whole:
+        if step > max(complete, default=0):
+            shutil.rmtree(leftover)
+    if not complete:
         (own / TRACKER).unlink(missing_ok=True)
         folder.discard_after(-1, 0)
         return 0
-    step = max(whole)
+    step = max(complete)
     try:
-        progress = json.loads((whole[step] / PROGRESS).read_text(encoding="utf-8"))
+        progress = json.loads((complete[step] / PROGRESS).read_text(encoding="utf-8"))
         size = int(progress["metrics_bytes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{whole[step] / PROGRESS}: cannot be read ({first_line(error)}); write {step - 1} or an older step into "
-            f"{own / TRACKER} to resume from there"
+            f"{complete[step] / PROGRESS}: cannot be read ({first_line(error)}); write {step - 1} or an older step "
+            f"into {own / TRACKER} to resume from there"
         ) from error
     line, newline, _ = (folder.path / "metrics.jsonl").read_bytes()[size:].partition(b"\n")
     if newline and b'"eval/accuracy"' in line and json.loads(line).get("step") == step:
         size += len(line + newline)  # keep the evaluation that was made after the checkpoint
     folder.discard_after(step, size)
     return step
-
-
-def _evaluation_due(config: TrainConfig, folder: RunFolder, step: int) -> bool:
-    """Whether the checkpoint's evaluation is missing."""
-    due = step in (0, config.training.steps) or (config.eval.every and step % config.eval.every == 0)
-    done = any(record.get("step") == step and "eval/accuracy" in record for record in folder.read_metrics())
-    return bool(due) and not done
-
-
-def _take_in(record: Mapping[str, Any], display: TrainingDisplay, tracker: Any) -> None:
-    figures = {name: value for name, value in record.items() if value is not None}
-    display.update(figures)
-    tracker.log(int(record["step"]), {name: value for name, value in figures.items() if name != "step"})
 
 
 def _described_machines(config: TrainConfig) -> str:

@@ -5,6 +5,7 @@ python -m verl.trainer.main_ppo … trainer.v1.trainer_mode=forkrl +forkrl.ratio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,8 @@ from forkrl.config.train import Denominator
 from forkrl.errors import UserError
 
 MODES = {"forkrl": "sync", "forkrl_colocate_async": "colocate_async", "forkrl_separate_async": "separate_async"}
-"""Names for ``trainer.v1.trainer_mode``, and verl's trainer that each extends."""
+"""Names for ``trainer.v1.trainer_mode``, and the trainer of verl that each extends."""
+_ACTOR = "actor_rollout_ref.actor"
 
 
 class ForkOptions(SelectionConfig):
@@ -33,11 +35,11 @@ class ForkOptions(SelectionConfig):
     max_generation_batches: Count = 0
     """Batches of prompts that dynamic sampling may draw for one step; 0: no limit, as in verl."""
     poll_s: Annotated[float, Field(gt=0)] = 2.0
-    """Seconds between checks for sampled responses; verl's is 2."""
+    """Seconds between checks for sampled responses."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
-    """A step in which nothing is sampled or judged for this long ends the run."""
+    """A step in which nothing is sampled or scored for this long ends the run."""
     run_folder: str | None = None
-    """Where metrics.jsonl and rollouts/ are written, in the form of a local run; not set: nowhere."""
+    """Where metrics.jsonl and rollouts/ are written, as by a local run; not set: nowhere."""
     rollouts_every: PositiveInt = 10
     rollouts_sampled: Count = 64
     stop_token_ids: Annotated[tuple[int, ...], FROM_LIST] = ()
@@ -46,12 +48,8 @@ class ForkOptions(SelectionConfig):
     """For the reward manager ForkRewardManager: the file that names the verifiers."""
 
     def stops(self, tokenizer: Any) -> tuple[int, ...]:
-        """All tokens that end a response, for the agent loop, the rewards and the trainer."""
+        """All tokens that end a response."""
         return tuple(dict.fromkeys([tokenizer.eos_token_id, *self.stop_token_ids]))
-
-    @property
-    def selection(self) -> SelectionConfig:
-        return self
 
 
 def read_options(config: DictConfig) -> ForkOptions:
@@ -63,47 +61,45 @@ def read_options(config: DictConfig) -> ForkOptions:
         raise UserError(str(error).replace("selection.", "+forkrl.")) from None
 
 
+_UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "algorithm.rollout_correction.bypass_mode", bool,
+        "skips the pass that measures entropies, which the selection needs; set it to false",
+    ),
+    (
+        "algorithm.rollout_correction.rollout_rs", bool,
+        "removes tokens after they were counted; set it to null (rollout_is weights are supported)",
+    ),
+    (
+        f"{_ACTOR}.loss_agg_mode", lambda mode: mode != "token-mean",
+        "the loss is a mean over tokens; set it to token-mean (+forkrl.denominator selects which tokens count)",
+    ),
+    (
+        f"{_ACTOR}.policy_loss.loss_mode", lambda mode: mode not in (None, "vanilla"),
+        "the plug-in has DAPO's clipped loss; set it to vanilla, or train with trainer.v1.trainer_mode=sync",
+    ),
+    ("distillation.enabled", bool, "has its own loss; set it to false"),
+    ("trainer.v1.sampler.custom_sampler.path", bool, "the plug-in has its own replay buffer; drop it"),
+)  # fmt: skip
+"""Settings of verl, the values that the selection or the loss does not support, and why."""
+_UNSUPPORTED_KL = (
+    f"{_ACTOR}.kl_loss_type", lambda kind: kind not in ("low_var_kl", "k3"),
+    "the plug-in estimates KL by k3; set it to low_var_kl",
+)  # fmt: skip
+_UNSUPPORTED_IN_MICRO_BATCHES = (
+    f"{_ACTOR}.strategy", lambda strategy: strategy not in ("fsdp", "fsdp2"),
+    "+forkrl.scope = micro_batch needs FSDP, which tells how a mini-batch is cut; choose fsdp2, or scope mini_batch",
+)  # fmt: skip
+
+
 def refuse_unsupported(config: DictConfig, options: ForkOptions) -> None:
-    """Refuse settings of verl that the selection or the loss does not support, before anything is loaded."""
-    actor, correction = config.actor_rollout_ref.actor, config.algorithm.get("rollout_correction") or {}
-    loss_mode = (actor.get("policy_loss") or {}).get("loss_mode", "vanilla")
-    sampler = (config.trainer.v1.sampler.get("custom_sampler") or {}).get("path")
-    for refused, key, value, why in (
-        (
-            correction.get("bypass_mode", False), "algorithm.rollout_correction.bypass_mode", "true",
-            "skips the pass that measures entropies, which the selection needs; set it to false",
-        ),
-        (
-            correction.get("rollout_rs"), "algorithm.rollout_correction.rollout_rs", correction.get("rollout_rs"),
-            "removes tokens after they were counted; set it to null (rollout_is weights are honoured)",
-        ),
-        (
-            actor.loss_agg_mode != "token-mean", "actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode,
-            "the loss is a mean over tokens; set it to token-mean (+forkrl.denominator selects which tokens count)",
-        ),
-        (
-            loss_mode != "vanilla", "actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode,
-            "the plug-in has DAPO's clipped loss; set it to vanilla, or train with trainer.v1.trainer_mode=sync",
-        ),
-        (
-            actor.use_kl_loss and actor.kl_loss_type not in ("low_var_kl", "k3"),
-            "actor_rollout_ref.actor.kl_loss_type", actor.kl_loss_type,
-            "the plug-in estimates KL by k3; set it to low_var_kl",
-        ),
-        (
-            options.scope == "micro_batch" and actor.strategy not in ("fsdp", "fsdp2"),
-            "actor_rollout_ref.actor.strategy", actor.strategy,
-            "+forkrl.scope = micro_batch needs FSDP, which tells how a mini-batch is cut; choose fsdp2, or scope "
-            "mini_batch",
-        ),
-        (
-            (config.get("distillation") or {}).get("enabled", False), "distillation.enabled", "true",
-            "has its own loss; set it to false",
-        ),
-        (
-            sampler, "trainer.v1.sampler.custom_sampler.path", sampler,
-            "the plug-in has its own replay buffer; drop it",
-        ),
-    ):  # fmt: skip
-        if refused:
-            raise UserError(f"{key} = {value}: {why}")
+    """Raises UserError for settings of verl that the plug-in does not support, before anything is loaded."""
+    checks = [*_UNSUPPORTED]
+    if config.actor_rollout_ref.actor.use_kl_loss:
+        checks.append(_UNSUPPORTED_KL)
+    if options.scope == "micro_batch":
+        checks.append(_UNSUPPORTED_IN_MICRO_BATCHES)
+    for key, is_unsupported, why in checks:
+        value = OmegaConf.select(config, key)
+        if is_unsupported(value):
+            raise UserError(f"{key} = {str(value).lower() if isinstance(value, bool) else value}: {why}")

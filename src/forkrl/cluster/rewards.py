@@ -25,9 +25,8 @@ from forkrl.rewards import open_verifier
 class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types
     """Scores responses in a pool of processes that can be killed (``forkrl.rewards``), one pool per reward worker.
 
-    The reward is the verifier's score and DAPO's penalty for long responses. A verifier that hangs is killed at its
-    timeout: its response scores 0, and ``failure`` in the extra information says why. Reads ``forkrl.verifiers`` and
-    ``forkrl.stop_token_ids`` of verl's settings.
+    The reward is the verifier's score plus DAPO's penalty for long responses. A verifier that hangs is killed at its
+    timeout: its response scores 0, and ``failure`` in the extra information says why.
     """
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, **unused: Any) -> None:
@@ -41,7 +40,7 @@ class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships 
         atexit.register(self._pool.close)
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """Score and reward of one response: the last of the DataProto of a conversation's outputs."""
+        """Score and reward of one response, the last output of a conversation."""
         item = data[len(data) - 1]
         responses_T = item.batch["responses"]
         length = int(item.batch["attention_mask"][-len(responses_T) :].sum())

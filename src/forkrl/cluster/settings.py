@@ -1,4 +1,4 @@
-"""One table of settings: what verl is given for a recipe, what verl cannot do, and what ForkRL handles itself.
+"""One table of settings: what verl gets for a recipe, what verl does not support, and what ForkRL handles itself.
 
 ``translate.py`` reads it; tools/cluster_settings.py prints it as docs/cluster-settings.md. Imports no verl, no torch.
 """
@@ -18,20 +18,16 @@ Value: TypeAlias = "bool | int | float | str | Path | Sequence[Value] | Mapping[
 UNSET: Any = ...
 """The value of a setting that a recipe leaves to verl."""
 EXTERNAL, PLUGIN = "VERL_USE_EXTERNAL_MODULES", "forkrl.cluster.plugin"
-"""A variable of verl's: modules to import, separated by commas; and ForkRL's."""
+"""verl's variable that lists modules to import, separated by commas, and ForkRL's module."""
 
 
 class VerlPaths(NamedTuple):
-    """Files of a run, as every node sees them."""
+    """Files of a run, as every node sees them. ``train`` and ``held_out`` are Parquet."""
 
     model: str
-    """A folder."""
     train: Path
-    """Parquet."""
     held_out: Path
-    """Parquet."""
     verifiers: Path
-    """verifiers.json."""
     checkpoints: Path
     """verl's own, ``global_step_N`` inside."""
     run_folder: Path
@@ -49,13 +45,13 @@ class Row(NamedTuple):
     """Settings of verl that ForkRL sets, all to the same value."""
 
     recipe: tuple[str, ...]
-    """The recipe's settings that it follows; none: it is the same for all recipes, or of the run."""
+    """The recipe's settings that determine it; none: a constant, or a path of the run."""
     verl: tuple[str, ...]
-    """With a ``+`` before those that are not in verl's own files."""
+    """With a ``+`` before settings that verl's own files do not have."""
     value: Callable[[Run], Any]
     remark: str
     shown: str = ""
-    """A value that does not follow the recipe, for the page."""
+    """For the page: a value that the recipe does not determine."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -67,7 +63,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _row(recipe: str, verl: str, value: Callable[[TrainConfig], Any] | None = None, remark: str = "") -> Row:
-    """A row that follows a recipe; without a function it has the value of the recipe's one setting."""
+    """A row that depends on the recipe; without a function it copies the recipe's one setting."""
 
     def of_recipe(run: Run) -> Any:
         return setting(run.config, recipe) if value is None else value(run.config)
@@ -96,18 +92,18 @@ def on_cpu(config: TrainConfig) -> bool:
 
 
 def _packed(config: TrainConfig) -> bool:
-    """Whether sequences run without padding: FlashAttention does, in 16 bits only."""
+    """Whether sequences run without padding, which needs FlashAttention and so 16 bits."""
     return not on_cpu(config) and config.model.precision == "bf16"
 
 
 def _own_ray(config: TrainConfig, value: int | bool) -> Any:
-    """For the Ray cluster that a run without GPUs starts: verl's actors reserve cores, and each rank a GPU."""
+    """For a Ray cluster without GPUs: verl's actors reserve cores, and each rank a GPU."""
     return value if on_cpu(config) and not config.cluster.address else UNSET
 
 
 def verl_environment(config: TrainConfig) -> dict[str, str]:
-    """Variables that every process of verl needs; Ray passes them to those it starts."""
-    # With this variable a plug-in that cannot be imported is an error; with the entry point verl ignores it silently.
+    """Variables that every process of verl needs; Ray passes them on."""
+    # With this variable a plug-in that cannot be imported is an error; with the entry point verl ignores it.
     others = [name for name in os.environ.get(EXTERNAL, "").split(",") if name not in ("", PLUGIN)]
     environment = {EXTERNAL: ",".join([*others, PLUGIN])}
     # verl registers FSDP for "cuda" only.
@@ -120,14 +116,13 @@ _STORAGE = "transfer_queue.backend.SimpleStorage."
 
 TABLE = (
     _row("seed", "data.seed rollout.seed actor.data_loader_seed actor.fsdp_config.seed +forkrl.seed", None,
-         "For the order of prompts, sampling, and the order of responses within mini-batches. vLLM is not "
-         "reproducible bit by bit, whatever the seed"),
+         "Order of prompts and of responses, and sampling. vLLM is not bit-for-bit reproducible with any seed"),
     _row("model.precision", "rollout.dtype", lambda c: "bfloat16" if c.model.precision == "bf16" else "float32",
          "Weights and optimizer state stay fp32"),
     _row("model.precision", "+actor.fsdp_config.mixed_precision +ref.fsdp_config.mixed_precision",
          lambda c: {"param_dtype": c.model.precision, "reduce_dtype": "fp32"}),
     _row("model.precision", "model.use_remove_padding", _packed,
-         '"bf16" runs sequences without padding in FlashAttention, which is fast and needs flash-attn'),
+         '"bf16" runs FlashAttention without padding, which is fast and needs flash-attn'),
     _row("model.precision", "+model.override_config.attn_implementation", lambda c: UNSET if _packed(c) else "sdpa",
          '"fp32" pads sequences and runs PyTorch\'s attention'),
     _row("model.gradient_checkpointing", "model.enable_gradient_checkpointing"),
@@ -145,16 +140,14 @@ TABLE = (
     _row("dynamic_sampling.enabled", "algorithm.filter_groups.enable"),
     _row("dynamic_sampling.generation_prompts", "algorithm.filter_groups.max_inflight_gen_batches",
          lambda c: max(1, c.dynamic_sampling.generation_prompts // c.rollout.prompts_per_step),
-         "verl starts with prompts_per_step and then draws two new prompts for each dropped group; this limits how "
-         "many are in flight"),
+         "verl draws prompts_per_step, then two for each dropped group; this limits how many are in flight"),
     _row("dynamic_sampling.max_generation_batches", "+forkrl.max_generation_batches", None,
-         "verl has a setting of that name and does not read it; the plug-in counts in units of prompts_per_step"),
+         "verl's own setting of that name has no effect; the plug-in counts in units of prompts_per_step"),
     *(_row(f"selection.{name}", f"+forkrl.{name}") for name in ("rule", "ratio", "threshold")),
     _row("selection.scope", "+forkrl.scope", None,
          "A micro-batch is what one rank (sequence_parallel GPUs) runs at once, a mini-batch one gradient step of all"),
     _row("selection.entropy", "+forkrl.entropy", None,
-        '"rollout": of the policy at the start of the step; with cluster.trainer = "colocate_async" that is newer than '
-        "the policy that sampled"),
+         '"rollout": the policy before the update; with "colocate_async" newer than the policy that sampled'),
     _row("loss.clip_low", "actor.clip_ratio_low"),
     _row("loss.clip_high", "actor.clip_ratio_high"),
     _row("loss.dual_clip", "actor.clip_ratio_c", lambda c: math.inf if c.loss.dual_clip is None else c.loss.dual_clip,
@@ -165,31 +158,30 @@ TABLE = (
     _row("loss.entropy_coef", "actor.entropy_coeff"),
     _row("optimizer.lr", "actor.optim.lr"),
     _row("optimizer.warmup_steps", "+forkrl.warmup_steps", None,
-         "In gradient steps, which the plug-in counts; verl's lr_warmup_steps counts rollout batches and stays unset"),
+         "In gradient steps, counted by the plug-in; verl's lr_warmup_steps counts rollout batches and stays unset"),
     _row("optimizer.weight_decay", "actor.optim.weight_decay"),
     _row("optimizer.betas", "actor.optim.betas"),
     _row("optimizer.eps", "actor.optim.override_optimizer_config", lambda c: {"eps": c.optimizer.eps}),
     _row("optimizer.max_grad_norm", "actor.optim.clip_grad", None, "verl does not read actor.grad_clip"),
     _row("training.steps", "trainer.total_training_steps trainer.total_epochs", lambda c: c.training.steps,
-         "An epoch has at least one step, so that epochs never end a run"),
+         "An epoch has at least one step, so epochs never end a run"),
     _row("eval.every training.steps", "trainer.test_freq", lambda c: c.eval.every or c.training.steps,
          "eval.every = 0 becomes training.steps: verl always evaluates after the last step"),
     _row("training.mini_batch_prompts", "actor.ppo_mini_batch_size", None,
-         "A gradient step takes as many responses as that many groups have, drawn from all groups of the step"),
+         "A gradient step takes this many groups' number of responses, drawn from all groups of the step"),
     _row("training.micro_batch_tokens cluster.sequence_parallel", "actor.ppo_max_token_len_per_gpu",
          lambda c: c.training.micro_batch_tokens // c.cluster.sequence_parallel,
-         "Without padding, divided by cluster.sequence_parallel. A target: verl balances the work of micro-batches, so "
-         "that one may hold a few more"),
+         "Divided by cluster.sequence_parallel. A target: verl balances micro-batches, and one may hold a few more"),
     _row("eval.samples", "rollout.val_kwargs.n"),
     _row("eval.temperature", "rollout.val_kwargs.temperature"),
     _row("eval.temperature", "rollout.val_kwargs.do_sample", lambda c: c.eval.temperature > 0),
     _row("checkpoint.every", "trainer.save_freq", None, "verl always saves the last step"),
     _row("checkpoint.keep", "trainer.max_actor_ckpt_to_keep", None,
-         "verl counts those of the current process: a resumed run also keeps the ones from before"),
+         "verl counts the current process's checkpoints; a resumed run also keeps older ones"),
     _row("log.rollouts_every", "+forkrl.rollouts_every"),
     _row("log.rollouts_sampled", "+forkrl.rollouts_sampled"),
     _row("runtime.device", "trainer.device", lambda c: "cpu" if on_cpu(c) else "cuda",
-         '"cpu" is verl without a GPU, for ForkRL\'s tests: ranks are processes, and ForkRL\'s own sampler decodes'),
+         '"cpu" is for ForkRL\'s tests: ranks are processes, and ForkRL\'s own sampler decodes'),
     _row("runtime.device cluster.rollout_engine", "rollout.name",
          lambda c: "forkrl_cpu" if on_cpu(c) else c.cluster.rollout_engine),
     _row("runtime.device", "rollout.agent.num_workers", lambda c: 1 if on_cpu(c) else 8),
@@ -206,7 +198,7 @@ TABLE = (
     _row("runtime.device cluster.nodes", f"{_STORAGE}num_data_storage_units",
          lambda c: 1 if on_cpu(c) else max(8, 2 * c.cluster.nodes)),
     _row("cluster.address", f"+{_RAY}address", lambda c: c.cluster.address or "local",
-         'Empty becomes "local", which starts Ray even where RAY_ADDRESS names a cluster'),
+         'Empty becomes "local", which starts Ray even if RAY_ADDRESS is set'),
     _row("cluster.nodes", "trainer.nnodes"),
     _row("cluster.gpus_per_node", "trainer.n_gpus_per_node"),
     _row("cluster.trainer", "trainer.v1.trainer_mode",
@@ -224,14 +216,10 @@ TABLE = (
     _of_run("data.train_files", lambda r: r.paths.train, "a file of the run", "written by the launcher"),
     _of_run("data.val_files", lambda r: r.paths.held_out, "a file of the run", "written by the launcher"),
     _of_run("+forkrl.verifiers", lambda r: r.paths.verifiers, "a file of the run", "written by the launcher"),
-    _of_run(
-        "+forkrl.run_folder", lambda r: r.paths.run_folder, "the run folder", "for metrics and samples of responses"
-    ),
-    _of_run("+forkrl.stop_token_ids", lambda r: list(r.stop_token_ids), "of rollout.stop",
-            "with the tokenizer's EOS and those of generation_config.json"),
+    _of_run("+forkrl.run_folder", lambda r: r.paths.run_folder, "the run folder", "metrics and samples of responses"),
+    _of_run("+forkrl.stop_token_ids", lambda r: list(r.stop_token_ids), "from rollout.stop", "and the model's own"),
     _of_run("trainer.default_local_dir", lambda r: r.paths.checkpoints, "a folder of the run", "verl's checkpoints"),
-    _of_run("hydra.run.dir", lambda r: r.paths.checkpoints / "hydra", "a folder of the run",
-            "otherwise hydra writes into the working folder"),
+    _of_run("hydra.run.dir", lambda r: r.paths.checkpoints / "hydra", "a folder of the run", "not the working folder"),
     _fixed("model.use_fused_kernels", False, "entropies of verl's fused heads have not been compared with ours"),
     _fixed("data.gen_batch_size", 1, "otherwise verl drops the end of an epoch"),
     _fixed("data.shuffle", True, "a new order each epoch"),
@@ -241,7 +229,7 @@ TABLE = (
     _fixed("data.return_raw_chat", True, "the agent loop reads the text"),
     _fixed("rollout.calculate_log_probs", True, "to measure the difference between sampler and trainer"),
     _fixed("rollout.val_kwargs.top_p", 1.0, "evaluation samples from the whole distribution"),
-    _fixed("rollout.val_kwargs.top_k", -1, "likewise"),
+    _fixed("rollout.val_kwargs.top_k", -1, "the same"),
     _fixed("rollout.agent.default_agent_loop", "forkrl_exact_prompt", "does not template a prompt a second time"),
     _fixed("algorithm.adv_estimator", "grpo", "the group is the baseline"),
     _fixed("algorithm.norm_adv_by_std_in_grpo", True, f"{_DAPO}, eq. 4"),
@@ -250,8 +238,7 @@ TABLE = (
     _fixed("algorithm.filter_groups.metric", "score", 'correctness; "reward" includes the overlong penalty'),
     _fixed("actor.strategy", "fsdp2", "the plug-in's worker is written for it"),
     _fixed("actor.ppo_epochs", 1, "each response is trained on once"),
-    _fixed("actor.shuffle", True,
-           "responses are in the order in which they ended: the first gradient steps would get the short ones"),
+    _fixed("actor.shuffle", True, "otherwise the first gradient steps would get the responses that ended first"),
     _fixed("actor.use_dynamic_bsz", True, "micro-batches are counted in tokens"),
     _fixed("actor.loss_agg_mode", "token-mean", f"{_DAPO}, eq. 4; loss.denominator selects which tokens"),
     _fixed("actor.kl_loss_type", "low_var_kl", "the k3 estimator"),
@@ -259,16 +246,16 @@ TABLE = (
     _fixed("actor.entropy_checkpointing", True, "saves memory: most entropies need no gradient"),
     _fixed("actor.fsdp_config.model_dtype", "fp32", "master weights"),
     _fixed("actor.optim.optimizer", "AdamW", "as in ForkRL's own loop"),
-    _fixed("actor.optim.optimizer_impl", "torch.optim", "likewise"),
+    _fixed("actor.optim.optimizer_impl", "torch.optim", "as in ForkRL's own loop"),
     _fixed("actor.optim.lr_scheduler_type", "constant", "the plug-in sets the rate of every gradient step"),
     _fixed("reward.reward_manager.source", "importlib", "ForkRL's verifiers score responses"),
-    _fixed("reward.reward_manager.module.path", "pkg://forkrl.cluster.rewards", "likewise"),
-    _fixed("reward.reward_manager.name", "ForkRewardManager", "likewise"),
+    _fixed("reward.reward_manager.module.path", "pkg://forkrl.cluster.rewards", "the same"),
+    _fixed("reward.reward_manager.name", "ForkRewardManager", "the same"),
     _fixed("trainer.use_v1", True, "the plug-in extends it"),
     _fixed("trainer.val_before_train", True, "as in ForkRL's own loop"),
     _fixed("trainer.resume_mode", "auto", "a second start resumes from the newest checkpoint"),
     _fixed("trainer.logger", ["console"], "the launcher feeds log.trackers"),
-    _fixed(f"{_STORAGE}total_storage_size", None, "no limit: a step holds as many responses as it must"),
+    _fixed(f"{_STORAGE}total_storage_size", None, "no limit on the responses of a step"),
 )  # fmt: skip
 
 _PROMPTS, _VERIFIERS = "prompts, written to Parquet as the model reads them", "verifiers.json, read by reward workers"
@@ -294,14 +281,14 @@ ELSEWHERE = {
 
 
 class Refusal(NamedTuple):
-    """Values of a setting that verl cannot honour."""
+    """Values of a setting that verl does not support."""
 
     recipe: str
     values: str
     why: str
     """And the remedy, where ``refused`` decides."""
     refused: Callable[[TrainConfig], bool] | None = None
-    """None: checked with other settings (``require_even_shares``, ``refuse_unsuitable_prompts``, ``translate.py``)."""
+    """None: ``require_even_shares``, ``refuse_unsuitable_prompts`` or ``translate.py`` checks it."""
 
 
 _OWN_LOOP = 'only ForkRL\'s own loop (runtime.trainer = "local") supports it'
@@ -310,7 +297,7 @@ REFUSED = (
     Refusal("seed", "2^31 and above", "verl's samplers keep it in 32 bits; take one below 2147483648",
             lambda c: c.seed >= 2**31),
     Refusal("model.revision", "any",
-            "verl takes a folder; download that revision to a folder, and set model.path to the folder",
+            "verl takes a folder; download that revision to a folder, and set model.path to it",
             lambda c: c.model.revision is not None),
     *(
         Refusal(f"task.curriculum.{name}", "any", "verl draws from all prompts alike, and cannot follow the accuracy")

@@ -1,8 +1,8 @@
 """verl's trainers with forking tokens, selected by ``trainer.v1.trainer_mode``; everything else stays verl's.
 
-A step of verl's is: sample groups, balance them over the ranks, measure log-probs and entropies of the policy that
-sampled, advantages, update. Added are the selection over the rollout batch after the advantages (``worker.py`` selects
-in other scopes), metrics with the names of the local engine, and the run folder.
+A step of verl samples groups, balances them over the ranks, measures log-probs and entropies of the policy that
+sampled, computes advantages and updates. ForkRL adds the selection over the rollout batch after the advantages
+(``worker.py`` selects in other scopes), metrics with the names of the local engine, and the run folder.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested
 
-# As modules: either may be what is importing verl, and thus this module, and then has no names yet.
+# As modules: either may be importing verl, and thus this module, and then has no names yet.
 from forkrl.cluster import replay, worker
-from forkrl.cluster.figures import step_figures
-from forkrl.cluster.groups import in_file_order, read_groups, whole_groups
+from forkrl.cluster.groups import complete_groups, in_file_order, read_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
-from forkrl.cluster.record import Record, StopRequested, note_end
-from forkrl.cluster.selection import seeded, select
+from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
 from forkrl.errors import NothingToLearn
 from forkrl.method.selection import reads_current_entropy
 from forkrl.rollout.held_out import summarise
@@ -64,15 +62,15 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         self._drawn = 0
         self._dropped: list[RolloutGroup] = []
         self._validated: list[RolloutGroup] = []
-        self._told: dict[str, dict[str, Any]] = {}
+        self._details: dict[str, dict[str, Any]] = {}
 
     def _adopt(self, config: DictConfig) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
             config.trainer.v1.sampler.sync_refill_failed_groups = True  # replay.py says which
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
-            # A micro-batch that selects by its own entropies; otherwise the update does not compute them.
-            if reads_current_entropy(self.options.selection) and self.options.scope in ("micro_batch", "sequence"):
+            # So that the update computes the entropies by which a micro-batch selects.
+            if reads_current_entropy(self.options) and self.options.scope in ("micro_batch", "sequence"):
                 config.actor_rollout_ref.actor.calculate_entropy = True
 
     @property
@@ -82,7 +80,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     # -- a run -------------------------------------------------------------------------------------------------------
 
     def fit(self, agent_loop_manager: Any) -> None:
-        """Train as verl does; save the finished steps where nothing is left to learn, or a stop was requested."""
+        """Train like verl; save the finished steps if nothing is left to learn or a stop was requested."""
         try:
             super().fit(agent_loop_manager)
         except (NothingToLearn, StopRequested) as error:
@@ -96,29 +94,29 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             raise
 
     def _save_finished(self) -> None:
-        """Save the steps before the current one, which has not changed the weights."""
+        """Save the state before the current step, which has not changed the weights."""
         self.global_steps -= 1
         if self.global_steps > 0 and self._saved_step != self.global_steps and self.config.trainer.save_freq > 0:
             self.checkpoint_manager.sleep_replicas()  # a save needs the samplers' memory
             self._save_checkpoint()
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
-        """One step of verl's, and its metrics under ForkRL's names, recorded before a checkpoint relies on them."""
+        """One step of verl, with its metrics under ForkRL's names, recorded before a checkpoint refers to them."""
         if self.record is not None:
             self.record.begin_step()
         started = time.perf_counter()
-        self._drawn, self._dropped, self._told = 0, [], {}
+        self._drawn, self._dropped, self._details = 0, [], {}
         batch = super().step(metrics, timing_raw)
         seconds = time.perf_counter() - started
         keys = [key for key in batch.keys if not key.startswith("pad")]
-        shaped = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores"])["rm_scores"]
-        ours = step_figures(
+        rewards = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores"])["rm_scores"]
+        ours = step_metrics(
             metrics,
             timing_raw,
             self._groups(keys, "train"),
             self._dropped,
             num_batches=self._drawn / self.config.data.train_batch_size,
-            reward=float(shaped.values().sum()) / len(keys),
+            reward=float(rewards.values().sum()) / len(keys),
             seconds=seconds,
         )
         metrics.update(ours)
@@ -136,8 +134,8 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     # -- sampling ----------------------------------------------------------------------------------------------------
 
     def _build_replay_buffer(self) -> Any:
-        own = replay.BoundedReplayBuffer if self.base_mode == "sync" else replay.AccountingReplayBufferAsync
-        return own.taking_over(
+        own = replay.BoundedReplayBuffer if self.base_mode == "sync" else replay.BoundedReplayBufferAsync
+        return own.replacing(
             super()._build_replay_buffer(),
             poll_interval=self.options.poll_s,
             stall_timeout_s=self.options.stall_timeout_s,
@@ -191,17 +189,17 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         )
         mask_N = data["response_mask"].values().bool()
         seed = f"{self.options.seed}/{self.global_steps}/{self.local_trigger_step}"
-        chosen_N = select(data["entropy"].values().float(), mask_N, self.options.selection, seeded(seed))
+        chosen_N = worker.select(data["entropy"].values().float(), mask_N, self.options, seed)
         return torch.nested.nested_tensor_from_jagged(chosen_N.to(torch.int8), data["response_mask"].offsets())
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)
-        for told in self.actor_rollout_wg.take_told():
-            self._told |= {batch.keys[each["row"]]: each for each in told}
+        for details in self.actor_rollout_wg.take_details():
+            self._details |= {batch.keys[each["row"]]: each for each in details}
         return batch
 
     def _marked_rows(self, batch: KVBatchMeta) -> list[int]:
-        """The row of each sequence that the workers report details of, else -1: the first groups by name."""
+        """The index of each sequence that the workers report details of, else -1: those of the first groups by name."""
         if self.record is None or not self.record.wants_rows(self.global_steps):
             return [-1] * len(batch)
         own = [key.split("_")[0] for key in batch.keys]
@@ -211,19 +209,16 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
 
     def _rows(self) -> list[dict[str, Any]]:
         """The sampled responses with the workers' details."""
-        keys = sorted(self._told)
+        keys = sorted(self._details)  # so that the responses of a group are adjacent
         if not keys:
             return []
         groups = self._groups(keys, "train", per_token={"logprobs": "old_log_probs"}, with_text=True)
-        told = iter([self._told[key] for key in keys])  # sorted: the responses of a group are adjacent
-        selected: list[list[bool]] = []
-        for place, group in enumerate(groups):
-            rollouts = []
-            for rollout in group.rollouts:
-                own = next(told)
-                selected.append(own["selected"])
-                rollouts.append(replace(rollout, entropy=torch.tensor(own["entropy"])))
-            groups[place] = replace(group, rollouts=tuple(rollouts))
+        selected: list[list[bool]] = [self._details[key]["selected"] for key in keys]
+        entropies = iter([torch.tensor(self._details[key]["entropy"]) for key in keys])
+        groups = [
+            replace(group, rollouts=tuple(replace(rollout, entropy=next(entropies)) for rollout in group.rollouts))
+            for group in groups
+        ]
         data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores", "advantages"])
         rewards = [float(values.sum()) for values in data["rm_scores"]]
         advantages = [float(values[0]) for values in data["advantages"]]
@@ -239,23 +234,22 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             figures = {name: value for name, value in figures.items() if math.isfinite(value)}
             metrics |= {f"eval/{name}": value for name, value in figures.items()}
             if self.record is not None:
-                options, groups = self.options, self._validated
                 self.record.add_evaluation(
-                    self.global_steps, figures, groups, self.tokenizer, options.selection, options.seed
+                    self.global_steps, figures, self._validated, self.tokenizer, self.options, self.options.seed
                 )
         return metrics
 
     def _note_validated(self, batch: KVBatchMeta) -> None:
-        """Keep the responses of an evaluation, with their entropies; raises RuntimeError where there are none."""
+        """Keep the responses of an evaluation, with their entropies; raises RuntimeError if there are none."""
         if not batch.keys:
             raise RuntimeError("no response of the evaluation could be sampled or judged; the log has the errors")
         per_token = self._measure_validation(batch) if self.base_mode == "sync" else {}
         keys = in_file_order(batch.keys, batch.partition_id)  # the same prompts come first each time
         groups = self._groups(keys, batch.partition_id, per_token=per_token, with_text=True)
-        self._validated += whole_groups(groups, self.config.actor_rollout_ref.rollout.val_kwargs.n)
+        self._validated += complete_groups(groups, self.config.actor_rollout_ref.rollout.val_kwargs.n)
 
     def _measure_validation(self, batch: KVBatchMeta) -> dict[str, str]:
-        """Measure entropies of held-out responses at their sampling temperature; the names of the fields."""
+        """Measure entropies of held-out responses at their sampling temperature; returns the names of the fields."""
         rollout = self.config.actor_rollout_ref.rollout
         at_once = 1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu
         multiple = at_once * self.resource_pool_manager.get_n_gpus()
@@ -263,7 +257,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         padded = upsample_batch_to_divisible_size(alone, multiple, self.tokenizer.eos_token_id)
         temperature = float(rollout.val_kwargs.temperature) or 1.0
         padded.extra_info.update(calculate_entropy=True, compute_loss=False, temperature=temperature)
-        # As verl does for a reward model on the same GPUs: the samplers free their memory, and get the weights again.
+        # As verl does for a reward model on the same GPUs: the samplers free their memory and get the weights again.
         self.checkpoint_manager.sleep_replicas()
         self.actor_rollout_wg.compute_log_prob(padded)
         self.checkpoint_manager.update_weights(self.global_steps)
@@ -282,7 +276,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
 
 @register_trainer("forkrl")
 class ForkTrainerSync(ForkTrainer, PPOTrainerSync):  # type: ignore[misc]
-    """Samples with the weights that it then trains."""
+    """Samples with the weights that it trains next."""
 
     base_mode = "sync"
 

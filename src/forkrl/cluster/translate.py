@@ -1,16 +1,28 @@
-"""From a recipe to verl's command line, by the table in ``settings.py``. Imports neither verl, hydra nor torch."""
+"""From a recipe to verl's command line, by the table in ``settings.py``. Imports neither verl, hydra nor torch.
+
+Two parsers read a value: hydra's grammar of overrides, where quoted text is literal, and OmegaConf, where ``${...}``
+refers to another setting. verl resolves references twice, so no escape survives, and such a text is rejected.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from forkrl.cluster.hydra_text import overridden_key, override
 from forkrl.cluster.settings import REFUSED, TABLE, UNSET, Run, Value, VerlPaths, setting
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.parallel.even_shares import require_even_shares
+
+_OVERRIDE = re.compile(r"\+{0,2}(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)=.*", re.DOTALL)
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*", re.ASCII)
+_WORDS = {"true", "false", "null", "none", "inf", "nan", "yes", "no", "on", "off"}
+"""hydra or YAML give these another type unless they are quoted."""
+_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def verl_command(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Sequence[int]) -> list[str]:
@@ -20,35 +32,36 @@ def verl_command(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Seque
 
 
 def verl_overrides(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Sequence[int]) -> list[str]:
-    """verl's settings for a recipe, followed by the user's own.
-
-    Args:
-        config: the recipe.
-        paths: the files of this run.
-        stop_token_ids: all that end a response (``stop_tokens.stop_token_ids``).
-    """
+    """verl's settings for a recipe, followed by ``cluster.overrides``."""
     refuse_untranslatable(config)
-    settings, own = verl_settings(config, paths, stop_token_ids=stop_token_ids), config.cluster.overrides
+    settings = verl_settings(config, paths, stop_token_ids=stop_token_ids)
     names = [key.lstrip("+") for key in settings]
-    for text in own:
-        key = overridden_key(text)
+    for text in config.cluster.overrides:
+        if (match := _OVERRIDE.fullmatch(text.strip())) is None:
+            raise UserError(
+                f"cluster.overrides: {text!r} is not of the form section.key=value; write it as in "
+                f'"actor_rollout_ref.rollout.enforce_eager=true"'
+            )
+        key = match["key"]
         if taken := [name for name in names if f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")]:
             raise UserError(
                 f"cluster.overrides: {text!r} sets what ForkRL sets itself ({taken[0]}); drop it, and see "
                 f"docs/cluster-settings.md for the recipe's own setting"
             )
-    return [*(override(key, value) for key, value in settings.items()), *(text.strip() for text in own)]
+    return [override(key, value) for key, value in settings.items()] + [
+        text.strip() for text in config.cluster.overrides
+    ]
 
 
 def verl_settings(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Sequence[int]) -> dict[str, Value]:
-    """Every setting of verl that ForkRL sets."""
+    """Every setting of verl that ForkRL sets. ``stop_token_ids``: all tokens that end a response."""
     run = Run(config, paths, stop_token_ids)
     values = {name: row.value(run) for row in TABLE for name in row.verl}
     return {name: value for name, value in values.items() if value is not UNSET}
 
 
 def refuse_untranslatable(config: TrainConfig) -> None:
-    """Check a recipe against what verl can honour."""
+    """Raises UserError for settings that verl does not support."""
     for row in REFUSED:
         if row.refused is not None and row.refused(config):
             raise UserError(f"{row.recipe} = {json.dumps(setting(config, row.recipe))}: {row.why}")
@@ -63,12 +76,7 @@ def refuse_untranslatable(config: TrainConfig) -> None:
 
 
 def refuse_unsuitable_prompts(config: TrainConfig, prompts: Mapping[str, int]) -> None:
-    """Check a task's prompts: verl draws from all rows alike, in epochs, whatever the weights of a mix.
-
-    Args:
-        config: the recipe.
-        prompts: how many there are to train on, by ``Prompt.source``.
-    """
+    """Check the number of training prompts by ``Prompt.source``: verl draws from all rows alike, in epochs."""
     total, wanted = sum(prompts.values()), config.rollout.prompts_per_step
     if total < wanted:
         raise UserError(
@@ -84,3 +92,34 @@ def refuse_unsuitable_prompts(config: TrainConfig, prompts: Mapping[str, int]) -
                 f"{prompts.get(part.label, 0)} of {total} rows, and verl draws from all rows alike; set the weights to "
                 f'the parts\' numbers of rows, or use runtime.trainer = "local"'
             )
+
+
+def override(key: str, value: Value) -> str:
+    """``key=value``, quoted so that hydra reads back the same value; raises UserError for a text it cannot hold."""
+    return f"{key}={_literal(key, value)}"
+
+
+def _literal(key: str, value: Value) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, (str, Path)):
+        return _quoted(key, str(value))
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{key} is not a number")
+    if isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        if bad := next((name for name in value if not _NAME.fullmatch(name)), None):
+            raise ValueError(f"{key}: {bad!r} is not an identifier")
+        return "{" + ",".join(f"{name}:{_literal(key, inner)}" for name, inner in value.items()) + "}"
+    return "[" + ",".join(_literal(key, inner) for inner in value) + "]"
+
+
+def _quoted(key: str, text: str) -> str:
+    """In hydra's single quotes only quotes are escaped, and the backslashes before one."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    if "${" in text or text == "???":
+        raise UserError(f'{key.lstrip("+")} = {text!r}: verl would read it as a reference; use a name without "${{"')
+    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
+    return "'" + re.sub(r"\\+$", lambda match: match[0] * 2, escaped) + "'"

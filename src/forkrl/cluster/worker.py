@@ -1,19 +1,23 @@
-"""A gradient step inside a rank of verl's: selection, ForkRL's loss, learning rate, and what is told of it.
+"""A gradient step inside one of verl's ranks: selection, ForkRL's loss, learning rate, and what it reports.
 
-verl's engine runs the model, cuts the mini-batch, sums gradients over ranks and moves the weights. Three things are
-ForkRL's: which tokens carry gradient, the loss, which are those of the local engine, and the warm-up, which counts
-gradient steps as the local engine does.
+verl's engine runs the model, cuts the mini-batch, sums gradients over ranks and updates the weights. ForkRL adds the
+selection and the loss of the local engine, and a warm-up that counts gradient steps as the local engine does.
 
-Axes: ``B`` sequences, ``T`` token positions of responses.
+The driver sees a whole rollout batch before its first update and selects for the scope "rollout_batch". Every other
+scope concerns one gradient step, and is decided inside the ranks, which exchange the entropies of their tokens.
+
+Axes: ``B`` sequences, ``T`` token positions of responses, ``N`` response tokens in reading order.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, register
@@ -24,40 +28,85 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 from forkrl.cluster.options import ForkOptions, read_options
-from forkrl.cluster.selection import seeded, select, select_over_ranks, sum_over_ranks
-from forkrl.config import LossConfig
+from forkrl.config import LossConfig, SelectionConfig
 from forkrl.errors import TrainingHalted
 from forkrl.method.loss import Counts, step_loss
-from forkrl.method.selection import count_selected, reads_current_entropy
+from forkrl.method.selection import (
+    count_selected,
+    reads_current_entropy,
+    select_tokens,
+    select_tokens_per_sequence,
+)
 from forkrl.types import TokenStats
 
 SELECTED, ROW = "forkrl_selected", "forkrl_row"
-"""Fields of the batch: the driver's selection, if it made one; and the place of a sequence to be told of, else -1."""
+"""Fields of the batch: the driver's selection, if any; and the index of a sequence to report details of, else -1."""
 PREFIX = "forkrl/"
+
+
+def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, seed: str) -> Tensor:
+    """The configured rule over all tokens given; within each row of ``[B, T]`` if the scope is the sequence.
+
+    Any process can repeat a random selection from the same seed.
+    """
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    function = select_tokens_per_sequence if config.scope == "sequence" else select_tokens
+    try:
+        return function(entropy, mask, config.rule, config.ratio, threshold=config.threshold, generator=generator)
+    except ValueError as error:
+        raise TrainingHalted(f"{error}; the model's weights have diverged") from error
+
+
+def select_over_ranks(
+    entropy_BT: Tensor, mask_BT: Tensor, config: SelectionConfig, seed: str, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The rule over the tokens of all ranks of ``group``; this rank's part of the selection, ``[B, T]`` bool.
+
+    Every rank selects from the same tokens, in the order of the ranks, so the result need not be sent.
+    """
+    own_N = entropy_BT[mask_BT].float().cpu()
+    parts, rank = [own_N], 0
+    if group is not None:
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, own_N, group)
+        parts, rank = gathered, dist.get_rank(group)
+    all_N = torch.cat(parts)
+    chosen_N = select(all_N, torch.ones_like(all_N, dtype=torch.bool), config, seed)
+    selected_BT = torch.zeros_like(mask_BT)
+    selected_BT[mask_BT] = chosen_N.split([len(part) for part in parts])[rank].to(mask_BT.device)
+    return selected_BT
 
 
 @dataclass
 class ForkLoss:
-    """The loss of one micro-batch, called by verl's engine; and, for its worker, what the mini-batch adds up to."""
+    """The loss of one micro-batch, called by verl's engine, with the state of its mini-batch."""
 
     options: ForkOptions
     loss: LossConfig
     num_selected: int = 0
-    """Of the whole mini-batch, over all ranks."""
+    """In the whole mini-batch, over all ranks."""
     seed: str = ""
-    """Of a random selection inside a micro-batch."""
+    """For a random selection inside a micro-batch."""
     threshold: float = math.inf
     """The lowest entropy selected before the first micro-batch, on this rank; infinite if none was."""
-    told: list[dict[str, Any]] = field(default_factory=list)
+    details: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, model_output: Any, data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict[str, Metric]]:
-        """Loss and token sums of a micro-batch, as verl wants them: times the ranks, which it takes the mean over."""
+        """Loss and token sums of a micro-batch, times the number of ranks, since verl takes the mean over them."""
         logprobs_BT = no_padding_2_padding(model_output["log_probs"], data)
         entropy = model_output.get("entropy")
         current_BT = None if entropy is None else no_padding_2_padding(entropy, data)
         num_response, num_ranks = data["batch_num_tokens"], data["dp_size"]
-        names = ["response_mask", "old_log_probs", "advantages", "entropy", SELECTED]
-        names += [name for name in ("ref_log_prob", "rollout_is_weights") if name in data]
+        names = (
+            "response_mask",
+            "old_log_probs",
+            "advantages",
+            "entropy",
+            SELECTED,
+            "ref_log_prob",
+            "rollout_is_weights",
+        )
         part = data.select(*[name for name in names if name in data]).to_padded_tensor()
         mask_BT, advantages_BT = part["response_mask"].bool(), part["advantages"].float()
         if "rollout_is_weights" in part:  # the loss is homogeneous in the advantage
@@ -67,10 +116,10 @@ class ForkLoss:
             selected_BT = part[SELECTED].bool() & mask_BT
         else:
             entropy_BT = sampled_BT if current_BT is None else current_BT.detach().float()
-            selected_BT = self._choose(entropy_BT, mask_BT)
+            selected_BT = select(entropy_BT.cpu(), mask_BT.cpu(), self.options, self.seed).to(mask_BT.device)
+            self.seed += "/"  # so that the next micro-batch draws other tokens
             threshold = _lowest(entropy_BT[selected_BT])
 
-        ref_BT = part["ref_log_prob"].float() if self.loss.kl_coef else None
         loss, sums = step_loss(
             TokenStats(logprobs_BT.float(), sampled_BT if current_BT is None else current_BT),
             part["old_log_probs"].float(),
@@ -79,11 +128,11 @@ class ForkLoss:
             selected_BT,
             Counts(int(num_response), self.num_selected),
             self.loss,
-            ref_BT,
+            part["ref_log_prob"].float() if self.loss.kl_coef else None,
         )
-        self._tell(data, sampled_BT, selected_BT)
+        self._keep_details(data, sampled_BT, selected_BT)
         added = {"loss/policy": sums.policy, "loss/kl": sums.kl, "loss/entropy": sums.entropy}
-        added |= {"clip_fraction": sums.clipped, "approx_kl": sums.approx_kl, "carrying": sums.contributing}
+        added |= {"clip_fraction": sums.clipped, "approx_kl": sums.approx_kl, "contributing": sums.contributing}
         added |= _token_sums(sampled_BT, selected_BT, mask_BT, advantages_BT)
         metrics = {
             PREFIX + name: Metric(AggregationType.SUM, float(value) * num_ranks) for name, value in added.items()
@@ -92,23 +141,16 @@ class ForkLoss:
         metrics[PREFIX + "threshold_min"] = Metric(AggregationType.MIN, threshold)
         return loss * num_ranks, metrics
 
-    def _choose(self, entropy_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """From the tokens of this micro-batch alone."""
-        selection = self.options.selection
-        chosen_BT = select(entropy_BT.cpu(), mask_BT.cpu(), selection, seeded(self.seed))
-        self.seed += "/"  # the next micro-batch draws others
-        return chosen_BT.to(mask_BT.device)
-
-    def _tell(self, data: TensorDict, entropy_BT: Tensor, selected_BT: Tensor) -> None:
-        """Keep what the driver will ask for of the sequences that it marked."""
+    def _keep_details(self, data: TensorDict, entropy_BT: Tensor, selected_BT: Tensor) -> None:
+        """Keep selection and entropies of the sequences that the driver marked."""
         if ROW not in data:
             return
         lengths_B = data["response_mask"].offsets().diff().tolist()
         rows_B = data[ROW].values() if data[ROW].is_nested else data[ROW].flatten()
-        for place, row in enumerate(rows_B.tolist()):
+        for row, length, selected_T, entropy_T in zip(rows_B.tolist(), lengths_B, selected_BT, entropy_BT, strict=True):
             if row >= 0:
-                selected, entropy = selected_BT[place, : lengths_B[place]], entropy_BT[place, : lengths_B[place]]
-                self.told.append({"row": row, "selected": selected.tolist(), "entropy": entropy.tolist()})
+                selected, entropy = selected_T[:length].tolist(), entropy_T[:length].tolist()
+                self.details.append({"row": row, "selected": selected, "entropy": entropy})
 
 
 def _lowest(entropy_N: Tensor) -> float:
@@ -117,18 +159,13 @@ def _lowest(entropy_N: Tensor) -> float:
 
 def _token_sums(entropy_BT: Tensor, selected_BT: Tensor, mask_BT: Tensor, advantages_BT: Tensor) -> dict[str, float]:
     """Counts and sums over tokens, from which the driver computes the means of a step."""
-    entropy_BT = torch.where(mask_BT, entropy_BT, 0.0)
-    positive_BT, negative_BT = mask_BT & (advantages_BT > 0), mask_BT & (advantages_BT < 0)
-    sums = {
-        "response": mask_BT.sum(),
-        "selected": selected_BT.sum(),
-        "entropy": entropy_BT.sum(),
-        "entropy_selected": torch.where(selected_BT, entropy_BT, 0.0).sum(),
-        "positive": positive_BT.sum(),
-        "positive_selected": (positive_BT & selected_BT).sum(),
-        "negative": negative_BT.sum(),
-        "negative_selected": (negative_BT & selected_BT).sum(),
-    }
+    tokens = {"response": mask_BT, "positive": mask_BT & (advantages_BT > 0), "negative": mask_BT & (advantages_BT < 0)}
+    sums = {name: token_BT.sum() for name, token_BT in tokens.items()}
+    sums["selected"] = selected_BT.sum()
+    for name in ("positive", "negative"):
+        sums[f"{name}_selected"] = (tokens[name] & selected_BT).sum()
+    sums["entropy"] = torch.where(mask_BT, entropy_BT, 0.0).sum()
+    sums["entropy_selected"] = torch.where(selected_BT, entropy_BT, 0.0).sum()
     return {name: float(value) for name, value in sums.items()}
 
 
@@ -139,41 +176,32 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One gradient step of this rank."""
-        # verl's scheduler counts what it is told to count: gradient steps, here.
-        tu.assign_non_tensor(data, update_lr_scheduler=True)
-        done = self.engine.lr_scheduler.last_epoch
-        self._set_learning_rate(done)
-        self._select_ahead(data, f"{self.loss_fn.options.seed}/{done}")
+        tu.assign_non_tensor(data, update_lr_scheduler=True)  # verl's scheduler then counts gradient steps
+        done, options = self.engine.lr_scheduler.last_epoch, self.loss_fn.options
+        warmup = min(1.0, (done + 1) / options.warmup_steps if options.warmup_steps else 1.0)
+        rate = float(self.optimizer_config.lr) * warmup
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._select_first(data, f"{options.seed}/{done}")
         output = super().train_batch(data)
         if output is not None:
             metrics = tu.get(output, "metrics")
-            grad_norm = metrics["grad_norm"]
-            if not math.isfinite(grad_norm):
-                raise TrainingHalted(f"the gradient norm is {grad_norm}; the weights were left as they are")
-            metrics["lr"] = self.engine.optimizer.param_groups[0]["lr"] if done < 0 else self._rate(done)
+            if not math.isfinite(metrics["grad_norm"]):
+                raise TrainingHalted(f"the gradient norm is {metrics['grad_norm']}; the weights were left as they are")
+            metrics["lr"] = rate
             tu.assign_non_tensor_data(output, "metrics", _of_mini_batch(metrics))
         return output
 
-    def _rate(self, done: int) -> float:
-        warmup = self.loss_fn.options.warmup_steps
-        return float(self.optimizer_config.lr) * min(1.0, (done + 1) / warmup if warmup else 1.0)
-
-    def _set_learning_rate(self, done: int) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self._rate(done)
-
-    def _select_ahead(self, data: TensorDict, seed: str) -> None:
-        """Choose what needs more than one micro-batch to choose from, and count what the loss will divide by."""
+    def _select_first(self, data: TensorDict, seed: str) -> None:
+        """Select now if it takes more than one micro-batch, and count what the loss will divide by."""
         loss, group = self.loss_fn, self.engine.get_data_parallel_group()
-        selection = loss.options.selection
+        selection = loss.options
         loss.seed = f"{seed}/{self.engine.get_data_parallel_rank()}"
-        mask_BT = data["response_mask"].to_padded_tensor(0).bool()
-        entropy = data["entropy"]
-        # A threshold selects the same tokens in every scope, and only knowing them tells how many.
+        mask_BT, entropy = data["response_mask"].to_padded_tensor(0).bool(), data["entropy"]
+        # A threshold selects the same tokens in every scope, but their number is known only once they are selected.
         if SELECTED not in data and (selection.scope == "mini_batch" or selection.rule == "threshold"):
             entropy = self._measure_entropies(data) if reads_current_entropy(selection) else entropy
-            entropy_BT = entropy.to_padded_tensor(0.0)
-            selected_BT = select_over_ranks(entropy_BT, mask_BT, selection, seed, group)
+            selected_BT = select_over_ranks(entropy.to_padded_tensor(0.0), mask_BT, selection, seed, group)
             lengths_B = data["response_mask"].offsets().diff().tolist()
             rows = [row_T[:length] for row_T, length in zip(selected_BT.to(torch.int8), lengths_B, strict=True)]
             data[SELECTED] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -182,49 +210,48 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
             own, loss.threshold = int(chosen_N.sum()), _lowest(entropy.values()[chosen_N.to(entropy.device)].float())
         else:
             own = count_selected(mask_BT, selection, self._cut(data) if selection.scope == "micro_batch" else [])
-        loss.num_selected = sum_over_ranks(own, self.device_name, group)
+        total = torch.tensor(own, dtype=torch.int64, device=self.device_name)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        loss.num_selected = int(total)
 
     def _measure_entropies(self, data: TensorDict) -> Tensor:
-        """A pass without gradients over the mini-batch: the current policy's entropies, nested ``[B, T]``."""
-        ahead = data.select(*data.keys())
-        tu.assign_non_tensor(ahead, calculate_entropy=True, **self._engine_settings(data))
+        """The current policy's entropies, nested ``[B, T]``, by a pass without gradients over the mini-batch."""
+        inputs = data.select(*data.keys())
+        tu.assign_non_tensor(inputs, calculate_entropy=True, **self._engine_settings(data))
         with self.engine.eval_mode(disable_auto_offload=True):
-            output = self.engine.infer_batch(ahead, loss_function=None)
+            output = self.engine.infer_batch(inputs, loss_function=None)
         entropy: Tensor = response_from_nested(output["model_output"]["entropy"].cpu(), data["response_mask"].cpu())
         return entropy
 
     def _cut(self, data: TensorDict) -> list[Tensor]:
         """The rows of each micro-batch, as verl's engine is about to cut them."""
-        cut = data.select(*data.keys())
-        tu.assign_non_tensor(cut, sp_size=self.engine.ulysses_sequence_parallel_size, **self._engine_settings(data))
+        inputs = data.select(*data.keys())
+        tu.assign_non_tensor(inputs, sp_size=self.engine.ulysses_sequence_parallel_size, **self._engine_settings(data))
         parts, rows = prepare_micro_batches(
-            data=cut, dp_group=self.engine.get_data_parallel_group(), same_micro_num_in_dp=True
+            data=inputs, dp_group=self.engine.get_data_parallel_group(), same_micro_num_in_dp=True
         )
         if rows is not None:
             return [torch.as_tensor(part) for part in rows]
         return list(torch.arange(len(data)).split([len(part) for part in parts]))
 
     def _engine_settings(self, data: TensorDict) -> dict[str, Any]:
-        """What verl's own ``train_batch`` is about to tell its engine, where the batch does not say it already."""
-        settings = {
-            "use_remove_padding": self.model_config.get("use_remove_padding", False),
-            "use_dynamic_bsz": self.engine_config.use_dynamic_bsz,
-            "max_token_len_per_gpu": self.engine_config.max_token_len_per_gpu,
-            "micro_batch_size_per_gpu": self.engine_config.micro_batch_size_per_gpu,
-            "use_fused_kernels": self.engine_config.use_fused_kernels,
-        }
+        """What verl's own ``train_batch`` is about to pass to its engine, unless the batch has it already."""
+        names = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "use_fused_kernels")
+        settings = {name: getattr(self.engine_config, name) for name in names}
+        settings["use_remove_padding"] = self.model_config.get("use_remove_padding", False)
         return {name: value for name, value in settings.items() if name not in data}
 
 
 def _of_mini_batch(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Sums of all ranks and micro-batches, and the means that go by gradient step, in place of the parts."""
+    """Sums over all ranks and micro-batches, and the means of a gradient step, in place of the parts."""
     found = {name: value for name, value in metrics.items() if not name.startswith(PREFIX)}
     for name, value in metrics.items():
         if name.startswith(PREFIX):
             found[name] = float(Metric.aggregate_dp(value) if isinstance(value, list) else value.aggregate())
-    carrying = max(1.0, found[PREFIX + "carrying"])
+    contributing = max(1.0, found[PREFIX + "contributing"])
     for name in ("clip_fraction", "approx_kl"):
-        found[f"{PREFIX}loss/{name}"] = found.pop(PREFIX + name) / carrying
+        found[f"{PREFIX}loss/{name}"] = found.pop(PREFIX + name) / contributing
     return found
 
 
@@ -241,21 +268,21 @@ def loss_config(actor: Any, options: ForkOptions) -> LossConfig:
 
 
 class ForkWorker(ActorRolloutRefWorker):  # type: ignore[misc]
-    """A rank of verl's whose actor takes ForkRL's gradient steps."""
+    """One of verl's ranks, whose actor takes ForkRL's gradient steps."""
 
     actor_worker_cls = ForkTrainingWorker
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def init_model(self) -> None:
-        """Load the model, and put ForkRL's loss in the place of verl's."""
+        """Load the model, and replace verl's loss by ForkRL's."""
         super().init_model()
         if "actor" in self.role:
             options = read_options(self.config)
             self.actor.set_loss_fn(ForkLoss(options, loss_config(self.loss_fn.keywords["config"], options)))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
-    def take_told(self) -> list[dict[str, Any]]:
-        """Selection and entropies of the sequences that the driver marked, since it last asked."""
+    def take_details(self) -> list[dict[str, Any]]:
+        """Selection and entropies of the sequences that the driver marked since the last call."""
         loss: ForkLoss = self.actor.loss_fn
-        told, loss.told = loss.told, []
-        return told
+        details, loss.details = loss.details, []
+        return details

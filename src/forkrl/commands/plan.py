@@ -1,8 +1,9 @@
-"""``forkrl plan``: what a run needs before anyone rents GPUs. Imports no torch."""
+"""``forkrl plan``: what a run needs, before renting GPUs. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,12 +15,22 @@ from forkrl.commands.options import PlanOptions
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.planning.advice import find_faster, find_remedies
-from forkrl.planning.compute import Assumptions, assume, plan_time
-from forkrl.planning.gpus import DEFAULT_GPU, GPUS, find_gpu
-from forkrl.planning.memory import TOO_LARGE, in_gib, plan_memory
-from forkrl.planning.record import plan_record
-from forkrl.planning.shapes import find_shape
+from forkrl.planning.compute import Assumptions, Timing, assume, plan_time
+from forkrl.planning.gpus import DEFAULT_GPU, GPUS, find_gpu, in_gib
+from forkrl.planning.memory import HEADROOM, TOO_LARGE, Phase, Plan, full_length, plan_memory
+from forkrl.planning.shapes import ModelShape, find_shape
 
+NOT_MODELLED = (
+    "fragmentation of the allocator, the CUDA context, buffers of NCCL, kernels' workspaces and the gradients that "
+    f"flow through a layer during its backward: {HEADROOM:.0%} of the GPU is left to all of them",
+    "micro-batches that verl balances by their work, and which may then hold more tokens than the limit",
+    "the spread of lengths: attention costs more, and the end of a rollout runs emptier, than with all responses of "
+    "the mean length",
+    "the time of verifiers, of moving weights to the sampling engine, of offloading, of checkpoints and of start-up",
+    "communication between GPUs and the launching of kernels, except as part of --mfu and --rollout-efficiency",
+)
+SMALL_MODEL = 100e6
+"""Below this many parameters launching kernels takes longer than running them."""
 _COLORS = {"fits": "green", "tight": "yellow", TOO_LARGE: "red"}
 Record = Mapping[str, Any]
 
@@ -42,7 +53,7 @@ def plan_run(options: PlanOptions) -> dict[str, Any]:
     assumed = assume(config, **{name: getattr(options, name) for name in Assumptions._fields})
     plan = plan_memory(config, shape, gpu)
     timing = plan_time(config, plan, assumed)
-    record = {"recipe": str(options.recipe or "defaults")} | plan_record(config, plan, timing, assumed)
+    record = {"recipe": str(options.recipe or "defaults")} | _plan_record(config, plan, timing, assumed)
     record["model"]["source"] = source
     record["remedies"] = [
         {
@@ -61,9 +72,75 @@ def plan_run(options: PlanOptions) -> dict[str, Any]:
     return record
 
 
-def print_plan(record: Record, console: Console | None = None) -> None:
+def _plan_record(config: TrainConfig, plan: Plan, timing: Timing, assumed: Assumptions) -> dict[str, Any]:
+    """A plan as JSON: bytes, and seconds unless the key says hours."""
+    layout, fit, decoding, run_s = plan.layout, plan.rollout, timing.decoding, timing.run_s
+    sequences = math.ceil(config.rollout.prompts_per_step * assumed.oversampling) * config.rollout.group_size
+    return {
+        "model": {"path": config.model.path, "parameters": plan.shape.parameters} | plan.shape._asdict(),
+        "engine": config.runtime.trainer,
+        "layout": {**layout._asdict(), "gpus": layout.gpus, "workers": layout.workers},
+        "gpu": {**plan.gpu._asdict(), "usable": (1 - HEADROOM) * plan.gpu.memory},
+        "assumed": assumed._asdict(),
+        "phases": [
+            _phase_record(phase) | {"status": plan.status(phase), "why": plan.why(phase)} for phase in plan.phases
+        ],
+        "host": [_phase_record(phase) for phase in plan.host],
+        "rollout": {
+            "cache_bytes_per_token": fit.cache_per_token,
+            "full_length": fit.full_length,
+            "room_full": fit.room_full,
+            "limit": fit.limit,
+            "at_once_full": fit.at_once,
+            "sequences": sequences,
+            "waves_full": -(-sequences // fit.at_once) if fit.at_once else None,
+            "decoding": None if decoding is None else decoding._asdict(),
+        },
+        "step": {
+            "parts": [part._asdict() for part in timing.parts],
+            "flops": sum(part.flops for part in timing.parts),
+            "seconds": timing.step_s,
+        },
+        "run": {
+            "steps": timing.steps,
+            "evaluation_seconds": timing.evaluation_s,
+            "hours": None if run_s is None else run_s / 3600,
+            "gpu_hours": None if run_s is None else run_s * layout.gpus / 3600,
+        },
+        "fits": plan.fits,
+        "warnings": list(_warnings(config, plan.shape)),
+        "not_modelled": list(NOT_MODELLED),
+    }
+
+
+def _phase_record(phase: Phase) -> dict[str, Any]:
+    items = [{"name": item.name, "bytes": item.num_bytes, "note": item.note} for item in phase.items]
+    return {"name": phase.name, "bytes": phase.num_bytes, "items": items}
+
+
+def _warnings(config: TrainConfig, shape: ModelShape) -> Iterator[str]:
+    length, positions, overrides = full_length(config), shape.max_positions, config.cluster.overrides
+    if positions is not None and length > positions:
+        yield (
+            f"prompts and responses of {length:,} tokens are longer than the {positions:,} positions that the model "
+            f"is declared to handle"
+        )
+    if config.runtime.device == "cpu":
+        yield 'runtime.device = "cpu": the figures are still those of the GPU'
+    if shape.parameters < SMALL_MODEL:
+        yield "the model is so small that launching kernels takes most of its time: the times are far too short"
+    if config.model.precision == "fp32":
+        yield "model.precision = fp32: the GPU's rate is that of bf16; give a much lower --mfu"
+    if overrides:
+        fused = any("use_fused_kernels" in text for text in overrides)
+        yield "cluster.overrides are not read" + (
+            ": the logits are counted as verl holds them without fused kernels" if fused else ""
+        )
+
+
+def print_plan(record: Record) -> None:
     """The plan as tables."""
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # a file has no width; the default of 80 would fold most lines
     console.print(escape(_heading(record)))
@@ -79,7 +156,7 @@ def _heading(record: Record) -> str:
     model, layout, gpu = record["model"], record["layout"], record["gpu"]
     where = f"one {gpu['name']}"
     if layout["sharded"]:
-        where = f"{counted(layout['nodes'], 'node')} of {layout['gpus_per_node']} x {gpu['name']}"
+        where = f"{_counted(layout['nodes'], 'node')} of {layout['gpus_per_node']} x {gpu['name']}"
     return (
         f"{record['recipe']}: {model['path']}, {model['parameters']:,} parameters, engine {record['engine']} on {where}"
         f"\nshape: {model['source']}; GPU: {in_gib(gpu['memory'])}, {gpu['flops'] / 1e12:,.0f} TFLOP/s, "
@@ -122,15 +199,14 @@ def _describe_room(record: Record) -> str:
     if rollout["room_full"] > rollout["limit"]:
         text += f" and is limited by rollout.max_sequences = {rollout['limit']}"
     return (
-        f"{text}; {counted(layout['workers'], 'worker')} decode{'s' * (layout['workers'] == 1)} "
+        f"{text}; {_counted(layout['workers'], 'worker')} decode{'s' * (layout['workers'] == 1)} "
         f"{rollout['at_once_full']:,} at once, so that {rollout['sequences']:,} responses of full length take "
-        f"{counted(rollout['waves_full'], 'wave')}."
+        f"{_counted(rollout['waves_full'], 'wave')}."
     )
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things: "1 node", "1,024 nodes"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _time_table(record: Record) -> Table:
@@ -141,18 +217,17 @@ def _time_table(record: Record) -> Table:
     step, run = record["step"], record["run"]
     for part in step["parts"]:
         note = f"[dim]{escape(part['note'])}[/dim]"
-        table.add_row(part["name"], f"{part['flops'] / 1e15:,.4g}", in_time(part["seconds"]), note)
-    table.add_row("[bold]together[/bold]", f"{step['flops'] / 1e15:,.4g}", in_time(step["seconds"]))
+        table.add_row(part["name"], f"{part['flops'] / 1e15:,.4g}", _in_time(part["seconds"]), note)
+    table.add_row("[bold]together[/bold]", f"{step['flops'] / 1e15:,.4g}", _in_time(step["seconds"]))
     evaluations = ", evaluations included" if run["evaluation_seconds"] else ""
     known = run["hours"] is not None
     gpu_hours = f"{run['gpu_hours']:,.0f} GPU hours{evaluations}" if known else ""
-    hours = in_time(run["hours"] * 3600 if known else None)
+    hours = _in_time(run["hours"] * 3600 if known else None)
     table.add_row(f"[bold]{run['steps']:,} steps[/bold]", "", f"[bold]{hours}[/bold]", gpu_hours)
     return table
 
 
-def in_time(seconds: float | None) -> str:
-    """A duration for a person."""
+def _in_time(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     if seconds < 120:

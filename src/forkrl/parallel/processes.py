@@ -1,4 +1,4 @@
-"""What our further processes have in common: they import what this one does, and do not outlive it."""
+"""Child processes import what this one can import, and do not outlive it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Import what this process can import, from the current folder too, with this many threads."""
+    """Environment for a child that imports what this process can, and from the current folder."""
     here = str(Path.cwd())
     folders = [*(folder or here for folder in sys.path), here]
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(threads)}
@@ -19,9 +19,9 @@ def child_environment(threads: int) -> dict[str, str]:
 def die_with_parent(lifeline_fd: int) -> None:
     """Have the kernel SIGKILL this whole process group once the parent's end of the lifeline is closed.
 
-    Works however the parent ends and whatever this process does, an endless loop inside C code among it. (The more
-    usual PR_SET_PDEATHSIG follows the *thread* that started us, and would kill a healthy worker when a short-lived
-    thread of the parent ends.) Other systems have no such signal: there a worker ends when it next reads a request.
+    This works however the parent ends, even if this process is in an endless loop in C code. PR_SET_PDEATHSIG would
+    kill a healthy worker when the parent's *thread* that started it ends. Other systems than Linux have no such signal:
+    there a worker ends when it next reads a request.
     """
     if sys.platform == "linux":
         fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())

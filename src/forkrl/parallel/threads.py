@@ -6,21 +6,21 @@ import os
 
 from forkrl.errors import UserError
 
-# Read once, by the OpenMP runtime or by tokenizers, when they are first loaded: hence before torch.
+# OpenMP and tokenizers read these once, when they are loaded.
 _ENVIRONMENT = {
-    # Threads that wait sleep. By default they spin, and take the core from the very thread they wait for.
+    # Waiting threads sleep. By default they spin, and take the core from the thread they wait for.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # GNU's OpenMP, which PyTorch's Linux wheels carry, spins a while even so unless told not to at all.
+    # GNU's OpenMP, which PyTorch's Linux wheels contain, still spins for a while unless the count is 0.
     "GOMP_SPINCOUNT": "0",
-    # Its threads would not survive the fork of a verifier process, and prompts are tokenized once.
+    # Threads do not survive the fork of a verifier process, and prompts are tokenized only once.
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 
 def configure_environment() -> None:
-    """Set what the numeric libraries read at load time; a variable that the user has set is kept.
+    """Set what the numeric libraries read at load time, unless the user has set it.
 
-    Call it before torch is imported: afterwards it has no effect on this process, only on its children.
+    Call it before torch is imported; afterwards it affects only child processes.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -34,22 +34,14 @@ def available_cores() -> int:
 
 
 def configure_threads(num_threads: int = 0) -> int:
-    """Set the number of threads of one torch operation; return it.
-
-    Args:
-        num_threads: 0 takes ``OMP_NUM_THREADS`` where it is set, else one a core.
-    """
+    """Set the number of threads of one torch operation, and return it; 0: ``OMP_NUM_THREADS``, else one per core."""
     import torch
 
-    chosen = num_threads or _threads_of_environment() or available_cores()
-    torch.set_num_threads(chosen)
-    return chosen
-
-
-def _threads_of_environment() -> int:
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if not text:
-        return 0
-    if not text.isdigit() or int(text) == 0:
-        raise UserError(f"OMP_NUM_THREADS = {text!r} is not a number of threads; unset it, or set runtime.threads")
-    return int(text)
+    if not num_threads and text:
+        if not text.isdigit() or int(text) == 0:
+            raise UserError(f"OMP_NUM_THREADS = {text!r} is not a number of threads; unset it, or set runtime.threads")
+        num_threads = int(text)
+    num_threads = num_threads or available_cores()
+    torch.set_num_threads(num_threads)
+    return num_threads

@@ -1,16 +1,16 @@
-"""A small model on every core: further processes that share the policy's weights and take parts of its work.
+"""A small model on every core: worker processes that share the policy's weights and take parts of its work.
 
-Two threads of one operation wait for each other hundreds of times a step. If they spin while they wait, a busy machine
-makes them ten times slower; if they sleep, the waking costs as much as a small model's whole operation
-(docs/threads.md). Processes wait once a step. Each holds the same model over one shared block of memory, so the
-optimizer's step here is seen there at once; gradients are summed in a fixed order, so a run is repeatable to the bit.
+Two threads of one operation wait for each other hundreds of times a step. If they spin, a busy machine makes them ten
+times slower; if they sleep, waking them costs as much as a small model's whole operation (docs/threads.md). Processes
+wait once a step. All hold the same model in one shared block of memory, so each sees the optimizer's step at once;
+gradients are summed in a fixed order, so a run is repeatable to the bit.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import pickle  # noqa: TID251 - only over a socket between this process and those that it started, never from a file
+import pickle  # noqa: TID251 - only over a socket between this process and the ones it started, never from a file
 import signal
 import subprocess
 import sys
@@ -40,28 +40,28 @@ Result = TypeVar("Result")
 
 _ALIGNMENT = 64
 SMALL_MODEL_PARAMETERS = 50_000_000
-"""Above it the matrix products are long enough that several threads on one of them pay off."""
+"""In larger models matrix products take long enough to gain from several threads."""
 
 
 class Worker(NamedTuple):
-    """What a function that runs on a worker works with."""
+    """The first argument of a function that runs on a worker."""
 
     policy: Policy
     reference: Policy | None
     sequences_finished: Tensor
-    """How many sequences this worker has sampled, ``[1]``: every process can read it at any time."""
+    """Number of sequences this worker has sampled, ``[1]``, which every process can read at any time."""
     kept: dict[int, Any]
-    """What one function leaves in this process for another, by the number of the item; the other takes it out."""
+    """What one function leaves in this process for a later one to take out, by the index of the item."""
 
 
 class Workers:
-    """The policy here and in ``count - 1`` further processes; a context manager.
+    """The policy in this process and in ``count - 1`` others; a context manager.
 
     Args:
-        policy: its parameters move into shared memory where there is more than one worker.
+        policy: its parameters move into shared memory if there is more than one worker.
         reference: the starting policy, if the loss needs it.
-        count: workers, this process included; only on the CPU can there be more than one.
-        threads: of one operation, in each worker.
+        count: workers, including this process; more than one only on the CPU.
+        threads: per operation, in each worker.
     """
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
@@ -86,7 +86,7 @@ class Workers:
 
     @property
     def sequences_finished(self) -> int:
-        """How many sequences all workers have sampled; it grows while they work."""
+        """Number of sequences that all workers have sampled; it grows while they work."""
         return int(self._counters.sum())
 
     def __enter__(self) -> Workers:
@@ -98,7 +98,7 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the further processes; may be called twice."""
+        """End the other processes; may be called twice."""
         self._closed = True
         for connection in self._connections:
             connection.close()
@@ -117,16 +117,16 @@ class Workers:
         *arguments: Any,
         sizes: Sequence[int] | None = None,
     ) -> list[Result]:
-        """``function(worker, item, *arguments)`` of every item, in the order of the items.
+        """``function(worker, item, *arguments)`` for every item, in the order of the items.
 
         Args:
-            function: of an importable module, so that the other processes find it.
+            function: defined in an importable module, so that the other processes find it.
             items: divided among the workers, the same way each time.
             arguments: the same for every item.
-            sizes: the work in each item, for a fair division; by default all alike.
+            sizes: the work in each item, for a fair division; equal by default.
         """
         if self.count > 1 and function.__module__ == "__main__":
-            raise ValueError(f"{function.__name__} is of the program itself; other processes need it in a module")
+            raise ValueError(f"{function.__name__} is defined in the program itself; move it to a module")
         if self._closed:
             raise RuntimeError("these workers are closed")
         shares = divide([1] * len(items) if sizes is None else sizes, self.count)
@@ -139,24 +139,24 @@ class Workers:
             for rank, share in enumerate(shares[1:]):
                 results.update(zip(share, self._receive(rank), strict=True))
         except BaseException:
-            self.close()  # what the others still answer would be taken for the answer to the next question
+            self.close()  # a late answer would be taken for the answer to the next request
             raise
         return [results[index] for index in range(len(items))]
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of every worker."""
+        """Reset the gradients of every worker."""
         self.policy.model.zero_grad(set_to_none=True)
         for gradients in self._gradients:
             for gradient in gradients:
                 gradient.zero_()
 
     def sum_gradients(self) -> None:
-        """Add the gradients of the other workers to those here."""
+        """Add the gradients of the other workers to this process's."""
         for gradients in self._gradients:
             for parameter, gradient in zip(_trained(self.policy), gradients, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.add_(gradient)
-                elif gradient.any():  # one that no loss touched stays without a gradient: the optimizer leaves it alone
+                elif gradient.any():  # without a gradient the optimizer skips a parameter that no loss used
                     parameter.grad = gradient.clone()
 
     def _start(self, threads: int) -> None:
@@ -167,9 +167,7 @@ class Workers:
         try:
             message = pickle.dumps(self.local)  # before the parameters become views of the shared block
         except Exception as error:
-            raise UserError(
-                f"this model cannot be sent to further processes ({error}); set runtime.workers=1"
-            ) from error
+            raise UserError(f"this model cannot be sent to other processes ({error}); set runtime.workers=1") from error
         try:
             memory = _SharedMemory(self.local, self.count - 1)
         except OSError as error:
@@ -229,9 +227,11 @@ class Workers:
 
 
 def open_workers(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Workers:
-    """As many workers as the settings and the model ask for, with the threads divided among them."""
+    """The workers that the settings and the model's size ask for, with the threads divided among them."""
     threads = configure_threads(config.threads)
-    count = config.workers or (threads if _is_small(policy) else 1)
+    num_parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    small = num_parameters <= SMALL_MODEL_PARAMETERS and policy.device.type == "cpu"
+    count = config.workers or (threads if small else 1)
     if count > 1 and policy.device.type != "cpu":
         raise UserError(f"runtime.workers = {count}: on {policy.device} there is one; set it to 0 or 1")
     if count > threads:
@@ -239,17 +239,11 @@ def open_workers(policy: Policy, reference: Policy | None, config: RuntimeConfig
             f"runtime.workers = {count} is more than the number of threads, {threads}; "
             f"lower it, or raise runtime.threads"
         )
-    each = configure_threads(threads // count)
-    return Workers(policy, reference, count=count, threads=each)
-
-
-def _is_small(policy: Policy) -> bool:
-    num_parameters = sum(parameter.numel() for parameter in policy.model.parameters())
-    return num_parameters <= SMALL_MODEL_PARAMETERS and policy.device.type == "cpu"
+    return Workers(policy, reference, count=count, threads=configure_threads(threads // count))
 
 
 def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of the items of each worker: the largest first, each to the worker with the least work so far."""
+    """Indices of each worker's items: the largest first, each to the worker with the least work so far."""
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -260,12 +254,12 @@ def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def serve() -> None:
-    """Run what the first process asks for, until it is gone."""
+    """Run what the first process asks for, until it ends."""
     connection_fd, lifeline_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
     die_with_parent(lifeline_fd)
     torch.set_num_threads(threads)
     connection = Connection(connection_fd)
-    with suppress(EOFError, OSError):  # the first process is gone
+    with suppress(EOFError, OSError):  # the first process has ended
         worker: Worker = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
         memory = _SharedMemory(worker, others, memory_fd)
         memory.adopt_weights(worker, fill=False)
@@ -278,7 +272,7 @@ def serve() -> None:
             connection.send_bytes(_answer(worker, function, items, arguments))
 
 
-# A stop signal to every process of a job is the first process's to answer; it may want to finish a step.
+# Only the first process handles a stop signal sent to every process of a job; it may want to finish a step.
 _PROGRAM = """
 import signal
 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -289,23 +283,23 @@ serve()
 
 
 def _answer(worker: Worker, function: Callable[..., Any], items: list[Any], arguments: tuple[Any, ...]) -> bytes:
-    """The results and no error, or no results and the error, which tells where it comes from."""
+    """The results and no error, or no results and the error with its traceback, pickled."""
     try:
         return pickle.dumps(([function(worker, item, *arguments) for item in items], None))
     except Exception as error:
         error.add_note(f"in a worker: {traceback.format_exc()}")
         try:
             message = pickle.dumps((None, error))
-            pickle.loads(message)  # noqa: S301 - an error may hold anything, and fail on either way
+            pickle.loads(message)  # noqa: S301 - an error may hold anything, and fail in either direction
         except Exception:
             message = pickle.dumps((None, RuntimeError(f"in a worker: {traceback.format_exc()}")))
         return message
 
 
 class _SharedMemory:
-    """One block: the weights of policy and reference, the gradients of each further worker, a counter of each worker.
+    """One block: the weights of policy and reference, the gradients of each other worker, a counter for each worker.
 
-    Every process computes the same layout from the same model. The file behind it has no name, so nothing is left over
+    Every process computes the same layout from the same model. The file behind it has no name, so nothing remains
     however the processes end.
     """
 
@@ -323,7 +317,7 @@ class _SharedMemory:
         self.counters = torch.frombuffer(self._memory, dtype=torch.int64, count=others + 1, offset=counters_start)
 
     def adopt_weights(self, worker: Worker, *, fill: bool) -> None:
-        """Make the parameters views of the block; ``fill``: put their values into it first."""
+        """Make the parameters views of the block; ``fill``: copy their values into it first."""
         start = 0
         with torch.no_grad():
             for parameter in _parameters(worker):
@@ -342,7 +336,7 @@ class _SharedMemory:
         return views
 
     def close_file(self) -> None:
-        """The mapping stays as long as a tensor does."""
+        """Close the file; the mapping stays as long as a tensor does."""
         os.close(self.fd)
 
     def _view(self, like: Tensor, start: int) -> Tensor:
@@ -351,7 +345,7 @@ class _SharedMemory:
 
 
 def _open_unnamed() -> int:
-    """A file without a name: memory alone on Linux (not in /dev/shm, of which containers have little), else on disk."""
+    """A file without a name: memory on Linux (not in /dev/shm, which is small in containers), elsewhere on disk."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("forkrl-weights")
     with tempfile.TemporaryFile() as file:

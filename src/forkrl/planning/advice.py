@@ -1,4 +1,4 @@
-"""Which settings make a recipe fit, or run faster: found by planning it with each of them, alone and together."""
+"""Which settings make a recipe fit, or run faster: found by planning it with each of them, alone and combined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from forkrl.planning.shapes import ModelShape
 
 MAX_CHANGES, MAX_SHOWN, MAX_GPUS = 3, 3, 512
 FASTER = 0.95
-"""A change is named where it leaves less than this share of the time."""
+"""A change is shown if it leaves less than this share of the time."""
+_SHARES = [share / 100 for share in range(30, 90, 5)]
 
 
 class Change(NamedTuple):
@@ -29,81 +30,79 @@ class Change(NamedTuple):
         return f"{self.key} = {shown}"
 
 
-class Remedy(NamedTuple):
-    """Changes with which everything fits."""
+class Variant(NamedTuple):
+    """Changes with which everything fits, and the seconds of the run where they were computed."""
 
     changes: tuple[Change, ...]
     plan: Plan
+    run_s: float = 0.0
 
 
-class Faster(NamedTuple):
-    """Changes with which the run still fits and takes less time."""
+def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Variant]:
+    """The fewest changes with which every phase fits: on the same GPUs, then on more. Empty: none found.
 
-    changes: tuple[Change, ...]
-    run_s: float
-
-
-def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Remedy]:
-    """The fewest changes after which every phase fits: on the same GPUs, then on more. Empty: none found.
-
-    Every value of every setting is tried, then every pair, then every three; of those that differ in their values
-    alone the mildest is kept. Settings that change the algorithm (lengths, batch sizes, the selection) stay.
+    Every value of every setting is tried, then every pair, then every three; of variants that differ only in their
+    values the mildest is kept. Settings that change the algorithm (lengths, batch sizes, the selection) stay.
     """
     same = _search(config, shape, gpu, more_gpus=False)
     if config.runtime.trainer == "verl":
         more = _search(config, shape, gpu, more_gpus=True)
     else:
         more = _on_cluster(config, shape, gpu) if config.training.backward == "dense" else []
-    enough = [set(remedy.changes) for remedy in same]
-    return [*same, *(remedy for remedy in more if not any(changes <= set(remedy.changes) for changes in enough))]
+    enough = [set(variant.changes) for variant in same]
+    return [*same, *(variant for variant in more if not any(changes <= set(variant.changes) for changes in enough))]
 
 
-def _on_cluster(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Remedy]:
+def _on_cluster(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Variant]:
     """The recipe of the local engine on verl: on one node if it fits there."""
-    graphs = [Change("rollout.cuda_graphs", False)] * config.rollout.cuda_graphs  # the local engine's alone
-    moves = tuple(
+    graphs = [Change("rollout.cuda_graphs", False)] * config.rollout.cuda_graphs  # only the local engine has them
+    moves = [
         (*graphs, Change("runtime.trainer", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)
-    )
+    ]
     if found := list(_fitting(config, shape, gpu, moves)):
         return found[:1]
     base = changed(config, moves[-1])
     found = _search(base, shape, gpu, more_gpus=False) or _search(base, shape, gpu, more_gpus=True)
-    return [Remedy((*moves[-1], *remedy.changes), remedy.plan) for remedy in found]
+    return [variant._replace(changes=(*moves[-1], *variant.changes)) for variant in found]
 
 
-def _search(config: TrainConfig, shape: ModelShape, gpu: Gpu, *, more_gpus: bool) -> list[Remedy]:
+def _search(config: TrainConfig, shape: ModelShape, gpu: Gpu, *, more_gpus: bool) -> list[Variant]:
     choices = [values for values in _choices(config, more_gpus=more_gpus) if values]
     for number in range(1, MAX_CHANGES + 1):
         found = []
         for settings in combinations(choices, number):
             growing = any(values[0].key in ("cluster.nodes", "cluster.gpus_per_node") for values in settings)
-            remedies = _fitting(config, shape, gpu, product(*settings)) if growing == more_gpus else ()
-            if remedy := min(remedies, key=lambda each: each.plan.layout.gpus, default=None):
-                found.append(remedy)
+            variants = _fitting(config, shape, gpu, product(*settings)) if growing == more_gpus else ()
+            if variant := min(variants, key=_num_gpus, default=None):
+                found.append(variant)
         if found:
-            return sorted(found, key=lambda remedy: remedy.plan.layout.gpus)[:MAX_SHOWN]
+            return sorted(found, key=_num_gpus)[:MAX_SHOWN]
     return []
+
+
+def _num_gpus(variant: Variant) -> int:
+    return variant.plan.layout.gpus
 
 
 def find_faster(
     config: TrainConfig, shape: ModelShape, gpu: Gpu, run_s: float | None, assumed: Assumptions
-) -> list[Faster]:
+) -> list[Variant]:
     """The best value of each setting that saves time on the same GPUs, and the best pairs, fastest first.
 
-    Only what is modelled is weighed: more sequences decoded together, layers that are not recomputed. Parallelism
+    Only what is modelled is compared: more sequences decoded together, layers that are not recomputed. Parallelism
     stays, since communication is not modelled.
     """
     if run_s is None or assumed.rollout_tokens_per_s is not None:
         return []
-    best: dict[tuple[str, ...], Faster] = {}
+    best: dict[tuple[str, ...], Variant] = {}
     choices = [values for values in _faster_choices(config) if values]
     for settings in (group for number in (1, 2) for group in combinations(choices, number)):
         keys = tuple(values[0].key for values in settings)
         limit = min([run_s, *(best[key,].run_s for key in keys if (key,) in best)])  # a pair beats both of its parts
         timed = [
-            Faster(remedy.changes, seconds)
-            for remedy in _fitting(config, shape, gpu, product(*settings))
-            if (seconds := plan_time(changed(config, remedy.changes), remedy.plan, assumed).run_s) is not None
+            variant._replace(run_s=seconds)
+            for variant in _fitting(config, shape, gpu, product(*settings))
+            if (seconds := plan_time(changed(config, variant.changes), variant.plan, assumed).run_s) is not None
         ]
         found = min(timed, key=lambda each: float(f"{each.run_s:.3g}"), default=None)
         if found and found.run_s < FASTER * limit:
@@ -113,19 +112,18 @@ def find_faster(
 
 def _fitting(
     config: TrainConfig, shape: ModelShape, gpu: Gpu, variants: Iterable[tuple[Change, ...]]
-) -> Iterator[Remedy]:
-    """Those of the variants with which everything fits."""
+) -> Iterator[Variant]:
     for changes in variants:
         try:
             plan = plan_memory(changed(config, changes), shape, gpu)
         except UserError:  # sizes that do not divide: such a run is not possible
             continue
         if plan.fits:
-            yield Remedy(changes, plan)
+            yield Variant(changes, plan)
 
 
 def changed(config: TrainConfig, changes: Iterable[Change]) -> TrainConfig:
-    """The recipe with other settings; their values are known to be valid."""
+    """The recipe with other settings, whose values are known to be valid."""
     for change in changes:
         section, _, name = change.key.partition(".")
         table = getattr(config, section).model_copy(update={name: change.value})
@@ -134,16 +132,15 @@ def changed(config: TrainConfig, changes: Iterable[Change]) -> TrainConfig:
 
 
 def _choices(config: TrainConfig, *, more_gpus: bool) -> Iterator[list[Change]]:
-    """The values to try of each setting, from the mildest on."""
-    cluster, longest = config.cluster, full_length(config)
+    """The values to try for each setting, the mildest first."""
+    cluster, longest, sequences = config.cluster, full_length(config), config.rollout.max_sequences
     if not config.model.gradient_checkpointing and config.training.backward == "dense":
         yield [Change("model.gradient_checkpointing", True)]
     # Where tokens are selected within a micro-batch, its size is part of the method.
     if config.selection.scope != "micro_batch" and config.training.micro_batch_tokens > longest:
         yield [Change("training.micro_batch_tokens", longest)]
     if config.runtime.trainer == "local":
-        sizes = [config.rollout.max_sequences >> power for power in range(1, config.rollout.max_sequences.bit_length())]
-        yield _values("rollout.max_sequences", sizes)
+        yield _values("rollout.max_sequences", [sequences >> power for power in range(1, sequences.bit_length())])
         return
     if not cluster.offload:
         yield [Change("cluster.offload", True)]
@@ -168,12 +165,9 @@ def _faster_choices(config: TrainConfig) -> Iterator[list[Change]]:
         yield _values("cluster.gpu_memory", _SHARES)
 
 
-_SHARES = [share / 100 for share in range(30, 90, 5)]
-
-
 def _values(key: str, values: Sequence[float]) -> list[Change]:
     return [Change(key, value) for value in values]
 
 
-def _doubles(value: int, most: int) -> list[int]:
-    return [value << power for power in range(1, most.bit_length() + 1) if value << power <= most]
+def _doubles(value: int, maximum: int) -> list[int]:
+    return [value << power for power in range(1, maximum.bit_length() + 1) if value << power <= maximum]

@@ -1,9 +1,8 @@
-"""Operations of a step and how long they take, by two rates that the user may set.
+"""Operations of a step and how long they take, at two efficiencies that the user may set.
 
 A matrix of n weights costs 2 n operations per token forward and 4 n backward (Kaplan et al. 2020, arXiv 2001.08361,
 section 2.1); causal attention to a sequence of n tokens 2 L H C n^2 forward, and twice as much backward. Decoding reads
-all weights and the cache for every token, so that memory bandwidth bounds it unless very many sequences run at once:
-the slower of the two counts.
+all weights and the cache for every token, so memory bandwidth bounds it unless very many sequences run at once.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ DEFAULT_PROMPT = 256
 
 
 class Assumptions(NamedTuple):
-    """What no recipe says."""
+    """What a recipe does not say."""
 
     mean_response: float
     mean_prompt: float
@@ -31,16 +30,15 @@ class Assumptions(NamedTuple):
     rollout_efficiency: float
     """Share of the bound by bandwidth or operations that decoding reaches."""
     rollout_tokens_per_s: float | None
-    """Of one GPU, as measured; replaces the estimate."""
+    """Measured on one GPU; replaces the estimate."""
 
 
 class Part(NamedTuple):
-    """A part of a step."""
+    """A part of a step; ``seconds`` is None where it is not estimated."""
 
     name: str
     flops: float
     seconds: float | None
-    """None: not estimated."""
     note: str = ""
 
 
@@ -48,12 +46,12 @@ class Decoding(NamedTuple):
     """A rate of sampling, and what bounds it."""
 
     sequences: int
-    """Of one worker at once."""
+    """Decoded at once by one worker."""
     tokens_per_s: float
-    """Of one GPU."""
+    """Per GPU."""
     bound: str
     shortest_s: float
-    """Seconds of the longest response alone: no rollout takes less."""
+    """Seconds to decode the longest response alone, the minimum of a rollout."""
 
 
 class Timing(NamedTuple):
@@ -66,7 +64,6 @@ class Timing(NamedTuple):
 
     @property
     def step_s(self) -> float | None:
-        """Of one step; None where a part of it is not estimated."""
         seconds = [part.seconds for part in self.parts if part.seconds is not None]
         return sum(seconds) if len(seconds) == len(self.parts) else None
 

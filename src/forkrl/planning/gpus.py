@@ -1,4 +1,4 @@
-"""Memory and rates of GPUs, and where each figure is from."""
+"""Memory and rates of GPUs, with the source of each figure."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ class Gpu(NamedTuple):
     source: str
 
 
-# Short name: name, GiB that drivers report as usable, TFLOP/s, TB/s, source of the rates.
-# Written down without the data sheets at hand.
+# Name, GiB that drivers report as usable, TFLOP/s, TB/s, source of the rates. Entered without the data sheets at hand.
 _TABLE = {
     "h100": ("H100 SXM 80 GB", 79, 989, 3.35, "NVIDIA H100 Tensor Core GPU data sheet"),
     "h100-pcie": ("H100 PCIe 80 GB", 79, 756, 2.0, "NVIDIA H100 PCIe GPU product brief"),
@@ -46,16 +45,17 @@ DEFAULT_GPU = "h100"
 
 def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None, bandwidth_tb: float | None) -> Gpu:
     """A GPU by name (default: H100), with any of its numbers replaced, or one described by numbers alone."""
-    options = ("--gpu-memory", memory_gib), ("--gpu-tflops", tflops), ("--gpu-bandwidth", bandwidth_tb)
-    given = {option: number for option, number in options if number is not None}
+    given = {"--gpu-memory": memory_gib, "--gpu-tflops": tflops, "--gpu-bandwidth": bandwidth_tb}
+    given = {option: number for option, number in given.items() if number is not None}
     for option, number in given.items():
-        if not 0 < number < math.inf:
+        if not 0 < (number or 0) < math.inf:
             raise UserError(f"{option} {number}: must be above 0")
+    key = (name or DEFAULT_GPU).lower()
     if name is None and given:
         if memory_gib is None or tflops is None:
             raise UserError("--gpu-memory and --gpu-tflops describe a GPU together; give both, or name it with --gpu")
         gpu = Gpu("your GPU", 0, 0, 0, "numbers given on the command line")
-    elif (key := (name or DEFAULT_GPU).lower()) in GPUS:
+    elif key in GPUS:
         gpu = GPUS[key]
         if given:
             gpu = gpu._replace(source=f"{gpu.source}, with your own {', '.join(given)}")
@@ -68,3 +68,9 @@ def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None, b
         flops=gpu.flops if tflops is None else tflops * 1e12,
         bandwidth=gpu.bandwidth if bandwidth_tb is None else bandwidth_tb * 1e12,
     )
+
+
+def in_gib(num_bytes: float) -> str:
+    """Bytes for a person."""
+    gib = num_bytes / GIB
+    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.parallel.even_shares import require_even_shares
-from forkrl.planning.gpus import GIB, Gpu
+from forkrl.planning.gpus import GIB, Gpu, in_gib
 from forkrl.planning.shapes import ModelShape
 
 HEADROOM = 0.1
@@ -25,14 +25,11 @@ ENGINE_WORKSPACE = 2 * GIB
 ENTROPY_CHUNK = 2048
 """Tokens whose logits verl converts to fp32 at a time for their entropy (entropy_from_logits_chunk_size)."""
 TILE_BYTES = 64 * 2**20
-"""A tile of logits in ForkRL's own head; three exist at once (forkrl.head)."""
+"""A tile of logits in ForkRL's own head, which holds three at once (forkrl.head)."""
 CACHE_GROWTH = 1.5
 """The local engine's cache grows by half when it is full."""
-
 Arithmetic = Literal["bf16", "autocast", "fp32"]
-"""Of the training pass: bf16 weights (FSDP2's mixed precision), fp32 weights under bf16 autocast, or all fp32."""
-
-
+"""The training pass: bf16 weights (FSDP2's mixed precision), fp32 weights under bf16 autocast, or all fp32."""
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
 
@@ -44,7 +41,7 @@ class Layout(NamedTuple):
     tensor_parallel: int
     sequence_parallel: int
     sharded: bool
-    """Weights, gradients and optimizer state are spread over all GPUs (FSDP2, by verl)."""
+    """Weights, gradients and optimizer state are sharded over all GPUs (FSDP2, by verl)."""
 
     @property
     def gpus(self) -> int:
@@ -57,15 +54,13 @@ class Layout(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Something that takes memory."""
-
     name: str
     num_bytes: float
     note: str = ""
 
 
 class Phase(NamedTuple):
-    """What one GPU, or one node, holds at the same time."""
+    """What one GPU, or one node, holds at once."""
 
     name: str
     items: tuple[Item, ...]
@@ -76,19 +71,18 @@ class Phase(NamedTuple):
 
 
 class RolloutFit(NamedTuple):
-    """How many sequences are sampled at once."""
+    """How many sequences are sampled at once. Bytes are per GPU of a worker."""
 
     cache_per_token: float
-    """Bytes of the KV cache of one token, on each GPU of a worker."""
     cache: float
-    """Bytes available to the cache on each GPU of a worker; may be below 0."""
+    """Bytes available to the KV cache; may be below 0."""
     full_length: int
     """Tokens of the longest prompt with the longest response."""
     limit: int
     """rollout.max_sequences."""
     workers: int
     share: float
-    """Bytes of each GPU that sampling may take in all."""
+    """Bytes that sampling may take in total."""
 
     @property
     def room_full(self) -> int:
@@ -102,7 +96,7 @@ class RolloutFit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run needs."""
+    """The memory that a run needs."""
 
     shape: ModelShape
     layout: Layout
@@ -112,13 +106,12 @@ class Plan(NamedTuple):
     rollout: RolloutFit
 
     def status(self, phase: Phase) -> str:
-        """Of one phase, against the GPU's memory."""
         if phase.num_bytes > self.gpu.memory or (phase.name == "rollout" and not self.rollout.room_full):
             return TOO_LARGE
         return TIGHT if phase.num_bytes > (1 - HEADROOM) * self.gpu.memory else FITS
 
     def why(self, phase: Phase) -> str:
-        """What the sum of a phase does not show."""
+        """Why a phase does not fit although its sum may be small enough."""
         if phase.name != "rollout" or self.rollout.room_full:
             return ""
         one = in_gib(self.rollout.cache_per_token * self.rollout.full_length)
@@ -136,12 +129,22 @@ class Plan(NamedTuple):
 def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
     """The memory of a recipe; raises UserError for sizes that do not divide one another, or the model's heads."""
     layout = _find_layout(config, shape)
-    phases, fit = _find_phases(config, shape, layout, gpu)
+    number, note = shape.parameters / layout.gpus, f"sharded over {layout.gpus}" if layout.gpus > 1 else ""
+    state = (
+        Item("weights, fp32", 4 * number, note),
+        Item("gradients, fp32", 4 * number, note),
+        Item("Adam's averages, fp32", 8 * number, note),
+    )
+    adamw = Item("temporaries of AdamW", 4 * number, "PyTorch's foreach: once the weights")
+    if layout.sharded:
+        update, (rollout, fit) = _verl_update(config, shape, layout), _verl_rollout(config, shape, layout, gpu)
+    else:
+        update, (rollout, fit) = _local_update(config, shape, layout), _local_rollout(config, shape, gpu)
+    phases = Phase("rollout", rollout), Phase("update", (*state, *update)), Phase("optimizer step", (*state, adamw))
     return Plan(shape, layout, gpu, phases, _find_host(config, shape, layout), fit)
 
 
 def _find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
-    """Raises UserError where a size does not divide another, or the model's heads."""
     if config.runtime.trainer == "local":
         return Layout(1, 1, 1, 1, sharded=False)
     require_even_shares(config)
@@ -171,7 +174,7 @@ def full_length(config: TrainConfig) -> int:
 
 
 def selected_share(config: TrainConfig) -> float:
-    """rho, or 1: what share a threshold selects is not known in advance."""
+    """rho, or 1 for a threshold, whose share is not known in advance."""
     return 1.0 if config.selection.rule in ("all", "threshold") else config.selection.ratio
 
 
@@ -184,30 +187,11 @@ def share_with_gradients(config: TrainConfig) -> float:
     return min(1.0, chosen + (1 - chosen) * config.forks_only.sampled + prompt)
 
 
-def _find_phases(
-    config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu
-) -> tuple[tuple[Phase, ...], RolloutFit]:
-    """Every phase of a step on one GPU, and the room for sequences in the rollout's cache."""
-    number, note = shape.parameters / layout.gpus, f"sharded over {layout.gpus}" if layout.gpus > 1 else ""
-    state = (
-        Item("weights, fp32", 4 * number, note),
-        Item("gradients, fp32", 4 * number, note),
-        Item("Adam's averages, fp32", 8 * number, note),
-    )
-    if layout.sharded:
-        update, (rollout, fit) = _verl_update(config, shape, layout), _verl_rollout(config, shape, layout, gpu)
-    else:
-        update, (rollout, fit) = _local_update(config, shape, layout), _local_rollout(config, shape, layout, gpu)
-    adamw = Item("temporaries of AdamW", 4 * number, "PyTorch's foreach: once the weights")
-    phases = Phase("rollout", rollout), Phase("update", (*state, *update)), Phase("optimizer step", (*state, adamw))
-    return phases, fit
-
-
 def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Item, ...]:
     """FSDP2's units are the layers, the embedding and the head; a tied embedding stays gathered with the root.
 
-    verl holds the logits of all tokens, and a separate gradient where entropy is measured in the same pass: log-probs
-    are computed by FlashAttention's cross entropy in place, entropy in fp32, a chunk of tokens at a time.
+    verl holds the logits of all tokens, and a separate gradient where the same pass measures entropy: FlashAttention's
+    cross entropy computes log-probs in place, and entropy is computed in fp32, a chunk of tokens at a time.
     """
     size, layer, embedding = product_bytes(config), shape.layer_parameters, shape.embedding_parameters
     largest = max(layer, embedding)
@@ -258,14 +242,14 @@ def _activations(config: TrainConfig, shape: ModelShape, layout: Layout, in_bf16
 def saved_bytes(
     shape: ModelShape, arithmetic: Arithmetic, *, checkpointing: bool, attention_bytes: int | None = None
 ) -> int:
-    """Bytes per token at the peak; with checkpointing one layer is complete, the others are their inputs."""
+    """Bytes per token at the peak; with checkpointing one layer is complete, of the others only the inputs exist."""
     layer = layer_bytes(shape, arithmetic, attention_bytes)
     inputs = shape.layers * stream_bytes(shape, arithmetic) + layer
     return (inputs if checkpointing else shape.layers * layer) + outside_bytes(shape, arithmetic)
 
 
 def layer_bytes(shape: ModelShape, arithmetic: Arithmetic, attention_bytes: int | None = None) -> int:
-    """Bytes that one layer saves per token; ``attention_bytes`` of a number where attention runs in fp32 on a CPU."""
+    """Bytes that one layer saves per token; ``attention_bytes`` per number where attention runs in fp32 on a CPU."""
     product = 4 if arithmetic == "fp32" else 2
     attention = attention_bytes or product
     norms = {
@@ -285,20 +269,20 @@ def layer_bytes(shape: ModelShape, arithmetic: Arithmetic, attention_bytes: int 
 
 
 def outside_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
-    """Bytes per token saved by the last norm, the head's input, the rotary tables and the token id."""
+    """Bytes per token of the last norm, the head's input, the rotary tables and the token id."""
     norm = {"bf16": 4 + 2 + 2, "autocast": 4 + 4 + 2, "fp32": 4 + 4 + 4}[arithmetic] * shape.hidden
     return norm + 2 * (2 if arithmetic == "bf16" else 4) * shape.head_dim + 8
 
 
 def stream_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
-    """Bytes of one token between two layers: what gradient checkpointing saves of each."""
+    """Bytes per token between two layers: what gradient checkpointing saves for each layer."""
     return shape.hidden * (2 if arithmetic == "bf16" else 4)
 
 
 def _verl_rollout(
     config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu
 ) -> tuple[tuple[Item, ...], RolloutFit]:
-    """The sampling engine has its share of the GPU; what training keeps there comes on top."""
+    """The sampling engine has its share of the GPU, in addition to what training keeps there."""
     parallel, size = layout.tensor_parallel, product_bytes(config)
     weights, share = size * shape.parameters / parallel, config.cluster.gpu_memory * gpu.memory
     cache = share - weights - ENGINE_WORKSPACE
@@ -317,9 +301,7 @@ def _verl_rollout(
     return tuple(items), RolloutFit(per_token, cache, full_length(config), limit, layout.workers, share)
 
 
-def _local_rollout(
-    config: TrainConfig, shape: ModelShape, layout: Layout, gpu: Gpu
-) -> tuple[tuple[Item, ...], RolloutFit]:
+def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tuple[Item, ...], RolloutFit]:
     size, graphs, dynamic = product_bytes(config), config.rollout.cuda_graphs, config.dynamic_sampling
     prompts = (dynamic.enabled and dynamic.generation_prompts) or config.rollout.prompts_per_step
     sequences = min(config.rollout.max_sequences, prompts * config.rollout.group_size)
@@ -339,7 +321,7 @@ def _local_rollout(
     room = "in buffers of full length" if graphs else "with room to grow"
     wanted = sequences * length * per_token * growth
     items.append(Item("KV cache", wanted, f"{sequences} sequences of {length:,} tokens, {room}"))
-    return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, layout.workers, share)
+    return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, 1, share)
 
 
 def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:
@@ -354,9 +336,3 @@ def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[
     if layout.sharded and config.loss.kl_coef:
         kept.append(Item("reference policy, fp32", 4 * per_node, "verl keeps it on the host"))
     return (*phases, Phase("main memory, sampling", tuple(kept))) if kept else tuple(phases)
-
-
-def in_gib(num_bytes: float) -> str:
-    """Bytes for a person."""
-    gib = num_bytes / GIB
-    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,7 +1,7 @@
 """The sizes of a model that memory and time follow from, without its weights.
 
-Symbols in the formulas of this package: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` heads
-of keys and values, ``C`` channels of a head, ``V`` vocabulary, ``T`` tokens, ``N`` parameters.
+Symbols in this package's formulas: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` heads of
+keys and values, ``C`` channels of a head, ``V`` vocabulary, ``T`` tokens, ``N`` parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.model.locations import EMBEDDED_PREFIX, require_hub_id
 
 _ARCHITECTURES = ("qwen3", "qwen2", "llama")
@@ -46,7 +46,7 @@ class ModelShape(NamedTuple):
 
     @property
     def kv_width(self) -> int:
-        """Of the keys of one token in one layer; values are as wide."""
+        """Width of one token's keys in one layer; values are as wide."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -57,14 +57,13 @@ class ModelShape(NamedTuple):
 
     @property
     def layer_parameters(self) -> int:
-        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        biases = (self.query_width + 2 * self.kv_width if self.qkv_bias else 0) + (self.hidden if self.out_bias else 0)
-        biases += 2 * self.intermediate + self.hidden if self.mlp_bias else 0
-        return self.layer_matrices + norms + biases
+        norms = 2 * self.hidden + self.qk_norm * 2 * self.head_dim
+        attention_biases = self.qkv_bias * (self.query_width + 2 * self.kv_width) + self.out_bias * self.hidden
+        return self.layer_matrices + norms + attention_biases + self.mlp_bias * (2 * self.intermediate + self.hidden)
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the embedding, or of the head: each is one such matrix."""
+        """Size of the embedding, and of the head."""
         return self.vocabulary * self.hidden
 
     @property
@@ -74,17 +73,17 @@ class ModelShape(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        """Weights that one token is multiplied by: all matrix products, the head's too, but no look-up."""
+        """Weights that each token is multiplied by: all matrix products, including the head, not the look-up."""
         return self.layers * self.layer_matrices + self.embedding_parameters
 
     @property
     def kv_numbers(self) -> int:
-        """Numbers that the KV cache holds of one token."""
+        """Numbers per token in the KV cache."""
         return 2 * self.layers * self.kv_width
 
 
 class FoundShape(NamedTuple):
-    """A shape and, in words, where it comes from."""
+    """A shape and where it comes from, for the user."""
 
     shape: ModelShape
     source: str
@@ -148,13 +147,18 @@ def parse_shape(values: Mapping[str, Any], path: str) -> ModelShape:
         return value
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    shape = ModelShape(
+    kv_heads = size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"model.path = {path!r}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}"
+        )
+    return ModelShape(
         architecture=architecture,
         hidden=hidden,
         intermediate=size("intermediate_size"),
         layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=size("num_key_value_heads", heads),
+        kv_heads=kv_heads,
         head_dim=size("head_dim", 128 if architecture == "qwen3" else hidden // heads),
         vocabulary=size("vocab_size"),
         tied=bool(values.get("tie_word_embeddings", False)),
@@ -164,12 +168,6 @@ def parse_shape(values: Mapping[str, Any], path: str) -> ModelShape:
         out_bias=architecture != "qwen2" and bias,
         mlp_bias=architecture == "llama" and bool(values.get("mlp_bias")),
     )
-    if heads % shape.kv_heads:
-        raise UserError(
-            f"model.path = {path!r}: num_key_value_heads = {shape.kv_heads} does not divide num_attention_heads = "
-            f"{heads}"
-        )
-    return shape
 
 
 def _read_config(file: Path, path: str) -> ModelShape:
@@ -189,8 +187,7 @@ def _download_config(path: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(path, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model.path = {path!r}: its config.json cannot be downloaded ({first}); name a local folder that "
-            f"contains one"
+            f"model.path = {path!r}: its config.json cannot be downloaded ({first_line(error)}); name a local folder "
+            f"that contains one"
         ) from None
