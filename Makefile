@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test test-newest newest-versions lint format loc bench bench-gpu clean
+.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test test-newest newest-versions mutants lint format loc bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -97,6 +97,10 @@ newest-versions: ## rewrite constraints-newest.txt with what pip resolves to tod
 	$(call install,$(NEWEST_VENV),constraints-newest.txt)
 	@{ echo "# The newest releases on $$(date +%F); make newest-versions rewrites this file (docs/dependencies.md)."; \
 		$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | sed 's/^torch==\([^+]*\)+.*/torch==\1/'; } >constraints-newest.txt
+
+mutants: setup ## mutation tests of method, stats, head, update and store, more than an hour (ARGS="method stats")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(ARGS)
 
 lint: setup ## ruff and mypy, over everything
 	$(BIN)/ruff check .
