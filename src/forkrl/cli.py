@@ -102,8 +102,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def check_early(options: of.ModelOptions | of.DriftOptions) -> None:
     """Reject names and settings that cannot be used before importing torch, which takes seconds."""
-    from forkrl.commands.runner import require_usable
     from forkrl.commands.subject import read_settings
+    from forkrl.commands.work_folder import require_usable
     from forkrl.evaluation.benchmarks import GYM, find_benchmark
     from forkrl.model.locations import model_location
 

@@ -11,13 +11,12 @@ import torch
 
 from forkrl.config import ForksOnlyConfig
 from forkrl.errors import UserError
-from forkrl.method.batches import collate
+from forkrl.method.batches import MicroBatch, collate
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.training import forks_only, selected_attention
-from forkrl.training.batches import MicroBatch
 from forkrl.training.forks_only import compute_selected_stats, prefill, require_forks_only
 from forkrl.training.forward import running_weights
 from forkrl.training.update import measure_entropy, update_policy

@@ -40,7 +40,9 @@ def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any,
 
     working = there(policy)
     generator = torch.Generator(device).manual_seed(5)
-    batch = select_in_rollout_batch(batch, config, generator).to(device)
+    if config.selection.scope == "rollout_batch":
+        batch = select_in_rollout_batch(batch, config, generator)
+    batch = batch.to(device)
     workers = Workers(working, None if reference is None else there(reference))
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
     update = update_policy(workers, optimizer, batch, config, generator, on_policy=on_policy)

@@ -176,7 +176,9 @@ def own_update(
     working = Policy(copy.deepcopy(trained.model), trained.tokenizer)
     config = TrainConfig.model_validate(recipe(CASES[name]))
     generator = torch.Generator().manual_seed(1)
-    chosen = select_in_rollout_batch(batch, config, generator)
+    chosen = batch
+    if config.selection.scope == "rollout_batch":
+        chosen = select_in_rollout_batch(batch, config, generator)
     if told is not None:
         selected_BT = torch.zeros_like(batch.response_mask)
         for row, each in told.items():

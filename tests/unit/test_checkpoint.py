@@ -193,11 +193,13 @@ class TestPrune:
     def names(self, folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())
 
-    def test_the_newest_stay(self, tmp_path: Path) -> None:
-        state = tiny_state()
-        for step in (8, 9, 10, 11):
-            state.save(tmp_path, step, keep=2)
-        assert self.names(tmp_path) == ["step-10", "step-11"]
+    @pytest.mark.parametrize("keep", [1, 2, 4, 5, 9])
+    def test_the_newest_stay(self, tmp_path: Path, keep: int) -> None:
+        state, steps = tiny_state(), range(10, 17)
+        for step in steps:
+            state.save(tmp_path, step, keep=keep)
+            saved = range(10, step + 1)
+            assert self.names(tmp_path) == [f"step-{each}" for each in saved[-keep:]]
 
     def test_a_save_that_fails_removes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state = tiny_state()

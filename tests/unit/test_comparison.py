@@ -58,7 +58,7 @@ def enumerated_p(a: Table, b: Table) -> float:
 
 def permutation_p(a: Table, b: Table, monkeypatch: pytest.MonkeyPatch) -> float:
     """The p-value of the permutation test alone."""
-    monkeypatch.setattr(permutation, "_consistent", lambda difference, p: (difference, p))
+    monkeypatch.setattr(permutation, "_reconcile", lambda difference, p: (difference, p))
     return paired_test(np.array(a, dtype=float), np.array(b, dtype=float)).p
 
 

@@ -13,8 +13,8 @@ from forkrl.analysis.temperatures import Setting
 from forkrl.commands.decode_temps import _question
 from forkrl.commands.eval_engines import engine_facts, open_sampler
 from forkrl.commands.options import EvalOptions
-from forkrl.commands.runner import open_work_folder
 from forkrl.commands.subject import Subject, open_subject
+from forkrl.commands.work_folder import open_work_folder
 from forkrl.errors import UserError
 from tests.smoke.world import make_model
 

@@ -112,3 +112,15 @@ def test_a_gradient_step_runs_without_the_packages_of_the_command_line(tmp_path:
     code = "import forkrl.training.update, forkrl.rollout, forkrl.head, forkrl.method.batches; print('imported')"
     output = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
     assert output.stdout.strip() == b"imported", output.stderr.decode()[-2000:]
+
+
+def test_every_path_that_the_documentation_names_exists() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    named = [
+        (page.name, path)
+        for page in pages
+        if page.name not in ("diary.md", "CHANGELOG.md")  # history
+        for path in re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|toml|md))`", page.read_text())
+    ]
+    assert len(named) > 20
+    assert [each for each in named if not any((base / each[1]).exists() for base in (ROOT, ROOT / "src/forkrl"))] == []

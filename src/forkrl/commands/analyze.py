@@ -14,8 +14,8 @@ from forkrl.analysis.patterns import PAPER_TEMPERATURE, share_by_cluster
 from forkrl.analysis.token_table import tokens_of_prompts
 from forkrl.commands.options import AnalyzeOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import model_question, present, stored_question
 from forkrl.commands.token_parts import collect_tokens, entropy_temperature, open_response_subject, read_responses
+from forkrl.commands.work_folder import model_settings, present, stored_settings
 from forkrl.errors import printable
 from forkrl.report.analyze_page import analyze_headline, analyze_page
 from forkrl.report.colors import coloured_response, entropy_legend
@@ -46,8 +46,8 @@ def analyze_model(options: AnalyzeOptions) -> Results:
     """
     folder = options.out or parse_reference(options.model).default_folder("analyze")
     subject = open_response_subject(options)
-    left_out = collect_tokens(folder, subject, options, model_question(SCHEMA, subject))
-    tokens, question = folder / "tokens", stored_question(folder)
+    left_out = collect_tokens(folder, subject, options, model_settings(SCHEMA, subject))
+    tokens, settings = folder / "tokens", stored_settings(folder)
     summary = analysis.entropy_summary(tokens)
     fork = float(summary["value"]["percentile_80"]) if options.threshold is None else options.threshold
     responses = analysis.response_table(tokens, fork)
@@ -64,7 +64,7 @@ def analyze_model(options: AnalyzeOptions) -> Results:
     return write_results(
         folder,
         SCHEMA,
-        settings=question,
+        settings=settings,
         headline=analyze_headline(facts),
         notes=[*_warnings(facts), *left_out],
         facts=facts,

@@ -21,9 +21,9 @@ from forkrl.commands.branch_parts import (
 )
 from forkrl.commands.options import BranchOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import model_question, open_work_folder, present, say_kept, stored_question
-from forkrl.commands.session import Session, open_session, session_question
+from forkrl.commands.session import Session, open_session, session_settings
 from forkrl.commands.subject import open_subject
+from forkrl.commands.work_folder import model_settings, open_work_folder, present, say_kept, stored_settings
 from forkrl.errors import UserError
 from forkrl.report.branch_page import branch_headline, branch_page
 from forkrl.report.formatting import duration, sentence, unverified
@@ -65,16 +65,16 @@ def branch_model(options: BranchOptions) -> Results:
     with open_session(subject) as session:
         if session.verifier is None:
             raise UserError(f"{session.task.name}: its rows have no answers, so no branch can be judged")
-        earlier = stored_question(folder).get("prompts_per_part")
+        earlier = stored_settings(folder).get("prompts_per_part")
         size = earlier or prompts_per_part(design, session.engine.wave_sequences)
-        # More problems join the same folder, so their number is not part of the question.
-        question = {
-            **model_question(SCHEMA, subject),
-            **session_question(session),
+        # More problems join the same folder, so their number is not recorded.
+        settings = {
+            **model_settings(SCHEMA, subject),
+            **session_settings(session),
             **asdict(design),
             "prompts_per_part": size,  # it decides which responses share a generator
         }
-        with open_work_folder(folder, question):
+        with open_work_folder(folder, settings):
             (folder / "parts").mkdir(exist_ok=True)
             missing = missing_parts(folder, session.prompts, size)
             num_missing = sum(len(prompts) for prompts in missing.values())
@@ -92,7 +92,7 @@ def branch_model(options: BranchOptions) -> Results:
     tables = {
         "kinds": branching.summarise_kinds(positions),
         "differences": branching.compare_kinds(positions),
-        "relation": branching.entropy_relation(positions, question["seed"]),
+        "relation": branching.entropy_relation(positions, settings["seed"]),
         "bins": branching.entropy_bins(positions),
         "tokens": branching.fork_tokens(branches, positions),
     }
@@ -114,7 +114,7 @@ def branch_model(options: BranchOptions) -> Results:
     return write_results(
         folder,
         SCHEMA,
-        settings=question,
+        settings=settings,
         headline=sentence(unjudged) if unjudged else branch_headline(tables),
         notes=unverified(failures, "continuations"),
         facts=facts,

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from forkrl.commands.options import CompareOptions
-from forkrl.commands.runner import present
+from forkrl.commands.work_folder import present
 from forkrl.errors import UserError
 from forkrl.evaluation.comparison import compare
 from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished_benchmarks

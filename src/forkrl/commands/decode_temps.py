@@ -13,8 +13,7 @@ import torch
 from forkrl.analysis.temperatures import FORK_FRACTION, UNSCALED, Setting, plan_settings, temperature_table
 from forkrl.commands.options import DecodeTempsOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import model_question, open_work_folder, present, say_kept
-from forkrl.commands.session import Session, graphs_fact, open_session, session_question
+from forkrl.commands.session import Session, graphs_fact, open_session, session_settings
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.sweep_responses import (
     first_responses,
@@ -24,6 +23,7 @@ from forkrl.commands.sweep_responses import (
     stored_threshold,
     write_setting,
 )
+from forkrl.commands.work_folder import model_settings, open_work_folder, present, say_kept
 from forkrl.errors import UserError
 from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import sentence, unverified
@@ -54,12 +54,12 @@ def decode_temps(options: DecodeTempsOptions) -> Results:
     with open_session(subject) as session:
         if session.verifier is None:
             raise UserError(f"{session.task.name}: its rows have no answers, so accuracy cannot be measured")
-        question = _question(subject, session, settings, samples, options.threshold)
+        recorded = _settings(subject, session, settings, samples, options.threshold)
         out = options.out or parse_reference(options.model).default_folder("decode-temps")
-        with open_work_folder(out, question) as folder:
+        with open_work_folder(out, recorded) as folder:
             _sample_missing(folder / "responses", settings, session, samples, options.threshold)
             first_failures = session.verifier.first_failures
-            return _summarise(folder, settings, question, first_failures)
+            return _summarise(folder, settings, recorded, first_failures)
 
 
 def parse_temperatures(text: str) -> tuple[float, ...]:
@@ -80,13 +80,13 @@ def parse_temperatures(text: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _question(
+def _settings(
     subject: Subject, session: Session, settings: Sequence[Setting], num_samples: int, threshold: float | None
 ) -> dict[str, Any]:
     """Every setting that changes the numbers."""
     return {
-        **model_question(SCHEMA, subject),
-        **session_question(session),
+        **model_settings(SCHEMA, subject),
+        **session_settings(session),
         "prompts": len(session.prompts),
         "samples": num_samples,
         "temperatures": sorted({setting.high for setting in settings}),
@@ -139,17 +139,17 @@ def _sample(
 
 
 def _summarise(
-    folder: Path, settings: Sequence[Setting], question: dict[str, Any], first_failures: dict[str, str]
+    folder: Path, settings: Sequence[Setting], recorded: dict[str, Any], first_failures: dict[str, str]
 ) -> Results:
-    base = question["temperature"]
+    base = recorded["temperature"]
     table = temperature_table(read_figures(folder / "responses", settings), base)
     failures = int(table["failures"].sum())
     unjudged = none_judged(failures, int((table["prompts"] * table["samples"]).sum()), first_failures)
-    estimated = question["threshold"] is None
+    estimated = recorded["threshold"] is None
     return write_results(
         folder,
         SCHEMA,
-        settings=question,
+        settings=recorded,
         headline=sentence(unjudged) if unjudged else headline(table, base),
         notes=unverified(failures, "responses"),
         facts={

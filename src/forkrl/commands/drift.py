@@ -23,9 +23,9 @@ from forkrl.analysis.measure import Written, measure_responses
 from forkrl.analysis.token_table import token_batches, tokens_of_prompts
 from forkrl.commands.options import DriftOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import model_question, open_work_folder, present, stored_question, weights_fingerprint
 from forkrl.commands.subject import Subject, locate_weights
 from forkrl.commands.token_parts import collect_tokens, entropy_temperature, open_response_subject, read_responses
+from forkrl.commands.work_folder import model_settings, open_work_folder, present, stored_settings, weights_fingerprint
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError, first_line
 from forkrl.model.locations import model_location
@@ -68,9 +68,9 @@ def measure_drift(options: DriftOptions) -> Results:
     subject = open_response_subject(options)
     folder = options.out or parse_reference(options.model).default_folder("drift")
     named = [[point.name, point.path, weights_fingerprint(point.path)] for point in series]
-    notes = collect_tokens(folder, subject, options, {**model_question(SCHEMA, subject), "checkpoints": named})
-    question = stored_question(folder)
-    with open_work_folder(folder, question):
+    notes = collect_tokens(folder, subject, options, {**model_settings(SCHEMA, subject), "checkpoints": named})
+    settings = stored_settings(folder)
+    with open_work_folder(folder, settings):
         _measure_checkpoints(folder, series, subject)
     if len(series) == 2:
         notes.append("Two checkpoints only; a run keeps more for this with checkpoint.every=5 checkpoint.keep=100.")
@@ -97,7 +97,7 @@ def measure_drift(options: DriftOptions) -> Results:
         **as_columns("overlap", interval_of(tables["overlap"].iloc[-1], "with_first")),
     }
     headline = drift_headline(facts, tables["change"])
-    return write_results(folder, SCHEMA, settings=question, headline=headline, notes=notes, facts=facts, tables=tables)
+    return write_results(folder, SCHEMA, settings=settings, headline=headline, notes=notes, facts=facts, tables=tables)
 
 
 def make_page(results: Results) -> Page:

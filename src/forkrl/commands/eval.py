@@ -12,7 +12,7 @@ def run_eval(options: EvalOptions) -> int:
         print(list_benchmarks())
         return 0
     from forkrl.commands.evaluate import evaluate_model, make_page
-    from forkrl.commands.runner import present
+    from forkrl.commands.work_folder import present
 
     results = evaluate_model(options)
     return present(results.folder, make_page(results))

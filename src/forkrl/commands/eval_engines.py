@@ -9,9 +9,9 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 
 from forkrl.commands.options import EvalOptions
-from forkrl.commands.runner import weights_fingerprint
 from forkrl.commands.session import checked_config, graphs_fact, open_model
 from forkrl.commands.subject import Subject
+from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.samplers import EmbeddedSampler, Sampler

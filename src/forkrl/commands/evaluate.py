@@ -17,8 +17,8 @@ import pandas as pd
 from forkrl.commands.eval_engines import engine_facts, identity, open_sampler, settings_for
 from forkrl.commands.options import EvalOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.runner import open_work_folder, say_kept
 from forkrl.commands.subject import Subject, open_subject
+from forkrl.commands.work_folder import open_work_folder, say_kept
 from forkrl.config import TrainConfig
 from forkrl.evaluation.folder import SCHEMA, BenchmarkFiles, read_results
 from forkrl.evaluation.paper import TABLE_2
@@ -62,16 +62,16 @@ def evaluate_model(options: EvalOptions) -> Results:
             check = PromptCheck(tokenizer, max_tokens=longest)
             check_prompts(prompts, check, allow_unknown=subject.config.task.allow_unknown_tokens)
         config = settings_for(subject, sampler, prompts)
-        question = _question(subject, config, asked, options) | engine_facts(subject, sampler)
-        with open_work_folder(options.out or _default_folder(options), question) as folder, ExitStack() as stack:
+        settings = _settings(subject, config, asked, options) | engine_facts(subject, sampler)
+        with open_work_folder(options.out or _default_folder(options), settings) as folder, ExitStack() as stack:
             # All of them before the first is sampled: what cannot be resumed is refused now.
             files = [
-                stack.enter_context(BenchmarkFiles(folder, each.name, each.prompts, question["samples"]))
+                stack.enter_context(BenchmarkFiles(folder, each.name, each.prompts, settings["samples"]))
                 for each in asked
             ]
             pool = stack.enter_context(open_verifier(_verifiers(asked), config.reward))
             for questions, file in zip(asked, files, strict=True):
-                results = _evaluate(folder, questions, file, question, sampler, pool)
+                results = _evaluate(folder, questions, file, settings, sampler, pool)
     return results
 
 
@@ -108,7 +108,7 @@ def _default_folder(options: EvalOptions) -> Path:
     return folder if folder.parent.name == "analysis" else Path("evals") / folder.name.removesuffix("-benchmarks")
 
 
-def _question(
+def _settings(
     subject: Subject, config: TrainConfig, asked: Sequence[Questions], options: EvalOptions
 ) -> dict[str, Any]:
     """Everything that changes the numbers, except a benchmark's questions: those are kept next to its responses, so
@@ -135,21 +135,21 @@ def _evaluate(
     folder: Path,
     questions: Questions,
     files: BenchmarkFiles,
-    question: Mapping[str, Any],
+    settings: Mapping[str, Any],
     sampler: Sampler,
     pool: VerifierPool,
 ) -> Results:
     """Finish one benchmark, and write the figures of all that the folder has."""
     sampling = EvalSampling(
-        max_response_tokens=question["max_response_tokens"],
-        temperature=question["temperature"],
-        seed=question["seed"],
-        stop=tuple(question["rollout.stop"]),
+        max_response_tokens=settings["max_response_tokens"],
+        temperature=settings["temperature"],
+        seed=settings["seed"],
+        stop=tuple(settings["rollout.stop"]),
     )
     total = len(files.grid)
     say_kept(total - len(files.missing()), total, f"responses to {questions.title}", folder)
     tokens, seconds = _sample_and_judge(files, sampler, pool, sampling, questions.title)
-    tables = summarise_benchmark(questions.name, files.scored(), question["samples"])
+    tables = summarise_benchmark(questions.name, files.scored(), settings["samples"])
     earlier = read_results(folder) if (folder / RESULTS).exists() else None
     verifiers = {questions.name: _as_json(questions.verifiers)}
     before: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def _evaluate(
     return write_results(
         folder,
         SCHEMA,
-        settings=question,
+        settings=settings,
         headline=eval_headline(frames["benchmarks"], frames["mean"]),
         notes=eval_notes(frames["benchmarks"]),
         facts={"verifiers": verifiers},

@@ -58,8 +58,9 @@ def open_session(subject: Subject) -> Iterator[Session]:
     """Load the model and its prompts, check every prompt, and start workers and verifiers."""
     with ExitStack() as stack:
         workers = stack.enter_context(open_model(subject))
-        open_it, most = open_evaluation_task if subject.whole else open_task, subject.config.rollout.max_prompt_tokens
-        task = open_it(subject.config.task, workers.policy.tokenizer, max_prompt_tokens=most)
+        open_it = open_evaluation_task if subject.whole else open_task
+        max_tokens = subject.config.rollout.max_prompt_tokens
+        task = open_it(subject.config.task, workers.policy.tokenizer, max_prompt_tokens=max_tokens)
         prompts = task.held_out[: subject.limit]
         engine = open_engine(workers, subject.config)
         config = checked_config(subject, engine, prompts)
@@ -68,8 +69,8 @@ def open_session(subject: Subject) -> Iterator[Session]:
         yield Session(config, workers, engine, task, prompts, verifier)
 
 
-def session_question(session: Session) -> dict[str, Any]:
-    """The part of a question that says which prompts, how they are sampled, and who judges."""
+def session_settings(session: Session) -> dict[str, Any]:
+    """The settings that name the prompts, the sampling and the verifiers."""
     config = session.config
     return {
         "task": session.task.name,
@@ -88,7 +89,7 @@ def part_seed(kind: str, seed: int, part: int) -> int:
 
 
 def graphs_fact(config: TrainConfig) -> dict[str, bool]:
-    """For a command's question, which names the setting only where it is on: it is younger than the questions are."""
+    """Recorded only if on, so that work folders without CUDA graphs stay resumable."""
     return {"rollout.cuda_graphs": True} if config.rollout.cuda_graphs else {}
 
 

@@ -21,9 +21,9 @@ from forkrl.analysis.measure import SourceResponse, Written, measure_responses, 
 from forkrl.analysis.token_table import TOP
 from forkrl.commands.options import AnalyzeOptions, DriftOptions
 from forkrl.commands.ready_responses import ReadyResponses
-from forkrl.commands.runner import open_work_folder, say_kept, stored_question
-from forkrl.commands.session import Session, open_session, part_seed, session_question
+from forkrl.commands.session import Session, open_session, part_seed, session_settings
 from forkrl.commands.subject import ALLOW_UNKNOWN, Subject, open_subject
+from forkrl.commands.work_folder import open_work_folder, say_kept, stored_settings
 from forkrl.errors import UserError, notice
 from forkrl.model.policy import open_policy
 from forkrl.model.token_texts import TokenTexts
@@ -73,7 +73,7 @@ def entropy_temperature(subject: Subject) -> float:
 
 
 def collect_tokens(
-    folder: Path, subject: Subject, options: AnalyzeOptions | DriftOptions, question: Mapping[str, Any]
+    folder: Path, subject: Subject, options: AnalyzeOptions | DriftOptions, settings: Mapping[str, Any]
 ) -> list[str]:
     """Fill ``tokens/`` and ``responses/`` in the folder, from where an earlier call stopped.
 
@@ -81,23 +81,23 @@ def collect_tokens(
         folder: of the work; refused if it was created with other settings.
         subject: of ``open_response_subject``.
         options: whether responses are sampled or in a file.
-        question: see ``open_work_folder``; the settings of sampling are added.
+        settings: see ``open_work_folder``; the settings of sampling are added.
 
     Returns:
         Sentences on what was left out.
     """
     if options.responses is not None:
-        return _measure_ready(folder, subject, options.responses, options.skip_unusable, question)
+        return _measure_ready(folder, subject, options.responses, options.skip_unusable, settings)
     samples = subject.config.eval.samples
     with open_session(subject) as session:
         asked = {
-            **question,
-            **session_question(session),
+            **settings,
+            **session_settings(session),
             "prompts": len(session.prompts),
             "samples": samples,
             # An earlier call's cut is kept: it decides which responses share a generator, and another number of
             # workers may be at work now.
-            "prompts_per_part": stored_question(folder).get("prompts_per_part")
+            "prompts_per_part": stored_settings(folder).get("prompts_per_part")
             or max(session.engine.wave_sequences // samples, 1),
         }
         with open_work_folder(folder, asked):
@@ -107,7 +107,7 @@ def collect_tokens(
 
 
 def _measure_ready(
-    folder: Path, subject: Subject, responses: Path, skip_unusable: bool, question: Mapping[str, Any]
+    folder: Path, subject: Subject, responses: Path, skip_unusable: bool, settings: Mapping[str, Any]
 ) -> list[str]:
     """Measure the ready responses that are not in the folder yet."""
     config = subject.config
@@ -121,7 +121,7 @@ def _measure_ready(
         allow_unknown=config.task.allow_unknown_tokens,
     )
     with ExitStack() as stack:
-        asked = {**question, "responses": str(responses), "data": source.fingerprint}
+        asked = {**settings, "responses": str(responses), "data": source.fingerprint}
         stack.enter_context(open_work_folder(folder, asked))
         workers = stack.enter_context(open_workers(policy, None, config.runtime))
         write_missing_parts(folder, source, workers, entropy_temperature(subject))

@@ -1,4 +1,4 @@
-"""From groups of rollouts to the tensors of a gradient step, and cutting them to fit memory.
+"""From groups of rollouts to the tensors of a gradient step: batch, mini-batches, micro-batches.
 
 Shapes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
 """
@@ -6,11 +6,24 @@ Shapes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from forkrl.types import RolloutGroup, TokenBatch
+
+if TYPE_CHECKING:  # avoids importing pydantic
+    from forkrl.config import TrainConfig
+
+
+class MicroBatch(NamedTuple):
+    """``batch.selected`` is set unless the selection is made inside the micro-batch."""
+
+    number: int
+    batch: TokenBatch
+    sampled_BT: Tensor | None
+    """Positions drawn by ``forks_only.sampled`` to run with gradients; None: that setting is 0."""
 
 
 def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) -> TokenBatch:
@@ -56,3 +69,34 @@ def cut_micro_batches(batch: TokenBatch, max_tokens: int) -> list[Tensor]:
         else:
             cuts.append([row])
     return [torch.tensor(cut) for cut in cuts]
+
+
+def sample_positions(mini_batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> Tensor | None:
+    """Draw each position with probability ``forks_only.sampled``; None if that is 0."""
+    if not config.forks_only.sampled:
+        return None
+    shape, device = mini_batch.attention_mask.shape, mini_batch.attention_mask.device
+    chance_BT = torch.rand(shape, device=device, generator=generator)
+    return (chance_BT < config.forks_only.sampled) & mini_batch.attention_mask
+
+
+def make_micro_batches(mini_batch: TokenBatch, cuts: list[Tensor], sampled_BT: Tensor | None) -> list[MicroBatch]:
+    """The rows of each cut as a micro-batch, padded to its longest sequence."""
+    parts = [mini_batch.rows(rows_B) for rows_B in cuts]
+    return [
+        MicroBatch(number, part, None if sampled_BT is None else sampled_BT[rows_B, : part.input_ids.shape[1]])
+        for number, (rows_B, part) in enumerate(zip(cuts, parts, strict=True))
+    ]
+
+
+def padded_sizes(micro_batches: list[MicroBatch]) -> list[int]:
+    """The number of padded tokens in each, to share the work evenly."""
+    return [micro.batch.input_ids.numel() for micro in micro_batches]
+
+
+def assemble(like_BT: Tensor, cuts: list[Tensor], parts: list[Tensor]) -> Tensor:
+    """The mini-batch's tensor from those of its micro-batches."""
+    whole_BT = torch.zeros_like(like_BT)
+    for rows_B, part_BT in zip(cuts, parts, strict=True):
+        whole_BT[rows_B, : part_BT.shape[1]] = part_BT
+    return whole_BT

@@ -32,14 +32,27 @@ def compute_token_stats(
     asked_BT = batch.response_mask if at_BT is None else at_BT
     # Padding is on the right, so causal attention needs no mask and uses its fast path.
     hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False)
+    return head_stats(policy, hidden_BTD[asked_BT], batch, asked_BT, temperature=temperature, entropy_grad=entropy_grad)
+
+
+def head_stats(
+    policy: Policy,
+    hidden_ND: Tensor,
+    batch: TokenBatch,
+    at_BT: Tensor,
+    *,
+    temperature: float,
+    entropy_grad: bool = False,
+) -> TokenStats:
+    """Statistics of the hidden states at ``at_BT``, fp32 ``[B, T]``, 0 elsewhere."""
     with policy.autocast():
         stats_N = token_stats(
-            hidden_BTD[asked_BT].to(policy.head_weight.dtype),
+            hidden_ND.to(policy.head_weight.dtype),
             policy.head_weight,
-            batch.targets[asked_BT],
+            batch.targets[at_BT],
             temperature=temperature,
             bias=policy.head_bias,
             entropy_grad=entropy_grad,
         )
-    empty_BT = hidden_BTD.new_zeros(asked_BT.shape, dtype=stats_N.logprobs.dtype)
-    return TokenStats(*(empty_BT.masked_scatter(asked_BT, values_N) for values_N in stats_N))
+    empty_BT = hidden_ND.new_zeros(at_BT.shape, dtype=stats_N.logprobs.dtype)
+    return TokenStats(*(empty_BT.masked_scatter(at_BT, values_N) for values_N in stats_N))

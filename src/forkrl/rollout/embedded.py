@@ -198,10 +198,10 @@ def decode(
     """
     device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
     stop_ids = torch.tensor(stop_tokens(policy, sampling), device=device)
-    room = [sampling.max_response_tokens - len(prefix.response_ids) for prefix in prefixes_S]
-    lengths_S, most = torch.tensor(room, device=device), max(room)
-    tokens_ST = torch.zeros((num_sequences, most), dtype=torch.int64, device=device)
-    logprobs_ST, entropy_ST = torch.zeros(2, num_sequences, most, device=device)
+    tokens_left = [sampling.max_response_tokens - len(prefix.response_ids) for prefix in prefixes_S]
+    lengths_S, max_tokens = torch.tensor(tokens_left, device=device), max(tokens_left)
+    tokens_ST = torch.zeros((num_sequences, max_tokens), dtype=torch.int64, device=device)
+    logprobs_ST, entropy_ST = torch.zeros(2, num_sequences, max_tokens, device=device)
     finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
     row_S, going_S = torch.arange(num_sequences, device=device), ~finished_S
@@ -209,9 +209,9 @@ def decode(
     select_sequences(cache, owner_S)
     hidden_SD, seen_ST = hidden_PD[owner_S], seen_PT[owner_S]
     position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
-    seen_ST = torch.nn.functional.pad(seen_ST, (0, most), value=True)
+    seen_ST = torch.nn.functional.pad(seen_ST, (0, max_tokens), value=True)
     advance, num_before = choose_step(policy), num_sequences
-    for step in range(most):
+    for step in range(max_tokens):
         drawn_S, logprobs_S, entropy_S = sample_tokens(policy.logits(hidden_SD), sampling, generator)
         tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
         stopped_S = torch.isin(drawn_S, stop_ids) & going_S

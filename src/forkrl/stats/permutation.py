@@ -39,7 +39,7 @@ def paired_test(a_PK: Floats, b_PK: Floats, seed: int = 0) -> PairedTest:
     """Test whether two evaluations have the same mean score.
 
     Under the null hypothesis the K_a + K_b responses to a question are exchangeable, so they are pooled and re-dealt.
-    :func:`_consistent` makes p-value and interval agree.
+    :func:`_reconcile` makes p-value and interval agree.
 
     Args:
         a_PK: ``[P, K_a]`` scores in [0, 1], before.
@@ -52,7 +52,7 @@ def paired_test(a_PK: Floats, b_PK: Floats, seed: int = 0) -> PairedTest:
         p, method = min(1.0, float(chances[_is_extreme(values, difference.mean)].sum())), "exact"
     else:
         p, method = _drawn_p(_drawn_deals(a_PK, b_PK, np.random.default_rng(seed)), difference.mean), "draws"
-    return PairedTest(*_consistent(difference, p), method)
+    return PairedTest(*_reconcile(difference, p), method)
 
 
 def pooled_paired_test(pairs: Sequence[Pair], seed: int = 0) -> PairedTest:
@@ -60,7 +60,7 @@ def pooled_paired_test(pairs: Sequence[Pair], seed: int = 0) -> PairedTest:
     generator = np.random.default_rng(seed)
     difference = mean_of_estimates([paired_difference(a_PK, b_PK) for a_PK, b_PK in pairs])
     deals_D = np.mean([_drawn_deals(a_PK, b_PK, generator) for a_PK, b_PK in pairs], axis=0)
-    return PairedTest(*_consistent(difference, _drawn_p(deals_D, difference.mean)), "draws")
+    return PairedTest(*_reconcile(difference, _drawn_p(deals_D, difference.mean)), "draws")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -73,7 +73,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _consistent(difference: Estimate, permutation_p: float) -> tuple[Estimate, float]:
+def _reconcile(difference: Estimate, permutation_p: float) -> tuple[Estimate, float]:
     """Make permutation test and interval agree: significant at 5% iff the interval excludes 0.
 
     The test asks whether A and B differ on these questions, the interval what other questions would give. The p-value

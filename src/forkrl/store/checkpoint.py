@@ -256,7 +256,7 @@ def _prune(checkpoints: Path, step: int, keep: int) -> None:
     older = [folder for number, folder in folders.items() if number < step]
     for folder in later:
         _log.warning("%s: removed; the run went back behind it, to an older checkpoint", folder)
-    for folder in later + older[: len(older) - keep + 1]:
+    for folder in later + older[: max(0, len(older) - keep + 1)]:
         _remove(folder)
 
 

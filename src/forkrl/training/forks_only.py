@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import GradientCheckpointingLayer
 
 from forkrl.errors import UserError
-from forkrl.head import token_stats
 from forkrl.model.attention import attending_by, grouped_attention
+from forkrl.model.forward import head_stats
 from forkrl.model.policy import Policy
 from forkrl.training.selected_attention import Group, attention_dtype, lay_out, selected_attention
 from forkrl.types import TokenBatch, TokenStats
@@ -86,7 +86,8 @@ def prefill_entropies(policy: Policy, batch: TokenBatch, cache: Prefill, *, temp
     """Entropy of every response position, fp32 ``[B, T]``, 0 elsewhere. The prefill ran to the end."""
     assert cache.hidden_BTD is not None, "the pass ended early"
     with torch.no_grad():
-        return _head(policy, cache.hidden_BTD[batch.response_mask], batch, batch.response_mask, temperature).entropy
+        mask_BT = batch.response_mask
+        return head_stats(policy, cache.hidden_BTD[mask_BT], batch, mask_BT, temperature=temperature).entropy
 
 
 def compute_selected_stats(
@@ -125,7 +126,7 @@ def compute_selected_stats(
         hidden_1ND = policy.hidden_states(
             batch.input_ids[running_BT][None], _no_mask(policy), position_ids=position_1N, use_cache=False
         )
-    return _head(policy, hidden_1ND[0, selected_BT[running_BT]], batch, selected_BT, temperature)
+    return head_stats(policy, hidden_1ND[0, selected_BT[running_BT]], batch, selected_BT, temperature=temperature)
 
 
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
@@ -210,17 +211,3 @@ def _no_mask(policy: Policy) -> Tensor | dict[str, Tensor]:
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=policy.device)
     kinds = set(getattr(policy.model.config.get_text_config(), "layer_types", None) or ())
     return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
-
-
-def _head(policy: Policy, hidden_ND: Tensor, batch: TokenBatch, where_BT: Tensor, temperature: float) -> TokenStats:
-    """Statistics of the rows at ``where_BT`` as ``[B, T]``, 0 elsewhere."""
-    with policy.autocast():
-        stats_N = token_stats(
-            hidden_ND.to(policy.head_weight.dtype),
-            policy.head_weight,
-            batch.targets[where_BT],
-            temperature=temperature,
-            bias=policy.head_bias,
-        )
-    empty_BT = hidden_ND.new_zeros(where_BT.shape, dtype=stats_N.logprobs.dtype)
-    return TokenStats(*(empty_BT.masked_scatter(where_BT, values_N) for values_N in stats_N))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from forkrl.method.batches import MicroBatch
 from forkrl.method.loss import policy_loss_only
 from forkrl.model.forward import compute_token_stats
 from forkrl.parallel.workers import Worker
-from forkrl.training.batches import MicroBatch
 from forkrl.training.forks_only import Prefill, compute_selected_stats, prefill, prefill_entropies
 from forkrl.types import TokenStats
 
@@ -36,8 +36,8 @@ class Forward(Protocol):
 
     def stats_and_selection(
         self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
-    ) -> tuple[TokenStats, Tensor]:
-        """The same, where ``select`` chooses the tokens from the entropies of this micro-batch."""
+    ) -> tuple[TokenStats, Tensor, Tensor]:
+        """The same where ``select`` chooses tokens of this micro-batch; also the entropies it read and its choice."""
         ...
 
 
@@ -61,9 +61,10 @@ class Dense:
 
     def stats_and_selection(
         self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
-    ) -> tuple[TokenStats, Tensor]:
+    ) -> tuple[TokenStats, Tensor, Tensor]:
         stats = self._stats(worker, micro)
-        return stats, select(stats.entropy.detach())
+        entropy_BT = stats.entropy.detach()
+        return stats, entropy_BT, select(entropy_BT)
 
     def _stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor | None = None) -> TokenStats:
         return compute_token_stats(
@@ -94,10 +95,11 @@ class ForksOnly:
 
     def stats_and_selection(
         self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
-    ) -> tuple[TokenStats, Tensor]:
+    ) -> tuple[TokenStats, Tensor, Tensor]:
         cache = self._prefill(worker, micro)
-        selected_BT = select(self._entropies(worker, micro, cache))
-        return self._stats(worker, micro, selected_BT, cache), selected_BT
+        entropy_BT = self._entropies(worker, micro, cache)
+        selected_BT = select(entropy_BT)
+        return self._stats(worker, micro, selected_BT, cache), entropy_BT, selected_BT
 
     def _prefill(self, worker: Worker, micro: MicroBatch) -> Prefill:
         return prefill(worker.policy, micro.batch, to_the_end=True, projections=self.config.forks_only.projections)

@@ -46,7 +46,8 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
 
         update_started = time.perf_counter()
         run.display.phase("update")
-        batch = select_in_rollout_batch(batch, run.config, run.generator)
+        if run.config.selection.scope == "rollout_batch":  # else take_gradient_step selects
+            batch = select_in_rollout_batch(batch, run.config, run.generator)
         parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
         updates = [take_gradient_step(run, part, on_policy=number == 0) for number, part in enumerate(parts)]
 

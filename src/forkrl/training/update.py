@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from forkrl.errors import TrainingHalted
-from forkrl.method.batches import cut_micro_batches
+from forkrl.method.batches import (
+    MicroBatch,
+    assemble,
+    cut_micro_batches,
+    make_micro_batches,
+    padded_sizes,
+    sample_positions,
+)
 from forkrl.method.loss import Counts, TokenSums, loss_metrics, policy_loss_only, step_loss, total
 from forkrl.method.selection import (
     count_selected,
@@ -30,7 +37,6 @@ from forkrl.method.selection import (
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.workers import Worker, Workers
-from forkrl.training.batches import MicroBatch, assemble, make_micro_batches, padded_sizes, sample_positions
 from forkrl.training.forward import make_forward
 from forkrl.types import TokenBatch
 
@@ -123,13 +129,11 @@ def selects_inside(mini_batch: TokenBatch, config: TrainConfig, *, on_policy: bo
 
 
 def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> TokenBatch:
-    """The batch with its selection if the scope is the rollout batch, else unchanged.
+    """The batch with its selection over all its tokens.
 
     Raises:
         TrainingHalted: an entropy that the rule reads is NaN or infinite.
     """
-    if config.selection.scope != "rollout_batch":
-        return batch
     there = batch.to(generator.device)
     selected_BT = _select(there.rollout_entropy, there.response_mask, config, [], generator)
     return replace(batch, selected=selected_BT.to(batch.response_mask.device))
@@ -143,13 +147,11 @@ def accumulate_gradient(
     if inside:
 
         def select(entropy_BT: Tensor) -> Tensor:
-            nonlocal threshold
-            rows = [torch.arange(len(batch))]
-            selected_BT = _select(entropy_BT, batch.response_mask, config, rows, torch.Generator())  # draws nothing
-            threshold = float(entropy_threshold(entropy_BT, selected_BT))
-            return selected_BT
+            all_rows, no_draws = [torch.arange(len(batch))], torch.Generator()
+            return _select(entropy_BT, batch.response_mask, config, all_rows, no_draws)
 
-        stats, selected_BT = forward.stats_and_selection(worker, micro, select)
+        stats, entropy_BT, selected_BT = forward.stats_and_selection(worker, micro, select)
+        threshold = float(entropy_threshold(entropy_BT, selected_BT))
     else:
         selected_BT = _selected(batch)
         at_BT = selected_BT & (batch.advantages != 0)[:, None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from forkrl.commands.runner import open_work_folder, stored_question
+from forkrl.commands.work_folder import open_work_folder, stored_settings
 from forkrl.errors import UserError
 
 QUESTION: dict[str, Any] = {"schema": "s/1", "seed": 0, "stop": ["a"]}
@@ -43,7 +43,7 @@ def test_another_question_is_refused_and_nothing_is_touched(folder: Path, asked:
 def test_the_same_question_goes_on(folder: Path) -> None:
     with open_work_folder(folder, {**QUESTION, "stop": ("a",)}) as again:  # JSON knows no tuples
         assert (again / "part").exists()
-    assert stored_question(folder) == QUESTION
+    assert stored_settings(folder) == QUESTION
 
 
 @pytest.mark.parametrize("stored", ["{", json.dumps([1]), "{}"])

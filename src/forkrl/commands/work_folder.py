@@ -1,6 +1,6 @@
 """What all commands share: a work folder that is resumable part by part, and what they print at the end.
 
-settings.json       the question; the same one resumes, another one is refused
+settings.json       every setting that changes the numbers; a call with other settings is rejected
 …                   parts, each written all at once when it is done
 results.json        what was found (``forkrl.store.results``)
 tables/*.csv
@@ -35,25 +35,25 @@ _MODEL_FILES = (
 
 
 @contextmanager
-def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
-    """Start the work that answers ``question`` in a new or empty folder, or resume it; locked while open.
+def open_work_folder(path: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Start the work in a new or empty folder, or resume it if its settings are the same; locked while open.
 
     After Ctrl-C a line says that the same command resumes. A folder in which an error left no work is removed, so
     that the corrected command can use it.
 
     Args:
         path: the folder.
-        question: every setting that changes the numbers, as JSON values; ``schema`` is one of them.
+        settings: every setting that changes the numbers, as JSON values; ``schema`` is one of them.
     """
     with explained_write_errors(path):
         existed = path.exists()
-        _require_question(path, dict(question))
+        _require_same_settings(path, dict(settings))
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path, "at work")
         try:
-            _require_question(path, dict(question))  # again: another process may have been faster
+            _require_same_settings(path, dict(settings))  # again: another process may have been faster
             if not (path / SETTINGS).exists():
-                write_json(path / SETTINGS, question)
+                write_json(path / SETTINGS, settings)
             with _removed_if_rejected(path, whole=not existed):
                 yield path
         except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def require_usable(path: Path) -> None:
     """Reject a folder that holds anything but a command's work."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; name another folder with --out")
-    if not path.exists() or stored_question(path):
+    if not path.exists() or stored_settings(path):
         return
     ours = {LOCK, temporary_beside(Path(SETTINGS)).name}
     if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours):
@@ -91,8 +91,8 @@ def require_usable(path: Path) -> None:
         )
 
 
-def stored_question(folder: Path) -> dict[str, Any]:
-    """The question that the folder answers; empty where no work was started."""
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the work in a folder; empty if none was started."""
     try:
         stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -122,8 +122,8 @@ def weights_fingerprint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_question(schema: str, subject: Subject) -> dict[str, Any]:
-    """The part of a question that says which command asks, and of which weights."""
+def model_settings(schema: str, subject: Subject) -> dict[str, Any]:
+    """The settings that name the command and its model."""
     model = subject.config.model
     return {
         "schema": schema,
@@ -155,12 +155,12 @@ def present(folder: Path, page: Page) -> int:
     return 0
 
 
-def _require_question(path: Path, question: dict[str, Any]) -> None:
+def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
     require_usable(path)
-    stored = stored_question(path)
+    stored = stored_settings(path)
     if not stored:
         return
-    asked = json.loads(json.dumps(question))
+    asked = json.loads(json.dumps(settings))
     if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
         key = changed[0]
         raise UserError(
