@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forkrl.analysis.temperatures import Setting
-from forkrl.commands.decode_temps import _question
+from forkrl.commands.decode_temps import _settings
 from forkrl.commands.eval_engines import engine_facts, open_sampler
 from forkrl.commands.options import EvalOptions
 from forkrl.commands.subject import Subject, open_subject
@@ -44,7 +44,7 @@ def sweep_question(subject: Subject) -> dict[str, Any]:
         workers=SimpleNamespace(count=1),
         policy=SimpleNamespace(device=torch.device("cpu")),
     )
-    return _question(subject, session, [Setting(1.0, 1.0)], 1, None)
+    return _settings(subject, session, [Setting(1.0, 1.0)], 1, None)
 
 
 @pytest.mark.parametrize("question", [evaluation_question, sweep_question])
