@@ -1,6 +1,6 @@
-"""Programs on a SandboxFusion server, over HTTP (https://github.com/bytedance/SandboxFusion).
+"""Runs programs on a SandboxFusion server over HTTP (https://github.com/bytedance/SandboxFusion).
 
-The server isolates; the score is formed here, from what the program printed. A server's errors are not the program's.
+The server isolates; the score is computed here from the program's output. Server errors do not count against programs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SandboxFusion:
     def answers(
         self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> Iterator[Iterator[bytes]]:
-        """See ``Sandbox``; one request has the answers to all calls."""
+        """See ``Sandbox``; one request returns the answers to all calls."""
         text, run = driver(kind)
         code = f"{text}\n\nanswer_on_stdout({run}, {source!r})\n"
         outcome = self._post(code, request, cpu_seconds, max_output, deadline)
@@ -62,7 +62,7 @@ class SandboxFusion:
             )
             response.raise_for_status()
             return _read(response.json(), max_output)
-        except httpx.HTTPStatusError as error:  # its own message shows the whole URL
+        except httpx.HTTPStatusError as error:  # its own message contains the whole URL
             raise self._unavailable(f"answered {error.response.status_code}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unavailable(f"cannot be asked: {type(error).__name__} {error}") from None
