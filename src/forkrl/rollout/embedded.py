@@ -94,7 +94,7 @@ class EmbeddedEngine:
     def stream(
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[Ended]:
-        """Sample ``count`` continuations of each prefix; yield each when it ends (with several workers: after its wave).
+        """Sample ``count`` continuations per prefix; yield each when it ends (several workers: after its wave).
 
         The rollout's prompt is the whole prefix; ids, log-probs, entropy and text cover only the new tokens. Prefix
         response and continuation together have at most ``sampling.max_response_tokens`` tokens. Waves hold at most
