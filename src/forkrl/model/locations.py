@@ -1,7 +1,4 @@
-"""Local paths, models inside the package, and Hugging Face hub names. Imports no torch.
-
-Without a network, a hub lookup takes up to a minute, so mistyped local paths must not cause one.
-"""
+"""Resolves model paths: local, inside the package, or a Hugging Face hub name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -48,10 +45,7 @@ def _require_no_gguf(path: str) -> None:
 
 
 def require_hub_id(name: str, key: str, kind: str) -> None:
-    """Reject a hub name that looks like a local path, or whose parent folder exists.
-
-    ``key`` is the setting with the name; ``kind`` is what it would be locally, such as "folder".
-    """
+    """Reject a hub name that looks like a local path (a ``kind``) or whose parent folder exists; lookups are slow."""
     path = Path(name).expanduser()
     if path.is_file():
         raise UserError(f"{key} = {name!r}: is a file, not a {kind}")

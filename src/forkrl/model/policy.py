@@ -74,7 +74,6 @@ class Policy:
         return decoder
 
     def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
-        """Ids of all tokens that end a response (``stop_tokens.stop_token_ids``)."""
         return stop_token_ids(self.tokenizer, self.model.generation_config, stop)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -89,10 +88,7 @@ class Policy:
         cache: DynamicCache | None = None,
         **options: Any,
     ) -> Tensor:
-        """Last hidden states ``[B, T, D]``; the model gets all arguments unchanged.
-
-        ``attention_mask`` is one mask, or one per kind of layer; new keys and values are appended to ``cache``.
-        """
+        """Last hidden states ``[B, T, D]``; appends to ``cache``. ``attention_mask``: one, or one per kind of layer."""
         if cache is not None:
             options[self._cache_argument] = cache
         # transformers recomputes layers only in training mode, which enables dropout and disables the cache. So only

@@ -18,10 +18,7 @@ _MAY_VANISH = ("C", "M", "Z")
 def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, max_tokens: int | None = None
 ) -> tuple[int, ...]:
-    """The token ids of a prompt; every command, engine and worker uses this function.
-
-    Adds special tokens unless a chat template has (``Prompt.templated``), and never a second BOS.
-    """
+    """Token ids of a prompt, for all engines; adds special tokens unless ``Prompt.templated``, never a second BOS."""
     ids, _ = _encode(tokenizer, prompt)
     place = prompt.place or f"prompt {prompt.id}"
     if not ids:

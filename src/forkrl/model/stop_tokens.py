@@ -17,10 +17,7 @@ _TAG = re.compile(r"<(/?)([A-Za-z_]\w*)>")
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, stop: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """Ids of all tokens that end a response: the tokenizer's EOS, the model's own list, and ``stop`` (as text).
-
-    Many chat models end a turn with a token other than the tokenizer's EOS.
-    """
+    """Ids of all tokens that end a response: the tokenizer's EOS, the model's own list, and ``stop`` (as text)."""
     eos = None if generation is None else generation.eos_token_id
     own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     extra = []

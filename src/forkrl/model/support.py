@@ -56,7 +56,6 @@ def rope_types(settings: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def require_supported(policy: Policy, path: str) -> None:
-    """Reject a model whose log-probs ForkRL would compute wrongly."""
     require_fixed_frequencies(policy.model.config, path)
     for fault_of in (_infinite_logits, _dependence_on_batch, _other_head):
         try:

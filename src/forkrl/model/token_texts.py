@@ -10,10 +10,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenTexts:
-    """The text of each token, decoded once.
-
-    Bytes of an incomplete character are written ``<0xE6><0x95>``; lone surrogates are escaped.
-    """
+    """The text of each token, decoded once; bytes of incomplete characters are written ``<0xE6>``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer

@@ -1,7 +1,4 @@
-"""Gets scores from an HTTP server: POST ``{"answer", "response"}``, reply ``{"score", "answer"?}``.
-
-Runs in pool workers; each keeps one connection open.
-"""
+"""Gets scores from an HTTP server: POST ``{"answer", "response"}``, reply ``{"score", "answer"?}``."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Generates reasoning-gym questions and scores answers with reasoning-gym's scorers.
 
-A prompt stores only its origin (generator, settings, seed, index); the worker regenerates the entry and fails if the
-question differs. Entry ``index`` is drawn with ``seed + index``, so nearby seeds share questions. Some generators
-iterate over sets of strings, so this runs only with PYTHONHASHSEED=0. Nine scorers ``eval`` the answer or parse it with
-sympy; those answers must first match ``_READABLE``.
+Prompts store only their origin; the worker regenerates the entry and fails if the question differs. Entry ``index`` is
+drawn with ``seed + index``, so nearby seeds share questions. Needs PYTHONHASHSEED=0: some generators iterate over sets.
+Nine scorers evaluate the answer as Python; those answers must first match ``_READABLE``.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ REFUSED = {
 
 
 def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement:
-    """Score in [0, 1] (0 without a final answer; partial scores are 0 if ``strict``), and the final answer.
-
-    ``answer`` is the question's origin as JSON (see ``tasks/gym.py``).
-    """
+    """Score in [0, 1] (0 without a final answer) and final answer; ``strict`` makes partial scores 0."""
     dataset, entry = _entry(answer)
     written = final_answer(response)
     if written is None:
@@ -213,7 +209,6 @@ def _config(source: Source, settings: Mapping[str, Any]) -> Any:
 
 
 def _check_levels(generator: str, settings: Mapping[str, Any]) -> None:
-    """Reject a setting that the level determines."""
     governed = {
         getattr(attribute, name)
         for attribute in CURRICULA[generator]().attributes.values()

@@ -1,8 +1,7 @@
 """Scores responses in worker processes that can be killed.
 
-A verifier may loop in C code, exhaust memory or crash on model output, so each runs in its own session and is killed
-after its timeout. Small single-threaded supervisors (``worker.py``) fork the workers: forking a process with torch
-threads or an accelerator is unsafe.
+A verifier may hang in C code, exhaust memory or crash. Workers are forked from small single-threaded supervisors
+(``worker.py``), because forking a process with torch threads or an accelerator is unsafe.
 """
 
 from __future__ import annotations
@@ -44,13 +43,10 @@ class Item:
 
     @property
     def is_open(self) -> bool:
-        """Whether a result is still needed."""
         return self.batch.results[self.index] is None and not self.batch.future.done()
 
 
 class Batch:
-    """The items of one ``submit`` call and the future of their results."""
-
     def __init__(self, pairs: Sequence[tuple[Prompt, str]], timeouts: Mapping[str, float]) -> None:
         self.future: Future[list[VerifierResult]] = Future()
         self.items: list[Item] = []
@@ -81,16 +77,10 @@ class VerifierPool:
     Two workers may hold the same item if the first stalls; the first answer counts. A "crash" or "memory" failure in a
     worker that had answered other items is retried once in a fresh worker, since earlier items may have caused it.
 
-    Args:
-        verifiers: by ``Prompt.source``; imported only in the workers, from this process's import path.
-        timeout_s: wall-clock limit per response, unless the verifier sets its own.
-        memory_mb: address space per process, in MiB; not enforced on macOS.
-        hide: removes credentials from messages.
-
-    Attributes:
-        failures: counts by kind ("timeout", "crash", "memory", "error").
-        first_failures: prompt and message of the first failure of each kind.
-        announce: called from the pool's thread with one line at the first failure of each kind.
+    ``verifiers`` (by ``Prompt.source``) are imported only in the workers. ``timeout_s`` is wall-clock time per
+    response, ``memory_mb`` address space per process in MiB (not enforced on macOS); ``hide`` removes credentials from
+    messages. ``failures`` counts by kind ("timeout", "crash", "memory", "error"); ``announce`` gets the first of each
+    kind, from the pool's thread.
     """
 
     def __init__(
@@ -259,7 +249,6 @@ class VerifierPool:
         return worker.stalls_at if len(self._workers) > 1 else float("inf")
 
     def _hand_out(self) -> None:
-        """Give one item per worker in turn while any has room."""
         taking = [worker for worker in self._workers if worker.has_room]
         while taking:
             for worker in list(taking):

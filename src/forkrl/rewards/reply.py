@@ -11,10 +11,7 @@ _LONGEST_MARKER = 44
 
 
 def strip_turn_end(response: str) -> str:
-    """Remove end-of-turn markers at the end of the response, in linear time.
-
-    Markers elsewhere stay, as does ``</s>`` after an ``<s>``, which closes an HTML tag.
-    """
+    """Remove end-of-turn markers at the end, in linear time; keeps ``</s>`` after ``<s>``, which closes an HTML tag."""
     end = _end_of_text(response, len(response))
     has_html_tag = "<s>" in response
     while marker := _MARKER.search(response[max(0, end - _LONGEST_MARKER) : end]):

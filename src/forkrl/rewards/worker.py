@@ -1,8 +1,7 @@
 """A pool's child processes: a worker, which runs verifiers and can be killed at any time, and its supervisor.
 
-The supervisor (``python -m forkrl.rewards.worker``) has one thread and runs no verifier, so it can fork safely and
-cannot hang. On Linux it adopts and kills every process that a verifier started. It ends when the control socket closes.
-The worker's stdout is /dev/null and results use a private socket, so nothing a verifier prints can pass for a result.
+The supervisor has one thread and runs no verifier, so it can fork safely and cannot hang. On Linux it adopts and kills
+all processes that verifiers started. Results use a private socket, so nothing a verifier prints passes for a result.
 """
 
 from __future__ import annotations
@@ -119,10 +118,7 @@ def _reap(worker: int) -> int | None:
 
 
 def _end_all(worker: int, status: int | None = None) -> int:
-    """Kill the worker, unless its status is known, and all its descendants; return its status.
-
-    Killed processes leave their children to the supervisor, so killing until no children are left reaches all of them.
-    """
+    """Kill the worker (unless ``status`` is given) and its adopted descendants; return its status."""
     if status is None:
         os.kill(worker, signal.SIGKILL)  # not reaped yet, so the id is still its own
     with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, group of dead processes
@@ -271,7 +267,6 @@ def _shorten(answer: str) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    """The error as one line of bounded length."""
     try:
         text = str(error)
     except Exception:  # the verifier's own exception class may fail here

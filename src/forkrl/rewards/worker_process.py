@@ -36,7 +36,6 @@ _QUICK_S = 0.01
 _MAX_OUTBOX = 1 << 20
 """Bytes queued for a worker above which it gets no more requests."""
 _MAX_LINE = 1 << 14
-"""Longest valid answer."""
 _MAX_SERVED = 20_000
 """Answers after which a worker is replaced, in case a verifier leaks."""
 _MEASURE_EVERY = 32
@@ -45,15 +44,11 @@ _NEVER = float("inf")
 
 
 class Settings(NamedTuple):
-    """Start settings of every worker in a pool."""
-
     verifiers: Verifiers
     memory_mb: int
 
 
 class Failure(NamedTuple):
-    """The failure assigned to the current item of a killed worker."""
-
     kind: str
     message: str
 
@@ -70,12 +65,9 @@ class Request:
 class WorkerProcess:
     """A worker process, restarted by its supervisor when needed.
 
-    Attributes:
-        state: "starting" until the verifiers are loaded, "ready", or "ending" while it is being killed.
-        due: monotonic deadline for the worker's start, next answer or end.
-        served: answers since its start.
-        failure: in state "ending", the current item's failure; None if it is not to blame.
-        in_flight: requests sent, the current one first.
+    ``state`` is "starting" until the verifiers are loaded, "ready", or "ending" while it is being killed. ``due`` is
+    the monotonic deadline for its start, next answer or end; ``failure`` (when ending) is the current item's, None if
+    it is not to blame; ``in_flight`` holds the requests sent, the current one first.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -96,7 +88,6 @@ class WorkerProcess:
         self._begin()
 
     def restart(self) -> None:
-        """Have the supervisor fork a new worker after the old one has ended."""
         self.channel.close()
         self._begin()
 
@@ -175,7 +166,6 @@ class WorkerProcess:
                 self.control.send(KILL)
 
     def flush(self) -> None:
-        """Write what the socket accepts."""
         try:
             while self._outbox:
                 del self._outbox[: self.channel.send(self._outbox)]

@@ -47,10 +47,9 @@ class Ended(NamedTuple):
 
 
 class EmbeddedEngine:
-    """Samples from a ``Policy`` and records fp32 log-prob and entropy of every token, without a second pass.
+    """Samples from a ``Policy``; records fp32 log-prob and entropy of every token without a second pass.
 
-    ``max_sequences`` limits the sequences that one worker decodes at once; prompts longer than ``max_prompt_tokens``
-    are rejected.
+    ``max_sequences`` is per worker; prompts longer than ``max_prompt_tokens`` are rejected.
     """
 
     def __init__(self, workers: Workers, *, max_prompt_tokens: int, max_sequences: int = 256) -> None:
@@ -96,12 +95,10 @@ class EmbeddedEngine:
     ) -> Iterator[Ended]:
         """Sample ``count`` continuations per prefix; yield each when it ends (several workers: after its wave).
 
-        The rollout's prompt is the whole prefix; ids, log-probs, entropy and text cover only the new tokens. Prefix
-        response and continuation together have at most ``sampling.max_response_tokens`` tokens. Waves hold at most
-        ``wave_sequences`` sequences, sorted by the length of the prefix response; each worker prefills a prefix once
-        per wave.
-
-        Raises UserError (too few positions), ValueError (no room for a token) or TrainingHalted (logits not finite).
+        The rollout's prompt is the whole prefix; ids, log-probs, entropy and text cover only new tokens. Prefix
+        response and continuation together have at most ``sampling.max_response_tokens`` tokens. Waves are sorted by the
+        length of the prefix response; each worker prefills a prefix once per wave. Raises UserError (too few
+        positions), ValueError (no room for a token) or TrainingHalted (logits not finite).
         """
         limit = sampling.max_response_tokens
         longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
@@ -239,7 +236,6 @@ def choose_step(policy: Policy) -> Callable[[Tensor, Tensor, Tensor, DynamicCach
 
 
 def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
-    """A decoding step with the model's own code."""
     ids_S1, position_S1 = tokens_S[:, None], position_S[:, None]
     return policy.hidden_states(ids_S1, seen_ST, position_ids=position_S1, cache=cache, use_cache=True)[:, -1]
 
@@ -247,8 +243,7 @@ def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: T
 def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
     """Prefill each distinct prompt, padded on the left.
 
-    Returns last hidden states ``[P, D]``, the cache, bool ``[P, T]`` (False for padding) and each sequence's prompt
-    ``[S]``.
+    Returns last hidden states ``[P, D]``, cache, bool ``[P, T]`` (False: padding) and each sequence's prompt, ``[S]``.
     """
     distinct = list(dict.fromkeys(prompts_S))
     longest = max(map(len, distinct))

@@ -84,17 +84,15 @@ class FlatStep:
     def hidden_states(self, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
         """Last hidden states ``[S, D]``; appends the new tokens to the cache.
 
-        ``position_S`` is each token's position in its sequence; ``seen_ST`` (bool, cache and new token) is False for
-        padding.
+        ``seen_ST`` (bool, False for padding) covers the cache and the new token.
         """
         bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
         return self.run_layers(tokens_S, position_S, bias, cache.layers)
 
     def run_layers(self, tokens_S: Tensor, position_S: Tensor, bias: Tensor, stores: Sequence[Any]) -> Tensor:
-        """The step with an additive mask ``[S, 1, 1, T]``.
+        """The step with an additive mask ``[S, 1, 1, T]``; ``stores`` has one cache per layer.
 
-        ``stores`` has one object per layer whose ``update(key, value)`` takes the new tokens' ``[S, K, 1, C]`` and
-        returns all keys and values, ``[S, K, T, C]``.
+        ``store.update(key, value)`` takes the new tokens' ``[S, K, 1, C]`` and returns everything, ``[S, K, T, C]``.
         """
         decoder: Any = self.policy.decoder
         hidden_SD = embedding(tokens_S, decoder.embed_tokens.weight)

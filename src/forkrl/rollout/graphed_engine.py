@@ -22,9 +22,7 @@ from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Rollout, SamplingParams
 
 STRIDE = 8
-"""Tokens between two checks for ended sequences, each of which synchronises with the device. Wastes four tokens per
-response on average.
-"""
+"""Tokens between checks for ended sequences (each a host synchronisation); wastes about four tokens per response."""
 
 
 class GraphedEngine(EmbeddedEngine):
@@ -52,7 +50,7 @@ class GraphedEngine(EmbeddedEngine):
 
 
 def require_graphs(policy: Policy) -> None:
-    """Raise UserError if ``rollout.cuda_graphs`` is set and CUDA graphs are not possible."""
+    """Raise UserError if the device or model cannot use CUDA graphs."""
     remedy = "set rollout.cuda_graphs = false (a run that began with it needs a new --out)"
     if policy.device.type != "cuda":
         raise UserError(
@@ -75,8 +73,7 @@ def decode_in_strides(
 ) -> Iterator[tuple[int, Rollout]]:
     """Decode one batch; yield each rollout, with its index in the batch, after the stride in which it ends.
 
-    Within a stride, shorter responses come first. Copies of the first sequence, marked as ended, pad the batch to a
-    bucket of rows.
+    Copies of the first sequence, marked as ended, pad the batch to a bucket of rows.
     """
     ids_S, room = [prefix.ids for prefix in prefixes_S], _rooms(prefixes_S, sampling)
     num_rows, most = bucket(len(ids_S), LEAST_ROWS), max(room)

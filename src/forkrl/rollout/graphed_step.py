@@ -1,11 +1,10 @@
 """A decoding step with fixed shapes and buffers, so that a CUDA graph can replay it in one launch.
 
 Keys and values have full-length buffers and the write position is a tensor on the device. A step runs on a *bucket* of
-rows and a bucket of the length, which wastes at most 7 rows and 63 tokens, or a quarter if that is more. Each pair of
-buckets is captured once. The layers are those of :class:`forkrl.rollout.flat_step.FlatStep`; head and sampling stay
-outside the graph, which would otherwise need memory for the logits of every bucket and the generator's state.
+rows and of the length, which wastes at most 7 rows and 63 tokens, or a quarter if that is more; each pair of buckets is
+captured once. Head and sampling stay outside: they would need memory for the logits of every bucket, and the generator.
 
-Memory per layer: two buffers of ``rows · K · capacity · C`` numbers in compute precision (Qwen3-0.6B in bf16: 112 KiB
+Memory: per layer two buffers of ``rows · K · capacity · C`` numbers in compute precision (Qwen3-0.6B in bf16: 112 KiB
 per token over all layers), and a second copy of the weights.
 
 Shapes: ``S`` rows, ``P`` prompts, ``K`` key-value heads, ``C`` channels per head, ``D`` hidden.
@@ -49,10 +48,9 @@ class Store(NamedTuple):
 
 
 class GraphedStep:
-    """Decodes one batch after another in the same buffers, one token of every row per step.
+    """Decodes batches in the same buffers, one token of every row per step; copies the weights once.
 
-    Requires :func:`forkrl.rollout.flat_step.reproducible`; copies the weights once. ``capacity`` is the maximum length
-    of a sequence with its prompt and left padding.
+    Requires :func:`forkrl.rollout.flat_step.reproducible`. ``capacity`` includes prompt and left padding.
     """
 
     def __init__(self, policy: Policy, num_sequences: int, capacity: int) -> None:
@@ -74,10 +72,7 @@ class GraphedStep:
         self._steps: dict[tuple[int, int], Callable[[], None]] = {}
 
     def begin(self, cache: DynamicCache, seen_PT: Tensor, owner_S: Tensor) -> None:
-        """Copy prefilled prompts into the rows.
-
-        ``seen_PT`` (bool) is False for padding; ``owner_S`` is each row's prompt, for a whole bucket of rows.
-        """
+        """Copy prefilled prompts into the rows; ``seen_PT`` is False for padding, ``owner_S`` is each row's prompt."""
         self.rows, self.length = len(owner_S), seen_PT.shape[1]
         read: list[Any] = list(cache.layers)
         for buffer, layer in zip(self.buffers, read, strict=True):
@@ -138,9 +133,9 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Capture:
-    """Captures functions that work from buffers to buffers as CUDA graphs with a common memory pool.
+    """Captures functions that work from buffers to buffers as CUDA graphs. Not yet tested on a GPU.
 
-    Sharing is safe because graphs run one at a time and leave no results in the pool. Not yet tested on a GPU.
+    They share a memory pool, which is safe because they run one at a time and leave no results in it.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -18,10 +18,7 @@ from forkrl.types import Prompt, RolloutEngine, RolloutGroup, SamplingParams, Ve
 
 
 def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy) -> SamplingParams:
-    """Sampling of held-out responses in a run and in ``forkrl eval``, with the rollout's length limit and stop tokens.
-
-    ``rollout.top_p`` and ``rollout.top_k`` do not apply: they would bias the metric.
-    """
+    """Sampling of held-out responses in runs and ``forkrl eval``, without top-p and top-k, which bias the metric."""
     return SamplingParams(
         max_response_tokens=config.rollout.max_response_tokens,
         temperature=temperature,
@@ -45,7 +42,6 @@ def sample_and_score(
     sampling: SamplingParams,
     generator: torch.Generator,
 ) -> list[RolloutGroup]:
-    """Sample and score responses; groups are in prompt order."""
     scoring = Scoring(verifier)
     return scoring.finish(
         engine.generate(prompts, group_size=group_size, sampling=sampling, generator=generator, on_finished=scoring.add)

@@ -1,7 +1,6 @@
-"""Compares the sampling engine's log-probs with the trained model's.
+"""Compares log-probs of the sampling engine and the trained model (full vocabulary, rollout temperature).
 
-Both cover the full vocabulary at the rollout temperature, before top-k and top-p, so they should differ only by
-rounding. A larger gap makes every ratio in the loss wrong.
+They should differ only by rounding; a larger gap makes every ratio in the loss wrong.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ class Scoring:
         ] = {}  # by identity: equal responses are scored separately
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
-        """Start scoring a rollout; does not block."""
         self._results[id(rollout)] = self._verifier.submit([(prompt, rollout.text)])
 
     def finish(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
@@ -42,7 +41,6 @@ def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]
 
 
 def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, first_failures: Mapping[str, str]) -> str:
-    """Why no group of a step has a gradient, and the remedy."""
     results = [result for group in sampled for result in group.results]
     unjudged = sum(bool(result.failure) for result in results)
     if reason := none_judged(unjudged, len(results), first_failures):

@@ -62,7 +62,6 @@ def _build_v1() -> type:
 
         @classmethod
         def validate_params(cls, sampling_params: Any) -> None:
-            """Reject a request with invalid arguments on arrival."""
             requested(sampling_params)
 
         def is_argmax_invariant(self) -> bool:
@@ -88,7 +87,6 @@ def _build_v2() -> type:
 
         @classmethod
         def validate_params(cls, sampling_params: Any) -> None:
-            """Reject a request with invalid arguments on arrival."""
             requested(sampling_params)
 
         def add_request(self, req_idx: int, sampling_params: Any) -> bool:

@@ -27,9 +27,7 @@ def open_task(
 ) -> Task:
     """The configured task, with its prompts exactly as the model reads them; raises UserError if it cannot be used.
 
-    Args:
-        tokenizer: checks every prompt; None if a server has the tokenizer.
-        max_prompt_tokens: longer prompts are rejected; None: any length.
+    ``tokenizer`` checks every prompt; it is None if only a server has it. ``max_prompt_tokens`` None: any length.
     """
     return _open(config, tokenizer, _prompt_check(tokenizer, max_prompt_tokens), load_dataset_task)
 

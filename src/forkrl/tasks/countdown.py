@@ -57,10 +57,7 @@ def countdown_task(*, validation: bool = False) -> Task:
 
 
 def verify_countdown(answer: str, response: str) -> float:
-    """1.0 if the last attempt claims success, reaches the target, and every step is right; else 0.0.
-
-    ``answer`` is the problem: ``"2 5 9:90"``.
-    """
+    """1.0 if the last attempt claims success, reaches the target and has no wrong step. ``answer``: ``"2 5 9:90"``."""
     numbers, target = parse_problem(answer)
     response = reply_of(response)
     if not response.endswith("!"):
@@ -82,7 +79,6 @@ def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
 
 
 def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habits: SearchHabits) -> str:
-    """The random searcher's response to a problem."""
     written = ""
     tried: list[tuple[str, int]] = []
     for attempt in range(1, habits.most_tries + 1):

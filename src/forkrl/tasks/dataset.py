@@ -38,11 +38,8 @@ def load_dataset_task(
     reported. Held-out prompts come from ``held_out_data``, or are the ``held_out_rows`` lowest ids, independent of row
     order; they are never trained on.
 
-    Args:
-        apply_chat_template: chat messages to text; None if the tokenizer has no chat template.
-        check: raises UserError for a prompt that the model cannot read, which makes its row a bad row.
-
-    Raises UserError if a source or (without ``skip_bad_rows``) a row cannot be used, or nothing is left.
+    ``check`` raises UserError for unreadable prompts, which makes their rows bad rows. Raises UserError if a source or
+    (without ``skip_bad_rows``) a row cannot be used, or nothing is left.
     """
     if config.verifier == NO_VERIFIER:
         raise UserError(f"task.verifier = {NO_VERIFIER!r}: training needs something to judge responses by")

@@ -1,7 +1,6 @@
 """reasoning-gym generators as tasks, with that package's scorers as verifiers.
 
-reasoning-gym is an extra: ``pip install 'forkrl[gym]'``. Generators run in a separate process (``gym_questions.py``),
-scorers in the verifier workers (``rewards/gym.py``).
+Generators run in a separate process (``gym_questions.py``), scorers in the verifier workers (``rewards/gym.py``).
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | Non
 def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, Any] | None = None) -> list[Prompt]:
     """Distinct questions of one generator for evaluation, deterministic; ``GYM_VERIFIER`` scores responses.
 
-    Each ends with the default ``task.instruction``. They are the held-out questions of a training task with the same
-    generator and settings, ``task.question_seed = seed`` and ``task.held_out_rows = count``; fewer than ``count`` if
-    the generator has no more.
+    They equal the held-out questions of a training task with the same generator and settings, the default
+    ``task.instruction``, ``task.question_seed = seed`` and ``task.held_out_rows = count`` (fewer if exhausted).
     """
     config = TaskConfig(
         name="reasoning-gym", generator=name, settings=dict(settings or {}), question_seed=seed, held_out_rows=count
@@ -112,7 +110,6 @@ def _require_enough(config: TaskConfig, train: list[Prompt], held_out: list[Prom
 
 
 def _questions(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines written by the question process."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("task.name = \"reasoning-gym\" needs the package of that name: pip install 'forkrl[gym]'")
     process = subprocess.Popen(

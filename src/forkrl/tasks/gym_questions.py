@@ -1,8 +1,7 @@
 """A process that writes reasoning-gym questions as JSON lines: ``python -m forkrl.tasks.gym_questions``.
 
-A separate process, because questions depend on string hashing, and generators print, may loop and import much. Reads
-the arguments of ``questions`` as JSON from stdin; the last line is ``{"done": true}``, or ``{"error": line}`` for a
-mistake in the recipe.
+A separate process, because questions depend on string hashing, and generators print and may loop. Reads the arguments
+of ``questions`` from stdin as JSON; the last line is ``{"done": true}``, or ``{"error": line}`` for a recipe mistake.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ _MOST_TRIES = 4
 
 
 def main() -> None:
-    """Handle one request."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # generators print
     request = json.load(sys.stdin)
@@ -39,13 +37,9 @@ def questions(
 ) -> Iterator[dict[str, Any]]:
     """Distinct questions: first the held-out ones, then the training ones, with distant seeds derived from ``seed``.
 
-    Args:
-        levels: ``[None]`` for no level; ``[level]``; or the first and last level of a curriculum, with None for the
-            last level that the generator supports.
-        held_out: number of held-out questions, spread evenly over the levels.
-        train: number of training questions per level.
-
-    Yields kind ("held_out" or "train"), question, answer (text or None), the fields of its ``Source``, and its index.
+    ``levels`` is ``[None]`` (no level), ``[level]``, or the first and last level of a curriculum (None: the generator's
+    last). ``held_out`` counts all levels, ``train`` each level. Yields kind ("held_out" or "train"), question, answer
+    (text or None), the fields of its ``Source``, and its index.
     """
     levels = _resolve(generator, settings, levels)
     seen: set[str] = set()

@@ -34,7 +34,6 @@ def require_characters(text: str, column: str, place: str) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a JSON value, for messages."""
     names = {type(None): "missing", bool: "true or false", dict: "an object", list: "a list", str: "text"}
     return names.get(type(value), f"{value!r:.40} ({type(value).__name__})")
 
@@ -56,7 +55,6 @@ class BadRows:
             self._first.append(str(error))
 
     def listing(self) -> str:
-        """The first errors, one per line."""
         more = [f"  and {self.count - _SHOWN:,} more"] if self.count > _SHOWN else []
         return "\n".join([f"  {error}" for error in self._first] + more)
 

@@ -17,12 +17,8 @@ class PromptStream:
     """Repeats the prompts of every part forever, in a new seeded order each epoch.
 
     In a mix, the next prompt comes from the part furthest behind its weight, so counts follow the weights at any time.
-    A part with a curriculum yields prompts of its current level, which ``observe`` changes.
-
-    Args:
-        prompts: of all parts (``Prompt.source``) and levels (``Prompt.level``).
-        weights: by source, above 0; None: equal.
-        curricula: by source, for parts that have one.
+    A part with a curriculum yields prompts of its current level, which ``observe`` changes. ``weights`` (above 0; None:
+    equal) and ``curricula`` are by ``Prompt.source``.
     """
 
     def __init__(
@@ -128,7 +124,6 @@ class _Pool:
 
 
 def open_stream(prompts: Sequence[Prompt], config: TaskConfig, seed: int) -> PromptStream:
-    """The stream of a recipe over its task's training prompts."""
     parts: dict[str, TaskConfig] = {part.label: part for part in config.parts} or {"": config}
     curricula = {name: part.curriculum for name, part in parts.items() if part.curriculum.promote_above is not None}
     weights = {part.label: part.weight for part in config.parts} or None

@@ -66,10 +66,8 @@ def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -
 def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **options: Any) -> Judgement:
     """1.0 if the response's program (``last_program``) passes every test, else 0.0; answer "" without a program.
 
-    Args:
-        answer: the tests, as written by ``pack_tests``.
-        float_tolerance: allowed relative or absolute error (the larger) if the expected number has a decimal point.
-        options: the settings of ``SandboxConfig``.
+    ``answer`` is written by ``pack_tests``; ``options`` are those of ``SandboxConfig``. ``float_tolerance`` is relative
+    or absolute, whichever is larger, for expected numbers with a decimal point.
     """
     tests = unpack_tests(answer)
     source = last_program(response, tests)

@@ -45,7 +45,6 @@ class Bubblewrap:
         self._command = _command(bwrap, mounts, config.files_mb << 20, behind_doors=behind_doors)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """See ``Sandbox``."""
         text, seconds = stdin.encode("utf-8", "replace"), self._limits.seconds
         with self._start("program", source, text, cpu_seconds=seconds, max_output=max_output) as process:
             process.allow(seconds, deadline)
@@ -99,8 +98,7 @@ def _command(bwrap: str, mounts: Sequence[str], file_bytes: int, *, behind_doors
     outer: list[str] = []
     shown = {path: path for path in mounts}
     if behind_doors:
-        # As root: bind the interpreter to a path that the programs' user can reach, in our own mount namespace, then
-        # switch to that user.
+        # As root: bind the interpreter where the programs' user can reach it, then switch to that user.
         shown = {path: f"/tmp/{number}" for number, path in enumerate(mounts)}
         outer = [bwrap, "--die-with-parent", "--dev-bind", "/", "/", "--tmpfs", "/tmp"]
         outer += [word for path, place in shown.items() for word in ("--ro-bind", path, place)]
@@ -172,6 +170,5 @@ def _find_python(wanted: str) -> tuple[str, list[str]]:
 
 
 def _open_to_all(path: str) -> bool:
-    """Whether every user can reach and read a path."""
     parents = Path(path).resolve().parents
     return all(folder.stat().st_mode & 0o001 for folder in parents) and bool(Path(path).stat().st_mode & 0o004)

@@ -55,21 +55,15 @@ class Sandbox(Protocol):
 
         "calls": ``request`` is JSON: the name of a function (or method of class Solution) and its inputs, each a list
         of arguments as JSON text. Each line is the claimed result of one call; a program may write fewer or more lines.
-
         "asserts": ``request`` is ``AssertTests.request``, hidden from the program. The last line is ["passed"],
-        ["failed"] or ["broken", reason]; without it the tests did not finish.
-
-        ``cpu_seconds`` limits all calls together.
+        ["failed"] or ["broken", reason]; without it the tests did not finish. ``cpu_seconds`` is for all calls.
         """
         ...
 
 
 @cache
 def driver(kind: str) -> tuple[str, str]:
-    """The source of process 1 and its child, and the name of the function that runs a program of this kind.
-
-    ForkRL cannot be imported inside the sandbox, so the modules are concatenated.
-    """
+    """The driver's modules as one source (ForkRL cannot be imported inside), and its function for this kind of run."""
     function, modules = _DRIVERS[kind]
     texts = (Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in modules)
     return "\n\n".join(_OWN_IMPORTS.sub("", text) for text in texts), function

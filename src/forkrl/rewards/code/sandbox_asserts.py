@@ -150,10 +150,7 @@ class _Program:
 
 
 def _exception(name: str, message: str) -> Exception:
-    """A builtin exception by name, else a plain Exception.
-
-    StopIteration becomes RuntimeError, as in generators: it would end ``all(map(...))`` in the tests early.
-    """
+    """A builtin exception by name, else Exception. StopIteration, which could end tests early, becomes RuntimeError."""
     kind = getattr(builtins, name, None)
     if kind in (StopIteration, StopAsyncIteration):
         kind = RuntimeError

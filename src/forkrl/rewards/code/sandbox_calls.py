@@ -33,8 +33,7 @@ def call_function(source: str, answers_fd: int) -> None:
     """Call the function named on stdin with each input given there.
 
     Writes one JSON line per call: a list of the value and, if it is None, of the first argument, which a function may
-    modify instead of returning a value. Arguments annotated as ListNode or TreeNode are built from lists; such results
-    become lists.
+    modify instead. Arguments annotated as ListNode or TreeNode are built from lists; such results become lists.
     """
     loads, leave = json.loads, os._exit
     with os.fdopen(0, "rb", closefd=False) as file:

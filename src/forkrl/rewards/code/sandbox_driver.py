@@ -43,10 +43,7 @@ def enter_sandbox(run: Callable[[str, int], None]) -> None:
 
 
 def end_with(child: int, lifeline_fd: int) -> None:
-    """Exit, which ends all processes in the sandbox, when the program ends or the process outside has died.
-
-    The process outside holds the other end of the lifeline socket; no process in here can keep it open.
-    """
+    """Exit, which ends the sandbox, when the program ends or the process outside closes its end of the lifeline."""
     import select
 
     child_fd = os.pidfd_open(child)

@@ -1,7 +1,4 @@
-"""Runs programs on a SandboxFusion server over HTTP (https://github.com/bytedance/SandboxFusion).
-
-The server isolates; the score is computed here from the program's output. Server errors do not count against programs.
-"""
+"""Runs programs on a SandboxFusion server (https://github.com/bytedance/SandboxFusion); scores their output here."""
 
 from __future__ import annotations
 
@@ -21,8 +18,6 @@ _ANSWER_LIMIT_S = 30.0
 
 
 class SandboxFusion:
-    """A sandbox behind ``sandbox.server``."""
-
     def __init__(self, config: SandboxConfig) -> None:
         self._limits = config
         self._secrets = SecretValues()
@@ -31,7 +26,6 @@ class SandboxFusion:
         self._use_proxies = not is_loopback(self._url)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """See ``Sandbox``."""
         text, run = driver("program")
         return self._post(f"{text}\n\n{run}({source!r})\n", stdin, self._limits.seconds, max_output, deadline)
 

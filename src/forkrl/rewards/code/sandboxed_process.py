@@ -33,13 +33,9 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 class SandboxedProcess:
     """A running program; after the ``with`` block all its processes have ended.
 
-    ``driver`` is the command line of process 1 inside, up to the driver's descriptors and ``limits``. ``memory``
-    (bytes) counts all processes. With ``answers``, the driver's private pipe is read and standard output is discarded.
-    ``user`` None keeps our own user. Raises SandboxUnavailableError if the sandbox does not start.
-
-    Attributes:
-        first_pid: process 1 of the sandbox, as seen from outside.
-        failure: the limit that the program exceeded ("time", "memory", "output" or "files"), or "".
+    ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read and standard output is
+    discarded. ``user`` None keeps our own user. ``first_pid`` is process 1 as seen from outside; ``failure`` is the
+    exceeded limit ("time", "memory", "output" or "files"), or "". Raises SandboxUnavailableError if it does not start.
     """
 
     def __init__(
@@ -135,7 +131,6 @@ class SandboxedProcess:
         return self._process.wait()
 
     def close(self) -> None:
-        """Kill all remaining processes and wait for them."""
         if self._first is None:
             self._process.kill()  # bubblewrap's processes end together
         else:

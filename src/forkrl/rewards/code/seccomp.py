@@ -1,8 +1,7 @@
 """The seccomp filter of sandboxed programs, assembled as BPF.
 
-Refuses what Python programs do not need and what has had kernel holes: tracing, mounts, namespaces, key rings,
-io_uring, BPF, other address families, unaccounted memory. Refused calls fail with EPERM; calls newer than this list and
-other calling conventions fail with ENOSYS.
+Refused calls (which programs do not need, and which have had kernel holes) fail with EPERM; calls newer than this list
+and other calling conventions fail with ENOSYS.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import NamedTuple
 _LOAD_WORD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL_PROCESS, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
-"""Offsets in ``struct seccomp_data``."""
 
 _NEWEST_CALL = 462
 """mseal, Linux 6.10."""
@@ -67,7 +65,6 @@ def refused_calls(machine: str) -> dict[str, int]:
 
 
 def supports(machine: str) -> bool:
-    """Whether a filter exists for an architecture, as named by ``platform.machine()``."""
     return machine in _MACHINES
 
 

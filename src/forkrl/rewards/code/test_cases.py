@@ -94,10 +94,8 @@ def any_number_of_digits() -> Iterator[None]:
 def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = "") -> str:
     """Serialise a problem's tests.
 
-    Args:
-        inputs: standard inputs; for a function, each call's arguments: a list, or text with one JSON value per line.
-        outputs: standard outputs; for a function, the value, as JSON text unless it is not text.
-        function: name of the function, or of the method of ``class Solution``.
+    For a ``function`` (or method of class Solution), each input is a list of arguments, or text with one JSON value per
+    line, and each output is the value, as JSON text unless it is not text. Otherwise both are stdin and stdout.
     """
     tests = {"inputs": list(inputs), "outputs": list(outputs)} | ({"fn_name": function} if function else {})
     with any_number_of_digits():
@@ -146,7 +144,6 @@ def _unpack_pairs(tests: Mapping[str, Any]) -> CodeTests:
 
 
 def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
-    """``assert`` statements, and the names that the program must define."""
     function = tests.get("entry_point") or ""
     setup, imports = tests.get("test_setup_code") or "", tests.get("test_imports") or []
     own = tests.get("test", tests.get("test_list"))
@@ -275,7 +272,6 @@ def _may_be_the_program(code: str, tests: CodeTests) -> bool:
 
 
 def _closed_blocks(response: str) -> list[tuple[str, str]]:
-    """Language and code of each closed block."""
     blocks = []
     opened: tuple[str, int, int] | None = None
     lines = response.split("\n")
@@ -292,7 +288,6 @@ def _closed_blocks(response: str) -> list[tuple[str, str]]:
 
 
 def _without_indent(lines: list[str], indent: int) -> str:
-    """The code of an indented block, as in a list, without the indentation."""
     code = "\n".join(_cut(line, indent) for line in lines) if indent else "\n".join(lines)
     first = next((line for line in code.split("\n") if line.strip()), "")
     return textwrap.dedent(code) if first[:1].isspace() else code

@@ -1,7 +1,4 @@
-"""Scores answers to mathematics questions; docs/math-verifier.md defines what counts and gives error rates.
-
-Run it in a ``VerifierPool``, which enforces time and memory limits; most expensive inputs are rejected early.
-"""
+"""Scores answers to mathematics questions (docs/math-verifier.md); a ``VerifierPool`` must limit time and memory."""
 
 from __future__ import annotations
 
@@ -21,9 +18,8 @@ _LOG = re.compile(r"\\log(?![a-zA-Z]|\s*_)")
 def verify_math(answer: str, response: str) -> Judgement:
     r"""1.0 if the response's final answer equals the gold answer, else 0.0; and the final answer found.
 
-    ``answer`` is LaTeX or plain text, with or without ``$...$``, ``\boxed{...}`` or ``####``. The final answer is in a
-    normal form in which equal answers mostly have equal text ("1/2" for ``0.5``); "" if none is readable. It does not
-    depend on the gold answer.
+    ``answer`` is LaTeX or plain text, optionally in ``$...$``, ``\boxed{...}`` or after ``####``. Equal final answers
+    mostly have equal text ("1/2" for ``0.5``), independent of the gold answer; "" if none is readable.
     """
     gold = _read_gold(answer)
     text = final_answer(response)

@@ -118,10 +118,7 @@ FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def read_answer(text: str, *, thousands: bool = True) -> Answer:
-    """Read LaTeX or plain text; kind "unreadable" if it is not an answer. Raises TooLarge as ``read_formula`` does.
-
-    With ``thousands``, 8,000 is one number, not a list of 8 and 0.
-    """
+    """Read LaTeX or plain text, or kind "unreadable"; with ``thousands``, 8,000 is one number. May raise TooLarge."""
     text = plain_notation(text)
     return _read(without_thousands(text) if thousands else text, depth=0)
 
@@ -197,7 +194,6 @@ def _read_congruence(text: str, depth: int) -> Answer | None:
 
 
 def _read_several(text: str, depth: int) -> Answer | None:
-    """Read unions and lists."""
     sets = split_outside(_MEMBER_OF.sub("", text), _CUP)
     if len(sets) > 1:
         return Answer("union", text, tuple(_read(part.strip(), depth) for part in sets))

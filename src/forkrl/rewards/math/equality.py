@@ -135,7 +135,6 @@ def _same_time(gold: Answer, found: Answer) -> bool:
 
 
 def _in_full(time: str, half_day: str) -> str:
-    """Convert a 12-hour clock time to 24 hours."""
     hour, _, minutes = time.partition(":")
     later = 12 if half_day.startswith("afternoon") and int(hour) < 12 else 0
     return f"{int(hour) + later}:{minutes}"
@@ -211,10 +210,7 @@ def _same_equation(gold: Answer, found: Answer) -> bool:
 
 
 def _conclusions(equation: Answer) -> Sequence[Answer]:
-    """The values that an equation gives its left side, exact or rounded; empty for inconsistent or unsolved equations.
-
-    ``x = 6/2 = 3`` gives 3; ``x = 2 x = 5``, ``x = 5 = 6`` and ``1 + 1 = 3`` give none.
-    """
+    """The values an equation gives its left side: 3 for ``x = 6/2 = 3``; none for ``x = 2 x = 5`` and ``1 + 1 = 3``."""
     first, *middle, last = equation.parts
     if not middle and not tells_a_value(first.text) and (first.value is None or _has_variables(first)):
         return ()
@@ -263,7 +259,6 @@ def _same_inequality(gold: Answer, found: Answer) -> bool:
 
 
 def _gap(relation: Answer) -> Formula | None:
-    """Left side minus right side."""
     sides = (relation.parts[0], relation.parts[-1])
     left, right = (side.value if side.value is not None else read_formula(side.text) for side in sides)
     return difference(left, right)

@@ -1,8 +1,7 @@
 """Formulas as sympy expressions, parsed by latex2sympy, size-checked before any evaluation, and compared by value.
 
-Constants must agree to forty digits beyond the leading one, formulas in variables at three unrelated points.
-``simplify`` is not used because its running time is unbounded. math-verify's ``verify`` decides where no value can be
-computed (sets, relations of sets).
+Constants must agree to forty digits beyond the leading one, other formulas at three points. ``simplify`` is not used:
+its running time is unbounded. math-verify's ``verify`` decides where no value can be computed (sets).
 """
 
 from __future__ import annotations
@@ -87,10 +86,7 @@ class Formula(NamedTuple):
 
 @lru_cache(maxsize=512)
 def read_formula(text: str) -> Formula | Number | None:
-    """Parse a formula in ``plain_notation`` (Number if rational); None if it is not mathematics or has no value.
-
-    Raises TooLarge if parsing or evaluation could take too long.
-    """
+    """Parse ``plain_notation`` (Number if rational); None if not mathematics or without a value. May raise TooLarge."""
     _refuse_large_text(text)
     if TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)

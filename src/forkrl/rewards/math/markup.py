@@ -1,7 +1,6 @@
-r"""Removes fonts, colours, sizes, Markdown and environments that align equations.
+r"""Removes fonts, colours, sizes, Markdown and equation alignment; unifies separators.
 
-Answer separators (``\lor``, ``\quad``, line breaks, "or" and "and" in several languages) become commas,
-``\text{ or }`` and ``\text{ and }``.
+``\lor``, ``\quad``, line breaks and "or"/"and" in several languages become commas, ``\text{ or }``, ``\text{ and }``.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ _JOINTS = [
 
 
 def without_markup(text: str) -> str:
-    """Remove commands that only change appearance, and unify separators."""
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     while (unwrapped := _WRAPPED.sub(_unwrapped, text)) != text:

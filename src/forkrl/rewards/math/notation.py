@@ -1,6 +1,6 @@
-r"""Normalises notation: ``½``, ``\dfrac12`` and ``\frac {1} {2}`` become the same text. Parses no expressions.
+r"""Normalises notation: ``½``, ``\dfrac12`` and ``\frac {1} {2}`` become the same text.
 
-The text is a final answer of bounded length, so patterns may take quadratic time.
+Input is a final answer of bounded length, so patterns may take quadratic time.
 """
 
 from __future__ import annotations

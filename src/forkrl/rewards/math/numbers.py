@@ -1,7 +1,4 @@
-"""Exact plain numbers: integers, decimals, fractions, mixed numbers, percentages, powers of ten.
-
-A fast path for most final answers: a pattern and a ``Fraction`` take microseconds.
-"""
+"""Exact plain numbers (integers, decimals, fractions, percentages, powers of ten): a fast path for most answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-r"""Converts mathematical words to symbols: 3 million, 2 hours 15 minutes, 1011 in base 2, x \ne 3.
-
-The text is one final answer of bounded length in ``plain_notation``.
-"""
+r"""Converts words in ``plain_notation`` to symbols: 3 million, 2 hours 15 minutes, 1011 in base 2, x \ne 3."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ _BOX_TAIL = 20_000
 _PLAIN_TAIL = 2_000
 """Characters at the end searched if there is no box."""
 MAX_ANSWER = 1_000
-"""Longest final answer."""
 
 _BOX_OR_BRACE = re.compile(r"\\+f?boxe?d?\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_START = re.compile(r"\\+(?:boxed|fbox)\s*\{")
@@ -146,7 +145,6 @@ def _unboxed(text: str) -> str:
 
 
 def _stated(text: str) -> str:
-    """The answer stated in prose."""
     if announcements := list(_ANNOUNCED.finditer(text)):
         return _announced(text[announcements[-1].end() :])
     paragraph = text.rstrip().rpartition("\n\n")[2]

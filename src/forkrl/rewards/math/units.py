@@ -1,7 +1,4 @@
-"""Units after (or, for money, before) an answer: split off, converted, and compared if both answers have one.
-
-Currencies and temperature scales are not converted.
-"""
+"""Splits off units of answers and converts them, except currencies and temperature scales."""
 
 from __future__ import annotations
 
@@ -171,15 +168,11 @@ _REWRITES = [
 
 
 def flat_text(text: str) -> str:
-    r"""The words of ``\text{...}`` without the command, single-spaced."""
     return " ".join(_TEXT.sub(r" \1 ", text).split())
 
 
 def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
-    """Split an answer in ``plain_notation`` into the answer without its unit and the unit.
-
-    With ``lenient``, letters after a number are a unit if they can be: ``5m`` is five metres.
-    """
+    """Split ``plain_notation`` into answer and unit; ``lenient`` accepts ambiguous letters: ``5m`` is five metres."""
     if text.isdecimal():
         return text, NO_UNIT
     text = _UNIT_FRACTION.sub(r"\1/(\2)", text)
@@ -200,10 +193,7 @@ def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
 
 
 def scale_between(gold: Unit, found: Unit) -> Fraction | None:
-    """The factor to apply to the found number before comparison; None if the dimensions differ.
-
-    Either side may omit its unit. All unknown units (apples, people) are equal.
-    """
+    """Factor for the found number; None if dimensions differ. Units may be omitted; unknown units are all equal."""
     if not gold.measures or not found.measures:
         return Fraction(1)
     if gold.measures != found.measures:
