@@ -56,7 +56,7 @@ def end_with(child: int, lifeline_fd: int) -> None:
 
 
 def set_limits(memory: int, cpu_seconds: int, file_size: int, processes: int) -> None:
-    """Set hard limits, which no process in here can raise."""
+    """Set hard limits, which no process in the sandbox can raise."""
     import resource
 
     for name, wanted in (
