@@ -1,9 +1,7 @@
-"""Attention for all models: PyTorch's, except for decoding with grouped queries, which avoids copying the cache.
+"""Attention for all models: PyTorch's, except for decoding one token with grouped queries.
 
-For grouped queries, ``transformers`` repeats keys and values for every query head: a copy of the whole cache at every
-token, which on a CPU costs eight times as much as the attention itself. For a single new token, the query heads that
-share keys can take the place of a sequence of queries instead. For so few queries, two matrix products take down to
-half of the time of PyTorch's fused attention on a CPU.
+``transformers`` copies the whole cache at every token to repeat keys and values per query head, which on a CPU costs
+eight times as much as the attention. Here the query heads that share keys take the place of a query sequence.
 """
 
 from __future__ import annotations
@@ -25,14 +23,14 @@ _stand_in: ContextVar[Attention | None] = ContextVar("stand_in", default=None)
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Use this attention in a model that uses PyTorch's; other models are unchanged."""
+    """Use this attention in models that use PyTorch's; other models are unchanged."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
 @contextmanager
 def attending_by(attention: Attention) -> Iterator[None]:
-    """Inside the context, every layer of such a model uses this attention function instead."""
+    """Inside the context, every layer of these models uses ``attention`` instead."""
     token = _stand_in.set(attention)
     try:
         yield
@@ -41,7 +39,7 @@ def attending_by(attention: Attention) -> Iterator[None]:
 
 
 def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The function that ``transformers`` calls in each layer."""
+    """Called by ``transformers`` in each layer."""
     return (_stand_in.get() or grouped_attention)(module, *args, **kwargs)
 
 
@@ -55,7 +53,7 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention ``[S, T, heads, head_dim]`` of query ``[S, heads, T, head_dim]``, equal to that of "sdpa"."""
+    """Attention ``[S, T, heads, head_dim]`` of query ``[S, heads, T, head_dim]``, equal to "sdpa"."""
     num_sequences, num_heads, length, head_dim = query.shape
     shared_by = num_heads // key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
@@ -72,7 +70,7 @@ def grouped_attention(
 
 
 def _precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
-    """Disable autocast on CPUs, where the backward pass of PyTorch's attention takes four times as long in bf16."""
+    """Disable autocast on CPUs, where PyTorch's attention backward takes four times as long in bf16."""
     return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
 
@@ -84,9 +82,7 @@ def attend_one_token(
     Args:
         query: ``[S, kv_heads, shared_by, head_dim]``: the query heads that share each key head.
         key, value: ``[S, kv_heads, T, head_dim]``.
-        mask: ``[S, 1, 1, T]``: bool, True where a key is visible, or floating, added to the scores; None: all visible.
-        scaling: factor of the scores.
-        dropout: probability.
+        mask: ``[S, 1, 1, T]``: bool (True: visible), or floating, added to the scores; None: all visible.
     """
     if query.device.type != "cpu" or key.dtype != torch.float32 or dropout:
         return torch.nn.functional.scaled_dot_product_attention(

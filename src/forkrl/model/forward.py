@@ -1,4 +1,4 @@
-"""The dense forward pass: all positions run through the model, the head only at requested positions.
+"""The dense forward pass: all positions run through the model, only requested positions through the head.
 
 Shapes: ``B`` sequences, ``T`` token positions, ``N`` requested positions, ``D`` hidden.
 """
@@ -20,17 +20,16 @@ def compute_token_stats(
     entropy_grad: bool = False,
     at_BT: Tensor | None = None,
 ) -> TokenStats:
-    """Log-prob of every response token and entropy of its position under the policy, fp32 ``[B, T]``, 0 elsewhere.
+    """Log-prob and entropy of the policy at every response token, fp32 ``[B, T]``, 0 elsewhere.
 
     Args:
-        policy: its weights get gradients if autograd is on.
         batch: on the policy's device.
-        temperature: sampling temperature; the statistics are of the same distribution.
-        entropy_grad: also compute gradients through the entropy, for an entropy bonus.
-        at_BT: bool, inside the response mask: compute only these positions; None: the whole response.
+        temperature: sampling temperature; applies to both statistics.
+        entropy_grad: also backpropagate through the entropy, for an entropy bonus.
+        at_BT: bool, subset of the response mask: compute only these positions; None: all.
     """
     asked_BT = batch.response_mask if at_BT is None else at_BT
-    # Padding is on the right, so causal attention needs no mask and uses its fast path.
+    # Right padding, so causal attention needs no mask and uses its fast path.
     hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False)
     return head_stats(policy, hidden_BTD[asked_BT], batch, asked_BT, temperature=temperature, entropy_grad=entropy_grad)
 

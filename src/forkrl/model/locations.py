@@ -1,7 +1,4 @@
-"""Local paths, models inside the package, and names on the Hugging Face hub. Imports no torch.
-
-Without a network, a hub lookup takes up to a minute, so a mistyped local path must never become one.
-"""
+"""Resolves model paths: local, inside the package, or a Hugging Face hub name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _FILE_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".toml", ".safe
 
 
 def model_location(path: str) -> str:
-    """The folder or hub id behind ``model.path``."""
+    """The folder or hub id for ``model.path``."""
     if path.startswith(EMBEDDED_PREFIX):
         assets = resources.files("forkrl") / "assets"
         folder = assets / path.removeprefix(EMBEDDED_PREFIX)
@@ -48,13 +45,7 @@ def _require_no_gguf(path: str) -> None:
 
 
 def require_hub_id(name: str, key: str, kind: str) -> None:
-    """Reject a name that looks like a local path, or whose parent folder exists.
-
-    Args:
-        name: a name that is not a usable local path; on the hub, ``owner/name`` or ``name``.
-        key: the setting that holds it.
-        kind: what it would be locally, such as "folder".
-    """
+    """Reject a hub name that looks like a local path (a ``kind``) or whose parent folder exists; lookups are slow."""
     path = Path(name).expanduser()
     if path.is_file():
         raise UserError(f"{key} = {name!r}: is a file, not a {kind}")
@@ -65,7 +56,7 @@ def require_hub_id(name: str, key: str, kind: str) -> None:
             f"{key} = {name!r}: no such {kind}{_similar(path)} (the folder {path.parent} exists, so this is not looked "
             f"up on the hub)"
         )
-    if name.startswith("runs/"):  # where forkrl train writes by default
+    if name.startswith("runs/"):  # default output folder of forkrl train
         raise UserError(f"{key} = {name!r}: no such {kind}, and there is no folder runs")
 
 

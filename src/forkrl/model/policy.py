@@ -1,7 +1,7 @@
-"""Opens a causal language model: weights, tokenizer, device, and the head that token statistics read.
+"""Opens a causal language model: weights, tokenizer, device and head.
 
-ForkRL takes the last hidden states and the output embedding instead of logits, so that ``token_stats`` can compute only
-the rows that it needs. ``support.py`` rejects models for which that is wrong.
+ForkRL uses the last hidden states and the output embedding instead of logits, so that ``token_stats`` computes only the
+rows it needs. ``support.py`` rejects models for which that is wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from forkrl.model.locations import model_location
 from forkrl.model.stop_tokens import stop_token_ids
 from forkrl.model.support import require_no_adapter, require_supported
 
-if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+if TYPE_CHECKING:  # loads pydantic, which only recipes need
     from forkrl.config import ModelConfig
 
 
@@ -44,7 +44,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
-        # transformers renamed this argument; models with code of their own keep the old name.
+        # transformers renamed this argument; models with custom code keep the old name.
         takes_cache = "cache" in inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if takes_cache else "past_key_values"
         self._recomputed_layers = [
@@ -74,7 +74,6 @@ class Policy:
         return decoder
 
     def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
-        """The ids of all tokens that end a response (``stop_tokens.stop_token_ids``)."""
         return stop_token_ids(self.tokenizer, self.model.generation_config, stop)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -89,18 +88,11 @@ class Policy:
         cache: DynamicCache | None = None,
         **options: Any,
     ) -> Tensor:
-        """Last hidden states ``[B, T, D]``; the model gets all arguments unchanged.
-
-        Args:
-            input_ids_BT: token ids.
-            attention_mask: one mask, or one per kind of layer.
-            cache: keys and values of earlier tokens; those of the new tokens are appended.
-            options: additional arguments of the model.
-        """
+        """Last hidden states ``[B, T, D]``; appends to ``cache``. ``attention_mask``: one, or one per kind of layer."""
         if cache is not None:
             options[self._cache_argument] = cache
-        # transformers recomputes layers only in training mode, in which layers use dropout and no cache. The policy
-        # stays in evaluation mode; only these layers switch, and only when gradients are computed.
+        # transformers recomputes layers only in training mode, which enables dropout and disables the cache. So only
+        # these layers switch to it, and only when gradients are computed.
         for layer in self._recomputed_layers:
             layer.training = torch.is_grad_enabled()
         with self.autocast():
@@ -108,13 +100,13 @@ class Policy:
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """fp32 logits ``[N, V]`` of a few rows; the head runs in the configured precision."""
+        """fp32 logits ``[N, V]``; the head runs in the configured precision."""
         with self.autocast():
             return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
 
 
 def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:
-    """Reject lengths beyond the model's positions, where it would fail late or generate nonsense."""
+    """Reject lengths beyond the model's positions, which would fail late or produce nonsense."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and prompt_tokens + response_tokens > positions:
         raise UserError(
@@ -133,7 +125,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         )
     transformers_logging.disable_progress_bar()  # for reading weights
     if sys.stderr.isatty():
-        enable_progress_bars()  # the hub's own for downloads, which the line above disables too
+        enable_progress_bars()  # the line above also disables the hub's, for downloads
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
         require_no_adapter(path, config.revision, config.path)
@@ -142,14 +134,14 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         )
     except UserError:
         raise
-    except Exception as error:  # a damaged or foreign folder can raise anything inside the libraries
+    except Exception as error:  # a damaged or incompatible folder can raise any exception
         raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
     model, report = opened
-    if not tokenizer.encode("1 2", add_special_tokens=False):  # without files, transformers opens an empty one
+    if not tokenizer.encode("1 2", add_special_tokens=False):  # transformers returns an empty one without files
         raise UserError(
             f"model.path = {config.path!r} has no tokenizer; save the model's there: tokenizer.save_pretrained(FOLDER)"
         )
-    if absent := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+    if absent := sorted(report["missing_keys"]):  # transformers initialises them randomly
         raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model again")
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -158,7 +150,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         )
     if config.gradient_checkpointing:
         set_gradient_checkpointing(model, True)
-        model.disable_input_require_grads()  # only needed for adapters, and its hook cannot be pickled
+        model.disable_input_require_grads()  # only adapters need it, and its hook cannot be pickled
     model.eval()
     torch.nn.Module.to(model, pick_device(device))
     policy = Policy(model, tokenizer, config.precision)
@@ -167,7 +159,6 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
 
 
 def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
-    """Recompute activations in the backward pass, or store them."""
     switch = f"checkpointing_{'enable' if enabled else 'disable'}"
     # Renamed in transformers 5.24, where the old name warns.
     renamed = getattr(model, f"activation_{switch}", None)

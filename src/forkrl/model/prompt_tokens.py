@@ -1,4 +1,4 @@
-"""Prompt to token ids: one function for all commands, and the check that a prompt survives the tokenizer."""
+"""Converts prompts to token ids and checks that the tokenizer can represent them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ _MAY_VANISH = ("C", "M", "Z")
 def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, max_tokens: int | None = None
 ) -> tuple[int, ...]:
-    """The token ids of a prompt. Every command, engine and worker calls this function.
-
-    The tokenizer adds its special tokens, unless a chat template has added them (``Prompt.templated``). A prompt that
-    already starts with BOS does not get a second one.
-    """
+    """Token ids of a prompt, for all engines; adds special tokens unless ``Prompt.templated``, never a second BOS."""
     ids, _ = _encode(tokenizer, prompt)
     place = prompt.place or f"prompt {prompt.id}"
     if not ids:
@@ -36,7 +32,7 @@ def prompt_token_ids(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[Sequence[int], bool]:
-    """Token ids with one BOS at most, and whether the tokenizer had added one that the text already has."""
+    """Token ids with at most one BOS, and whether the tokenizer had added a second one."""
     ids: Sequence[int] = tokenizer.encode(prompt.text, add_special_tokens=not prompt.templated)
     bos = tokenizer.bos_token_id
     if prompt.templated or bos is None or list(ids[:2]) != [bos, bos]:
@@ -47,7 +43,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[Sequenc
 
 
 class PromptCheck:
-    """Checks prompts before any work starts; prints one notice if a prompt already starts with BOS."""
+    """Checks prompts before a run starts; prints one notice if a prompt already starts with BOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> None:
         self.tokenizer = tokenizer
@@ -56,7 +52,6 @@ class PromptCheck:
         self._noticed = False
 
     def __call__(self, prompt: Prompt, *, allow_unknown: bool) -> tuple[int, ...]:
-        """The token ids of the prompt."""
         ids = prompt_token_ids(self.tokenizer, prompt, max_tokens=self.max_tokens)
         if not allow_unknown and (unknown := self._vocabulary.unknown_in(prompt.text)):
             raise UserError(
@@ -79,7 +74,7 @@ def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> list[st
 
 
 def listed(parts: Sequence[str]) -> str:
-    """The first ten for a message: ``'W', 'h' and 3 more``."""
+    """The first ten, for messages: ``'W', 'h' and 3 more``."""
     more = len(parts) - _SHOWN_CHARACTERS
     return ", ".join(repr(part) for part in parts[:_SHOWN_CHARACTERS]) + (f" and {more} more" if more > 0 else "")
 
@@ -100,7 +95,7 @@ class _Vocabulary:
         return list(dict.fromkeys([*unknown, *dropped]))
 
     def _replaced(self, text: str) -> list[str]:
-        """Parts that become the unknown token, unless the text itself spells that token."""
+        """Parts that become the unknown token, except where the text spells that token."""
         if not self._tokenizer.is_fast:
             return [character for character in dict.fromkeys(text) if self._is_replaced(character)]
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -122,7 +117,7 @@ class _Vocabulary:
 
 
 def _unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The tokenizer's unknown token as declared and as its model uses it, which may differ."""
+    """The declared unknown token and the one that the tokenizer's model uses, which may differ."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     used = getattr(getattr(backend, "model", None), "unk_token", None)
     return {str(token) for token in (tokenizer.unk_token, used) if token is not None}

@@ -1,4 +1,4 @@
-"""The tokens that end a response, and the text of a response that a verifier reads; the same for all engines."""
+"""Stop tokens, and the response text that verifiers read; the same for all engines."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ _TAG = re.compile(r"<(/?)([A-Za-z_]\w*)>")
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, stop: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """The ids of all tokens that end a response: the tokenizer's EOS, the model's own list, and ``stop``.
-
-    Args:
-        tokenizer: has an EOS token.
-        generation: the model's; many chat models end a turn with a token other than the tokenizer's EOS.
-        stop: additional tokens, as text.
-    """
+    """Ids of all tokens that end a response: the tokenizer's EOS, the model's own list, and ``stop`` (as text)."""
     eos = None if generation is None else generation.eos_token_id
     own = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     extra = []
@@ -36,18 +30,18 @@ def stop_token_ids(
 
 
 def load_generation_config(model: str, revision: str | None = None) -> GenerationConfig:
-    """The generation settings of a folder or hub id as transformers and vLLM read them."""
+    """The generation config of a folder or hub id, as read by transformers and vLLM."""
     try:
         return GenerationConfig.from_pretrained(model, revision=revision or "main")
-    except OSError:  # without generation_config.json, config.json names the EOS
+    except OSError:  # without generation_config.json, config.json has the EOS
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision))
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int], *, finished: bool) -> str:
-    """The text that a verifier reads: without the closing stop token and special tokens.
+    """The text that a verifier reads: without the final stop token and special tokens.
 
-    A special token between words becomes a line break, so that "1<pad>7" does not read as 17. ``<unk>`` and paired tags
-    (``<think>`` and ``</think>``) stay, because they are part of the response.
+    A special token between words becomes a line break, so that "1<pad>7" is not read as 17. ``<unk>`` and paired tags
+    (``<think>`` and ``</think>``) stay.
     """
     written = response_ids[:-1] if finished else response_ids
     hidden = _hidden_ids(tokenizer)

@@ -1,7 +1,6 @@
-"""Checks that reject models that ForkRL would train or measure wrongly. docs/models.md lists supported families.
+"""Rejects models that ForkRL would train or measure wrongly; docs/models.md lists supported families.
 
-ForkRL computes log-probs from the last hidden states and the output embedding. They must not depend on whether a
-sequence runs alone, in a batch, or token by token from a cache.
+Last hidden states and output embedding must determine the logits, and must not depend on batching or caching.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from forkrl.model.policy import Policy
 
 PROBE_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
-"""What a model's code raises if it is called in a way that it does not support."""
+"""Raised by a model's code if it is called in an unsupported way."""
 _PROBE_LOGIT = 100.0
 """Above common soft caps (Gemma 2: 30), and within the range of every precision."""
 
@@ -36,10 +35,7 @@ def require_no_adapter(location: str, revision: str | None, path: str) -> None:
 
 
 def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
-    """Reject rotary embeddings whose frequencies depend on the longest sequence of a batch.
-
-    A token's log-prob would then depend on the batch, and differ between sampling and training.
-    """
+    """Reject rotary frequencies that depend on the longest sequence of a batch: log-probs would depend on the batch."""
     for kind in rope_types(config.to_dict()):
         if kind == "longrope" or "dynamic" in kind:
             raise UserError(
@@ -50,7 +46,7 @@ def require_fixed_frequencies(config: PretrainedConfig, path: str) -> None:
 
 
 def rope_types(settings: Any) -> Iterator[str]:
-    """The types of rotary embedding in a model's settings; each kind of layer may have its own."""
+    """The types of rotary embedding in a config; each kind of layer may have its own."""
     if isinstance(settings, Mapping):
         if isinstance(kind := settings.get("rope_type"), str):
             yield kind
@@ -60,7 +56,6 @@ def rope_types(settings: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def require_supported(policy: Policy, path: str) -> None:
-    """Reject a model whose log-probs ForkRL would compute wrongly."""
     require_fixed_frequencies(policy.model.config, path)
     for fault_of in (_infinite_logits, _dependence_on_batch, _other_head):
         try:
@@ -85,7 +80,7 @@ def _dependence_on_batch(policy: Policy) -> str:
     ids = _probe_ids(policy, 8)
     padded = torch.cat([torch.cat([ids[:, :4], torch.zeros_like(ids[:, 4:])], 1), ids])
     half = policy.head_weight.dtype == torch.bfloat16
-    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):  # as precise as the weights
+    with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=half):  # the precision of the weights
         alone, together = (
             policy.decoder(input_ids=each, use_cache=False).last_hidden_state[0, :4].float()
             for each in (ids[:, :4], padded)
@@ -99,10 +94,7 @@ def _dependence_on_batch(policy: Policy) -> str:
 
 
 def _other_head(policy: Policy) -> str:
-    """Logits must be ``hidden @ weight.T + bias``.
-
-    The input of the output embedding is scaled up, because a soft cap hardly changes small logits.
-    """
+    """Logits must be ``hidden @ weight.T + bias``; inputs are scaled up, since soft caps barely change small logits."""
     ids, name = _probe_ids(policy, 4), type(policy.model).__name__
     mask = torch.ones_like(ids)
     hidden_TD = policy.hidden_states(ids, mask)[0]

@@ -1,4 +1,4 @@
-"""The text of single tokens for tables and pages."""
+"""The text of single tokens, for tables and pages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenTexts:
-    """The text of each token, decoded once.
-
-    Bytes of an incomplete character, as in a token with a part of ``数``, are written ``<0xE6><0x95>``; lone surrogates
-    are escaped.
-    """
+    """The text of each token, decoded once; bytes of incomplete characters are written ``<0xE6>``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -30,9 +26,9 @@ class TokenTexts:
         return self._known[token_id]
 
     def _bytes(self, token_id: int) -> bytes | None:
-        """The bytes of a token; None if its spelling does not show them."""
+        """The bytes of a token; None if its spelling does not determine them."""
         spelling = str(self._tokenizer.convert_ids_to_tokens(token_id))
-        if found := _BYTE_TOKEN.fullmatch(spelling):  # the byte fallback of SentencePiece
+        if found := _BYTE_TOKEN.fullmatch(spelling):  # SentencePiece byte fallback
             return bytes.fromhex(found[1])
         if all(character in _BYTE_OF for character in spelling):  # byte-level BPE
             return bytes(_BYTE_OF[character] for character in spelling)

@@ -1,7 +1,4 @@
-"""Asks an HTTP server for scores: POST ``{"answer", "response"}``, get ``{"score", "answer"?}``.
-
-Runs in the pool's workers, each of which keeps one connection open.
-"""
+"""Gets scores from an HTTP server: POST ``{"answer", "response"}``, reply ``{"score", "answer"?}``."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from forkrl.errors import UserError
 from forkrl.types import Judgement, VerifierSpec
 
 _SHARE_OF_TIMEOUT = 0.8
-"""Share of the pool's timeout for the server; the rest is for reporting its failure."""
+"""Share of the pool's timeout given to the server; the rest is for reporting its failure."""
 _BACKOFF_S = (0.2, 0.8)
-"""Waits before the second and the third attempt."""
+"""Waits before the second and third attempts."""
 _MAX_BODY = 1 << 16
 """Longest reply in bytes."""
 _PROBE_S = 5.0
@@ -37,16 +34,8 @@ class _TryAgain(Exception):
 def verify_at_endpoint(
     answer: str, response: str, *, url: str, timeout_s: float = 8.0, headers: Mapping[str, str] | None = None
 ) -> Judgement:
-    """A server's score.
-
-    Args:
-        answer: the gold answer.
-        response: what the model wrote.
-        url: where to POST; redirects are not followed.
-        timeout_s: limit for all attempts together, below the pool's timeout.
-        headers: additional headers, such as ``Authorization``.
-    """
-    # ASCII JSON carries anything a Python string can hold, lone surrogates too.
+    """A server's score; ``timeout_s`` limits all attempts together and must be below the pool's timeout."""
+    # ASCII JSON can encode any Python string, including lone surrogates.
     body = json.dumps({"answer": answer, "response": response}).encode("ascii")
     deadline = time.monotonic() + timeout_s
     for wait in (*_BACKOFF_S, None):
@@ -60,7 +49,7 @@ def verify_at_endpoint(
 
 
 def prepare_endpoint(spec: VerifierSpec, pool_timeout_s: float) -> VerifierSpec:
-    """The endpoint with a timeout below the pool's; raises UserError if its server cannot be reached."""
+    """Set a timeout below the pool's; raises UserError if the server cannot be reached."""
     url = spec.options["url"]
     timeout_s = spec.options.get("timeout_s", _SHARE_OF_TIMEOUT * pool_timeout_s)
     if not isinstance(timeout_s, int | float) or not 0 < timeout_s < pool_timeout_s:
@@ -84,10 +73,9 @@ def _client(*, use_proxies: bool) -> httpx.Client:
 
 
 def _post(url: str, body: bytes, headers: dict[str, str], deadline: float) -> bytes:
-    """The body of a reply with status 200."""
-    # No compression: a few kilobytes of it could unpack to gigabytes.
+    # No compression: a few kilobytes could unpack to gigabytes.
     sent = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | headers
-    client = _client(use_proxies=not is_loopback(url))  # the first call takes time that is not the server's
+    client = _client(use_proxies=not is_loopback(url))  # the first call is slow; not the server's time
     left = max(deadline - time.monotonic(), 0.01)
     try:
         with client.stream("POST", url, content=body, headers=sent, timeout=left) as reply:

@@ -1,13 +1,8 @@
-"""Scores answers to reasoning-gym's questions with reasoning-gym's own scorers, and makes the questions.
+"""Generates reasoning-gym questions and scores answers with reasoning-gym's scorers.
 
-The answer is the content of the last ``<answer>...</answer>``. A prompt holds only its origin (generator, settings,
-seed, index), since JSON cannot hold an entry; the worker makes the entry again, and fails if that gives another
-question. A generator draws entry ``index`` with ``seed + index``, so nearby seeds give the same questions, shifted.
-Some iterate over sets of strings, so this runs only in processes with PYTHONHASHSEED=0: the workers and the one that
-writes the questions (``gym_questions.py``).
-
-Nine scorers pass the answer to ``eval`` or to sympy's parser, which evaluates Python. Model output must not run as
-code, so their answers must first match a small language that cannot call anything: see ``_READABLE``.
+Prompts store only their origin; the worker regenerates the entry and fails if the question differs. Entry ``index`` is
+drawn with ``seed + index``, so nearby seeds share questions. Needs PYTHONHASHSEED=0: some generators iterate over sets.
+Nine scorers evaluate the answer as Python; those answers must first match ``_READABLE``.
 """
 
 from __future__ import annotations
@@ -33,9 +28,9 @@ from forkrl.rewards.reply import reply_of
 from forkrl.types import Judgement
 
 _MAX_ANSWER = 20_000
-"""Characters; the longest right answers, ARC's grids, have about 2,000."""
+"""Characters; the longest correct answers (ARC grids) have about 2,000."""
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""What scorers raise on an answer of an unexpected form."""
+"""Raised by scorers on answers of an unexpected form."""
 
 REFUSED = {
     "composite": 'it mixes other generators; task.name = "mix" does that, with metrics for each',
@@ -45,13 +40,7 @@ REFUSED = {
 
 
 def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement:
-    """reasoning-gym's score in [0, 1] of a response's final answer (0 without one), and that answer.
-
-    Args:
-        answer: the question's origin as JSON (written by ``tasks/gym.py``).
-        response: what the model wrote.
-        strict: partial scores become 0.
-    """
+    """Score in [0, 1] (0 without a final answer) and final answer; ``strict`` makes partial scores 0."""
     dataset, entry = _entry(answer)
     written = final_answer(response)
     if written is None:
@@ -61,7 +50,7 @@ def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement
 
 
 def final_answer(response: str) -> str | None:
-    """The content of the last complete ``<answer>...</answer>`` after the thinking, stripped; None without one."""
+    """The stripped content of the last complete ``<answer>...</answer>`` after the thinking, or None."""
     response = reply_of(response)
     end = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, max(end, 0))
@@ -82,14 +71,13 @@ def _score(generator: str, dataset: Any, entry: Any, written: str) -> float:
 
 
 def _is_close(written: str, gold: str) -> bool:
-    """Whether a probability is the gold one: coin_flip's scorer accepts its first digits, even 0."""
+    """coin_flip's own scorer accepts the first digits of a probability, even 0."""
     found, due = Fraction(written.replace(",", "")), Fraction(gold.replace(",", ""))
     return abs(found - due) <= min(Fraction(1, 10_000), due / 100)
 
 
 @lru_cache(maxsize=256)
 def _entry(answer: str) -> tuple[Any, Any]:
-    """The generator and the entry that ``answer`` names."""
     place = json.loads(answer)
     settings = json.dumps(place["settings"], sort_keys=True)
     source = Source(place["generator"], settings, place["level"], place["seed"], place["size"])
@@ -103,16 +91,16 @@ def _entry(answer: str) -> tuple[Any, Any]:
 
 
 _WORDS = re.compile(r"[A-Za-z0-9_\s]*")
-_ARITHMETIC = re.compile(r"(?!.*\*\s*\*)[0-9+\-*/().\s]*", re.DOTALL)  # no powers, which no right answer needs
+_ARITHMETIC = re.compile(r"(?!.*\*\s*\*)[0-9+\-*/().\s]*", re.DOTALL)  # no powers: no correct answer needs them
 _FORMULA = re.compile(r"(?:[0-9]++(?:\.[0-9]++)?|[A-Za-z]++|[-+*/^()\s])*+")  # possessive: linear in the length
-_COMPLEX = re.compile(r"[0-9.+\-eijEIJ()\s]*")  # no nan: its distance from anything is 0 to the scorer
+_COMPLEX = re.compile(r"[0-9.+\-eijEIJ()\s]*")  # no nan: the scorer takes its distance as 0
 _PROBABILITY = re.compile(r"[0-9.,/\s]*(?:[eE]-?[0-9]{1,2})?")  # small exponents: ``Fraction`` computes the power
 _FUNCTIONS = ["sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"]
 _NAMES = frozenset([*_FUNCTIONS, "exp", "log", "ln", "sqrt", "pi", *string.ascii_letters])
 
 
 def _is_words_or_literal(written: str) -> bool:
-    """Bare words, which ``eval`` can only look up, or a Python literal, which it can only build."""
+    """Bare words, which ``eval`` can only look up, or a Python literal."""
     if _WORDS.fullmatch(written):
         return True
     try:
@@ -123,23 +111,23 @@ def _is_words_or_literal(written: str) -> bool:
 
 
 def _is_formula(written: str) -> bool:
-    """Numbers, one-letter names, functions of calculus, operations and brackets: no attribute, no string, no index."""
+    """Numbers, one-letter names, calculus functions, operators and brackets; no attributes, strings or indexing."""
     return _FORMULA.fullmatch(written) is not None and _NAMES.issuperset(re.findall("[A-Za-z]+", written))
 
 
 _READABLE: dict[str, Callable[[str], object]] = {
-    # These scorers eval the answer.
+    # Scorers that eval the answer.
     "binary_matrix": _is_words_or_literal,
     "n_queens": _is_words_or_literal,
     "spiral_matrix": _is_words_or_literal,
     "string_insertion": _is_words_or_literal,
-    # These hand it to sympy.parse_expr, which evals what it makes of it.
+    # Scorers that call sympy.parse_expr, which evals the transformed text.
     "countdown": _ARITHMETIC.fullmatch,
     "puzzle24": _ARITHMETIC.fullmatch,
     "simple_integration": _is_formula,
     "intermediate_integration": _is_formula,
     "polynomial_multiplication": _is_formula,
-    # What these would be fooled or held up by.
+    # Inputs that would fool or stall these scorers.
     "coin_flip": _PROBABILITY.fullmatch,
     "complex_arithmetic": _COMPLEX.fullmatch,
 }
@@ -147,7 +135,7 @@ _READABLE: dict[str, Callable[[str], object]] = {
 
 
 class Source(NamedTuple):
-    """What determines the entries of a generator. ``settings`` is a JSON object."""
+    """Determines a generator's entries. ``settings`` is a JSON object."""
 
     generator: str
     settings: str
@@ -158,7 +146,7 @@ class Source(NamedTuple):
 
 @lru_cache(maxsize=64)
 def open_source(source: Source) -> Any:
-    """The reasoning-gym data set of a source; raises ValueError for an unusable generator, setting or value."""
+    """The reasoning-gym data set; raises ValueError for an unusable generator, setting or value."""
     dataset_class, _ = DATASETS[_known(source.generator)]
     settings = json.loads(source.settings)
     _check_names(source.generator, settings)
@@ -166,7 +154,7 @@ def open_source(source: Source) -> Any:
         _check_levels(source.generator, settings)
     try:
         return dataset_class(config=_config(source, settings))
-    except Exception as error:  # asserts and type errors of a hundred generators: all are about these settings
+    except Exception as error:  # generators raise many types; all concern these settings
         where = f"task.settings = {source.settings}" if settings else "its settings"
         level = "" if source.level is None else f" at level {source.level}"
         raise ValueError(
@@ -175,9 +163,9 @@ def open_source(source: Source) -> Any:
 
 
 def make_entry(source: Source, index: int) -> Any:
-    """Entry ``index`` of a source, the same in every process; raises whatever the generator raises."""
+    """Entry ``index``, the same in every process; raises whatever the generator raises."""
     dataset = open_source(source)
-    # Some generators also draw from the global random numbers.
+    # Some generators also use the global random state.
     random.seed(f"{source.seed}/{index}")
     np.random.seed((source.seed + index) % 2**32)
     return dataset[index]
@@ -221,7 +209,6 @@ def _config(source: Source, settings: Mapping[str, Any]) -> Any:
 
 
 def _check_levels(generator: str, settings: Mapping[str, Any]) -> None:
-    """Refuse a setting that a level decides."""
     governed = {
         getattr(attribute, name)
         for attribute in CURRICULA[generator]().attributes.values()

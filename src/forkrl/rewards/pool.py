@@ -1,11 +1,7 @@
 """Scores responses in worker processes that can be killed.
 
-Model output is hostile text: a verifier fed with it may loop in C code, exhaust memory or crash, and no timeout inside
-the process survives that. So every verifier runs in a process of its own session, which is killed after its timeout
-with everything it started, while the response gets a result that says so. Workers are forked from small single-threaded
-supervisors (``worker.py``): forking a process that holds torch threads or an accelerator is not safe.
-
-``submit`` hands responses to the pool's thread, which waits on sockets and takes a few percent of one core.
+A verifier may hang in C code, exhaust memory or crash. Workers are forked from small single-threaded supervisors
+(``worker.py``), because forking a process with torch threads or an accelerator is unsafe.
 """
 
 from __future__ import annotations
@@ -39,8 +35,6 @@ _FORGERY = "wrote on the pipe that carries results"
 
 @dataclass(eq=False, slots=True)
 class Item:
-    """One response to score."""
-
     batch: Batch
     index: int
     prompt: Prompt
@@ -49,13 +43,10 @@ class Item:
 
     @property
     def is_open(self) -> bool:
-        """Whether a result is still wanted."""
         return self.batch.results[self.index] is None and not self.batch.future.done()
 
 
 class Batch:
-    """The items of one ``submit`` call and the future of their results."""
-
     def __init__(self, pairs: Sequence[tuple[Prompt, str]], timeouts: Mapping[str, float]) -> None:
         self.future: Future[list[VerifierResult]] = Future()
         self.items: list[Item] = []
@@ -83,22 +74,13 @@ class Batch:
 class VerifierPool:
     """Processes that run verifiers; a context manager.
 
-    Two workers may hold the same item if the first was slow to reach it; the first answer counts. A result must depend
-    on its own item alone, but earlier items may have filled a worker's memory: so "crash" and "memory" from a worker
-    that had answered other items are tried once more in a fresh one.
+    Two workers may hold the same item if the first stalls; the first answer counts. A "crash" or "memory" failure in a
+    worker that had answered other items is retried once in a fresh worker, since earlier items may have caused it.
 
-    Args:
-        verifiers: one for every ``Prompt.source``; imported in the workers only, from this process's import path.
-        workers: number of processes.
-        timeout_s: wall-clock limit for one response, unless the verifier sets its own.
-        memory_mb: address space of one process, in MiB; not enforced on macOS.
-        hide: removes credentials from messages.
-
-    Attributes:
-        failures: number of failures by kind ("timeout", "crash", "memory", "error").
-        first_failures: prompt and message of the first failure of each kind.
-        announce: called from the pool's thread with one line at the first failure of each kind; logs a warning by
-            default.
+    ``verifiers`` (by ``Prompt.source``) are imported only in the workers. ``timeout_s`` is wall-clock time per
+    response, ``memory_mb`` address space per process in MiB (not enforced on macOS); ``hide`` removes credentials from
+    messages. ``failures`` counts by kind ("timeout", "crash", "memory", "error"); ``announce`` gets the first of each
+    kind, from the pool's thread.
     """
 
     def __init__(
@@ -124,8 +106,7 @@ class VerifierPool:
         }
         named = {source: (spec.path, dict(spec.options), self._timeouts[source]) for source, spec in verifiers.items()}
         self._settings, self._num_workers, self._hide = Settings(named, memory_mb), workers, hide
-        # The thread's own: running workers, unfinished batches, items that wait, and items that made a used worker
-        # fail, each to be tried in a fresh one.
+        # Used only by the pool's thread. Suspects made a used worker fail; each is retried in a fresh one.
         self._workers: list[WorkerProcess] = []
         self._batches: list[Batch] = []
         self._waiting: deque[Item] = deque()
@@ -153,16 +134,14 @@ class VerifierPool:
         self.close()
 
     def close(self) -> None:
-        """Cancel what waits, kill the workers and wait for them; may be called twice."""
+        """Cancel pending items, kill the workers and wait for them; may be called twice."""
         self._wake(close=True)
         self._thread.join()
 
     def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
-        """Have pairs of prompt and response scored in the background; any thread may call it, several times at once.
+        """Score (prompt, response) pairs in the background, one result per item in order; thread-safe.
 
-        Returns:
-            One result per item, in order. It fails only where a replacement worker cannot be started (UserError),
-            never because of a response. Cancelling it abandons what is not scored yet.
+        The future fails only if a replacement worker cannot start (UserError). Cancelling it drops unscored items.
         """
         batch = Batch(items, self._timeouts)
         with self._lock:
@@ -174,7 +153,7 @@ class VerifierPool:
         return batch.future
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
-        """``submit`` and wait; Ctrl-C abandons the batch, and the pool stays usable."""
+        """``submit`` and wait; Ctrl-C drops the batch, and the pool stays usable."""
         future = self.submit(items)
         try:
             return future.result()
@@ -186,20 +165,19 @@ class VerifierPool:
             self._wake()
 
     def _wake(self, *, close: bool = False) -> None:
-        """Wake the pool's thread; once ``close`` has told it to end, nothing else may touch the sockets."""
+        """Wake the pool's thread; after ``close`` it owns the sockets alone."""
         with self._lock:
             if not self._closed:
                 self._closed = close
-                with suppress(BlockingIOError):  # the socket already holds bytes that wake it
+                with suppress(BlockingIOError):  # full: enough bytes to wake it
                     self._wake_writer.send(b"!")
 
     def _run(self) -> None:
-        """The pool's thread."""
         try:
             while not self._closed:
                 try:
                     self._step()
-                except BaseException as error:  # told to everyone who waits; the next batch gets new workers
+                except BaseException as error:  # passed to all pending futures; the next batch gets new workers
                     for batch in self._batches:
                         batch.fail(error)
                     self._end_workers()
@@ -226,9 +204,9 @@ class VerifierPool:
             self._workers.append(WorkerProcess(self._settings))
 
     def _step(self) -> None:
-        """Hand out items, wait for the next event, and handle it; raises UserError if a worker cannot be started."""
+        """Hand out items, then wait for and handle the next event; raises UserError if a worker cannot start."""
         self._take_submitted()
-        for worker in self._workers:  # an item of a cancelled batch might keep its worker until its timeout
+        for worker in self._workers:  # a cancelled item could block its worker until the timeout
             if worker.in_flight and worker.in_flight[0].item.batch.future.cancelled():
                 worker.kill(None)
         if self._batches:
@@ -244,7 +222,7 @@ class VerifierPool:
                 self._collect(worker)
             if worker.control.fileno() in ready:
                 self._read_reports(worker)
-            elif not has_answers:  # time as of the select: a late answer is read
+            elif not has_answers:  # uses the time before the select, so a late answer is still read
                 self._check_time(worker, asked)
 
     def _take_submitted(self) -> None:
@@ -255,7 +233,7 @@ class VerifierPool:
             self._waiting.extend(batch.items)
 
     def _wait(self, asked: float) -> set[int]:
-        """The descriptors to read from after the next event or deadline."""
+        """The descriptors that are readable after the next event or deadline."""
         due = min((min(worker.due, self._stalls_at(worker)) for worker in self._workers), default=float("inf"))
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_reader, selectors.EVENT_READ)
@@ -271,7 +249,6 @@ class VerifierPool:
         return worker.stalls_at if len(self._workers) > 1 else float("inf")
 
     def _hand_out(self) -> None:
-        """One item per worker in turn, while any has room."""
         taking = [worker for worker in self._workers if worker.has_room]
         while taking:
             for worker in list(taking):
@@ -293,14 +270,14 @@ class VerifierPool:
         return None
 
     def _collect(self, worker: WorkerProcess) -> bool:
-        """Handle the answers that have arrived; whether more may follow."""
+        """Handle the answers that have arrived; returns whether more may follow."""
         lines, ended = worker.read_answers()
         for line in lines:
             if worker.state == "starting":
                 self._set_ready(worker, line)
             elif worker.state == "ready":
                 self._accept(worker, line)
-        if ended:  # it is probably dead; the supervisor reports how
+        if ended:  # probably dead; the supervisor reports how
             worker.kill(Failure("crash", ""))
         return bool(lines) and not ended
 
@@ -340,7 +317,7 @@ class VerifierPool:
         if asked >= worker.due:
             if worker.state == "starting":
                 raise self._start_failure(f"it was not ready in time{worker.last_stderr_line()}")
-            if worker.state == "ending":  # the supervisor is stopped, or a process below it cannot be killed now
+            if worker.state == "ending":  # the supervisor is stopped, or a child process cannot be killed now
                 self._drop(worker, timeout_s=0.0)
             else:
                 limit = worker.in_flight[0].item.timeout_s
@@ -349,12 +326,12 @@ class VerifierPool:
             self._waiting.extendleft(reversed(worker.withdraw()))
 
     def _drop(self, worker: WorkerProcess, timeout_s: float | None = None) -> None:
-        """End a supervisor and its worker; the next step starts another."""
+        """End a supervisor and its worker; the next step starts a replacement."""
         self._workers.remove(worker)
         self._clear(worker, f"lost its supervisor, which {worker.close(timeout_s)}")
 
     def _clear(self, worker: WorkerProcess, how: str) -> None:
-        """A worker is dead: read its last answers, blame the item it worked on, and requeue the others."""
+        """A worker died: read its last answers, assign the failure to its current item, requeue the others."""
         while worker.channel.fileno() >= 0 and worker.state != "ending" and self._collect(worker):
             pass
         if not worker.pid:
@@ -370,7 +347,7 @@ class VerifierPool:
         self._waiting.extendleft(reversed(given_back))
 
     def _settle(self, item: Item, result: VerifierResult, message: str) -> None:
-        if not item.is_open:  # another worker was faster, or the batch is cancelled
+        if not item.is_open:  # another worker answered first, or the batch was cancelled
             return
         if kind := result.failure:
             self.failures[kind] += 1
@@ -391,13 +368,13 @@ class VerifierPool:
 
 
 def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
-    """The pool that a recipe asks for, with ``${NAME}`` in the options replaced by the environment's values."""
+    """The recipe's pool, with ``${NAME}`` in options replaced from the environment."""
     secrets = SecretValues()
     prepared = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
     try:
         for source, spec in prepared.items():
             if spec.path == _ENDPOINT:
-                from forkrl.rewards.endpoint import prepare_endpoint  # not above: it loads an HTTP client
+                from forkrl.rewards.endpoint import prepare_endpoint  # imported here: it loads an HTTP client
 
                 timeout_s = config.timeout_s if spec.timeout_s is None else spec.timeout_s
                 prepared[source] = prepare_endpoint(spec, timeout_s)

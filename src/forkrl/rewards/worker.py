@@ -1,13 +1,7 @@
-"""The processes below a pool: a worker, which runs verifiers and can be killed at any moment, and its supervisor.
+"""A pool's child processes: a worker, which runs verifiers and can be killed at any time, and its supervisor.
 
-``WorkerProcess`` starts the supervisor as ``python -m forkrl.rewards.worker``. It forks the worker and kills whatever
-the worker leaves behind. It runs no verifier itself, so none can hang it, and it has one thread, so it can fork safely
-and in milliseconds. On Linux it adopts the orphans below it: everything that a verifier started, in its own session or
-not, becomes a child of the supervisor once the worker is dead, and is killed. When the pool's process ends, for any
-reason, the control socket closes, which ends the worker too.
-
-The worker reads requests and writes answers as JSON lines on a private socket. Its standard output is /dev/null, so
-nothing a verifier prints can pass for a result.
+The supervisor has one thread and runs no verifier, so it can fork safely and cannot hang. On Linux it adopts and kills
+all processes that verifiers started. Results use a private socket, so nothing a verifier prints passes for a result.
 """
 
 from __future__ import annotations
@@ -34,44 +28,44 @@ from pathlib import Path
 from typing import Any
 
 START, KILL = b"s", b"k"
-"""Commands on the control socket; START carries the worker's end of its private socket."""
+"""Commands on the control socket; START carries the worker's end of its channel."""
 Verifiers = Mapping[str, tuple[str, Mapping[str, Any], float]]
-"""Import path, options and timeout in seconds by source."""
+"""By source: import path, options and timeout in seconds."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MAX_MESSAGE = 300
 _MAX_ANSWER = 1_000
-"""Characters of an answer that are kept."""
+"""Characters kept of an answer."""
 _MAX_FILE_BYTES = 64 << 20
-"""Largest file that a verifier can write."""
+"""Largest file that a verifier may write."""
 _CPU_PER_TIMEOUT = 10
-"""CPU time for one response, in timeouts: more than its threads can use before the timeout."""
+"""CPU time limit per response, in timeouts: more than its threads can use before the timeout."""
 
 
 def main() -> None:
-    """Supervise one worker until the control socket given as an argument closes. Standard input holds the settings."""
+    """Supervise one worker until the control socket (descriptor in argv) closes. Settings come on standard input."""
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     settings = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    if sys.platform != "darwin":  # where every process maps more than any sensible limit
+    if sys.platform != "darwin":  # there every process maps more than any sensible limit
         _set_soft_limit(resource.RLIMIT_AS, settings["memory_mb"] << 20)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(Exception):  # the worker then reports the error
+    with suppress(Exception):  # the worker will report the error
         for path, *_ in settings["verifiers"].values():
-            # Our verifiers start no threads, so they are loaded before the fork. Others might.
+            # Our verifiers start no threads, so they can be loaded before the fork. Other verifiers might.
             if path.startswith("forkrl."):
                 load_verifier(path)
     _supervise(control, settings["verifiers"])
 
 
 def _supervise(control: socket.socket, verifiers: Verifiers) -> None:
-    """Fork a worker on command, kill it on command, reap orphans, and report how the worker ended; then the next."""
+    """Fork and kill workers on command, reap orphans, and report how each worker ended."""
     exits_fd, told_fd = os.pipe()
     os.set_blocking(exits_fd, False)
     os.set_blocking(told_fd, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler the signal wakes nobody
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler, SIGCHLD would not wake poll
     signal.set_wakeup_fd(told_fd, warn_on_full_buffer=False)
     poll = select.poll()
     poll.register(control, select.POLLIN)
@@ -81,11 +75,11 @@ def _supervise(control: socket.socket, verifiers: Verifiers) -> None:
             command, fds, *_ = socket.recv_fds(control, 1, 1)
             if not command:
                 return
-            if command == KILL:  # the worker has ended
+            if command == KILL:  # the worker has already ended
                 continue
             worker = _fork_worker(fds[0], verifiers, (control.fileno(), exits_fd, told_fd))
             status = None
-            # Until it ends, or a command or the end of the socket waits to be read.
+            # Until the worker ends, or the control socket has a command or EOF.
             while status is None and exits_fd in [fd for fd, _ in poll.poll()]:
                 os.read(exits_fd, 1 << 12)
                 status = _reap(worker)
@@ -107,11 +101,11 @@ def _fork_worker(channel_fd: int, verifiers: Verifiers, supervisor_fds: tuple[in
             os.close(fd)
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == supervisor:  # it may have died before the signal was armed
+        if os.getppid() == supervisor:  # it may have died before prctl
             _serve(channel_fd, verifiers)
             code = 0
     finally:
-        os._exit(code)  # none of the supervisor's own code may run here
+        os._exit(code)  # skip the supervisor's own cleanup code
 
 
 def _reap(worker: int) -> int | None:
@@ -124,14 +118,10 @@ def _reap(worker: int) -> int | None:
 
 
 def _end_all(worker: int, status: int | None = None) -> int:
-    """Kill the worker, unless its status is known, and everything below it; return the worker's status.
-
-    A killed process leaves its children to the supervisor, so killing the supervisor's children until none are left
-    reaches all generations.
-    """
+    """Kill the worker (unless ``status`` is given) and its adopted descendants; return its status."""
     if status is None:
-        os.kill(worker, signal.SIGKILL)  # it is not reaped yet, so this is still its id
-    with suppress(ProcessLookupError, PermissionError):  # macOS forbids it for a group of dead processes
+        os.kill(worker, signal.SIGKILL)  # not reaped yet, so the id is still its own
+    with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, group of dead processes
         os.killpg(worker, signal.SIGKILL)
     while True:
         try:
@@ -152,7 +142,7 @@ def _children() -> list[int]:
     """Child processes; empty without /proc."""
     me, found = os.getpid(), []
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it is gone
+        with suppress(OSError):  # the process has ended
             fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
             if int(fields[1]) == me:
                 found.append(int(folder.name))
@@ -165,11 +155,11 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _serve(channel_fd: int, verifiers: Verifiers) -> None:
-    """Load the verifiers and score with them until the socket closes.
+    """Load the verifiers and score requests until the socket closes.
 
-    Read are lines ``[token, source, answer, response]``, and a number N to withdraw the last N requests. Written are
-    first ``{"ready": process id}`` or ``{"failed": message, "path": verifier}``; then, in the order of the requests,
-    ``[token, score, failure, message, answer, seconds]``, or the bare ``token`` of a withdrawn one.
+    Reads lines ``[token, source, answer, response]``, or a number N to withdraw the last N requests. Writes
+    ``{"ready": pid}`` or ``{"failed": message, "path": verifier}``; then for each request in order
+    ``[token, score, failure, message, answer, seconds]``, or only ``token`` if it was withdrawn.
     """
     path = ""
     try:
@@ -189,23 +179,23 @@ def _serve(channel_fd: int, verifiers: Verifiers) -> None:
             continue
         token, source, answer, response = request
         function, timeout_s = functions[source]
-        # From now on, for this process and for each that it starts.
+        # Applies to this process and every process it starts.
         _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_TIMEOUT * timeout_s) + 1)
         began = time.monotonic()
         result = _score(function, answer, response)
-        if os.getpid() != me:  # a fork made by the verifier returned here
+        if os.getpid() != me:  # a process forked by the verifier returned here
             os._exit(0)
         send(channel_fd, [token, *result, time.monotonic() - began])
 
 
 def _requests(channel_fd: int) -> Iterator[list[str] | str]:
-    """The requests in order; of a withdrawn one only its token."""
+    """The requests in order; for a withdrawn one only its token."""
     poll = select.poll()
     poll.register(channel_fd, select.POLLIN)
     parts: list[bytes] = []
     waiting: deque[list[str] | str] = deque()
     while True:
-        while not waiting or poll.poll(0):  # read all that has arrived: it may withdraw the next one
+        while not waiting or poll.poll(0):  # read everything first: it may withdraw the next request
             data = os.read(channel_fd, 1 << 16)
             if not data:
                 return
@@ -228,7 +218,7 @@ def _set_soft_limit(kind: int, limit: int) -> None:
 
 
 def load_verifier(path: str) -> Callable[..., object]:
-    """The function at ``"module:function"``. Raises whatever its import raises."""
+    """The function at ``"module:function"``; raises whatever its import raises."""
     module, _, name = path.partition(":")
     function: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -239,7 +229,7 @@ def load_verifier(path: str) -> Callable[..., object]:
 
 
 def _bind_options(function: Callable[..., object], path: str, options: Mapping[str, Any]) -> Callable[..., object]:
-    """The function with its options bound; TypeError, naming the signature, if they do not fit."""
+    """Bind the options; raises TypeError, naming the signature, if they do not fit."""
     with suppress(ValueError):  # some C functions have no signature
         signature = inspect.signature(function)
         try:
@@ -251,7 +241,7 @@ def _bind_options(function: Callable[..., object], path: str, options: Mapping[s
 
 
 def _score(verifier: Callable[..., object], answer: str, response: str) -> tuple[float, str, str, str | None]:
-    """Score, failure, message and the answer read; anything the verifier raises is a result, including SystemExit."""
+    """Score, failure, message and answer; any exception becomes a result, including SystemExit."""
     try:
         returned = verifier(answer, response)
         score, read = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
@@ -260,7 +250,7 @@ def _score(verifier: Callable[..., object], answer: str, response: str) -> tuple
         return 0.0, "memory", "out of memory", None
     except BaseException as error:
         return 0.0, "error", _describe(error), None
-    if not 0 <= value <= 1:  # NaN is not either
+    if not 0 <= value <= 1:  # also false for NaN
         shown = repr(score)[:40] if type(score) in (int, float, str, bytes, bool, type(None)) else "something"
         return 0.0, "error", f"returned {shown} ({type(score).__name__}), not a score in [0, 1]", None
     if read is not None and not isinstance(read, str):
@@ -269,7 +259,7 @@ def _score(verifier: Callable[..., object], answer: str, response: str) -> tuple
 
 
 def _shorten(answer: str) -> str:
-    """Long answers become their beginning and a hash, so that different ones stay different."""
+    """Truncate a long answer and add a hash, so that different answers stay different."""
     if len(answer) <= _MAX_ANSWER:
         return str(answer)
     digest = hashlib.sha256(answer.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -277,10 +267,9 @@ def _shorten(answer: str) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    """The error as one line of bounded length."""
     try:
         text = str(error)
-    except Exception:  # the verifier's own exception class may fail here too
+    except Exception:  # the verifier's own exception class may fail here
         text = "(its message cannot be shown)"
     line = " ".join((f"{type(error).__name__}: {text}" if text else type(error).__name__).split())
     return line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + "…"
@@ -292,7 +281,6 @@ def describe_exit(code: int) -> str:
 
 
 def send(fd: int, message: object) -> None:
-    """Write a JSON line."""
     line = json.dumps(message).encode("ascii") + b"\n"
     while line:
         line = line[os.write(fd, line) :]

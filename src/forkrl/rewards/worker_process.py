@@ -1,4 +1,4 @@
-"""The pool's end of one worker and its supervisor; only ``close`` blocks."""
+"""The pool's side of one worker and its supervisor; only ``close`` blocks."""
 
 from __future__ import annotations
 
@@ -26,41 +26,36 @@ if TYPE_CHECKING:
 _START_TIMEOUT_S = 60.0
 """For the interpreter and the verifier's imports on a loaded machine."""
 _END_TIMEOUT_S = 10.0
-"""For killing a worker and everything below it."""
+"""For killing a worker and its descendants."""
 _STALL_TIMEOUT_S = 0.1
-"""If an item takes longer, those queued behind it go to other workers."""
+"""After this, the items queued behind a slow one move to other workers."""
 _PIPELINE = 16
-"""Requests sent ahead to a quick worker, so that it need not wait for the pool between two answers."""
+"""Requests sent ahead to a quick worker, to hide the pool's latency."""
 _QUICK_S = 0.01
 """A worker is quick if its last answer took less."""
 _MAX_OUTBOX = 1 << 20
-"""Bytes queued for a worker above which it gets no further request."""
+"""Bytes queued for a worker above which it gets no more requests."""
 _MAX_LINE = 1 << 14
-"""Longest valid answer."""
 _MAX_SERVED = 20_000
-"""Answers after which a worker is replaced, against leaks in a verifier."""
+"""Answers after which a worker is replaced, in case a verifier leaks."""
 _MEASURE_EVERY = 32
-"""Answers between two measurements of a worker's memory."""
+"""Answers between two memory measurements."""
 _NEVER = float("inf")
 
 
 class Settings(NamedTuple):
-    """What every worker of a pool starts with."""
-
     verifiers: Verifiers
     memory_mb: int
 
 
 class Failure(NamedTuple):
-    """What the current item of a killed worker fails with."""
-
     kind: str
     message: str
 
 
 @dataclass(slots=True)
 class Request:
-    """An item given to a worker. ``withdrawn``: it was requeued, and the worker was told."""
+    """An item sent to a worker. ``withdrawn``: it was requeued and the worker was notified."""
 
     item: Item
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -70,12 +65,9 @@ class Request:
 class WorkerProcess:
     """A worker process, restarted by its supervisor when needed.
 
-    Attributes:
-        state: "starting" until the verifiers are loaded, "ready", "ending" while it is killed.
-        due: deadline (monotonic) of the worker's start, next answer or end.
-        served: answers since its start; before the first one, a failure is its first item's fault.
-        failure: in state "ending", of the current item; None where it is not to blame.
-        in_flight: the requests it has, the current one first.
+    ``state`` is "starting" until the verifiers are loaded, "ready", or "ending" while it is being killed. ``due`` is
+    the monotonic deadline for its start, next answer or end; ``failure`` (when ending) is the current item's, None if
+    it is not to blame; ``in_flight`` holds the requests sent, the current one first.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -96,14 +88,13 @@ class WorkerProcess:
         self._begin()
 
     def restart(self) -> None:
-        """Have the supervisor fork a new worker, after the end of the old one."""
         self.channel.close()
         self._begin()
 
     def _begin(self) -> None:
         self.channel, theirs = socket.socketpair()
         self.channel.setblocking(False)
-        with theirs, suppress(ConnectionError):  # the supervisor is dead; its closed socket will say so
+        with theirs, suppress(ConnectionError):  # the supervisor is dead; its closed socket reports that
             socket.send_fds(self.control, [START], [theirs.fileno()])
         self.state: Literal["starting", "ready", "ending"] = "starting"
         self.due = time.monotonic() + _START_TIMEOUT_S
@@ -114,13 +105,11 @@ class WorkerProcess:
         self._turn_began, self._depth, self._memory_at_start = 0.0, 1, 0
 
     def set_ready(self, pid: int) -> None:
-        """Its verifiers are loaded."""
         self.state, self.due, self.pid = "ready", _NEVER, pid
         self._memory_at_start = _resident_bytes(pid)
 
     @property
     def has_room(self) -> bool:
-        """Whether it can take another request."""
         return self.state == "ready" and len(self.in_flight) < self._depth and len(self._outbox) < _MAX_OUTBOX
 
     @property
@@ -128,7 +117,6 @@ class WorkerProcess:
         return self.state == "ready" and bool(self._outbox)
 
     def request(self, item: Item) -> None:
-        """Queue an item for it."""
         request = Request(item)
         self.in_flight.append(request)
         self._send([request.token, item.prompt.source, item.prompt.answer, item.response])
@@ -136,7 +124,7 @@ class WorkerProcess:
             self._start_turn()
 
     def withdraw(self) -> list[Item]:
-        """Withdraw and return the items behind the current one."""
+        """Withdraw and return the items queued behind the current one."""
         withdrawn = self._withdrawable()
         for request in withdrawn:
             request.withdrawn = True
@@ -146,16 +134,16 @@ class WorkerProcess:
 
     @property
     def stalls_at(self) -> float:
-        """When to withdraw the items behind the current one; never if there are none."""
+        """When to withdraw the items behind the current one."""
         stalls = self.state == "ready" and self._withdrawable()
         return self._turn_began + _STALL_TIMEOUT_S if stalls else _NEVER
 
     def expects(self, token: str) -> bool:
-        """Whether this token belongs to the answer due; only who has read the request can know it."""
+        """Whether this is the secret token of the current request; only a process that read the request knows it."""
         return bool(self.in_flight) and token == self.in_flight[0].token
 
     def end_turn(self, took: float | None) -> Item:
-        """Take the current item off: it was answered in ``took`` seconds, or withdrawn (None)."""
+        """Remove the current item: answered in ``took`` seconds, or withdrawn (None)."""
         item = self.in_flight.popleft().item
         if took is not None:
             self.served += 1
@@ -164,53 +152,52 @@ class WorkerProcess:
         return item
 
     def is_worn(self) -> bool:
-        """Whether to replace it: it has served many items, or has used half of its free memory."""
+        """Whether to replace it: many items served, or half of its free memory used."""
         if self.served >= _MAX_SERVED:
             return True
         bound = (self._memory + self._memory_at_start) / 2
         return self.served % _MEASURE_EVERY == 0 and _resident_bytes(self.pid) > bound
 
     def kill(self, failure: Failure | None) -> None:
-        """Have it killed with everything it started; its supervisor reports the end."""
+        """Kill it with all its descendants; the supervisor reports the end."""
         if self.state != "ending":
             self.state, self.failure, self.due = "ending", failure, time.monotonic() + _END_TIMEOUT_S
             with suppress(ConnectionError):
                 self.control.send(KILL)
 
     def flush(self) -> None:
-        """Write what fits into the socket."""
         try:
             while self._outbox:
                 del self._outbox[: self.channel.send(self._outbox)]
         except BlockingIOError:
             pass
         except ConnectionError:
-            self._outbox.clear()  # it is dead; its supervisor reports that
+            self._outbox.clear()  # dead; the supervisor reports that
 
     def read_answers(self) -> tuple[list[Any], bool]:
-        """The answers that have arrived, None for an invalid one, and whether they have ended."""
+        """The answers that have arrived (None for an invalid one), and whether the channel is closed."""
         lines, self._inbox, ended = _read_lines(self.channel, self._inbox)
         if len(self._inbox) > _MAX_LINE:
             lines.append(b"")
         return list(map(_parse, lines)), ended
 
     def read_reports(self) -> tuple[list[str], bool]:
-        """How workers have ended, and whether the supervisor itself has."""
+        """How workers ended, and whether the supervisor itself has ended."""
         lines, self._reports, ended = _read_lines(self.control, self._reports)
         return list(map(_parse, lines)), ended
 
     def last_stderr_line(self) -> str:
-        """The last line on stderr before the worker was ready, in brackets to follow a message."""
+        """The last stderr line before the worker was ready, in brackets for a message."""
         if not self._stderr.closed:
             self._stderr.seek(0)
             self._stderr_text = self._stderr.read().decode("utf-8", "replace").strip()
         return f" ({self._stderr_text.splitlines()[-1][:300]})" if self._stderr_text else ""
 
     def close(self, timeout_s: float | None = None) -> str:
-        """End the supervisor and all processes below it, by force after ``timeout_s``; say how it ended."""
+        """End the supervisor and its descendants, by force after ``timeout_s``; return how it ended."""
         self.channel.close()
-        with suppress(OSError):  # the supervisor is already gone
-            self.control.shutdown(socket.SHUT_RDWR)  # a fork of this process may hold the socket open
+        with suppress(OSError):  # the supervisor has already ended
+            self.control.shutdown(socket.SHUT_RDWR)  # needed if a fork of this process holds the socket open
         self.control.close()
         try:
             self.supervisor.wait(_END_TIMEOUT_S if timeout_s is None else timeout_s)
@@ -218,7 +205,7 @@ class WorkerProcess:
             self.supervisor.kill()
             self.supervisor.wait()
         code = self.supervisor.returncode
-        if code and self.pid:  # it ended abnormally and may have left its worker
+        if code and self.pid:  # abnormal end: its worker may still be running
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
         self.last_stderr_line()
@@ -226,7 +213,7 @@ class WorkerProcess:
         return describe_exit(code)
 
     def _send(self, message: object) -> None:
-        # ASCII JSON carries anything a Python string can hold, lone surrogates and NULs too.
+        # ASCII JSON can encode any Python string, including lone surrogates and NULs.
         self._outbox += json.dumps(message).encode("ascii") + b"\n"
 
     def _start_turn(self) -> None:
@@ -238,7 +225,7 @@ class WorkerProcess:
 
 
 def _start_supervisor(settings: Settings, control: socket.socket, stderr_fd: int) -> subprocess.Popen[bytes]:
-    with tempfile.TemporaryFile() as file:  # not as arguments, which `ps` shows: options may hold credentials
+    with tempfile.TemporaryFile() as file:  # not in argv, which `ps` shows: options may hold credentials
         file.write(json.dumps(settings._asdict()).encode("ascii"))
         file.seek(0)
         return subprocess.Popen(
@@ -247,13 +234,13 @@ def _start_supervisor(settings: Settings, control: socket.socket, stderr_fd: int
             stdin=file,
             stdout=subprocess.DEVNULL,
             stderr=stderr_fd,
-            env=child_environment(1) | {"PYTHONHASHSEED": "0"},  # the same hash order, hence the same results
+            env=child_environment(1) | {"PYTHONHASHSEED": "0"},  # fixed hash order for reproducible results
             start_new_session=True,
         )
 
 
 def _read_lines(source: socket.socket, begun: bytes) -> tuple[list[bytes], bytes, bool]:
-    """The lines that have arrived, given the beginning of the first; that of the next one; and whether it has ended."""
+    """Complete lines read, given a partial first line; the new partial line; whether the socket is closed."""
     try:
         data = source.recv(1 << 16)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The embedded engine: batched sampling in this process, from the weights that are trained.
+"""The embedded engine: batched sampling in this process from the weights being trained.
 
 Shapes: ``P`` prompts, ``S`` sequences being decoded, ``T`` tokens, ``D`` hidden, ``V`` vocabulary.
 """
@@ -24,12 +24,11 @@ from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 COMPACT_FRACTION = 0.03
-"""Finished sequences are removed once they are this share of the batch: removal copies parts of the cache, and keeping
-them costs compute."""
+"""Share of finished sequences at which the batch is compacted; compaction copies parts of the cache."""
 
 
 class Prefix(NamedTuple):
-    """What a sequence starts from: a prompt, and possibly the beginning of a response."""
+    """A prompt, and possibly the beginning of a response."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...] = ()
@@ -48,12 +47,9 @@ class Ended(NamedTuple):
 
 
 class EmbeddedEngine:
-    """Samples from a ``Policy``, with the fp32 log-prob and entropy of every token and no second pass.
+    """Samples from a ``Policy``; records fp32 log-prob and entropy of every token without a second pass.
 
-    Args:
-        workers: the policy in this process and in worker processes.
-        max_prompt_tokens: longer prompts are rejected.
-        max_sequences: decoded at once by one worker.
+    ``max_sequences`` is per worker; prompts longer than ``max_prompt_tokens`` are rejected.
     """
 
     def __init__(self, workers: Workers, *, max_prompt_tokens: int, max_sequences: int = 256) -> None:
@@ -76,7 +72,7 @@ class EmbeddedEngine:
         generator: torch.Generator,
         on_finished: Callable[[Prompt, Rollout], None] | None = None,
     ) -> list[RolloutGroup]:
-        """Sample ``group_size`` responses to each prompt, in the order of the prompts; raises as ``stream``."""
+        """Sample ``group_size`` responses per prompt, in prompt order; raises as ``stream``."""
         rollouts: list[dict[int, Rollout]] = [{} for _ in prompts]
         prefixes = [self.prefix(prompt) for prompt in prompts]
         for ended in self.stream(prefixes, count=group_size, sampling=sampling, generator=generator):
@@ -88,7 +84,7 @@ class EmbeddedEngine:
     def continue_from(
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> list[tuple[Rollout, ...]]:
-        """All continuations that ``stream`` yields, in the order of the prefixes."""
+        """All continuations from ``stream``, in prefix order."""
         continued: list[dict[int, Rollout]] = [{} for _ in prefixes]
         for ended in self.stream(prefixes, count=count, sampling=sampling, generator=generator):
             continued[ended.prefix][ended.number] = ended.rollout
@@ -97,19 +93,12 @@ class EmbeddedEngine:
     def stream(
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[Ended]:
-        """Sample ``count`` continuations of each prefix, and yield each as soon as it ends.
+        """Sample ``count`` continuations per prefix; yield each when it ends (several workers: after its wave).
 
-        With several workers, a wave's continuations are yielded when all have ended. A continuation is a rollout whose
-        prompt is the whole prefix: ids, log-probs, entropy and text are of the tokens after it. The response, with the
-        prefix's beginning of it, is truncated after ``sampling.max_response_tokens``.
-
-        Sequences are decoded in waves of at most ``wave_sequences``, sorted by the length of that beginning; a worker
-        prefills a prefix once for all of its sequences in a wave.
-
-        Raises:
-            UserError: the model has too few positions.
-            ValueError: a prefix leaves no room for a token.
-            TrainingHalted: the model's logits are not finite.
+        The rollout's prompt is the whole prefix; ids, log-probs, entropy and text cover only new tokens. Prefix
+        response and continuation together have at most ``sampling.max_response_tokens`` tokens. Waves are sorted by the
+        length of the prefix response; each worker prefills a prefix once per wave. Raises UserError (too few
+        positions), ValueError (no room for a token) or TrainingHalted (logits not finite).
         """
         limit = sampling.max_response_tokens
         longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
@@ -124,26 +113,22 @@ class EmbeddedEngine:
             yield Ended(*waves[number][place], rollout)
 
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
-        """Advance ``generator`` as decoding a wave of ``num_sequences`` would, to skip that wave."""
+        """Advance ``generator`` past a wave of ``num_sequences`` without decoding it."""
         size = -(-num_sequences // self.workers.count)
         self._draw_seeds(-(-num_sequences // size), generator)
 
     def check_prompts(self, prompts: Sequence[Prompt], response_tokens: int) -> None:
-        """Raise UserError, before a run starts, for prompts that cannot be continued by ``response_tokens`` tokens."""
+        """Raise UserError before a run starts if prompt plus ``response_tokens`` exceeds the model's positions."""
         longest = max(map(self.count_tokens, prompts), default=0)
         require_positions(self.policy.model.config, longest, response_tokens)
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """The number of tokens of a prompt."""
         return len(self.prefix(prompt).prompt_ids)
 
     def _decode_waves(
         self, waves: Sequence[Sequence[Prefix]], sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[tuple[int, int, Rollout]]:
-        """Yield the index of the wave, the index of the sequence in it, and the rollout.
-
-        Every worker decodes its part of a wave with its own random numbers.
-        """
+        """Yield (wave index, sequence index, rollout); every worker uses its own random numbers."""
         for number, prefixes_S in enumerate(waves):
             size = -(-len(prefixes_S) // self.workers.count)
             parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
@@ -161,7 +146,6 @@ class EmbeddedEngine:
         return seeds
 
     def prefix(self, prompt: Prompt) -> Prefix:
-        """The token ids of a prompt."""
         return Prefix(prompt_token_ids(self.policy.tokenizer, prompt, max_tokens=self.max_prompt_tokens))
 
 
@@ -193,8 +177,8 @@ def decode(
 ) -> Iterator[tuple[int, Rollout]]:
     """Decode one batch; yield each rollout, with its index in the batch, as soon as it ends.
 
-    ``interrupted`` is called after every token; once it returns True, the remaining sequences are yielded unfinished.
-    Buffers keep the original order; ``row_S`` maps the sequences in the decoding batch to it.
+    ``interrupted`` is called after every token; once True, the remaining sequences are yielded unfinished. Buffers keep
+    the original order; ``row_S`` maps the decoding batch to it.
     """
     device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
     stop_ids = torch.tensor(stop_tokens(policy, sampling), device=device)
@@ -236,33 +220,30 @@ def decode(
             row_S, drawn_S, position_S = row_S[index_S], drawn_S[index_S], position_S[index_S]
             seen_ST, going_S = seen_ST[index_S], going_S[index_S]
         hidden_SD = advance(drawn_S, position_S, seen_ST[:, : cached + step + 1], cache)
-        position_S = position_S + going_S  # a finished one must not exceed the model's last position
+        position_S = position_S + going_S  # finished sequences must not exceed the model's last position
 
 
 def _close_gaps(going_S: Tensor, num_going: int) -> Tensor:
-    """Rows to keep: the last unfinished rows move to the places of finished ones, the others stay."""
+    """Rows to keep: the last unfinished rows move into the slots of finished ones."""
     index_S = torch.arange(num_going, device=going_S.device)
     index_S[~going_S[:num_going]] = going_S[num_going:].nonzero()[:, 0] + num_going
     return index_S
 
 
 def choose_step(policy: Policy) -> Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor]:
-    """The step: newest tokens, their positions, a mask ``[S, T]`` and the cache to last hidden states."""
+    """A decoding step: newest tokens, their positions, mask ``[S, T]`` and cache to last hidden states."""
     return FlatStep(policy).hidden_states if reproducible(policy) else partial(_model_step, policy)
 
 
 def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
-    """A decoding step through the model's own code."""
     ids_S1, position_S1 = tokens_S[:, None], position_S[:, None]
     return policy.hidden_states(ids_S1, seen_ST, position_ids=position_S1, cache=cache, use_cache=True)[:, -1]
 
 
 def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Fill a cache with each distinct prompt.
+    """Prefill each distinct prompt, padded on the left.
 
-    Returns:
-        Last hidden states ``[P, D]``; the cache; bool ``[P, T]``, True where it holds a token (padding is on the left);
-        and the index of each sequence's prompt, ``[S]``.
+    Returns last hidden states ``[P, D]``, cache, bool ``[P, T]`` (False: padding) and each sequence's prompt, ``[S]``.
     """
     distinct = list(dict.fromkeys(prompts_S))
     longest = max(map(len, distinct))
@@ -276,7 +257,7 @@ def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[
     )
     place = {ids: index for index, ids in enumerate(distinct)}
     owner_S = torch.tensor([place[ids] for ids in prompts_S], device=policy.device)
-    return hidden_PTD[:, -1].clone(), cache, mask_PT, owner_S  # a view would keep all hidden states in memory
+    return hidden_PTD[:, -1].clone(), cache, mask_PT, owner_S  # clone: a view would keep all hidden states alive
 
 
 def build_rollout(
@@ -288,7 +269,7 @@ def build_rollout(
     *,
     finished: bool,
 ) -> Rollout:
-    """A rollout from the tokens of one sequence; raises TrainingHalted unless its statistics are finite."""
+    """A rollout of one sequence; raises TrainingHalted unless log-probs and entropies are finite."""
     if not (logprobs_T.isfinite().all() and entropy_T.isfinite().all()):
         raise TrainingHalted("the model's logits are NaN or infinite while sampling; its weights have diverged")
     ids = tokens_T.tolist()
@@ -303,5 +284,5 @@ def build_rollout(
 
 
 def stop_tokens(policy: Policy, sampling: SamplingParams) -> tuple[int, ...]:
-    """The ids of all tokens that end a response; the model's own always do."""
+    """Ids of all tokens that end a response, always including the model's own."""
     return tuple(dict.fromkeys([*policy.stop_token_ids(), *sampling.stop_token_ids]))

@@ -1,14 +1,10 @@
-"""A decoding step of a Llama-like model with a third of the operations that the model's own code takes.
+"""A fast decoding step for Llama-like models: about twenty operations per layer instead of sixty.
 
-The overhead per operation determines the decoding speed of a small model: ``transformers`` runs about sixty operations
-per layer, this module about twenty. One product computes queries, keys and values, one gate and up; queries and keys
-are rotated and normalised together; residuals are added within the products. The stacked weights are a second copy of
-the layers while a batch decodes, in the precision of the products, so that autocast does not convert them at every
-token.
+Per-operation overhead limits decoding of small models, so projections with the same input are stacked. The stacked
+weights are a second copy in compute precision, which avoids autocast at every token. Other models
+(:func:`reproducible` is false) and all prefills use the model's own code.
 
-Other models decode through their own code (:func:`reproducible`), as do all prompts, which fills the cache.
-
-Shapes: ``S`` sequences, ``D`` hidden, ``H`` query heads, ``K`` heads of keys and values, ``C`` channels of a head.
+Shapes: ``S`` sequences, ``D`` hidden, ``H`` query heads, ``K`` key-value heads, ``C`` channels per head.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Layer(NamedTuple):
-    """The weights of one decoder layer, stacked if they are applied to the same input."""
+    """The weights of one decoder layer; those with the same input are stacked."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -43,7 +39,7 @@ class Layer(NamedTuple):
 
 
 def reproducible(policy: Policy) -> bool:
-    """Whether :class:`FlatStep` computes what this model computes."""
+    """Whether :class:`FlatStep` computes the same function as this model."""
     config, decoder = policy.model.config, cast(Any, policy.decoder)
     return (
         config.model_type in MODEL_TYPES
@@ -71,11 +67,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 class FlatStep:
-    """Runs the decoder layers on one new token of every sequence.
-
-    Args:
-        policy: one for which :func:`reproducible` is true; its weights are read only here.
-    """
+    """Runs the decoder layers on one new token per sequence. Requires :func:`reproducible`; copies the weights once."""
 
     def __init__(self, policy: Policy) -> None:
         decoder: Any = policy.decoder
@@ -86,32 +78,26 @@ class FlatStep:
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.num_kv: int = policy.model.config.num_key_value_heads
-        self.cache_dtype = torch.float32 if policy.device.type == "cpu" else dtype  # CPUs attend slowly in bf16
+        self.cache_dtype = torch.float32 if policy.device.type == "cpu" else dtype  # bf16 attention is slow on CPUs
         self.layers = [_stack(layer, dtype, self.head_dim) for layer in decoder.layers]
 
     def hidden_states(self, tokens_S: Tensor, position_S: Tensor, seen_ST: Tensor, cache: DynamicCache) -> Tensor:
         """Last hidden states ``[S, D]``; appends the new tokens to the cache.
 
-        Args:
-            tokens_S: the newest token of every sequence.
-            position_S: its position in its sequence.
-            seen_ST: bool, False for padding; ``T`` counts the cache and the new token.
-            cache: of all earlier tokens.
+        ``seen_ST`` (bool, False for padding) covers the cache and the new token.
         """
         bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
         return self.run_layers(tokens_S, position_S, bias, cache.layers)
 
     def run_layers(self, tokens_S: Tensor, position_S: Tensor, bias: Tensor, stores: Sequence[Any]) -> Tensor:
-        """The step with an additive mask ``[S, 1, 1, T]``.
+        """The step with an additive mask ``[S, 1, 1, T]``; ``stores`` has one cache per layer.
 
-        Args:
-            stores: for each layer, an object whose ``update(key, value)`` takes ``[S, K, 1, C]`` of the new tokens and
-                returns all keys and values to attend to, ``[S, K, T, C]``.
+        ``store.update(key, value)`` takes the new tokens' ``[S, K, 1, C]`` and returns everything, ``[S, K, T, C]``.
         """
         decoder: Any = self.policy.decoder
         hidden_SD = embedding(tokens_S, decoder.embed_tokens.weight)
         cos_S1C, sin_S1C = decoder.rotary_emb(hidden_SD, position_S[:, None])
-        # rotate_half(x) swaps the halves of x and negates the first; here the sine carries that sign.
+        # rotate_half(x) swaps the halves of x and negates the first; here the sine has that sign.
         half = self.head_dim // 2
         sin_S1C = torch.cat([-sin_S1C[..., :half], sin_S1C[..., half:]], -1)
         for layer, stored in zip(self.layers, stores, strict=True):
@@ -139,7 +125,7 @@ class FlatStep:
         return attend_one_token(grouped, keys, values, bias, self.scaling).reshape(num_sequences, -1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last axis; on a CPU, PyTorch's ``rms_norm`` takes ten operations."""
+        """RMSNorm over the last axis; PyTorch's ``rms_norm`` takes ten operations on a CPU."""
         size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         inverse_rms = torch.addcmul(self.eps, size, size, value=1 / hidden.shape[-1]).rsqrt_()
         return hidden * inverse_rms * weight
@@ -167,7 +153,7 @@ def _stack(layer: Any, dtype: torch.dtype, head_dim: int) -> Layer:
 
 
 def _add_product(residual_SD: Tensor, input_SD: Tensor, weight: Tensor) -> Tensor:
-    """``residual + input @ weight.T``, in one operation if both have the same precision."""
+    """``residual + input @ weight.T``, fused if both have the same dtype."""
     if weight.dtype == residual_SD.dtype:
         return torch.addmm(residual_SD, input_SD.to(weight.dtype), weight.t())
     return residual_SD + linear(input_SD.to(weight.dtype), weight)

@@ -1,8 +1,7 @@
-"""The embedded engine by CUDA graphs: the host launches a step at once, and looks for ends only every few tokens.
+"""The embedded engine with CUDA graphs: one launch per step, and a host check for ended sequences every few tokens.
 
-What it gives is what the embedded engine gives: responses end where they end, and what a row computes after its end is
-thrown away. The random numbers of a token are drawn for all rows of the batch, and rows leave at other moments than
-there, so that the same seed gives other responses; the same each time.
+Tokens computed after the end of a response are discarded. Random numbers are drawn for all rows and rows leave at
+other times than in ``EmbeddedEngine``, so the same seed gives different, still reproducible responses.
 
 Shapes: ``S`` rows of the batch, ``P`` prompts, ``T`` tokens, ``N`` tokens of a stride, ``D`` hidden.
 """
@@ -23,15 +22,13 @@ from forkrl.rollout.sampling import sample_tokens
 from forkrl.types import Rollout, SamplingParams
 
 STRIDE = 8
-"""Tokens between two looks at what has ended: at each the host waits for the device. A row that has ended is computed
-on until the next, four tokens in vain on average."""
+"""Tokens between checks for ended sequences (each a host synchronisation); wastes about four tokens per response."""
 
 
 class GraphedEngine(EmbeddedEngine):
-    """As ``EmbeddedEngine``, for a policy on a GPU; on any other device it runs the same steps without graphs.
+    """``EmbeddedEngine`` with CUDA graphs; on devices other than GPUs it runs the same steps without graphs.
 
-    The buffers (see ``graphed_step``) are as long as the longest sequence can become. They and the graphs live as long
-    as one call of ``stream``: training has the memory for itself.
+    Buffers (see ``graphed_step``) and graphs exist only during one call of ``stream``, to leave memory for training.
     """
 
     def _decode_waves(
@@ -53,7 +50,7 @@ class GraphedEngine(EmbeddedEngine):
 
 
 def require_graphs(policy: Policy) -> None:
-    """Refuse ``rollout.cuda_graphs`` where there would be none."""
+    """Raise UserError if the device or model cannot use CUDA graphs."""
     remedy = "set rollout.cuda_graphs = false (a run that began with it needs a new --out)"
     if policy.device.type != "cuda":
         raise UserError(
@@ -74,10 +71,9 @@ def decode_in_strides(
     sampling: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Decode one batch to its end, giving each sequence, with its place in the batch, soon after it has ended.
+    """Decode one batch; yield each rollout, with its index in the batch, after the stride in which it ends.
 
-    Of one stride the shorter come first. The batch is filled up with copies of its first sequence to a bucket of rows,
-    which count as ended from the start.
+    Copies of the first sequence, marked as ended, pad the batch to a bucket of rows.
     """
     ids_S, room = [prefix.ids for prefix in prefixes_S], _rooms(prefixes_S, sampling)
     num_rows, most = bucket(len(ids_S), LEAST_ROWS), max(room)
@@ -97,7 +93,7 @@ def decode_in_strides(
         drawn_S, written = _stride(step, hidden_SD, end - start, sampling, generator)
         for each_ST, written_SN in zip((tokens_ST, logprobs_ST, entropy_ST), written, strict=True):
             each_ST[row_S, start:end] = written_SN
-        stops = [start + count for count in _count_to_stop(written[0], stop_ids).tolist()]  # the host waits here
+        stops = [start + count for count in _count_to_stop(written[0], stop_ids).tolist()]  # host synchronisation
         ended = sorted(
             (min(stops[place], room[row[place]]), place)
             for place in range(len(row))
@@ -129,13 +125,13 @@ def _stride(
     """Draw ``count`` tokens: the last, and all ``[S, N]`` with log-probs and entropies."""
     drawn = [sample_tokens(step.logits(hidden_SD), sampling, generator)]
     while len(drawn) < count:
-        # Rows that have ended run on: a place beyond the model's last is just another angle, nothing is looked up.
+        # Ended rows continue. Positions beyond the model's last are safe: they are rotary angles, not table indices.
         drawn.append(sample_tokens(step.logits(step.advance(drawn[-1][0])), sampling, generator))
     return drawn[-1][0], tuple(torch.stack(each, 1) for each in zip(*drawn, strict=True))
 
 
 def _count_to_stop(tokens_SN: Tensor, stop_ids: Tensor) -> Tensor:
-    """How many tokens of each row there are up to the first that stops, itself included; more than any where none."""
+    """Tokens of each row up to and including the first stop token; INT32_MAX without one."""
     stop_SN = torch.isin(tokens_SN, stop_ids)
     none = torch.iinfo(torch.int32).max
     return torch.where(stop_SN.any(1), stop_SN.int().argmax(1) + 1, none)

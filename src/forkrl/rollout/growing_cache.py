@@ -1,7 +1,6 @@
-"""A key-value cache for decoding that writes in place.
+"""A key-value cache that appends in place; ``transformers``' DynamicCache copies the whole cache at every token.
 
-``transformers``' DynamicCache copies the whole cache at every token. Here each full-attention layer has a buffer with
-spare room and returns a view of its filled part; other layers (sliding windows) are the library's.
+Full-attention layers have buffers with spare room and return views; other layers (sliding windows) are the library's.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ class GrowingLayer(DynamicLayer):
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values; return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
@@ -36,7 +34,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep (or repeat) the given sequences; if their number shrinks, those that keep their row are not copied."""
+        """Keep or repeat the given sequences; when shrinking, sequences that keep their row are not copied."""
         if self.buffers is None or len(indices) > len(self.buffers[0]):
             super().batch_select_indices(indices)
             self.buffers = None
@@ -51,12 +49,12 @@ class GrowingLayer(DynamicLayer):
 
 
 def _fits(buffer: Tensor, new: Tensor, end: int) -> bool:
-    """Whether the buffer has room, in the precision of the new values."""
+    """Whether the buffer has room, with the dtype of the new values."""
     return buffer.shape[2] >= end and buffer.dtype == new.dtype
 
 
 def _roomy(new: Tensor, old: Tensor | None, past: int, end: int) -> Tensor:
-    """A buffer like ``new`` that holds the past and has room beyond ``end``."""
+    """A buffer like ``new`` with a copy of the past and room beyond ``end``."""
     buffer = new.new_empty((*new.shape[:2], end + max(ROOM, end // 2), new.shape[3]))
     if past and old is not None:
         buffer[:, :, :past] = old
@@ -71,6 +69,6 @@ def build_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 def select_sequences(cache: DynamicCache, index_S: Tensor) -> None:
-    """Keep the given sequences of a cache in that order; an index may occur several times."""
+    """Keep the given sequences in that order; an index may occur several times."""
     with torch.no_grad():
         cache.batch_select_indices(index_S)

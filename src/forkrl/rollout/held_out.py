@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: sampling, scoring, and summary metrics.
+"""Evaluation on held-out prompts: sampling, scoring and summary metrics.
 
 Axes: ``P`` prompts, ``K`` samples each.
 """
@@ -18,10 +18,7 @@ from forkrl.types import Prompt, RolloutEngine, RolloutGroup, SamplingParams, Ve
 
 
 def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy) -> SamplingParams:
-    """How a run and ``forkrl eval`` sample held-out responses: with the rollout's length limit and stop tokens.
-
-    ``rollout.top_p`` and ``rollout.top_k`` do not apply, because they would bias the metric that compares runs.
-    """
+    """Sampling of held-out responses in runs and ``forkrl eval``, without top-p and top-k, which bias the metric."""
     return SamplingParams(
         max_response_tokens=config.rollout.max_response_tokens,
         temperature=temperature,
@@ -30,8 +27,8 @@ def evaluation_sampling(config: TrainConfig, temperature: float, policy: Policy)
 
 
 def evaluation_generator(seed: int, device: torch.device) -> torch.Generator:
-    """The random numbers of every evaluation with this seed, in a run and in ``forkrl eval``."""
-    # Hashed, because training uses a generator with the seed itself, and the two must differ.
+    """The generator of every evaluation with this seed, in a run and in ``forkrl eval``."""
+    # Hashed, so that it differs from training's generator, which uses the seed itself.
     digest = hashlib.sha256(f"evaluation/{seed}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -45,7 +42,6 @@ def sample_and_score(
     sampling: SamplingParams,
     generator: torch.Generator,
 ) -> list[RolloutGroup]:
-    """Sample and score responses; the groups are in the order of the prompts."""
     scoring = Scoring(verifier)
     return scoring.finish(
         engine.generate(prompts, group_size=group_size, sampling=sampling, generator=generator, on_finished=scoring.add)
@@ -61,10 +57,7 @@ def by_source(groups: Sequence[RolloutGroup]) -> dict[str, list[RolloutGroup]]:
 
 
 def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Metrics of an evaluation: avg@K with its 95% interval clustered by prompt, unbiased pass@k, lengths, entropy.
-
-    For a mixed task also accuracy and length of each part: ``accuracy/PART``.
-    """
+    """avg@K with its 95% interval clustered by prompt, unbiased pass@k, lengths, entropy; for mixes also per part."""
     num_samples = len(groups[0].rollouts)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     figures = _accuracy_and_length(groups, "") | {

@@ -1,7 +1,6 @@
-"""The difference between the log-probs of the sampling engine and those of the model that is trained.
+"""Compares log-probs of the sampling engine and the trained model (full vocabulary, rollout temperature).
 
-Both are over the full vocabulary at the rollout temperature, before top-k and top-p, and differ only by rounding. A
-larger gap means that the engine samples from another distribution, which makes every ratio in the loss wrong.
+They should differ only by rounding; a larger gap makes every ratio in the loss wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from forkrl.model.policy import Policy
 from forkrl.types import TokenBatch
 
 MAX_MEAN_GAP = {"fp32": 1e-3, "bf16": 0.05}
-"""Nats, by ``model.precision``. Rounding alone gives less (measurements: docs/engines.md)."""
+"""Nats, by ``model.precision``. Rounding alone gives less (docs/engines.md)."""
 
 
 class LogprobGap(NamedTuple):
@@ -28,14 +27,14 @@ class LogprobGap(NamedTuple):
 
 @torch.no_grad()
 def logprob_gap(policy: Policy, batch: TokenBatch, temperature: float) -> LogprobGap:
-    """The gap between ``batch.old_logprobs`` and one forward pass over the batch, which is on the policy's device."""
+    """The gap between ``batch.old_logprobs`` and one forward pass; the batch must be on the policy's device."""
     logprobs_BT = compute_token_stats(policy, batch, temperature=temperature).logprobs
     gap_N = (logprobs_BT - batch.old_logprobs).abs()[batch.response_mask]
     return LogprobGap(float(gap_N.mean()), float(gap_N.max()))
 
 
 def require_small_gap(gap: LogprobGap, precision: str) -> None:
-    """Halt training if engine and trainer disagree."""
+    """Raise TrainingHalted if engine and trainer disagree."""
     limit = MAX_MEAN_GAP[precision]
     if not gap.mean <= limit:
         raise TrainingHalted(

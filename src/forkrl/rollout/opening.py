@@ -1,4 +1,4 @@
-"""Opens the engine of a recipe, for models whose decoding from a cache gives what one forward pass gives."""
+"""Opens a recipe's engine, for models whose cached decoding equals one forward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
 from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, logprob_gap
 from forkrl.types import Prompt, RolloutGroup, SamplingParams
 
-if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+if TYPE_CHECKING:  # loads pydantic, which only recipes need
     from forkrl.config import TrainConfig
 
 _SUPPORTED_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -27,7 +27,7 @@ _REMEDY = (
 
 
 def open_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
-    """The embedded engine, with CUDA graphs or without; raises UserError for a model that it cannot decode."""
+    """The embedded engine, with or without CUDA graphs; raises UserError if it cannot decode the model."""
     _require_cached_decoding(workers.policy)
     if config.rollout.cuda_graphs:
         require_graphs(workers.policy)
@@ -56,7 +56,7 @@ def _require_cached_decoding(policy: Policy) -> None:
 
 
 def _decoding_gap(policy: Policy) -> float:
-    """The mean gap over a few tokens after prompts of different lengths; in fp32, where it is only rounding."""
+    """The mean gap over a few tokens after prompts of different lengths, in fp32 to exclude rounding."""
     prefixes = [Prefix((0, 1, 2, 3, 4)), Prefix((3, 1)), Prefix((0, 1, 2, 3, 4))]
     generator = torch.Generator(policy.device).manual_seed(0)
     rollouts = dict(decode(policy, prefixes, SamplingParams(6), generator))

@@ -1,4 +1,4 @@
-"""One sampling step: next tokens with their exact log-prob and entropy.
+"""Samples the next tokens with their exact log-prob and entropy.
 
 Shapes: ``S`` sequences being decoded, ``V`` vocabulary.
 """
@@ -14,17 +14,11 @@ from forkrl.types import SamplingParams
 def sample_tokens(
     logits_SV: Tensor, sampling: SamplingParams, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the next token of every sequence.
+    """Draw the next token of every sequence from fp32 logits ``[S, V]``; the generator is on their device.
 
-    Args:
-        logits_SV: the model's, fp32 ``[S, V]``.
-        sampling: temperature or fork temperature, top-k and top-p affect only which token is *drawn*.
-        generator: on the device of the logits.
-
-    Returns:
-        Tokens int64 ``[S]``; fp32 ``[S]`` log-probs and entropies (nats) of the full vocabulary at the sampling
-        temperature, regardless of top-k and top-p. At temperature 0 (greedy), and with a fork temperature, they refer
-        to temperature 1, whose entropy is compared with the threshold.
+    Returns tokens (int64 ``[S]``), log-probs and entropies (nats, fp32 ``[S]``) of the full vocabulary at the sampling
+    temperature: top-k, top-p and fork temperature affect only which token is drawn. At temperature 0 (greedy) and with
+    a fork temperature, the statistics are at temperature 1.
     """
     scaled_SV = logits_SV if sampling.temperature in (0, 1) else logits_SV / sampling.temperature
     logprobs_SV = torch.log_softmax(scaled_SV, dim=-1)
@@ -36,7 +30,7 @@ def sample_tokens(
         if sampling.fork_temperature is not None:  # unnormalised; only ratios matter below
             probs_SV = sampling.fork_temperature.rescale(logprobs_SV, entropy_S).exp()
         candidates_SV = _restrict(probs_SV, sampling)
-        # The largest p / Exp(1) is a draw from p: exact, and without multinomial's host synchronisation.
+        # argmax of p / Exp(1) samples exactly from p, without multinomial's host synchronisation.
         tokens_S = candidates_SV.div(torch.empty_like(probs_SV).exponential_(generator=generator)).argmax(-1)
     return tokens_S, logprobs_SV.gather(-1, tokens_S[:, None])[:, 0], entropy_S
 

@@ -9,7 +9,7 @@ from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
 
 
 class Scoring:
-    """Submits each rollout to the verifier as soon as it ends, so that scoring overlaps with sampling."""
+    """Submits each rollout to the verifier as soon as it ends."""
 
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
@@ -18,11 +18,10 @@ class Scoring:
         ] = {}  # by identity: equal responses are scored separately
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
-        """Start scoring a rollout; does not block."""
         self._results[id(rollout)] = self._verifier.submit([(prompt, rollout.text)])
 
     def finish(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """The groups with a result for every rollout; all must have been added."""
+        """The groups with results; every rollout must have been added."""
         return [
             RolloutGroup(
                 group.prompt,
@@ -34,13 +33,7 @@ class Scoring:
 
 
 def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]) -> str:
-    """A sentence for the case that the verifier failed on all responses; empty if it scored one.
-
-    Args:
-        failures: number of responses that could not be scored.
-        responses: number of responses.
-        first_failures: the verifier's; may be empty.
-    """
+    """A sentence for the case that the verifier failed on all responses; "" if it scored one."""
     if failures < responses:
         return ""
     error = next((f"; the verifier's first error ({kind}): {text}" for kind, text in first_failures.items()), "")
@@ -48,7 +41,6 @@ def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]
 
 
 def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, first_failures: Mapping[str, str]) -> str:
-    """Why no group of a step has a gradient, and the remedy."""
     results = [result for group in sampled for result in group.results]
     unjudged = sum(bool(result.failure) for result in results)
     if reason := none_judged(unjudged, len(results), first_failures):
@@ -63,7 +55,6 @@ def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, firs
 
 
 def score_groups(groups: Sequence[RolloutGroup], verifier: Verifier) -> list[RolloutGroup]:
-    """The groups with a result for every rollout."""
     results = iter(verifier.verify([(group.prompt, rollout.text) for group in groups for rollout in group.rollouts]))
     return [
         RolloutGroup(group.prompt, group.rollouts, tuple(next(results) for _ in group.rollouts)) for group in groups

@@ -1,21 +1,18 @@
 """``ForkTemperature`` in vLLM: logits processors for both of its model runners.
 
-Name the class when the engine starts, and the temperatures in every request that uses them::
+Name the class when the engine starts, and the temperatures in each request::
 
     llm = LLM(model, logits_processors=["forkrl.rollout.vllm_fork_temperature:ForkTemperatureV1"])
     temperatures = {"high": 1.0, "low": 0.3, "threshold": 0.672}
     llm.generate(prompts, SamplingParams(temperature=1, extra_args={"fork_temperature": temperatures}))
 
 A server takes ``--logits-processors`` and, because ``vllm_xargs`` cannot hold dictionaries, the three numbers in this
-order: ``"vllm_xargs": {"fork_temperature": "1.0,0.3,0.672"}``, or a list of them if that vLLM accepts lists.
+order: ``"vllm_xargs": {"fork_temperature": "1.0,0.3,0.672"}``, or a list if that vLLM accepts lists.
 
 ``ForkTemperatureV1`` is for the V1 model runner (vLLM 0.24 and later; ``VLLM_USE_V2_MODEL_RUNNER=0`` if it is not the
-default), ``ForkTemperatureV2`` for Model Runner V2 (vLLM 0.32 and later). Both runners call them before applying their
-own temperature, so the entropy of the unscaled distribution is compared with the threshold. Speculative decoding needs
-V2.
-
-Importing this module does not import vLLM; accessing one of the classes does. It follows vLLM's documentation and is
-tested against a fake with that interface: no real vLLM has run it yet.
+default), ``ForkTemperatureV2`` for Model Runner V2 (vLLM 0.32 and later; required for speculative decoding). Both run
+before vLLM's own temperature, so the threshold applies to the unscaled distribution. vLLM is imported only when a
+class is accessed. Tested against a fake interface, not yet with a real vLLM.
 
 Shapes: ``N`` rows of logits, ``V`` vocabulary.
 """
@@ -61,15 +58,14 @@ def _build_v1() -> type:
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class ForkTemperatureV1(AdapterLogitsProcessor):  # type: ignore[misc]  # untyped
-        """Applies each request's own ``ForkTemperature``, for vLLM's V1 model runner."""
+        """Applies each request's ``ForkTemperature``, for vLLM's V1 model runner."""
 
         @classmethod
         def validate_params(cls, sampling_params: Any) -> None:
-            """Refuse a request whose arguments cannot be used, when it arrives."""
             requested(sampling_params)
 
         def is_argmax_invariant(self) -> bool:
-            """False: argmax-invariant processors run after the temperature; this one needs the entropy before."""
+            """False, so that it runs before the temperature and sees the unscaled distribution."""
             return False
 
         def new_req_logits_processor(self, params: Any) -> ForkTemperature | None:
@@ -83,7 +79,7 @@ def _build_v2() -> type:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
     class ForkTemperatureV2(LogitsProcessor):  # type: ignore[misc]  # untyped
-        """Applies each request's own ``ForkTemperature`` to its rows, for vLLM's Model Runner V2."""
+        """Applies each request's ``ForkTemperature`` to its rows, for vLLM's Model Runner V2."""
 
         def __init__(self, vllm_config: Any, req_states: Any) -> None:
             super().__init__(vllm_config, req_states)
@@ -91,11 +87,10 @@ def _build_v2() -> type:
 
         @classmethod
         def validate_params(cls, sampling_params: Any) -> None:
-            """Refuse a request whose arguments cannot be used, when it arrives."""
             requested(sampling_params)
 
         def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-            """Register a new request; its slot may have had another one before."""
+            """Register a new request; its slot may have been used before."""
             wanted = requested(sampling_params)
             self._by_slot.pop(req_idx, None)
             if wanted is not None:
@@ -103,7 +98,7 @@ def _build_v2() -> type:
             return wanted is not None
 
         def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-            """Rescale in place the rows ``[N, V]`` of the requests that asked for it."""
+            """Rescale in place the rows ``[N, V]`` of requests with a fork temperature."""
             for wanted in {self._by_slot[slot] for slot in ctx.idx_mapping_np.tolist() if slot in self._by_slot}:
                 slots = torch.tensor([slot for slot, theirs in self._by_slot.items() if theirs == wanted])
                 rows_N = torch.isin(ctx.expanded_idx_mapping, slots.to(logits.device))
@@ -117,7 +112,7 @@ _BUILDERS: dict[str, Callable[[], type]] = {"ForkTemperatureV1": _build_v1, "For
 
 
 def __getattr__(name: str) -> Any:
-    """The processor classes, built at first access because their base classes are vLLM's."""
+    """Build the processor classes at first access, because their base classes are vLLM's."""
     if name not in _BUILDERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -126,6 +121,6 @@ def __getattr__(name: str) -> Any:
         if error.name == "vllm":
             raise ImportError(f"{name} needs vLLM; install it with: pip install 'forkrl[vllm]'") from error
         raise ImportError(f"this vLLM has no interface for {name} ({error}); see {__name__}") from error
-    made.__qualname__ = name  # vLLM's other processes unpickle it by this name
+    made.__qualname__ = name  # vLLM's worker processes unpickle it by this name
     globals()[name] = made
     return made

@@ -1,4 +1,4 @@
-"""Tasks (prompts with a verifier), and the endless stream of prompts that training draws from."""
+"""Tasks (prompts with a verifier), and the infinite prompt stream for training."""
 
 from __future__ import annotations
 
@@ -25,15 +25,9 @@ __all__ = ["PromptStream", "check_prompts", "open_evaluation_task", "open_stream
 def open_task(
     config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_prompt_tokens: int | None = None
 ) -> Task:
-    """The configured task, with its prompts exactly as the model reads them.
+    """The configured task, with its prompts exactly as the model reads them; raises UserError if it cannot be used.
 
-    Args:
-        config: the recipe's ``task`` table.
-        tokenizer: the model's, to check every prompt; None if a server has it.
-        max_prompt_tokens: longer prompts are rejected; None: any length.
-
-    Raises:
-        UserError: data, settings or a prompt cannot be used.
+    ``tokenizer`` checks every prompt; it is None if only a server has it. ``max_prompt_tokens`` None: any length.
     """
     return _open(config, tokenizer, _prompt_check(tokenizer, max_prompt_tokens), load_dataset_task)
 
@@ -41,10 +35,10 @@ def open_task(
 def open_evaluation_task(
     config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_prompt_tokens: int | None = None
 ) -> Task:
-    """The configured task with all prompts for evaluation in ``held_out``; arguments and errors as for ``open_task``.
+    """The configured task for evaluation, with all prompts in ``held_out``; arguments and errors as for ``open_task``.
 
-    For a data set they are all of ``held_out_data``, or if that is empty, all of ``data``, and ``train`` is empty. For
-    Countdown and reasoning-gym they are the problems that are always held out.
+    For a data set: all of ``held_out_data``, or if that is empty, of ``data``. For Countdown and reasoning-gym: the
+    held-out problems of training.
     """
     return _open(config, tokenizer, _prompt_check(tokenizer, max_prompt_tokens), load_evaluation_task)
 

@@ -1,14 +1,11 @@
-"""A small Countdown: reach a target from three numbers. Also the random searcher whose traces train the base model.
+"""A small Countdown game (reach a target from three numbers), and the random searcher that writes pretraining traces.
 
-A problem is ``2 5 9:90?``. A response is a chain of attempts; every step restates the remaining numbers, and every
-attempt is checked against the target::
+A problem is ``2 5 9:90?``. Each step of a response restates the remaining numbers; each attempt checks the target::
 
     2*5=10 [9 10], 10+9=19 [19] 19:90 ; 2*5=10 [9 10], 10*9=90 [90] 90:90 !
 
-``!`` claims success, ``?`` gives up, ``;`` tries again. The searcher does not know the answer: it chooses numbers and
-operations uniformly and has the good and bad habits of a real base model: it gives up or continues, repeats a failed
-attempt or avoids it, checks its result or claims success without checking. Reinforcement learning finds out which of
-these branches to take.
+``!`` claims success, ``?`` gives up, ``;`` tries again. The searcher chooses numbers and operations uniformly and makes
+the mistakes of a base model: it gives up, repeats failed attempts, or claims success unchecked.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ NUM_VALIDATION = 256
 
 
 class Step(NamedTuple):
-    """One operation of a response; ``right``: correct arithmetic, available numbers, remainder restated correctly."""
+    """One operation of a response; ``right``: correct arithmetic, available numbers, correct remainder."""
 
     right: bool
     remaining: tuple[int, ...]
@@ -43,11 +40,8 @@ class Step(NamedTuple):
 def countdown_task(*, validation: bool = False) -> Task:
     """All problems with three numbers from 1 to 9 and a reachable target up to 99, split by a hash.
 
-    The order of a problem's numbers does not matter, so no held-out problem is seen in training.
-
-    Args:
-        validation: hold out other problems, for choosing settings, so that the usual held-out problems remain unseen.
-            The training problems are the same.
+    Problems are multisets, so none is held out in one order and trained on in another. ``validation`` holds out other
+    problems, for choosing settings; the training problems are the same.
     """
     prompts = sorted(map(_prompt, _problems()), key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
     held_out, rest = prompts[:NUM_HELD_OUT], prompts[NUM_HELD_OUT:]
@@ -63,12 +57,7 @@ def countdown_task(*, validation: bool = False) -> Task:
 
 
 def verify_countdown(answer: str, response: str) -> float:
-    """1.0 if the last attempt claims success, reaches the target, and every step is right; else 0.0.
-
-    Args:
-        answer: the problem, ``"2 5 9:90"``.
-        response: the model's text.
-    """
+    """1.0 if the last attempt claims success, reaches the target and has no wrong step. ``answer``: ``"2 5 9:90"``."""
     numbers, target = parse_problem(answer)
     response = reply_of(response)
     if not response.endswith("!"):
@@ -78,7 +67,7 @@ def verify_countdown(answer: str, response: str) -> float:
 
 
 def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
-    """The steps of every attempt, each judged by the numbers that the response says remain."""
+    """The steps of every attempt, each judged against the remaining numbers that the response states."""
     tries = []
     for text in response.split(";"):
         remaining, steps = numbers, []
@@ -90,7 +79,6 @@ def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
 
 
 def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habits: SearchHabits) -> str:
-    """The random searcher's response to a problem."""
     written = ""
     tried: list[tuple[str, int]] = []
     for attempt in range(1, habits.most_tries + 1):
@@ -173,7 +161,7 @@ def _new_try(numbers: tuple[int, ...], rng: random.Random, tried: list[tuple[str
 
 
 def _random_try(numbers: tuple[int, ...], rng: random.Random) -> tuple[str, int]:
-    """Combine random pairs by random possible operations until one number is left: text and result."""
+    """Combine random pairs by random valid operations until one number is left: text and result."""
     pool, steps = list(numbers), []
     while len(pool) > 1:
         left, right = rng.sample(range(len(pool)), 2)

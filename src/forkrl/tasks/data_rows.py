@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files, folders of them, and data sets of the Hugging Face hub, one by one."""
+"""Iterates over rows of JSONL and Parquet files, folders of them, and Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _BATCH_ROWS = 1024
 
 class Row(NamedTuple):
     place: str
-    """Its location for error messages: "train.jsonl line 7"."""
+    """Location for error messages: "train.jsonl line 7"."""
     values: dict[str, Any]
 
 
 def read_rows(config: TaskConfig, source: str, key: str, bad: BadRows) -> Iterator[Row]:
-    """The rows of a source with the columns that the recipe names; lines that are not JSON objects go to ``bad``."""
+    """The rows of a source with the recipe's columns; lines that are not JSON objects go to ``bad``."""
     path = Path(source).expanduser()
     if path.exists():
         for setting in ("subset", "split"):
@@ -45,7 +45,7 @@ def read_rows(config: TaskConfig, source: str, key: str, bad: BadRows) -> Iterat
 
 
 def look_up(row: Row, column: str, key: str) -> Any:
-    """The value of a column; dots select nested fields, and with a number items of lists."""
+    """The value of a column; dots select nested fields or, with a number, list items."""
     if column in row.values:
         return row.values[column]
     value: Any = row.values
@@ -122,7 +122,7 @@ def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[R
 
     try:
         rows = datasets.load_dataset(name, config.subset or None, split=split)
-    except Exception as error:  # network, permission, unknown name, subset or split: dozens of types, one remedy
+    except Exception as error:  # network, permission, unknown name, subset or split: many types, one remedy
         raise UserError(
             f"{key} = {name!r} is not a local path, and the hub has no split {split!r} of it ({first_line(error)}); "
             f"check the name, or download it and give the path of a .jsonl or .parquet file or a folder of them"
@@ -134,7 +134,7 @@ def _read_hub(config: TaskConfig, name: str, split: str, key: str) -> Iterator[R
 
 
 def _top_columns(config: TaskConfig, names: list[str], place: str) -> list[str]:
-    """The top-level columns that hold the recipe's prompt and answer columns, which may be nested in them."""
+    """The top-level columns that contain the recipe's prompt and answer columns."""
     wanted = {"task.prompt_column": config.prompt_column}
     if config.verifier != NO_VERIFIER:
         wanted["task.answer_column"] = config.answer_column

@@ -1,7 +1,6 @@
-"""Prompts from your own data: JSONL, Parquet, a folder of them, or a data set of the Hugging Face hub.
+"""Prompts from user data: JSONL, Parquet, a folder of them, or a Hugging Face data set.
 
-Rows are read one by one and only distinct questions are kept, so that a file with every question a hundred times
-(DAPO-Math-17K on the hub) needs no more memory than its distinct questions.
+Rows are streamed and only distinct questions kept: in DAPO-Math-17K on the hub every question occurs 100 times.
 """
 
 from __future__ import annotations
@@ -31,21 +30,16 @@ RenderPrompt = Callable[[str | Messages, str], str]
 def load_dataset_task(
     config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None = None
 ) -> Task:
-    """Read the prompts that ``config`` names and hold some out.
+    """Read the configured prompts and hold some out.
 
-    A question is text, or a list of chat messages whose last is the user's. ``config.template`` is applied to that
-    text, and with ``config.chat_template`` the tokenizer's chat template to all messages. A prompt's id hashes its
-    question. Duplicates are dropped and reported: the same question, or one that differs only in whitespace and has the
-    same answer. Held-out prompts come from ``held_out_data``, or are the ``held_out_rows`` questions with the lowest
-    ids, independent of the order of rows; a held-out question is never trained on.
+    A question is text, or chat messages ending with the user's. ``config.template`` applies to that text, then with
+    ``config.chat_template`` the tokenizer's chat template to all messages. A prompt's id hashes its question.
+    Duplicates (the same question, or the same answer and a question that differs only in whitespace) are dropped and
+    reported. Held-out prompts come from ``held_out_data``, or are the ``held_out_rows`` lowest ids, independent of row
+    order; they are never trained on.
 
-    Args:
-        config: the recipe's ``task`` table.
-        apply_chat_template: the tokenizer's: chat messages to text; None if it has no chat template.
-        check: raises UserError for a prompt that the model cannot read, which makes its row a bad row.
-
-    Raises:
-        UserError: a source cannot be read, a row cannot be used (without ``skip_bad_rows``), or nothing is left.
+    ``check`` raises UserError for unreadable prompts, which makes their rows bad rows. Raises UserError if a source or
+    (without ``skip_bad_rows``) a row cannot be used, or nothing is left.
     """
     if config.verifier == NO_VERIFIER:
         raise UserError(f"task.verifier = {NO_VERIFIER!r}: training needs something to judge responses by")
@@ -74,9 +68,9 @@ def load_dataset_task(
 def load_evaluation_task(
     config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None, check: CheckPrompt | None = None
 ) -> Task:
-    """Read prompts for evaluation only: all distinct questions of ``held_out_data``, or if that is empty, of ``data``.
+    """Read prompts for evaluation: all distinct questions of ``held_out_data``, or if that is empty, of ``data``.
 
-    With the verifier "none", ``Task.verifiers`` is empty. Arguments and errors are those of ``load_dataset_task``.
+    With the verifier "none", ``Task.verifiers`` is empty. Arguments and errors as for ``load_dataset_task``.
     """
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
     questions = _read_questions(config, source, key, apply_chat_template, check)
@@ -106,7 +100,7 @@ def _read_questions(
     apply_chat_template: ApplyChatTemplate | None,
     check: CheckPrompt | None,
 ) -> dict[str, _Question]:
-    """The distinct questions of a source by id, in the order of their first appearance."""
+    """The distinct questions of a source by id, in order of first appearance."""
     render = prompt_renderer(config, apply_chat_template)
     questions: dict[str, _Question] = {}
     keys: set[str] = set()
@@ -114,7 +108,7 @@ def _read_questions(
     for row in read_rows(config, source, key, bad):
         try:
             content, answer = _question_content(config, row), _answer_text(config, row)
-            # Questions that differ only in whitespace may differ in meaning (grids, programs): their answers decide.
+            # Whitespace may change the meaning (grids, programs), so duplicates must also have equal answers.
             texts = [content] if isinstance(content, str) else [text for each in content for text in each.values()]
             words = [" ".join(text.split()) for text in texts]
             key_of_question = hashlib.sha256(json.dumps([words, answer]).encode()).hexdigest()[:16]
@@ -156,7 +150,7 @@ def _require_same_answer(config: TaskConfig, row: Row, answer: str, earlier: Pro
 
 
 def prompt_renderer(config: TaskConfig, apply_chat_template: ApplyChatTemplate | None) -> RenderPrompt:
-    """The function that applies the recipe's template and chat template to a question, given with its place."""
+    """The function that applies the recipe's template and the chat template to a question (with its place)."""
     if config.chat_template and apply_chat_template is None:
         raise UserError(
             "task.chat_template = true, but the model's tokenizer has no chat template (base models often have none); "
@@ -223,7 +217,7 @@ def _answer_text(config: TaskConfig, row: Row) -> str:
 
 
 def _tests_text(config: TaskConfig, value: Any, place: str) -> str:
-    """A program's tests as JSON, which the row holds as text or as values."""
+    """A program's tests as JSON; the row has text or values."""
     with any_number_of_digits():
         text = json.dumps(value) if isinstance(value, dict | list) else value
     if not isinstance(text, str):
@@ -243,13 +237,13 @@ def _checked_text(text: str, column: str, place: str, *, may_be_empty: bool = Fa
 
 
 def question_id(content: str | Messages) -> str:
-    """A hash of the question alone, independent of its file, order and template."""
+    """A hash of the question alone, independent of file, order and template."""
     canonical = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def fingerprint_of(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
-    """A hash of everything that the model reads and that its responses are scored against."""
+    """A hash of all prompts and of what their responses are scored against."""
     digest = hashlib.sha256()
     for name, prompts in (("train", train), ("held_out", held_out)):
         digest.update(f"{name} {len(prompts)}\n".encode())

@@ -1,7 +1,6 @@
-"""Any generator of reasoning-gym as a task, with that package's scorers as verifiers.
+"""reasoning-gym generators as tasks, with that package's scorers as verifiers.
 
-reasoning-gym is an extra: ``pip install 'forkrl[gym]'``. Its generators run in a separate process
-(``gym_questions.py``) and its scorers in the verifier workers (``rewards/gym.py``).
+Generators run in a separate process (``gym_questions.py``), scorers in the verifier workers (``rewards/gym.py``).
 """
 
 from __future__ import annotations
@@ -25,14 +24,10 @@ GYM_VERIFIER = VerifierSpec("forkrl.rewards.gym:verify_gym")
 
 
 def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | None) -> Task:
-    """The questions of ``config.generator``, distinct by their text; held-out ones are not in the training questions.
+    """The questions of ``config.generator``, distinct by text; held-out ones are not trained on.
 
-    They depend only on the recipe's ``task`` table, so that runs with several seeds share their held-out questions.
-    With a curriculum every level has its own training questions, and the held-out ones are spread evenly over levels.
-
-    Args:
-        config: the recipe's ``task`` table.
-        apply_chat_template: the tokenizer's, or None for the text as it is.
+    They depend only on the recipe's ``task`` table, so runs with different seeds share their held-out questions. With a
+    curriculum, every level has its own training questions, and the held-out ones are spread evenly over levels.
     """
     curriculum = config.curriculum
     levels = [config.difficulty] if curriculum.promote_above is None else [curriculum.start, curriculum.max_level]
@@ -44,16 +39,10 @@ def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | Non
 
 
 def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, Any] | None = None) -> list[Prompt]:
-    """Distinct questions of one generator for evaluation, the same each time; ``GYM_VERIFIER`` scores responses.
+    """Distinct questions of one generator for evaluation, deterministic; ``GYM_VERIFIER`` scores responses.
 
-    Each ends with the default ``task.instruction``. They are the held-out questions of a training task with the same
-    generator and settings, ``task.question_seed = seed`` and ``task.held_out_rows = count``.
-
-    Args:
-        name: the generator.
-        count: number of questions; fewer if the generator has no more.
-        seed: of the questions.
-        settings: of the generator.
+    They equal the held-out questions of a training task with the same generator and settings, the default
+    ``task.instruction``, ``task.question_seed = seed`` and ``task.held_out_rows = count`` (fewer if exhausted).
     """
     config = TaskConfig(
         name="reasoning-gym", generator=name, settings=dict(settings or {}), question_seed=seed, held_out_rows=count
@@ -121,7 +110,6 @@ def _require_enough(config: TaskConfig, train: list[Prompt], held_out: list[Prom
 
 
 def _questions(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines that the process for questions writes."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("task.name = \"reasoning-gym\" needs the package of that name: pip install 'forkrl[gym]'")
     process = subprocess.Popen(

@@ -1,8 +1,7 @@
-"""A process that writes reasoning-gym's questions, one JSON line each: ``python -m forkrl.tasks.gym_questions``.
+"""A process that writes reasoning-gym questions as JSON lines: ``python -m forkrl.tasks.gym_questions``.
 
-A separate process, because questions must not depend on the interpreter's string hashing, generators print and may
-loop, and training should not hold their imports. Reads the arguments of ``questions`` as JSON from standard input.
-Writes questions and last ``{"done": true}``, or ``{"error": line}`` for a mistake in the recipe.
+A separate process, because questions depend on string hashing, and generators print and may loop. Reads the arguments
+of ``questions`` from stdin as JSON; the last line is ``{"done": true}``, or ``{"error": line}`` for a recipe mistake.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from typing import Any
 from forkrl.rewards.gym import Source, highest_level, make_entry, open_source
 
 _MOST_TRIES = 4
-"""Entries tried per distinct question; a generator that repeats itself more often has no more questions."""
+"""Entries tried per distinct question before the generator counts as exhausted."""
 
 
 def main() -> None:
-    """Answer one request."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # generators print
     request = json.load(sys.stdin)
@@ -37,19 +35,11 @@ def main() -> None:
 def questions(
     *, generator: str, settings: dict[str, Any], seed: int, levels: list[int | None], held_out: int, train: int
 ) -> Iterator[dict[str, Any]]:
-    """Distinct questions: first the held-out ones, then those to train on.
+    """Distinct questions: first the held-out ones, then the training ones, with distant seeds derived from ``seed``.
 
-    Args:
-        generator: its name in reasoning-gym.
-        settings: its settings.
-        seed: of the questions; the two kinds use distant seeds derived from it.
-        levels: ``[None]`` for no level; ``[level]``; or the first and the last level of a curriculum, with None for the
-            last that the generator supports.
-        held_out: number of held-out questions, spread evenly over the levels.
-        train: number of training questions per level.
-
-    Yields:
-        kind ("held_out" or "train"), question, answer (text or None), and the fields of its ``Source`` and its index.
+    ``levels`` is ``[None]`` (no level), ``[level]``, or the first and last level of a curriculum (None: the generator's
+    last). ``held_out`` counts all levels, ``train`` each level. Yields kind ("held_out" or "train"), question, answer
+    (text or None), the fields of its ``Source``, and its index.
     """
     levels = _resolve(generator, settings, levels)
     seen: set[str] = set()
@@ -88,7 +78,7 @@ def _distinct(
 
 
 def _entry(source: Source, index: int) -> Any:
-    """An entry; if the generator fails, its settings are at fault."""
+    """An entry; raises ValueError if the generator fails, since its settings are the cause."""
     try:
         return make_entry(source, index)
     except Exception as error:
@@ -101,7 +91,7 @@ def _entry(source: Source, index: int) -> Any:
 
 
 def _resolve(generator: str, settings: dict[str, Any], levels: list[int | None]) -> list[int | None]:
-    """All requested levels, checked against those that the generator supports."""
+    """All requested levels, checked against the levels that the generator supports."""
     if levels == [None]:
         return levels
     top = highest_level(generator)
@@ -123,7 +113,7 @@ def _resolve(generator: str, settings: dict[str, Any], levels: list[int | None])
         except ValueError:
             if last is not None or not found:
                 raise
-            break  # some curricula name levels that their generators reject
+            break  # some curricula have levels that their generators reject
         found.append(level)
     return found
 

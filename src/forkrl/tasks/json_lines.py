@@ -1,4 +1,4 @@
-"""Rows of a user's JSONL file, and one clear line for everything that is wrong with them."""
+"""Rows of a user's JSONL file, with one-line errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 10
 
 
 def json_object(line: bytes, place: str) -> dict[str, Any]:
-    """The object on a line, without a byte order mark."""
+    """The JSON object on a line, without a byte order mark."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -34,13 +34,12 @@ def require_characters(text: str, column: str, place: str) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """The kind of a JSON value, for messages."""
     names = {type(None): "missing", bool: "true or false", dict: "an object", list: "a list", str: "text"}
     return names.get(type(value), f"{value!r:.40} ({type(value).__name__})")
 
 
 class BadRows:
-    """Collects the errors of unusable rows, so that one message reports the first ten and the count."""
+    """Collects the errors of unusable rows; one message reports the first ten and the count."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -56,12 +55,11 @@ class BadRows:
             self._first.append(str(error))
 
     def listing(self) -> str:
-        """The first few errors, one per line."""
         more = [f"  and {self.count - _SHOWN:,} more"] if self.count > _SHOWN else []
         return "\n".join([f"  {error}" for error in self._first] + more)
 
     def require_none(self, source: str, total: int, remedy: str) -> None:
-        """Raise UserError if a row is bad: one line for one row, else a list with the count of all ``total`` rows."""
+        """Raise UserError if a row is bad: one line for one row, else a list and the count out of ``total``."""
         if self.count == 1:
             raise UserError(f"{self._first[0]}; or {remedy}" if remedy else self._first[0])
         if self.count:

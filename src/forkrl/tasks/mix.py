@@ -1,4 +1,4 @@
-"""Several tasks as one: each prompt knows its part, and each part has its own verifier and template."""
+"""Combines several tasks; each part has its own verifier and template."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ from forkrl.types import Prompt, Task
 
 
 def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
-    """All parts of a mix; ``Prompt.source`` names the part.
+    """All parts of a mix; ``Prompt.source`` names the part, and ``open_part`` opens its task.
 
-    A question that one part holds out is not trained on in any other; a question that two parts hold out is kept by
-    the first. Both are reported. The parts' held-out prompts alternate by the formula of the training stream, so that
-    any number of them from the start is mixed by the weights, as long as every part has some left.
-
-    Args:
-        config: the recipe's ``task`` table.
-        open_part: opens the task of one part.
+    A question held out by one part is not trained on in any other; if two parts hold it out, the first keeps it. Both
+    cases are reported. Held-out prompts alternate as in the training stream, so any first N are mixed by weight as long
+    as every part has prompts left.
     """
     tasks = {part.label: _open(part, open_part) for part in config.parts}
     held_out: dict[str, list[Prompt]] = {}
@@ -52,7 +48,7 @@ def _open(part: PartConfig, open_part: Callable[[TaskConfig], Task]) -> Task:
 
 
 def _mixed(weights: dict[str, float], prompts: dict[str, list[Prompt]]) -> list[Prompt]:
-    """The parts' prompts in the order of the training stream; a part without prompts left skips its turns."""
+    """The parts' prompts in training-stream order; a part without prompts left skips its turns."""
     mixed: list[Prompt] = []
     shares = {label: weight / sum(weights.values()) for label, weight in weights.items()}
     turns = dict.fromkeys(prompts, 0)

@@ -1,4 +1,4 @@
-"""The endless stream of prompts that training draws from, with mixed parts and levels of difficulty."""
+"""The infinite prompt stream for training, with mixed parts and difficulty levels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,11 @@ from forkrl.types import Prompt, RolloutGroup
 
 
 class PromptStream:
-    """An endless stream of prompts: every part repeats its prompts, each epoch in a new seeded order.
+    """Repeats the prompts of every part forever, in a new seeded order each epoch.
 
-    In a mix, the next prompt always comes from the part that is furthest behind its weight, so the numbers drawn are
-    proportional to the weights at any time, up to whole prompts. A part with a curriculum gives prompts of its current
-    level, which ``observe`` changes. ``restore`` continues from ``state``.
-
-    Args:
-        prompts: of all parts (``Prompt.source``) and levels (``Prompt.level``).
-        seed: of the orders.
-        weights: by source, above 0; None: equal.
-        curricula: by source, for the parts that have one.
+    In a mix, the next prompt comes from the part furthest behind its weight, so counts follow the weights at any time.
+    A part with a curriculum yields prompts of its current level, which ``observe`` changes. ``weights`` (above 0; None:
+    equal) and ``curricula`` are by ``Prompt.source``.
     """
 
     def __init__(
@@ -39,7 +33,7 @@ class PromptStream:
         for prompt in prompts:
             pools.setdefault(prompt.source, {}).setdefault(prompt.level, []).append(prompt)
         sources = sorted(pools)
-        random.Random(f"{seed}/sources").shuffle(sources)  # their order decides ties
+        random.Random(f"{seed}/sources").shuffle(sources)  # their order breaks ties
         self._seed = seed
         self._curricula = dict(curricula or {})
         given = weights or dict.fromkeys(sources, 1.0)
@@ -48,7 +42,7 @@ class PromptStream:
             source: {level: _Pool(pools[source][level], self._pool_seed(source, level)) for level in pools[source]}
             for source in sources
         }
-        # With a fixed difficulty a part has one level.
+        # A part with fixed difficulty has one level.
         self._levels = {source: min(pools[source]) for source in sources}
         self._windows: dict[str, list[float]] = {source: [] for source in self._curricula}
 
@@ -58,11 +52,10 @@ class PromptStream:
         return {source: self._levels[source] for source in self._curricula}
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts."""
         return [self._next() for _ in range(count)]
 
     def observe(self, groups: Sequence[RolloutGroup]) -> None:
-        """Let curricula move by the scores of sampled groups, in their order."""
+        """Update curricula with the scores of sampled groups, in order."""
         for group in groups:
             source = group.prompt.source
             if source in self._curricula and group.prompt.level == self._levels[source]:
@@ -70,13 +63,13 @@ class PromptStream:
                 self._move(source, self._curricula[source])
 
     def state(self) -> dict[str, Any]:
-        """The position of the stream, as JSON values."""
+        """The stream's position as JSON values."""
         pools = self._pools.items()
         drawn = {source: {str(level): pool.position for level, pool in levels.items()} for source, levels in pools}
         return {"drawn": drawn, "levels": self.levels, "windows": copy.deepcopy(self._windows)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state`` of a stream of the same prompts."""
+        """Continue from the ``state`` of a stream of the same prompts."""
         for source, levels in state["drawn"].items():
             for level, position in levels.items():
                 self._pools[source][int(level)].position = position
@@ -89,7 +82,7 @@ class PromptStream:
         return self._pools[source][self._levels[source]].next()
 
     def _move(self, source: str, curriculum: CurriculumConfig) -> None:
-        """Change the level if the full window says so; otherwise the window slides."""
+        """Change the level if the full window requires it, else slide the window."""
         window = self._windows[source]
         del window[: -curriculum.window]
         if len(window) < curriculum.window:
@@ -106,13 +99,13 @@ class PromptStream:
 
 
 def furthest_behind(shares: Mapping[str, float], drawn: Mapping[str, int]) -> str:
-    """The part whose number of drawn prompts is furthest below its share; the first one in a tie."""
+    """The part furthest below its share; the first one in a tie."""
     total = sum(drawn.values()) + 1
     return max(drawn, key=lambda name: shares[name] * total - drawn[name])
 
 
 class _Pool:
-    """The prompts of one part and level, repeated; ``position`` is its whole state."""
+    """The prompts of one part and level, repeated; ``position`` is its only state."""
 
     def __init__(self, prompts: list[Prompt], seed: str) -> None:
         self.position = 0
@@ -131,7 +124,6 @@ class _Pool:
 
 
 def open_stream(prompts: Sequence[Prompt], config: TaskConfig, seed: int) -> PromptStream:
-    """The stream of a recipe over the training prompts of its task."""
     parts: dict[str, TaskConfig] = {part.label: part for part in config.parts} or {"": config}
     curricula = {name: part.curriculum for name, part in parts.items() if part.curriculum.promote_above is not None}
     weights = {part.label: part.weight for part in config.parts} or None
@@ -139,7 +131,7 @@ def open_stream(prompts: Sequence[Prompt], config: TaskConfig, seed: int) -> Pro
 
 
 def repeated_prompts(prompts: Sequence[Prompt], config: TrainConfig) -> str:
-    """A warning if a part or level has too few prompts, so that one step takes some more than once; "" otherwise."""
+    """A warning if a part or level has too few prompts for one step without repeats; "" otherwise."""
     rollout, dynamic = config.rollout, config.dynamic_sampling
     key, drawn = "rollout.prompts_per_step", rollout.prompts_per_step
     if dynamic.enabled and dynamic.generation_prompts > drawn:

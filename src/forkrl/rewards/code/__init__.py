@@ -1,9 +1,7 @@
-"""Scores programs by their tests. The program runs in a sandbox; the score is formed outside.
+"""Scores programs by their tests: 1.0 if all pass, else 0.0; stops at the first failure.
 
-Only inputs go in, and only text comes out: a program's standard output, or the JSON of a function's value. Nothing
-inside knows what would pass, so the program cannot forge a pass. Tests written as ``assert`` statements are Python
-themselves and run in the sandbox, in a process apart from the program's. The score is 1.0 if every test passes, else
-0.0; testing ends at the first failure.
+Expected outputs never enter the sandbox: it receives inputs, and its text output is compared outside, so a program
+cannot forge a pass. Tests written as ``assert`` statements run inside, in a process separate from the program's.
 """
 
 from __future__ import annotations
@@ -43,20 +41,20 @@ __all__ = [
 ]
 
 _MARGIN_S = 30.0
-"""Between a program's own time limit and the pool's timeout, which would count as a failure."""
+"""Between a program's own time limit and the pool's timeout, which would count as a verifier failure."""
 _LONG_INTEGER = 4_300
 """Digits."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
 
 
 def code_verifier(config: SandboxConfig, options: Mapping[str, Any] | None = None) -> VerifierSpec:
-    """The verifier of programs within the limits of a recipe's ``[sandbox]``, with ``verifier_options``."""
+    """The verifier for the limits of ``[sandbox]`` and the ``verifier_options``."""
     options = config.model_dump(mode="json") | dict(options or {})
     return VerifierSpec("forkrl.rewards.code:verify_code", options, timeout_s=config.total_seconds + _MARGIN_S)
 
 
 def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -> dict[str, VerifierSpec]:
-    """The verifiers of a task, with "code" bound to a sandbox that was just tested; raises UserError without one."""
+    """Bind "code" to a sandbox after testing it; raises UserError if there is none."""
     if any(spec.path == CODE_VERIFIER for spec in verifiers.values()):
         require_sandbox(config)
     return {
@@ -68,12 +66,8 @@ def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -
 def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **options: Any) -> Judgement:
     """1.0 if the response's program (``last_program``) passes every test, else 0.0; answer "" without a program.
 
-    Args:
-        answer: the tests, as ``pack_tests`` writes them.
-        response: what the model wrote.
-        float_tolerance: allowed error of numbers whose expected value has a decimal point, relative or absolute,
-            whichever is larger.
-        options: the settings of ``SandboxConfig``.
+    ``answer`` is written by ``pack_tests``; ``options`` are those of ``SandboxConfig``. ``float_tolerance`` is relative
+    or absolute, whichever is larger, for expected numbers with a decimal point.
     """
     tests = unpack_tests(answer)
     source = last_program(response, tests)
@@ -86,7 +80,7 @@ def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **o
 
 
 class _Run(NamedTuple):
-    """A program to test, and how; ``deadline`` is a monotonic time."""
+    """A program with its test settings; ``deadline`` is monotonic."""
 
     source: str
     limits: SandboxConfig
@@ -145,7 +139,7 @@ def _passes_asserts(tests: CodeTests, run: _Run) -> bool:
 
 
 def _same_text(expected: str, printed: str, tolerance: float) -> bool:
-    """LiveCodeBench's comparison: equal lines up to spaces at their ends, or lines of equal decimal numbers."""
+    """LiveCodeBench's comparison: equal lines after stripping, or lines of equal decimal numbers."""
     due, found = expected.strip().split("\n"), printed.strip().split("\n")
     return len(due) == len(found) and all(_same_line(*lines, tolerance) for lines in zip(due, found, strict=True))
 
@@ -165,15 +159,14 @@ def _same_line(due: str, found: str, tolerance: float) -> bool:
 
 
 def _close(due: float, found: float, tolerance: float) -> bool:
-    """Whether a number lies within the tolerance of an expected one."""
     try:
         return tolerance > 0 and abs(due - float(found)) <= tolerance * max(1.0, abs(due)) < math.inf
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def _right_value(test: CallTest, line: bytes, tolerance: float) -> bool:
-    """Whether the driver's reply, [value] or [None, substitute], is an accepted value."""
+    """Whether the driver's reply, [value] or [None, substitute], is accepted."""
     try:
         match json.loads(line, parse_constant=_reject_constant, parse_int=_read_integer):
             case [None, other]:
@@ -188,7 +181,7 @@ def _right_value(test: CallTest, line: bytes, tolerance: float) -> bool:
 
 
 def _same_value(due: Any, found: Any, tolerance: float) -> bool:
-    """Equality of JSON values; unlike Python's, True is not 1."""
+    """Equality of JSON values; unlike in Python, True is not 1."""
     if isinstance(due, bool) or isinstance(found, bool):
         return due is found
     if isinstance(due, list) and isinstance(found, list):
@@ -203,7 +196,7 @@ def _same_value(due: Any, found: Any, tolerance: float) -> bool:
 
 
 def _read_integer(digits: str) -> int | Decimal:
-    """An integer; a long one as a Decimal, which is read in linear time and equal to the same integer."""
+    """Long integers become Decimals, which are parsed in linear time and compare equal."""
     return int(digits) if len(digits) <= _LONG_INTEGER else Decimal(digits)
 
 

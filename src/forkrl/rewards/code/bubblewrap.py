@@ -1,7 +1,7 @@
-"""Programs inside bubblewrap, on this machine.
+"""Runs programs in bubblewrap on this machine.
 
-A program sees Python's standard library and the C libraries, read-only, an empty /tmp of limited size, and its own
-processes: no network, no other files, no environment, no privileges, and an unused user id.
+A program sees only Python's standard library and the C libraries (read-only), a size-limited empty /tmp and its own
+processes: no network, other files, environment or privileges, and an unused user id.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from forkrl.rewards.code.sandboxed_process import SandboxedProcess
 from forkrl.rewards.code.seccomp import build_filter, supports
 
 _USER = 65533
-"""User id of programs, outside too if ForkRL runs as root; no system assigns it."""
+"""User id of programs, also outside the sandbox if ForkRL runs as root; no system assigns it."""
 _ADDRESS_SPACE_BEYOND = 256 << 20
-"""Address space beyond the memory limit."""
+"""Address space on top of the memory limit."""
 _OLDEST = (0, 8)
 _INSTALL = "apt-get install bubblewrap"
 
 
 class Bubblewrap:
-    """A sandbox on this machine; raises UserError if bubblewrap is missing, too old or unsupported here."""
+    """A local sandbox; raises UserError if bubblewrap is missing, too old or unsupported here."""
 
     def __init__(self, config: SandboxConfig) -> None:
         self._limits = config
@@ -39,13 +39,12 @@ class Bubblewrap:
         self._seccomp = build_filter(platform.machine())
         self._python, mounts = _find_python(config.python)
         user = _USER if os.geteuid() == 0 else None
-        # Root's own folders are closed to the user that programs run as.
+        # The programs' user cannot read root's own folders.
         behind_doors = user is not None and not all(map(_open_to_all, mounts))
         self._user = None if behind_doors else user
         self._command = _command(bwrap, mounts, config.files_mb << 20, behind_doors=behind_doors)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """See ``Sandbox``."""
         text, seconds = stdin.encode("utf-8", "replace"), self._limits.seconds
         with self._start("program", source, text, cpu_seconds=seconds, max_output=max_output) as process:
             process.allow(seconds, deadline)
@@ -56,7 +55,7 @@ class Bubblewrap:
     def answers(
         self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> Iterator[Iterator[bytes]]:
-        """See ``Sandbox``; every call has a test's limits of time."""
+        """See ``Sandbox``; every call has the time limit of one test."""
         text = request.encode("ascii")
         with self._start(kind, source, text, cpu_seconds=cpu_seconds, max_output=max_output) as process:
             yield self._lines(process, deadline)
@@ -95,12 +94,11 @@ class Bubblewrap:
 
 
 def _command(bwrap: str, mounts: Sequence[str], file_bytes: int, *, behind_doors: bool) -> list[str]:
-    """Bubblewrap's command line up to the descriptors and the program inside."""
+    """The command line up to the descriptors and the program inside."""
     outer: list[str] = []
     shown = {path: path for path in mounts}
     if behind_doors:
-        # As root: put the interpreter where the programs' user can reach it, in our own mount namespace, and become
-        # that user.
+        # As root: bind the interpreter where the programs' user can reach it, then switch to that user.
         shown = {path: f"/tmp/{number}" for number, path in enumerate(mounts)}
         outer = [bwrap, "--die-with-parent", "--dev-bind", "/", "/", "--tmpfs", "/tmp"]
         outer += [word for path, place in shown.items() for word in ("--ro-bind", path, place)]
@@ -112,17 +110,17 @@ def _command(bwrap: str, mounts: Sequence[str], file_bytes: int, *, behind_doors
         "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
         "--setenv", "PYTHONHASHSEED", "0",
         *_system(),
-        # Bubblewrap's own folders are writable and unbounded by default.
+        # By default these folders are writable and unbounded.
         "--proc", "/proc", "--remount-ro", "/proc",
         "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
         "--size", str(file_bytes), "--tmpfs", "/tmp",
-        *(word for path, place in shown.items() for word in ("--ro-bind", place, path)),  # after /tmp: it may lie there
+        *(word for path, place in shown.items() for word in ("--ro-bind", place, path)),  # after /tmp: may be inside
         "--remount-ro", "/", "--chdir", "/tmp",
     ]  # fmt: skip
 
 
 def _system() -> list[str]:
-    """Arguments that mount the system's libraries and nothing else."""
+    """Arguments that mount only the system's libraries."""
     words = ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for folder in _libraries():
         if folder.is_symlink():
@@ -156,7 +154,7 @@ def _find_bubblewrap() -> str:
 
 
 def _find_python(wanted: str) -> tuple[str, list[str]]:
-    """The interpreter, and with it the folders of its standard library that are not among the system's."""
+    """The interpreter, and the folders of its standard library that the system mounts do not cover."""
     executable, prefix = getattr(sys, "_base_executable", sys.executable), sys.base_prefix
     if wanted:
         question = "import sys; print(sys.executable); print(sys.base_prefix); assert sys.version_info >= (3, 9)"
@@ -172,6 +170,5 @@ def _find_python(wanted: str) -> tuple[str, list[str]]:
 
 
 def _open_to_all(path: str) -> bool:
-    """Whether any user can reach and read a file or folder."""
     parents = Path(path).resolve().parents
     return all(folder.stat().st_mode & 0o001 for folder in parents) and bool(Path(path).stat().st_mode & 0o004)

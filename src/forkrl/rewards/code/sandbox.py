@@ -1,4 +1,4 @@
-"""What every sandbox offers, and opening the one that a recipe asks for. None runs programs unprotected."""
+"""The interface of all sandboxes, and opening the configured one. None runs programs unprotected."""
 
 from __future__ import annotations
 
@@ -18,66 +18,59 @@ _DRIVERS = {
     "calls": ("call_function", ("sandbox_driver", "sandbox_calls")),
     "asserts": ("run_asserts", ("sandbox_driver", "sandbox_calls", "sandbox_asserts")),
 }
-"""By kind of run: the function that runs inside, and the modules that it needs."""
+"""By kind of run: the function that runs inside, and the modules it needs."""
 _OWN_IMPORTS = re.compile(r"^from forkrl\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
 _UBUNTU = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 _QUESTION, _ANSWER = "print(6 * 7)", b"42\n"
 USE_SERVER = "set sandbox.server to the address of a SandboxFusion server"
 Kind = Literal["calls", "asserts"]
-"""How tests run, other than with whole programs."""
+"""How tests run, other than as whole programs."""
 
 
 class SandboxUnavailableError(Exception):
-    """The sandbox failed, which says nothing about the program, so there is no score."""
+    """The sandbox itself failed, so there is no score."""
 
 
 class Outcome(NamedTuple):
-    """How a run ended. ``failure`` is "" after a success, else "exit", "time", "memory", "output" or "files"."""
+    """How a run ended. ``failure`` is "" on success, else "exit", "time", "memory", "output" or "files"."""
 
     output: bytes
     failure: str = ""
 
 
 class Sandbox(Protocol):
-    """Runs programs that may do anything; all methods raise SandboxUnavailableError if the sandbox itself fails.
+    """Runs untrusted programs; all methods raise SandboxUnavailableError if the sandbox itself fails.
 
-    ``max_output`` is in bytes, and ``deadline`` the monotonic time after which a program has failed.
+    ``max_output`` is in bytes; a program still running at ``deadline`` (monotonic) has failed.
     """
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """Run a program to its end."""
+        """Run a program to completion."""
         ...
 
     def answers(
         self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """Lines of JSON that the program answers with while it runs; leave the ``with`` block to end it.
+        """JSON lines that the program writes while it runs; leaving the ``with`` block ends it.
 
-        "calls": ``request`` is the JSON of a function's name, or of a method's of class Solution, and of its inputs,
-        each a list of arguments as JSON text. They are called one after the other; each line is a claimed result. There
-        are fewer lines if the program fails, and more if it writes more.
-
-        "asserts": ``request`` is ``AssertTests.request``, which the program cannot see. The last line is ["passed"],
-        ["failed"] or ["broken", reason]; without one the tests did not finish.
-
-        ``cpu_seconds`` limits all calls together.
+        "calls": ``request`` is JSON: the name of a function (or method of class Solution) and its inputs, each a list
+        of arguments as JSON text. Each line is the claimed result of one call; a program may write fewer or more lines.
+        "asserts": ``request`` is ``AssertTests.request``, hidden from the program. The last line is ["passed"],
+        ["failed"] or ["broken", reason]; without it the tests did not finish. ``cpu_seconds`` is for all calls.
         """
         ...
 
 
 @cache
 def driver(kind: str) -> tuple[str, str]:
-    """The text that runs between a sandbox's first process and a program, and the name of its function for this kind.
-
-    ForkRL cannot be imported inside, so the modules are joined into one text.
-    """
+    """The driver's modules as one source (ForkRL cannot be imported inside), and its function for this kind of run."""
     function, modules = _DRIVERS[kind]
     texts = (Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in modules)
     return "\n\n".join(_OWN_IMPORTS.sub("", text) for text in texts), function
 
 
 def open_sandbox(config: SandboxConfig) -> Sandbox:
-    """The sandbox of a recipe, untested; raises UserError if there is none here."""
+    """The configured sandbox, untested; raises UserError if it is not available."""
     if config.server:
         from forkrl.rewards.code.sandbox_fusion import SandboxFusion  # imported here: it needs an HTTP client
 
@@ -88,7 +81,7 @@ def open_sandbox(config: SandboxConfig) -> Sandbox:
 
 
 def require_sandbox(config: SandboxConfig) -> Sandbox:
-    """The sandbox of a recipe, after it has run a program; raises a UserError with the remedy if that fails."""
+    """The configured sandbox, after it has run a test program; raises UserError with the remedy if that fails."""
     sandbox = open_sandbox(config)
     try:
         outcome = sandbox.run_program(_QUESTION, "", max_output=1 << 10, deadline=time.monotonic() + 60)

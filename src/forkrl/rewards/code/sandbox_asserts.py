@@ -1,9 +1,8 @@
-"""Runs tests written as ``assert`` statements against a program in another process.
+"""Runs ``assert`` tests against a program in another process; part of the driver's source in the sandbox.
 
-Part of the driver's text in a sandbox. The program's process is forked before the tests are read, keeps no descriptor
-that leads to them or to the result, and begins only once the kernel denies it any look into the process of the tests.
-It answers calls; its replies become plain values there. So there is nothing that it could patch, and its end is a
-failure.
+The program's process is forked before the tests are read, has no descriptor to the tests or the result, and starts only
+after the kernel denies it access to the tests' memory. It only answers calls, with replies decoded to plain values, so
+it cannot patch the tests. If it exits, the tests fail.
 """
 
 import ast
@@ -36,7 +35,7 @@ class ProgramEndedError(BaseException):
 
 
 def run_asserts(source: str, answers_fd: int) -> None:
-    """Run the ``assert`` statements on standard input; the result is the last line written to ``answers_fd``."""
+    """Run the ``assert`` statements on stdin; the result is the last line written to ``answers_fd``."""
     requests, replies = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
@@ -61,7 +60,7 @@ def run_asserts(source: str, answers_fd: int) -> None:
 
 
 def _hide_memory() -> bool:
-    """Give /proc/PID of this process to root, so that no other process in here can read or write its memory."""
+    """Make /proc/PID of this process root-only, so that no other process here can read or write its memory."""
     try:
         import ctypes
 
@@ -71,7 +70,7 @@ def _hide_memory() -> bool:
 
 
 def _result(program: "_Program", tests: dict[str, Any]) -> list[str]:
-    """["passed"], ["failed"], or ["broken", why] where it is the tests that cannot work."""
+    """["passed"], ["failed"], or ["broken", reason] if the tests themselves cannot run."""
     module = new_module("tests", "")
     module.__dict__.update(ListNode=ListNode, TreeNode=TreeNode)
     program.module = module
@@ -89,16 +88,16 @@ def _result(program: "_Program", tests: dict[str, Any]) -> list[str]:
         return ["broken", f"a value of type {error} cannot be passed between the program and its tests"]
     except (ImportError, NameError, SyntaxError) as error:
         return ["failed"] if error is program.raised else ["broken", f"{type(error).__name__}: {error}"[:300]]
-    except BaseException:  # an assertion, or what comes of a wrong value
+    except BaseException:  # a failed assertion, or an error caused by a wrong value
         return ["failed"]
     if program.ended:
         return ["failed"]
-    # Tests of an exception may contain an ``assert False`` that must not be reached.
+    # Tests of an exception may contain an unreachable ``assert False``.
     return ["passed"] if reached or program.raised else ["broken", "none of their assert statements was reached"]
 
 
 def _noting_asserts(code: str) -> ast.Module:
-    """The tests, with each ``assert x`` as ``assert REACHED.append(0) or x``."""
+    """The tests, with each ``assert x`` replaced by ``assert REACHED.append(0) or x``."""
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
@@ -108,7 +107,7 @@ def _noting_asserts(code: str) -> ast.Module:
 
 
 class _Program:
-    """The program in the other process, as its tests see it."""
+    """Client for the program in the other process."""
 
     def __init__(self, requests_fd: int, replies_fd: int, answers_fd: int) -> None:
         self._requests_fd, self._answers_fd = requests_fd, answers_fd
@@ -137,7 +136,7 @@ class _Program:
         if not reply.endswith("\n"):
             self.ended = True
             raise ProgramEndedError
-        os.write(self._answers_fd, b"call\n")  # every call has a test's time
+        os.write(self._answers_fd, b"call\n")  # restarts the time limit: one test's time per call
         kind, *values = json.loads(reply)
         if kind == "untransferable":
             raise NotTransferableError(str(values[0])[:80])
@@ -151,10 +150,7 @@ class _Program:
 
 
 def _exception(name: str, message: str) -> Exception:
-    """One of Python's own, by name; any other is a plain Exception.
-
-    Of a StopIteration a RuntimeError is made, as in generators: it would end ``all(map(...))`` of the tests early.
-    """
+    """A builtin exception by name, else Exception. StopIteration, which could end tests early, becomes RuntimeError."""
     kind = getattr(builtins, name, None)
     if kind in (StopIteration, StopAsyncIteration):
         kind = RuntimeError
@@ -167,7 +163,7 @@ def _exception(name: str, message: str) -> Exception:
 
 
 def _change(argument: Any, now: Any) -> None:
-    """Make an argument what the function has made of its copy."""
+    """Copy the function's changes to its argument back."""
     if isinstance(argument, list) and isinstance(now, list):
         argument[:] = now
     elif isinstance(argument, (dict, set)) and type(now) is type(argument):
@@ -178,7 +174,7 @@ def _change(argument: Any, now: Any) -> None:
 
 
 def serve_calls(source: str, incoming: Any, replies_fd: int) -> None:
-    """The program's process: load it, and answer calls until the tests end."""
+    """The program's process: load the program and answer calls until the tests end."""
     loads = json.loads
     module = load_program(source)
     for line in incoming:

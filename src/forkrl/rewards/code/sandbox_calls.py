@@ -1,7 +1,4 @@
-"""Calls of a function of a sandboxed program, values as they pass in and out, and LeetCode's nodes.
-
-Part of the driver's text in a sandbox.
-"""
+"""Calls functions of a sandboxed program, encodes values, and defines LeetCode's nodes; part of the driver's source."""
 
 import json
 import os
@@ -15,29 +12,28 @@ _NODES = ("ListNode", "TreeNode")
 
 
 class ListNode:
-    """A linked list, as LeetCode defines it."""
+    """LeetCode's linked list."""
 
     def __init__(self, val: Any = 0, next: Any = None) -> None:
         self.val, self.next = val, next
 
 
 class TreeNode:
-    """A binary tree, as LeetCode defines it."""
+    """LeetCode's binary tree."""
 
     def __init__(self, val: Any = 0, left: Any = None, right: Any = None) -> None:
         self.val, self.left, self.right = val, left, right
 
 
 class NotTransferableError(BaseException):
-    """A value of a kind that cannot be passed between the program and its tests; these do not catch it by accident."""
+    """A value cannot pass between program and tests. A BaseException, so that tests do not catch it by accident."""
 
 
 def call_function(source: str, answers_fd: int) -> None:
-    """Call the function named on standard input with each of the inputs there.
+    """Call the function named on stdin with each input given there.
 
-    Answers with a line of JSON for each: a list of the value and, if that is None, of a substitute: the first argument,
-    which a function may change instead of returning a value. Arguments that the function's annotations call ListNode or
-    TreeNode are made from lists, and such values are lists.
+    Writes one JSON line per call: a list of the value and, if it is None, of the first argument, which a function may
+    modify instead. Arguments annotated as ListNode or TreeNode are built from lists; such results become lists.
     """
     loads, leave = json.loads, os._exit
     with os.fdopen(0, "rb", closefd=False) as file:
@@ -66,14 +62,14 @@ def call_function(source: str, answers_fd: int) -> None:
 def write_line(
     fd: int, message: Any, dumps: Any = json.dumps, write: Callable[[int, bytes], int] = os.write, **options: Any
 ) -> None:
-    """Write a line of JSON. Its own functions are those from before the program, which may replace others."""
+    """Write a line of JSON. Defaults bind functions before the program can replace them."""
     line = (dumps(message, **options) + "\n").encode("ascii")
     while line:
         line = line[write(fd, line) :]
 
 
 def _annotations(target: Any) -> dict[str, str]:
-    """The annotation of every parameter in order, and of the result ("return"), as text."""
+    """The annotations as text: of each parameter in order, and of the result ("return")."""
     import inspect
 
     try:
@@ -94,7 +90,7 @@ def _node_maker(module: ModuleType, annotation: str) -> Callable[[Any], Any]:
 
 
 def load_program(source: str) -> ModuleType:
-    """The program as a module whose functions are to be called, with LeetCode's nodes unless it defines its own."""
+    """The program as a module, with LeetCode's nodes unless it defines its own."""
     module = new_module("program", source)
     module.__dict__.update(ListNode=ListNode, TreeNode=TreeNode)
     exec(compile(source, "program.py", "exec"), module.__dict__)
@@ -102,13 +98,13 @@ def load_program(source: str) -> ModuleType:
 
 
 def find_function(module: ModuleType, name: str) -> Any:
-    """The method of a class Solution, else the function."""
+    """A method of class Solution, else a function."""
     solution = getattr(module, "Solution", None)
     return getattr(solution() if hasattr(solution, name) else module, name)  # type: ignore[misc]
 
 
 def make_nodes(module: ModuleType, name: str, values: Any) -> Any:
-    """A linked list of values, or a tree of values level by level with None for a missing child; None of none."""
+    """A linked list, or a tree given level by level with None for missing children; None for no values."""
     node = getattr(module, name)
     if not values:
         return None
@@ -131,7 +127,7 @@ def make_nodes(module: ModuleType, name: str, values: Any) -> Any:
 
 
 def node_values(node: Any) -> list[Any]:
-    """The values of a linked list or a tree, as ``make_nodes`` takes them."""
+    """The inverse of ``make_nodes``."""
     kind = type(node).__name__
     if kind not in _NODES:
         raise NotTransferableError(kind)
@@ -161,7 +157,7 @@ def is_node(value: Any) -> bool:
 
 
 def encode(value: Any) -> Any:
-    """A plain value as JSON can hold it, its type kept: what is no list, number or text is {type: parts}."""
+    """Encode a plain value as JSON; types other than list, number and text become {type: parts}."""
     if value is None or isinstance(value, (bool, str, int, float)):
         return value
     for kind in (tuple, set, frozenset):
@@ -176,13 +172,13 @@ def encode(value: Any) -> Any:
     if is_node(value):
         return {type(value).__name__: list(map(encode, node_values(value)))}
     sequences: tuple[type, ...] = (list, range, deque, type({}.keys()), type({}.values()), type({}.items()))
-    if isinstance(value, sequences) or hasattr(value, "__next__"):  # a generator; tests make a list of it
+    if isinstance(value, sequences) or hasattr(value, "__next__"):  # a generator, which tests consume as a list
         return list(map(encode, value))
     raise NotTransferableError(type(value).__name__)
 
 
 def decode(module: Any, value: Any) -> Any:
-    """What ``encode`` was given; nodes are of the module's classes."""
+    """The inverse of ``encode``; nodes use the module's classes."""
     if isinstance(value, list):
         return [decode(module, each) for each in value]
     if not isinstance(value, dict):

@@ -1,11 +1,8 @@
-"""Runs inside the sandbox, as the text of ``python -c``: between its first process and a program.
+"""Runs inside the sandbox via ``python -c``: process 1, and the code that runs a program in its child.
 
-With whole programs and called functions nothing in here is trusted: there is no expected output, and what is reported
-is a value that the program could have returned as well. The outside compares. Two things are relied on, and both are
-done before the program's first line: the limits are set, and process 1 of the sandbox is this file.
-
-``sandbox_calls`` and ``sandbox_asserts`` follow in the text where they are needed. All must run on Python 3.9, as
-``sandbox.python`` may be that.
+For whole programs and called functions the driver is untrusted: it has no expected output, and results are compared
+outside. Security relies only on two things done before the program starts: the limits are set, and process 1 is this
+driver. This file, ``sandbox_calls`` and ``sandbox_asserts`` must run on Python 3.9 (``sandbox.python``).
 """
 
 import builtins
@@ -17,7 +14,7 @@ from typing import Callable, Set, Tuple  # noqa: UP035
 _MODULES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
 )
-# What LiveCodeBench puts above every program, so that solutions written for it find their names.
+# LiveCodeBench puts these imports above every program.
 _PRELUDE = "".join(f"from {name} import *\n" for name in [*_MODULES.split(), "builtins", "typing"])
 _PRELUDE += "".join(f"import {name}\n" for name in _MODULES.split())
 _RECURSION_LIMIT = 50_000
@@ -25,11 +22,11 @@ _DYNAMIC = {"eval", "exec", "globals"}
 
 
 def enter_sandbox(run: Callable[[str, int], None]) -> None:
-    """Process 1: says that the sandbox is ready, lets a child run the program, and ends with it."""
+    """Process 1: report that the sandbox is ready, run the program in a child, and exit with it."""
     answers_fd, lifeline_fd, program_fd, *limits = map(int, sys.argv[1:])
     os.write(answers_fd, b"ready\n")
     if not os.read(lifeline_fd, 1):
-        os._exit(1)  # the process outside has died meanwhile
+        os._exit(1)  # the process outside has died
     child = os.fork()
     if child:
         for fd in (0, 1, 2, answers_fd, program_fd):
@@ -37,7 +34,7 @@ def enter_sandbox(run: Callable[[str, int], None]) -> None:
         end_with(child, lifeline_fd)
     os.close(lifeline_fd)
     null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 2)  # until here stderr explained what went wrong
+    os.dup2(null, 2)  # until here stderr reports start failures
     os.close(null)
     with os.fdopen(program_fd, "rb") as file:
         source = file.read().decode()
@@ -46,10 +43,7 @@ def enter_sandbox(run: Callable[[str, int], None]) -> None:
 
 
 def end_with(child: int, lifeline_fd: int) -> None:
-    """End this process, and with it every other one in here, when the program ends or the process outside has died.
-
-    That process holds the other end of the lifeline, a socket: nobody in here could keep it open in its place.
-    """
+    """Exit, which ends the sandbox, when the program ends or the process outside closes its end of the lifeline."""
     import select
 
     child_fd = os.pidfd_open(child)
@@ -62,7 +56,7 @@ def end_with(child: int, lifeline_fd: int) -> None:
 
 
 def set_limits(memory: int, cpu_seconds: int, file_size: int, processes: int) -> None:
-    """Hard limits, which no process in here can raise again."""
+    """Set hard limits, which no process in the sandbox can raise."""
     import resource
 
     for name, wanted in (
@@ -83,7 +77,7 @@ def set_limits(memory: int, cpu_seconds: int, file_size: int, processes: int) ->
 
 
 def answer_on_stdout(run: Callable[[str, int], None], source: str) -> None:
-    """Run without a private pipe: answers take standard output, and what the program prints is discarded."""
+    """Run without a private pipe: answers go to stdout, and the program's own output is discarded."""
     answers_fd = os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 1)
@@ -92,30 +86,30 @@ def answer_on_stdout(run: Callable[[str, int], None], source: str) -> None:
 
 
 def run_program(source: str, answers_fd: int = -1) -> None:
-    """A whole program, as ``__main__``, on standard input and output."""
+    """Run a whole program as ``__main__`` on stdin and stdout."""
     if answers_fd >= 0:
         os.close(answers_fd)
     exec(compile(source, "program.py", "exec"), new_module("__main__", source).__dict__)
 
 
 def new_module(name: str, source: str) -> ModuleType:
-    """An empty module for a program, with the names that LiveCodeBench provides if the program needs any."""
-    if hasattr(sys, "set_int_max_str_digits"):  # else Python does not read or write integers over 4,300 digits
+    """An empty module for a program, with LiveCodeBench's names if it needs any."""
+    if hasattr(sys, "set_int_max_str_digits"):  # lifts the limit of 4,300 digits
         sys.set_int_max_str_digits(0)
     sys.argv[:] = ["program.py"]
     sys.path[:] = [folder for folder in sys.path if folder]
-    for leave in ("exit", "quit"):  # from Python's site module, which is left out because it costs time
+    for leave in ("exit", "quit"):  # normally defined by the site module, which is skipped to save time
         setattr(builtins, leave, sys.exit)
     module = sys.modules[name] = ModuleType(name)
     used, undefined = used_names(source)
-    if undefined - {"ListNode", "TreeNode"} or used & _DYNAMIC:  # these imports take as long as starting Python does
+    if undefined - {"ListNode", "TreeNode"} or used & _DYNAMIC:  # these imports double the start-up time
         exec(_PRELUDE, module.__dict__)
     sys.setrecursionlimit(_RECURSION_LIMIT)
     return module
 
 
 def used_names(source: str) -> Tuple[Set[str], Set[str]]:  # noqa: UP006
-    """The global names that a program uses, and those of them that neither it nor Python defines."""
+    """The global names a program uses, and those of them that neither it nor Python defines."""
     import symtable
 
     top = symtable.symtable(source, "program.py", "exec")

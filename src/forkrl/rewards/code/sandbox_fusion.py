@@ -1,7 +1,4 @@
-"""Programs on a SandboxFusion server, over HTTP (https://github.com/bytedance/SandboxFusion).
-
-The server isolates; the score is formed here, from what the program printed. A server's errors are not the program's.
-"""
+"""Runs programs on a SandboxFusion server (https://github.com/bytedance/SandboxFusion); scores their output here."""
 
 from __future__ import annotations
 
@@ -21,8 +18,6 @@ _ANSWER_LIMIT_S = 30.0
 
 
 class SandboxFusion:
-    """A sandbox behind ``sandbox.server``."""
-
     def __init__(self, config: SandboxConfig) -> None:
         self._limits = config
         self._secrets = SecretValues()
@@ -31,7 +26,6 @@ class SandboxFusion:
         self._use_proxies = not is_loopback(self._url)
 
     def run_program(self, source: str, stdin: str, *, max_output: int, deadline: float) -> Outcome:
-        """See ``Sandbox``."""
         text, run = driver("program")
         return self._post(f"{text}\n\n{run}({source!r})\n", stdin, self._limits.seconds, max_output, deadline)
 
@@ -39,7 +33,7 @@ class SandboxFusion:
     def answers(
         self, kind: Kind, source: str, request: str, *, cpu_seconds: float, max_output: int, deadline: float
     ) -> Iterator[Iterator[bytes]]:
-        """See ``Sandbox``; one request has the answers to all calls."""
+        """See ``Sandbox``; one request returns the answers to all calls."""
         text, run = driver(kind)
         code = f"{text}\n\nanswer_on_stdout({run}, {source!r})\n"
         outcome = self._post(code, request, cpu_seconds, max_output, deadline)
@@ -62,7 +56,7 @@ class SandboxFusion:
             )
             response.raise_for_status()
             return _read(response.json(), max_output)
-        except httpx.HTTPStatusError as error:  # its own message shows the whole URL
+        except httpx.HTTPStatusError as error:  # its own message contains the whole URL
             raise self._unavailable(f"answered {error.response.status_code}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unavailable(f"cannot be asked: {type(error).__name__} {error}") from None

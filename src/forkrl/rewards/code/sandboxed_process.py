@@ -1,7 +1,7 @@
-"""One program inside bubblewrap, watched from outside until nothing of it is left.
+"""One program inside bubblewrap, monitored from outside until all its processes have ended.
 
-Its input is a sealed file in memory, so a program that never reads cannot block the verifier. What rlimits cannot bound
-across processes (memory, CPU time, number of files) is checked every 50 ms through the sandbox's own ``/proc``.
+Its input is a sealed memory file, so a program that never reads cannot block the verifier. Limits across processes
+(memory, CPU time, number of files), which rlimits cannot express, are checked every 50 ms via the sandbox's ``/proc``.
 """
 
 from __future__ import annotations
@@ -31,16 +31,11 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class SandboxedProcess:
-    """A running program; after the ``with`` block it and everything it started have ended.
+    """A running program; after the ``with`` block all its processes have ended.
 
-    ``bubblewrap`` is its command line, and ``driver`` that of process 1 inside, up to the driver's descriptors and
-    ``limits``. ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read instead of
-    standard output, which is discarded. ``user`` None keeps our own user. Raises SandboxUnavailableError if the sandbox
-    does not start.
-
-    Attributes:
-        first_pid: process 1 of the sandbox, as seen from outside.
-        failure: the limit that the program exceeded ("time", "memory", "output" or "files"), or "".
+    ``memory`` (bytes) counts all processes. With ``answers``, the driver's private pipe is read and standard output is
+    discarded. ``user`` None keeps our own user. ``first_pid`` is process 1 as seen from outside; ``failure`` is the
+    exceeded limit ("time", "memory", "output" or "files"), or "". Raises SandboxUnavailableError if it does not start.
     """
 
     def __init__(
@@ -107,13 +102,13 @@ class SandboxedProcess:
         self.close()
 
     def allow(self, seconds: float, deadline: float) -> None:
-        """From now on allow ``seconds`` of CPU time, twice that on the clock, but not past ``deadline`` (monotonic)."""
+        """Allow ``seconds`` of CPU time from now, twice that in wall time, but not past ``deadline`` (monotonic)."""
         _, cpu = self._usage()
         self._cpu_allowed = cpu + seconds * _TICKS_PER_S
         self._deadline = min(time.monotonic() + _WALL_PER_CPU_S * seconds, deadline)
 
     def output(self) -> Iterator[bytes]:
-        """The output as it comes, until its end or a limit, which ``failure`` then names."""
+        """Output chunks until EOF or a limit, which sets ``failure``."""
         while not self.failure:
             now = time.monotonic()
             if now >= self._next_watch:
@@ -132,15 +127,14 @@ class SandboxedProcess:
                     yield data
 
     def exit_code(self) -> int:
-        """The program's exit code; the sandbox ends with its standard output."""
+        """The program's exit code; the sandbox ends when its stdout closes."""
         return self._process.wait()
 
     def close(self) -> None:
-        """Kill what is left and wait for it."""
         if self._first is None:
-            self._process.kill()  # bubblewrap's processes die with each other, up to the outermost
+            self._process.kill()  # bubblewrap's processes end together
         else:
-            with suppress(ProcessLookupError):  # process 1 takes all others with it, and only then bubblewrap ends
+            with suppress(ProcessLookupError):  # ends all processes inside, then bubblewrap
                 signal.pidfd_send_signal(self._first, signal.SIGKILL)
         self._process.wait()
         self._ours.close()
@@ -156,7 +150,7 @@ class SandboxedProcess:
             raise SandboxUnavailableError(words[-1] if words else f"bubblewrap ended with {self._process.returncode}")
 
     def _look_inside(self) -> None:
-        """Open process 1, the sandbox's /proc and its /tmp before the program begins."""
+        """Open process 1, the sandbox's /proc and its /tmp before the program starts."""
         self.first_pid = int(json.loads(os.read(self._info, 4096))["child-pid"])
         try:
             self._first = _held(self._ours, os.pidfd_open(self.first_pid))
@@ -176,9 +170,9 @@ class SandboxedProcess:
         return "files" if files.f_files - files.f_ffree > _MAX_FILES else ""
 
     def _usage(self) -> tuple[int, int]:
-        """Memory in bytes and CPU ticks of the processes inside, including ticks of reaped children."""
+        """Memory (bytes) and CPU ticks of all processes inside, including reaped children."""
         pages = ticks = 0
-        with suppress(ProcessLookupError, FileNotFoundError):  # the whole sandbox has ended
+        with suppress(ProcessLookupError, FileNotFoundError):  # the sandbox has ended
             for name in os.listdir(self._proc):  # noqa: PTH208  # an open folder has no path
                 if name.isdigit() and (stat := _read_stat(self._proc, name)):
                     ticks += sum(map(int, stat[11:15]))
@@ -187,7 +181,7 @@ class SandboxedProcess:
 
 
 def _read_stat(proc: int, pid: str) -> list[bytes]:
-    """The fields after the name, which may hold anything; [] for a process that has just ended."""
+    """The fields after the process name; [] if the process has just ended."""
     try:
         fd = os.open(f"{pid}/stat", os.O_RDONLY, dir_fd=proc)
     except (ProcessLookupError, FileNotFoundError):
@@ -211,7 +205,7 @@ def _pipe(readers: ExitStack, writers: ExitStack) -> tuple[int, int]:
 
 
 def _sealed_file(files: ExitStack, data: bytes) -> int:
-    """An immutable file in memory, positioned at its beginning."""
+    """An immutable memory file, positioned at its start."""
     fd = _held(files, os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     with os.fdopen(fd, "wb", closefd=False) as file:
         file.write(data)

@@ -1,8 +1,7 @@
-"""The system calls that a sandboxed program is refused: a seccomp filter, assembled here as BPF.
+"""The seccomp filter of sandboxed programs, assembled as BPF.
 
-The filter removes what a Python program never needs and where the kernel had holes: tracing, mounting, new namespaces,
-key rings, io_uring, BPF, foreign address families, memory that no limit counts. A refused call fails with EPERM; calls
-newer than this list and the architecture's other calling convention fail with ENOSYS.
+Refused calls (which programs do not need, and which have had kernel holes) fail with EPERM; calls newer than this list
+and other calling conventions fail with ENOSYS.
 """
 
 from __future__ import annotations
@@ -14,18 +13,17 @@ from typing import NamedTuple
 _LOAD_WORD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL_PROCESS, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
-"""Offsets in ``struct seccomp_data``."""
 
 _NEWEST_CALL = 462
-"""mseal, of Linux 6.10."""
+"""mseal, Linux 6.10."""
 _X32_CALLS = 0x40000000
 _NEW_NAMESPACES = 0x7E020080
-"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, and NEWTIME in the bits of the exit signal."""
+"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, and NEWTIME in the exit signal bits."""
 _AF_UNIX = 1
 _FAKE_TERMINAL_INPUT = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX."""
 
-# Each call with its numbers on x86_64 and on aarch64 (-1: not there).
+# Call numbers on x86_64 and aarch64 (-1: does not exist).
 _REFUSED = """
 ptrace 101 117; process_vm_readv 310 270; process_vm_writev 311 271; kcmp 312 272; pidfd_getfd 438 438;
 process_madvise 440 440; mount 165 40; umount2 166 39; pivot_root 155 41; chroot 161 51; open_tree 428 428;
@@ -60,19 +58,18 @@ _MACHINES = {
 
 
 def refused_calls(machine: str) -> dict[str, int]:
-    """Numbers by name of the calls that are refused with any arguments."""
+    """The calls refused with any arguments, by name."""
     rows = (entry.split() for entry in _REFUSED.split(";"))
     numbers = {row[0]: int(row[_MACHINES[machine].column]) for row in rows}
     return {name: number for name, number in numbers.items() if number >= 0}
 
 
 def supports(machine: str) -> bool:
-    """Whether there is a filter for an architecture, named as ``platform.machine()`` names it."""
     return machine in _MACHINES
 
 
 def build_filter(machine: str) -> bytes:
-    """The filter for a supported machine as ``bwrap --seccomp`` takes it: an array of ``struct sock_filter``."""
+    """The filter for a supported machine, as an array of ``struct sock_filter`` for ``bwrap --seccomp``."""
     calls = _MACHINES[machine]
     program = [
         _step(_LOAD_WORD, _ARCHITECTURE),
@@ -81,7 +78,7 @@ def build_filter(machine: str) -> bytes:
         _step(_LOAD_WORD, _NUMBER),
         *_unless_below(_X32_CALLS, errno.ENOSYS),
         *_unless_below(_NEWEST_CALL + 1, errno.ENOSYS),
-        # A filter cannot read its flags, which are in memory; libraries then fall back to clone.
+        # Its flags are in memory, which a filter cannot read; libraries fall back to clone.
         *_if_equal(calls.clone3, errno.ENOSYS),
     ]
     for number in refused_calls(machine).values():
@@ -111,6 +108,6 @@ def _unless_below(value: int, error: int) -> list[bytes]:
 
 
 def _if_argument(call: int, index: int, tests: list[bytes]) -> list[bytes]:
-    """Test the lower half of one call's argument, then load the call's number again."""
+    """Test the lower half of a call's argument, then reload the call's number."""
     body = [_step(_LOAD_WORD, _ARGUMENTS + 8 * index), *tests, _step(_LOAD_WORD, _NUMBER)]
     return [_step(_JUMP_EQUAL, call, 0, len(body)), *body]

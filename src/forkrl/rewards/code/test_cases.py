@@ -1,7 +1,7 @@
-"""Tests of programs, as they are stored in ``Prompt.answer``, and which code block of a response is the program.
+"""The tests in ``Prompt.answer``, and extraction of the program from a response.
 
-Tests are a JSON object with ``inputs``, ``outputs`` and, if a function is called, its ``fn_name``; or with ``assert``
-statements under the names of HumanEval (``test``, ``entry_point``) or MBPP (``test_list``). Long ones are compressed.
+Tests are a JSON object with ``inputs``, ``outputs`` and, for a function, ``fn_name``; or with ``assert`` statements
+under HumanEval's (``test``, ``entry_point``) or MBPP's (``test_list``) keys. Long ones are compressed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from forkrl.rewards.code.sandbox_driver import used_names
 from forkrl.rewards.reply import reply_of
 
 CODE_VERIFIER = "code"
-"""What task.verifier calls the verifier of programs; ``with_sandbox`` makes of it one that a pool can run."""
+"""The value of task.verifier for programs; ``with_sandbox`` turns it into a verifier that a pool can run."""
 
 _COMPRESSED = "zlib+base64:"
 _NOT_TESTS = (
@@ -32,44 +32,42 @@ _NOT_TESTS = (
     '{"test_list": [...]}'
 )
 _LONG = 4_000
-"""Characters; shorter tests stay readable in rollouts and data."""
+"""Characters; shorter tests stay uncompressed, so that rollouts and data are readable."""
 _STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 _BORING_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
 _FENCE = re.compile(r"(\s*(?:(?:[-*+]|\d{1,9}[.)])\s+)*)```+\s*(\S*)")
-"""The fence of a block, which may follow the marks of list items on its line."""
+"""The fence of a block, possibly after list markers on the same line."""
 _PYTHON = {"python", "python3", "py"}
 _READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bfileinput\b|\bos\.read\b")
 
 
 class ProgramTest(NamedTuple):
-    """Standard input and the standard output that belongs to it."""
+    """Standard input and expected standard output."""
 
     stdin: str
     stdout: str
 
 
 class CallTest(NamedTuple):
-    """Arguments of a call, each as JSON, and the values any of which it may return."""
+    """JSON arguments of a call, and the accepted values."""
 
     arguments: tuple[str, ...]
     accepted: tuple[Any, ...]
 
 
 class AssertTests(NamedTuple):
-    """Tests written as ``assert`` statements."""
-
     code: str
-    """What runs, with the set-up above the asserts."""
+    """The set-up and the asserts."""
     functions: tuple[str, ...]
-    """The names in it that the program has to define; every call of them goes to the program."""
+    """Names that the program must define; all calls of them go to the program."""
     check: str = ""
-    """The function that is handed to the tests' own ``check``, where that still has to be called."""
+    """The function passed to the tests' own ``check``, if that must be called."""
     modules: tuple[str, ...] = ()
-    """Modules of the standard library that the code uses and does not import."""
+    """Standard library modules used but not imported by the code."""
 
     @property
     def request(self) -> str:
-        """ASCII JSON for ``Sandbox.run_tests``."""
+        """ASCII JSON for ``Sandbox.answers``."""
         return json.dumps({"code": self.code, "names": self.functions, "check": self.check, "modules": self.modules})
 
 
@@ -84,7 +82,7 @@ class CodeTests(NamedTuple):
 
 @contextmanager
 def any_number_of_digits() -> Iterator[None]:
-    """Let Python read and write integers of more than 4,300 digits."""
+    """Lift Python's limit of 4,300 digits for reading and writing integers."""
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
@@ -94,13 +92,10 @@ def any_number_of_digits() -> Iterator[None]:
 
 
 def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = "") -> str:
-    """The text of a problem's tests.
+    """Serialise a problem's tests.
 
-    Args:
-        inputs: standard inputs; for a function, the arguments of each call: text with a JSON value on each line, or a
-            list of values.
-        outputs: standard outputs; for a function, JSON text of the value, or the value itself where it is not text.
-        function: name of the function, or of the method of ``class Solution``.
+    For a ``function`` (or method of class Solution), each input is a list of arguments, or text with one JSON value per
+    line, and each output is the value, as JSON text unless it is not text. Otherwise both are stdin and stdout.
     """
     tests = {"inputs": list(inputs), "outputs": list(outputs)} | ({"fn_name": function} if function else {})
     with any_number_of_digits():
@@ -109,7 +104,7 @@ def pack_tests(inputs: Sequence[Any], outputs: Sequence[Any], function: str = ""
 
 
 def repack_tests(text: str) -> str:
-    """The same tests, compressed if they are long; raises ValueError if they cannot be read."""
+    """Compress the tests if they are long; raises ValueError if they are invalid."""
     unpack_tests(text)
     if len(text) <= _LONG or text.startswith(_COMPRESSED):
         return text
@@ -117,9 +112,9 @@ def repack_tests(text: str) -> str:
 
 
 def unpack_tests(text: str) -> CodeTests:
-    """Read what ``pack_tests`` wrote, or the ecosystem's JSON; raises ValueError for anything else.
+    """Read the output of ``pack_tests`` or the ecosystem's JSON; raises ValueError for anything else.
 
-    An output that is a list in the JSON itself may also be a list with the value in it: data sets have both.
+    An output that is a list may also be a list containing the value: data sets use both.
     """
     with any_number_of_digits():
         try:
@@ -149,7 +144,6 @@ def _unpack_pairs(tests: Mapping[str, Any]) -> CodeTests:
 
 
 def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
-    """``assert`` statements, with the names that the program has to define."""
     function = tests.get("entry_point") or ""
     setup, imports = tests.get("test_setup_code") or "", tests.get("test_imports") or []
     own = tests.get("test", tests.get("test_list"))
@@ -182,7 +176,7 @@ def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
 
 
 def tests_from_livecodebench(row: Mapping[str, Any]) -> str:
-    """Public and private tests of a ``livecodebench/code_generation_lite`` row; UserError if it has another form."""
+    """The tests of a ``livecodebench/code_generation_lite`` row; raises UserError if it has another form."""
     place = f"question {row.get('question_id', '?')!r}"
     cases = _cases(row, "public_test_cases", place) + _cases(row, "private_test_cases", place)
     kinds = {case.get("testtype") for case in cases}
@@ -217,7 +211,7 @@ def _cases(row: Mapping[str, Any], column: str, place: str) -> list[dict[str, An
 
 
 def _only_string(data: bytes) -> str:
-    """The string that a pickle of one string holds. Its opcodes are read; nothing is unpickled."""
+    """The string in a pickle of one string; reads the opcodes without unpickling."""
     strings = []
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in _STRING_OPCODES:
@@ -230,7 +224,7 @@ def _only_string(data: bytes) -> str:
 
 
 def _lines(text: Any) -> str:
-    """Standard input or output; some data sets have it as a list of lines."""
+    """Standard input or output; some data sets store a list of lines."""
     if isinstance(text, list) and all(isinstance(line, str) for line in text):
         return "\n".join(text)
     if not isinstance(text, str):
@@ -256,9 +250,9 @@ def _accepted(due: Any) -> tuple[Any, ...]:
 
 
 def last_program(response: str, tests: CodeTests | None = None) -> str | None:
-    """The program in a reply: its last closed block fenced as Python, else its last one without a language.
+    """The program in a reply: the last closed Python block, else the last block without a language.
 
-    With tests, the last block that defines the called function counts, or that reads the given standard input.
+    With tests, blocks that define the called function or read the given standard input come first.
     """
     blocks = _closed_blocks(reply_of(response))
     candidates = [code for language, code in blocks if language in _PYTHON]
@@ -278,7 +272,6 @@ def _may_be_the_program(code: str, tests: CodeTests) -> bool:
 
 
 def _closed_blocks(response: str) -> list[tuple[str, str]]:
-    """Language and code of each."""
     blocks = []
     opened: tuple[str, int, int] | None = None
     lines = response.split("\n")
@@ -295,7 +288,6 @@ def _closed_blocks(response: str) -> list[tuple[str, str]]:
 
 
 def _without_indent(lines: list[str], indent: int) -> str:
-    """The code of a block with an indented fence, as in a list, without that indentation."""
     code = "\n".join(_cut(line, indent) for line in lines) if indent else "\n".join(lines)
     first = next((line for line in code.split("\n") if line.strip()), "")
     return textwrap.dedent(code) if first[:1].isspace() else code

@@ -1,7 +1,4 @@
-r"""Judges answers to mathematics questions; docs/math-verifier.md says what counts, and how often it errs.
-
-Run it in a ``VerifierPool``, which enforces time and memory; most of what would take long is rejected before computing.
-"""
+"""Scores answers to mathematics questions (docs/math-verifier.md); a ``VerifierPool`` must limit time and memory."""
 
 from __future__ import annotations
 
@@ -19,15 +16,10 @@ _LOG = re.compile(r"\\log(?![a-zA-Z]|\s*_)")
 
 
 def verify_math(answer: str, response: str) -> Judgement:
-    r"""1.0 where the response's final answer equals the gold answer, else 0.0; and the final answer.
+    r"""1.0 if the response's final answer equals the gold answer, else 0.0; and the final answer found.
 
-    Args:
-        answer: the gold answer, LaTeX or plain, with or without ``$...$``, ``\boxed{...}`` or ``####`` around it.
-        response: what the model wrote.
-
-    Returns:
-        The score, and the final answer in a form in which equal answers are mostly equal text ("1/2" for ``0.5``); ""
-        where the response has none that can be read. The form does not depend on the gold answer.
+    ``answer`` is LaTeX or plain text, optionally in ``$...$``, ``\boxed{...}`` or after ``####``. Equal final answers
+    mostly have equal text ("1/2" for ``0.5``), independent of the gold answer; "" if none is readable.
     """
     gold = _read_gold(answer)
     text = final_answer(response)
@@ -41,12 +33,12 @@ def verify_math(answer: str, response: str) -> Judgement:
 
 
 def _is_right(answer: str, gold: Answer, text: str, found: Answer) -> bool:
-    """Whether the found answer is the gold one in any of the readings that its notation leaves open."""
+    """Whether any valid reading of the found answer equals the gold one."""
     if is_same(gold, found):
         return True
     if gold.kind in ("list", "set") and _GROUPED.search(text):
         return is_same(gold, read_answer(text.replace(",", ", "), thousands=False))
-    if _LOG.search(answer) or _LOG.search(text):  # of base 10 or e
+    if _LOG.search(answer) or _LOG.search(text):  # log may be base 10 or e
         golds, founds = (_LOG.sub(r"\\ln", side) for side in (boxed_or_bare(answer), text))
         return is_same(read_answer(golds), read_answer(founds))
     return False
@@ -54,7 +46,7 @@ def _is_right(answer: str, gold: Answer, text: str, found: Answer) -> bool:
 
 @lru_cache(maxsize=256)
 def _read_gold(answer: str) -> Answer | None:
-    """The gold answer; None where it is so large that only equal text can be right."""
+    """The gold answer; None if it is too large, so that only equal text counts."""
     try:
         gold = read_answer(boxed_or_bare(answer))
     except TooLarge:

@@ -1,4 +1,4 @@
-r"""What a final answer is (a number, a list, an interval, a word, ...), read from its notation."""
+"""Parses the notation of a final answer into its kind: number, list, interval, word, ..."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Kind = Literal[
 class Answer:
     """A final answer.
 
-    ``text`` is its notation, ``parts`` the members of a list or the sides of a relation, and ``mark`` what else tells
-    two of a kind apart: the brackets of an interval, the sign of a relation, a word, a base.
+    ``text`` is its notation and ``parts`` the members of a list or sides of a relation. ``mark`` distinguishes answers
+    of one kind: an interval's brackets, a relation's sign, a word, a base.
     """
 
     kind: Kind
@@ -36,7 +36,7 @@ class Answer:
     unit: Unit = NO_UNIT
 
     def __str__(self) -> str:
-        """In a form in which equal answers are mostly equal text."""
+        """A form in which equal answers mostly have equal text."""
         match self.kind:
             case "value":
                 return str(self.value)
@@ -87,7 +87,7 @@ _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*\.?")
 _ARTICLE = re.compile(r"^(?:an?|the) (?=\w)")
 _SHORT_WORDS = {"yes", "no", "odd", "even", "true", "all", "none", "never"}
 _SHORT_WORD = re.compile(r"[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]")
-"""Cat, not abc."""
+"""Matches "cat", not "abc"."""
 _CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer|选项|选)\s*:?\s*)?\(?([A-J])\)?")
 _CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s*|([A-J])\s*[.:)]\s*)(\S.*)", re.DOTALL)
 _CHOICE_AND_VALUE = re.compile(r"^\\text\{([A-J])\}\s+(?=[-\d\\$])")
@@ -118,16 +118,13 @@ FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def read_answer(text: str, *, thousands: bool = True) -> Answer:
-    """Read LaTeX or plain text; kind "unreadable" if it is not an answer. Raises TooLarge as ``read_formula`` does.
-
-    With ``thousands``, 8,000 is a number, not a list of 8 and 0.
-    """
+    """Read LaTeX or plain text, or kind "unreadable"; with ``thousands``, 8,000 is one number. May raise TooLarge."""
     text = plain_notation(text)
     return _read(without_thousands(text) if thousands else text, depth=0)
 
 
 def read_measure(answer: Answer) -> Answer:
-    """The same answer with the letters behind its number read as a unit: 5 m."""
+    """Read the letters after the answer's number as a unit: 5 m."""
     bare, unit = split_unit(answer.text, lenient=True)
     return replace(_read(bare, depth=4), text=answer.text, unit=unit) if unit.measures else answer
 
@@ -166,7 +163,7 @@ def _read_words(text: str) -> Answer | None:
 
 
 def plain_words(text: str) -> str:
-    """In lower case, without a leading article and a final full stop."""
+    """Lower case, without a leading article and a final full stop."""
     return _ARTICLE.sub("", flat_text(text).rstrip(".").casefold())
 
 
@@ -181,7 +178,7 @@ def _read_choice(text: str, depth: int) -> Answer | None:
 
 
 def _read_congruence(text: str, depth: int) -> Answer | None:
-    r"""``n \equiv 1, 3 \pmod 8``. Without the left side ``17 \bmod 5`` is a number."""
+    r"""``n \equiv 1, 3 \pmod 8``. Without a left side, ``17 \bmod 5`` is a number."""
     match = _CONGRUENCE.fullmatch(text)
     if not match or not match["residues"]:
         return None
@@ -197,7 +194,6 @@ def _read_congruence(text: str, depth: int) -> Answer | None:
 
 
 def _read_several(text: str, depth: int) -> Answer | None:
-    """Unions and lists."""
     sets = split_outside(_MEMBER_OF.sub("", text), _CUP)
     if len(sets) > 1:
         return Answer("union", text, tuple(_read(part.strip(), depth) for part in sets))
@@ -214,7 +210,7 @@ def _read_several(text: str, depth: int) -> Answer | None:
 
 
 def _unpacked(members: Sequence[Answer]) -> list[Answer]:
-    r"""Lists within lists made one: ``0, \pm 2``."""
+    r"""Flatten nested lists: ``0, \pm 2``."""
     return [part for member in members for part in (member.parts if member.kind == "list" else (member,))]
 
 
@@ -295,7 +291,7 @@ def _read_two_signs(text: str, depth: int) -> Answer | None:
 
 
 def _read_notation(text: str, depth: int) -> Answer | None:
-    """Clock times, ratios, numbers with a base."""
+    """Read clock times, ratios and numbers with a base."""
     bare, unit = split_unit(text)
     match = _CLOCK.fullmatch(bare)
     if match and _is_clock(int(match[1]), match[2], unit):
@@ -312,7 +308,7 @@ def _read_notation(text: str, depth: int) -> Answer | None:
 
 
 def _is_clock(hour: int, minutes: str, unit: Unit) -> bool:
-    """Nothing but custom tells 3:45 from a ratio: times are mostly multiples of five minutes."""
+    """Heuristic to distinguish 3:45 from a ratio: times are mostly multiples of five minutes."""
     return hour <= 24 and int(minutes) <= 59 and (bool(unit.measures) or minutes[0] == "0" or int(minutes) % 5 == 0)
 
 
@@ -333,7 +329,7 @@ def _read_value(text: str) -> Answer:
 
 
 def tells_a_value(text: str) -> bool:
-    """Whether the right side of an equation with this left side is an answer: 2x + 1 = 7 is not the answer 7."""
+    """Whether the right side of an equation with this left side is an answer; in 2x + 1 = 7 it is not."""
     if is_name(text) or _QUANTITY.fullmatch(text) or _OF_NAMES.fullmatch(text):
         return True
     return not re.search(r"[a-zA-Z\\]", _NUMERIC_COMMANDS.sub("", text))

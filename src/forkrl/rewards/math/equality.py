@@ -1,4 +1,4 @@
-"""When a found answer is the gold answer."""
+"""Compares a found answer with the gold answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LONGEST_PRODUCT = 3
 
 
 def is_same(gold: Answer, found: Answer) -> bool:
-    """Whether the found answer is the gold one. Not symmetric: gold says what kind of answer is wanted."""
+    """Whether the found answer equals the gold one. Not symmetric: gold determines the required kind of answer."""
     if gold.text == found.text or (gold.kind == found.kind == "text" and _bare(gold.text) == _bare(found.text)):
         return True
     if gold.kind == "approximation" or found.kind == "approximation":
@@ -91,7 +91,7 @@ def _bare(text: str) -> str:
 
 
 def _as_ratio(number: Number) -> str:
-    """A fraction as the mark of a ratio of two numbers."""
+    """A fraction in the form of a ratio's ``mark``."""
     return f"1:{1 / number.value}" if number.value and not number.is_percent else ""
 
 
@@ -127,7 +127,7 @@ def _same_value(gold: Answer, found: Answer) -> bool:
 
 
 def _same_time(gold: Answer, found: Answer) -> bool:
-    """19:30 is 7:30 p.m."""
+    """19:30 equals 7:30 p.m."""
     if scale_between(gold.unit, found.unit) is None:
         return False
     half_days = [gold.unit.measures or found.unit.measures, found.unit.measures or gold.unit.measures]
@@ -135,7 +135,6 @@ def _same_time(gold: Answer, found: Answer) -> bool:
 
 
 def _in_full(time: str, half_day: str) -> str:
-    """A time of the twelve-hour clock in that of twenty-four hours."""
     hour, _, minutes = time.partition(":")
     later = 12 if half_day.startswith("afternoon") and int(hour) < 12 else 0
     return f"{int(hour) + later}:{minutes}"
@@ -150,7 +149,7 @@ def _same_in_order(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
 
 
 def _same_members(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
-    """Whether every member has its equal on the other side; how often and in which order does not count."""
+    """Equality as sets: order and repetition do not count."""
     if all(map(_says_all, (*gold, *found))) and {str(answer) for answer in gold} == {str(answer) for answer in found}:
         return True
     if (plain := _without_indices(found)) is not found and _without_indices(gold) is gold:
@@ -163,13 +162,13 @@ def _same_members(gold: Sequence[Answer], found: Sequence[Answer]) -> bool:
 
 
 def _says_all(answer: Answer) -> bool:
-    """Whether answers with its text are equal to it: no name, no unit is left out of the text."""
+    """Whether the text determines the answer: it omits no name and no unit."""
     no_name = answer.kind not in ("equation", "approximation")
     return no_name and not answer.unit.measures and all(map(_says_all, answer.parts))
 
 
 def _as_point(found: Answer, order: Sequence[str] = ()) -> Sequence[Answer]:
-    """``y=2, x=1`` as (1, 2), and ``1, 2`` too; nothing for ``1 or 2`` and ``x=1, x=2``."""
+    """``y=2, x=1`` and ``1, 2`` as (1, 2); empty for ``1 or 2`` and ``x=1, x=2``."""
     names = [_bare(part.parts[0].text) if part.kind == "equation" else "" for part in found.parts]
     if not all(names):
         return () if any(names) or _CONJUNCTION.search(found.text) else found.parts
@@ -180,7 +179,7 @@ def _as_point(found: Answer, order: Sequence[str] = ()) -> Sequence[Answer]:
 
 
 def _without_indices(members: Sequence[Answer]) -> Sequence[Answer]:
-    """``x_1=2, x_2=5`` as ``x=2, x=5``; anything else as it is."""
+    """``x_1=2, x_2=5`` as ``x=2, x=5``; other answers unchanged."""
     names = [_INDEXED.fullmatch(part.parts[0].text) if part.kind == "equation" else None for part in members]
     letters = {name[1] for name in names if name}
     if len(letters) != 1 or not all(names) or len({part.parts[0].text for part in members}) < len(members):
@@ -211,10 +210,7 @@ def _same_equation(gold: Answer, found: Answer) -> bool:
 
 
 def _conclusions(equation: Answer) -> Sequence[Answer]:
-    """What an equation says its left side is, exactly or rounded: nothing where it says two things, or solves nothing.
-
-    ``x = 6/2 = 3`` is 3; ``x = 2 x = 5``, ``x = 5 = 6`` and ``1 + 1 = 3`` are nothing.
-    """
+    """The values an equation gives its left side: 3 for ``x = 6/2 = 3``; none for ``x = 2 x = 5`` and ``1 + 1 = 3``."""
     first, *middle, last = equation.parts
     if not middle and not tells_a_value(first.text) and (first.value is None or _has_variables(first)):
         return ()
@@ -240,7 +236,7 @@ def _has_variables(answer: Answer) -> bool:
 
 
 def _same_congruence(gold: Answer, found: Answer) -> bool:
-    """Equal residues, whichever representatives are written."""
+    """Compare residues, regardless of their representatives."""
     names = [_bare(side.text.partition(r"\equiv")[0]) if r"\equiv" in side.text else "" for side in (gold, found)]
     if gold.mark != found.mark or (all(names) and names[0] != names[1]):
         return False
@@ -263,7 +259,6 @@ def _same_inequality(gold: Answer, found: Answer) -> bool:
 
 
 def _gap(relation: Answer) -> Formula | None:
-    """Left side minus right side."""
     sides = (relation.parts[0], relation.parts[-1])
     left, right = (side.value if side.value is not None else read_formula(side.text) for side in sides)
     return difference(left, right)

@@ -1,8 +1,7 @@
-r"""Formulas as sympy expressions: read by latex2sympy, bounded before anything is computed, compared by value.
+"""Formulas as sympy expressions, parsed by latex2sympy, size-checked before any evaluation, and compared by value.
 
-Two formulas are equal if they have the same value: constants to forty digits beyond their leading one, formulas in
-variables at three unrelated points. ``simplify`` is not used, since its time is unbounded. Where nothing can be
-computed (sets, relations of sets), math-verify's ``verify`` decides.
+Constants must agree to forty digits beyond the leading one, other formulas at three points. ``simplify`` is not used:
+its running time is unbounded. math-verify's ``verify`` decides where no value can be computed (sets).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _MAX_TEXT = 400
 _MAX_DEPTH = 20
 _MAX_NODES = 400
 _MAX_DIGITS = 4_000
-"""Python refuses to print integers of more than 4,300."""
+"""Python does not print integers with more than 4,300 digits."""
 _MAX_DIGITS_OF_FUNCTION = 20_000
 """At the points where functions are compared."""
 _MAX_ROOT_DIGITS = 1_000
@@ -43,7 +42,7 @@ _REFUSED = [
             "a sum, integral or limit is not a final answer",
         ),
         (r"(?:_\s*\{[^{}_]*){3}_", "subscripts of subscripts"),  # each level doubles the parser's time
-        # The parser computes binomial coefficients and gamma functions while it reads.
+        # The parser evaluates binomial coefficients and gamma functions while parsing.
         (r"\\Gamma(?![a-z]).*\\Gamma(?![a-z])", "a gamma function of gamma functions"),
     )
 ]
@@ -60,16 +59,16 @@ _LOG10_OF_VARIABLE = 0.72
 """An upper bound: ``_at`` uses values up to 5.2, and named constants are smaller."""
 _DIGITS = 30
 
-# Its only warning is that time-outs are off, which is meant.
+# Its only warning is that timeouts are off, which is intended.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 class TooLarge(ValueError):
-    """A bound is exceeded: computing this might take forever, and no final answer looks like it."""
+    """A size bound is exceeded: evaluation could take too long, and no real final answer is that large."""
 
 
 class Formula(NamedTuple):
-    """An expression with exact numbers; whether it was written with decimal fractions, and with |...|."""
+    """An expression with exact numbers, and whether it was written with decimal fractions and with |...|."""
 
     expression: Any
     is_decimal: bool
@@ -81,17 +80,13 @@ class Formula(NamedTuple):
         return str(sympy.expand(self.expression) if is_cheap else self.expression)
 
     def renamed(self, old: str, new: str) -> Formula:
-        """The same with another name for a variable."""
         names = {symbol: sympy.Symbol(new, real=True) for symbol in self.expression.free_symbols if symbol.name == old}
         return self._replace(expression=self.expression.xreplace(names))
 
 
 @lru_cache(maxsize=512)
 def read_formula(text: str) -> Formula | Number | None:
-    """Read a formula in ``plain_notation``, a rational one as a Number; None if it is not mathematics or has no value.
-
-    Raises TooLarge where reading or computing it could take too long.
-    """
+    """Parse ``plain_notation`` (Number if rational); None if not mathematics or without a value. May raise TooLarge."""
     _refuse_large_text(text)
     if TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
@@ -104,7 +99,7 @@ def read_formula(text: str) -> Formula | Number | None:
         raise
     except RecursionError:
         raise TooLarge("deeper than the reader can follow") from None
-    except Exception:  # its parser and sympy raise many kinds, bare Exception among them
+    except Exception:  # the parser and sympy raise many types, including bare Exception
         return None
     if isinstance(expression, list) or not isinstance(expression, sympy.Basic | sympy.MatrixBase):
         return None
@@ -131,15 +126,15 @@ def same_formula(gold: Formula | Number, found: Formula | Number) -> bool:
         return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
     if False not in agree:
         return True
-    # Roots and logarithms have many values where variables are negative: sqrt(xy) and sqrt(x)sqrt(y).
+    # Roots and logarithms have several branches at negative variables: sqrt(xy) and sqrt(x)sqrt(y).
     if gold.has_bars or found.has_bars or not (_has_branches(a) or _has_branches(b)):
         return False
     return all(_agree_at(a, b, point, tolerance) for point in _POSITIVE_POINTS)
 
 
 def _agree_at(a: Any, b: Any, point: int | Fraction, tolerance: int) -> bool | None:
-    """Whether two formulas have the same value at a point; None if one of them has none."""
-    # The gap is computed as one formula: x and 2x still differ next to 10^20.
+    """Whether two formulas have the same value at a point; None if one has none there."""
+    # Evaluate the gap as one formula, so that x and 2x still differ next to 10^20.
     gap = _at(sympy.Add(a, sympy.Mul(-1, b)), point)
     sizes = (gap, _at(a, point), _at(b, point))
     if None in sizes:
@@ -148,12 +143,12 @@ def _agree_at(a: Any, b: Any, point: int | Fraction, tolerance: int) -> bool | N
 
 
 def _has_branches(expression: Any) -> bool:
-    powers = expression.atoms(sympy.Pow)  # and |x|, which sympy writes for sqrt(x^2)
+    powers = expression.atoms(sympy.Pow)  # also |x|, as sympy writes sqrt(x^2)
     return expression.has(sympy.log, sympy.Abs) or any(p.base.free_symbols and not p.exp.is_integer for p in powers)
 
 
 def is_multiple(gold: Formula | None, found: Formula | None, *, positive: bool) -> bool:
-    """Whether one is a (positive) multiple of the other, so that their zeros (their signs) are the same."""
+    """Whether one is a (positive) multiple of the other, so that both have the same zeros (signs)."""
     if gold is None or found is None or names_of(gold) != names_of(found):
         return False
     values = [(_at(gold.expression, point), _at(found.expression, point)) for point in _POINTS]
@@ -164,7 +159,7 @@ def is_multiple(gold: Formula | None, found: Formula | None, *, positive: bool) 
 
 
 def is_rounded(exact: Formula, found: Number, places: int) -> bool:
-    """Whether a constant, rounded or truncated to ``places``, is the number found."""
+    """Whether the number found is a constant rounded or truncated to ``places``."""
     constant = exact.expression
     if not isinstance(constant, sympy.Expr) or constant.free_symbols or not constant.is_real or constant.is_infinite:
         return False
@@ -182,7 +177,6 @@ def difference(left: Formula | Number | None, right: Formula | Number | None) ->
 
 
 def scaled(value: Formula | Number, factor: Fraction) -> Formula | Number:
-    """The value times a factor, to convert units."""
     if factor == 1:
         return value
     if isinstance(value, Number):
@@ -191,7 +185,7 @@ def scaled(value: Formula | Number, factor: Fraction) -> Formula | Number:
 
 
 def entries_of_vector(value: Formula | Number) -> list[Formula]:
-    """The entries of a matrix with one row or column; [] for anything else."""
+    """The entries of a matrix with one row or column; [] for other values."""
     matrix = _expression(value)
     if not isinstance(matrix, sympy.MatrixBase) or 1 not in matrix.shape:
         return []
@@ -199,12 +193,11 @@ def entries_of_vector(value: Formula | Number) -> list[Formula]:
 
 
 def names_of(value: Formula | Number) -> set[str]:
-    """The names of the variables in a value."""
     return {symbol.name for symbol in _expression(value).free_symbols}
 
 
 def _with_products(text: str) -> str:
-    r"""The text with a sign between factors that the reader takes for a mixed number: 2(3), (2)(3), 2\frac{3}{2}."""
+    r"""Insert a sign between factors that the parser would read as a mixed number: 2(3), (2)(3), 2\frac{3}{2}."""
     text = _PRODUCT.sub(lambda factor: factor[0].rstrip() + r"\cdot ", text)
     return _PRODUCT_WITH_FRACTION.sub(
         lambda factor: rf"{factor[1]}\cdot {factor[2]}" if int(factor[3]) >= int(factor[4]) else factor[0], text
@@ -236,9 +229,9 @@ def _refuse_large_value(expression: Any) -> None:
 
 
 def _log10(node: Any) -> float:
-    """An upper bound of the decimal digits of a node's value, found without computing it."""
+    """An upper bound on the decimal digits of a node's value, without evaluating it."""
     if isinstance(node, sympy.Pow | sympy.MatPow) and any(isinstance(part, sympy.MatrixBase) for part in node.args):
-        raise TooLarge("a power of a matrix")  # sympy multiplies it out, in any variables
+        raise TooLarge("a power of a matrix")  # sympy expands it
     digits = _log10_of_parts(node)
     if digits > (_MAX_DIGITS_OF_FUNCTION if node.free_symbols else _MAX_DIGITS):
         raise TooLarge(f"a number of more than {_MAX_DIGITS:,} digits")
@@ -258,7 +251,7 @@ def _log10_of_parts(node: Any) -> float:
         if parts[-1] > 6:
             raise TooLarge("an exponent of more than a million")
         if parts[0] > _MAX_ROOT_DIGITS and not node.free_symbols and exponent.is_Integer is False:
-            raise TooLarge("a root of a large number")  # sympy looks for its factors
+            raise TooLarge("a root of a large number")  # sympy factors the number
         base = parts[0] if isinstance(node, sympy.Pow) else math.log10(math.e)
         return base * _size(exponent, parts[-1])
     if isinstance(node, sympy.factorial | sympy.factorial2 | sympy.gamma | sympy.subfactorial):
@@ -320,13 +313,13 @@ def _same_constant(a: Any, b: Any, is_decimal: bool) -> bool:
     gap = sympy.Add(a, -b)
     if gap.is_Rational:
         return bool(gap == 0)
-    # Of an exact zero, cancellation at that many digits leaves next to nothing.
+    # If the gap is exactly zero, evaluation with this many digits gives almost 0.
     digits = 100 + 2 * int(max(_log10(a), _log10(b)))
     return _is_within(gap.evalf(15, maxn=digits), a, b, digits - 60)
 
 
 def _is_within(gap: Any, a: Any, b: Any, digits: int) -> bool:
-    """Whether the gap is ``digits`` digits smaller than both numbers; False if one of the three is not a number."""
+    """Whether the gap is ``digits`` digits smaller than both numbers; False if any of the three is not a number."""
     sizes = [_magnitude(value) for value in (gap, a, b)]
     known = [size for size in sizes if size is not None]
     return len(known) == 3 and bool(known[0] <= (known[1] + known[2]) * sympy.Float(10) ** -digits)
@@ -344,7 +337,7 @@ def _fraction(constant: Any) -> Fraction:
 
 
 def _at(expression: Any, point: int | Fraction) -> Any:
-    """The value with a different number for each variable, positive or negative by ``point``; None if there is none."""
+    """The value with a different number for each variable, with the sign of ``point``; None if undefined."""
     values = {
         symbol: sympy.Rational(point * (300 + zlib.crc32(f"{symbol.name} {point}".encode()) % 997), 499)
         for symbol in expression.free_symbols
@@ -358,7 +351,7 @@ def _at(expression: Any, point: int | Fraction) -> Any:
 
 
 def _terms(node: Any) -> float:
-    """An upper bound of a node's number of terms after expansion."""
+    """An upper bound on a node's number of terms after expansion."""
     parts: list[float] = [_terms(part) for part in node.args]
     if isinstance(node, sympy.Add):
         return sum(parts)

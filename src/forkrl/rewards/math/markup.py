@@ -1,7 +1,6 @@
-r"""Removes fonts, colours, sizes, Markdown, and environments that align equations.
+r"""Removes fonts, colours, sizes, Markdown and equation alignment; unifies separators.
 
-Separators of answers (``\lor``, ``\quad``, line breaks, "or" and "and" in several languages) become commas,
-``\text{ or }`` and ``\text{ and }``.
+``\lor``, ``\quad``, line breaks and "or"/"and" in several languages become commas, ``\text{ or }``, ``\text{ and }``.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ _JOINTS = [
 
 
 def without_markup(text: str) -> str:
-    """The text without commands that only change its appearance, and with one notation for separators."""
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     while (unwrapped := _WRAPPED.sub(_unwrapped, text)) != text:
@@ -78,7 +76,7 @@ def _unwrapped(command: re.Match[str]) -> str:
 
 
 def _rows_joined(environment: re.Match[str]) -> str:
-    """Equations below each other as a list; a matrix or a function by cases stays as it is."""
+    """Rows of equations as a list; a matrix or a function by cases stays unchanged."""
     rows = [row.replace("&=", "=").replace("& =", "=").replace("=&", "=").strip(" ,;&\n") for row in
             _ROW_END.split(environment["rows"])]  # fmt: skip
     rows = [row for row in rows if row]
@@ -88,7 +86,7 @@ def _rows_joined(environment: re.Match[str]) -> str:
 
 
 def _quads_as_commas(text: str) -> str:
-    r"""``x=2 \quad y=3`` as a list; next to a separator, a word or a bracket ``\quad`` is only a space."""
+    r"""``x=2 \quad y=3`` as a list; next to a separator, word or bracket, ``\quad`` is only a space."""
     pieces = [piece.strip() for piece in _QUAD.split(text)]
     joined = pieces[0]
     for piece in pieces[1:]:

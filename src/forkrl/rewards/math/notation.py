@@ -1,6 +1,6 @@
-r"""One notation for the same mathematics: ``½``, ``\dfrac12`` and ``\frac {1} {2}`` become the same text.
+r"""Normalises notation: ``½``, ``\dfrac12`` and ``\frac {1} {2}`` become the same text.
 
-No expression is parsed here. The text is a final answer of bounded length, so a pattern may take quadratic time.
+Input is a final answer of bounded length, so patterns may take quadratic time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _with_bar(dotted: re.Match[str]) -> str:
 
 
 def _binomial(match: re.Match[str]) -> str:
-    r"""``C_{10}^3``; with less than 2 below, or more above than below, C is a variable."""
+    """``C_{10}^3``; if the lower number is below 2 or less than the upper, C is a variable."""
     above, chosen = (int(match["a"] or match["a2"]), int(match["c"] or match["c2"]))
     return rf"\binom{{{above}}}{{{chosen}}}" if 2 <= above >= chosen else match[0]
 
@@ -133,7 +133,7 @@ _REWRITES = [
         (r"(?<![a-zA-Z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)", r"\\binom{\1}{\2}"),
         (r"\\log\s*_\s*(?:e(?![a-zA-Z])|\{\s*e\s*\})", r"\\ln "),
         (r"\\text\{cis\}\s*(.*)$", _cis),
-        # The last ones see what all others have left.
+        # Must run last: these see the output of all other rules.
         (rf"([(\[\]]){_END}([,;]){_END}([)\[\]])", _with_usual_brackets),
     )
 ]
@@ -149,12 +149,12 @@ _CHANGE_OF_DEPTH = dict.fromkeys("([{", 1) | dict.fromkeys(")]}", -1)
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _SPACES = re.compile(r"\s+")
 _ALREADY_PLAIN = re.compile(r"-?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})", re.ASCII)
-"""Most answers: a short cut."""
+"""Fast path for most answers."""
 _PLAIN = re.compile(r"[\w./(), -]*\w", re.ASCII)
 
 
 def plain_notation(text: str) -> str:
-    """The text in ASCII and one notation, without spacing commands, dollars and closing punctuation."""
+    """Normalised ASCII text without spacing commands, dollar signs and closing punctuation."""
     if _ALREADY_PLAIN.fullmatch(text):
         return text
     text = without_markup(_CONTROL.sub("", text))
@@ -175,7 +175,7 @@ def plain_notation(text: str) -> str:
 
 
 def without_thousands(text: str) -> str:
-    """8000 for 8,000 outside brackets; (1,234) and 1, 234 are two numbers."""
+    """8000 for 8,000 outside brackets; (1,234) and 1, 234 stay two numbers."""
     if "," not in text and " " not in text:
         return text
     pieces, place = [], 0
@@ -203,7 +203,7 @@ def _one_to_ascii(character: str) -> str:
         return str(unicodedata.decimal(character))
     if category.startswith("Z"):
         return " "
-    if category in ("Cf", "Cc", "Cs", "Cn"):  # joiners, direction marks, surrogates: nothing that can be seen
+    if category in ("Cf", "Cc", "Cs", "Cn"):  # invisible: joiners, direction marks, surrogates
         return ""
     folded = unicodedata.normalize("NFKC", character)
     if "⁄" in folded:  # ½
@@ -213,7 +213,7 @@ def _one_to_ascii(character: str) -> str:
 
 
 def closing_place(text: str, start: int) -> int:
-    """Where the bracket at ``start`` closes, or -1. Kinds of brackets may differ, as in intervals."""
+    """The index where the bracket at ``start`` closes, or -1. Bracket types may differ, as in intervals."""
     depth = 0
     for token in _BRACKET.finditer(text, start):
         depth += _CHANGE_OF_DEPTH.get(token[0], 0)
@@ -223,7 +223,7 @@ def closing_place(text: str, start: int) -> int:
 
 
 def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Pieces between the matches of ``separator`` outside all brackets."""
+    """The pieces between matches of ``separator`` that are outside all brackets."""
     pieces, depth, begin, place = [], 0, 0, 0
     while place < len(text):
         if depth == 0 and (match := separator.match(text, place)) and match[0]:

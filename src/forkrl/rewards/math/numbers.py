@@ -1,7 +1,4 @@
-r"""Plain numbers, exactly: integers, decimals, fractions, mixed numbers, percentages, powers of ten.
-
-Most final answers are one of these, and need no algebra: a pattern and a ``Fraction`` judge them in microseconds.
-"""
+"""Exact plain numbers (integers, decimals, fractions, percentages, powers of ten): a fast path for most answers."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ class Number(NamedTuple):
 
     @property
     def amount(self) -> Fraction:
-        """25% is a quarter."""
+        """The value of a percentage: 25% is 1/4."""
         return self.value / 100 if self.is_percent else self.value
 
     def __str__(self) -> str:
@@ -47,7 +44,7 @@ class Number(NamedTuple):
 
 
 def read_number(text: str) -> Number | None:
-    """The number that the whole text (in ``plain_notation``) is, or None."""
+    """Parse a whole text in ``plain_notation`` as a number, or return None."""
     if text.isdecimal() and len(text) < 1000:
         return Number(Fraction(int(text)))
     unsigned = _PERCENT.sub("", text)
@@ -62,15 +59,15 @@ def read_number(text: str) -> Number | None:
 
 
 def number_word(word: str) -> Number | None:
-    """The number named by an English word from zero to twenty."""
+    """English words from zero to twenty."""
     return Number(Fraction(_WORDS.index(word))) if word in _WORDS else None
 
 
 def same_number(gold: Number, found: Number) -> bool:
     """Whether the numbers agree.
 
-    Percentages are equal by amount (25% is 0.25), or by the number before the sign, which many golds omit: 25% for 25
-    and 25 for 25%. A gold below 1 is not read as a percentage without its sign: 0.5% is not 0.5.
+    Percentages match by amount (25% is 0.25), or by the number before the sign, which many golds omit (25% is 25). A
+    gold below 1 without a sign is not read as a percentage: 0.5% is not 0.5.
     """
     is_decimal = gold.is_decimal or found.is_decimal
     if is_close(gold.amount, found.amount, is_decimal):
@@ -80,10 +77,7 @@ def same_number(gold: Number, found: Number) -> bool:
 
 
 def is_close(gold: Fraction, found: Fraction, is_decimal: bool) -> bool:
-    """Equal; or, where one of them is a decimal fraction, equal to the sixth decimal.
-
-    Below 1 that is the sixth significant digit: to six decimals every charge of an electron would be 0.
-    """
+    """Equal; or, if one is a decimal fraction, equal to the sixth decimal (below 1: sixth significant digit)."""
     if gold == found or not is_decimal:
         return gold == found
     scale = max(abs(gold), abs(found))

@@ -1,7 +1,4 @@
-r"""Words that are a part of the mathematics, as mathematics: 3 million, 2 hours 15 minutes, 1011 in base 2, x \ne 3.
-
-The text is in the notation of ``plain_notation``, one final answer of bounded length.
-"""
+r"""Converts words in ``plain_notation`` to symbols: 3 million, 2 hours 15 minutes, 1011 in base 2, x \ne 3."""
 
 from __future__ import annotations
 
@@ -62,7 +59,6 @@ _NO_SOLUTION = re.compile(
 
 
 def with_phrases_read(text: str) -> str:
-    """The text with such phrases written in symbols."""
     if not _CANDIDATE.search(text):
         return text
     text = _FEET_AND_INCHES.sub(r"\1 feet \2 inches", text)
@@ -84,7 +80,7 @@ def _multiplied(match: re.Match[str]) -> str:
 
 
 def _measures_added(flat: str) -> str | None:
-    """``2 hours and 15 minutes`` in its first unit: a smaller unit follows, with less than one of the unit before."""
+    """``2 hours and 15 minutes`` in its first unit; each later unit must be smaller and less than one earlier unit."""
     measures: list[tuple[Fraction, Fraction, dict[str, int], str]] = []
     place = 0
     while place < len(flat):
@@ -128,7 +124,7 @@ def _without_points(flat: str) -> str | None:
 
 
 def _without_domain(text: str, flat: str) -> str:
-    r"""``3k`` for ``3k, k \in \mathbb{Z}``: without the domain of its variable."""
+    r"""Remove the domain of a variable: ``3k`` for ``3k, k \in \mathbb{Z}``."""
     for domain in _DOMAINS:
         match = domain.fullmatch(flat)
         if match and re.search(rf"(?<![\\a-zA-Z]){match['name']}(?![a-zA-Z])", match["main"]):

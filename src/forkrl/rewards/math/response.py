@@ -1,4 +1,4 @@
-r"""Finds the final answer in a response: in its last box, after "the answer is", or at its end."""
+"""Finds the final answer in a response: in its last box, after "the answer is", or at its end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from forkrl.rewards.math.units import split_unit
 from forkrl.rewards.reply import reply_of, strip_turn_end
 
 _BOX_TAIL = 20_000
-"""Characters from the end that are searched for a box, in linear time."""
+"""Characters at the end searched for a box, in linear time."""
 _PLAIN_TAIL = 2_000
-"""Characters from the end that are searched if there is no box."""
+"""Characters at the end searched if there is no box."""
 MAX_ANSWER = 1_000
-"""Longest final answer."""
 
 _BOX_OR_BRACE = re.compile(r"\\+f?boxe?d?\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_START = re.compile(r"\\+(?:boxed|fbox)\s*\{")
@@ -56,7 +55,7 @@ _BETWEEN_FORMULAS = re.compile(r"\s*(?:,|,?\s*(?:and|or))\s*")
 _ALTERNATIVES = re.compile(
     r"(?<![a-zA-Z\\])([a-zA-Z]\s*=\s*-?\d[\d./]*(?:\s*,?\s*(?:or\b|\\lor\b)\s*(?:[a-zA-Z]\s*=\s*)?-?\d[\d./]*)+)[\s.$]*\Z"
 )
-"""As "x = 2 or x = 5" at the end of a sentence."""
+"""Such as "x = 2 or x = 5" at the end of a sentence."""
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
 _NUMBER = re.compile(
     r"(?<![a-zA-Z0-9_.\\{^])[-−–]?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
@@ -67,11 +66,11 @@ _DECORATION = " \t\n*_`\"'​‌‍﻿"
 
 
 def final_answer(response: str) -> str:
-    r"""The text of the final answer; "" where none is found, or it is longer than ``MAX_ANSWER``.
+    r"""The text of the final answer; "" if none is found or it exceeds ``MAX_ANSWER``.
 
-    If there is a complete ``\boxed{...}``, only the last one counts; boxes joined by "and", "or" or a comma are one
-    list, so that boxing several answers does not pay. Otherwise ``<answer>...</answer>``, ``#### ...``, the text after
-    the last "answer is", or the last formula of the closing paragraph or number of the closing sentence.
+    Only the last complete ``\boxed{...}`` counts; boxes joined by "and", "or" or a comma form one list, so boxing
+    several guesses does not help. Without a box: ``<answer>...</answer>``, ``#### ...``, the text after the last
+    "answer is", or the last formula of the closing paragraph or number of the closing sentence.
     """
     response = reply_of(response)
     boxed = _boxed(response[-_BOX_TAIL:])
@@ -80,7 +79,7 @@ def final_answer(response: str) -> str:
 
 
 def boxed_or_bare(text: str) -> str:
-    """The gold answer without its box and what precedes it."""
+    """The gold answer without its box and the text before it."""
     if "#### " in text:
         text = text.rpartition("####")[2]
     boxed = _boxed(text[-_BOX_TAIL:]) if "box" in text else None
@@ -89,7 +88,7 @@ def boxed_or_bare(text: str) -> str:
 
 def _boxed(text: str) -> str | None:
     text = _BARE_BOX.sub(r"\1{\2}", text) if "\\boxed" in text else text
-    boxes: list[tuple[int, int, int]] = []  # where the command, the content and the closing brace stand; outermost only
+    boxes: list[tuple[int, int, int]] = []  # starts of command and content, closing brace; outermost only
     opened: list[tuple[int, int] | None] = []
     for match in _BOX_OR_BRACE.finditer(text):
         token = match[0]
@@ -111,7 +110,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _joined_boxes(text: str, boxes: Sequence[tuple[int, int, int]]) -> str:
-    r"""The last box with those before it that are parts of the same answer, with the names of ``x=\boxed{2}``."""
+    r"""The last box, with earlier boxes of the same answer and the names in ``x=\boxed{2}``."""
     names = [_NAME_BEFORE.search(text[max(0, start - 40) : start]) for start, _, _ in boxes]
     first, joint = len(boxes) - 1, " and "
     while first:
@@ -146,7 +145,6 @@ def _unboxed(text: str) -> str:
 
 
 def _stated(text: str) -> str:
-    """The answer that prose states."""
     if announcements := list(_ANNOUNCED.finditer(text)):
         return _announced(text[announcements[-1].end() :])
     paragraph = text.rstrip().rpartition("\n\n")[2]
@@ -189,7 +187,7 @@ def _announced(text: str) -> str:
 
 
 def _joined(text: str, formulas: list[re.Match[str]]) -> list[str]:
-    """The formulas; those that are joined by "and", "or" or a comma as one."""
+    """The formulas, with those joined by "and", "or" or a comma merged."""
     runs: list[list[str]] = []
     end = 0
     for formula in formulas:

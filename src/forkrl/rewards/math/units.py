@@ -1,7 +1,4 @@
-r"""Units behind (or, for money, before) an answer: split off, converted, and told apart where both answers name one.
-
-Currencies and scales of temperature are not converted.
-"""
+"""Splits off units of answers and converts them, except currencies and temperature scales."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ from typing import NamedTuple
 Bases = dict[str, int]
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _GENERIC = {"unit", "thing", "单位"}
-"""Words that say that there is a unit, not which."""
+"""Words that mark a unit without naming one."""
 _CURRENCY_SIGNS = "$€£¥₹"
 _LETTERS = re.compile(r"[a-zA-Z]+")
 _PREFIXES = {
     "f": ("femto", -15), "p": ("pico", -12), "n": ("nano", -9), "µ": ("micro", -6), "m": ("milli", -3),
     "c": ("centi", -2), "d": ("deci", -1), "k": ("kilo", 3), "M": ("mega", 6), "G": ("giga", 9), "T": ("tera", 12),
 }  # fmt: skip
-# Units that take the prefixes of SI: symbols, names, factor, base units with their powers.
+# Units that take SI prefixes: symbols, names, factor, base units with their powers.
 _WITH_PREFIX = """
 m: meter metre: 1: m; g: gram gramme: 1/1000: kg; s: second sec: 1: s; L l: liter litre: 1/1000: m3;
 N: newton: 1: kg m s-2; J: joule: 1: kg m2 s-2; W: watt: 1: kg m2 s-3; Pa: pascal: 1: kg m-1 s-2;
@@ -69,7 +66,7 @@ def _bases(text: str) -> Bases:
 
 
 def _tables() -> tuple[dict[str, tuple[Fraction, Bases]], dict[str, tuple[Fraction, Bases]]]:
-    """Symbols, whose case counts, and names, in lower case."""
+    """Case-sensitive symbols, and lower-case names."""
     symbols: dict[str, tuple[Fraction, Bases]] = {}
     names: dict[str, tuple[Fraction, Bases]] = {}
     for entry in _WITH_PREFIX.split(";"):
@@ -97,7 +94,7 @@ _IN_LOWER_CASE = {name.casefold(): unit for name, unit in reversed(_SYMBOLS.item
 
 @lru_cache(maxsize=1024)
 def find_unit(name: str) -> tuple[Fraction, Bases] | None:
-    """One unit's factor and base units by symbol or name, singular or plural; None where it is not known."""
+    """Factor and base units of one unit by symbol or name, singular or plural; None if unknown."""
     name = name.replace("μ", "µ")
     if found := _SYMBOLS.get(name):
         return found
@@ -109,7 +106,7 @@ def find_unit(name: str) -> tuple[Fraction, Bases] | None:
 
 
 class Unit(NamedTuple):
-    """What is measured ("" without a unit, "?" in one that is not known), and in multiples of what."""
+    """``measures``: the base units ("" without a unit, "?" if unknown); ``factor``: the size in base units."""
 
     measures: str = ""
     factor: Fraction = Fraction(1)
@@ -134,7 +131,7 @@ _BARE = re.compile(
     rf"((?:[a-zA-Z]|[^\x00-\x7f])(?:[a-zA-Z. /()]|[^\x00-\x7f]|\\cdot(?![a-zA-Z])|(?<=[a-zA-Z)]){_POWER})*)$"
 )
 _CLOSE_TO_NUMBER = {"cm", "mm", "km", "kg", "ml", "mL", "ft", "min", "sec", "hr", "mph", "kph", "kWh", "Hz", "kHz"}
-"""Read as a unit behind a number without a space: 5cm, but 2mg may be twice the weight mg."""
+"""Units accepted after a number without a space: 5cm. Not 2mg, which may be 2·m·g."""
 _WORD = re.compile(r"[a-zA-Z]{4}|[^\x00-\x7f]")
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREE = re.compile(r"\s*\^\\circ\s*([CF](?![a-zA-Z]))?$")
@@ -148,7 +145,7 @@ _NO_UNIT_WORDS = re.compile(
     r"|^\s*\\text\{\s*(?:squared|cubed)",
     re.IGNORECASE,
 )
-"""In no unit, but in ``5 or six``: a second answer, not a measure of the first."""
+"""Words that no unit contains; in ``5 or six`` they start a second answer."""
 
 _DETAIL = re.compile(
     r"(?<=\w) (?:of|long|wide|high|tall|deep|away|apart|later|ago|old|total|altogether|each|from|to|on|more|less|at"
@@ -171,15 +168,11 @@ _REWRITES = [
 
 
 def flat_text(text: str) -> str:
-    r"""The words of ``\text{...}`` without the command, single-spaced."""
     return " ".join(_TEXT.sub(r" \1 ", text).split())
 
 
 def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
-    """The answer (in ``plain_notation``) without its unit, and the unit.
-
-    With ``lenient``, letters behind a number are a unit if they can be: ``5m`` is five metres.
-    """
+    """Split ``plain_notation`` into answer and unit; ``lenient`` accepts ambiguous letters: ``5m`` is five metres."""
     if text.isdecimal():
         return text, NO_UNIT
     text = _UNIT_FRACTION.sub(r"\1/(\2)", text)
@@ -200,20 +193,17 @@ def split_unit(text: str, *, lenient: bool = False) -> tuple[str, Unit]:
 
 
 def scale_between(gold: Unit, found: Unit) -> Fraction | None:
-    """The factor for the found number before it is compared; None if the units measure different things.
-
-    Either side may omit its unit. Words that are not a known unit (apples, people) are all alike.
-    """
+    """Factor for the found number; None if dimensions differ. Units may be omitted; unknown units are all equal."""
     if not gold.measures or not found.measures:
         return Fraction(1)
     if gold.measures != found.measures:
-        is_temperature = found == _ANGLE and gold.measures in _TEMPERATURES  # 25° for 25°C
+        is_temperature = found == _ANGLE and gold.measures in _TEMPERATURES  # 25° may mean 25°C
         return Fraction(1) if is_temperature else None
     return found.factor / gold.factor
 
 
 def _is_bare_unit(space: str, words: str, lenient: bool) -> bool:
-    """2xy is not a number of things, and 3m/s may be a formula."""
+    """2xy is not a number with a unit, and 3m/s may be a formula."""
     unit = _unit(words)
     if unit == _UNKNOWN:
         return bool((space and _WORD.search(words)) or not words[0].isascii())
@@ -237,9 +227,9 @@ def _unit(words: str) -> Unit:
 
 
 def _product(words: str) -> Unit | None:
-    """A product of units with powers, such as ``kg m^2/s^2``; None where a factor is not known."""
+    """A product of units with powers, such as ``kg m^2/s^2``; None if a factor is unknown."""
     factor, powers = Fraction(1), Counter[str]()
-    signs, sign = [1], 1  # inside the open brackets; before the next unit
+    signs, sign = [1], 1  # the sign of each open bracket; of the next unit
     place, known = 0, False
     while place < len(words):
         match = _TOKEN.match(words, place)
