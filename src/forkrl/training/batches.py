@@ -1,4 +1,4 @@
-"""Micro-batches: parts of a mini-batch that run through the model together, and how their results are joined.
+"""Micro-batches: the parts of a mini-batch that go through the model together.
 
 Axes: ``B`` sequences, ``T`` token positions.
 """
@@ -22,11 +22,10 @@ class MicroBatch(NamedTuple):
     number: int
     batch: TokenBatch
     sampled_BT: Tensor | None
-    """Positions drawn by ``forks_only.sampled`` to run with gradients; None: that setting is 0."""
+    """Positions drawn by ``forks_only.sampled`` to run with gradients; None if it is 0."""
 
 
 def sample_positions(mini_batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> Tensor | None:
-    """Draw each position with probability ``forks_only.sampled``; None if that is 0."""
     if not config.forks_only.sampled:
         return None
     shape, device = mini_batch.attention_mask.shape, mini_batch.attention_mask.device
@@ -35,7 +34,6 @@ def sample_positions(mini_batch: TokenBatch, config: TrainConfig, generator: tor
 
 
 def make_micro_batches(mini_batch: TokenBatch, cuts: list[Tensor], sampled_BT: Tensor | None) -> list[MicroBatch]:
-    """The rows of each cut as a micro-batch, padded to its longest sequence."""
     parts = [mini_batch.rows(rows_B) for rows_B in cuts]
     return [
         MicroBatch(number, part, None if sampled_BT is None else sampled_BT[rows_B, : part.input_ids.shape[1]])
@@ -44,12 +42,12 @@ def make_micro_batches(mini_batch: TokenBatch, cuts: list[Tensor], sampled_BT: T
 
 
 def padded_sizes(micro_batches: list[MicroBatch]) -> list[int]:
-    """The number of padded tokens in each, to share the work evenly."""
+    """Padded tokens in each, to balance the work."""
     return [micro.batch.input_ids.numel() for micro in micro_batches]
 
 
 def assemble(like_BT: Tensor, cuts: list[Tensor], parts: list[Tensor]) -> Tensor:
-    """The mini-batch's tensor from those of its micro-batches."""
+    """Combine micro-batch tensors into the mini-batch's."""
     whole_BT = torch.zeros_like(like_BT)
     for rows_B, part_BT in zip(cuts, parts, strict=True):
         whole_BT[rows_B, : part_BT.shape[1]] = part_BT

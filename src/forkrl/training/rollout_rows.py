@@ -12,7 +12,7 @@ from forkrl.method.selection import select_tokens
 from forkrl.model.token_texts import TokenTexts
 from forkrl.types import RolloutGroup
 
-if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import SelectionConfig
 
 
@@ -26,13 +26,7 @@ def rollout_rows(
 ) -> list[dict[str, Any]]:
     """One row per response, with the columns of ``run_folder.rollout_schema``.
 
-    Args:
-        step: of the run.
-        groups: judged responses.
-        tokenizer: for the text of the tokens.
-        selected: for each response, in order, which of its tokens carried gradient.
-        rewards: for each response; None: the scores.
-        advantages: for each response; None: null.
+    ``selected`` has, per response in order, a bool per token. ``rewards`` default to scores, ``advantages`` to null.
     """
     texts = TokenTexts(tokenizer)
     judged = [
