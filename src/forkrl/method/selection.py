@@ -176,7 +176,7 @@ def select_in_scope(
     micro_batches: Sequence[Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """The selected tokens of a mini-batch (or rollout batch, by scope), ``[B, T]`` bool; ``micro_batches`` are row indices."""
+    """Selected tokens of a mini-batch (or rollout batch), ``[B, T]`` bool; ``micro_batches`` are row indices."""
 
     def select(function: Callable[..., Tensor], rows: Tensor | slice) -> Tensor:
         inputs = (entropy_BT[rows], response_mask_BT[rows], config.rule, config.ratio)

@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any instant, resume bit for bit, and cannot run code.
 
-    checkpoints/step-20/                 loads with AutoModelForCausalLM.from_pretrained
+    checkpoints/step-20/               loads with AutoModelForCausalLM.from_pretrained
       config.json, model.safetensors, tokenizer.json, ...
       trainer/optimizer.safetensors    AdamW moments and step counts, by parameter name
       trainer/optimizer.json           learning rate and other numbers of each parameter group
