@@ -30,10 +30,7 @@ class NothingToLearn(TrainingHalted):
 
 
 def printable(text: str) -> str:
-    """Text with control characters escaped (``\\x1b``), newline and tab included.
-
-    Model output may recolour or overwrite a terminal, reorder a line, or forge a log line.
-    """
+    """Text with control characters escaped, newline and tab included: model output may forge or overwrite log lines."""
     return "".join(_escaped(char) if acts_unseen(char) else char for char in text)
 
 

@@ -1,7 +1,7 @@
 """Shared data types.
 
-Shapes in every module: ``B`` sequences, ``T`` token positions, ``V`` vocabulary, ``D`` hidden, ``P`` prompts, ``G``
-rollouts per prompt (the group), ``N`` flattened rows.
+Axes in every module: ``B`` sequences, ``T`` token positions, ``V`` vocabulary, ``D`` hidden, ``P`` prompts,
+``G`` rollouts per prompt (the group), ``N`` flattened rows.
 """
 
 from __future__ import annotations
@@ -45,10 +45,7 @@ class Prompt:
 
 
 class Judgement(NamedTuple):
-    """A verifier's score with the final answer it read, normalised for majority votes.
-
-    ``answer`` is "" if the response has none, None if the verifier does not report it.
-    """
+    """A score and the final answer (normalised, for majority votes): "" if none was found, None if not reported."""
 
     score: float
     answer: str | None = None
@@ -62,8 +59,7 @@ FAILURES = ("timeout", "crash", "memory", "error")
 class VerifierResult:
     """The result of one response.
 
-    ``score`` is in [0, 1]; it is 0 if ``failure`` is not empty, which is then one of ``FAILURES``. ``answer`` is as in
-    ``Judgement``.
+    ``score`` is in [0, 1]; it is 0 if ``failure`` (one of ``FAILURES``) is set. ``answer`` is as in ``Judgement``.
     """
 
     score: float
@@ -75,9 +71,8 @@ class VerifierResult:
 class VerifierSpec:
     """A verifier function and its options.
 
-    ``path`` is ``"module:function"``: it takes ``(answer, response)`` strings and returns a score in [0, 1] or a
-    ``Judgement``. ``options`` are keyword arguments (JSON). ``timeout_s`` is wall-clock per response; None: the
-    recipe's.
+    ``path`` is ``"module:function"``, from ``(answer, response)`` strings to a score in [0, 1] or a ``Judgement``.
+    ``options`` are its keyword arguments. ``timeout_s`` is wall-clock per response; None: ``reward.timeout_s``.
     """
 
     path: str
@@ -121,7 +116,7 @@ class TemperatureRule(Protocol):
     """A temperature per position that depends on entropy, such as ``forkrl.ForkTemperature``."""
 
     def rescale(self, scores: Tensor, entropy: Tensor) -> Tensor:
-        """Rescaled log-probs ``[S, V]`` to sample from, given log-probs ``[S, V]`` and entropies ``[S]``."""
+        """Scores ``[S, V]`` whose softmax is sampled, given log-probs ``[S, V]`` and entropies ``[S]``."""
         ...
 
 

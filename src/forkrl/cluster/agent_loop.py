@@ -15,10 +15,7 @@ from forkrl.model.prompt_tokens import prompt_token_ids
 
 @register("forkrl_exact_prompt")
 class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships no types
-    """One response to a complete prompt from ``forkrl.cluster.data.write_prompts``.
-
-    A response ends with EOS or one of ``forkrl.stop_token_ids``, included, or at ``rollout.response_length``.
-    """
+    """One response to a complete prompt, up to and including EOS or a stop token, or ``rollout.response_length``."""
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **unused: Any) -> None:
         # Skips verl's own __init__, which prepares for further chat turns and fails for tokenizers without chat tokens.

@@ -1,7 +1,4 @@
-"""Groups of responses in verl's TransferQueue, read as ForkRL's own types.
-
-Keys are ``{uid}_{session}_{index}``: prompt, response, turn. ForkRL's tasks have one turn.
-"""
+"""verl's TransferQueue read as ForkRL's groups. Keys are ``{uid}_{session}_{index}``: prompt, response, turn."""
 
 from __future__ import annotations
 
@@ -29,11 +26,9 @@ def read_groups(
     *,
     with_text: bool = False,
 ) -> list[RolloutGroup]:
-    """The groups of these trajectories, in the order of their first keys.
+    """The groups of these trajectories (without padding keys), in the order of their first keys.
 
-    ``keys`` exclude verl's padding; ``partition_id`` is "train" or "val". ``per_token`` maps ``logprobs`` and
-    ``entropy`` to the fields to read. ``with_text`` decodes prompts and responses, which is slow; otherwise text is
-    empty.
+    ``per_token`` maps ``logprobs`` and ``entropy`` to the fields to read. ``with_text`` decodes text, which is slow.
     """
     if not keys:
         return []

@@ -1,7 +1,4 @@
-"""``forkrl train --trainer verl``: prepare, start and conclude a run on verl, and display its progress.
-
-verl runs in its own process, logs to ``verl/log.txt``, and writes metrics and rollouts itself (``record.py``).
-"""
+"""``forkrl train --trainer verl``: run verl in its own process, which records metrics itself (``record.py``)."""
 
 from __future__ import annotations
 

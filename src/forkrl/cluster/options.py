@@ -1,7 +1,4 @@
-"""``+forkrl.*`` on verl's command line: the selection, and where the run is recorded.
-
-python -m verl.trainer.main_ppo … trainer.v1.trainer_mode=forkrl +forkrl.ratio=0.2 +forkrl.scope=mini_batch
-"""
+"""``+forkrl.*`` on verl's command line: selection and recording, with ``trainer.v1.trainer_mode=forkrl``."""
 
 from __future__ import annotations
 

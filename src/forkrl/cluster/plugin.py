@@ -1,7 +1,6 @@
-"""Loaded by verl in every process that imports it; registers ForkRL's trainers and agent loop.
+"""Registers ForkRL's trainers and agent loop at the end of ``import verl``, so its imports are loaded everywhere.
 
-Found by the entry point ``verl.plugins``, or by ``VERL_USE_EXTERNAL_MODULES=forkrl.cluster.plugin`` if ForkRL is only
-on PYTHONPATH. Runs at the end of ``import verl``, so its imports are loaded everywhere.
+Found by the entry point ``verl.plugins``, or by ``VERL_USE_EXTERNAL_MODULES`` if ForkRL is only on PYTHONPATH.
 """
 
 from __future__ import annotations

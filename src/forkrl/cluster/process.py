@@ -44,11 +44,10 @@ def run_and_watch(
     on_metrics: Callable[[Mapping[str, Any]], None],
     on_stop: Callable[[], None],
 ) -> int:
-    """Run verl to its end, and report every line it adds to the metrics; returns its exit status.
+    """Run verl to its end, report each new line of metrics.jsonl after the first ``known``, and return the exit status.
 
-    The first stop signal asks verl to save and end after the current step. A second ends it at once, as does the first
-    before any step has begun. ``known`` is the number of lines in metrics.jsonl at the start; ``on_stop`` is called
-    once the end was requested.
+    The first stop signal makes verl save and end after the current step (``on_stop``); a second, or one before any
+    step, ends it at once.
     """
     log, begun, stop = (run_folder / OWN / name for name in (LOG, BEGUN, STOP))
     metrics, interruption = run_folder / "metrics.jsonl", Interruption()
@@ -96,11 +95,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def conclude(merge: Callable[[], None], checkpoints: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Merge verl's checkpoints however the run inside ends, then re-raise the error that ended it.
-
-    If the merge fails too, ``say`` prints its message. An interruption gets the state of ``checkpoints`` as its
-    outcome, since verl may be stopped before or while it saves.
-    """
+    """Merge verl's checkpoints however the run inside ends, then re-raise its error; ``say`` reports a failed merge."""
     try:
         yield
     except BaseException as ended:
@@ -179,10 +174,9 @@ def begun_checkpoints(folder: Path) -> dict[int, Path]:
 def merge_checkpoints(
     run: RunFolder, own: Path, environment: Mapping[str, str], say: Callable[[str], None], *, keep: int
 ) -> None:
-    """Write ``checkpoints/step-N`` for the newest ``keep`` of verl's checkpoints in ``own``, and delete older ones.
+    """Merge the newest ``keep`` of verl's checkpoints in ``own`` to ``checkpoints/step-N``, and delete older ones.
 
-    verl's merger makes a bf16 Hugging Face folder of one file per rank. verl itself deletes no checkpoints from before
-    a resume.
+    verl's merger writes bf16. verl itself does not delete checkpoints from before a resume.
     """
     complete = verl_checkpoints(own)
     kept = dict(list(complete.items())[-keep:])

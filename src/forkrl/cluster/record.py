@@ -1,7 +1,4 @@
-"""Writes the run folder from verl's trainer, in the local engine's format.
-
-``verl/`` holds verl's checkpoints and log, how the run ended, and a request to stop.
-"""
+"""Writes the run folder from verl's trainer; ``verl/`` holds its checkpoints, log, outcome and a stop request."""
 
 from __future__ import annotations
 
@@ -31,10 +28,7 @@ class StopRequested(Exception):
 
 
 class Record:
-    """Writes into a run folder that the launcher created, and holds its lock.
-
-    Every ``every`` steps it samples ``sampled`` training responses.
-    """
+    """Writes into the launcher's run folder and holds its lock; samples ``sampled`` responses every ``every`` steps."""
 
     def __init__(self, path: Path, *, every: int, sampled: int) -> None:
         self.folder = RunFolder.open(path)
@@ -99,13 +93,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """All metrics that a local run logs for a step; removes the workers' sums from ``metrics``.
 
-    Args:
-        metrics: verl's for this step.
-        timing: verl's, in seconds.
-        dropped: drawn but not trained on: all right, all wrong, surplus, or missing a response.
-        num_batches: prompts drawn, in batches of a step's size.
-        reward: mean over the kept responses, with the overlong penalty.
-        seconds: the whole step.
+    ``dropped`` groups were all right, all wrong, surplus or incomplete; ``num_batches`` is in batches of a step's size;
+    ``reward`` includes the overlong penalty; ``timing`` and ``seconds`` (the whole step) are in seconds.
     """
     names = [name for name in metrics if name.startswith(FROM_WORKERS)]
     sums = {name.removeprefix(FROM_WORKERS): float(metrics.pop(name)) for name in names}

@@ -1,8 +1,4 @@
-"""verl's replay buffers with a limit on drawn prompts, a timeout, and a report of dropped groups.
-
-Without them verl draws new prompts forever if all groups are all right or all wrong, or (asynchronous trainers) if
-sampling or scoring always fails.
-"""
+"""verl's replay buffers with limits: verl would draw prompts forever if no group has a gradient or sampling fails."""
 
 from __future__ import annotations
 

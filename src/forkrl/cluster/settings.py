@@ -1,6 +1,6 @@
-"""One table of settings: what verl gets for a recipe, what it does not support, and what ForkRL handles itself.
+"""What verl gets for a recipe and what it does not support, as one table for ``translate.py`` and the docs.
 
-Read by ``translate.py``; tools/cluster_settings.py prints it as docs/cluster-settings.md. Imports no verl, no torch.
+tools/cluster_settings.py prints it as docs/cluster-settings.md. Imports no verl, no torch.
 """
 
 from __future__ import annotations

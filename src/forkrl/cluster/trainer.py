@@ -1,8 +1,4 @@
-"""verl's trainers with forking tokens, selected by ``trainer.v1.trainer_mode``.
-
-ForkRL adds the selection over the rollout batch after the advantages (``worker.py`` selects in other scopes), metrics
-with the local engine's names, and the run folder.
-"""
+"""verl's trainers with forking tokens (``trainer.v1.trainer_mode``): rollout-batch selection, metrics, run folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """From a recipe to verl's command line, by the table in ``settings.py``. Imports neither verl, hydra nor torch.
 
-Values pass hydra's override grammar, where quoted text is literal, and OmegaConf, where ``${...}`` is a reference. verl
-resolves references twice, so no escape survives, and such text is rejected.
+hydra treats quoted text as literal, but OmegaConf and verl both resolve ``${...}``, so such text is rejected.
 """
 
 from __future__ import annotations

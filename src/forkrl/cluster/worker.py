@@ -1,9 +1,7 @@
 """A gradient step inside one of verl's ranks: selection, ForkRL's loss, warm-up by gradient steps, metrics.
 
-verl's engine runs the model, cuts the mini-batch, sums gradients over ranks and updates the weights. The driver selects
-for the scope "rollout_batch"; for other scopes the ranks exchange the entropies of their tokens and select.
-
-Axes: ``B`` sequences, ``T`` token positions of responses, ``N`` response tokens in reading order.
+The driver selects for the scope "rollout_batch"; for others the ranks exchange the entropies of their tokens. Axes:
+``B`` sequences, ``T`` token positions of responses, ``N`` response tokens in reading order.
 """
 
 from __future__ import annotations
@@ -42,10 +40,7 @@ PREFIX = "forkrl/"
 
 
 def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, seed: str) -> Tensor:
-    """The rule over all given tokens, or within each row of ``[B, T]`` for scope "sequence".
-
-    Deterministic: any process can repeat a random selection from the same seed.
-    """
+    """The rule over all tokens, or per row of ``[B, T]`` for scope "sequence"; random draws depend only on ``seed``."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     function = select_tokens_per_sequence if config.scope == "sequence" else select_tokens
@@ -58,10 +53,7 @@ def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, seed: str) ->
 def select_over_ranks(
     entropy_BT: Tensor, mask_BT: Tensor, config: SelectionConfig, seed: str, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """The rule over the tokens of all ranks of ``group``; returns this rank's ``[B, T]`` bool.
-
-    Every rank selects from the same tokens in rank order, so the result need not be sent.
-    """
+    """The rule over the tokens of all ranks, repeated on each in rank order; this rank's part, ``[B, T]`` bool."""
     own_N = entropy_BT[mask_BT].float().cpu()
     parts, rank = [own_N], 0
     if group is not None:

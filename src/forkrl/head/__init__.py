@@ -1,7 +1,5 @@
-"""Target log-probs and entropies directly from hidden states.
-
-Axes: ``N`` rows (token positions), ``D`` hidden, ``V`` vocabulary.
-"""
+"""Target log-probs and entropies from hidden states. Axes: ``N`` rows (token positions), ``D`` hidden, ``V``
+vocabulary."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Token statistics in tiles of rows and vocabulary: memory does not grow with N x V, forward or backward.
+"""Token statistics in tiles of rows and vocabulary, forward and backward, so memory does not grow with N x V.
 
-The forward keeps a running maximum ``m``, ``s = sum(exp(z - m))`` and ``a = sum(exp(z - m) (z - m))`` per row; then
-``log p = (z - m) - log s`` and ``H = log s - a / s``. The backward recomputes tiles for live rows (a single tile is
-kept): ``dL/dz_j = g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)``.
-
-Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` rows of a tile, ``C`` columns of a tile (a slice of ``V``).
+Forward, per row: running maximum ``m``, ``s = sum(exp(z - m))``, ``a = sum(exp(z - m) (z - m))``; then ``log p = (z -
+m) - log s`` and ``H = log s - a / s``. Backward, recomputed for live rows: ``dL/dz_j = g_logp (1[j = target] - p_j) -
+g_H p_j (log p_j + H)``. Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` rows and ``C`` columns of a tile.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Autograd function of the fast backends: saves a few numbers per row and differentiates live rows only.
+"""Autograd function of the fast backends: differentiates only live rows, those with a non-zero incoming gradient.
 
-A row is live if its incoming gradient is non-zero. Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` live rows.
+Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` live rows.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ class Gradients(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """``[N]`` each, and all log-probs ``[N, V]`` if few enough to keep.
-
-    The largest logit and the log of the sum stay separate: adding them would cost large logits their last digits.
-    """
+    """``[N]`` each, and log-probs ``[N, V]`` if few. Adding ``highest`` to the log of the sum would lose digits."""
 
     logprobs: Tensor
     highest: Tensor

@@ -1,13 +1,10 @@
 """Token statistics in Triton kernels: one fused pass over the vocabulary forward, live rows only backward.
 
-Forward: each program scans a split of the vocabulary for some rows. With ``x`` the logits before the temperature ``T``,
-it keeps the largest logit ``m``, ``s = sum(exp((x - m) / T))``, ``a = sum(exp((x - m) / T) (x - m))`` and the target's
-logit; then the splits are combined. Backward: a kernel recomputes the logits and writes dL/dlogits of the live rows for
-a slice of the vocabulary, in the model's dtype, into a bounded buffer; the library computes the matrix products.
-``dL/dx_j = (g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)) / T``.
-
-Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``S`` splits (forward), ``R`` rows and ``C`` columns of a slice
-(backward).
+Forward: each program scans a split of the vocabulary for some rows and keeps the largest logit ``m``, ``s = sum(exp((x
+- m) / T))``, ``a = sum(exp((x - m) / T) (x - m))`` and the target's logit, with ``x`` the logits before the temperature
+``T``. Backward: a kernel writes dL/dlogits of live rows for a slice of the vocabulary into a bounded buffer, in the
+model's dtype: ``dL/dx_j = (g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)) / T``. Axes: ``N`` rows, ``D`` hidden,
+``V`` vocabulary; ``S`` splits (forward), ``R`` rows and ``C`` columns of a slice (backward).
 """
 
 from __future__ import annotations

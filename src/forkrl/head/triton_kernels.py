@@ -1,7 +1,4 @@
-"""Device code of the "triton" backend; triton.py launches it.
-
-Axes: ``N`` rows, ``D`` hidden, ``V`` columns of the vocabulary; ``BLOCK_*`` is one program's share.
-"""
+"""Device code of the "triton" backend. Axes: ``N`` rows, ``D`` hidden, ``V`` columns; ``BLOCK_*`` per program."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Triton compiles these functions itself; their arguments have no types of Python's.
 

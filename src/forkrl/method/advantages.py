@@ -1,7 +1,4 @@
-"""Group advantages, the filter of dynamic sampling and DAPO's length penalty.
-
-Axes: ``P`` prompts, ``G`` rollouts per prompt (the group).
-"""
+"""Group advantages, the dynamic-sampling filter and DAPO's length penalty. Axes: ``P`` prompts, ``G`` rollouts each."""
 
 from __future__ import annotations
 
@@ -36,10 +33,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def informative_groups(scores: Tensor) -> Tensor:
-    """Groups with unequal scores, ``[P]`` bool, which dynamic sampling keeps (arXiv 2506.01939v2, section 5.2).
-
-    ``scores`` is ``[P, G]`` correctness, before any length penalty.
-    """
+    """Groups kept by dynamic sampling, ``[P]`` bool: scores ``[P, G]`` not all equal (arXiv 2506.01939v2, sec. 5.2)."""
     scores = _as_groups(scores)
     return (scores != scores[:, :1]).any(1)
 

@@ -1,7 +1,4 @@
-"""Collate rollout groups into tensors and cut them into mini-batches and micro-batches.
-
-Shapes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
-"""
+"""Collate and cut batches. Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt."""
 
 from __future__ import annotations
 

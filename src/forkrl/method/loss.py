@@ -1,7 +1,4 @@
-"""DAPO's clipped policy gradient on the selected tokens, and a KL penalty.
-
-Axes: ``B`` sequences, ``T`` token positions.
-"""
+"""DAPO's clipped loss on the selected tokens, and a KL penalty. Axes: ``B`` sequences, ``T`` token positions."""
 
 from __future__ import annotations
 
@@ -29,7 +26,6 @@ class Counts(NamedTuple):
     selected: int
 
     def divisor(self, denominator: Literal["selected", "response"] | int) -> int:
-        """The divisor of the policy loss for ``loss.denominator``."""
         if isinstance(denominator, int):
             return denominator
         return self.selected if denominator == "selected" else self.response

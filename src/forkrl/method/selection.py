@@ -1,7 +1,5 @@
-"""Selection rules, and the scope of tokens over which a fraction is taken.
-
-Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in reading order.
-"""
+"""Selection rules and their scope. Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in reading
+order."""
 
 from __future__ import annotations
 
@@ -23,13 +21,10 @@ if TYPE_CHECKING:  # avoids importing pydantic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """The response tokens a rule chooses among."""
-
     entropy: Tensor
     """``[N]`` nats, any floating dtype; finite for rules that read it."""
     num_kept: int
     threshold: float | None
-    """Nats."""
     generator: torch.Generator | None
     """None: torch's default generator."""
 
@@ -198,10 +193,7 @@ def reads_current_entropy(config: SelectionConfig) -> bool:
 
 
 def needs_entropy_first(config: SelectionConfig) -> bool:
-    """Whether the whole mini-batch's current entropies are needed before the first loss.
-
-    True if tokens of different micro-batches compete, or the number selected depends on the entropies.
-    """
+    """Whether a mini-batch's current entropies are needed first: tokens compete across micro-batches or set the count."""
     return reads_current_entropy(config) and (config.scope == "mini_batch" or config.rule == "threshold")
 
 

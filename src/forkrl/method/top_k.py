@@ -11,10 +11,7 @@ _INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def keep_highest(scores_N: Tensor, num_kept: int) -> Tensor:
-    """True at exactly ``num_kept`` of the highest scores; ties go to the earliest.
-
-    ``torch.quantile`` is limited to 2^24 elements, ``kthvalue`` sorts two copies, and ``topk`` is not stable.
-    """
+    """True at exactly ``num_kept`` of the highest scores, ties to the earliest; unlike ``topk`` stable, at any size."""
     threshold = kth_highest(scores_N, num_kept)
     ties_left = num_kept - sum(int((part > threshold).sum()) for part in scores_N.split(CHUNK))
     kept_N = torch.empty_like(scores_N, dtype=torch.bool)

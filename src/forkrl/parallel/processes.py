@@ -17,10 +17,9 @@ def child_environment(threads: int) -> dict[str, str]:
 
 
 def die_with_parent(lifeline_fd: int) -> None:
-    """SIGKILL this process group once the parent's end of the lifeline closes, even in an endless loop in C code.
+    """SIGKILL this process group when the parent's end of the lifeline closes, even inside C code.
 
-    PR_SET_PDEATHSIG would kill a healthy worker when the parent *thread* that started it ends. On systems other than
-    Linux a worker ends when it next reads a request.
+    Not PR_SET_PDEATHSIG: that kills a healthy worker when the parent *thread* that started it ends. Linux only.
     """
     if sys.platform == "linux":
         fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())

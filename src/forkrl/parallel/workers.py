@@ -1,8 +1,7 @@
-"""Worker processes that share a small model's weights and divide its work among CPU cores.
+"""Worker processes that share a small model's weights and divide its work among CPU cores (docs/threads.md).
 
-Processes synchronise once a step; threads of one operation would hundreds of times (docs/threads.md). All map one block
-of shared memory, so each sees the optimizer's step at once. Gradients are summed in a fixed order, so runs are
-bit-reproducible.
+All map one block of shared memory and so see the optimizer's step at once. Gradients are summed in a fixed order, so
+runs are bit-reproducible.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ class Worker(NamedTuple):
 
 
 class Workers:
-    """The policy in this process and in ``count - 1`` others; a context manager.
-
-    With several workers (CPU only), the policy's parameters move into shared memory. ``threads`` is per worker.
-    """
+    """The policy in this process and in ``count - 1`` others (CPU only), with its parameters in shared memory."""
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
         self._counters = torch.zeros(count, dtype=torch.int64)
@@ -93,7 +89,6 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the other processes; may be called twice."""
         self._closed = True
         for connection in self._connections:
             connection.close()
@@ -112,11 +107,8 @@ class Workers:
         *arguments: Any,
         sizes: Sequence[int] | None = None,
     ) -> list[Result]:
-        """``function(worker, item, *arguments)`` for every item, in item order.
-
-        ``function`` must be importable by the other processes. ``sizes`` is the work per item, by default equal; the
-        division among workers is deterministic.
-        """
+        """``function(worker, item, *arguments)`` for every item, in order; ``sizes`` balances the work
+        deterministically."""
         if self.count > 1 and function.__module__ == "__main__":
             raise ValueError(f"{function.__name__} is defined in the program itself; move it to a module")
         if self._closed:
@@ -142,7 +134,6 @@ class Workers:
                 gradient.zero_()
 
     def sum_gradients(self) -> None:
-        """Add the other workers' gradients to this process's."""
         for gradients in self._gradients:
             for parameter, gradient in zip(_trained(self.policy), gradients, strict=True):
                 if parameter.grad is not None:

@@ -41,8 +41,7 @@ class Variant(NamedTuple):
 def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Variant]:
     """The fewest changes with which every phase fits: on the same GPUs, then on more. Empty: none found.
 
-    Tries every value of every setting, then every pair, then every three, and keeps the mildest values per set of
-    settings. Settings that change the algorithm (lengths, batch sizes, the selection) stay.
+    Tries each setting, pair and triple, mildest values first; settings that change the algorithm stay.
     """
     same = _search(config, shape, gpu, more_gpus=False)
     if config.runtime.trainer == "verl":
@@ -87,10 +86,7 @@ def _num_gpus(variant: Variant) -> int:
 def find_faster(
     config: TrainConfig, shape: ModelShape, gpu: Gpu, run_s: float | None, assumed: Assumptions
 ) -> list[Variant]:
-    """The best value of each setting that saves time on the same GPUs, and the best pairs, fastest first.
-
-    Parallelism stays, since communication is not modelled.
-    """
+    """The best value of each setting that saves time on the same GPUs, and the best pairs, fastest first."""
     if run_s is None or assumed.rollout_tokens_per_s is not None:
         return []
     best: dict[tuple[str, ...], Variant] = {}

@@ -1,8 +1,8 @@
 """Operations of a step and their time, at two efficiencies that the user may set.
 
 A matrix of n weights costs 2 n operations per token forward and 4 n backward (Kaplan et al. 2020, arXiv 2001.08361,
-section 2.1); causal attention to n tokens 2 L H C n^2 forward, twice that backward. Decoding reads all weights and the
-cache for every token, so memory bandwidth bounds it unless very many sequences run at once.
+section 2.1); causal attention to n tokens 2 L H C n^2 forward, twice that backward. Decoding is bound by memory
+bandwidth, to read weights and cache, unless very many sequences run at once.
 """
 
 from __future__ import annotations
@@ -199,11 +199,7 @@ def _rollout_part(
 def update_flops(
     config: TrainConfig, layout: Layout, layers: float, head: float, assumed: Assumptions
 ) -> tuple[float, str]:
-    """Operations of a step's gradients: backward is twice forward, checkpointing repeats the layers' forward.
-
-    The local trainer's head runs only on the selected tokens if they are selected before the loss, and recomputes its
-    logits in the backward.
-    """
+    """Operations of a step's gradients: backward is twice forward, checkpointing repeats the layers' forward."""
     recompute = 1 if config.model.gradient_checkpointing else 0
     if layout.sharded:
         return (3 + recompute) * layers + 3 * head, f"{6 + 2 * recompute}N a token"
@@ -220,6 +216,7 @@ def update_flops(
         share = share_with_gradients(config)
         head_passes = (1 - first if current else 0.0) + 4 * selected
         return (1 + 3 * share) * layers + head_passes * head, f"{2 + 6 * share:.3g}N a token: forks_only"
+    # The head keeps no logits: its backward recomputes those of its rows.
     forward, backward = selected if selects_first else 1.0, 1.0 if every_token else selected
     rows = f", {forward:.0%} of the rows through the head and {backward:.0%} back" if min(forward, backward) < 1 else ""
     passes = 3 + recompute + measured

@@ -1,11 +1,9 @@
 """Bytes of one GPU in each phase of a step, and of a node's main memory.
 
-Both engines train with fp32 weights and gradients and AdamW: 4 + 4 + 8 bytes per parameter. verl shards them over all
-GPUs (FSDP2 with reshard after forward, ZeRO stage 3) and gathers a layer at a time in the compute precision.
-
-Activations follow Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), adapted to SwiGLU, grouped queries,
-``transformers``' RMSNorm (saves an fp32 copy of its input), no dropout, and FlashAttention (saves its output and one
-log per query). tests/unit/test_plan_measured.py compares with what PyTorch saves.
+fp32 weights and gradients and AdamW take 4 + 4 + 8 bytes per parameter; verl shards them over all GPUs (FSDP2, ZeRO 3)
+and gathers a layer at a time in the compute precision. Activations follow Korthikanti et al. 2022 (arXiv 2205.05198,
+section 4.1), adapted to SwiGLU, grouped queries, ``transformers``' RMSNorm (saves an fp32 copy of its input), no
+dropout, and FlashAttention. tests/unit/test_plan_measured.py compares with what PyTorch saves.
 """
 
 from __future__ import annotations
@@ -96,8 +94,6 @@ class RolloutFit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The memory that a run needs."""
-
     shape: ModelShape
     layout: Layout
     gpu: Gpu
@@ -194,6 +190,7 @@ def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tupl
     tokens, selection = config.training.micro_batch_tokens / layout.sequence_parallel, config.selection
     by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
     entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_coef != 0
+    # FlashAttention's cross entropy computes log-probs in place; an entropy in the same pass needs its own gradient.
     copies = 1 + int(entropy_too) + int(config.rollout.temperature != 1)
     chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary
     what = "with their gradient, " if entropy_too else ""

@@ -1,8 +1,5 @@
-"""Model sizes that determine memory and time, read without the weights.
-
-Symbols in this package's formulas: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` key-value
-heads, ``C`` channels of a head, ``V`` vocabulary, ``T`` tokens, ``N`` parameters.
-"""
+"""Model sizes that determine memory and time, read without the weights. Axes: ``D`` hidden, ``I`` intermediate, ``L``
+layers, ``H`` query heads, ``K`` key-value heads, ``C`` channels, ``V`` vocabulary, ``T`` tokens, ``N`` parameters."""
 
 from __future__ import annotations
 
@@ -83,8 +80,6 @@ class ModelShape(NamedTuple):
 
 
 class FoundShape(NamedTuple):
-    """A shape and its origin, for the user."""
-
     shape: ModelShape
     source: str
 

@@ -97,10 +97,7 @@ def save_checkpoint(
 
 
 def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
-    """Move model and tokenizer from ``saved``, on the same file system, to the checkpoint of ``step``.
-
-    It has weights only, so training cannot resume from it. An older checkpoint of the same step is replaced.
-    """
+    """Move a model and tokenizer to the checkpoint of ``step``, without training state; same file system required."""
     final = checkpoints / f"step-{step}"
     if not (saved / "config.json").is_file():
         raise UserError(f"{saved}: no model was written there, it has no config.json")
@@ -111,11 +108,7 @@ def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that matches its manifest, or None if there are no checkpoints.
-
-    Warns about a damaged one and tries the next older. The folder may be ``.replaced-step-N`` after a kill between two
-    renames.
-    """
+    """The newest checkpoint that matches its manifest (warns about others), or None; may be ``.replaced-step-N``."""
     faults: list[str] = []
     for folder in itertools.chain.from_iterable(reversed(_folders(checkpoints).values())):
         try:
@@ -156,10 +149,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
 ) -> dict[str, Any]:
-    """Restore weights, optimizer and random states in place, bit for bit; return the saved progress.
-
-    ``path`` must be verified (``latest_checkpoint`` does). Everything is validated before anything is changed.
-    """
+    """Restore a verified checkpoint in place, bit for bit; validate everything before changing anything."""
     weights = _read_weights(path, model)
     optimizer_state = _read_optimizer(path, model, optimizer)
     states = _read_random_states(path, generators)
@@ -340,11 +330,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The saved weights under the names of ``model.state_dict()``.
-
-    ``from_pretrained`` reads them because names on disk differ: tied weights are stored once, and mixture-of-experts
-    models are fused in memory and split on disk.
-    """
+    """Saved weights by ``state_dict`` name, read by ``from_pretrained`` since tied and fused weights differ on disk."""
     config, dtype = _read_json(path / "config.json"), str(model.dtype).removeprefix("torch.")
     kind, here_kind = f"{config.get('model_type')} in {config.get('dtype')}", f"{model.config.model_type} in {dtype}"
     if kind != here_kind:

@@ -13,10 +13,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """Raised on a stop signal. Not an ``Exception``, so that callers do not swallow it.
-
-    ``outcome``: the state of the finished steps, as in "stopped by SIGINT and saved".
-    """
+    """Raised on a stop signal; not an ``Exception``, so that callers do not swallow it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -25,10 +22,8 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While open, stop signals raise ``Interrupted``: immediately inside ``allowed()``, otherwise on its next entry.
-
-    Weights change only outside ``allowed()``, so a run never stops in the middle of an update.
-    """
+    """While open, stop signals raise ``Interrupted`` inside ``allowed()``, where weights do not change, or on its next
+    entry."""
 
     def __init__(self) -> None:
         self._signum: int | None = None

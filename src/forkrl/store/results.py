@@ -31,15 +31,8 @@ _READ_AS_SOMETHING_ELSE = {"true", "false", "na", "n/a", "<na>", "#n/a", "#na", 
 class Results:
     """Results of a command, as stored in its folder.
 
-    Args:
-        folder: of the work.
-        schema: ``forkrl-COMMAND/VERSION``.
-        settings: as in ``settings.json``.
-        headline: the result in a sentence or two.
-        notes: what is missing or left out, a sentence each.
-        facts: JSON values; None for a number that is not finite.
-        tables: by file name; an estimate has the columns ``name``, ``name_low``, ``name_high``.
-        versions: of the packages used.
+    ``schema`` is ``forkrl-COMMAND/VERSION``; ``notes`` say what is missing, a sentence each. ``facts`` are JSON values,
+    None if not finite. ``tables`` are by file name; an estimate has the columns ``name``, ``name_low``, ``name_high``.
     """
 
     folder: Path
@@ -114,10 +107,7 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell as written: ambiguous or unsafe text becomes a JSON string, so that it reads back unchanged.
-
-    Text stays on one line and cannot start a spreadsheet formula. Lists are JSON too; a missing value is empty.
-    """
+    """A cell as written: lists and ambiguous or unsafe text (formulas, line breaks) as JSON; missing values empty."""
     if isinstance(value, list | tuple | np.ndarray):
         return json.dumps([float(each) if isinstance(each, np.generic) else each for each in value])
     if not isinstance(value, str):

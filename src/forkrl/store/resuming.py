@@ -1,4 +1,4 @@
-"""Which settings a resumed run may change: those that affect no finished step. Imports no torch."""
+"""What a resumed run may change: settings that affect no finished step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ def stored_config(folder: Path) -> TrainConfig:
 
 
 def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]) -> list[str]:
-    """The settings a resumed run changes, each as ``key: old -> new``.
-
-    ``changed`` are the settings that may differ, as on the command line; any other difference is a UserError.
-    """
+    """What a resumed run changes, each as ``key: old -> new``; UserError for differences outside ``changed``."""
     by_verl = config.runtime.trainer == "verl"
     accepted: list[str] = []
     refused: list[str] = []
@@ -53,10 +50,7 @@ def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]
 def describe_resume(
     folder: Path, done: int | None, config: TrainConfig, changes: Sequence[str], *, finished: bool
 ) -> str:
-    """One line: the step a resumed run starts from and its changes, or that it is finished.
-
-    ``done`` is the step of the newest checkpoint, or None. ``finished``: trained and evaluated at the last step.
-    """
+    """The step a resumed run starts from and its changes, or that it is finished; ``done`` is the checkpoint's step."""
     last = config.training.steps
     if finished:
         return (

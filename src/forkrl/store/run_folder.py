@@ -138,10 +138,8 @@ class RunFolder:
         return self.path / "report.html"
 
     def change_recipe(self, recipe_values: Mapping[str, Any], step: int, changes: Sequence[str]) -> None:
-        """Replace the recipe in config.toml atomically and append to ``provenance.changes``.
-
-        ``step`` is the last step done with the old settings; ``changes`` are each ``key: old -> new``.
-        """
+        """Replace the recipe atomically and append to ``provenance.changes``; ``step`` is the last one with the old
+        recipe."""
         history = [*self.provenance.get("changes", []), {"after_step": step, "settings": list(changes)}]
         _write_config(self.path, recipe_values, {**self.provenance, "changes": history})
         config = _read_unedited(self.path)
@@ -197,10 +195,7 @@ class RunFolder:
         return os.fstat(self._metrics.fileno()).st_size
 
     def write_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write ``rollouts/NAME.parquet`` atomically, with the columns of ``rollout_schema``.
-
-        ``name`` is ``train-`` or ``eval-`` and six digits of the step. Only ``advantage`` may be None.
-        """
+        """Write ``rollouts/NAME.parquet`` (``rollout_schema``) atomically, such as ``train-000010``."""
         if not _ROLLOUT_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a name for rollouts, such as train-000010")
         for number, row in enumerate(rows):
@@ -240,10 +235,7 @@ class RunFolder:
         write_text(self.path / "rollouts" / f"scores-{step:06d}.json", json.dumps(scores, separators=(",", ":")) + "\n")
 
     def discard_after(self, step: int, metrics_bytes: int) -> None:
-        """Delete everything logged or sampled after the checkpoint of ``step`` (-1: everything).
-
-        ``metrics_bytes``: the length of metrics.jsonl at that checkpoint.
-        """
+        """Delete what came after ``step`` (-1: everything), when metrics.jsonl had ``metrics_bytes`` bytes."""
         for name in self.rollout_names:
             if int(name.partition("-")[2]) > step:
                 self._rollouts(name).unlink()

@@ -1,7 +1,4 @@
-"""Micro-batches: the parts of a mini-batch that go through the model together.
-
-Axes: ``B`` sequences, ``T`` token positions.
-"""
+"""Micro-batches: parts of a mini-batch that run through the model. Axes: ``B`` sequences, ``T`` token positions."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
 """The forks-only backward: only some positions run with gradients, an approximation for speed (docs/forks-only.md).
 
 A prefill without gradients caches keys, values and entropies; then the selected positions run with gradients and attend
-to the cache. Log-probs equal those of the dense pass. The gradient lacks the paths through positions that do not run,
-some of which ``ForksOnlyConfig`` can restore. Model code is unchanged: attention goes through ``transformers``'
-interface.
-
-Shapes: ``B`` sequences, ``T`` token positions, ``N`` running positions, ``D`` hidden; ``H`` query heads, ``K``
-key-value heads, ``C`` channels of a head.
+to the cache. Log-probs equal those of the dense pass; the gradient lacks the paths through positions that do not run,
+some of which ``ForksOnlyConfig`` can restore. Axes: ``B`` sequences, ``T`` token positions, ``N`` running positions,
+``D`` hidden; ``H`` query heads, ``K`` key-value heads, ``C`` channels of a head.
 """
 
 from __future__ import annotations
@@ -48,9 +45,8 @@ class Prefill(NamedTuple):
 
 
 def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections: bool = False) -> Prefill:
-    """A forward pass over every position that caches each layer's keys and values.
+    """A forward pass that caches each layer's keys and values; without ``to_the_end`` it stops at the last layer's.
 
-    ``to_the_end`` computes the last hidden states too; otherwise the pass ends at the last layer's keys and values.
     With ``projections``, gradients flow from keys and values into their projections only.
     """
     layers: dict[int, KeysAndValues] = {}
@@ -95,12 +91,9 @@ def compute_selected_stats(
 ) -> TokenStats:
     """Log-prob and entropy at the selected positions, fp32 ``[B, T]``, 0 elsewhere.
 
-    Args:
-        selected_BT: bool, inside the response mask.
-        weight_BT: ``1 / p`` at positions drawn with probability ``p`` to run, 1 at others that run (all selected ones
-            do), 0 elsewhere. None: only selected positions run.
-        projections: compute the gradients of the key and value projections at all positions.
-        cache: a prefill of the same batch and weights, with the same ``projections``; None: computed here.
+    ``weight_BT`` is ``1 / p`` at positions drawn with probability ``p``, 1 at others that run, 0 elsewhere.
+    ``projections`` adds gradients of the key and value projections at all positions. ``cache`` is a prefill with the
+    same ``projections``.
     """
     if projections and weight_BT is not None and bool((weight_BT > 1).any()):
         raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")
@@ -120,10 +113,7 @@ def compute_selected_stats(
 
 
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
-    """Raise UserError for an unsupported model, by comparing log-probs with the dense pass.
-
-    Unsupported: state other than keys and values, custom attention, or (for ``projections``) unmarked layers.
-    """
+    """Raise UserError for a model with other state or custom attention, by comparing log-probs with the dense pass."""
     name = type(policy.model).__name__
     refusal = f'training.backward = "forks_only" does not fit {name}; set it to "dense"'
     ids = torch.arange(17, device=policy.device)[None] % policy.head_weight.shape[0]

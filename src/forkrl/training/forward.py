@@ -1,7 +1,4 @@
-"""How a micro-batch runs: with gradients at every position (``Dense``) or at selected ones (``ForksOnly``).
-
-Axes: ``B`` sequences, ``T`` token positions.
-"""
+"""How a micro-batch runs: ``Dense`` or ``ForksOnly``. Axes: ``B`` sequences, ``T`` token positions."""
 
 from __future__ import annotations
 

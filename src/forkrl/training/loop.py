@@ -1,7 +1,4 @@
-"""One training step: prompts, rollouts, rewards, advantages, selection, loss, step, log.
-
-Shapes: ``P`` prompts, ``G`` rollouts per prompt, ``B`` sequences, ``T`` token positions.
-"""
+"""One training step. Axes: ``P`` prompts, ``G`` rollouts per prompt, ``B`` sequences, ``T`` token positions."""
 
 from __future__ import annotations
 
@@ -24,11 +21,7 @@ from forkrl.types import RolloutGroup, TokenBatch
 
 
 def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = None) -> None:
-    """Train from the run's step to the last step of the recipe; ``on_step`` gets each step's metrics.
-
-    Raises NothingToLearn if every group was all right or all wrong, TrainingHalted on a NaN or infinite loss, entropy
-    or gradient, and Interrupted on a stop signal.
-    """
+    """Train to the recipe's last step; raises NothingToLearn, TrainingHalted (NaN or infinity) or Interrupted."""
     run.evaluate_if_due()
     for _ in run.steps():
         started = time.perf_counter()
@@ -53,10 +46,8 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
 
 
 def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Sample and score until enough groups have a gradient (DAPO's dynamic sampling).
-
-    Groups that are all right or all wrong have zero advantage and are dropped. Metrics include dropped groups.
-    """
+    """Sample and score until enough groups have a non-zero advantage (DAPO's dynamic sampling); metrics include dropped
+    ones."""
     wanted, dynamic = run.config.rollout.prompts_per_step, run.config.dynamic_sampling
     kept: list[RolloutGroup] = []
     dropped: list[RolloutGroup] = []

@@ -1,7 +1,4 @@
-"""The metrics of one step, by their names in ``metrics.jsonl``.
-
-Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
-"""
+"""Metrics of one step. Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt."""
 
 from __future__ import annotations
 
@@ -64,11 +61,7 @@ def level_metrics(levels: Mapping[str, int]) -> dict[str, float]:
 
 
 def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> dict[str, float]:
-    """Means over a batch's gradient steps, and selection statistics over all its tokens.
-
-    Entropies are of the policy that sampled, except ``entropy/threshold``, the lowest selected entropy as the rule read
-    it.
-    """
+    """Means over gradient steps and selection statistics, by the rollout's entropies except ``entropy/threshold``."""
     means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in updates[0].metrics}
     entropy_N = torch.cat([part.rollout_entropy[part.response_mask] for part in parts])
     kept_N = torch.cat([update.selected_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])

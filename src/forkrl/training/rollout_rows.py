@@ -24,10 +24,8 @@ def rollout_rows(
     rewards: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per response, with the columns of ``run_folder.rollout_schema``.
-
-    ``selected`` has, per response in order, a bool per token. ``rewards`` default to scores, ``advantages`` to null.
-    """
+    """One row per response (``run_folder.rollout_schema``); ``selected`` has a bool per token, ``rewards`` default to
+    scores."""
     texts = TokenTexts(tokenizer)
     judged = [
         (group.prompt, rollout, score)

@@ -122,7 +122,7 @@ class Run:
         )
 
     def check_logprobs(self, batch: TokenBatch) -> dict[str, float]:
-        """Compare the sampler's and the trainer's log-probs on the first micro-batch after a start or resume.
+        """Compare sampler and trainer log-probs on the first micro-batch after a start or resume.
 
         Raises TrainingHalted if they differ by more than rounding. Weights and random states are unchanged.
         """
@@ -158,10 +158,8 @@ class Run:
         return bool(self.config.log.rollouts_sampled) and (self.step + 1) % self.config.log.rollouts_every == 0
 
     def evaluate_if_due(self) -> None:
-        """Measure held-out accuracy before training, every ``eval.every`` steps and after the last step.
-
-        Prompts and random numbers are the same each time; training's generator is not used.
-        """
+        """Measure held-out accuracy before training, every ``eval.every`` steps and at the end, on the same random
+        numbers."""
         every, last = self.config.eval.every, self.config.training.steps
         due = self.step in (0, last) or (every and self.step % every == 0)
         if not due or self.step == self._evaluated_step:
@@ -218,10 +216,9 @@ class Run:
         self.save()
 
     def restore(self) -> int:
-        """Restore the newest complete checkpoint, if any; return the length of metrics.jsonl at that checkpoint.
+        """Restore the newest complete checkpoint, if any, and return the length of metrics.jsonl at that checkpoint.
 
-        The folder is not changed. Raises UserError if the checkpoint is beyond training.steps or of another ForkRL
-        version.
+        Raises UserError if it is beyond training.steps or of another version. The folder is not changed.
         """
         path = latest_checkpoint(self.folder.checkpoints)
         if path is None:
@@ -267,8 +264,7 @@ class Run:
         )
 
     def _evaluation_bytes(self, start: int) -> int:
-        """Length of the line at ``start`` of metrics.jsonl if it is this step's evaluation, logged after the
-        checkpoint; else 0."""
+        """Length of the metrics.jsonl line at ``start`` if it is this step's evaluation, else 0."""
         line, newline, _ = (self.folder.path / "metrics.jsonl").read_bytes()[start:].partition(b"\n")
         try:
             record = json.loads(line)
@@ -311,13 +307,8 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
 
-    On a stop signal, finished steps are saved before ``Interrupted`` is raised.
-
-    Args:
-        config: of a new run; of a resumed one, the settings it was started with, apart from ``changed``.
-        out: folder of a new run; not created if the input is invalid.
-        resume: folder of the run to continue.
-        changed: settings (training.steps, eval.*, checkpoint.*, log.*) that may differ; they are stored.
+    On a stop signal, finished steps are saved before ``Interrupted`` is raised. ``out`` is not created if the input is
+    invalid. Only ``changed`` settings may differ from those a resumed run was started with; they are stored.
     """
     changes: list[str] = []
     if resume is not None:

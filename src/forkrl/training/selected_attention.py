@@ -1,13 +1,11 @@
 """Attention of the running positions to all positions of their sequences, with gradients for the running ones only.
 
-All keys and values are given, so nothing is copied. Memory is one tile of scores; queries are in order, so a block
-reads keys only up to its last query. A position with weight ``w`` was drawn with probability ``1 / w``: the gradient
-that reaches its key and value from other positions counts ``w`` times, so that every path counts once on average.
-Sequences with similar numbers of running positions attend as a group, so that padding at most doubles a row.
-
-Shapes: ``B`` sequences, ``T`` positions, ``S`` most running positions of a sequence, ``N`` running positions in all;
-``H`` query heads, ``K`` key heads, ``G`` query heads per key head, ``C`` channels; ``R`` queries of a block, ``M``
-keys.
+Memory is one tile of scores; queries are in order, so a block reads keys only up to its last query. A position with
+weight ``w`` was drawn with probability ``1 / w``: the gradient that reaches its key and value from other positions
+counts ``w`` times, so that every path counts once on average. Sequences with similar numbers of running positions form
+a group, so that padding at most doubles a row. Axes: ``B`` sequences, ``T`` positions, ``N`` running positions in all,
+``S`` most in a sequence; ``H`` query heads, ``K`` key heads, ``G`` query heads per key head, ``C`` channels; ``R``
+queries of a block, ``M`` its keys.
 """
 
 from __future__ import annotations
@@ -84,14 +82,12 @@ def selected_attention(
     query: Tensor, key: Tensor, value: Tensor, all_keys: Tensor, all_values: Tensor, groups: list[Group],
     *, scaling: float, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """Attention ``[1, N, H, C]`` of packed queries to all keys of their own sequences.
+    """Attention ``[1, N, H, C]`` of packed queries ``[1, H, N, C]`` to all keys ``[B, K, T, C]`` of their own
+    sequences.
 
-    Args:
-        query: ``[1, H, N, C]``.
-        key, value: ``[1, K, N, C]``, equal to those in ``all_keys`` and ``all_values``; they receive the gradient.
-        all_keys, all_values: ``[B, K, T, C]``. If they require gradients, they receive those of the other positions.
-        groups: of the packed positions, by ``lay_out``.
-        window: positions a query sees, including its own; None: full causal.
+    ``key`` and ``value`` ``[1, K, N, C]`` equal their entries in ``all_keys`` and ``all_values`` and receive their
+    gradient; ``all_*`` receive that of other positions if they require it. ``window`` includes the query's own
+    position.
     """
     packed = [attention_dtype(each) for each in (query, key, value)]
     constant = [attention_dtype(each) for each in (all_keys, all_values)]

@@ -1,7 +1,4 @@
-"""Supervised training of the embedded base model, from random weights, on generated search traces.
-
-Each batch's searcher is seeded by (seed, step), so a recipe determines the data, also of a resumed run.
-"""
+"""Supervised training of the embedded base model on search traces, each batch seeded by (seed, step)."""
 
 from __future__ import annotations
 
@@ -126,10 +123,7 @@ def build_base_policy(config: SftConfig) -> Policy:
 
 
 def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> list[tuple[Tensor, Tensor]]:
-    """One gradient step's data, cut into ``(input_ids [B, T], labels [B, T])`` of similar length.
-
-    Every trace character has a label; prompt and padding have none.
-    """
+    """One gradient step's ``(input_ids [B, T], labels [B, T])`` by length; only trace characters have labels."""
     rng, tokenizer = random.Random(f"{config.seed}/{step}"), policy.tokenizer
     rows: list[tuple[list[int], list[int]]] = []
     size = 0

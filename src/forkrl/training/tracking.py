@@ -1,8 +1,7 @@
-"""Copies of the metrics in TensorBoard, W&B and trackio; ``metrics.jsonl`` is always written.
+"""Copies of the metrics in TensorBoard, W&B and trackio. A failure to start ends the run; a later one does not.
 
-A tracker that fails to start stops the run before its first step; one that fails later is reported and dropped. On a
-resume, steps after the checkpoint are logged twice: TensorBoard deletes the first, W&B keeps them and warns, trackio
-shows both.
+On a resume, steps after the checkpoint are logged twice: TensorBoard deletes the first, W&B keeps them and warns,
+trackio shows both.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """One gradient step on a mini-batch: selection, loss and backward for each micro-batch, then the optimizer.
 
-Selected tokens of sequences with non-zero advantage carry gradient. The policy loss is divided by
-``counts.divisor(loss.denominator)`` of the mini-batch, KL penalty and entropy bonus by its response tokens, so the
-division into micro-batches and workers affects only memory, time and a selection of scope "micro_batch".
-
-Axes: ``B`` sequences, ``T`` token positions.
+The policy loss is divided by ``counts.divisor(loss.denominator)`` of the mini-batch, KL penalty and entropy bonus by
+its response tokens, so micro-batches and workers affect only memory, time and a selection of scope "micro_batch". Axes:
+``B`` sequences, ``T`` token positions.
 """
 
 from __future__ import annotations
@@ -71,15 +69,10 @@ def update_policy(
     *,
     on_policy: bool = False,
 ) -> Update:
-    """Take one gradient step on a mini-batch.
+    """Take one gradient step on a mini-batch, with ``selected`` set if the scope is the rollout batch.
 
-    Args:
-        workers: the policy, and the reference policy if ``loss.kl_coef`` is above 0.
-        mini_batch: on the policy's device; ``selected`` is set if the scope is the rollout batch.
-        generator: for "random" and ``forks_only.sampled``; on the policy's device.
-        on_policy: the weights have not changed since sampling, so the rollout's entropies are current.
-
-    Raises TrainingHalted on a NaN or infinite entropy, loss or gradient; the weights are then unchanged.
+    ``on_policy``: the weights have not changed since sampling, so the rollout's entropies are current. Raises
+    TrainingHalted on a NaN or infinite entropy, loss or gradient; the weights are then unchanged.
     """
     max_tokens, mask_BT = config.training.micro_batch_tokens, mini_batch.response_mask
     cuts = cut_micro_batches(mini_batch, max_tokens)
