@@ -25,8 +25,7 @@ from forkrl.rewards import open_verifier
 class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types
     """Scores responses in a pool of killable processes (``forkrl.rewards``), one pool per reward worker.
 
-    The reward is the score plus DAPO's overlong penalty. A verifier is killed at its timeout: score 0, with
-    ``failure``.
+    The reward is the score plus DAPO's overlong penalty. A verifier killed at its timeout scores 0, with ``failure``.
     """
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, **unused: Any) -> None:

@@ -1,6 +1,6 @@
 """From a recipe to verl's command line, by the table in ``settings.py``. Imports neither verl, hydra nor torch.
 
-hydra treats quoted text as literal, but OmegaConf and verl both resolve ``${...}``, so such text is rejected.
+hydra treats quoted text as literal, but OmegaConf resolves ``${...}`` twice in verl, so such text is rejected.
 """
 
 from __future__ import annotations

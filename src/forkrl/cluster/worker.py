@@ -1,7 +1,7 @@
 """A gradient step inside one of verl's ranks: selection, ForkRL's loss, warm-up by gradient steps, metrics.
 
-The driver selects for the scope "rollout_batch"; for others the ranks exchange the entropies of their tokens. Axes:
-``B`` sequences, ``T`` token positions of responses, ``N`` response tokens in reading order.
+The driver selects for the scope "rollout_batch"; for others the ranks exchange the entropies of their tokens.
+Axes: ``B`` sequences, ``T`` token positions of responses, ``N`` response tokens in reading order.
 """
 
 from __future__ import annotations

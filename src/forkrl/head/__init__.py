@@ -1,5 +1,4 @@
-"""Target log-probs and entropies from hidden states. Axes: ``N`` rows (token positions), ``D`` hidden, ``V``
-vocabulary."""
+"""Target log-probs and entropies from hidden states. Axes: ``N`` rows (positions), ``D`` hidden, ``V`` vocabulary."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
 """Token statistics in tiles of rows and vocabulary, forward and backward, so memory does not grow with N x V.
 
-Forward, per row: running maximum ``m``, ``s = sum(exp(z - m))``, ``a = sum(exp(z - m) (z - m))``; then ``log p = (z -
-m) - log s`` and ``H = log s - a / s``. Backward, recomputed for live rows: ``dL/dz_j = g_logp (1[j = target] - p_j) -
-g_H p_j (log p_j + H)``. Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` rows and ``C`` columns of a tile.
+Forward, per row: running maximum ``m``, ``s = sum(exp(z - m))``, ``a = sum(exp(z - m) (z - m))``; then
+``log p = (z - m) - log s`` and ``H = log s - a / s``. Backward, on tiles recomputed for live rows:
+
+    dL/dz_j = g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)
+
+Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` rows and ``C`` columns of a tile.
 """
 
 from __future__ import annotations

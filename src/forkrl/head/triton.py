@@ -1,10 +1,13 @@
 """Token statistics in Triton kernels: one fused pass over the vocabulary forward, live rows only backward.
 
-Forward: each program scans a split of the vocabulary for some rows and keeps the largest logit ``m``, ``s = sum(exp((x
-- m) / T))``, ``a = sum(exp((x - m) / T) (x - m))`` and the target's logit, with ``x`` the logits before the temperature
-``T``. Backward: a kernel writes dL/dlogits of live rows for a slice of the vocabulary into a bounded buffer, in the
-model's dtype: ``dL/dx_j = (g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)) / T``. Axes: ``N`` rows, ``D`` hidden,
-``V`` vocabulary; ``S`` splits (forward), ``R`` rows and ``C`` columns of a slice (backward).
+Forward: each program scans a split of the vocabulary for some rows and keeps the largest logit ``m``,
+``s = sum(exp((x - m) / T))``, ``a = sum(exp((x - m) / T) (x - m))`` and the target's logit, with ``x`` the logits
+before the temperature ``T``. Backward: a kernel writes dL/dlogits of live rows for a vocabulary slice to a bounded
+buffer, in the model's dtype; the library computes the matrix products.
+
+    dL/dx_j = (g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)) / T
+
+Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``S`` splits (forward), ``R`` rows and ``C`` columns of a slice.
 """
 
 from __future__ import annotations
@@ -50,8 +53,7 @@ class Tile(NamedTuple):
 # is (rows + columns) x depth x bytes x stages.
 HOPPER_TILE = Tile(128, 128, 64, 8, 3, registers=128)
 """96 KiB and half the registers, so that two programs share a multiprocessor: one computes exponentials while the other
-multiplies. The compiler's default is 210 registers for the scan; at 128 it spills five.
-"""
+multiplies. The compiler's default is 210 registers for the scan; at 128 it spills five."""
 TILE = Tile(128, 128, 32, 8, 4)
 """At most 64 KiB: consumer GPUs have 99."""
 FP32_TILE = Tile(64, 64, 32, 4, 2)
@@ -202,8 +204,7 @@ def _grad_logits(per_row: Rows, head: Head, columns: slice, buffer_RC: Tensor) -
             per_row.highest,
             per_row.log_s,
             per_row.entropy,
-            # d (x / T) / dx = 1 / T, folded into the row factors because they are few. They may arrive expanded (stride
-            # 0).
+            # d (x / T) / dx = 1 / T, folded into the few row factors, which may arrive expanded (stride 0).
             (per_row.grad_logprobs / head.temperature).contiguous(),
             (per_row.grad_entropy / head.temperature).contiguous(),
             buffer_RC,

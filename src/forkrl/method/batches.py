@@ -11,7 +11,7 @@ from forkrl.types import RolloutGroup, TokenBatch
 
 
 def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) -> TokenBatch:
-    """All rollouts as right-padded next-token predictions, in group order. ``pad_id`` is never read."""
+    """All rollouts as right-padded next-token predictions, in group order. Padding (``pad_id``) is never read."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts) - 1
     shape = (len(rollouts), width)

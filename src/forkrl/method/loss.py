@@ -129,10 +129,11 @@ def policy_loss(
 ) -> LossOutput:
     """Clipped surrogate on the selected tokens (arXiv 2506.01939v2, eq. 6; without a selection eq. 4, plain DAPO).
 
-    With ``r = exp(logprobs - old_logprobs)``, each selected token contributes ``-min(r A, clip(r, 1 - clip_low, 1 +
-    clip_high) A)``; where A < 0, ``dual_clip`` bounds it at ``dual_clip |A|``. Tokens that are not selected have
-    exactly zero gradient, even if NaN. The log-ratio is clamped to +-``MAX_LOG_RATIO``, so tokens with ``|log r| > 20``
-    have zero gradient; eq. 6 has a gradient there if A < 0 and r > e^20 without ``dual_clip``, or A > 0 and r < e^-20.
+    With ``r = exp(logprobs - old_logprobs)``, each selected token contributes
+    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; where A < 0, ``dual_clip`` bounds it at ``dual_clip |A|``.
+    Other tokens have exactly zero gradient, even if NaN. The log-ratio is clamped to +-``MAX_LOG_RATIO``, so
+    ``|log r| > 20`` has zero gradient; in eq. 6 it has one if A < 0 and r > e^20 without ``dual_clip``, or A > 0 and
+    r < e^-20.
 
     Args:
         logprobs: ``[B, T]``, of the policy being trained; carries the gradient.

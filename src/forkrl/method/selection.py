@@ -1,5 +1,4 @@
-"""Selection rules and their scope. Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in reading
-order."""
+"""Selection rules and scopes. Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in order."""
 
 from __future__ import annotations
 
@@ -58,9 +57,8 @@ RULES: dict[str, Rule] = {
     "threshold": Rule(_threshold, reads_entropy=True),
 }
 """all: plain DAPO. top_entropy: the forking tokens (arXiv 2506.01939v2, eq. 6). bottom_entropy: the paper's control
-(fig. 7). random: the same number, chosen uniformly (cf. arXiv 2605.07660). threshold: a fixed bound for the whole run
-(the paper's 80th percentile is 0.672 nats).
-"""
+(fig. 7). random: the same number, uniformly (cf. arXiv 2605.07660). threshold: a fixed bound for the whole run (the
+paper's 80th percentile is 0.672 nats)."""
 
 
 def select_tokens(
@@ -193,7 +191,8 @@ def reads_current_entropy(config: SelectionConfig) -> bool:
 
 
 def needs_entropy_first(config: SelectionConfig) -> bool:
-    """Whether a mini-batch's current entropies are needed first: tokens compete across micro-batches or set the count."""
+    """Whether current entropies of the whole mini-batch are needed before the first loss."""
+    # Tokens of different micro-batches compete, or the number selected depends on the entropies.
     return reads_current_entropy(config) and (config.scope == "mini_batch" or config.rule == "threshold")
 
 

@@ -30,7 +30,7 @@ from forkrl.model.policy import Policy
 from forkrl.parallel.processes import child_environment, die_with_parent
 from forkrl.parallel.threads import configure_threads
 
-if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import RuntimeConfig
 
 Item = TypeVar("Item")
@@ -107,8 +107,7 @@ class Workers:
         *arguments: Any,
         sizes: Sequence[int] | None = None,
     ) -> list[Result]:
-        """``function(worker, item, *arguments)`` for every item, in order; ``sizes`` balances the work
-        deterministically."""
+        """``function(worker, item, *arguments)`` for every item, in order; ``sizes`` is the work per item."""
         if self.count > 1 and function.__module__ == "__main__":
             raise ValueError(f"{function.__name__} is defined in the program itself; move it to a module")
         if self._closed:

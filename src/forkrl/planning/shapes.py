@@ -1,5 +1,8 @@
-"""Model sizes that determine memory and time, read without the weights. Axes: ``D`` hidden, ``I`` intermediate, ``L``
-layers, ``H`` query heads, ``K`` key-value heads, ``C`` channels, ``V`` vocabulary, ``T`` tokens, ``N`` parameters."""
+"""Model sizes that determine memory and time, read without the weights.
+
+Axes: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` key-value heads, ``C`` channels,
+``V`` vocabulary, ``T`` tokens, ``N`` parameters.
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,10 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While open, stop signals raise ``Interrupted`` inside ``allowed()``, where weights do not change, or on its next
-    entry."""
+    """While open, stop signals raise ``Interrupted`` inside ``allowed()``, or when it is next entered.
+
+    Weights change only outside ``allowed()``, so a run never stops in the middle of an update.
+    """
 
     def __init__(self) -> None:
         self._signum: int | None = None

@@ -138,8 +138,7 @@ class RunFolder:
         return self.path / "report.html"
 
     def change_recipe(self, recipe_values: Mapping[str, Any], step: int, changes: Sequence[str]) -> None:
-        """Replace the recipe atomically and append to ``provenance.changes``; ``step`` is the last one with the old
-        recipe."""
+        """Replace the recipe atomically and note its changes, which apply after ``step``, in the provenance."""
         history = [*self.provenance.get("changes", []), {"after_step": step, "settings": list(changes)}]
         _write_config(self.path, recipe_values, {**self.provenance, "changes": history})
         config = _read_unedited(self.path)

@@ -91,9 +91,8 @@ def compute_selected_stats(
 ) -> TokenStats:
     """Log-prob and entropy at the selected positions, fp32 ``[B, T]``, 0 elsewhere.
 
-    ``weight_BT`` is ``1 / p`` at positions drawn with probability ``p``, 1 at others that run, 0 elsewhere.
-    ``projections`` adds gradients of the key and value projections at all positions. ``cache`` is a prefill with the
-    same ``projections``.
+    ``weight_BT`` is ``1 / p`` at positions drawn with probability ``p``, 1 at others that run, 0 elsewhere. With
+    ``projections``, key and value projections get gradients at all positions; ``cache`` must be made the same way.
     """
     if projections and weight_BT is not None and bool((weight_BT > 1).any()):
         raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")

@@ -46,8 +46,7 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
 
 
 def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Sample and score until enough groups have a non-zero advantage (DAPO's dynamic sampling); metrics include dropped
-    ones."""
+    """Sample and score until enough groups have a gradient (DAPO's dynamic sampling); metrics include dropped ones."""
     wanted, dynamic = run.config.rollout.prompts_per_step, run.config.dynamic_sampling
     kept: list[RolloutGroup] = []
     dropped: list[RolloutGroup] = []

@@ -24,8 +24,7 @@ def rollout_rows(
     rewards: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per response (``run_folder.rollout_schema``); ``selected`` has a bool per token, ``rewards`` default to
-    scores."""
+    """One row per response, with ``run_folder.rollout_schema``; ``selected`` has a bool per token of each response."""
     texts = TokenTexts(tokenizer)
     judged = [
         (group.prompt, rollout, score)

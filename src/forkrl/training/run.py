@@ -158,8 +158,7 @@ class Run:
         return bool(self.config.log.rollouts_sampled) and (self.step + 1) % self.config.log.rollouts_every == 0
 
     def evaluate_if_due(self) -> None:
-        """Measure held-out accuracy before training, every ``eval.every`` steps and at the end, on the same random
-        numbers."""
+        """Measure held-out accuracy at the start, every ``eval.every`` steps and at the end, with a fixed seed."""
         every, last = self.config.eval.every, self.config.training.steps
         due = self.step in (0, last) or (every and self.step % every == 0)
         if not due or self.step == self._evaluated_step:

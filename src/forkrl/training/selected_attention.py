@@ -82,12 +82,10 @@ def selected_attention(
     query: Tensor, key: Tensor, value: Tensor, all_keys: Tensor, all_values: Tensor, groups: list[Group],
     *, scaling: float, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """Attention ``[1, N, H, C]`` of packed queries ``[1, H, N, C]`` to all keys ``[B, K, T, C]`` of their own
-    sequences.
+    """Attention ``[1, N, H, C]`` of packed queries ``[1, H, N, C]`` to all keys of their sequences, ``[B, K, T, C]``.
 
-    ``key`` and ``value`` ``[1, K, N, C]`` equal their entries in ``all_keys`` and ``all_values`` and receive their
-    gradient; ``all_*`` receive that of other positions if they require it. ``window`` includes the query's own
-    position.
+    ``key`` and ``value`` ``[1, K, N, C]`` equal their entries in ``all_keys`` and ``all_values`` and get a gradient.
+    Other positions get one if ``all_keys`` requires it. ``window`` includes the query's own position.
     """
     packed = [attention_dtype(each) for each in (query, key, value)]
     constant = [attention_dtype(each) for each in (all_keys, all_values)]

@@ -1,8 +1,8 @@
 """One gradient step on a mini-batch: selection, loss and backward for each micro-batch, then the optimizer.
 
 The policy loss is divided by ``counts.divisor(loss.denominator)`` of the mini-batch, KL penalty and entropy bonus by
-its response tokens, so micro-batches and workers affect only memory, time and a selection of scope "micro_batch". Axes:
-``B`` sequences, ``T`` token positions.
+its response tokens, so micro-batches and workers affect only memory, time and a selection of scope "micro_batch".
+Axes: ``B`` sequences, ``T`` token positions.
 """
 
 from __future__ import annotations
