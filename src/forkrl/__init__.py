@@ -1,7 +1,4 @@
-"""ForkRL: reinforcement learning on the forking tokens of a language model.
-
-``import forkrl`` loads neither torch nor transformers; each public name loads its module when it is first used.
-"""
+"""Reinforcement learning on the forking tokens of a language model. Public names load lazily, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors that a command reports without a traceback, and text that is safe to print on a terminal."""
+"""Errors that a command reports without a traceback, and output that is safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 class UserError(Exception):
-    """An error the user must fix. The command line prints it as one line and exits with code 2.
-
-    It says what is wrong, where, and how to fix it: "recipe.toml: loss.clip_hgh is not a setting; did you mean
-    loss.clip_high?".
-    """
+    """An error the user must fix: one line that says what is wrong, where, and how to fix it. Exit code 2."""
 
 
 class TrainingHalted(Exception):
@@ -34,16 +30,12 @@ class NothingToLearn(TrainingHalted):
 
 
 def printable(text: str) -> str:
-    """Text without control characters: escape is shown as ``\\x1b``.
-
-    Model output may contain sequences that recolour, retitle or overwrite a terminal, or reorder a line. Newline and
-    tab are escaped too, so that a response cannot forge a line of the log.
-    """
+    """Text with control characters escaped, newline and tab included: model output may forge or overwrite log lines."""
     return "".join(_escaped(char) if acts_unseen(char) else char for char in text)
 
 
 def acts_unseen(char: str) -> bool:
-    """Whether a character is invisible and affects the display; newline and tab are among them."""
+    """Whether a character is invisible and affects the display, as newline and tab do."""
     return unicodedata.category(char) in _UNSAFE_CATEGORIES
 
 
@@ -53,18 +45,18 @@ def _escaped(char: str) -> str:
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """The first line of an exception's text, for a message of one line; its type where it has no text."""
+    """The first line of an exception's text, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
 def notice(text: str) -> None:
-    """Print something the user should know, on standard error. Control characters are made visible."""
+    """Print a message for the user on standard error, control characters escaped."""
     first, *others = (printable(line) for line in text.splitlines())
     write_line(sys.stderr, "\n".join([f"forkrl: {first}", *others]))
 
 
 def write_line(stream: TextIO, text: str) -> None:
-    """Print a line and flush; what the stream's encoding lacks is escaped, so that a C locale cannot end a run."""
+    """Print a line and flush. Characters that the stream's encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     with lost_terminal_ignored():
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
@@ -73,7 +65,7 @@ def write_line(stream: TextIO, text: str) -> None:
 
 @contextmanager
 def lost_terminal_ignored() -> Iterator[None]:
-    """Ignore EIO: a closed terminal also sends SIGHUP, on which the run finishes its step and saves."""
+    """Ignore EIO: closing a terminal also sends SIGHUP, on which the run finishes its step and saves."""
     try:
         yield
     except OSError as error:

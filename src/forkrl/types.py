@@ -1,7 +1,7 @@
-"""Shared data types, from prompt to gradient step.
+"""Shared data types.
 
-Shape legend, used in every module: ``B`` sequences, ``T`` token positions, ``V`` vocabulary, ``D`` hidden,
-``P`` prompts, ``G`` rollouts per prompt (the group), ``N`` flattened rows.
+Axes in every module: ``B`` sequences, ``T`` token positions, ``V`` vocabulary, ``D`` hidden, ``P`` prompts,
+``G`` rollouts per prompt (the group), ``N`` flattened rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def require_tensors(**values: object) -> None:
-    """Raise TypeError for an argument that is not a torch tensor, such as a NumPy array or a list."""
+    """Raise TypeError for an argument that is not a torch tensor."""
     import torch
 
     for name, value in values.items():
@@ -29,11 +29,10 @@ def require_tensors(**values: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question, exactly as the model reads it, and the answer for its verifier.
+    """A question as the model reads it, and the reference answer for its verifier.
 
-    ``place`` is its location in the user's data for error messages ("train.jsonl line 7"); may be empty.
-    ``source`` is its part of a mixed task; empty in a task of one part. ``level`` is that of a curriculum, or 0.
-    ``templated``: a chat template has wrapped the text and added special tokens.
+    ``place`` locates it in the user's data for error messages ("train.jsonl line 7"). ``source`` is its part of a mixed
+    task, or empty. ``level`` is its curriculum level, or 0. ``templated``: a chat template was applied.
     """
 
     id: str
@@ -46,26 +45,21 @@ class Prompt:
 
 
 class Judgement(NamedTuple):
-    """What a verifier function may return instead of a bare score.
-
-    ``answer`` is the final answer that it read, normalised so that equal answers are mostly equal text, for votes among
-    responses; "" if it found none, None if it does not say.
-    """
+    """A score and the final answer (normalised, for majority votes): "" if none was found, None if not reported."""
 
     score: float
     answer: str | None = None
 
 
 FAILURES = ("timeout", "crash", "memory", "error")
-"""Why a verifier gave no score: too slow, its process died, out of memory, it raised or returned no score."""
+"""Why a verifier gave no score: timeout, dead process, out of memory, exception or invalid score."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierResult:
     """The result of one response.
 
-    ``score`` is the correctness in [0, 1]. ``failure`` is empty, or one of ``FAILURES``: the score is then 0, and the
-    reason is counted and logged. ``answer`` is the final answer that the verifier read, as in ``Judgement``.
+    ``score`` is in [0, 1]; it is 0 if ``failure`` (one of ``FAILURES``) is set. ``answer`` is as in ``Judgement``.
     """
 
     score: float
@@ -77,9 +71,8 @@ class VerifierResult:
 class VerifierSpec:
     """A verifier function and its options.
 
-    ``path`` is ``"module:function"``; the function takes ``(answer, response)`` strings and returns a score in [0, 1]
-    or a ``Judgement``. ``options`` are further keyword arguments, as JSON. ``timeout_s`` is the wall-clock limit for
-    one response; None: the recipe's ``reward.timeout_s``.
+    ``path`` is ``"module:function"``, from ``(answer, response)`` strings to a score in [0, 1] or a ``Judgement``.
+    ``options`` are its keyword arguments. ``timeout_s`` is wall-clock per response; None: ``reward.timeout_s``.
     """
 
     path: str
@@ -92,7 +85,7 @@ class Rollout:
     """One sampled response.
 
     ``logprobs`` and ``entropy`` (nats) are fp32 ``[T]``, over the full vocabulary at the sampling temperature.
-    ``response_ids`` includes the closing stop token if ``finished``; ``text`` does not.
+    ``response_ids`` includes the stop token if ``finished``; ``text`` does not.
     """
 
     prompt_ids: tuple[int, ...]
@@ -108,7 +101,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The ``G`` responses to one prompt, and once scored, a result for each."""
+    """The ``G`` responses to one prompt, with a result for each once scored."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -120,10 +113,10 @@ class RolloutGroup:
 
 
 class TemperatureRule(Protocol):
-    """A temperature for every position by its entropy, such as ``forkrl.ForkTemperature``."""
+    """A temperature per position that depends on entropy, such as ``forkrl.ForkTemperature``."""
 
     def rescale(self, scores: Tensor, entropy: Tensor) -> Tensor:
-        """Scores ``[S, V]`` whose softmax is drawn from, given log-probs and their entropies ``[S]``."""
+        """Scores ``[S, V]`` whose softmax is sampled, given log-probs ``[S, V]`` and entropies ``[S]``."""
         ...
 
 
@@ -131,8 +124,8 @@ class TemperatureRule(Protocol):
 class SamplingParams:
     """How an engine samples. ``temperature`` 0 is greedy (log-probs and entropy then refer to temperature 1).
 
-    With ``fork_temperature``, tokens are drawn at its two temperatures, while log-probs and entropy are those of the
-    unscaled distribution; ``temperature`` must stay 1.
+    With ``fork_temperature``, sampling uses its two temperatures; log-probs and entropy are of the unscaled
+    distribution, and ``temperature`` must be 1.
     """
 
     max_response_tokens: int
@@ -149,10 +142,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
-    """Sequences padded on the right, seen as next-token predictions.
+    """Right-padded sequences as next-token predictions.
 
-    Position ``t`` reads ``input_ids[b, t]`` and predicts ``targets[b, t]``, the token after it, so every ``[B, T]``
-    field is about a *prediction*. ``response_mask`` is True where the model wrote the target.
+    Position ``t`` reads ``input_ids[b, t]`` and predicts ``targets[b, t]``, the next token, so every ``[B, T]`` field
+    describes a *prediction*. ``response_mask`` is True where the model wrote the target.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -162,7 +155,7 @@ class TokenBatch:
     old_logprobs: Tensor  # [B, T] fp32, of the policy that sampled; 0 outside the response
     rollout_entropy: Tensor  # [B, T] fp32 nats, of the policy that sampled; 0 outside the response
     advantages: Tensor  # [B] fp32
-    selected: Tensor | None = None  # [B, T] bool, where chosen before the first update; None: each update chooses
+    selected: Tensor | None = None  # [B, T] bool if selected before the first update; None: each update selects
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -172,12 +165,11 @@ class TokenBatch:
         return int(self.response_mask.sum())
 
     def rows(self, index: Tensor | Sequence[int]) -> TokenBatch:
-        """The given sequences, in the given order, cut to the longest of them."""
+        """The given sequences in the given order, truncated to the longest."""
         longest = int(self.attention_mask[index].sum(1).max())
         return self._each(lambda field: field[index] if field.ndim == 1 else field[index, :longest])
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on another device."""
         return self._each(lambda field: field.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
@@ -187,7 +179,7 @@ class TokenBatch:
 
 
 class TokenStats(NamedTuple):
-    """fp32 log-prob of every target and entropy (nats) of every position, of one shape."""
+    """fp32 log-prob of every target and entropy (nats) of every position, in the same shape."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -216,37 +208,37 @@ class RolloutEngine(Protocol):
         generator: torch.Generator,
         on_finished: Callable[[Prompt, Rollout], None] | None = None,
     ) -> list[RolloutGroup]:
-        """Sample ``group_size`` responses to each prompt, in the order of the prompts.
+        """Sample ``group_size`` responses to each prompt, in prompt order.
 
-        The same weights, prompts, sampling and generator state give the same responses. ``on_finished`` is called with
-        each response as soon as it has ended. Raises UserError for a prompt that leaves no room for an answer.
+        Deterministic given weights, prompts, sampling and generator state. ``on_finished`` is called as each response
+        finishes. Raises UserError for a prompt that leaves no room for a response.
         """
         ...
 
 
 class Verifier(Protocol):
-    """Judges responses; never raises for what a response contains."""
+    """Scores responses. Never raises because of a response's content."""
 
     @property
     def first_failures(self) -> Mapping[str, str]:
-        """For each kind of failure seen, the prompt and message of the first."""
+        """Prompt and message of the first failure of each kind."""
         ...
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
-        """A result for each pair of a prompt and a response, in order."""
+        """A result for each (prompt, response) pair, in order."""
         ...
 
     def submit(self, items: Sequence[tuple[Prompt, str]]) -> Future[list[VerifierResult]]:
-        """The same, asynchronously."""
+        """Asynchronous ``verify``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Training prompts, held-out prompts, and verifiers.
+    """Training prompts, held-out prompts and verifiers.
 
-    ``verifiers`` has one for every ``Prompt.source`` ("" in a task of one part); it is empty if there are no answers.
-    ``fingerprint`` changes whenever the prompts do: a resumed run refuses other data.
+    ``verifiers`` has one per ``Prompt.source`` ("" if unmixed), or is empty if there are no answers. ``fingerprint``
+    changes with the prompts: a run cannot be resumed on other data.
     """
 
     name: str

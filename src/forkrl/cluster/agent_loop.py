@@ -1,4 +1,4 @@
-"""verl's agent loop with a recipe's prompts, unchanged."""
+"""verl's agent loop for complete prompts, without a chat template."""
 
 from __future__ import annotations
 
@@ -15,15 +15,10 @@ from forkrl.model.prompt_tokens import prompt_token_ids
 
 @register("forkrl_exact_prompt")
 class ExactPromptAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl ships no types
-    """One response to a complete prompt: no chat template is applied to it.
-
-    Rows come from ``forkrl.cluster.data.write_prompts``. A response ends with the tokenizer's EOS or one of
-    ``forkrl.stop_token_ids``, which it includes, or at ``rollout.response_length``.
-    """
+    """One response to a complete prompt, up to and including EOS or a stop token, or ``rollout.response_length``."""
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **unused: Any) -> None:
-        # Without verl's own __init__, which prepares for later turns of a chat and fails for tokenizers without chat
-        # tokens, as base models have.
+        # Skips verl's own __init__, which prepares for further chat turns and fails for tokenizers without chat tokens.
         self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
         self.server_manager = server_manager
         self.tokenizer = tokenizer

@@ -34,11 +34,11 @@ PROMPT_SCHEMA = pa.schema(
         }.items()
     ]
 )  # fmt: skip
-"""The columns that verl's ``RLHFDataset`` reads. ``content`` is the model's complete prompt."""
+"""The columns that verl's ``RLHFDataset`` reads. ``content`` is the complete prompt."""
 
 
 class Judging(NamedTuple):
-    """A file of verifiers, with their limits and the maximum length for the overlong penalty."""
+    """Verifiers, their limits and the maximum length for the overlong penalty."""
 
     verifiers: dict[str, VerifierSpec]
     reward: RewardConfig
@@ -46,10 +46,7 @@ class Judging(NamedTuple):
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt], task_name: str) -> None:
-    """Write prompts as verl reads them, in their order, to a path that ends in ".parquet".
-
-    ``task_name`` is the data source of prompts without a source.
-    """
+    """Write prompts in order for verl; ``path`` ends in ".parquet", ``task_name`` replaces an empty source."""
     rows = [
         {
             "data_source": prompt.source or task_name,
@@ -66,7 +63,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt], task_name: str) -> None
 
 
 def read_prompt(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a row that ``write_prompts`` wrote, as verl's data loader returns it."""
+    """The prompt of a row from ``write_prompts``, as verl's data loader returns it."""
     [message], kept = row["raw_prompt"], {name: row["extra_info"][name] for name in _KEPT}
     return Prompt(text=message["content"], answer=row["reward_model"]["ground_truth"], **kept)
 
@@ -81,7 +78,7 @@ def write_verifiers(
 
 
 def read_verifiers(path: Path) -> Judging:
-    """What ``write_verifiers`` wrote; raises UserError for any other file."""
+    """Read a file of ``write_verifiers``; raises UserError for any other."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         verifiers = {source: VerifierSpec(**spec) for source, spec in written["verifiers"].items()}

@@ -1,7 +1,4 @@
-"""Groups of responses in verl's TransferQueue, read as ForkRL's own types.
-
-Keys are ``{uid}_{session}_{index}``: a prompt, one of its responses, a turn of it. ForkRL's tasks have one turn.
-"""
+"""verl's TransferQueue read as ForkRL's groups. Keys are ``{uid}_{session}_{index}``: prompt, response, turn."""
 
 from __future__ import annotations
 
@@ -29,15 +26,9 @@ def read_groups(
     *,
     with_text: bool = False,
 ) -> list[RolloutGroup]:
-    """The groups of these trajectories, in the order of their first keys.
+    """The groups of these trajectories (without padding keys), in the order of their first keys.
 
-    Args:
-        keys: of trajectories, without verl's padding.
-        partition_id: "train" or "val".
-        tokenizer: the model's.
-        stop_ids: tokens that end a response.
-        per_token: the fields to read ``logprobs`` and ``entropy`` from.
-        with_text: decode prompts and responses, which is slow for a large batch; otherwise their text is empty.
+    ``per_token`` maps ``logprobs`` and ``entropy`` to the fields to read. ``with_text`` decodes text, which is slow.
     """
     if not keys:
         return []
@@ -65,7 +56,7 @@ def in_file_order(keys: Sequence[str], partition_id: str) -> list[str]:
 
 
 def complete_groups(groups: Sequence[RolloutGroup], size: int) -> list[RolloutGroup]:
-    """Groups with all their responses: verl drops a response that cannot be sampled or scored."""
+    """Groups with all responses: verl drops one that cannot be sampled or scored."""
     complete = [group for group in groups if len(group.rollouts) == size]
     if not complete:
         raise RuntimeError(f"none of {len(groups)} problems has all its {size} responses; the log has the errors")
@@ -101,7 +92,7 @@ def _rollout(
 
 
 def _result(row: Mapping[str, Any]) -> VerifierResult:
-    """Score and failure of ForkRL's verifier, or the score or reward of another reward function."""
+    """Score and failure of ForkRL's verifier, or another reward function's score or reward."""
     found: Mapping[str, Any] = (row["extra_fields"] or {}).get("reward_extra_info") or {}
     score = found.get("score", found.get("acc"))
     return VerifierResult(float(row["rm_scores"].sum() if score is None else score), str(found.get("failure", "")))

@@ -1,8 +1,4 @@
-"""``forkrl train --trainer verl``: train a recipe by verl, with a run folder like a local run's.
-
-verl runs in its own process, logs to ``verl/log.txt``, and writes metrics and rollouts itself (``record.py``). This
-module does everything before and after, and displays the progress.
-"""
+"""``forkrl train --trainer verl``: run verl in its own process, which records metrics itself (``record.py``)."""
 
 from __future__ import annotations
 
@@ -73,7 +69,6 @@ class Prepared(NamedTuple):
 
 
 def require_verl() -> None:
-    """Raises UserError, with the command that installs it, if verl is missing."""
     missing = [name for name in ("verl", "ray", "transfer_queue", "hydra") if find_spec(name) is None]
     if missing:
         raise UserError(f'runtime.trainer = "verl" needs {missing[0]}, which is not installed: {INSTALL}')
@@ -82,7 +77,7 @@ def require_verl() -> None:
 def _require_ray(address: str) -> None:
     """Raises UserError if nothing listens at ``host:port``: Ray would try for minutes before it logs an error."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in address:  # "auto" and the like, which Ray answers at once
+    if not host or not port.isdigit() or "/" in address:  # "auto" and the like, which Ray resolves at once
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
@@ -94,13 +89,13 @@ def _require_ray(address: str) -> None:
 
 
 def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = None) -> None:
-    """Train a recipe by verl, in a new folder or from the newest checkpoint of an old one."""
+    """Train in a new folder, or from the newest checkpoint of ``resume``."""
     require_verl()
     require_trackers(config.log.trackers)
     _require_ray(config.cluster.address)
     path = resume or out
     if resume is None:
-        refuse_occupied(out)  # before all prompts are read
+        refuse_occupied(out)  # before reading all prompts
     else:
         accepted_changes(resume, config, ())
         if _is_finished(config, resume):
@@ -149,7 +144,7 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
 
 
 def dry_run(config: TrainConfig, out: Path) -> str:
-    """The command that ``train_on_cluster`` would run, one setting per line; raises the same errors."""
+    """The command of ``train_on_cluster``, one setting per line; raises the same errors."""
     prepared = prepare(config)
     files = _paths(out.resolve(), prepared.model)
     command = _checked_command(config, files, prepared)
@@ -182,7 +177,7 @@ def _checked_command(config: TrainConfig, files: VerlPaths, prepared: Prepared) 
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Load and check what a recipe names: tokenizer, prompts, verifiers."""
+    """Load and check the tokenizer, prompts and verifiers."""
     if config.runtime.device == "cpu" and not os.environ.get(EXTERNAL):
         raise UserError(
             f'runtime.device = "cpu" with runtime.trainer = "verl" is for ForkRL\'s tests, which add a platform and a '
@@ -209,7 +204,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def child_environment(config: TrainConfig) -> dict[str, str]:
-    """This process's environment, and what verl and Ray need to find the same code."""
+    """This process's environment, plus what verl and Ray need to import the same code."""
     environment = {**os.environ, **verl_environment(config)}
     source = str(Path(forkrl.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))
@@ -252,7 +247,7 @@ def _open_folder(config: TrainConfig, task: Task, out: Path, resume: Path | None
 
 
 def _reopen(path: Path) -> RunFolder:
-    """The folder, once verl's trainer, which outlives its driver by a moment, has released its lock."""
+    """The folder, once verl's trainer has released its lock; it outlives its driver briefly."""
     deadline = time.monotonic() + GRACE_S
     while True:
         try:
@@ -277,7 +272,6 @@ def _is_evaluated(folder: RunFolder, step: int) -> bool:
 
 
 def _evaluation_due(config: TrainConfig, folder: RunFolder, step: int) -> bool:
-    """Whether the checkpoint's evaluation is missing."""
     due = step in (0, config.training.steps) or (config.eval.every > 0 and step % config.eval.every == 0)
     return due and not _is_evaluated(folder, step)
 
@@ -297,7 +291,7 @@ def _write_files(config: TrainConfig, prepared: Prepared, files: VerlPaths, *, f
 
 
 def _rewind(folder: RunFolder) -> int:
-    """Delete everything after verl's newest complete checkpoint; returns its step, or 0 if there is none."""
+    """Delete everything after verl's newest complete checkpoint; returns its step, or 0."""
     own = folder.path / OWN / "checkpoints"
     complete = verl_checkpoints(own)
     for step, leftover in begun_checkpoints(own).items():
@@ -318,7 +312,7 @@ def _rewind(folder: RunFolder) -> int:
         ) from error
     line, newline, _ = (folder.path / "metrics.jsonl").read_bytes()[size:].partition(b"\n")
     if newline and b'"eval/accuracy"' in line and json.loads(line).get("step") == step:
-        size += len(line + newline)  # keep the evaluation that was made after the checkpoint
+        size += len(line + newline)  # keep the evaluation logged after the checkpoint
     folder.discard_after(step, size)
     return step
 

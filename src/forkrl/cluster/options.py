@@ -1,7 +1,4 @@
-"""``+forkrl.*`` on verl's command line: which tokens carry gradient, and where the run is recorded.
-
-python -m verl.trainer.main_ppo … trainer.v1.trainer_mode=forkrl +forkrl.ratio=0.2 +forkrl.scope=mini_batch
-"""
+"""``+forkrl.*`` on verl's command line: selection and recording, with ``trainer.v1.trainer_mode=forkrl``."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from forkrl.config.train import Denominator
 from forkrl.errors import UserError
 
 MODES = {"forkrl": "sync", "forkrl_colocate_async": "colocate_async", "forkrl_separate_async": "separate_async"}
-"""Names for ``trainer.v1.trainer_mode``, and the trainer of verl that each extends."""
+"""Names for ``trainer.v1.trainer_mode``, and the verl trainer that each extends."""
 _ACTOR = "actor_rollout_ref.actor"
 
 
@@ -31,21 +28,21 @@ class ForkOptions(SelectionConfig):
     seed: Seed = 0
     """For the rule "random"."""
     warmup_steps: Count = 0
-    """Gradient steps over which the learning rate rises. verl's own warm-up counts rollout batches."""
+    """Gradient steps of learning-rate warm-up. verl's own warm-up counts rollout batches."""
     max_generation_batches: Count = 0
-    """Batches of prompts that dynamic sampling may draw for one step; 0: no limit, as in verl."""
+    """Batches of prompts that dynamic sampling may draw per step; 0: no limit, as in verl."""
     poll_s: Annotated[float, Field(gt=0)] = 2.0
     """Seconds between checks for sampled responses."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """A step in which nothing is sampled or scored for this long ends the run."""
     run_folder: str | None = None
-    """Where metrics.jsonl and rollouts/ are written, as by a local run; not set: nowhere."""
+    """Where metrics.jsonl and rollouts/ are written, as by a local run; None: nowhere."""
     rollouts_every: PositiveInt = 10
     rollouts_sampled: Count = 64
     stop_token_ids: Annotated[tuple[int, ...], FROM_LIST] = ()
     """Tokens that end a response, in addition to the tokenizer's EOS."""
     verifiers: str | None = None
-    """For the reward manager ForkRewardManager: the file that names the verifiers."""
+    """Verifier file for ForkRewardManager."""
 
     def stops(self, tokenizer: Any) -> tuple[int, ...]:
         """All tokens that end a response."""
@@ -53,7 +50,7 @@ class ForkOptions(SelectionConfig):
 
 
 def read_options(config: DictConfig) -> ForkOptions:
-    """The options in a configuration of verl's, or their defaults."""
+    """The options in a verl configuration, or their defaults."""
     given: Any = OmegaConf.to_container(config.get("forkrl") or OmegaConf.create({}), resolve=True)
     try:
         return parse_recipe(ForkOptions, given, "+forkrl.*")
@@ -81,7 +78,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("distillation.enabled", bool, "has its own loss; set it to false"),
     ("trainer.v1.sampler.custom_sampler.path", bool, "the plug-in has its own replay buffer; drop it"),
 )  # fmt: skip
-"""Settings of verl, the values that the selection or the loss does not support, and why."""
+"""verl settings, the values that selection or loss does not support, and why."""
 _UNSUPPORTED_KL = (
     f"{_ACTOR}.kl_loss_type", lambda kind: kind not in ("low_var_kl", "k3"),
     "the plug-in estimates KL by k3; set it to low_var_kl",
@@ -93,7 +90,7 @@ _UNSUPPORTED_IN_MICRO_BATCHES = (
 
 
 def refuse_unsupported(config: DictConfig, options: ForkOptions) -> None:
-    """Raises UserError for settings of verl that the plug-in does not support, before anything is loaded."""
+    """Raises UserError for unsupported verl settings, before anything is loaded."""
     checks = [*_UNSUPPORTED]
     if config.actor_rollout_ref.actor.use_kl_loss:
         checks.append(_UNSUPPORTED_KL)

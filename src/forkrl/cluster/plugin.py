@@ -1,7 +1,6 @@
-"""What verl loads in every process that imports it: the names that ForkRL adds to verl's registries.
+"""Registers ForkRL's trainers and agent loop at the end of ``import verl``, so its imports are loaded everywhere.
 
-Found by the entry point ``verl.plugins``, or by ``VERL_USE_EXTERNAL_MODULES=forkrl.cluster.plugin`` where ForkRL is not
-installed but on PYTHONPATH. It runs at the end of ``import verl``: what is imported here is loaded everywhere.
+Found by the entry point ``verl.plugins``, or by ``VERL_USE_EXTERNAL_MODULES`` if ForkRL is only on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import importlib
 import logging
 
 try:
-    # Imported as modules: one of them may be what is importing verl, and then its names do not exist yet.
+    # Imported as modules: one of them may itself be importing verl, and its names do not exist yet.
     importlib.import_module("forkrl.cluster.agent_loop")  # registers forkrl_exact_prompt
     importlib.import_module("forkrl.cluster.trainer")  # registers forkrl, forkrl_colocate_async, forkrl_separate_async
 except Exception:

@@ -1,4 +1,4 @@
-"""verl's process, from its start to the merge of its checkpoints: watch it, end it, explain its end."""
+"""Run verl's process: watch it, end it, explain its end, and merge its checkpoints."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from forkrl.store.run_folder import RunFolder
 
 POLL_S = 0.5
 GRACE_S = 20.0
-"""For Ray to end its own processes after verl's."""
+"""Time for Ray to end its own processes after verl's."""
 LOG = "log.txt"
 TRACKER = "latest_checkpointed_iteration.txt"
 _STEP = re.compile(r"global_step_(\d+)")
 _ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Died|Timeout)\b.*")
-"""The last line of a traceback. An error that a warning quotes does not start a line."""
+"""The last line of a traceback. An error quoted in a warning does not start a line."""
 _OWN_ERROR = re.compile(r"forkrl\.errors\.\w+: (.*)")
 _PREFIX = re.compile(r"\([^()]*pid=[^()]*\)\s*")
 """Starts a line that Ray forwards from another process."""
@@ -44,18 +44,10 @@ def run_and_watch(
     on_metrics: Callable[[Mapping[str, Any]], None],
     on_stop: Callable[[], None],
 ) -> int:
-    """Run verl to its end, and report every line it adds to the metrics; returns its exit status.
+    """Run verl to its end, report each new line of metrics.jsonl after the first ``known``, and return the exit status.
 
-    The first Ctrl-C, SIGTERM or SIGHUP asks verl to save and end after the current step. A second one ends it at
-    once, and so does the first before any step has begun, since there is nothing to save.
-
-    Args:
-        command: verl's.
-        environment: the complete environment.
-        run_folder: verl's output is appended to its log.
-        known: lines of metrics.jsonl at the start.
-        on_metrics: called with each new line.
-        on_stop: called once the end was requested.
+    The first stop signal makes verl save and end after the current step (``on_stop``); a second, or one before any
+    step, ends it at once.
     """
     log, begun, stop = (run_folder / OWN / name for name in (LOG, BEGUN, STOP))
     metrics, interruption = run_folder / "metrics.jsonl", Interruption()
@@ -103,11 +95,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def conclude(merge: Callable[[], None], checkpoints: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Merge what verl has saved, however the run inside ends; the error that ended it is raised.
-
-    If the merge fails as well, ``say`` prints its message. An interruption gets the state of ``checkpoints`` as its
-    outcome: unlike the local engine, verl may be stopped before or while it saves.
-    """
+    """Merge verl's checkpoints however the run inside ends, then re-raise its error; ``say`` reports a failed merge."""
     try:
         yield
     except BaseException as ended:
@@ -130,7 +118,7 @@ def _what_is_saved(checkpoints: Path) -> str:
 
 
 def explain_end(run_folder: Path, status: int, *, since: int = 0) -> None:
-    """Raise the reason why a run ended before its last step, if it did. ``since``: size of the log at the start."""
+    """Raise the reason why a run ended early, if it did. ``since``: size of the log at the start."""
     own = run_folder / OWN
     ended = json.loads((own / ENDED).read_text(encoding="utf-8")) if (own / ENDED).is_file() else {}
     kind, message = ended.get("kind", ""), ended.get("message", "")
@@ -151,7 +139,7 @@ def explain_end(run_folder: Path, status: int, *, since: int = 0) -> None:
 
 
 def last_error(log: Path, since: int = 0) -> str:
-    """The line of a log that says why it ended: ForkRL's last error, else the last error, else the last line."""
+    """Why a run ended: the log's last ForkRL error, else the last error, else the last line."""
     text = log.read_bytes()[since:].decode(errors="replace")
     lines = [_PREFIX.sub("", _COLOUR.sub("", line).strip(), count=1) for line in text.splitlines()]
     for pattern, group in ((_OWN_ERROR, 1), (_ERROR, 0)):
@@ -186,10 +174,9 @@ def begun_checkpoints(folder: Path) -> dict[int, Path]:
 def merge_checkpoints(
     run: RunFolder, own: Path, environment: Mapping[str, str], say: Callable[[str], None], *, keep: int
 ) -> None:
-    """Write ``checkpoints/step-N`` for the newest ``keep`` of verl's checkpoints in ``own``, and delete older ones.
+    """Merge the newest ``keep`` of verl's checkpoints in ``own`` to ``checkpoints/step-N``, and delete older ones.
 
-    verl's own merger makes a Hugging Face folder, in bf16, of one file per rank. verl deletes only checkpoints that
-    the same process wrote, not those from before a resume.
+    verl's merger writes bf16. verl itself does not delete checkpoints from before a resume.
     """
     complete = verl_checkpoints(own)
     kept = dict(list(complete.items())[-keep:])

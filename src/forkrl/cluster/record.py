@@ -1,7 +1,4 @@
-"""The run folder as verl's trainer writes it: the same metrics and rollouts as the local engine's.
-
-The folder ``verl/`` holds verl's checkpoints and log, how the run ended, and a request to stop.
-"""
+"""Writes the run folder from verl's trainer; ``verl/`` holds its checkpoints, log, outcome and a stop request."""
 
 from __future__ import annotations
 
@@ -21,34 +18,27 @@ from forkrl.types import RolloutGroup
 
 OWN, ENDED, STOP, BEGUN = "verl", "ended.json", "stop", "begun"
 PROGRESS = "forkrl.json"
-"""In each of verl's checkpoints: the size of the run's metrics."""
+"""File in each verl checkpoint with the size of the run's metrics."""
 FROM_WORKERS = "actor/forkrl/"
-"""Prefix of the workers' sums, of which verl reports means over the gradient steps of a batch."""
+"""Prefix of the workers' sums, which verl averages over the gradient steps of a batch."""
 
 
 class StopRequested(Exception):
-    """The launcher asked for the run to end after the current step."""
+    """The launcher requested a stop after the current step."""
 
 
 class Record:
-    """Writes into a run folder that the launcher created, and holds its lock.
-
-    Args:
-        path: the run folder.
-        every: steps between samples of training responses.
-        sampled: responses in a sample.
-    """
+    """Writes into the launcher's run folder and holds its lock; samples ``sampled`` responses every ``every`` steps."""
 
     def __init__(self, path: Path, *, every: int, sampled: int) -> None:
         self.folder = RunFolder.open(path)
         self.every, self.sampled = every, sampled
 
     def wants_rows(self, step: int) -> bool:
-        """Whether a sample of this step's responses is written."""
         return bool(self.sampled) and step % self.every == 0
 
     def add_step(self, step: int, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
-        """A finished step: a line of metrics.jsonl and, if there are rows, a file in rollouts/."""
+        """Write a line of metrics.jsonl and, if there are rows, a file in rollouts/."""
         if rows:
             self.folder.write_rollouts(f"train-{step:06d}", rows)
         self.folder.append_metrics({"step": step, **metrics})
@@ -76,14 +66,14 @@ class Record:
         write_text(checkpoint / PROGRESS, json.dumps({"step": step, "metrics_bytes": self.folder.metrics_bytes}))
 
     def begin_step(self) -> None:
-        """Tell the launcher that training has begun; raises StopRequested if it has asked for the end."""
+        """Tell the launcher that training has begun; raises StopRequested if it requested a stop."""
         (self.folder.path / OWN / BEGUN).touch()
         if (self.folder.path / OWN / STOP).exists():
             raise StopRequested
 
 
 def note_end(run_folder: str | None, error: BaseException, step: int) -> None:
-    """Note for the launcher why the run ends: the error's message instead of a traceback."""
+    """Record the error message that ends the run for the launcher, instead of a traceback."""
     kinds = (UserError, NothingToLearn, TrainingHalted, StopRequested)
     kind = next((each.__name__ for each in kinds if isinstance(error, each)), "")
     if run_folder is not None and kind and (Path(run_folder) / OWN).is_dir():
@@ -101,22 +91,16 @@ def step_metrics(
     reward: float,
     seconds: float,
 ) -> dict[str, float]:
-    """All metrics that a local run logs for a step, under the same names; removes the workers' sums from ``metrics``.
+    """All metrics that a local run logs for a step; removes the workers' sums from ``metrics``.
 
-    Args:
-        metrics: verl's for this step.
-        timing: verl's, in seconds.
-        kept: the groups trained on.
-        dropped: drawn and not trained on: all right, all wrong, surplus, or short of a response.
-        num_batches: prompts drawn, in batches of a step's size.
-        reward: mean over the kept responses, with the penalty for long ones.
-        seconds: the whole step.
+    ``dropped`` groups were all right, all wrong, surplus or incomplete; ``num_batches`` is in batches of a step's size;
+    ``reward`` includes the overlong penalty; ``timing`` and ``seconds`` (the whole step) are in seconds.
     """
     names = [name for name in metrics if name.startswith(FROM_WORKERS)]
     sums = {name.removeprefix(FROM_WORKERS): float(metrics.pop(name)) for name in names}
     sampled = [*kept, *dropped]
     dropped = [group for group in dropped if min(group.scores) == max(group.scores)]  # as the local engine counts
-    # verl scores responses while others are being sampled: the rollout's time includes the time of rewards.
+    # verl scores responses while sampling others, so rollout time includes reward time.
     time_s = {"rollout": max(timing.get("gen", 0.0), 1e-9), "reward": 0.0}
     return {
         **rollout_metrics(sampled, dropped, len(kept), 1, time_s),

@@ -1,8 +1,4 @@
-"""verl's replay buffers with a limit on drawing prompts, a timeout, and a report of dropped groups.
-
-verl draws new prompts while groups are all right or all wrong, and its asynchronous trainers also while sampling or
-scoring fails: forever, if all of them do.
-"""
+"""verl's replay buffers with limits: verl would draw prompts forever if no group has a gradient or sampling fails."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from forkrl.errors import NothingToLearn, TrainingHalted
 
 
 class PromptsSpent(Exception):
-    """A step has drawn as many prompts as it may."""
+    """A step has drawn its maximum number of prompts."""
 
 
 class _Bounded(ReplayBuffer):  # type: ignore[misc]  # verl ships no types
@@ -26,9 +22,9 @@ class _Bounded(ReplayBuffer):  # type: ignore[misc]  # verl ships no types
     on_drop: Callable[[Sequence[str]], None]
     """Called with the keys of trajectories that will not be trained on."""
     on_validation: Callable[[KVBatchMeta], None]
-    """Called with a batch of validation, before verl modifies it."""
+    """Called with a validation batch, before verl modifies it."""
     stall_timeout_s: float
-    """How long nothing may be sampled or scored."""
+    """Longest time without a sampled or scored response."""
     _progress: tuple[int, ...] = ()
     _since: float = 0.0
     _failed: int = 0
@@ -36,15 +32,14 @@ class _Bounded(ReplayBuffer):  # type: ignore[misc]  # verl ships no types
 
     @classmethod
     def replacing(cls, buffer: ReplayBuffer, **attributes: Any) -> Any:
-        """A buffer of this class in place of verl's own new and empty one."""
+        """A buffer of this class in place of verl's new and empty one."""
         own = cls.__new__(cls)
         for name, value in {**vars(buffer), **attributes}.items():
             setattr(own, name, value)
         return own
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
-        """A batch of ``batch_size`` groups."""
-        # The timeout starts here: the update before may have taken long.
+        # The timeout starts here: the preceding update may have taken long.
         self._progress, self._failed, self._max_failed = (), 0, 2 * batch_size
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
@@ -63,10 +58,7 @@ class _Bounded(ReplayBuffer):  # type: ignore[misc]  # verl ships no types
         return 0
 
     def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> Any:
-        """Like verl's, but every group that lost a response has failed, since its baseline is incomplete.
-
-        verl keeps such a group in its synchronous trainer, and drops it in the asynchronous ones.
-        """
+        """Like verl's, but in every trainer a group that lost a response has failed: its baseline is incomplete."""
         stale, same, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
         if partition_id == "train":
             failed = set(self.failure_keys[partition_id])
@@ -87,7 +79,7 @@ class _Bounded(ReplayBuffer):  # type: ignore[misc]  # verl ships no types
         super()._clear_groups(partition_id, uids)
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        """Wait like verl; raises TrainingHalted if nothing has changed for longer than ``stall_timeout_s``."""
+        """Wait like verl; raises TrainingHalted if nothing changes for ``stall_timeout_s``."""
         keys = (self.pending_keys, self.running_keys, self.finished_keys, self.failure_keys, self.partitions)
         progress, now = tuple(len(each[partition_id]) for each in keys), time.monotonic()
         if progress != self._progress:
@@ -102,7 +94,7 @@ class _Bounded(ReplayBuffer):  # type: ignore[misc]  # verl ships no types
 
 
 class BoundedReplayBuffer(_Bounded):
-    """For the synchronous trainer: after its last prompts, a step takes the groups that it has."""
+    """For the synchronous trainer: after its last prompts, a step uses the groups it has."""
 
     def _num_ready(self, global_steps: int, partition_id: str) -> int:
         """Wait for all drawn prompts, and drop the groups that cannot be trained on."""

@@ -23,10 +23,9 @@ from forkrl.rewards import open_verifier
 
 
 class ForkRewardManager(RewardManagerBase):  # type: ignore[misc]  # verl ships no types
-    """Scores responses in a pool of processes that can be killed (``forkrl.rewards``), one pool per reward worker.
+    """Scores responses in a pool of killable processes (``forkrl.rewards``), one pool per reward worker.
 
-    The reward is the verifier's score plus DAPO's penalty for long responses. A verifier that hangs is killed at its
-    timeout: its response scores 0, and ``failure`` in the extra information says why.
+    The reward is the score plus DAPO's overlong penalty. A verifier killed at its timeout scores 0, with ``failure``.
     """
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, **unused: Any) -> None:

@@ -1,6 +1,6 @@
-"""One table of settings: what verl gets for a recipe, what verl does not support, and what ForkRL handles itself.
+"""What verl gets for a recipe and what it does not support, as one table for ``translate.py`` and the docs.
 
-``translate.py`` reads it; tools/cluster_settings.py prints it as docs/cluster-settings.md. Imports no verl, no torch.
+tools/cluster_settings.py prints it as docs/cluster-settings.md. Imports no verl, no torch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class VerlPaths(NamedTuple):
     held_out: Path
     verifiers: Path
     checkpoints: Path
-    """verl's own, ``global_step_N`` inside."""
+    """verl's own, with ``global_step_N`` inside."""
     run_folder: Path
 
 
 class Run(NamedTuple):
-    """What values are computed from."""
+    """Inputs of the settings' values."""
 
     config: TrainConfig
     paths: VerlPaths
@@ -42,16 +42,16 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Settings of verl that ForkRL sets, all to the same value."""
+    """verl settings that ForkRL sets to the same value."""
 
     recipe: tuple[str, ...]
-    """The recipe's settings that determine it; none: a constant, or a path of the run."""
+    """Recipe settings that determine it; empty for a constant or a path of the run."""
     verl: tuple[str, ...]
-    """With a ``+`` before settings that verl's own files do not have."""
+    """With a ``+`` before settings that verl's own files lack."""
     value: Callable[[Run], Any]
     remark: str
     shown: str = ""
-    """For the page: a value that the recipe does not determine."""
+    """For the docs page: a value that the recipe does not determine."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def _of_run(verl: str, value: Callable[[Run], Value], shown: str, remark: str) -
 
 
 def setting(config: TrainConfig, key: str) -> Any:
-    """A recipe's setting by its name, "section.key"."""
+    """A recipe's setting by name, "section.key"."""
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
@@ -102,7 +102,7 @@ def _own_ray(config: TrainConfig, value: int | bool) -> Any:
 
 
 def verl_environment(config: TrainConfig) -> dict[str, str]:
-    """Variables that every process of verl needs; Ray passes them on."""
+    """Variables that every verl process needs; Ray passes them on."""
     # With this variable a plug-in that cannot be imported is an error; with the entry point verl ignores it.
     others = [name for name in os.environ.get(EXTERNAL, "").split(",") if name not in ("", PLUGIN)]
     environment = {EXTERNAL: ",".join([*others, PLUGIN])}
@@ -277,7 +277,7 @@ ELSEWHERE = {
     )
     for name in names.split()
 }
-"""Settings of a recipe that ForkRL handles itself, before verl starts or while it runs."""
+"""Recipe settings that ForkRL handles itself, before verl starts or while it runs."""
 
 
 class Refusal(NamedTuple):
@@ -286,9 +286,9 @@ class Refusal(NamedTuple):
     recipe: str
     values: str
     why: str
-    """And the remedy, where ``refused`` decides."""
+    """The reason, and the remedy where ``refused`` decides."""
     refused: Callable[[TrainConfig], bool] | None = None
-    """None: ``require_even_shares``, ``refuse_unsuitable_prompts`` or ``translate.py`` checks it."""
+    """None: checked by ``require_even_shares``, ``refuse_unsuitable_prompts`` or ``translate.py``."""
 
 
 _OWN_LOOP = 'only ForkRL\'s own loop (runtime.trainer = "local") supports it'

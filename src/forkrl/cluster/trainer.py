@@ -1,9 +1,4 @@
-"""verl's trainers with forking tokens, selected by ``trainer.v1.trainer_mode``; everything else stays verl's.
-
-A step of verl samples groups, balances them over the ranks, measures log-probs and entropies of the policy that
-sampled, computes advantages and updates. ForkRL adds the selection over the rollout batch after the advantages
-(``worker.py`` selects in other scopes), metrics with the names of the local engine, and the run folder.
-"""
+"""verl's trainers with forking tokens (``trainer.v1.trainer_mode``): rollout-batch selection, metrics, run folder."""
 
 from __future__ import annotations
 
@@ -67,17 +62,15 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     def _adopt(self, config: DictConfig) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
-            config.trainer.v1.sampler.sync_refill_failed_groups = True  # replay.py says which
+            config.trainer.v1.sampler.sync_refill_failed_groups = True  # see replay.py
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
-            # So that the update computes the entropies by which a micro-batch selects.
+            # Makes the update compute the entropies by which a micro-batch selects.
             if reads_current_entropy(self.options) and self.options.scope in ("micro_batch", "sequence"):
                 config.actor_rollout_ref.actor.calculate_entropy = True
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return self.options.stops(self.tokenizer)
-
-    # -- a run -------------------------------------------------------------------------------------------------------
 
     def fit(self, agent_loop_manager: Any) -> None:
         """Train like verl; save the finished steps if nothing is left to learn or a stop was requested."""
@@ -101,7 +94,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             self._save_checkpoint()
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
-        """One step of verl, with its metrics under ForkRL's names, recorded before a checkpoint refers to them."""
+        """One verl step; its metrics are recorded under ForkRL's names before a checkpoint refers to them."""
         if self.record is not None:
             self.record.begin_step()
         started = time.perf_counter()
@@ -130,8 +123,6 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             self.record.before_checkpoint(folder, self.global_steps)
         super()._save_checkpoint()
         self._saved_step = self.global_steps
-
-    # -- sampling ----------------------------------------------------------------------------------------------------
 
     def _build_replay_buffer(self) -> Any:
         own = replay.BoundedReplayBuffer if self.base_mode == "sync" else replay.BoundedReplayBufferAsync
@@ -164,8 +155,6 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     def _groups(self, keys: Sequence[str], partition_id: str, **how: Any) -> list[RolloutGroup]:
         return read_groups(keys, partition_id, self.tokenizer, self.stop_ids, **how)
 
-    # -- selection ---------------------------------------------------------------------------------------------------
-
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         for role in self.role_worker_mapping:
@@ -183,7 +172,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         )
 
     def _select_in_batch(self, batch: KVBatchMeta) -> torch.Tensor:
-        """Over the tokens of all ranks; nested ``[B, T]`` int8."""
+        """Select over the tokens of all ranks; nested ``[B, T]`` int8."""
         data = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy", "response_mask"]
         )
@@ -199,7 +188,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return batch
 
     def _marked_rows(self, batch: KVBatchMeta) -> list[int]:
-        """The index of each sequence that the workers report details of, else -1: those of the first groups by name."""
+        """Row index of each sequence that workers report details of (the first groups by name), else -1."""
         if self.record is None or not self.record.wants_rows(self.global_steps):
             return [-1] * len(batch)
         own = [key.split("_")[0] for key in batch.keys]
@@ -209,7 +198,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
 
     def _rows(self) -> list[dict[str, Any]]:
         """The sampled responses with the workers' details."""
-        keys = sorted(self._details)  # so that the responses of a group are adjacent
+        keys = sorted(self._details)  # keeps the responses of a group adjacent
         if not keys:
             return []
         groups = self._groups(keys, "train", per_token={"logprobs": "old_log_probs"}, with_text=True)
@@ -223,8 +212,6 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         rewards = [float(values.sum()) for values in data["rm_scores"]]
         advantages = [float(values[0]) for values in data["advantages"]]
         return rollout_rows(self.global_steps, groups, self.tokenizer, selected, rewards, advantages)
-
-    # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, float]:
         self._validated = []
@@ -240,7 +227,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return metrics
 
     def _note_validated(self, batch: KVBatchMeta) -> None:
-        """Keep the responses of an evaluation, with their entropies; raises RuntimeError if there are none."""
+        """Keep the responses of an evaluation, with entropies; raises RuntimeError if there are none."""
         if not batch.keys:
             raise RuntimeError("no response of the evaluation could be sampled or judged; the log has the errors")
         per_token = self._measure_validation(batch) if self.base_mode == "sync" else {}
@@ -249,7 +236,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         self._validated += complete_groups(groups, self.config.actor_rollout_ref.rollout.val_kwargs.n)
 
     def _measure_validation(self, batch: KVBatchMeta) -> dict[str, str]:
-        """Measure entropies of held-out responses at their sampling temperature; returns the names of the fields."""
+        """Measure entropies of held-out responses at their sampling temperature; returns the field names."""
         rollout = self.config.actor_rollout_ref.rollout
         at_once = 1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu
         multiple = at_once * self.resource_pool_manager.get_n_gpus()
@@ -257,7 +244,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         padded = upsample_batch_to_divisible_size(alone, multiple, self.tokenizer.eos_token_id)
         temperature = float(rollout.val_kwargs.temperature) or 1.0
         padded.extra_info.update(calculate_entropy=True, compute_loss=False, temperature=temperature)
-        # As verl does for a reward model on the same GPUs: the samplers free their memory and get the weights again.
+        # As verl does for a reward model on the same GPUs: samplers free their memory, then reload the weights.
         self.checkpoint_manager.sleep_replicas()
         self.actor_rollout_wg.compute_log_prob(padded)
         self.checkpoint_manager.update_weights(self.global_steps)

@@ -1,7 +1,6 @@
 """From a recipe to verl's command line, by the table in ``settings.py``. Imports neither verl, hydra nor torch.
 
-Two parsers read a value: hydra's grammar of overrides, where quoted text is literal, and OmegaConf, where ``${...}``
-refers to another setting. verl resolves references twice, so no escape survives, and such a text is rejected.
+hydra treats quoted text as literal, but OmegaConf resolves ``${...}`` twice in verl, so such text is rejected.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def verl_command(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Sequence[int]) -> list[str]:
-    """The command to run, with ``verl_environment`` added to the environment."""
+    """The command to run; its environment needs ``verl_environment``."""
     overrides = verl_overrides(config, paths, stop_token_ids=stop_token_ids)
     return [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
 
@@ -54,7 +53,7 @@ def verl_overrides(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Seq
 
 
 def verl_settings(config: TrainConfig, paths: VerlPaths, *, stop_token_ids: Sequence[int]) -> dict[str, Value]:
-    """Every setting of verl that ForkRL sets. ``stop_token_ids``: all tokens that end a response."""
+    """Every verl setting that ForkRL sets. ``stop_token_ids``: all tokens that end a response."""
     run = Run(config, paths, stop_token_ids)
     values = {name: row.value(run) for row in TABLE for name in row.verl}
     return {name: value for name, value in values.items() if value is not UNSET}
@@ -76,7 +75,7 @@ def refuse_untranslatable(config: TrainConfig) -> None:
 
 
 def refuse_unsuitable_prompts(config: TrainConfig, prompts: Mapping[str, int]) -> None:
-    """Check the number of training prompts by ``Prompt.source``: verl draws from all rows alike, in epochs."""
+    """Check the number of training prompts per source: verl draws from all rows alike, in epochs."""
     total, wanted = sum(prompts.values()), config.rollout.prompts_per_step
     if total < wanted:
         raise UserError(
@@ -95,7 +94,7 @@ def refuse_unsuitable_prompts(config: TrainConfig, prompts: Mapping[str, int]) -
 
 
 def override(key: str, value: Value) -> str:
-    """``key=value``, quoted so that hydra reads back the same value; raises UserError for a text it cannot hold."""
+    """``key=value``, quoted so that hydra reads back the same value; raises UserError for unsupported text."""
     return f"{key}={_literal(key, value)}"
 
 
@@ -116,7 +115,7 @@ def _literal(key: str, value: Value) -> str:
 
 
 def _quoted(key: str, text: str) -> str:
-    """In hydra's single quotes only quotes are escaped, and the backslashes before one."""
+    """In hydra's single quotes only quotes, and backslashes before one, are escaped."""
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
         return text
     if "${" in text or text == "???":

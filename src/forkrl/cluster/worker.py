@@ -1,11 +1,6 @@
-"""A gradient step inside one of verl's ranks: selection, ForkRL's loss, learning rate, and what it reports.
+"""A gradient step inside one of verl's ranks: selection, ForkRL's loss, warm-up by gradient steps, metrics.
 
-verl's engine runs the model, cuts the mini-batch, sums gradients over ranks and updates the weights. ForkRL adds the
-selection and the loss of the local engine, and a warm-up that counts gradient steps as the local engine does.
-
-The driver sees a whole rollout batch before its first update and selects for the scope "rollout_batch". Every other
-scope concerns one gradient step, and is decided inside the ranks, which exchange the entropies of their tokens.
-
+The driver selects for the scope "rollout_batch"; for others the ranks exchange the entropies of their tokens.
 Axes: ``B`` sequences, ``T`` token positions of responses, ``N`` response tokens in reading order.
 """
 
@@ -40,15 +35,12 @@ from forkrl.method.selection import (
 from forkrl.types import TokenStats
 
 SELECTED, ROW = "forkrl_selected", "forkrl_row"
-"""Fields of the batch: the driver's selection, if any; and the index of a sequence to report details of, else -1."""
+"""Batch fields: the driver's selection, if any; and the row index of a sequence to report details of, else -1."""
 PREFIX = "forkrl/"
 
 
 def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, seed: str) -> Tensor:
-    """The configured rule over all tokens given; within each row of ``[B, T]`` if the scope is the sequence.
-
-    Any process can repeat a random selection from the same seed.
-    """
+    """The rule over all tokens, or per row of ``[B, T]`` for scope "sequence"; random draws depend only on ``seed``."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     function = select_tokens_per_sequence if config.scope == "sequence" else select_tokens
@@ -61,10 +53,7 @@ def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, seed: str) ->
 def select_over_ranks(
     entropy_BT: Tensor, mask_BT: Tensor, config: SelectionConfig, seed: str, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """The rule over the tokens of all ranks of ``group``; this rank's part of the selection, ``[B, T]`` bool.
-
-    Every rank selects from the same tokens, in the order of the ranks, so the result need not be sent.
-    """
+    """The rule over the tokens of all ranks, repeated on each in rank order; this rank's part, ``[B, T]`` bool."""
     own_N = entropy_BT[mask_BT].float().cpu()
     parts, rank = [own_N], 0
     if group is not None:
@@ -89,11 +78,11 @@ class ForkLoss:
     seed: str = ""
     """For a random selection inside a micro-batch."""
     threshold: float = math.inf
-    """The lowest entropy selected before the first micro-batch, on this rank; infinite if none was."""
+    """Lowest entropy selected before the first micro-batch, on this rank; infinite if none."""
     details: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, model_output: Any, data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict[str, Metric]]:
-        """Loss and token sums of a micro-batch, times the number of ranks, since verl takes the mean over them."""
+        """Loss and token sums of a micro-batch, times the number of ranks, since verl averages over them."""
         logprobs_BT = no_padding_2_padding(model_output["log_probs"], data)
         entropy = model_output.get("entropy")
         current_BT = None if entropy is None else no_padding_2_padding(entropy, data)
@@ -117,7 +106,7 @@ class ForkLoss:
         else:
             entropy_BT = sampled_BT if current_BT is None else current_BT.detach().float()
             selected_BT = select(entropy_BT.cpu(), mask_BT.cpu(), self.options, self.seed).to(mask_BT.device)
-            self.seed += "/"  # so that the next micro-batch draws other tokens
+            self.seed += "/"  # the next micro-batch draws other tokens
             threshold = _lowest(entropy_BT[selected_BT])
 
         loss, sums = step_loss(
@@ -158,7 +147,7 @@ def _lowest(entropy_N: Tensor) -> float:
 
 
 def _token_sums(entropy_BT: Tensor, selected_BT: Tensor, mask_BT: Tensor, advantages_BT: Tensor) -> dict[str, float]:
-    """Counts and sums over tokens, from which the driver computes the means of a step."""
+    """Counts and sums over tokens, from which the driver computes step means."""
     tokens = {"response": mask_BT, "positive": mask_BT & (advantages_BT > 0), "negative": mask_BT & (advantages_BT < 0)}
     sums = {name: token_BT.sum() for name, token_BT in tokens.items()}
     sums["selected"] = selected_BT.sum()
@@ -175,7 +164,6 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
     loss_fn: ForkLoss
 
     def train_batch(self, data: TensorDict) -> TensorDict:
-        """One gradient step of this rank."""
         tu.assign_non_tensor(data, update_lr_scheduler=True)  # verl's scheduler then counts gradient steps
         done, options = self.engine.lr_scheduler.last_epoch, self.loss_fn.options
         warmup = min(1.0, (done + 1) / options.warmup_steps if options.warmup_steps else 1.0)
@@ -193,12 +181,12 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
         return output
 
     def _select_first(self, data: TensorDict, seed: str) -> None:
-        """Select now if it takes more than one micro-batch, and count what the loss will divide by."""
+        """Select now if it takes more than one micro-batch, and count the loss's divisor."""
         loss, group = self.loss_fn, self.engine.get_data_parallel_group()
         selection = loss.options
         loss.seed = f"{seed}/{self.engine.get_data_parallel_rank()}"
         mask_BT, entropy = data["response_mask"].to_padded_tensor(0).bool(), data["entropy"]
-        # A threshold selects the same tokens in every scope, but their number is known only once they are selected.
+        # A threshold selects the same tokens in every scope, but their number is known only afterwards.
         if SELECTED not in data and (selection.scope == "mini_batch" or selection.rule == "threshold"):
             entropy = self._measure_entropies(data) if reads_current_entropy(selection) else entropy
             selected_BT = select_over_ranks(entropy.to_padded_tensor(0.0), mask_BT, selection, seed, group)
@@ -225,7 +213,7 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
         return entropy
 
     def _cut(self, data: TensorDict) -> list[Tensor]:
-        """The rows of each micro-batch, as verl's engine is about to cut them."""
+        """The rows of each micro-batch, as verl's engine will cut them."""
         inputs = data.select(*data.keys())
         tu.assign_non_tensor(inputs, sp_size=self.engine.ulysses_sequence_parallel_size, **self._engine_settings(data))
         parts, rows = prepare_micro_batches(
@@ -236,7 +224,7 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
         return list(torch.arange(len(data)).split([len(part) for part in parts]))
 
     def _engine_settings(self, data: TensorDict) -> dict[str, Any]:
-        """What verl's own ``train_batch`` is about to pass to its engine, unless the batch has it already."""
+        """What verl's ``train_batch`` passes to its engine, unless the batch has it already."""
         names = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "use_fused_kernels")
         settings = {name: getattr(self.engine_config, name) for name in names}
         settings["use_remove_padding"] = self.model_config.get("use_remove_padding", False)
@@ -244,7 +232,7 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
 
 
 def _of_mini_batch(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Sums over all ranks and micro-batches, and the means of a gradient step, in place of the parts."""
+    """Sums over all ranks and micro-batches, and gradient-step means, in place of the parts."""
     found = {name: value for name, value in metrics.items() if not name.startswith(PREFIX)}
     for name, value in metrics.items():
         if name.startswith(PREFIX):
@@ -256,7 +244,7 @@ def _of_mini_batch(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_config(actor: Any, options: ForkOptions) -> LossConfig:
-    """ForkRL's settings of the loss from verl's of the actor."""
+    """ForkRL's loss settings from those of verl's actor."""
     return LossConfig(
         clip_low=actor.clip_ratio_low,
         clip_high=actor.clip_ratio_high,
@@ -282,7 +270,7 @@ class ForkWorker(ActorRolloutRefWorker):  # type: ignore[misc]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def take_details(self) -> list[dict[str, Any]]:
-        """Selection and entropies of the sequences that the driver marked since the last call."""
+        """Selection and entropies of the marked sequences since the last call."""
         loss: ForkLoss = self.actor.loss_fn
         details, loss.details = loss.details, []
         return details

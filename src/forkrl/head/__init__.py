@@ -1,7 +1,4 @@
-"""Log-prob of each target and entropy of each position, directly from hidden states.
-
-Axes: ``N`` rows (token positions), ``D`` hidden, ``V`` vocabulary.
-"""
+"""Target log-probs and entropies from hidden states. Axes: ``N`` rows (positions), ``D`` hidden, ``V`` vocabulary."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ __all__ = ["BACKENDS", "token_stats"]
 
 
 Backend = Callable[[Tensor, Tensor, Head], TokenStats]
-"""One way to compute the same numbers from hidden states ``[N, D]`` and targets ``[N]``, which are checked here."""
+"""Computes statistics from hidden states ``[N, D]`` and targets ``[N]``, already validated."""
 
 
 def _triton_token_stats(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> TokenStats:
-    """Import Triton only now: it is large, needs an accelerator, and is not on every machine."""
+    """Import Triton lazily: it is large, needs an accelerator, and may be missing."""
     if not _has_triton():
         raise ModuleNotFoundError('backend = "triton" needs the triton package: pip install triton')
     from forkrl.head.triton import triton_token_stats
@@ -57,12 +54,12 @@ def token_stats(
 
     With ``z = (hidden @ weight.T + bias) / temperature`` and ``p = softmax(z)``: ``logprobs = log p[target]`` and
     ``entropy = -sum(p log p)`` in nats (arXiv 2506.01939v2, eq. 1). The matrix product has the dtype of the inputs (or
-    of autocast), as in the model's own head; everything after it is fp32, or fp64 for fp64 inputs.
+    of autocast), as in the model's own head; the rest is fp32, or fp64 for fp64 inputs.
 
-    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" hold no more of
-    ``[N, V]`` than one small tile; their backward computes only rows with a non-zero incoming gradient. "triton" does
-    not round the logits, so it errs less than the model's own head. On its first use in a process it is compared with
-    "chunked" on four rows. A NaN row gives NaN statistics, a logit of minus infinity NaN entropy.
+    ``logprobs`` is differentiable in ``hidden``, ``weight`` and ``bias``. "chunked" and "triton" hold one small tile of
+    ``[N, V]`` and differentiate only rows with a non-zero incoming gradient. "triton" does not round the logits, so it
+    is more accurate than the model's own head; its first use in a process is checked against "chunked" on four rows. A
+    NaN row gives NaN statistics, a logit of minus infinity NaN entropy.
 
     Args:
         hidden: ``[N, D]``, last hidden states; fp16, bf16, fp32 or fp64.
@@ -71,15 +68,15 @@ def token_stats(
         temperature: of the sampling policy; divides the logits.
         bias: ``[V]`` or None, same dtype.
         backend: "chunked", "triton" (CUDA, or its interpreter; no fp64), "reference" (naive, holds ``[N, V]``) or
-            "auto": "triton" for 16-bit tensors on a CUDA device if it can be imported, else "chunked".
-        entropy_grad: let gradients flow through ``entropy`` as well.
+            "auto": "triton" for 16-bit tensors on a CUDA device if installed, else "chunked".
+        entropy_grad: let gradients flow through ``entropy`` too.
 
     Returns:
         ``logprobs`` and ``entropy``, ``[N]`` each, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes or dtypes disagree, a target lies outside the vocabulary, the temperature is not a positive
-            finite number, the backend is unknown, or it cannot take these tensors.
+        ValueError: shapes or dtypes disagree, a target is outside the vocabulary, the temperature is not positive and
+            finite, or the backend is unknown or does not support these tensors.
         ModuleNotFoundError: backend "triton" where Triton is not installed.
         UserError: "triton" does not compile here, or deviates from "chunked".
     """
@@ -91,13 +88,13 @@ def token_stats(
     name = _choose_backend(hidden) if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
-    # The dtype of every product is settled above; autocast must not change it again.
+    # The dtype of every product is fixed above; autocast must not change it.
     with torch.autocast(hidden.device.type, enabled=False):
         return BACKENDS[name](hidden, targets, Head(weight, bias, temperature, entropy_grad))
 
 
 def _choose_backend(hidden: Tensor) -> str:
-    """Triton where it is faster: in fp32 most of the time goes into exact products, which the library does best."""
+    """Triton where it is faster: in fp32 exact products dominate, which the library does best."""
     if not hidden.is_cuda or hidden.dtype not in (torch.float16, torch.bfloat16) or not _has_triton():
         return "chunked"
     # Older cards have no bf16.
@@ -110,7 +107,7 @@ def _has_triton() -> bool:
 
 
 def _as_autocast_would(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast what ``F.linear`` would cast here, so that the head agrees with the model's own."""
+    """Cast as ``F.linear`` would, so that the head agrees with the model's own."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias

@@ -1,12 +1,11 @@
-"""Token statistics in tiles of rows and vocabulary: memory does not grow with N x V, forward or backward.
+"""Token statistics in tiles of rows and vocabulary, forward and backward, so memory does not grow with N x V.
 
-Forward: for each block of rows, one pass over the vocabulary keeps a running maximum ``m``, ``s = sum(exp(z - m))`` and
-``a = sum(exp(z - m) (z - m))``; then ``log p = (z - m) - log s`` and ``H = log s - a / s``. Backward: tiles are
-recomputed for live rows (if one tile holds everything, it is kept instead), and
+Forward, per row: running maximum ``m``, ``s = sum(exp(z - m))``, ``a = sum(exp(z - m) (z - m))``; then
+``log p = (z - m) - log s`` and ``H = log s - a / s``. Backward, on tiles recomputed for live rows:
 
-    dL/dz_j = g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H).
+    dL/dz_j = g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
-Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` rows of a tile, ``C`` columns of a tile (a slice of ``V``).
+Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` rows and ``C`` columns of a tile.
 """
 
 from __future__ import annotations
@@ -27,16 +26,15 @@ TILE_COLUMNS = 8192
 FORWARD_COLUMNS = 2048
 """Narrowest slice in the forward, where every slice costs a few operations per row."""
 BACKWARD_COLUMNS = 256
-"""Narrowest slice in the backward: a tile with all rows writes the weight's gradient at once, so narrow is better."""
+"""Narrowest slice in the backward: a tile with all rows writes the weight gradient in one go."""
 
 
 def chunked_token_stats(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> TokenStats:
-    """Softmax statistics tile by tile."""
     return live_row_stats(scan_rows, backward_tiles, hidden_ND, targets_N, head)
 
 
 def scan_rows(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Scanned:
-    """The statistics of every row; the logits never outlive their tile, unless it is the only one."""
+    """Statistics of every row; logits do not outlive their tile unless it is the only one."""
     num_rows, vocabulary = len(hidden_ND), len(head.weight)
     rows_per_tile, columns_per_tile = _tile_shape(num_rows, vocabulary, hidden_ND.device, FORWARD_COLUMNS)
     if num_rows <= rows_per_tile and vocabulary <= columns_per_tile:
@@ -49,9 +47,9 @@ def scan_rows(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Scanned:
 
 
 def _scan_vocabulary(hidden_RD: Tensor, targets_R: Tensor, head: Head, columns_per_tile: int, *, keep: bool) -> Scanned:
-    """The statistics of a block of rows in one pass over the vocabulary; ``keep``: of one slice, with its log-probs."""
+    """Statistics of a block of rows in one pass over the vocabulary; ``keep`` returns a single slice's log-probs."""
     dtype = _summing_dtype(hidden_RD)
-    # The lowest finite number, not -inf: 0 * (m - new_m) below must be 0 on the first tile.
+    # Lowest finite number, not -inf: 0 * (m - new_m) below must be 0 on the first tile.
     m_R = torch.full(targets_R.shape, torch.finfo(dtype).min, dtype=dtype, device=hidden_RD.device)
     s_R, a_R, target_R = (torch.zeros_like(m_R) for _ in range(3))
     for columns in slices(len(head.weight), columns_per_tile):
@@ -73,7 +71,7 @@ def _scan_vocabulary(hidden_RD: Tensor, targets_R: Tensor, head: Head, columns_p
 
 
 def backward_tiles(per_row: Rows, head: Head, needs: Needs) -> Gradients:
-    """Gradients of the given rows, the weight and the bias; summed in fp32 at least."""
+    """Gradients of the given rows, the weight and the bias, summed in at least fp32."""
     num_rows, vocabulary, dtype = len(per_row.hidden), len(head.weight), per_row.log_s.dtype
     sum_hidden = torch.zeros_like(per_row.hidden, dtype=dtype) if needs.hidden else None
     new = torch.empty_like if num_rows else torch.zeros_like  # any row writes all of them
@@ -108,13 +106,13 @@ def backward_tiles(per_row: Rows, head: Head, needs: Needs) -> Gradients:
 
 
 def _grad_logits_tile(tile: Rows, head: Head, columns: slice) -> Tensor:
-    """dL/d(hidden @ weight.T + bias) on one tile, by the formula at the top of this file."""
+    """dL/d(hidden @ weight.T + bias) on one tile (formula in the module docstring)."""
     if tile.log_p is None:
         z_RC = _logits_tile(tile.hidden, head, columns)
         log_p_RC = z_RC.sub_(tile.highest[:, None]).sub_(tile.log_s[:, None])
     else:
-        log_p_RC = tile.log_p[:, columns].clone()  # a graph may be walked twice
-    # d z / d logits = 1 / temperature goes into the row factors, which are few.
+        log_p_RC = tile.log_p[:, columns].clone()  # the graph may be traversed twice
+    # d z / d logits = 1 / temperature, folded into the row factors because they are few.
     grad_logprobs_R = tile.grad_logprobs / head.temperature
     if head.entropy_grad:
         grad_entropy_R1 = (tile.grad_entropy / head.temperature)[:, None]
@@ -127,7 +125,7 @@ def _grad_logits_tile(tile: Rows, head: Head, columns: slice) -> Tensor:
 
 
 def _logits_tile(hidden_RD: Tensor, head: Head, columns: slice) -> Tensor:
-    """Scaled logits of some rows and columns, fp32 at least; ``hidden_RD`` may be more precise than the weight."""
+    """Scaled logits of a tile, at least fp32; ``hidden_RD`` may be more precise than the weight."""
     weight_CD, bias_C = (None if part is None else part[columns].to(hidden_RD.dtype) for part in head[:2])
     assert weight_CD is not None
     logits_RC = F.linear(hidden_RD, weight_CD, bias_C)
@@ -140,20 +138,20 @@ def _summing_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, the product in the model's dtype, the sum in that of ``total``."""
+    """``total += left @ right``: product in the model's dtype, sum in the dtype of ``total``."""
     # Not fused: BLAS may add narrow products term by term, and 150,000 small terms after a large one lose a digit.
     total += left @ right
 
 
 def _locate(targets_R: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Each target's column inside the slice (clamped into it), and whether it really lies there."""
+    """Each target's column in the slice (clamped), and whether it is inside."""
     column_R = targets_R - columns.start
     width = columns.stop - columns.start
     return column_R.clamp(0, width - 1), (column_R >= 0) & (column_R < width)
 
 
 def _tile_shape(num_rows: int, num_columns: int, device: torch.device, narrowest: int) -> tuple[int, int]:
-    """Rows and columns of a tile within the device's budget: all rows, unless that makes it too narrow."""
+    """Rows and columns of a tile within the device's budget: all rows unless that is too narrow."""
     elements = TILE_ELEMENTS_CPU if device.type == "cpu" else TILE_ELEMENTS
     columns = min(num_columns, TILE_COLUMNS, max(narrowest, elements // max(1, num_rows)))
     return max(1, min(num_rows, elements // columns)), columns

@@ -1,7 +1,4 @@
-"""The autograd function of the fast backends: it saves a few numbers per row and differentiates live rows only.
-
-A row is live if its incoming gradient is not zero. This file decides which rows are; a backend computes the rows that
-it is given, tile by tile or in kernels.
+"""Autograd function of the fast backends: differentiates only live rows, those with a non-zero incoming gradient.
 
 Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``R`` live rows.
 """
@@ -19,7 +16,7 @@ from forkrl.types import TokenStats
 
 
 class Head(NamedTuple):
-    """What all rows share: ``weight`` ``[V, D]`` and ``bias`` ``[V]`` or None, in the dtype of the hidden states."""
+    """``weight`` ``[V, D]`` and ``bias`` ``[V]`` or None, in the dtype of the hidden states."""
 
     weight: Tensor
     bias: Tensor | None
@@ -28,7 +25,7 @@ class Head(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a backward knows of the rows it computes: ``hidden`` is ``[R, D]``, the others ``[R]``."""
+    """Backward inputs per row: ``hidden`` is ``[R, D]``, the others ``[R]``."""
 
     hidden: Tensor
     targets: Tensor
@@ -38,10 +35,10 @@ class Rows(NamedTuple):
     grad_logprobs: Tensor
     grad_entropy: Tensor
     log_p: Tensor | None
-    """``[R, V]`` if the problem was small enough for the forward to keep it."""
+    """``[R, V]`` if small enough for the forward to keep."""
 
     def take(self, rows: Tensor | slice) -> Rows:
-        """Some of the rows; a tensor of indices copies them, a slice does not."""
+        """Some of the rows; indices copy them, a slice does not."""
         return self._replace(**{name: field[rows] for name, field in self._asdict().items() if field is not None})
 
 
@@ -62,10 +59,7 @@ class Gradients(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """``[N]`` each, and all log-probs if they are few enough to keep: ``[N, V]`` or None.
-
-    The largest logit and the logarithm of the sum stay apart: their sum would cost large logits their last digits.
-    """
+    """``[N]`` each, and log-probs ``[N, V]`` if few. Adding ``highest`` to the log of the sum would lose digits."""
 
     logprobs: Tensor
     highest: Tensor
@@ -83,7 +77,7 @@ Differentiate = Callable[[Rows, Head, Needs], Gradients]
 def live_row_stats(
     scan: Scan, differentiate: Differentiate, hidden_ND: Tensor, targets_N: Tensor, head: Head
 ) -> TokenStats:
-    """Statistics by ``scan``, differentiable by ``differentiate`` on the rows that are live then."""
+    """Statistics by ``scan``; ``differentiate`` runs on the live rows in the backward."""
     apply: Callable[..., tuple[Tensor, Tensor]] = _LiveRowStats.apply
     return TokenStats(*apply(scan, differentiate, hidden_ND, targets_N, *head))
 
@@ -106,13 +100,13 @@ class _LiveRowStats(autograd.Function):
     def backward(ctx: Any, grad_logprobs_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
         weight_VD, bias_V, hidden_ND, targets_N, highest_N, log_s_N, entropy_N, log_p_NV = ctx.saved_tensors
         head = Head(weight_VD, bias_V, *ctx.settings)
-        live_N = grad_logprobs_N != 0  # true of NaN as well, which must reach the caller
+        live_N = grad_logprobs_N != 0  # True for NaN too, which must reach the caller
         if head.entropy_grad:
             live_N |= grad_entropy_N != 0
         per_row = Rows(hidden_ND, targets_N, highest_N, log_s_N, entropy_N, grad_logprobs_N, grad_entropy_N, log_p_NV)
         live = live_N.nonzero().squeeze(1)
         dense = len(live) == len(live_N)
-        if not dense:  # gathering copies the rows, which a dense gradient can do without
+        if not dense:  # gathering copies the rows; a dense gradient needs no copy
             per_row = per_row.take(live)
         _, _, needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         needs = Needs(needs_hidden, needs_weight, needs_bias)
@@ -123,5 +117,5 @@ class _LiveRowStats(autograd.Function):
 
 
 def slices(length: int, step: int) -> list[slice]:
-    """``[0, length)`` cut into slices of ``step``, the last one perhaps shorter."""
+    """``[0, length)`` in slices of ``step``; the last may be shorter."""
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]

@@ -1,15 +1,13 @@
 """Token statistics in Triton kernels: one fused pass over the vocabulary forward, live rows only backward.
 
-Forward: each program scans a split of the vocabulary for some rows and keeps per row the largest logit ``m``,
+Forward: each program scans a split of the vocabulary for some rows and keeps the largest logit ``m``,
 ``s = sum(exp((x - m) / T))``, ``a = sum(exp((x - m) / T) (x - m))`` and the target's logit, with ``x`` the logits
-before the temperature ``T``; then the splits are combined. Backward: a kernel recomputes the logits and writes
-dL/dlogits of the live rows for a slice of the vocabulary, in the model's dtype, into a bounded buffer; the library
-computes the matrix products that follow.
+before the temperature ``T``. Backward: a kernel writes dL/dlogits of live rows for a vocabulary slice to a bounded
+buffer, in the model's dtype; the library computes the matrix products.
 
     dL/dx_j = (g_logp (1[j = target] - p_j) - g_H p_j (log p_j + H)) / T
 
-Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``S`` splits (forward), ``R`` rows and ``C`` columns of a slice
-(backward).
+Axes: ``N`` rows, ``D`` hidden, ``V`` vocabulary; ``S`` splits (forward), ``R`` rows and ``C`` columns of a slice.
 """
 
 from __future__ import annotations
@@ -28,10 +26,9 @@ from forkrl.head.triton_kernels import INTERPRETED, grad_kernel, scan_kernel
 from forkrl.types import TokenStats
 
 NUM_PROGRAMS = 4096
-"""Programs of a forward, if it can be cut that far: about 15 per slot of a large GPU keep it busy. Bounds the
-partial results to 8 MiB."""
+"""Most programs of a forward: about 15 per slot of a large GPU. Bounds the partial results to 8 MiB."""
 MIN_SPLITS = 32
-"""Least splits of the vocabulary: a group of rows shares that many weight tiles in the cache."""
+"""Fewest splits of the vocabulary: a group of rows shares that many weight tiles in the cache."""
 BUFFER_BYTES = 64 << 20
 """Largest buffer for dL/dlogits of a slice."""
 BUFFER_SHARE = 16
@@ -42,7 +39,7 @@ SLICE_COLUMNS = 1024
 
 
 class Tile(NamedTuple):
-    """Launch parameters: a program computes ``rows`` x ``columns`` and loads ``stages`` steps of ``depth`` ahead."""
+    """Launch parameters: a program computes ``rows`` x ``columns`` and prefetches ``stages`` steps of ``depth``."""
 
     rows: int
     columns: int
@@ -52,28 +49,28 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-# Fixed, not autotuned: a search may end differently, and the order of summation with it; a resumed run must repeat an
-# uninterrupted one. Shared memory is (rows + columns) x depth x bytes x stages.
+# Fixed, not autotuned: a resumed run must repeat an uninterrupted one, including the order of summation. Shared memory
+# is (rows + columns) x depth x bytes x stages.
 HOPPER_TILE = Tile(128, 128, 64, 8, 3, registers=128)
 """96 KiB and half the registers, so that two programs share a multiprocessor: one computes exponentials while the other
-multiplies. By default the compiler takes 210 registers for the scan; at 128 it spills five."""
+multiplies. The compiler's default is 210 registers for the scan; at 128 it spills five."""
 TILE = Tile(128, 128, 32, 8, 4)
 """At most 64 KiB: consumer GPUs have 99."""
 FP32_TILE = Tile(64, 64, 32, 4, 2)
-"""Exact fp32 products use no tensor cores; the tile is what registers hold."""
+"""Exact fp32 products use no tensor cores; the tile must fit in registers."""
 INTERPRETER_TILE = Tile(16, 32, 16, 1, 1)
 
 CHECKED_ROWS = 4
-"""Rows of the first call on which the kernels are compared with the chunked backend."""
+"""Rows of the first call on which the kernels are checked against the chunked backend."""
 STATS_TOLERANCE = 1e-3
-"""Of log-probs and entropies, relative to the size of the logits: fp32 sums differ in the sixth digit."""
+"""For log-probs and entropies, relative to the size of the logits: fp32 sums differ in the sixth digit."""
 GRADIENT_TOLERANCE = 0.05
-"""Of the gradient by the hidden states, which is summed from 16-bit numbers, relative to it and to the weight."""
+"""For the gradient of the hidden states, summed from 16-bit numbers, relative to it and to the weight."""
 _checked: set[tuple[object, ...]] = set()
 
 
 def triton_token_stats(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> TokenStats:
-    """Softmax statistics in Triton kernels, checked against the chunked backend where they run for the first time."""
+    """Statistics in Triton kernels, checked against the chunked backend on first use."""
     if hidden_ND.dtype == torch.float64:
         raise ValueError('backend = "triton" has no fp64; "chunked" and "reference" do')
     if not (hidden_ND.is_cuda or INTERPRETED):
@@ -90,11 +87,7 @@ def triton_token_stats(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Toke
 
 @torch.no_grad()
 def _check_kernels(hidden_RD: Tensor, targets_R: Tensor, head: Head) -> None:
-    """Compare both kernels with the chunked backend in fp32, once per process, device and compiled variant.
-
-    Raises:
-        UserError: they do not compile or run, or deviate beyond the tolerances.
-    """
+    """Check both kernels against chunked fp32, once per process, device and compiled variant; UserError on failure."""
     variant = (hidden_RD.device, hidden_RD.dtype, hidden_RD.shape[1], head.bias is None, head.entropy_grad)
     if variant in _checked or not len(hidden_RD):
         return
@@ -134,12 +127,11 @@ def _probe(
     rows = Rows(hidden_RD, targets_R, found.highest, found.log_s, found.entropy, ones_R, ones_R, found.log_p)
     gradient_RD = differentiate(rows, head, Needs(hidden=True, weight=False, bias=False)).hidden
     assert gradient_RD is not None, "asked for"
-    # On the CPU: kernels report their faults when somebody waits for them.
+    # The CPU copy synchronises, which is when kernels report their faults.
     return torch.stack([found.logprobs, found.entropy]).cpu(), gradient_RD.float().cpu(), found.highest.cpu()
 
 
 def _scan_rows(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Scanned:
-    """The statistics of every row."""
     num_rows, vocabulary, tile = len(hidden_ND), len(head.weight), _choose_tile(hidden_ND)
     columns_per_split = _split_width(num_rows, vocabulary, tile)
     num_splits, num_blocks = triton.cdiv(vocabulary, columns_per_split), triton.cdiv(num_rows, tile.rows)
@@ -162,7 +154,6 @@ def _scan_rows(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Scanned:
 
 
 def _combine_splits(partial_4SN: Tensor, temperature: float) -> Scanned:
-    """Combine the partial results of the splits."""
     m_SN, s_SN, a_SN, target_SN = partial_4SN
     m_N = m_SN.amax(0)
     shift_SN = m_SN - m_N
@@ -170,14 +161,14 @@ def _combine_splits(partial_4SN: Tensor, temperature: float) -> Scanned:
     s_N = (shrink_SN * s_SN).sum(0)
     a_N = (shrink_SN * (a_SN + s_SN * shift_SN)).sum(0)
     log_s_N = s_N.log()
-    # s >= 1, a <= 0 and the target's logit <= m even after rounding: no log-prob is positive, no entropy negative.
-    # Only the target's own split has written anything but 0 for it.
+    # s >= 1, a <= 0 and the target's logit <= m even after rounding: no log-prob is positive, no entropy negative. Only
+    # the target's own split writes a non-zero target logit.
     logprobs_N = (target_SN.sum(0) - m_N) / temperature - log_s_N
     return Scanned(logprobs_N, m_N, log_s_N, log_s_N - a_N / (s_N * temperature))
 
 
 def _backward_slices(per_row: Rows, head: Head, needs: Needs) -> Gradients:
-    """Gradients of the given rows, the weight and the bias; summed in fp32."""
+    """Gradients of the given rows, the weight and the bias, summed in fp32."""
     hidden_RD, vocabulary = per_row.hidden, len(head.weight)
     width = _slice_width(len(hidden_RD), vocabulary, hidden_RD.element_size())
     buffer_RC = hidden_RD.new_empty(len(hidden_RD), width)
@@ -185,7 +176,7 @@ def _backward_slices(per_row: Rows, head: Head, needs: Needs) -> Gradients:
     grad_weight_VD = torch.zeros_like(head.weight) if needs.weight else None
     grad_bias_V = torch.zeros_like(head.bias) if needs.bias and head.bias is not None else None
     columns_of_slices = slices(vocabulary, width) if len(hidden_RD) else []
-    # A caller may be inside autocast, which would cast what is summed in fp32.
+    # The caller may be inside autocast, which would cast the fp32 sums.
     with torch.autocast(hidden_RD.device.type, enabled=False):
         for columns in columns_of_slices:
             grad_RC = _grad_logits(per_row, head, columns, buffer_RC)
@@ -213,7 +204,7 @@ def _grad_logits(per_row: Rows, head: Head, columns: slice, buffer_RC: Tensor) -
             per_row.highest,
             per_row.log_s,
             per_row.entropy,
-            # d (x / T) / dx = 1 / T goes into the row factors, which are few. They may arrive expanded, with stride 0.
+            # d (x / T) / dx = 1 / T, folded into the few row factors, which may arrive expanded (stride 0).
             (per_row.grad_logprobs / head.temperature).contiguous(),
             (per_row.grad_entropy / head.temperature).contiguous(),
             buffer_RC,
@@ -252,9 +243,9 @@ def compile_options(width: int, dtype: torch.dtype, has_bias: bool, tile: Tile) 
         "BLOCK_N": tile.rows,
         "BLOCK_V": tile.columns,
         "BLOCK_D": tile.depth,
-        # Triton's own choice for fp32 is TF32, which keeps three digits.
+        # Triton's default for fp32 is TF32, which keeps three digits.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        # The interpreter multiplies the bit patterns of bf16; its products are exact in fp32.
+        # The interpreter multiplies the bit patterns of bf16; fp32 products are exact.
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -263,14 +254,14 @@ def compile_options(width: int, dtype: torch.dtype, has_bias: bool, tile: Tile) 
 
 
 def _split_width(num_rows: int, vocabulary: int, tile: Tile) -> int:
-    """Columns of a split in the forward, in whole tiles."""
+    """Columns of a forward split, in whole tiles."""
     num_blocks, num_tiles = max(1, triton.cdiv(num_rows, tile.rows)), triton.cdiv(vocabulary, tile.columns)
     num_splits = min(num_tiles, max(MIN_SPLITS, triton.cdiv(NUM_PROGRAMS, num_blocks)))
     return int(triton.cdiv(num_tiles, num_splits)) * tile.columns
 
 
 def _slice_width(num_rows: int, vocabulary: int, element_size: int) -> int:
-    """Columns of a slice in the backward, so that its gradient fits the buffer."""
+    """Columns of a backward slice, so that its gradient fits the buffer."""
     share = num_rows * vocabulary * element_size // BUFFER_SHARE
     num_bytes = min(BUFFER_BYTES, max(BUFFER_FLOOR, share))
     columns = num_bytes // (max(1, num_rows) * element_size) // SLICE_COLUMNS * SLICE_COLUMNS

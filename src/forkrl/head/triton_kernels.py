@@ -1,7 +1,4 @@
-"""What runs on the device for the "triton" backend; triton.py says what it is for, and launches it.
-
-Axes: ``N`` rows, ``D`` hidden, ``V`` columns of the vocabulary. Blocks of them are one program's share.
-"""
+"""Device code of the "triton" backend. Axes: ``N`` rows, ``D`` hidden, ``V`` columns; ``BLOCK_*`` per program."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Triton compiles these functions itself; their arguments have no types of Python's.
 
@@ -9,7 +6,7 @@ import triton
 import triton.language as tl
 
 GROUP_BLOCKS = tl.constexpr(16)
-"""Blocks of rows that walk the vocabulary together: their hidden states stay in the cache, and share its weights."""
+"""Blocks of rows that traverse the vocabulary together, so that hidden states and weights stay in the cache."""
 
 
 @triton.jit
@@ -25,7 +22,7 @@ def scan_kernel(
     num_rows,
     vocabulary,
     columns_per_split,
-    exponent_scale,  # log2(e) / T: the hardware's exponential is one of base 2
+    exponent_scale,  # log2(e) / T: the hardware exponential is base 2
     D: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -35,7 +32,7 @@ def scan_kernel(
     block, split = _grouped(tl.cdiv(num_rows, BLOCK_N), num_splits)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     targets = tl.load(targets_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int32)
-    # The lowest finite number, not -inf: a difference of two of them is 0 and not NaN, and 0 times it is 0.
+    # Lowest finite number, not -inf: the difference of two is 0, not NaN.
     lowest: tl.constexpr = -3.4028234663852886e38
     m = tl.full([BLOCK_N], lowest, tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
@@ -51,13 +48,13 @@ def scan_kernel(
         )  # fmt: skip
         if start + BLOCK_V > last:
             x = tl.where((columns < last)[None, :], x, lowest)
-        # Few tiles hold a target of these rows; the others are spared a comparison of every element.
+        # Few tiles hold a target; the others skip the elementwise comparison.
         in_tile = (targets >= start) & (targets < start + BLOCK_V)
         if tl.max(in_tile.to(tl.int32), 0) > 0:
             target_logit += tl.sum(tl.where(columns[None, :] == targets[:, None], x, 0.0), 1)
         new_m = tl.maximum(m, tl.max(x, 1))
         shift = m - new_m
-        # Subtracted first and scaled after: a fused multiply-add could not turn 0 into a small positive exponent.
+        # Subtract before scaling: a fused multiply-add could turn 0 into a small positive exponent.
         x -= new_m[:, None]
         e = tl.exp2(x * exponent_scale)
         shrink = tl.exp2(shift * exponent_scale)
@@ -94,7 +91,7 @@ def grad_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dL/dlogits for columns ``first`` to ``last``, by the formula atop triton.py."""
+    """One tile of dL/dlogits for columns ``first`` to ``last``, by the formula in triton.py."""
     block, column_block = _grouped(tl.cdiv(num_rows, BLOCK_N), tl.cdiv(last - first, BLOCK_V))
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     start = first + column_block * BLOCK_V
@@ -131,9 +128,9 @@ def _logits(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Logits of some rows and columns, summed in fp32, without the temperature."""
-    # Beyond an edge the last row or column is read again: in bounds without a mask in the loop, and stored by nobody.
-    # 64 bits: a vocabulary of 151,936 times a width of 14,200 passes 2^31.
+    """Logits of a tile, summed in fp32, before the temperature."""
+    # Rows and columns past the edge read the last one again, in bounds without a mask in the loop, and are not stored.
+    # 64-bit offsets: a vocabulary of 151,936 times a width of 14,200 passes 2^31.
     row_offsets = tl.minimum(rows, num_rows - 1).to(tl.int64) * D
     column_offsets = tl.minimum(columns, num_columns - 1).to(tl.int64) * D
     depth = tl.arange(0, BLOCK_D)
@@ -159,10 +156,7 @@ def _logits(
 
 @triton.jit
 def _grouped(num_blocks, num_columns):
-    """This program's block of rows and its column, in an order that shares both in the cache.
-
-    GROUP_BLOCKS blocks of rows take one column after the other before the next blocks begin.
-    """
+    """This program's block of rows and its column; GROUP_BLOCKS blocks of rows share each column in the cache."""
     program = tl.program_id(0)
     per_group = GROUP_BLOCKS * num_columns
     first = program // per_group * GROUP_BLOCKS

@@ -1,7 +1,4 @@
-"""Advantages from the rewards of a group of responses, dynamic sampling's filter and DAPO's length penalty.
-
-Axes: ``P`` prompts, ``G`` rollouts per prompt (the group).
-"""
+"""Group advantages, the dynamic-sampling filter and DAPO's length penalty. Axes: ``P`` prompts, ``G`` rollouts each."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ from torch import Tensor
 
 from forkrl.types import require_tensors
 
-_EPS = 1e-6  # as in verl's GRPO: keeps a group of nearly equal rewards finite
+_EPS = 1e-6  # as in verl's GRPO: keeps groups of nearly equal rewards finite
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """Standardise rewards within each group: ``A = (R - mean) / (std + 1e-6)`` (arXiv 2506.01939v2, eq. 4).
 
-    ``std`` is the sample standard deviation (divided by G - 1), as in verl, which the official runs used. A group of
-    equal rewards has advantages of exactly 0.
+    ``std`` is the sample standard deviation (G - 1), as in verl and the official runs. Groups of equal rewards get
+    exactly 0.
 
     Args:
         rewards: ``[P, G]``, finite, G at least 2.
@@ -31,22 +28,12 @@ def group_advantages(rewards: Tensor) -> Tensor:
     rewards = _as_groups(rewards)
     centered_PG = rewards - rewards.mean(1, keepdim=True)
     advantages_PG = centered_PG / (rewards.std(1, keepdim=True, correction=1) + _EPS)
-    # A mean rounds: three rewards of 0.1 differ from theirs by 1e-8, which is not small compared with 1e-6.
+    # The mean is rounded: three rewards of 0.1 differ from it by 1e-8, which is not negligible next to 1e-6.
     return torch.where(informative_groups(rewards)[:, None], advantages_PG, 0.0)
 
 
 def informative_groups(scores: Tensor) -> Tensor:
-    """Groups that dynamic sampling keeps: those whose scores are not all equal (arXiv 2506.01939v2, section 5.2).
-
-    Args:
-        scores: ``[P, G]`` correctness, before any length penalty.
-
-    Returns:
-        ``[P]`` bool.
-
-    Raises:
-        ValueError: not ``[P, G]``, a group of one, or a score that is NaN or infinite.
-    """
+    """Groups kept by dynamic sampling, ``[P]`` bool: scores ``[P, G]`` not all equal (arXiv 2506.01939v2, sec. 5.2)."""
     scores = _as_groups(scores)
     return (scores != scores[:, :1]).any(1)
 
@@ -54,12 +41,12 @@ def informative_groups(scores: Tensor) -> Tensor:
 def overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -> Tensor:
     """DAPO's soft overlong punishment: 0, then linear down to -1 over the last ``cache_length`` tokens.
 
-    ``clip((max_length - cache_length - length) / cache_length, -1, 0)``; arXiv 2506.01939v2 takes 20,480 and 4,096.
+    ``clip((max_length - cache_length - length) / cache_length, -1, 0)``; arXiv 2506.01939v2 uses 20,480 and 4,096.
 
     Args:
         lengths: response lengths in tokens, any shape.
         max_length: L_max, longest allowed response.
-        cache_length: L_cache; 0 turns the penalty off.
+        cache_length: L_cache; 0 disables the penalty.
 
     Returns:
         fp32 in [-1, 0], shape of ``lengths``.
@@ -72,7 +59,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -> Ten
         raise ValueError(f"cache_length = {cache_length} must lie in 0 .. max_length = {max_length}")
     if cache_length == 0:
         return torch.zeros(lengths.shape, dtype=torch.float32, device=lengths.device)
-    # Subtract as integers: long lengths stay exact.
+    # Integer subtraction keeps long lengths exact.
     return ((max_length - cache_length - lengths).to(torch.float32) / cache_length).clamp(-1.0, 0.0)
 
 

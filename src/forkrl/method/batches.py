@@ -1,6 +1,6 @@
-"""From groups of rollouts to the tensors of a gradient step: batch, mini-batches, micro-batches.
+"""Collate rollouts; cut mini-batches (one gradient step) and micro-batches (one pass through the model).
 
-Shapes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
+Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ class MicroBatch(NamedTuple):
 
 
 def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) -> TokenBatch:
-    """The rollouts of all groups as next-token predictions, padded on the right, in group order.
-
-    ``pad_id`` may be any token id: padding is never read.
-    """
+    """All rollouts as right-padded next-token predictions, in group order. Padding (``pad_id``) is never read."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts) - 1
     shape = (len(rollouts), width)
@@ -50,17 +47,14 @@ def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) 
 
 
 def mini_batches(batch: TokenBatch, sequences: int) -> list[TokenBatch]:
-    """The batch in order, ``sequences`` per gradient step; the last may be smaller."""
+    """Consecutive mini-batches of ``sequences`` rows; the last may be smaller."""
     return [
         batch.rows(torch.arange(len(batch))[start : start + sequences]) for start in range(0, len(batch), sequences)
     ]
 
 
 def cut_micro_batches(batch: TokenBatch, max_tokens: int) -> list[Tensor]:
-    """Row indices of micro-batches of at most ``max_tokens`` with padding, cut from length-sorted sequences.
-
-    A sequence longer than ``max_tokens`` forms a micro-batch of its own.
-    """
+    """Row indices of micro-batches of at most ``max_tokens`` padded tokens, or of one longer sequence."""
     lengths_B = batch.attention_mask.sum(1)
     cuts: list[list[int]] = []
     for row in lengths_B.argsort(descending=True, stable=True).tolist():

@@ -1,7 +1,4 @@
-"""The loss: DAPO's clipped policy gradient on the selected tokens, and a KL penalty.
-
-Axes: ``B`` sequences, ``T`` token positions.
-"""
+"""DAPO's clipped loss on the selected tokens, and a KL penalty. Axes: ``B`` sequences, ``T`` token positions."""
 
 from __future__ import annotations
 
@@ -23,23 +20,22 @@ MAX_LOG_RATIO = 20.0
 
 
 class Counts(NamedTuple):
-    """Numbers of tokens in the whole mini-batch, over all micro-batches and ranks."""
+    """Token counts of the whole mini-batch, over all micro-batches and ranks."""
 
     response: int
     selected: int
 
     def divisor(self, denominator: Literal["selected", "response"] | int) -> int:
-        """What the policy loss is divided by, given ``loss.denominator``."""
         if isinstance(denominator, int):
             return denominator
         return self.selected if denominator == "selected" else self.response
 
 
 class TokenSums(NamedTuple):
-    """What a micro-batch contributes to a gradient step. Everything adds up except ``ratio_max``.
+    """A micro-batch's contribution to a gradient step. All fields add up except ``ratio_max``.
 
-    ``policy``, ``kl`` and ``entropy`` are already divided by the counts of the mini-batch; ``clipped`` and
-    ``approx_kl`` are sums over the ``contributing`` tokens (selected, with a non-zero advantage).
+    ``policy``, ``kl`` and ``entropy`` are already divided by mini-batch counts; ``clipped`` and ``approx_kl`` are sums
+    over ``contributing`` tokens (selected, non-zero advantage).
     """
 
     policy: float
@@ -52,13 +48,13 @@ class TokenSums(NamedTuple):
 
 
 def total(parts: Sequence[TokenSums]) -> TokenSums:
-    """The sums of several micro-batches or ranks."""
+    """Combine the sums of micro-batches or ranks."""
     sums = TokenSums(*(sum(values) for values in zip(*parts, strict=True)))
     return sums._replace(ratio_max=max(part.ratio_max for part in parts))
 
 
 def loss_metrics(sums: TokenSums) -> dict[str, float]:
-    """The ``loss/`` metrics of a gradient step, from the sums over all its micro-batches."""
+    """The ``loss/`` metrics of a gradient step."""
     contributing = max(1, sums.contributing)
     return {
         "loss/policy": sums.policy,
@@ -71,7 +67,7 @@ def loss_metrics(sums: TokenSums) -> dict[str, float]:
 
 
 def policy_loss_only(config: LossConfig) -> bool:
-    """Whether tokens that are not selected, or have no advantage, contribute nothing to the loss."""
+    """Whether only selected tokens with a non-zero advantage contribute to the loss."""
     return not (config.kl_coef or config.entropy_coef)
 
 
@@ -85,23 +81,11 @@ def step_loss(
     config: LossConfig,
     ref_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, TokenSums]:
-    """The contribution of one micro-batch to the loss of its mini-batch.
+    """The contribution of one micro-batch to the mini-batch loss, independent of the division into micro-batches.
 
     The policy loss is divided by ``counts.divisor(config.denominator)``, KL penalty and entropy bonus by
-    ``counts.response``. So the gradient does not depend on the division into micro-batches.
-
-    Args:
-        stats: ``[B, T]`` with gradients. Without KL penalty and entropy bonus only contributing tokens are read.
-        old_logprobs: ``[B, T]``, of the policy that sampled.
-        advantages: ``[B]`` or ``[B, T]``.
-        response_mask: ``[B, T]`` bool.
-        selected_mask: ``[B, T]`` bool.
-        counts: of the whole mini-batch.
-        config: coefficients, clip range and denominator.
-        ref_logprobs: ``[B, T]``, of the reference policy; needed if ``config.kl_coef`` is not 0.
-
-    Raises:
-        TrainingHalted: the loss is NaN or infinite.
+    ``counts.response``. ``advantages`` is ``[B]`` or ``[B, T]``; other tensors are ``[B, T]``. Without KL penalty and
+    entropy bonus only contributing tokens of ``stats`` are read. Raises TrainingHalted if the loss is not finite.
     """
     advantages_BT = advantages[:, None].expand_as(response_mask) if advantages.ndim == 1 else advantages
     policy = policy_loss(
@@ -147,10 +131,9 @@ def policy_loss(
 
     With ``r = exp(logprobs - old_logprobs)``, each selected token contributes
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; where A < 0, ``dual_clip`` bounds it at ``dual_clip |A|``.
-    The sum is divided by the denominator. Tokens that are not selected have exactly zero gradient, even if NaN.
-
-    The log-ratio is clamped to +-``MAX_LOG_RATIO``, so tokens with ``|log r| > 20`` have zero gradient; eq. 6 gives
-    one if A < 0 and r > e^20 without ``dual_clip``, or A > 0 and r < e^-20.
+    Other tokens have exactly zero gradient, even if NaN. The log-ratio is clamped to +-``MAX_LOG_RATIO``, so
+    ``|log r| > 20`` has zero gradient; in eq. 6 it has one if A < 0 and r > e^20 without ``dual_clip``, or A > 0 and
+    r < e^-20.
 
     Args:
         logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
@@ -158,19 +141,19 @@ def policy_loss(
         advantages: ``[B]`` or ``[B, T]``.
         response_mask: ``[B, T]`` bool.
         selected_mask: ``[B, T]`` bool, a subset of ``response_mask``; None selects the whole response.
-        clip_low: how far the ratio may fall below 1, in [0, 1).
-        clip_high: how far it may rise above 1.
+        clip_low: clip range below 1, in [0, 1).
+        clip_high: clip range above 1.
         dual_clip: c > 1, or None.
         denominator: "selected" (paper v2) or "response" (paper v1, TRL) counts this call's tokens; a number is the
             count of the whole mini-batch. An empty selection gives loss 0 and zero gradients.
 
     Returns:
-        The loss to minimise, and over the selected tokens of this call ``clip_fraction`` (tokens whose gradient a clip
-        or the clamp cut off), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and
-        ``num_selected`` to weight the means; all are 0 if nothing is selected.
+        The loss, and metrics over the selected tokens of this call: ``clip_fraction`` (gradient removed by a clip or
+            the clamp), ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 estimate of KL(old || current)) and
+            ``num_selected`` to weight the means; all are 0 if nothing is selected.
 
     Raises:
-        ValueError: shapes disagree, a mask is not bool, a selected token lies outside the response, or a setting is out
+        ValueError: shapes disagree, a mask is not bool, a selected token is outside the response, or a setting is out
             of range.
         TypeError: an argument that must be a tensor is not one.
     """
@@ -205,8 +188,8 @@ def _clipped_objective(
     clip_high: float,
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Objective, log-ratio and whether a clip or the clamp cut it off, ``[B, T]`` each; of selected tokens only."""
-    # Masked before exp and again in the sum: 0 times the gradient of an infinite ratio would be NaN.
+    """Objective, log-ratio and whether it was clipped or clamped, ``[B, T]`` each, 0 where not selected."""
+    # Mask before exp and again in the sum: 0 times the gradient of an infinite ratio is NaN.
     advantages_BT = advantages_BT.detach()
     exact_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
     log_ratio_BT = exact_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -227,23 +210,10 @@ def kl_penalty(
 ) -> LossOutput:
     """Mean k3 estimate of KL(policy || reference): ``exp(d) - d - 1`` with ``d = ref_logprobs - logprobs``.
 
-    Never negative for any token, and unbiased for tokens sampled from the policy (GRPO, arXiv 2402.03300, eq. 4).
-
-    ``d`` is clamped from above at ``MAX_LOG_RATIO`` against overflow; such a token has zero gradient. verl also clamps
-    ``d`` from below and the estimate at 10, which removes the gradient far from the reference (d > 2.6 or d < -11).
-
-    Args:
-        logprobs: ``[B, T]``, of the policy being trained; carries the gradient.
-        ref_logprobs: ``[B, T]``, of the reference policy.
-        response_mask: ``[B, T]`` bool.
-        denominator: "response" counts this call's tokens; a number is the whole mini-batch's count.
-
-    Returns:
-        The penalty to add to a loss, and over this call ``kl`` (the mean) and ``num_response`` to weight it.
-
-    Raises:
-        ValueError: shapes disagree, the mask is not bool, or the denominator is not a count.
-        TypeError: an argument that must be a tensor is not one.
+    Non-negative per token, and unbiased for tokens sampled from the policy (GRPO, arXiv 2402.03300, eq. 4). ``d`` is
+    clamped from above at ``MAX_LOG_RATIO``; such a token has zero gradient. verl also clamps ``d`` from below and the
+    estimate at 10, which removes the gradient far from the reference (d > 2.6 or d < -11). Tensors are ``[B, T]``;
+    ``denominator`` is "response" for this call's tokens or the count of the whole mini-batch.
     """
     require_tensors(logprobs=logprobs)
     _check_like(logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
@@ -260,11 +230,7 @@ def kl_penalty(
 
 
 def _masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Tensor) -> Tensor:
-    """``sum(values[mask]) / denominator``; 0, still attached to the graph, if the denominator counts nothing.
-
-    Values outside the mask, even NaN, reach neither the sum nor its gradient. The denominator is a count of this call
-    (a tensor) or of the whole mini-batch (a number).
-    """
+    """``sum(values[mask]) / denominator``; 0 with a graph for denominator 0. NaN outside the mask is ignored."""
     total = torch.where(mask_BT, values_BT, 0.0).sum()
     if isinstance(denominator, Tensor):
         return total / denominator.clamp(min=1)
@@ -276,7 +242,6 @@ def _masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Te
 
 
 def _check_like(reference_BT: Tensor, **others: Tensor) -> None:
-    """Check that all are tensors of the first one's shape, and that masks (named ``*_mask``) are bool."""
     require_tensors(**others)
     for name, tensor in others.items():
         if tensor.shape != reference_BT.shape:

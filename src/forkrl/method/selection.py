@@ -1,7 +1,4 @@
-"""Which tokens carry gradient: the rules, and the set of tokens over which a fraction is taken.
-
-Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in reading order.
-"""
+"""Selection rules and scopes. Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in order."""
 
 from __future__ import annotations
 
@@ -23,19 +20,16 @@ if TYPE_CHECKING:  # avoids importing pydantic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """The response tokens a rule chooses among."""
-
     entropy: Tensor
     """``[N]`` nats, any floating dtype; finite for rules that read it."""
     num_kept: int
     threshold: float | None
-    """Nats."""
     generator: torch.Generator | None
-    """None draws from torch's default."""
+    """None: torch's default generator."""
 
 
 class Rule(NamedTuple):
-    """A function from candidates to a bool per token, and whether it reads their entropy."""
+    """A function from candidates to a bool per token, and whether it reads entropy."""
 
     select: Callable[[Candidates], Tensor]
     reads_entropy: bool
@@ -63,8 +57,8 @@ RULES: dict[str, Rule] = {
     "threshold": Rule(_threshold, reads_entropy=True),
 }
 """all: plain DAPO. top_entropy: the forking tokens (arXiv 2506.01939v2, eq. 6). bottom_entropy: the paper's control
-(fig. 7). random: the same number, chosen uniformly (cf. arXiv 2605.07660). threshold: a fixed entropy bound for the
-whole run (the paper's 80th percentile is 0.672 nats)."""
+(fig. 7). random: the same number, uniformly (cf. arXiv 2605.07660). threshold: a fixed bound for the whole run (the
+paper's 80th percentile is 0.672 nats)."""
 
 
 def select_tokens(
@@ -76,19 +70,19 @@ def select_tokens(
     threshold: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Choose response tokens, ``1[H >= tau]`` of eq. 6 (arXiv 2506.01939v2), with tau taken over all tokens given.
+    """Select response tokens, ``1[H >= tau]`` of eq. 6 (arXiv 2506.01939v2), with tau taken over all given tokens.
 
-    "top_entropy", "bottom_entropy" and "random" keep exactly ``max(1, ceil(ratio * N))`` of the N response tokens; of
-    equal entropies the earliest. "all" keeps every token, "threshold" those with entropy >= ``threshold``. Tokens
-    outside the response are neither read nor selected.
+    "top_entropy", "bottom_entropy" and "random" keep exactly ``max(1, ceil(ratio * N))`` of the N response tokens; ties
+    go to the earliest. "all" keeps every token, "threshold" those with entropy >= ``threshold``. Tokens outside the
+    response are neither read nor selected.
 
     Args:
         entropy: nats, floating point, any shape.
-        response_mask: bool, same shape; True where the model wrote the token.
+        response_mask: bool, same shape.
         rule: a key of ``RULES``.
         ratio: fraction to keep, in (0, 1].
-        threshold: nats; required by rule "threshold", forbidden with others.
-        generator: what "random" draws from.
+        threshold: nats; required by rule "threshold", forbidden otherwise.
+        generator: for "random".
 
     Returns:
         bool, shape of ``response_mask``.
@@ -119,7 +113,7 @@ def select_tokens_per_sequence(
     threshold: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`select_tokens` within each sequence of ``[B, T]``, so that every response keeps its own fraction."""
+    """:func:`select_tokens` within each sequence of ``[B, T]``."""
     _check_request(entropy, response_mask, rule, threshold)
     selected_BT = torch.zeros_like(response_mask)
     for row, (entropy_T, mask_T) in enumerate(zip(entropy, response_mask, strict=True)):
@@ -128,14 +122,14 @@ def select_tokens_per_sequence(
 
 
 def entropy_threshold(entropy: Tensor, selected_mask: Tensor) -> Tensor:
-    """The lowest entropy among the selected tokens (tau of eq. 6), a scalar; NaN if none is selected."""
+    """The lowest selected entropy (tau of eq. 6), a scalar; NaN if none is selected."""
     require_tensors(entropy=entropy, selected_mask=selected_mask)
     entropy_N = entropy.detach()[selected_mask]
     return entropy_N.min() if len(entropy_N) else entropy.new_full((), math.nan)
 
 
 def _of_response(entropy: Tensor, response_mask: Tensor) -> Tensor:
-    """The response's entropies ``[N]`` in reading order, gathered in chunks: a full index would need more memory."""
+    """Response entropies ``[N]`` in reading order, gathered in chunks because a full index needs more memory."""
     entropy_N, start = entropy.new_empty(int(response_mask.sum())), 0
     for part, mask in zip(entropy.flatten().split(CHUNK), response_mask.flatten().split(CHUNK), strict=True):
         chosen = part[mask]
@@ -159,15 +153,12 @@ def _check_request(entropy: Tensor, response_mask: Tensor, rule: str, threshold:
 
 
 def num_selected(num_tokens: int, ratio: float) -> int:
-    """``max(1, ceil(ratio * num_tokens))``, the size of a selection; 0 of no tokens.
-
-    Computed in decimals: 0.1 x 30 is 3, although the nearest doubles multiply to slightly more.
-    """
+    """``max(1, ceil(ratio * num_tokens))`` in exact decimals (0.1 x 30 is 3); 0 of no tokens."""
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio = {ratio} must lie in (0, 1]")
     if num_tokens == 0:
         return 0
-    # Twelve digits: 0.1 + 0.2 is meant as 0.3.
+    # Doubles give 0.1 * 30 > 3; twelve digits make 0.1 + 0.2 equal 0.3.
     return max(1, math.ceil(Fraction(f"{ratio:.12g}") * num_tokens))
 
 
@@ -178,10 +169,7 @@ def select_in_scope(
     micro_batches: Sequence[Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """The trained tokens of a mini-batch (or rollout batch, if that is the scope), ``[B, T]`` bool.
-
-    ``micro_batches`` holds the row indices of each micro-batch.
-    """
+    """Selected tokens of a mini-batch (or rollout batch), ``[B, T]`` bool; ``micro_batches`` are row indices."""
 
     def select(function: Callable[..., Tensor], rows: Tensor | slice) -> Tensor:
         inputs = (entropy_BT[rows], response_mask_BT[rows], config.rule, config.ratio)
@@ -198,20 +186,18 @@ def select_in_scope(
 
 
 def reads_current_entropy(config: SelectionConfig) -> bool:
-    """Whether the rule reads the entropies of the current policy, not those of the rollout."""
+    """Whether the rule reads the current policy's entropies instead of the rollout's."""
     return RULES[config.rule].reads_entropy and config.entropy == "current"
 
 
 def needs_entropy_first(config: SelectionConfig) -> bool:
-    """Whether the selection needs the current policy's entropies of the whole mini-batch before the first loss.
-
-    It does if tokens of different micro-batches compete, or the number of selected tokens depends on the entropies.
-    """
+    """Whether current entropies of the whole mini-batch are needed before the first loss."""
+    # Tokens of different micro-batches compete, or the number selected depends on the entropies.
     return reads_current_entropy(config) and (config.scope == "mini_batch" or config.rule == "threshold")
 
 
 def count_selected(response_mask_BT: Tensor, config: SelectionConfig, micro_batches: Sequence[Tensor]) -> int:
-    """How many tokens a rule other than "threshold" will select; known without entropies."""
+    """The number of tokens a rule other than "threshold" will select."""
     if config.rule == "threshold":
         raise ValueError('rule "threshold" has no count before it has seen the entropies')
     lengths_B = response_mask_BT.sum(1)

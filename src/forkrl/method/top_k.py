@@ -1,7 +1,4 @@
-"""Exact top-k over any number of scores, in linear time and stable in position.
-
-Axes: ``N`` scores.
-"""
+"""Exact top-k over any number of scores, in linear time, with ties resolved by position."""
 
 from __future__ import annotations
 
@@ -9,16 +6,12 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
-"""Scores processed at a time: bounds the memory of intermediate results to some tens of megabytes."""
+"""Scores processed at a time; bounds intermediate results to tens of megabytes."""
 _INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def keep_highest(scores_N: Tensor, num_kept: int) -> Tensor:
-    """True at exactly ``num_kept`` of the highest scores; of equal ones the earliest.
-
-    Takes linear time and no memory beyond the result. ``torch.quantile`` is limited to 2^24 elements, ``kthvalue``
-    sorts two copies, and ``topk`` is not stable.
-    """
+    """True at exactly ``num_kept`` of the highest scores, ties to the earliest; unlike ``topk`` stable, at any size."""
     threshold = kth_highest(scores_N, num_kept)
     ties_left = num_kept - sum(int((part > threshold).sum()) for part in scores_N.split(CHUNK))
     kept_N = torch.empty_like(scores_N, dtype=torch.bool)
@@ -30,7 +23,7 @@ def keep_highest(scores_N: Tensor, num_kept: int) -> Tensor:
 
 
 def kth_highest(scores_N: Tensor, rank: int) -> Tensor:
-    """The ``rank``-th highest score (from 1), exact: a radix select of 16 bits per pass."""
+    """The ``rank``-th highest score (from 1), exact, by a radix select of 16 bits per pass."""
     width = 8 * scores_N.element_size()
     found, sign = 0, 0x8000  # the first digit is signed
     for shift in reversed(range(0, width, 16)):
@@ -55,6 +48,6 @@ def _ordered_integers(scores_N: Tensor) -> Tensor:
 
 
 def _flip_negative(integer: Tensor) -> Tensor:
-    """Reverse the order of the negative ones; its own inverse."""
+    """Reverse the order of negative integers; its own inverse."""
     info = torch.iinfo(integer.dtype)
     return integer ^ ((integer >> (info.bits - 1)) & info.max)

@@ -1,4 +1,4 @@
-"""Sizes of a recipe that the GPUs of a cluster must divide evenly; planning and launching both check them."""
+"""Recipe sizes that the GPUs of a cluster must divide evenly; planning and launching check them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from forkrl.errors import UserError
 
 
 def require_even_shares(config: TrainConfig) -> None:
-    """Raises UserError for a size of the recipe that its GPUs cannot share evenly."""
     cluster = config.cluster
     gpus = cluster.nodes * cluster.gpus_per_node
     for key in ("tensor_parallel", "sequence_parallel"):

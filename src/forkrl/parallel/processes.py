@@ -1,4 +1,4 @@
-"""Child processes import what this one can import, and do not outlive it."""
+"""Child processes that import what this one can and do not outlive it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from pathlib import Path
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Environment for a child that imports what this process can, and from the current folder."""
+    """Environment for a child process with this process's import path and current folder."""
     here = str(Path.cwd())
     folders = [*(folder or here for folder in sys.path), here]
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(threads)}
 
 
 def die_with_parent(lifeline_fd: int) -> None:
-    """Have the kernel SIGKILL this whole process group once the parent's end of the lifeline is closed.
+    """SIGKILL this process group when the parent's end of the lifeline closes, even inside C code.
 
-    This works however the parent ends, even if this process is in an endless loop in C code. PR_SET_PDEATHSIG would
-    kill a healthy worker when the parent's *thread* that started it ends. Other systems than Linux have no such signal:
-    there a worker ends when it next reads a request.
+    Not PR_SET_PDEATHSIG: that kills a healthy worker when the parent *thread* that started it ends. Linux only.
     """
     if sys.platform == "linux":
         fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, -os.getpgrp())

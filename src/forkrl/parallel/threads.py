@@ -1,4 +1,4 @@
-"""CPU threads that survive a loaded machine. Measurements and reasons: docs/threads.md. Imports no torch."""
+"""CPU thread settings for a loaded machine (docs/threads.md). Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 
 from forkrl.errors import UserError
 
-# OpenMP and tokenizers read these once, when they are loaded.
+# OpenMP and tokenizers read these once, at load time.
 _ENVIRONMENT = {
     # Waiting threads sleep. By default they spin, and take the core from the thread they wait for.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # GNU's OpenMP, which PyTorch's Linux wheels contain, still spins for a while unless the count is 0.
+    # GNU's OpenMP, in PyTorch's Linux wheels, still spins for a while unless the count is 0.
     "GOMP_SPINCOUNT": "0",
     # Threads do not survive the fork of a verifier process, and prompts are tokenized only once.
     "TOKENIZERS_PARALLELISM": "false",
@@ -18,23 +18,20 @@ _ENVIRONMENT = {
 
 
 def configure_environment() -> None:
-    """Set what the numeric libraries read at load time, unless the user has set it.
-
-    Call it before torch is imported; afterwards it affects only child processes.
-    """
+    """Set what numeric libraries read at load time, unless the user has. Call before importing torch."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def available_cores() -> int:
-    """Cores this process may run on: fewer than the machine has under taskset, a container or a batch system."""
+    """Cores this process may use: fewer than the machine has under taskset, a container or a batch system."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def configure_threads(num_threads: int = 0) -> int:
-    """Set the number of threads of one torch operation, and return it; 0: ``OMP_NUM_THREADS``, else one per core."""
+    """Set and return torch's intra-op threads; 0: ``OMP_NUM_THREADS``, else one per core."""
     import torch
 
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()

@@ -1,9 +1,7 @@
-"""A small model on every core: worker processes that share the policy's weights and take parts of its work.
+"""Worker processes that share a small model's weights and divide its work among CPU cores (docs/threads.md).
 
-Two threads of one operation wait for each other hundreds of times a step. If they spin, a busy machine makes them ten
-times slower; if they sleep, waking them costs as much as a small model's whole operation (docs/threads.md). Processes
-wait once a step. All hold the same model in one shared block of memory, so each sees the optimizer's step at once;
-gradients are summed in a fixed order, so a run is repeatable to the bit.
+All map one block of shared memory and so see the optimizer's step at once. Gradients are summed in a fixed order, so
+runs are bit-reproducible.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from forkrl.model.policy import Policy
 from forkrl.parallel.processes import child_environment, die_with_parent
 from forkrl.parallel.threads import configure_threads
 
-if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import RuntimeConfig
 
 Item = TypeVar("Item")
@@ -40,29 +38,22 @@ Result = TypeVar("Result")
 
 _ALIGNMENT = 64
 SMALL_MODEL_PARAMETERS = 50_000_000
-"""In larger models matrix products take long enough to gain from several threads."""
+"""In larger models, matrix products are long enough to gain from several threads."""
 
 
 class Worker(NamedTuple):
-    """The first argument of a function that runs on a worker."""
+    """First argument of a function that runs on a worker."""
 
     policy: Policy
     reference: Policy | None
     sequences_finished: Tensor
-    """Number of sequences this worker has sampled, ``[1]``, which every process can read at any time."""
+    """Sequences this worker has sampled, ``[1]``, readable by every process at any time."""
     kept: dict[int, Any]
-    """What one function leaves in this process for a later one to take out, by the index of the item."""
+    """State that one function leaves in this process for a later one, by item index."""
 
 
 class Workers:
-    """The policy in this process and in ``count - 1`` others; a context manager.
-
-    Args:
-        policy: its parameters move into shared memory if there is more than one worker.
-        reference: the starting policy, if the loss needs it.
-        count: workers, including this process; more than one only on the CPU.
-        threads: per operation, in each worker.
-    """
+    """The policy in this process and in ``count - 1`` others (CPU only), with its parameters in shared memory."""
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
         self._counters = torch.zeros(count, dtype=torch.int64)
@@ -86,7 +77,7 @@ class Workers:
 
     @property
     def sequences_finished(self) -> int:
-        """Number of sequences that all workers have sampled; it grows while they work."""
+        """Sequences sampled by all workers so far; grows while they work."""
         return int(self._counters.sum())
 
     def __enter__(self) -> Workers:
@@ -98,7 +89,6 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the other processes; may be called twice."""
         self._closed = True
         for connection in self._connections:
             connection.close()
@@ -117,14 +107,7 @@ class Workers:
         *arguments: Any,
         sizes: Sequence[int] | None = None,
     ) -> list[Result]:
-        """``function(worker, item, *arguments)`` for every item, in the order of the items.
-
-        Args:
-            function: defined in an importable module, so that the other processes find it.
-            items: divided among the workers, the same way each time.
-            arguments: the same for every item.
-            sizes: the work in each item, for a fair division; equal by default.
-        """
+        """``function(worker, item, *arguments)`` for every item, in order; ``sizes`` is the work per item."""
         if self.count > 1 and function.__module__ == "__main__":
             raise ValueError(f"{function.__name__} is defined in the program itself; move it to a module")
         if self._closed:
@@ -139,19 +122,17 @@ class Workers:
             for rank, share in enumerate(shares[1:]):
                 results.update(zip(share, self._receive(rank), strict=True))
         except BaseException:
-            self.close()  # a late answer would be taken for the answer to the next request
+            self.close()  # a late answer would be read as the answer to the next request
             raise
         return [results[index] for index in range(len(items))]
 
     def zero_gradients(self) -> None:
-        """Reset the gradients of every worker."""
         self.policy.model.zero_grad(set_to_none=True)
         for gradients in self._gradients:
             for gradient in gradients:
                 gradient.zero_()
 
     def sum_gradients(self) -> None:
-        """Add the gradients of the other workers to this process's."""
         for gradients in self._gradients:
             for parameter, gradient in zip(_trained(self.policy), gradients, strict=True):
                 if parameter.grad is not None:
@@ -227,7 +208,7 @@ class Workers:
 
 
 def open_workers(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Workers:
-    """The workers that the settings and the model's size ask for, with the threads divided among them."""
+    """Workers for the settings and the model's size, with the threads divided among them."""
     threads = configure_threads(config.threads)
     num_parameters = sum(parameter.numel() for parameter in policy.model.parameters())
     small = num_parameters <= SMALL_MODEL_PARAMETERS and policy.device.type == "cpu"
@@ -243,7 +224,7 @@ def open_workers(policy: Policy, reference: Policy | None, config: RuntimeConfig
 
 
 def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of each worker's items: the largest first, each to the worker with the least work so far."""
+    """Each worker's item indices: largest item first, each to the least-loaded worker."""
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -254,7 +235,7 @@ def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def serve() -> None:
-    """Run what the first process asks for, until it ends."""
+    """Serve requests from the first process until it ends."""
     connection_fd, lifeline_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
     die_with_parent(lifeline_fd)
     torch.set_num_threads(threads)
@@ -272,7 +253,7 @@ def serve() -> None:
             connection.send_bytes(_answer(worker, function, items, arguments))
 
 
-# Only the first process handles a stop signal sent to every process of a job; it may want to finish a step.
+# Only the first process handles a stop signal sent to the whole job; it may finish its step.
 _PROGRAM = """
 import signal
 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -283,7 +264,7 @@ serve()
 
 
 def _answer(worker: Worker, function: Callable[..., Any], items: list[Any], arguments: tuple[Any, ...]) -> bytes:
-    """The results and no error, or no results and the error with its traceback, pickled."""
+    """The pickled results, or the error with its traceback."""
     try:
         return pickle.dumps(([function(worker, item, *arguments) for item in items], None))
     except Exception as error:
@@ -297,11 +278,7 @@ def _answer(worker: Worker, function: Callable[..., Any], items: list[Any], argu
 
 
 class _SharedMemory:
-    """One block: the weights of policy and reference, the gradients of each other worker, a counter for each worker.
-
-    Every process computes the same layout from the same model. The file behind it has no name, so nothing remains
-    however the processes end.
-    """
+    """One block: weights of policy and reference, gradients of each other worker, a counter per worker."""
 
     def __init__(self, worker: Worker, others: int, fd: int | None = None) -> None:
         weights = sum(_size(parameter) for parameter in _parameters(worker))
@@ -317,7 +294,7 @@ class _SharedMemory:
         self.counters = torch.frombuffer(self._memory, dtype=torch.int64, count=others + 1, offset=counters_start)
 
     def adopt_weights(self, worker: Worker, *, fill: bool) -> None:
-        """Make the parameters views of the block; ``fill``: copy their values into it first."""
+        """Make the parameters views of the block; ``fill`` copies their values into it first."""
         start = 0
         with torch.no_grad():
             for parameter in _parameters(worker):
@@ -328,7 +305,6 @@ class _SharedMemory:
                 start += _size(parameter)
 
     def gradients(self, policy: Policy, rank: int) -> list[Tensor]:
-        """The gradients of another worker."""
         views, start = [], self._gradients_start + rank * self._gradients_size
         for parameter in _trained(policy):
             views.append(self._view(parameter, start))
@@ -336,7 +312,7 @@ class _SharedMemory:
         return views
 
     def close_file(self) -> None:
-        """Close the file; the mapping stays as long as a tensor does."""
+        """Close the file; the mapping lasts as long as its tensors."""
         os.close(self.fd)
 
     def _view(self, like: Tensor, start: int) -> Tensor:
@@ -345,7 +321,7 @@ class _SharedMemory:
 
 
 def _open_unnamed() -> int:
-    """A file without a name: memory on Linux (not in /dev/shm, which is small in containers), elsewhere on disk."""
+    """A file without a name, so nothing remains: memory on Linux (not /dev/shm, small in containers), else disk."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("forkrl-weights")
     with tempfile.TemporaryFile() as file:

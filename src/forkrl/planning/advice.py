@@ -1,4 +1,4 @@
-"""Which settings make a recipe fit, or run faster: found by planning it with each of them, alone and combined."""
+"""Settings that make a recipe fit or run faster, found by planning it with each, alone and combined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forkrl.planning.shapes import ModelShape
 
 MAX_CHANGES, MAX_SHOWN, MAX_GPUS = 3, 3, 512
 FASTER = 0.95
-"""A change is shown if it leaves less than this share of the time."""
+"""A change is shown if it reduces the time to less than this share."""
 _SHARES = [share / 100 for share in range(30, 90, 5)]
 
 
@@ -31,7 +31,7 @@ class Change(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Changes with which everything fits, and the seconds of the run where they were computed."""
+    """Changes with which everything fits, and the run's seconds where computed."""
 
     changes: tuple[Change, ...]
     plan: Plan
@@ -41,8 +41,7 @@ class Variant(NamedTuple):
 def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Variant]:
     """The fewest changes with which every phase fits: on the same GPUs, then on more. Empty: none found.
 
-    Every value of every setting is tried, then every pair, then every three; of variants that differ only in their
-    values the mildest is kept. Settings that change the algorithm (lengths, batch sizes, the selection) stay.
+    Tries each setting, pair and triple, mildest values first; settings that change the algorithm stay.
     """
     same = _search(config, shape, gpu, more_gpus=False)
     if config.runtime.trainer == "verl":
@@ -54,7 +53,7 @@ def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Vari
 
 
 def _on_cluster(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Variant]:
-    """The recipe of the local engine on verl: on one node if it fits there."""
+    """A local recipe moved to verl, on one node if it fits there."""
     graphs = [Change("rollout.cuda_graphs", False)] * config.rollout.cuda_graphs  # only the local engine has them
     moves = [
         (*graphs, Change("runtime.trainer", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)
@@ -87,11 +86,7 @@ def _num_gpus(variant: Variant) -> int:
 def find_faster(
     config: TrainConfig, shape: ModelShape, gpu: Gpu, run_s: float | None, assumed: Assumptions
 ) -> list[Variant]:
-    """The best value of each setting that saves time on the same GPUs, and the best pairs, fastest first.
-
-    Only what is modelled is compared: more sequences decoded together, layers that are not recomputed. Parallelism
-    stays, since communication is not modelled.
-    """
+    """The best value of each setting that saves time on the same GPUs, and the best pairs, fastest first."""
     if run_s is None or assumed.rollout_tokens_per_s is not None:
         return []
     best: dict[tuple[str, ...], Variant] = {}
@@ -116,14 +111,14 @@ def _fitting(
     for changes in variants:
         try:
             plan = plan_memory(changed(config, changes), shape, gpu)
-        except UserError:  # sizes that do not divide: such a run is not possible
+        except UserError:  # sizes do not divide: no such run
             continue
         if plan.fits:
             yield Variant(changes, plan)
 
 
 def changed(config: TrainConfig, changes: Iterable[Change]) -> TrainConfig:
-    """The recipe with other settings, whose values are known to be valid."""
+    """The recipe with other settings, assumed valid."""
     for change in changes:
         section, _, name = change.key.partition(".")
         table = getattr(config, section).model_copy(update={name: change.value})

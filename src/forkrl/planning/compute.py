@@ -1,8 +1,8 @@
-"""Operations of a step and how long they take, at two efficiencies that the user may set.
+"""Operations of a step and their time, at two efficiencies that the user may set.
 
 A matrix of n weights costs 2 n operations per token forward and 4 n backward (Kaplan et al. 2020, arXiv 2001.08361,
-section 2.1); causal attention to a sequence of n tokens 2 L H C n^2 forward, and twice as much backward. Decoding reads
-all weights and the cache for every token, so memory bandwidth bounds it unless very many sequences run at once.
+section 2.1); causal attention to n tokens 2 L H C n^2 forward, twice that backward. Decoding is bound by memory
+bandwidth, to read weights and cache, unless very many sequences run at once.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ DEFAULT_PROMPT = 256
 
 
 class Assumptions(NamedTuple):
-    """What a recipe does not say."""
+    """What a recipe does not specify."""
 
     mean_response: float
     mean_prompt: float
     oversampling: float
-    """Responses sampled per response that is trained on."""
+    """Responses sampled per response trained on."""
     mfu: float
     """Share of the GPU's bf16 rate that training reaches."""
     rollout_efficiency: float
-    """Share of the bound by bandwidth or operations that decoding reaches."""
+    """Share of the bandwidth or compute bound that decoding reaches."""
     rollout_tokens_per_s: float | None
     """Measured on one GPU; replaces the estimate."""
 
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """A rate of sampling, and what bounds it."""
+    """A sampling rate, and what bounds it."""
 
     sequences: int
     """Decoded at once by one worker."""
@@ -84,7 +84,7 @@ def assume(
     rollout_efficiency: float = 0.5,
     rollout_tokens_per_s: float | None = None,
 ) -> Assumptions:
-    """The user's numbers, and defaults for the rest; raises UserError for a number that is out of range."""
+    """The user's numbers, with defaults for the rest; raises UserError if one is out of range."""
     rollout, dynamic = config.rollout, config.dynamic_sampling
     if mean_response is None:
         mean_response = rollout.max_response_tokens / 2
@@ -110,7 +110,7 @@ def assume(
 
 
 def plan_time(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Timing:
-    """The time of a recipe; raises UserError where the GPU's bandwidth is unknown, and no rate is given."""
+    """The time of a recipe; raises UserError if neither bandwidth nor a rate is known."""
     decoding = _decode_rate(config, plan, assumed)
     evaluation_s, every, steps = None, config.eval.every, config.training.steps
     if decoding is not None:  # evaluations before, after and in between
@@ -121,7 +121,7 @@ def plan_time(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Timing:
 
 
 def _decode_rate(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Decoding | None:
-    """Tokens per second of one GPU; None where the cache has no room for a sequence of full length."""
+    """Tokens per second of one GPU; None if the cache cannot hold a sequence of full length."""
     shape, layout, gpu, fit = plan.shape, plan.layout, plan.gpu, plan.rollout
     if assumed.rollout_tokens_per_s is not None:
         return Decoding(0, assumed.rollout_tokens_per_s, "as given", 0.0)
@@ -153,7 +153,6 @@ def _decode_rate(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Decod
 
 
 def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assumed: Assumptions) -> tuple[Part, ...]:
-    """Rollout, log-probs and update of one step."""
     shape, layout = plan.shape, plan.layout
     sequences = config.rollout.prompts_per_step * config.rollout.group_size
     layers, head = forward_flops(shape, sequences, assumed.mean_prompt, assumed.mean_response)
@@ -176,7 +175,6 @@ def forward_flops(shape: ModelShape, sequences: float, prompt: float, response: 
 
 
 def _decoding_flops(shape: ModelShape, context: float) -> float:
-    """Operations to decode one token."""
     return 2 * shape.matrices + 4 * shape.layers * shape.query_width * context
 
 
@@ -201,11 +199,7 @@ def _rollout_part(
 def update_flops(
     config: TrainConfig, layout: Layout, layers: float, head: float, assumed: Assumptions
 ) -> tuple[float, str]:
-    """Operations of a step's gradients: backward takes twice its forward, checkpointing runs the layers once more.
-
-    The head of the local trainer runs only on the selected tokens if they are selected before the loss. It keeps no
-    logits, so its backward recomputes those of its rows.
-    """
+    """Operations of a step's gradients: backward is twice forward, checkpointing repeats the layers' forward."""
     recompute = 1 if config.model.gradient_checkpointing else 0
     if layout.sharded:
         return (3 + recompute) * layers + 3 * head, f"{6 + 2 * recompute}N a token"
@@ -222,6 +216,7 @@ def update_flops(
         share = share_with_gradients(config)
         head_passes = (1 - first if current else 0.0) + 4 * selected
         return (1 + 3 * share) * layers + head_passes * head, f"{2 + 6 * share:.3g}N a token: forks_only"
+    # The head keeps no logits: its backward recomputes those of its rows.
     forward, backward = selected if selects_first else 1.0, 1.0 if every_token else selected
     rows = f", {forward:.0%} of the rows through the head and {backward:.0%} back" if min(forward, backward) < 1 else ""
     passes = 3 + recompute + measured

@@ -12,15 +12,13 @@ GIB = 2**30
 
 
 class Gpu(NamedTuple):
-    """One GPU."""
-
     name: str
     memory: float
-    """Bytes that a process can allocate, a little less than the data sheet's figure."""
+    """Bytes that a process can allocate, slightly less than on the data sheet."""
     flops: float
     """Dense bf16 operations per second with fp32 accumulation, without sparsity."""
     bandwidth: float
-    """Bytes of memory per second; 0: unknown."""
+    """Bytes per second of memory bandwidth; 0: unknown."""
     source: str
 
 
@@ -44,7 +42,7 @@ DEFAULT_GPU = "h100"
 
 
 def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None, bandwidth_tb: float | None) -> Gpu:
-    """A GPU by name (default: H100), with any of its numbers replaced, or one described by numbers alone."""
+    """A GPU by name (default: H100) with some numbers replaced, or described by numbers alone."""
     given = {"--gpu-memory": memory_gib, "--gpu-tflops": tflops, "--gpu-bandwidth": bandwidth_tb}
     given = {option: number for option, number in given.items() if number is not None}
     for option, number in given.items():
@@ -71,6 +69,5 @@ def find_gpu(name: str | None, memory_gib: float | None, tflops: float | None, b
 
 
 def in_gib(num_bytes: float) -> str:
-    """Bytes for a person."""
     gib = num_bytes / GIB
     return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,11 +1,9 @@
 """Bytes of one GPU in each phase of a step, and of a node's main memory.
 
-Both engines train fp32 weights with fp32 gradients and AdamW: 4 + 4 + 8 bytes per parameter. verl shards them over all
-GPUs (FSDP2 with reshard after forward, ZeRO stage 3) and gathers a layer at a time in the compute precision.
-
-Activations are counted as in Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), adapted to SwiGLU, grouped
-queries, RMSNorm as ``transformers`` writes it (it saves an fp32 copy of its input), no dropout, and FlashAttention,
-which saves its output and one logarithm per query. tests/unit/test_plan_measured.py compares with what PyTorch saves.
+fp32 weights and gradients and AdamW take 4 + 4 + 8 bytes per parameter; verl shards them over all GPUs (FSDP2, ZeRO 3)
+and gathers a layer at a time in the compute precision. Activations follow Korthikanti et al. 2022 (arXiv 2205.05198,
+section 4.1), adapted to SwiGLU, grouped queries, ``transformers``' RMSNorm (saves an fp32 copy of its input), no
+dropout, and FlashAttention. tests/unit/test_plan_measured.py compares with what PyTorch saves.
 """
 
 from __future__ import annotations
@@ -19,11 +17,11 @@ from forkrl.planning.gpus import GIB, Gpu, in_gib
 from forkrl.planning.shapes import ModelShape
 
 HEADROOM = 0.1
-"""Share of a GPU's memory left to what is not modelled."""
+"""Share of a GPU's memory left for what is not modelled."""
 ENGINE_WORKSPACE = 2 * GIB
 """Assumed for activations, sampled logits and CUDA graphs of the sampling engine, within its share."""
 ENTROPY_CHUNK = 2048
-"""Tokens whose logits verl converts to fp32 at a time for their entropy (entropy_from_logits_chunk_size)."""
+"""Tokens whose logits verl converts to fp32 at a time for entropy (entropy_from_logits_chunk_size)."""
 TILE_BYTES = 64 * 2**20
 """A tile of logits in ForkRL's own head, which holds three at once (forkrl.head)."""
 CACHE_GROWTH = 1.5
@@ -34,7 +32,7 @@ FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
 
 class Layout(NamedTuple):
-    """GPUs of a run and what they share. The local engine has one."""
+    """The GPUs of a run and how they are shared. The local engine has one."""
 
     nodes: int
     gpus_per_node: int
@@ -75,14 +73,14 @@ class RolloutFit(NamedTuple):
 
     cache_per_token: float
     cache: float
-    """Bytes available to the KV cache; may be below 0."""
+    """Bytes available to the KV cache; may be negative."""
     full_length: int
     """Tokens of the longest prompt with the longest response."""
     limit: int
     """rollout.max_sequences."""
     workers: int
     share: float
-    """Bytes that sampling may take in total."""
+    """Bytes that sampling may use in total."""
 
     @property
     def room_full(self) -> int:
@@ -96,8 +94,6 @@ class RolloutFit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The memory that a run needs."""
-
     shape: ModelShape
     layout: Layout
     gpu: Gpu
@@ -122,12 +118,11 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Every phase, with the headroom."""
         return all(self.status(phase) == FITS for phase in self.phases)
 
 
 def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
-    """The memory of a recipe; raises UserError for sizes that do not divide one another, or the model's heads."""
+    """The memory of a recipe; raises UserError for sizes or model heads that do not divide evenly."""
     layout = _find_layout(config, shape)
     number, note = shape.parameters / layout.gpus, f"sharded over {layout.gpus}" if layout.gpus > 1 else ""
     state = (
@@ -174,12 +169,12 @@ def full_length(config: TrainConfig) -> int:
 
 
 def selected_share(config: TrainConfig) -> float:
-    """rho, or 1 for a threshold, whose share is not known in advance."""
+    """rho, or 1 for a threshold, whose share is unknown in advance."""
     return 1.0 if config.selection.rule in ("all", "threshold") else config.selection.ratio
 
 
 def share_with_gradients(config: TrainConfig) -> float:
-    """The fraction of a micro-batch's tokens that ``training.backward = "forks_only"`` runs with gradients."""
+    """Fraction of a micro-batch's tokens that ``training.backward = "forks_only"`` runs with gradients."""
     if config.training.backward == "dense":
         return 1.0
     prompt = config.rollout.max_prompt_tokens / full_length(config) if config.forks_only.prompt else 0.0
@@ -188,17 +183,14 @@ def share_with_gradients(config: TrainConfig) -> float:
 
 
 def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Item, ...]:
-    """FSDP2's units are the layers, the embedding and the head; a tied embedding stays gathered with the root.
-
-    verl holds the logits of all tokens, and a separate gradient where the same pass measures entropy: FlashAttention's
-    cross entropy computes log-probs in place, and entropy is computed in fp32, a chunk of tokens at a time.
-    """
+    """FSDP2 gathers a layer at a time, and keeps a tied embedding; all logits exist, fp32 ones chunk by chunk."""
     size, layer, embedding = product_bytes(config), shape.layer_parameters, shape.embedding_parameters
     largest = max(layer, embedding)
     gathered = 2 * layer + embedding if shape.tied else layer + largest
     tokens, selection = config.training.micro_batch_tokens / layout.sequence_parallel, config.selection
     by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
     entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_coef != 0
+    # FlashAttention's cross entropy computes log-probs in place; an entropy in the same pass needs its own gradient.
     copies = 1 + int(entropy_too) + int(config.rollout.temperature != 1)
     chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary
     what = "with their gradient, " if entropy_too else ""
@@ -242,26 +234,26 @@ def _activations(config: TrainConfig, shape: ModelShape, layout: Layout, in_bf16
 def saved_bytes(
     shape: ModelShape, arithmetic: Arithmetic, *, checkpointing: bool, attention_bytes: int | None = None
 ) -> int:
-    """Bytes per token at the peak; with checkpointing one layer is complete, of the others only the inputs exist."""
+    """Peak bytes per token; with checkpointing one complete layer, and only the inputs of the others."""
     layer = layer_bytes(shape, arithmetic, attention_bytes)
     inputs = shape.layers * stream_bytes(shape, arithmetic) + layer
     return (inputs if checkpointing else shape.layers * layer) + outside_bytes(shape, arithmetic)
 
 
 def layer_bytes(shape: ModelShape, arithmetic: Arithmetic, attention_bytes: int | None = None) -> int:
-    """Bytes that one layer saves per token; ``attention_bytes`` per number where attention runs in fp32 on a CPU."""
+    """Bytes that a layer saves per token; ``attention_bytes`` per number if attention is fp32 on a CPU."""
     product = 4 if arithmetic == "fp32" else 2
     attention = attention_bytes or product
     norms = {
         # An fp32 copy of the input, the normalised input before its scale, the result that the products save.
         "bf16": 2 * (4 + 2 + 2),
-        # The input is fp32 itself; each product saves its own bf16 copy: three for attention, two for the MLP.
+        # The input is itself fp32; each product saves its own bf16 copy: three for attention, two for the MLP.
         "autocast": 2 * (4 + 4) + (3 + 2) * 2,
         "fp32": 2 * (4 + 4 + 4),
     }[arithmetic] * shape.hidden
     normalised = 4 + product if shape.qk_norm else 0
     queries_and_keys = (normalised + attention) * (shape.query_width + shape.kv_width)
-    # Attention and the product after it both save the output: one tensor where they have the same precision.
+    # Attention and the product after it both save the output: one tensor if their precision is equal.
     output = attention if attention == product else attention + product
     values_and_output = attention * shape.kv_width + output * shape.query_width
     per_row = 4 * shape.heads + 2 * 4 + (4 * (shape.heads + shape.kv_heads) if shape.qk_norm else 0)
@@ -275,7 +267,7 @@ def outside_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
 
 
 def stream_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
-    """Bytes per token between two layers: what gradient checkpointing saves for each layer."""
+    """Bytes per token between two layers, which gradient checkpointing saves for each layer."""
     return shape.hidden * (2 if arithmetic == "bf16" else 4)
 
 

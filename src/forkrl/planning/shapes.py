@@ -1,7 +1,7 @@
-"""The sizes of a model that memory and time follow from, without its weights.
+"""Model sizes that determine memory and time, read without the weights.
 
-Symbols in this package's formulas: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` heads of
-keys and values, ``C`` channels of a head, ``V`` vocabulary, ``T`` tokens, ``N`` parameters.
+Axes: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` key-value heads, ``C`` channels,
+``V`` vocabulary, ``T`` tokens, ``N`` parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OWNER = "Qwen/"
 
 
 class ModelShape(NamedTuple):
-    """A dense decoder of the Llama family: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+    """A dense Llama-family decoder: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
     architecture: str
     hidden: int
@@ -33,7 +33,7 @@ class ModelShape(NamedTuple):
     tied: bool
     """The output head is the embedding."""
     max_positions: int | None
-    """The longest sequence that the model is declared to handle."""
+    """The longest sequence that the model supports, by its config."""
     qk_norm: bool
     """RMSNorm on queries and keys, as in Qwen3."""
     qkv_bias: bool = False
@@ -46,7 +46,7 @@ class ModelShape(NamedTuple):
 
     @property
     def kv_width(self) -> int:
-        """Width of one token's keys in one layer; values are as wide."""
+        """Width of one token's keys in one layer; values are equally wide."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -73,7 +73,7 @@ class ModelShape(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        """Weights that each token is multiplied by: all matrix products, including the head, not the look-up."""
+        """Weights that multiply each token: all matrix products, including the head, not the look-up."""
         return self.layers * self.layer_matrices + self.embedding_parameters
 
     @property
@@ -83,8 +83,6 @@ class ModelShape(NamedTuple):
 
 
 class FoundShape(NamedTuple):
-    """A shape and where it comes from, for the user."""
-
     shape: ModelShape
     source: str
 
@@ -124,7 +122,6 @@ def known_shape(path: str) -> FoundShape | None:
 
 
 def parse_shape(values: Mapping[str, Any], path: str) -> ModelShape:
-    """A shape from the values of a ``config.json``."""
     architecture = str(values.get("model_type", "unknown"))
     activation, bias = values.get("hidden_act", "silu"), bool(values.get("attention_bias"))
     experts = any(values.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))

@@ -1,7 +1,4 @@
-"""Atomic writes: a kill, a power cut or a full disk leaves the old file or the new one, never a part.
-
-Write next to the target, fsync, rename over it, fsync the folder.
-"""
+"""Atomic writes: fsync a temporary file, rename it over the target, fsync the folder."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, durably and atomically. Raises UserError if the system refuses."""
+    """Write ``data`` durably and atomically. Raises UserError if the system refuses."""
     with explained_write_errors(path):
         temporary = temporary_beside(path)
         try:
@@ -39,12 +36,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, as ``write_bytes`` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, as ``write_bytes`` does, with null for NaN and infinity, which JSON lacks."""
+    """Write JSON atomically, with null for NaN and infinity."""
     write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
@@ -58,7 +54,7 @@ def finite(value: Any) -> Any:
 
 
 def temporary_beside(path: Path) -> Path:
-    """The name under which ``path`` is written; always the same, so that a killed write leaves at most one file."""
+    """Temporary name for writing ``path``; fixed, so that a killed write leaves at most one file."""
     return path.with_name(f".{path.name}.writing")
 
 
@@ -73,7 +69,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system while ``path`` is written into a UserError."""
+    """Turn operating system errors while ``path`` is written into a UserError."""
     try:
         yield
     except Exception as error:

@@ -1,18 +1,16 @@
 """Checkpoints that survive a kill at any instant, resume bit for bit, and cannot run code.
 
-    checkpoints/step-20/                 loads with AutoModelForCausalLM.from_pretrained
-        config.json, model.safetensors, tokenizer.json, ...
-        trainer/optimizer.safetensors    AdamW moments and step counts, by parameter name
-        trainer/optimizer.json           learning rate and the other numbers of every parameter group
-        trainer/rng.safetensors          PyTorch's random states: CPU, every CUDA device, every named generator
-        trainer/progress.json            what else the loop needs to resume
-        manifest.json                    size and SHA-256 of all the above, written last
+    checkpoints/step-20/               loads with AutoModelForCausalLM.from_pretrained
+      config.json, model.safetensors, tokenizer.json, ...
+      trainer/optimizer.safetensors    AdamW moments and step counts, by parameter name
+      trainer/optimizer.json           learning rate and other numbers of each parameter group
+      trainer/rng.safetensors          PyTorch's random states: CPU, CUDA devices, named generators
+      trainer/progress.json            other state of the training loop
+      manifest.json                    size and SHA-256 of all the above, written last
 
-A save builds the whole folder under a hidden name, syncs it, and renames it; only then are older ones removed. The
-hidden names show a later save what a killed one was doing: ``.saving-`` is unfinished, ``.removing-`` half deleted, and
-``.replaced-`` the older of two checkpoints of one step, complete, moved aside between two renames.
-
-Saving is synchronous: once ``save_checkpoint`` returns, nothing on disk refers to live weights.
+A save builds and syncs the folder under a hidden name, renames it, and then removes older ones. Hidden names tell the
+next save what a killed one left: ``.saving-`` is incomplete, ``.removing-`` half deleted, ``.replaced-`` a complete
+older checkpoint of the same step, moved aside between two renames.
 """
 
 from __future__ import annotations
@@ -50,8 +48,8 @@ FORMAT = 1
 _SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-_LOADABLE = {".safetensors", ".json", ".py"}  # what a loader might pick up unasked; anything else is a user's note
-# Entries of config.json that do not change the function the model computes.
+_LOADABLE = {".safetensors", ".json", ".py"}  # a loader might read these; other files are the user's notes
+# Entries of config.json that do not affect the model's outputs.
 _NOT_THE_FUNCTION = {
     "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"
 }  # fmt: skip
@@ -70,16 +68,14 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write ``checkpoints/step-N`` so that the newest complete checkpoint can be found at every instant.
+    """Write ``checkpoints/step-N`` so that a complete checkpoint exists at every instant; only one process may write.
 
     Args:
-        checkpoints: folder of all checkpoints of the run; one process at a time writes to it.
         step: gradient steps done. An older checkpoint of the same step is replaced.
-        optimizer: AdamW or any other whose state is tensors only, over parameters of ``model``.
+        optimizer: any whose state is tensors only, over parameters of ``model``.
         generators: the run's random generators by name; PyTorch's global ones are saved too.
-        progress: what else the loop needs to resume, as JSON.
-        keep: checkpoints to leave, including the new one. Older ones are removed once it is durable, and those of later
-            steps too: they were damaged, or the run would have resumed from them.
+        progress: other state of the training loop, as JSON.
+        keep: checkpoints to keep, including the new one. Checkpoints of later steps are removed too.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least the new checkpoint has to stay")
@@ -101,11 +97,7 @@ def save_checkpoint(
 
 
 def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
-    """Move ``saved``, a model and tokenizer written by another program, to the checkpoint of ``step``.
-
-    It has weights only: it loads like any model, but training cannot resume from it. ``saved`` must be on the same
-    file system. An older checkpoint of the same step is replaced.
-    """
+    """Move a model and tokenizer to the checkpoint of ``step``, without training state; same file system required."""
     final = checkpoints / f"step-{step}"
     if not (saved / "config.json").is_file():
         raise UserError(f"{saved}: no model was written there, it has no config.json")
@@ -116,11 +108,7 @@ def adopt_weights(checkpoints: Path, step: int, saved: Path) -> Path:
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint whose every file matches its manifest, or None if there are no checkpoints.
-
-    A damaged one is named in a warning, and the next older is tried. Its folder may be ``.replaced-step-N``, after
-    a kill between two renames; ``load_checkpoint`` returns the step.
-    """
+    """The newest checkpoint that matches its manifest (warns about others), or None; may be ``.replaced-step-N``."""
     faults: list[str] = []
     for folder in itertools.chain.from_iterable(reversed(_folders(checkpoints).values())):
         try:
@@ -138,7 +126,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
-    """Every checkpoint by its step, oldest first."""
+    """Checkpoints by step, oldest first."""
     folders = {step: folder for step, (folder, *_) in _folders(checkpoints).items()}
     for folder in folders.values():
         verify_checkpoint(folder)
@@ -146,7 +134,6 @@ def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
 
 
 def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
-    """The checkpoint of one step."""
     folders = _folders(checkpoints)
     if step not in folders:
         available = ", ".join(f"step-{number}" for number in folders)
@@ -162,11 +149,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
 ) -> dict[str, Any]:
-    """Restore weights, optimizer and random states in place, bit for bit; return the saved progress.
-
-    ``path`` has been verified, as ``latest_checkpoint`` does. Everything is read and compared before anything is
-    changed, so a checkpoint of another model leaves this one unchanged.
-    """
+    """Restore a verified checkpoint in place, bit for bit; validate everything before changing anything."""
     weights = _read_weights(path, model)
     optimizer_state = _read_optimizer(path, model, optimizer)
     states = _read_random_states(path, generators)
@@ -175,12 +158,12 @@ def load_checkpoint(
         for name, tensor in model.state_dict().items():
             tensor.copy_(weights[name])
     optimizer.load_state_dict(optimizer_state)
-    _restore_random_states(path, states, generators)  # last: nothing after it may draw a number
+    _restore_random_states(path, states, generators)  # last: nothing after it may draw a random number
     return progress
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Check every file against the manifest: present, no other, same size, same SHA-256; and no pickle anywhere."""
+    """Check that files match the manifest in name, size and SHA-256, with no others and no pickles."""
     try:
         present = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
         for name in sorted(present):
@@ -200,11 +183,8 @@ def verify_checkpoint(path: Path) -> None:
         raise UserError(f"{error.filename or path}: damaged checkpoint: cannot be read ({error.strerror})") from error
 
 
-# -- folders -----------------------------------------------------------------------------------------------------------
-
-
 def _folders(checkpoints: Path) -> dict[int, list[Path]]:
-    """Checkpoint folders by step, oldest first; after ``step-N`` the one that it was about to replace, if any."""
+    """Checkpoint folders by step, oldest first; ``step-N`` precedes ``.replaced-step-N``."""
     found: defaultdict[int, list[Path]] = defaultdict(list)
     for prefix in ("", _REPLACED):
         for path in checkpoints.glob(f"{prefix}step-*"):
@@ -215,7 +195,7 @@ def _folders(checkpoints: Path) -> dict[int, list[Path]]:
 
 @contextmanager
 def _new_folder(final: Path) -> Iterator[Path]:
-    """A hidden path at which to build a folder; it is renamed to ``final`` at the end, or removed on a failure."""
+    """A hidden path to build a folder at; renamed to ``final`` at the end, removed on failure."""
     checkpoints = final.parent
     checkpoints.mkdir(parents=True, exist_ok=True)
     fsync(checkpoints.parent)
@@ -229,7 +209,7 @@ def _new_folder(final: Path) -> Iterator[Path]:
 
 
 def _swap_in(temporary: Path, final: Path) -> None:
-    """Rename a complete folder. It cannot be renamed over another, so an older one is moved aside first."""
+    """Rename a complete folder. A rename cannot replace a folder, so an older one is moved aside first."""
     if final.exists() or final.is_symlink():
         final.rename(final.with_name(_REPLACED + final.name))
     temporary.rename(final)
@@ -237,7 +217,7 @@ def _swap_in(temporary: Path, final: Path) -> None:
 
 
 def _settle(checkpoints: Path) -> None:
-    """Clear away what a save left half-done, so that only complete checkpoints under their own names remain."""
+    """Clean up after a killed save, leaving only complete checkpoints under their own names."""
     for folder in [*checkpoints.glob(f"{_SAVING}*"), *checkpoints.glob(f"{_REMOVING}*")]:
         _delete(folder)
     for folder in checkpoints.glob(f"{_REPLACED}*"):
@@ -250,7 +230,7 @@ def _settle(checkpoints: Path) -> None:
 
 
 def _prune(checkpoints: Path, step: int, keep: int) -> None:
-    """Remove checkpoints of later steps than the one just saved, and all but ``keep`` of the others."""
+    """Remove checkpoints of later steps, and all but ``keep`` of the others."""
     folders = {number: folder for number, (folder, *_) in _folders(checkpoints).items()}
     later = [folder for number, folder in folders.items() if number > step]
     older = [folder for number, folder in folders.items() if number < step]
@@ -261,7 +241,7 @@ def _prune(checkpoints: Path, step: int, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint: first its name, in one instant, then its files."""
+    """Rename first, atomically, then delete the files."""
     _delete(folder.rename(folder.with_name(_REMOVING + folder.name.removeprefix(_REPLACED))))
 
 
@@ -272,11 +252,8 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-# -- manifest ----------------------------------------------------------------------------------------------------------
-
-
 def _write_manifest(folder: Path, step: int, *, weights_only: bool = False) -> None:
-    """Sync every file to disk, then the list of them."""
+    """Sync every file to disk, then the manifest."""
     files: dict[str, dict[str, int | str]] = {}
     for path in sorted(folder.rglob("*")):
         fsync(path)
@@ -289,7 +266,7 @@ def _write_manifest(folder: Path, step: int, *, weights_only: bool = False) -> N
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file, by its path relative to the checkpoint."""
+    """Size and SHA-256 of every file, by relative path."""
     file = path / MANIFEST
     if not file.is_file():
         raise UserError(f"{path}: no checkpoint of ForkRL, or not a whole one: it has no {MANIFEST}")
@@ -330,11 +307,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# -- contents ----------------------------------------------------------------------------------------------------------
-
-
 def _write_exactly(path: Path, value: dict[str, Any]) -> None:
-    """Raises ValueError for NaN and infinity: null in their place would resume with other numbers."""
+    """Raises ValueError for NaN and infinity: null would change the resumed values."""
     path.write_text(json.dumps(value, allow_nan=False, indent=1) + "\n", encoding="utf-8")
 
 
@@ -356,11 +330,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The saved weights under the names of ``model.state_dict()``.
-
-    They are read by ``from_pretrained``, because file and module may use different names: tied weights are stored once,
-    and mixture-of-experts models are fused in memory and split on disk.
-    """
+    """Saved weights by ``state_dict`` name, read by ``from_pretrained`` since tied and fused weights differ on disk."""
     config, dtype = _read_json(path / "config.json"), str(model.dtype).removeprefix("torch.")
     kind, here_kind = f"{config.get('model_type')} in {config.get('dtype')}", f"{model.config.model_type} in {dtype}"
     if kind != here_kind:
@@ -370,7 +340,7 @@ def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
             opened: Any = type(model).from_pretrained(
                 path, dtype=model.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except Exception as error:  # a file made by hand can provoke anything inside the libraries
+    except Exception as error:  # a hand-made file can raise anything inside the libraries
         raise UserError(f"{path}: its weights cannot be read ({type(error).__name__}: {first_line(error)})") from error
     loaded, report = opened
     here, saved = model.state_dict(), loaded.state_dict()
@@ -382,7 +352,7 @@ def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
             raise UserError(f"{path}: checkpoint of another model: {name} is {there}, here {_described(tensor)}")
     for name in sorted({*report["unexpected_keys"], *saved.keys() - here.keys()}):
         raise UserError(f"{path}: checkpoint of another model: it holds {name}, which this model lacks")
-    # Weights of the same shapes can still be another model: other heads, another rotary base, tied or not.
+    # Weights of equal shapes can belong to another model: other heads, rotary base or tying.
     was, now = loaded.config.to_dict(), model.config.to_dict()
     for key in sorted((was.keys() | now.keys()) - _NOT_THE_FUNCTION):
         if not key.startswith("_") and was.get(key) != now.get(key):
@@ -393,7 +363,7 @@ def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Silence transformers' bars over shards: the terminal belongs to the run's own progress."""
+    """Silence transformers' progress bars: the terminal shows the run's own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -404,14 +374,13 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _optimizer_groups(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's parameter groups, with names for parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [{**group, "params": [names[id(each)] for each in group["params"]]} for group in optimizer.param_groups]
     return {"class": type(optimizer).__name__, "param_groups": groups}
 
 
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by ``key/parameter``."""
+    """Optimizer state by ``key/parameter``."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -459,7 +428,6 @@ def _first_difference(there: list[list[str]], here: list[list[str]]) -> str:
 
 
 def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    """PyTorch's own random states and those of the run's generators."""
     states = {"torch/cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states |= {f"torch/cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -467,7 +435,7 @@ def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Tenso
 
 
 def _read_random_states(path: Path, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    """The saved states, checked to be those of these generators; nothing is set yet."""
+    """The saved states, checked against these generators; nothing is set yet."""
     file = path / RANDOM_STATES
     states = _read_tensors(file)
     there = {label.partition("/")[2] for label in states if label.startswith("generator/")}

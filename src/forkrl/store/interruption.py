@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run where it can be resumed."""
+"""Stop signals (Ctrl-C, SIGTERM, SIGHUP) that end a run where it can be resumed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a run early. SIGHUP comes when a terminal is closed or a connection is lost."""
 
 
 class Interrupted(BaseException):
-    """The user or the system asked the run to stop. Not an ``Exception``, so that no caller swallows it.
-
-    ``outcome``: what became of the finished steps, as in "stopped by SIGINT and saved".
-    """
+    """Raised on a stop signal; not an ``Exception``, so that callers do not swallow it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -26,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While open, the stop signals raise ``Interrupted``: at once inside ``allowed()``, else when it is next entered.
+    """While open, stop signals raise ``Interrupted`` inside ``allowed()``, or when it is next entered.
 
     Weights change only outside ``allowed()``, so a run never stops in the middle of an update.
     """
@@ -54,7 +50,7 @@ class Interruption:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Code that may be abandoned at any instant."""
+        """Code that may be interrupted at any point."""
         self._allowed = True
         try:
             self.check()
@@ -64,16 +60,14 @@ class Interruption:
 
     @property
     def signalled(self) -> bool:
-        """Whether a signal has come."""
         return self._signum is not None
 
     @property
     def signalled_again(self) -> bool:
-        """Whether a second signal has come."""
         return self._signals > 1
 
     def check(self) -> None:
-        """Stop here if a signal has come."""
+        """Raise ``Interrupted`` if a signal has arrived."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 
@@ -87,16 +81,13 @@ class Interruption:
 
 @contextmanager
 def signals_put_off() -> Iterator[None]:
-    """Delay stop signals to the end of the block.
-
-    Blocking them in this thread would not help: the system delivers them to another, and Python handles them here.
-    """
+    """Delay stop signals to the end of the block. Blocking them would only divert them to another thread."""
     came: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         came.append(signum)
 
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+    if threading.current_thread() is not threading.main_thread():  # Python handles no signals here
         yield
         return
     handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}

@@ -1,4 +1,4 @@
-"""Parts of a table in Parquet files that appear all at once; a damaged one is named with its remedy."""
+"""Atomically written Parquet files, and a UserError that names a damaged one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside
 
 @contextmanager
 def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A Parquet writer whose file appears at ``path`` all at once, when everything is in it."""
+    """A Parquet writer whose file appears at ``path`` once complete."""
     temporary = temporary_beside(path)
     with explained_write_errors(path):
         try:
@@ -31,18 +31,13 @@ def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write rows as one file, all at once."""
     with writing_parquet(path, schema) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
 @contextmanager
 def reading_parquet(path: Path) -> Iterator[None]:
-    """Turn the errors of a damaged part into one line for the user.
-
-    Raises:
-        UserError: names the part, and how to rebuild it.
-    """
+    """Turn errors of a damaged part into a UserError that says how to rebuild it."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -52,7 +47,6 @@ def reading_parquet(path: Path) -> Iterator[None]:
 
 
 def part_path(folder: Path, index: int) -> Path:
-    """The file of a part."""
     return folder / f"part-{index:05d}.parquet"
 
 

@@ -23,7 +23,7 @@ from forkrl.types import Task
 
 
 def describe_provenance(task: Task, workers: Workers) -> dict[str, Any]:
-    """What is needed to repeat a result: versions, commit, data, threads, device."""
+    """Versions, commit, data, threads and device, to reproduce a result."""
     return {
         "forkrl": forkrl.__version__,
         "torch": torch.__version__,
@@ -39,7 +39,7 @@ def describe_provenance(task: Task, workers: Workers) -> dict[str, Any]:
 
 
 def changed_arithmetic(then: Mapping[str, Any], workers: Workers) -> str:
-    """What has changed of everything that the last bits of a result depend on, as one phrase; empty if nothing has."""
+    """What changed of everything that affects the last bits of a result, as one phrase; empty if nothing."""
     now = {
         "workers": workers.count,
         "threads": torch.get_num_threads(),
@@ -51,7 +51,7 @@ def changed_arithmetic(then: Mapping[str, Any], workers: Workers) -> str:
 
 
 def refuse_other_data(folder: RunFolder, config: TrainConfig, fingerprint: str) -> None:
-    """Close the folder and refuse to resume a run with other prompts than it began with."""
+    """Close the folder and raise UserError if a resumed run has other prompts."""
     before = folder.provenance.get("data_fingerprint")
     if before != fingerprint:
         folder.close()
@@ -62,7 +62,7 @@ def refuse_other_data(folder: RunFolder, config: TrainConfig, fingerprint: str) 
 
 
 def commit() -> str:
-    """The commit of a source checkout, marked if it has changes; empty for an installed package."""
+    """The commit of a source checkout, marked if dirty; empty for an installed package."""
     source = Path(__file__).resolve().parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -72,5 +72,5 @@ def commit() -> str:
 
 
 def new_run_id() -> str:
-    """Unique among all runs; drawn without the seeded generators."""
+    """A unique id, drawn without the seeded generators."""
     return uuid.uuid4().hex[:12]

@@ -1,4 +1,4 @@
-"""What a command found, on disk: ``results.json`` and ``tables/*.csv``, the same for every command."""
+"""Results of a command on disk: ``results.json`` and ``tables/*.csv``, in one format for all commands."""
 
 from __future__ import annotations
 
@@ -29,18 +29,10 @@ _READ_AS_SOMETHING_ELSE = {"true", "false", "na", "n/a", "<na>", "#n/a", "#na", 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Results:
-    """What a command found, as its folder holds it.
+    """Results of a command, as stored in its folder.
 
-    Args:
-        folder: of the work.
-        schema: ``forkrl-COMMAND/VERSION``.
-        command: the command line.
-        settings: the question, as in ``settings.json``.
-        headline: what was found, in a sentence or two.
-        notes: what is missing or left out, a sentence each.
-        facts: JSON values; None for a number that is not finite.
-        tables: by the name of the file; an estimate has the columns ``name``, ``name_low``, ``name_high``.
-        versions: of the packages at work.
+    ``schema`` is ``forkrl-COMMAND/VERSION``; ``notes`` say what is missing, a sentence each. ``facts`` are JSON values,
+    None if not finite. ``tables`` are by file name; an estimate has the columns ``name``, ``name_low``, ``name_high``.
     """
 
     folder: Path
@@ -64,7 +56,7 @@ def write_results(
     tables: Mapping[str, pd.DataFrame] | None = None,
     notes: Sequence[str] = (),
 ) -> Results:
-    """Write ``tables/*.csv`` and then ``results.json``, and return them as they read."""
+    """Write ``tables/*.csv``, then ``results.json``; return them as read back."""
     frames = dict(tables or {})
     if frames:
         (folder / TABLES).mkdir(exist_ok=True)
@@ -85,11 +77,7 @@ def write_results(
 
 
 def read_results(folder: Path) -> Results:
-    """What a command wrote into a folder, its tables as data frames.
-
-    Raises:
-        UserError: a file is missing or damaged, or another version wrote it.
-    """
+    """Results that a command wrote; UserError if a file is missing, damaged or of another version."""
     path = folder / RESULTS
     record = read_json(path)
     try:
@@ -100,7 +88,6 @@ def read_results(folder: Path) -> Results:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object that a command wrote."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -111,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """The table as CSV without its index; see ``csv_cell`` for text."""
+    """The table as CSV without its index; text is encoded by ``csv_cell``."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(map(csv_cell, map(str, table.columns)))
@@ -120,11 +107,7 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell as it is written: text that could act or be read as something else becomes a JSON string.
-
-    So any text keeps to its line, none starts like a formula of a spreadsheet, and all of it reads back unchanged.
-    Lists are JSON too; what is missing is empty.
-    """
+    """A cell as written: lists and ambiguous or unsafe text (formulas, line breaks) as JSON; missing values empty."""
     if isinstance(value, list | tuple | np.ndarray):
         return json.dumps([float(each) if isinstance(each, np.generic) else each for each in value])
     if not isinstance(value, str):
@@ -136,7 +119,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table that ``csv_text`` wrote; lists stay JSON text."""
+    """A table written by ``csv_text``; lists remain JSON text."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file)
@@ -148,7 +131,6 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def command_line() -> str:
-    """The command as it was typed."""
     return shlex.join(["forkrl", *sys.argv[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Resuming a run: its settings stay, except those that affect no finished step. Imports no torch."""
+"""What a resumed run may change: settings that affect no finished step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,24 +14,17 @@ _PREFIXES = tuple(key.removesuffix("*") for key in CHANGEABLE)
 
 
 def stored_config(folder: Path) -> TrainConfig:
-    """The settings of the run in ``folder``."""
     values = read_recipe(folder)
     try:
         return parse_recipe(TrainConfig, values, str(folder / CONFIG))
-    except UserError as error:  # config.toml has not been edited since ForkRL wrote it: read_recipe has checked that
+    except UserError as error:  # read_recipe has checked that config.toml is unedited, so another version wrote it
         raise UserError(
             f"{error}; the run was made by another version of ForkRL: use that, or start a new run"
         ) from error
 
 
 def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]) -> list[str]:
-    """What a resumed run changes: each as ``key: old -> new``.
-
-    Args:
-        folder: of the run.
-        config: the settings to resume it with.
-        changed: settings that differ on purpose, as on the command line; any other difference is an error.
-    """
+    """What a resumed run changes, each as ``key: old -> new``; UserError for differences outside ``changed``."""
     by_verl = config.runtime.trainer == "verl"
     accepted: list[str] = []
     refused: list[str] = []
@@ -57,10 +50,7 @@ def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]
 def describe_resume(
     folder: Path, done: int | None, config: TrainConfig, changes: Sequence[str], *, finished: bool
 ) -> str:
-    """From which step a resumed run continues, with which changes; or that it is finished.
-
-    ``done`` is the step of its newest checkpoint, None if it has none. ``finished``: it is evaluated at its last step.
-    """
+    """The step a resumed run starts from and its changes, or that it is finished; ``done`` is the checkpoint's step."""
     last = config.training.steps
     if finished:
         return (

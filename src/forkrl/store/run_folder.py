@@ -1,13 +1,11 @@
-"""The folder of one training run.
+"""The folder of one training run, locked for one process at a time.
 
-    config.toml          the resolved recipe, and a [provenance] table
-    metrics.jsonl        one JSON object a line
-    rollouts/            sampled responses with a value per token: train-000010.parquet, eval-000000.parquet;
-                         the scores of every held-out problem: scores-000000.json
-    checkpoints/         step-N/, see forkrl.store.checkpoint
-    report.html
-
-One process at a time may use a run folder; the operating system frees its lock when that process ends.
+config.toml          the resolved recipe, and a [provenance] table
+metrics.jsonl        one JSON object per line
+rollouts/            sampled responses with per-token values: train-000010.parquet, eval-000000.parquet;
+                     the scores of every held-out problem: scores-000000.json
+checkpoints/         step-N/, see forkrl.store.checkpoint
+report.html
 """
 
 from __future__ import annotations
@@ -48,8 +46,8 @@ _log = logging.getLogger("forkrl")
 
 @cache
 def rollout_schema() -> pa.Schema:
-    """One row per response; the lists have one value per response token. Log-probs and entropy are in nats."""
-    import pyarrow as pa  # slow: not for a mistyped command
+    """One row per response; lists have one value per response token. Log-probs and entropy are in nats."""
+    import pyarrow as pa  # slow to import
 
     return pa.schema(
         [
@@ -82,18 +80,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_values: Mapping[str, Any], provenance: Mapping[str, Any]) -> Self:
-        """Start a run in a new or empty folder and write its config.toml.
-
-        Args:
-            recipe_values: the resolved recipe, from ``recipe_toml``.
-            provenance: versions, commit, fingerprint of the data; None values are left out.
-        """
+        """Start a run in a new or empty folder and write its config.toml, without None values of ``provenance``."""
         refuse_occupied(path)
         with explained_write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(path, "training")
             try:
-                refuse_occupied(path)  # again: someone may have been faster
+                refuse_occupied(path)  # again: another process may have created it
                 for folder in ("checkpoints", "rollouts"):
                     (path / folder).mkdir(exist_ok=True)
                 known = {key: value for key, value in provenance.items() if value is not None}
@@ -106,7 +99,6 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open an existing run."""
         config = _read_unedited(path)
         with explained_write_errors(path):
             lock = lock_folder(path, "training")
@@ -117,7 +109,7 @@ class RunFolder:
                 raise
 
     def close(self) -> None:
-        """Release the folder for another process."""
+        """Release the lock."""
         self._metrics.close()
         if self._lock >= 0:
             os.close(self._lock)
@@ -126,7 +118,7 @@ class RunFolder:
     def remove(self) -> None:
         """Delete the folder of a run that ``create`` has just begun."""
         clear_folder(self.path)
-        with suppress(OSError):  # a link or a mount point that the user made stays, empty
+        with suppress(OSError):  # a link or mount point made by the user remains, empty
             self.path.rmdir()
 
     def __enter__(self) -> Self:
@@ -146,23 +138,15 @@ class RunFolder:
         return self.path / "report.html"
 
     def change_recipe(self, recipe_values: Mapping[str, Any], step: int, changes: Sequence[str]) -> None:
-        """Replace the recipe in config.toml, atomically, and append the changes to ``provenance.changes``.
-
-        Args:
-            recipe_values: the resolved recipe, from ``recipe_toml``.
-            step: the last step done with the earlier settings.
-            changes: each as ``key: old -> new``.
-        """
+        """Replace the recipe atomically and note its changes, which apply after ``step``, in the provenance."""
         history = [*self.provenance.get("changes", []), {"after_step": step, "settings": list(changes)}]
         _write_config(self.path, recipe_values, {**self.provenance, "changes": history})
         config = _read_unedited(self.path)
         self.provenance = config.pop("provenance")
         self.recipe = config
 
-    # -- metrics -----------------------------------------------------------------------------------------------------
-
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, without buffering. NaN and infinity become null."""
+        """Append a line to metrics.jsonl, unbuffered. NaN and infinity become null."""
         line = json.dumps(finite(record), allow_nan=False).encode("utf-8") + b"\n"
         before = self._size()
         with explained_write_errors(self.path / "metrics.jsonl"):
@@ -181,7 +165,7 @@ class RunFolder:
         return self._size()
 
     def truncate_metrics(self, size: int) -> None:
-        """Cut metrics.jsonl to the complete lines in its first ``size`` bytes; warn if that is less."""
+        """Truncate metrics.jsonl to the complete lines in its first ``size`` bytes; warn if they are fewer."""
         content = (self.path / "metrics.jsonl").read_bytes()
         whole = content[:size].rfind(b"\n") + 1
         if whole != size:
@@ -194,7 +178,6 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every complete line of metrics.jsonl."""
         records: list[dict[str, Any]] = []
         *lines, _ = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
@@ -210,15 +193,8 @@ class RunFolder:
     def _size(self) -> int:
         return os.fstat(self._metrics.fileno()).st_size
 
-    # -- rollouts ----------------------------------------------------------------------------------------------------
-
     def write_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write sampled responses to ``rollouts/NAME.parquet``, atomically.
-
-        Args:
-            name: ``train-`` or ``eval-`` and the step in six digits.
-            rows: one mapping per response, with the columns of ``rollout_schema``; only ``advantage`` may be None.
-        """
+        """Write ``rollouts/NAME.parquet`` (``rollout_schema``) atomically, such as ``train-000010``."""
         if not _ROLLOUT_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a name for rollouts, such as train-000010")
         for number, row in enumerate(rows):
@@ -234,7 +210,6 @@ class RunFolder:
         return path
 
     def read_rollouts(self, name: str) -> list[dict[str, Any]]:
-        """The rows of ``rollouts/NAME.parquet``."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -247,7 +222,7 @@ class RunFolder:
 
     @property
     def rollout_names(self) -> list[str]:
-        """The names for ``read_rollouts``: evaluations first, each kind by step."""
+        """Names for ``read_rollouts``: evaluations first, each kind by step."""
         found = [_ROLLOUT_NAME.fullmatch(path.stem) for path in (self.path / "rollouts").glob("*.parquet")]
         return [match[0] for match in sorted(filter(None, found), key=lambda match: (match[1], int(match[2])))]
 
@@ -255,16 +230,11 @@ class RunFolder:
         return self.path / "rollouts" / f"{name}.parquet"
 
     def write_scores(self, step: int, scores: Mapping[str, Sequence[float]]) -> None:
-        """Write ``rollouts/scores-STEP.json``: the scores of every held-out problem, by prompt id."""
+        """Write ``rollouts/scores-STEP.json``: scores of every held-out problem, by prompt id."""
         write_text(self.path / "rollouts" / f"scores-{step:06d}.json", json.dumps(scores, separators=(",", ":")) + "\n")
 
-    # -- resume ------------------------------------------------------------------------------------------------------
-
     def discard_after(self, step: int, metrics_bytes: int) -> None:
-        """Delete what was logged or sampled after the checkpoint of ``step`` (-1: everything); it will be repeated.
-
-        ``metrics_bytes``: the length of metrics.jsonl when the checkpoint was saved.
-        """
+        """Delete what came after ``step`` (-1: everything), when metrics.jsonl had ``metrics_bytes`` bytes."""
         for name in self.rollout_names:
             if int(name.partition("-")[2]) > step:
                 self._rollouts(name).unlink()
@@ -278,7 +248,7 @@ class RunFolder:
 
 
 def refuse_unusable(path: Path) -> None:
-    """Refuse a path at which no folder can be created or written to."""
+    """Refuse a path where no folder can be created or written."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another --out")
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -288,7 +258,7 @@ def refuse_unusable(path: Path) -> None:
 
 
 def refuse_occupied(path: Path) -> None:
-    """Refuse a path that is unusable, or a folder with other content than a killed ``create`` may have left."""
+    """Refuse an unusable path, or a folder with content other than what a killed ``create`` may leave."""
     refuse_unusable(path)
     if not path.exists():
         return
@@ -303,7 +273,6 @@ def refuse_occupied(path: Path) -> None:
 
 
 def clear_folder(path: Path) -> None:
-    """Delete everything in a folder."""
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
@@ -312,7 +281,7 @@ def clear_folder(path: Path) -> None:
 
 
 def lock_folder(path: Path, activity: str) -> int:
-    """A descriptor that holds the exclusive lock of the folder until it is closed or this process ends."""
+    """A descriptor that holds the folder's exclusive lock until it is closed or the process ends."""
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -328,7 +297,7 @@ def lock_folder(path: Path, activity: str) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The contents of config.toml: the recipe, and ``provenance``. Edits are not noticed."""
+    """The contents of config.toml, with ``provenance``; edits are not detected."""
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder; name the folder given to forkrl train --out")
     try:
@@ -342,7 +311,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe of a run as plain values, without taking the folder's lock."""
+    """The recipe of a run as plain values, without locking the folder."""
     return {name: value for name, value in _read_unedited(path).items() if name != "provenance"}
 
 
@@ -352,7 +321,7 @@ def _write_config(path: Path, recipe_values: Mapping[str, Any], provenance: Mapp
 
 
 def _digest(recipe_values: Mapping[str, Any]) -> str:
-    """Detects edits of config.toml, after which it would not be what the past steps were trained with."""
+    """Detects edits of config.toml, which would no longer describe the finished steps."""
     return hashlib.sha256(json.dumps(recipe_values, sort_keys=True).encode()).hexdigest()
 
 
@@ -368,7 +337,7 @@ def _read_unedited(path: Path) -> dict[str, Any]:
 
 
 def _check_row(number: int, row: Mapping[str, Any]) -> None:
-    """Arrow would silently fill missing columns with null and drop unknown ones."""
+    """Arrow silently fills missing columns with null and drops unknown ones."""
     if difference := row.keys() ^ set(rollout_schema().names):
         raise ValueError(f"row {number}: missing or unknown columns: {', '.join(sorted(difference))}")
     if empty := [name for name in rollout_schema().names if row[name] is None and name != "advantage"]:
@@ -379,11 +348,10 @@ def _check_row(number: int, row: Mapping[str, Any]) -> None:
 
 
 def _encodable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with text that Parquet can store."""
     texts = {name: encodable_text(row[name]) for name in ("prompt_id", "prompt", "response")}
     return {**row, **texts, "tokens": [encodable_text(token) for token in row["tokens"]]}
 
 
 def encodable_text(text: str) -> str:
-    """Text that Parquet can store: lone surrogates, which UTF-8 cannot encode, are escaped."""
+    """Text with lone surrogates, which UTF-8 cannot encode, escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -19,7 +19,7 @@ def load_recipe(path: str | Path | None = None, *overrides: str) -> TrainConfig:
     """Settings from a recipe file, or the defaults, with overrides such as ``"training.steps=60"``.
 
     Raises:
-        UserError: the file is missing or not TOML, a key is unknown, a value has the wrong type or range.
+        UserError: a missing or malformed file, an unknown key, or a value of the wrong type or range.
     """
     return recipe.load_recipe(TrainConfig, path, overrides)
 
@@ -52,12 +52,12 @@ def train(
 
     Args:
         config: for example from :func:`forkrl.load_recipe`.
-        out: folder of the run.
-        on_step: called after each step with the run and the metrics of the step.
+        out: run folder.
+        on_step: called after each step with the run and the step's metrics.
         plug_ins: ``engine``, ``task``, ``verifier`` or ``tracker``, see :class:`forkrl.PlugIns`.
 
     Raises:
-        UserError: anything the user can fix: model, data, folder, recipe.
+        UserError: an error in the model, data, folder or recipe.
         TrainingHalted: training cannot continue, for example because of a NaN loss.
     """
     with Run.create(config, out, **plug_ins) as run:

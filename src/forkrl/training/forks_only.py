@@ -1,14 +1,9 @@
-"""The forks-only backward: only some positions run with gradients. An approximation for speed (docs/forks-only.md).
+"""The forks-only backward: only some positions run with gradients, an approximation for speed (docs/forks-only.md).
 
-A prefill without gradients gives the keys and values of each layer, and the entropies for the selection. Then the
-selected positions run with gradients, attending to those keys and values. Their log-probs equal those of the dense
-pass. So does the gradient if every position runs; otherwise it lacks the paths through the hidden states of positions
-that do not run, some of which three settings restore (``ForksOnlyConfig``).
-
-It uses the attention interface of ``transformers`` and changes no model's code.
-
-Shapes: ``B`` sequences, ``T`` token positions, ``N`` running positions in all, ``D`` hidden; ``H`` query heads, ``K``
-heads of keys and values, ``C`` channels of a head.
+A prefill without gradients caches keys, values and entropies; then the selected positions run with gradients and attend
+to the cache. Log-probs equal those of the dense pass; the gradient lacks the paths through positions that do not run,
+some of which ``ForksOnlyConfig`` can restore. Axes: ``B`` sequences, ``T`` token positions, ``N`` running positions,
+``D`` hidden; ``H`` query heads, ``K`` key-value heads, ``C`` channels of a head.
 """
 
 from __future__ import annotations
@@ -32,32 +27,27 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class KeysAndValues(NamedTuple):
-    """The keys and values of a layer at every position, ``[B, K, T, C]`` each."""
+    """Keys and values of a layer at every position, ``[B, K, T, C]`` each."""
 
     keys: Tensor
     values: Tensor
 
 
 class Prefill(NamedTuple):
-    """The keys and values of each layer, and the last hidden states if the pass ran to its end."""
+    """Keys and values of each layer, and the last hidden states if the pass was complete."""
 
     layers: dict[int, KeysAndValues]
     hidden_BTD: Tensor | None
 
     @property
     def num_bytes(self) -> int:
-        """The size of keys and values."""
         return sum(each.nbytes for layer in self.layers.values() for each in layer)
 
 
 def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections: bool = False) -> Prefill:
-    """A forward pass over every position that caches each layer's keys and values.
+    """A forward pass that caches each layer's keys and values; without ``to_the_end`` it stops at the last layer's.
 
-    Args:
-        policy: the model.
-        batch: on the policy's device.
-        to_the_end: compute the last hidden states too; else the pass ends at the last layer's keys and values.
-        projections: let gradients flow from keys and values into their projections, and no further.
+    With ``projections``, gradients flow from keys and values into their projections only.
     """
     layers: dict[int, KeysAndValues] = {}
     num_layers = policy.model.config.get_text_config().num_hidden_layers
@@ -83,7 +73,7 @@ def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections:
 
 
 def prefill_entropies(policy: Policy, batch: TokenBatch, cache: Prefill, *, temperature: float) -> Tensor:
-    """Entropy of every response position, fp32 ``[B, T]``, 0 elsewhere. The prefill ran to the end."""
+    """Response entropies, fp32 ``[B, T]``, 0 elsewhere. Needs a complete prefill."""
     assert cache.hidden_BTD is not None, "the pass ended early"
     with torch.no_grad():
         mask_BT = batch.response_mask
@@ -102,15 +92,8 @@ def compute_selected_stats(
 ) -> TokenStats:
     """Log-prob and entropy at the selected positions, fp32 ``[B, T]``, 0 elsewhere.
 
-    Args:
-        policy: gradients flow into its weights through the positions that run.
-        batch: on the policy's device.
-        selected_BT: bool, inside the response mask.
-        temperature: of sampling; the statistics are of the same distribution.
-        weight_BT: 1 at selected positions and at others that run too; ``1 / p`` at positions that were drawn with
-            probability ``p`` to run; 0 elsewhere. None: only selected positions run.
-        projections: compute the gradients of the key and value projections at all positions.
-        cache: a prefill of the same batch and weights, with the same ``projections``; None: it is made here.
+    ``weight_BT`` is ``1 / p`` at positions drawn with probability ``p``, 1 at others that run, 0 elsewhere. With
+    ``projections``, key and value projections get gradients at all positions; ``cache`` must be made the same way.
     """
     if projections and weight_BT is not None and bool((weight_BT > 1).any()):
         raise ValueError("projections and weights above 1 would count the same gradients twice; leave one of them out")
@@ -130,11 +113,7 @@ def compute_selected_stats(
 
 
 def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
-    """Refuse a model that this backward does not fit, by comparing log-probs with the dense pass.
-
-    Such a model keeps state other than keys and values, has its own attention code, or (for ``projections``) does not
-    mark its layers. ``open_policy`` rejects rotary frequencies that depend on the length.
-    """
+    """Raise UserError for a model with other state or custom attention, by comparing log-probs with the dense pass."""
     name = type(policy.model).__name__
     refusal = f'training.backward = "forks_only" does not fit {name}; set it to "dense"'
     ids = torch.arange(17, device=policy.device)[None] % policy.head_weight.shape[0]
@@ -156,12 +135,12 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
 
 
 class _LastKeysKnown(Exception):
-    """Ends a forward pass from inside, once the last layer's keys and values are known."""
+    """Ends a forward pass early, once the last layer's keys and values are known."""
 
 
 @contextmanager
 def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
-    """If ``wanted``, every layer treats its input as a constant, so that gradients stay within a layer."""
+    """If ``wanted``, detach every layer's input, so that gradients stay within a layer."""
 
     def detach_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -197,7 +176,7 @@ def _attention_to(policy: Policy, cache: Prefill, groups: list[Group]) -> Any:
 
 
 def _windows(policy: Policy) -> list[int | None]:
-    """For each layer, how many positions a query sees, itself included; None: all up to itself."""
+    """Attention window of each layer in positions, including the query's own; None: full causal."""
     config = policy.model.config.get_text_config()
     num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers

@@ -1,7 +1,4 @@
-"""How a micro-batch runs: with gradients at every position (``Dense``) or at selected ones (``ForksOnly``).
-
-Axes: ``B`` sequences, ``T`` token positions.
-"""
+"""How a micro-batch runs: ``Dense`` or ``ForksOnly``. Axes: ``B`` sequences, ``T`` token positions."""
 
 from __future__ import annotations
 
@@ -24,14 +21,14 @@ if TYPE_CHECKING:  # avoids importing pydantic
 
 
 class Forward(Protocol):
-    """One way to run micro-batches; fp32 ``[B, T]`` results that are 0 outside the response."""
+    """A way to run micro-batches; results are fp32 ``[B, T]``, 0 outside the response."""
 
     def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
         """Entropies of all response tokens, without gradients."""
         ...
 
     def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
-        """Statistics with gradients: at least at ``at_BT``, and wherever the loss has a term."""
+        """Statistics with gradients, at least at ``at_BT`` and where the loss has a term."""
         ...
 
     def stats_and_selection(
@@ -42,13 +39,12 @@ class Forward(Protocol):
 
 
 def make_forward(config: TrainConfig) -> Forward:
-    """The forward pass that ``training.backward`` names."""
     return ForksOnly(config) if config.training.backward == "forks_only" else Dense(config)
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Exact. Every position runs with gradients; the head runs at the positions that the loss reads."""
+    """Exact: every position runs with gradients; the head runs where the loss reads it."""
 
     config: TrainConfig
 
@@ -78,14 +74,14 @@ class Dense:
 
 @dataclass(frozen=True)
 class ForksOnly:
-    """An approximation for speed (docs/forks-only.md). Selected positions run with gradients after a prefill."""
+    """Approximate (docs/forks-only.md): selected positions run with gradients after a prefill."""
 
     config: TrainConfig
 
     def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
         cache = self._prefill(worker, micro)
         num_bytes = sum(each.num_bytes for each in [cache, *worker.kept.values()])
-        # With projections it includes its autograd graph, many times the size of keys and values.
+        # With projections the cache includes its autograd graph, many times the size of keys and values.
         if not self.config.forks_only.projections and num_bytes <= self.config.forks_only.kept_mib * 2**20:
             worker.kept[micro.number] = cache._replace(hidden_BTD=None)
         return self._entropies(worker, micro, cache)
@@ -120,7 +116,7 @@ class ForksOnly:
 
 
 def running_weights(micro: MicroBatch, selected_BT: Tensor, settings: ForksOnlyConfig) -> Tensor | None:
-    """The weight ``[B, T]`` of each position that runs with gradients; None: the selected ones only."""
+    """Weight ``[B, T]`` of each position that runs with gradients; None: only the selected ones."""
     if not settings.prompt and micro.sampled_BT is None:
         return None
     weight_BT = torch.zeros_like(micro.batch.old_logprobs)

@@ -1,7 +1,4 @@
-"""One training step in one file: prompts, rollouts, rewards, advantages, selection, loss, step, log.
-
-Shapes: ``P`` prompts, ``G`` rollouts per prompt, ``B`` sequences, ``T`` token positions.
-"""
+"""One training step. Axes: ``P`` prompts, ``G`` rollouts per prompt, ``B`` sequences, ``T`` token positions."""
 
 from __future__ import annotations
 
@@ -24,17 +21,7 @@ from forkrl.types import RolloutGroup, TokenBatch
 
 
 def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = None) -> None:
-    """Train from the run's step to the last step of the recipe.
-
-    Args:
-        run: an open run.
-        on_step: called after each step with the run and the metrics of the step.
-
-    Raises:
-        NothingToLearn: every group was all right or all wrong; ``open_run`` saves the finished steps.
-        TrainingHalted: a NaN or infinite loss, entropy or gradient.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; ``open_run`` saves the finished steps.
-    """
+    """Train to the recipe's last step; raises NothingToLearn, TrainingHalted (NaN or infinity) or Interrupted."""
     run.evaluate_if_due()
     for _ in run.steps():
         started = time.perf_counter()
@@ -60,11 +47,7 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
 
 
 def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Sample and score until there are enough groups with a gradient (DAPO's dynamic sampling).
-
-    A group whose responses are all right or all wrong has zero advantage everywhere; it is dropped and counted.
-    Metrics are over everything sampled, dropped groups included.
-    """
+    """Sample and score until enough groups have a gradient (DAPO's dynamic sampling); metrics include dropped ones."""
     wanted, dynamic = run.config.rollout.prompts_per_step, run.config.dynamic_sampling
     kept: list[RolloutGroup] = []
     dropped: list[RolloutGroup] = []
@@ -102,7 +85,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
 
 
 def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
-    """Scores plus the soft penalty on overlong responses, fp32 ``[P, G]`` (v2 section 5.2)."""
+    """Scores plus DAPO's overlong penalty, fp32 ``[P, G]`` (v2 section 5.2)."""
     scores_PG = torch.tensor([group.scores for group in groups])
     lengths_PG = torch.tensor([[len(rollout) for rollout in group.rollouts] for group in groups])
     cache = run.config.reward.overlong_cache
@@ -110,7 +93,7 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
 
 
 def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> Update:
-    """Selection, loss, backward and optimizer on one mini-batch; ``on_policy`` is True for the first of a batch."""
+    """One gradient step; ``on_policy`` is True for the first mini-batch of a rollout batch."""
     lr = run.set_learning_rate()
     update = update_policy(
         run.workers,
@@ -120,7 +103,7 @@ def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> 
         run.generator,
         on_policy=on_policy,
     )
-    # Frees memory for the next rollout. The gradients of other workers share one block, which is kept.
+    # Frees memory for the next rollout. Other workers' gradients share one block, which is kept.
     run.optimizer.zero_grad(set_to_none=True)
     return Update(update.selected_BT.cpu(), update.metrics | {"optimizer/lr": lr})
 
@@ -133,7 +116,7 @@ def sample_rows(
     parts: Sequence[TokenBatch],
     updates: Sequence[Update],
 ) -> list[dict[str, Any]]:
-    """The first groups of the step for ``rollouts/``, with the tokens that carried gradient; empty if not due."""
+    """The step's first groups as rows for ``rollouts/``, with their selected tokens; empty if not due."""
     if not run.should_sample():
         return []
     num_groups = -(-run.config.log.rollouts_sampled // run.config.rollout.group_size)

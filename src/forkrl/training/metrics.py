@@ -1,7 +1,4 @@
-"""The metrics of one step, by their names in ``metrics.jsonl``.
-
-Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt.
-"""
+"""Metrics of one step. Axes: ``B`` sequences, ``T`` token positions, ``P`` prompts, ``G`` rollouts per prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ def rollout_metrics(
     num_batches: int,
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """Metrics of everything sampled, and how many groups dynamic sampling kept and dropped."""
+    """Metrics of everything sampled, and of the groups that dynamic sampling kept and dropped."""
     rollouts = [rollout for group in sampled for rollout in group.rollouts]
     num_tokens = sum(map(len, rollouts))
     return {
@@ -44,7 +41,7 @@ def rollout_metrics(
 
 
 def part_metrics(sampled: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Sampling metrics of each part of a mixed task, as ``area/name/PART``; empty for a task of one part."""
+    """Sampling metrics per part of a mixed task, as ``area/name/PART``; empty if unmixed."""
     metrics: dict[str, float] = {}
     for source, groups in by_source(sampled).items():
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -59,16 +56,12 @@ def part_metrics(sampled: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup
 
 
 def level_metrics(levels: Mapping[str, int]) -> dict[str, float]:
-    """The level of each curriculum, as ``task/level/PART``; ``task/level`` in a task of one part."""
+    """The level of each curriculum, as ``task/level/PART``; ``task/level`` in an unmixed task."""
     return {f"task/level/{source}".rstrip("/"): float(level) for source, level in levels.items()}
 
 
 def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> dict[str, float]:
-    """Means over the gradient steps of a batch, and statistics of the selection over all its tokens.
-
-    Entropies are of the policy that sampled, except ``entropy/threshold``: the lowest selected entropy, as the rule
-    read it.
-    """
+    """Means over gradient steps and selection statistics, by the rollout's entropies except ``entropy/threshold``."""
     means = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in updates[0].metrics}
     entropy_N = torch.cat([part.rollout_entropy[part.response_mask] for part in parts])
     kept_N = torch.cat([update.selected_BT[part.response_mask] for part, update in zip(parts, updates, strict=True)])
@@ -89,13 +82,12 @@ def update_metrics(parts: Sequence[TokenBatch], updates: Sequence[Update]) -> di
 
 
 def accuracy(groups: Sequence[RolloutGroup]) -> float:
-    """Mean score of all responses."""
     scores = [score for group in groups for score in group.scores]
     return sum(scores) / len(scores)
 
 
 def _failures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """The number of responses that could not be judged, in total and by reason; every step has all reasons."""
+    """Failed responses in total and by reason; always includes every reason."""
     counts = Counter(result.failure for group in groups for result in group.results if result.failure)
     by_reason = {f"verifier/failures_{reason}": float(counts[reason]) for reason in FAILURES}
     return {"verifier/failures": float(counts.total()), **by_reason}

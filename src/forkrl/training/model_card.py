@@ -24,16 +24,16 @@ class BaseModelFigures(NamedTuple):
     problems: int
     solve_rate: Estimate
     steps_right: float
-    """Share of arithmetic steps that are right, use available numbers and restate the remaining ones right."""
+    """Share of arithmetic steps that are correct, use available numbers and restate the remaining ones correctly."""
     length: float
     below_hundredth: float
     """Share of tokens with entropy below 0.01 nats."""
     percentile_80: float
-    """Entropy, in nats, that a fifth of the tokens exceed."""
+    """80th percentile of token entropy, in nats."""
 
 
 def measure_base_model(workers: Workers, task: Task, config: SftConfig) -> BaseModelFigures:
-    """Sample one response to each held-out problem and judge every step of it."""
+    """Sample one response to each held-out problem and check every step of it."""
     engine = EmbeddedEngine(workers, max_prompt_tokens=config.architecture.max_position_embeddings)
     room = config.architecture.max_position_embeddings - 16  # the longest prompt has 9 characters
     groups = engine.generate(
@@ -63,7 +63,6 @@ def measure_base_model(workers: Workers, task: Task, config: SftConfig) -> BaseM
 def write_model_card(
     out: Path, config: SftConfig, figures: BaseModelFigures, *, recipe: str, num_tokens: int, threads: int
 ) -> None:
-    """Write ``README.md`` next to the weights."""
     write_text(
         out / "README.md",
         f"""\

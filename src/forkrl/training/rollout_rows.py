@@ -12,7 +12,7 @@ from forkrl.method.selection import select_tokens
 from forkrl.model.token_texts import TokenTexts
 from forkrl.types import RolloutGroup
 
-if TYPE_CHECKING:  # pydantic, which only reading a recipe needs
+if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import SelectionConfig
 
 
@@ -24,16 +24,7 @@ def rollout_rows(
     rewards: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per response, with the columns of ``run_folder.rollout_schema``.
-
-    Args:
-        step: of the run.
-        groups: judged responses.
-        tokenizer: for the text of the tokens.
-        selected: for each response, in order, which of its tokens carried gradient.
-        rewards: for each response; None: the scores.
-        advantages: for each response; None: null.
-    """
+    """One row per response, with ``run_folder.rollout_schema``; ``selected`` has a bool per token of each response."""
     texts = TokenTexts(tokenizer)
     judged = [
         (group.prompt, rollout, score)

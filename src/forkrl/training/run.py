@@ -1,7 +1,4 @@
-"""A training run: what it opens, and what happens around its steps (log, sample, save, resume, stop).
-
-``loop.py`` has what happens inside a step.
-"""
+"""A training run: opening, logging, checkpoints, resuming and stopping. ``loop.py`` is the step itself."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ from forkrl.types import RolloutEngine, SamplingParams, Task, TokenBatch, Verifi
 
 @dataclass(eq=False)
 class Run:
-    """The state of a run between its steps. ``step`` counts finished steps; at 0 the model is untrained."""
+    """The state of a run between steps. ``step`` counts finished steps."""
 
     config: TrainConfig
     folder: RunFolder
@@ -72,7 +69,7 @@ class Run:
         """A new run in folder ``out``, as a context manager; ``plug_ins`` are fields of :class:`PlugIns`.
 
         Raises:
-            UserError: anything the user can fix: model, data, folder, recipe.
+            UserError: an error in the model, data, folder or recipe.
         """
         return open_run(config, Path(out), plug_ins=PlugIns(**plug_ins))
 
@@ -83,26 +80,26 @@ class Run:
         """The run in ``folder`` at its newest checkpoint, as a context manager.
 
         Args:
-            folder: of the run.
+            folder: run folder.
             changes: new values for training.steps, eval.*, checkpoint.* or log.*, by key.
             plug_ins: fields of :class:`PlugIns`, as when the run was created.
 
         Raises:
-            UserError: as ``create``; a change of another setting.
+            UserError: as ``create``, or for a change of another setting.
         """
         changes = dict(changes or {})
         config = change_recipe(stored_config(Path(folder)), changes)
         return open_run(config, resume=Path(folder), changed=changes, plug_ins=PlugIns(**plug_ins))
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps still to do; random state and data position are noted before each, for ``stop``."""
+        """Numbers of the remaining steps; saves random state and data position before each, for ``stop``."""
         while self.step < self.config.training.steps:
             self._mark()
             yield self.step + 1
 
     @contextmanager
     def phase(self, name: str, total: int = 0) -> Iterator[None]:
-        """A part of a step that changes no weights, so a signal ends it at once. It samples ``total`` responses."""
+        """A part of a step that changes no weights and may be interrupted; samples ``total`` responses."""
         before = self.workers.sequences_finished
         self.display.phase(name, total, lambda: self.workers.sequences_finished - before)
         with self.interruption.allowed():
@@ -110,12 +107,11 @@ class Run:
 
     @property
     def policy(self) -> Policy:
-        """The model being trained."""
         return self.workers.policy
 
     @property
     def sampling(self) -> SamplingParams:
-        """How training responses are sampled."""
+        """Sampling parameters of training responses."""
         rollout = self.config.rollout
         return SamplingParams(
             max_response_tokens=rollout.max_response_tokens,
@@ -126,9 +122,9 @@ class Run:
         )
 
     def check_logprobs(self, batch: TokenBatch) -> dict[str, float]:
-        """Compare the sampler's log-probs with the trainer's, on the first micro-batch after a start or a resume.
+        """Compare sampler and trainer log-probs on the first micro-batch after a start or resume.
 
-        Changes neither weights nor random states. Raises TrainingHalted if they differ by more than rounding.
+        Raises TrainingHalted if they differ by more than rounding. Weights and random states are unchanged.
         """
         if self._gap_checked:
             return {}
@@ -148,7 +144,7 @@ class Run:
         return lr
 
     def finish_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Count the step, log it, and save a checkpoint if one is due."""
+        """Count and log the step; save a checkpoint if due."""
         self.step += 1
         self._mark()
         if samples:
@@ -162,10 +158,7 @@ class Run:
         return bool(self.config.log.rollouts_sampled) and (self.step + 1) % self.config.log.rollouts_every == 0
 
     def evaluate_if_due(self) -> None:
-        """Measure held-out accuracy: before training, after the last step, and every ``eval.every`` steps.
-
-        The prompts and the random numbers are the same each time; training's own generator is not used.
-        """
+        """Measure held-out accuracy at the start, every ``eval.every`` steps and at the end, with a fixed seed."""
         every, last = self.config.eval.every, self.config.training.steps
         due = self.step in (0, last) or (every and self.step % every == 0)
         if not due or self.step == self._evaluated_step:
@@ -222,13 +215,9 @@ class Run:
         self.save()
 
     def restore(self) -> int:
-        """Restore the newest complete checkpoint, if there is one; the folder is not changed.
+        """Restore the newest complete checkpoint, if any, and return the length of metrics.jsonl at that checkpoint.
 
-        Returns:
-            The length of metrics.jsonl as of that checkpoint.
-
-        Raises:
-            UserError: that checkpoint is beyond training.steps, or of another version of ForkRL.
+        Raises UserError if it is beyond training.steps or of another version. The folder is not changed.
         """
         path = latest_checkpoint(self.folder.checkpoints)
         if path is None:
@@ -256,7 +245,7 @@ class Run:
 
     @property
     def first_unsaved_step(self) -> int:
-        """The first step that no checkpoint contains; 0 without checkpoints: the state before training counts."""
+        """The first step that no checkpoint contains; 0 without checkpoints (step 0 is the untrained model)."""
         return 0 if self._saved_step is None else self._saved_step + 1
 
     @property
@@ -274,14 +263,11 @@ class Run:
         )
 
     def _evaluation_bytes(self, start: int) -> int:
-        """Length of the line at ``start`` of metrics.jsonl if it is the evaluation of this step; else 0.
-
-        The checkpoint of a step is written before the step is evaluated; a logged evaluation is not repeated.
-        """
+        """Length of the metrics.jsonl line at ``start`` if it is this step's evaluation, else 0."""
         line, newline, _ = (self.folder.path / "metrics.jsonl").read_bytes()[start:].partition(b"\n")
         try:
             record = json.loads(line)
-        except ValueError:  # nothing there, or half a line
+        except ValueError:  # missing or incomplete line
             return 0
         logged = newline and isinstance(record, dict) and record.get("step") == self.step and "eval/accuracy" in record
         return len(line + newline) if logged else 0
@@ -298,9 +284,9 @@ class Run:
 
 @dataclass(frozen=True)
 class PlugIns:
-    """Parts of a run that replace those of the recipe; None keeps the recipe's.
+    """Replacements for parts of a run; None keeps the recipe's.
 
-    ``engine`` is called with the workers and the settings once the model is open. A ``verifier`` is not closed.
+    ``engine`` is called with the workers and the settings once the model is open. The caller closes ``verifier``.
     """
 
     engine: Callable[[Workers, TrainConfig], RolloutEngine] | None = None
@@ -320,19 +306,8 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a new run in ``out``, or the run in ``resume`` at its newest checkpoint.
 
-    On Ctrl-C, SIGTERM or SIGHUP the finished steps are saved before ``Interrupted`` reaches the caller. On a failure,
-    earlier checkpoints are unchanged.
-
-    Args:
-        config: of a resumed run: the settings it was started with.
-        out: folder of a new run; it is not created if anything is wrong with the input.
-        resume: folder of the run to continue.
-        changed: settings (training.steps, eval.*, checkpoint.*, log.*) in which ``config`` differs on purpose from
-            those the run was started with; they are stored.
-        plug_ins: the caller's own engine, task, verifier or tracker.
-
-    Raises:
-        UserError: anything the user can fix: model, data, folder, recipe.
+    On a stop signal, finished steps are saved before ``Interrupted`` is raised. ``out`` is not created if the input is
+    invalid. Only ``changed`` settings may differ from those a resumed run was started with; they are stored.
     """
     changes: list[str] = []
     if resume is not None:
@@ -345,7 +320,7 @@ def open_run(
         run = _open_parts(config, out, resume, plug_ins, stack)
         metrics_bytes = run.restore() if resume is not None else 0
         run.tracker = stack.enter_context(_open_tracker(run, plug_ins.tracker, remove_on_failure=resume is None))
-        stack.enter_context(run.interruption)  # not earlier: Ctrl-C must end a tracker that waits for its server
+        stack.enter_context(run.interruption)  # after the trackers: Ctrl-C must end one that waits for its server
         if resume is not None:
             run.folder.discard_after(run.first_unsaved_step - 1, metrics_bytes)
         if changes:
@@ -379,7 +354,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
         open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward)
     )
     prompts = open_stream(task.train, config.task, config.seed)
-    # The folder comes after everything that can be wrong with the input: a mistake leaves none behind.
+    # Created after all input checks: a mistake leaves no folder.
     provenance = describe_provenance(task, workers)
     folder = stack.enter_context(_open_folder(config, out, resume, provenance))
     return Run(
@@ -399,7 +374,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
 
 
 def _open_policy(config: TrainConfig) -> Policy:
-    """The model, checked before the run begins to support what the recipe asks of it."""
+    """The model, checked to support the recipe."""
     policy = open_policy(config.model, config.runtime.device)
     if config.training.backward == "forks_only":
         require_forks_only(policy, projections=config.forks_only.projections)
@@ -429,7 +404,7 @@ def _open_folder(
 
 
 def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> Trackers:
-    """The trackers of the recipe and the caller's ``own``. If one does not start, a new run's folder is removed."""
+    """The recipe's trackers and the caller's ``own``. If one fails to start, a new run's folder is removed."""
     try:
         run_id = run.folder.provenance["run_id"]
         tracked = TrackedRun(run.folder.path, recipe_toml(run.config), run_id, run.first_unsaved_step)
@@ -450,7 +425,7 @@ def _announce_resume(run: Run, changes: Sequence[str]) -> None:
 
 @contextmanager
 def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
-    """When a run ends before its last step, save what is sound, and say where it ended and what can be done."""
+    """When a run ends early, save what is valid, and say where it ended and how to continue."""
     try:
         yield
     except UserError:
@@ -464,8 +439,8 @@ def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
         if run.step:
             run.stop()
         raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
-    except WorkerLost as error:  # not saved: it may have died between the gradient steps of a batch
+    except WorkerLost as error:  # not saved: the worker may have died between the gradient steps of a batch
         remedy = f"continue with: forkrl train --resume {run.folder.path}"
         raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
-    except TrainingHalted as error:  # not saved: the weights may be what went wrong
+    except TrainingHalted as error:  # not saved: the weights may be the cause
         raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error

@@ -1,17 +1,11 @@
-"""Attention of a few positions to all positions of their sequences, with gradients for those few only.
+"""Attention of the running positions to all positions of their sequences, with gradients for the running ones only.
 
-The keys and values of every position are given, so nothing is copied into place. Where the others are constants, only
-the few positions have a gradient of keys and values. Memory is one tile of scores; queries are in order, so a block of
-them reads only the keys up to its last one.
-
-A position that runs with weight ``w`` was drawn with probability ``1 / w``. The gradient that reaches its key and value
-from other positions counts ``w`` times, so that on average over draws every path through it counts once.
-
-Sequences with similar numbers of running positions attend as a group, so that padding at most doubles a row.
-
-Shapes: ``B`` sequences, ``T`` positions, ``S`` running positions of the sequence with the most, ``N`` running positions
-in all; ``H`` query heads, ``K`` heads of keys, ``G`` query heads to each, ``C`` channels; ``R`` queries of a block,
-``M`` the keys it reads.
+Memory is one tile of scores; queries are in order, so a block reads keys only up to its last query. A position with
+weight ``w`` was drawn with probability ``1 / w``: the gradient that reaches its key and value from other positions
+counts ``w`` times, so that every path counts once on average. Sequences with similar numbers of running positions form
+a group, so that padding at most doubles a row. Axes: ``B`` sequences, ``T`` positions, ``N`` running positions in all,
+``S`` most in a sequence; ``H`` query heads, ``K`` key heads, ``G`` query heads per key head, ``C`` channels; ``R``
+queries of a block, ``M`` its keys.
 """
 
 from __future__ import annotations
@@ -30,18 +24,18 @@ SCORES, COLUMNS = 1 << 26, 16_384
 
 
 class Layout(NamedTuple):
-    """The positions that run in some sequences. They are packed, ``[N]``, by sequence and in order."""
+    """Running positions of some sequences, packed ``[N]`` by sequence and in order."""
 
     place_BS: Tensor
-    """Position of each in its sequence; padded with ``T``."""
+    """Position in the sequence; ``T`` on padding."""
     slot_BS: Tensor
-    """Its index among the packed positions."""
+    """Index among the packed positions."""
     real_BS: Tensor
     """False on padding."""
     weight_BS: Tensor | None
-    """How often its key and value count; None: all once."""
+    """Weight of the key and value; None: all 1."""
     bounds: list[tuple[int, int]]
-    """The lowest and the highest place in each column ``S``."""
+    """Lowest and highest position in each column ``S``."""
 
 
 class Group(NamedTuple):
@@ -54,7 +48,7 @@ class Group(NamedTuple):
 
 
 def lay_out(running_BT: Tensor, weight_BT: Tensor | None) -> list[Group]:
-    """Groups of sequences for the positions that run; ``weight_BT`` if some do not count once."""
+    """Groups of sequences for the running positions; ``weight_BT`` is None if all weights are 1."""
     counts = running_BT.sum(1).tolist()
     slots_B = torch.arange(sum(counts), device=running_BT.device).split(counts)
     groups: list[list[int]] = []
@@ -88,19 +82,14 @@ def selected_attention(
     query: Tensor, key: Tensor, value: Tensor, all_keys: Tensor, all_values: Tensor, groups: list[Group],
     *, scaling: float, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """Attention ``[1, N, H, C]`` of packed queries to all keys of their own sequences.
+    """Attention ``[1, N, H, C]`` of packed queries ``[1, H, N, C]`` to all keys of their sequences, ``[B, K, T, C]``.
 
-    Args:
-        query: ``[1, H, N, C]``.
-        key, value: ``[1, K, N, C]``, equal to those in ``all_keys`` and ``all_values``; they receive the gradient.
-        all_keys, all_values: ``[B, K, T, C]``. If they require gradients, they receive that of the other positions.
-        groups: of the packed positions, by ``lay_out``.
-        scaling: factor of the scores.
-        window: how many positions a query sees, itself included; None: all up to itself.
+    ``key`` and ``value`` ``[1, K, N, C]`` equal their entries in ``all_keys`` and ``all_values`` and get a gradient.
+    Other positions get one if ``all_keys`` requires it. ``window`` includes the query's own position.
     """
     packed = [attention_dtype(each) for each in (query, key, value)]
     constant = [attention_dtype(each) for each in (all_keys, all_values)]
-    with torch.autocast(query.device.type, enabled=False):  # it would round the scores
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the scores
         if len(groups) == 1 and len(groups[0].rows_B) == len(all_keys):
             mixed = _attend(packed, constant, groups[0].layout, scaling, window)
         else:
@@ -123,7 +112,7 @@ def _attend(packed: list[Tensor], constant: list[Tensor], layout: Layout, scalin
 
 
 def attention_dtype(each: Tensor) -> Tensor:
-    """The precision of attention: at least fp32 on a CPU (``forkrl.model.attention``), else autocast's if it is on."""
+    """Attention precision: at least fp32 on a CPU (``forkrl.model.attention``), else autocast's if enabled."""
     device = each.device.type
     if device == "cpu":
         return each.to(_wide(each))
@@ -131,7 +120,7 @@ def attention_dtype(each: Tensor) -> Tensor:
 
 
 class _SelectedAttention(torch.autograd.Function):
-    """Saves its inputs, its output and a log-sum-exp per query and head; the backward computes scores again."""
+    """Saves inputs, output and a log-sum-exp per query and head; the backward recomputes scores."""
 
     @staticmethod
     def forward(
@@ -207,7 +196,7 @@ class _SelectedAttention(torch.autograd.Function):
 
 
 class _Part(NamedTuple):
-    """The queries of a block in the backward, ``[B, K, G, R, C]`` and ``[B, K, G, R]``."""
+    """Queries of a block in the backward, ``[B, K, G, R, C]`` and ``[B, K, G, R]``."""
 
     query: Tensor
     grad: Tensor
@@ -218,7 +207,7 @@ class _Part(NamedTuple):
 class _Tile(NamedTuple):
     columns: slice
     clear: int
-    """The number of leading keys that every query of the block sees."""
+    """Leading keys that every query of the block sees."""
 
     def places(self, device: torch.device) -> Tensor:
         return torch.arange(self.columns.start, self.columns.stop, device=device)[None]
@@ -232,7 +221,7 @@ class _Block(NamedTuple):
 def _blocks(
     layout: Layout, num_heads: int, num_positions: int, window: int | None, device: torch.device
 ) -> Iterator[_Block]:
-    """Consecutive queries, as many as fit a tile, with the tiles of keys that they see."""
+    """Blocks of consecutive queries that fit a tile, with the tiles of keys they see."""
     budget, width = (SCORES_CPU, COLUMNS_CPU) if device.type == "cpu" else (SCORES, COLUMNS)
     budget //= len(layout.place_BS) * num_heads
     start = 0
@@ -252,14 +241,14 @@ def _blocks(
 
 
 def _query_places(layout: Layout, rows: slice, num_positions: int) -> Tensor:
-    """Places of some queries, ``[B, R]``. Padding sees what the last position sees, and no other padding."""
+    """Positions of some queries, ``[B, R]``. Padding sees what the last position sees, and no other padding."""
     return layout.place_BS[:, rows].clamp_max(num_positions - 1)
 
 
 def _again(
     part: _Part, keys: Tensor, values: Tensor, scaling: float, seen_BRM: Tensor, clear: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights and the gradient of the unscaled scores, ``[B, K, G, R, M]``."""
+    """Recomputed attention weights and the gradient of the unscaled scores, ``[B, K, G, R, M]``."""
     scores = _scores(part.query, keys, scaling)
     _hide(scores, seen_BRM, clear)
     weights = scores.sub_(part.lse[..., None]).exp_()
@@ -273,12 +262,12 @@ def _sees(query_place_BR: Tensor, key_place_BM: Tensor, window: int | None) -> T
 
 
 def _hide(scores: Tensor, seen_BRM: Tensor, clear: int) -> None:
-    """Set the scores of unseen keys to minus infinity; the first ``clear`` keys are seen by all."""
+    """Mask unseen keys with minus infinity; the first ``clear`` keys are seen by all."""
     scores[..., clear:].masked_fill_(~seen_BRM[:, None, None], -torch.inf)
 
 
 def _count(to_own: Tensor, weight_BS: Tensor | None, rows: slice) -> None:
-    """Weigh the gradient that reaches a drawn position from others; what it sends itself counts once."""
+    """Weight the gradient that reaches a drawn position from other positions; its own counts once."""
     if weight_BS is None:
         return
     weight_BM = weight_BS[:, : rows.stop].to(to_own.dtype)
@@ -289,7 +278,7 @@ def _count(to_own: Tensor, weight_BS: Tensor | None, rows: slice) -> None:
 
 
 def _divide_gradient(sums: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Split the gradients of all keys and all values into those of running and of other positions."""
+    """Split the gradients of all keys and values into those of running and of other positions."""
     inside_BS = layout.place_BS.where(layout.real_BS, 0)
     running, rest = [], list[Tensor | None]()
     for total in sums:
@@ -313,7 +302,7 @@ def _pack(padded: Tensor, layout: Layout) -> Tensor:
 
 
 def _group(heads: Tensor, num_kv: int) -> Tensor:
-    """``[B, H, ...]`` to ``[B, K, G, ...]``: the query heads of each head of keys."""
+    """``[B, H, ...]`` to ``[B, K, G, ...]``: query heads by key head."""
     grouped: Tensor = heads.unflatten(1, (num_kv, -1))
     return grouped
 

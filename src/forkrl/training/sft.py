@@ -1,7 +1,4 @@
-"""Supervised training from random weights on generated search traces: how the embedded base model is made.
-
-The random searcher of each batch is seeded by (seed, step), so a recipe determines the data, also of a resumed run.
-"""
+"""Supervised training of the embedded base model on search traces, each batch seeded by (seed, step)."""
 
 from __future__ import annotations
 
@@ -30,15 +27,12 @@ from forkrl.types import Task
 
 IGNORED = -100
 MICRO_BATCH_TOKENS = 1024
-"""Small enough that activations stay in a core's cache: a third faster than 8,192 where it was measured."""
+"""Keeps activations in a core's cache: a third faster than 8,192 where measured."""
 CHECKPOINT_EVERY = 250
 
 
 def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
-    """Train from random weights and write the model, its tokenizer and its card to ``out``.
-
-    After an interruption the same call resumes from the last checkpoint in ``out/.checkpoints``.
-    """
+    """Train and write the model, tokenizer and card to ``out``; resumes from ``out/.checkpoints``."""
     checkpoints = out / ".checkpoints"
     policy = build_base_policy(config)
     optimizer = torch.optim.AdamW(
@@ -96,7 +90,7 @@ def accumulate_cross_entropy(worker: Worker, item: tuple[Tensor, Tensor], num_to
 
 
 def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character of the alphabet, and <pad>, <eos>, <unk>."""
+    """One token per character, and <pad>, <eos>, <unk>."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -129,10 +123,7 @@ def build_base_policy(config: SftConfig) -> Policy:
 
 
 def trace_batch(config: SftConfig, policy: Policy, task: Task, step: int) -> list[tuple[Tensor, Tensor]]:
-    """The data of one gradient step, cut into ``(input_ids [B, T], labels [B, T])`` of similar length.
-
-    Prompt and padding have no label; every character of every trace has one.
-    """
+    """One gradient step's ``(input_ids [B, T], labels [B, T])`` by length; only trace characters have labels."""
     rng, tokenizer = random.Random(f"{config.seed}/{step}"), policy.tokenizer
     rows: list[tuple[list[int], list[int]]] = []
     size = 0
@@ -164,7 +155,7 @@ def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int, device: torch.dev
 
 
 def learning_rate(config: SftConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to ``final_lr``."""
+    """Linear warm-up, then cosine decay to ``final_lr``."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -187,7 +178,7 @@ def _save(
 
 
 def _resume(config: SftConfig, checkpoints: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Restore weights and optimizer; the steps and tokens done before, zeros for a new model."""
+    """Restore weights and optimizer; return steps and tokens done, zeros for a new model."""
     newest = latest_checkpoint(checkpoints)
     if newest is None:
         return 0, 0

@@ -1,10 +1,7 @@
-"""Copies of the metrics in TensorBoard, W&B and trackio; ``metrics.jsonl`` is always written.
+"""Copies of the metrics in TensorBoard, W&B and trackio. A failure to start ends the run; a later one does not.
 
-A tracker that is not installed or does not start stops the run before its first step; one that fails later is reported
-once and dropped, and training continues.
-
-A resumed run continues its curves. Steps that were logged after its checkpoint are logged again: TensorBoard deletes
-the first ones, W&B keeps them and warns, and trackio, which can do neither, shows both.
+On a resume, steps after the checkpoint are logged twice: TensorBoard deletes the first, W&B keeps them and warns,
+trackio shows both.
 """
 
 from __future__ import annotations
@@ -29,9 +26,9 @@ class TrackedRun:
     config: Mapping[str, Any]
     """The resolved recipe, stored with the curves."""
     id: str
-    """Unique, and the same after every resume."""
+    """Unique, and unchanged by a resume."""
     first_step: int = 0
-    """The first step still to be logged; later ones that a tracker has are of steps that were lost."""
+    """The next step to log; a tracker's later steps were lost."""
 
     @property
     def name(self) -> str:
@@ -39,15 +36,13 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Where metrics are copied to."""
-
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class TensorBoardTracker:
-    """Event files under ``RUN/tensorboard``; look at them with ``tensorboard --logdir RUN``."""
+    """Event files in ``RUN/tensorboard``; view with ``tensorboard --logdir RUN``."""
 
     def __init__(self, run: TrackedRun) -> None:
         _require("tensorboard")
@@ -81,7 +76,7 @@ class HostedTracker:
 
 
 def _open_wandb(run: TrackedRun) -> Tracker:
-    """Its own settings (project, entity, offline mode) come from WANDB_* variables."""
+    """Project, entity and offline mode come from WANDB_* variables."""
     wandb = _require("wandb")
     return HostedTracker(
         wandb.init(name=run.name, id=run.id, resume="allow", dir=str(run.path), config=dict(run.config))
@@ -89,7 +84,7 @@ def _open_wandb(run: TrackedRun) -> Tracker:
 
 
 def _open_trackio(run: TrackedRun) -> Tracker:
-    """In the project "forkrl". trackio resumes a run by its name, which therefore includes the id."""
+    """trackio resumes a run by its name, which therefore includes the id."""
     trackio = _require("trackio")
     return HostedTracker(
         trackio.init(project="forkrl", name=f"{run.name}-{run.id}", resume="allow", config=_flatten(run.config))
@@ -116,16 +111,14 @@ class Trackers:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The trackers still in use."""
         return tuple(self._trackers)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of one step to every tracker."""
         for name, tracker in list(self._trackers.items()):
             self._attempt(name, tracker.log, step, metrics)
 
     def close(self) -> None:
-        """Flush and close every tracker; a second call does nothing."""
+        """Flush and close every tracker; may be called twice."""
         for name, tracker in list(self._trackers.items()):
             self._attempt(name, tracker.close)
         self._trackers.clear()
@@ -151,7 +144,7 @@ class Trackers:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Check that the package of every named tracker can be imported, before a run folder is created."""
+    """Check that every tracker's package is installed, before a run folder is created."""
     for name in names:
         _require(name)  # each tracker is named after its package
 
@@ -163,14 +156,7 @@ def open_trackers(
     own: Tracker | None = None,
     report: Callable[[str], None] = _warn,
 ) -> Trackers:
-    """Open the named trackers before the first step.
-
-    Args:
-        names: keys of ``TRACKERS``, from ``log.trackers``.
-        run: the run.
-        own: a further tracker, open already.
-        report: gets one line when a tracker fails later; standard error by default.
-    """
+    """Open the named trackers and the caller's ``own``. ``report`` gets one line when a tracker fails later."""
     trackers: dict[str, Tracker] = {}
     for name in dict.fromkeys(names):
         try:

@@ -1,10 +1,7 @@
 """One gradient step on a mini-batch: selection, loss and backward for each micro-batch, then the optimizer.
 
-Gradient flows through the selected tokens of sequences with a non-zero advantage. Their loss is summed over the
-mini-batch and divided by ``counts.divisor(loss.denominator)``: its selected tokens, its response tokens, or a fixed
-number. A KL penalty and an entropy bonus are means over its response tokens. So the division into micro-batches and
-among workers changes only memory and time, and a selection of scope "micro_batch".
-
+The policy loss is divided by ``counts.divisor(loss.denominator)`` of the mini-batch, KL penalty and entropy bonus by
+its response tokens, so micro-batches and workers affect only memory, time and a selection of scope "micro_batch".
 Axes: ``B`` sequences, ``T`` token positions.
 """
 
@@ -46,14 +43,14 @@ if TYPE_CHECKING:  # avoids importing pydantic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """The tokens ``[B, T]`` selected in a gradient step, and its metrics."""
+    """Tokens ``[B, T]`` selected in a gradient step, and its metrics."""
 
     selected_BT: Tensor
     metrics: dict[str, float]
 
 
 class MicroBatchResult(NamedTuple):
-    """What a micro-batch adds to its gradient step. ``threshold``: the lowest entropy it selected; NaN if none."""
+    """A micro-batch's contribution. ``threshold``: the lowest entropy it selected; NaN if none."""
 
     selected_BT: Tensor
     threshold: float
@@ -78,18 +75,10 @@ def update_policy(
     *,
     on_policy: bool = False,
 ) -> Update:
-    """Take one gradient step on a mini-batch.
+    """Take one gradient step on a mini-batch, with ``selected`` set if the scope is the rollout batch.
 
-    Args:
-        workers: the policy, and the reference policy if ``loss.kl_coef`` is above 0.
-        optimizer: over the policy's parameters.
-        mini_batch: on the policy's device; ``selected`` is set if the scope is the rollout batch.
-        config: selection, loss and optimizer settings.
-        generator: of the "random" rule and ``forks_only.sampled``; on the policy's device.
-        on_policy: the weights have not changed since sampling, so the rollout's entropies are the current ones.
-
-    Raises:
-        TrainingHalted: a NaN or infinite entropy, loss or gradient; the weights have not changed.
+    ``on_policy``: the weights have not changed since sampling, so the rollout's entropies are current. Raises
+    TrainingHalted on a NaN or infinite entropy, loss or gradient; the weights are then unchanged.
     """
     max_tokens, mask_BT = config.training.micro_batch_tokens, mini_batch.response_mask
     cuts = cut_micro_batches(mini_batch, max_tokens)
@@ -129,11 +118,7 @@ def selects_inside(mini_batch: TokenBatch, config: TrainConfig, *, on_policy: bo
 
 
 def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> TokenBatch:
-    """The batch with its selection over all its tokens.
-
-    Raises:
-        TrainingHalted: an entropy that the rule reads is NaN or infinite.
-    """
+    """The batch with its selection over all its tokens."""
     there = batch.to(generator.device)
     selected_BT = _select(there.rollout_entropy, there.response_mask, config, [], generator)
     return replace(batch, selected=selected_BT.to(batch.response_mask.device))
@@ -142,7 +127,7 @@ def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: t
 def accumulate_gradient(
     worker: Worker, micro: MicroBatch, counts: Counts, config: TrainConfig, inside: bool
 ) -> MicroBatchResult:
-    """Statistics, loss and backward of one micro-batch, and its selection if that is made ``inside``."""
+    """Statistics, loss and backward of one micro-batch, and its selection if made ``inside``."""
     batch, forward, threshold = micro.batch, make_forward(config), math.nan
     if inside:
 
@@ -191,7 +176,7 @@ def _select_first(
     *,
     on_policy: bool,
 ) -> SelectedFirst:
-    """Select by the entropies of the rollout, or of the current policy, which takes a pass over all tokens."""
+    """Select by the rollout's entropies, or by the current policy's after a pass over all tokens."""
     entropy_BT = mini_batch.rollout_entropy
     measured = needs_entropy_first(config.selection) and not on_policy and mini_batch.selected is None
     if measured:
