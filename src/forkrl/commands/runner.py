@@ -1,10 +1,7 @@
-"""What all commands share: a work folder that is resumable part by part, and what they print at the end.
+"""Shared by all commands: a folder that is resumable part by part, and the final output.
 
-settings.json       the question; the same one resumes, another one is refused
-…                   parts, each written all at once when it is done
-results.json        what was found (``forkrl.store.results``)
-tables/*.csv
-report.html
+``settings.json`` holds the *question*: every setting that changes the numbers. The same question resumes, another one
+is refused. Parts are written atomically; ``forkrl.store.results`` writes ``results.json`` and ``tables/``.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from forkrl.report.page import Page
 
 SETTINGS = "settings.json"
-# Weights, architecture, and every file that a tokenizer may be made of.
+# Weights, architecture, and every possible tokenizer file.
 _MODEL_FILES = (
     "*.safetensors", "config.json", "*token*.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
@@ -36,14 +33,13 @@ _MODEL_FILES = (
 
 @contextmanager
 def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
-    """Start the work that answers ``question`` in a new or empty folder, or resume it; locked while open.
+    """Start the work for ``question`` in a new or empty folder, or resume it; locked while open.
 
-    After Ctrl-C a line says that the same command resumes. A folder in which an error left no work is removed, so
-    that the corrected command can use it.
+    Ctrl-C prints that the same command resumes. If an error leaves the folder without work, it is removed.
 
     Args:
         path: the folder.
-        question: every setting that changes the numbers, as JSON values; ``schema`` is one of them.
+        question: every setting that changes the numbers, as JSON values; includes ``schema``.
     """
     with explained_write_errors(path):
         existed = path.exists()
@@ -51,7 +47,7 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path, "at work")
         try:
-            _require_question(path, dict(question))  # again: another process may have been faster
+            _require_question(path, dict(question))  # again, under the lock: another process may have been faster
             if not (path / SETTINGS).exists():
                 write_json(path / SETTINGS, question)
             with _removed_if_rejected(path, whole=not existed):
@@ -65,12 +61,12 @@ def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
 
 @contextmanager
 def _removed_if_rejected(path: Path, *, whole: bool) -> Iterator[None]:
-    """After an error, empty a folder in which nothing was finished; ``whole``: remove it."""
+    """On a ``UserError``, empty a folder without finished work; ``whole``: remove it."""
     try:
         yield
     except UserError:
         files = [file for file in path.rglob("*") if file.is_file() and file.name not in (SETTINGS, LOCK)]
-        # The questions of an evaluation are written before the first response, and its other files begin empty.
+        # Evaluations write questions before the first response, and create their other files empty.
         if not any(file.stat().st_size and file.parent.name != "questions" for file in files):
             clear_folder(path)
             if whole:
@@ -92,7 +88,7 @@ def require_usable(path: Path) -> None:
 
 
 def stored_question(folder: Path) -> dict[str, Any]:
-    """The question that the folder answers; empty where no work was started."""
+    """The question of the folder; empty if no work was started."""
     try:
         stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -105,11 +101,8 @@ def stored_question(folder: Path) -> dict[str, Any]:
 
 
 def weights_fingerprint(path: str) -> str:
-    """A hash of all bytes of a local model: its weights, configuration and tokenizer.
-
-    Empty for a hub model, which is known by its name and revision.
-    """
-    from forkrl.report.progress import progress  # which imports rich
+    """Hash of all files of a local model; empty for a hub model, which its name and revision identify."""
+    from forkrl.report.progress import progress  # imports rich
 
     folder = Path(model_location(path))
     if not folder.is_dir():
@@ -123,7 +116,7 @@ def weights_fingerprint(path: str) -> str:
 
 
 def model_question(schema: str, subject: Subject) -> dict[str, Any]:
-    """The part of a question that says which command asks, and of which weights."""
+    """The part of a question that identifies the command and the weights."""
     model = subject.config.model
     return {
         "schema": schema,
@@ -138,13 +131,12 @@ def model_question(schema: str, subject: Subject) -> dict[str, Any]:
 
 
 def say_kept(kept: int, total: int, unit: str, folder: Path) -> None:
-    """Tell how much of the work an earlier call finished, where some of it is missing."""
     if 0 < kept < total:
         print(f"forkrl: {kept} of {total} {unit} are in {folder} already", file=sys.stderr, flush=True)
 
 
 def present(folder: Path, page: Page) -> int:
-    """Write ``report.html``, print what it says, and return the exit code."""
+    """Write ``report.html``, print its text form, and return the exit code."""
     from forkrl.report.page import write_page
     from forkrl.report.terminal import describe_page
     from forkrl.store.results import REPORT
