@@ -1,4 +1,4 @@
-r"""The benchmarks: source of the questions, their columns, prompts and verifiers."""
+"""The benchmarks: source of the questions, their columns, prompts and verifiers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Accuracy against token budgets. Axes: ``P`` questions, ``K`` samples each, ``J`` token amounts.
 
 At a budget of ``b`` tokens a response counts as right if it is right and no longer than ``b``; a longer one stops after
-*spending* ``b``. Two models compare at equal budgets, or at equal mean spending (the longer-winded gets less budget).
+*spending* ``b``. Two models compare at equal budgets, or at equal mean spending (smaller budget for longer responses).
 """
 
 from __future__ import annotations

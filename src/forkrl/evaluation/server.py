@@ -120,7 +120,7 @@ class ServerSampler(Sampler):
     async def _respond(
         self, client: httpx.AsyncClient, slots: asyncio.Semaphore, request: SampleRequest, sampling: EvalSampling
     ) -> Sampled:
-        """Request one response, with retries; 429 counts as a failure in a row, but not of the request."""
+        """Request one response, with retries; 429 counts towards consecutive failures, not the request's own."""
         tries = own_failures = 0
         async with slots:
             while True:

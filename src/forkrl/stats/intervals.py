@@ -37,8 +37,8 @@ def as_columns(name: str, estimate: Estimate) -> dict[str, float]:
 def mean_with_interval(scores: Scores) -> Estimate:
     """Mean score with Wilson's interval at the effective sample size of the clustered standard error.
 
-    With mean ``p`` and standard error ``SE``, ``n = p (1 - p) / SE^2`` binary draws are equally uncertain. It is clipped
-    to P (samples always agree) to P·K (independent); at ``p = 0`` and ``p = 1`` it is P. Wilson's interval keeps its
+    With mean ``p`` and standard error ``SE``, ``n = p (1 - p) / SE^2`` binary draws are equally uncertain, clipped to P
+    (samples always agree) to P·K (independent); at ``p = 0`` and ``p = 1`` it is P. Wilson's interval keeps its
     coverage near 0 and 1. ``scores``: ``[P, K]`` in [0, 1].
     """
     scores_PK = _as_shares(scores)
