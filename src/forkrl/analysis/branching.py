@@ -137,7 +137,7 @@ def _measure(scores: Sequence[Floats], probability_A: Floats, taken: int) -> dic
 
 def corrected_variance(rate_A: Floats, noise_A: Floats, weight_A: Floats) -> float:
     """Unbiased variance of the true rates under weights that sum to 1, from estimates of variance ``noise_A``."""
-    shifted_A = rate_A - rate_A[0]  # exactly 0 for equal rates, without rounding
+    shifted_A = rate_A - rate_A[0]  # makes the variance of equal rates exactly 0
     observed = weight_A @ (shifted_A - weight_A @ shifted_A) ** 2
     return float(observed - weight_A * (1 - weight_A) @ noise_A)
 
@@ -155,10 +155,7 @@ def _from_halves(scores: Sequence[Floats], taken: int) -> tuple[float, float]:
 
 
 def summarise_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
-    """One row per kind: kind, positions, prompts, branches, covered and entropy (means), rate.
-
-    Also ``share`` (natural over variance), ``natural``, ``forced``, ``range``, ``gain`` with ``_low`` and ``_high``.
-    """
+    """One row per kind: counts, means, ``share`` (natural over variance) and measures with ``_low`` and ``_high``."""
     present = [kind for kind in KINDS if (spreads["kind"] == kind).any()]
     return pd.DataFrame([{"kind": kind, **_means(spreads[spreads["kind"] == kind])} for kind in present])
 
@@ -198,10 +195,7 @@ def _means(spreads: pd.DataFrame) -> dict[str, float]:
 
 
 def compare_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
-    """Forks minus each control kind (column ``against``), measured within responses that have both kinds.
-
-    Pairing by response cancels its difficulty; means over responses have intervals clustered by prompt.
-    """
+    """Forks minus each control kind (column ``against``), paired within responses to cancel their difficulty."""
     rows = []
     means = spreads.pivot_table(index=["prompt", "sample"], columns="kind", values=list(MEASURES), aggfunc="mean")
     tried = set(spreads["kind"])

@@ -180,11 +180,7 @@ class _Top(NamedTuple):
 
 
 def _overlap(a: _Top, b: _Top, owner_N: npt.NDArray[np.int64]) -> Estimate:
-    """Share that two tops of equal size have in common, with its interval.
-
-    A prompt with many high entropies displaces tokens of others, so its influence function is its common tokens minus
-    its surplus in either top times the share of the other top at that top's border.
-    """
+    """Overlap of two tops of equal size; the interval accounts for tokens that a prompt displaces from a top."""
     tops = (a.selected & b.selected, a.selected, b.selected)
     both_C, in_a_C, in_b_C = (np.bincount(owner_N, top_N.numpy()) for top_N in tops)
     fair_C = in_a_C.sum() / len(owner_N) * np.bincount(owner_N)

@@ -1,7 +1,7 @@
 """Entropy, log-prob, rank and most likely alternatives at each token of given responses.
 
-``token_details`` takes hidden states, ``measure_responses`` token ids, ``measure_tokens`` texts. Axes: ``B`` sequences,
-``T`` token positions, ``N`` response tokens, ``R`` rows of a tile, ``D`` hidden, ``V`` vocabulary, ``K`` alternatives.
+Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens, ``R`` rows of a tile, ``D`` hidden, ``V``
+vocabulary, ``K`` alternatives.
 """
 
 from __future__ import annotations

@@ -75,7 +75,6 @@ def token_types(tokens: Tokens, min_count: int = 100, threshold: float | None = 
     """Mean entropy of every token type seen at least ``min_count`` times, highest first (figure 2b and 2c).
 
     Args:
-        tokens: the table.
         min_count: the paper uses 100.
         threshold: fork threshold in nats, or None.
 
@@ -100,9 +99,7 @@ def fork_contexts(tokens: Tokens, threshold: float, n: int = 2, min_count: int =
     """Contexts of ``n`` tokens with the entropy of the next token, those before most forks first.
 
     Args:
-        tokens: the table.
         threshold: fork threshold in nats.
-        n: context length, at least 1.
         min_count: rarer contexts are left out.
 
     Returns:

@@ -137,10 +137,7 @@ def describe_work(num_prompts: int, design: Design, seconds: float) -> str:
 
 
 def expected_seconds(session: Session, design: Design, num_prompts: int) -> float:
-    """Rough estimate from the mean length of a few responses and the time of a few steps of a full batch.
-
-    Counts each continuation as a whole response: models that may stop anywhere often need more than the expected half.
-    """
+    """Rough estimate from a few responses and steps of a full batch, counting a continuation as a whole response."""
     sampling = evaluation_sampling(session.config, design.temperature, session.policy)
     generator = evaluation_generator(session.config.seed, session.policy.device)
     few = session.engine.generate(session.prompts[:PROBE_PROMPTS], group_size=1, sampling=sampling, generator=generator)

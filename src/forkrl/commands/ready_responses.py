@@ -34,8 +34,6 @@ class ReadyResponses:
     rows are validated before any work starts; only their file offsets stay in memory.
 
     Args:
-        path: the file.
-        policy: provides the tokenizer and the number of positions.
         skip_unusable: leave out and count unusable rows.
         templated: prompts come from a chat template, which already added special tokens.
         allow_unknown: accept prompts with characters unknown to the tokenizer.

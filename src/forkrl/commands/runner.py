@@ -35,11 +35,7 @@ _MODEL_FILES = (
 def open_work_folder(path: Path, question: Mapping[str, Any]) -> Iterator[Path]:
     """Start the work for ``question`` in a new or empty folder, or resume it; locked while open.
 
-    Ctrl-C prints that the same command resumes. If an error leaves the folder without work, it is removed.
-
-    Args:
-        path: the folder.
-        question: every setting that changes the numbers, as JSON values; includes ``schema``.
+    ``question`` includes ``schema``; values are JSON. If an error leaves a new folder without work, it is removed.
     """
     with explained_write_errors(path):
         existed = path.exists()

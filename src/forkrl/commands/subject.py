@@ -14,7 +14,7 @@ from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
 from forkrl.store.resuming import stored_config
 
-# Recipe sections that these commands read; overriding anything else would silently do nothing.
+# Recipe settings that these commands read; overriding anything else would silently do nothing.
 _SETTINGS = {
     "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
     "rollout.stop", "rollout.max_sequences", "rollout.cuda_graphs", "reward.workers", "reward.timeout_s",

@@ -75,10 +75,7 @@ def entropy_temperature(subject: Subject) -> float:
 def collect_tokens(
     folder: Path, subject: Subject, options: AnalyzeOptions | DriftOptions, question: Mapping[str, Any]
 ) -> list[str]:
-    """Fill ``tokens/`` and ``responses/``, resuming an earlier call; return notes on what was left out.
-
-    ``question`` is as in ``open_work_folder``; the sampling settings are added.
-    """
+    """Fill ``tokens/`` and ``responses/``; adds the sampling settings to ``question``. Returns notes on omissions."""
     if options.responses is not None:
         return _measure_ready(folder, subject, options.responses, options.skip_unusable, question)
     samples = subject.config.eval.samples
@@ -133,10 +130,7 @@ class ResponseSource(Protocol):
 
 
 class GeneratedResponses:
-    """``num_samples`` responses to each of the session's prompts, one engine batch at a time.
-
-    Each part has its own generator, seeded by the recipe's seed and the part number.
-    """
+    """``num_samples`` responses per prompt of the session; each part has a generator seeded by seed and part number."""
 
     def __init__(self, session: Session, num_samples: int, prompts_per_part: int) -> None:
         self._session = session

@@ -135,10 +135,7 @@ def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[
 
 
 def _resampled_ends(sides: tuple[Spending, Spending], differences: Floats, seed: int) -> tuple[Floats, Floats]:
-    """Ends of the 95% range of the resampled differences ``[J]``; NaN with one question.
-
-    Percentiles, as the difference has a kink at equal mean lengths, where a standard error would be too small.
-    """
+    """Percentile interval of the ``[J]`` differences, which are not smooth; NaN with one question."""
     questions = sides[0].num_questions
     if questions == 1:
         unknown = np.full(len(FRACTIONS), math.nan)

@@ -99,10 +99,7 @@ class LineFile:
 
 
 class BenchmarkFiles:
-    """Context manager for a benchmark's responses and results so far, with ``samples`` responses per prompt.
-
-    Texts can be gigabytes, so only those still to be judged are in memory.
-    """
+    """Responses and results of a benchmark; texts can be gigabytes, so only unjudged ones are in memory."""
 
     def __init__(self, folder: Path, name: str, prompts: Sequence[Prompt], samples: int) -> None:
         self.grid = [SampleRequest(prompt, sample) for prompt in prompts for sample in range(samples)]

@@ -79,10 +79,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 def benchmark_questions(
     names: Sequence[str], mirror: Path | None, problems: int | None, sandbox: SandboxConfig
 ) -> list[Questions]:
-    """Load the named benchmarks, each once: names of ``BENCHMARKS``, or ``gym:NAME``.
-
-    ``problems``: questions of each, from the start; None: all, or ``GYM_QUESTIONS``. ``sandbox``: for programs.
-    """
+    """Load the named benchmarks (``gym:NAME`` for generators), each once, with the first ``problems`` questions."""
     # Validate all names and the sandbox before loading anything.
     entries = [name if name.startswith(GYM) else find_benchmark(name) for name in dict.fromkeys(names)]
     if runs_programs(names):
@@ -162,10 +159,9 @@ def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def load_questions(benchmark: Benchmark, mirror: Path | None, sandbox: SandboxConfig | None = None) -> Questions:
-    """All questions of a benchmark, in its order, from the ``mirror`` folder or the hub.
+    """All questions of a benchmark from the ``mirror`` folder or the hub.
 
-    A prompt's id is a hash of its question, so it is the same in every copy of the data; repeated questions get ``-2``,
-    … appended.
+    Prompt ids are hashes of the questions, the same in every copy; repeated questions get ``-2``, … appended.
     """
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}

@@ -30,10 +30,7 @@ class SampleRequest(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A finished response: ``tokens`` is its length, ``entropy`` its mean in nats or None.
-
-    ``reasoning`` is text that a server returned separately; it is stored but not judged.
-    """
+    """``entropy``: mean in nats or None. ``reasoning``: returned separately by a server; stored, not judged."""
 
     request: SampleRequest
     text: str

@@ -41,13 +41,10 @@ _PROBE_BYTES = 16 * 1024 * 1024
 
 
 class ServerSampler(Sampler):
-    """Samples from a server with OpenAI's ``/completions`` or ``/chat/completions``.
+    """Samples from an OpenAI-compatible server: "plain" prompts as they are, "chat" as one user message.
 
     Args:
         url: with or without ``/v1``.
-        model: as listed by the server's ``/models``.
-        prompt_format: "plain" sends ``Prompt.text`` unchanged, "chat" as one user message.
-        concurrency: requests in flight.
         api_key: None uses ``OPENAI_API_KEY`` from the environment; never shown in messages.
         timeout_s: limit for one complete response.
         patience: failures of one request, or per request in flight without a response in between, before giving up.
@@ -243,10 +240,7 @@ def _owners(server: Server, answer: Answer) -> dict[str, Any]:
 
 
 def _require_model(server: Server) -> None:
-    """Reject a model that the server does not list: some servers silently substitute another.
-
-    Gateways may list patterns, Ollama omits ``:latest``, and a server that lists nothing cannot be checked.
-    """
+    """Reject a model that the server does not list (if it lists any): some servers silently substitute another."""
     model, names = server.model, server.names
     accepted = any(name in (model, f"{model}:latest") or ("*" in name and fnmatchcase(model, name)) for name in names)
     if accepted or not names:

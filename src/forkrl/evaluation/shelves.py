@@ -27,10 +27,7 @@ def read_shelves(folder: Path) -> list[Shelf]:
 
 
 def shown_questions(folder: Path, name: str, responses: Sequence[ScoredResponse], samples: int) -> list[dict[str, Any]]:
-    """Questions from hardest to easiest with the first response of each outcome.
-
-    Includes the first question with an unjudged response.
-    """
+    """Questions from hardest to easiest, including one unjudged, with the first response of each outcome."""
     rows = list(by_question(responses, samples).values())
     rows.sort(key=lambda row: (_accuracy(row), row[0].question))
     failed = [place for place, row in enumerate(rows) if any(response.failure for response in row)]

@@ -33,13 +33,12 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def summarise_benchmark(name: str, responses: Sequence[ScoredResponse], samples: int) -> Tables:
-    """Tables of one benchmark, each with a column ``benchmark``; unknown values are NaN.
+    """Tables of one benchmark, each with a column ``benchmark``; unknown values are NaN, and ``samples`` is K.
 
-    ``benchmarks``: one row with ``accuracy`` (Acc@K), ``length`` (Len@K, tokens), ``length_right`` and ``length_wrong``
-    (score 1 and all others), ``length_gap`` (wrong minus right within questions that have both), ``entropy`` (nats per
-    token), the shares ``truncated`` and ``unparsed``, and counts ``failed_REASON``. ``passes``: pass@k and maj@k for
-    k = 1, 2, 4, … up to K. ``budget``: accuracy if longer responses count as wrong. ``lengths``: right and wrong
-    responses by length. maj@k and ``unparsed`` need a verifier that names answers. ``samples`` is K.
+    ``benchmarks``: ``accuracy`` (Acc@K), ``length`` (Len@K, tokens), ``length_right`` (score 1) and ``length_wrong``
+    (others), ``length_gap`` (wrong minus right within questions), ``entropy`` (nats per token), shares ``truncated``,
+    ``unparsed``, counts ``failed_REASON``. ``passes``: pass@k and maj@k for k = 1, 2, 4, … up to K. ``budget``:
+    accuracy if longer responses count as wrong. ``lengths``: histogram. maj@k and ``unparsed`` need named answers.
     """
     rows = list(by_question(responses, samples).values())
     outcomes = outcomes_of(rows)

@@ -122,9 +122,9 @@ def _view(view: View, max_bytes: int, table: TextTable, mark: float | None) -> d
 
 
 def fitting(frames: Sequence[Frame], max_bytes: int) -> tuple[list[Frame], int]:
-    """The frames with as many prompts as fit, evenly spaced, and the token limit per response.
+    """Evenly spaced prompts that fit, at least one per frame, and the token limit per response.
 
-    Drops prompts before cutting responses below ``MIN_TOKENS_SHOWN``; every frame keeps at least one prompt.
+    Drops prompts before cutting responses below ``MIN_TOKENS_SHOWN``.
     """
     share = 1.0
     while True:

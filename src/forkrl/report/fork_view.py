@@ -146,10 +146,8 @@ def shown_prompts(
 ) -> list[ShownPrompt]:
     """Prompts with their responses, from a token table.
 
-    Args:
-        tokens: rows of ``forkrl.analysis.TOKEN_SCHEMA``, plus a column per layer.
-        responses: rows with ``prompt`` (number), ``sample``, ``prompt_text``, ``finished``, ``correct``.
-        layers: the entropy columns of ``tokens``, one per layer of the view.
+    ``tokens``: rows of ``forkrl.analysis.TOKEN_SCHEMA`` with entropy columns ``layers``. ``responses``: rows with
+    ``prompt`` (number), ``sample``, ``prompt_text``, ``finished``, ``correct``.
     """
     about = responses.set_index(["prompt", "sample"])
     prompts: dict[int, ShownPrompt] = {}

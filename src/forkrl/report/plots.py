@@ -229,10 +229,7 @@ def ellipsis(name: str, limit: int = 22) -> str:
 
 
 def word_cloud(types: pd.DataFrame, *, highest: bool) -> Figure:
-    """Token types of highest (or lowest) mean entropy, the most extreme largest (paper: figure 2b, 2c).
-
-    ``types``: from ``forkrl.analysis.token_types``, highest first.
-    """
+    """Types from ``token_types`` of highest or lowest mean entropy, the most extreme largest (paper: figure 2b, 2c)."""
     chosen = (types if highest else types.iloc[::-1]).head(CLOUD_WORDS)
     font = findfont("DejaVu Sans")
     known = FT2Font(font).get_charmap()

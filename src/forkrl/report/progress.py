@@ -168,10 +168,7 @@ class TrainingDisplay:
         self._live = None
 
     def phase(self, name: str, total: int = 0, finished: Callable[[], int] = int) -> None:
-        """Show the phase (rollout, reward, update, eval or save) and how many of its responses are finished.
-
-        A log shows it only if it has a ``total`` and takes long.
-        """
+        """Show the phase and its finished responses; a log shows it only if it has a ``total`` and takes long."""
         self._phase = _Phase(printable(name), total, finished, self._clock())
 
     def message(self, text: str) -> None:
@@ -195,10 +192,7 @@ class TrainingDisplay:
                 self._live.refresh()
 
     def seconds_left(self) -> float | None:
-        """Median interval between this process's last step ends, times the remaining steps.
-
-        Includes an evaluation that runs after every step, but not a rare one.
-        """
+        """Median time of the last steps times the remaining ones; includes evaluations that follow every step."""
         if not self._durations or self._step >= self._total:
             return None
         return median(self._durations) * (self._total - self._step)

@@ -69,11 +69,7 @@ def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
 
 
 def paired_difference_of_values(values_a: Sequence[float], values_b: Sequence[float], num_draws: float) -> Estimate:
-    """``paired_difference`` for one value in [0, 1] per question and side, such as pass@k or a majority vote.
-
-    ``values_a``, ``values_b``: ``[P]``, probability of a right draw, before and after. ``num_draws``: as in
-    :func:`mean_of_question_values`.
-    """
+    """``paired_difference`` for ``[P]`` values as in :func:`mean_of_question_values`."""
     a_P1, b_P1 = (_as_shares([[value] for value in values]) for values in (values_a, values_b))
     _check_pairs(a_P1, b_P1)
     return _paired((b_P1 - a_P1)[:, 0], float((a_P1 + b_P1 - 2 * a_P1 * b_P1).mean()), num_draws)
@@ -99,11 +95,7 @@ def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estima
 
 
 def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
-    """Unweighted mean of independent estimates; NaN ends if those of an estimate are.
-
-    Each end's distance is the root of the summed squares of the estimates' own distances over their number (MOVER, Zou
-    and Donner 2008), so intervals may be asymmetric.
-    """
+    """Unweighted mean of independent estimates; MOVER interval (Zou and Donner 2008), NaN if any end is NaN."""
     mean = math.fsum(estimate.mean for estimate in estimates) / len(estimates)
     below = math.hypot(*(estimate.mean - estimate.low for estimate in estimates)) / len(estimates)
     above = math.hypot(*(estimate.high - estimate.mean for estimate in estimates)) / len(estimates)
@@ -139,10 +131,7 @@ class ClusterSums:
         return self._estimate(mean, pull, self._questions[count])
 
     def share(self, value: int, count: int, most: float | None = None) -> Estimate:
-        """A mean of zeros and ones, with Wilson's interval as in ``mean_with_interval``.
-
-        ``most``: maximum effective sample size; None: the total count.
-        """
+        """A mean of zeros and ones with Wilson's interval; ``most``: maximum effective size, default the count."""
         mean, pull = self._mean_and_pull(value, count)
         if math.isnan(mean):
             return Estimate(mean, math.nan, math.nan)

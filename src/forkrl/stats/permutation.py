@@ -73,10 +73,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _consistent(difference: Estimate, permutation_p: float) -> tuple[Estimate, float]:
-    """Make permutation test and interval agree: significant at 5% iff the interval excludes 0.
+    """Make p-value and interval agree: take the larger p of both; if not below 5%, extend the interval to 0.
 
-    The test is about these questions, the interval about new ones. Takes the larger of their p-values, and extends the
-    interval to 0 if it is not below 5%. With one question: no interval, p = 1.
+    The test is about these questions, the interval about new ones. With one question: no interval, p = 1.
     """
     if math.isnan(difference.low):
         return difference, 1.0
@@ -93,10 +92,7 @@ def _is_binary(a_PK: Floats, b_PK: Floats) -> bool:
 
 
 def _all_deals(a_PK: Floats, b_PK: Floats) -> tuple[Floats, Floats]:
-    """Every mean difference that re-dealing scores of 0 and 1 can give, and its probability.
-
-    B's right responses are hypergeometric per question; the total is their convolution.
-    """
+    """Every mean difference from re-dealing scores of 0 and 1, with its probability (convolved hypergeometrics)."""
     samples_a, samples_b = a_PK.shape[1], b_PK.shape[1]
     right_P = [round(float(right)) for right in a_PK.sum(axis=1) + b_PK.sum(axis=1)]
     chances_of = {right: _hypergeometric(right, samples_a, samples_b) for right in set(right_P)}
