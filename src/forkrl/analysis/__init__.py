@@ -1,4 +1,4 @@
-"""The numbers behind the figures of the paper (arXiv 2506.01939v2, sections 3 and 4), as data frames."""
+"""Data frames behind the paper's figures (arXiv 2506.01939v2, sections 3 and 4)."""
 
 from forkrl.analysis.drift import entropy_change_by_percentile, overlap_ratio, overlap_table, percentile_table
 from forkrl.analysis.measure import TokenDetails, measure_tokens, token_details

@@ -1,21 +1,7 @@
-"""What a token is worth: how much the outcome of a response depends on the token at one of its positions.
+"""How much the outcome of a response depends on the token at one of its positions.
 
-The paper (arXiv 2506.01939, section 3) calls tokens of high entropy forks because of where they stand. Here is the
-causal test: at a position force each of several alternatives, continue each many times, and compare the success rates.
-The rates are estimates, and would differ even if all alternatives were worth the same; every spread below is corrected
-for that.
-
-Tables are data frames. ``branches`` has a row for each alternative tried at a position:
-
-    prompt, sample, position     int: which prompt, which response to it, which token of that (all from 0)
-    kind                         "fork", "random" or "low": why the position was chosen
-    entropy                      nats, of the distribution that alternatives and continuations are drawn from
-    probability                  of the alternative in that distribution
-    taken                        bool: the response itself took it
-    exact                        bool: it ends the response, so that nothing is random after it
-    scores                       list: the score in [0, 1] of every continuation; of an exact one, the one score
-
-Intervals are 95% intervals, clustered by prompt: positions of one prompt are alike, and only prompts are independent.
+Forces alternatives at a position and compares the success rates of their continuations. Estimated rates differ even if
+the true ones are equal; every spread corrects for that. Intervals are 95%, clustered by prompt.
 """
 
 from __future__ import annotations
@@ -33,9 +19,9 @@ from forkrl.stats.intervals import Estimate, as_columns, mean_with_interval
 
 KINDS = ("fork", "random", "low")
 MEASURES = ("natural", "forced", "range", "gain")
-"""What ``position_spreads`` measures of each position."""
+"""Measures of ``position_spreads``."""
 ENTROPY_EDGES = (0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, np.inf)
-"""Nats; the same for every model, so that tables compare."""
+"""Nats; fixed, so that tables of different models compare."""
 RESAMPLES = 2000
 
 _POSITION = ["prompt", "sample", "position"]
@@ -50,22 +36,14 @@ def choose_positions(
     random: int,
     low: int,
 ) -> pd.DataFrame:
-    """Positions of one response to branch at, none of them twice: columns position, kind, entropy, by position.
+    """Distinct positions of one response to branch at: columns position, kind, entropy, sorted by position.
 
-    - fork: those of highest entropy (ties: the earlier one).
-    - random: drawn uniformly from all the others. This is the control.
-    - low: drawn uniformly from the half of lowest entropy, as far as still free. Not simply the lowest: which of very
-      many tokens at about 1e-7 nats that is, rounding decides, and they are the same few types again and again.
+    - fork: highest entropy ``[T]`` (finite, nats; ties: the earlier position).
+    - random: uniform over the remaining positions; the control.
+    - low: uniform over the remaining positions in the half of lowest entropy. Not the lowest ones: among entropies of
+      about 1e-7 nats rounding decides, and always picks the same few token types.
 
-    A response with fewer tokens than wanted divides them in the same proportions, by largest remainder.
-
-    Args:
-        entropy: ``[T]`` nats, one a token.
-        generator: for the draws.
-        forks, random, low: wanted of each kind.
-
-    Raises:
-        ValueError: an entropy is NaN or infinite.
+    Short responses divide their tokens in the requested proportions, by largest remainder.
     """
     entropy_T = np.asarray(entropy, dtype=np.float64)
     if not np.isfinite(entropy_T).all():
@@ -84,7 +62,7 @@ def choose_positions(
 
 
 def _shares(wanted: Sequence[int], available: int) -> list[int]:
-    """What is wanted, or as much as there is in the same proportions; of equal remainders the first has it."""
+    """Divide ``available`` proportionally to ``wanted``, at most ``wanted``; ties favour the first."""
     if sum(wanted) <= available:
         return list(wanted)
     exact = [available * each / sum(wanted) for each in wanted]
@@ -95,10 +73,11 @@ def _shares(wanted: Sequence[int], available: int) -> list[int]:
 
 
 def branch_rates(branches: pd.DataFrame) -> pd.DataFrame:
-    """``branches`` with the success rate of each: columns count, rate, rate_low, rate_high.
+    """``branches`` with columns count, rate, rate_low, rate_high: Wilson's interval; none if the rate is exact.
 
-    Continuations are independent draws, so the interval is Wilson's at their number. The rate of an exact branch is
-    known: both ends are the rate.
+    ``branches`` has one row per alternative: prompt, sample, position (ints from 0), kind ("fork", "random" or "low"),
+    entropy (nats) of the sampling distribution, probability in it, taken (bool: by the response), exact (bool: it ends
+    the response), scores (list in [0, 1], one per continuation; a single one if exact).
     """
     estimates = [
         Estimate(*[float(scores[0])] * 3) if exact else mean_with_interval([[float(score)] for score in scores])
@@ -111,26 +90,21 @@ def branch_rates(branches: pd.DataFrame) -> pd.DataFrame:
 
 
 def position_spreads(branches: pd.DataFrame) -> pd.DataFrame:
-    """How far the success rates of a position's branches differ: one row a position.
+    """How much the success rates of a position's branches differ: one row per position.
 
-    With rates ``r_i`` and weights ``w_i`` the spread is the variance ``sum_i w_i (r_i - sum_j w_j r_j)^2``. From
-    estimated rates it comes out too large by ``sum_i w_i (1 - w_i) v_i`` on average, ``v_i`` the variance of estimate
-    i; its unbiased estimate from the continuations (binomial, where scores are 0 or 1) is subtracted. So equal true
-    rates give 0 on average, and a single position may come out below 0.
+    With rates ``r_i`` and weights ``w_i`` the spread is the variance ``sum_i w_i (r_i - sum_j w_j r_j)^2``. Rate
+    estimates of variance ``v_i`` add ``sum_i w_i (1 - w_i) v_i`` in expectation; its unbiased estimate from the
+    continuations is subtracted, so a single position may be negative.
 
-    Columns, next to prompt, sample, position, kind and entropy:
-        branches: how many were tried.
-        covered: probability of the tried ones together.
-        natural: the spread with the model's own probabilities (renormalised over those tried) as weights: the part of
-            the outcome's variance that this one choice decides.
-        variance: that whole variance, for the same mixture of branches, also unbiased. ``natural / variance`` of sums
-            over positions is the share that the choice decides.
-        forced: the spread with equal weights: what happens if one is forced to choose blindly. Where the model is
-            certain the alternatives are slips of the pen that derail a response, and it is large although the model
-            would never choose so.
-        range: best minus worst branch; gain: best minus taken. The largest of noisy rates is too large; so one half of
-            the continuations says which branch is best or worst, the other how good it is, and the other way round.
-        rate: the mean rate under the model's own probabilities.
+    Columns, besides prompt, sample, position, kind and entropy:
+        branches, covered: number of alternatives tried, and their total probability.
+        natural: spread weighted by the model's probabilities (renormalised over those tried): the part of the outcome's
+            variance that this choice decides.
+        variance: that total variance for the same mixture, unbiased; natural / variance of sums is the share decided.
+        forced: spread with equal weights. Large where the model is certain, as the alternatives derail the response.
+        range, gain: best minus worst branch, best minus taken. Against selection bias, one half of the continuations
+            selects the branches and the other half measures them, and vice versa.
+        rate: mean rate under the model's probabilities.
     """
     rows = []
     for key, group in branches.groupby(_POSITION, sort=True):
@@ -143,9 +117,8 @@ def position_spreads(branches: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measure(scores: Sequence[Floats], probability_A: Floats, taken: int) -> dict[str, float]:
-    """The spreads of one position with ``A`` alternatives."""
     rate_A = np.array([each.mean() for each in scores])
-    # A single score is of an exact branch, whose rate is known.
+    # A single score belongs to an exact branch, whose rate is known.
     variance_A = np.array([each.var(ddof=1) if len(each) > 1 else 0.0 for each in scores])
     noise_A = variance_A / np.array([len(each) for each in scores])
     weight_A = probability_A / probability_A.sum()
@@ -163,16 +136,16 @@ def _measure(scores: Sequence[Floats], probability_A: Floats, taken: int) -> dic
 
 
 def corrected_variance(rate_A: Floats, noise_A: Floats, weight_A: Floats) -> float:
-    """Variance of the true rates under weights that sum to 1, unbiased, from estimates of variance ``noise_A``."""
-    shifted_A = rate_A - rate_A[0]  # equal rates then have a variance of exactly 0, not of rounding
+    """Unbiased variance of the true rates under weights that sum to 1, from estimates of variance ``noise_A``."""
+    shifted_A = rate_A - rate_A[0]  # makes the variance of equal rates exactly 0
     observed = weight_A @ (shifted_A - weight_A @ shifted_A) ** 2
     return float(observed - weight_A * (1 - weight_A) @ noise_A)
 
 
 def _from_halves(scores: Sequence[Floats], taken: int) -> tuple[float, float]:
-    """Best minus worst and best minus taken, chosen on one half of the continuations and measured on the other."""
+    """Best minus worst and best minus taken, selected on one half of the continuations and measured on the other."""
     first_A = np.array([each[: max(len(each) // 2, 1)].mean() for each in scores])
-    second_A = np.array([each[len(each) // 2 :].mean() for each in scores])  # of a single score: that one again
+    second_A = np.array([each[len(each) // 2 :].mean() for each in scores])  # a single score is in both halves
     spread = gain = 0.0
     for choosing_A, measuring_A in ((first_A, second_A), (second_A, first_A)):
         best = measuring_A[choosing_A.argmax()]
@@ -182,17 +155,13 @@ def _from_halves(scores: Sequence[Floats], taken: int) -> tuple[float, float]:
 
 
 def summarise_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
-    """One row a kind of position that was tried: counts, and means over its positions with intervals.
-
-    Columns: kind, positions, prompts, branches, covered and entropy (means), rate; for ``share``, ``natural``,
-    ``forced``, ``range`` and ``gain`` the mean, ``_low`` and ``_high``. ``share`` is natural over variance.
-    """
+    """One row per kind: counts, means, ``share`` (natural over variance) and measures with ``_low`` and ``_high``."""
     present = [kind for kind in KINDS if (spreads["kind"] == kind).any()]
     return pd.DataFrame([{"kind": kind, **_means(spreads[spreads["kind"] == kind])} for kind in present])
 
 
 def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) -> pd.DataFrame:
-    """The same for bins of entropy, over all kinds, without empty bins: from, to (nats), and means."""
+    """As ``summarise_kinds``, by entropy bin over all kinds, without empty bins; columns from and to are in nats."""
     number = np.searchsorted(np.asarray(edges), spreads["entropy"].clip(lower=edges[0]), side="right") - 1
     return pd.DataFrame(
         [
@@ -204,10 +173,7 @@ def entropy_bins(spreads: pd.DataFrame, edges: Sequence[float] = ENTROPY_EDGES) 
 
 
 def fork_tokens(branches: pd.DataFrame, spreads: pd.DataFrame, min_positions: int = 20) -> pd.DataFrame:
-    """The same for forks, by the token taken there (column token), if at ``min_positions``; most decisive first.
-
-    Entropy says how undecided a model is, not what depends on the decision: this is where the two part.
-    """
+    """As ``summarise_kinds``, for forks by token taken with at least ``min_positions``; highest ``natural`` first."""
     taken = branches.loc[branches["taken"] & (branches["kind"] == KINDS[0]), [*_POSITION, "token"]]
     found = [
         {"token": token, **_means(group)}
@@ -229,11 +195,7 @@ def _means(spreads: pd.DataFrame) -> dict[str, float]:
 
 
 def compare_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
-    """Forks against the controls: one row for each control (``against``) that was tried along with forks.
-
-    For each measure the mean over responses of the mean at its forks minus the mean at its control positions. It is
-    paired by response (those that have both), so what makes a whole response easy or hard cancels.
-    """
+    """Forks minus each control kind (column ``against``), paired within responses to cancel their difficulty."""
     rows = []
     means = spreads.pivot_table(index=["prompt", "sample"], columns="kind", values=list(MEASURES), aggfunc="mean")
     tried = set(spreads["kind"])
@@ -251,14 +213,9 @@ def compare_kinds(spreads: pd.DataFrame) -> pd.DataFrame:
 
 
 def entropy_relation(spreads: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Spearman's rank correlation of each spread with entropy over all tried positions, with an interval.
+    """Spearman correlation of ``natural`` and ``forced`` with entropy, with a bootstrap interval over prompts.
 
-    The interval holds the middle 95% of the correlations of ``resamples`` draws of as many prompts with replacement.
-    Noise of the single spreads pulls a correlation towards 0; it does not make one.
-
-    Returns:
-        Rows natural and forced: measure, spearman, spearman_low, spearman_high, positions. NaN where one of the two
-        does not vary; the ends are NaN with a single prompt.
+    Noise in the spreads only attenuates the correlation. NaN if one is constant; no interval with a single prompt.
     """
     rows = []
     members = list(spreads.groupby("prompt").indices.values())
@@ -276,7 +233,7 @@ def entropy_relation(spreads: pd.DataFrame, seed: int, resamples: int = RESAMPLE
 
 
 def spearman(first_N: Floats, second_N: Floats) -> float:
-    """Pearson's correlation of the ranks; equal values share their mean rank. NaN where one does not vary."""
+    """Pearson correlation of ranks, ties averaged; NaN if one input is constant."""
     if len(first_N) < 2:
         return float("nan")
     first_N, second_N = (ranks - ranks.mean() for ranks in map(rankdata, (first_N, second_N)))

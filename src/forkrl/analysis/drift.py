@@ -1,8 +1,7 @@
-"""How training moves entropy: overlap of the top positions (table 1), change by percentile (figure 4), percentiles
-(figure 5).
+"""How training changes entropy (arXiv 2506.01939v2, section 4: table 1, figures 4 and 5).
 
-All measure several policies on the *same* tokens (arXiv 2506.01939v2, section 4: responses of the final model).
-Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens in reading order.
+All compare policies on the *same* tokens, responses of the final model. Axes: ``B`` sequences, ``T`` token positions,
+``N`` response tokens in reading order.
 """
 
 from __future__ import annotations
@@ -22,19 +21,15 @@ from forkrl.types import require_tensors
 
 
 def overlap_ratio(entropy_a: Tensor, entropy_b: Tensor, response_mask: Tensor, ratio: float = 0.2) -> float:
-    """The share of positions among the top ``ratio`` by entropy of one policy that are so by the other too (table 1).
+    """Share of one policy's top ``ratio`` of positions by entropy that are in the other's top too (table 1).
 
-    Both tops hold exactly ``max(1, ceil(ratio * N))`` positions, of equal entropies the earliest, so the measure is
-    symmetric.
+    Both tops hold ``max(1, ceil(ratio * N))`` positions (ties: the earliest), so the measure is symmetric.
 
     Args:
         entropy_a: nats, any shape.
         entropy_b: of another policy at the same positions.
         response_mask: bool, same shape.
         ratio: in (0, 1].
-
-    Returns:
-        In [0, 1].
 
     Raises:
         ValueError: there is no response token, or as :func:`forkrl.select_tokens`.
@@ -48,11 +43,11 @@ def overlap_ratio(entropy_a: Tensor, entropy_b: Tensor, response_mask: Tensor, r
 
 
 def overlap_table(entropies: Mapping[str, Tensor], prompts: Tensor, ratio: float = 0.2) -> pd.DataFrame:
-    """Table 1: overlap of each checkpoint's top positions with those of the first and of the last, with intervals.
+    """Table 1: overlap of each checkpoint's top positions with those of the first and last, with intervals.
 
     Args:
-        entropies: by the name of the checkpoint, in order of training; ``[N]`` each, nats.
-        prompts: ``[N]`` int64, the prompt each token answers; intervals are clustered by it.
+        entropies: ``[N]`` in nats by checkpoint name, in training order.
+        prompts: ``[N]`` int64, the prompt of each token; intervals are clustered by it.
         ratio: in (0, 1].
 
     Returns:
@@ -71,7 +66,7 @@ def overlap_table(entropies: Mapping[str, Tensor], prompts: Tensor, ratio: float
     for name in names:
         row: dict[str, str | float] = {"checkpoint": name}
         for column, end in (("with_first", names[0]), ("with_last", names[-1])):
-            # With itself it is known exactly.
+            # The overlap with itself is known exactly.
             share = Estimate(1.0, 1.0, 1.0) if name == end else _overlap(top(name), ends[end], owner_N)
             row |= as_columns(column, share)
         rows.append(row)
@@ -79,20 +74,20 @@ def overlap_table(entropies: Mapping[str, Tensor], prompts: Tensor, ratio: float
 
 
 def entropy_change_by_percentile(base: Tensor, trained: Tensor, mask: Tensor, bins: int = 20) -> pd.DataFrame:
-    """Figure 4: the mean change of entropy in each percentile range of the base policy's entropy.
+    """Figure 4: mean entropy change per percentile range of the base policy's entropy.
 
-    Tokens are ranked by the base's entropy (of equal ones the earlier first) and cut into ``bins`` parts whose sizes
-    differ by one at most. Beware of regression to the mean: a token that ranks high by chance tends to fall.
+    Tokens are ranked by base entropy (ties: the earlier first) and cut into ``bins`` parts, equal to within one token.
+    Beware of regression to the mean: a token that ranks high by chance tends to fall.
 
     Args:
-        base: nats, ``[B, T]``, or any shape.
+        base: nats, ``[B, T]`` or any shape.
         trained: of another policy at the same positions.
         mask: bool, same shape; True at the tokens that count.
-        bins: parts; 20 are the paper's 5%.
+        bins: parts; 20 give the paper's 5% ranges.
 
     Returns:
         ``from_percentile``, ``to_percentile``, ``tokens``, ``base_mean``, ``trained_mean``, ``change`` (trained minus
-        base, nats), and for ``[B, T]`` also ``change_low`` and ``change_high`` (95%, clustered by row of the batch).
+        base, nats), and for ``[B, T]`` also ``change_low`` and ``change_high`` (95%, clustered by sequence).
 
     Raises:
         ValueError: shapes differ, an entropy is not finite, or there are fewer tokens than bins.
@@ -108,7 +103,7 @@ def entropy_change_by_percentile(base: Tensor, trained: Tensor, mask: Tensor, bi
 
 
 def change_table(base_N: Tensor, trained_N: Tensor, clusters_N: Tensor | None, bins: int = 20) -> pd.DataFrame:
-    """``entropy_change_by_percentile`` of CPU tensors ``[N]``; ``clusters_N``: the prompt each token belongs to."""
+    """``entropy_change_by_percentile`` on CPU tensors ``[N]``; ``clusters_N``: the prompt of each token."""
     if len(base_N) < bins:
         raise ValueError(f"{len(base_N)} tokens are fewer than the {bins} percentile ranges; give more, or fewer bins")
     if not bool(base_N.isfinite().all() and trained_N.isfinite().all()):
@@ -147,10 +142,10 @@ def change_table(base_N: Tensor, trained_N: Tensor, clusters_N: Tensor | None, b
 def percentile_table(
     entropies: Mapping[str, Tensor], percentiles: Sequence[float] = tuple(range(0, 101, 5))
 ) -> pd.DataFrame:
-    """Figure 5: percentiles of the entropy of each checkpoint, one row a checkpoint, in nats.
+    """Figure 5: entropy percentiles in nats, one row per checkpoint.
 
     Args:
-        entropies: by the name of the checkpoint, in order of training; ``[N]`` each.
+        entropies: ``[N]`` in nats by checkpoint name, in training order.
         percentiles: in [0, 100].
 
     Raises:
@@ -174,25 +169,18 @@ def percentile_table(
 
 
 class _Top(NamedTuple):
-    """Entropies ``[N]``, and which of them are the top."""
-
     entropy: Tensor
     selected: Tensor
 
     def at_border(self, other: _Top) -> float:
-        """The share of ``other``'s top among the hundredth of the tokens (at least 40) around this one's border."""
+        """Share of ``other``'s top among the hundredth of the tokens (at least 40) around this one's border."""
         order_N = self.entropy.argsort(descending=True, stable=True)
         border, width = int(self.selected.sum()), max(len(order_N) // 200, 20)
         return float(other.selected[order_N[max(border - width, 0) : border + width]].double().mean())
 
 
 def _overlap(a: _Top, b: _Top, owner_N: npt.NDArray[np.int64]) -> Estimate:
-    """The share that two tops of equal size have in common.
-
-    The tops have a fixed size, so a prompt with many high entropies pushes tokens of others out. The pull of a prompt
-    on the share, its influence function, therefore counts what it has in common less what its surplus in either top
-    costs at the border: the share of one top among tokens at the border of the other.
-    """
+    """Overlap of two tops of equal size; the interval accounts for tokens that a prompt displaces from a top."""
     tops = (a.selected & b.selected, a.selected, b.selected)
     both_C, in_a_C, in_b_C = (np.bincount(owner_N, top_N.numpy()) for top_N in tops)
     fair_C = in_a_C.sum() / len(owner_N) * np.bincount(owner_N)
@@ -200,7 +188,7 @@ def _overlap(a: _Top, b: _Top, owner_N: npt.NDArray[np.int64]) -> Estimate:
     sums = ClusterSums(2)
     for vector in np.stack([value_C, fair_C], axis=1):
         sums.add(vector)
-    # Of N tokens K are the top: two tops without relation are K draws without replacement, worth K / (1 - K / N).
+    # K of N tokens are in the top: two unrelated tops are K draws without replacement, worth K / (1 - K / N).
     num_top = int(in_a_C.sum())
     share = sums.share(0, 1, most=num_top / max(1 - num_top / len(owner_N), 1 / len(owner_N)))
-    return share._replace(mean=int(both_C.sum()) / num_top)  # without its rounding
+    return share._replace(mean=int(both_C.sum()) / num_top)  # exact mean

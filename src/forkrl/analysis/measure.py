@@ -1,8 +1,7 @@
-"""What a model thinks at each token of given responses: entropy, log-prob, rank, the likeliest alternatives.
+"""Entropy, log-prob, rank and most likely alternatives at each token of given responses.
 
-``token_details`` computes it from hidden states, ``measure_responses`` of token ids, ``measure_tokens`` of texts.
-Axes: ``B`` sequences of a batch, ``T`` token positions, ``N`` response tokens, ``R`` rows of a tile, ``D`` hidden,
-``V`` vocabulary, ``K`` alternatives.
+Axes: ``B`` sequences, ``T`` token positions, ``N`` response tokens, ``R`` rows of a tile, ``D`` hidden, ``V``
+vocabulary, ``K`` alternatives.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from forkrl.parallel.workers import Worker, Workers
 from forkrl.types import Prompt
 
 TILE_ELEMENTS_CPU = 1 << 22
-"""Logits held at once on a CPU: 16 MiB in fp32, 27 rows of a vocabulary of 150,000. Two or three such tiles coexist."""
+"""Logits per tile on a CPU: 16 MiB in fp32, 27 rows of a vocabulary of 150,000. Two or three tiles coexist."""
 TILE_ELEMENTS = 1 << 25
-"""Logits held at once elsewhere: 128 MiB in fp32, so that kernels are few and large."""
+"""Logits per tile elsewhere: 128 MiB in fp32, for few and large kernels."""
 BATCH_TOKENS = 16_384
-"""Padded tokens run through the model at once; a longer sequence forms a batch of its own."""
+"""Maximum padded tokens per forward pass; a longer sequence is a batch by itself."""
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class TokenDetails(NamedTuple):
-    """Per position, fp32 in nats where not said otherwise."""
+    """Per position; floats are fp32 in nats, except probabilities."""
 
     entropy: Tensor  # [N]
     logprobs: Tensor  # [N], of the target
-    ranks: Tensor  # [N] int32: 1 + the number of tokens that are likelier than the target
-    top_ids: Tensor  # [N, K] int32, likeliest first
+    ranks: Tensor  # [N] int32: 1 + the number of tokens more likely than the target
+    top_ids: Tensor  # [N, K] int32, most likely first
     top_probs: Tensor  # [N, K]
 
 
@@ -54,19 +53,18 @@ def token_details(
     temperature: float = 1.0,
     top: int = 5,
 ) -> TokenDetails:
-    """Entropy (arXiv 2506.01939v2, eq. 1), log-prob and rank of each target, and the ``top`` likeliest tokens.
+    """Entropy (arXiv 2506.01939v2, eq. 1), log-prob and rank of each target, and the ``top`` most likely tokens.
 
-    Unlike :func:`forkrl.token_stats` it sees every token's probability, so it holds whole rows of logits, but only a
-    tile of them: memory does not grow with N x V. The matrix product is in the dtype given, what follows in fp32
-    (fp64 for fp64 inputs).
+    Holds a tile of complete logit rows at a time, so memory does not grow with N x V. The matrix product runs in the
+    input dtype, the rest in fp32 (fp64 for fp64 inputs).
 
     Args:
         hidden: ``[N, D]``, last hidden states.
-        weight: ``[V, D]``, the head's matrix, same dtype.
+        weight: ``[V, D]``, head weights, same dtype.
         targets: ``[N]`` int64 in ``[0, V)``.
         bias: ``[V]`` or None.
         temperature: divides the logits; positive.
-        top: alternatives wanted; fewer where the vocabulary is smaller.
+        top: number of alternatives, at most the vocabulary size.
 
     Raises:
         ValueError: shapes disagree, or the temperature is not positive.
@@ -80,8 +78,8 @@ def token_details(
         raise ValueError(f"temperature = {temperature} must be positive")
     num_rows, num_top = len(hidden), min(top, len(weight))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # Before the first tile: small results that stay, allocated between large ones that go, would keep the allocator
-    # from ever using a tile's memory again (15 GB were seen for 8,000 rows of a vocabulary of 150,000).
+    # Allocate results before the first tile: small results between large temporaries fragment the allocator's memory
+    # (15 GB for 8,000 rows of a vocabulary of 150,000).
     found = TokenDetails(
         entropy=hidden.new_empty(num_rows, dtype=dtype),
         logprobs=hidden.new_empty(num_rows, dtype=dtype),
@@ -115,8 +113,6 @@ def _tile_details(
 
 
 class Written(NamedTuple):
-    """A response as token ids, after its prompt."""
-
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
 
@@ -124,16 +120,9 @@ class Written(NamedTuple):
 def measure_responses(
     workers: Workers, responses: Sequence[Written], *, temperature: float = 1.0, top: int
 ) -> list[TokenDetails]:
-    """Entropy, log-prob, rank and the ``top`` likeliest tokens at every response token, under the policy given.
+    """What ``token_details`` gives at every response token, on the CPU, per response in input order.
 
-    The entropy is that of the policy itself, whoever wrote the response (arXiv 2506.01939v2, eq. 1). Sequences are
-    batched by length; a batch holds one tile of logits at a time.
-
-    Returns:
-        For each response details ``[N]`` on the CPU, in the order given.
-
-    Raises:
-        UserError: the model's logits are NaN or infinite.
+    Entropy is the current policy's own, whichever model wrote the response (arXiv 2506.01939v2, eq. 1).
     """
     batches = _batches(responses)
     measured = workers.map(
@@ -153,7 +142,7 @@ def measure_responses(
 
 
 def _batches(responses: Sequence[Written]) -> list[list[int]]:
-    """Row indices, longest first, cut so that a padded batch holds at most ``BATCH_TOKENS``."""
+    """Row indices, longest first, in batches of at most ``BATCH_TOKENS`` padded tokens."""
     batches: list[list[int]] = []
     for row in sorted(range(len(responses)), key=lambda row: -_length(responses[row])):
         if batches and (len(batches[-1]) + 1) * _length(responses[batches[-1][0]]) <= BATCH_TOKENS:
@@ -177,7 +166,7 @@ def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float,
         ids = torch.tensor(response.prompt_ids + response.response_ids)
         ids_BT[row, : len(ids) - 1] = ids[:-1]
         response_BT[row, len(response.prompt_ids) - 1 : len(ids) - 1] = True
-    # Padding is on the right, where causal attention never looks: no mask.
+    # Right padding needs no mask under causal attention.
     hidden_BTD = policy.hidden_states(ids_BT.to(policy.device), use_cache=False)
     targets_N = torch.tensor([token for response in batch for token in response.response_ids], device=policy.device)
     with policy.autocast():
@@ -195,8 +184,6 @@ def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float,
 
 
 class SourceResponse(NamedTuple):
-    """A response on its way into the tables."""
-
     prompt_id: str
     prompt: int
     prompt_text: str
@@ -217,24 +204,23 @@ def measure_tokens(
     correct: Sequence[bool] | None = None,
     temperature: float = 1.0,
 ) -> pd.DataFrame:
-    """The table of tokens of given responses, for a notebook: what ``forkrl analyze`` writes, in memory.
+    """The token table of given responses, in memory, as ``forkrl analyze`` writes it.
 
     Args:
         model: a causal language model, on any device, in evaluation mode.
         tokenizer: its tokenizer.
-        prompts: ``[R]`` texts, exactly as the model read them. Equal ones are one prompt.
+        prompts: ``[R]`` texts, exactly as the model read them. Equal texts count as one prompt.
         responses: ``[R]`` texts.
         correct: ``[R]``; None: unknown.
         temperature: divides the logits.
 
     Returns:
-        Rows of ``TOKEN_SCHEMA``, by prompt, sample and position: what every function of this package takes.
+        Rows of ``TOKEN_SCHEMA``, sorted by prompt, sample and position.
 
     Raises:
         UserError: ForkRL does not support the model (``forkrl.model.support``), or its logits are not finite.
-        ValueError: the model is neither in fp32 nor in bf16, lengths differ, there are no responses, one has no tokens,
-            does not tokenise back, or is longer than the model has positions for, or the tokenizer does not know a
-            character of a prompt.
+        ValueError: the model is neither fp32 nor bf16, lengths differ, there are no responses, a prompt has a character
+            unknown to the tokenizer, or a response is empty, does not tokenise back or is too long for the model.
     """
     known = [None] * len(prompts) if correct is None else list(correct)
     if not prompts:
@@ -242,7 +228,7 @@ def measure_tokens(
     if model.dtype not in _PRECISIONS:
         raise ValueError(f"the model is in {model.dtype}; load it with dtype=torch.float32 or torch.bfloat16")
     rows: list[SourceResponse] = []
-    seen: dict[str, list[int]] = {}  # of each prompt its number, and how many responses it has so far
+    seen: dict[str, list[int]] = {}  # by prompt: its number, and its responses so far
     for place, (prompt, text, result) in enumerate(zip(prompts, responses, known, strict=True)):
         try:
             written = _tokenised(model, tokenizer, prompt, text, f"response {place}")
@@ -259,7 +245,7 @@ def measure_tokens(
         with Workers(policy) as workers:
             details = measure_responses(workers, [row.written for row in rows], temperature=temperature, top=TOP)
     finally:
-        model.set_attn_implementation(attention)  # the model is the caller's
+        model.set_attn_implementation(attention)  # restore the caller's model
     return token_rows(rows, details, TokenTexts(tokenizer)).to_pandas()
 
 
@@ -275,11 +261,7 @@ def _tokenised(
 
 
 def response_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> tuple[int, ...]:
-    """The tokens of a response given as text; ``place`` names it in errors.
-
-    Raises:
-        UserError: it has no tokens, or they are not the same text.
-    """
+    """Tokens of a response text, which must decode to the same text; ``place`` names it in errors."""
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     if not ids:
         raise UserError(f"{place}: the response has no tokens")
@@ -298,7 +280,7 @@ def response_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, place: str
 
 
 def require_positions(model: PreTrainedModel, written: Written, place: str) -> None:
-    """Reject a prompt and response together longer than the model has positions for."""
+    """Reject a prompt with response longer than the model's positions."""
     length = len(written.prompt_ids) + len(written.response_ids)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
@@ -306,7 +288,7 @@ def require_positions(model: PreTrainedModel, written: Written, place: str) -> N
 
 
 def token_rows(group: Sequence[SourceResponse], details: Sequence[TokenDetails], texts: TokenTexts) -> pa.Table:
-    """Rows of ``TOKEN_SCHEMA`` for the responses, in order, with what was measured of each."""
+    """Rows of ``TOKEN_SCHEMA`` for the responses and their measurements, in order."""
     lengths = [len(response.written.response_ids) for response in group]
     ids = [token for response in group for token in response.written.response_ids]
 

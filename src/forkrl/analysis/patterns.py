@@ -1,8 +1,7 @@
-"""Patterns of token entropy (arXiv 2506.01939v2, section 3 and figure 2), and what the paper left out.
+"""Patterns of token entropy (arXiv 2506.01939v2, section 3 and figure 2).
 
-Every function queries the table of tokens (``token_table.Tokens``) and returns a small data frame. A *fork* is a token
-whose entropy exceeds a threshold, as in eq. 5. Intervals are 95% and clustered by prompt: responses to one prompt are
-alike, and tokens of one response even more.
+Every function queries the token table (``token_table.Tokens``) and returns a small data frame. A *fork* is a token
+whose entropy exceeds a threshold (eq. 5). Intervals are 95%, clustered by prompt.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from forkrl.analysis.token_table import Tokens, query, token_batches
 from forkrl.stats.intervals import ClusterSums, Estimate, as_columns
 
 LOW_ENTROPY = 0.01
-"""Nats. The paper finds 50.64% of the tokens of Qwen3-8B below it."""
+"""Nats. In the paper, 50.64% of the tokens of Qwen3-8B are below it."""
 PAPER_TEMPERATURE = 1.0
-"""Of the paper's responses and entropies. Both figures below depend on it."""
+"""The paper's sampling and measuring temperature, on which both of its figures below depend."""
 PAPER = {"share_below_0.01": 0.5064, "percentile_80": 0.672}
 _PERCENTILES = (5, 25, 50, 75, 80, 90, 95, 99)
 
 
 def entropy_summary(tokens: Tokens) -> pd.DataFrame:
-    """Statistics of the entropies of a model: one per row, ``value`` next to the ``paper``'s (section 3).
+    """Entropy statistics, one per row, with ``value`` and the ``paper``'s value (section 3).
 
-    Percentiles are exact over all tokens. ``percentile_80`` is the paper's threshold of a fork.
+    Percentiles are exact over all tokens. ``percentile_80`` is the paper's fork threshold.
 
     Raises:
         ValueError: there are no tokens, or an entropy is NaN or infinite.
@@ -56,10 +55,10 @@ def entropy_summary(tokens: Tokens) -> pd.DataFrame:
 
 
 def entropy_histogram(tokens: Tokens, bins: int = 60) -> pd.DataFrame:
-    """Tokens per entropy bin from 0 to the largest (figure 2a draws their logarithm).
+    """Tokens per entropy bin from 0 to the maximum (figure 2a plots their logarithm).
 
     Returns:
-        ``low``, ``high`` (nats), ``tokens``, and of these those of responses judged ``correct`` and ``incorrect``.
+        ``low``, ``high`` (nats), ``tokens``, and counts in responses judged ``correct`` and ``incorrect``.
     """
     top = query(tokens, ["entropy"], "SELECT coalesce(max(entropy), 0)::DOUBLE AS top FROM tokens")["top"].iloc[0]
     edges = np.linspace(0.0, max(top, 0.1), bins + 1)
@@ -75,15 +74,13 @@ def entropy_histogram(tokens: Tokens, bins: int = 60) -> pd.DataFrame:
 def token_types(tokens: Tokens, min_count: int = 100, threshold: float | None = None) -> pd.DataFrame:
     """Mean entropy of every token type seen at least ``min_count`` times, highest first (figure 2b and 2c).
 
-    The entropy is that of the position where the type was written: how undecided the model was when it wrote it.
-
     Args:
-        tokens: the table.
-        min_count: rarer types are left out; the paper takes 100.
-        threshold: nats; with it, ``fork_share`` is the share of the type's tokens that are forks.
+        min_count: the paper uses 100.
+        threshold: fork threshold in nats, or None.
 
     Returns:
-        ``token_id``, ``text``, ``count``, ``mean_entropy`` and, with a threshold, ``fork_share``.
+        ``token_id``, ``text``, ``count``, ``mean_entropy`` (at the position where the type was written) and, with a
+        threshold, ``fork_share``.
     """
     found = query(
         tokens,
@@ -99,12 +96,10 @@ def token_types(tokens: Tokens, min_count: int = 100, threshold: float | None = 
 
 
 def fork_contexts(tokens: Tokens, threshold: float, n: int = 2, min_count: int = 100) -> pd.DataFrame:
-    """Contexts of ``n`` tokens with the entropy of what follows them, those before most forks first.
+    """Contexts of ``n`` tokens with the entropy of the next token, those before most forks first.
 
     Args:
-        tokens: the table.
-        threshold: nats; what exceeds it is a fork.
-        n: tokens of the context, at least 1.
+        threshold: fork threshold in nats.
         min_count: rarer contexts are left out.
 
     Returns:
@@ -135,7 +130,7 @@ def fork_contexts(tokens: Tokens, threshold: float, n: int = 2, min_count: int =
 
 
 def fork_positions(tokens: Tokens, threshold: float, bins: int = 20) -> pd.DataFrame:
-    """Where in a response the forks lie: share of forks and mean entropy by relative position.
+    """Share of forks and mean entropy by relative position in the response.
 
     Returns:
         ``low``, ``high`` (fractions of the response), ``tokens``, ``fork_share``, ``mean_entropy``, each of the last
@@ -167,16 +162,15 @@ def fork_positions(tokens: Tokens, threshold: float, bins: int = 20) -> pd.DataF
 
 
 def correct_against_incorrect(tokens: Tokens, threshold: float) -> pd.DataFrame:
-    """Entropy and forks of the tokens of correct and of incorrect responses, and their difference.
+    """Entropy and forks in correct and incorrect responses, and their difference.
 
-    "difference" compares all correct with all incorrect tokens; hard prompts weigh more among the incorrect.
-    "difference within prompts" is free of that: the mean over prompts with responses of both kinds, each prompt
-    counting once.
+    "difference" pools all tokens, so hard prompts weigh more among the incorrect. "difference within prompts" avoids
+    that: the mean over prompts with both kinds of responses, with equal weights.
 
     Returns:
-        Four rows (``responses``: which), with ``count`` of responses (of prompts, in the last row), ``tokens``,
-        ``mean_entropy`` and ``fork_share``, each of the last two with ``_low`` and ``_high``. Empty where no response
-        was judged.
+        Four rows (column ``responses``), with ``count`` of responses (of prompts in the last row), ``tokens``,
+        ``mean_entropy`` and ``fork_share``, each of the last two with ``_low`` and ``_high``. Empty if no response was
+        judged.
     """
     found = query(
         tokens,
@@ -206,10 +200,7 @@ def correct_against_incorrect(tokens: Tokens, threshold: float) -> pd.DataFrame:
 
 
 def response_table(tokens: Tokens, threshold: float) -> pd.DataFrame:
-    """One row a response: ``prompt``, ``sample``, ``length``, ``correct``, ``mean_entropy``, ``forks``.
-
-    And ``fork_density``, the share of its tokens that are forks.
-    """
+    """Per response: ``prompt``, ``sample``, ``length``, ``correct``, ``mean_entropy``, ``forks``, ``fork_density``."""
     table = query(
         tokens,
         ["prompt", "sample", "length", "entropy", "correct"],
@@ -225,11 +216,11 @@ def response_table(tokens: Tokens, threshold: float) -> pd.DataFrame:
 
 
 def density_against_correctness(responses: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
-    """Accuracy of responses with few forks and with many: equal parts by fork density, sparse first.
+    """Accuracy by fork density in equal parts, lowest density first.
 
     Args:
-        responses: from :func:`response_table`; those that nothing judged are left out.
-        bins: parts; fewer where densities are tied.
+        responses: from :func:`response_table`; unjudged responses are left out.
+        bins: parts; fewer if densities are tied.
 
     Returns:
         ``low``, ``high`` (fork density), ``responses``, ``accuracy``, ``accuracy_low``, ``accuracy_high``.
@@ -255,12 +246,12 @@ def density_against_correctness(responses: pd.DataFrame, bins: int = 5) -> pd.Da
 
 
 def share_by_cluster(sums_P: Iterable[float], counts_P: Iterable[float]) -> Estimate:
-    """A mean of zeros and ones, ``sum(sums) / sum(counts)`` over prompts; NaN where nothing was counted."""
+    """A mean of zeros and ones, ``sum(sums) / sum(counts)`` over prompts; NaN if the counts sum to 0."""
     return _sums_by_cluster(sums_P, counts_P).share(0, 1)
 
 
 def mean_by_cluster(sums_P: Iterable[float], counts_P: Iterable[float]) -> Estimate:
-    """``sum(sums) / sum(counts)`` over prompts, with Student's interval; NaN where nothing was counted."""
+    """``sum(sums) / sum(counts)`` over prompts, with Student's interval; NaN if the counts sum to 0."""
     return _sums_by_cluster(sums_P, counts_P).mean(0, 1)
 
 
@@ -272,7 +263,6 @@ def _sums_by_cluster(sums_P: Iterable[float], counts_P: Iterable[float]) -> Clus
 
 
 def _cluster_sums(found: pd.DataFrame, parts: int, columns: Sequence[str]) -> ClusterSums:
-    """Sums clustered by prompt: ``columns`` of part 0, then of part 1, ..."""
     sums = ClusterSums(parts * len(columns))
     for _, rows in found.groupby("prompt", sort=False):
         vector = np.zeros((parts, len(columns)))

@@ -1,4 +1,4 @@
-"""Decoding with two temperatures: the sweep, what counts as broken, and the figures (arXiv 2506.01939, eq. 5, Fig. 3).
+"""Decoding with two temperatures: the sweep, broken outputs, and the figures (arXiv 2506.01939, eq. 5, Fig. 3).
 
 Axes: ``P`` prompts, ``K`` responses to each, ``N`` tokens.
 """
@@ -23,7 +23,7 @@ from forkrl.stats.intervals import (
 
 PAPER_TEMPERATURES = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 FORK_FRACTION = 0.8
-"""The paper's threshold is this quantile of the entropies: a fifth of the tokens lies above it."""
+"""Entropy quantile of the paper's threshold: a fifth of the tokens is above it."""
 LOOP_REPEATS, LOOP_TOKENS = 4, 32
 NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
@@ -31,7 +31,7 @@ _Array = npt.NDArray[np.float64]
 
 
 class Setting(NamedTuple):
-    """Temperature at forks, and elsewhere."""
+    """Temperature at forks (``high``) and elsewhere (``low``)."""
 
     high: float
     low: float
@@ -45,11 +45,7 @@ UNSCALED = Setting(1.0, 1.0)
 
 
 def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES, base: float = 1.0) -> list[Setting]:
-    """(base, base), then every other temperature at forks with ``base`` elsewhere, then the reverse.
-
-    Raises:
-        ValueError: a temperature is negative, not finite, or there twice.
-    """
+    """(base, base), then the other temperatures at forks with ``base`` elsewhere, then the reverse."""
     if wrong := [value for value in temperatures if not 0 <= value < math.inf]:
         raise ValueError(f"{wrong[0]} is not a valid temperature")
     if len(set(temperatures)) < len(temperatures):
@@ -63,24 +59,20 @@ def plan_settings(temperatures: Sequence[float] = PAPER_TEMPERATURES, base: floa
 
 
 def ends_in_loop(token_ids: Sequence[int]) -> bool:
-    """Whether the end is one block of tokens, ``LOOP_REPEATS`` times or more, over ``LOOP_TOKENS`` tokens or more.
+    """Whether it ends in a block repeated at least ``LOOP_REPEATS`` times over at least ``LOOP_TOKENS`` tokens.
 
-    The block may be of any length, from a single token; the last repetition may break off in the block's midst. A loop
-    that the response leaves again is none. Linear in the number of tokens.
-
-    Args:
-        token_ids: of the response, without a closing stop token.
+    The last repetition may be partial. ``token_ids`` excludes a final stop token. Linear time.
     """
     ids = list(token_ids)[::-1]
-    # common[p]: how far the reversed text agrees with itself moved by p. These, and p more, repeat a block of p.
+    # common[p]: common prefix of the reversed text and its shift by p; with p more, it repeats a block of p tokens.
     common = _common_prefixes(ids)
     return any(common[p] + p >= max(LOOP_REPEATS * p, LOOP_TOKENS) for p in range(1, len(ids) // LOOP_REPEATS + 1))
 
 
 def _common_prefixes(ids: Sequence[int]) -> list[int]:
-    """The Z-function: for each place, the longest common prefix of the sequence and its rest from there."""
+    """Z-function: for each index, the longest common prefix of the sequence and its suffix from there."""
     common = [0] * len(ids)
-    start = end = 0  # the stretch [start, end) that is known to agree with the beginning, and reaches furthest
+    start = end = 0  # the interval [start, end) that matches a prefix and reaches furthest
     for place in range(1, len(ids)):
         length = min(end - place, common[place - start]) if place < end else 0
         while place + length < len(ids) and ids[length] == ids[place + length]:
@@ -92,28 +84,28 @@ def _common_prefixes(ids: Sequence[int]) -> list[int]:
 
 
 def holds_no_text(response: str) -> bool:
-    """Whether it holds U+FFFD, which a tokenizer writes where its bytes are no text."""
+    """Whether it has U+FFFD, the replacement for bytes that are not valid text."""
     return NO_TEXT in response
 
 
 def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFrame:
-    """The figures of every setting, with 95% intervals clustered by prompt.
+    """Statistics of every setting, with 95% intervals clustered by prompt.
 
     Args:
-        responses: a row a response. ``high``, ``low``: the setting; ``prompt``: an integer, the same prompts in every
+        responses: one row per response. ``high``, ``low``: the setting; ``prompt``: int, the same prompts in every
             setting, each equally often; ``score`` in [0, 1]; ``length``: tokens; ``cut``, ``loop``, ``garbled``: bool;
             ``surprise``: sum of -log-prob over its tokens under the unscaled model, nats; ``forks``: tokens above the
             threshold; ``failure``: empty, or why the verifier gave no result.
-        base: the temperature of the setting that the others are compared with, at forks and elsewhere.
+        base: temperature of the baseline setting (base, base).
 
     Returns:
-        A row a setting, in the order of their first response. ``accuracy``, ``difference`` (of accuracy to
-        (base, base), paired by prompt; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or
-        is garbled) and ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``,
-        ``loop``, ``garbled``, ``forks``; counts ``prompts``, ``samples``, ``tokens``, ``failures``.
+        One row per setting, in order of first appearance. ``accuracy``, ``difference`` (of accuracy to the baseline,
+        paired by prompt; NaN without it), ``length`` (tokens), ``broken`` (share that is cut, loops or is garbled) and
+        ``surprise`` (nats per token), each also with ``_low`` and ``_high``; shares ``cut``, ``loop``, ``garbled``,
+        ``forks``; counts ``prompts``, ``samples``, ``tokens``, ``failures``.
 
     Raises:
-        ValueError: no responses, or prompts that differ in their number of responses, or between settings.
+        ValueError: no responses, or the number of responses differs between prompts or settings.
     """
     if responses.empty:
         raise ValueError("no responses")
@@ -128,7 +120,6 @@ def temperature_table(responses: pd.DataFrame, base: float = 1.0) -> pd.DataFram
 
 
 def _figures(setting: Setting, group: pd.DataFrame, baseline: pd.DataFrame | None) -> dict[str, Any]:
-    """One row of the table."""
     score_PK, length_PK, tokens = _matrix(group, "score"), _matrix(group, "length"), int(group["length"].sum())
     broken = group[["cut", "loop", "garbled"]].any(axis=1)
     nothing = Estimate(np.nan, np.nan, np.nan)
@@ -150,7 +141,7 @@ def _figures(setting: Setting, group: pd.DataFrame, baseline: pd.DataFrame | Non
 
 
 def _matrix(group: pd.DataFrame, column: str) -> _Array:
-    """``[P, K]``, prompts in rising order."""
+    """``[P, K]``, sorted by prompt."""
     values = [part.to_numpy(np.float64) for _, part in group.groupby("prompt", sort=True)[column]]
     if len({len(part) for part in values}) > 1:
         raise ValueError("prompts differ in their number of responses")
@@ -158,6 +149,6 @@ def _matrix(group: pd.DataFrame, column: str) -> _Array:
 
 
 def _per_token(sums_PK: _Array, lengths_PK: _Array) -> Estimate:
-    """Sum over sum, with the interval of a ratio: that of the deviations ``sum - ratio · length`` per mean length."""
+    """Ratio of sums; the interval uses deviations ``sum - ratio · length`` per mean length."""
     ratio = float(sums_PK.sum() / lengths_PK.sum())
     return mean_with_normal_interval(ratio + (sums_PK - ratio * lengths_PK) / lengths_PK.mean())

@@ -1,7 +1,7 @@
-"""The table of tokens: one row a response token, in Parquet parts, so that any number of them fits in small memory.
+"""The token table: one row per response token, in Parquet parts that are processed in bounded memory.
 
-A folder ``tokens/`` of ``part-00000.parquet`` … is one data set (``pandas.read_parquet`` of the folder reads all of
-it). A row group holds whole responses, and the responses to one prompt follow each other.
+A folder ``tokens/`` of parts is one data set that ``pandas.read_parquet`` can read. A row group holds whole responses;
+responses to one prompt are consecutive.
 """
 
 from __future__ import annotations
@@ -20,36 +20,32 @@ from forkrl.errors import UserError
 from forkrl.store.parquet import part_paths, reading_parquet
 
 TOP = 5
-"""Alternatives kept of each position."""
+"""Alternatives stored per position."""
 TOKEN_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
-        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
+        pa.field("prompt", pa.int32(), nullable=False),  # index, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # index among the responses to the prompt, from 0
         pa.field("position", pa.int32(), nullable=False),  # from 0
-        pa.field("length", pa.int32(), nullable=False),  # tokens of the whole response
+        pa.field("length", pa.int32(), nullable=False),  # tokens in the whole response
         pa.field("token_id", pa.int32(), nullable=False),
         pa.field("text", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("entropy", pa.float32(), nullable=False),  # nats
         pa.field("logprob", pa.float32(), nullable=False),  # nats
-        pa.field("rank", pa.int32(), nullable=False),  # 1: no token is likelier
-        pa.field("top_ids", pa.list_(pa.int32()), nullable=False),  # likeliest first
+        pa.field("rank", pa.int32(), nullable=False),  # 1: most likely
+        pa.field("top_ids", pa.list_(pa.int32()), nullable=False),  # most likely first
         pa.field("top_texts", pa.list_(pa.string()), nullable=False),
         pa.field("top_probs", pa.list_(pa.float32()), nullable=False),
-        pa.field("correct", pa.bool_()),  # null where nothing judged the response
+        pa.field("correct", pa.bool_()),  # null if the response was not judged
     ]
 )
 
 Tokens: TypeAlias = pd.DataFrame | str | Path
-"""Rows of ``TOKEN_SCHEMA``: a data frame, or the folder (or file) of Parquet that holds them."""
+"""Rows of ``TOKEN_SCHEMA``: a data frame, or a Parquet folder or file."""
 
 
 def token_batches(tokens: Tokens, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
-    """The rows in order, in data frames of whole responses, each with at least the given columns.
-
-    Raises:
-        ValueError: a column is missing, or the folder holds no part.
-    """
+    """The rows in order, in data frames of whole responses with at least ``columns``."""
     if isinstance(tokens, pd.DataFrame):
         if missing := [name for name in columns if name not in tokens]:
             raise ValueError(f"the table of tokens has no column {', '.join(missing)}")
@@ -63,13 +59,9 @@ def token_batches(tokens: Tokens, columns: Sequence[str]) -> Iterator[pd.DataFra
 
 
 def query(tokens: Tokens, columns: Sequence[str], sql: str, **parameters: float) -> pd.DataFrame:
-    """The result of SQL over the table ``tokens``, out of core. It reads ``columns``, and ``$name`` of the parameters.
+    """Run SQL over the table ``tokens``, out of core; it may use ``columns`` and ``$name`` parameters.
 
-    One thread: the order of summation, and so every bit of the result, is the same each time.
-
-    Raises:
-        ValueError: a column is missing, or the folder holds no part.
-        UserError: a part is damaged.
+    Single-threaded, so that the order of summation and hence every bit of the result is deterministic.
     """
     with duckdb.connect(config={"threads": 1}) as database:
         if isinstance(tokens, pd.DataFrame):
@@ -98,19 +90,18 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def tokens_of_prompts(tokens: Path, numbers: Collection[int]) -> pd.DataFrame:
-    """The rows, with all columns, of some prompts (by ``prompt``, their number)."""
     wanted = pa.array(sorted(numbers), pa.int32())
     found = []
     for path in part_paths(tokens):
         with reading_parquet(path), pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group)
-                # Filtered before it is a data frame: its lists would keep all of the row group alive.
+                # Filter before conversion: the data frame's lists would keep the whole row group alive.
                 found.append(table.filter(pc.is_in(table["prompt"], wanted)).combine_chunks())
     return pa.concat_tables(found).unify_dictionaries().to_pandas()
 
 
 def read_tokens(tokens: str | Path, columns: Iterable[str] | None = None) -> pd.DataFrame:
-    """The whole table in memory, for a notebook: a million tokens take about 200 MB with all columns, 4 MB a number."""
+    """The whole table in memory. A million tokens take about 200 MB with all columns, 4 MB per numeric column."""
     names = list(columns) if columns is not None else TOKEN_SCHEMA.names
     return pd.concat(list(token_batches(tokens, names)), ignore_index=True)

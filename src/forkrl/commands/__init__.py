@@ -1,1 +1,1 @@
-"""One module a command that looks at a model: ``forkrl eval``, ``analyze``, ``drift`` and their like."""
+"""One module per command: ``forkrl eval``, ``analyze``, ``drift``, …."""

@@ -1,4 +1,4 @@
-"""``forkrl analyze``: where a model forks (arXiv 2506.01939v2, section 3), on its own responses or on given ones."""
+"""``forkrl analyze``: where a model forks (arXiv 2506.01939v2, section 3), on sampled or given responses."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from forkrl.stats.intervals import as_columns
 from forkrl.store.results import Results, write_results
 
 SCHEMA = "forkrl-analyze/1"
-SHOWN_IN_TERMINAL = 600  # tokens of a response
+SHOWN_IN_TERMINAL = 600  # tokens
 
 
 def run_analyze(options: AnalyzeOptions) -> int:
-    """``forkrl analyze``."""
     results = analyze_model(options)
     if sys.stdout.isatty():
         Console(highlight=False).print(coloured_sample(results))
@@ -39,10 +38,9 @@ def run_analyze(options: AnalyzeOptions) -> int:
 
 
 def analyze_model(options: AnalyzeOptions) -> Results:
-    """Generate (or read) responses, measure every token, and find the patterns of the paper and some more.
+    """Sample or read responses, measure every token, and compute the pattern tables.
 
-    Work is kept part by part in the output folder: the same call resumes it, and only makes the tables again if it is
-    finished.
+    Resumable: finished parts stay in the output folder. A finished folder only has its tables recomputed.
     """
     folder = options.out or parse_reference(options.model).default_folder("analyze")
     subject = open_response_subject(options)
@@ -82,14 +80,13 @@ def analyze_model(options: AnalyzeOptions) -> Results:
 
 
 def make_page(results: Results) -> Page:
-    """The figures, and a sample of the responses to look at."""
     numbers = choose_prompts(results.tables["responses"])
     responses = read_responses(results.folder, ["prompt", "sample", "prompt_text", "finished", "correct"], numbers)
     return analyze_page(results, shown_prompts(tokens_of_prompts(results.folder / "tokens", numbers), responses))
 
 
 def coloured_sample(results: Results) -> Group:
-    """The first response, each token on the colour of its entropy, for a terminal."""
+    """The first response with entropy colours, for a terminal."""
     tokens = tokens_of_prompts(results.folder / "tokens", [0])
     rows = tokens[tokens["sample"] == 0].head(SHOWN_IN_TERMINAL)
     more = int(rows["length"].iloc[0]) - len(rows)
@@ -114,7 +111,7 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
 
 
 def _outcomes(folder: Path) -> dict[str, Any]:
-    """Accuracy with its interval, and the shares cut at the limit and not judged; NaN where unknown."""
+    """Accuracy with its interval, truncated fraction and counts; NaN where unknown."""
     responses = read_responses(folder, ["prompt", "finished", "correct", "failure"])
     judged = responses[responses["correct"].notna()]
     correct = judged["correct"].astype(float).groupby(judged["prompt"])

@@ -1,4 +1,4 @@
-"""``forkrl branch``: what a token is worth. Force alternatives at forks and elsewhere, continue, compare outcomes."""
+"""``forkrl branch``: force alternative tokens at forks and control positions, continue each, compare the outcomes."""
 
 from __future__ import annotations
 
@@ -40,15 +40,14 @@ PROBE_PROMPTS, PROBE_STEPS = 16, 8
 
 
 def run_branch(options: BranchOptions) -> int:
-    """``forkrl branch``."""
     results = branch_model(options)
     return present(results.folder, make_page(results))
 
 
 def branch_model(options: BranchOptions) -> Results:
-    """Sample responses, force alternatives at some of their positions, continue each, judge, and compare.
+    """Sample responses, branch at some positions, continue and judge each branch, and compare.
 
-    Work is kept part by part in the output folder: the same call resumes it, and one for more problems adds those.
+    Resumable: finished parts stay in the output folder. A call with more problems only adds those.
     """
     subject = open_subject(options)
     temperature = subject.config.eval.temperature
@@ -67,12 +66,12 @@ def branch_model(options: BranchOptions) -> Results:
             raise UserError(f"{session.task.name}: its rows have no answers, so no branch can be judged")
         earlier = stored_settings(folder).get("prompts_per_part")
         size = earlier or prompts_per_part(design, session.engine.wave_sequences)
-        # More problems join the same folder, so their number is not recorded.
+        # More problems can be added to a folder, so their number is not recorded.
         settings = {
             **model_settings(SCHEMA, subject),
             **session_settings(session),
             **asdict(design),
-            "prompts_per_part": size,  # it decides which responses share a generator
+            "prompts_per_part": size,  # decides which responses share a generator
         }
         with open_work_folder(folder, settings):
             (folder / "parts").mkdir(exist_ok=True)
@@ -123,13 +122,11 @@ def branch_model(options: BranchOptions) -> Results:
 
 
 def make_page(results: Results) -> Page:
-    """The figures, and responses with their branches to look at."""
     rows = read_parts(results.folder, results.settings["prompts_per_part"], results.facts["prompts"])
     return branch_page(results, rows)
 
 
 def describe_work(num_prompts: int, design: Design, seconds: float) -> str:
-    """One line on what is about to be sampled."""
     most = num_prompts * design.responses * design.positions * (design.alternatives + 1) * design.continuations
     return (
         f"{num_prompts} prompts, {design.responses} response(s) to each; {design.positions} positions a response "
@@ -140,11 +137,7 @@ def describe_work(num_prompts: int, design: Design, seconds: float) -> str:
 
 
 def expected_seconds(session: Session, design: Design, num_prompts: int) -> float:
-    """Roughly, from the mean length of a few responses and the time of a few steps of a full batch.
-
-    A continuation counts as a whole response: of what is left after a position, half a response is too little wherever
-    the model may stop or continue at any time. The token taken is seldom a branch of its own.
-    """
+    """Rough estimate from a few responses and steps of a full batch, counting a continuation as a whole response."""
     sampling = evaluation_sampling(session.config, design.temperature, session.policy)
     generator = evaluation_generator(session.config.seed, session.policy.device)
     few = session.engine.generate(session.prompts[:PROBE_PROMPTS], group_size=1, sampling=sampling, generator=generator)

@@ -1,7 +1,7 @@
-"""Branches on disk, part by part: ``parts/part-00000.parquet`` …, a row a response with all that was tried in it.
+"""Branches on disk: ``parts/part-00000.parquet`` …, one row per response with all its branches.
 
-A part holds the responses to a few prompts and draws from a generator of its own, seeded by the recipe's seed and its
-number: an interrupted command that is given again neither repeats finished parts nor finds other numbers.
+A part covers a few prompts and has its own generator, seeded by the recipe's seed and the part number, so resuming
+reproduces an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
 BRANCH = pa.struct(
     [
         pa.field("position", pa.int32(), nullable=False),  # in the response, from 0
-        pa.field("kind", pa.string(), nullable=False),  # why this position: "fork", "random" or "low"
+        pa.field("kind", pa.string(), nullable=False),  # why it was chosen: "fork", "random" or "low"
         pa.field("entropy", pa.float32(), nullable=False),  # nats
         pa.field("token_id", pa.int32(), nullable=False),
         pa.field("token", pa.string(), nullable=False),
-        pa.field("rank", pa.int32(), nullable=False),  # 1: the likeliest
+        pa.field("rank", pa.int32(), nullable=False),  # 1: most likely
         pa.field("probability", pa.float32(), nullable=False),
         pa.field("taken", pa.bool_(), nullable=False),  # by the response itself
         pa.field("exact", pa.bool_(), nullable=False),  # ends the response: judged once, nothing sampled
-        pa.field("cut", pa.float32(), nullable=False),  # share of the continuations that ran into the limit
-        pa.field("length", pa.float32(), nullable=False),  # mean tokens of the whole response
+        pa.field("cut", pa.float32(), nullable=False),  # fraction of continuations that hit the length limit
+        pa.field("length", pa.float32(), nullable=False),  # mean tokens of the complete response
         pa.field("failures", pa.int32(), nullable=False),  # continuations that could not be judged; they score 0
-        pa.field("scores", pa.list_(pa.float32()), nullable=False),  # of every continuation
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),  # one per continuation
     ]
 )
 PART_SCHEMA = pa.schema(
     [
-        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
-        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
+        pa.field("prompt", pa.int32(), nullable=False),  # index, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # index among the responses to the prompt, from 0
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
@@ -61,12 +61,12 @@ PART_SCHEMA = pa.schema(
     ]
 )
 WAVES_PER_PART = 4
-"""Batches of the engine that a part fills at least: the last is seldom full, and a kill costs no more than these."""
+"""Minimum engine batches per part. The last batch is rarely full, and a kill loses at most one part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """What is tried: positions of each kind, alternatives at each, continuations of each; all at one temperature."""
+    """Positions of each kind, alternatives per position and continuations per branch, all at one temperature."""
 
     responses: int
     forks: int
@@ -78,17 +78,17 @@ class Design:
 
     @property
     def positions(self) -> int:
-        """Of one response, if it is long enough."""
+        """Positions per response, if it is long enough."""
         return self.forks + self.random + self.low
 
     @property
     def sequences_per_prompt(self) -> int:
-        """At least, where no alternative ends the response; at most one more for each position, the token taken."""
+        """Minimum, with no alternative ending the response. The token taken may add one branch per position."""
         return self.responses * self.positions * self.alternatives * self.continuations
 
 
 class Try(NamedTuple):
-    """A branch to be continued: whose it is, how it begins, and its columns of ``BRANCH`` that are known already."""
+    """A branch to continue: its response, its prefix, and the ``BRANCH`` columns known so far."""
 
     owner: int
     prompt: Prompt
@@ -99,18 +99,18 @@ class Try(NamedTuple):
 
 
 def prompts_per_part(design: Design, wave_sequences: int) -> int:
-    """So many that a part fills a few batches of the engine."""
+    """Enough prompts to fill a few engine batches."""
     return max(1, -(-WAVES_PER_PART * wave_sequences // design.sequences_per_prompt))
 
 
 def missing_parts(folder: Path, prompts: Sequence[Prompt], size: int) -> dict[int, Sequence[Prompt]]:
-    """The parts that are not there yet, with their prompts. A last part with too few of them is not there."""
+    """Missing parts with their prompts. A last part with too few prompts counts as missing."""
     parts = {start // size: prompts[start : start + size] for start in range(0, len(prompts), size)}
     return {index: part for index, part in parts.items() if not _holds(part_path(folder / "parts", index), part)}
 
 
 def _holds(path: Path, prompts: Sequence[Prompt]) -> bool:
-    """Whether a part is there with these prompts, and perhaps with more after them."""
+    """Whether the part exists and starts with these prompts."""
     if not path.exists():
         return False
     with reading_parquet(path):
@@ -120,13 +120,13 @@ def _holds(path: Path, prompts: Sequence[Prompt]) -> bool:
 
 
 def write_part(folder: Path, index: int, first: int, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a part, all at once; its prompts are numbered from ``first``."""
+    """Write a part atomically; its prompts are numbered from ``first``."""
     numbered = [row | {"prompt": first + row["prompt"]} for row in rows]
     write_rows(part_path(folder / "parts", index), numbered, PART_SCHEMA)
 
 
 def read_parts(folder: Path, size: int, num_prompts: int) -> list[dict[str, Any]]:
-    """The rows of the first ``num_prompts`` prompts, in order, from parts of ``size`` prompts."""
+    """Rows of the first ``num_prompts`` prompts, in order, from parts of ``size`` prompts."""
     paths = [part_path(folder / "parts", index) for index in range(-(-num_prompts // size))]
     rows = []
     for path in paths:
@@ -136,14 +136,12 @@ def read_parts(folder: Path, size: int, num_prompts: int) -> list[dict[str, Any]
 
 
 def branches_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """All branches as one table, as ``forkrl.analysis.branching`` wants it, with all columns of ``BRANCH``."""
+    """All branches as one table for ``forkrl.analysis.branching``, with all ``BRANCH`` columns."""
     place = ("prompt", "sample", "prompt_id")
     return pd.DataFrame([{name: row[name] for name in place} | branch for row in rows for branch in row["branches"]])
 
 
 class PartSampler:
-    """Samples responses, forces alternatives, continues and judges them, a part at a time."""
-
     def __init__(self, session: Session, verifier: Verifier, design: Design) -> None:
         self._session, self._verifier, self._design = session, verifier, design
         self._sampling = evaluation_sampling(session.config, design.temperature, session.policy)
@@ -151,7 +149,7 @@ class PartSampler:
         self._texts = TokenTexts(session.policy.tokenizer)
 
     def rows(self, part: int, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Rows of ``PART_SCHEMA``, prompts numbered from 0; the same whenever they are asked for."""
+        """Rows of ``PART_SCHEMA``, prompts numbered from 0; deterministic."""
         seed = part_seed("branches", self._session.config.seed, part)
         generator = torch.Generator(self._session.policy.device).manual_seed(seed)
         groups = sample_and_score(
@@ -183,7 +181,7 @@ class PartSampler:
         ]
 
     def _tries(self, groups: Sequence[RolloutGroup], draws: np.random.Generator) -> list[Try]:
-        """All branches of all responses: the likeliest tokens at chosen positions, and the token taken."""
+        """All branches of all responses: the most likely tokens at the chosen positions, and the token taken."""
         design = self._design
         rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
         details = measure_responses(
@@ -222,7 +220,7 @@ class PartSampler:
         return tries
 
     def _try_all(self, tries: Sequence[Try], generator: torch.Generator) -> list[dict[str, Any]]:
-        """Continue and judge each: its other columns of ``BRANCH``. A branch that ends is judged as it is."""
+        """Continue and judge each branch and return its remaining ``BRANCH`` columns."""
         continued = iter(
             self._session.engine.continue_from(
                 [each.prefix for each in tries if not each.ends],
@@ -248,7 +246,7 @@ class PartSampler:
 
 
 def candidates(rollout: Rollout, detail: TokenDetails, position: int) -> dict[int, tuple[int, float]]:
-    """Rank and probability, by token id, of the likeliest tokens at a position and of the one taken there."""
+    """Rank and probability, by token id, of the most likely tokens at a position and of the token taken."""
     top = zip(detail.top_ids[position].tolist(), detail.top_probs[position].tolist(), strict=True)
     tokens = {token: (rank, probability) for rank, (token, probability) in enumerate(top, start=1)}
     taken = rollout.response_ids[position]

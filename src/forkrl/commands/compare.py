@@ -1,4 +1,4 @@
-"""``forkrl compare``: two evaluations on the same questions, and how much better the second is."""
+"""``forkrl compare``: two evaluations on the same questions, B minus A."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ from forkrl.store.atomic import explained_write_errors
 from forkrl.store.results import RESULTS, Results, write_results
 
 SCHEMA = "forkrl-compare/2"
-SHOWN_CHARACTERS = 300  # of a question
+SHOWN_CHARACTERS = 300
 _STATED = ("model", "engine", "prompt_format", "samples", "temperature", "max_response_tokens", "seed")
 _SHOULD_AGREE = ("engine", "prompt_format", "samples", "temperature", "max_response_tokens")
 
 
 def run_compare(options: CompareOptions) -> int:
-    """``forkrl compare``."""
     results = compare_evaluations(options)
     return present(results.folder, compare_page(results))
 
 
 def compare_evaluations(options: CompareOptions) -> Results:
-    """Compare two evaluation folders, B minus A."""
     out = options.out or Path("analyses") / f"{options.a.resolve().name}-vs-{options.b.resolve().name}"
     _require_usable(out)
     (results_a, scored_a), (results_b, scored_b) = read_evaluation(options.a), read_evaluation(options.b)
@@ -67,7 +65,7 @@ def compare_evaluations(options: CompareOptions) -> Results:
 
 
 def _differences_of_setting(a: Results, b: Results, names: Names) -> list[str]:
-    """Sentences on what is not the same, apart from the model: it may be what makes the difference."""
+    """Notes on settings that differ besides the model: they may explain the difference."""
     name_a, name_b = names
     notes = [
         f"{key} differs: {a.settings[key]} for {name_a}, {b.settings[key]} for {name_b}."
@@ -95,7 +93,7 @@ def _unfinished(*sides: Results) -> list[str]:
 
 
 def _require_usable(out: Path) -> None:
-    """Reject a folder that holds something else; a comparison may be made again."""
+    """Reject a folder with other contents; an existing comparison may be overwritten."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not _is_comparison(out):

@@ -1,4 +1,4 @@
-"""``forkrl decode-temps``: one temperature at forks, another elsewhere, swept (arXiv 2506.01939, eq. 5 and Fig. 3)."""
+"""``forkrl decode-temps``: a sweep of temperatures at forks and elsewhere (arXiv 2506.01939, eq. 5 and Fig. 3)."""
 
 from __future__ import annotations
 
@@ -41,13 +41,12 @@ _SHOWN_PROMPTS = 12
 
 
 def run_decode_temps(options: DecodeTempsOptions) -> int:
-    """``forkrl decode-temps``."""
     results = decode_temps(options)
     return present(results.folder, make_page(results))
 
 
 def decode_temps(options: DecodeTempsOptions) -> Results:
-    """Sample every setting that is not on disk yet, with the same prompts and random numbers; summarise."""
+    """Sample every missing setting with the same prompts and random numbers, then summarise."""
     temperatures = parse_temperatures(options.temperatures)
     subject = open_subject(options)
     samples, settings = subject.config.eval.samples, plan_settings(temperatures, subject.config.eval.temperature)
@@ -63,7 +62,6 @@ def decode_temps(options: DecodeTempsOptions) -> Results:
 
 
 def parse_temperatures(text: str) -> tuple[float, ...]:
-    """``0,0.3,1`` as numbers."""
     values: list[float] = []
     for word in text.split(","):
         try:
@@ -83,7 +81,6 @@ def parse_temperatures(text: str) -> tuple[float, ...]:
 def _settings(
     subject: Subject, session: Session, settings: Sequence[Setting], num_samples: int, threshold: float | None
 ) -> dict[str, Any]:
-    """Every setting that changes the numbers."""
     return {
         **model_settings(SCHEMA, subject),
         **session_settings(session),
@@ -91,7 +88,7 @@ def _settings(
         "samples": num_samples,
         "temperatures": sorted({setting.high for setting in settings}),
         "threshold": threshold,
-        # How sequences are divided decides which random numbers each of them gets.
+        # Batching decides which random numbers each sequence gets.
         "rollout.max_sequences": session.config.rollout.max_sequences,
         "runtime.workers": session.workers.count,
         "device": session.policy.device.type,
@@ -102,7 +99,7 @@ def _settings(
 def _sample_missing(
     folder: Path, settings: Sequence[Setting], session: Session, num_samples: int, threshold: float | None
 ) -> None:
-    """Sample and judge what is missing, setting by setting; each is on disk before the next begins."""
+    """Sample and judge missing settings; each is written before the next starts."""
     waves, missing = session.waves(num_samples), [each for each in settings if not setting_path(folder, each).exists()]
     say_kept(len(settings) - len(missing), len(settings), "settings", folder.parent)
     if settings[0] not in missing:
@@ -127,7 +124,6 @@ def _sample(
     threshold: float | None,
     generator: torch.Generator,
 ) -> list[RolloutGroup]:
-    """One wave at one setting, with its results."""
     assert session.verifier is not None
     sampling = evaluation_sampling(session.config, 1.0, session.policy)
     if setting != UNSCALED:
@@ -161,7 +157,7 @@ def _summarise(
 
 
 def make_page(results: Results) -> Page:
-    """The figures, and a tab of responses for each temperature in the headline, and for the baseline."""
+    """The figures, and responses at the baseline and at each temperature in the headline."""
     base, table = results.settings["temperature"], results.tables["settings"]
     telling = telling_temperatures(table, base)
     pairs = {f"{value:g}": (Setting(value, base), Setting(base, value)) for value in telling}
@@ -180,7 +176,6 @@ def _note(value: str, base: str) -> str:
 
 
 def _shown(folder: Path, settings: Sequence[Setting]) -> list[ShownPrompt]:
-    """The first prompts with a response at each of one or two settings."""
     frames = [first_responses(folder / "responses", each, _SHOWN_PROMPTS).to_dict("records") for each in settings]
     return [
         ShownPrompt(

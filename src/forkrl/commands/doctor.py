@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 Status = Literal["ok", "warn", "missing"]
 
 _GIB = 2**30
-_BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and the two moments of Adam
-_SHARE_FOR_STATE = 0.7  # the rest of the memory goes to activations and the KV cache
+_BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
+_SHARE_FOR_STATE = 0.7  # the rest is for activations and the KV cache
 _EXTRAS = {
     "vllm": ("vllm", "fast rollouts on an accelerator"),
     "verl": ("verl", "training on a cluster"),
@@ -45,7 +45,7 @@ _EXTRAS = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check. ``required``: ForkRL does not work without it."""
+    """``required``: ForkRL does not work without it."""
 
     name: str
     status: Status
@@ -55,11 +55,11 @@ class Check:
 
 
 def run_doctor(options: DoctorOptions | None = None) -> int:
-    """Print every check and what it means; 1 if something required is missing, else 0."""
+    """Print every check and what it means; return 1 if something required is missing, else 0."""
     checks = report_machine()
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 140  # the default of 80 would fold most lines
+        console.width = 140  # the default of 80 folds most lines
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "what", "found", "remedy"):
         table.add_column(title, overflow="fold")
@@ -75,7 +75,7 @@ def run_doctor(options: DoctorOptions | None = None) -> int:
 
 
 def report_machine() -> list[Check]:
-    """Check the interpreter, the numeric libraries, the hardware and the optional packages. Takes a few seconds."""
+    """Check the interpreter, numeric libraries, hardware and optional packages. Takes a few seconds."""
     checks = [_check_python(), _check_torch(), _check_package("transformers")]
     if all(check.status != "missing" for check in checks[1:]):
         checks += [*_check_devices(), _check_speed(), _check_threads(), *_check_embedded_models(_assets())]
@@ -83,7 +83,6 @@ def report_machine() -> list[Check]:
 
 
 def abilities(checks: Sequence[Check]) -> list[str]:
-    """What the checks mean for training, in sentences."""
     broken = [check.name for check in checks if check.required and check.status == "missing"]
     if broken:
         return [f"ForkRL does not work here yet: fix {', '.join(broken)}."]
@@ -111,7 +110,7 @@ def _check_python() -> Check:
 def _check_torch() -> Check:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: one of its shared libraries does not load
+    except (ImportError, OSError) as error:  # OSError: a shared library does not load
         return Check("torch", "missing", first_line(error), f"pip install '{_tested('torch')}'", required=True)
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     return _check_version("torch", torch.__version__, f"{torch.__version__}, built for {build}")
@@ -133,7 +132,6 @@ def _check_version(name: str, version: str, detail: str) -> Check:
 
 
 def _tested(package: str) -> Requirement:
-    """The versions of a dependency that ForkRL is tested with, as its package declares them."""
     declared = map(Requirement, importlib.metadata.requires("forkrl") or ())
     return next(each for each in declared if each.name == package and each.marker is None)
 
@@ -161,7 +159,7 @@ def _check_cuda(index: int) -> Check:
 
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    # Emulated bf16 works but is slow: only hardware support counts.
+    # Emulated bf16 is slow: only hardware support counts.
     bf16 = properties.major >= 8 or torch.version.hip is not None
     detail = f"{properties.name}, {total / _GIB:.0f} GiB, {free / _GIB:.0f} free, bf16 {'yes' if bf16 else 'no'}"
     if not bf16:
@@ -172,7 +170,7 @@ def _check_cuda(index: int) -> Check:
 
 
 def _check_speed() -> Check:
-    """Time one product in both precisions: on many CPUs bf16 is slower, on most accelerators much faster."""
+    """Time one matrix product in both precisions: bf16 is slower on many CPUs, much faster on most accelerators."""
     import torch
 
     device = _accelerator() or torch.device("cpu")
@@ -183,15 +181,15 @@ def _check_speed() -> Check:
 
 
 def _matmul_gflops(device: torch.device, dtype: torch.dtype, size: int = 1024, budget_s: float = 0.5) -> float:
-    """The fastest of as many products as fit the budget: the one that other processes disturbed least."""
+    """The fastest product within the budget, the one least disturbed by other processes."""
     import torch
 
     left = torch.ones(size, size, device=device, dtype=dtype)
-    float((left @ left)[0, 0])  # the first one includes set-up
+    float((left @ left)[0, 0])  # warm-up
     best, deadline = float("inf"), time.perf_counter() + budget_s
     while best == float("inf") or time.perf_counter() < deadline:
         began = time.perf_counter()
-        float((left @ left)[0, 0])  # reading a number waits for the device
+        float((left @ left)[0, 0])  # synchronises with the device
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best / 1e9
 
@@ -232,7 +230,7 @@ def _check_model(folder: Traversable, remedy: str) -> Check:
 
 
 def _available_memory() -> int:
-    """Bytes of RAM that a new process could use; 0 if unknown."""
+    """Bytes of RAM available to a new process; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -242,7 +240,7 @@ def _available_memory() -> int:
 
 
 def _training_memory() -> tuple[str, int]:
-    """Where a model would be trained, and how many bytes of memory it has."""
+    """The training device and its memory in bytes."""
     import torch
 
     accelerator = _accelerator()
@@ -278,7 +276,7 @@ def _check_extra(package: str) -> Check:
 
 
 def _check_bubblewrap() -> Check:
-    """Try it: bubblewrap may be installed but forbidden, as in most containers."""
+    """Run it: bubblewrap may be installed but forbidden, as in most containers."""
     from forkrl.rewards.code.sandbox import require_sandbox
 
     found = shutil.which("bwrap")

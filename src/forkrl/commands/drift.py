@@ -1,6 +1,6 @@
-"""``forkrl drift``: how training moved entropy, from checkpoint to checkpoint (arXiv 2506.01939v2, section 4).
+"""``forkrl drift``: how training changed entropy across checkpoints (arXiv 2506.01939v2, section 4).
 
-All checkpoints read the same tokens, teacher-forced: responses of the final one, as in the paper.
+All checkpoints are teacher-forced on the same tokens: responses of the final one, as in the paper.
 """
 
 from __future__ import annotations
@@ -48,15 +48,12 @@ _ENTROPY = pa.schema([pa.field("entropy", pa.float32(), nullable=False)])
 
 
 class Checkpoint(NamedTuple):
-    """A model of the series, by the name that tables and figures give it."""
-
     name: str
     path: str
     revision: str | None = None
 
 
 def run_drift(options: DriftOptions) -> int:
-    """``forkrl drift``."""
     results = measure_drift(options)
     return present(results.folder, make_page(results))
 
@@ -101,7 +98,6 @@ def measure_drift(options: DriftOptions) -> Results:
 
 
 def make_page(results: Results) -> Page:
-    """The figures, and responses to look at under every checkpoint."""
     folder, names = results.folder, results.facts["checkpoints"]
     layers = evenly_spaced(len(names), SHOWN_LAYERS)
     responses = read_responses(folder, ["prompt", "token_ids"])
@@ -117,7 +113,7 @@ def make_page(results: Results) -> Page:
 
 
 def _series(models: Sequence[str]) -> list[Checkpoint]:
-    """The models to compare, in the order of training; a run among several is its newest checkpoint."""
+    """The models to compare, in training order; a run in a list of several means its newest checkpoint."""
     if len(models) == 1:
         return _series_of_run(models[0])
     short = Counter(Path(model).name for model in models)
@@ -137,7 +133,6 @@ def _checkpoint(model: str, name: str) -> Checkpoint:
 
 
 def _series_of_run(model: str) -> list[Checkpoint]:
-    """The model that the run started from, and all its checkpoints."""
     reference = parse_reference(model)
     if reference.run is None or reference.at:
         raise UserError(
@@ -157,7 +152,7 @@ def _model_settings(run: Path) -> ModelConfig:
 
 
 def _require_one_vocabulary(series: Sequence[Checkpoint]) -> None:
-    """Refuse, before any work, checkpoints that read other tokens than the last one writes."""
+    """Reject, before any work, checkpoints whose vocabulary differs from the last one's."""
     last = series[-1]
     there = _vocabulary(last)
     for checkpoint in series[:-1]:
@@ -176,13 +171,13 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
         tokenizer = AutoTokenizer.from_pretrained(model_location(checkpoint.path), revision=checkpoint.revision)
     except UserError:
         raise
-    except Exception as error:  # the libraries raise many kinds for a damaged or foreign folder
+    except Exception as error:  # the libraries raise many types for a damaged or foreign folder
         raise UserError(f"{checkpoint.path}: its tokenizer cannot be opened ({first_line(error)})") from error
     return dict(tokenizer.get_vocab())
 
 
 def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], subject: Subject) -> None:
-    """Write ``entropies/N/part-*.parquet``, a value a token, of every checkpoint but the last, which wrote them."""
+    """Write ``entropies/N/part-*.parquet``, one value per token, for every checkpoint but the last."""
     config = subject.config
     parts = part_paths(folder / "responses")
     for place, checkpoint in enumerate(series[:-1]):
@@ -205,10 +200,9 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], subject: Su
 
 
 def _entropy(folder: Path, place: int, count: int) -> Tensor:
-    """The entropies ``[N]`` of a checkpoint of the series of ``count``; the last one's are in the table of tokens."""
+    """Entropies ``[N]`` of a checkpoint; those of the last one are in the token table."""
     return _column(folder / "tokens" if place == count - 1 else folder / "entropies" / str(place), "entropy")
 
 
 def _column(table: Path, name: str) -> Tensor:
-    """A column ``[N]`` of a table of parts."""
     return torch.cat([torch.from_numpy(batch[name].to_numpy().copy()) for batch in token_batches(table, [name])])

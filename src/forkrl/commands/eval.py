@@ -1,4 +1,4 @@
-"""``forkrl eval``: the list of benchmarks, or an evaluation. Listing them imports neither torch nor matplotlib."""
+"""``forkrl eval``: list benchmarks or run an evaluation. Listing imports neither torch nor matplotlib."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from forkrl.evaluation.benchmarks import BENCHMARKS, GYM
 
 
 def run_eval(options: EvalOptions) -> int:
-    """``forkrl eval``."""
     if options.list_benchmarks:
         print(list_benchmarks())
         return 0
@@ -19,7 +18,6 @@ def run_eval(options: EvalOptions) -> int:
 
 
 def list_benchmarks() -> str:
-    """The benchmarks as a table."""
     rows = [("name", "questions", "data set", "verifier")]
     for each in BENCHMARKS.values():
         rows.append((each.name, f"{each.expected_questions:,}", each.hub, each.verifier.path.rpartition(":")[2]))

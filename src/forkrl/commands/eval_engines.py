@@ -1,4 +1,4 @@
-"""Which engine samples an evaluation, with which model."""
+"""The engine of an evaluation, opened with its model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from forkrl.types import Prompt
 
 @contextmanager
 def open_sampler(subject: Subject, options: EvalOptions, prompt_format: Literal["plain", "chat"]) -> Iterator[Sampler]:
-    """Open the chosen engine with the subject's model, once for all benchmarks."""
     if options.server is not None:
         if subject.run is not None:
             raise UserError(f"--server {options.server}: give the model's name at the server in place of the run")
@@ -54,12 +53,12 @@ def _open_vllm(subject: Subject) -> Sampler:
 
 
 def settings_for(subject: Subject, sampler: Sampler, prompts: Sequence[Prompt]) -> TrainConfig:
-    """The settings for these prompts, once each is known to fit; vLLM and servers check them themselves."""
+    """The settings for these prompts, after checking that each fits; vLLM and servers check this themselves."""
     return checked_config(subject, sampler.engine, prompts) if isinstance(sampler, EmbeddedSampler) else subject.config
 
 
 def identity(subject: Subject, options: EvalOptions) -> dict[str, Any]:
-    """Which model it is, as far as can be told from here."""
+    """Which model it is, as far as this process can tell."""
     model = subject.config.model
     return {
         "model": subject.name,
@@ -71,7 +70,7 @@ def identity(subject: Subject, options: EvalOptions) -> dict[str, Any]:
 
 
 def engine_facts(subject: Subject, sampler: Sampler) -> dict[str, Any]:
-    """What else decides which random numbers each response gets."""
+    """Other settings that decide which random numbers each response gets."""
     if not isinstance(sampler, EmbeddedSampler):
         return {}
     workers = sampler.engine.workers

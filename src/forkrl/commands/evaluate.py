@@ -1,4 +1,4 @@
-"""An evaluation: benchmarks, or a recipe's own task, on a model or on a run's newest checkpoint."""
+"""An evaluation of a model or a run's newest checkpoint, on benchmarks or on a recipe's own task."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from forkrl.tasks import check_prompts
 from forkrl.types import FAILURES, VerifierResult, VerifierSpec
 
 BENCHMARK_SAMPLES = 16
-"""Responses to each question of a benchmark, as in the paper, unless another number is given."""
+"""Default responses per question of a benchmark, as in the paper."""
 
 
 def evaluate_model(options: EvalOptions) -> Results:
-    """Sample what is missing, judge it and summarise, in a folder in which the same call resumes.
+    """Sample what is missing, judge it and summarise; the same call resumes.
 
-    Which prompts without benchmarks: see ``open_subject``. The first ``eval.problems`` of a run are those it was
-    evaluated on while it trained, so that the two figures compare. ``rollout.top_p`` and ``top_k`` never apply.
+    ``open_subject`` says which prompts are used without benchmarks. For a run, the first ``eval.problems`` are those of
+    its training-time evaluation, so the accuracies are comparable. ``rollout.top_p`` and ``top_k`` never apply.
     """
     subject, asked = _subject_and_benchmarks(options)
     prompt_format: Literal["plain", "chat"] = "chat" if subject.config.task.chat_template else "plain"
@@ -64,7 +64,7 @@ def evaluate_model(options: EvalOptions) -> Results:
         config = settings_for(subject, sampler, prompts)
         settings = _settings(subject, config, asked, options) | engine_facts(subject, sampler)
         with open_work_folder(options.out or _default_folder(options), settings) as folder, ExitStack() as stack:
-            # All of them before the first is sampled: what cannot be resumed is refused now.
+            # Open all files before sampling: a folder that cannot be resumed fails now.
             files = [
                 stack.enter_context(BenchmarkFiles(folder, each.name, each.prompts, settings["samples"]))
                 for each in asked
@@ -76,15 +76,11 @@ def evaluate_model(options: EvalOptions) -> Results:
 
 
 def make_page(results: Results) -> Page:
-    """The figures, and some responses to read."""
     return eval_page(results, read_shelves(results.folder), TABLE_2)
 
 
 def _subject_and_benchmarks(options: EvalOptions) -> tuple[Subject, list[Questions]]:
-    """The model with its settings, and the named benchmarks, their prompts not yet put into the engine's form.
-
-    Everything that needs no model is refused here.
-    """
+    """Everything that can be rejected without loading the model is rejected here; prompts are not rendered yet."""
     subject = open_subject(options)
     if not options.bench:
         return subject, []
@@ -97,7 +93,7 @@ def _subject_and_benchmarks(options: EvalOptions) -> tuple[Subject, list[Questio
 
 
 def _limit(subject: Subject, options: EvalOptions) -> int | None:
-    """How many questions, from the first; None: all. A recipe's ``eval.problems`` is for its own task."""
+    """How many questions to take from the start; None: all. A recipe's ``eval.problems`` is for its own task."""
     if not options.bench:
         return subject.limit
     return subject.config.eval.problems if "eval.problems" in subject.given else None
@@ -111,9 +107,8 @@ def _default_folder(options: EvalOptions) -> Path:
 def _settings(
     subject: Subject, config: TrainConfig, asked: Sequence[Questions], options: EvalOptions
 ) -> dict[str, Any]:
-    """Everything that changes the numbers, except a benchmark's questions: those are kept next to its responses, so
-    that further benchmarks may join the folder."""
-    # A benchmark's verifiers go with its name, except for the limits of programs.
+    """Every setting that changes the numbers. Questions are stored separately, so a folder can gain benchmarks."""
+    # A benchmark's name determines its verifiers, except for the limits of programs.
     judged = config.sandbox.model_dump(mode="json") if options.bench else _as_json(_verifiers(asked))
     takes_default = bool(options.bench) and "eval.samples" not in subject.given
     return {
@@ -139,7 +134,7 @@ def _evaluate(
     sampler: Sampler,
     pool: VerifierPool,
 ) -> Results:
-    """Finish one benchmark, and write the figures of all that the folder has."""
+    """Finish one benchmark and write the results of all benchmarks in the folder."""
     sampling = EvalSampling(
         max_response_tokens=settings["max_response_tokens"],
         temperature=settings["temperature"],
@@ -159,7 +154,7 @@ def _evaluate(
         before = next((row for row in rows if row["benchmark"] == questions.name), {})
         tables = {name: _others(earlier, name, questions.name) + found for name, found in tables.items()}
     figures = tables["benchmarks"][-1]
-    # What could not be judged has just been tried, even if an earlier call sampled it.
+    # Unjudged responses have just been retried, even those of an earlier call.
     failed = any(figures[f"failed_{reason}"] for reason in FAILURES)
     tables["benchmarks"][-1] = {
         "benchmark": questions.name,
@@ -172,7 +167,7 @@ def _evaluate(
         "fingerprint": questions.fingerprint,
         "notice": questions.notice,
         "first_failure": next(iter(pool.first_failures.values()), "") if failed else "",
-        # Of the last call that sampled anything.
+        # From the last call that sampled anything.
         "seconds": seconds if tokens else before.get("seconds", 0.0),
         "tokens_per_s": tokens / seconds if tokens else before.get("tokens_per_s", math.nan),
     }
@@ -190,14 +185,13 @@ def _evaluate(
 
 
 def _others(earlier: Results, table: str, benchmark: str) -> list[dict[str, Any]]:
-    """The rows of all other benchmarks."""
     return [row for row in earlier.tables[table].to_dict("records") if row["benchmark"] != benchmark]
 
 
 def _sample_and_judge(
     files: BenchmarkFiles, sampler: Sampler, pool: VerifierPool, sampling: EvalSampling, title: str
 ) -> tuple[int, float]:
-    """Sample and judge what is missing, judging while sampling; returns the tokens sampled and the seconds it took."""
+    """Sample and judge what is missing, concurrently; return the tokens sampled and the seconds taken."""
     missing = files.missing()
     pending: dict[Future[list[VerifierResult]], SampleRequest] = {}
     judged: SimpleQueue[Future[list[VerifierResult]]] = SimpleQueue()
@@ -235,7 +229,6 @@ def _sample_and_judge(
 
 
 def _verifiers(asked: Sequence[Questions]) -> dict[str, VerifierSpec]:
-    """Those of all benchmarks, by ``Prompt.source``."""
     return {source: spec for questions in asked for source, spec in questions.verifiers.items()}
 
 

@@ -30,13 +30,12 @@ NOT_MODELLED = (
     "communication between GPUs and the launching of kernels, except as part of --mfu and --rollout-efficiency",
 )
 SMALL_MODEL = 100e6
-"""Below this many parameters launching kernels takes longer than running them."""
+"""Below this many parameters, kernel launches take longer than the kernels."""
 _COLORS = {"fits": "green", "tight": "yellow", TOO_LARGE: "red"}
 Record = Mapping[str, Any]
 
 
 def run_plan(options: PlanOptions) -> int:
-    """``forkrl plan``."""
     record = plan_run(options)
     if options.json:
         print(json.dumps(record, indent=2, allow_nan=False))
@@ -46,7 +45,6 @@ def run_plan(options: PlanOptions) -> int:
 
 
 def plan_run(options: PlanOptions) -> dict[str, Any]:
-    """Plan a recipe; the values that ``--json`` prints."""
     config = load_recipe(TrainConfig, options.recipe, options.overrides)
     shape, source = find_shape(config.model.path, config.model.revision)
     gpu = find_gpu(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)
@@ -139,10 +137,9 @@ def _warnings(config: TrainConfig, shape: ModelShape) -> Iterator[str]:
 
 
 def print_plan(record: Record) -> None:
-    """The plan as tables."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 140  # a file has no width; the default of 80 would fold most lines
+        console.width = 140  # a file has no width; the default of 80 folds most lines
     console.print(escape(_heading(record)))
     for phase in [*record["phases"], *record["host"]]:
         console.print(_memory_table(phase, record["gpu"]))
@@ -186,7 +183,6 @@ def _memory_table(phase: Record, gpu: Record) -> Table:
 
 
 def _describe_room(record: Record) -> str:
-    """How many sequences are sampled at once."""
     rollout, layout = record["rollout"], record["layout"]
     text = (
         f"KV cache: {in_gib(rollout['cache_bytes_per_token'] * rollout['full_length'])} for a sequence of full length "

@@ -1,4 +1,4 @@
-"""Responses that somebody already has: JSON lines with prompt and response, tokenised for the model that reads them."""
+"""Existing responses: JSON lines with prompt and response, tokenised for the model that reads them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from forkrl.tasks.json_lines import BadRows, json_object, kind_of, require_chara
 from forkrl.types import Prompt
 
 PART_TOKENS = 1 << 14
-"""Tokens after which a part ends: what an interruption can cost."""
+"""Minimum tokens per part, the unit that an interruption can lose."""
 
 
 class _Row(NamedTuple):
@@ -27,19 +27,16 @@ class _Row(NamedTuple):
 
 
 class ReadyResponses:
-    """The responses of a JSONL file, grouped by prompt in the order of their first appearance.
+    """The responses of a JSONL file, grouped by prompt in order of first appearance.
 
-    A row has ``prompt`` (text, exactly as the model read it) and ``response`` (text), or ``token_ids`` in place of a
-    text that does not survive the tokenizer; it may have ``correct`` (true or false) or ``score`` (1 is correct), and
-    ``prompt_id``. Every row is read and tokenised once before any work starts, so a bad one costs no hours. Of each row
-    only its place in the file stays in memory.
+    A row has ``prompt`` (text, exactly as the model read it) and ``response`` (text), or ``token_ids`` where the text
+    does not survive the tokenizer. Optional: ``correct`` (bool) or ``score`` (1 is correct), and ``prompt_id``. All
+    rows are validated before any work starts; only their file offsets stay in memory.
 
     Args:
-        path: the file.
-        policy: whose tokenizer and number of positions.
-        skip_unusable: leave out rows that cannot be used, and count them.
-        templated: the prompts come from a chat template, which has added special tokens.
-        allow_unknown: accept prompts with characters that the tokenizer does not know.
+        skip_unusable: leave out and count unusable rows.
+        templated: prompts come from a chat template, which already added special tokens.
+        allow_unknown: accept prompts with characters unknown to the tokenizer.
     """
 
     def __init__(
@@ -122,7 +119,6 @@ class ReadyResponses:
         )
 
     def _response(self, values: dict[str, Any], place: str) -> tuple[tuple[int, ...], str]:
-        """Token ids and text, from the ids where they are given."""
         tokenizer, given = self._policy.tokenizer, values.get("token_ids")
         if given is not None:
             size = self._policy.head_weight.shape[0]
@@ -141,7 +137,7 @@ class ReadyResponses:
 
 
 def _cut(by_prompt: dict[tuple[str, str], list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
-    """Parts of whole prompts: (offset, number of the prompt, sample) of each response."""
+    """Parts of whole prompts: (offset, prompt number, sample) of each response."""
     parts: list[list[tuple[int, int, int]]] = [[]]
     size = 0
     for number, rows in enumerate(by_prompt.values()):

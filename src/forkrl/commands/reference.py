@@ -1,4 +1,4 @@
-"""How commands name a model: a folder or hub id, a run, or a run at one of its steps. Imports no torch."""
+"""How commands name a model: a folder or hub id, a run, or a step of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _STEP = re.compile(r"step-(?:0|[1-9]\d*)")
 
 
 class ModelReference(NamedTuple):
-    """A model by the name that results give it. ``at``: "base" or "step-N" of the run; empty: its newest checkpoint."""
+    """A model and its name in results. ``at``: "base" or "step-N" of the run; empty: its newest checkpoint."""
 
     name: str
     run: Path | None = None
     at: str = ""
 
     def default_folder(self, command: str) -> Path:
-        """Where a command writes unless ``--out`` is given: inside the run, or below ``analyses/``."""
+        """Output folder without ``--out``: inside the run, or below ``analyses/``."""
         if self.run is not None:
             return self.run / "analysis" / (f"{command}-{self.at}" if self.at else command)
         last = self.name.rstrip("/").removeprefix("embedded:").split("/")[-1]
@@ -38,7 +38,7 @@ def parse_reference(name: str) -> ModelReference:
         if match["at"] != BASE and not _STEP.fullmatch(match["at"]):
             raise UserError(f"{name}: after @ comes step-N or base, as in {match['run']}@step-8 or {match['run']}@base")
         return ModelReference(name, Path(match["run"]), match["at"])
-    for path in (Path(name), Path(name).resolve()):  # the latter for ".", and for links
+    for path in (Path(name), Path(name).resolve()):  # resolved for "." and links
         run = path.parent.parent
         if _STEP.fullmatch(path.name) and path.parent.name == "checkpoints" and is_run(run):
             return ModelReference(f"{run}@{path.name}", run, path.name)
@@ -46,5 +46,4 @@ def parse_reference(name: str) -> ModelReference:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was started in the folder."""
     return (folder / CONFIG).is_file()

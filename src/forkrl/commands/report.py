@@ -1,4 +1,4 @@
-"""``forkrl report DIR``: the page of any output folder, made again from its data."""
+"""``forkrl report DIR``: rebuild the page of any output folder from its data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _PAGES = {
     "drift": "forkrl.commands.drift:make_page",
     "eval": "forkrl.commands.evaluate:make_page",
 }
-"""The function that makes a page of ``Results``, by the command in their schema."""
+"""By command name in the schema: the function that makes a page of ``Results``."""
 
 
 def run_report(options: ReportOptions) -> int:
-    """``forkrl report``."""
     print(f"report: {write_report(options.folder)}")
     return 0
 

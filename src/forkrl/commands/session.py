@@ -1,4 +1,4 @@
-"""An open model with its prompts, and what samples and judges: what commands work with."""
+"""A session: a loaded model with its prompts, engine and verifiers."""
 
 from __future__ import annotations
 
@@ -24,30 +24,26 @@ from forkrl.types import Prompt, Task
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An open model with its prompts, and what samples and judges."""
-
     config: TrainConfig
     workers: Workers
     engine: EmbeddedEngine
     task: Task
     prompts: Sequence[Prompt]
     verifier: VerifierPool | None
-    """None where the prompts have no answers: nothing can be judged."""
+    """None if the prompts have no answers."""
 
     @property
     def policy(self) -> Policy:
         return self.workers.policy
 
     def waves(self, group_size: int) -> list[Sequence[Prompt]]:
-        """The prompts in parts that fill whole batches of the engine: progress is seen, and no batch is left half
-        empty."""
+        """Prompts in chunks that fill whole engine batches, so progress shows and no batch is half empty."""
         size = math.lcm(self.engine.wave_sequences, group_size) // group_size
         return [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
 
 
 @contextmanager
 def open_model(subject: Subject) -> Iterator[Workers]:
-    """Load the model and start its workers."""
     policy = open_policy(subject.config.model, subject.config.runtime.device)
     with open_workers(policy, None, subject.config.runtime) as workers:
         yield workers
@@ -55,7 +51,7 @@ def open_model(subject: Subject) -> Iterator[Workers]:
 
 @contextmanager
 def open_session(subject: Subject) -> Iterator[Session]:
-    """Load the model and its prompts, check every prompt, and start workers and verifiers."""
+    """Load the model, load and check the prompts, and start workers and verifiers."""
     with ExitStack() as stack:
         workers = stack.enter_context(open_model(subject))
         open_it = open_evaluation_task if subject.whole else open_task
@@ -70,7 +66,7 @@ def open_session(subject: Subject) -> Iterator[Session]:
 
 
 def session_settings(session: Session) -> dict[str, Any]:
-    """The settings that name the prompts, the sampling and the verifiers."""
+    """The settings that identify the prompts, the sampling and the verifiers."""
     config = session.config
     return {
         "task": session.task.name,
@@ -83,7 +79,7 @@ def session_settings(session: Session) -> dict[str, Any]:
 
 
 def part_seed(kind: str, seed: int, part: int) -> int:
-    """The seed of one part of the work, which therefore does not depend on the parts before it."""
+    """Seed of one part, independent of the parts before it."""
     digest = hashlib.sha256(f"{kind}/{seed}/{part}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -94,9 +90,7 @@ def graphs_fact(config: TrainConfig) -> dict[str, bool]:
 
 
 def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
-    """The subject's settings, once every prompt is found to fit; with the length of responses that the model's
-    positions leave, where none was chosen.
-    """
+    """The subject's settings, after checking that every prompt fits and limiting an unset response length."""
     if not subject.bounded:
         return _bounded_by_positions(subject.config, engine, prompts)
     engine.check_prompts(prompts, subject.config.rollout.max_response_tokens)
@@ -104,7 +98,7 @@ def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[P
 
 
 def _bounded_by_positions(config: TrainConfig, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
-    """No length of responses was chosen: the default, or as much as the model has positions for."""
+    """The default response length, or less if the model has fewer positions."""
     longest = max((engine.count_tokens(prompt) for prompt in prompts), default=0)
     positions = getattr(engine.policy.model.config, "max_position_embeddings", None)
     if positions is None or longest + config.rollout.max_response_tokens <= positions:

@@ -1,7 +1,4 @@
-"""Looking at a model: which weights, settings and prompts a command is about. Imports no torch.
-
-``session.open_session`` loads the weights.
-"""
+"""A command's subject: weights, settings, prompts. Imports no torch; ``session.open_session`` loads the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
 from forkrl.store.resuming import stored_config
 
-# What these commands read of a recipe; an override of anything else would silently do nothing.
+# Recipe settings that these commands read; overriding anything else would silently do nothing.
 _SETTINGS = {
     "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
     "rollout.stop", "rollout.max_sequences", "rollout.cuda_graphs", "reward.workers", "reward.timeout_s",
@@ -26,16 +23,16 @@ _SETTINGS = {
 }  # fmt: skip
 _PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
 ALLOW_UNKNOWN = "task.allow_unknown_tokens"
-# Limits of training that the response length of these commands need not agree with.
+# Training limits that the response length of these commands need not satisfy.
 _UNBOUNDED = ("reward.overlong_cache=0", f"training.micro_batch_tokens={2**62}")
 
 
 class Subject(NamedTuple):
-    """A model as the user named it, with the settings to look at it under.
+    """A model as the user named it, with the settings of the command.
 
-    ``checkpoint``: of the run, "step-N" or "base"; ``whole``: on all prompts of the data, nothing split off; ``limit``:
-    at most this many of them; ``bounded``: the user set ``rollout.max_response_tokens``; ``given``: the settings that
-    overrides or options set.
+    ``checkpoint``: "step-N" or "base" of the run. ``whole``: use all prompts of the data, without a held-out split.
+    ``limit``: maximum number of prompts. ``bounded``: the user set ``rollout.max_response_tokens``. ``given``: settings
+    changed by overrides or options.
     """
 
     name: str
@@ -49,7 +46,7 @@ class Subject(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the options of a command amount to. ``stored``: the recipe of the run, if it is one; more: ``Subject``."""
+    """The resolved options of a command. ``stored``: the run's recipe, if it is a run; others as in ``Subject``."""
 
     reference: ModelReference
     stored: TrainConfig | None
@@ -59,7 +56,6 @@ class Settings(NamedTuple):
 
 
 def read_settings(options: ModelOptions | DriftOptions) -> Settings:
-    """Read the recipe or the run, and apply the options to it."""
     reference = parse_reference(options.model)
     run = reference.run
     if run is not None and options.recipe is not None:
@@ -89,16 +85,16 @@ def read_settings(options: ModelOptions | DriftOptions) -> Settings:
 
 
 def open_subject(options: ModelOptions | DriftOptions) -> Subject:
-    """Settings for looking at a model; nothing is loaded yet.
+    """Resolve the subject without loading anything.
 
-    Which prompts: a *run*, at whichever step, brings its own recipe and its own held-out split. Any
-    *model* with ``task.name=dataset``, or a run with overrides that name other data, takes the whole of
-    ``task.held_out_data``, or where that is empty the whole of ``task.data``. Countdown has one held-out set.
+    A *run*, at any step, uses its own recipe and held-out split. A *model* with ``task.name=dataset``, or a run whose
+    overrides name other data, uses all of ``task.held_out_data``, or if that is empty all of ``task.data``. Countdown
+    has one held-out set.
     """
     reference, stored, config, given, whole = read_settings(options)
     if stored is not None:
         located = locate_weights(reference, stored.model)
-    else:  # a revision in the recipe is that of the recipe's model
+    else:  # a revision in the recipe belongs to the recipe's model
         keep = "model.revision" in given or options.model == config.model.path
         located = Weights(options.model, config.model.revision if keep else None, "")
     placed = config.model.model_copy(update={"path": located.path, "revision": located.revision})
@@ -116,7 +112,7 @@ def open_subject(options: ModelOptions | DriftOptions) -> Subject:
 
 
 class Weights(NamedTuple):
-    """Where weights are. ``checkpoint``: which of a run's they are, "step-N" or "base"; empty without a run."""
+    """Location of the weights. ``checkpoint``: "step-N" or "base" of a run; empty without a run."""
 
     path: str
     revision: str | None
@@ -124,8 +120,8 @@ class Weights(NamedTuple):
 
 
 def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
-    """The weights that a reference to a run names; ``trained``: the model settings of that run."""
-    from forkrl.store.checkpoint import checkpoint_of_step, latest_checkpoint  # which imports torch
+    """The weights that a run reference names; ``trained``: the run's model settings."""
+    from forkrl.store.checkpoint import checkpoint_of_step, latest_checkpoint  # imports torch
 
     assert reference.run is not None
     if reference.at == BASE:
@@ -143,7 +139,7 @@ def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
 
 
 def _chosen(options: ModelOptions | DriftOptions) -> dict[str, tuple[str, Any]]:
-    """The settings that options replace: why an override of each has no effect, and the option's value."""
+    """Settings replaced by options: why overriding each has no effect, and the option's value."""
     found = {}
     for each in fields(options):
         declared, value = each.metadata["option"], getattr(options, each.name)
@@ -159,12 +155,12 @@ def _chosen(options: ModelOptions | DriftOptions) -> dict[str, tuple[str, Any]]:
 def _why_unused(key: str, unused: Mapping[str, str]) -> str:
     section = key.partition(".")[0] + "."
     if key == ALLOW_UNKNOWN and section in unused:
-        return ""  # of all prompts, wherever they come from
+        return ""  # applies to prompts from any source
     return next((f"has no effect {unused[name]}; drop it" for name in (key, section) if name in unused), "")
 
 
 def _why_without_effect(key: str, config: TrainConfig, whole: bool, activity: str) -> str:
-    """Why an override would do nothing here; empty if it does something."""
+    """Why an override would have no effect; empty if it has one."""
     if "." not in key and key != "seed":
         return "write each setting as section.key=value"
     if key == "model.path":

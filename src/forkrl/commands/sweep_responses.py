@@ -1,4 +1,4 @@
-"""The responses of a temperature sweep on disk: one Parquet file a setting, there when the setting is finished."""
+"""Responses of a temperature sweep: one Parquet file per setting, written when the setting is finished."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ RESPONSE_SCHEMA = pa.schema(
         pa.field("high", pa.float64(), nullable=False),
         pa.field("low", pa.float64(), nullable=False),
         pa.field("threshold", pa.float64(), nullable=False),  # nats
-        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
-        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
+        pa.field("prompt", pa.int32(), nullable=False),  # index, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # index among the responses to the prompt, from 0
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response", pa.string(), nullable=False),
@@ -33,13 +33,13 @@ RESPONSE_SCHEMA = pa.schema(
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of the unscaled model, nats
         pa.field("entropy", pa.list_(pa.float32()), nullable=False),  # of the unscaled model, nats
         pa.field("score", pa.float32(), nullable=False),
-        pa.field("failure", pa.string(), nullable=False),  # why the verifier gave no result; empty if it did
-        pa.field("length", pa.int32(), nullable=False),  # tokens, a closing stop token among them
+        pa.field("failure", pa.string(), nullable=False),  # why the verifier gave no result; else empty
+        pa.field("length", pa.int32(), nullable=False),  # tokens, including a final stop token
         pa.field("cut", pa.bool_(), nullable=False),
         pa.field("loop", pa.bool_(), nullable=False),
         pa.field("garbled", pa.bool_(), nullable=False),
         pa.field("surprise", pa.float64(), nullable=False),  # sum of -log-prob, nats
-        pa.field("forks", pa.int32(), nullable=False),  # tokens with an entropy above the threshold
+        pa.field("forks", pa.int32(), nullable=False),  # tokens with entropy above the threshold
     ]
 )
 _LONG = ("token_ids", "tokens", "logprobs", "entropy", "prompt_id", "prompt_text", "response")
@@ -47,7 +47,6 @@ _FIGURES = [name for name in RESPONSE_SCHEMA.names if name not in _LONG]
 
 
 def setting_path(folder: Path, setting: Setting) -> Path:
-    """The file of a setting."""
     return folder / f"high-{setting.high!r}-low-{setting.low!r}.parquet"
 
 
@@ -58,28 +57,28 @@ def write_setting(
     threshold: float,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Put a finished setting on disk, all at once."""
+    """Write a finished setting atomically."""
     folder.mkdir(exist_ok=True)
     write_rows(setting_path(folder, setting), list(_rows(setting, groups, threshold, tokenizer)), RESPONSE_SCHEMA)
 
 
 def stored_threshold(folder: Path, baseline: Setting) -> float:
-    """The threshold that the sweep began with, from the file of its baseline."""
+    """The sweep's threshold, from the file of its baseline."""
     return float(_read(folder, baseline, ["threshold"])["threshold"].iloc[0])
 
 
 def read_figures(folder: Path, settings: Sequence[Setting]) -> pd.DataFrame:
-    """All responses of all settings without their tokens and texts: what ``temperature_table`` needs."""
+    """All responses of all settings without tokens and texts, for ``temperature_table``."""
     return pd.concat([_read(folder, setting, _FIGURES) for setting in settings], ignore_index=True)
 
 
 def first_responses(folder: Path, setting: Setting, num_prompts: int) -> pd.DataFrame:
-    """The first response to each of the first prompts, in full."""
+    """The first response to each of the first prompts, all columns."""
     return _read(folder, setting, RESPONSE_SCHEMA.names, [("prompt", "<", num_prompts), ("sample", "==", 0)])
 
 
 def fork_threshold(groups: Sequence[RolloutGroup]) -> float:
-    """The 80th percentile of the entropies of all tokens, nats: exact, as of ``forkrl analyze``."""
+    """Exact 80th percentile of all token entropies in nats, as in ``forkrl analyze``."""
     entropies = [rollout.entropy.numpy() for group in groups for rollout in group.rollouts]
     return float(np.quantile(np.concatenate(entropies).astype(np.float64), FORK_FRACTION))
 
@@ -94,7 +93,6 @@ def _read(folder: Path, setting: Setting, columns: list[str], filters: Any = Non
 def _rows(
     setting: Setting, groups: Sequence[RolloutGroup], threshold: float, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """A row of ``RESPONSE_SCHEMA`` for each response."""
     texts = TokenTexts(tokenizer)
     for number, group in enumerate(groups):
         for sample, (rollout, result) in enumerate(zip(group.rollouts, group.results, strict=True)):

@@ -1,7 +1,7 @@
-"""The tokens that ``analyze`` and ``drift`` look at: of responses generated or given, measured part by part.
+"""Tokens for ``analyze`` and ``drift``: sampled or given responses, measured part by part.
 
-``tokens/part-00000.parquet`` … and ``responses/part-00000.parquet`` …: a part is done when its file in ``responses/``
-is there, which is written last. The source cuts responses into parts that do not depend on interruptions.
+Each part is ``tokens/part-NNNNN.parquet``, then ``responses/part-NNNNN.parquet``, whose presence marks it done. The
+split into parts does not depend on interruptions.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from forkrl.store.run_folder import encodable_text
 RESPONSE_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.int32(), nullable=False),  # its number, from 0
-        pa.field("sample", pa.int32(), nullable=False),  # the response's number among those to its prompt, from 0
+        pa.field("prompt", pa.int32(), nullable=False),  # index, from 0
+        pa.field("sample", pa.int32(), nullable=False),  # index among the responses to the prompt, from 0
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response", pa.string(), nullable=False),
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("finished", pa.bool_()),  # null where unknown
-        pa.field("correct", pa.bool_()),  # null where nothing judged
-        pa.field("failure", pa.string(), nullable=False),  # why a verifier could not judge
+        pa.field("finished", pa.bool_()),  # null if unknown
+        pa.field("correct", pa.bool_()),  # null if not judged
+        pa.field("failure", pa.string(), nullable=False),  # why the verifier could not judge
     ]
 )
 GROUP_TOKENS = 1 << 16
-"""Tokens of a row group: memory in reading and writing is bounded by it, or by the longest response."""
+"""Tokens per row group: bounds memory when reading and writing, unless one response is longer."""
 
 
 def open_response_subject(options: AnalyzeOptions | DriftOptions) -> Subject:
-    """The model and its settings; options without effect are rejected."""
+    """The model and its settings; rejects options without effect."""
     if options.responses is not None:
         given = [f"--{name}" for name in ("problems", "samples") if getattr(options, name) is not None]
         unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
@@ -68,24 +68,14 @@ def open_response_subject(options: AnalyzeOptions | DriftOptions) -> Subject:
 
 
 def entropy_temperature(subject: Subject) -> float:
-    """At which entropies are measured: those of greedy responses are at temperature 1."""
+    """Temperature at which entropies are measured: 1 for greedy responses."""
     return subject.config.eval.temperature or 1.0
 
 
 def collect_tokens(
     folder: Path, subject: Subject, options: AnalyzeOptions | DriftOptions, settings: Mapping[str, Any]
 ) -> list[str]:
-    """Fill ``tokens/`` and ``responses/`` in the folder, from where an earlier call stopped.
-
-    Args:
-        folder: of the work; refused if it was created with other settings.
-        subject: of ``open_response_subject``.
-        options: whether responses are sampled or in a file.
-        settings: see ``open_work_folder``; the settings of sampling are added.
-
-    Returns:
-        Sentences on what was left out.
-    """
+    """Fill ``tokens/`` and ``responses/``; adds the sampling settings to ``settings``. Returns notes on omissions."""
     if options.responses is not None:
         return _measure_ready(folder, subject, options.responses, options.skip_unusable, settings)
     samples = subject.config.eval.samples
@@ -95,8 +85,8 @@ def collect_tokens(
             **session_settings(session),
             "prompts": len(session.prompts),
             "samples": samples,
-            # An earlier call's cut is kept: it decides which responses share a generator, and another number of
-            # workers may be at work now.
+            # Keep an earlier call's part size: it decides which responses share a generator, and the number of
+            # workers may have changed.
             "prompts_per_part": stored_settings(folder).get("prompts_per_part")
             or max(session.engine.wave_sequences // samples, 1),
         }
@@ -109,7 +99,6 @@ def collect_tokens(
 def _measure_ready(
     folder: Path, subject: Subject, responses: Path, skip_unusable: bool, settings: Mapping[str, Any]
 ) -> list[str]:
-    """Measure the ready responses that are not in the folder yet."""
     config = subject.config
     policy = open_policy(config.model, config.runtime.device)
     parts = config.task.parts or (config.task,)
@@ -133,20 +122,15 @@ def _measure_ready(
 
 
 class ResponseSource(Protocol):
-    """Where responses come from, in parts of a fixed cut."""
-
     num_parts: int
 
     def part(self, index: int) -> list[SourceResponse]:
-        """The responses of a part, ordered by prompt; the same whenever it is asked for."""
+        """Responses of a part, ordered by prompt; deterministic."""
         ...
 
 
 class GeneratedResponses:
-    """``num_samples`` responses to each of the session's prompts, a batch of the engine at a time.
-
-    Every part draws from a generator of its own, seeded by the recipe's seed and the part's number.
-    """
+    """``num_samples`` responses per prompt of the session; each part has a generator seeded by seed and part number."""
 
     def __init__(self, session: Session, num_samples: int, prompts_per_part: int) -> None:
         self._session = session
@@ -183,7 +167,6 @@ class GeneratedResponses:
 
 
 def write_missing_parts(folder: Path, source: ResponseSource, workers: Workers, temperature: float) -> None:
-    """Measure and write the parts that are not there yet, with progress and time left."""
     tables = ("tokens", "responses")
     for table in tables:
         (folder / table).mkdir(exist_ok=True)
@@ -208,7 +191,7 @@ def write_missing_parts(folder: Path, source: ResponseSource, workers: Workers, 
 def read_responses(
     folder: Path, columns: Sequence[str] | None = None, prompts: Collection[int] | None = None
 ) -> pd.DataFrame:
-    """The table of responses: all of it, or some columns, or those to some prompts."""
+    """The table of responses, optionally restricted to columns and prompts."""
     chosen = None if prompts is None else [("prompt", "in", list(prompts))]
     names = None if columns is None else list(columns)
     frames = []
@@ -219,7 +202,7 @@ def read_responses(
 
 
 def _groups(responses: Sequence[SourceResponse]) -> Iterator[list[SourceResponse]]:
-    """Consecutive responses of at most ``GROUP_TOKENS`` tokens together, at least one."""
+    """Consecutive responses with at most ``GROUP_TOKENS`` tokens in total, at least one response."""
     group: list[SourceResponse] = []
     size = 0
     for response in responses:

@@ -15,7 +15,6 @@ DEMO_RECIPE = Path(__file__).parents[1] / "assets" / "countdown.toml"
 
 
 def run_train(options: TrainOptions) -> int:
-    """``forkrl train``."""
     if options.settings:
         from forkrl.config.reference import print_settings
 
@@ -61,7 +60,7 @@ def run_train(options: TrainOptions) -> int:
 
 
 def _train_by_engine(config: TrainConfig, out: Path, resume: Path | None, changed: Collection[str]) -> None:
-    """Train in this process, or by verl; ``changed``: settings that the command line changes in a resumed run."""
+    """Train in this process or with verl; ``changed``: settings that the command line changes in a resumed run."""
     if config.runtime.trainer == "verl":
         from forkrl.cluster.launch import train_on_cluster
 
@@ -75,7 +74,7 @@ def _train_by_engine(config: TrainConfig, out: Path, resume: Path | None, change
 
 
 def print_dry_run(config: TrainConfig, out: Path) -> None:
-    """The complete recipe as TOML, and what it selects; for verl the command that would run it."""
+    """Print the complete recipe as TOML and what it selects; for verl also the command that would run it."""
     if config.runtime.trainer == "verl":
         from forkrl.cluster.launch import dry_run
 
@@ -91,7 +90,6 @@ def print_dry_run(config: TrainConfig, out: Path) -> None:
 
 
 def run_sft(options: SftOptions) -> int:
-    """``forkrl sft``."""
     config = load_recipe(SftConfig, options.recipe, options.overrides)
     from forkrl.store.run_folder import refuse_unusable
 

@@ -1,4 +1,4 @@
-"""What all commands share: a work folder that is resumable part by part, and what they print at the end.
+"""Shared by all commands: a folder that is resumable part by part, and the final output.
 
 settings.json       every setting that changes the numbers; a call with other settings is rejected
 …                   parts, each written all at once when it is done
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from forkrl.report.page import Page
 
 SETTINGS = "settings.json"
-# Weights, architecture, and every file that a tokenizer may be made of.
+# Weights, architecture, and every possible tokenizer file.
 _MODEL_FILES = (
     "*.safetensors", "config.json", "*token*.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
@@ -38,12 +38,7 @@ _MODEL_FILES = (
 def open_work_folder(path: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     """Start the work in a new or empty folder, or resume it if its settings are the same; locked while open.
 
-    After Ctrl-C a line says that the same command resumes. A folder in which an error left no work is removed, so
-    that the corrected command can use it.
-
-    Args:
-        path: the folder.
-        settings: every setting that changes the numbers, as JSON values; ``schema`` is one of them.
+    ``settings`` are JSON values and include ``schema``. A new folder in which an error left no work is removed.
     """
     with explained_write_errors(path):
         existed = path.exists()
@@ -65,12 +60,12 @@ def open_work_folder(path: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
 
 @contextmanager
 def _removed_if_rejected(path: Path, *, whole: bool) -> Iterator[None]:
-    """After an error, empty a folder in which nothing was finished; ``whole``: remove it."""
+    """On a ``UserError``, empty a folder without finished work; ``whole``: remove it."""
     try:
         yield
     except UserError:
         files = [file for file in path.rglob("*") if file.is_file() and file.name not in (SETTINGS, LOCK)]
-        # The questions of an evaluation are written before the first response, and its other files begin empty.
+        # Evaluations write questions before the first response, and create their other files empty.
         if not any(file.stat().st_size and file.parent.name != "questions" for file in files):
             clear_folder(path)
             if whole:
@@ -105,11 +100,8 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 
 def weights_fingerprint(path: str) -> str:
-    """A hash of all bytes of a local model: its weights, configuration and tokenizer.
-
-    Empty for a hub model, which is known by its name and revision.
-    """
-    from forkrl.report.progress import progress  # which imports rich
+    """Hash of all files of a local model; empty for a hub model, which its name and revision identify."""
+    from forkrl.report.progress import progress  # imports rich
 
     folder = Path(model_location(path))
     if not folder.is_dir():
@@ -138,13 +130,12 @@ def model_settings(schema: str, subject: Subject) -> dict[str, Any]:
 
 
 def say_kept(kept: int, total: int, unit: str, folder: Path) -> None:
-    """Tell how much of the work an earlier call finished, where some of it is missing."""
     if 0 < kept < total:
         print(f"forkrl: {kept} of {total} {unit} are in {folder} already", file=sys.stderr, flush=True)
 
 
 def present(folder: Path, page: Page) -> int:
-    """Write ``report.html``, print what it says, and return the exit code."""
+    """Write ``report.html``, print its text form, and return the exit code."""
     from forkrl.report.page import write_page
     from forkrl.report.terminal import describe_page
     from forkrl.store.results import REPORT

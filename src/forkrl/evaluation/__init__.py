@@ -1,1 +1,1 @@
-"""Benchmarks and what their figures are worth; intervals are in ``forkrl.stats.intervals``."""
+"""Benchmarks, sampling and statistics of evaluations; intervals are in ``forkrl.stats.intervals``."""

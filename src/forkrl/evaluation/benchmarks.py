@@ -1,4 +1,4 @@
-r"""The benchmarks: where each one's questions are, which columns hold them, how they are asked and judged."""
+"""The benchmarks: source of the questions, their columns, prompts and verifiers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from forkrl.errors import UserError
 from forkrl.types import VerifierSpec
 
 GYM = "gym:"
-"""Before the name of a reasoning-gym generator: ``gym:chain_sum``."""
+"""Prefix of a reasoning-gym generator: ``gym:chain_sum``."""
 PROMPT = "{prompt}"
 BOXED = PROMPT + "\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""The paper's wording (arXiv 2506.01939v2, section 5.2)."""
+"""The paper's prompt (arXiv 2506.01939v2, section 5.2)."""
 MATH = VerifierSpec("forkrl.rewards.math:verify_math")
 CODE = VerifierSpec("forkrl.rewards.code:verify_code")
 """Its options are the recipe's ``[sandbox]``."""
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 class QuestionAndAnswer(NamedTuple):
-    """What a row holds; text that is missing or of another kind is refused later."""
+    """Raw values of a row; missing or wrongly typed text is rejected later."""
 
     question: Any
     answer: Any
@@ -31,11 +31,11 @@ class QuestionAndAnswer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One benchmark of the hub.
+    """A benchmark on the hub.
 
-    ``revision`` is the commit to load; None: the newest. ``files`` are JSONL files of a repository whose split cannot
-    be loaded. ``prepare`` makes question and answer of a row, with further ``columns``; None: they are its columns.
-    ``wanted`` selects rows. ``question`` is the wording around the question, ``{prompt}``.
+    ``revision``: commit to load; None: the newest. ``files``: JSONL files of a repository whose split cannot be loaded.
+    ``prepare``: makes question and answer of a row, reading further ``columns``; None: they are columns. ``wanted``:
+    selects rows. ``question``: prompt template with ``{prompt}``.
     """
 
     name: str
@@ -56,18 +56,15 @@ class Benchmark:
 
     @property
     def all_columns(self) -> tuple[str, ...]:
-        """Every column that is read."""
         return (self.prompt_column, self.answer_column, *self.columns)
 
     def question_and_answer(self, row: Row) -> QuestionAndAnswer:
-        """What ``row`` asks, and its answer."""
         if self.prepare is not None:
             return self.prepare(row)
         return QuestionAndAnswer(row[self.prompt_column], row[self.answer_column])
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The entry of that name."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
@@ -76,12 +73,11 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def runs_programs(names: Sequence[str]) -> bool:
-    """Whether a verifier of these benchmarks runs programs."""
     return any(name in BENCHMARKS and BENCHMARKS[name].verifier == CODE for name in names)
 
 
 def after_hashes(row: Row) -> QuestionAndAnswer:
-    """GSM8K: the answer column is a whole solution, and the number follows its ``####``."""
+    """GSM8K: the answer column is a worked solution, with the number after ``####``."""
     answer = row["answer"]
     if isinstance(answer, str):
         answer = answer.partition("####")[2].strip().replace(",", "")
@@ -89,7 +85,7 @@ def after_hashes(row: Row) -> QuestionAndAnswer:
 
 
 def with_context(row: Row) -> QuestionAndAnswer:
-    """OlympiadBench: some questions have a context, and the answers are a list, mostly of one."""
+    """OlympiadBench: some questions have a context; the answer is a list, usually of one."""
     question, context, answers = row["question"], row["context"], row["final_answer"]
     if isinstance(context, str) and context.strip() and isinstance(question, str):
         question = f"{context.strip()}\n{question}"
@@ -115,12 +111,12 @@ _FIRST_CONTEST, _END_OF_CONTESTS = "2024-08-01", "2025-02-01"
 
 
 def in_paper_window(row: Row) -> bool:
-    """LiveCodeBench v5 as the paper and others report it: contests from August 2024 until before February 2025."""
+    """LiveCodeBench v5 as in the paper: contests from August 2024 until before February 2025."""
     return _FIRST_CONTEST <= str(row["contest_date"])[:10] < _END_OF_CONTESTS
 
 
 def code_question(row: Row) -> QuestionAndAnswer:
-    """LiveCodeBench, in the benchmark's own wording: a program that reads stdin, or a class to fill in."""
+    """LiveCodeBench's own prompt: a program that reads stdin, or a class to complete."""
     from forkrl.rewards.code import tests_from_livecodebench
 
     question, starter = row["question_content"], row["starter_code"]

@@ -1,10 +1,7 @@
-"""Accuracy against tokens: what is left of it if longer responses do not count.
+"""Accuracy against token budgets. Axes: ``P`` questions, ``K`` samples each, ``J`` token amounts.
 
-Axes: ``P`` questions, ``K`` samples each, ``J`` amounts of tokens.
-
-At a budget of ``b`` tokens a response counts as right if it is right and no longer than ``b``; a longer one is stopped
-there, having *spent* ``b``. Two models compare at equal budgets (each response may take as long) or at equal spending
-(their responses cost as much on average, so that the model that writes more has the smaller budget).
+At a budget of ``b`` tokens a response counts as right if it is right and no longer than ``b``; a longer one stops after
+*spending* ``b``. Two models compare at equal budgets, or at equal mean spending (smaller budget for longer responses).
 """
 
 from __future__ import annotations
@@ -24,33 +21,33 @@ FRACTIONS = tuple(0.05 * step for step in range(1, 21))
 
 Floats = npt.NDArray[np.float64]
 _ROUNDING = 1e-6
-"""A budget found by interpolation must include the response whose length it is."""
+"""An interpolated budget must include the response whose length it is."""
 
 
 class Outcomes(NamedTuple):
-    """Scores and lengths (tokens) of an evaluation, both ``[P, K]``."""
+    """Scores and lengths (tokens), both ``[P, K]``."""
 
     scores: Floats
     tokens: Floats
 
     def within(self, budget: float) -> Floats:
-        """``[P, K]``: the scores, 0 for responses longer than ``budget`` tokens."""
+        """``[P, K]`` scores, 0 for responses longer than ``budget`` tokens."""
         return np.where(self.tokens <= budget, self.scores, 0.0)
 
     def spent(self, budget: float) -> float:
-        """Mean tokens of a response that is stopped at ``budget``."""
+        """Mean tokens per response when stopped at ``budget``."""
         return float(np.minimum(self.tokens, budget).mean())
 
 
 def token_budgets(tokens: Floats) -> list[int]:
-    """About 20 budgets, evenly spaced on a logarithmic scale from the length of a short response to the longest's."""
+    """About 20 log-spaced budgets, from the length of a short response to the longest."""
     longest = max(1, round(float(tokens.max())))
     short = max(1, int(np.quantile(tokens, 0.01)))
     return sorted({*(round(float(budget)) for budget in np.geomspace(short, longest, NUM_BUDGETS)), longest})
 
 
 def budget_curve(outcomes: Outcomes) -> list[dict[str, Any]]:
-    """Accuracy with its interval at every budget, and the mean of the tokens spent."""
+    """Accuracy with its interval, and mean tokens spent, at every budget."""
     return [
         {
             "tokens": budget,
@@ -62,7 +59,7 @@ def budget_curve(outcomes: Outcomes) -> list[dict[str, Any]]:
 
 
 def compare_at_budgets(a: Outcomes, b: Outcomes) -> list[dict[str, Any]]:
-    """Both accuracies and their paired difference with its interval, at equal budgets; row p is the same question."""
+    """Both accuracies and their paired difference at equal budgets; row p is the same question on both sides."""
     return [
         {
             "tokens": budget,
@@ -77,9 +74,9 @@ def compare_at_budgets(a: Outcomes, b: Outcomes) -> list[dict[str, Any]]:
 
 
 class Spending:
-    """Accuracy of one evaluation as a function of the mean tokens spent, for any weights of its questions.
+    """Accuracy as a function of mean tokens spent, for any question weights.
 
-    Spending grows with the budget without a jump, so each amount up to the mean length belongs to one budget.
+    Spending is continuous and increasing in the budget, so each amount up to the mean length has one budget.
     """
 
     def __init__(self, outcomes: Outcomes) -> None:
@@ -92,7 +89,7 @@ class Spending:
         self.num_questions = len(outcomes.tokens)
 
     def at(self, amounts: Floats, weights_P: Floats) -> tuple[Floats, Floats]:
-        """Budgets at which these amounts are spent on average, and the accuracies there, ``[J]`` each."""
+        """Budgets with these mean spendings, and the accuracies there, ``[J]`` each."""
         weights = weights_P[self._questions]
         total = weights_P.sum() * self._samples
         counted = np.cumsum(weights)
@@ -103,22 +100,16 @@ class Spending:
         return budgets, accuracies
 
     def mean_length(self, weights_P: Floats) -> float:
-        """Mean tokens of a response: what is spent without a budget."""
+        """Mean response length in tokens: the spending without a budget."""
         return float(weights_P[self._questions] @ self._lengths / (weights_P.sum() * self._samples))
 
 
 def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[str, Any]]:
-    """Both accuracies and their paired difference where both spend the same on average; row p is the same question.
+    """Both accuracies and their paired difference at equal mean spending; row p is the same question.
 
-    The amounts are twentieths of the smaller mean length; at the last one the evaluation of shorter responses is whole,
-    and the other is cut at the budget that makes it spend as much. Amounts and budgets come from the data too, so the
-    interval contains the 95% range of ``RESAMPLES`` resamples of the questions, each of which finds its own. It also
-    contains the interval at the budgets that were found, which has a width even if all responses agree.
-
-    Args:
-        a: before.
-        b: after.
-        seed: of the resamples.
+    The amounts are twentieths of the smaller mean length; at the last one that side is complete. Amounts and budgets
+    depend on the data, so the interval covers the 95% range of ``RESAMPLES`` question resamples with their own
+    budgets, and the interval at the budgets found, which has a width even if all responses agree.
     """
     sides = (Spending(a), Spending(b))
     ones = np.ones(sides[0].num_questions)
@@ -144,10 +135,7 @@ def compare_at_equal_spending(a: Outcomes, b: Outcomes, seed: int) -> list[dict[
 
 
 def _resampled_ends(sides: tuple[Spending, Spending], differences: Floats, seed: int) -> tuple[Floats, Floats]:
-    """Ends of the 95% range of the resampled differences ``[J]``; NaN with one question.
-
-    Percentiles, as the difference has a kink where both mean lengths are equal: a standard error would be too small.
-    """
+    """Percentile interval of the ``[J]`` differences, which are not smooth; NaN with one question."""
     questions = sides[0].num_questions
     if questions == 1:
         unknown = np.full(len(FRACTIONS), math.nan)
@@ -159,7 +147,7 @@ def _resampled_ends(sides: tuple[Spending, Spending], differences: Floats, seed:
         amounts = np.array(FRACTIONS) * min(side.mean_length(weights_P) for side in sides)
         (_, before), (_, after) = (side.at(amounts, weights_P) for side in sides)
         row[:] = after - before
-    # Resampling n questions with replacement shows (n - 1) / n of the variance, and few tell their spread badly.
+    # Resampling n questions gives (n - 1) / n of the variance, and a small n estimates the spread poorly.
     widening = math.sqrt(questions / (questions - 1)) * float(stdtrit(questions - 1, 0.975)) / Z95
     ends = differences + widening * (np.quantile(found, (0.025, 0.975), axis=0) - differences)
     lows, highs = np.clip(ends, -1.0, 1.0)

@@ -1,6 +1,6 @@
-"""Two evaluations on the same questions: how much better is B, and is it more than chance and longer answers?
+"""Compares two evaluations on their common questions, also at equal token spending.
 
-Axes: ``P`` questions that both have, ``K`` samples of each (which may differ between the two).
+Axes: ``P`` common questions, ``K`` samples of each (may differ between the two).
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from forkrl.stats.permutation import Pair, holm, paired_test, pooled_paired_test
 
 SHOWN_CHANGES = 20
 MEASURES = ("accuracy", "length", "matched")
-"""Each has the columns ``MEASURE_a``, ``MEASURE_b`` and, with its interval, ``MEASURE_difference``."""
+"""Each has columns ``MEASURE_a``, ``MEASURE_b`` and ``MEASURE_difference`` with its interval."""
 Responses = Mapping[str, Sequence[ScoredResponse]]
 
 
 class Comparison(NamedTuple):
-    """The tables of a comparison, and sentences on what is not the same on both sides."""
+    """The tables of a comparison, and notes on what differs between the sides."""
 
     tables: Tables
     notes: list[str]
 
 
 class Side(NamedTuple):
-    """One evaluation of a benchmark on the questions that both have, in the same order."""
+    """One evaluation of a benchmark on the common questions, in the same order."""
 
     rows: Rows
     samples: int
@@ -57,23 +57,16 @@ class Side(NamedTuple):
 
     @property
     def question_means(self) -> Floats:
-        """``[P]``: the accuracy of each question."""
+        """``[P]``: mean score per question."""
         means: Floats = self.outcomes.scores.mean(axis=1)
         return means
 
 
 def compare(a: Responses, b: Responses, seed: int = 0, sides: tuple[str, str] = ("A", "B")) -> Comparison:
-    """Compare two evaluations, B minus A, benchmark by benchmark and over all that both have.
+    """B minus A, per benchmark and over the common ones; ``sides`` names them in notes.
 
-    Args:
-        a: responses of each benchmark, before.
-        b: after.
-        seed: of what is resampled or drawn.
-        sides: what notes call them.
-
-    Returns:
-        The tables of ``compare_benchmark``; ``benchmarks`` also has ``p_holm``, the p-value adjusted for their number.
-        ``mean`` has one row: means over benchmarks, each weighing the same; none for a single benchmark.
+    The tables are those of ``compare_benchmark``, with ``p_holm`` in ``benchmarks``. ``mean`` has one row of unweighted
+    means over benchmarks, or none for a single benchmark. ``seed`` is for resampling and random deals.
     """
     names = [name for name in a if name in b]
     if not names:
@@ -102,12 +95,12 @@ def compare(a: Responses, b: Responses, seed: int = 0, sides: tuple[str, str] = 
 
 
 def compare_benchmark(name: str, a: Side, b: Side, seed: int) -> Tables:
-    """One benchmark: the figures of A and B, and their paired difference.
+    """Values of A and B on one benchmark, and their paired differences.
 
-    ``benchmarks``: one row with ``MEASURES``; ``matched`` is the last row of ``spending``. ``p`` is that of
-    ``permutation.paired_test`` on the scores: below 5% if and only if the interval of the difference of accuracy
-    excludes 0. ``passes``: pass@k and maj@k. ``budget``: accuracy at equal budgets of tokens. ``spending``: accuracy
-    where both spend the same on average. ``changes``: the questions whose accuracy changed most.
+    ``benchmarks``: one row with ``MEASURES``; ``matched`` is the last row of ``spending``. ``p`` is from
+    ``permutation.paired_test``: below 5% iff the interval of the accuracy difference excludes 0. ``passes``: pass@k and
+    maj@k. ``budget``, ``spending``: accuracy at equal budgets and at equal mean spending. ``changes``: questions whose
+    accuracy changed most.
     """
     test = paired_test(a.outcomes.scores, b.outcomes.scores, seed)
     spending = compare_at_equal_spending(a.outcomes, b.outcomes, seed)
@@ -144,7 +137,7 @@ def compare_benchmark(name: str, a: Side, b: Side, seed: int) -> Tables:
 def _common_questions(
     name: str, a: Sequence[ScoredResponse], b: Sequence[ScoredResponse], names: tuple[str, str]
 ) -> tuple[Side, Side, list[str]]:
-    """Both sides on the questions that both have, and what was left out."""
+    """Both sides on their common questions, and notes on what was left out."""
     rows_a, rows_b = (by_question(each, 1 + max(response.sample for response in each)) for each in (a, b))
     common = [question for question in rows_a if question in rows_b]
     if not common:
@@ -166,14 +159,14 @@ def _common_questions(
 
 
 def _passes(rows: Rows, samples: int) -> dict[int, list[float]]:
-    """pass@k of every question for k = 1, 2, 4, … up to K."""
+    """pass@k per question for k = 1, 2, 4, … up to K."""
     return {k: [pass_at_k(right, samples, k) for right in pass_counts(rows)] for k in powers_of_two(samples)}
 
 
 def _compare_values(
     measure: str, a: Side, b: Side, values: Callable[[Rows, int], dict[int, list[float]]]
 ) -> list[dict[str, Any]]:
-    """A value per question and k, where both sides have it."""
+    """A value per question and k, if both sides have it."""
     values_a, values_b = values(a.rows, a.samples), values(b.rows, b.samples)
     return [
         {
@@ -191,7 +184,6 @@ def _compare_values(
 
 
 def _largest_changes(a: Side, b: Side) -> list[dict[str, Any]]:
-    """The questions whose accuracy changed most, largest first."""
     change = b.question_means - a.question_means
     order = np.argsort(-np.abs(change), kind="stable")
     return [
@@ -209,7 +201,7 @@ def _largest_changes(a: Side, b: Side) -> list[dict[str, Any]]:
 
 
 def _mean_over_benchmarks(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], seed: int) -> list[dict[str, Any]]:
-    """Means over benchmarks, each weighing the same, and the test of the mean difference of accuracy."""
+    """Unweighted means over benchmarks, and the test of the mean accuracy difference."""
     test = pooled_paired_test(pairs, seed)
     pooled: dict[str, Any] = {"questions": sum(row["questions"] for row in rows), "p": test.p}
     for measure in MEASURES:

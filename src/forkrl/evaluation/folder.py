@@ -1,13 +1,7 @@
-"""The folder of an evaluation: written response by response, and read back.
+"""An evaluation folder: ``questions/``, ``responses/`` and ``scores/``, each with one ``NAME.jsonl`` per benchmark.
 
-settings.json           what was asked
-questions/NAME.jsonl    the questions of a benchmark
-responses/NAME.jsonl    a line for each response, as it finishes
-scores/NAME.jsonl       a line for each result; of several for a response, the last counts
-results.json, tables/   the figures (``forkrl.store.results``)
-
-A line is written whole or not at all, and half a last line (after a kill or a power cut) is dropped, so that an
-evaluation resumes at the response it had reached.
+Lines are appended as responses finish and a partial last line is dropped, so an evaluation resumes at the response it
+had reached. A response may have several scores; the last counts.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ from forkrl.types import Prompt, VerifierResult
 
 SCHEMA = "forkrl-eval/3"
 _BLOCK = 1 << 20
-_SHOWN_ANSWER = 2000  # characters of an answer that are kept: the tests of a programming task are megabytes
+_SHOWN_ANSWER = 2000  # characters kept of an answer: the tests of a programming task are megabytes
 Kinds = dict[str, tuple[type, ...]]
 _NUMBER, _NOTHING = (int, float), type(None)
 RESPONSE: Kinds = {
@@ -47,11 +41,11 @@ QUESTION: Kinds = {"question": (str,), "prompt": (str,), "answer": (str,)}
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse:
-    """One response to one question, judged: what every figure of an evaluation is made of.
+    """One judged response; every statistic of an evaluation is computed from these.
 
-    ``question`` is the id of the prompt, ``sample`` counts its responses from 0, ``tokens`` is the length of the
-    response, ``entropy`` its mean in nats, None if the engine does not say. ``failure`` is empty when the verifier
-    answered. ``answer`` is what it read as the final answer: "" if it found none, None if it does not say.
+    ``question``: id of the prompt. ``sample``: index of the response, from 0. ``tokens``: length. ``entropy``: mean in
+    nats, None if the engine does not report it. ``failure``: empty if the verifier gave a result. ``answer``: the final
+    answer it read; "" if it found none, None if it does not report it.
     """
 
     question: str
@@ -65,7 +59,7 @@ class ScoredResponse:
 
 
 class LineFile:
-    """A file of JSON objects, one per line, that only grows; half a last line is dropped."""
+    """An append-only JSONL file; a partial last line is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,7 +80,6 @@ class LineFile:
         return 0
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line."""
         line = memoryview(json.dumps(row).encode("ascii") + b"\n")
         with explained_write_errors(self.path):
             end = os.fstat(self._descriptor).st_size
@@ -98,7 +91,7 @@ class LineFile:
                 raise
 
     def close(self) -> None:
-        """Wait until all lines are on the disk, and close the file."""
+        """Flush to disk and close."""
         with explained_write_errors(self.path):
             os.fsync(self._descriptor)
             os.close(self._descriptor)
@@ -106,16 +99,7 @@ class LineFile:
 
 
 class BenchmarkFiles:
-    """The responses and results of one benchmark so far; a context manager.
-
-    Texts, which can be gigabytes, stay on the disk, except for those that are still to be judged.
-
-    Args:
-        folder: of the evaluation.
-        name: of the benchmark; the files' names.
-        prompts: its questions, as the model reads them.
-        samples: responses to each.
-    """
+    """Responses and results of a benchmark; texts can be gigabytes, so only unjudged ones are in memory."""
 
     def __init__(self, folder: Path, name: str, prompts: Sequence[Prompt], samples: int) -> None:
         self.grid = [SampleRequest(prompt, sample) for prompt in prompts for sample in range(samples)]
@@ -142,34 +126,32 @@ class BenchmarkFiles:
         self._score_file.close()
 
     def missing(self) -> list[SampleRequest]:
-        """Responses that are still to be sampled."""
+        """Responses still to be sampled."""
         return [request for request in self.grid if request.key not in self._responses]
 
     def unjudged(self) -> list[tuple[SampleRequest, str]]:
-        """Responses found here without a result, or that the verifier could not judge, with their texts."""
+        """Responses found on disk without a result, or with a verifier failure, with their texts."""
         return [(request, self._texts[request.key]) for request in self.grid if request.key in self._texts]
 
     def add_response(self, sampled: Sampled) -> None:
-        """Store a response."""
         row = _row(sampled.request, sampled, RESPONSE)
         self._response_file.append(row)
         del row["text"], row["reasoning"]
         self._responses[_key(row)] = row
 
     def add_result(self, request: SampleRequest, result: VerifierResult) -> None:
-        """Store a result."""
         row = _row(request, result, SCORE)
         self._score_file.append(row)
         self._results[_key(row)] = row
 
     def scored(self) -> list[ScoredResponse]:
-        """Every judged response, in the order of the questions."""
+        """Every judged response, by question and sample."""
         known = self._responses.keys() & self._results.keys()
         return [_scored(self._responses[r.key], self._results[r.key]) for r in self.grid if r.key in known]
 
 
 def _require_questions(path: Path, prompts: Sequence[Prompt]) -> None:
-    """Write down the questions; if they are written already, they must be these."""
+    """Write the questions, or check that those on disk are the same."""
     rows = [
         {
             "question": prompt.id,
@@ -192,8 +174,8 @@ def _require_questions(path: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def read_evaluation(folder: Path) -> tuple[Results, dict[str, list[ScoredResponse]]]:
-    """What ``forkrl eval`` left in a folder: its results, and by benchmark the responses that they are made of."""
-    from forkrl.report.progress import progress  # which loads the plotting libraries
+    """The results of an evaluation folder, and the responses by benchmark."""
+    from forkrl.report.progress import progress  # imports the plotting libraries
 
     results = read_results(folder)
     scored = {}
@@ -209,7 +191,6 @@ def read_evaluation(folder: Path) -> tuple[Results, dict[str, list[ScoredRespons
 
 
 def read_results(folder: Path) -> Results:
-    """The figures of an evaluation."""
     path = folder / RESULTS
     if not path.is_file():
         if (folder / "settings.json").is_file() and (folder / "responses").is_dir():
@@ -222,19 +203,19 @@ def read_results(folder: Path) -> Results:
 
 
 def unfinished_benchmarks(results: Results) -> list[str]:
-    """Names of benchmarks that have responses but no figures yet: results are written one benchmark at a time."""
+    """Benchmarks with responses but no results: results are written one benchmark at a time."""
     finished = set(results.tables["benchmarks"]["benchmark"])
     return sorted(path.stem for path in (results.folder / "responses").glob("*.jsonl") if path.stem not in finished)
 
 
 def read_questions(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """``prompt`` and ``answer`` of every question of a benchmark by id; empty if they were not kept."""
+    """``prompt`` and ``answer`` of each question by id; empty if they were not stored."""
     path = folder / "questions" / f"{name}.jsonl"
     return {row["question"]: row for row in read_rows(path, QUESTION)} if path.is_file() else {}
 
 
 def read_texts(folder: Path, name: str, wanted: Set[Key]) -> dict[Key, str]:
-    """The texts of some responses to a benchmark, a server's separate reasoning, which was not judged, in front."""
+    """Texts of the ``wanted`` responses, preceded by a server's separate reasoning, which is not judged."""
     rows = read_rows(folder / "responses" / f"{name}.jsonl", RESPONSE)
     return {
         _key(row): f"<think>{row['reasoning']}</think>{row['text']}" if row["reasoning"] else row["text"]
@@ -244,7 +225,7 @@ def read_texts(folder: Path, name: str, wanted: Set[Key]) -> dict[Key, str]:
 
 
 def read_rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    """The objects in a JSONL file of an evaluation, each with the requested keys and kinds of values."""
+    """Rows of a JSONL file, validated to have the keys and types of ``kinds``."""
     remedy = f"remove that line, then {_how_to_finish(path.parent.parent)}"
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -263,7 +244,7 @@ def read_rows(path: Path, kinds: Kinds) -> Iterator[dict[str, Any]]:
 
 
 def _read_responses(folder: Path, name: str) -> list[ScoredResponse]:
-    """Each response with its last result: one that failed may have been judged again."""
+    """Each response with its last result: failed ones may have been judged again."""
     responses, results = (_by_key(folder, part, name) for part in ("responses", "scores"))
     if missing := [key for key in responses if key not in results]:
         question, sample = missing[0]
@@ -274,7 +255,7 @@ def _read_responses(folder: Path, name: str) -> list[ScoredResponse]:
 
 
 def _by_key(folder: Path, part: str, name: str) -> dict[Key, dict[str, Any]]:
-    """The rows of a file, the last of each response, without the texts."""
+    """Rows of a file, the last per response, without texts."""
     path = folder / part / f"{name}.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: is missing; {_how_to_finish(folder)}")
@@ -288,7 +269,7 @@ def _scored(response: Mapping[str, Any], result: Mapping[str, Any]) -> ScoredRes
 
 
 def _row(request: SampleRequest, found: Sampled | VerifierResult, kinds: Kinds) -> dict[str, Any]:
-    """A line of a file: which response, and the other values by their names."""
+    """A row: the request's key, and the fields of ``found`` in ``kinds``."""
     key = dict(zip(("question", "sample"), request.key, strict=True))
     return key | {name: getattr(found, name) for name in kinds if name not in key}
 

@@ -1,4 +1,4 @@
-"""maj@k: how often the most frequent answer of ``k`` responses is right, exactly, from ``n >= k`` responses."""
+"""maj@k: exact probability that the most frequent answer of ``k`` responses is right, from ``n >= k`` responses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import numpy.typing as npt
 from forkrl.evaluation.folder import ScoredResponse
 
 MAX_VOTES = 64
-"""Largest k: the time grows with its square, and 64 responses tell what more would."""
+"""Largest k: the cost is quadratic, and larger k add little."""
 
 
 class Ballot(NamedTuple):
-    """Votes of the responses to one question: right ones, the sizes of the classes of equal wrong answers (largest
-    first), and ``silent`` ones, which have no answer and do not vote."""
+    """Votes per question: right answers, sizes of classes of equal wrong answers (largest first), and non-votes."""
 
     right: int
     wrong: tuple[int, ...]
@@ -26,29 +25,25 @@ class Ballot(NamedTuple):
 
 
 def ballot(responses: Sequence[ScoredResponse]) -> Ballot:
-    """Votes of the responses to one question; one that could not be judged has no answer."""
+    """Votes of the responses to one question; unjudged responses do not vote."""
     wrong = Counter(response.answer or "" for response in responses if response.score != 1)
     silent = wrong.pop("", 0)
     return Ballot(len(responses) - wrong.total() - silent, tuple(sorted(wrong.values(), reverse=True)), silent)
 
 
 def majority_at_k(votes: Ballot, numbers: Sequence[int]) -> list[float]:
-    """For each ``k`` of ``numbers``, the probability that the majority of ``k`` responses is right.
+    """The probability that the majority of ``k`` responses is right, for each ``k`` of ``numbers``.
 
-    The mean over all C(n, k) subsets, so it is unbiased. For each number r of right responses in the subset, dynamic
-    programming over the wrong answers counts the ways in which none has more than r votes. If t wrong answers have r
-    votes too, the right one wins in 1 of t + 1 cases. If nobody votes, the vote is wrong.
-
-    Args:
-        votes: of one question.
-        numbers: each from 1 to the number of responses and to ``MAX_VOTES``.
+    Unbiased: the mean over all C(n, k) subsets. For each number r of right responses in the subset, dynamic programming
+    counts the ways in which no wrong answer has more than r votes. If t wrong answers also have r, right wins in 1 of
+    t + 1 cases. A subset without votes is wrong.
     """
     total = votes.right + sum(votes.wrong) + votes.silent
     most = max(numbers)
     favourable = [0.0] * len(numbers)
     for right in range(1, min(votes.right, most) + 1):
         others = _ways_of_others(votes, right, most - right)
-        shared = others @ (1 / np.arange(1.0, others.shape[1] + 1))  # by the number drawn
+        shared = others @ (1 / np.arange(1.0, others.shape[1] + 1))  # by number drawn
         for index, number in enumerate(numbers):
             if number >= right:
                 favourable[index] += math.comb(votes.right, right) * float(shared[number - right])
@@ -57,10 +52,7 @@ def majority_at_k(votes: Ballot, numbers: Sequence[int]) -> list[float]:
 
 
 def _ways_of_others(votes: Ballot, limit: int, draws: int) -> npt.NDArray[np.float64]:
-    """``[draws + 1, ties + 1]``: ways to draw wrong and silent responses, by their number and by how many answers tie.
-
-    No wrong answer has more than ``limit`` votes; those with ``limit`` tie.
-    """
+    """``[draws + 1, ties + 1]``: ways to draw others, by number drawn and answers with ``limit`` votes (maximum)."""
     ways = np.zeros((draws + 1, draws // limit + 1))
     ways[:, 0] = [math.comb(votes.silent, drawn) for drawn in range(draws + 1)]
     for size in votes.wrong:

@@ -1,6 +1,6 @@
-"""Table 2 of arXiv 2506.01939v2: Acc@16 in percent at temperature 1, after training on all tokens and on forks alone.
+"""Table 2 of arXiv 2506.01939v2: Acc@16 in percent at temperature 1, after training on all tokens and on forks only.
 
-It gives no seeds and no intervals, and does not control for the longer answers after training on forks.
+The paper gives no seeds or intervals, and does not control for the longer responses after training on forks.
 """
 
 from __future__ import annotations
@@ -15,4 +15,4 @@ TABLE_2 = {
 }
 """By benchmark and size of the Qwen3 base model."""
 AVERAGE = {"8B": (53.71, 54.23), "14B": (61.40, 64.39), "32B": (66.59, 70.69)}
-"""Over the six benchmarks, each weighing the same."""
+"""Unweighted mean over the six benchmarks."""

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: of a benchmark (from the hub or a local mirror), reasoning-gym, or a recipe's task.
+"""Questions of an evaluation: a benchmark (hub or local mirror), a reasoning-gym generator, or a recipe's task.
 
 A mirror holds ``owner/name`` as ``hf download --repo-type dataset owner/name`` leaves it.
 """
@@ -28,24 +28,24 @@ from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
 from forkrl.types import Prompt, VerifierSpec
 
-if TYPE_CHECKING:  # torch, which reading questions does not need
+if TYPE_CHECKING:  # torch, not needed to read questions
     from transformers import PreTrainedTokenizerBase
 
 PLAIN = "User:\n{question}\n\nAssistant:\n"
-"""The paper's prompt of base models (arXiv 2506.01939v2, section 5.2)."""
+"""The paper's prompt for base models (arXiv 2506.01939v2, section 5.2)."""
 GYM_QUESTIONS = 100
-"""Of a reasoning-gym generator, which could make any number."""
+"""Default number from a reasoning-gym generator, which is unlimited."""
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _Row = tuple[str, Mapping[str, Any]]
-"""Its location for errors ("aime24 row 3"), and its columns."""
+"""Location in errors ("aime24 row 3"), and columns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """The questions of a benchmark, or of a part of a task, and what judges the answers.
+    """Questions of a benchmark, or of a part of a task, with their verifiers.
 
-    ``revision`` is the hub's commit or "mirror"; None if unknown. ``expected_questions`` is None if there is nothing to
-    compare ``available_questions`` with. ``notice`` says what is odd about the questions; mostly empty.
+    ``revision``: the hub's commit or "mirror"; None if unknown. ``expected_questions``: to compare with
+    ``available_questions``; None if unknown. ``notice``: what is unusual about the questions, usually empty.
     """
 
     name: str
@@ -60,16 +60,16 @@ class Questions:
     notice: str = ""
 
     def first(self, count: int | None) -> Questions:
-        """The same with the first ``count`` questions; None: all."""
+        """Only the first ``count`` questions; None: all."""
         return replace(self, prompts=self.prompts[:count])
 
     def rendered(self, render: Callable[[Prompt], Prompt]) -> Questions:
-        """The same with every prompt as the model reads it."""
+        """Every prompt replaced by its rendered form."""
         return replace(self, prompts=[render(prompt) for prompt in self.prompts])
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Changes whenever a question or an answer does."""
+    """Changes whenever a question or an answer changes."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.id, prompt.text, prompt.answer]).encode() + b"\n")
@@ -79,15 +79,8 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 def benchmark_questions(
     names: Sequence[str], mirror: Path | None, problems: int | None, sandbox: SandboxConfig
 ) -> list[Questions]:
-    """Load the named benchmarks, each once.
-
-    Args:
-        names: as in ``BENCHMARKS``, or ``gym:NAME``.
-        mirror: see ``load_questions``.
-        problems: questions of each, from the first; None: all, of reasoning-gym ``GYM_QUESTIONS``.
-        sandbox: where programs run, if there are any.
-    """
-    # All names, and the sandbox, are checked before anything is loaded.
+    """Load the named benchmarks (``gym:NAME`` for generators), each once, with the first ``problems`` questions."""
+    # Validate all names and the sandbox before loading anything.
     entries = [name if name.startswith(GYM) else find_benchmark(name) for name in dict.fromkeys(names)]
     if runs_programs(names):
         require_sandbox(sandbox)
@@ -100,7 +93,7 @@ def benchmark_questions(
 
 
 def _gym_questions(name: str, count: int) -> Questions:
-    """Questions of a reasoning-gym generator, the same ones for every seed of sampling."""
+    """Questions of a reasoning-gym generator, independent of the sampling seed."""
     title = name.removeprefix(GYM)
     prompts = gym_prompts(title, count=count)
     return Questions(
@@ -122,16 +115,10 @@ def task_questions(
     whole: bool,
     max_prompt_tokens: int | None = None,
 ) -> list[Questions]:
-    """The held-out prompts of a task, as the model reads them; each part of a mix as a benchmark of its own.
+    """Rendered held-out prompts of a task; each part of a mix is a benchmark of its own.
 
-    Without a tokenizer the chat template is left to the server: a prompt is then the text of one user message.
-
-    Args:
-        config: of the task.
-        tokenizer: the model's; None if a server keeps it.
-        problems: of all parts together, from the first; None: all.
-        whole: take all rows of the data, nothing split off.
-        max_prompt_tokens: longer prompts are rejected; None: any length.
+    Without a tokenizer a prompt is one user message, for the server's chat template. ``problems``: total over parts,
+    from the start. ``whole``: all rows, no held-out split. Prompts over ``max_prompt_tokens`` are rejected.
     """
     if tokenizer is None:
         config = config.model_copy(update={"chat_template": False})
@@ -153,13 +140,7 @@ def task_questions(
 
 
 def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Prompt], Prompt]:
-    """A function that puts a question into the form that the engine wants.
-
-    Args:
-        prompt_format: plain: the paper's prompt of base models; chat: the tokenizer's template, or without a tokenizer
-            the bare question, which a server puts into its own.
-        tokenizer: the model's; None if a server keeps it.
-    """
+    """Renders "plain" with the paper's base-model prompt, "chat" with the tokenizer's template, if there is one."""
     if prompt_format == "plain":
         return lambda prompt: replace(prompt, text=PLAIN.replace("{question}", prompt.text))
     if tokenizer is None:
@@ -178,15 +159,9 @@ def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def load_questions(benchmark: Benchmark, mirror: Path | None, sandbox: SandboxConfig | None = None) -> Questions:
-    """All questions of a benchmark, in its order.
+    """All questions of a benchmark from the ``mirror`` folder or the hub.
 
-    A prompt's id is a hash of its question, so that a question has the same id in every copy of the data; a question
-    that occurs twice is asked twice, its id with ``-2`` after it.
-
-    Args:
-        benchmark: which.
-        mirror: the folder that holds ``owner/name``; None: the hub.
-        sandbox: where programs run; None: the default.
+    Prompt ids are hashes of the questions, the same in every copy; repeated questions get ``-2``, … appended.
     """
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
@@ -239,7 +214,7 @@ def mirror_command(benchmark: Benchmark, folder: str = "DIR") -> str:
 
 
 def _read_rows(benchmark: Benchmark, mirror: Path | None) -> tuple[Iterable[_Row], str | None]:
-    """The rows, and the hub's commit that they come from."""
+    """The rows, and the hub's commit."""
     if mirror is not None and not Path(_source(benchmark, mirror)).is_dir():
         raise UserError(
             f"{benchmark.name}: --mirror {mirror} holds no folder {benchmark.hub}; fill it with: "
@@ -248,17 +223,17 @@ def _read_rows(benchmark: Benchmark, mirror: Path | None) -> tuple[Iterable[_Row
     if benchmark.files:
         return _read_files(benchmark, mirror), benchmark.revision
     with tempfile.TemporaryDirectory() as scratch:
-        # The library's own cache would give a mirror's earlier content, or that of another mirror.
+        # The library's cache could return old content of this mirror, or that of another.
         rows = _load_split(benchmark, mirror, None if mirror is None else scratch)
         _require_columns(benchmark, rows.column_names, _source(benchmark, mirror))
-        # Others may hold pictures, which would be decoded.
+        # Other columns may hold images, which would be decoded.
         wanted = rows.select_columns(list(benchmark.all_columns))
         read = [(f"{benchmark.name} row {number}", values) for number, values in enumerate(wanted, start=1)]
         return read, benchmark.revision or _commit(rows.info.download_checksums)
 
 
 def _commit(addresses: Iterable[str] | None) -> str | None:
-    """The commit in the addresses of a downloaded data set, such as ``hf://datasets/owner/name@COMMIT/…``."""
+    """The commit in download addresses such as ``hf://datasets/owner/name@COMMIT/…``."""
     found = {match[1] for address in addresses or () if (match := _COMMIT.search(address))}
     return found.pop() if len(found) == 1 else None
 
@@ -267,7 +242,7 @@ def _load_split(benchmark: Benchmark, mirror: Path | None, cache: str | None) ->
     import datasets
 
     if not sys.stderr.isatty():
-        datasets.disable_progress_bars()  # in a log they are noise around the lines that matter
+        datasets.disable_progress_bars()  # noise in logs
     try:
         return datasets.load_dataset(
             _source(benchmark, mirror),
@@ -283,7 +258,7 @@ def _load_split(benchmark: Benchmark, mirror: Path | None, cache: str | None) ->
 def _read_files(benchmark: Benchmark, mirror: Path | None) -> Iterator[_Row]:
     from huggingface_hub import hf_hub_download
 
-    from forkrl.report.progress import progress  # which loads the plotting libraries
+    from forkrl.report.progress import progress  # imports the plotting libraries
 
     for name in benchmark.files:
         try:

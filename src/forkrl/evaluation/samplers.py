@@ -1,4 +1,4 @@
-"""What an evaluation asks an engine for, and what it gets; the embedded engine. The others: ``server`` and ``vllm``."""
+"""The engine interface of an evaluation, and its embedded engine. Others: ``server`` and ``vllm``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from forkrl.types import Prompt, SamplingParams
 
-if TYPE_CHECKING:  # torch, which an evaluation on a server need not load
+if TYPE_CHECKING:  # torch, not needed with a server
     from transformers import PreTrainedTokenizerBase
 
     from forkrl.rollout.embedded import EmbeddedEngine
 
 Key = tuple[str, int]
-"""Id of the question, and which of its responses, counted from 0."""
+"""Question id, and index of the response from 0."""
 
 
 class SampleRequest(NamedTuple):
-    """One response to sample: to which prompt, and which of its responses, counted from 0."""
+    """One response to sample; ``sample`` is its index, from 0."""
 
     prompt: Prompt
     sample: int
@@ -30,10 +30,7 @@ class SampleRequest(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A finished response. ``tokens`` is its length, ``entropy`` its mean in nats, None if unknown.
-
-    ``reasoning`` is what a server returned separately from the text; it is stored, but not judged.
-    """
+    """``entropy``: mean in nats or None. ``reasoning``: returned separately by a server; stored, not judged."""
 
     request: SampleRequest
     text: str
@@ -44,7 +41,7 @@ class Sampled(NamedTuple):
 
 
 class EvalSampling(NamedTuple):
-    """How responses are sampled: ``temperature`` 0 is greedy; ``stop`` are further strings that end a response."""
+    """``temperature`` 0 is greedy; ``stop``: additional strings that end a response."""
 
     max_response_tokens: int
     temperature: float
@@ -53,21 +50,17 @@ class EvalSampling(NamedTuple):
 
 
 def request_seed(seed: int, question: str, sample: int) -> int:
-    """A 31-bit seed for one response, the same on every machine and in any order of requests.
+    """A 31-bit seed for one response, independent of machine and request order.
 
     Some servers keep seeds in 32 bits, signed or not, and take -1 for "any".
     """
-    # Length-prefixed, so that two different triples never give the same text.
+    # Length-prefixed, so that different triples never give the same text.
     digest = hashlib.sha256(f"{seed}/{len(question)}/{question}/{sample}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "little") >> 1
 
 
 class Sampler(ABC):
-    """An engine of an evaluation, with its model.
-
-    ``name`` is what results call it, ``tokenizer`` is None if a server keeps it, and ``max_prompt_tokens`` is None if
-    the engine has its own limit.
-    """
+    """An engine with its model. None: a server keeps the tokenizer, or the engine has its own prompt limit."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -83,16 +76,15 @@ class Sampler(ABC):
         """
 
     def finished(self) -> int:
-        """Number of responses sampled so far, yielded or not; 0 where each is yielded at once."""
+        """Responses sampled so far, yielded or not; 0 if each is yielded immediately."""
         return 0
 
 
 class EmbeddedSampler(Sampler):
-    """The embedded engine, which draws responses in waves: those of a wave share their random numbers.
+    """The embedded engine, which samples in waves with shared random numbers.
 
-    A wave with any missing response is decoded whole, with the random numbers that it has in an uninterrupted
-    evaluation, and only the missing ones are yielded. So an interruption changes no number; drawing only the unfinished
-    responses again would favour short ones.
+    A wave with missing responses is decoded completely with its original random numbers, and only the missing ones are
+    yielded: an interruption changes no number. Sampling only unfinished responses again would favour short ones.
     """
 
     name = "torch"
@@ -105,7 +97,7 @@ class EmbeddedSampler(Sampler):
     def sample(
         self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
     ) -> Iterator[Sampled]:
-        """See ``Sampler``; responses come wave by wave, the shorter ones of a wave first."""
+        """Yields wave by wave, the shorter responses of a wave first."""
         from forkrl.rollout.held_out import evaluation_generator
 
         engine, grid, wanted = self.engine, grid or requests, {request.key for request in requests}

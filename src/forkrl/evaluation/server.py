@@ -1,7 +1,7 @@
 """Evaluation responses from an OpenAI-compatible server, many requests at a time.
 
-Each request asks for one response with its own seed, so a resumed evaluation asks for the same responses as an
-uninterrupted one. docs/engines.md says how failures are handled.
+One request per response, each with its own seed, so a resumed evaluation sends the same requests as an uninterrupted
+one. docs/engines.md describes how failures are handled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from forkrl.evaluation.server_answers import KEY_VARIABLE, Answer, Failure, Serv
 
 CONCURRENCY = 32
 """Default number of requests in flight."""
-# Fields that switch off a server's own cuts of the distribution, by the name in ``owned_by``. Others may reject them.
+# Fields that disable a server's own truncation of the distribution, by ``owned_by``; other servers may reject them.
 _WHOLE_DISTRIBUTION: dict[Any, dict[str, float]] = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
     "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
@@ -41,18 +41,14 @@ _PROBE_BYTES = 16 * 1024 * 1024
 
 
 class ServerSampler(Sampler):
-    """Samples from a server that speaks OpenAI's ``/completions`` or ``/chat/completions``.
+    """Samples from an OpenAI-compatible server: "plain" prompts as they are, "chat" as one user message.
 
     Args:
-        url: the server's address, with or without ``/v1``.
-        model: as the server's ``/models`` lists it.
-        prompt_format: "plain" sends ``Prompt.text`` as it is, "chat" sends it as one user message, to which the server
-            applies its chat template.
-        concurrency: requests in flight.
-        api_key: None takes ``OPENAI_API_KEY`` from the environment; no message shows it.
+        url: with or without ``/v1``.
+        api_key: None uses ``OPENAI_API_KEY`` from the environment; never shown in messages.
         timeout_s: limit for one complete response.
-        patience: failures of one request, or per request in flight without a response in between, that end sampling.
-        first_wait_s: wait before the second try; it doubles with every try, up to a minute.
+        patience: failures of one request, or per request in flight without a response in between, before giving up.
+        first_wait_s: wait before the first retry; doubles with every retry, up to a minute.
         largest_answer: bytes.
     """
 
@@ -82,17 +78,14 @@ class ServerSampler(Sampler):
     def sample(
         self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
     ) -> Iterator[Sampled]:
-        """See ``Sampler``.
-
-        At most ``2 * concurrency`` responses are ahead of the caller. Closing the iterator abandons what is in flight.
-        """
+        """At most ``2 * concurrency`` responses ahead of the caller; closing the iterator abandons those in flight."""
         if not requests:
             return
         client, slots = self._open_client(), asyncio.Semaphore(self.concurrency)
         self._in_flight, self._failures_in_a_row = min(self.concurrency, len(requests)), 0
         finished: queue.SimpleQueue[Future[Sampled]] = queue.SimpleQueue()
-        # A thread of its own: timeouts must not run out while the caller judges responses, and a notebook's thread
-        # already runs an event loop. A daemon, so that a half-read iterator does not keep the program from ending.
+        # A thread: timeouts must not run out while the caller judges responses, and a notebook's thread already runs
+        # an event loop. A daemon: a half-read iterator must not keep the process alive.
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="forkrl-server-requests", daemon=True)
         thread.start()
@@ -109,7 +102,7 @@ class ServerSampler(Sampler):
                 yield response
         finally:
             abandoned, _ = wait([asyncio.run_coroutine_threadsafe(_abandon(client), loop)], _STOP_S)
-            if abandoned:  # not if the interpreter is ending and has stopped the thread
+            if abandoned:  # skip if the interpreter is exiting and has stopped the thread
                 loop.call_soon_threadsafe(loop.stop)
                 thread.join()
                 loop.close()
@@ -124,10 +117,7 @@ class ServerSampler(Sampler):
     async def _respond(
         self, client: httpx.AsyncClient, slots: asyncio.Semaphore, request: SampleRequest, sampling: EvalSampling
     ) -> Sampled:
-        """The response to one request, tried again while patience lasts.
-
-        A server that only asks for patience (429) counts towards the failures in a row, not towards the request's own.
-        """
+        """Request one response, with retries; 429 counts towards consecutive failures, not the request's own."""
         tries = own_failures = 0
         async with slots:
             while True:
@@ -184,13 +174,13 @@ async def _abandon(client: httpx.AsyncClient) -> None:
 
 
 def wait_s(tries: int, first_wait_s: float, retry_after_s: float) -> float:
-    """Seconds until the next try: doubled each time, with jitter so that requests do not return all at once."""
+    """Seconds until the next retry: doubled each time, with jitter to spread the requests."""
     backoff = min(_LONGEST_WAIT_S, first_wait_s * 2.0 ** min(tries - 1, 30))
     return max(min(_LONGEST_WAIT_S, retry_after_s), backoff / 2) + random.random() * backoff / 2
 
 
 def find_server(url: str, model: str, *, chat: bool, key: str | None) -> Server:
-    """Ask ``/models``, below ``/v1`` or without it, and check that the model is there."""
+    """Query ``/models``, below ``/v1`` or without it, and check that the model is listed."""
     if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a secret
         raise UserError(f"--server: give an address without user, password and query; a key belongs in {KEY_VARIABLE}")
     try:
@@ -250,10 +240,7 @@ def _owners(server: Server, answer: Answer) -> dict[str, Any]:
 
 
 def _require_model(server: Server) -> None:
-    """Reject a model that the server does not list: some servers silently answer with another one.
-
-    A gateway may list patterns, Ollama omits ``:latest``, and a server that lists nothing cannot be checked.
-    """
+    """Reject a model that the server does not list (if it lists any): some servers silently substitute another."""
     model, names = server.model, server.names
     accepted = any(name in (model, f"{model}:latest") or ("*" in name and fnmatchcase(model, name)) for name in names)
     if accepted or not names:
@@ -265,7 +252,7 @@ def _require_model(server: Server) -> None:
 
 
 def _keep_alive() -> list[tuple[int, int, int]]:
-    """Socket options that notice within two minutes that a machine is gone: a response may take an hour in silence."""
+    """TCP keep-alive that detects a dead machine within two minutes: a response may take an hour without traffic."""
     timing = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
     fine = [(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in timing if hasattr(socket, name)]
     return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *fine]

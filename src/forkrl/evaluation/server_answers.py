@@ -1,5 +1,4 @@
-"""What to ask an OpenAI-compatible server, and what its answers mean: a response, a failure worth another try, or a
-user's error."""
+"""Requests to an OpenAI-compatible server, and their outcomes: a response, a retryable failure, or a user's error."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from forkrl.errors import UserError, printable
 from forkrl.evaluation.samplers import EvalSampling, Sampled, SampleRequest, request_seed
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_QUOTED_CHARACTERS = 300  # of an answer in a message: a proxy may answer with a whole page
+_QUOTED_CHARACTERS = 300  # of an answer in a message: a proxy may return a whole page
 _LISTED_MODELS = 8
 _RETRIED = frozenset({408, 409, 425, 429})
 _ENDED = frozenset({"stop", "eos_token", "stop_sequence", "content_filter", "tool_calls", "function_call"})
@@ -34,7 +33,7 @@ class Answer(NamedTuple):
 
 
 class Failure(Exception):
-    """A failure that may pass. ``busy``: the server asked for patience, which does not count against the request."""
+    """A retryable failure. ``busy``: the server is overloaded, which does not count against the request."""
 
     def __init__(self, reason: str, *, busy: bool = False, retry_after_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -44,7 +43,7 @@ class Failure(Exception):
 
 @dataclass
 class Server:
-    """Where and how to ask. ``extras`` are non-standard fields that this server understands, ``names`` its models."""
+    """Address and request options. ``extras``: non-standard fields for this server; ``names``: its models."""
 
     base: str
     model: str
@@ -59,12 +58,11 @@ class Server:
 
     @property
     def listed(self) -> str:
-        """The first few model names in one line."""
         more = f" and {len(self.names) - _LISTED_MODELS} more" if len(self.names) > _LISTED_MODELS else ""
         return ", ".join(map(self.shown, self.names[:_LISTED_MODELS])) + more or "it lists none"
 
     def client_options(self) -> dict[str, Any]:
-        """Settings of every HTTP client: no redirects, the key in a header, no proxy to reach this machine."""
+        """Options of every HTTP client: no redirects, the key in a header, no proxy for this machine."""
         headers = {
             "user-agent": f"forkrl/{__version__}", "accept-encoding": "identity", "content-type": "application/json",
         }  # fmt: skip
@@ -73,14 +71,14 @@ class Server:
         return {"headers": headers, "follow_redirects": False, "trust_env": not is_loopback(self.base)}
 
     def shown(self, text: str) -> str:
-        """Server text that is safe in a message: one short line, no control characters, and never the key."""
+        """Server text made safe for a message: one short line, no control characters, never the key."""
         if self.key:
             text = text.replace(self.key, "[key]")
         line = printable(" ".join(text.split()))
         return line if len(line) <= _QUOTED_CHARACTERS else f"{line[:_QUOTED_CHARACTERS]}…"
 
     def said(self, body: bytes) -> str:
-        """What an answer says, as a one-line quote: the error's message, a page's title, or the beginning."""
+        """One-line quote of an answer: the error's message, a page's title, or the beginning."""
         text = body[: 64 * 1024].decode("utf-8", "replace").strip()
         if not text:
             return "an empty answer"
@@ -92,7 +90,7 @@ class Server:
         return f'"{self.shown(text)}"'
 
     def require_access(self, answer: Answer) -> None:
-        """Raise a UserError if the server wants another key or redirects to an address that nobody named."""
+        """Raise a UserError if the server rejects the key or redirects."""
         if 300 <= answer.status < 400:
             target = self.shown(answer.headers.get("location", "nowhere"))
             raise UserError(f"--server {self.base}: {answer.status}, redirects to {target}; give the final address")
@@ -112,7 +110,7 @@ class Server:
 
 
 def request_body(server: Server, request: SampleRequest, sampling: EvalSampling) -> bytes:
-    """One response's request as ASCII JSON, which carries lone surrogates too: whole distribution, its own seed."""
+    """The request for one response as ASCII JSON, which can encode lone surrogates."""
     text = request.prompt.text
     fields: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if server.chat else {"prompt": text}
     fields |= {
@@ -129,7 +127,7 @@ def request_body(server: Server, request: SampleRequest, sampling: EvalSampling)
 
 
 def read_response(server: Server, request: SampleRequest, sampling: EvalSampling, answer: Answer) -> Sampled:
-    """The response in an answer; raises Failure where another try may help, and UserError where it would not."""
+    """The response in an answer; raises Failure if a retry may help, else UserError."""
     if answer.status != 200:
         _raise_for_status(server, request, sampling, answer)
     content = server.json_object(answer)
@@ -151,7 +149,7 @@ def read_response(server: Server, request: SampleRequest, sampling: EvalSampling
             f"--server {server.base}: its answers lack usage.completion_tokens, so response lengths are unknown; "
             f"use a server that counts tokens (vLLM, SGLang, llama.cpp and Ollama do) or --engine vllm"
         )
-    # One token of tolerance: some servers count the closing token and some do not.
+    # Tolerate one token: some servers do not count the closing token.
     if reason == "length" and tokens + 1 < sampling.max_response_tokens:
         raise UserError(
             f"question {request.prompt.id}: the server cut a response at {tokens} tokens, short of --max-tokens "
@@ -161,7 +159,7 @@ def read_response(server: Server, request: SampleRequest, sampling: EvalSampling
 
 
 def _text_and_reasoning(server: Server, choice: Mapping[str, Any]) -> tuple[str, str]:
-    """The response, and the reasoning that a server returns separately ("" without any)."""
+    """The response, and separately returned reasoning ("" if none)."""
     text: Any = choice.get("text")
     reasoning: Any = ""
     if server.chat:
@@ -170,7 +168,7 @@ def _text_and_reasoning(server: Server, choice: Mapping[str, Any]) -> tuple[str,
             raise Failure("an answer without a message")
         text = message.get("content")
         reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
-        # The content is null where the response was cut off while the model was still reasoning.
+        # Content is null if the response was cut off while reasoning.
         text = text or "" if reasoning else text
     for value in (text, reasoning):
         if not isinstance(value, str):
@@ -198,7 +196,7 @@ def _raise_for_status(server: Server, request: SampleRequest, sampling: EvalSamp
 
 
 def _retry_after_s(value: str) -> float:
-    """Seconds that a ``Retry-After`` header asks for, as a number or a date; 0 for none."""
+    """Seconds from a ``Retry-After`` header, a number or a date; 0 if absent."""
     if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
@@ -208,7 +206,7 @@ def _retry_after_s(value: str) -> float:
 
 
 def _message(content: Any) -> str:
-    """The message in any of the shapes that servers give their errors."""
+    """The message in any of the formats that servers use."""
     if isinstance(content, str):
         return content
     if isinstance(content, dict):

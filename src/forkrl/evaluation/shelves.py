@@ -1,4 +1,4 @@
-"""Some responses of an evaluation, for its page."""
+"""Sample responses of an evaluation for its page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ SHOWN_QUESTIONS = 8
 
 
 def read_shelves(folder: Path) -> list[Shelf]:
-    """Responses to a few questions of every benchmark."""
     results, scored = read_evaluation(folder)
     shelves = []
     for row in results.tables["benchmarks"].to_dict("records"):
@@ -28,10 +27,7 @@ def read_shelves(folder: Path) -> list[Shelf]:
 
 
 def shown_questions(folder: Path, name: str, responses: Sequence[ScoredResponse], samples: int) -> list[dict[str, Any]]:
-    """Questions of every difficulty, from the hardest to the easiest, with the first response of each outcome.
-
-    The first question with a response that could not be judged is among them.
-    """
+    """Questions from hardest to easiest, including one unjudged, with the first response of each outcome."""
     rows = list(by_question(responses, samples).values())
     rows.sort(key=lambda row: (_accuracy(row), row[0].question))
     failed = [place for place, row in enumerate(rows) if any(response.failure for response in row)]
@@ -78,7 +74,7 @@ def _accuracy(row: Sequence[ScoredResponse]) -> float:
 
 
 def _one_of_each_outcome(row: Sequence[ScoredResponse]) -> list[ScoredResponse]:
-    """The first right, the first wrong and the first failed one."""
+    """The first right, wrong and failed response."""
     first: dict[tuple[bool, bool], ScoredResponse] = {}
     for response in row:
         first.setdefault((response.score == 1, bool(response.failure)), response)

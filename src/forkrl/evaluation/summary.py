@@ -1,7 +1,4 @@
-"""Figures of the scored responses to one benchmark: accuracy, pass@k, maj@k, lengths, and what went wrong.
-
-Axes: ``P`` questions, ``K`` samples each.
-"""
+"""Statistics of one benchmark's scored responses. Axes: ``P`` questions, ``K`` samples each."""
 
 from __future__ import annotations
 
@@ -31,24 +28,17 @@ from forkrl.types import FAILURES
 LENGTH_BINS = 40
 Rows = list[list[ScoredResponse]]
 Tables = dict[str, list[dict[str, Any]]]
-"""Rows of several tables by name; an estimate has the columns ``name``, ``name_low`` and ``name_high`` (95%)."""
+"""Table rows by table name; estimates have columns ``name``, ``name_low`` and ``name_high`` (95%)."""
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def summarise_benchmark(name: str, responses: Sequence[ScoredResponse], samples: int) -> Tables:
-    """The figures of one benchmark, whose name is in the column ``benchmark`` of every table.
+    """Tables of one benchmark, each with a column ``benchmark``; unknown values are NaN, and ``samples`` is K.
 
-    ``benchmarks``: one row: ``accuracy`` (Acc@K), ``length`` (Len@K in tokens, ``length_right`` and ``length_wrong`` of
-    responses with score 1 and of all others; ``length_gap``: how much longer wrong ones are than right ones to the same
-    question, over questions that have both), ``entropy`` in nats per token, the shares ``truncated`` and ``unparsed``
-    of all responses, and the number ``failed_REASON``. ``passes``: pass@k and maj@k for k = 1, 2, 4, … up to K.
-    ``budget``: accuracy where longer responses count as wrong. ``lengths``: right and wrong responses by length.
-    What is unknown is NaN; maj@k and ``unparsed`` are where the verifier names no answers.
-
-    Args:
-        name: of the benchmark.
-        responses: in any order.
-        samples: K, of every question.
+    ``benchmarks``: ``accuracy`` (Acc@K), ``length`` (Len@K, tokens), ``length_right`` (score 1) and ``length_wrong``
+    (others), ``length_gap`` (wrong minus right within questions), ``entropy`` (nats per token), shares ``truncated``,
+    ``unparsed``, counts ``failed_REASON``. ``passes``: pass@k and maj@k for k = 1, 2, 4, … up to K. ``budget``:
+    accuracy if longer responses count as wrong. ``lengths``: histogram. maj@k and ``unparsed`` need named answers.
     """
     rows = list(by_question(responses, samples).values())
     outcomes = outcomes_of(rows)
@@ -75,7 +65,7 @@ def summarise_benchmark(name: str, responses: Sequence[ScoredResponse], samples:
 
 
 def mean_over_benchmarks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """One row with the mean ``accuracy`` and ``length`` of benchmarks of equal weight; none for a single benchmark."""
+    """One row of unweighted means of ``accuracy`` and ``length``; none for a single benchmark."""
     if len(rows) < 2:
         return []
     accuracy, length = (mean_of_estimates([interval_of(row, name) for row in rows]) for name in ("accuracy", "length"))
@@ -83,7 +73,7 @@ def mean_over_benchmarks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, fl
 
 
 def by_question(responses: Sequence[ScoredResponse], samples: int) -> dict[str, list[ScoredResponse]]:
-    """The responses to each question, questions and samples in order."""
+    """Responses grouped by question, questions and samples in order."""
     found: dict[str, list[ScoredResponse]] = {}
     for response in sorted(responses, key=lambda response: (response.question, response.sample)):
         found.setdefault(response.question, []).append(response)
@@ -96,40 +86,37 @@ def by_question(responses: Sequence[ScoredResponse], samples: int) -> dict[str, 
 
 
 def outcomes_of(rows: Rows) -> Outcomes:
-    """Scores and lengths, ``[P, K]`` each."""
     scores: Floats = np.array([[response.score for response in row] for row in rows], dtype=np.float64)
     tokens: Floats = np.array([[response.tokens for response in row] for row in rows], dtype=np.float64)
     return Outcomes(scores, tokens)
 
 
 def names_all_answers(rows: Rows) -> bool:
-    """Whether the verifier says what it read as the answer, so that responses can vote."""
+    """Whether the verifier reports the answers it read, so that responses can vote."""
     judged = [response for row in rows for response in row if not response.failure]
     return bool(judged) and all(response.answer is not None for response in judged)
 
 
 def truncated_share(rows: Rows) -> float:
-    """Share of the responses that were cut at the limit."""
     return float(np.mean([not response.finished for row in rows for response in row]))
 
 
 def pass_counts(rows: Rows) -> list[int]:
-    """Right responses (score 1) to each question."""
+    """Number of right responses (score 1) per question."""
     return [sum(response.score == 1 for response in row) for row in rows]
 
 
 def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, … up to ``limit``."""
     return [2**power for power in range(limit.bit_length())]
 
 
 def majority_values(rows: Rows, samples: int) -> dict[int, list[float]]:
-    """maj@k of every question for k = 1, 2, 4, … up to K and ``MAX_VOTES``; empty where no answers are named."""
+    """maj@k per question for k = 1, 2, 4, … up to K and ``MAX_VOTES``; empty if no answers are reported."""
     if not names_all_answers(rows):
         return {}
     numbers = powers_of_two(min(samples, MAX_VOTES))
     ballots = [ballot(row) for row in rows]
-    known = {votes: majority_at_k(votes, numbers) for votes in set(ballots)}  # many questions vote alike
+    known = {votes: majority_at_k(votes, numbers) for votes in set(ballots)}  # many questions have equal votes
     return {k: [known[votes][i] for votes in ballots] for i, k in enumerate(numbers)}
 
 
@@ -147,7 +134,7 @@ def _passes(rows: Rows, samples: int) -> list[dict[str, Any]]:
 
 
 def _mean_entropy(rows: Rows) -> float:
-    """Of all tokens; NaN if the engine does not say."""
+    """Mean over all tokens; NaN if the engine does not report it."""
     known = [(response.entropy, response.tokens) for row in rows for response in row if response.entropy is not None]
     tokens = sum(count for _, count in known)
     return sum(entropy * count for entropy, count in known) / tokens if tokens else math.nan
@@ -171,7 +158,7 @@ def _lengths_by_outcome(outcomes: Outcomes) -> dict[str, float]:
 
 
 def _length_histogram(outcomes: Outcomes) -> list[dict[str, float]]:
-    """How many right and wrong responses lie between two lengths in tokens."""
+    """Counts of right and wrong responses per length bin (tokens)."""
     edges = np.linspace(0, max(1.0, float(outcomes.tokens.max())), LENGTH_BINS + 1)
     right = outcomes.scores == 1
     counts = [np.histogram(outcomes.tokens[chosen], edges)[0] for chosen in (right, ~right)]

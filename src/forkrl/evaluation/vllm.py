@@ -1,7 +1,6 @@
-"""Evaluation responses from vLLM in this process.
+"""Evaluation responses from vLLM in this process. Importing this module does not import vLLM.
 
-Written against vLLM's documented ``EngineArgs``, ``LLMEngine`` and ``SamplingParams`` (0.24 on) and tested against a
-stand-in with that interface: no real vLLM has run it yet. Importing this module does not import vLLM.
+Tested against a stand-in for ``EngineArgs``, ``LLMEngine`` and ``SamplingParams`` of vLLM 0.24 on, not with a real one.
 """
 
 from __future__ import annotations
@@ -18,14 +17,8 @@ from forkrl.model.prompt_tokens import prompt_token_ids
 class VllmSampler(Sampler):
     """Samples with vLLM's engine, one request per response, so that an evaluation can resume at any response.
 
-    Args:
-        model: folder or hub id.
-        revision: of the model and its tokenizer on the hub; None is the newest.
-        max_model_len: limit on prompt and response tokens together; None: the model's.
-        seed: of the engine. Responses have their own seeds.
-        tensor_parallel_size: accelerators that share the model.
-        stop_token_ids: tokens that end a response.
-        max_requests: in the engine at once. It batches those that fit; the others wait in it.
+    ``model``: folder or hub id. ``max_model_len``: prompt plus response tokens; None: the model's limit.
+    ``tensor_parallel_size``: GPUs that share the model. ``max_requests``: queued in the engine at once.
     """
 
     name = "vllm"
@@ -61,7 +54,7 @@ class VllmSampler(Sampler):
     def sample(
         self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
     ) -> Iterator[Sampled]:
-        """See ``Sampler``. Closing the iterator, or an exception, takes the other requests out of the engine."""
+        """Closing the iterator, or an exception, removes the other requests from the engine."""
         ids_by_question = self._encode(requests, sampling)
         backlog = iter(requests)
         inside: dict[str, SampleRequest] = {}
@@ -79,7 +72,7 @@ class VllmSampler(Sampler):
                 self.engine.abort_request(list(inside))
 
     def _encode(self, requests: Sequence[SampleRequest], sampling: EvalSampling) -> Mapping[str, list[int]]:
-        """Tokens of every question. vLLM itself would silently cut a response that it has no room for."""
+        """Token ids per question. Checks lengths: vLLM would silently cut a response that does not fit."""
         tokenizer, room = self.engine.get_tokenizer(), self.engine.model_config.max_model_len
         encoded: dict[str, list[int]] = {}
         for prompt, _ in requests:
@@ -95,7 +88,7 @@ class VllmSampler(Sampler):
         return encoded
 
     def _add(self, request: SampleRequest, prompt_ids: list[int], sampling: EvalSampling) -> str:
-        """Put a request into the engine; returns its id there."""
+        """Add a request to the engine and return its id there."""
         name = str(next(self._numbers))
         params = self._vllm.SamplingParams(
             n=1,
@@ -109,19 +102,18 @@ class VllmSampler(Sampler):
         return name
 
     def _step(self, num_inside: int) -> list[Any]:
-        """The outputs of one step of the engine."""
-        if not self.engine.has_unfinished_requests():  # a step would wait forever
+        if not self.engine.has_unfinished_requests():  # a step would block forever
             raise UserError(f"vLLM has lost {num_inside} requests; nothing is lost here, the same command resumes")
         try:
             return list(self.engine.step())
-        except Exception as error:  # its engine runs in its own process and may die of anything
+        except Exception as error:  # the engine runs in its own process and can fail with any error
             raise UserError(
                 f"vLLM's engine failed ({first_line(error)}); nothing is lost, the same command resumes"
             ) from error
 
 
 def _sampled(request: SampleRequest, completion: Any) -> Sampled:
-    """A finished ``CompletionOutput`` as a response; its token ids hold the closing token, as everywhere in ForkRL."""
+    """A finished ``CompletionOutput`` as a response; token ids include the closing token, as everywhere in ForkRL."""
     if completion.finish_reason not in ("stop", "length"):
         raise UserError(
             f"question {request.prompt.id}: vLLM ended a response with {completion.finish_reason!r}; "

@@ -1,4 +1,4 @@
-"""From numbers to plots, and to one self-contained HTML page."""
+"""Plots and self-contained HTML pages."""
 
 from forkrl.report.colors import coloured_response, entropy_legend
 from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownResponse, View

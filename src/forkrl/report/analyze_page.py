@@ -21,7 +21,6 @@ _PAPER = "the paper's Qwen3-8B at temperature 1: "
 
 
 def analyze_page(results: Results, shown: Sequence[ShownPrompt]) -> Page:
-    """The page of an analysis; ``shown``: prompts whose responses can be looked at."""
     facts = results.facts
     choice = describe_choice(len(shown), facts["prompts"])
     cards = [
@@ -50,7 +49,7 @@ def analyze_page(results: Results, shown: Sequence[ShownPrompt]) -> Page:
 
 
 def analyze_headline(facts: Mapping[str, Any]) -> str:
-    """How certain the model was when it wrote, next to the paper's figures."""
+    """The model's certainty at the tokens it wrote, next to the paper's figures."""
     return (
         f"At temperature {facts['temperature']:g}, {facts['share_below_0.01']:.1%} of {facts['tokens']:,.0f} tokens "
         f"were written with less than 0.01 nats of entropy; the fifth with the most has more than "
@@ -93,7 +92,7 @@ def _sections(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> l
 
 
 def _with_marks(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The table with a mark for every space of a text column: " 8" and "8" are different tokens."""
+    """Mark spaces in a text column: " 8" and "8" are different tokens."""
     return table.assign(**{column: [visible_token(text).replace(" ", "␣") for text in table[column]]})
 
 
@@ -128,10 +127,7 @@ def _nats(row: pd.Series) -> str:
 
 
 def entropy_histogram(histogram: pd.DataFrame, threshold: float) -> Figure:
-    """Tokens per entropy bin, log scale, with the entropy (nats) above which a token is a fork (figure 2a).
-
-    ``histogram``: from ``forkrl.analysis.entropy_histogram``.
-    """
+    """Tokens per entropy bin, log scale, with the fork threshold in nats (figure 2a)."""
     edges = np.append(histogram["low"].to_numpy(), histogram["high"].iloc[-1])
     curves = [
         Curve(edges, np.where(counts > 0, counts, np.nan), label, kind="stairs")
@@ -143,7 +139,6 @@ def entropy_histogram(histogram: pd.DataFrame, threshold: float) -> Figure:
 
 
 def fork_positions(positions: pd.DataFrame) -> Figure:
-    """Share of forks, and mean entropy, along the response, with 95% bands; from ``forkrl.analysis.fork_positions``."""
     middle = (positions["low"] + positions["high"]) / 2
     shares, entropies = (
         column_curve(positions, middle, column, marker=".", kind="band") for column in ("fork_share", "mean_entropy")
@@ -153,10 +148,7 @@ def fork_positions(positions: pd.DataFrame) -> Figure:
 
 
 def correct_against_incorrect(correctness: pd.DataFrame) -> Figure:
-    """Mean entropy and share of forks of correct and incorrect responses, with 95% intervals.
-
-    ``correctness``: from ``forkrl.analysis.correct_against_incorrect``, not empty.
-    """
+    """Means of correct and incorrect responses with 95% intervals; the table must not be empty."""
     panels = [
         Panel(
             label,
@@ -174,16 +166,12 @@ def correct_against_incorrect(correctness: pd.DataFrame) -> Figure:
 
 
 def density_against_correctness(density: pd.DataFrame) -> Figure:
-    """Accuracy of responses with few forks and with many, equal parts, with 95% intervals.
-
-    ``density``: from ``forkrl.analysis.density_against_correctness``, not empty.
-    """
+    """Accuracy by fork density in equal parts, with 95% intervals; the table must not be empty."""
     points = [point(place, interval_of(row, "accuracy")) for place, (_, row) in enumerate(density.iterrows())]
     names = [f"{100 * low:.1f}–{100 * high:.1f}%" for low, high in zip(density["low"], density["high"], strict=True)]
     return plot([Panel("correct", points, PERCENT, names=names)], "forks among the tokens of a response")
 
 
 def point(place: float, estimate: Estimate) -> Curve:
-    """A point with its interval."""
     mean, low, high = ([value] for value in estimate)
     return Curve([place], mean, "", BLUE, "", "o", low, high)

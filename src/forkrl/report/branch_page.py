@@ -1,4 +1,4 @@
-"""The page of ``forkrl branch``: what one fork decides, the branches where they were tried, and the plots."""
+"""The page of ``forkrl branch``: how much one fork decides, the branches in their responses, and plots."""
 
 from __future__ import annotations
 
@@ -27,16 +27,11 @@ KINDS = {
     "random": ("random others", "a random other token"),
     "low": ("low entropy", "a token of low entropy"),
 }
-"""Each kind of position, as a label and in the headline."""
+"""Kind of position: plot label, and name in the headline."""
 
 
 def branch_page(results: Results, rows: Sequence[Mapping[str, Any]]) -> Page:
-    """The page of a branching.
-
-    Args:
-        results: of ``forkrl branch``.
-        rows: the responses, each with prompt_text, tokens, entropy, logprobs, score, finished.
-    """
+    """``rows``: the responses, each with prompt_text, tokens, entropy, logprobs, score, finished."""
     facts, tables = results.facts, results.tables
     scale = f"{facts['continuations']:,} continuations of {facts['branches']:,} branches"
     size = f"in {facts['responses']:,} responses to {facts['prompts']:,} of {facts['prompts_available']:,} prompts"
@@ -63,7 +58,7 @@ def branch_page(results: Results, rows: Sequence[Mapping[str, Any]]) -> Page:
 
 
 def branch_headline(tables: Mapping[str, pd.DataFrame]) -> str:
-    """How much of the outcome one fork decides, against the controls, with intervals."""
+    """How much of the outcome one fork decides, compared with the controls, with intervals."""
     kinds, differences = tables["kinds"], tables["differences"]
     if kinds["share"].isna().all():
         return "Nothing is decided anywhere: every continuation had the same outcome."
@@ -175,10 +170,7 @@ def _shown(row: Mapping[str, Any], branches: pd.DataFrame) -> ShownResponse:
 
 
 def natural_against_entropy(positions: pd.DataFrame, bins: pd.DataFrame) -> Figure:
-    """Natural spread of each position against its entropy, and the mean of each bin of entropy with its interval.
-
-    At most ``MAX_POINTS`` positions are drawn, evenly spaced. Single positions are noisy and may lie below 0.
-    """
+    """At most ``MAX_POINTS`` positions, which are noisy and may be negative, and entropy bin means with intervals."""
     shown = positions.iloc[evenly_spaced(len(positions), MAX_POINTS)]
     curves = [
         Curve(points["entropy"], points["natural"], label, style="", marker=None, alpha=0.45)
@@ -190,7 +182,6 @@ def natural_against_entropy(positions: pd.DataFrame, bins: pd.DataFrame) -> Figu
 
 
 def spread_by_kind(kinds: pd.DataFrame) -> Figure:
-    """Both spreads of each kind of position, means with intervals."""
     place = np.arange(len(kinds), dtype=float)
     curves = [
         column_curve(kinds, place + offset, name, f"{name}, 95%", style="", marker=None)
@@ -201,7 +192,7 @@ def spread_by_kind(kinds: pd.DataFrame) -> Figure:
 
 
 def rate_histogram(branches: pd.DataFrame) -> pd.DataFrame:
-    """Share of each kind's branches in each tenth of the success rate: columns from, to, and one for each kind."""
+    """Share of branches per tenth of success rate: columns from, to, and one per kind."""
     edges = np.linspace(0, 1, RATE_BINS + 1)
     table = pd.DataFrame({"from": edges[:-1], "to": edges[1:]})
     for kind in (kind for kind in KINDS if (branches["kind"] == kind).any()):
@@ -211,7 +202,6 @@ def rate_histogram(branches: pd.DataFrame) -> pd.DataFrame:
 
 
 def branch_rates(histogram: pd.DataFrame) -> Figure:
-    """How the success rates of branches are distributed, for each kind of position."""
     edges = [*histogram["from"], 1.0]
     curves = [
         Curve(edges, histogram[name], label, kind="stairs") for name, (label, _) in KINDS.items() if name in histogram

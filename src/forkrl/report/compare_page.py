@@ -33,7 +33,7 @@ Tables = Mapping[str, pd.DataFrame]
 
 
 def side_names(a: Mapping[str, Any], b: Mapping[str, Any]) -> Names:
-    """What to call the two sides: their models, or their folders where the models have the same name."""
+    """Names of the two sides: their models, or their folders if the models have the same name."""
     for of in (_model_name, lambda side: Path(str(side["folder"])).name, lambda side: str(side["folder"])):
         if of(a) != of(b):
             return of(a), of(b)
@@ -45,7 +45,6 @@ def _model_name(side: Mapping[str, Any]) -> str:
 
 
 def compare_page(results: Results) -> Page:
-    """The page of a comparison."""
     sides = [results.settings[side] for side in "ab"]
     names = side_names(sides[0], sides[1])
     return Page(
@@ -70,12 +69,11 @@ def compare_page(results: Results) -> Page:
 
 
 def _main_row(tables: Tables) -> Any:
-    """The mean over benchmarks, or the one benchmark."""
     return (tables["mean"] if len(tables["mean"]) else tables["benchmarks"]).iloc[0]
 
 
 def compare_headline(tables: Tables, names: Names) -> str:
-    """The difference with its interval and p-value, and what is left of it where both spend the same tokens."""
+    """The difference with its interval and p-value, and the difference at equal token spending."""
     row, count = _main_row(tables), len(tables["benchmarks"])
     where = f"on average over {count} benchmarks" if count > 1 else f"on {row['title']}"
     text = f"{_in_words(interval_of(row, 'accuracy_difference'), names, where)}, {probability(row['p'])}."
@@ -88,7 +86,7 @@ def compare_headline(tables: Tables, names: Names) -> str:
 
 
 def _in_words(difference: Estimate, names: Names, where: str) -> str:
-    """A difference of accuracy; better and worse only if its interval excludes 0."""
+    """A difference of accuracy in words; "better" or "worse" only if its interval excludes 0."""
     a, b = names
     if not is_clear(difference):
         return f"No clear difference {where}: {b} minus {a} is {points(difference)}"
@@ -164,7 +162,6 @@ def _sections(tables: Tables, names: Names) -> list[Section]:
 
 
 def _differences_section(tables: Tables, names: Names) -> Section:
-    """The main figures of every benchmark and of their mean."""
     a, b = names
     columns = {
         "title": "benchmark",
@@ -205,14 +202,12 @@ def _same(*names: str) -> dict[str, str]:
 
 
 def _with_mean(tables: Tables) -> pd.DataFrame:
-    """The rows of all benchmarks, and then of their mean."""
     if not len(tables["mean"]):
         return tables["benchmarks"]
     return pd.concat([tables["benchmarks"], tables["mean"].assign(title="mean")])
 
 
 def difference_forest(tables: Tables) -> Figure:
-    """The paired difference of accuracy of every benchmark and of their mean, as it is and at equal spending."""
     rows = _with_mean(tables).to_dict("records")
     measures = [
         (label, [interval_of(row, f"{measure}_difference") for row in rows], offset)
@@ -227,8 +222,6 @@ def difference_forest(tables: Tables) -> Figure:
 
 
 def budget_curves(tables: Tables, names: Names) -> Figure:
-    """Accuracy of both against the budget of tokens, with 95% bands, one plot per benchmark."""
-
     def curve(rows: pd.DataFrame, side: str, name: str) -> Curve:
         return column_curve(rows, rows["tokens"], side, name, kind="band")
 
@@ -236,7 +229,7 @@ def budget_curves(tables: Tables, names: Names) -> Figure:
 
 
 def spending_curves(tables: Tables, names: Names) -> Figure:
-    """Accuracy of both against the mean of the tokens spent, up to the smaller mean length, one plot per benchmark."""
+    """Accuracy of both against mean tokens spent, up to the smaller mean length, one plot per benchmark."""
 
     def curve(rows: pd.DataFrame, side: str, name: str) -> Curve:
         return Curve(rows["spent"], rows[side], name)
@@ -252,7 +245,6 @@ def _one_plot_each(
     xlabel: str,
     log: str = "",
 ) -> Figure:
-    """Small plots with axes of their own: two columns, or one benchmark alone."""
     benchmarks, panels = tables["benchmarks"], []
     columns = min(len(benchmarks), 2)
     for place, (benchmark, title) in enumerate(zip(benchmarks["benchmark"], benchmarks["title"], strict=True)):

@@ -1,4 +1,4 @@
-"""The page of ``forkrl drift``: how training moved entropy (paper: table 1, figures 4 and 5)."""
+"""The page of ``forkrl drift``: how training changed entropy (paper: table 1, figures 4 and 5)."""
 
 from __future__ import annotations
 
@@ -41,13 +41,7 @@ _STEP = re.compile(r"step (\d+)")
 
 
 def drift_page(results: Results, shown: Sequence[ShownPrompt], layers: Sequence[str]) -> Page:
-    """The page of a drift.
-
-    Args:
-        results: of ``forkrl drift``.
-        shown: prompts whose responses can be looked at, with an entropy for every layer.
-        layers: names of the checkpoints that the fork view switches between.
-    """
+    """``shown``: prompts with an entropy per layer; ``layers``: checkpoint names for the fork view's layer switch."""
     facts, percentiles = results.facts, results.tables["percentiles"]
     top = percentiles[f"percentile_{FORK_PERCENTILE}"]
     means, mark = percentiles["mean"], float(top.iloc[0])
@@ -76,7 +70,6 @@ def drift_page(results: Results, shown: Sequence[ShownPrompt], layers: Sequence[
 
 
 def drift_headline(facts: Mapping[str, Any], change: pd.DataFrame) -> str:
-    """How many top positions stayed, and where the change of entropy is."""
     size, names = change["change"].abs(), facts["checkpoints"]
     top_share = size.iloc[-max(len(size) // 5, 1) :].sum() / max(size.sum(), 1e-12)
     return (
@@ -121,12 +114,7 @@ def _sections(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> l
 
 
 def overlap_curves(overlap: pd.DataFrame, ratio: float) -> Figure:
-    """Share of top positions in common with the first and with the last checkpoint, with 95% bars (table 1).
-
-    Args:
-        overlap: from ``forkrl.analysis.overlap_table``.
-        ratio: the share of positions that counts as top.
-    """
+    """Top positions (share ``ratio``) in common with the first and last checkpoint, with 95% bars (table 1)."""
     places, xlabel = _places(overlap["checkpoint"])
     curves = [
         column_curve(overlap, places, "with_first", "with the first", marker="o"),
@@ -135,7 +123,7 @@ def overlap_curves(overlap: pd.DataFrame, ratio: float) -> Figure:
     figure = plot([Panel(f"top {100 * ratio:g}% in common", curves, PERCENT, bottom=None)], xlabel)
     (axes,) = figure.axes
     lowest = float(np.nanmin(overlap[["with_first", "with_last", "with_first_low", "with_last_low"]].to_numpy(float)))
-    bottom = max(0.0, math.floor(min(lowest, 0.95) * 20) / 20)  # ticks at whole multiples of 5, 2 or 1%
+    bottom = max(0.0, math.floor(min(lowest, 0.95) * 20) / 20)  # whole multiples of 5, 2 or 1%
     axes.set_ylim(bottom, 1 + 0.02 * (1 - bottom))
     axes.yaxis.set_major_locator(
         MultipleLocator(next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if 1 - bottom <= 5.01 * s))
@@ -145,11 +133,7 @@ def overlap_curves(overlap: pd.DataFrame, ratio: float) -> Figure:
 
 
 def change_by_percentile(change: pd.DataFrame) -> Figure:
-    """Mean change of entropy in each percentile range of the first checkpoint's, with 95% bars (figure 4).
-
-    Args:
-        change: from ``forkrl.analysis.entropy_change_by_percentile``.
-    """
+    """Mean entropy change per percentile range of the first checkpoint's entropy, with 95% bars (figure 4)."""
     figure = empty_figure()
     axes = figure.subplots()
     middle = (change["from_percentile"] + change["to_percentile"]) / 2
@@ -166,11 +150,7 @@ def change_by_percentile(change: pd.DataFrame) -> Figure:
 
 
 def percentile_curves(percentiles: pd.DataFrame) -> Figure:
-    """Percentiles of entropy over the checkpoints (figure 5), high ones in light colours.
-
-    Args:
-        percentiles: from ``forkrl.analysis.percentile_table``.
-    """
+    """Entropy percentiles across checkpoints (figure 5); high percentiles have light colours."""
     places, xlabel = _places(percentiles["checkpoint"])
     columns = [str(column) for column in percentiles if str(column).startswith("percentile_")]
     shades = matplotlib.colormaps["plasma"](np.linspace(0.25, 0.8, len(columns)))  # readable on light and dark
@@ -184,7 +164,7 @@ def percentile_curves(percentiles: pd.DataFrame) -> Figure:
     figure = plot([Panel("entropy (nats)", curves)], xlabel)
     (axes,) = figure.axes
     room, above = max(float(percentiles[columns].to_numpy().max()), 1e-9) / 14, float("inf")
-    for column in reversed(columns):  # the lines are named at their right ends where there is room, the highest first
+    for column in reversed(columns):  # label the right ends where there is room, highest first
         value = float(percentiles[column].iloc[-1])
         if above - value >= room:
             above, name = value, column.removeprefix("percentile_")
@@ -197,7 +177,7 @@ def percentile_curves(percentiles: pd.DataFrame) -> Figure:
 
 
 def _places(checkpoints: pd.Series) -> tuple[list[int], str]:
-    """Where the checkpoints of a series are on the x axis, with its label: at their steps, else evenly spaced."""
+    """x positions of the checkpoints with the axis label: their steps, else evenly spaced."""
     steps = [_STEP.fullmatch(str(name)) for name in checkpoints]
     if all(steps):
         return [int(step[1]) for step in steps if step], "step"
@@ -205,7 +185,7 @@ def _places(checkpoints: pd.Series) -> tuple[list[int], str]:
 
 
 def _name_places(axes: Axes, checkpoints: pd.Series, places: Sequence[int]) -> None:
-    """Ticks at the checkpoints themselves, both ends among them, as many as have room."""
+    """Ticks at checkpoints, both ends included, as many as fit."""
     if axes.get_xlabel() == "checkpoint":
         axes.margins(x=0.15)  # names are wider than numbers
     last, room = places[-1], (places[-1] - places[0]) / 6

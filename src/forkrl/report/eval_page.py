@@ -1,4 +1,4 @@
-"""The page of ``forkrl eval``: accuracy and the paper's, pass@k and maj@k, budgets, lengths, responses to read."""
+"""The page of ``forkrl eval``: accuracy next to the paper's, pass@k, maj@k, budgets, lengths, sample responses."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from forkrl.store.results import Results
 from forkrl.types import FAILURES
 
 Paper = Mapping[str, Mapping[str, tuple[float, float]]]
-"""By benchmark and model size: percent after training on all tokens and on forks."""
+"""By benchmark and model size: accuracy in percent after training on all tokens and on forks."""
 FEW_LINES = 3
-"""With more benchmarks than this the intervals are in the table alone."""
+"""Plots of more benchmarks than this have no intervals."""
 _PAPER_CAPTION = (
     " Below each, for three sizes of Qwen3 base models, the paper's Acc@16: hollow after training on all tokens, full "
     "after training on forks; it gives no intervals."
 )
 _PASSES = {"pass": "pass", "maj": "majority"}
-# Columns of tables by their names on the page.
+# Column names in tables on the page.
 _ACCURACY = {"title": "benchmark", "questions": "questions", "samples": "samples", "accuracy": "accuracy"}
 _LENGTHS = {
     "title": "benchmark", "length": "all", "length_right": "right", "length_wrong": "wrong", "length_gap": "gap",
@@ -52,7 +52,6 @@ _TROUBLE = {
 
 
 def eval_page(results: Results, shelves: Sequence[Shelf], paper: Paper) -> Page:
-    """The page of an evaluation; ``shelves``: responses to read."""
     sources = [
         (
             row["benchmark"],
@@ -73,10 +72,7 @@ def eval_page(results: Results, shelves: Sequence[Shelf], paper: Paper) -> Page:
 
 
 def eval_headline(benchmarks: pd.DataFrame, mean: pd.DataFrame) -> str:
-    """Accuracy with its interval, over all benchmarks or of the one, and the length of the responses.
-
-    A benchmark without a judged response comes first: its accuracy of 0 measures nothing.
-    """
+    """Accuracy with its interval and response length, or only the benchmarks without any judged response, if any."""
     responses = benchmarks["questions"] * benchmarks["samples"]
     unjudged = [
         f"{row['title']}: none of the {count:,} responses could be judged"
@@ -97,7 +93,6 @@ def eval_headline(benchmarks: pd.DataFrame, mean: pd.DataFrame) -> str:
 
 
 def eval_notes(benchmarks: pd.DataFrame) -> list[str]:
-    """What to know of the figures: responses that could not be judged, other data than expected, questions left out."""
     notes = []
     for row in benchmarks.to_dict("records"):
         reasons = [f"{row[f'failed_{reason}']} by {reason}" for reason in FAILURES if row[f"failed_{reason}"]]
@@ -176,13 +171,12 @@ def _sections(tables: Mapping[str, pd.DataFrame], paper: Paper) -> list[Section]
 
 
 def select(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """The columns that there are, by their new names; an estimate brings the ends of its interval."""
+    """The columns that exist, renamed; an estimate includes its interval columns."""
     columns = {f"{old}{end}": f"{new}{end}" for old, new in names.items() for end in ("", "_low", "_high")}
     return table[[name for name in columns if name in table]].rename(columns=columns)
 
 
 def _printed(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The main figures, for a terminal."""
     benchmarks = tables["benchmarks"]
     passes = tables["passes"].drop_duplicates("benchmark", keep="last")  # those of the largest k
     passes = passes.set_index("benchmark").reindex(benchmarks["benchmark"])
@@ -209,7 +203,7 @@ def _paper_section(benchmarks: pd.DataFrame, paper: Paper) -> Section:
 
 
 def accuracy_and_paper(benchmarks: pd.DataFrame, paper: Paper) -> Figure:
-    """Accuracy of each benchmark with its interval; below it the paper's, hollow on all tokens, full on forks."""
+    """Accuracy of each benchmark with its interval; below it the paper's: hollow for all tokens, filled for forks."""
     rows = benchmarks.to_dict("records")
     found = [interval_of(row, "accuracy") for row in rows]
     figure, axes = forest([row["title"] for row in rows], [("this model", found, 0.0)], PERCENT)
@@ -231,7 +225,7 @@ def accuracy_and_paper(benchmarks: pd.DataFrame, paper: Paper) -> Figure:
 
 
 def pass_and_majority(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """pass@k, and below it maj@k of benchmarks whose verifier names answers, against k on a logarithmic scale."""
+    """pass@k, and maj@k where the verifier names answers, against k (log scale)."""
     passes = tables["passes"]
     panels = [
         Panel(f"{name}@k", curves, PERCENT, COUNT, legend=name == "pass", log="x")
@@ -245,7 +239,7 @@ def pass_and_majority(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def accuracy_against_budget(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Accuracy if every longer response counted as wrong, against the budget in tokens, on a logarithmic scale."""
+    """Accuracy if every longer response counts as wrong, against the token budget (log scale)."""
     curves = list(_by_benchmark(tables, "budget", "tokens", "accuracy", marker=""))
     return plot([Panel("accuracy", curves, PERCENT, COUNT, log="x")], "tokens a response may take")
 
@@ -253,7 +247,6 @@ def accuracy_against_budget(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def _by_benchmark(
     tables: Mapping[str, pd.DataFrame], table: str, x: str, column: str, marker: str | None = None
 ) -> Iterator[Curve]:
-    """One curve per benchmark that has the column, with intervals if there are few benchmarks."""
     benchmarks = tables["benchmarks"]
     for name, title in zip(benchmarks["benchmark"], benchmarks["title"], strict=True):
         rows = tables[table][tables[table]["benchmark"] == name].dropna(subset=column)
@@ -263,7 +256,6 @@ def _by_benchmark(
 
 
 def length_distributions(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Share of right and of wrong responses by length, one plot per benchmark."""
     benchmarks, panels = tables["benchmarks"], list[Panel]()
     for name, title in zip(benchmarks["benchmark"], benchmarks["title"], strict=True):
         bins = tables["lengths"][tables["lengths"]["benchmark"] == name]

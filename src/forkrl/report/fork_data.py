@@ -1,7 +1,7 @@
-"""The fork view as the compact JSON that the page carries.
+"""The fork view as compact JSON, read by the page's script.
 
-A thousand responses with five alternatives to every token must open at once, so texts go to one table and are named by
-number, and entropies and log-probs are whole numbers of 0.1 millinats. The page's script reads what is written here.
+A page with a thousand responses must open at once: texts are deduplicated into one table, and entropies and log-probs
+are integers in 0.1 millinats.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from forkrl.report.colors import COLOR_BINS, top_entropy
 from forkrl.report.fork_view import Branch, ForkView, Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import evenly_spaced, visible, visible_token
 
-MAX_BYTES = 15_000_000  # of token data in a page; the rest of it is small
-MIN_TOKENS_SHOWN = 2_000  # sooner than cut a response below this, the page shows fewer prompts
+MAX_BYTES = 15_000_000  # of token data per page
+MIN_TOKENS_SHOWN = 2_000  # show fewer prompts before cutting responses below this
 PER_NAT = 10_000
 PER_PROBABILITY = 100_000
-ABSENT = -1  # an alternative that is not there
+ABSENT = -1  # a missing alternative
 
 _BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
-"""How ``forkrl.model.token_texts`` writes bytes of a token that are no whole character."""
+"""How ``forkrl.model.token_texts`` writes the bytes of an incomplete character."""
 
-# Characters of JSON that a token, one entropy and one alternative take with a vocabulary of 150,000, rounded up.
+# JSON characters per token, entropy and alternative with a vocabulary of 150,000, rounded up.
 TOKEN_BYTES, LAYER_BYTES, ALTERNATIVE_BYTES = 17, 6, 13
 
 
 class TextTable:
-    """Every text of the view once, made visible; a token is named by its place here."""
+    """Deduplicated texts, made visible; tokens refer to them by index."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
@@ -49,12 +49,11 @@ class TextTable:
 
 
 def shown_bytes(text: str) -> str:
-    """``<0xE6><0x95>`` as ``⟨E6 95⟩``."""
     return _BYTES.sub(lambda found: "⟨" + found[0].replace("<0x", "").replace(">", " ").strip() + "⟩", text)
 
 
 def joined_characters(tokens: Sequence[str]) -> Sequence[str]:
-    """The tokens, with a character that several of them make up in front of its first bytes: ``数<0xE6><0x95>``."""
+    """Put a character that spans several tokens before its first bytes: ``数<0xE6><0x95>``."""
     joined = list(tokens)
     for has_bytes, run in groupby(range(len(tokens)), lambda place: "<0x" in tokens[place]):
         if not has_bytes:
@@ -71,8 +70,7 @@ def joined_characters(tokens: Sequence[str]) -> Sequence[str]:
 
 
 def _bytes(token: str) -> bytes:
-    """The bytes of the token."""
-    pieces = re.split(r"<0x([0-9A-F]{2})>", token)  # text and bytes take turns
+    pieces = re.split(r"<0x([0-9A-F]{2})>", token)  # text and bytes alternate
     return b"".join(
         bytes.fromhex(piece) if place % 2 else piece.encode("utf-8", "surrogatepass")
         for place, piece in enumerate(pieces)
@@ -80,15 +78,13 @@ def _bytes(token: str) -> bytes:
 
 
 def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Everything the page's script needs, as plain JSON values; all text is already made visible.
+    """The JSON data for the page's script; all text is already made visible.
 
-    Views have frames, frames have prompts, prompts have responses. A response holds, per token: text ``t`` (place in
-    ``texts``), entropy ``e`` (a list a layer, 1/10,000 nat) and log-prob ``l`` (the same unit), ``f`` (a string of 0
-    and 1: selected), rank ``r``; ``a`` and ``q`` hold ``w`` alternatives a token, texts and probabilities (1/100,000);
-    ``b`` the branches by position. Null is a value that is not finite.
-
-    Args:
-        max_bytes: what the tokens may take; beyond it the views show fewer prompts and cut long responses, and say so.
+    Views contain frames, frames prompts, prompts responses. A response has per token: ``t`` text index in ``texts``,
+    ``e`` entropy (one list per layer) and ``l`` log-prob (both in 1/10,000 nat), ``f`` a string of 0 and 1 (selected),
+    ``r`` rank, ``a`` and ``q`` with ``w`` alternatives per token (text index, probability in 1/100,000); ``b`` holds
+    branches by position. Null: not finite. Beyond ``max_bytes`` of token data, views show fewer prompts, cut long
+    responses and say so.
     """
     table = TextTable()
     layers = [layer for view in forks.views for response in responses_of(view.frames) for layer in response.entropy]
@@ -103,7 +99,6 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def responses_of(frames: Sequence[Frame]) -> Iterator[ShownResponse]:
-    """Every response of the frames."""
     return (response for frame in frames for prompt in frame.prompts for response in prompt.responses)
 
 
@@ -127,10 +122,9 @@ def _view(view: View, max_bytes: int, table: TextTable, mark: float | None) -> d
 
 
 def fitting(frames: Sequence[Frame], max_bytes: int) -> tuple[list[Frame], int]:
-    """The frames with as many prompts as fit, evenly spaced, and the number of tokens after which responses are cut.
+    """Evenly spaced prompts that fit, at least one per frame, and the token limit per response.
 
-    Prompts go before a response is cut below ``MIN_TOKENS_SHOWN``, for a tenth of a chain of thought shows little; the
-    last prompt of a frame never goes.
+    Drops prompts before cutting responses below ``MIN_TOKENS_SHOWN``.
     """
     share = 1.0
     while True:
@@ -155,7 +149,6 @@ def _bytes_of(response: ShownResponse) -> int:
 
 
 def _said(before: Sequence[Frame], after: Sequence[Frame], limit: int) -> str:
-    """What was left out, as sentences that follow the note; empty when nothing was."""
     asked, shown = (sum(len(frame.prompts) for frame in frames) for frames in (before, after))
     cut = sum(len(response.tokens) > limit for response in responses_of(after))
     sentences = ""
@@ -191,7 +184,7 @@ def _response(response: ShownResponse, limit: int, table: TextTable, mark: float
         "advantage": _rounded(response.advantage),
         "finished": None if response.finished is None else bool(response.finished),
         "length": len(response.tokens),
-        "selected": int(sum(response.selected)) if len(response.selected) else None,  # of the whole, like its length
+        "selected": int(sum(response.selected)) if len(response.selected) else None,  # of all tokens
         "t": [table.place(token) for token in joined_characters(response.tokens)[:limit]],
         "e": [_whole(_on_its_side(layer[:limit], mark), PER_NAT) for layer in response.entropy],
         "l": _whole(response.logprobs[:limit], PER_NAT),
@@ -211,7 +204,7 @@ def _response(response: ShownResponse, limit: int, table: TextTable, mark: float
 
 
 def _alternatives(alternatives: Sequence[Sequence[tuple[str, float]]], table: TextTable) -> dict[str, Any]:
-    """``w`` alternatives for each token, in flat lists; a token that has fewer is filled up with ``ABSENT``."""
+    """``w`` alternatives per token in flat lists, padded with ``ABSENT``."""
     width = max(map(len, alternatives))
     texts: list[int] = []
     probabilities: list[float] = []
@@ -228,18 +221,17 @@ def _branch(branch: Branch, table: TextTable) -> list[float | None]:
 
 
 def _on_its_side(entropy: Sequence[float], mark: float | None) -> npt.NDArray[np.float64]:
-    """The entropies so that rounding takes none across the mark, above which the page's script sees a fork."""
+    """Adjust entropies so that rounding moves none across the fork threshold."""
     entropy_T = np.asarray(entropy, dtype=np.float64)
     if mark is None:
         return entropy_T
     floor = math.floor(mark * PER_NAT)
-    below_T, whole_T = ~(entropy_T > mark), np.rint(entropy_T * PER_NAT)  # NaN stays as it is
+    below_T, whole_T = ~(entropy_T > mark), np.rint(entropy_T * PER_NAT)  # NaN is unchanged
     whole_T = np.where(below_T, np.minimum(whole_T, floor), np.maximum(whole_T, floor + 1))
     return np.asarray(whole_T / PER_NAT)
 
 
 def _whole(values: Sequence[float] | npt.NDArray[np.float64], per_unit: int) -> list[int | None]:
-    """Each value as a whole number of ``1 / per_unit``; None where it is not finite."""
     scaled_T = np.asarray(values, dtype=np.float64) * per_unit
     if np.isfinite(scaled_T).all():
         whole: list[int | None] = np.rint(scaled_T).astype(np.int64).tolist()
@@ -252,7 +244,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def token_limit(lengths: Sequence[int], budget: int) -> int:
-    """The largest cap such that responses cut at it hold at most ``budget`` tokens together (at least 1 each)."""
+    """Largest length limit (at least 1) such that the cut responses have at most ``budget`` tokens in total."""
     remaining, limit = budget, max(lengths, default=1)
     for index, length in enumerate(sorted(lengths)):
         share = remaining // (len(lengths) - index)

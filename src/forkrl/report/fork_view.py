@@ -1,6 +1,6 @@
-"""What the fork view shows, as plain data that any command fills in, also from the tables of tokens and responses.
+"""Data of the fork view, filled by any command, also from the tables of tokens and responses.
 
-All text is raw, as the model wrote it: it is made visible where it is rendered, and only there.
+All text is raw model output; rendering makes it visible.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from forkrl.report.formatting import outcome
 
 SHOWN_RESPONSES = 1000
 SHOWN_TOKENS = 150_000
-"""What one page carries; beyond it prompts are drawn at random."""
+"""Tokens per page; beyond it prompts are drawn at random."""
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One token tried at a fork: its probability, and the success rate of ``count`` continuations after it.
+    """A token tried at a fork: its probability, and the success rate of ``count`` continuations.
 
-    ``low`` and ``high`` are the ends of the rate's 95% interval; all but ``count`` are in [0, 1].
+    ``low`` and ``high``: 95% interval of the rate. All but ``count`` are in [0, 1].
     """
 
     text: str
@@ -35,22 +35,21 @@ class Branch:
 
 @dataclass(slots=True)
 class ShownResponse:
-    """One response of T tokens. Sequences that may be empty then say nothing about any token.
+    """One response of T tokens. Optional per-token sequences are empty or have T values.
 
     Args:
         label: such as "Response 3" or "Step 20".
         tokens: T texts.
-        entropy: one list of T values (nats) for each layer of the view.
-        logprobs: natural log of the probability of each token, T values, or none.
-        selected: whether each token carried gradient, T values, or none: nothing is outlined.
-        ranks: 1 for the likeliest token of its position, T values, or none.
-        alternatives: for each position (text, probability), likeliest first; T lists, or none. The token that was
-            written may be among them.
-        branches: what was tried at a position, counted from 0.
+        entropy: per layer of the view, T values in nats.
+        logprobs: T values in nats, or empty.
+        selected: whether each token carried gradient, or empty.
+        ranks: T values, 1 for the most likely token, or empty.
+        alternatives: per position (text, probability), most likely first, or empty; may include the token written.
+        branches: branches by position, from 0.
         score: 1 right, 0 wrong, or a fraction.
-        reward: what the trainer was given.
-        advantage: reward within the group of the prompt.
-        finished: False where the response ran into the length limit.
+        reward: reward used by the trainer.
+        advantage: reward relative to the prompt's group.
+        finished: False if cut at the length limit.
     """
 
     label: str
@@ -69,7 +68,7 @@ class ShownResponse:
 
 @dataclass(slots=True)
 class ShownPrompt:
-    """A prompt, one word or two on what became of it (a filter of the page; may be empty), and responses to it."""
+    """A prompt with its responses and its outcome in one or two words, a filter of the page; may be empty."""
 
     prompt: str
     outcome: str
@@ -78,7 +77,7 @@ class ShownPrompt:
 
 @dataclass(slots=True)
 class Frame:
-    """What is seen at once: a training step, or everything. ``label`` names it among the frames of its view."""
+    """A training step, or everything; ``label`` identifies it in its view."""
 
     label: str
     prompts: Sequence[ShownPrompt]
@@ -90,10 +89,10 @@ class View:
 
     Args:
         title: on the tab.
-        note: a sentence on which responses these are.
+        note: a sentence that describes the responses.
         frames: at least one.
-        layers: names of the models whose entropies are shown one at a time over the same tokens; one unnamed at least.
-        frame_name: what the labels of the frames count, such as "Step".
+        layers: names of the models whose entropies can be switched between; at least one, may be unnamed.
+        frame_name: unit of the frame labels, such as "Step".
     """
 
     title: str
@@ -108,9 +107,9 @@ class ForkView:
     """The fork view of a page.
 
     Args:
-        views: none where there is nothing to show; ``lead`` then says why.
+        views: empty if there is nothing to show; ``lead`` then says why.
         lead: the sentence under the heading.
-        mark: entropy (nats) above which a token is a fork, for the keys. None: the selected tokens are the forks.
+        mark: fork threshold in nats; None: the selected tokens are the forks.
     """
 
     views: Sequence[View]
@@ -119,12 +118,10 @@ class ForkView:
 
 
 def choose_prompts(responses: pd.DataFrame, layers: int = 1, seed: int = 0) -> list[int]:
-    """Numbers of the prompts to show, in order: all, or as many drawn at random as a page can carry, at least one.
+    """Prompt numbers to show, sorted: all, or a random draw that fits the page, at least one.
 
-    Args:
-        responses: one row a response, with ``prompt`` (its number) and ``length`` (tokens).
-        layers: entropies shown of each token; more of them leave room for fewer tokens.
-        seed: of the draw.
+    ``responses``: one row per response, with ``prompt`` (number) and ``length`` (tokens). More ``layers`` of entropies
+    leave room for fewer tokens.
     """
     sizes = responses.groupby("prompt")["length"].agg(["size", "sum"])
     order = np.random.default_rng(seed).permutation(len(sizes))
@@ -136,7 +133,6 @@ def choose_prompts(responses: pd.DataFrame, layers: int = 1, seed: int = 0) -> l
 
 
 def describe_choice(num_shown: int, num_prompts: int) -> str:
-    """The sentence that says which responses the page shows."""
     if num_shown == num_prompts:
         return f"All {num_prompts:,} prompts, with every response to each."
     return (
@@ -148,12 +144,10 @@ def describe_choice(num_shown: int, num_prompts: int) -> str:
 def shown_prompts(
     tokens: pd.DataFrame, responses: pd.DataFrame, layers: Sequence[str] = ("entropy",)
 ) -> list[ShownPrompt]:
-    """The prompts of a table of tokens, with the responses to each.
+    """Prompts with their responses, from a token table.
 
-    Args:
-        tokens: rows of ``forkrl.analysis.TOKEN_SCHEMA``, and a column for each layer.
-        responses: rows with ``prompt`` (its number), ``sample``, ``prompt_text``, ``finished``, ``correct``.
-        layers: columns of ``tokens`` with entropies, one for each layer of the view.
+    ``tokens``: rows of ``forkrl.analysis.TOKEN_SCHEMA`` with entropy columns ``layers``. ``responses``: rows with
+    ``prompt`` (number), ``sample``, ``prompt_text``, ``finished``, ``correct``.
     """
     about = responses.set_index(["prompt", "sample"])
     prompts: dict[int, ShownPrompt] = {}

@@ -1,4 +1,4 @@
-"""Text and numbers as pages and terminals show them. Model text is hostile: nothing in it may act, hide or reorder."""
+"""Formatting of text and numbers. Model text is hostile: it must not run, hide or reorder anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READ_CHARACTERS = 8000
 
 
 def visible(text: str) -> str:
-    """Replace every character that acts without being seen by a picture or its code point; keep newlines.
+    """Replace invisible and control characters by a symbol or code point; keep newlines.
 
     >>> visible("\\x1b[31mred")
     '␛[31mred'
@@ -24,7 +24,7 @@ def visible(text: str) -> str:
 
 
 def visible_token(token: str) -> str:
-    """A token as the fork view shows it: newlines and tabs leave a mark, an empty token is a mark itself."""
+    """A token as shown in the fork view: newlines, tabs and empty tokens become visible marks."""
     return visible(token.replace("\t", "⇥")).replace("\n", "⏎\n") or "⟨⟩"
 
 
@@ -38,12 +38,12 @@ def _visible_character(character: str) -> str:
 
 
 def script_json(data: Any) -> str:
-    """JSON fit for ``<script type="application/json">``: pure ASCII, and no character that could end the element."""
+    """JSON for ``<script type="application/json">``: ASCII, with nothing that can close the element."""
     return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_HTML_IN_JSON)
 
 
 def shortened(text: str, limit: int = READ_CHARACTERS) -> str:
-    """The text, or its beginning and its longer end, where the answer is, with a line that says how much is missing."""
+    """The start and the longer end of the text, which holds the answer, with a note on how much is missing."""
     if len(text) <= limit:
         return text
     head = limit // 4
@@ -52,7 +52,7 @@ def shortened(text: str, limit: int = READ_CHARACTERS) -> str:
 
 
 def evenly_spaced(count: int, limit: int) -> list[int]:
-    """At most ``limit`` of ``range(count)``, evenly spaced, with both ends (the first alone for a limit of 1)."""
+    """At most ``limit`` of ``range(count)``, evenly spaced, with both ends (only the first if the limit is 1)."""
     if count <= limit:
         return list(range(count))
     if limit < 2:
@@ -61,13 +61,12 @@ def evenly_spaced(count: int, limit: int) -> list[int]:
 
 
 def interval_of(row: Any, name: str) -> Estimate:
-    """An estimate in a row of a table: its columns ``name``, ``name_low`` and ``name_high``."""
     values = (row[name + end] for end in ("", "_low", "_high"))
     return Estimate(*(math.nan if value is None else float(value) for value in values))
 
 
 def percent(estimate: Estimate, *, unit: str = "%", sign: str = "") -> str:
-    """``12.3% [10.1, 14.5]``; without the interval where it is unknown. ``sign="+"`` for a difference."""
+    """``12.3% [10.1, 14.5]``, without the interval if unknown; ``sign="+"`` for a difference."""
     mean, low, high = (100 * value if sign else round(100 * value, 1) + 0.0 for value in estimate)  # no -0.0
     if math.isnan(mean):
         return "–"
@@ -82,7 +81,7 @@ def points(estimate: Estimate) -> str:
 
 
 def is_clear(difference: Estimate) -> bool:
-    """Whether the 95% interval of a difference is known and excludes 0: only then is it called better or worse."""
+    """Whether the 95% interval of a difference is known and excludes 0."""
     return difference.low > 0 or difference.high < 0
 
 
@@ -92,12 +91,10 @@ def probability(p: float) -> str:
 
 
 def unverified(count: int, what: str) -> list[str]:
-    """A note on what the verifier could not judge; none if it judged everything."""
     return [f"{count:,} {what} could not be verified; they count as wrong."] if count else []
 
 
 def sentence(text: str) -> str:
-    """``text`` with a capital and a full stop."""
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -113,7 +110,7 @@ def duration(seconds: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting's value on one line, as TOML writes it; text bare."""
+    """A setting's value on one line, as in TOML; strings without quotes."""
     return value if isinstance(value, str) else _inline(value)
 
 
@@ -126,7 +123,7 @@ def _inline(value: Any) -> str:
 
 
 def outcome(scores: Sequence[float | None]) -> str:
-    """Right, wrong or mixed; empty where nothing was judged."""
+    """Right, wrong or mixed; empty if nothing was judged."""
     known = {score for score in scores if score is not None}
     if not known:
         return ""

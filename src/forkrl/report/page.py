@@ -1,7 +1,4 @@
-"""One self-contained HTML page, the same for every command.
-
-A page is plain data (``Page``): commands fill it in, and only this module knows HTML.
-"""
+"""One self-contained HTML page for every command: commands fill in a ``Page``; only this module knows HTML."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ _BYTE_MARK = re.compile(r"⟨[0-9A-F]{2}( [0-9A-F]{2})*⟩")
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One number of the run: ``before`` is empty when there is only one."""
+    """One number of the run; ``before`` is empty if there is only one."""
 
     title: str
     value: str
@@ -51,7 +48,6 @@ class Card:
 
 
 def interval_card(title: str, estimate: Estimate, note: str = "", **sign: str) -> Card:
-    """An estimate in percent, its interval in the note."""
     value, _, ends = percent(estimate, **sign).partition(" ")
     return Card(title, value, note="; ".join(part for part in (ends and f"95% {ends}", note) if part))
 
@@ -60,17 +56,17 @@ def interval_card(title: str, estimate: Estimate, note: str = "", **sign: str) -
 class Section:
     """A titled plot, a table, or both.
 
-    The page shows at most ``MAX_TABLE_ROWS`` rows, evenly spaced, and says so; the CSV file to download has all. Cells
-    may be text that a model wrote: it is made visible when the page is rendered. The index of the table is left out.
+    The page shows at most ``MAX_TABLE_ROWS`` evenly spaced rows and says so; the CSV download has all. Cells may hold
+    raw model text. The table's index is ignored.
 
     Args:
         title: a few words.
-        caption: what is seen, in a sentence or two.
-        name: letters, digits and dashes, unique in the page: the file to download is ``name.csv``.
-        table: numbers and texts, one row a point; empty when nothing was recorded.
-        figure: None: the table alone. Text of a model in it must be drawn with ``parse_math=False``.
-        missing: names of what was not recorded, said under the plot.
-        printed: a table for the terminal; None: the section is only on the page.
+        caption: one or two sentences.
+        name: letters, digits and dashes, unique in the page; the download is ``name.csv``.
+        table: one row per point; may be empty.
+        figure: None: table only. Draw model text with ``parse_math=False``.
+        missing: names of metrics that were not recorded.
+        printed: table for the terminal; None: the section is on the page only.
     """
 
     title: str
@@ -84,7 +80,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
-    """Whole responses to read, where tokens were not measured: the questions of one benchmark, and which these are.
+    """Responses to the questions of one benchmark, without token measurements.
 
     A question has ``question`` (its id), ``outcome``, ``prompt`` and ``answer`` (either may be empty) and
     ``responses``, each with ``outcome`` ("right", "wrong" or "failed"), ``facts`` (a few words each) and ``text``.
@@ -97,22 +93,22 @@ class Shelf:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What a page says. Every text may be hostile: it is made visible and escaped when the page is rendered.
+    """The content of a page. Any text may be hostile: rendering makes it visible and escapes it.
 
     Args:
-        name: what the page is about, its heading.
+        name: the heading.
         kind: such as "training run", "analysis" or "drift".
-        headline: one sentence on top: what was found.
+        headline: the main result in one sentence.
         sections: plots and tables, in reading order.
-        status: a sentence on work that is not finished; may be empty.
-        notes: what is missing, damaged or left out, a sentence each.
+        status: a sentence on unfinished work; may be empty.
+        notes: sentences on what is missing, damaged or left out.
         cards: the few numbers under the headline.
-        forks: None: the page has no fork view.
-        shelves: responses to read, one shelf a benchmark.
+        forks: the fork view, if any.
+        shelves: sample responses, one shelf per benchmark.
         settings: groups of (key, value, differs from the default).
-        provenance: versions, commit, data: what the numbers come from.
+        provenance: versions, commit, data.
         command: the command line that was run.
-        reproduce: a command line that does the same again.
+        reproduce: a command line that reproduces the work.
         sections_title: heading of the sections.
         source: what the page was made from, for the footer.
     """
@@ -135,7 +131,6 @@ class Page:
 
 
 def about(results: Results) -> dict[str, Any]:
-    """Fields of ``Page`` that every command fills from its results alike."""
     command = results.schema.removeprefix("forkrl-").partition("/")[0]
     given = ((key, value) for key, value in results.settings.items() if value not in ("", None, [], {}))
     return {
@@ -173,13 +168,12 @@ def render_page(page: Page) -> str:
 
 
 def write_page(path: Path, page: Page) -> Path:
-    """Write the page, whole or not at all, and return its path."""
+    """Write the page atomically and return its path."""
     write_text(path, render_page(page))
     return path
 
 
 def _script(*names: str) -> str:
-    """The scripts as one, in a scope of its own."""
     return '"use strict";\n(() => {\n' + "".join(map(_template, names)) + "})();\n"
 
 
@@ -188,7 +182,7 @@ def _template(name: str) -> str:
 
 
 def _marks(data: Mapping[str, Any]) -> str:
-    """What the marks and the notation in the fork view mean; only of those that are there."""
+    """The legend of the marks and notation that the fork view uses."""
     texts = "\0".join(data["texts"])
     found = [meaning for mark, meaning in _MARKS.items() if mark in texts]
     if any("\u2400" <= character <= "\u2421" for character in texts):
@@ -206,7 +200,6 @@ def _marks(data: Mapping[str, Any]) -> str:
 
 
 def render_section(section: Section) -> dict[str, Any]:
-    """A section as the template takes it: its plot as SVG, its table as cells and as a CSV file."""
     table = section.table
     columns = [visible(str(column)) for column in table.columns]
     texts = {place for place in range(len(columns)) if any(isinstance(each, str) for each in table.iloc[:, place])}

@@ -1,7 +1,7 @@
-"""The figures of all pages: curves in panels, forests of intervals, word clouds, and their SVG.
+"""The figures of all pages: curves in panels, forests of intervals, word clouds, and SVG output.
 
-Colours are those of Okabe and Ito, told apart by the colour-blind; line styles differ too, for print. Every colour is a
-constant of this file, so that a page can map each to its own theme.
+Colours are those of Okabe and Ito, safe for colour blindness; line styles differ for print. Every colour is a constant
+of this file, so that a page can map each to its theme.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ LOOKS = (
     (BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"),
     (MUTED, "-", "v"), (INK, "--", "P"), (BLUE, ":", "X"), (VERMILION, "-", "<"),
 )  # fmt: skip
-"""Colour, line style and marker of the first, second, … of several curves."""
-WIDTH, HEIGHT = 5.2, 2.9  # inches; report.css keeps text of 9 points at 11 pixels or more at this width
+"""By curve index: colour, line style, marker."""
+WIDTH, HEIGHT = 5.2, 2.9  # inches; report.css scales 9-point text to at least 11 pixels
 FONT_SIZE = 9
 _LEGEND: dict[str, Any] = {
     "ncols": 4, "frameon": False, "fontsize": FONT_SIZE, "labelcolor": INK, "handlelength": 1.6, "columnspacing": 1.3,
 }  # fmt: skip
 CLOUD_WORDS = 100
 _CLOUD_PIXELS = (1040, 480)
-_LARGEST_WORD, _SMALLEST_WORD = 110, 0.25  # pixels of these; of the largest, so that the hundredth is still legible
+_LARGEST_WORD, _SMALLEST_WORD = 110, 0.25  # pixels; share of the largest at which the hundredth word is legible
 
 Kind = Literal["line", "band", "steps", "stairs"]
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
@@ -56,11 +56,10 @@ COUNT = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """Values of one quantity, with their 95% interval where ``low`` and ``high`` are given (NaN: unknown).
+    """Values with their 95% interval in ``low`` and ``high`` if given (NaN: unknown).
 
-    Colour, style and marker that are None are those of its place among the curves of the panel (``LOOKS``).
-    ``kind``: "line" has error bars, "band" a shaded interval, "steps" changes after each point,
-    "stairs" is a histogram with the edges of its bins as ``x``. Points alone have a marker and no ``style``.
+    Colour, style and marker default to those of the curve's index in the panel (``LOOKS``). ``kind``: "line" has error
+    bars, "band" a shaded interval, "steps" changes after each point, "stairs" is a histogram with bin edges as ``x``.
     """
 
     x: ArrayLike
@@ -76,7 +75,6 @@ class Curve:
 
 
 def column_curve(table: pd.DataFrame, x: ArrayLike, column: str, label: str = "", **look: Any) -> Curve:
-    """A column of a table against ``x``, with the interval of its columns ``_low`` and ``_high``."""
     return Curve(
         x, table[column].to_numpy(float), label, low=table[f"{column}_low"], high=table[f"{column}_high"], **look
     )
@@ -86,16 +84,8 @@ def column_curve(table: pd.DataFrame, x: ArrayLike, column: str, label: str = ""
 class Panel:
     """One pair of axes.
 
-    Args:
-        ylabel: with its unit.
-        curves: drawn in order.
-        y_format, x_format: None: plain numbers.
-        bottom: lower end of the y axis; None leaves it.
-        title: inside the axes.
-        names: labels of the x positions 0, 1, …
-        log: "x", "y" or "".
-        vline, hline: a marked value, with its label (may be empty).
-        legend: above the axes.
+    ``y_format``, ``x_format``: None for plain numbers. ``bottom``: lower end of the y axis, None for automatic.
+    ``names``: labels of the x positions 0, 1, …. ``log``: "x", "y" or "". ``vline``, ``hline``: a value and its label.
     """
 
     ylabel: str
@@ -112,17 +102,13 @@ class Panel:
 
 
 def empty_figure(height: float = HEIGHT) -> Figure:
-    """A transparent figure of the common width."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.patch.set_visible(False)
     return figure
 
 
 def plot(panels: Sequence[Panel], xlabel: str = "step", *, columns: int = 1, height: float = HEIGHT) -> Figure:
-    """Panels above one another with a shared x axis; in several ``columns``, each with an x axis of its own.
-
-    ``xlabel``: "step" also keeps the ticks whole.
-    """
+    """Stacked panels with a shared x axis; with several ``columns``, each panel has its own."""
     figure, count = empty_figure(height), len(panels)
     shared, grid = columns == 1 and count > 1, columns > 1
     cells = figure.subplots(-(-count // columns), columns, sharex=shared, squeeze=False).ravel()
@@ -160,7 +146,7 @@ def _draw(axes: Axes, curve: Curve, default: tuple[str, str, str]) -> None:
         axes.stairs(np.asarray(curve.y), np.asarray(curve.x), **look)
         return
     look |= {"marker": marker, "markersize": 5.5 if marker == "." else 4.5, "alpha": curve.alpha}
-    look["clip_on"] = not (marker and curve.kind == "line")  # a marker at 0 or 100% is drawn whole
+    look["clip_on"] = not (marker and curve.kind == "line")  # draw markers at 0 or 100% whole
     if curve.kind == "steps":
         axes.step(curve.x, curve.y, where="post", **look)
     elif curve.low is None or curve.high is None:
@@ -192,7 +178,6 @@ def _scale(axes: Axes, panel: Panel) -> None:
 
 
 def finish(axes: Axes, ylabel: str, xlabel: str, *, bottom: float | None = None, legend: bool = True) -> None:
-    """Give axes the common look, once everything is drawn: no frame, a light grid, the legend above."""
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
@@ -213,7 +198,7 @@ def finish(axes: Axes, ylabel: str, xlabel: str, *, bottom: float | None = None,
 def forest(
     names: Sequence[str], measures: Sequence[tuple[str, Sequence[Estimate], float]], x_format: FuncFormatter
 ) -> tuple[Figure, Axes]:
-    """Estimates with their intervals, a row for each name; measures: a label, an estimate a name, and an offset."""
+    """Estimates with intervals, one row per name; measures: label, one estimate per name, vertical offset."""
     figure = empty_figure(1.1 + 0.55 * len(names))
     axes = figure.subplots()
     for (label, found, offset), (color, _, marker) in zip(measures, LOOKS, strict=False):
@@ -228,32 +213,23 @@ def forest(
 
 
 def error_bars(values: ArrayLike, low: ArrayLike, high: ArrayLike) -> npt.NDArray[np.float64]:
-    """Lengths ``[2, N]`` of error bars, downwards and upwards, from the ends of intervals.
-
-    A missing end (NaN) draws no bar; a value outside its own interval (rounding) gets no negative one.
-    """
+    """Error bar lengths ``[2, N]``, down and up. NaN draws no bar; rounding never gives a negative length."""
     values_N, low_N, high_N = (np.asarray(ends, dtype=np.float64) for ends in (values, low, high))
     bars: npt.NDArray[np.float64] = np.fmax(np.stack([values_N - low_N, high_N - values_N]), 0)
     return bars
 
 
 def plain(text: str) -> str:
-    """Text as a legend takes it: no mathematics in it, and no leading underscore, which would hide it."""
+    """Legend text without mathtext or a leading underscore, which would hide it."""
     return text.replace("$", r"\$").lstrip("_") or " "
 
 
 def ellipsis(name: str, limit: int = 22) -> str:
-    """A name that fits next to an axis."""
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
 def word_cloud(types: pd.DataFrame, *, highest: bool) -> Figure:
-    """The token types of highest (or lowest) mean entropy, the most extreme one largest (paper: figure 2b, 2c).
-
-    Args:
-        types: from ``forkrl.analysis.token_types``, highest first; the first (or last) ``CLOUD_WORDS`` are drawn.
-        highest: which end.
-    """
+    """Types from ``token_types`` of highest or lowest mean entropy, the most extreme largest (paper: figure 2b, 2c)."""
     chosen = (types if highest else types.iloc[::-1]).head(CLOUD_WORDS)
     font = findfont("DejaVu Sans")
     known = FT2Font(font).get_charmap()
@@ -278,14 +254,14 @@ def word_cloud(types: pd.DataFrame, *, highest: bool) -> Figure:
     for (word, weight), size, (top, left), _, _ in cloud.layout_:
         outline = TextPath((0, 0), word, size=size, prop=FontProperties(fname=font))
         ink = outline.get_extents()
-        # The layout gives the corner of the ink, in pixels from above; outlines are drawn upwards.
+        # The layout gives the ink's corner in pixels from the top; outlines have y upwards.
         corner = Affine2D().translate(-ink.x0, -ink.y1).scale(1, -1).translate(left, top)
         shape = corner.transform_path(outline)
         frame.append(np.asarray(shape.vertices))
         color = VERMILION if highest else BLUE
         axes.add_patch(PathPatch(shape, color=color, alpha=0.55 + 0.45 * weight, linewidth=0))
     (left, top), (right, bottom) = np.min(np.vstack(frame), axis=0) - 1, np.max(np.vstack(frame), axis=0) + 1
-    axes.set(xlim=(left, right), ylim=(bottom, top))  # outlines are a little wider than the layout took them for
+    axes.set(xlim=(left, right), ylim=(bottom, top))  # outlines are slightly wider than in the layout
     return figure
 
 
@@ -297,20 +273,17 @@ _NOT_FOR_PAGES = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element: ids prefixed with ``name``, colours as variables of the page's theme.
-
-    Text stays text: crisp at any zoom, in the font of the page, and a fraction of the size of outlines.
-    """
+    """The figure as an ``<svg>`` element: ids prefixed with ``name``, colours as theme variables, text kept as text."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "forkrl"}), warnings.catch_warnings():
-        # Browser fonts have letters that matplotlib's font lacks.
+        # Browser fonts have glyphs that matplotlib's font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = _NOT_FOR_PAGES.sub("", buffer.getvalue())
     text = text[text.index("<svg") :]
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    # The page gives the size; the view box keeps the proportions.
+    # The page sets the size; the view box keeps the proportions.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)

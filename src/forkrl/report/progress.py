@@ -1,4 +1,4 @@
-"""Progress of a command: a live panel on a terminal, one plain line per step in a log."""
+"""Progress of a command: a live panel on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _EVAL_NAMES = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
 
 
 def describe_selection(config: TrainConfig) -> str:
-    """One sentence on what carries gradient in this run: rule, ratio, scope, whose entropy, denominator, backward."""
+    """One sentence on what carries gradient: rule, ratio, scope, entropy source, denominator, backward."""
     settings, more = config.forks_only, list[str]()
     if settings.projections:
         more.append("projections of keys and values everywhere")
@@ -74,7 +74,7 @@ def _divisor(denominator: str | int) -> str:
 
 
 def sparkline(values: Iterable[float], width: int = 24) -> str:
-    """The last ``width`` values as bars between their own minimum and maximum; NaN is a blank."""
+    """The last ``width`` values as bars from minimum to maximum; NaN is a blank."""
     recent = list(values)[-width:]
     finite = [value for value in recent if abs(value) < float("inf")]
     if not finite:
@@ -87,8 +87,6 @@ def sparkline(values: Iterable[float], width: int = 24) -> str:
 
 
 class _Repeat(threading.Thread):
-    """Calls a function at a fixed interval until ``stop``."""
-
     def __init__(self, every_s: float, call: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self._every_s, self._call, self._ended = every_s, call, threading.Event()
@@ -103,7 +101,7 @@ class _Repeat(threading.Thread):
 
 
 class _Phase(NamedTuple):
-    """A part of a step, with the number of its responses that are finished; ``total`` is 0 if it has none."""
+    """A phase of a step; ``total``: its number of responses, or 0."""
 
     name: str
     total: int
@@ -115,15 +113,10 @@ class _Phase(NamedTuple):
 
 
 class TrainingDisplay:
-    """Shows a training run: a live panel when ``stream`` is a terminal, else one flushed line per step.
+    """Shows a training run: a live panel if ``stream`` is a terminal, else one flushed line per step.
 
-    Args:
-        total_steps: steps of the whole run.
-        start_step: steps done before, for a resumed run.
-        header: printed first, from ``describe_selection``.
-        stream: standard output by default.
-        clock: monotonic seconds; for tests.
-        phase_every_s: in a log, seconds between lines on a long phase.
+    ``header`` is printed first; ``start_step``: steps done before a resume. In a log, ``phase_every_s`` seconds pass
+    between lines on a long phase.
     """
 
     def __init__(
@@ -145,7 +138,7 @@ class TrainingDisplay:
         self._repeat = _Repeat(phase_every_s, self._tell_phase)
         self._latest: dict[str, float] = {}
         self._accuracy: list[float] = []
-        # Only for a terminal: Rich would fold the lines of a log.
+        # Only for a terminal: Rich would fold log lines.
         self._stream = stream or sys.stdout
         self._console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
         self._live: Live | None = None
@@ -175,14 +168,11 @@ class TrainingDisplay:
         self._live = None
 
     def phase(self, name: str, total: int = 0, finished: Callable[[], int] = int) -> None:
-        """Show the current phase (rollout, reward, update, eval or save) and how many of its responses are finished.
-
-        A log shows it only if it has a ``total`` and takes long.
-        """
+        """Show the phase and its finished responses; a log shows it only if it has a ``total`` and takes long."""
         self._phase = _Phase(printable(name), total, finished, self._clock())
 
     def message(self, text: str) -> None:
-        """Print one line above the panel. Control characters are made visible."""
+        """Print one line above the panel, with control characters made visible."""
         if self._live is None:
             write_line(self._stream, printable(text))
             return
@@ -190,7 +180,7 @@ class TrainingDisplay:
             self._console.print(Text(printable(text)))
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a finished step, as written to ``metrics.jsonl`` (including ``step``)."""
+        """Show the metrics of a finished step, as in ``metrics.jsonl`` (including ``step``)."""
         self._count_step(int(metrics.get("step", self._step + 1)))
         self._latest = {**{name: self._latest[name] for name in _EVAL_NAMES if name in self._latest}, **metrics}
         if "reward/accuracy" in metrics:
@@ -202,10 +192,7 @@ class TrainingDisplay:
                 self._live.refresh()
 
     def seconds_left(self) -> float | None:
-        """The median time of this process's last few steps, times the remaining steps.
-
-        It is the time between the ends of two steps, so it includes an evaluation after every step, but not a rare one.
-        """
+        """Median time of the last steps times the remaining ones; includes evaluations that follow every step."""
         if not self._durations or self._step >= self._total:
             return None
         return median(self._durations) * (self._total - self._step)
@@ -214,12 +201,11 @@ class TrainingDisplay:
         now, done = self._clock(), step - self._step
         if done > 0:
             self._durations.append((now - self._step_ended) / done)
-        if done > 0 or step == self._start:  # an evaluation before the first step does not count
+        if done > 0 or step == self._start:  # skip an evaluation before the first step
             self._step_ended = now
         self._step = step
 
     def _tell_phase(self) -> None:
-        """In a log: how far a long phase is."""
         phase = self._phase
         if phase.total and self._clock() - phase.began >= self._phase_every_s:
             write_line(self._stream, f"step {self._step + 1}/{self._total}  {phase}")
@@ -244,7 +230,6 @@ class TrainingDisplay:
 
 
 def _figures(metrics: Mapping[str, float]) -> list[str]:
-    """The main metrics in words; absent ones are left out."""
     formats = {
         "reward/accuracy": ("accuracy", "{:.3f}"),
         "entropy/mean": ("entropy", "{:.3f}"),
@@ -271,17 +256,10 @@ def progress(
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """Pass ``items`` through and show how many are done, with the time left.
+    """Yield ``items`` and show how many are done and the time left.
 
-    A terminal gets a bar, a log one line every five seconds, so short work prints nothing there.
-
-    Args:
-        items: the work.
-        description: a few words, such as "evaluating".
-        total: number of items, where ``len(items)`` is unknown.
-        finished: number of items done before they come out of ``items`` in batches.
-        stream: standard error by default, so that results on standard output stay clean.
-        clock: monotonic seconds; for tests.
+    A terminal gets a bar, a log one line every five seconds, on standard error by default. ``total``: number of items
+    if ``len(items)`` is unknown. ``finished``: number of items done so far, if ``items`` come in batches.
     """
     stream = stream or sys.stderr
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
@@ -312,7 +290,6 @@ def progress(
 
 
 def _lines(description: str, count: int | None, stream: TextIO, clock: Callable[[], float]) -> Callable[[int], None]:
-    """Progress in a log: a function that prints a line if the last one is old enough."""
     began = spoke = clock()
     lock = threading.Lock()
 

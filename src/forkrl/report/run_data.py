@@ -1,4 +1,4 @@
-"""A run folder, read for its report, which notes everything that is missing or damaged."""
+"""Reads a run folder for its report and notes everything missing or damaged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from forkrl.store.run_folder import read_config
 
 Floats = npt.NDArray[np.float64]
 _KEEP_ANSWERS = ("eval.every:", "eval.problems:", "eval.samples:")
-"""Changes of an evaluation that do not affect how a response is sampled."""
+"""Changes to an evaluation that do not affect how a response is sampled."""
 _ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
 _PER_TOKEN = {"tokens": pa.string(), "logprobs": pa.float32(), "entropy": pa.float32(), "selected": pa.bool_()}
 _SCALARS = {
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 class Series(NamedTuple):
-    """One metric over the steps at which it has a finite value."""
+    """One metric at the steps where it is finite."""
 
     steps: Floats
     values: Floats
@@ -47,14 +47,14 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RolloutSample:
-    """One file of ``rollouts/``: a row of ``SCHEMA`` for each response; ``advantage`` is null in evaluations."""
+    """One file of ``rollouts/``: rows of ``SCHEMA``, one per response; ``advantage`` is null in evaluations."""
 
     step: int
     table: pa.Table
 
     @property
     def entropy(self) -> Floats:
-        """Entropy in nats of every token of every response, ``[N]``; values that are not finite are left out."""
+        """Finite token entropies of all responses in nats, ``[N]``."""
         values = self.table.column("entropy").combine_chunks().flatten()
         flat: Floats = values.to_numpy(zero_copy_only=False).astype(np.float64)
         return flat[np.isfinite(flat)]
@@ -69,13 +69,13 @@ class RolloutSample:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """A run: its settings, a dict of finite metrics per step, and the samples that the page shows."""
+    """A run: settings, finite metrics per step, and the samples that the page shows."""
 
     name: str
     settings: dict[str, Any]
     provenance: dict[str, Any]
     metrics: dict[int, dict[str, float]]
-    evals: tuple[RolloutSample, ...]  # first and last readable evaluation; one if they are the same
+    evals: tuple[RolloutSample, ...]  # first and last readable evaluation, or the only one
     train: tuple[RolloutSample, ...]
     num_train_files: int
     scores: dict[int, dict[str, list[float]]]  # of the first and last evaluation, by prompt id
@@ -91,18 +91,17 @@ class RunData:
 
     @property
     def parts(self) -> list[str]:
-        """The parts of a mixed task, by the names of the metrics; none in a task of one part."""
+        """Metric names of the parts of a mixed task; empty for a single task."""
         prefixes = ("reward/accuracy/", "eval/accuracy/")
         return sorted({name.split("/", 2)[2] for name in self.metric_names if name.startswith(prefixes)})
 
     @property
     def level_names(self) -> list[str]:
-        """The metrics that contain a curriculum's level."""
+        """Metrics that contain a curriculum level."""
         return sorted(name for name in self.metric_names if f"{name}/".startswith("task/level/"))
 
     @property
     def num_steps(self) -> int:
-        """The last step that trained, by the metrics."""
         trained = (step for step, row in self.metrics.items() if any(not name.startswith("eval/") for name in row))
         return max(trained, default=0)
 
@@ -113,7 +112,7 @@ class RunData:
 
     @property
     def setting_changes(self) -> list[tuple[int, list[str]]]:
-        """What resuming changed: the last step before it, and each setting as ``key: old -> new``."""
+        """Changes made on resume: the step before it, and each setting as ``key: old -> new``."""
         recorded = self.provenance.get("changes")
         return [
             (each["after_step"], [str(change) for change in each["settings"]])
@@ -122,7 +121,7 @@ class RunData:
         ]
 
     def sampling_changes(self, first: int, last: int) -> list[str]:
-        """Settings that changed between two evaluations and affect how responses are sampled."""
+        """Settings that changed between two evaluations and affect sampling."""
         return [
             change
             for step, changes in self.setting_changes
@@ -132,14 +131,13 @@ class RunData:
         ]
 
     def setting(self, key: str) -> Any:
-        """Value of ``section.name``, or None."""
         section, _, name = key.partition(".")
         table = self.settings.get(section)
         return table.get(name) if isinstance(table, dict) else None
 
 
 def read_run(folder: Path, max_train_files: int) -> RunData:
-    """Read the run folder; of the training samples, at most ``max_train_files``, evenly spaced, both ends included."""
+    """Read a run folder with at most ``max_train_files`` training samples, evenly spaced, both ends included."""
     notes: list[str] = []
     settings = read_config(folder)
     provenance = settings.pop("provenance", {})
@@ -198,7 +196,6 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """The line as a dict with an integer step, or None if it is something else."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -212,7 +209,7 @@ def _read_scores(folder: Path, steps: Sequence[int], notes: list[str]) -> dict[i
         path = folder / "rollouts" / f"scores-{step:06d}.json"
         try:
             scores = dict(json.loads(path.read_bytes()))
-            mean_with_interval(list(scores.values()))  # raises unless they are lists of scores of one length
+            mean_with_interval(list(scores.values()))  # raises unless they are score lists of equal length
         except (OSError, ValueError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else first_line(error, 200)
             notes.append(f"rollouts/{path.name} cannot be read and is left out: {reason}")
@@ -222,7 +219,7 @@ def _read_scores(folder: Path, steps: Sequence[int], notes: list[str]) -> dict[i
 
 
 def _first_readable(paths: Sequence[tuple[int, Path]], notes: list[str]) -> RolloutSample | None:
-    """The first sample that can be read; the damaged ones before it are noted."""
+    """The first readable sample; adds a note for each damaged one before it."""
     samples = (_read_rollouts(*each, notes) for each in paths)
     return next((sample for sample in samples if sample is not None), None)
 

@@ -31,18 +31,17 @@ PAPER_LOW_ENTROPY = 0.01  # nats; the paper finds 50.64% of tokens below it (Qwe
 
 
 def write_run_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run folder and return its path. The page says what is missing or damaged."""
+    """Write ``report.html``, which notes what is missing or damaged, into a run folder and return its path."""
     run = read_run(Path(run_dir), MAX_TRAIN_STEPS)
     return write_page(Path(run_dir) / "report.html", run_page(run))
 
 
 def run_headline(run_dir: Path) -> str:
-    """The first sentence of the report: accuracy before and after, with intervals, steps and time."""
+    """The headline of the report: accuracy before and after, with intervals, steps and time."""
     return headline(read_run(Path(run_dir), max_train_files=0))
 
 
 def run_page(run: RunData) -> Page:
-    """The page of a run."""
     return Page(
         name=run.name,
         kind="training run",
@@ -61,7 +60,7 @@ def run_page(run: RunData) -> Page:
 
 
 def reproducing_command(settings: dict[str, Any]) -> str:
-    """A command line with every setting that differs from the defaults as an override."""
+    """A command line with every non-default setting as an override."""
     of_part, overrides = recipe_toml(PartConfig()), []
     for section, table, defaults in _tables(settings):
         for key, value in _changed(table, defaults).items():
@@ -72,7 +71,6 @@ def reproducing_command(settings: dict[str, Any]) -> str:
 
 
 def _settings(run: RunData) -> list[tuple[str, list[tuple[str, str, bool]]]]:
-    """Groups of (key, value, differs from the default), settings outside any section first."""
     return [
         (section or "run", [(key, plain(value), defaults.get(key) != value) for key, value in table.items()])
         for section, table, defaults in _tables(run.settings)
@@ -81,7 +79,7 @@ def _settings(run: RunData) -> list[tuple[str, list[tuple[str, str, bool]]]]:
 
 
 def _tables(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, values and defaults of every section; first, under "", the settings outside any section."""
+    """Name, values and defaults of every section; top-level settings first, under ""."""
     defaults = recipe_toml(TrainConfig())
     loose = {key: value for key, value in settings.items() if not isinstance(value, dict)}
     sections = [(key, value, defaults.get(key, {})) for key, value in settings.items() if isinstance(value, dict)]
@@ -89,14 +87,13 @@ def _tables(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[st
 
 
 def _changed(table: Any, defaults: Mapping[str, Any]) -> Any:
-    """The values of a table that differ from the defaults."""
     if not isinstance(table, dict):
         return table
     return {key: value for key, value in table.items() if defaults.get(key) != value}
 
 
 _ACCURACY = {"reward/accuracy": "training responses", "eval/accuracy": "held out, 95% interval"}
-_PLAIN = ("level", "entropy (nats)", "tokens", "gradient norm")  # quantities that are not shares
+_PLAIN = ("level", "entropy (nats)", "tokens", "gradient norm")  # not shares
 _CURVES: list[tuple[str, str, str, dict[str, dict[str, str]]]] = [
     (
         "learning",
@@ -146,11 +143,10 @@ _CURVES: list[tuple[str, str, str, dict[str, dict[str, str]]]] = [
         {"gradient norm": {"grad/norm": "norm"}, "ratio clipped": {"loss/clip_fraction": "clipped"}},
     ),
 ]
-"""Name, title and caption of a section, and its panels: the label of the y axis, and the label of each metric."""
+"""Section name, title and caption, and its panels: y label, and label by metric."""
 
 
 def sections(run: RunData) -> list[Section]:
-    """The plots of the page, in order."""
     learning, entropy, *others = [_curves_section(run, *curves) for curves in _CURVES]
     found = [learning]
     if run.parts:
@@ -167,7 +163,6 @@ def sections(run: RunData) -> list[Section]:
 def _curves_section(
     run: RunData, name: str, title: str, caption: str, panels: Mapping[str, Mapping[str, str]]
 ) -> Section:
-    """Metrics against the step, and the numbers as a table."""
     metrics = [each for labels in panels.values() for metric in labels for each in _with_interval(metric)]
     missing = [metric for metric in metrics if not len(run.series(metric))]
     present = [metric for metric in metrics if metric not in missing]
@@ -189,7 +184,7 @@ def _curves_section(
 
 
 def _with_interval(metric: str) -> list[str]:
-    """The metric, and the ends of its 95% interval if the trainer records them."""
+    """The metric and its interval ends, if the trainer records them."""
     ends = ("", "_low", "_high") if metric.startswith("eval/accuracy") else ("",)
     return [metric.replace("accuracy", f"accuracy{end}", 1) for end in ends]
 
@@ -210,10 +205,7 @@ def _clipping(run: RunData) -> tuple[float, str] | None:
 
 
 def histogram_counts(samples: Sequence[Floats], bins: int = 60) -> tuple[Floats, list[Floats]]:
-    """Bin edges common to all samples (nats), and the count of each bin for each sample.
-
-    A tiny negative entropy is rounding, and counts as 0.
-    """
+    """Common bin edges (nats) and the counts of each sample; tiny negative entropies (rounding) count as 0."""
     top = max((float(sample.max()) for sample in samples if len(sample)), default=1.0)
     edges = np.linspace(0.0, max(top, 0.1), bins + 1)
     return edges, [np.histogram(np.maximum(sample, 0.0), edges)[0].astype(np.float64) for sample in samples]
@@ -252,8 +244,7 @@ def _histogram(run: RunData) -> Section:
 
 
 def run_forks(run: RunData) -> ForkView:
-    """The fork view of a run's rollouts; without views if none can be read."""
-    outlined = run.setting("selection.rule") != "all"  # an outline of every token says nothing
+    outlined = run.setting("selection.rule") != "all"  # do not outline every token
     views = [*([_held_out(run, outlined)] if run.evals else []), *([_training(run, outlined)] if run.train else [])]
     if not views:
         return ForkView([], "This run folder has no sampled responses that can be read (rollouts/*.parquet).", None)
@@ -271,7 +262,7 @@ def _lead(run: RunData) -> str:
 
 
 def _fork_mark(run: RunData, views: Sequence[View]) -> float | None:
-    """Entropy from which the page treats a token as a fork; None: the run's selection decides."""
+    """Fork threshold of the page; None: the run's selection decides."""
     if run.setting("selection.rule") in ("top_entropy", "threshold"):
         return None
     layers = [response.entropy[0] for view in views for response in responses_of(view.frames)]

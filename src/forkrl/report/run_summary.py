@@ -1,4 +1,4 @@
-"""The result of a training run: the sentence at the top of its page, and the cards under it."""
+"""The result of a training run: headline and cards of its page."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from forkrl.stats.permutation import PairedTest, paired_test
 
 
 class Comparison(NamedTuple):
-    """The first and the last evaluation. ``problems``: a phrase on what they were on, to follow the numbers."""
+    """First and last evaluation; ``problems`` is a phrase on their problems, to follow the numbers."""
 
     before: Estimate
     after: Estimate
     problems: str = ""
     result: PairedTest | str = ""
-    """The paired test on the problems that both have, or the reason why they cannot be compared."""
+    """Paired test on the common problems, or the reason why they cannot be compared."""
 
 
 def evaluations(run: RunData) -> dict[int, Estimate]:
-    """Held-out accuracy by step; the ends of the interval are NaN where the run did not record them."""
+    """Held-out accuracy by step; interval ends are NaN if not recorded."""
     names = [f"eval/accuracy{end}" for end in ("", "_low", "_high")]
     return {
         step: Estimate(*(row.get(name, math.nan) for name in names))
@@ -35,11 +35,7 @@ def evaluations(run: RunData) -> dict[int, Estimate]:
 
 
 def comparison(run: RunData) -> Comparison:
-    """The last evaluation against the first, problem by problem.
-
-    A resumed run may change its evaluations. Problems that only one has are left out; responses that were sampled in
-    different ways are not compared.
-    """
+    """Compare the last evaluation with the first on their common problems, unless sampling changed on a resume."""
     (first, before), *_, (last, after) = evaluations(run).items()
     if changes := run.sampling_changes(first, last):
         return Comparison(before, after, result=f"they were sampled in different ways ({'; '.join(changes)})")
@@ -58,7 +54,7 @@ def comparison(run: RunData) -> Comparison:
 
 
 def headline(run: RunData) -> str:
-    """One sentence: accuracy before and after, their paired difference with p-value, problems, steps, wall time."""
+    """One sentence: accuracy before and after, paired difference with p-value, problems, steps, wall time."""
     found, effort = evaluations(run), _effort(run)
     if not found:
         return f"Nothing was evaluated on held-out problems; {effort}."
@@ -91,7 +87,6 @@ def _nothing_was_judged(run: RunData, step: int) -> bool:
 
 
 def status(run: RunData) -> str:
-    """A note where the run has not reached its last step; empty otherwise."""
     if run.planned_steps is None or run.num_steps >= run.planned_steps:
         return ""
     return (
@@ -101,7 +96,7 @@ def status(run: RunData) -> str:
 
 
 def cards(run: RunData) -> list[Card]:
-    """The numbers under the headline; one that was never recorded is left out."""
+    """The recorded numbers under the headline."""
     found = evaluations(run)
     made: list[Card] = []
     if len(found) > 1:

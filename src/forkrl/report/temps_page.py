@@ -24,11 +24,10 @@ _SWEEPS = (
     ("high", "at forks ({:g} elsewhere)", -0.06),
     ("low", "elsewhere ({:g} at forks)", 0.06),
 )
-"""Column that varies, label, and an offset so that neither bar hides the other."""
+"""Varied column, label, and an offset that keeps both bars visible."""
 
 
 def temps_page(results: Results, views: Sequence[View]) -> Page:
-    """The page of a sweep; ``views``: responses at a few settings."""
     table, facts, base = results.tables["settings"], results.facts, results.settings["temperature"]
     row, at = _at(table, "high", base, base), f"{base:g}"
     scale = f"{row['prompts']:,.0f} prompts, {row['samples']:,.0f} responses to each, at every setting"
@@ -50,14 +49,14 @@ def temps_page(results: Results, views: Sequence[View]) -> Page:
 
 
 def telling_temperatures(table: pd.DataFrame, base: float = 1.0) -> list[float]:
-    """Those that the headline speaks of: the lowest, if below ``base``, and the first above it, if any."""
+    """Temperatures of the headline: the lowest, if below ``base``, and the first above it, if any."""
     temperatures = sorted({*table["high"], *table["low"]})
     below, above = ([value for value in temperatures if sign * value > sign * base] for sign in (-1, 1))
     return [*below[:1], *above[:1]]
 
 
 def headline(table: pd.DataFrame, base: float = 1.0) -> str:
-    """What a lower and a higher temperature do at forks and elsewhere, with the intervals of the paired differences."""
+    """Effects of a lower and a higher temperature at forks and elsewhere, with paired intervals."""
     sentences = []
     for value in telling_temperatures(table, base):
         forks, elsewhere = (_effect(_at(table, varied, value, base)) for varied in ("high", "low"))
@@ -70,7 +69,7 @@ def headline(table: pd.DataFrame, base: float = 1.0) -> str:
 
 
 def _effect(row: pd.Series) -> str:
-    """What a setting does to accuracy: a verb, its object, and the interval of the paired difference."""
+    """Effect of a setting on accuracy: a verb, its object, and the interval of the paired difference."""
     points, low, high = (100 * value for value in interval_of(row, "difference"))
     if math.isnan(low):
         return f"changes accuracy by {points:+.1f} points (no interval from one prompt)"
@@ -82,7 +81,7 @@ def _effect(row: pd.Series) -> str:
 
 
 def sweep_rows(table: pd.DataFrame, varied: str, base: float = 1.0) -> pd.DataFrame:
-    """The settings in which ``varied`` ("high" or "low") takes every temperature and the other is ``base``, sorted."""
+    """Settings where ``varied`` ("high" or "low") varies and the other is ``base``, sorted."""
     return table[table[{"high": "low", "low": "high"}[varied]] == base].sort_values(varied)
 
 
@@ -126,25 +125,17 @@ def _sections(table: pd.DataFrame, base: float) -> list[Section]:
 
 
 def accuracy_against_temperature(table: pd.DataFrame, base: float = 1.0) -> Figure:
-    """The paper's Fig. 3: accuracy with 95% intervals, one line where forks get the temperature, one elsewhere.
-
-    Temperatures are drawn at even distances, so that 0 and 0.05 can be told apart.
-
-    Args:
-        table: as ``forkrl.analysis.temperature_table`` gives it.
-        base: the temperature that the rest stays at.
-    """
+    """Fig. 3 of the paper: accuracy with 95% intervals. Even spacing keeps temperatures 0 and 0.05 distinguishable."""
     return plot([_panel(table, "accuracy", "accuracy", base, percent=True)], "temperature")
 
 
 def length_and_broken(table: pd.DataFrame, base: float = 1.0) -> Figure:
-    """Mean length, and the share of broken outputs, with 95% intervals."""
     panels = [_panel(table, "length", "tokens", base), _panel(table, "broken", "broken", base, percent=True)]
     return plot(panels, "temperature")
 
 
 def surprise_against_temperature(table: pd.DataFrame, base: float = 1.0) -> Figure:
-    """How unlikely the unscaled model finds what was written, nats per token."""
+    """Negative log-prob of the responses under the unscaled model, nats per token."""
     return plot([_panel(table, "surprise", "nats per token", base)], "temperature")
 
 

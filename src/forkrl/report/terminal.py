@@ -12,7 +12,6 @@ from forkrl.report.page import Page
 
 
 def describe_page(page: Page) -> str:
-    """The page as lines for a terminal or a log."""
     lines = [page.headline, *(f"note: {note}" for note in page.notes)]
     if page.cards:
         lines += ["", *_aligned([[card.title, _value(card.before, card.value), card.note] for card in page.cards])]
@@ -23,7 +22,7 @@ def describe_page(page: Page) -> str:
 
 
 def table_cells(table: pd.DataFrame) -> list[list[str]]:
-    """The table with its header as texts; an estimate is one column: ``0.12 [0.1, 0.14]``."""
+    """Header and rows as text; an estimate is one column: ``0.12 [0.1, 0.14]``."""
     columns = [str(name) for name in table.columns]
     ends = {f"{name}{end}" for name in columns for end in ("_low", "_high") if f"{name}_low" in columns}
     shown = [name for name in columns if name not in ends]
@@ -54,7 +53,7 @@ def _value(before: str, value: str) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
-    """The cells in columns, two blanks apart; ``numbers``: all but the first column to the right."""
+    """Columns two blanks apart; ``numbers``: right-align all but the first."""
     rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

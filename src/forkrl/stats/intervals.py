@@ -1,7 +1,4 @@
-"""Scores with 95% intervals whose standard errors are *clustered by question*.
-
-Questions are drawn independently, samples of a question are not, so the standard error comes from the spread of the
-question means.
+"""Scores with 95% intervals whose standard errors are *clustered by question*: only questions are drawn independently.
 
 Axes: ``P`` questions, ``K`` samples per question.
 """
@@ -24,8 +21,6 @@ _ROUNDING = 1e-12
 
 
 class Estimate(NamedTuple):
-    """A mean and the ends of its 95% interval."""
-
     mean: float
     low: float
     high: float
@@ -35,42 +30,36 @@ class Estimate(NamedTuple):
 
 
 def as_columns(name: str, estimate: Estimate) -> dict[str, float]:
-    """The estimate as three columns of a table: ``name``, ``name_low``, ``name_high``."""
+    """Columns ``name``, ``name_low`` and ``name_high``."""
     return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def mean_with_interval(scores: Scores) -> Estimate:
-    """Mean score with a Wilson interval at the effective sample size of the clustered standard error.
+    """Mean score with Wilson's interval at the effective sample size of the clustered standard error.
 
-    With ``p`` the mean and ``SE`` its standard error, ``n = p (1 - p) / SE^2`` is the number of independent yes-or-no
-    draws that would be as uncertain. It is clipped to P (samples of a question always agree) to P·K (they are
-    independent); at ``p = 0`` and ``p = 1`` it is P. Wilson's interval keeps its coverage near 0 and 1.
-
-    Args:
-        scores: ``[P, K]`` in [0, 1].
+    With mean ``p`` and standard error ``SE``, ``n = p (1 - p) / SE^2`` binary draws are equally uncertain, clipped to P
+    (samples always agree) to P·K (independent); at ``p = 0`` and ``p = 1`` it is P. Wilson's interval keeps its
+    coverage near 0 and 1. ``scores``: ``[P, K]`` in [0, 1].
     """
     scores_PK = _as_shares(scores)
     return _wilson_of_means(scores_PK.mean(axis=1), most=scores_PK.size)
 
 
 def mean_with_normal_interval(values: Scores) -> Estimate:
-    """Mean of any finite quantity ``[P, K]`` with Student's interval; with one question the ends are NaN."""
+    """Mean of any finite quantity ``[P, K]`` with Student's interval; NaN ends with one question."""
     return _student(_as_matrix(values).mean(axis=1))
 
 
 def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
-    """How much higher ``scores_b`` are than ``scores_a`` on the same questions: mean(b) - mean(a), in [-1, 1].
+    """mean(b) - mean(a) in [-1, 1] on the same questions; NaN ends with one question.
 
-    The variance of the difference of two responses to the same question, divided by the squared standard error, is the
-    effective number of pairs; it is clipped to P to P times the larger number of samples. Bonett and Price (2012) add
-    one pair with difference 1 and one with -1 to the normal interval, so it has a width even if all responses agree.
+    The effective number of pairs is the variance of the difference of two responses to a question over the squared
+    standard error, clipped to P to P times the larger K. Bonett and Price (2012) add one pair with difference 1 and one
+    with -1 to the normal interval, so it has a width even if all responses agree.
 
     Args:
         scores_a: ``[P, K]`` in [0, 1], before.
         scores_b: ``[P, K']`` in [0, 1], after; row p is the same question.
-
-    Returns:
-        The difference; with one question the ends are NaN.
     """
     a_PK, b_PK = _as_shares(scores_a), _as_shares(scores_b)
     _check_pairs(a_PK, b_PK)
@@ -80,13 +69,7 @@ def paired_difference(scores_a: Scores, scores_b: Scores) -> Estimate:
 
 
 def paired_difference_of_values(values_a: Sequence[float], values_b: Sequence[float], num_draws: float) -> Estimate:
-    """``paired_difference`` for one value in [0, 1] per question and side, such as pass@k or a majority vote.
-
-    Args:
-        values_a: ``[P]``, chances of a right draw, before.
-        values_b: ``[P]``, after.
-        num_draws: as in :func:`mean_of_question_values`.
-    """
+    """``paired_difference`` for ``[P]`` values as in :func:`mean_of_question_values`."""
     a_P1, b_P1 = (_as_shares([[value] for value in values]) for values in (values_a, values_b))
     _check_pairs(a_P1, b_P1)
     return _paired((b_P1 - a_P1)[:, 0], float((a_P1 + b_P1 - 2 * a_P1 * b_P1).mean()), num_draws)
@@ -100,29 +83,19 @@ def paired_normal_difference(values_a: Scores, values_b: Scores) -> Estimate:
 
 
 def mean_of_question_values(values: Sequence[float], num_draws: float) -> Estimate:
-    """Mean over questions of one value in [0, 1] each, with a 95% interval.
-
-    For values that are not means of samples, such as pass@k or a majority vote; Wilson's interval as in
-    :func:`mean_with_interval`.
+    """Mean over questions of one value in [0, 1] each, such as pass@k, with Wilson's interval.
 
     Args:
-        values: ``[P]``, chances of a right draw.
-        num_draws: largest number of independent draws behind each value. For a value made from all ways to draw k of K
-            samples that is K / k (Hoeffding's bound on the variance of a U-statistic).
+        values: ``[P]``, probability of a right draw.
+        num_draws: largest number of independent draws behind each value: K / k if it averages over all ways to draw
+            k of K samples (Hoeffding's bound on the variance of a U-statistic).
     """
     values_P1 = _as_shares([[value] for value in values])
     return _wilson_of_means(values_P1[:, 0], most=values_P1.size * num_draws)
 
 
 def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates with equal weights, such as a score averaged over benchmarks.
-
-    Each end's distance from the mean is the root of the summed squares of the estimates' own distances, divided by
-    their number (MOVER, Zou and Donner 2008); intervals need not be symmetric.
-
-    Returns:
-        The mean; its ends are NaN if those of an estimate are.
-    """
+    """Unweighted mean of independent estimates; MOVER interval (Zou and Donner 2008), NaN if any end is NaN."""
     mean = math.fsum(estimate.mean for estimate in estimates) / len(estimates)
     below = math.hypot(*(estimate.mean - estimate.low for estimate in estimates)) / len(estimates)
     above = math.hypot(*(estimate.high - estimate.mean for estimate in estimates)) / len(estimates)
@@ -130,61 +103,53 @@ def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
 
 
 class ClusterSums:
-    """Means over tokens (or other small units) with intervals clustered by question, in constant memory.
+    """Ratio means over tokens (or other small units) with intervals clustered by question, in constant memory.
 
-    Questions are met one at a time; of each, only sums enter: a mean is a sum over a count, both random, and its
-    standard error is the delta method's, ``sqrt(C / (C - 1) * sum_c e_c^2)`` over the ``C`` questions that count, with
-    ``e_c = (y_c - mean * n_c) / sum(n)`` the pull of question c on the mean. The interval is Student's with C - 1
-    degrees of freedom; with one question its ends are NaN.
-
-    Args:
-        width: sums kept of each question.
+    Accumulates ``width`` sums per question. A mean is a sum over a count, both random; its standard error is the delta
+    method's, ``sqrt(C / (C - 1) * sum_c e_c^2)`` over ``C`` counted questions, with the influence ``e_c = (y_c - mean *
+    n_c) / sum(n)`` of question c. Student's interval with C - 1 degrees of freedom; NaN ends with one question.
     """
 
     def __init__(self, width: int) -> None:
-        self._questions = np.zeros(width)  # in which the sum is not 0
+        self._questions = np.zeros(width)  # number with a nonzero sum
         self._sums = np.zeros(width)
         self._products = np.zeros((width, width))
 
     def add(self, sums: Sequence[float] | _Array) -> None:
-        """The ``[width]`` sums of one question."""
+        """Add the ``[width]`` sums of one question."""
         vector = np.asarray(sums, dtype=np.float64)
         self._questions += vector != 0
         self._sums += vector
         self._products += np.outer(vector, vector)
 
     def total(self, index: int) -> float:
-        """The sum over all questions."""
         return float(self._sums[index])
 
     def mean(self, value: int, count: int) -> Estimate:
-        """``sum(value) / sum(count)``; NaN where nothing was counted."""
+        """``sum(value) / sum(count)``; NaN if the count is 0."""
         mean, pull = self._mean_and_pull(value, count)
         return self._estimate(mean, pull, self._questions[count])
 
     def share(self, value: int, count: int, most: float | None = None) -> Estimate:
-        """A mean of zeros and ones, with Wilson's interval at the effective sample size, as ``mean_with_interval``.
-
-        ``most``: the largest that size can be; None: all that were counted.
-        """
+        """A mean of zeros and ones with Wilson's interval; ``most``: maximum effective size, default the count."""
         mean, pull = self._mean_and_pull(value, count)
         if math.isnan(mean):
             return Estimate(mean, math.nan, math.nan)
-        # Clusters of unequal size are worth as many equal ones as Kish's effective number of them says.
+        # Kish's effective number of equal clusters for clusters of unequal size.
         clusters = float(self._sums[count] ** 2 / self._products[count, count])
         most = self._sums[count] if most is None else most
         error = self._squared_error(pull, self._questions[count])
         return _wilson(mean, _effective_size(mean * (1 - mean), error, clusters, most))
 
     def difference(self, before: tuple[int, int], after: tuple[int, int]) -> Estimate:
-        """The mean ``after`` minus the mean ``before``, pairs as in ``mean``; questions are shared, so it is paired."""
+        """Mean ``after`` minus mean ``before``, (value, count) as in ``mean``; paired, as questions are shared."""
         mean_before, pull_before = self._mean_and_pull(*before)
         mean_after, pull_after = self._mean_and_pull(*after)
         questions = min(self._questions[before[1]], self._questions[after[1]])
         return self._estimate(mean_after - mean_before, pull_after - pull_before, questions)
 
     def _mean_and_pull(self, value: int, count: int) -> tuple[float, _Array]:
-        """The mean, and the ``[width]`` weights with which a question's sums pull on it."""
+        """The mean, and the ``[width]`` weights of a question's sums in its influence on the mean."""
         pull = np.zeros(len(self._sums))
         if not self._sums[count]:
             return math.nan, pull
@@ -200,15 +165,15 @@ class ClusterSums:
         return Estimate(mean, mean - half, mean + half)
 
     def _squared_error(self, pull: _Array, questions: float) -> float:
-        """Of a mean over ``questions`` questions with these pulls; 0 for one question, whose spread is unknown."""
-        squares = max(float(pull @ self._products @ pull), 0.0)  # the pulls themselves sum to 0
+        """Squared standard error of a mean over ``questions`` questions; 0 for one, whose spread is unknown."""
+        squares = max(float(pull @ self._products @ pull), 0.0)  # influences sum to 0
         return squares * float(questions) / max(float(questions) - 1, 1)
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
     """Unbiased probability that at least one of ``k`` samples is right: ``1 - C(n - c, k) / C(n, k)``.
 
-    The estimator of arXiv 2107.03374, eq. 1, in exact integers.
+    Computed in exact integers (arXiv 2107.03374, eq. 1).
     """
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct = {num_correct} is not between 0 and num_samples = {num_samples}")
@@ -219,13 +184,7 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def mean_pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> Estimate:
-    """Mean pass@k over questions, with the interval of :func:`mean_of_question_values`.
-
-    Args:
-        num_correct: ``[P]``, right samples of each question.
-        num_samples: samples of each question.
-        k: draws allowed.
-    """
+    """Mean pass@k, with the interval of :func:`mean_of_question_values`; ``num_correct``: ``[P]``."""
     values = [pass_at_k(correct, num_samples, k) for correct in num_correct]
     return mean_of_question_values(values, num_samples / k)
 
@@ -248,7 +207,6 @@ def _squared_error(means_P: _Array) -> float:
 
 
 def _wilson_of_means(means_P: _Array, most: float) -> Estimate:
-    """Wilson's interval of the mean over questions; ``most``: the largest effective sample size."""
     mean = float(means_P.mean())
     return _wilson(mean, _effective_size(mean * (1 - mean), _squared_error(means_P), len(means_P), most))
 
@@ -257,12 +215,12 @@ def _wilson(mean: float, size: float) -> Estimate:
     """Wilson's interval at ``size`` independent draws."""
     shrunk = (mean + Z95**2 / (2 * size)) / (1 + Z95**2 / size)
     half = Z95 * math.sqrt(mean * (1 - mean) / size + Z95**2 / (4 * size**2)) / (1 + Z95**2 / size)
-    # Rounding must not push an end past the mean: at p = 0 and p = 1 they coincide.
+    # Rounding must not push an end past the mean, which it equals at p = 0 and p = 1.
     return Estimate(mean, min(mean, max(0.0, shrunk - half)), max(mean, min(1.0, shrunk + half)))
 
 
 def _effective_size(variance: float, squared_error: float, clusters: float, most: float) -> float:
-    """Independent draws of this variance that would be as uncertain, from ``clusters`` to ``most``."""
+    """Independent draws of this variance that would be as uncertain, clipped to [``clusters``, ``most``]."""
     if clusters <= 1 or variance < _ROUNDING:
         return clusters
     if squared_error == 0:
@@ -281,7 +239,6 @@ def _student(means_P: _Array) -> Estimate:
 
 
 def _student_quantile(freedom: float) -> float:
-    """97.5% quantile of Student's t."""
     return float(stdtrit(freedom, 0.975))
 
 

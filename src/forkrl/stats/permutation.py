@@ -1,4 +1,4 @@
-"""Whether two evaluations of the same questions differ by more than chance: a permutation test and its interval.
+"""Permutation test of whether two evaluations of the same questions differ, with a consistent interval.
 
 Axes: ``P`` questions, ``K`` samples of each (``K_a`` and ``K_b`` may differ), ``D`` draws.
 """
@@ -18,16 +18,16 @@ DRAWS = 20_000
 LEVEL = 0.05
 _BATCH = 500
 _ROUNDING = 1e-9
-"""Differences that are equal except for rounding count as equal."""
+"""Tolerance for equal differences."""
 
 Floats = npt.NDArray[np.float64]
 Pair = tuple[Floats, Floats]
 
 
 class PairedTest(NamedTuple):
-    """Mean of B minus mean of A with its 95% interval, and a two-sided p-value below 5% iff the interval excludes 0.
+    """Mean of B minus mean of A with a 95% interval, and a two-sided p-value below 5% iff the interval excludes 0.
 
-    ``method``: "exact", or "draws" where ``DRAWS`` random permutations replace all of them.
+    ``method``: "exact", or "draws" for ``DRAWS`` random permutations.
     """
 
     difference: Estimate
@@ -39,12 +39,11 @@ def paired_test(a_PK: Floats, b_PK: Floats, seed: int = 0) -> PairedTest:
     """Test whether two evaluations have the same mean score.
 
     Under the null hypothesis the K_a + K_b responses to a question are exchangeable, so they are pooled and re-dealt.
-    :func:`_reconcile` makes p-value and interval agree.
 
     Args:
         a_PK: ``[P, K_a]`` scores in [0, 1], before.
         b_PK: ``[P, K_b]``, after; row p is the same question.
-        seed: of the random deals, for scores other than 0 and 1.
+        seed: for the random deals, used unless all scores are 0 or 1.
     """
     difference = paired_difference(a_PK, b_PK)
     if _is_binary(a_PK, b_PK):
@@ -56,7 +55,7 @@ def paired_test(a_PK: Floats, b_PK: Floats, seed: int = 0) -> PairedTest:
 
 
 def pooled_paired_test(pairs: Sequence[Pair], seed: int = 0) -> PairedTest:
-    """The same for the mean difference over several benchmarks with equal weights."""
+    """``paired_test`` for the unweighted mean difference over several benchmarks."""
     generator = np.random.default_rng(seed)
     difference = mean_of_estimates([paired_difference(a_PK, b_PK) for a_PK, b_PK in pairs])
     deals_D = np.mean([_drawn_deals(a_PK, b_PK, generator) for a_PK, b_PK in pairs], axis=0)
@@ -64,7 +63,7 @@ def pooled_paired_test(pairs: Sequence[Pair], seed: int = 0) -> PairedTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: rejecting those below 5% errs in any of the tests at most 5% of the time."""
+    """Holm's adjusted p-values: rejecting those below 5% has a family-wise error rate of at most 5%."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -74,11 +73,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _reconcile(difference: Estimate, permutation_p: float) -> tuple[Estimate, float]:
-    """Make permutation test and interval agree: significant at 5% iff the interval excludes 0.
+    """Make p-value and interval agree: take the larger p of both; if not below 5%, extend the interval to 0.
 
-    The test asks whether A and B differ on these questions, the interval what other questions would give. The p-value
-    is the larger of the test's and the interval's; if it is not below 5%, the interval is extended to 0. One question
-    tells nothing about others: no interval, p = 1.
+    The test is about these questions, the interval about new ones. With one question: no interval, p = 1.
     """
     if math.isnan(difference.low):
         return difference, 1.0
@@ -95,14 +92,11 @@ def _is_binary(a_PK: Floats, b_PK: Floats) -> bool:
 
 
 def _all_deals(a_PK: Floats, b_PK: Floats) -> tuple[Floats, Floats]:
-    """Every mean difference that re-dealing scores of 0 and 1 can give, and its probability.
-
-    The number of right responses dealt to B is hypergeometric for each question; the total is their convolution.
-    """
+    """Every mean difference from re-dealing scores of 0 and 1, with its probability (convolved hypergeometrics)."""
     samples_a, samples_b = a_PK.shape[1], b_PK.shape[1]
     right_P = [round(float(right)) for right in a_PK.sum(axis=1) + b_PK.sum(axis=1)]
     chances_of = {right: _hypergeometric(right, samples_a, samples_b) for right in set(right_P)}
-    chances, lowest = np.ones(1), 0  # of B's total, counted from ``lowest``
+    chances, lowest = np.ones(1), 0  # of B's total, from ``lowest``
     for right in right_P:
         chances = np.convolve(chances, chances_of[right])
         lowest += max(0, right - samples_a)
@@ -112,7 +106,7 @@ def _all_deals(a_PK: Floats, b_PK: Floats) -> tuple[Floats, Floats]:
 
 
 def _hypergeometric(right: int, samples_a: int, samples_b: int) -> Floats:
-    """Probability of each number of right responses dealt to B, from the smallest possible number."""
+    """Probability of each number of right responses dealt to B, from the smallest possible."""
     numbers = range(max(0, right - samples_a), min(right, samples_b) + 1)
     wrong, ways = samples_a + samples_b - right, math.comb(samples_a + samples_b, samples_b)
     return np.array([math.comb(right, x) * math.comb(wrong, samples_b - x) / ways for x in numbers])
@@ -125,7 +119,7 @@ def _drawn_deals(a_PK: Floats, b_PK: Floats, generator: np.random.Generator) -> 
         return generator.choice(values, DRAWS, p=chances / chances.sum())
     pooled = np.concatenate([a_PK, b_PK], axis=1)
     (questions, samples_a), samples_b = a_PK.shape, b_PK.shape[1]
-    sums_D = np.empty(DRAWS)  # of all scores that B is dealt
+    sums_D = np.empty(DRAWS)  # of the scores dealt to B
     for start in range(0, DRAWS, _BATCH):
         sums_P, wanted_P = np.zeros((_BATCH, questions)), np.full((_BATCH, questions), samples_b)
         for left, score_P in zip(range(pooled.shape[1], 0, -1), pooled.T, strict=True):
@@ -138,7 +132,7 @@ def _drawn_deals(a_PK: Floats, b_PK: Floats, generator: np.random.Generator) -> 
 
 
 def _drawn_p(deals_D: Floats, observed: float) -> float:
-    """The observed deal counts as one more draw, so the p-value is never 0 and the test keeps its level."""
+    """Counts the observed deal as a draw, so p is never 0 and the test keeps its level."""
     return (int(_is_extreme(deals_D, observed).sum()) + 1) / (len(deals_D) + 1)
 
 
