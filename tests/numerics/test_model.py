@@ -12,11 +12,13 @@ from transformers import DynamicCache
 
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
+from forkrl.head import token_stats
+from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.growing_cache import build_cache
-from forkrl.types import Prompt, SamplingParams
+from forkrl.types import Prompt, SamplingParams, TokenBatch, TokenStats
 from tests.models import random_policy
 
 
@@ -24,6 +26,23 @@ def saved(policy: Policy, folder: Path) -> str:
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_the_recipe_names_the_backend_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = open_policy(ModelConfig(path=saved(random_policy(), tmp_path), head="chunked"), "cpu")
+    backends: list[str] = []
+
+    def recording(*tensors: torch.Tensor, backend: str, **options: Any) -> TokenStats:
+        backends.append(backend)
+        return token_stats(*tensors, backend=backend, **options)
+
+    monkeypatch.setattr("forkrl.model.forward.token_stats", recording)
+    ids_BT = torch.ones(1, 3, dtype=torch.int64)
+    mask_BT, zeros_BT = ids_BT.bool(), torch.zeros(1, 3)
+    compute_token_stats(
+        policy, TokenBatch(ids_BT, ids_BT, mask_BT, mask_BT, zeros_BT, zeros_BT, torch.zeros(1)), temperature=1.0
+    )
+    assert backends == ["chunked"]
 
 
 def test_recomputing_activations_runs_layers_twice_and_changes_no_gradient(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_kernels_that_fail_or_deviate_are_an_error_that_names_the_remedy(
         for _ in range(2):  # a failed check is repeated
             with pytest.raises(UserError, match=message) as raised:
                 run()
-            assert "backend=chunked" in str(raised.value) and "\n" not in str(raised.value)
+            assert "model.head=chunked" in str(raised.value) and "\n" not in str(raised.value)
     run()
     assert len(backend._checked) == 1
     monkeypatch.setattr(backend, "_probe", failing)

@@ -16,6 +16,7 @@ from tests.verl_recipes import CPU, MIX, ONE_GYM, PATHS, recipe
 REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ("seed", ["seed=2147483648"], "take one below 2147483648"),
     ("model.revision", ["model.revision=main"], "download that revision to a folder"),
+    ("model.head", ["model.head=chunked"], "verl computes log-probs and entropies itself"),
     ("task.curriculum.promote_above", [*ONE_GYM, "task.curriculum.promote_above=0.7"], "set difficulty instead"),
     (
         "dynamic_sampling.generation_prompts",

@@ -299,6 +299,8 @@ REFUSED = (
     Refusal("model.revision", "any",
             "verl takes a folder; download that revision to a folder, and set model.path to it",
             lambda c: c.model.revision is not None),
+    Refusal("model.head", 'other than "auto"', "verl computes log-probs and entropies itself; drop it",
+            lambda c: c.model.head != "auto"),
     *(
         Refusal(f"task.curriculum.{name}", "any", "verl draws from all prompts alike, and cannot follow the accuracy")
         for name in ("promote_above", "demote_below", "window", "start", "max_level")

@@ -25,6 +25,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the matrix products (autocast). Weights and optimizer state are always fp32."""
+    head: Literal["auto", "chunked", "triton"] = "auto"
+    """Log-probs and entropies of an update by Triton kernels or by chunked matrix products; "auto": Triton for 16-bit
+    tensors on a CUDA device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

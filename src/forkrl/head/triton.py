@@ -91,7 +91,7 @@ def _check_kernels(hidden_RD: Tensor, targets_R: Tensor, head: Head) -> None:
     variant = (hidden_RD.device, hidden_RD.dtype, hidden_RD.shape[1], head.bias is None, head.entropy_grad)
     if variant in _checked or not len(hidden_RD):
         return
-    remedy = 'use backend="chunked" (backend=chunked) and report this with the GPU and the version of Triton'
+    remedy = 'use backend="chunked" (recipe: model.head=chunked) and report this with the GPU and the version of Triton'
     try:
         stats_2R, gradient_RD, _ = _probe(_scan_rows, _backward_slices, hidden_RD, targets_R, head)
     except torch.OutOfMemoryError:

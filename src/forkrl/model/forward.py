@@ -51,6 +51,7 @@ def head_stats(
             batch.targets[at_BT],
             temperature=temperature,
             bias=policy.head_bias,
+            backend=policy.head,
             entropy_grad=entropy_grad,
         )
     empty_BT = hidden_ND.new_zeros(at_BT.shape, dtype=stats_N.logprobs.dtype)

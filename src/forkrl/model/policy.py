@@ -39,11 +39,18 @@ if TYPE_CHECKING:  # loads pydantic, which only recipes need
 class Policy:
     """A causal language model with its tokenizer: hidden states, head weights, precision."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        precision: str = "fp32",
+        head: str = "auto",
+    ) -> None:
         use_grouped_attention(model)
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
+        self.head = head  # backend of token_stats
         # transformers renamed this argument; models with custom code keep the old name.
         takes_cache = "cache" in inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if takes_cache else "past_key_values"
@@ -153,7 +160,7 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
         model.disable_input_require_grads()  # only adapters need it, and its hook cannot be pickled
     model.eval()
     torch.nn.Module.to(model, pick_device(device))
-    policy = Policy(model, tokenizer, config.precision)
+    policy = Policy(model, tokenizer, config.precision, config.head)
     require_supported(policy, config.path)
     return policy
 

@@ -346,7 +346,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     reference = None
     if config.loss.kl_coef:
         frozen = copy.deepcopy(policy.model).requires_grad_(False)
-        reference = Policy(frozen, policy.tokenizer, policy.precision)
+        reference = Policy(frozen, policy.tokenizer, policy.precision, policy.head)
     workers = stack.enter_context(open_workers(policy, reference, config.runtime))
     engine = (plug_ins.engine or open_engine)(workers, config)
     engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
