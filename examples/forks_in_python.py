@@ -1,4 +1,4 @@
-"""See where a model forks, from Python: measure responses, look at types, compare two models, colour a response.
+"""Where a model forks, from Python: measure responses, list token types, compare two models, colour a response.
 
 python examples/forks_in_python.py
 """
@@ -14,7 +14,7 @@ from forkrl.model.policy import open_policy
 from forkrl.report import coloured_response
 from forkrl.report.analyze_page import entropy_histogram
 
-# Any model and tokenizer of transformers will do; this one ships with ForkRL.
+# Any transformers model and tokenizer works; this one ships with ForkRL.
 policy = open_policy(ModelConfig(path="embedded:countdown-base"))
 model, tokenizer = policy.model, policy.tokenizer
 
@@ -33,7 +33,7 @@ print(analysis.token_types(tokens, min_count=3, threshold=threshold).round(3))
 print(analysis.correct_against_incorrect(tokens, threshold).round(3).T)
 entropy_histogram(analysis.entropy_histogram(tokens), threshold).savefig("histogram.svg")
 
-# The same tokens under a model that has changed: here the same one, at other weights.
+# The same tokens under changed weights, as after training.
 with torch.no_grad():
     model.get_output_embeddings().weight.mul_(1.5)
 sharper = analysis.measure_tokens(model, tokenizer, prompts, responses)

@@ -1,10 +1,10 @@
-"""A verifier of your own: as a function, and behind an HTTP server. docs/verifiers.md says what it may do.
+"""A custom verifier: as a function, and behind an HTTP server. See docs/verifiers.md.
 
-python examples/own_verifier.py            # judges a few responses both ways
+python examples/own_verifier.py            # scores a few responses both ways
 python examples/own_verifier.py 8000       # serves; in a recipe: task.verifier = "http://127.0.0.1:8000/"
 
-In a recipe the function is task.verifier = "own_verifier:near", with task.verifier_options.tolerance = 0.01, where
-Python finds own_verifier.py: in the folder that forkrl is started in, or on PYTHONPATH.
+In a recipe the function is task.verifier = "own_verifier:near", with task.verifier_options.tolerance = 0.01.
+own_verifier.py must be in the folder where forkrl is started, or on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def near(answer: str, response: str, *, tolerance: float = 0.0) -> Judgement:
-    """1 where the last number of the response is the answer, give or take the tolerance."""
+    """1 if the last number of the response equals the answer within the tolerance."""
     numbers = NUMBER.findall(response[-1000:])
     if not numbers:
         return Judgement(0.0, answer="")
@@ -32,7 +32,7 @@ def near(answer: str, response: str, *, tolerance: float = 0.0) -> Judgement:
 
 
 class JudgeByPost(BaseHTTPRequestHandler):
-    """POST {"answer", "response"} gives {"score", "answer"}."""
+    """POST {"answer", "response"} returns {"score", "answer"}."""
 
     protocol_version = "HTTP/1.1"  # keeps connections open
 
@@ -40,7 +40,7 @@ class JudgeByPost(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         try:
             judgement = near(asked["answer"], asked["response"], tolerance=0.01)
-        except ValueError as error:  # any status but 200 is a failure that names it; 429 and 5xx are tried again first
+        except ValueError as error:  # any status but 200 is a failure that names it; 429 and 5xx are retried first
             self.send_error(422, str(error))
             return
         body = json.dumps(judgement._asdict()).encode()
@@ -50,11 +50,11 @@ class JudgeByPost(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """A line a request would be too many."""
+        """No log line per request."""
 
 
 def show(title: str, pool: VerifierPool) -> None:
-    """Judge in the pool's processes, while this one is free to do something else."""
+    """Score in the pool's processes; this process is not blocked."""
     batch = [
         (Prompt(id="pi", text="What is pi, roughly?", answer="3.14159"), "It is about 3.14"),
         (Prompt(id="pi", text="What is pi, roughly?", answer="3.14159"), "Let me think."),
