@@ -14,7 +14,7 @@ import pytest
 
 from forkrl.analysis import temperature_table
 from forkrl.commands.report import write_report
-from forkrl.store.results import read_table
+from forkrl.store.results import read_results, read_table
 from tests.smoke.test_eval import DATASET, SHORT
 from tests.smoke.world import Run, World, write_prompts
 
@@ -236,9 +236,9 @@ def test_a_run_is_swept_around_its_own_temperature(world: World) -> None:
     ]  # fmt: skip
     assert found["rows"][1]["difference"] is not None
     assert world.run("eval", "warm", *SWEEP, "--out", "at-half", without_report=True).code == 0
-    (evaluated,) = json.loads((world.folder / "at-half/results.json").read_text())["benchmarks"]
+    (evaluated,) = read_results(world.folder / "at-half").tables["benchmarks"].to_dict("records")
     base = found["rows"][0]
-    measured = (evaluated["accuracy"]["mean"], evaluated["length"]["mean"])
+    measured = (evaluated["accuracy"], evaluated["length"])
     assert measured == pytest.approx((base["accuracy"], base["length"]))
     rows = responses(sweep)
     first = rows[(rows.high == 0.5) & (rows.low == 0.5) & (rows["sample"] == 0)].iloc[0]

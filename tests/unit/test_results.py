@@ -65,7 +65,7 @@ def test_results_read_as_they_were_written(tmp_path: Path) -> None:
     assert (results.settings, results.facts) == ({"seed": 1}, {"accuracy": None, "n": 2})
     assert results.tables["a"]["x"].tolist() == [1.5] and results.tables["empty"].empty
     assert {"forkrl", "torch"} <= results.versions.keys()
-    assert results.command.startswith("forkrl ")
+    assert results.command.startswith("forkrl")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ def run_train(options: TrainOptions) -> int:
     from forkrl.store.resuming import stored_config
     from forkrl.store.run_folder import refuse_occupied
 
+    if options.resume is not None and options.out is not None:
+        raise UserError("--resume continues in the run's own folder; drop --out")
     trainer = [] if options.trainer is None else [f"runtime.trainer={options.trainer}"]
     recipe, overrides = options.recipe, [*options.overrides, *trainer]
     changed = {override.partition("=")[0].strip() for override in overrides}
@@ -40,8 +42,6 @@ def run_train(options: TrainOptions) -> int:
         refuse_occupied(out)
         if config.runtime.trainer == "local":
             model_location(config.model.path)
-    elif options.out is not None:
-        raise UserError("--resume continues in the run's own folder; drop --out")
 
     from forkrl.store.interruption import Interrupted
 
