@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the process."""
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: closed before the start
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

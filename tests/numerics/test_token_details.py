@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from forkrl.analysis import entropy_summary, measure_tokens, token_details
+from forkrl.analysis.measure import response_token_ids
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 from forkrl.model.policy import open_policy
@@ -112,6 +115,13 @@ def test_what_a_notebook_cannot_have_measured(prompts: list[str], responses: lis
     policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
     with pytest.raises(ValueError, match=says):
         measure_tokens(policy.model, policy.tokenizer, prompts, responses)
+
+
+def test_a_response_that_its_tokenizer_changes_is_refused() -> None:
+    tokenizer = copy.deepcopy(open_policy(ModelConfig(path="embedded:countdown-base"), "cpu").tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("  ", " ")
+    with pytest.raises(UserError, match=r"r0: response does not tokenise back: from character 3 on ' 2' becomes '2'"):
+        response_token_ids(tokenizer, "5  2", "r0")
 
 
 def test_a_notebooks_model_may_be_in_bf16_and_no_other_half() -> None:

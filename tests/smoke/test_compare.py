@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from forkrl.commands.report import write_report
 from forkrl.store.results import read_results
 from tests.fabricated_evaluation import random_responses, write_evaluation, write_lines
 from tests.report_page import Page
@@ -48,6 +49,8 @@ def test_a_comparison_is_printed_and_written(world: World, evals: Path) -> None:
     assert list(stored.tables) == ["benchmarks", "passes", "budget", "spending", "changes", "mean"]
     page = Page(world.folder / "analyses/a-vs-b/report.html")
     assert lines[0] in page.text and "What is q00" in page.text
+    assert (stored.settings["a"]["folder"], stored.settings["b"]["folder"]) == ("evals/a", "evals/b")
+    assert write_report(stored.folder).read_text() == page.source
     again = world.run("compare", "evals/a", "evals/b")
     assert again.stdout == outcome.stdout, "the same command gives the same numbers"
 

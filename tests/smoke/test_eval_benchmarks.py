@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from forkrl.commands.report import write_report
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError
 from forkrl.evaluation.folder import read_results
@@ -76,9 +77,18 @@ def failures(figures: dict[str, Any]) -> int:
     return sum(int(value) for name, value in figures.items() if name.startswith("failed_"))
 
 
-def timeless(folder: Path) -> list[dict[str, Any]]:
-    """The figures without the clock."""
-    return [{key: value for key, value in each.items() if key not in CLOCK} for each in benchmarks(folder)]
+def timeless(folder: Path) -> dict[str, list[dict[Any, Any]]]:
+    """The rows of every table by benchmark, without the clock; None where a figure is unknown."""
+    return {
+        name: sorted(
+            (
+                {key: None if value != value else value for key, value in row.items() if key not in CLOCK}
+                for row in table.to_dict("records")
+            ),
+            key=lambda row: str(row.get("benchmark")),
+        )
+        for name, table in read_results(folder).tables.items()
+    }
 
 
 def responses(folder: Path, name: str) -> list[str]:
@@ -179,13 +189,32 @@ def test_a_finished_evaluation_samples_nothing_and_judges_nothing(here: World, w
     ]
     assert run(here, "eval", "wide", *BOTH, *SHORT, "--out", "again", faults=faults).code == 0
     assert benchmarks(copy) == benchmarks(whole)
+    assert timeless(copy) == timeless(whole)
+
+
+def test_a_damaged_table_is_rewritten_by_the_same_command(here: World, whole: Path) -> None:
+    copy = shutil.copytree(whole, here.folder / "torn")
+    (copy / "tables" / "passes.csv").write_text("")
+    outcome = run(here, "eval", "wide", *BOTH, *SHORT, "--out", "torn")
+    assert outcome.code == 0 and "passes.csv: cannot be read" in outcome.stderr, outcome
+    assert timeless(copy) == timeless(whole)
+
+
+def test_the_page_can_be_written_again(whole: Path) -> None:
+    page = (whole / "report.html").read_text()
+    assert write_report(whole).read_text() == page
 
 
 def test_a_further_benchmark_joins_the_folder(here: World, whole: Path) -> None:
     command = ("eval", "wide", "--mirror", "mirror", *SHORT, "--out", "joined")
     for name in reversed(NAMES):
         assert run(here, *command, "--bench", name).code == 0
-    assert sorted(timeless(here.folder / "joined"), key=lambda each: str(each["benchmark"])) == timeless(whole)
+    joined, expected = timeless(here.folder / "joined"), timeless(whole)
+    assert joined.pop("mean") == [pytest.approx(row) for row in expected.pop("mean")]  # summed in another order
+    assert joined == expected
+    order = [row["benchmark"] for row in benchmarks(here.folder / "joined")]
+    assert run(here, *command, "--bench", order[0]).code == 0
+    assert [row["benchmark"] for row in benchmarks(here.folder / "joined")] == order
 
 
 def test_the_first_problems(here: World) -> None:
@@ -250,13 +279,13 @@ def test_what_could_not_be_judged_is_judged_again(own_world: World) -> None:
     folder = own_world.folder / "out"
     (figures,) = benchmarks(folder)
     failed = [each for each in lines(folder, "scores", "prompts") if each["failure"]]
-    assert figures["failed_error"] == len(failed) and 0 < len(failed) < 96
+    assert failures(figures) == figures["failed_error"] == len(failed) and 0 < len(failed) < 96
     assert f"({len(failed)} by error); the same command judges them again" in outcome.stdout
     (own_world.folder / "broken").unlink()
     never = {"point": "token", "count": 7, "signal": signal.SIGKILL}
     assert run(own_world, *command, faults=[never]).code == 0
     (again,) = benchmarks(folder)
-    assert again["failed_error"] == 0 and figures["first_failure"] and not again["first_failure"]
+    assert failures(again) == 0 and figures["first_failure"] and not again["first_failure"]
     assert len(lines(folder, "scores", "prompts")) == 96 + len(failed)
     assert again["seconds"] == figures["seconds"]
 

@@ -105,12 +105,18 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
     assert not (tmp_path / "cut" / ".checkpoints").exists()
 
 
-def test_a_folder_in_use_is_refused_and_a_diverging_loss_stops(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_and_a_diverging_loss_stops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(tomli_w.dumps(recipe_toml(TINY)))
     assert main(["sft", str(recipe), "--out", str(tmp_path / "taken")]) == 2
+    assert "the folder is not empty; name a new one" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the folder is not empty"):
+        sft.make_base_model(TINY, tmp_path / "taken", recipe="tiny")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.tex"]
     with pytest.raises(TrainingHalted, match=r"step \d: the loss is (nan|inf)"):
         sft.make_base_model(TINY.model_copy(update={"lr": 1e30}), tmp_path / "wild", recipe="tiny")
 

@@ -195,11 +195,11 @@ class TestPrune:
 
     @pytest.mark.parametrize("keep", [1, 2, 4, 5, 9])
     def test_the_newest_stay(self, tmp_path: Path, keep: int) -> None:
-        state, steps = tiny_state(), range(10, 17)
+        state, steps = tiny_state(), range(7, 14)
         for step in steps:
             state.save(tmp_path, step, keep=keep)
-            saved = range(10, step + 1)
-            assert self.names(tmp_path) == [f"step-{each}" for each in saved[-keep:]]
+            saved = range(7, step + 1)
+            assert set(self.names(tmp_path)) == {f"step-{each}" for each in saved[-keep:]}
 
     def test_a_save_that_fails_removes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state = tiny_state()

@@ -201,3 +201,7 @@ def test_python_callers_are_told_the_same(kind: Any, values: dict[str, Any], say
 
 def test_the_temperatures_of_the_paper_are_the_default() -> None:
     assert parse_temperatures(of.DecodeTempsOptions("m").temperatures) == PAPER_TEMPERATURES
+
+
+def test_a_command_without_standard_output_succeeds() -> None:
+    assert subprocess.run(["sh", "-c", f"exec '{sys.executable}' -m forkrl --version >&-"]).returncode == 0

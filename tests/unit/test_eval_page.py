@@ -34,7 +34,7 @@ from forkrl.report.eval_page import (
     length_distributions,
     pass_and_majority,
 )
-from forkrl.report.formatting import READ_CHARACTERS, probability, shortened
+from forkrl.report.formatting import READ_CHARACTERS, interval_of, percent, probability, shortened
 from forkrl.report.page import write_page
 from forkrl.report.terminal import describe_page
 from forkrl.stats.intervals import Estimate, as_columns
@@ -142,6 +142,7 @@ def test_the_page_of_an_evaluation_shows_its_numbers_and_obeys_no_text(folder: P
     mean = (first["accuracy"] + second["accuracy"]) / 2
     assert f"Acc@4 {100 * mean:.1f}% [" in page.text
     for text in (
+        percent(interval_of(first, "accuracy")),
         "55.83 → 63.54",
         "responses that could not be judged count as wrong (",
         "no answer found",

@@ -251,12 +251,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"name": "mix", "parts": [{"name": "dataset", "data": "x.jsonl", "verifier": "none"}]}, "gives no scores, which"),
     (
         {"name": "mix", "parts": [COUNTDOWN | {"curriculum": {"promote_above": 0.7}}]},
-        "task.curriculum is for",
+        "task.curriculum is for task.name",
     ),
     (GYM | {"curriculum": {"window": 3}}, "task.curriculum.window has no effect without task.curriculum.promote_above"),
     (
         GYM | {"curriculum": {"promote_above": 0.5, "demote_below": 0.5}},
-        "demote_below = 0.5 is not below",
+        "demote_below = 0.5 is not below promote_above",
     ),
     (GYM | {"curriculum": {"promote_above": 0.5, "start": 3, "max_level": 2}}, "max_level = 2 is below start = 3"),
     (GYM | {"curriculum": {"promote_above": 0.5}, "difficulty": 1}, "task.difficulty = 1 is a fixed level"),

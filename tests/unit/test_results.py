@@ -86,3 +86,9 @@ def test_damaged_results_are_refused_in_a_line(tmp_path: Path, name: str, text: 
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says):
         read_results(tmp_path)
+
+
+def test_a_table_with_a_cell_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("a\n" + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"long\.csv: cannot be read"):
+        read_table(tmp_path / "long.csv")

@@ -183,3 +183,10 @@ def test_the_error_of_a_verifier_does_not_show_its_credential(monkeypatch: pytes
 )
 def test_which_addresses_are_this_machine(url: str, loopback: bool) -> None:
     assert is_loopback(url) is loopback
+
+
+def test_a_credential_in_an_override_that_a_later_one_replaces_is_rejected() -> None:
+    verifiers = ["task.verifier=http://ann:s3cret@host/a", "task.verifier=none"]
+    with pytest.raises(UserError, match=r"task\.verifier: .* written out") as caught:
+        load_recipe(TrainConfig, None, ["task.name=dataset", "task.data=x.jsonl", *verifiers])
+    assert "s3cret" not in str(caught.value)

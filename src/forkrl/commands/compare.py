@@ -16,7 +16,7 @@ from forkrl.evaluation.folder import read_evaluation, read_questions, unfinished
 from forkrl.report.compare_page import Names, compare_headline, compare_page, side_names
 from forkrl.report.formatting import shortened
 from forkrl.store.atomic import explained_write_errors
-from forkrl.store.results import RESULTS, Results, write_results
+from forkrl.store.results import RESULTS, TABLES, Results, write_results
 
 SCHEMA = "forkrl-compare/2"
 SHOWN_CHARACTERS = 300
@@ -96,8 +96,10 @@ def _require_usable(out: Path) -> None:
     """Reject a folder with other contents; an existing comparison may be overwritten."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not _is_comparison(out):
-        raise UserError(f"--out {out}: is not empty and holds no comparison; name another folder")
+    if out.is_dir() and not _is_comparison(out):
+        interrupted = {TABLES} if not (out / RESULTS).exists() else set()  # tables are written first
+        if any(entry.name not in interrupted for entry in out.iterdir()):
+            raise UserError(f"--out {out}: is not empty and holds no comparison; name another folder")
 
 
 def _is_comparison(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from forkrl.commands.reference import parse_reference
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.work_folder import open_work_folder, say_kept
 from forkrl.config import TrainConfig
+from forkrl.errors import UserError, notice
 from forkrl.evaluation.folder import SCHEMA, BenchmarkFiles, read_results
 from forkrl.evaluation.paper import TABLE_2
 from forkrl.evaluation.questions import Questions, benchmark_questions, prompt_renderer, task_questions
@@ -145,18 +146,14 @@ def _evaluate(
     say_kept(total - len(files.missing()), total, f"responses to {questions.title}", folder)
     tokens, seconds = _sample_and_judge(files, sampler, pool, sampling, questions.title)
     tables = summarise_benchmark(questions.name, files.scored(), settings["samples"])
-    earlier = read_results(folder) if (folder / RESULTS).exists() else None
+    earlier = _earlier_results(folder)
     verifiers = {questions.name: _as_json(questions.verifiers)}
-    before: dict[str, Any] = {}
-    if earlier is not None:
-        verifiers = earlier.facts["verifiers"] | verifiers
-        rows = earlier.tables["benchmarks"].to_dict("records")
-        before = next((row for row in rows if row["benchmark"] == questions.name), {})
-        tables = {name: _others(earlier, name, questions.name) + found for name, found in tables.items()}
-    figures = tables["benchmarks"][-1]
+    rows = [] if earlier is None else earlier.tables["benchmarks"].to_dict("records")
+    before = next((row for row in rows if row["benchmark"] == questions.name), {})
+    (figures,) = tables["benchmarks"]
     # Unjudged responses have just been retried, even those of an earlier call.
     failed = any(figures[f"failed_{reason}"] for reason in FAILURES)
-    tables["benchmarks"][-1] = {
+    figures = {
         "benchmark": questions.name,
         "title": questions.title,
         **figures,
@@ -171,6 +168,10 @@ def _evaluate(
         "seconds": seconds if tokens else before.get("seconds", 0.0),
         "tokens_per_s": tokens / seconds if tokens else before.get("tokens_per_s", math.nan),
     }
+    tables["benchmarks"] = [figures]
+    if earlier is not None:
+        verifiers = earlier.facts["verifiers"] | verifiers
+        tables = {name: _replaced(earlier.tables[name], found, questions.name) for name, found in tables.items()}
     tables["mean"] = mean_over_benchmarks(tables["benchmarks"])
     frames = {name: pd.DataFrame(found) for name, found in tables.items()}
     return write_results(
@@ -184,8 +185,20 @@ def _evaluate(
     )
 
 
-def _others(earlier: Results, table: str, benchmark: str) -> list[dict[str, Any]]:
-    return [row for row in earlier.tables[table].to_dict("records") if row["benchmark"] != benchmark]
+def _earlier_results(folder: Path) -> Results | None:
+    """Results in the folder. Damaged ones are dropped: the same command for the other benchmarks restores them."""
+    try:
+        return read_results(folder) if (folder / RESULTS).exists() else None
+    except UserError as error:
+        notice(f"{error} for each of the other benchmarks")
+        return None
+
+
+def _replaced(table: pd.DataFrame, rows: Sequence[dict[str, Any]], benchmark: str) -> list[dict[Any, Any]]:
+    """The table's rows with those of a benchmark replaced in their place, or appended."""
+    old = table.to_dict("records")
+    place = next((index for index, row in enumerate(old) if row["benchmark"] == benchmark), len(old))
+    return [*old[:place], *rows, *(row for row in old[place:] if row["benchmark"] != benchmark)]
 
 
 def _sample_and_judge(

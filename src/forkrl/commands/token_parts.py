@@ -57,8 +57,11 @@ def open_response_subject(options: AnalyzeOptions | DriftOptions) -> Subject:
     if options.responses is not None:
         given = [f"--{name}" for name in ("problems", "samples") if getattr(options, name) is not None]
         unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
-        read = f"{ALLOW_UNKNOWN}="
-        given += [each for each in options.all_overrides if each.startswith(unread) and not each.startswith(read)]
+        given += [
+            override
+            for override in options.all_overrides
+            if override.startswith(unread) and override.partition("=")[0].strip() != ALLOW_UNKNOWN
+        ]
         if given:
             what = f"--responses {options.responses}"
             raise UserError(f"{given[0]}: has no effect along with {what}: nothing is generated")

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, write_line
 from forkrl.model.locations import model_location
 from forkrl.store.atomic import explained_write_errors, temporary_beside, write_json
 from forkrl.store.run_folder import LOCK, clear_folder, lock_folder
@@ -141,8 +141,7 @@ def present(folder: Path, page: Page) -> int:
     from forkrl.store.results import REPORT
 
     path = write_page(folder / REPORT, page)
-    print(describe_page(page))
-    print(f"report: {path}")
+    write_line(sys.stdout, f"{describe_page(page)}\nreport: {path}")
     return 0
 
 

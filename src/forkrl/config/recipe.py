@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from forkrl.config import SftConfig, TrainConfig
+from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import PowerOfTen, Section
 from forkrl.errors import UserError
 
@@ -39,6 +40,10 @@ def load_recipe(
     overridden = copy.deepcopy(values)
     for override in overrides:
         key, value = _parse_override(override)
+        try:  # the command line is recorded, so also if a later override replaces this one
+            reject_written_secrets(key, value)
+        except ValueError as error:
+            raise UserError(f"command line: {error}") from None
         _set(overridden, key, value)
     faults = _faults(schema, overridden)
     if path is not None and faults:

@@ -23,6 +23,7 @@ from forkrl.errors import UserError, first_line
 from forkrl.evaluation.benchmarks import CODE, GYM, PROMPT, Benchmark, find_benchmark, runs_programs
 from forkrl.rewards.code import code_verifier
 from forkrl.rewards.code.sandbox import require_sandbox
+from forkrl.store.run_folder import encodable_text
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.tasks.gym import GYM_VERIFIER, gym_prompts
 from forkrl.tasks.json_lines import json_object, kind_of, require_characters
@@ -128,8 +129,8 @@ def task_questions(
     asked = task.held_out[:problems]
     return [
         Questions(
-            name=source or re.sub(r"[^\w.-]+", "-", Path(task.name).stem).strip("-.") or "task",
-            title=source or task.name,
+            name=encodable_text(source) or re.sub(r"[^\w.-]+", "-", Path(task.name).stem).strip("-.") or "task",
+            title=encodable_text(source or task.name),
             fingerprint=task.fingerprint,
             available_questions=sum(prompt.source == source for prompt in task.held_out),
             prompts=[prompt for prompt in asked if prompt.source == source],

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from forkrl.config.secret_values import reject_written_secrets
 from forkrl.errors import UserError, first_line
 from forkrl.report.formatting import evenly_spaced
 from forkrl.stats.intervals import mean_with_interval
@@ -141,6 +142,11 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
     notes: list[str] = []
     settings = read_config(folder)
     provenance = settings.pop("provenance", {})
+    try:
+        for name, section in settings.items():
+            reject_written_secrets(name, section)
+    except ValueError as error:  # an earlier version stored it, or someone edited the file
+        raise UserError(f"{folder / 'config.toml'}: {error}") from error
     metrics = _read_metrics(folder / "metrics.jsonl", notes)
     paths: dict[str, list[tuple[int, Path]]] = {"eval": [], "train": []}
     for path in (folder / "rollouts").glob("*.parquet"):

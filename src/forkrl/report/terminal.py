@@ -45,7 +45,7 @@ def _number(value: Any) -> str:
     if isinstance(value, str | bool):
         return str(value)
     rounded = float(f"{value:.4g}") if abs(value) < 1 else float(value)
-    return f"{round(rounded, 4) + 0.0:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"  # no -0.0
+    return f"{round(rounded, 4) + 0.0:.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"  # no -0.0
 
 
 def _value(before: str, value: str) -> str:

@@ -126,7 +126,7 @@ def read_table(path: Path) -> pd.DataFrame:
         columns = zip(*rows, strict=True) if rows else ([] for _ in header)
         named = zip(map(_read_cell, header), columns, strict=True)
         return pd.DataFrame({name: list(map(_read_cell, cells)) for name, cells in named})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}); run the command that wrote it again") from error
 
 

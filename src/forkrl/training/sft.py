@@ -34,6 +34,8 @@ CHECKPOINT_EVERY = 250
 def make_base_model(config: SftConfig, out: Path, *, recipe: str) -> None:
     """Train and write the model, tokenizer and card to ``out``; resumes from ``out/.checkpoints``."""
     checkpoints = out / ".checkpoints"
+    if out.exists() and not checkpoints.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: the folder is not empty; name a new one")
     policy = build_base_policy(config)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
