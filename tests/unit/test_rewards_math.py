@@ -325,3 +325,29 @@ def test_two_answers_in_one_do_not_pay(gold: str, found: str, score: float) -> N
 def test_functions_and_matrices_are_bounded_as_numbers_are(text: str) -> None:
     with pytest.raises(TooLarge):
         read_formula(text)
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "right"),
+    [
+        ("5", r"5\,{\rm cm}", True),
+        (r"5\,{\rm cm}", "5 cm", True),
+        ("5 m/s", r"5\,{\rm m/s}", True),
+        ("2 or 3", r"2 {\rm ~or~} 3", True),
+        ("1/2", r"\left.\frac{1}{2}\right.", True),
+        ("3", r"\left.3\right.", True),
+        ("3/10", r"\left.3\right.", False),
+        (r"\frac{x+1}{2}", r"{x+1\over 2}", True),
+        ("x+1/2", r"{x+1\over 2}", False),
+        ("3/2", r"1{1\over 2}", True),
+        (r"\frac{1}{x+1}", r"{1\over x+1}", True),
+        ("1/2", r"\sqrt{1\over 4}", True),
+        ("(1,2)", r"\!\left(1,2\right)", True),
+        ("1234", r"1\!234", True),
+        ("3", r"2\frac{3} {2}", True),
+        ("7/2", r"2\frac{3} {2}", False),
+        ("1/2 cm", r"\frac {1} {2} cm", True),
+    ],
+)
+def test_old_fonts_fractions_and_spaces(gold: str, response: str, right: bool) -> None:
+    assert verify_math(gold, rf"\boxed{{{response}}}").score == right

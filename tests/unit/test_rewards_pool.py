@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -549,3 +550,32 @@ def test_a_worker_is_light_and_single_threaded(hostile: str, tmp_path: Path) -> 
     )
     with VerifierPool({"": VerifierSpec("inside:f")}) as pool:
         assert pool.verify(items("")) == [VerifierResult(1.0)]
+
+
+def test_a_worker_that_ends_by_itself_is_not_restarted_while_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mortal.py").write_text(
+        f"""
+import os, threading
+def act(answer, response):
+    return 1.0
+def end():
+    with open({str(tmp_path / "ended")!r}, "a") as file:
+        file.write("x")
+    os._exit(3)
+threading.Timer(0.05, end).start()
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with VerifierPool({"": VerifierSpec("mortal:act")}, workers=2):
+        time.sleep(1.5)
+    assert len((tmp_path / "ended").read_text()) <= 4
+
+
+def test_a_default_timeout_of_sockets_does_not_matter(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    socket.setdefaulttimeout(30)
+    try:
+        assert make_pool().verify(items("right")) == [VerifierResult(1.0)]
+    finally:
+        socket.setdefaulttimeout(None)

@@ -308,7 +308,11 @@ class VerifierPool:
     def _read_reports(self, worker: WorkerProcess) -> None:
         reports, gone = worker.read_reports()
         for how in reports:
+            idle = not (worker.served or worker.in_flight or self._batches)
             self._clear(worker, how)
+            if idle:  # ended by itself and would end again; the next batch starts another
+                self._drop(worker)
+                return
             worker.restart()
         if gone:
             self._drop(worker)

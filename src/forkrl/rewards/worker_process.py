@@ -72,6 +72,7 @@ class WorkerProcess:
 
     def __init__(self, settings: Settings) -> None:
         self.control, theirs = socket.socketpair()
+        theirs.setblocking(True)  # also if socket.setdefaulttimeout was called
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._stderr_text = ""
         self._memory = settings.memory_mb << 20
@@ -93,6 +94,7 @@ class WorkerProcess:
 
     def _begin(self) -> None:
         self.channel, theirs = socket.socketpair()
+        theirs.setblocking(True)
         self.channel.setblocking(False)
         with theirs, suppress(ConnectionError):  # the supervisor is dead; its closed socket reports that
             socket.send_fds(self.control, [START], [theirs.fileno()])

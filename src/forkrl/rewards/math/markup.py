@@ -20,6 +20,7 @@ _REWRITES = [
     for pattern, replacement in (
         (r"^\s*(\*\*|__|\*|_|`+|'+|\"+)(.+)\1\s*$", r"\2"),  # **17**, `17`
         (r"\\(?:label|tag\*?|hspace\*?|vspace\*?|[hv]?phantom|mathstrut)\s*\{[^{}]*\}", " "),
+        (r"\{\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*([^{}\\]*)\}", r"\\text{\1}"),
         (_COLOUR, ""),
         (rf"\\(?:{_SWITCHES})(?![a-zA-Z])\s*", ""),
     )

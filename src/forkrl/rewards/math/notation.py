@@ -87,7 +87,9 @@ _REWRITES = [
         (r"\\text\{\s*\\?\$\s*(\}?)", lambda money: r"\$" if money[1] else r"\$\text{"),
         (r"^\s*\$\s*(?=\d[\d.,]*$)", r"\\$"),  # $ 18.00
         (r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
+        (r"\\!", ""),
         (rf"\\({'|'.join(_SYNONYMS)})(?![a-zA-Z])", lambda command: _SYNONYMS[command[1]]),
         (r"\\\\\s*\[[^\[\]]*\]", r"\\\\"),  # extra space between rows
         (r"(?<!\\)\\[,;:> ]|~", " "),
@@ -118,11 +120,14 @@ _REWRITES = [
             r"^\\circ",
         ),
         (r"(?<=\d)\s*\^\s*(?:\{\s*(?:\\text\{o\}|o)\s*\}|\\text\{o\}|o(?![a-zA-Z]))", r"^\\circ"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"(?<![a-zA-Z\\])sqrt(?![a-zA-Z])", r"\\sqrt"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
         (r"\\frac\s*(\\pi|[0-9a-zA-Z])", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\\pi|[0-9a-zA-Z])", r"\\frac\1{\2}"),
+        (r"\\frac\s+\{", r"\\frac{"),
+        (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
         (r"\^\s*(-?\d{2,}|-\d)", r"^{\1}"),
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
