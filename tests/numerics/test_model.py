@@ -45,6 +45,13 @@ def test_the_recipe_names_the_backend_of_the_head(tmp_path: Path, monkeypatch: p
     assert backends == ["chunked"]
 
 
+def test_a_head_that_cannot_run_here_is_rejected_at_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = ModelConfig(path=saved(random_policy(), tmp_path), head="triton")
+    with pytest.raises(UserError, match=r'model.head = "triton": .* set model\.head=chunked'):
+        open_policy(config, "cpu")
+
+
 def test_recomputing_activations_runs_layers_twice_and_changes_no_gradient(tmp_path: Path) -> None:
     path = saved(random_policy(), tmp_path)
     gradients, calls = [], []

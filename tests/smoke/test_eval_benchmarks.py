@@ -193,9 +193,9 @@ def test_a_finished_evaluation_samples_nothing_and_judges_nothing(here: World, w
 
 
 def test_a_damaged_table_is_rewritten_by_the_same_command(here: World, whole: Path) -> None:
-    copy = shutil.copytree(whole, here.folder / "torn")
+    copy = shutil.copytree(whole, here.folder / "rewritten")
     (copy / "tables" / "passes.csv").write_text("")
-    outcome = run(here, "eval", "wide", *BOTH, *SHORT, "--out", "torn")
+    outcome = run(here, "eval", "wide", *BOTH, *SHORT, "--out", "rewritten")
     assert outcome.code == 0 and "passes.csv: cannot be read" in outcome.stderr, outcome
     assert timeless(copy) == timeless(whole)
 

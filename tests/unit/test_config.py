@@ -188,7 +188,7 @@ def test_options_of_a_verifier_are_a_table_of_their_own(tmp_path: Path) -> None:
     [
         (
             "task.verifier_options.day=2026-01-01",
-            "task.verifier_options.day = datetime.date(2026, 1, 1): input was not a valid JSON",
+            "task.verifier_options.day = datetime.date(2026, 1, 1) is not a JSON value; write it as text",
         ),
         ("task.verifier_options=3", "task.verifier_options = 3: input should be a valid dictionary"),
         ("task.verifier=none", 'task.verifier_options are for a verifier, but task.verifier = "none"'),

@@ -342,6 +342,7 @@ def test_functions_and_matrices_are_bounded_as_numbers_are(text: str) -> None:
         ("3/2", r"1{1\over 2}", True),
         (r"\frac{1}{x+1}", r"{1\over x+1}", True),
         ("1/2", r"\sqrt{1\over 4}", True),
+        ("1/4", r"2^{-{4\over 2}}", True),
         ("(1,2)", r"\!\left(1,2\right)", True),
         ("1234", r"1\!234", True),
         ("3", r"2\frac{3} {2}", True),

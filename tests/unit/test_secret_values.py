@@ -52,7 +52,7 @@ def leak(answer: str, response: str, *, api_key: str, words: str = "") -> float:
         ("sandbox.server=http://ann:s3cret@host:8080", "sandbox.server"),
         (
             'task.parts=[{name="dataset", data="x.jsonl", source="a", verifier="http://ann:s3cret@host"}]',
-            "task.verifier",
+            "task.parts.verifier",
         ),
     ],
 )

@@ -186,7 +186,7 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], subject: Su
         missing = [path for path in parts if not (target / path.name).exists()]
         if not missing:
             continue
-        model = ModelConfig(path=checkpoint.path, revision=checkpoint.revision, precision=config.model.precision)
+        model = config.model.model_copy(update={"path": checkpoint.path, "revision": checkpoint.revision})
         policy = open_policy(model, config.runtime.device)
         with open_workers(policy, None, config.runtime) as workers:
             for path in progress(missing, f"measuring {checkpoint.name} ({place + 1} of {len(series) - 1})"):

@@ -149,7 +149,7 @@ def _evaluate(
     earlier = _earlier_results(folder)
     verifiers = {questions.name: _as_json(questions.verifiers)}
     rows = [] if earlier is None else earlier.tables["benchmarks"].to_dict("records")
-    before = next((row for row in rows if row["benchmark"] == questions.name), {})
+    before: dict[Any, Any] = next((row for row in rows if row["benchmark"] == questions.name), {})
     (figures,) = tables["benchmarks"]
     # Unjudged responses have just been retried, even those of an earlier call.
     failed = any(figures[f"failed_{reason}"] for reason in FAILURES)

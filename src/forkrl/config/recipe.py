@@ -192,9 +192,12 @@ def _explain(schema: type[Section], item: Any) -> str:
 def _nearest_key(schema: type[Section], key: str) -> str | None:
     """The setting or section most likely meant: the same name in another section, else the closest spelling."""
     known: dict[str, None] = {}
-    for setting, _ in settings_of(schema):
+    for setting, field in settings_of(schema):
         parts = setting.split(".")
         known |= dict.fromkeys(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        if listed := item_section(field.annotation):
+            known |= dict.fromkeys(f"{setting}.{name}" for name in listed.model_fields)
+    key = ".".join(part for part in key.split(".") if not part.isdigit())  # task.parts.0.x
     name = key.rpartition(".")[2]
     moved = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
     return next(iter(moved or difflib.get_close_matches(key, known, n=1)), None)

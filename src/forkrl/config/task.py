@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Decay, Positive, PositiveInt, Section, Seed
@@ -79,12 +80,12 @@ class TaskConfig(Section):
     address of a verifier server, with credentials as ${NAME} (docs/verifiers.md). "code": the answers are tests for
     programs, which run in a sandbox (docs/code-rewards.md). "none": no answers and no scores, for commands that need
     none."""
-    verifier_options: dict[str, JsonValue] = Field(default={})
+    verifier_options: dict[str, Any] = Field(default={})
     """dataset: additional arguments of the verifier by name, as in task.verifier_options.tolerance = 0.1. ${NAME} in
     text is replaced by that environment variable. "code" takes float_tolerance (docs/code-rewards.md)."""
     generator: str = ""
     """reasoning-gym: the generator's name, such as "chain_sum" (docs/tasks.md lists them)."""
-    settings: dict[str, JsonValue] = Field(default={})
+    settings: dict[str, Any] = Field(default={})
     """reasoning-gym: the generator's settings, such as { min_terms = 2, max_terms = 3 }."""
     difficulty: Count | None = None
     """reasoning-gym: a fixed level of the generator's curriculum, from 0. Not set: the generator's defaults."""
@@ -116,6 +117,8 @@ class TaskConfig(Section):
             )
         if self.verifier_options and self.verifier == "none":
             raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; remove them')
+        _require_json("task.verifier_options", self.verifier_options)
+        _require_json("task.settings", self.settings)
         if self.verifier == "code":
             _require_code_options(self.verifier_options)
         reject_written_secrets("task.verifier", self.verifier)
@@ -194,3 +197,11 @@ def _require_code_options(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"task.verifier_options.float_tolerance = {value!r} is not a number in [0, 1), such as 1e-6"
             )
+
+
+def _require_json(key: str, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(f"{key}.{name} = {value!r} is not a JSON value; write it as text") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -102,6 +103,15 @@ def _choose_backend(hidden: Tensor) -> str:
 
 
 @functools.cache
+def why_no_triton(device: torch.device) -> str:
+    """Why the Triton backend cannot run on a device; empty if it can."""
+    if not _has_triton():
+        return "the triton package is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on a CUDA device, not on {device.type}"
+    return ""
+
+
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from forkrl.errors import UserError, first_line
+from forkrl.head import why_no_triton
 from forkrl.model.attention import use_grouped_attention
 from forkrl.model.locations import model_location
 from forkrl.model.stop_tokens import stop_token_ids
@@ -124,6 +125,8 @@ def require_positions(model_config: Any, prompt_tokens: int, response_tokens: in
 
 def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     """Load model (fp32, on the device) and tokenizer; raises UserError if they cannot be used."""
+    if config.head == "triton" and (reason := why_no_triton(pick_device(device))):
+        raise UserError(f'model.head = "triton": {reason}; set model.head=chunked, or drop it')
     path = model_location(config.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(
