@@ -67,17 +67,17 @@ FULL = (
     ),
 )
 SMALL = (
-    Part("gpu.limits", "--small", 60),
-    Part("gpu.steps", "--shape tiny --response 16 --graphs", 60),
-    Part("gpu.peer", "--shape tiny --response 16", 60),
-    Part("head", "--small", 60),
+    Part("gpu.limits", "--small", 180),
+    Part("gpu.steps", "--shape tiny --response 16 --graphs", 180),
+    Part("gpu.peer", "--shape tiny --response 16", 180),
+    Part("head", "--small", 180),
     Part(
         "decode",
         "--model 1x64 --prompts 2 --group 2 --tokens 4 --repeats 1 --rounds 1 "
         "--ways forkrl 'forkrl, graphed' generate 'generate, continuous batching' vLLM",
-        90,
+        240,
     ),
-    Part("backward", "--shapes 64:128x2", 60),
+    Part("backward", "--shapes 64:128x2", 180),
 )
 
 

@@ -28,7 +28,7 @@ def give_bos(world: World, chat_template: str) -> None:
 def prompt_ids(folder: Path) -> dict[str, list[int]]:
     """Of each prompt its ids, as an analysis wrote them."""
     table = pd.read_parquet(folder / "responses")
-    return {row.prompt: list(row.prompt_token_ids) for row in table.itertuples()}
+    return {row.prompt_text: list(row.prompt_token_ids) for row in table.itertuples()}
 
 
 def write_responses(world: World, out: str) -> None:

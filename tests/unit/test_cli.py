@@ -95,7 +95,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("train", "loss.clip_hgh=1", "--dry-run"), "loss.clip_hgh is not a setting; did you mean loss.clip_high?"),
     (("train", "sweeps/lr=1e-5/recipe.toml"), "sweeps/lr=1e-5/recipe.toml: no such recipe"),
     (("train", "model.path=./none"), "model.path = './none': no such folder"),
-    (("train", "--out", "src", "--resume", "none"), "none: no such run folder"),
+    (("train", "--out", "src", "--resume", "none"), "--resume continues in the run's own folder; drop --out"),
     (("train", "--out", "src"), "src: is not empty"),
     (("train", "recipes/countdown-base.toml"), "this is a recipe for `forkrl sft`, not for `forkrl train`"),
     (("sft", "recipes/countdown.toml", "--out", "x"), "this is a recipe for `forkrl train`, not for `forkrl sft`"),
