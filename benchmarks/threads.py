@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Threads and workers beside a busy neighbour.")
+    parser = argparse.ArgumentParser(description="Threads and workers next to a busy process.")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement, at least")
     parser.add_argument("--rounds", type=int, default=2, help="turns of every way")
     parser.add_argument("--work", nargs=2, type=int, help=argparse.SUPPRESS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -33,7 +35,7 @@ from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling
 from forkrl.rollout.scoring import none_judged
 from forkrl.stats.intervals import as_columns
 from forkrl.store.results import Results, write_results
-from forkrl.types import SamplingParams
+from forkrl.types import SamplingParams, Verifier
 
 SCHEMA = "forkrl-branch/2"
 PROBE_PROMPTS, PROBE_STEPS = 16, 8
@@ -74,18 +76,26 @@ def branch_model(options: BranchOptions) -> Results:
             "prompts_per_part": size,  # decides which responses share a generator
         }
         with open_work_folder(folder, settings):
-            (folder / "parts").mkdir(exist_ok=True)
-            missing = missing_parts(folder, session.prompts, size)
-            num_missing = sum(len(prompts) for prompts in missing.values())
-            say_kept(len(session.prompts) - num_missing, len(session.prompts), "prompts", folder)
-            if missing:
-                cost = describe_work(num_missing, design, expected_seconds(session, design, num_missing))
-                print(cost, file=sys.stderr, flush=True)
-            sampler = PartSampler(session, session.verifier, design)
-            for index in progress(sorted(missing), "branching", total=len(missing)):
-                write_part(folder, index, index * size, sampler.rows(index, missing[index]))
+            _sample_missing(folder, session, session.verifier, design, size)
             rows = read_parts(folder, size, len(session.prompts))
         available = len(session.task.held_out)
+    return _summarise(folder, settings, rows, available)
+
+
+def _sample_missing(folder: Path, session: Session, verifier: Verifier, design: Design, size: int) -> None:
+    (folder / "parts").mkdir(exist_ok=True)
+    missing = missing_parts(folder, session.prompts, size)
+    num_missing = sum(len(prompts) for prompts in missing.values())
+    say_kept(len(session.prompts) - num_missing, len(session.prompts), "prompts", folder)
+    if missing:
+        cost = describe_work(num_missing, design, expected_seconds(session, design, num_missing))
+        print(cost, file=sys.stderr, flush=True)
+    sampler = PartSampler(session, verifier, design)
+    for index in progress(sorted(missing), "branching", total=len(missing)):
+        write_part(folder, index, index * size, sampler.rows(index, missing[index]))
+
+
+def _summarise(folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]], available: int) -> Results:
     branches = branching.branch_rates(branches_table(rows))
     positions = branching.position_spreads(branches)
     tables = {
