@@ -24,6 +24,7 @@ from forkrl.training.update import update_policy
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
 from tests.models import random_policy
 from tests.numerics.test_update import NUM_PROMPTS, make_batch, recipe
+from tests.processes import is_running, wait_until
 
 COUNT = 3
 
@@ -192,21 +193,10 @@ def test_workers_end_with_the_process_that_started_them() -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
-        assert is_alive(worker)
+        assert is_running(worker)
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 60
-    while is_alive(worker):
-        assert time.monotonic() < deadline, "it outlived its parent"
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    """Running, or a zombie that nobody has reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert wait_until(lambda: not is_running(worker), limit_s=60), "it outlived its parent"
 
 
 def test_the_largest_items_are_divided_first() -> None:

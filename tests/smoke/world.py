@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.processes import state, wait_until
+
 STALL_TIMEOUT_S = 300.0
 ALPHABET = "0123456789+-*/=ab "
 VERIFIER = '''"""Pays for a response that begins with one of the characters of the answer."""
@@ -115,10 +117,7 @@ class Started:
 
     def wait_until_stopped(self) -> None:
         """Until a SIGSTOP has reached it."""
-        deadline = time.monotonic() + STALL_TIMEOUT_S
-        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        assert wait_until(lambda: state(self.pid) == "T", STALL_TIMEOUT_S)
 
     def send(self, signum: int) -> None:
         os.kill(self.pid, signum)

@@ -16,6 +16,7 @@ import pytest
 
 from forkrl.rewards import VerifierPool, worker_process
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
+from tests.processes import wait_until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="adopted orphans and /proc are Linux's")
 RAMPANT = r'''
@@ -184,13 +185,6 @@ def survivors(folder: Path) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> bool:
-    end = time.monotonic() + limit_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 def test_one_hung_item_delays_nothing_else(make_pool: MakePool) -> None:

@@ -19,6 +19,7 @@ import pytest
 from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
+from tests.processes import is_running, wait_until
 
 HOSTILE = r'''
 import ctypes, json, os, subprocess, sys, time
@@ -175,14 +176,6 @@ def items(*responses: str, answer: str = "right") -> list[tuple[Prompt, str]]:
     return [(Prompt(f"id-{index}", "?", answer), response) for index, response in enumerate(responses)]
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def open_files() -> set[int]:
     """Descriptors open in this process."""
     return {fd for fd in range(256) if Path(f"/dev/fd/{fd}").exists()}
@@ -191,13 +184,6 @@ def open_files() -> set[int]:
 def children() -> set[str]:
     """Processes that this one has started and not reaped. Fixtures of the session may have some of their own."""
     return {pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()}
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> bool:
-    end = time.monotonic() + limit_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 def test_a_thousand_items_keep_their_order(make_pool: MakePool) -> None:
