@@ -128,7 +128,8 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     from forkrl.model.locations import model_location
-    from forkrl.tasks.countdown import countdown_task, verify_countdown
+    from forkrl.rewards.countdown import verify_countdown
+    from forkrl.tasks.countdown import countdown_task
 
     trl: Any = importlib.import_module("trl")  # of the extra "bench"; a type checker need not find it
     torch.set_num_threads(options.threads)

@@ -30,7 +30,7 @@ STALL_TIMEOUT_S = 400.0
 STEPS = 8
 VERIFIER = '''"""Countdown's verifier, but for one response in some, on which it never comes back."""
 
-from forkrl.tasks.countdown import verify_countdown
+from forkrl.rewards.countdown import verify_countdown
 
 
 def verify(answer, response):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forkrl.method.advantages import overlong_penalty
-from forkrl.tasks.countdown import verify_countdown
+from forkrl.rewards.countdown import verify_countdown
 from tests.smoke.verl_run import (
     MAX_RESPONSE_TOKENS,
     OVERLONG_CACHE,

@@ -7,16 +7,9 @@ import random
 import pytest
 
 from forkrl.config import SearchHabits
+from forkrl.rewards.countdown import judge_tries, parse_problem, verify_countdown
 from forkrl.tasks import PromptStream
-from forkrl.tasks.countdown import (
-    CHARACTERS,
-    countdown_task,
-    judge_tries,
-    parse_problem,
-    random_problem,
-    verify_countdown,
-    write_trace,
-)
+from forkrl.tasks.countdown import CHARACTERS, countdown_task, random_problem, write_trace
 from forkrl.types import Prompt
 
 PROBLEM = "2 5 9:90"

@@ -196,6 +196,8 @@ class VerifierPool:
         self._batches.clear()
         self._waiting.clear()
         self._suspects.clear()
+        for worker in self._workers:
+            worker.hang_up()  # all first, so that they end at the same time
         while self._workers:
             self._workers.pop().close()
 

@@ -195,12 +195,16 @@ class WorkerProcess:
             self._stderr_text = self._stderr.read().decode("utf-8", "replace").strip()
         return f" ({self._stderr_text.splitlines()[-1][:300]})" if self._stderr_text else ""
 
-    def close(self, timeout_s: float | None = None) -> str:
-        """End the supervisor and its descendants, by force after ``timeout_s``; return how it ended."""
+    def hang_up(self) -> None:
+        """Tell the supervisor to end itself and its descendants; does not wait."""
         self.channel.close()
         with suppress(OSError):  # the supervisor has already ended
             self.control.shutdown(socket.SHUT_RDWR)  # needed if a fork of this process holds the socket open
         self.control.close()
+
+    def close(self, timeout_s: float | None = None) -> str:
+        """End the supervisor and its descendants, by force after ``timeout_s``; return how it ended."""
+        self.hang_up()
         try:
             self.supervisor.wait(_END_TIMEOUT_S if timeout_s is None else timeout_s)
         except subprocess.TimeoutExpired:

@@ -13,28 +13,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import re
 from functools import cache
-from typing import NamedTuple
 
 from forkrl.config import SearchHabits
-from forkrl.rewards.reply import reply_of
+from forkrl.rewards.countdown import calculate, parse_problem
 from forkrl.types import Prompt, Task, VerifierSpec
 
 CHARACTERS = "0123456789+-*/=,:;!?[] "
 NUM_NUMBERS = 3
 LARGEST_NUMBER = 9
 LARGEST_TARGET = 99
-LARGEST_RESULT = 999
 NUM_HELD_OUT = 1000
 NUM_VALIDATION = 256
-
-
-class Step(NamedTuple):
-    """One operation of a response; ``right``: correct arithmetic, available numbers, correct remainder."""
-
-    right: bool
-    remaining: tuple[int, ...]
 
 
 def countdown_task(*, validation: bool = False) -> Task:
@@ -51,31 +41,9 @@ def countdown_task(*, validation: bool = False) -> Task:
         name="countdown-validation" if validation else "countdown",
         train=tuple(parts[0]),
         held_out=tuple(parts[1]),
-        verifiers={"": VerifierSpec("forkrl.tasks.countdown:verify_countdown")},
+        verifiers={"": VerifierSpec("forkrl.rewards.countdown:verify_countdown")},
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )
-
-
-def verify_countdown(answer: str, response: str) -> float:
-    """1.0 if the last attempt claims success, reaches the target and has no wrong step. ``answer``: ``"2 5 9:90"``."""
-    numbers, target = parse_problem(answer)
-    response = reply_of(response)
-    if not response.endswith("!"):
-        return 0.0
-    steps = judge_tries(numbers, response)[-1]
-    return float(all(step.right for step in steps) and bool(steps) and steps[-1].remaining == (target,))
-
-
-def judge_tries(numbers: tuple[int, ...], response: str) -> list[list[Step]]:
-    """The steps of every attempt, each judged against the remaining numbers that the response states."""
-    tries = []
-    for text in response.split(";"):
-        remaining, steps = numbers, []
-        for written in re.split(r"(?<=\])", text)[:-1] or [text]:
-            steps.append(_judge_step(remaining, written))
-            remaining = steps[-1].remaining
-        tries.append(steps)
-    return tries
 
 
 def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habits: SearchHabits) -> str:
@@ -112,12 +80,6 @@ def _prompt(problem: tuple[tuple[int, ...], int]) -> Prompt:
     return Prompt(id=text, text=text + "?", answer=text)
 
 
-def parse_problem(answer: str) -> tuple[tuple[int, ...], int]:
-    """Numbers and target of ``"2 5 9:90"``."""
-    numbers, _, target = answer.partition(":")
-    return tuple(map(int, numbers.split())), int(target)
-
-
 def _problems() -> list[tuple[tuple[int, ...], int]]:
     """Every multiset of numbers with every reachable target, the numbers in a fixed random order."""
     rng = random.Random("countdown")
@@ -137,18 +99,10 @@ def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
     for i, j in itertools.permutations(range(len(numbers)), 2):
         rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
         for sign in "+-*/":
-            result = _calculate(numbers[i], sign, numbers[j])
+            result = calculate(numbers[i], sign, numbers[j])
             if result is not None:
                 results |= _reachable(tuple(sorted([*rest, result])))
     return frozenset(results)
-
-
-def _calculate(left: int, sign: str, right: int) -> int | None:
-    """The result if it is an integer from 0 to 999, else None."""
-    if sign == "/":
-        return left // right if right and left % right == 0 else None
-    result = left + right if sign == "+" else left - right if sign == "-" else left * right
-    return result if 0 <= result <= LARGEST_RESULT else None
 
 
 def _new_try(numbers: tuple[int, ...], rng: random.Random, tried: list[tuple[str, int]]) -> tuple[str, int]:
@@ -165,29 +119,11 @@ def _random_try(numbers: tuple[int, ...], rng: random.Random) -> tuple[str, int]
     pool, steps = list(numbers), []
     while len(pool) > 1:
         left, right = rng.sample(range(len(pool)), 2)
-        signs = [sign for sign in "+-*/" if _calculate(pool[left], sign, pool[right]) is not None]
+        signs = [sign for sign in "+-*/" if calculate(pool[left], sign, pool[right]) is not None]
         sign = rng.choice(signs)
-        result = _calculate(pool[left], sign, pool[right])
+        result = calculate(pool[left], sign, pool[right])
         assert result is not None
         written = f"{pool[left]}{sign}{pool[right]}={result}"
         pool = [number for k, number in enumerate(pool) if k not in (left, right)] + [result]
         steps.append(f"{written} [{' '.join(map(str, pool))}]")
     return ", ".join(steps) + " ", pool[0]
-
-
-_STEP = re.compile(r"(?:[,]? )?(\d{1,4})([-+*/])(\d{1,4})=(\d{1,4}) \[(\d{1,4}(?: \d{1,4})*)\]", re.ASCII)
-
-
-def _judge_step(available: tuple[int, ...], written: str) -> Step:
-    match = _STEP.fullmatch(written)
-    if not match:
-        return Step(right=False, remaining=())
-    left, sign, right, result = int(match[1]), match[2], int(match[3]), int(match[4])
-    stated = tuple(map(int, match[5].split()))
-    pool = list(available)
-    for number in (left, right):
-        if number not in pool:
-            return Step(right=False, remaining=stated)
-        pool.remove(number)
-    expected = (*pool, result)
-    return Step(right=_calculate(left, sign, right) == result and stated == expected, remaining=stated)

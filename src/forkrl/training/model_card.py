@@ -11,10 +11,10 @@ import torch
 from forkrl.config import SftConfig
 from forkrl.config.recipe import recipe_toml
 from forkrl.parallel.workers import Workers
+from forkrl.rewards.countdown import judge_tries, parse_problem, verify_countdown
 from forkrl.rollout import EmbeddedEngine
 from forkrl.stats.intervals import Estimate, mean_with_interval
 from forkrl.store.atomic import write_text
-from forkrl.tasks.countdown import judge_tries, parse_problem, verify_countdown
 from forkrl.types import SamplingParams, Task
 
 
