@@ -263,11 +263,12 @@ def _sums_by_cluster(sums_P: Iterable[float], counts_P: Iterable[float]) -> Clus
 
 
 def _cluster_sums(found: pd.DataFrame, parts: int, columns: Sequence[str]) -> ClusterSums:
+    prompt, prompts = pd.factorize(found["prompt"])
+    values = np.zeros((len(prompts), parts, len(columns)))
+    values[prompt, found["part"].to_numpy(int)] = found[list(columns)].to_numpy(float)
     sums = ClusterSums(parts * len(columns))
-    for _, rows in found.groupby("prompt", sort=False):
-        vector = np.zeros((parts, len(columns)))
-        vector[rows["part"].to_numpy(int)] = rows[list(columns)].to_numpy(float)
-        sums.add(vector.ravel())
+    for of_prompt in values:
+        sums.add(of_prompt.ravel())
     return sums
 
 
