@@ -17,7 +17,7 @@ from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine, embedded
 from forkrl.rollout.embedded import Prefix
 from forkrl.rollout.growing_cache import ROOM, GrowingLayer
-from forkrl.rollout.sampling import sample_tokens
+from forkrl.rollout.sampling import BLOCK, CACHED_LOGITS, _draw, sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from tests.models import random_policy
 
@@ -73,6 +73,77 @@ def test_frequencies_match_the_softmax() -> None:
     )
     expected = (logits_V.double() / 0.7).softmax(-1) * 60_000
     assert stats.chisquare(drawn.bincount(minlength=6).numpy(), expected.numpy()).pvalue > 0.001
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
+@pytest.mark.parametrize("restrictions", [{}, {"temperature": 1.7}, {"top_k": 300}, {"top_p": 0.9}])
+def test_frequencies_match_the_softmax_of_a_vocabulary_of_several_blocks(size: int, restrictions: Any) -> None:
+    logits_V = 2 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    drawn = torch.cat(
+        [
+            sample_tokens(logits_V.expand(5000, -1), SamplingParams(1, **restrictions), generator)[0]
+            for generator in (torch.Generator().manual_seed(seed) for seed in range(20))
+        ]
+    )
+    probs = (logits_V.double() / restrictions.get("temperature", 1)).softmax(-1)
+    if restrictions.keys() & {"top_k", "top_p"}:
+        ordered, order = probs.sort(descending=True)
+        kept = torch.arange(size) < restrictions.get("top_k", size)
+        kept &= ordered.cumsum(0) - ordered < restrictions.get("top_p", 1)
+        probs = torch.zeros_like(probs).scatter(0, order[kept], ordered[kept] / ordered[kept].sum())
+    assert not drawn[probs[drawn] == 0].numel()
+    observed, expected = drawn.bincount(minlength=size).double(), probs * len(drawn)
+    rare = expected < 10  # together they make one cell
+    cells = [(observed[~rare], expected[~rare]), (observed[rare].sum()[None], expected[rare].sum()[None])]
+    observed, expected = (torch.cat(each) for each in zip(*cells, strict=True))
+    used = expected > 0
+    assert used.sum() < 2 or stats.chisquare(observed[used].numpy(), expected[used].numpy()).pvalue > 0.001
+
+
+@pytest.mark.parametrize("size", [4, 5 * BLOCK + 3])
+@pytest.mark.parametrize("likely", [0, -1])
+def test_rare_tokens_get_their_share_down_to_the_resolution_of_fp32(size: int, likely: int) -> None:
+    """A token of probability 1 - 1e-9 and many that share the rest: exact inverse of the distribution function."""
+    logits_V = torch.full((size,), math.log(1e-9 / (size - 1)))
+    logits_V[likely] = 0.0
+    cumulative = logits_V.double().exp().cumsum(0)
+    uniform = torch.linspace(1e-12, 1 - 1e-12, 50, dtype=torch.float64)
+    tails = torch.cat([uniform * 1e-9, 1 - uniform * 1e-9, uniform])
+    expected = torch.searchsorted(cumulative / cumulative[-1], tails, right=True)
+    found = _draw(logits_V.exp().expand(len(tails), -1), tails)
+    # At a border between two tokens, rounding decides.
+    assert (found - expected).abs().max() <= 1
+    assert len(set(found.tolist())) == min(size, len(set(expected.tolist())))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
+def test_an_impossible_token_is_never_drawn(uniform: float) -> None:
+    """Zero weights at both ends, at borders of blocks, and whole blocks of them."""
+    for possible in ([1], [BLOCK - 1, BLOCK], [BLOCK + 3, 4 * BLOCK], [4 * BLOCK + 1]):
+        weights_V = torch.zeros(4 * BLOCK + 3)
+        weights_V[possible] = 1e-30
+        assert int(_draw(weights_V[None], torch.tensor([uniform], dtype=torch.float64))) in possible
+
+
+def test_rows_are_the_same_together_and_alone() -> None:
+    """More logits than a part holds, and rows with -inf."""
+    logits_SV = 3 * torch.randn(7, CACHED_LOGITS // 3 + 5, generator=torch.Generator().manual_seed(0))
+    logits_SV[:, ::5] = -torch.inf
+    tokens, logprobs, entropy = sample_tokens(logits_SV, SamplingParams(1), torch.Generator().manual_seed(1))
+    uniform_S = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert tokens.tolist() == [int(_draw(row[None], u[None])) for row, u in zip(logits_SV.softmax(-1), uniform_S)]
+    exact_SV = logits_SV.double().log_softmax(-1)
+    torch.testing.assert_close(logprobs.double(), exact_SV.gather(1, tokens[:, None])[:, 0], atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(exact_SV.exp()).sum(-1), atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_show_in_the_statistics(value: float) -> None:
+    logits_SV = torch.zeros(2, 2 * BLOCK + 1)
+    logits_SV[1, 3] = value
+    tokens, logprobs, entropy = sample_tokens(logits_SV, SamplingParams(1), torch.Generator())
+    assert logprobs.isfinite().tolist() == entropy.isfinite().tolist() == [True, False]
+    assert 0 <= int(tokens[1]) < 2 * BLOCK + 1
 
 
 def test_frequencies_of_a_whole_decode_match_the_model() -> None:

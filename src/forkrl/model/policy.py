@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,15 @@ class Policy:
         with self.autocast():
             output = self.decoder(input_ids=input_ids_BT, attention_mask=attention_mask, **options)
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def head_in_precision(self) -> Callable[[Tensor], Tensor]:
+        """Hidden states ``[N, D]`` to logits ``[N, V]`` in the configured precision, for many calls between updates.
+
+        Converts the head's weights once, where :meth:`logits` does at every call.
+        """
+        dtype = torch.bfloat16 if self.precision == "bf16" else self.head_weight.dtype
+        weight, bias = self.head_weight.to(dtype), None if self.head_bias is None else self.head_bias.to(dtype)
+        return lambda hidden_ND: nn.functional.linear(hidden_ND.to(dtype), weight, bias)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits ``[N, V]``; the head runs in the configured precision."""

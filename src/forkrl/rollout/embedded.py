@@ -194,9 +194,9 @@ def decode(
     hidden_SD, seen_ST = hidden_PD[owner_S], seen_PT[owner_S]
     position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
     seen_ST = torch.nn.functional.pad(seen_ST, (0, max_tokens), value=True)
-    advance, num_before = choose_step(policy), num_sequences
+    advance, to_logits, num_before = choose_step(policy), policy.head_in_precision(), num_sequences
     for step in range(max_tokens):
-        drawn_S, logprobs_S, entropy_S = sample_tokens(policy.logits(hidden_SD), sampling, generator)
+        drawn_S, logprobs_S, entropy_S = sample_tokens(to_logits(hidden_SD), sampling, generator)
         tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
         stopped_S = torch.isin(drawn_S, stop_ids) & going_S
         lengths_S[row_S[stopped_S]] = step + 1

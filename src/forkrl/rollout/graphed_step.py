@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import DynamicCache
 
 from forkrl.model.policy import Policy
@@ -57,8 +56,7 @@ class GraphedStep:
         flat, rows = FlatStep(policy), bucket(num_sequences, LEAST_ROWS)
         device = policy.device
         self.device, self.flat, self.capacity = device, flat, -(-capacity // LEAST_LENGTH) * LEAST_LENGTH
-        self.head = policy.head_weight.to(flat.layers[0].qkv.dtype)
-        self.head_bias = None if policy.head_bias is None else policy.head_bias.to(self.head.dtype)
+        self.logits = policy.head_in_precision()
         sizes = (2, rows, flat.num_kv, self.capacity, flat.head_dim)
         # Zeros, because masked values are multiplied by 0, and 0 times NaN is NaN.
         self.buffers = [torch.zeros(sizes, dtype=flat.cache_dtype, device=device) for _ in flat.layers]
@@ -94,10 +92,6 @@ class GraphedStep:
         self.slot_1.add_(1)
         self.length += 1
         return self.hidden_SD[: self.rows]
-
-    def logits(self, hidden_SD: Tensor) -> Tensor:
-        """``Policy.logits`` without converting the head's weights at every token."""
-        return linear(hidden_SD.to(self.head.dtype), self.head, self.head_bias).float()
 
     def keep(self, place: Sequence[int]) -> None:
         """Keep these rows (a whole bucket); copies only rows that change place."""
