@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -113,7 +114,6 @@ def test_rare_tokens_get_their_share_down_to_the_resolution_of_fp32(size: int, l
     found = _draw(logits_V.exp().expand(len(tails), -1), tails)
     # At a border between two tokens, rounding decides.
     assert (found - expected).abs().max() <= 1
-    assert len(set(found.tolist())) == min(size, len(set(expected.tolist())))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
@@ -131,7 +131,9 @@ def test_rows_are_the_same_together_and_alone() -> None:
     logits_SV[:, ::5] = -torch.inf
     tokens, logprobs, entropy = sample_tokens(logits_SV, SamplingParams(1), torch.Generator().manual_seed(1))
     uniform_S = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert tokens.tolist() == [int(_draw(row[None], u[None])) for row, u in zip(logits_SV.softmax(-1), uniform_S)]
+    assert tokens.tolist() == [
+        int(_draw(row[None], u[None])) for row, u in zip(logits_SV.softmax(-1), uniform_S, strict=True)
+    ]
     exact_SV = logits_SV.double().log_softmax(-1)
     torch.testing.assert_close(logprobs.double(), exact_SV.gather(1, tokens[:, None])[:, 0], atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(entropy.double(), torch.special.entr(exact_SV.exp()).sum(-1), atol=2e-6, rtol=1e-6)

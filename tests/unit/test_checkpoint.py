@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from forkrl.errors import UserError
-from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, verify_checkpoint
+from forkrl.store.checkpoint import FORMAT, latest_checkpoint, load_checkpoint, verify_checkpoint
 from tests.tiny_state import WORDS, TinyState, tiny_config, tiny_state
 
 FILES = (
@@ -73,7 +73,7 @@ def sign(folder: Path) -> None:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     contents = {name: (folder / name).read_bytes() for name in names if name != "manifest.json"}
     files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 2, "files": files}))
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": 2, "files": files}))
 
 
 def flip(file: Path, position: int) -> None:
@@ -269,11 +269,24 @@ class TestDamage:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "[]", "null", '{"format": 1}', "[" * 100_000, '{"format": 1, "step": 2, "files": {"../x": {"size": 1}}}'],
+        [
+            "",
+            "[]",
+            "null",
+            '{"format": 1}',
+            "[" * 100_000,
+            f'{{"format": {FORMAT}, "step": 2, "files": {{"../x": {{"size": 1}}}}}}',
+        ],
     )
     def test_a_manifest_of_nonsense_is_refused(self, saved: Path, text: str) -> None:
         (saved / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"manifest.json: damaged checkpoint"):
+            verify_checkpoint(saved)
+
+    def test_a_checkpoint_of_another_version_is_refused_by_number(self, saved: Path) -> None:
+        manifest = json.loads((saved / "manifest.json").read_text())
+        (saved / "manifest.json").write_text(json.dumps(manifest | {"format": FORMAT - 1}))
+        with pytest.raises(UserError, match=rf"checkpoint format {FORMAT - 1}, .* reads {FORMAT}; use the version"):
             verify_checkpoint(saved)
 
     def test_a_checkpoint_in_the_folder_of_another_step_is_refused(self, saved: Path) -> None:
