@@ -63,11 +63,19 @@ LIVECODEBENCH: Rows = [
         (4, "2025-02-01T00:00:00", "", "stdin", "\n"),
     )
 ]  # fmt: skip
+HUMANEVAL: Rows = [
+    {
+        "task_id": "HumanEval/0", "prompt": '\n\ndef twice(n: int) -> int:\n    """Twice the number."""\n',
+        "canonical_solution": "    return 2 * n\n",
+        "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2) == 4\n", "entry_point": "twice",
+    }
+]  # fmt: skip
 _CONFIGS = {
     "HuggingFaceH4/aime_2024": "default\n  data_files:\n  - split: train\n    path: data/train-*",
     "Hothan/OlympiadBench": (
         "OE_TO_maths_en_COMP\n  data_files: OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet"
     ),
+    "openai/openai_humaneval": "openai_humaneval\n  data_files:\n  - split: test\n    path: openai_humaneval/test-*",
     "openai/gsm8k": (
         "main\n  data_files:\n  - split: train\n    path: main/train-*\n  - split: test\n    path: main/test-*"
     ),
@@ -81,6 +89,7 @@ FILES: Mapping[str, Rows] = {
     "Hothan/OlympiadBench/OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet": OLYMPIAD,
     "openai/gsm8k/main/train-00000-of-00001.parquet": [{"question": "Not this one.", "answer": "#### 0"}],
     "openai/gsm8k/main/test-00000-of-00001.parquet": GSM8K,
+    "openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet": HUMANEVAL,
     "livecodebench/code_generation_lite/test.jsonl": LIVECODEBENCH[:2],
     **{f"livecodebench/code_generation_lite/test{n}.jsonl": LIVECODEBENCH[n:][:1] for n in (2, 3)},
     **{f"livecodebench/code_generation_lite/test{n}.jsonl": () for n in (4, 5)},

@@ -122,7 +122,7 @@ def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) 
     first = rows[0]
     assert (first["hub"], first["revision"]) == ("math-ai/aime25", "mirror")
     assert 0 <= first["unparsed"] <= 1 and first["accuracy_low"] <= first["accuracy"] <= first["accuracy_high"]
-    assert "holds 4 questions, not the 30 expected" in first["notice"]
+    assert "holds 4 of 30 questions" in first["notice"]
     assert set(lines(whole, "responses", "aime25")[0]) == {
         "question", "sample", "text", "reasoning", "tokens", "finished", "entropy",
     }  # fmt: skip
@@ -373,6 +373,32 @@ def test_programs_are_run(here: World) -> None:
     assert (figures["questions"], failures(figures)) == (2, 0)
     assert 0 < figures["accuracy"] < 1
     assert figures["accuracy"] == sum(right) / len(right)
+
+
+def complete_function(exchange: Exchange, fields: dict[str, Any]) -> None:
+    """A server that writes, by the seed: the function, its body, a wrong body, and no code."""
+    replies = (
+        "```python\ndef twice(n):\n    return n + n\n```", "    return 2 * n\n", "    return n\n", "I don't know.",
+    )  # fmt: skip
+    exchange.answer(completion(fields, replies[fields["seed"] % 4]))
+
+
+@pytest.mark.skipif(not SANDBOX_WORKS, reason="there is no sandbox here")
+def test_functions_are_completed(here: World) -> None:
+    with OpenAIServer(complete_function) as server:
+        outcome = run(
+            here, "eval", MODEL, "--bench", "humaneval", "--mirror", "mirror", "--server", server.root, "--samples",
+            "16", "--out", "functions",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.stderr
+        seeds = [fields["seed"] % 4 for fields in server.asked]
+    assert "humaneval: mirror/openai/openai_humaneval holds 1 of 164 questions; " in outcome.stderr
+    (figures,) = benchmarks(here.folder / "functions")
+    assert (figures["questions"], figures["expected_questions"], failures(figures)) == (1, 164, 0)
+    assert figures["accuracy"] == sum(seed < 2 for seed in seeds) / 16
+    answers = [each["answer"] for each in lines(here.folder / "functions", "scores", "humaneval")]
+    assert answers.count("") == seeds.count(3)
+    assert len(set(seeds)) == 4
 
 
 def test_questions_of_reasoning_gym(here: World) -> None:

@@ -60,16 +60,24 @@ def test_a_duplicate_question_is_asked_twice(mirror: Path) -> None:
 
 
 def test_every_benchmark_has_an_entry_of_its_own() -> None:
-    assert list(BENCHMARKS) == [*EXPECTED, "livecodebench"]
+    assert list(BENCHMARKS) == [*EXPECTED, "livecodebench", "humaneval"]
     assert {name: entry.expected_questions for name, entry in BENCHMARKS.items()} == {
         "aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "minerva": 272, "olympiad": 674, "gsm8k": 1319,
-        "livecodebench": 279,
+        "livecodebench": 279, "humaneval": 164,
     }  # fmt: skip
 
 
 def test_another_number_of_questions_is_noticed(mirror: Path) -> None:
     notice = loaded("aime25", mirror).notice
-    assert notice.startswith("aime25: ") and "holds 4 questions, not the 30 expected" in notice
+    assert notice.startswith("aime25: ") and notice.endswith(
+        "holds 4 of 30 questions; figures do not compare with those of the whole benchmark"
+    )
+
+
+def test_too_many_questions_are_noticed(tmp_path: Path) -> None:
+    rows = [{"problem": f"{n} =", "answer": str(n)} for n in range(31)]
+    write_rows(tmp_path / "math-ai/aime25/test.jsonl", rows)
+    assert "holds 31 questions, not 30; " in loaded("aime25", tmp_path).notice
 
 
 def test_the_number_expected_is_no_notice(tmp_path: Path) -> None:
@@ -178,7 +186,7 @@ def test_an_unknown_name(given: str, guess: str) -> None:
 
 def test_revisions_are_commits() -> None:
     revisions = [entry.revision for entry in BENCHMARKS.values() if entry.revision is not None]
-    assert len(revisions) == 6 and all(len(each) == 40 and int(each, 16) for each in revisions)
+    assert len(revisions) == 7 and all(len(each) == 40 and int(each, 16) for each in revisions)
 
 
 def test_programs_of_the_papers_window_are_asked_in_the_benchmarks_wording(mirror: Path) -> None:
@@ -197,6 +205,24 @@ def test_programs_of_the_papers_window_are_asked_in_the_benchmarks_wording(mirro
     )
     assert unpack_tests(program.answer).programs == (ProgramTest("2\n", "4\n"), ProgramTest("5\n", "10\n"))
     assert unpack_tests(method.answer).function == "twice"
+
+
+def test_functions_are_asked_in_the_wording_of_evalplus(mirror: Path) -> None:
+    (prompt,) = loaded("humaneval", mirror).prompts
+    assert prompt.text == (
+        "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
+        f"```\n{benchmark_mirror.HUMANEVAL[0]['prompt'].strip()}\n```\n"
+    )
+    asserts = unpack_tests(prompt.answer).asserts
+    assert asserts and (asserts.functions, asserts.check) == (("twice",), "twice")
+    assert asserts.prompt == benchmark_mirror.HUMANEVAL[0]["prompt"]
+
+
+def test_functions_without_usable_tests_are_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "def f(x):\n", "test": "check(f)", "entry_point": "f"}]
+    write_rows(tmp_path / "openai/openai_humaneval/test.jsonl", rows)
+    with pytest.raises(UserError, match="humaneval: the tests of 'f' cannot be used: the tests hold no assert"):
+        loaded("humaneval", tmp_path)
 
 
 def test_the_hub_is_asked_for_the_pinned_commit_and_the_answer_says_which_it_was(

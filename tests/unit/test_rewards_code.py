@@ -21,7 +21,7 @@ from forkrl.config import SandboxConfig, TaskConfig, TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
 from forkrl.rewards import VerifierPool
-from forkrl.rewards.code import bubblewrap, code_verifier, last_program, sandbox, verify_code, with_sandbox
+from forkrl.rewards.code import bubblewrap, code_verifier, last_program, program_of, sandbox, verify_code, with_sandbox
 from forkrl.rewards.code import test_cases as code_tests
 from forkrl.rewards.code.sandbox import SandboxUnavailableError, require_sandbox
 from forkrl.rewards.code.sandboxed_process import SandboxedProcess
@@ -473,6 +473,66 @@ RAISES = "try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"
 def test_assert_statements(tests: str, program: str, score: float) -> None:
     options = QUICK | ({"seconds": 0.5} if "sleep" in program else {})
     assert verify_code(tests, fenced(program), **options).score == score
+
+
+HELPERS = "import math\n\n\ndef halved(x):\n    return math.floor(x / 2)\n\n\n"
+PROMPT = HELPERS + 'def f(x):\n    """Twice x."""\n'
+COMPLETED = {
+    "prompt": PROMPT,
+    "entry_point": "f",
+    "test": "def check(candidate):\n    assert halved(candidate(3)) == 3\n",
+}
+FULL = "def f(x):\n    return 2 * x"
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        (fenced(FULL), HELPERS + FULL),
+        (fenced(FULL, "print(f(1))"), HELPERS + FULL),
+        (fenced(f"{PROMPT}    return 2 * x"), f"{HELPERS}{PROMPT}    return 2 * x"),
+        (
+            fenced(f"from __future__ import annotations\nimport re\n{FULL}"),
+            f"from __future__ import annotations\n{HELPERS}import re\n{FULL}",
+        ),
+        (fenced("y = 2 * x\nreturn y"), f"{PROMPT}    y = 2 * x\n    return y"),
+        (fenced("    y = 2 * x\n    return y"), f"{PROMPT}    y = 2 * x\n    return y"),
+        ("\n    y = 2 * x\n\n    return y\n\nprint(f(1))", f"{PROMPT}\n    y = 2 * x\n\n    return y\n"),
+        ("\treturn 2 * x\n```\nIt doubles x.", f"{PROMPT}\treturn 2 * x"),
+        (f"import re\n{FULL}\n```", f"{HELPERS}import re\n{FULL}"),
+        ("<think>\n" + fenced(FULL) + "\n</think>\n    return 3", f"{PROMPT}\n    return 3"),
+        ("<think>\n" + fenced(FULL), None),
+        (f"Here it is:\n{FULL}", None),
+        ("import re\ndef g(x): ...", None),
+        ("from what is asked, f doubles x", None),
+        ("```python\ndef f(x):", None),
+        ("    \nI don't know.", None),
+        ("", None),
+    ],
+)
+def test_the_prompt_completes_the_program(response: str, program: str | None) -> None:
+    assert program_of(response, unpack_tests(json.dumps(COMPLETED))) == program
+
+
+def test_a_prompt_in_words_is_no_part_of_the_program() -> None:
+    tests = unpack_tests(json.dumps(COMPLETED | {"prompt": "Write a function f that doubles x."}))
+    assert program_of(fenced(FULL), tests) == FULL
+    assert program_of("    return 2 * x", tests) is None
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        (fenced(FULL), 1),
+        (fenced("return math.floor(2 * x)"), 1),
+        ("    return halved(4 * x)", 1),
+        (fenced("def f(x):\n    return 3 * x"), 0),
+        (fenced("def halved(x):\n    return 3\n\ndef f(x):\n    return 0"), 0),  # the tests use the prompt's own
+    ],
+)
+def test_programs_that_the_prompt_completes(response: str, score: float) -> None:
+    assert verify_code(json.dumps(COMPLETED), response, **QUICK).score == score
 
 
 @needs_bubblewrap

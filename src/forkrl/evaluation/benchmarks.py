@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -129,6 +130,25 @@ def code_question(row: Row) -> QuestionAndAnswer:
     return QuestionAndAnswer(question, tests_from_livecodebench(row))
 
 
+_FUNCTION = (
+    "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
+    f"```\n{PROMPT}\n```\n"
+)
+"""EvalPlus's prompt for chat models."""
+
+
+def function_to_complete(row: Row) -> QuestionAndAnswer:
+    """HumanEval: the prompt is the start of the program; the tests are ``assert`` statements."""
+    from forkrl.rewards.code import repack_tests
+
+    prompt, name = row["prompt"], row["entry_point"]
+    try:
+        tests = repack_tests(json.dumps({"prompt": prompt, "test": row["test"], "entry_point": name}))
+    except ValueError as error:
+        raise UserError(f"humaneval: the tests of {name!r} cannot be used: {error}") from None
+    return QuestionAndAnswer(prompt.strip() if isinstance(prompt, str) else prompt, tests)
+
+
 _ENTRIES: Sequence[Benchmark] = (
     Benchmark(
         "aime24", "AIME'24", "HuggingFaceH4/aime_2024", "problem", "answer", 30, split="train",
@@ -159,6 +179,11 @@ _ENTRIES: Sequence[Benchmark] = (
         files=("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl"),
         columns=("public_test_cases", "metadata", "starter_code", "contest_date"),
         wanted=in_paper_window, prepare=code_question, question=PROMPT, verifier=CODE,
+    ),
+    Benchmark(
+        "humaneval", "HumanEval", "openai/openai_humaneval", "prompt", "test", 164, columns=("entry_point",),
+        prepare=function_to_complete, question=_FUNCTION, verifier=CODE,
+        revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
     ),
 )  # fmt: skip
 BENCHMARKS: dict[str, Benchmark] = {entry.name: entry for entry in _ENTRIES}

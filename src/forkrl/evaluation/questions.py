@@ -36,6 +36,7 @@ PLAIN = "User:\n{question}\n\nAssistant:\n"
 """The paper's prompt for base models (arXiv 2506.01939v2, section 5.2)."""
 GYM_QUESTIONS = 100
 """Default number from a reasoning-gym generator, which is unlimited."""
+_NOT_ALL = "figures do not compare with those of the whole benchmark"
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _Row = tuple[str, Mapping[str, Any]]
 """Location in errors ("aime24 row 3"), and columns."""
@@ -187,7 +188,7 @@ def load_questions(benchmark: Benchmark, mirror: Path | None, sandbox: SandboxCo
     count, expected = len(prompts), benchmark.expected_questions
     if not prompts:
         raise UserError(f"{benchmark.name}: {source} holds no questions; {_remedy(benchmark)}")
-    notice = f"holds {count} questions, not the {expected} expected; figures may not compare with others'"
+    held = f"{count:,} of {expected:,} questions" if count < expected else f"{count:,} questions, not {expected:,}"
     return Questions(
         name=benchmark.name,
         title=benchmark.title,
@@ -202,7 +203,7 @@ def load_questions(benchmark: Benchmark, mirror: Path | None, sandbox: SandboxCo
         hub=benchmark.hub,
         revision="mirror" if mirror is not None else revision,
         expected_questions=expected,
-        notice="" if count == expected else f"{benchmark.name}: {source} {notice}",
+        notice="" if count == expected else f"{benchmark.name}: {source} holds {held}; {_NOT_ALL}",
     )
 
 

@@ -25,6 +25,8 @@ from forkrl.rewards.code.test_cases import (
     any_number_of_digits,
     last_program,
     pack_tests,
+    program_of,
+    repack_tests,
     tests_from_livecodebench,
     unpack_tests,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "code_verifier",
     "last_program",
     "pack_tests",
+    "program_of",
+    "repack_tests",
     "tests_from_livecodebench",
     "unpack_tests",
     "verify_code",
@@ -64,13 +68,13 @@ def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -
 
 
 def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **options: Any) -> Judgement:
-    """1.0 if the response's program (``last_program``) passes every test, else 0.0; answer "" without a program.
+    """1.0 if the response's program (``program_of``) passes every test, else 0.0; answer "" without a program.
 
     ``answer`` is written by ``pack_tests``; ``options`` are those of ``SandboxConfig``. ``float_tolerance`` is relative
     or absolute, whichever is larger, for expected numbers with a decimal point.
     """
     tests = unpack_tests(answer)
-    source = last_program(response, tests)
+    source = program_of(response, tests)
     if source is None:
         return Judgement(0.0, "")
     config = SandboxConfig(**options)

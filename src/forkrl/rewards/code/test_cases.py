@@ -1,7 +1,7 @@
 """The tests in ``Prompt.answer``, and extraction of the program from a response.
 
 Tests are a JSON object with ``inputs``, ``outputs`` and, for a function, ``fn_name``; or with ``assert`` statements
-under HumanEval's (``test``, ``entry_point``) or MBPP's (``test_list``) keys. Long ones are compressed.
+under HumanEval's (``prompt``, ``test``, ``entry_point``) or MBPP's (``test_list``) keys. Long ones are compressed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import itertools
 import json
 import pickletools
 import re
@@ -38,6 +39,9 @@ _BORING_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
 _FENCE = re.compile(r"(\s*(?:(?:[-*+]|\d{1,9}[.)])\s+)*)```+\s*(\S*)")
 """The fence of a block, possibly after list markers on the same line."""
 _PYTHON = {"python", "python3", "py"}
+_STARTS_CODE = re.compile(r"\s*^(from|import|def|async|class|@)", re.MULTILINE)
+_STARTS_BODY = re.compile(r"\s*^(\t|  )[ \t]*\S", re.MULTILINE)
+_FUTURE_IMPORT = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 _READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bfileinput\b|\bos\.read\b")
 
 
@@ -64,6 +68,10 @@ class AssertTests(NamedTuple):
     """The function passed to the tests' own ``check``, if that must be called."""
     modules: tuple[str, ...] = ()
     """Standard library modules used but not imported by the code."""
+    prompt: str = ""
+    """The start of the program, up to the docstring of the function to complete; "": none."""
+    helpers: str = ""
+    """The prompt before that function: imports and complete functions."""
 
     @property
     def request(self) -> str:
@@ -151,7 +159,8 @@ def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
     if not isinstance(function, str) or not all(isinstance(part, str) for part in parts):
         raise ValueError("the tests' test, test_setup_code and entry_point must be text, and test_list a list of text")
     function = function.removeprefix("Solution().")
-    code = "\n".join(map(str, parts))
+    prompt, helpers = _opening(tests.get("prompt"), function)
+    code = "\n".join(map(str, [helpers, *parts]))
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError) as error:
@@ -172,7 +181,19 @@ def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
     if "check" in defined and not calls_check and not function:
         raise ValueError("the tests define check(candidate); name the function of the program in entry_point")
     check = function if "check" in defined and not calls_check else ""
-    return CodeTests(function, asserts=AssertTests(code, tuple(sorted(needed)), check, tuple(sorted(modules))))
+    asserts = AssertTests(code, tuple(sorted(needed)), check, tuple(sorted(modules)), prompt, helpers)
+    return CodeTests(function, asserts=asserts)
+
+
+def _opening(prompt: Any, function: str) -> tuple[str, str]:
+    """The prompt and what precedes the function in it; empty unless the prompt is code that defines the function.
+
+    MBPP's rows have a prompt in words.
+    """
+    if not isinstance(prompt, str) or not function:
+        return "", ""
+    start = re.search(rf"^def[ \t]+{re.escape(function)}\b", prompt, re.MULTILINE)
+    return (prompt, prompt[: start.start()]) if start else ("", "")
 
 
 def tests_from_livecodebench(row: Mapping[str, Any]) -> str:
@@ -247,6 +268,37 @@ def _accepted(due: Any) -> tuple[Any, ...]:
     if isinstance(due, str):
         return (json.loads(due),)
     return (due, due[0]) if isinstance(due, list) and len(due) == 1 else (due,)
+
+
+def program_of(response: str, tests: CodeTests) -> str | None:
+    """The program to test: ``last_program``, completed by the tests' prompt if they have one.
+
+    With a prompt, a block without the function is its body, and a reply without a block may continue the prompt or be
+    the whole function.
+    """
+    code = last_program(response, tests)
+    if tests.asserts is None or not tests.asserts.prompt:
+        return code
+    prompt, helpers = tests.asserts.prompt, tests.asserts.helpers
+    if code is None:
+        code = _before_fence(reply_of(response))
+        if _STARTS_BODY.match(code):
+            return prompt + _indented_part(code)
+        if not (_STARTS_CODE.match(code) and _may_be_the_program(code, tests)):
+            return None
+    if not _may_be_the_program(code, tests):
+        return prompt + textwrap.indent(code, "    ")
+    return "".join(_FUTURE_IMPORT.findall(code)) + helpers + _FUTURE_IMPORT.sub("", code)
+
+
+def _before_fence(reply: str) -> str:
+    return "\n".join(itertools.takewhile(lambda line: not _FENCE.match(line), reply.split("\n")))
+
+
+def _indented_part(code: str) -> str:
+    """The body of a function: everything before the first line without indentation."""
+    lines = code.split("\n")
+    return "\n".join(itertools.takewhile(lambda line: not line.strip() or line[0].isspace(), lines))
 
 
 def last_program(response: str, tests: CodeTests | None = None) -> str | None:
