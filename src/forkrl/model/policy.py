@@ -126,9 +126,11 @@ def require_positions(model_config: Any, prompt_tokens: int, response_tokens: in
     """Reject lengths beyond the model's positions, which would fail late or produce nonsense."""
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and prompt_tokens + response_tokens > positions:
+        left = positions - prompt_tokens
+        remedy = f"set it to {left} or less" if left > 0 else "leave out such prompts or use another model"
         raise UserError(
             f"rollout.max_response_tokens = {response_tokens} after a prompt of {prompt_tokens} tokens is more "
-            f"than the {positions} positions of the model; set it to {positions - prompt_tokens} or less"
+            f"than the {positions} positions of the model; {remedy}"
         )
 
 
