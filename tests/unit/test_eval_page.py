@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_is_read_back_as_it_was_written(folder: Path) -> None:
     results, scored = read_evaluation(folder)
     assert results.settings["model"] == f"model{HOSTILE}"
-    assert list(results.tables) == ["benchmarks", "passes", "budget", "lengths", "mean"]
+    assert list(results.tables) == ["benchmarks", "passes", "budget", "lengths", "unanswered", "mean"]
     names = ("accuracy", "accuracy_low", "accuracy_high", "length_gap_high", "failed_timeout")
     assert set(names) <= set(pd.read_csv(folder / "tables/benchmarks.csv").columns)
     expected = random_responses(30, 4)
@@ -61,6 +61,25 @@ def test_a_folder_is_read_back_as_it_was_written(folder: Path) -> None:
     ]
     assert read_questions(folder, "aime24")["q003"]["prompt"] == f"What is q003? {HOSTILE}"
     assert read_questions(folder, "other") == {}
+
+
+def test_three_responses_without_an_answer_are_shown(folder: Path) -> None:
+    results, scored = read_evaluation(folder)
+    missing = [(response.question, response.sample) for response in scored["aime24"] if response.answer == ""]
+    table = results.tables["unanswered"]
+    assert list(zip(table["question"], table["sample"], strict=True)) == [
+        missing[0],
+        missing[len(missing) // 2],
+        missing[-1],
+    ]
+    assert all(HOSTILE in text and len(text) <= 300 for text in table["end_of_response"])
+    share = len(missing) / len(scored["aime24"])
+    assert f"AIME'24: no answer was found in {share:.1%} of the responses." in results.notes
+    assert not any("mine: no answer" in note for note in results.notes)  # its verifier does not say
+    printed = describe_page(eval_page(results, [], TABLE_2)).partition("Responses without an answer:\n")[2]
+    assert [line.split()[:2] for line in printed.splitlines()[1:4]] == [
+        ["aime24", str(sample)] for sample in table["sample"]
+    ]
 
 
 def test_the_last_verdict_counts(tmp_path: Path) -> None:
