@@ -242,7 +242,8 @@ class Task:
     """Training prompts, held-out prompts and verifiers.
 
     ``verifiers`` has one per ``Prompt.source`` ("" if unmixed), or is empty if there are no answers. ``fingerprint``
-    changes with the prompts: a run cannot be resumed on other data.
+    changes with the prompts: a run cannot be resumed on other data. ``examples``: ids of the questions that all prompts
+    show with their answers.
     """
 
     name: str
@@ -250,3 +251,4 @@ class Task:
     held_out: Sequence[Prompt]
     verifiers: Mapping[str, VerifierSpec]
     fingerprint: str = field(default="")
+    examples: frozenset[str] = frozenset()

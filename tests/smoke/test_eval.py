@@ -211,7 +211,7 @@ def test_a_format_that_matches_nothing_is_reported_and_announced(world: World) -
 
 def test_a_format_decides_what_the_verifier_reads(world: World) -> None:
     """Its answer is any odd digit; the prefill is one, so without a format every response is right."""
-    given = ("model", "--recipe", "recipe.toml", "task.assistant_prefill=1", "--samples", "2")
+    given = ("model", "--recipe", "recipe.toml", 'task.assistant_prefill="1"', "--samples", "2")
     assert evaluated(world, *given)["accuracy"] == 1
     figures = evaluated(world, *given, "task.answer_format=(?s)^1(.)")
     assert 0 < figures["accuracy"] < 1

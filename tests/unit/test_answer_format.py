@@ -244,7 +244,7 @@ def test_a_sandboxed_verifier_and_a_server_keep_the_format(monkeypatch: pytest.M
     spec = VerifierSpec("code", answer_format="answer_tag", prefill="Ok")
     bound = code.with_sandbox({"": spec}, SandboxConfig())[""]
     assert (bound.path, bound.answer_format, bound.prefill) == ("forkrl.rewards.code:verify_code", "answer_tag", "Ok")
-    monkeypatch.setattr(endpoint.httpx, "options", lambda *_, **__: None)
+    monkeypatch.setattr("httpx.options", lambda *_, **__: None)
     spec = VerifierSpec("e", {"url": "http://h/"}, answer_format="boxed", prefill="Ok")
     bound = endpoint.prepare_endpoint(spec, 10.0)
     assert (bound.answer_format, bound.prefill) == ("boxed", "Ok")

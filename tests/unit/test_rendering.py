@@ -55,10 +55,14 @@ def sums(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"{n}+1", "answer": str(n + 1)} for n in range(count)]
 
 
-def opened(tmp_path: Path, template: str | None, rows: list[dict[str, Any]] | None = None, **settings: Any) -> Task:
+def opened(tmp_path: Path, chat: str | None, rows: list[dict[str, Any]] | None = None, **settings: Any) -> Task:
     tokenizer = build_character_tokenizer("0123456789+")
-    tokenizer.chat_template = template
-    given = {"chat_template": template is not None, "held_out_rows": 1, "allow_unknown_tokens": True} | settings
+    tokenizer.chat_template = chat
+    given: dict[str, Any] = {
+        "chat_template": chat is not None,
+        "held_out_rows": 1,
+        "allow_unknown_tokens": True,
+    } | settings
     config = TaskConfig(name="dataset", data=write(tmp_path / "sums.jsonl", rows or sums(2)), **given)
     return open_task(config, tokenizer)
 
@@ -204,7 +208,12 @@ def test_prompts_too_long_with_their_examples_are_bad_rows(tmp_path: Path, capsy
 
 def gym(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Task:
     monkeypatch.setattr(forkrl.tasks.gym, "_questions", lambda request: questions(**request))
-    given = {"name": "reasoning-gym", "generator": "chain_sum", "held_out_rows": 3, "train_prompts": 4} | settings
+    given: dict[str, Any] = {
+        "name": "reasoning-gym",
+        "generator": "chain_sum",
+        "held_out_rows": 3,
+        "train_prompts": 4,
+    } | settings
     return open_task(TaskConfig(**given), None)
 
 
@@ -298,3 +307,13 @@ def test_a_server_gets_one_message_and_refuses_more(tmp_path: Path) -> None:
     plain = TaskConfig(name="dataset", data=data, assistant_prefill="So")
     [asked] = task_questions(plain, None, None, whole=True)
     assert [prompt.text for prompt in asked.prompts] == ["0+1So", "1+1So", "2+1So"]
+
+
+def test_an_example_of_one_part_is_not_held_out_by_another(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", sums(9))
+    parts: Any = [
+        {"name": "dataset", "data": data, "source": "a", "held_out_rows": 1, "few_shot": 4},
+        {"name": "dataset", "data": data, "source": "b", "held_out_rows": 8},
+    ]
+    with pytest.raises(UserError, match="task.parts: a shows [34] questions as few-shot examples that another part"):
+        open_task(TaskConfig(name="mix", parts=parts), None)

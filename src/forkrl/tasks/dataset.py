@@ -58,7 +58,8 @@ def load_dataset_task(
     source = config.held_out_data or config.data
     prompts = _with_examples(config, train, examples, config.data, apply_chat_template, check)
     aside = _with_examples(config, held_out, examples, source, apply_chat_template, check)
-    return Task(config.data, prompts, aside, _verifiers(config), fingerprint_of(prompts, aside))
+    fingerprint = fingerprint_of(prompts, aside)
+    return Task(config.data, prompts, aside, _verifiers(config), fingerprint, frozenset(examples))
 
 
 def load_evaluation_task(
@@ -79,7 +80,7 @@ def load_evaluation_task(
     if examples and not config.held_out_data:
         notice(f"{len(examples)} questions of {source} are few-shot examples (task.few_shot) and are not evaluated")
     prompts = _with_examples(config, questions, examples, source, apply_chat_template, check)
-    return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts))
+    return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts), frozenset(examples))
 
 
 def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:

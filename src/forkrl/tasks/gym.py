@@ -34,7 +34,7 @@ def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | Non
     curriculum = config.curriculum
     levels = [config.difficulty] if curriculum.promote_above is None else [curriculum.start, curriculum.max_level]
     # The few-shot examples are taken from the training questions.
-    prompts = _prompts(config, levels, config.train_prompts + config.few_shot, apply_chat_template)
+    prompts, examples = _prompts(config, levels, config.train_prompts + config.few_shot, apply_chat_template)
     train, held_out = prompts["train"], prompts["held_out"]
     _require_enough(config, train, held_out)
     spec = replace(
@@ -43,7 +43,7 @@ def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | Non
         answer_format=config.answer_format or "",
         prefill=config.assistant_prefill,
     )
-    return Task(config.generator, train, held_out, {"": spec}, fingerprint_of(train, held_out))
+    return Task(config.generator, train, held_out, {"": spec}, fingerprint_of(train, held_out), examples)
 
 
 def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, Any] | None = None) -> list[Prompt]:
@@ -55,13 +55,13 @@ def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, 
     config = TaskConfig(
         name="reasoning-gym", generator=name, settings=dict(settings or {}), question_seed=seed, held_out_rows=count
     )
-    return _prompts(config, [None], 0, None)["held_out"]
+    return _prompts(config, [None], 0, None)[0]["held_out"]
 
 
 def _prompts(
     config: TaskConfig, levels: list[int | None], train: int, apply_chat_template: ApplyChatTemplate | None
-) -> dict[str, list[Prompt]]:
-    """Prompts by kind: "held_out" and "train"."""
+) -> tuple[dict[str, list[Prompt]], frozenset[str]]:
+    """Prompts by kind ("held_out" and "train"), and the ids of the few-shot examples."""
     render = prompt_renderer(config, apply_chat_template)
     first, last = levels[0], levels[-1]
     num_levels = 1 if first is None or last is None else last - first + 1
@@ -91,7 +91,7 @@ def _prompts(
         prompt = _prompt(config, line, render)
         if prompt.id not in examples:
             prompts[line["kind"]].append(prompt)
-    return prompts
+    return prompts, frozenset(examples)
 
 
 def _content(config: TaskConfig, line: Mapping[str, Any]) -> str:
