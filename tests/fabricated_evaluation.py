@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from forkrl.evaluation.folder import SCHEMA, ScoredResponse
+from forkrl.evaluation.shelves import unanswered_responses
 from forkrl.evaluation.summary import Tables, mean_over_benchmarks, summarise_benchmark
 from forkrl.report.eval_page import eval_headline, eval_notes
 from forkrl.store.results import write_results
@@ -76,6 +77,7 @@ def write_evaluation(
             "hub": f"made-up/{name}", "revision": "main", "fingerprint": f"f-{name}", "notice": "",
             "first_failure": "", "seconds": 12.5, "tokens_per_s": 1000.0,
         }  # fmt: skip
+        found["unanswered"] = unanswered_responses(folder, name, responses)
         for table, rows in found.items():
             tables.setdefault(table, []).extend(rows)
     tables["mean"] = mean_over_benchmarks(tables["benchmarks"])

@@ -73,11 +73,15 @@ class VerifierSpec:
 
     ``path`` is ``"module:function"``, from ``(answer, response)`` strings to a score in [0, 1] or a ``Judgement``.
     ``options`` are its keyword arguments. ``timeout_s`` is wall-clock per response; None: ``reward.timeout_s``.
+    ``answer_format`` (``task.answer_format``): the verifier gets the answer that it finds; "": the whole response.
+    ``prefill``: text at the end of the prompt that belongs to the response (``task.assistant_prefill``).
     """
 
     path: str
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float | None = None
+    answer_format: str = ""
+    prefill: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,7 +242,8 @@ class Task:
     """Training prompts, held-out prompts and verifiers.
 
     ``verifiers`` has one per ``Prompt.source`` ("" if unmixed), or is empty if there are no answers. ``fingerprint``
-    changes with the prompts: a run cannot be resumed on other data.
+    changes with the prompts: a run cannot be resumed on other data. ``examples``: ids of the questions that all prompts
+    show with their answers.
     """
 
     name: str
@@ -246,3 +251,4 @@ class Task:
     held_out: Sequence[Prompt]
     verifiers: Mapping[str, VerifierSpec]
     fingerprint: str = field(default="")
+    examples: frozenset[str] = frozenset()

@@ -188,3 +188,37 @@ def test_responses_shorter_than_the_penalty_of_training(world: World, tmp_path: 
         world, "model", *DATASET, "task.data=prompts.jsonl", "rollout.max_response_tokens=2", "--problems", "3"
     )
     assert figures["length"] <= 2
+
+
+def test_a_format_that_matches_nothing_is_reported_and_announced(world: World) -> None:
+    """By an evaluation with its share and three responses, and in training too."""
+    nothing = ("recipe.toml", "task.answer_format=boxed", "eval.problems=24")
+    shutil.rmtree(world.folder / "evaluation", ignore_errors=True)
+    outcome = world.run("eval", "model", "--recipe", *nothing, "--samples", "9", "--out", "evaluation")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.stderr.count("task.answer_format = 'boxed' found no answer in the first 200 responses") == 1
+    assert "note: prompts.jsonl: no answer was found in 100.0% of the responses." in outcome.stdout
+    shown = outcome.stdout.partition("Responses without an answer:\n")[2].splitlines()[1:4]
+    assert [line.split()[0] for line in shown] == ["prompts"] * 3
+    texts = [json.loads(line)["text"] for line in (world.folder / "evaluation/responses/prompts.jsonl").open()]
+    table = read_results(world.folder / "evaluation").tables["unanswered"]
+    assert len(table) == 3 and set(map(str, table["end_of_response"])) <= {text[-300:] for text in texts} | {"nan"}
+
+    trained = world.train("nothing", *nothing[1:], "eval.samples=32")
+    assert trained.code == 1
+    assert "task.answer_format = 'boxed' found no answer in the first 200 responses" in trained.stdout + trained.stderr
+
+
+def test_a_format_decides_what_the_verifier_reads(world: World) -> None:
+    """Its answer is any odd digit; the prefill is one, so without a format every response is right."""
+    given = ("model", "--recipe", "recipe.toml", 'task.assistant_prefill="1"', "--samples", "2")
+    assert evaluated(world, *given)["accuracy"] == 1
+    figures = evaluated(world, *given, "task.answer_format=(?s)^1(.)")
+    assert 0 < figures["accuracy"] < 1
+    odd = 0
+    for line in (world.folder / "evaluation/responses/prompts.jsonl").open():
+        text = json.loads(line)["text"]
+        odd += text[:1] in tuple("13579") and bool(text.strip())
+    assert figures["accuracy"] == odd / 48
+    (first, *_) = (world.folder / "evaluation/questions/prompts.jsonl").read_text().splitlines()
+    assert json.loads(first)["prompt"].endswith("=1")

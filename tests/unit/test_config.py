@@ -32,7 +32,10 @@ MISTAKES = [
     ("training.micro_batch_tokens=100", "training.micro_batch_tokens = 100 cannot hold one sequence"),
     ("reward.overlong_cache=20480", "reward.overlong_cache = 20480 is not below rollout.max_response_tokens = 20480"),
     ("task.name=dataset", "task.data is empty"),
-    ("task.template=hello", 'task.template is for task.name = "dataset", but task.name = "countdown"'),
+    (
+        "task.template=hello",
+        'task.template is for task.name = "dataset" or "reasoning-gym", but task.name = "countdown"',
+    ),
     ("task.data=prompts.jsonl", 'task.data is for task.name = "dataset", but task.name = "countdown"'),
     ("seed=99999999999999999999", "seed = 99999999999999999999: input should be less than 9223372036854775808"),
     ("training.steps=true", "training.steps = True: input should be a valid integer"),

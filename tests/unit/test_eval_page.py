@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_is_read_back_as_it_was_written(folder: Path) -> None:
     results, scored = read_evaluation(folder)
     assert results.settings["model"] == f"model{HOSTILE}"
-    assert list(results.tables) == ["benchmarks", "passes", "budget", "lengths", "mean"]
+    assert list(results.tables) == ["benchmarks", "passes", "budget", "lengths", "unanswered", "mean"]
     names = ("accuracy", "accuracy_low", "accuracy_high", "length_gap_high", "failed_timeout")
     assert set(names) <= set(pd.read_csv(folder / "tables/benchmarks.csv").columns)
     expected = random_responses(30, 4)
@@ -61,6 +61,21 @@ def test_a_folder_is_read_back_as_it_was_written(folder: Path) -> None:
     ]
     assert read_questions(folder, "aime24")["q003"]["prompt"] == f"What is q003? {HOSTILE}"
     assert read_questions(folder, "other") == {}
+
+
+def test_three_responses_without_an_answer_are_shown(tmp_path: Path) -> None:
+    benchmarks = {"aime24": random_responses(30, 4, longer=4), "mine": random_responses(12, 4, answers=False)}
+    results, scored = read_evaluation(write_evaluation(tmp_path, benchmarks))
+    missing = [(response.question, response.sample) for response in scored["aime24"] if response.answer == ""]
+    table = results.tables["unanswered"]
+    shown = list(zip(table["question"], table["sample"], strict=True))
+    assert len(missing) > 5 and shown == [missing[0], missing[round((len(missing) - 1) / 2)], missing[-1]]
+    assert all(HOSTILE in text and len(text) <= 300 for text in table["end_of_response"])
+    share = len(missing) / len(scored["aime24"])
+    assert f"AIME'24: no answer was found in {share:.1%} of the responses." in results.notes
+    assert not any("mine: no answer" in note for note in results.notes)  # its verifier does not say
+    printed = describe_page(eval_page(results, [], TABLE_2)).partition("Responses without an answer:\n")[2]
+    assert [line.split()[:2] for line in printed.splitlines()[1:4]] == [["aime24", str(sample)] for _, sample in shown]
 
 
 def test_the_last_verdict_counts(tmp_path: Path) -> None:
@@ -179,7 +194,9 @@ def test_a_benchmark_that_nothing_judged_comes_first(folder: Path) -> None:
     assert eval_headline(benchmarks, tables["mean"]) == (
         "AIME'24: none of the 120 responses could be judged; the verifier's first error: no 'x' here."
     )
-    benchmarks = tables["benchmarks"].assign(failed_timeout=[2, 0], failed_error=[1, 0], notice=["", "odd"])
+    benchmarks = tables["benchmarks"].assign(
+        failed_timeout=[2, 0], failed_error=[1, 0], notice=["", "odd"], unparsed=[0.0, math.nan]
+    )
     assert eval_notes(benchmarks) == [
         "AIME'24: responses that could not be judged count as wrong (2 by timeout, 1 by error); the same command "
         "judges them again.",

@@ -25,7 +25,7 @@ from forkrl.evaluation.folder import SCHEMA, BenchmarkFiles, read_results
 from forkrl.evaluation.paper import TABLE_2
 from forkrl.evaluation.questions import Questions, benchmark_questions, prompt_renderer, task_questions
 from forkrl.evaluation.samplers import EvalSampling, Sampler, SampleRequest
-from forkrl.evaluation.shelves import read_shelves
+from forkrl.evaluation.shelves import read_shelves, unanswered_responses
 from forkrl.evaluation.summary import mean_over_benchmarks, summarise_benchmark
 from forkrl.model.prompt_tokens import PromptCheck
 from forkrl.report.eval_page import eval_headline, eval_notes, eval_page
@@ -146,6 +146,7 @@ def _evaluate(
     say_kept(total - len(files.missing()), total, f"responses to {questions.title}", folder)
     tokens, seconds = _sample_and_judge(files, sampler, pool, sampling, questions.title)
     tables = summarise_benchmark(questions.name, files.scored(), settings["samples"])
+    tables["unanswered"] = unanswered_responses(folder, questions.name, files.scored())
     earlier = _earlier_results(folder)
     verifiers = {questions.name: _as_json(questions.verifiers)}
     rows = [] if earlier is None else earlier.tables["benchmarks"].to_dict("records")
@@ -171,7 +172,10 @@ def _evaluate(
     tables["benchmarks"] = [figures]
     if earlier is not None:
         verifiers = earlier.facts["verifiers"] | verifiers
-        tables = {name: _replaced(earlier.tables[name], found, questions.name) for name, found in tables.items()}
+        none = pd.DataFrame()  # an older version wrote fewer tables
+        tables = {
+            name: _replaced(earlier.tables.get(name, none), found, questions.name) for name, found in tables.items()
+        }
     tables["mean"] = mean_over_benchmarks(tables["benchmarks"])
     frames = {name: pd.DataFrame(found) for name, found in tables.items()}
     return write_results(
@@ -246,4 +250,7 @@ def _verifiers(asked: Sequence[Questions]) -> dict[str, VerifierSpec]:
 
 
 def _as_json(verifiers: Mapping[str, VerifierSpec]) -> dict[str, Any]:
-    return {source: [spec.path, dict(spec.options)] for source, spec in verifiers.items()}
+    return {
+        source: [spec.path, dict(spec.options), *([spec.answer_format] if spec.answer_format else [])]
+        for source, spec in verifiers.items()
+    }

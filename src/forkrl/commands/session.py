@@ -68,10 +68,12 @@ def open_session(subject: Subject) -> Iterator[Session]:
 def session_settings(session: Session) -> dict[str, Any]:
     """The settings that identify the prompts, the sampling and the verifiers."""
     config = session.config
+    formats = {source: spec.answer_format for source, spec in session.task.verifiers.items() if spec.answer_format}
     return {
         "task": session.task.name,
         "data": session.task.fingerprint,
         "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},
+        **({"answer_format": formats} if formats else {}),
         "seed": config.seed,
         "max_response_tokens": config.rollout.max_response_tokens,
         "stop": list(config.rollout.stop),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,19 @@ from pydantic import Field, model_validator
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Decay, Positive, PositiveInt, Section, Seed
 
-GYM_INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
+_INSTRUCTION = "Think step by step, then give the final answer"
+GYM_INSTRUCTION = f"{_INSTRUCTION} alone between <answer> and </answer>."
+ANSWER_FORMATS = {
+    "boxed": (rf"{_INSTRUCTION} alone within \boxed{{}}.", r"\boxed{{answer}}"),
+    "answer_tag": (GYM_INSTRUCTION, "<answer>{answer}</answer>"),
+    "last_number": (f"{_INSTRUCTION} as the last number.", "{answer}"),
+}
+"""By named format: reasoning-gym's instruction, and the response of a few-shot example."""
+_CALL_ARGUMENTS = (
+    "conversation chat_template add_generation_prompt continue_final_message tokenize padding truncation max_length "
+    "return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs messages"
+)
+"""Arguments of the tokenizer's ``apply_chat_template`` that are not variables of the template."""
 
 
 class CurriculumConfig(Section):
@@ -70,6 +83,24 @@ class TaskConfig(Section):
     """dataset, reasoning-gym: text around the question, which replaces {prompt}."""
     chat_template: bool = False
     """dataset, reasoning-gym: format the templated question as a user message with the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """dataset, reasoning-gym: variables of the chat template, such as { enable_thinking = false }."""
+    system_prompt: str | None = None
+    """dataset, reasoning-gym: the system message, in place of the rows' own. "": none, also not the chat template's
+    default (on the command line task.system_prompt='""'). Not set: whatever rows and template say."""
+    assistant_prefill: str = ""
+    """dataset, reasoning-gym: beginning of every response, written at the end of the prompt. Verifiers read it as part
+    of the response."""
+    few_shot: Count = 0
+    """dataset, reasoning-gym: training questions shown with their answers before every question; they are not trained
+    on (docs/tasks.md)."""
+    few_shot_response: str = ""
+    """dataset, reasoning-gym: response of a few-shot example, with {answer} for the gold answer. Empty: the gold answer
+    as answer_format writes it."""
+    answer_format: str | None = None
+    """dataset, reasoning-gym: how the answer is found in a response: "boxed", "answer_tag", "last_number", or a regular
+    expression with one group (docs/tasks.md). The verifier gets what was found. Not set: the verifier looks itself, and
+    reasoning-gym's reads <answer> tags."""
     skip_bad_rows: bool = False
     """dataset: skip and report unusable rows. Otherwise they are an error."""
     allow_unknown_tokens: bool = False
@@ -92,9 +123,11 @@ class TaskConfig(Section):
     train_prompts: PositiveInt = 2048
     """reasoning-gym: distinct questions to train on, per level of a curriculum."""
     question_seed: Seed = 0
-    """reasoning-gym: random seed of the questions; their order depends on `seed`."""
-    instruction: str = GYM_INSTRUCTION
-    """reasoning-gym: text after the question inside {prompt}. Only the text in <answer> tags is scored."""
+    """reasoning-gym: random seed of the questions; their order depends on `seed`. It also chooses the few-shot
+    examples, those of a data set too."""
+    instruction: str | None = None
+    """reasoning-gym: text after the question inside {prompt}. Not set: a sentence that asks for the answer in
+    answer_format (none for a regular expression)."""
     strict: bool = False
     """reasoning-gym: turn partial scores, which many scorers give, into 0."""
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -107,9 +140,9 @@ class TaskConfig(Section):
         for tasks, settings in _TASKS_THAT_READ.items():
             misplaced = [key for key in settings.split() if key in changed]
             if misplaced and self.name not in tasks:
+                meant = " or ".join(f'"{task}"' for task in tasks)
                 raise ValueError(
-                    f'task.{misplaced[0]} is for task.name = "{tasks[0]}", but task.name = "{self.name}"; set '
-                    f"task.name too"
+                    f'task.{misplaced[0]} is for task.name = {meant}, but task.name = "{self.name}"; set task.name too'
                 )
         if self.name == "dataset" and not self.data:
             raise ValueError(
@@ -117,6 +150,7 @@ class TaskConfig(Section):
             )
         if self.verifier_options and self.verifier == "none":
             raise ValueError('task.verifier_options are for a verifier, but task.verifier = "none"; remove them')
+        _require_json("task.chat_template_kwargs", self.chat_template_kwargs)
         _require_json("task.verifier_options", self.verifier_options)
         _require_json("task.settings", self.settings)
         if self.verifier == "code":
@@ -135,6 +169,61 @@ class TaskConfig(Section):
                 f"the two (task.curriculum.start is the first level)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _prompt_and_answer_fit(self) -> TaskConfig:
+        if self.answer_format is not None:
+            _require_answer_format(self.answer_format)
+            if self.verifier == "none":
+                raise ValueError('task.answer_format is for a verifier, but task.verifier = "none"; remove it')
+        for key in ("system_prompt", "chat_template_kwargs"):
+            if key in self.changed() and not self.chat_template:
+                raise ValueError(
+                    f"task.{key} has no effect without task.chat_template = true; set that too, or write the whole "
+                    f"prompt as task.template"
+                )
+        for name in self.chat_template_kwargs:
+            if name in _CALL_ARGUMENTS.split():
+                raise ValueError(
+                    f"task.chat_template_kwargs.{name} is not a variable of chat templates but an argument of the "
+                    f"function that applies them; remove it"
+                )
+        if not self.few_shot:
+            if self.few_shot_response:
+                raise ValueError("task.few_shot_response has no effect without task.few_shot; set that too")
+            if self.question_seed and self.name == "dataset":
+                raise ValueError("task.question_seed has no effect on a data set without task.few_shot; remove it")
+            return self
+        if self.verifier in ("none", "code"):
+            what = "are tests" if self.verifier == "code" else "are not read"
+            raise ValueError(
+                f"task.few_shot = {self.few_shot} shows gold answers, but those of task.verifier = "
+                f'"{self.verifier}" {what}; set it to 0'
+            )
+        if "{answer}" not in (self.few_shot_response or "{answer}"):
+            raise ValueError(
+                "task.few_shot_response has no {answer}; all examples would have the same response; put it where the "
+                "gold answer belongs"
+            )
+        if self.answer_format not in (None, *ANSWER_FORMATS) and not self.few_shot_response:
+            raise ValueError(
+                f"task.few_shot = {self.few_shot} with a regular expression as task.answer_format needs "
+                f'task.few_shot_response, a text that it matches, such as "Answer: {{answer}}"'
+            )
+        return self
+
+    @property
+    def gym_instruction(self) -> str:
+        """``instruction``, or the one for ``answer_format``."""
+        if self.instruction is not None:
+            return self.instruction
+        return ANSWER_FORMATS.get(self.answer_format or "answer_tag", ("", ""))[0]
+
+    @property
+    def example_response(self) -> str:
+        """``few_shot_response``, or the one for ``answer_format``; with ``{answer}``."""
+        default = "answer_tag" if self.name == "reasoning-gym" else "last_number"
+        return self.few_shot_response or ANSWER_FORMATS[self.answer_format or default][1]
 
     @model_validator(mode="after")
     def _parts_are_told_apart(self) -> TaskConfig:
@@ -176,8 +265,9 @@ class PartConfig(TaskConfig):
 
 _TASKS_THAT_READ = {
     ("dataset",): "data subset split held_out_data prompt_column answer_column skip_bad_rows verifier verifier_options",
-    ("reasoning-gym",): "generator settings difficulty train_prompts question_seed instruction strict curriculum",
-    ("dataset", "reasoning-gym"): "held_out_rows template chat_template",
+    ("reasoning-gym",): "generator settings difficulty train_prompts instruction strict curriculum",
+    ("dataset", "reasoning-gym"): "held_out_rows template chat_template chat_template_kwargs system_prompt "
+    "assistant_prefill few_shot few_shot_response answer_format question_seed",
     ("dataset", "reasoning-gym", "countdown", "countdown-validation"): "allow_unknown_tokens",
     ("mix",): "parts",
 }
@@ -197,6 +287,26 @@ def _require_code_options(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"task.verifier_options.float_tolerance = {value!r} is not a number in [0, 1), such as 1e-6"
             )
+
+
+def _require_answer_format(text: str) -> None:
+    if text in ANSWER_FORMATS:
+        return
+    named = ", ".join(f'"{name}"' for name in ANSWER_FORMATS)
+    try:
+        groups = re.compile(text).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"task.answer_format = {text!r} is none of {named}, and not a regular expression ({error}); correct it"
+        ) from None
+    if groups != 1:
+        found = f"has {groups} groups" if groups else "has no group"
+        near = difflib.get_close_matches(text, ANSWER_FORMATS, n=1)
+        remedy = "put the answer in one group, as in 'Answer: (.+)', and write other brackets as (?:...)"
+        raise ValueError(
+            f"task.answer_format = {text!r} is none of {named}, and as a regular expression it {found}; "
+            + (f"did you mean {near[0]!r}?" if near else remedy)
+        )
 
 
 def _require_json(key: str, values: dict[str, Any]) -> None:

@@ -123,6 +123,8 @@ def task_questions(
     from the start. ``whole``: all rows, no held-out split. Prompts over ``max_prompt_tokens`` are rejected.
     """
     if tokenizer is None:
+        for part in (config, *config.parts):
+            _require_one_message(part)
         config = config.model_copy(update={"chat_template": False})
     task = (open_evaluation_task if whole else open_task)(config, tokenizer, max_prompt_tokens=max_prompt_tokens)
     if not task.verifiers:
@@ -139,6 +141,15 @@ def task_questions(
         )
         for source in dict.fromkeys(prompt.source for prompt in asked)
     ]
+
+
+def _require_one_message(config: TaskConfig) -> None:
+    for key in ("system_prompt", "chat_template_kwargs", "assistant_prefill", "few_shot"):
+        if config.chat_template and key in config.changed():
+            raise UserError(
+                f"task.{key} = {getattr(config, key)!r} has no place in the one user message that --server sends with "
+                f"task.chat_template = true; set that to false, or use another engine"
+            )
 
 
 def prompt_renderer(prompt_format: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Prompt], Prompt]:

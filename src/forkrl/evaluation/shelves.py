@@ -14,6 +14,7 @@ from forkrl.report.formatting import evenly_spaced, shortened
 from forkrl.report.page import Shelf
 
 SHOWN_QUESTIONS = 8
+_SHOWN_UNANSWERED, _END_CHARACTERS = 3, 300
 
 
 def read_shelves(folder: Path) -> list[Shelf]:
@@ -24,6 +25,17 @@ def read_shelves(folder: Path) -> list[Shelf]:
         note = f"{len(shown)} of {row['questions']:,} questions, from the hardest to the easiest"
         shelves.append(Shelf(row["title"], note, shown))
     return shelves
+
+
+def unanswered_responses(folder: Path, name: str, responses: Sequence[ScoredResponse]) -> list[dict[str, Any]]:
+    """Three responses in which no answer was found, evenly spaced, with the end of each."""
+    found = [(response.question, response.sample) for response in responses if response.answer == ""]
+    chosen = [found[index] for index in evenly_spaced(len(found), _SHOWN_UNANSWERED)]
+    texts = read_texts(folder, name, set(chosen)) if chosen else {}
+    return [
+        {"benchmark": name, "question": key[0], "sample": key[1], "end_of_response": texts[key][-_END_CHARACTERS:]}
+        for key in chosen
+    ]
 
 
 def shown_questions(folder: Path, name: str, responses: Sequence[ScoredResponse], samples: int) -> list[dict[str, Any]]:

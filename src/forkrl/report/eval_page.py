@@ -101,6 +101,8 @@ def eval_notes(benchmarks: pd.DataFrame) -> list[str]:
                 f"{row['title']}: responses that could not be judged count as wrong ({', '.join(reasons)}); the same "
                 f"command judges them again."
             )
+        if row["unparsed"] > 0:
+            notes.append(f"{row['title']}: no answer was found in {row['unparsed']:.1%} of the responses.")
         if row["notice"]:
             notes.append(row["notice"])
         if row["questions"] < row["available_questions"]:
@@ -166,6 +168,14 @@ def _sections(tables: Mapping[str, pd.DataFrame], paper: Paper) -> list[Section]
     ]
     if len(compared):
         found.append(_paper_section(compared, paper))
+    unanswered = tables.get("unanswered", pd.DataFrame())
+    if len(unanswered):
+        caption = (
+            "Up to three responses of each benchmark in which no answer was found, by their ends. task.answer_format "
+            "says how a task's answers are written."
+        )
+        printed = unanswered.drop(columns="question")
+        found.append(Section("Responses without an answer", caption, "eval-unanswered", unanswered, printed=printed))
     caption = "Shares of all responses. A failed response is one that the verifier could not judge; it counts as wrong."
     return [*found, Section("What went wrong", caption, "eval-trouble", select(benchmarks, _TROUBLE))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -64,7 +65,7 @@ def prepare_endpoint(spec: VerifierSpec, pool_timeout_s: float) -> VerifierSpec:
         raise UserError(
             f"task.verifier = {shown_url(url)!r} cannot be reached ({reason}); start the server, or correct the address"
         ) from None
-    return VerifierSpec(spec.path, {**spec.options, "timeout_s": timeout_s}, spec.timeout_s)
+    return replace(spec, options={**spec.options, "timeout_s": timeout_s})
 
 
 @cache

@@ -41,10 +41,14 @@ REFUSED = {
 
 def verify_gym(answer: str, response: str, *, strict: bool = False) -> Judgement:
     """Score in [0, 1] (0 without a final answer) and final answer; ``strict`` makes partial scores 0."""
-    dataset, entry = _entry(answer)
+    _entry(answer)  # an unusable entry is an error whatever the response
     written = final_answer(response)
-    if written is None:
-        return Judgement(0.0, "")
+    return Judgement(0.0, "") if written is None else verify_gym_answer(answer, written, strict=strict)
+
+
+def verify_gym_answer(answer: str, written: str, *, strict: bool = False) -> Judgement:
+    """``verify_gym`` for a final answer that ``task.answer_format`` found."""
+    dataset, entry = _entry(answer)
     score = _score(json.loads(answer)["generator"], dataset, entry, written)
     return Judgement(float(score == 1) if strict else score, " ".join(written.split()))
 

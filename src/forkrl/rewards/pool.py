@@ -30,6 +30,7 @@ from forkrl.types import Prompt, VerifierResult, VerifierSpec
 _log = logging.getLogger("forkrl")
 _ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
 _CODE = "forkrl.rewards.code:verify_code"
+_UNANSWERED, _EXAMPLES, _EXAMPLE_CHARACTERS = 200, 3, 120
 _FORGERY = "wrote on the pipe that carries results"
 
 
@@ -46,15 +47,47 @@ class Item:
         return self.batch.results[self.index] is None and not self.batch.future.done()
 
 
+class Source:
+    """The verifier of one ``Prompt.source``, and its first responses until one has an answer."""
+
+    def __init__(self, spec: VerifierSpec, timeout_s: float) -> None:
+        self.spec, self.timeout_s = spec, timeout_s
+        self._num_unanswered: int | None = 0
+        self._examples: list[str] = []
+
+    def count(self, name: str, response: str, answer: str | None) -> str:
+        """Count a judged response; a warning once the first ``_UNANSWERED`` all have no answer, else ""."""
+        if self._num_unanswered is None:
+            return ""
+        if answer != "":
+            self._num_unanswered = None
+            return ""
+        self._num_unanswered += 1
+        if len(self._examples) < _EXAMPLES:
+            self._examples.append(repr(response[-_EXAMPLE_CHARACTERS:]))
+        if self._num_unanswered < _UNANSWERED:
+            return ""
+        self._num_unanswered = None
+        chosen = self.spec.answer_format
+        finder = f"task.answer_format = {chosen!r}" if chosen else f"the verifier {self.spec.path}"
+        return (
+            f"{f'{name}: ' if name else ''}{finder} found no answer in the first {_UNANSWERED} responses; ask for that "
+            f"form in the prompt, or set task.answer_format to what the responses hold (docs/tasks.md); three of them "
+            f"end in {', '.join(self._examples)}"
+        )
+
+
 class Batch:
-    def __init__(self, pairs: Sequence[tuple[Prompt, str]], timeouts: Mapping[str, float]) -> None:
+    def __init__(self, pairs: Sequence[tuple[Prompt, str]], sources: Mapping[str, Source]) -> None:
         self.future: Future[list[VerifierResult]] = Future()
         self.items: list[Item] = []
         for index, (prompt, response) in enumerate(pairs):
-            if prompt.source not in timeouts:
+            source = sources.get(prompt.source)
+            if source is None:
                 raise UserError(f"prompt {prompt.id}: no verifier for its source {prompt.source!r}")
-            text = with_opened_thinking(prompt.text, strip_turn_end(response))
-            self.items.append(Item(self, index, prompt, text, timeouts[prompt.source]))
+            asked, prefill = prompt.text.removesuffix(source.spec.prefill), source.spec.prefill
+            text = with_opened_thinking(asked, prefill + strip_turn_end(response))
+            self.items.append(Item(self, index, prompt, text, source.timeout_s))
         self.results: list[VerifierResult | None] = [None] * len(self.items)
         self._num_open = len(self.items)
         if not self.items:
@@ -101,10 +134,14 @@ class VerifierPool:
         self.failures: Counter[str] = Counter()
         self.first_failures: dict[str, str] = {}
         self.announce: Callable[[str], None] = _log.warning
-        self._timeouts = {
-            source: timeout_s if spec.timeout_s is None else spec.timeout_s for source, spec in verifiers.items()
+        self._sources = {
+            source: Source(spec, timeout_s if spec.timeout_s is None else spec.timeout_s)
+            for source, spec in verifiers.items()
         }
-        named = {source: (spec.path, dict(spec.options), self._timeouts[source]) for source, spec in verifiers.items()}
+        named = {
+            name: (source.spec.path, dict(source.spec.options), source.timeout_s, source.spec.answer_format)
+            for name, source in self._sources.items()
+        }
         self._settings, self._num_workers, self._hide = Settings(named, memory_mb), workers, hide
         # Used only by the pool's thread. Suspects made a used worker fail; each is retried in a fresh one.
         self._workers: list[WorkerProcess] = []
@@ -143,7 +180,7 @@ class VerifierPool:
 
         The future fails only if a replacement worker cannot start (UserError). Cancelling it drops unscored items.
         """
-        batch = Batch(items, self._timeouts)
+        batch = Batch(items, self._sources)
         with self._lock:
             if self._closed:
                 raise RuntimeError("this VerifierPool is closed")
@@ -326,8 +363,10 @@ class VerifierPool:
             if worker.state == "ending":  # the supervisor is stopped, or a child process cannot be killed now
                 self._drop(worker, timeout_s=0.0)
             else:
-                limit = worker.in_flight[0].item.timeout_s
-                worker.kill(Failure("timeout", f"gave no answer within {limit:g} s"))
+                item = worker.in_flight[0].item
+                spec = self._sources[item.prompt.source].spec
+                where = f" (with task.answer_format = {spec.answer_format!r})" if spec.answer_format else ""
+                worker.kill(Failure("timeout", f"gave no answer within {item.timeout_s:g} s{where}"))
         elif asked >= self._stalls_at(worker):
             self._waiting.extendleft(reversed(worker.withdraw()))
 
@@ -363,6 +402,8 @@ class VerifierPool:
                     f"verifier failure ({kind}), {self.first_failures[kind]}; the response scores 0, and further "
                     f"failures of this kind are only counted (docs/verifiers.md)"
                 )
+        elif unanswered := self._sources[item.prompt.source].count(item.prompt.source, item.response, result.answer):
+            self.announce(unanswered)
         item.batch.settle(item.index, result)
 
     def _start_failure(self, reason: str, path: str = "") -> UserError:

@@ -27,10 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from forkrl.rewards.answer_format import VERIFIERS_OF_ANSWERS, answer_extractor
+
 START, KILL = b"s", b"k"
 """Commands on the control socket; START carries the worker's end of its channel."""
-Verifiers = Mapping[str, tuple[str, Mapping[str, Any], float]]
-"""By source: import path, options and timeout in seconds."""
+Verifiers = Mapping[str, tuple[str, Mapping[str, Any], float, str]]
+"""By source: import path, options, timeout in seconds and answer format."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MAX_MESSAGE = 300
@@ -53,10 +55,12 @@ def main() -> None:
         _set_soft_limit(resource.RLIMIT_AS, settings["memory_mb"] << 20)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(Exception):  # the worker will report the error
-        for path, *_ in settings["verifiers"].values():
+        for path, _, _, answer_format in settings["verifiers"].values():
             # Our verifiers start no threads, so they can be loaded before the fork. Other verifiers might.
             if path.startswith("forkrl."):
                 load_verifier(path)
+            if answer_format:
+                answer_extractor(answer_format)
     _supervise(control, settings["verifiers"])
 
 
@@ -165,8 +169,10 @@ def _serve(channel_fd: int, verifiers: Verifiers) -> None:
     try:
         _set_soft_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
         functions = {}
-        for source, (path, options, timeout_s) in verifiers.items():
-            functions[source] = _bind_options(load_verifier(path), path, options), timeout_s
+        for source, (path, options, timeout_s, answer_format) in verifiers.items():
+            extract = answer_extractor(answer_format) if answer_format else None
+            function = load_verifier(VERIFIERS_OF_ANSWERS.get(path, path) if answer_format else path)
+            functions[source] = _bind_options(function, path, options), extract, timeout_s
     except BaseException as error:
         send(channel_fd, {"failed": _describe(error), "path": path})
         os._exit(1)
@@ -178,11 +184,11 @@ def _serve(channel_fd: int, verifiers: Verifiers) -> None:
             send(channel_fd, request)
             continue
         token, source, answer, response = request
-        function, timeout_s = functions[source]
+        function, extract, timeout_s = functions[source]
         # Applies to this process and every process it starts.
         _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_TIMEOUT * timeout_s) + 1)
         began = time.monotonic()
-        result = _score(function, answer, response)
+        result = _score(function, extract, answer, response)
         if os.getpid() != me:  # a process forked by the verifier returned here
             os._exit(0)
         send(channel_fd, [token, *result, time.monotonic() - began])
@@ -240,10 +246,17 @@ def _bind_options(function: Callable[..., object], path: str, options: Mapping[s
     return partial(function, **options)
 
 
-def _score(verifier: Callable[..., object], answer: str, response: str) -> tuple[float, str, str, str | None]:
+def _score(
+    verifier: Callable[..., object], extract: Callable[[str], str | None] | None, answer: str, response: str
+) -> tuple[float, str, str, str | None]:
     """Score, failure, message and answer; any exception becomes a result, including SystemExit."""
+    found = None
     try:
-        returned = verifier(answer, response)
+        if extract is not None:
+            found = extract(response)
+            if found is None:
+                return 0.0, "", "", ""
+        returned = verifier(answer, response if found is None else found)
         score, read = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         value = float(score) if isinstance(score, numbers.Real) else math.nan
     except MemoryError:
@@ -255,6 +268,7 @@ def _score(verifier: Callable[..., object], answer: str, response: str) -> tuple
         return 0.0, "error", f"returned {shown} ({type(score).__name__}), not a score in [0, 1]", None
     if read is not None and not isinstance(read, str):
         return 0.0, "error", f"returned the answer as {type(read).__name__}, not text", None
+    read = found if read is None else read
     return value, "", "", read if read is None else _shorten(read)
 
 

@@ -12,10 +12,11 @@ from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.model.prompt_tokens import PromptCheck
 from forkrl.tasks.countdown import countdown_task
-from forkrl.tasks.dataset import ApplyChatTemplate, load_dataset_task, load_evaluation_task
+from forkrl.tasks.dataset import load_dataset_task, load_evaluation_task
 from forkrl.tasks.gym import gym_task
 from forkrl.tasks.json_lines import BadRows
 from forkrl.tasks.mix import mix_task
+from forkrl.tasks.rendering import chat_template
 from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
 from forkrl.types import Prompt, Task
 
@@ -69,21 +70,11 @@ def _open(
         return mix_task(config, lambda part: _open(part, tokenizer, check, load_dataset))
     if config.name == "dataset":
         check_row = None if check is None else partial(check, allow_unknown=config.allow_unknown_tokens)
-        return load_dataset(config, apply_chat_template=_chat_template(config, tokenizer), check=check_row)
+        return load_dataset(config, apply_chat_template=chat_template(config, tokenizer), check=check_row)
     if config.name == "reasoning-gym":
-        task = gym_task(config, apply_chat_template=_chat_template(config, tokenizer))
+        task = gym_task(config, apply_chat_template=chat_template(config, tokenizer))
     else:
         task = countdown_task(validation=config.name == "countdown-validation")
     if check is not None:
         check_prompts(chain(task.train, task.held_out), check, allow_unknown=config.allow_unknown_tokens)
     return task
-
-
-def _chat_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None) -> ApplyChatTemplate | None:
-    if not config.chat_template or tokenizer is None or not tokenizer.chat_template:
-        return None
-
-    def apply_chat_template(messages: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    return apply_chat_template

@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
-
-from jinja2 import TemplateError
 
 from forkrl.config import TaskConfig
 from forkrl.config.secret_values import is_address
@@ -19,12 +18,10 @@ from forkrl.errors import UserError, notice
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
 from forkrl.tasks.data_rows import NO_VERIFIER, Row, look_up, read_rows
 from forkrl.tasks.json_lines import BadRows, kind_of, require_characters
+from forkrl.tasks.rendering import ApplyChatTemplate, Example, Messages, choose_examples, prompt_renderer
 from forkrl.types import Prompt, Task, VerifierSpec
 
-Messages = list[dict[str, str]]
-ApplyChatTemplate = Callable[[Messages], str]
 CheckPrompt = Callable[[Prompt], object]
-RenderPrompt = Callable[[str | Messages, str], str]
 
 
 def load_dataset_task(
@@ -46,12 +43,9 @@ def load_dataset_task(
     questions = _read_questions(config, config.data, "task.data", apply_chat_template, check)
     if config.held_out_data:
         held_out = _read_questions(config, config.held_out_data, "task.held_out_data", apply_chat_template, check)
-        keys = {question.key for question in held_out.values()}
-        shared = {id for id, question in questions.items() if id in held_out or question.key in keys}
-        if len(shared) == len(questions):
-            raise UserError(f"{config.data}: every question is also in task.held_out_data; nothing is left to train on")
-        if shared:
-            notice(f"{len(shared):,} questions of {config.data} are held out and will not be trained on")
+        train = _not_held_out(config, questions, held_out)
+        if shared := len(questions) - len(train):
+            notice(f"{shared:,} questions of {config.data} are held out and will not be trained on")
     else:
         if config.held_out_rows >= len(questions):
             raise UserError(
@@ -59,10 +53,13 @@ def load_dataset_task(
                 f"{len(questions)} distinct questions; lower it, or name task.held_out_data"
             )
         held_out = {id: questions[id] for id in sorted(questions)[: config.held_out_rows]}
-        shared = set(held_out)
-    train = [question.prompt for id, question in questions.items() if id not in shared]
-    aside = [question.prompt for question in held_out.values()]
-    return Task(config.data, train, aside, _verifiers(config), fingerprint_of(train, aside))
+        train = {id: question for id, question in questions.items() if id not in held_out}
+    examples = _choose_examples(config, train)
+    source = config.held_out_data or config.data
+    prompts = _with_examples(config, train, examples, config.data, apply_chat_template, check)
+    aside = _with_examples(config, held_out, examples, source, apply_chat_template, check)
+    fingerprint = fingerprint_of(prompts, aside)
+    return Task(config.data, prompts, aside, _verifiers(config), fingerprint, frozenset(examples))
 
 
 def load_evaluation_task(
@@ -70,27 +67,92 @@ def load_evaluation_task(
 ) -> Task:
     """Read prompts for evaluation: all distinct questions of ``held_out_data``, or if that is empty, of ``data``.
 
-    With the verifier "none", ``Task.verifiers`` is empty. Arguments and errors as for ``load_dataset_task``.
+    With the verifier "none", ``Task.verifiers`` is empty. Few-shot examples are questions of ``data`` that are not
+    evaluated. Arguments and errors as for ``load_dataset_task``.
     """
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
     questions = _read_questions(config, source, key, apply_chat_template, check)
-    prompts = [question.prompt for question in questions.values()]
-    return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts))
+    candidates = questions
+    if config.few_shot and config.held_out_data:
+        others = _read_questions(config, config.data, "task.data", apply_chat_template, check)
+        candidates = _not_held_out(config, others, questions)
+    examples = _choose_examples(config, candidates)
+    if examples and not config.held_out_data:
+        notice(f"{len(examples)} questions of {source} are few-shot examples (task.few_shot) and are not evaluated")
+    prompts = _with_examples(config, questions, examples, source, apply_chat_template, check)
+    return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts), frozenset(examples))
 
 
 def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
     if config.verifier == NO_VERIFIER:
         return {}
-    if is_address(config.verifier):
-        options = config.verifier_options | {"url": config.verifier}
-        return {"": VerifierSpec("forkrl.rewards.endpoint:verify_at_endpoint", options)}
-    return {"": VerifierSpec(config.verifier, config.verifier_options)}
+    path, options = config.verifier, config.verifier_options
+    if is_address(path):
+        path, options = "forkrl.rewards.endpoint:verify_at_endpoint", options | {"url": path}
+    return {"": VerifierSpec(path, options, answer_format=config.answer_format or "", prefill=config.assistant_prefill)}
 
 
 class _Question(NamedTuple):
+    """``prompt`` is rendered without examples."""
+
     prompt: Prompt
+    content: str | Messages
     key: str
     """Equal for questions that differ only in whitespace and have the same answer."""
+
+
+_Questions = dict[str, _Question]
+"""By id, in order of first appearance."""
+
+
+def _not_held_out(config: TaskConfig, questions: _Questions, held_out: _Questions) -> _Questions:
+    """The questions of ``task.data`` that are not in ``task.held_out_data``."""
+    keys = {question.key for question in held_out.values()}
+    train = {id: each for id, each in questions.items() if id not in held_out and each.key not in keys}
+    if not train:
+        raise UserError(f"{config.data}: every question is also in task.held_out_data; nothing is left to train on")
+    return train
+
+
+def _choose_examples(config: TaskConfig, questions: _Questions) -> dict[str, Example]:
+    candidates = {id: Example(question.content, question.prompt.answer) for id, question in questions.items()}
+    return choose_examples(config, candidates)
+
+
+def _with_examples(
+    config: TaskConfig,
+    questions: _Questions,
+    examples: Mapping[str, Example],
+    source: str,
+    apply_chat_template: ApplyChatTemplate | None,
+    check: CheckPrompt | None,
+) -> list[Prompt]:
+    """The prompts of all questions but the examples, rendered with the examples."""
+    asked = [question for id, question in questions.items() if id not in examples]
+    if not examples:
+        return [question.prompt for question in asked]
+    render = prompt_renderer(config, apply_chat_template, list(examples.values()))
+    prompts: list[Prompt] = []
+    bad = BadRows()
+    for question in asked:
+        try:
+            prompt = replace(question.prompt, text=render(question.content, question.prompt.place))
+            if check is not None:
+                check(prompt)
+            prompts.append(prompt)
+        except UserError as error:
+            bad.add(error)
+    _report_bad_rows(config, source, bad, len(asked))
+    if not prompts:
+        raise UserError(f"{source}: no question can be used with task.few_shot = {config.few_shot}; lower it")
+    return prompts
+
+
+def _report_bad_rows(config: TaskConfig, source: str, bad: BadRows, num_rows: int) -> None:
+    if not config.skip_bad_rows:
+        bad.require_none(source, num_rows, "set task.skip_bad_rows = true to leave such rows out")
+    elif bad.count:
+        notice(f"{source}: left out {bad.count:,} of {num_rows:,} rows (task.skip_bad_rows):\n{bad.listing()}")
 
 
 def _read_questions(
@@ -99,10 +161,10 @@ def _read_questions(
     key: str,
     apply_chat_template: ApplyChatTemplate | None,
     check: CheckPrompt | None,
-) -> dict[str, _Question]:
-    """The distinct questions of a source by id, in order of first appearance."""
+) -> _Questions:
+    """The distinct questions of a source."""
     render = prompt_renderer(config, apply_chat_template)
-    questions: dict[str, _Question] = {}
+    questions: _Questions = {}
     keys: set[str] = set()
     bad, num_duplicates = BadRows(), 0
     for row in read_rows(config, source, key, bad):
@@ -124,13 +186,10 @@ def _read_questions(
         except UserError as error:
             bad.add(error)
             continue
-        questions[id] = _Question(prompt, key_of_question)
+        questions[id] = _Question(prompt, content, key_of_question)
         keys.add(key_of_question)
     num_rows = len(questions) + num_duplicates + bad.count
-    if not config.skip_bad_rows:
-        bad.require_none(source, num_rows, "set task.skip_bad_rows = true to leave such rows out")
-    elif bad.count:
-        notice(f"{source}: left out {bad.count:,} of {num_rows:,} rows (task.skip_bad_rows):\n{bad.listing()}")
+    _report_bad_rows(config, source, bad, num_rows)
     if num_duplicates:
         notice(
             f"{source}: dropped {num_duplicates:,} of {num_rows:,} rows as duplicates (the same question, or one that "
@@ -147,28 +206,6 @@ def _require_same_answer(config: TaskConfig, row: Row, answer: str, earlier: Pro
             f"{row.place} asks what {earlier.place} asks, but its {config.answer_column} is {_short(answer)}, not "
             f"{_short(earlier.answer)}; remove one of the two"
         )
-
-
-def prompt_renderer(config: TaskConfig, apply_chat_template: ApplyChatTemplate | None) -> RenderPrompt:
-    """The function that applies the recipe's template and the chat template to a question (with its place)."""
-    if config.chat_template and apply_chat_template is None:
-        raise UserError(
-            "task.chat_template = true, but the model's tokenizer has no chat template (base models often have none); "
-            "set it to false and write the whole prompt as task.template"
-        )
-
-    def render(content: str | Messages, place: str) -> str:
-        *before, last = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        # Not str.format: a question may contain braces.
-        text = config.template.replace("{prompt}", last["content"])
-        if apply_chat_template is None:
-            return text
-        try:
-            return apply_chat_template([*before, {"role": "user", "content": text}])
-        except TemplateError as error:  # some templates reject a system message, or roles that do not alternate
-            raise UserError(f"{place}: the tokenizer's chat template rejects the messages ({error})") from error
-
-    return render
 
 
 def _question_content(config: TaskConfig, row: Row) -> str | Messages:

@@ -11,13 +11,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError, notice
 from forkrl.parallel.processes import child_environment
 from forkrl.report.progress import progress
-from forkrl.tasks.dataset import ApplyChatTemplate, RenderPrompt, fingerprint_of, prompt_renderer, question_id
+from forkrl.tasks.dataset import fingerprint_of, question_id
+from forkrl.tasks.rendering import ApplyChatTemplate, Example, RenderPrompt, choose_examples, prompt_renderer
 from forkrl.types import Prompt, Task, VerifierSpec
 
 GYM_VERIFIER = VerifierSpec("forkrl.rewards.gym:verify_gym")
@@ -31,11 +33,17 @@ def gym_task(config: TaskConfig, *, apply_chat_template: ApplyChatTemplate | Non
     """
     curriculum = config.curriculum
     levels = [config.difficulty] if curriculum.promote_above is None else [curriculum.start, curriculum.max_level]
-    prompts = _prompts(config, levels, config.train_prompts, apply_chat_template)
+    # The few-shot examples are taken from the training questions.
+    prompts, examples = _prompts(config, levels, config.train_prompts + config.few_shot, apply_chat_template)
     train, held_out = prompts["train"], prompts["held_out"]
     _require_enough(config, train, held_out)
-    spec = VerifierSpec(GYM_VERIFIER.path, {"strict": True} if config.strict else {})
-    return Task(config.generator, train, held_out, {"": spec}, fingerprint_of(train, held_out))
+    spec = replace(
+        GYM_VERIFIER,
+        options={"strict": True} if config.strict else {},
+        answer_format=config.answer_format or "",
+        prefill=config.assistant_prefill,
+    )
+    return Task(config.generator, train, held_out, {"": spec}, fingerprint_of(train, held_out), examples)
 
 
 def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, Any] | None = None) -> list[Prompt]:
@@ -47,13 +55,13 @@ def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, 
     config = TaskConfig(
         name="reasoning-gym", generator=name, settings=dict(settings or {}), question_seed=seed, held_out_rows=count
     )
-    return _prompts(config, [None], 0, None)["held_out"]
+    return _prompts(config, [None], 0, None)[0]["held_out"]
 
 
 def _prompts(
     config: TaskConfig, levels: list[int | None], train: int, apply_chat_template: ApplyChatTemplate | None
-) -> dict[str, list[Prompt]]:
-    """Prompts by kind: "held_out" and "train"."""
+) -> tuple[dict[str, list[Prompt]], frozenset[str]]:
+    """Prompts by kind ("held_out" and "train"), and the ids of the few-shot examples."""
     render = prompt_renderer(config, apply_chat_template)
     first, last = levels[0], levels[-1]
     num_levels = 1 if first is None or last is None else last - first + 1
@@ -66,10 +74,29 @@ def _prompts(
         "train": train,
     }
     total = config.held_out_rows + train * num_levels
+    lines = list(progress(_questions(request), f"making questions of {config.generator}", total=total))
+    examples: dict[str, Example] = {}
+    if config.few_shot:
+        examples = choose_examples(
+            config,
+            {
+                question_id(line["question"]): Example(_content(config, line), line["answer"])
+                for line in lines
+                if line["kind"] == "train" and line["answer"] is not None
+            },
+        )
+        render = prompt_renderer(config, apply_chat_template, list(examples.values()))
     prompts: dict[str, list[Prompt]] = {"held_out": [], "train": []}
-    for line in progress(_questions(request), f"making questions of {config.generator}", total=total):
-        prompts[line["kind"]].append(_prompt(config, line, render))
-    return prompts
+    for line in lines:
+        prompt = _prompt(config, line, render)
+        if prompt.id not in examples:
+            prompts[line["kind"]].append(prompt)
+    return prompts, frozenset(examples)
+
+
+def _content(config: TaskConfig, line: Mapping[str, Any]) -> str:
+    question: str = line["question"]
+    return f"{question.rstrip()}\n{config.gym_instruction}" if config.gym_instruction else question
 
 
 def _prompt(config: TaskConfig, line: Mapping[str, Any], render: RenderPrompt) -> Prompt:
@@ -86,7 +113,7 @@ def _prompt(config: TaskConfig, line: Mapping[str, Any], render: RenderPrompt) -
     }
     return Prompt(
         id=question_id(question),
-        text=render(f"{question.rstrip()}\n{config.instruction}" if config.instruction else question, place),
+        text=render(_content(config, line), place),
         answer=json.dumps(answer, ensure_ascii=False),
         place=place,
         level=level or 0,

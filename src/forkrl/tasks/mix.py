@@ -27,6 +27,12 @@ def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Tas
         if dropped := len(task.held_out) - len(held_out[label]):
             notice(f"{label}: {dropped:,} held-out questions are held out by a part before it")
         aside.update(prompt.id for prompt in held_out[label])
+    for label, task in tasks.items():
+        if shown := task.examples & aside:
+            raise UserError(
+                f"task.parts: {label} shows {len(shown)} questions as few-shot examples that another part holds out; "
+                f"set another task.question_seed for it, or task.few_shot = 0"
+            )
     train: list[Prompt] = []
     for label, task in tasks.items():
         kept = [replace(prompt, source=label) for prompt in task.train if prompt.id not in aside]

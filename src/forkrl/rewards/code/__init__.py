@@ -12,6 +12,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -61,10 +62,13 @@ def with_sandbox(verifiers: Mapping[str, VerifierSpec], config: SandboxConfig) -
     """Bind "code" to a sandbox after testing it; raises UserError if there is none."""
     if any(spec.path == CODE_VERIFIER for spec in verifiers.values()):
         require_sandbox(config)
-    return {
-        source: code_verifier(config, spec.options) if spec.path == CODE_VERIFIER else spec
-        for source, spec in verifiers.items()
-    }
+    bound = dict(verifiers)
+    for source, spec in verifiers.items():
+        if spec.path == CODE_VERIFIER:
+            bound[source] = replace(
+                code_verifier(config, spec.options), answer_format=spec.answer_format, prefill=spec.prefill
+            )
+    return bound
 
 
 def verify_code(answer: str, response: str, *, float_tolerance: float = 0.0, **options: Any) -> Judgement:

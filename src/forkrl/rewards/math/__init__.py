@@ -8,7 +8,7 @@ from functools import lru_cache
 from forkrl.rewards.math.answer import Answer, read_answer
 from forkrl.rewards.math.equality import is_same
 from forkrl.rewards.math.formula import TooLarge
-from forkrl.rewards.math.response import boxed_or_bare, final_answer
+from forkrl.rewards.math.response import MAX_ANSWER, boxed_or_bare, final_answer
 from forkrl.types import Judgement
 
 _GROUPED = re.compile(r"\d,\d{3}(?!\d)")
@@ -21,8 +21,16 @@ def verify_math(answer: str, response: str) -> Judgement:
     ``answer`` is LaTeX or plain text, optionally in ``$...$``, ``\boxed{...}`` or after ``####``. Equal final answers
     mostly have equal text ("1/2" for ``0.5``), independent of the gold answer; "" if none is readable.
     """
+    return _judge(answer, final_answer(response))
+
+
+def verify_math_answer(answer: str, found: str) -> Judgement:
+    """``verify_math`` for a final answer that ``task.answer_format`` found."""
+    return _judge(answer, found if len(found) <= MAX_ANSWER else "")
+
+
+def _judge(answer: str, text: str) -> Judgement:
     gold = _read_gold(answer)
-    text = final_answer(response)
     try:
         found = read_answer(text)
     except TooLarge:

@@ -73,16 +73,21 @@ def final_answer(response: str) -> str:
     "answer is", or the last formula of the closing paragraph or number of the closing sentence.
     """
     response = reply_of(response)
-    boxed = _boxed(response[-_BOX_TAIL:])
+    boxed = boxed_answer(response)
     text = _unboxed(response[-_PLAIN_TAIL:]) if boxed is None else boxed
     return text if len(text) <= MAX_ANSWER else ""
+
+
+def boxed_answer(reply: str) -> str | None:
+    r"""The content of the last complete ``\boxed{...}`` and of boxes joined with it; None without a box."""
+    return _boxed(reply[-_BOX_TAIL:])
 
 
 def boxed_or_bare(text: str) -> str:
     """The gold answer without its box and the text before it."""
     if "#### " in text:
         text = text.rpartition("####")[2]
-    boxed = _boxed(text[-_BOX_TAIL:]) if "box" in text else None
+    boxed = boxed_answer(text) if "box" in text else None
     return (text if boxed is None else boxed).strip()
 
 
