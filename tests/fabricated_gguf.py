@@ -49,12 +49,12 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     first = dict[str, np.ndarray]()
 
     def add(name: str, rows: int, columns: int = WIDTH, heads: int = 0) -> np.ndarray:
-        weight = random.normal(size=(rows, columns)).astype(np.float32)
+        drawn = random.normal(size=(rows, columns)).astype(np.float32)
         if heads:  # llama.cpp pairs neighbouring dimensions of a head in its rotation, transformers the two halves
-            weight = weight.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(rows, columns)
-        blocks = quantize(weight, GGMLQuantizationType.Q4_1)
+            drawn = drawn.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(rows, columns)
+        blocks = quantize(drawn, GGMLQuantizationType.Q4_1)
         writer.add_tensor(f"{name}.weight", blocks, raw_dtype=GGMLQuantizationType.Q4_1)
-        weight = dequantize(blocks, GGMLQuantizationType.Q4_1)
+        weight: np.ndarray = dequantize(blocks, GGMLQuantizationType.Q4_1)
         return weight.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(rows, columns) if heads else weight
 
     def add_norm(name: str) -> None:

