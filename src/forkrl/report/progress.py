@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from types import TracebackType
 from typing import NamedTuple, TextIO, TypeVar
@@ -15,7 +15,15 @@ from typing import NamedTuple, TextIO, TypeVar
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -287,6 +295,28 @@ def progress(
                 show(number())
         finally:
             repeat.stop()
+
+
+@contextmanager
+def elapsed(
+    description: str, *, stream: TextIO | None = None, every_s: float = _PLAIN_EVERY_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[None]:  # fmt: skip
+    """Show the seconds that the block has taken: on a terminal a spinner, in a log one line every ``every_s``."""
+    stream, description, began = stream or sys.stderr, printable(description), clock()
+    console = Console(file=stream, highlight=False, markup=False, emoji=False)
+    if console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            bar.add_task(description, total=None)
+            yield
+        return
+    repeat = _Repeat(every_s, lambda: write_line(stream, f"{description}  {duration(clock() - began)}"))
+    repeat.start()
+    try:
+        yield
+    finally:
+        repeat.stop()
 
 
 def _lines(description: str, count: int | None, stream: TextIO, clock: Callable[[], float]) -> Callable[[int], None]:
