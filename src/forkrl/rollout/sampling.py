@@ -76,7 +76,7 @@ def _draw(weights_SV: Tensor, uniform_S: Tensor) -> Tensor:
 def _block_sums(weights_SV: Tensor) -> Tensor:
     """Sums ``[S, N]`` over blocks of the vocabulary; the last block may be shorter."""
     whole = weights_SV.shape[-1] // BLOCK * BLOCK
-    sums_SN = weights_SV[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    sums_SN: Tensor = weights_SV[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
     if whole < weights_SV.shape[-1]:
         sums_SN = torch.cat([sums_SN, weights_SV[:, whole:].sum(-1, keepdim=True)], -1)
     return sums_SN
