@@ -39,9 +39,9 @@ def batch(policy: Policy) -> TokenBatch:
 def make_batch(policy: Policy) -> TokenBatch:
     """Sampled responses with random advantages, and old log-probs moved a little, so that some ratios are clipped.
 
-    The seed gives no response that repeats one character: its entropies would tie to the last bits.
+    The seed leaves 0.008 nats between the entropies on both sides of every selection, so rounding decides none.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(113)
     engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16)
     prompts = [Prompt(str(index), str(index) * (index + 1), "") for index in range(NUM_PROMPTS)]
     groups = engine.generate(prompts, group_size=GROUP, sampling=SamplingParams(24), generator=generator)

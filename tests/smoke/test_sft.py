@@ -36,11 +36,11 @@ TINY = SftConfig.model_validate(
 
 def test_the_embedded_base_model_executes_reliably_and_chooses_at_random() -> None:
     policy = open_policy(ModelConfig(path="embedded:countdown-base"), "cpu")
-    config = load_recipe(SftConfig, Path("recipes/countdown-base.toml"), ["eval_problems=200"])
+    config = load_recipe(SftConfig, Path("recipes/countdown-base.toml"), ["eval_problems=500"])
     figures = measure_base_model(Workers(policy), countdown_task(), config)
     assert figures.steps_right >= 0.98
     assert figures.below_hundredth >= 0.5
-    assert 0.05 <= figures.solve_rate.mean <= 0.30  # 200 problems; the card's figure is of 1,000
+    assert 0.05 <= figures.solve_rate.mean <= 0.30  # 500 problems; the card's figure is of 1,000
 
 
 def test_the_embedded_base_model_is_small_and_loads_as_any_other() -> None:
