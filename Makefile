@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cluster setup-browser setup-sandbox demo test test-newest newest-versions mutants lint format loc bench bench-gpu clean
+.PHONY: help setup setup-cluster setup-browser setup-sandbox demo demo-smollm2 test test-newest newest-versions mutants lint format loc bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -82,6 +82,11 @@ setup-sandbox: ## bubblewrap for the tests that run programs (Debian, as root)
 demo: setup ## train the embedded model on two cores, then name the report
 	@out=runs/demo; if [ -e "$$out" ]; then out=runs/demo-$$(date +%Y%m%d-%H%M%S); fi; \
 	$(BIN)/forkrl train recipes/countdown.toml --out "$$out"
+
+demo-smollm2: setup ## the same with a real model, SmolLM2-135M-Instruct, on sums of two numbers (4 GB of memory, 10 minutes)
+	@test -e models/smollm2/config.json || $(BIN)/forkrl model smollm2 --out models/smollm2
+	@out=runs/smollm2; if [ -e "$$out" ]; then out=runs/smollm2-$$(date +%Y%m%d-%H%M%S); fi; \
+	$(BIN)/forkrl train recipes/smollm2-sums.toml --out "$$out"
 
 # One OpenMP thread a worker: the workers already fill the cores.
 test: setup setup-cluster setup-browser setup-sandbox ## every test that needs no accelerator (TEST_WORKERS=8, ARGS="-k selectors")

@@ -29,6 +29,26 @@ class NothingToLearn(TrainingHalted):
     """No group of responses has a gradient. The weights are sound, so the finished steps are saved."""
 
 
+@contextmanager
+def out_of_memory_names(setting: str, value: object) -> Iterator[None]:
+    """Turn running out of memory (CPU or CUDA) into TrainingHalted with the setting to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainingHalted(f"out of memory ({first_line(error)}); lower {setting} = {value}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError by name, because this module must not import torch; on a CPU it is a RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 def printable(text: str) -> str:
     """Text with control characters escaped, newline and tab included: model output may forge or overwrite log lines."""
     return "".join(_escaped(char) if acts_unseen(char) else char for char in text)

@@ -268,6 +268,15 @@ def test_prompts_that_cannot_be_answered_are_refused() -> None:
         engine.generate([Prompt("empty", "", "")], group_size=2, sampling=SamplingParams(2), generator=generator)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_running_out_of_memory_names_the_setting(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forkrl.rollout.embedded.sample_tokens", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    with Workers(random_policy(), count=count) as workers:
+        engine = EmbeddedEngine(workers, max_prompt_tokens=16, max_sequences=64)
+        with pytest.raises(TrainingHalted, match=r"out of memory \(.*; lower rollout.max_sequences = 64"):
+            engine.generate(PROMPTS, group_size=2, sampling=SamplingParams(2), generator=torch.Generator())
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_a_response_beyond_the_model_s_positions_is_refused(family: str) -> None:
     engine = EmbeddedEngine(Workers(random_policy(family)), max_prompt_tokens=16)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-from forkrl.errors import first_line, printable
+import numpy as np
+import pytest
+import torch
+
+from forkrl.errors import TrainingHalted, first_line, out_of_memory_names, printable
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,33 @@ from forkrl.errors import first_line, printable
 )
 def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8), lambda: torch.zeros(2**58)],
+)
+def test_running_out_of_memory_names_the_setting(allocate: Callable[[], object]) -> None:
+    with (
+        pytest.raises(TrainingHalted, match=r"^out of memory \(.*\); lower rollout.max_sequences = 256$"),
+        out_of_memory_names("rollout.max_sequences", 256),
+    ):
+        allocate()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("can't allocate memory")])
+def test_other_errors_are_not_called_out_of_memory(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)), out_of_memory_names("rollout.max_sequences", 256):
+        raise error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_the_accelerator_s_memory_counts_too(error: Exception) -> None:
+    with (
+        pytest.raises(TrainingHalted, match=r"CUDA out of memory.*lower training.micro_batch_tokens = 8192"),
+        out_of_memory_names("training.micro_batch_tokens", 8192),
+    ):
+        raise error
 
 
 def test_printable_escapes_what_acts_and_nothing_else() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forkrl.config import TrainConfig
-from forkrl.errors import NothingToLearn, UserError
+from forkrl.errors import NothingToLearn, TrainingHalted, UserError
 from forkrl.rollout.scoring import Scoring
 from forkrl.training import loop
 from forkrl.training.run import Run, open_run
@@ -89,6 +89,19 @@ def test_only_the_first_gradient_step_of_a_batch_takes_the_rollouts_entropies(
     assert by_rollout == on_policy
 
 
+def test_running_out_of_memory_in_an_update_names_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "update_policy", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(loop, "shaped_rewards", first_is_right)
+    config = TrainConfig.model_validate(RECIPE | {"runtime": {"device": "cpu"}})
+    with (
+        pytest.raises(
+            TrainingHalted, match=r"^step 1: out of memory \(.*; lower training.micro_batch_tokens = \d+; no"
+        ),
+        open_run(config, tmp_path / "run") as run,
+    ):
+        loop.train(run)
+
+
 def all_wrong(scoring: Scoring, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     return [
         RolloutGroup(group.prompt, group.rollouts, tuple(VerifierResult(0.0) for _ in group.rollouts))
@@ -108,7 +121,7 @@ def test_dynamic_sampling_asks_what_was_right_not_how_long_it_was(
 
     monkeypatch.setattr(Scoring, "finish", finish)
     sections: dict[str, Any] = {
-        "rollout": RECIPE["rollout"] | {"max_response_tokens": 64},
+        "rollout": RECIPE["rollout"] | {"max_response_tokens": 64, "group_size": 8},
         "reward": {"overlong_cache": 63},
         "dynamic_sampling": {"max_generation_batches": 1},
         "runtime": {"device": "cpu"},

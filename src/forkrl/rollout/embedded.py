@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from forkrl.errors import TrainingHalted
+from forkrl.errors import TrainingHalted, out_of_memory_names
 from forkrl.model.policy import Policy, require_positions
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.model.stop_tokens import response_text
@@ -98,7 +98,7 @@ class EmbeddedEngine:
         The rollout's prompt is the whole prefix; ids, log-probs, entropy and text cover only new tokens. Prefix
         response and continuation together have at most ``sampling.max_response_tokens`` tokens. Waves are sorted by the
         length of the prefix response; each worker prefills a prefix once per wave. Raises UserError (too few
-        positions), ValueError (no room for a token) or TrainingHalted (logits not finite).
+        positions), ValueError (no room for a token) or TrainingHalted (logits not finite, out of memory).
         """
         limit = sampling.max_response_tokens
         longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
@@ -109,8 +109,9 @@ class EmbeddedEngine:
         owners = [(index, number) for index in order for number in range(count)]
         waves = [owners[start : start + self.wave_sequences] for start in range(0, len(owners), self.wave_sequences)]
         prefixes_of = [[prefixes[index] for index, _ in wave] for wave in waves]
-        for number, place, rollout in self._decode_waves(prefixes_of, sampling, generator):
-            yield Ended(*waves[number][place], rollout)
+        with out_of_memory_names("rollout.max_sequences", self.max_sequences):
+            for number, place, rollout in self._decode_waves(prefixes_of, sampling, generator):
+                yield Ended(*waves[number][place], rollout)
 
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
         """Advance ``generator`` past a wave of ``num_sequences`` without decoding it."""

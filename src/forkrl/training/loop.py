@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forkrl.errors import NothingToLearn
+from forkrl.errors import NothingToLearn, out_of_memory_names
 from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.method.batches import collate, mini_batches
 from forkrl.rollout.scoring import Scoring, why_nothing_to_learn
@@ -21,7 +21,7 @@ from forkrl.types import RolloutGroup, TokenBatch
 
 
 def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = None) -> None:
-    """Train to the recipe's last step; raises NothingToLearn, TrainingHalted (NaN or infinity) or Interrupted."""
+    """Train to the recipe's last step; raises NothingToLearn, TrainingHalted (NaN, memory) or Interrupted."""
     run.evaluate_if_due()
     for _ in run.steps():
         started = time.perf_counter()
@@ -95,14 +95,15 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
 def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> Update:
     """One gradient step; ``on_policy`` is True for the first mini-batch of a rollout batch."""
     lr = run.set_learning_rate()
-    update = update_policy(
-        run.workers,
-        run.optimizer,
-        mini_batch.to(run.policy.device),
-        run.config,
-        run.generator,
-        on_policy=on_policy,
-    )
+    with out_of_memory_names("training.micro_batch_tokens", run.config.training.micro_batch_tokens):
+        update = update_policy(
+            run.workers,
+            run.optimizer,
+            mini_batch.to(run.policy.device),
+            run.config,
+            run.generator,
+            on_policy=on_policy,
+        )
     # Frees memory for the next rollout. Other workers' gradients share one block, which is kept.
     run.optimizer.zero_grad(set_to_none=True)
     return Update(update.selected_BT.cpu(), update.metrics | {"optimizer/lr": lr})
