@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from forkrl.config import TrainConfig
+from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
+from forkrl.model.policy import open_policy
 from forkrl.rollout.scoring import Scoring
 from forkrl.training import loop
 from forkrl.training.run import Run, open_run
@@ -48,16 +50,30 @@ def test_no_gradient_is_kept_through_the_next_rollout(
     assert kept == [False, False]
 
 
-def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [({"prompts": "absent"}, "its progress lacks prompts"), ({"random_stream": 1}, "seeds gave other responses")],
+)
+def test_a_run_of_another_version_is_refused_and_its_weights_load(
+    tmp_path: Path, changes: dict[str, Any], difference: str
+) -> None:
     config = TrainConfig.model_validate(RECIPE | {"runtime": {"device": "cpu"}})
     with open_run(config, tmp_path / "run") as run:
         run.save()
-    monkeypatch.setattr("forkrl.training.run.load_checkpoint", lambda *_, **__: {"step": 0, "prompt_position": 3})
+    saved = tmp_path / "run/checkpoints/step-0"
+    progress = json.loads((saved / "trainer/progress.json").read_text()) | changes
+    text = json.dumps({name: value for name, value in progress.items() if value != "absent"})
+    (saved / "trainer/progress.json").write_text(text)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    manifest["files"]["trainer/progress.json"] = {"size": len(text), "sha256": sha256}
+    (saved / "manifest.json").write_text(json.dumps(manifest))
     with (
-        pytest.raises(UserError, match=r"saved by another version of ForkRL .*prompts\); .*model.path=.*step-0"),
+        pytest.raises(UserError, match=rf"another version of ForkRL \({difference}\); .*model.path=.*step-0"),
         open_run(config, resume=tmp_path / "run"),
     ):
         pass
+    assert open_policy(ModelConfig(path=str(saved)), "cpu").tokenizer.eos_token_id is not None
 
 
 def first_is_right(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from forkrl.types import SamplingParams
 
+RANDOM_STREAM = 2
+"""Increased whenever the same seed gives other tokens; runs of another stream cannot be resumed."""
 BLOCK = 256
 """Tokens of a block. A token is drawn in two steps, block and token, which needs one sum per block instead of a
 cumulative sum over the vocabulary."""

@@ -43,8 +43,7 @@ OPTIMIZER_TENSORS = "trainer/optimizer.safetensors"
 OPTIMIZER_GROUPS = "trainer/optimizer.json"
 RANDOM_STATES = "trainer/rng.safetensors"
 PROGRESS = "trainer/progress.json"
-FORMAT = 2
-"""Increased whenever resumed runs would differ from uninterrupted ones, as when the random stream changes."""
+FORMAT = 1
 
 _SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -278,10 +277,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged checkpoint: not a manifest ({type(error).__name__}: {error})") from error
     if found != FORMAT:
-        raise UserError(
-            f"{file}: checkpoint format {found!r}, this version of ForkRL reads {FORMAT}; use the version that wrote "
-            f"it, or train again"
-        )
+        raise UserError(f"{file}: checkpoint format {found!r}, this version of ForkRL reads {FORMAT}")
     if path.name.removeprefix(_REPLACED) != f"step-{step}" and _STEP_FOLDER.fullmatch(path.name):
         raise UserError(f"{file}: damaged checkpoint: it says step {step!r} in a folder named {path.name}")
     for name in listed:

@@ -24,6 +24,7 @@ from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.rollout.logprob_gap import logprob_gap, require_small_gap
+from forkrl.rollout.sampling import RANDOM_STREAM
 from forkrl.rollout.scoring import none_judged
 from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.store.interruption import Interrupted, Interruption
@@ -197,6 +198,7 @@ class Run:
             optimizer=self.optimizer,
             generators={"sampling": self.generator},
             progress={
+                "random_stream": RANDOM_STREAM,
                 "step": self.step,
                 "gradient_steps": self.gradient_steps,
                 "prompts": self.prompts.state(),
@@ -225,10 +227,12 @@ class Run:
         progress = load_checkpoint(
             path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
         )
-        if missing := {"step", "gradient_steps", "prompts", "evaluated_step", "metrics_bytes"} - progress.keys():
+        missing = {"step", "gradient_steps", "prompts", "evaluated_step", "metrics_bytes"} - progress.keys()
+        if missing or progress.get("random_stream") != RANDOM_STREAM:
+            difference = f"its progress lacks {', '.join(sorted(missing))}" if missing else "seeds gave other responses"
             raise UserError(
-                f"{path}: saved by another version of ForkRL (its progress lacks {', '.join(sorted(missing))}); "
-                f"start a new run from its weights: model.path={path} and another --out"
+                f"{path}: saved by another version of ForkRL ({difference}); start a new run from its weights: "
+                f"model.path={path} and another --out"
             )
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
         self.prompts.restore(progress["prompts"])
