@@ -397,6 +397,6 @@ def test_triton_is_chosen_for_16_bit_tensors_on_cards_that_have_them(monkeypatch
 @pytest.mark.parametrize("num_rows", [0, 1, 700, 20_000, 10**6])
 def test_tiles_stay_within_the_budget(num_rows: int) -> None:
     rows, columns = chunked._tile_shape(num_rows, 151_936, torch.device("cpu"), 512)
-    assert isinstance(rows, int) and isinstance(columns, int)
+    assert type(rows) is type(columns) is int
     assert 512 <= columns <= chunked.TILE_COLUMNS and 1 <= rows <= max(1, num_rows)
     assert rows * columns <= chunked.TILE_ELEMENTS_CPU < chunked.TILE_ELEMENTS

@@ -137,11 +137,10 @@ def test_benchmarks_that_are_alike_are_rarely_told_apart() -> None:
 def test_draws_repeat_with_their_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permutation, "_reconcile", lambda difference, p: (difference, p))
     a, b = (np.random.default_rng(seed).random((8, 3)) for seed in (1, 2))
-    for test in (
-        lambda *seed: paired_test(a, b, *seed),
-        lambda *seed: pooled_paired_test([(a, b), (a, b[::-1])], *seed),
-    ):
-        assert test() == test(0) == test(0) != test(1)
+    assert paired_test(a, b) == paired_test(a, b, 0) == paired_test(a, b, 0) != paired_test(a, b, 1)
+    pairs = [(a, b), (a, b[::-1])]
+    assert pooled_paired_test(pairs) == pooled_paired_test(pairs, 0) == pooled_paired_test(pairs, 0)
+    assert pooled_paired_test(pairs, 0) != pooled_paired_test(pairs, 1)
 
 
 def test_an_exact_p_is_at_most_one() -> None:

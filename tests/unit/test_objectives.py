@@ -332,7 +332,10 @@ def test_step_loss_refuses_tokens_outside_the_response_and_halts_on_a_loss_that_
 
 @pytest.mark.parametrize("contributing", [0, 1, 4])
 def test_loss_metrics_are_means_over_contributing_tokens(contributing: int) -> None:
-    parts = [TokenSums(0.5, 0.25, 1.0, contributing, contributing / 2, contributing * 3.0, 1.5), TokenSums(*[0.0] * 7)]
+    parts = [
+        TokenSums(0.5, 0.25, 1.0, contributing, contributing / 2, contributing * 3.0, 1.5),
+        TokenSums(0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0),
+    ]
     assert loss_metrics(total(parts)) == {
         "loss/policy": 0.5,
         "loss/kl": 0.25,

@@ -314,9 +314,9 @@ def test_a_folder_that_may_not_be_written_is_explained(tmp_path: Path) -> None:
 
 
 def test_errors_of_rust_libraries_are_explained_by_their_number(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model: cannot be written .*; the disk is full"):
-        with explained_write_errors(tmp_path / "model"):
-            raise RuntimeError("I/O error: No space left on device (os error 28)")
+    full = "model: cannot be written .*; the disk is full"
+    with pytest.raises(UserError, match=full), explained_write_errors(tmp_path / "model"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
     with pytest.raises(RuntimeError, match="another"), explained_write_errors(tmp_path / "model"):
         raise RuntimeError("another")
 
@@ -336,8 +336,8 @@ class TestResume:
     def test_what_does_not_affect_finished_steps_may_change(self, begun: RunFolder, config: TrainConfig) -> None:
         longer = self.changed(self.changed(config, "training", steps=20), "eval", every=7)
         accepted = accepted_changes(begun.path, longer, ["training.steps", "eval"])
-        assert accepted[0].startswith("training.steps: 10 -> 20") or accepted[1] == "training.steps: 10 -> 20"
         assert {change.partition(":")[0] for change in accepted} == {"training.steps", "eval.every"}
+        assert "training.steps: 10 -> 20" in accepted
         begun.change_recipe(recipe_toml(longer), 4, accepted)
         begun.change_recipe(recipe_toml(config), 5, ["back"])
         begun.close()
@@ -399,9 +399,7 @@ class TestResume:
         said = f"workers 1 instead of unknown, torch {torch.__version__} instead of 1.0"
         assert changed_arithmetic(then, workers) == said
         refuse_other_data(begun, config, "a" * 64)
-        with pytest.raises(
-            UserError, match=r"run: the prompts of task.countdown .*\(fingerprint a{12} then, b{12} now"
-        ):
+        with pytest.raises(UserError, match=r"the prompts of task.countdown .*\(fingerprint a{12} then, b{12} now"):
             refuse_other_data(begun, config, "b" * 64)
         RunFolder.open(begun.path).close()
 
