@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from forkrl import head
 from forkrl.head import chunked, token_stats
 from forkrl.types import TokenStats
 
@@ -113,7 +115,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ("num_rows", "vocabulary", "width"),
     [(1, 7, 3), (37, 7, 5), (301, 29, 33), (65, 1000, 17), (1, 1, 4), (13, 50257, 19), (7, 151936, 17)],
 )
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_errs_no_more_than_naive(
     num_rows: int, vocabulary: int, width: int, temperature: float, dtype: torch.dtype, entropy_grad: bool
 ) -> None:
@@ -356,15 +358,45 @@ def _call(**changes: object) -> TokenStats:
         ({"targets": torch.zeros(3, dtype=torch.int32)}, r"torch.int32; they must be torch.int64"),
         ({"targets": torch.tensor([0, 7, 1])}, "targets span 0 to 7; the vocabulary is 0 to 6"),
         ({"targets": torch.tensor([0, -100, 1])}, "targets span -100 to 1"),
-        ({"bias": torch.zeros(4)}, r"bias \(4,\) must be \[V\]"),
+        ({"bias": torch.zeros(4)}, r"bias \(4,\) must be \[V\] with V = 7 rows"),
         ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, "share one floating dtype"),
         ({"hidden": torch.zeros(3, 4).long(), "weight": torch.zeros(7, 4).long()}, "share one floating dtype"),
         ({"temperature": 0.0}, "temperature = 0.0 must be positive"),
         ({"temperature": -1.0}, "temperature = -1.0"),
         ({"temperature": float("nan")}, "temperature = nan"),
-        ({"backend": "chunky"}, "'chunky' is unknown; choose one of"),
+        ({"backend": "chunky"}, r"'chunky' is unknown; choose one of \['auto', 'reference', "),
     ],
 )
 def test_bad_input_is_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _call(**changes)
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "targets", "bias"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: torch tensor expected, got list"):
+        _call(**{name: [0.0]})
+
+
+def test_triton_is_chosen_for_16_bit_tensors_on_cards_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(dtype: torch.dtype, capability: tuple[int, int], has_triton: bool = True, is_cuda: bool = True) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(head, "_has_triton", lambda: has_triton)
+        return head._choose_backend(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="cuda:0"))  # type: ignore[arg-type]
+
+    assert chosen(torch.bfloat16, (8, 0)) == chosen(torch.float16, (9, 0)) == "triton"
+    others = (
+        (torch.float32, (9, 0)),
+        (torch.bfloat16, (7, 5)),
+        (torch.bfloat16, (9, 0), False),
+        (torch.bfloat16, (9, 0), True, False),
+    )
+    assert {chosen(*each) for each in others} == {"chunked"}
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 700, 20_000, 10**6])
+def test_tiles_stay_within_the_budget(num_rows: int) -> None:
+    rows, columns = chunked._tile_shape(num_rows, 151_936, torch.device("cpu"), 512)
+    assert type(rows) is type(columns) is int
+    assert 512 <= columns <= chunked.TILE_COLUMNS and 1 <= rows <= max(1, num_rows)
+    assert rows * columns <= chunked.TILE_ELEMENTS_CPU < chunked.TILE_ELEMENTS

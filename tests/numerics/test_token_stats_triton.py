@@ -77,7 +77,9 @@ def test_more_row_blocks_than_one_group() -> None:
 
 @pytest.mark.parametrize(("num_rows", "vocabulary"), [(1, 151936), (1638, 151936), (8192, 151936), (1000000, 151936)])
 def test_what_a_backward_holds_is_bounded(num_rows: int, vocabulary: int) -> None:
-    held = 2 * num_rows * backend._slice_width(num_rows, vocabulary, 2)
+    width = backend._slice_width(num_rows, vocabulary, 2)
+    assert width == vocabulary or width % backend.SLICE_COLUMNS == 0
+    held = 2 * num_rows * width
     assert held <= max(backend.BUFFER_FLOOR, 0.07 * 2 * num_rows * vocabulary)
     assert held <= backend.BUFFER_BYTES or held <= 0.007 * 2 * num_rows * vocabulary
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +15,19 @@ from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
 from forkrl.head import token_stats
 from forkrl.method.batches import collate, cut_micro_batches
+from forkrl.method.selection import select_tokens
 from forkrl.model import forward as dense
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
-from forkrl.training.update import Update, update_policy
+from forkrl.training.update import (
+    Update,
+    _contributing_rows,
+    select_in_rollout_batch,
+    selects_inside,
+    update_policy,
+)
 from forkrl.types import Prompt, SamplingParams, TokenBatch, TokenStats
 from tests.models import random_policy
 
@@ -145,6 +154,40 @@ def test_one_micro_batch_or_many_give_the_same_gradient(
     assert close(pieces, whole)
     for name, value in one.metrics.items():
         assert many.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("selection", "backward", "on_policy", "inside"),
+    [
+        ({"scope": "micro_batch"}, "dense", False, True),
+        ({"scope": "micro_batch"}, "dense", True, True),
+        ({"scope": "sequence"}, "forks_only", False, True),
+        ({"scope": "micro_batch"}, "forks_only", True, False),
+        ({"scope": "mini_batch"}, "dense", False, False),
+        ({"rule": "threshold", "threshold": 0.5}, "dense", False, False),
+        ({"rule": "random"}, "dense", False, False),
+        ({"entropy": "rollout"}, "dense", False, False),
+    ],
+    ids=str,
+)
+def test_what_a_micro_batch_selects_itself(
+    batch: TokenBatch, selection: dict[str, Any], backward: str, on_policy: bool, inside: bool
+) -> None:
+    config = recipe(selection=selection)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"backward": backward})})
+    assert selects_inside(batch, config, on_policy=on_policy) == inside
+    assert not selects_inside(replace(batch, selected=batch.response_mask), config, on_policy=on_policy)
+
+
+def test_a_selection_over_the_rollout_batch_is_kept(policy: Policy, batch: TokenBatch) -> None:
+    config = recipe(selection={"scope": "rollout_batch", "entropy": "rollout"})
+    whole = select_in_rollout_batch(batch, config, torch.Generator())
+    assert whole.selected is not None
+    assert whole.selected.equal(select_tokens(batch.rollout_entropy, batch.response_mask))
+    part = whole.rows(torch.arange(GROUP))
+    measured, update = gradient(policy, part, config)
+    assert part.selected is not None and update.selected_BT.equal(part.selected)
+    assert close(measured, naive_gradient(policy, part, part.selected, int(part.selected.sum())))
 
 
 def test_the_scope_micro_batch_selects_within_each_cut_and_still_takes_one_token_mean(
@@ -278,7 +321,7 @@ def test_sequences_without_advantage_are_left_out_and_change_nothing(
     policy: Policy, batch: TokenBatch, on_policy: bool
 ) -> None:
     advantages_B = batch.advantages.clone()
-    advantages_B[: 2 * GROUP] = 0.0
+    advantages_B[: 2 * GROUP], advantages_B[2 * GROUP : 4 * GROUP] = 0.0, 1.0
     fields = {name: getattr(batch, name) for name in batch.__slots__}
     some_idle = TokenBatch(**fields | {"advantages": advantages_B})
     working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
@@ -347,3 +390,11 @@ def test_without_any_advantage_the_gradient_is_zero_and_there(policy: Policy, ba
     measured, _ = gradient(policy, idle, recipe(selection={"scope": "mini_batch"}))
     assert len(measured) > 0
     assert not measured.any()
+    assert _contributing_rows(replace(idle, selected=idle.response_mask)).tolist() == [0], "one sequence is enough"
+
+
+def test_without_response_tokens_nothing_is_selected(policy: Policy, batch: TokenBatch) -> None:
+    empty = replace(batch, response_mask=torch.zeros_like(batch.response_mask))
+    measured, update = gradient(policy, empty, recipe())
+    assert not measured.any() and not update.selected_BT.any()
+    assert math.isnan(update.metrics["entropy/threshold"])

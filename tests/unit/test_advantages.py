@@ -57,9 +57,10 @@ def test_bad_rewards_are_named(function: object) -> None:
 def test_overlong_penalty_of_the_paper() -> None:
     """L_max 20,480 and L_cache 4,096: free up to 16,384, half-way at 18,432, -1 from 20,480 on."""
     lengths = torch.tensor([0, 16384, 16385, 18432, 20480, 30000])
-    penalty = overlong_penalty(lengths, 20480, 4096)
-    assert penalty.dtype == torch.float32
-    assert penalty.tolist() == [0.0, 0.0, -1 / 4096, -0.5, -1.0, -1.0]
+    assert overlong_penalty(lengths, 20480, 4096).tolist() == [0.0, 0.0, -1 / 4096, -0.5, -1.0, -1.0]
+    for cache_length in (0, 4096):
+        for dtype in (torch.int32, torch.int64, torch.float64):
+            assert overlong_penalty(lengths.to(dtype), 20480, cache_length).dtype == torch.float32
 
 
 def test_overlong_penalty_can_be_off_or_cover_everything() -> None:

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forkrl.method.batches import collate, cut_micro_batches, mini_batches
+from forkrl.config import TrainConfig
+from forkrl.method.batches import (
+    assemble,
+    collate,
+    cut_micro_batches,
+    make_micro_batches,
+    mini_batches,
+    sample_positions,
+)
 from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch
 
 PAD = 99
@@ -33,6 +41,7 @@ def test_positions_predict_the_token_after_them() -> None:
     batch = collate(groups, torch.tensor([[1.0, -1.0], [0.5, -0.5]]), PAD)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 3, PAD], [7, 8, PAD, PAD], [7, 8, PAD, PAD]]
     assert batch.targets.tolist() == [[2, 3, 4, 5], [2, 3, 6, PAD], [8, 9, PAD, PAD], [8, 9, PAD, PAD]]
+    assert batch.response_mask.dtype == batch.attention_mask.dtype == torch.bool
     assert batch.response_mask.int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert batch.old_logprobs.tolist() == [[0, 0, -1, -2], [0, 0, -1, 0], [-1, -2, 0, 0], [-1, -2, 0, 0]]
@@ -62,3 +71,20 @@ def test_mini_batches_keep_the_order_and_the_rest() -> None:
     parts = mini_batches(batch_of([3, 9, 2, 4, 5]), 2)
     assert [part.advantages.tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     assert [part.input_ids.shape[1] for part in parts] == [10, 5, 6]
+
+
+def test_drawn_positions_follow_their_rows() -> None:
+    batch = batch_of([3, 9, 2, 4])
+    sections = {"training": {"backward": "forks_only"}, "forks_only": {"sampled": 0.5}}
+    config = TrainConfig.model_validate(sections)
+    drawn, again = (sample_positions(batch, config, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert drawn is not None and again is not None and drawn.equal(again)
+    assert 0 < drawn.sum() < batch.attention_mask.sum() and not (drawn & ~batch.attention_mask).any()
+    cuts = cut_micro_batches(batch, 12)
+    parts = make_micro_batches(batch, cuts, drawn)
+    assert [part.number for part in parts] == list(range(len(cuts))) and len(cuts) > 1
+    sampled = [part.sampled_BT for part in parts if part.sampled_BT is not None]
+    assert [each.shape for each in sampled] == [part.batch.input_ids.shape for part in parts]
+    assert assemble(drawn, cuts, sampled).equal(drawn)
+    assert sample_positions(batch, TrainConfig(), torch.Generator()) is None
+    assert make_micro_batches(batch, cuts, None)[0].sampled_BT is None

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from forkrl.errors import UserError
-from forkrl.store.checkpoint import FORMAT, latest_checkpoint, load_checkpoint, verify_checkpoint
+from forkrl.store.checkpoint import FORMAT, adopt_weights, latest_checkpoint, load_checkpoint, verify_checkpoint
 from tests.tiny_state import WORDS, TinyState, tiny_config, tiny_state
 
 FILES = (
@@ -339,6 +339,24 @@ class TestDamage:
         assert latest_checkpoint(tmp_path) is None
 
 
+class TestAdoptWeights:
+    def test_weights_alone_are_a_checkpoint(self, tmp_path: Path) -> None:
+        made = tmp_path / "made"
+        with pytest.raises(UserError, match="made: no model was written there, it has no config.json"):
+            adopt_weights(tmp_path / "checkpoints", 4, made)
+        Qwen3ForCausalLM(tiny_config()).save_pretrained(made)
+        folder = adopt_weights(tmp_path / "checkpoints", 4, made)
+        assert latest_checkpoint(tmp_path / "checkpoints") == folder == tmp_path / "checkpoints/step-4"
+        assert not made.exists()
+
+    def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
+        Qwen3ForCausalLM(tiny_config()).save_pretrained(tmp_path / "made")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"file/step-4: cannot be written \(File exists\)"):
+            adopt_weights(tmp_path / "file", 4, tmp_path / "made")
+        assert (tmp_path / "made/config.json").exists()
+
+
 class TestAnother:
     """Checkpoints that are whole, but not of this run."""
 
@@ -394,12 +412,25 @@ class TestAnother:
         state = tiny_state()
         state.optimizer = torch.optim.AdamW(state.model.parameters())
         self.refused(saved, state, r"groups of \[\d+, \d+\] parameters, here \[\d+\]; first difference")
+        state = tiny_state()
+        state.optimizer.param_groups[-1]["params"].pop()
+        self.refused(saved, state, r"first difference: \S+ there, nothing here")
 
     def test_other_generators(self, saved: Path) -> None:
         state = tiny_state()
         state.generators["dropout"] = torch.Generator()
         with pytest.raises(UserError, match=r"rng.safetensors: random generators \['data', 'sampling'\], this run has"):
             state.load(saved)
+
+    def test_without_the_states_that_training_needs(self, saved: Path) -> None:
+        states = load_file(saved / "trainer/rng.safetensors")
+        del states["torch/cpu"]
+        save_file(states, saved / "trainer/rng.safetensors")
+        sign(saved)
+        self.refused(saved, tiny_state(), "rng.safetensors: no random state of the CPU")
+        (saved / "trainer/optimizer.json").write_text("{")
+        sign(saved)
+        self.refused(saved, tiny_state(), r"optimizer.json: cannot be read as JSON \(Expecting property name")
 
     def test_generators_of_another_device(self, saved: Path) -> None:
         states = load_file(saved / "trainer/rng.safetensors")

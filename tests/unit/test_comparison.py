@@ -74,7 +74,8 @@ def test_the_exact_test_equals_going_through_all_deals(
 
 def test_draws_come_close_to_all_deals_and_never_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = [[0.5, 0.25], [0.0, 0.75], [0.125, 0.5]], [[0.75], [1.0], [0.25]]
-    assert permutation_p(a, b, monkeypatch) == pytest.approx(enumerated_p(a, b), abs=0.01)
+    for first, second in ((a, b), (b, a)):
+        assert permutation_p(first, second, monkeypatch) == pytest.approx(enumerated_p(first, second), abs=0.01)
     apart = permutation_p([[0.1]] * 60, [[0.9]] * 60, monkeypatch)
     assert apart == 1 / (permutation.DRAWS + 1)
 
@@ -130,7 +131,41 @@ def test_benchmarks_that_are_alike_are_rarely_told_apart() -> None:
     assert found["type I error"] <= 0.1 and found["coverage"] >= 0.9
     right, wrong = np.ones((30, 2)), np.zeros((30, 2))
     apart = pooled_paired_test([(wrong, right), (wrong, right)])
-    assert apart.p == 1 / (permutation.DRAWS + 1) and apart.difference.low > 0.8
+    assert apart.p == 1 / (permutation.DRAWS + 1) and apart.difference.low > 0.8 and apart.method == "draws"
+
+
+def test_draws_repeat_with_their_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(permutation, "_reconcile", lambda difference, p: (difference, p))
+    a, b = (np.random.default_rng(seed).random((8, 3)) for seed in (1, 2))
+    assert paired_test(a, b) == paired_test(a, b, 0) == paired_test(a, b, 0) != paired_test(a, b, 1)
+    pairs = [(a, b), (a, b[::-1])]
+    assert pooled_paired_test(pairs) == pooled_paired_test(pairs, 0) == pooled_paired_test(pairs, 0)
+    assert pooled_paired_test(pairs, 0) != pooled_paired_test(pairs, 1)
+
+
+def test_an_exact_p_is_at_most_one() -> None:
+    """Rounded, the probabilities of all deals of some of these add up to more."""
+    same = np.array([[0.0, 1.0, 1.0]] * 40)
+    assert all(paired_test(same[:questions], same[:questions]).p == 1 for questions in range(2, 40))
+
+
+@pytest.mark.parametrize(
+    ("interval", "p", "low", "high", "reconciled_p"),
+    [
+        ((0.3, 0.1, 0.5), 0.0, 0.1, 0.5, 2 * scipy.stats.norm.sf(1.959964 * 1.5)),
+        ((0.3, 0.1, 0.5), 0.04, 0.1, 0.5, 0.04),
+        ((0.3, 0.1, 0.5), 0.05, 0.0, 0.5, 0.05),
+        ((-0.3, -0.5, -0.1), 0.2, -0.5, 0.0, 0.2),
+        ((0.1, -0.1, 0.3), 0.0, -0.1, 0.3, 2 * scipy.stats.norm.sf(1.959964 / 2)),
+        ((0.3, math.nan, math.nan), 0.01, math.nan, math.nan, 1.0),
+    ],
+)
+def test_a_test_and_its_interval_are_reconciled_by_hand(
+    interval: tuple[float, float, float], p: float, low: float, high: float, reconciled_p: float
+) -> None:
+    difference, found_p = permutation._reconcile(Estimate(*interval), p)
+    assert difference == pytest.approx((interval[0], low, high), nan_ok=True)
+    assert found_p == pytest.approx(reconciled_p, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,11 @@ from forkrl.store.interruption import STOP_SIGNALS, Interrupted, Interruption, s
 SIGNALS = list(STOP_SIGNALS)
 
 
+def test_an_interruption_says_how_the_run_ended() -> None:
+    stop = Interrupted(signal.SIGTERM)
+    assert (str(stop), stop.exit_code, stop.outcome) == ("stopped by SIGTERM", 143, "and saved")
+
+
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_is_obeyed_at_the_end_of_the_stretch(signum: signal.Signals) -> None:
     reached = False

@@ -177,6 +177,34 @@ def test_many_samples_of_alike_questions_count_as_so_many_pairs() -> None:
     assert paired_difference(before, after) == pytest.approx((0.25, center - half, center + half), abs=1e-6)
 
 
+def test_a_paired_difference_of_fractions_by_hand() -> None:
+    generator = np.random.default_rng(3)
+    question_P1 = generator.random((20, 1))
+    a, b = ((question_P1 + generator.normal(0.0, spread, (20, 3))).clip(0, 1) for spread in (0.2, 0.3))
+    changes_P = b.mean(axis=1) - a.mean(axis=1)
+    mean = changes_P.mean()
+    square = ((b[:, None, :] - a[:, :, None]) ** 2).mean()  # over all pairs of responses to a question
+    shrink = 1.959964 / scipy.stats.t.ppf(0.975, 19)
+    size = (square - mean**2) / (scipy.stats.sem(changes_P) / shrink) ** 2
+    assert 20 < size < 60, "neither limit of the effective number of pairs holds"
+    center = mean * size / (size + 2)
+    half = 1.959964 * math.sqrt(((square * size + 2) / (size + 2) - center**2) / (size + 2))
+    assert paired_difference(a, b) == pytest.approx((mean, center - half, center + half), rel=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "size"), [([[1, 0, 1, 0]], 1), ([[1, 0], [0, 1]], 4)])
+def test_the_effective_size_of_few_questions(rows: list[list[float]], size: int) -> None:
+    z2 = 1.959964**2
+    half = math.sqrt(z2) * math.sqrt(0.25 / size + z2 / (4 * size**2)) / (1 + z2 / size)
+    assert mean_with_interval(rows) == pytest.approx((0.5, 0.5 - half, 0.5 + half), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float16])
+def test_scores_of_any_dtype_are_computed_in_fp64(dtype: type[np.generic]) -> None:
+    scores = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    assert mean_with_interval(scores.astype(dtype)) == mean_with_interval(scores)
+
+
 def test_one_question_has_a_mean_and_no_spread() -> None:
     mean, low, high = mean_with_normal_interval([[3.0, 5.0]])
     assert mean == 4.0
@@ -217,6 +245,17 @@ def test_shares_of_equal_questions_are_the_mean_with_its_interval(rows: list[lis
     for row in rows:
         sums.add([sum(row), len(row)])
     assert sums.share(0, 1) == pytest.approx(mean_with_interval(rows), abs=1e-12)
+    assert sums.total(0) == np.sum(rows) and sums.total(1) == np.size(rows)
+
+
+def test_a_share_has_at_most_the_given_size() -> None:
+    """50 alike questions of four samples each: the samples count as independent, but only so many."""
+    sums = ClusterSums(2)
+    for _ in range(50):
+        sums.add([2, 4])
+    for most, size in ((None, 200), (100, 100), (1000, 1000)):
+        textbook = binomtest(size // 2, size).proportion_ci(method="wilson")
+        assert sums.share(0, 1, most) == pytest.approx((0.5, textbook.low, textbook.high))
 
 
 def test_the_size_of_unequal_clusters_is_kishs() -> None:
@@ -267,6 +306,14 @@ def test_clustered_means_cover_the_truth() -> None:
         low, high = sums.mean(0, 1)[1:]
         covered += low <= 1.0 <= high
     assert 0.91 <= covered / 400 <= 0.985
+
+
+def test_large_counts_do_not_overflow() -> None:
+    large, small = ClusterSums(2), ClusterSums(2)
+    for value, count in ((1, 2), (6, 3)):
+        small.add([value, count])
+        large.add([value * 10**10, count * 10**10])
+    assert large.mean(0, 1) == pytest.approx(small.mean(0, 1))
 
 
 def test_a_mean_of_nothing_is_not_a_number() -> None:

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forkrl.method.loss import kl_penalty, policy_loss
+from forkrl.config import LossConfig
+from forkrl.errors import TrainingHalted
+from forkrl.method.loss import Counts, TokenSums, kl_penalty, loss_metrics, policy_loss, step_loss, total
 from forkrl.method.selection import select_tokens
+from forkrl.types import TokenStats
 
 RATIOS = torch.tensor([[1.5, 1.1, 0.5], [1.5, 0.5, 20.0]], dtype=torch.float64)
 ADVANTAGES = torch.tensor([2.0, -1.0], dtype=torch.float64)
@@ -77,6 +80,14 @@ def test_dual_clip_bounds_only_negative_advantages() -> None:
     expected = -torch.tensor([[0, 2.2, 1.0], [-1.5, 0, 0]], dtype=torch.float64) / 6
     torch.testing.assert_close(gradient(loss, logprobs), expected)
     assert metrics["clip_fraction"].item() == pytest.approx(3 / 6)
+    twice = policy_loss(logprobs, old, 2 * ADVANTAGES, RESPONSE, dual_clip=3.0).loss
+    assert twice.item() == pytest.approx(2 * loss.item())
+
+
+def test_clips_may_be_zero() -> None:
+    logprobs, old = from_ratios(RATIOS)
+    loss, _ = policy_loss(logprobs, old, ADVANTAGES, RESPONSE, clip_low=0.0, clip_high=0.0)
+    assert loss.item() == pytest.approx(-(2.0 + 2.0 + 1.0 - 1.5 - 1.0 - 20) / 6)
 
 
 def test_equal_clips_are_ppo() -> None:
@@ -198,6 +209,9 @@ def test_bad_input_is_named(changes: dict[str, object], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         policy_loss(**(arguments | changes))  # type: ignore[arg-type]
+    for name in arguments:
+        with pytest.raises(TypeError, match=f"^{name}: torch tensor expected, got list"):
+            policy_loss(**(arguments | {name: [[0.0]]}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("log_ratio", [21.0, 89.0, 100.0, 3e38, -21.0, -100.0, -3e38])
@@ -285,3 +299,48 @@ def test_kl_of_nothing_and_bad_input() -> None:
         kl_penalty(logprobs, logprobs, torch.ones(1, 2, dtype=torch.bool), "selected")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ref_logprobs"):
         kl_penalty(logprobs, torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="response_mask is torch.float32; it must be bool"):
+        kl_penalty(logprobs, logprobs, torch.ones(1, 2))
+
+
+def test_step_loss_by_hand() -> None:
+    """The hand-worked loss and KL, over the counts of a mini-batch twice as large; a zero advantage contributes 0."""
+    logprobs, old = from_ratios(RATIOS)
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
+    config = LossConfig(kl_coef=0.5, entropy_coef=0.1, denominator="response")
+    stats, ref = TokenStats(logprobs, entropy), logprobs.detach() + math.log(2)
+    advantages_BT = ADVANTAGES[:, None].expand(2, 3).clone()
+    for advantages in (ADVANTAGES, advantages_BT):
+        loss, sums = step_loss(stats, old, advantages, RESPONSE, SELECTED, Counts(12, 8), config, ref)
+        policy, kl, bonus = -(2.56 + 2.2 - 1.5 - 0.8) / 12, (1 - math.log(2)) / 2, 21 / 12
+        assert loss.item() == pytest.approx(policy + 0.5 * kl - 0.1 * bonus)
+        chosen = RATIOS[SELECTED]
+        k3 = float((chosen - 1 - chosen.log()).sum())
+        assert sums == pytest.approx(TokenSums(policy, kl, bonus, 4, 2, k3, 1.5))
+    advantages_BT[0, 0] = 0
+    assert step_loss(stats, old, advantages_BT, RESPONSE, SELECTED, Counts(12, 8), config, ref)[1].contributing == 3
+
+
+def test_step_loss_refuses_tokens_outside_the_response_and_halts_on_a_loss_that_is_not_finite() -> None:
+    logprobs, old = from_ratios(RATIOS)
+    stats, counts = TokenStats(logprobs, logprobs), Counts(6, 4)
+    with pytest.raises(ValueError, match="outside response_mask"):
+        step_loss(stats, old, ADVANTAGES, SELECTED, RESPONSE, counts, LossConfig())
+    with pytest.raises(TrainingHalted, match="^the loss is nan; the policy's logits or log-probs are out of range"):
+        step_loss(stats, old, ADVANTAGES * math.inf, RESPONSE, SELECTED, counts, LossConfig())
+
+
+@pytest.mark.parametrize("contributing", [0, 1, 4])
+def test_loss_metrics_are_means_over_contributing_tokens(contributing: int) -> None:
+    parts = [
+        TokenSums(0.5, 0.25, 1.0, contributing, contributing / 2, contributing * 3.0, 1.5),
+        TokenSums(0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0),
+    ]
+    assert loss_metrics(total(parts)) == {
+        "loss/policy": 0.5,
+        "loss/kl": 0.25,
+        "loss/entropy": 1.0,
+        "loss/clip_fraction": 0.5 * (contributing > 0),
+        "loss/approx_kl": 3.0 * (contributing > 0),
+        "loss/ratio_max": 1.5,
+    }

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from forkrl.errors import UserError
+from forkrl.store.parquet import write_rows
 from forkrl.store.results import Results, csv_text, read_results, read_table, write_results
 
 TEXTS = [
     " wait", "\n\n", "=1+1", "+", "-1", "@a", '"', '""', "", " ", "9", "1e5", "nan", "NA", "null", "None", "True",
     "inf", "a,b", "\x1b[2J", "\u202e", "数", "<0xE6><0x95>", "[1]", "'", "é", "\t=1", "\u2028", "\r", "0x1", "1_000",
+    " =1",
 ]  # fmt: skip
 
 
@@ -65,7 +69,7 @@ def test_results_read_as_they_were_written(tmp_path: Path) -> None:
     assert (results.settings, results.facts) == ({"seed": 1}, {"accuracy": None, "n": 2})
     assert results.tables["a"]["x"].tolist() == [1.5] and results.tables["empty"].empty
     assert {"forkrl", "torch"} <= results.versions.keys()
-    assert results.command.startswith("forkrl")
+    assert results.command.startswith("forkrl") and results.folder == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -92,3 +96,10 @@ def test_a_table_with_a_cell_that_cannot_be_read_names_the_file(tmp_path: Path) 
     (tmp_path / "long.csv").write_text("a\n" + "x" * 200_000 + "\n")
     with pytest.raises(UserError, match=r"long\.csv: cannot be read"):
         read_table(tmp_path / "long.csv")
+
+
+def test_rows_are_written_with_their_schema(tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("step", pa.int32(), nullable=False), ("score", pa.float32())])
+    write_rows(tmp_path / "rows.parquet", [{"step": 1, "score": 0.5}], schema)
+    table = pq.read_table(tmp_path / "rows.parquet")
+    assert table.schema.equals(schema) and table.to_pylist() == [{"step": 1, "score": 0.5}]

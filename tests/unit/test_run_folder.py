@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -11,15 +12,24 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe, recipe_toml
 from forkrl.errors import UserError
-from forkrl.store.resuming import stored_config
+from forkrl.parallel.workers import Workers
+from forkrl.store.atomic import explained_write_errors
+from forkrl.store.provenance import changed_arithmetic, describe_provenance, refuse_other_data
+from forkrl.store.resuming import accepted_changes, describe_resume, stored_config
 from forkrl.store.run_folder import RunFolder, rollout_schema
+from forkrl.types import Task
+from tests.models import random_policy
+from tests.tiny_state import tiny_state
 
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}
 PROVENANCE = {"forkrl": "0.1", "commit": None, "threads": 2}
@@ -190,6 +200,16 @@ class TestMetrics:
         run.truncate_metrics(0)
         assert run.read_metrics() == []
 
+    def test_a_full_disk_is_explained(self, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(line: bytes) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+        file = run._metrics
+        monkeypatch.setattr(run, "_metrics", SimpleNamespace(fileno=file.fileno, truncate=file.truncate, write=full))
+        with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written .*; the disk is full: free some"):
+            run.append_metrics({"step": 1})
+        file.close()
+
     def test_lost_lines_are_reported_and_the_log_stays_whole(
         self, run: RunFolder, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -213,6 +233,7 @@ class TestRollouts:
         path = run.write_rollouts("train-000010", rows)
         assert path == run.path / "rollouts" / "train-000010.parquet"
         assert run.read_rollouts("train-000010") == rows
+        assert pq.read_schema(path).equals(rollout_schema())
         run.write_rollouts("train-000010", rows[1:])
         assert run.read_rollouts("train-000010") == rows[1:]
 
@@ -290,6 +311,97 @@ def test_a_folder_that_may_not_be_written_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run: cannot be created: .*file is not a folder; choose another --out"):
         RunFolder.create(tmp_path / "file" / "run", RECIPE, {})
+
+
+def test_errors_of_rust_libraries_are_explained_by_their_number(tmp_path: Path) -> None:
+    full = "model: cannot be written .*; the disk is full"
+    with pytest.raises(UserError, match=full), explained_write_errors(tmp_path / "model"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="another"), explained_write_errors(tmp_path / "model"):
+        raise RuntimeError("another")
+
+
+class TestResume:
+    @pytest.fixture
+    def config(self) -> TrainConfig:
+        return parse_recipe(TrainConfig, {"training": {"steps": 10}}, "test")
+
+    @pytest.fixture
+    def begun(self, tmp_path: Path, config: TrainConfig) -> RunFolder:
+        return RunFolder.create(tmp_path / "run", recipe_toml(config), {"data_fingerprint": "a" * 64})
+
+    def changed(self, config: TrainConfig, section: str, **values: Any) -> TrainConfig:
+        return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+    def test_what_does_not_affect_finished_steps_may_change(self, begun: RunFolder, config: TrainConfig) -> None:
+        longer = self.changed(self.changed(config, "training", steps=20), "eval", every=7)
+        accepted = accepted_changes(begun.path, longer, ["training.steps", "eval"])
+        assert {change.partition(":")[0] for change in accepted} == {"training.steps", "eval.every"}
+        assert "training.steps: 10 -> 20" in accepted
+        begun.change_recipe(recipe_toml(longer), 4, accepted)
+        begun.change_recipe(recipe_toml(config), 5, ["back"])
+        begun.close()
+        with RunFolder.open(begun.path) as again:
+            history = [{"after_step": 4, "settings": accepted}, {"after_step": 5, "settings": ["back"]}]
+            assert again.provenance["changes"] == history == begun.provenance["changes"]
+            assert again.recipe == recipe_toml(config) == begun.recipe
+
+    def test_other_changes_are_refused(self, begun: RunFolder, config: TrainConfig) -> None:
+        longer = self.changed(config, "training", steps=20)
+        says = (
+            r"the recipe has changed since the run began: training.steps: 10 -> 20; resume without a recipe "
+            r"\(only training.steps, eval.\*, checkpoint.\*, log.\* may change, each given as key=value\), or start a "
+            r"new run with another --out"
+        )
+        with pytest.raises(UserError, match=says + "$"):
+            accepted_changes(begun.path, longer, [])  # not on purpose
+        saved = tiny_state().save(begun.checkpoints, 2)
+        with pytest.raises(UserError, match=f"{says}, from these weights with model.path={saved}$"):
+            accepted_changes(begun.path, longer, ["eval"])
+        other_seed = config.model_copy(update={"seed": 5})
+        with pytest.raises(UserError, match=r"began: seed: 0 -> 5; resume"):
+            accepted_changes(begun.path, other_seed, ["seed"])
+
+    def test_a_run_by_verl_keeps_all_its_settings(self, tmp_path: Path, config: TrainConfig) -> None:
+        by_verl = self.changed(config, "runtime", trainer="verl")
+        RunFolder.create(tmp_path / "verl", recipe_toml(by_verl), {}).close()
+        with pytest.raises(UserError, match=r"20; resume without a recipe \(a run by verl keeps all its settings\)"):
+            accepted_changes(tmp_path / "verl", self.changed(by_verl, "training", steps=20), ["training.steps"])
+
+    def test_a_resumed_run_says_where_it_continues(self, config: TrainConfig) -> None:
+        def says(done: int | None, *changes: str, finished: bool = False) -> str:
+            return describe_resume(Path("x"), done, config, changes, finished=finished)
+
+        assert says(None) == "resuming x from the beginning (it has no checkpoint)"
+        assert says(0, "a: 1 -> 2", "b: 3 -> 4") == "resuming x after step 0 of 10, with a: 1 -> 2; b: 3 -> 4"
+        resume = "forkrl train --resume x training.steps=20"
+        assert says(10, finished=True) == f"x is finished (step 10 of 10); to train it further: {resume}"
+
+    def test_an_edited_recipe_is_refused(self, begun: RunFolder) -> None:
+        begun.close()
+        file = begun.path / "config.toml"
+        file.write_text(file.read_text().replace("steps = 10", "steps = 11"))
+        may_change = r"only training.steps, eval.\*, checkpoint.\*, log.\*, each given on the command line"
+        with pytest.raises(UserError, match=f"was edited after the run began; undo the edit. .* {may_change}"):
+            RunFolder.open(begun.path)
+
+    def test_other_data_or_other_arithmetic(
+        self, begun: RunFolder, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        workers = Workers(random_policy())
+        monkeypatch.setattr(sys, "argv", ["x", "train", "a b"])
+        known = describe_provenance(Task("countdown", [], [], {}, "a" * 64), workers)
+        assert known["data_fingerprint"] == "a" * 64 and known["command"] == "forkrl train 'a b'"
+        assert (known["workers"], known["threads"], known["device"]) == (1, torch.get_num_threads(), "cpu")
+        assert changed_arithmetic(known, workers) == ""
+        then = {**known, "torch": "1.0"}
+        del then["workers"]
+        said = f"workers 1 instead of unknown, torch {torch.__version__} instead of 1.0"
+        assert changed_arithmetic(then, workers) == said
+        refuse_other_data(begun, config, "a" * 64)
+        with pytest.raises(UserError, match=r"the prompts of task.countdown .*\(fingerprint a{12} then, b{12} now"):
+            refuse_other_data(begun, config, "b" * 64)
+        RunFolder.open(begun.path).close()
 
 
 def test_paths(run: RunFolder) -> None:

@@ -107,6 +107,7 @@ def test_threshold_keeps_what_reaches_it() -> None:
     entropy, mask = torch.tensor([0.1, 0.5, 0.7, 9.0]), torch.tensor([True, True, True, False])
     assert select_tokens(entropy, mask, "threshold", threshold=0.5).tolist() == [False, True, True, False]
     assert select_tokens(entropy, mask, "threshold", threshold=0.51).tolist() == [False, False, True, False]
+    assert select_tokens(entropy, mask, "threshold", threshold=0.0).equal(mask)
     assert not select_tokens(entropy, mask, "threshold", threshold=5.0).any()
 
 
@@ -119,6 +120,9 @@ def test_random_follows_its_generator_and_is_uniform() -> None:
     entropy, mask = torch.full((50,), torch.nan), torch.arange(50) % 2 == 0
     first, again = (select_tokens(entropy, mask, "random", 0.2, generator=seeded(1)) for _ in range(2))
     assert torch.equal(first, again)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        assert torch.equal(select_tokens(entropy, mask, "random", 0.2), first), "torch's generator is the default"
     generator = seeded(2)
     counts = sum(select_tokens(entropy, mask, "random", 0.2, generator=generator).int() for _ in range(2000))
     assert isinstance(counts, Tensor)
@@ -158,6 +162,8 @@ def test_per_sequence_keeps_a_fraction_of_each() -> None:
     expected = [[True, True, False, False], [False, True, True, False], [False] * 4]
     assert select_tokens_per_sequence(entropy, mask, "top_entropy", 0.5).tolist() == expected
     assert select_tokens(entropy, mask, "top_entropy", 0.5).tolist() == [[True] * 4, [False] * 4, [False] * 4]
+    reached = select_tokens_per_sequence(entropy, mask, "threshold", threshold=0.3)
+    assert torch.equal(reached, select_tokens(entropy, mask, "threshold", threshold=0.3)) and reached.sum() == 6
     everywhere = torch.ones(40, 10, dtype=torch.bool)
     rows = select_tokens_per_sequence(torch.zeros(40, 10), everywhere, "random", generator=seeded())
     assert (rows.sum(1) == 2).all() and len({tuple(row) for row in rows.tolist()}) > 10, "rows must not share a draw"
@@ -172,6 +178,8 @@ def test_the_count_known_ahead_is_that_of_the_selection(rule: str, scope: str, r
     cuts = list(torch.arange(5).split(2))
     selected = select_in_scope(torch.rand(5, 8, generator=seeded()), mask, config, cuts, seeded())
     assert count_selected(mask, config, cuts) == int(selected.sum())
+    with pytest.raises(ValueError, match='^rule "threshold" has no count before it has seen the entropies'):
+        count_selected(mask, SelectionConfig(rule="threshold", threshold=0.5), cuts)
 
 
 def test_entropy_threshold() -> None:
@@ -203,6 +211,15 @@ def test_bad_requests_are_named(select: object, changes: dict[str, object], mess
         select(**(arguments | changes))
 
 
+@pytest.mark.parametrize("select", [select_tokens, select_tokens_per_sequence, entropy_threshold])
+def test_what_is_no_tensor_is_named(select: object) -> None:
+    assert callable(select)
+    tensors = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    for place, name in enumerate(["entropy", "selected_mask" if select is entropy_threshold else "response_mask"]):
+        with pytest.raises(TypeError, match=f"^{name}: torch tensor expected, got list"):
+            select(*(tensor.tolist() if number == place else tensor for number, tensor in enumerate(tensors)))
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.floats(-4, 4, width=16) | st.sampled_from([0.0, -0.0, 0.5]), min_size=1, max_size=40),
@@ -226,3 +243,14 @@ def test_keep_highest_equals_a_stable_sort_in_chunks_of_any_size(
 def test_kth_highest_is_exact_to_the_last_bit(dtype: torch.dtype, rank: int) -> None:
     scores_N = torch.randn(20_000, dtype=torch.float64, generator=seeded()).to(dtype)
     assert top_k.kth_highest(scores_N, rank) == scores_N.sort(descending=True).values[rank - 1]
+
+
+def test_kth_highest_counts_exactly_beyond_2_to_24() -> None:
+    scores_N = torch.ones(2**24 + 2, dtype=torch.bfloat16)
+    scores_N[7] = 0.5
+    assert [top_k.kth_highest(scores_N, 2**24 + place).item() for place in (1, 2)] == [1.0, 0.5]
+
+
+def test_kth_highest_where_the_middle_bits_are_all_set() -> None:
+    scores_N = (0x3FF0_FFFF_0000_0000 + torch.arange(5)).view(torch.float64)
+    assert [top_k.kth_highest(scores_N, rank) for rank in range(1, 6)] == scores_N.flip(0).tolist()

@@ -264,5 +264,5 @@ def _slice_width(num_rows: int, vocabulary: int, element_size: int) -> int:
     """Columns of a backward slice, so that its gradient fits the buffer."""
     share = num_rows * vocabulary * element_size // BUFFER_SHARE
     num_bytes = min(BUFFER_BYTES, max(BUFFER_FLOOR, share))
-    columns = num_bytes // (max(1, num_rows) * element_size) // SLICE_COLUMNS * SLICE_COLUMNS
+    columns = num_bytes // (max(1, num_rows) * element_size * SLICE_COLUMNS) * SLICE_COLUMNS
     return min(vocabulary, max(SLICE_COLUMNS, columns))

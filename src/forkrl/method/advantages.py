@@ -58,7 +58,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, cache_length: int) -> Ten
     if not 0 <= cache_length <= max_length:
         raise ValueError(f"cache_length = {cache_length} must lie in 0 .. max_length = {max_length}")
     if cache_length == 0:
-        return torch.zeros(lengths.shape, dtype=torch.float32, device=lengths.device)
+        return torch.zeros_like(lengths, dtype=torch.float32)
     # Integer subtraction keeps long lengths exact.
     return ((max_length - cache_length - lengths).to(torch.float32) / cache_length).clamp(-1.0, 0.0)
 

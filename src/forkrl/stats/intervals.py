@@ -154,12 +154,12 @@ class ClusterSums:
         if not self._sums[count]:
             return math.nan, pull
         mean = float(self._sums[value] / self._sums[count])
-        pull[value] += 1 / self._sums[count]
+        pull[value] = 1 / self._sums[count]
         pull[count] -= mean / self._sums[count]
         return mean, pull
 
     def _estimate(self, mean: float, pull: _Array, questions: float) -> Estimate:
-        if questions < 2 or math.isnan(mean):
+        if questions < 2:
             return Estimate(mean, math.nan, math.nan)
         half = _student_quantile(int(questions) - 1) * math.sqrt(self._squared_error(pull, questions))
         return Estimate(mean, mean - half, mean + half)

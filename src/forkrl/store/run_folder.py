@@ -73,7 +73,7 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: int, config: dict[str, Any]) -> None:
         self.path = path
-        self.provenance: dict[str, Any] = config.get("provenance", {})
+        self.provenance: dict[str, Any] = config["provenance"]
         self.recipe: dict[str, Any] = {key: value for key, value in config.items() if key != "provenance"}
         self._lock = lock
         self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
