@@ -66,7 +66,7 @@ def test_metrics_have_every_documented_name_and_no_other(learned: Run) -> None:
     assert 0.2 <= training[0]["selection/kept_fraction"] < 0.25
     for record in training:  # the sampler's log-probs are the trainer's, and the weights moved before the second step
         assert 0 < record["loss/approx_kl"] < 1
-        assert record["loss/ratio_max"] >= 1
+        assert record["loss/ratio_max"] >= 1  # 1 in the first step; the second may lower all of its selected tokens
     assert any(record["loss/ratio_max"] > 1 for record in training)
     assert training[0]["entropy/selected_mean"] > training[0]["entropy/unselected_mean"]
 
