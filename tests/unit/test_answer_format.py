@@ -53,6 +53,31 @@ NUMBERS = [
     ("2 × 10^\u22125", "2e-5"),
     ("3 * 10^2 = 300", "300"),
     ("10^5", "10"),
+    ("2^{10}", "2"),
+    (r"x \times 10^{5}", "10"),
+    (r"y = x^{5}", None),
+    ("10^-5, 2 ^ 10", "2"),
+    (r"x_{2}", None),
+    (r"3 e^{-\frac{1}{2}}", "3"),
+    (r"\frac{3.5}{2}", "3.5/2"),
+    (r"\frac{-3}{4}", "-3/4"),
+    ("-\\frac{3}{\u22124}", "3/4"),
+    (r"\frac{1,000}{.5}", "1000/0.5"),
+    (r"x\frac{1}{2}", "1/2"),
+    (r"2\frac{1}{2}", "5/2"),
+    (r"-2 \dfrac{1}{2}", "-5/2"),
+    (r"2\frac{3}{2}", "3/2"),
+    ("1 1/2", "3/2"),
+    ("-1 1/2.", "-3/2"),
+    ("2 3/2", "3/2"),
+    ("on 5 1/2/2020", "2020"),
+    ("1" * 5000 + " 1/2", "1/2"),
+    ("1 000", "1000"),
+    ("2 500 000.5", "2500000.5"),
+    ("1 000/3", "1000/3"),
+    ("1 234", "234"),
+    (r"1\,234, or 1,\!235", "1235"),
+    ("1\u202f234 m", "1234"),
     ("x2 is 8, as y_1", "8"),
     ("GPT4", None),
     ("version 1.2.3", "1.2"),
@@ -82,6 +107,7 @@ OTHERS = [
     ("answer_tag", "<answer>1 <answer>2</answer>", "2"),
     ("answer_tag", "<answer><answer>2</answer></answer>", "2"),
     ("answer_tag", "<answer>2</answer> or 3</answer>", "2"),
+    ("answer_tag", "<answer>2</answer></answer>", "2"),
     ("answer_tag", "<answer> </answer>", None),
     ("answer_tag", "</answer>2<answer>", None),
     ("answer_tag", "<think><answer>1</answer></think><answer>2", None),
@@ -99,7 +125,8 @@ def test_the_last_answer_that_is_not_empty_counts(answer_format: str, response: 
 
 
 LONG = ("111," * 100_000, "1 " * 200_000, "1" + " " * 400_000, "-$" * 200_000, r"\frac{" * 70_000, "<answer>" * 50_000,
-        "<answer>" * 50_000 + "</answer>" * 50_000, r"\boxed{" * 60_000, "1/" * 200_000)  # fmt: skip
+        "<answer>" * 50_000 + "</answer>" * 50_000, "^{" * 100_000, "^{^{}" * 50_000, "111 " * 100_000,
+        r"\boxed{" * 60_000, "1/" * 200_000)  # fmt: skip
 
 
 def test_long_responses_take_no_failure() -> None:
