@@ -97,9 +97,10 @@ def _last(items: Iterable[T]) -> T | None:
     return next(iter(deque(items, maxlen=1)), None)
 
 
-def _last_tagged(reply: str) -> str | None:
+def last_tagged(reply: str) -> str | None:
+    """The text in the last complete ``<answer>...</answer>``; None without one."""
     start = reply.rfind(_TAG, 0, max(reply.rfind(_END_TAG), 0))
     return None if start < 0 else reply[start + len(_TAG) : reply.index(_END_TAG, start)]
 
 
-_FINDERS: dict[str, Callable[[str], str | None]] = {"answer_tag": _last_tagged, "last_number": last_number}
+_FINDERS: dict[str, Callable[[str], str | None]] = {"answer_tag": last_tagged, "last_number": last_number}
