@@ -207,7 +207,7 @@ def _opening(prompt: Any, function: str) -> _Opening:
             continue
         if isinstance(last, ast.FunctionDef) and last.name == function:
             lines = f"{prompt}{body}".split("\n")
-            start = min(node.lineno for node in (last, *last.decorator_list))
+            start = min([last.lineno, *(node.lineno for node in last.decorator_list)])
             helpers = "".join(f"{line}\n" for line in lines[: start - 1])
             return _Opening(prompt, helpers, lines[last.body[0].lineno - 1][: last.body[0].col_offset])
     return _Opening()
