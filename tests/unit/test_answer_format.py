@@ -11,6 +11,7 @@ from forkrl.config import RewardConfig, TaskConfig
 from forkrl.config.task import ANSWER_FORMATS
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.answer_format import answer_extractor
+from forkrl.rewards.pool import Source
 from forkrl.tasks.gym import gym_task
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
@@ -244,6 +245,26 @@ def test_a_format_that_matches_nothing_in_200_responses_is_announced_once(answer
         f"a: {finder} found no answer in the first 200 responses; ask for that form in the prompt"
     )
     assert message.endswith(r"three of them end in 'no\x1b[2J', 'no\x1b[2J!', 'no\x1b[2J!!'") and "\n" not in message
+
+
+FIXED = "the form is fixed"
+
+
+@pytest.mark.parametrize(
+    ("spec", "remedy", "said"),
+    [
+        (VerifierSpec(MATH), "", "or set task.answer_format to what the responses hold (docs/tasks.md)"),
+        (VerifierSpec("forkrl.rewards.code:verify_code"), "", "ask in the prompt for the program in a block fenced as"),
+        (VerifierSpec("forkrl.rewards.code:verify_code", answer_format="boxed"), "", "or set task.answer_format to"),
+        (VerifierSpec(MATH), FIXED, f"responses; {FIXED}; three"),
+        (VerifierSpec("forkrl.rewards.code:verify_code"), FIXED, f"responses; {FIXED}; three"),
+    ],
+)
+def test_the_remedy_fits_the_verifier_and_the_command(spec: VerifierSpec, remedy: str, said: str) -> None:
+    source = Source(spec, 1.0, remedy)
+    [message] = [told for _ in range(300) if (told := source.count("", "no", ""))]
+    assert said in message
+    assert ("task.answer_format to" in message) == ("task.answer_format to" in said)
 
 
 BAD = [
