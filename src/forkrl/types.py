@@ -120,7 +120,10 @@ class TemperatureRule(Protocol):
     """A temperature per position that depends on entropy, such as ``forkrl.ForkTemperature``."""
 
     def rescale(self, scores: Tensor, entropy: Tensor) -> Tensor:
-        """Scores ``[S, V]`` whose softmax is sampled, given log-probs ``[S, V]`` and entropies ``[S]``."""
+        """Scores ``[S, V]`` whose softmax is sampled, given logits ``[S, V]`` and their softmax entropies ``[S]``.
+
+        Adding a constant to a row of logits must not change that softmax.
+        """
         ...
 
 

@@ -11,6 +11,7 @@ from forkrl.config import RewardConfig, TaskConfig
 from forkrl.config.task import ANSWER_FORMATS
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.answer_format import answer_extractor
+from forkrl.rewards.pool import Source
 from forkrl.tasks.gym import gym_task
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
@@ -53,6 +54,31 @@ NUMBERS = [
     ("2 × 10^\u22125", "2e-5"),
     ("3 * 10^2 = 300", "300"),
     ("10^5", "10"),
+    ("2^{10}", "2"),
+    (r"x \times 10^{5}", "10"),
+    (r"y = x^{5}", None),
+    ("10^-5, 2 ^ 10", "2"),
+    (r"x_{2}", None),
+    (r"3 e^{-\frac{1}{2}}", "3"),
+    (r"\frac{3.5}{2}", "3.5/2"),
+    (r"\frac{-3}{4}", "-3/4"),
+    ("-\\frac{3}{\u22124}", "3/4"),
+    (r"\frac{1,000}{.5}", "1000/0.5"),
+    (r"x\frac{1}{2}", "1/2"),
+    (r"2\frac{1}{2}", "5/2"),
+    (r"-2 \dfrac{1}{2}", "-5/2"),
+    (r"2\frac{3}{2}", "3/2"),
+    ("1 1/2", "3/2"),
+    ("-1 1/2.", "-3/2"),
+    ("2 3/2", "3/2"),
+    ("on 5 1/2/2020", "2020"),
+    ("1" * 5000 + " 1/2", "1/2"),
+    ("1 000", "1000"),
+    ("2 500 000.5", "2500000.5"),
+    ("1 000/3", "1000/3"),
+    ("1 234", "234"),
+    (r"1\,234, or 1,\!235", "1235"),
+    ("1\u202f234 m", "1234"),
     ("x2 is 8, as y_1", "8"),
     ("GPT4", None),
     ("version 1.2.3", "1.2"),
@@ -82,6 +108,7 @@ OTHERS = [
     ("answer_tag", "<answer>1 <answer>2</answer>", "2"),
     ("answer_tag", "<answer><answer>2</answer></answer>", "2"),
     ("answer_tag", "<answer>2</answer> or 3</answer>", "2"),
+    ("answer_tag", "<answer>2</answer></answer>", "2"),
     ("answer_tag", "<answer> </answer>", None),
     ("answer_tag", "</answer>2<answer>", None),
     ("answer_tag", "<think><answer>1</answer></think><answer>2", None),
@@ -99,7 +126,8 @@ def test_the_last_answer_that_is_not_empty_counts(answer_format: str, response: 
 
 
 LONG = ("111," * 100_000, "1 " * 200_000, "1" + " " * 400_000, "-$" * 200_000, r"\frac{" * 70_000, "<answer>" * 50_000,
-        "<answer>" * 50_000 + "</answer>" * 50_000, r"\boxed{" * 60_000, "1/" * 200_000)  # fmt: skip
+        "<answer>" * 50_000 + "</answer>" * 50_000, "^{" * 100_000, "^{^{}" * 50_000, "111 " * 100_000,
+        r"\boxed{" * 60_000, "1/" * 200_000)  # fmt: skip
 
 
 def test_long_responses_take_no_failure() -> None:
@@ -217,6 +245,26 @@ def test_a_format_that_matches_nothing_in_200_responses_is_announced_once(answer
         f"a: {finder} found no answer in the first 200 responses; ask for that form in the prompt"
     )
     assert message.endswith(r"three of them end in 'no\x1b[2J', 'no\x1b[2J!', 'no\x1b[2J!!'") and "\n" not in message
+
+
+FIXED = "the form is fixed"
+
+
+@pytest.mark.parametrize(
+    ("spec", "remedy", "said"),
+    [
+        (VerifierSpec(MATH), "", "or set task.answer_format to what the responses hold (docs/tasks.md)"),
+        (VerifierSpec("forkrl.rewards.code:verify_code"), "", "ask in the prompt for the program in a block fenced as"),
+        (VerifierSpec("forkrl.rewards.code:verify_code", answer_format="boxed"), "", "or set task.answer_format to"),
+        (VerifierSpec(MATH), FIXED, f"responses; {FIXED}; three"),
+        (VerifierSpec("forkrl.rewards.code:verify_code"), FIXED, f"responses; {FIXED}; three"),
+    ],
+)
+def test_the_remedy_fits_the_verifier_and_the_command(spec: VerifierSpec, remedy: str, said: str) -> None:
+    source = Source(spec, 1.0, remedy)
+    [message] = [told for _ in range(300) if (told := source.count("", "no", ""))]
+    assert said in message
+    assert ("task.answer_format to" in message) == ("task.answer_format to" in said)
 
 
 BAD = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from forkrl.rewards import VerifierPool
 from forkrl.types import VerifierResult
 from tests.once import once
 from tests.sandbox_here import needs_bubblewrap
-from tools.mirror_packages import make_mirrors
+from tools.mirror_packages import SOURCES, main, make_mirrors, refuse_other_files, write_rows
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt,
@@ -40,6 +41,45 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(missing)
     return folder
+
+
+AIME = SOURCES[2]
+HUB_README = "---\nlicense: mit\n---\n30 rows"
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"test.jsonl": "{}\n"},
+        {"README.md": HUB_README, "test.jsonl": "{}\n"},
+        {"README.md": f"30 rows from {AIME.member} in {AIME.wheel}.\n", "main": "a"},
+    ],
+)
+def test_a_mirror_from_the_hub_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: dict[str, str]
+) -> None:
+    folder = tmp_path / AIME.hub
+    folder.mkdir(parents=True)
+    for name, text in others.items():
+        (folder / name).write_text(text)
+    monkeypatch.setattr("tools.mirror_packages.download", lambda folder: pytest.fail("downloads"))
+    monkeypatch.setattr("sys.argv", ["mirror_packages", str(tmp_path)])
+    with pytest.raises(SystemExit) as told:
+        main()
+    assert told.value.code == (
+        f"mirror_packages: {folder} has files that this tool did not write; remove it, or choose another FOLDER"
+    )
+    assert {path.name: path.read_text() for path in folder.iterdir()} == others
+
+
+def test_a_mirror_of_the_packages_is_written_again(tmp_path: Path) -> None:
+    case = {"source": "AIME2025", "question": "?", "answer": "7", "id": "a"}
+    with zipfile.ZipFile(tmp_path / AIME.wheel, "w") as wheel:
+        wheel.writestr(AIME.member, json.dumps({"cases": [case, case | {"source": "other"}]}))
+    for _ in range(2):
+        refuse_other_files(AIME, tmp_path / "made")
+        assert write_rows(AIME, tmp_path, tmp_path / "made") == 1
+        assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["README.md", "test.jsonl"]
 
 
 def questions_and_rows(name: str, mirror: Path) -> tuple[Questions, list[dict[str, Any]]]:

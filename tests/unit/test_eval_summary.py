@@ -140,6 +140,12 @@ def test_maj_at_1_is_pass_at_1_is_accuracy() -> None:
     assert [row["k"] for row in tables["passes"]] == [1, 2, 4, 8]
 
 
+def test_a_verifier_may_name_only_missing_answers_like_that_of_programs() -> None:
+    programs = [replace(each, answer="" if each.sample == 0 else None, failure="") for each in small_benchmark()]
+    assert figures_of(programs, 4)["unparsed"] == 1 / 4
+    assert np.isnan([*passes_of(programs, 4, "majority").values()]).all()
+
+
 def test_without_answers_there_is_no_majority_and_nothing_is_called_unparsed() -> None:
     silent = [replace(each, answer=None) for each in small_benchmark()]
     assert np.isnan([*passes_of(silent, 4, "majority").values(), figures_of(silent, 4)["unparsed"]]).all()

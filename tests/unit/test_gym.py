@@ -92,6 +92,7 @@ FINAL = [
     ("<answer>4", None),
     ("4</answer>", None),
     ("</answer>4<answer>", None),
+    ("<answer>7</answer></answer>", "7"),
     ("<answer>" * 300_000, None),
     ("<answer>" * 300_000 + "7</answer>" * 300_000, ""),
 ]

@@ -16,6 +16,7 @@ from forkrl.errors import UserError
 from forkrl.evaluation.questions import task_questions
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.tasks.gym_questions import questions
+from forkrl.tasks.rendering import Example, choose_examples
 from forkrl.training.sft import build_character_tokenizer
 from forkrl.types import Task, VerifierSpec
 
@@ -149,6 +150,9 @@ RESPONSES = [
     ({"answer_format": "answer_tag", "assistant_prefill": "<answer>"}, "<answer>2</answer>"),
     ({"answer_format": "last_number", "assistant_prefill": "It is "}, "It is 2"),
     ({"answer_format": "is (.*)", "few_shot_response": "{answer} is {answer}"}, "2 is 2"),
+    ({"answer_format": "boxed", "assistant_prefill": "It is \\boxed{"}, "It is \\boxed{2}"),
+    ({"answer_format": "boxed", "assistant_prefill": "Sure: "}, "Sure: \\boxed{2}"),
+    ({"answer_format": "answer_tag", "assistant_prefill": "Sure: <answer>"}, "Sure: <answer>2</answer>"),
 ]
 
 
@@ -158,6 +162,44 @@ def test_an_example_answers_in_the_format(tmp_path: Path, settings: dict[str, An
     [prompt] = opened(tmp_path, SMOLLM2, rows, few_shot=1, **settings).train
     [found] = re.findall(r"assistant\n(.*)<\|im_end\|>", prompt.text)
     assert found == response
+
+
+@pytest.mark.parametrize(
+    ("gold", "settings"),
+    [
+        ("2", {"answer_format": "Answer: (.+)", "few_shot_response": "Result: {answer}"}),
+        ("2", {"answer_format": "boxed", "few_shot_response": "{answer}"}),
+        ("2", {"answer_format": "last_number", "few_shot_response": "{answer}, so {answer}0"}),
+        ("2 3", {"answer_format": r"so (\d)", "few_shot_response": "so {answer}."}),
+        ("yes", {"answer_format": "last_number"}),
+        ("1}", {"answer_format": "boxed"}),
+        ("2", {"name": "reasoning-gym", "few_shot_response": "It is {answer}"}),
+    ],
+)
+def test_an_example_that_its_format_does_not_read_is_one_sentence(gold: str, settings: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"name": "dataset", "data": "a.jsonl", "generator": "", "few_shot": 1} | settings
+    if given["name"] == "reasoning-gym":
+        given |= {"data": "", "generator": "chain_sum"}
+    with pytest.raises(
+        UserError, match="^task.few_shot_response = .* does not find the gold answer '.*' in the"
+    ) as told:
+        choose_examples(TaskConfig(**given), {id: Example("?", gold) for id in "ab"})
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "settings"),
+    [
+        ("3 + 4 = 7\n#### 7", {"answer_format": "#### (.+)", "few_shot_response": "{answer}"}),
+        ("3 + 4 = 7\n#### 7", {"answer_format": "last_number"}),
+        ("$1,234", {"answer_format": "last_number"}),
+        (" 7 ", {"answer_format": "boxed"}),
+        ("7", {}),
+    ],
+)
+def test_a_gold_answer_may_be_written_in_another_way_or_be_a_solution(gold: str, settings: dict[str, Any]) -> None:
+    config = TaskConfig(name="dataset", data="a.jsonl", few_shot=1, **settings)
+    assert len(choose_examples(config, {id: Example("?", gold) for id in "ab"})) == 1
 
 
 @pytest.mark.parametrize(

@@ -495,10 +495,20 @@ FULL = "def f(x):\n    return 2 * x"
             fenced(f"from __future__ import annotations\nimport re\n{FULL}"),
             f"from __future__ import annotations\n{HELPERS}import re\n{FULL}",
         ),
+        (
+            fenced(f"from __future__ import (\n    annotations,  # later\n    generators,\n)\n{FULL}"),
+            f"from __future__ import (\n    annotations,  # later\n    generators,\n)\n{HELPERS}{FULL}",
+        ),
+        (
+            fenced(f"from __future__ import annotations, \\\n    generators\nimport re\n{FULL}"),
+            f"from __future__ import annotations, \\\n    generators\n{HELPERS}import re\n{FULL}",
+        ),
         (fenced("y = 2 * x\nreturn y"), f"{PROMPT}    y = 2 * x\n    return y"),
         (fenced("    y = 2 * x\n    return y"), f"{PROMPT}    y = 2 * x\n    return y"),
         ("\n    y = 2 * x\n\n    return y\n\nprint(f(1))", f"{PROMPT}\n    y = 2 * x\n\n    return y\n"),
-        ("\treturn 2 * x\n```\nIt doubles x.", f"{PROMPT}\treturn 2 * x"),
+        ("\treturn 2 * x\n```\nIt doubles x.", f"{PROMPT}    return 2 * x"),
+        ("  if x:\n    return 2 * x\n  return 0\nDone.", f"{PROMPT}    if x:\n      return 2 * x\n    return 0"),
+        (fenced("    y = 2 * x\n    return y\n\nprint(f(1))"), f"{PROMPT}    y = 2 * x\n    return y\n"),
         (f"import re\n{FULL}\n```", f"{HELPERS}import re\n{FULL}"),
         ("<think>\n" + fenced(FULL) + "\n</think>\n    return 3", f"{PROMPT}\n    return 3"),
         ("<think>\n" + fenced(FULL), None),
@@ -514,8 +524,35 @@ def test_the_prompt_completes_the_program(response: str, program: str | None) ->
     assert program_of(response, unpack_tests(json.dumps(COMPLETED))) == program
 
 
-def test_a_prompt_in_words_is_no_part_of_the_program() -> None:
-    tests = unpack_tests(json.dumps(COMPLETED | {"prompt": "Write a function f that doubles x."}))
+@pytest.mark.parametrize(
+    ("start", "indentation"),
+    [
+        ("def f(x):", "    "),
+        ('def f(x):\n\t"""Twice\nx."""\n', "\t"),
+        ('def f(x):\n  # Twice x.\n  """x"""\n  ', "  "),
+        ("@staticmethod\ndef f(\n    x,\n):\n\n", "    "),
+    ],
+)
+@pytest.mark.parametrize("body", ["  return 2 * x", fenced("return 2 * x"), "\treturn 2 * x"])
+def test_a_body_gets_the_indentation_of_the_prompt(start: str, indentation: str, body: str) -> None:
+    prompt = HELPERS + start
+    tests = unpack_tests(json.dumps(COMPLETED | {"prompt": prompt}))
+    assert program_of(body, tests) == f"{prompt.rstrip()}\n{indentation}return 2 * x"
+    assert program_of(fenced(FULL), tests) == HELPERS + FULL
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Write a function f that doubles x.",
+        'Complete this function:\n\ndef f(x):\n    """Twice x."""\n',
+        "Complete this function:\n```python\ndef f(x):\n```\n",
+        "def f(x):\n    return 2 * x\n\nprint(f(1))",
+        "",
+    ],
+)
+def test_a_prompt_in_words_is_no_part_of_the_program(prompt: str) -> None:
+    tests = unpack_tests(json.dumps(COMPLETED | {"prompt": prompt, "test": "assert f(2) == 4"}))
     assert program_of(fenced(FULL), tests) == FULL
     assert program_of("    return 2 * x", tests) is None
 

@@ -39,6 +39,7 @@ from forkrl.types import FAILURES, VerifierResult, VerifierSpec
 
 BENCHMARK_SAMPLES = 16
 """Default responses per question of a benchmark, as in the paper."""
+_BENCH_REMEDY = "a benchmark's form is fixed; try --prompt chat, or a higher rollout.max_response_tokens"
 
 
 def evaluate_model(options: EvalOptions) -> Results:
@@ -70,7 +71,9 @@ def evaluate_model(options: EvalOptions) -> Results:
                 stack.enter_context(BenchmarkFiles(folder, each.name, each.prompts, settings["samples"]))
                 for each in asked
             ]
-            pool = stack.enter_context(open_verifier(_verifiers(asked), config.reward))
+            pool = stack.enter_context(
+                open_verifier(_verifiers(asked), config.reward, remedy=_BENCH_REMEDY if options.bench else "")
+            )
             for questions, file in zip(asked, files, strict=True):
                 results = _evaluate(folder, questions, file, settings, sampler, pool)
     return results

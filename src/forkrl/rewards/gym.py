@@ -24,6 +24,7 @@ import numpy as np
 import reasoning_gym  # noqa: F401 - importing it registers the generators
 from reasoning_gym.factory import CURRICULA, DATASETS
 
+from forkrl.rewards.answer_format import last_tagged
 from forkrl.rewards.reply import reply_of
 from forkrl.types import Judgement
 
@@ -55,10 +56,8 @@ def verify_gym_answer(answer: str, written: str, *, strict: bool = False) -> Jud
 
 def final_answer(response: str) -> str | None:
     """The stripped content of the last complete ``<answer>...</answer>`` after the thinking, or None."""
-    response = reply_of(response)
-    end = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, max(end, 0))
-    return response[start + len("<answer>") : end].strip() if start >= 0 else None
+    found = last_tagged(reply_of(response))
+    return None if found is None else found.strip()
 
 
 def _score(generator: str, dataset: Any, entry: Any, written: str) -> float:

@@ -31,6 +31,8 @@ _log = logging.getLogger("forkrl")
 _ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
 _CODE = "forkrl.rewards.code:verify_code"
 _UNANSWERED, _EXAMPLES, _EXAMPLE_CHARACTERS = 200, 3, 120
+_REMEDY = "ask for that form in the prompt, or set task.answer_format to what the responses hold (docs/tasks.md)"
+_REMEDY_FOR_CODE = "ask in the prompt for the program in a block fenced as Python (docs/code-rewards.md)"
 _FORGERY = "wrote on the pipe that carries results"
 
 
@@ -50,8 +52,9 @@ class Item:
 class Source:
     """The verifier of one ``Prompt.source``, and its first responses until one has an answer."""
 
-    def __init__(self, spec: VerifierSpec, timeout_s: float) -> None:
+    def __init__(self, spec: VerifierSpec, timeout_s: float, remedy: str) -> None:
         self.spec, self.timeout_s = spec, timeout_s
+        self._remedy = remedy or (_REMEDY_FOR_CODE if spec.path == _CODE and not spec.answer_format else _REMEDY)
         self._num_unanswered: int | None = 0
         self._examples: list[str] = []
 
@@ -71,9 +74,8 @@ class Source:
         chosen = self.spec.answer_format
         finder = f"task.answer_format = {chosen!r}" if chosen else f"the verifier {self.spec.path}"
         return (
-            f"{f'{name}: ' if name else ''}{finder} found no answer in the first {_UNANSWERED} responses; ask for that "
-            f"form in the prompt, or set task.answer_format to what the responses hold (docs/tasks.md); three of them "
-            f"end in {', '.join(self._examples)}"
+            f"{f'{name}: ' if name else ''}{finder} found no answer in the first {_UNANSWERED} responses; "
+            f"{self._remedy}; three of them end in {', '.join(self._examples)}"
         )
 
 
@@ -113,7 +115,7 @@ class VerifierPool:
     ``verifiers`` (by ``Prompt.source``) are imported only in the workers. ``timeout_s`` is wall-clock time per
     response, ``memory_mb`` address space per process in MiB (not enforced on macOS); ``hide`` removes credentials from
     messages. ``failures`` counts by kind ("timeout", "crash", "memory", "error"); ``announce`` gets the first of each
-    kind, from the pool's thread.
+    kind, from the pool's thread. ``remedy`` replaces the advice for responses in which no answer is found.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class VerifierPool:
         timeout_s: float = 10.0,
         memory_mb: int = 2048,
         hide: Callable[[str], str] = str,
+        remedy: str = "",
     ) -> None:
         for spec in verifiers.values():
             module, _, function = spec.path.partition(":")
@@ -135,7 +138,7 @@ class VerifierPool:
         self.first_failures: dict[str, str] = {}
         self.announce: Callable[[str], None] = _log.warning
         self._sources = {
-            source: Source(spec, timeout_s if spec.timeout_s is None else spec.timeout_s)
+            source: Source(spec, timeout_s if spec.timeout_s is None else spec.timeout_s, remedy)
             for source, spec in verifiers.items()
         }
         named = {
@@ -414,7 +417,7 @@ class VerifierPool:
         )
 
 
-def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -> VerifierPool:
+def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig, *, remedy: str = "") -> VerifierPool:
     """The recipe's pool, with ``${NAME}`` in options replaced from the environment."""
     secrets = SecretValues()
     prepared = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
@@ -433,6 +436,7 @@ def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig) -
         timeout_s=config.timeout_s,
         memory_mb=config.memory_mb,
         hide=secrets.hide,
+        remedy=remedy,
     )
 
 

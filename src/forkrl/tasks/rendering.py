@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
+from forkrl.rewards.answer_format import answer_extractor
 
 Messages = list[dict[str, str]]
 ApplyChatTemplate = Callable[[Messages], str]
@@ -87,7 +88,26 @@ def choose_examples(config: TaskConfig, questions: Mapping[str, Example]) -> dic
             f"answer; lower it, or add questions"
         )
     order = sorted(questions, key=lambda id: hashlib.sha256(f"{config.question_seed}/{id}".encode()).digest())
-    return {id: questions[id] for id in order[: config.few_shot]}
+    examples = {id: questions[id] for id in order[: config.few_shot]}
+    _require_readable_answers(config, list(examples.values()))
+    return examples
+
+
+def _require_readable_answers(config: TaskConfig, examples: Sequence[Example]) -> None:
+    """Reject examples that teach another form of answer than the verifier reads."""
+    answer_format = config.answer_format or ("answer_tag" if config.name == "reasoning-gym" else None)
+    if answer_format is None:
+        return
+    find = answer_extractor(answer_format)
+    for example in examples:
+        response, due = _example_response(config, example.answer), example.answer.strip()
+        found = find(response)
+        # A gold answer may hold more than the answer, such as a solution that ends in #### 72.
+        if found is None or found not in (due, find(due)):
+            raise UserError(
+                f"task.few_shot_response = {config.example_response!r}: the answer format {answer_format!r} does not "
+                f"find the gold answer {due[-200:]!r} in the example {response[-200:]!r}; write it as the format does"
+            )
 
 
 def _split(config: TaskConfig, content: str | Messages) -> tuple[Messages, Messages]:
@@ -119,8 +139,11 @@ def _plain(config: TaskConfig, examples: Sequence[Example], content: str | Messa
 
 
 def _example_response(config: TaskConfig, answer: str) -> str:
+    prefill, opening = config.assistant_prefill, config.example_response.partition("{answer}")[0]
     text = config.example_response.replace("{answer}", answer)
-    return text if text.startswith(config.assistant_prefill) else config.assistant_prefill + text
+    if text.startswith(prefill):
+        return text
+    return prefill + (text.removeprefix(opening) if prefill.endswith(opening) else text)
 
 
 def _require_system_message(text: str, apply: ApplyChatTemplate) -> None:

@@ -41,7 +41,7 @@ _FENCE = re.compile(r"(\s*(?:(?:[-*+]|\d{1,9}[.)])\s+)*)```+\s*(\S*)")
 _PYTHON = {"python", "python3", "py"}
 _STARTS_CODE = re.compile(r"\s*^(from|import|def|async|class|@)", re.MULTILINE)
 _STARTS_BODY = re.compile(r"\s*^(\t|  )[ \t]*\S", re.MULTILINE)
-_FUTURE_IMPORT = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
+_FUTURE_IMPORT = re.compile(r"^from __future__ import[ \t]*(?:\([^()]*\)|(?:[^\\\n]|\\\n)*).*\n?", re.MULTILINE)
 _READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bfileinput\b|\bos\.read\b")
 
 
@@ -72,6 +72,8 @@ class AssertTests(NamedTuple):
     """The start of the program, up to the docstring of the function to complete; "": none."""
     helpers: str = ""
     """The prompt before that function: imports and complete functions."""
+    indentation: str = ""
+    """Of the body of that function."""
 
     @property
     def request(self) -> str:
@@ -159,8 +161,8 @@ def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
     if not isinstance(function, str) or not all(isinstance(part, str) for part in parts):
         raise ValueError("the tests' test, test_setup_code and entry_point must be text, and test_list a list of text")
     function = function.removeprefix("Solution().")
-    prompt, helpers = _opening(tests.get("prompt"), function)
-    code = "\n".join(map(str, [helpers, *parts]))
+    opening = _opening(tests.get("prompt"), function)
+    code = "\n".join(map(str, [opening.helpers, *parts]))
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError) as error:
@@ -181,19 +183,34 @@ def _unpack_asserts(tests: Mapping[str, Any]) -> CodeTests:
     if "check" in defined and not calls_check and not function:
         raise ValueError("the tests define check(candidate); name the function of the program in entry_point")
     check = function if "check" in defined and not calls_check else ""
-    asserts = AssertTests(code, tuple(sorted(needed)), check, tuple(sorted(modules)), prompt, helpers)
+    asserts = AssertTests(code, tuple(sorted(needed)), check, tuple(sorted(modules)), *opening)
     return CodeTests(function, asserts=asserts)
 
 
-def _opening(prompt: Any, function: str) -> tuple[str, str]:
-    """The prompt and what precedes the function in it; empty unless the prompt is code that defines the function.
+class _Opening(NamedTuple):
+    """The last fields of ``AssertTests``."""
 
-    MBPP's rows have a prompt in words.
-    """
+    prompt: str = ""
+    helpers: str = ""
+    indentation: str = ""
+
+
+def _opening(prompt: Any, function: str) -> _Opening:
+    """Empty unless the prompt is code that ends with the start of the function: some rows have a prompt in words."""
     if not isinstance(prompt, str) or not function:
-        return "", ""
-    start = re.search(rf"^def[ \t]+{re.escape(function)}\b", prompt, re.MULTILINE)
-    return (prompt, prompt[: start.start()]) if start else ("", "")
+        return _Opening()
+    prompt = prompt.rstrip() + "\n"
+    for body in ("", "    pass\n"):  # with a docstring, and without
+        try:
+            last = ast.parse(prompt + body).body[-1]
+        except (SyntaxError, ValueError, IndexError):
+            continue
+        if isinstance(last, ast.FunctionDef) and last.name == function:
+            lines = f"{prompt}{body}".split("\n")
+            start = min([last.lineno, *(node.lineno for node in last.decorator_list)])
+            helpers = "".join(f"{line}\n" for line in lines[: start - 1])
+            return _Opening(prompt, helpers, lines[last.body[0].lineno - 1][: last.body[0].col_offset])
+    return _Opening()
 
 
 def tests_from_livecodebench(row: Mapping[str, Any]) -> str:
@@ -279,16 +296,16 @@ def program_of(response: str, tests: CodeTests) -> str | None:
     code = last_program(response, tests)
     if tests.asserts is None or not tests.asserts.prompt:
         return code
-    prompt, helpers = tests.asserts.prompt, tests.asserts.helpers
+    continues = False
     if code is None:
         code = _before_fence(reply_of(response))
-        if _STARTS_BODY.match(code):
-            return prompt + _indented_part(code)
-        if not (_STARTS_CODE.match(code) and _may_be_the_program(code, tests)):
+        continues = bool(_STARTS_BODY.match(code))
+        if not continues and not (_STARTS_CODE.match(code) and _may_be_the_program(code, tests)):
             return None
-    if not _may_be_the_program(code, tests):
-        return prompt + textwrap.indent(code, "    ")
-    return "".join(_FUTURE_IMPORT.findall(code)) + helpers + _FUTURE_IMPORT.sub("", code)
+    if not continues and _may_be_the_program(code, tests):
+        return "".join(_FUTURE_IMPORT.findall(code)) + tests.asserts.helpers + _FUTURE_IMPORT.sub("", code)
+    body = textwrap.dedent(_indented_part(code)) if _STARTS_BODY.match(code) else code
+    return tests.asserts.prompt + textwrap.indent(body, tests.asserts.indentation)
 
 
 def _before_fence(reply: str) -> str:
