@@ -114,7 +114,7 @@ def test_the_folder_holds_what_the_documentation_says(here: World, whole: Path) 
     }  # fmt: skip
     assert found.facts["verifiers"]["aime25"] == {"aime25": ["forkrl.rewards.math:verify_math", {}]}
     assert {path.stem for path in (whole / "tables").iterdir()} == set(found.tables)
-    assert set(found.tables) == {"benchmarks", "passes", "budget", "lengths", "mean", "unanswered"}
+    assert set(found.tables) == {"benchmarks", "passes", "budget", "lengths", "unanswered", "mean"}
     rows = benchmarks(whole)
     assert [(each["benchmark"], each["questions"], each["expected_questions"]) for each in rows] == [
         ("aime25", 4, 30), ("math500", 3, 500),
