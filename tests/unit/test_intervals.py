@@ -249,7 +249,7 @@ def test_shares_of_equal_questions_are_the_mean_with_its_interval(rows: list[lis
 
 
 def test_a_share_has_at_most_the_given_size() -> None:
-    """50 alike questions of four samples each: the samples count as independent, but only so many."""
+    """50 identical questions with four samples each: samples count as independent, up to the given size."""
     sums = ClusterSums(2)
     for _ in range(50):
         sums.add([2, 4])

@@ -175,7 +175,7 @@ _PACKAGED = f"""\
 **These are dequantised 4-bit weights**, not the published ones: the Python package {PACKAGE} {VERSION} has the model as
 a GGUF file (matrices in Q4_1, embeddings in Q8_0), from which every number was converted to bf16. Each 32 weights of a
 matrix take 16 values at most, so figures measured with this folder do not hold for the published weights: state this
-beside every figure. SHA-256 of the GGUF file: `{SHA256}`."""
+with every figure. SHA-256 of the GGUF file: `{SHA256}`."""
 
 
 def _card(weights: str) -> str:
