@@ -276,7 +276,7 @@ def extrapolate_rollout(seconds: Callable[[int, int], float], response: int, win
 def with_statistics(policy: Policy, batch: TokenBatch, shape: Shape) -> TokenBatch:
     """The batch with the log-probs and entropies that the policy gives it, as a rollout would have."""
     logprobs, entropy = batch.old_logprobs.clone(), batch.rollout_entropy.clone()
-    for rows in cut_micro_batches(batch, shape.micro_batch_tokens):
+    for rows in cut_micro_batches(batch, shape.micro_batch_tokens, packed=policy.packs):
         stats = compute_token_stats(policy, batch.rows(rows), temperature=1.0)
         logprobs[rows], entropy[rows] = stats
     return dataclasses.replace(batch, old_logprobs=logprobs, rollout_entropy=entropy)
@@ -306,7 +306,7 @@ def measure_update(
         synchronize(device)
         return time.perf_counter() - began
 
-    seconds(batch.rows(cut_micro_batches(batch, max_tokens)[0]))  # warm
+    seconds(batch.rows(cut_micro_batches(batch, max_tokens, packed=workers.policy.packs)[0]))  # warm
     update_s, flops = seconds(batch), update_flops(shape, batch, way)
     return {
         "seconds": update_s,

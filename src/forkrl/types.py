@@ -171,6 +171,14 @@ class TokenBatch:
     def num_response_tokens(self) -> int:
         return int(self.response_mask.sum())
 
+    def rows_by_prompt(self) -> dict[tuple[int, ...], list[int]]:
+        """The sequences of each distinct prompt, in order."""
+        num_prompt_B = (self.response_mask.int().argmax(1) + 1).tolist()
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for row, (ids, num_prompt) in enumerate(zip(self.input_ids.tolist(), num_prompt_B, strict=True)):
+            rows.setdefault(tuple(ids[:num_prompt]), []).append(row)
+        return rows
+
     def rows(self, index: Tensor | Sequence[int]) -> TokenBatch:
         """The given sequences in the given order, truncated to the longest."""
         longest = int(self.attention_mask[index].sum(1).max())

@@ -266,7 +266,7 @@ def test_what_is_kept_stays_within_its_limit() -> None:
     config = config.model_copy(update={"forks_only": room})
     worker = Workers(policy).local
     for number in range(7):
-        measure_entropy(worker, MicroBatch(number, batch, None), config)
+        measure_entropy(worker, MicroBatch(number, batch, None), config, True)
     assert list(worker.kept) == [0, 1]
     assert size == 2 * 2 * 2 * batch.input_ids.numel() * 8 * 4, "two layers, keys and values, two heads of 8, fp32"
 

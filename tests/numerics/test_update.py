@@ -14,7 +14,7 @@ from torch import Tensor
 from forkrl.config import TrainConfig
 from forkrl.errors import TrainingHalted
 from forkrl.head import token_stats
-from forkrl.method.batches import collate, cut_micro_batches
+from forkrl.method.batches import collate, count_tokens, cut_micro_batches
 from forkrl.method.selection import select_tokens
 from forkrl.model import forward as dense
 from forkrl.model.forward import compute_token_stats
@@ -148,8 +148,8 @@ def test_one_micro_batch_or_many_give_the_same_gradient(
     reference = random_policy(seed=1)
     whole, one = gradient(policy, batch, recipe(**sections), reference)
     pieces, many = gradient(policy, batch, recipe(micro_batch_tokens=SEQUENCE_ROOM, **sections), reference)
-    assert len(cut_micro_batches(batch, 100_000)) == 1
-    assert len(cut_micro_batches(batch, SEQUENCE_ROOM)) >= 8, "the cut is no cut"
+    assert len(cut_micro_batches(batch, 100_000, packed=True)) == 1
+    assert len(cut_micro_batches(batch, SEQUENCE_ROOM, packed=True)) >= 5, "the cut is no cut"
     assert one.selected_BT.equal(many.selected_BT)
     assert close(pieces, whole)
     for name, value in one.metrics.items():
@@ -196,7 +196,7 @@ def test_the_scope_micro_batch_selects_within_each_cut_and_still_takes_one_token
     measured, update = gradient(policy, batch, recipe(micro_batch_tokens=SEQUENCE_ROOM))
     kept = [
         (int(update.selected_BT[rows].sum()), int(batch.response_mask[rows].sum()))
-        for rows in cut_micro_batches(batch, SEQUENCE_ROOM)
+        for rows in cut_micro_batches(batch, SEQUENCE_ROOM, packed=True)
     ]
     assert all(selected == max(1, -(-tokens // 5)) for selected, tokens in kept)
     assert close(measured, naive_gradient(policy, batch, update.selected_BT, sum(selected for selected, _ in kept)))
@@ -220,8 +220,8 @@ def test_the_scope_micro_batch_selects_within_each_cut_and_still_takes_one_token
 def test_each_selection_flag_changes_the_gradient(
     policy: Policy, batch: TokenBatch, flag: str, one: dict[str, Any], other: dict[str, Any]
 ) -> None:
-    first, _ = gradient(policy, batch, recipe(micro_batch_tokens=4 * SEQUENCE_ROOM, selection=one))
-    second, _ = gradient(policy, batch, recipe(micro_batch_tokens=4 * SEQUENCE_ROOM, selection=other))
+    first, _ = gradient(policy, batch, recipe(micro_batch_tokens=2 * SEQUENCE_ROOM, selection=one))
+    second, _ = gradient(policy, batch, recipe(micro_batch_tokens=2 * SEQUENCE_ROOM, selection=other))
     assert not close(first, second), flag
 
 
@@ -328,15 +328,17 @@ def test_sequences_without_advantage_are_left_out_and_change_nothing(
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
     seen: list[int] = []
     hook = working.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])) if torch.is_grad_enabled() else None,
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()) if torch.is_grad_enabled() else None,
         with_kwargs=True,
     )
     config = recipe(selection={"scope": "mini_batch"})
     update = update_policy(Workers(working), optimizer, some_idle, config, torch.Generator(), on_policy=on_policy)
     hook.remove()
-    carrying_B = (update.selected_BT & (advantages_B != 0)[:, None]).any(1)
-    assert seen == [int(carrying_B.sum())]
-    assert int(carrying_B.sum()) < (NUM_PROMPTS - 2) * GROUP, "some sequence has an advantage and no selected token"
+    informative_B = advantages_B != 0
+    carrying_B = (update.selected_BT & informative_B[:, None]).any(1)
+    assert carrying_B.sum() < informative_B.sum(), "some sequence has an advantage and no selected token"
+    ran_B = carrying_B if on_policy else informative_B  # the graph of the entropy pass is made before the selection
+    assert seen == [count_tokens(some_idle.rows(ran_B.nonzero()[:, 0]), packed=True)]
     measured = torch.cat([p.grad.flatten() for p in working.model.parameters() if p.grad is not None])
     kept = int(update.selected_BT.sum())
     assert kept == -(-batch.num_response_tokens // 5), "tokens without advantage compete for the selection all the same"
@@ -363,8 +365,8 @@ def test_once_entropies_are_known_the_head_is_asked_about_selected_tokens_alone(
     config = recipe(selection={"scope": "mini_batch"}, loss=loss)
     update = update_policy(workers, optimizer, batch, config, torch.Generator(), on_policy=on_policy)
     num_carrying = int((update.selected_BT & (batch.advantages != 0)[:, None]).sum())
-    # A KL penalty and an entropy bonus are of every token.
-    assert sum(asked) == (batch.num_response_tokens if loss else num_carrying)
+    # A KL penalty and an entropy bonus are of every token; so is the entropy pass, whose graph is used again.
+    assert sum(asked) == (num_carrying if on_policy and not loss else batch.num_response_tokens)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,7 @@ def test_without_any_advantage_the_gradient_is_zero_and_there(policy: Policy, ba
     measured, _ = gradient(policy, idle, recipe(selection={"scope": "mini_batch"}))
     assert len(measured) > 0
     assert not measured.any()
-    assert _contributing_rows(replace(idle, selected=idle.response_mask)).tolist() == [0], "one sequence is enough"
+    assert _contributing_rows(idle.response_mask, idle, recipe()).tolist() == [0], "one sequence is enough"
 
 
 def test_without_response_tokens_nothing_is_selected(policy: Policy, batch: TokenBatch) -> None:
@@ -398,3 +400,22 @@ def test_without_response_tokens_nothing_is_selected(policy: Policy, batch: Toke
     measured, update = gradient(policy, empty, recipe())
     assert not measured.any() and not update.selected_BT.any()
     assert math.isnan(update.metrics["entropy/threshold"])
+
+
+def test_the_graph_of_one_micro_batch_is_kept_from_the_entropy_pass(policy: Policy, batch: TokenBatch) -> None:
+    """Each worker keeps one, which leaves the others to be computed again, and the gradient as it was."""
+    working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    assert working.packs
+    passes: list[bool] = []
+    hook = working.decoder.register_forward_pre_hook(lambda module, args: passes.append(torch.is_grad_enabled()))
+    optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+    config = recipe(micro_batch_tokens=2 * SEQUENCE_ROOM, selection={"scope": "mini_batch"})
+    workers = Workers(working)
+    update = update_policy(workers, optimizer, batch, config, torch.Generator())
+    hook.remove()
+    num_cuts = len(cut_micro_batches(batch, 2 * SEQUENCE_ROOM, packed=True))
+    assert num_cuts > 2
+    assert passes == [True] + [False] * (num_cuts - 1) + [True] * (num_cuts - 1)
+    assert not workers.local.kept
+    measured = torch.cat([p.grad.flatten() for p in working.model.parameters() if p.grad is not None])
+    assert close(measured, naive_gradient(policy, batch, update.selected_BT, int(update.selected_BT.sum())))

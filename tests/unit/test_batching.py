@@ -53,7 +53,7 @@ def test_positions_predict_the_token_after_them() -> None:
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), max_tokens=st.integers(1, 200))
 def test_a_cut_holds_every_sequence_once_within_the_budget(lengths: list[int], max_tokens: int) -> None:
     batch = batch_of(lengths)
-    cuts = cut_micro_batches(batch, max_tokens)
+    cuts = cut_micro_batches(batch, max_tokens, packed=False)
     assert sorted(row for cut in cuts for row in cut.tolist()) == list(range(len(lengths)))
     for cut in cuts:
         micro = batch.rows(cut)
@@ -63,7 +63,9 @@ def test_a_cut_holds_every_sequence_once_within_the_budget(lengths: list[int], m
 
 def test_sorting_by_length_keeps_padding_small() -> None:
     lengths = [40, 1] * 32
-    padded = sum(batch_of(lengths).rows(cut).input_ids.numel() for cut in cut_micro_batches(batch_of(lengths), 400))
+    padded = sum(
+        batch_of(lengths).rows(cut).input_ids.numel() for cut in cut_micro_batches(batch_of(lengths), 400, packed=False)
+    )
     assert padded < 1.2 * (sum(lengths) + len(lengths))
 
 
@@ -80,7 +82,7 @@ def test_drawn_positions_follow_their_rows() -> None:
     drawn, again = (sample_positions(batch, config, torch.Generator().manual_seed(0)) for _ in range(2))
     assert drawn is not None and again is not None and drawn.equal(again)
     assert 0 < drawn.sum() < batch.attention_mask.sum() and not (drawn & ~batch.attention_mask).any()
-    cuts = cut_micro_batches(batch, 12)
+    cuts = cut_micro_batches(batch, 12, packed=False)
     parts = make_micro_batches(batch, cuts, drawn)
     assert [part.number for part in parts] == list(range(len(cuts))) and len(cuts) > 1
     sampled = [part.sampled_BT for part in parts if part.sampled_BT is not None]

@@ -53,9 +53,11 @@ def mini_batches(batch: TokenBatch, sequences: int) -> list[TokenBatch]:
     ]
 
 
-def cut_micro_batches(batch: TokenBatch, max_tokens: int) -> list[Tensor]:
-    """Row indices of micro-batches of at most ``max_tokens`` padded tokens, or of one longer sequence."""
+def cut_micro_batches(batch: TokenBatch, max_tokens: int, *, packed: bool) -> list[Tensor]:
+    """Row indices of micro-batches of at most ``max_tokens`` (see :func:`count_tokens`), or of one longer sequence."""
     lengths_B = batch.attention_mask.sum(1)
+    if packed:
+        return _cut_packed(batch, lengths_B.tolist(), max_tokens)
     cuts: list[list[int]] = []
     for row in lengths_B.argsort(descending=True, stable=True).tolist():
         if cuts and (len(cuts[-1]) + 1) * int(lengths_B[cuts[-1][0]]) <= max_tokens:
@@ -63,6 +65,31 @@ def cut_micro_batches(batch: TokenBatch, max_tokens: int) -> list[Tensor]:
         else:
             cuts.append([row])
     return [torch.tensor(cut) for cut in cuts]
+
+
+def _cut_packed(batch: TokenBatch, lengths: list[int], max_tokens: int) -> list[Tensor]:
+    """Sequences of a prompt stay together as far as possible, and prompts with similar longest sequences."""
+    groups = sorted(batch.rows_by_prompt().items(), key=lambda group: -max(lengths[row] for row in group[1]))
+    cuts: list[list[int]] = []
+    size = max_tokens
+    for prompt, rows in groups:
+        shared = len(prompt)  # not in the micro-batch yet
+        for row in rows:
+            own = lengths[row] - len(prompt)
+            if size + shared + own > max_tokens:
+                cuts.append([])
+                size, shared = 0, len(prompt)
+            cuts[-1].append(row)
+            size, shared = size + shared + own, 0
+    return [torch.tensor(cut) for cut in cuts]
+
+
+def count_tokens(batch: TokenBatch, *, packed: bool) -> int:
+    """Tokens of a pass through the model, with padding; packed: without it, and each prompt once."""
+    if not packed:
+        return batch.input_ids.numel()
+    repeated = sum(len(prompt) * (len(rows) - 1) for prompt, rows in batch.rows_by_prompt().items())
+    return int(batch.attention_mask.sum()) - repeated
 
 
 def sample_positions(mini_batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> Tensor | None:
@@ -81,11 +108,6 @@ def make_micro_batches(mini_batch: TokenBatch, cuts: list[Tensor], sampled_BT: T
         MicroBatch(number, part, None if sampled_BT is None else sampled_BT[rows_B, : part.input_ids.shape[1]])
         for number, (rows_B, part) in enumerate(zip(cuts, parts, strict=True))
     ]
-
-
-def padded_sizes(micro_batches: list[MicroBatch]) -> list[int]:
-    """The number of padded tokens in each, to share the work evenly."""
-    return [micro.batch.input_ids.numel() for micro in micro_batches]
 
 
 def assemble(like_BT: Tensor, cuts: list[Tensor], parts: list[Tensor]) -> Tensor:

@@ -38,9 +38,13 @@ def attending_by(attention: Attention) -> Iterator[None]:
         _stand_in.reset(token)
 
 
+def current_attention() -> Attention:
+    return _stand_in.get() or grouped_attention
+
+
 def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """Called by ``transformers`` in each layer."""
-    return (_stand_in.get() or grouped_attention)(module, *args, **kwargs)
+    return current_attention()(module, *args, **kwargs)
 
 
 def grouped_attention(
@@ -57,11 +61,9 @@ def grouped_attention(
     num_sequences, num_heads, length, head_dim = query.shape
     shared_by = num_heads // key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    with _precise_on_cpu(query.device):
+    with precise_on_cpu(query.device):
         if query.device.type == "cpu":
-            query, key, value = (
-                each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, key, value)
-            )
+            query, key, value = map(attention_dtype, (query, key, value))
         if length > 1 or shared_by == 1 or not one_mask:
             return sdpa_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         grouped = query.reshape(num_sequences, key.shape[1], shared_by, head_dim)
@@ -69,7 +71,15 @@ def grouped_attention(
     return mixed.reshape(num_sequences, 1, num_heads, -1), None
 
 
-def _precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
+def attention_dtype(each: Tensor) -> Tensor:
+    """Attention precision: at least fp32 on a CPU, else autocast's if enabled."""
+    device = each.device.type
+    if device == "cpu":
+        return each.to(torch.promote_types(each.dtype, torch.float32))
+    return each.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else each
+
+
+def precise_on_cpu(device: torch.device) -> AbstractContextManager[None]:
     """Disable autocast on CPUs, where PyTorch's attention backward takes four times as long in bf16."""
     return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 

@@ -1,5 +1,8 @@
 """The dense forward pass: all positions run through the model, only requested positions through the head.
 
+Sequences are packed (``packing.py``) if the model allows it, else padded on the right, so that causal attention needs
+no mask and uses its fast path.
+
 Shapes: ``B`` sequences, ``T`` token positions, ``N`` requested positions, ``D`` hidden.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from forkrl.head import token_stats
+from forkrl.model.packing import pack, packed_hidden_states
 from forkrl.model.policy import Policy
 from forkrl.types import TokenBatch, TokenStats
 
@@ -29,9 +33,12 @@ def compute_token_stats(
         at_BT: bool, subset of the response mask: compute only these positions; None: all.
     """
     asked_BT = batch.response_mask if at_BT is None else at_BT
-    # Right padding, so causal attention needs no mask and uses its fast path.
-    hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False)
-    return head_stats(policy, hidden_BTD[asked_BT], batch, asked_BT, temperature=temperature, entropy_grad=entropy_grad)
+    if policy.packs:
+        packing = pack(batch)
+        hidden_ND = packing.unpack(packed_hidden_states(policy, packing), asked_BT)
+    else:
+        hidden_ND = policy.hidden_states(batch.input_ids, use_cache=False)[asked_BT]
+    return head_stats(policy, hidden_ND, batch, asked_BT, temperature=temperature, entropy_grad=entropy_grad)
 
 
 def head_stats(

@@ -6,6 +6,7 @@ rows it needs. ``support.py`` rejects models for which that is wrong.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from forkrl.errors import UserError, first_line
 from forkrl.head import why_no_triton
 from forkrl.model.attention import use_grouped_attention
 from forkrl.model.locations import model_location
+from forkrl.model.packing import keep_attention, why_not_packed
 from forkrl.model.stop_tokens import stop_token_ids
 from forkrl.model.support import require_no_adapter, require_supported
 
@@ -80,6 +82,16 @@ class Policy:
         """The model without its head: token ids to hidden states."""
         decoder: nn.Module = self.model.get_decoder()
         return decoder
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder."""
+        return self.model.config.get_text_config()
+
+    @functools.cached_property
+    def packs(self) -> bool:
+        """Whether updates pack sequences into one row (``packing.py``)."""
+        return not why_not_packed(self)
 
     def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
         return stop_token_ids(self.tokenizer, self.model.generation_config, stop)
@@ -182,8 +194,8 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
 def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
     switch = f"checkpointing_{'enable' if enabled else 'disable'}"
     # Renamed in transformers 5.24, where the old name warns.
-    renamed = getattr(model, f"activation_{switch}", None)
-    (renamed or getattr(model, f"gradient_{switch}"))()
+    change = getattr(model, f"activation_{switch}", None) or getattr(model, f"gradient_{switch}")
+    change(*([{"use_reentrant": False, "context_fn": keep_attention}] if enabled else []))
 
 
 def pick_device(name: str) -> torch.device:

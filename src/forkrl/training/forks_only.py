@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from transformers import GradientCheckpointingLayer
 
 from forkrl.errors import UserError
-from forkrl.model.attention import attending_by, grouped_attention
+from forkrl.model.attention import attending_by
 from forkrl.model.forward import head_stats
+from forkrl.model.packing import attention_windows, no_mask, pack, packed_attention, packed_hidden_states
 from forkrl.model.policy import Policy
-from forkrl.training.selected_attention import Group, attention_dtype, lay_out, selected_attention
+from forkrl.training.selected_attention import Group, lay_out, selected_attention
 from forkrl.types import TokenBatch, TokenStats
-
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class KeysAndValues(NamedTuple):
@@ -34,10 +33,10 @@ class KeysAndValues(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """Keys and values of each layer, and the last hidden states if the pass was complete."""
+    """Keys and values of each layer, and the last hidden states of the response tokens if the pass was complete."""
 
     layers: dict[int, KeysAndValues]
-    hidden_BTD: Tensor | None
+    hidden_ND: Tensor | None
 
     @property
     def num_bytes(self) -> int:
@@ -50,34 +49,36 @@ def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections:
     With ``projections``, gradients flow from keys and values into their projections only.
     """
     layers: dict[int, KeysAndValues] = {}
-    num_layers = policy.model.config.get_text_config().num_hidden_layers
+    num_layers = policy.text_config.num_hidden_layers
     last = None if to_the_end else num_layers - 1
+    packing = pack(batch)
+    attend = packed_attention(packing, attention_windows(policy.text_config))
 
     def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         index: Any = module.layer_idx
-        layers[index] = KeysAndValues(*(attention_dtype(each).contiguous() for each in (key, value)))
+        layers[index] = KeysAndValues(*map(packing.unpack_heads, (key, value)))
         if index == last:
             raise _LastKeysKnown
-        return grouped_attention(module, query.detach(), key.detach(), value.detach(), *args, **kwargs)
+        return attend(module, query.detach(), key.detach(), value.detach(), *args, **kwargs)
 
-    hidden_BTD = None
+    hidden_ND = None
     gradients = torch.set_grad_enabled(projections)
-    with suppress(_LastKeysKnown), gradients, _constant_inputs(policy, projections), attending_by(record):
-        hidden_BTD = policy.hidden_states(batch.input_ids, use_cache=False).detach()
+    with suppress(_LastKeysKnown), gradients, _constant_inputs(policy, projections):
+        hidden_ND = packing.unpack(packed_hidden_states(policy, packing, record).detach(), batch.response_mask)
     if layers.keys() != set(range(num_layers)):
         raise ValueError(
             f"{num_layers - len(layers)} of its {num_layers} layers do not attend through the interface of "
             f"transformers; its attention is {policy.model.config._attn_implementation!r}"
         )
-    return Prefill(layers, hidden_BTD)
+    return Prefill(layers, hidden_ND)
 
 
 def prefill_entropies(policy: Policy, batch: TokenBatch, cache: Prefill, *, temperature: float) -> Tensor:
     """Response entropies, fp32 ``[B, T]``, 0 elsewhere. Needs a complete prefill."""
-    assert cache.hidden_BTD is not None, "the pass ended early"
+    assert cache.hidden_ND is not None, "the pass ended early"
     with torch.no_grad():
         mask_BT = batch.response_mask
-        return head_stats(policy, cache.hidden_BTD[mask_BT], batch, mask_BT, temperature=temperature).entropy
+        return head_stats(policy, cache.hidden_ND, batch, mask_BT, temperature=temperature).entropy
 
 
 def compute_selected_stats(
@@ -107,7 +108,10 @@ def compute_selected_stats(
     position_1N = running_BT.nonzero()[:, 1][None]
     with attending_by(_attention_to(policy, cache, groups)):
         hidden_1ND = policy.hidden_states(
-            batch.input_ids[running_BT][None], _no_mask(policy), position_ids=position_1N, use_cache=False
+            batch.input_ids[running_BT][None],
+            no_mask(policy.text_config, policy.device),
+            position_ids=position_1N,
+            use_cache=False,
         )
     return head_stats(policy, hidden_1ND[0, selected_BT[running_BT]], batch, selected_BT, temperature=temperature)
 
@@ -122,7 +126,7 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     batch = TokenBatch(ids[:, :-1], ids[:, 1:], mask, mask, nothing, nothing, nothing[:, 0])
     selected = mask & (torch.arange(16, device=policy.device) % 3 == 0)
     try:
-        _windows(policy)
+        attention_windows(policy.text_config)
         stats = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections)
         sparse = stats.logprobs.detach()[selected]
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
@@ -148,7 +152,7 @@ def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
         return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
 
     layers = [module for module in policy.decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if wanted and len(layers) != policy.model.config.get_text_config().num_hidden_layers:
+    if wanted and len(layers) != policy.text_config.num_hidden_layers:
         raise ValueError("transformers does not tell which of its modules are its layers")
     hooks = [layer.register_forward_pre_hook(detach_input, with_kwargs=True) for layer in layers] if wanted else []
     try:
@@ -160,7 +164,7 @@ def _constant_inputs(policy: Policy, wanted: bool) -> Iterator[None]:
 
 def _attention_to(policy: Policy, cache: Prefill, groups: list[Group]) -> Any:
     """Attention of the running positions, packed as one sequence, to the keys of their sequences."""
-    windows = _windows(policy)
+    windows = attention_windows(policy.text_config)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float | None = None,
@@ -173,20 +177,3 @@ def _attention_to(policy: Policy, cache: Prefill, groups: list[Group]) -> Any:
         return mixed, None
 
     return attention
-
-
-def _windows(policy: Policy) -> list[int | None]:
-    """Attention window of each layer in positions, including the query's own; None: full causal."""
-    config = policy.model.config.get_text_config()
-    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
-    if unknown := set(kinds) - _KNOWN_LAYERS:
-        raise ValueError(f"layers of kind {min(unknown)}")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _no_mask(policy: Policy) -> Tensor | dict[str, Tensor]:
-    """A mask that the model passes through unchanged: the custom attention does the masking."""
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=policy.device)
-    kinds = set(getattr(policy.model.config.get_text_config(), "layer_types", None) or ())
-    return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask

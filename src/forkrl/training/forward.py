@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # avoids importing pydantic
 class Forward(Protocol):
     """A way to run micro-batches; results are fp32 ``[B, T]``, 0 outside the response."""
 
-    def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
-        """Entropies of all response tokens, without gradients."""
+    def entropies(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> Tensor:
+        """Entropies of all response tokens, detached. ``keep``: ``stats`` of this micro-batch may reuse the pass."""
         ...
 
     def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
@@ -48,11 +48,19 @@ class Dense:
 
     config: TrainConfig
 
-    def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
-        with torch.no_grad():
-            return self._stats(worker, micro).entropy
+    def entropies(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> Tensor:
+        # One graph at a time: the gradient pass needs the memory of one anyway.
+        kept = keep and not worker.kept
+        with torch.set_grad_enabled(kept):
+            stats = self._stats(worker, micro)
+        if kept:
+            worker.kept[micro.number] = stats
+        return stats.entropy.detach()
 
     def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
+        kept: TokenStats | None = worker.kept.pop(micro.number, None)
+        if kept is not None:
+            return kept
         return self._stats(worker, micro, at_BT if policy_loss_only(self.config.loss) else None)
 
     def stats_and_selection(
@@ -78,12 +86,12 @@ class ForksOnly:
 
     config: TrainConfig
 
-    def entropies(self, worker: Worker, micro: MicroBatch) -> Tensor:
+    def entropies(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> Tensor:
         cache = self._prefill(worker, micro)
         num_bytes = sum(each.num_bytes for each in [cache, *worker.kept.values()])
         # With projections the cache includes its autograd graph, many times the size of keys and values.
-        if not self.config.forks_only.projections and num_bytes <= self.config.forks_only.kept_mib * 2**20:
-            worker.kept[micro.number] = cache._replace(hidden_BTD=None)
+        if keep and not self.config.forks_only.projections and num_bytes <= self.config.forks_only.kept_mib * 2**20:
+            worker.kept[micro.number] = cache._replace(hidden_ND=None)
         return self._entropies(worker, micro, cache)
 
     def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:

@@ -129,7 +129,9 @@ class Run:
         """
         if self._gap_checked:
             return {}
-        first = batch.rows(cut_micro_batches(batch, self.config.training.micro_batch_tokens)[0])
+        first = batch.rows(
+            cut_micro_batches(batch, self.config.training.micro_batch_tokens, packed=self.policy.packs)[0]
+        )
         gap = logprob_gap(self.policy, first.to(self.policy.device), self.config.rollout.temperature)
         require_small_gap(gap, self.policy.precision)
         self._gap_checked = True
@@ -393,6 +395,7 @@ def _open_optimizer(policy: Policy, settings: OptimizerConfig) -> torch.optim.Op
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        fused=True,  # one pass over weights and state instead of ten
     )
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from forkrl.model.attention import attention_dtype
+
 SCORES_CPU, COLUMNS_CPU = 1 << 19, 1024
 """Most scores in a tile on a CPU (2 MiB in fp32 fit its cache), and most keys, to leave room for several queries."""
 SCORES, COLUMNS = 1 << 26, 16_384
@@ -109,14 +111,6 @@ def selected_attention(
 def _attend(packed: list[Tensor], constant: list[Tensor], layout: Layout, scaling: float, window: int | None) -> Tensor:
     mixed: Tensor = _SelectedAttention.apply(*packed, *constant, layout, scaling, window)  # type: ignore[no-untyped-call]
     return mixed
-
-
-def attention_dtype(each: Tensor) -> Tensor:
-    """Attention precision: at least fp32 on a CPU (``forkrl.model.attention``), else autocast's if enabled."""
-    device = each.device.type
-    if device == "cpu":
-        return each.to(_wide(each))
-    return each.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else each
 
 
 class _SelectedAttention(torch.autograd.Function):

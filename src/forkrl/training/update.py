@@ -8,8 +8,9 @@ Axes: ``B`` sequences, ``T`` token positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from forkrl.errors import TrainingHalted
 from forkrl.method.batches import (
     MicroBatch,
     assemble,
+    count_tokens,
     cut_micro_batches,
     make_micro_batches,
-    padded_sizes,
     sample_positions,
 )
 from forkrl.method.loss import Counts, TokenSums, loss_metrics, policy_loss_only, step_loss, total
@@ -39,6 +40,8 @@ from forkrl.types import TokenBatch
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import TrainConfig
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +65,8 @@ class SelectedFirst(NamedTuple):
 
     mini_batch: TokenBatch
     threshold: float
-    has_prefills: bool
-    """Workers keep prefills of its micro-batches, so the cut must not change."""
+    cuts: list[Tensor]
+    """The micro-batches of the gradient pass if workers keep parts of their entropy pass for it, else empty."""
 
 
 def update_policy(
@@ -80,22 +83,24 @@ def update_policy(
     ``on_policy``: the weights have not changed since sampling, so the rollout's entropies are current. Raises
     TrainingHalted on a NaN or infinite entropy, loss or gradient; the weights are then unchanged.
     """
-    max_tokens, mask_BT = config.training.micro_batch_tokens, mini_batch.response_mask
-    cuts = cut_micro_batches(mini_batch, max_tokens)
+    mask_BT, all_rows_B = mini_batch.response_mask, torch.arange(len(mini_batch))
     inside = selects_inside(mini_batch, config, on_policy=on_policy)
     if inside:
+        cuts = _cut(workers, mini_batch, all_rows_B, config)
         num_selected = count_selected(mask_BT, config.selection, cuts)
     else:
-        first = _select_first(workers, mini_batch, cuts, config, generator, on_policy=on_policy)
+        first = _select_first(workers, mini_batch, config, generator, on_policy=on_policy)
         mini_batch, num_selected = first.mini_batch, int(_selected(first.mini_batch).sum())
-        if policy_loss_only(config.loss) and not first.has_prefills:
-            rows_B = _contributing_rows(mini_batch)
-            cuts = [rows_B[cut_B] for cut_B in cut_micro_batches(mini_batch.rows(rows_B), max_tokens)]
+        if first.cuts:
+            cuts = first.cuts
+        else:
+            rows_B = _contributing_rows(_selected(mini_batch), mini_batch, config)
+            cuts = _cut(workers, mini_batch, rows_B, config)
 
     counts = Counts(int(mask_BT.sum()), num_selected)
     parts = make_micro_batches(mini_batch, cuts, sample_positions(mini_batch, config, generator))
     workers.zero_gradients()
-    results = workers.map(accumulate_gradient, parts, counts, config, inside, sizes=padded_sizes(parts))
+    results = _map(workers, accumulate_gradient, parts, counts, config, inside)
     workers.sum_gradients()
     grad_norm = _take_step(workers.policy, optimizer, config.optimizer.max_grad_norm)
 
@@ -162,32 +167,53 @@ def accumulate_gradient(
     return MicroBatchResult(selected_BT, threshold, sums)
 
 
-def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig) -> Tensor:
-    """The current policy's entropies, fp32 ``[B, T]``."""
-    return make_forward(config).entropies(worker, micro)
+def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig, keep: bool) -> Tensor:
+    """The current policy's entropies, fp32 ``[B, T]``; ``keep``: the gradient pass of this micro-batch follows."""
+    return make_forward(config).entropies(worker, micro, keep=keep)
 
 
 def _select_first(
     workers: Workers,
     mini_batch: TokenBatch,
-    cuts: list[Tensor],
     config: TrainConfig,
     generator: torch.Generator,
     *,
     on_policy: bool,
 ) -> SelectedFirst:
     """Select by the rollout's entropies, or by the current policy's after a pass over all tokens."""
-    entropy_BT = mini_batch.rollout_entropy
-    measured = needs_entropy_first(config.selection) and not on_policy and mini_batch.selected is None
-    if measured:
-        micro_batches = make_micro_batches(mini_batch, cuts, None)
-        entropies = workers.map(measure_entropy, micro_batches, config, sizes=padded_sizes(micro_batches))
-        entropy_BT = assemble(entropy_BT, cuts, entropies)
+    entropy_BT, mask_BT = mini_batch.rollout_entropy, mini_batch.response_mask
+    measured, kept_cuts = needs_entropy_first(config.selection) and not on_policy, list[Tensor]()
     if mini_batch.selected is None:
-        selected_BT = _select(entropy_BT, mini_batch.response_mask, config, cuts, generator)
-        mini_batch = replace(mini_batch, selected=selected_BT)
-    has_prefills = measured and config.training.backward == "forks_only"
-    return SelectedFirst(mini_batch, float(entropy_threshold(entropy_BT, _selected(mini_batch))), has_prefills)
+        if measured:
+            rows_B = _contributing_rows(mask_BT, mini_batch, config)
+            others_B = torch.tensor(sorted(set(range(len(mini_batch))) - set(rows_B.tolist())), dtype=torch.int64)
+            kept_cuts, other_cuts = (_cut(workers, mini_batch, each_B, config) for each_B in (rows_B, others_B))
+            entropies = [
+                entropy
+                for cuts, keep in ((kept_cuts, True), (other_cuts, False))
+                for entropy in _map(workers, measure_entropy, make_micro_batches(mini_batch, cuts, None), config, keep)
+            ]
+            entropy_BT = assemble(entropy_BT, kept_cuts + other_cuts, entropies)
+        cuts = _cut(workers, mini_batch, torch.arange(len(mini_batch)), config)
+        mini_batch = replace(mini_batch, selected=_select(entropy_BT, mask_BT, config, cuts, generator))
+    return SelectedFirst(mini_batch, float(entropy_threshold(entropy_BT, _selected(mini_batch))), kept_cuts)
+
+
+def _cut(workers: Workers, mini_batch: TokenBatch, rows_B: Tensor, config: TrainConfig) -> list[Tensor]:
+    """Micro-batches of some rows: within ``training.micro_batch_tokens``, and enough for all workers."""
+    if not len(rows_B):
+        return []
+    rows, packed = mini_batch.rows(rows_B), workers.policy.packs
+    max_tokens = config.training.micro_batch_tokens
+    if config.selection.scope != "micro_batch":
+        max_tokens = min(max_tokens, -(-count_tokens(rows, packed=packed) // workers.count))
+    return [rows_B[cut_B] for cut_B in cut_micro_batches(rows, max_tokens, packed=packed)]
+
+
+def _map(workers: Workers, function: Callable[..., Result], parts: list[MicroBatch], *arguments: Any) -> list[Result]:
+    """Run a function on micro-batches; each goes to the worker that got it the last time."""
+    sizes = [count_tokens(micro.batch, packed=workers.policy.packs) for micro in parts]
+    return workers.map(function, parts, *arguments, sizes=sizes)
 
 
 def _select(
@@ -211,10 +237,14 @@ def _require_finite(entropy_N: Tensor) -> None:
         )
 
 
-def _contributing_rows(mini_batch: TokenBatch) -> Tensor:
-    """Sequences with a contributing token; at least one, as a zero gradient changes the optimizer's state too."""
-    contributing_BT = _selected(mini_batch) & (mini_batch.advantages != 0)[:, None]
-    rows_B = contributing_BT.any(1).cpu().nonzero()[:, 0]
+def _contributing_rows(token_BT: Tensor, mini_batch: TokenBatch, config: TrainConfig) -> Tensor:
+    """Sequences of which a token contributes to the loss if only these tokens are selected.
+
+    At least one, as a zero gradient changes the optimizer's state too.
+    """
+    if not policy_loss_only(config.loss):
+        return torch.arange(len(mini_batch))
+    rows_B = (token_BT & (mini_batch.advantages != 0)[:, None]).any(1).cpu().nonzero()[:, 0]
     return rows_B if len(rows_B) else torch.zeros(1, dtype=torch.int64)
 
 
@@ -228,7 +258,8 @@ def _take_step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float
     if not math.isfinite(grad_norm):
         raise TrainingHalted(f"the gradient norm is {grad_norm}; the weights were left as they are")
     optimizer.step()
-    if not all(bool(parameter.isfinite().all()) for parameter in policy.model.parameters()):
-        # Checked before the step counts as done, so that no checkpoint contains such weights.
+    # A sum is NaN or infinite if a weight is, and takes a tenth of the time of isfinite(). Checked before the step
+    # counts as done, so that no checkpoint contains such weights.
+    if not all(bool(parameter.detach().sum().isfinite()) for parameter in policy.model.parameters()):
         raise TrainingHalted("the optimizer's step left weights that are NaN or infinite; lower optimizer.lr")
     return grad_norm

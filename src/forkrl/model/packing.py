@@ -1,0 +1,244 @@
+"""Several sequences in one row, without padding, and each prompt once for all its responses.
+
+Only attention needs to know the sequences: everything else in a transformer works token by token. So a packed pass
+computes the same hidden states and gradients as a padded one, with fewer tokens. Axes: ``B`` sequences, ``T`` positions
+of a sequence, ``N`` packed tokens; in a segment ``S`` sequences, ``R`` queries; ``H`` query heads, ``K`` key heads,
+``C`` channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forkrl.model.attention import (
+    Attention,
+    attending_by,
+    attention_dtype,
+    current_attention,
+    grouped_attention,
+    precise_on_cpu,
+)
+from forkrl.types import TokenBatch
+
+if TYPE_CHECKING:
+    from forkrl.model.policy import Policy
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Segment(NamedTuple):
+    """Sequences that attend in one call, as indices of packed tokens; the last ones of a sequence may be padding."""
+
+    query_SR: Tensor
+    key_ST: Tensor
+    first: int
+    """Position of the first query; the queries before it attend in another segment."""
+
+
+class Packing(NamedTuple):
+    """A batch in one row of ``N`` tokens."""
+
+    input_ids_1N: Tensor
+    position_1N: Tensor
+    slot_BT: Tensor
+    """Packed index of each position of the batch; that of another token on padding."""
+    segments: list[Segment]
+    place_N: Tensor
+    """Index of each packed token among the queries of all segments."""
+
+    def unpack(self, hidden_1ND: Tensor, at_BT: Tensor) -> Tensor:
+        """Rows ``[M, D]`` of the true positions of ``at_BT``."""
+        return _rows(self.slot_BT[at_BT], hidden_1ND[0])
+
+    def unpack_heads(self, heads: Tensor) -> Tensor:
+        """Keys or values of all positions, ``[B, K, T, C]``, from ``[1, K, N, C]``, in the precision of attention."""
+        return _unpack(attention_dtype(heads), self.slot_BT).contiguous()
+
+
+def pack(batch: TokenBatch) -> Packing:
+    """Lay out a batch: each distinct prompt, followed by the rest of its sequences."""
+    length_B = batch.attention_mask.sum(1).tolist()
+    slot_BT = torch.zeros(batch.input_ids.shape, dtype=torch.int64)
+    flat_N: list[Tensor] = []  # a position of each packed token in the flattened batch
+    causal: list[Tensor] = []  # slots of sequences, or of prompts alone, whose positions all attend in one segment
+    segments: list[Segment] = []
+    start, width = 0, slot_BT.shape[1]
+    for prompt, rows in batch.rows_by_prompt().items():
+        num_prompt, prompt_start = len(prompt), start
+        start += num_prompt
+        flat_N.append(rows[0] * width + torch.arange(num_prompt))
+        for row in rows:
+            num_own = length_B[row] - num_prompt
+            slot_BT[row, :num_prompt] = torch.arange(prompt_start, prompt_start + num_prompt)
+            slot_BT[row, num_prompt : length_B[row]] = torch.arange(start, start + num_own)
+            slot_BT[row, length_B[row] :] = start + num_own - 1
+            flat_N.append(row * width + torch.arange(num_prompt, length_B[row]))
+            start += num_own
+        longer = [row for row in rows if length_B[row] > num_prompt]
+        longest = max(length_B[row] for row in rows)
+        # Half of the scores of a causal call are skipped, none of a call with a mask.
+        if len(rows) > 1 and longest < 2 * num_prompt:
+            causal.append(slot_BT[rows[0], :num_prompt])
+            if longer:
+                segments.append(Segment(slot_BT[longer, num_prompt:longest], slot_BT[longer, :longest], num_prompt))
+        else:
+            causal += [slot_BT[row, : length_B[row]] for row in rows]
+    segments += _causal_segments(causal)
+    flat, device = torch.cat(flat_N), batch.input_ids.device
+    return Packing(
+        batch.input_ids.flatten()[flat.to(device)][None],
+        (flat % width)[None].to(device),
+        slot_BT.to(device),
+        [Segment(query_SR.to(device), key_ST.to(device), first) for query_SR, key_ST, first in segments],
+        _places(segments, start).to(device),
+    )
+
+
+def _causal_segments(slots: list[Tensor]) -> list[Segment]:
+    """Segments of sequences of similar length, so that padding at most doubles a sequence."""
+    segments: list[list[Tensor]] = []
+    for slot_T in sorted(slots, key=len, reverse=True):
+        if segments and 2 * len(slot_T) >= len(segments[-1][0]):
+            segments[-1].append(slot_T)
+        else:
+            segments.append([slot_T])
+    padded = [torch.stack([_padded(slot_T, len(segment[0])) for slot_T in segment]) for segment in segments]
+    return [Segment(slot_ST, slot_ST, 0) for slot_ST in padded]
+
+
+def _padded(slot_T: Tensor, length: int) -> Tensor:
+    return torch.cat([slot_T, slot_T[-1:].expand(length - len(slot_T))])
+
+
+def _places(segments: Iterable[Segment], num_tokens: int) -> Tensor:
+    """The first place of each packed token among the queries of all segments."""
+    queries = torch.cat([segment.query_SR.flatten() for segment in segments])
+    places = torch.full((num_tokens,), len(queries))
+    return places.scatter_reduce_(0, queries, torch.arange(len(queries)), "amin")
+
+
+def packed_attention(packing: Packing, windows: list[int | None]) -> Attention:
+    """Attention of the packed tokens; ``windows`` as from :func:`attention_windows`."""
+    masks: dict[tuple[int, int, int, int | None], Tensor | None] = {}
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        index: Any = module.layer_idx
+        packed = [attention_dtype(each) for each in (query, key, value)]
+        outputs = []
+        for segment in packing.segments:
+            slots = (segment.query_SR, segment.key_ST, segment.key_ST)
+            parts = [_unpack(*pair) for pair in zip(packed, slots, strict=True)]
+            outline = (segment.query_SR.shape[1], segment.key_ST.shape[1], segment.first, windows[index])
+            if outline not in masks:
+                masks[outline] = _mask(*outline, query.device)
+            with precise_on_cpu(query.device):
+                mixed = _attend(module, parts, masks[outline], scaling, kwargs)
+            outputs.append(mixed.flatten(0, 1).flatten(1))
+        mixed_ND = _rows(packing.place_N, torch.cat(outputs))
+        return mixed_ND.unflatten(-1, (query.shape[1], -1))[None], None
+
+    return attention
+
+
+def _attend(
+    module: nn.Module, parts: list[Tensor], mask_RT: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """Attention ``[S, R, H, C]`` of one segment from query, key and value ``[S, heads, R or T, C]``."""
+    query, key, value = parts
+    if mask_RT is None:
+        return grouped_attention(module, query, key, value, None, scaling=scaling, **kwargs)[0]
+    # The query heads that share keys take the place of a longer query sequence, instead of copies of the keys.
+    num_kv, shared_by = key.shape[1], query.shape[1] // key.shape[1]
+    grouped = query.unflatten(1, (num_kv, shared_by)).flatten(2, 3)
+    mixed = F.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=mask_RT.repeat(shared_by, 1)[None, None], scale=scaling
+    )
+    by_head: Tensor = mixed.unflatten(2, (shared_by, -1)).flatten(1, 2)
+    return by_head.transpose(1, 2)
+
+
+def _mask(num_queries: int, num_keys: int, first: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys each query sees, bool ``[R, T]``; None: all up to its own, and the first query is at the first key."""
+    if first == 0 and (window is None or window >= num_keys):
+        return None
+    query_R1 = torch.arange(first, first + num_queries, device=device)[:, None]
+    distance_RT = query_R1 - torch.arange(num_keys, device=device)
+    return (distance_RT >= 0) if window is None else (distance_RT >= 0) & (distance_RT < window)
+
+
+def _rows(index: Tensor, table_MD: Tensor) -> Tensor:
+    """``table_MD[index]``; the backward of an embedding adds rows much faster than that of indexing."""
+    rows: Tensor = F.embedding(index, table_MD)
+    return rows
+
+
+def _unpack(heads: Tensor, slot_ST: Tensor) -> Tensor:
+    """``[S, heads, T, C]`` from packed ``[1, heads, N, C]``."""
+    table_ND = heads[0].transpose(0, 1).flatten(1)
+    unpacked: Tensor = _rows(slot_ST, table_ND).unflatten(-1, (heads.shape[1], -1))
+    return unpacked.transpose(1, 2)
+
+
+def packed_hidden_states(policy: Policy, packing: Packing, attention: Attention | None = None) -> Tensor:
+    """Last hidden states ``[1, N, D]``; ``attention`` takes the place of :func:`packed_attention`."""
+    config = policy.text_config
+    with attending_by(attention or packed_attention(packing, attention_windows(config))):
+        return policy.hidden_states(
+            packing.input_ids_1N, no_mask(config, policy.device), position_ids=packing.position_1N, use_cache=False
+        )
+
+
+@torch.no_grad()
+def why_not_packed(policy: Policy) -> str:
+    """Why a model needs padded sequences, by comparing both passes; empty if it does not."""
+    length = 24
+    ids_BT = (torch.arange(4 * length).view(4, length) * 7 + 1) % policy.head_weight.shape[0]
+    lengths_B1, prompts_B1 = torch.tensor([[24], [18], [20], [11]]), torch.tensor([[16], [16], [3], [3]])
+    ids_BT[1, :16], ids_BT[3, :3] = ids_BT[0, :16], ids_BT[2, :3]
+    place_1T = torch.arange(length)[None]
+    inside_BT, nothing_BT = place_1T < lengths_B1, torch.zeros(4, length)
+    response_BT = inside_BT & (place_1T >= prompts_B1 - 1)
+    batch = TokenBatch(ids_BT, ids_BT, inside_BT, response_BT, nothing_BT, nothing_BT, nothing_BT[:, 0])
+    batch = batch.to(policy.device)
+    try:
+        packing = pack(batch)
+        packed_MD = packing.unpack(packed_hidden_states(policy, packing), batch.attention_mask)
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+        return f"{type(error).__name__}: {error}"
+    padded_MD = policy.hidden_states(batch.input_ids, use_cache=False)[batch.attention_mask]
+    tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
+    difference = float((packed_MD - padded_MD).abs().max()) / max(float(padded_MD.abs().max()), 1e-6)
+    return "" if difference < tolerance else f"its hidden states would differ by {difference:.2g} of the largest"
+
+
+def keep_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint``: a layer attends in its recomputation as in its first pass."""
+    return nullcontext(), attending_by(current_attention())
+
+
+def attention_windows(config: Any) -> list[int | None]:
+    """Attention window of each layer in positions, including the query's own; None: full causal.
+
+    Raises ValueError for layers that do not attend in one of these ways.
+    """
+    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    if unknown := set(kinds) - _KNOWN_LAYERS:
+        raise ValueError(f"layers of kind {min(unknown)}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def no_mask(config: Any, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """A mask that a model passes to a custom attention unchanged."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
