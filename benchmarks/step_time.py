@@ -1,13 +1,14 @@
 """Seconds of a whole training step, rollout and update, beside a peer that does the same work.
 
-    python -m benchmarks.step_time [--peer trl] [--steps 3] [--rounds 3]
+    python -m benchmarks.step_time [--peer trl] [--steps 3] [--rounds 3] [--prompts 32]
+    python -m benchmarks.step_time --model models/smollm2 --prompts 8
 
-The work, in both: the embedded base model on Countdown, 32 prompts x 8 responses of at most 128 tokens, one gradient
-step of the DAPO loss on the top 20% of tokens, no filtering of groups. The learning rate is so small that the lengths
-of the responses stay what they are. Each turn is a fresh process that takes one step to warm up and then ``--steps``
-that count; the settings of ForkRL and of the peer take turns, round after round, on the same cores. The ratios are of
-the medians over all counted steps, with the range over rounds, to each setting of ForkRL on as many threads; the peer's
-fastest setting is the one to compare with.
+The work, in both: 32 prompts x 8 responses, of at most 128 tokens for the embedded base model on Countdown, of at most
+24 for SmolLM2 on sums; one gradient step of the DAPO loss on the top 20% of tokens, no filtering of groups. The
+learning rate is so small that the lengths of the responses stay what they are. Each turn is a fresh process that takes
+one step to warm up and then ``--steps`` that count; the settings of ForkRL and of the peer take turns, round after
+round, on the same cores. The ratios are of the medians over all counted steps, with the range over rounds, to each
+setting of ForkRL on as many threads; the peer's fastest setting is the one to compare with.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from rich.table import Table
 from benchmarks._record import describe_setting, write_result
 from forkrl.parallel.threads import available_cores
 
-NUM_PROMPTS, GROUP, MAX_TOKENS, LR = 32, 8, 128, 1e-7
+GROUP, LR = 8, 1e-7
 OUR_SETTINGS = {name: [f"model.precision={name}"] for name in ("fp32", "bf16")}
 # What the peer's users would try on a CPU. Its defaults besides: AdamW fused, no KL.
 PEER_SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "fp32": {"bf16": False},
-    "bf16, 4 micro-batches": {"bf16": True, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
-    "fp32, 4 micro-batches": {"bf16": False, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
+    "bf16, 4 micro-batches": {"bf16": True, "gradient_accumulation_steps": 4},
+    "fp32, 4 micro-batches": {"bf16": False, "gradient_accumulation_steps": 4},
 }
+EMBEDDED = "embedded:countdown-base"
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
         steps = run_forkrl(options) if ours else run_trl(options, PEER_SETTINGS[options.setting])
         print(json.dumps(steps[1:]))
         return
-    setting = {**describe_setting(), "seed": options.seed}
+    setting = {**describe_setting(), "model": options.model, "prompts": options.prompts, "seed": options.seed}
     counts = sorted({1, options.threads})
     settings = {"forkrl": list(OUR_SETTINGS), options.peer: list(PEER_SETTINGS)}
     ways = [(who, name, count) for who, names in settings.items() for name in names for count in counts]
@@ -57,7 +59,7 @@ def main() -> None:
             steps = measure_apart(options, who, name, threads)
             cases += [{"who": who, "setting": name, "threads": threads, "round": number, **step} for step in steps]
             print(json.dumps(cases[-1]), flush=True)
-            path = write_result("step_time", setting, cases)
+            path = write_result(options.name, setting, cases)
     show(cases, options)
     print(f"written to {path}")
 
@@ -65,6 +67,9 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A training step beside a peer's.")
     parser.add_argument("--peer", choices=["trl"], default="trl")
+    parser.add_argument("--model", default=EMBEDDED, help="or the folder of SmolLM2 (forkrl model smollm2)")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--name", default="step_time", help="of the result")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--threads", type=int, default=available_cores(), help="cores that each may use")
@@ -79,6 +84,7 @@ def measure_apart(options: argparse.Namespace, who: str, name: str, threads: int
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-m", "benchmarks.step_time", "--work", who, "--setting", name]
     command += ["--threads", str(threads), "--steps", str(options.steps), "--seed", str(options.seed)]
+    command += ["--model", options.model, "--prompts", str(options.prompts)]
     environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     steps: list[dict[str, float]] = json.loads(output.splitlines()[-1])
@@ -90,20 +96,11 @@ def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
     from forkrl.parallel.threads import configure_environment
 
     configure_environment()
-    from forkrl.config import TrainConfig
-    from forkrl.config.recipe import load_recipe
     from forkrl.training.loop import train
     from forkrl.training.run import open_run
 
-    overrides = [
-        f"seed={options.seed}", f"rollout.prompts_per_step={NUM_PROMPTS}", f"rollout.group_size={GROUP}",
-        f"rollout.max_response_tokens={MAX_TOKENS}", "dynamic_sampling.enabled=false", "reward.overlong_cache=0",
-        f"training.mini_batch_prompts={NUM_PROMPTS}", f"training.steps={options.steps + 1}", f"optimizer.lr={LR}",
-        "eval.every=0", "eval.problems=1", "log.rollouts_sampled=0", f"checkpoint.every={options.steps + 1}",
-        f"runtime.threads={options.threads}", *OUR_SETTINGS[options.setting],
-    ]  # fmt: skip
+    config = load_config(options, *OUR_SETTINGS[options.setting])
     with tempfile.TemporaryDirectory() as folder:
-        config = load_recipe(TrainConfig, Path("recipes/countdown.toml"), overrides)
         with open_run(config, Path(folder) / "run") as run:
             train(run)
         lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
@@ -119,6 +116,24 @@ def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
     ]
 
 
+def load_config(options: argparse.Namespace, *overrides: str) -> Any:
+    from forkrl.config import TrainConfig
+    from forkrl.config.recipe import load_recipe
+
+    embedded = options.model == EMBEDDED
+    overrides = (
+        f"model.path={options.model}", f"rollout.max_response_tokens={128 if embedded else 24}",
+        f"seed={options.seed}", f"rollout.prompts_per_step={options.prompts}", f"rollout.group_size={GROUP}",
+        "dynamic_sampling.enabled=false", "reward.overlong_cache=0",
+        f"training.mini_batch_prompts={options.prompts}", f"training.steps={options.steps + 1}", f"optimizer.lr={LR}",
+        "eval.every=0", "eval.problems=1", "log.rollouts_sampled=0", f"checkpoint.every={options.steps + 1}",
+        f"runtime.threads={options.threads}", *overrides,
+    )  # fmt: skip
+    return load_recipe(
+        TrainConfig, Path("recipes") / ("countdown.toml" if embedded else "smollm2-sums.toml"), overrides
+    )
+
+
 def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, float]]:
     """TRL's GRPOTrainer; the rollout is its generation, the update the rest of its step."""
     import time
@@ -129,11 +144,13 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
 
     from forkrl.model.locations import model_location
     from forkrl.rewards.countdown import verify_countdown
-    from forkrl.tasks.countdown import countdown_task
+    from forkrl.tasks import open_task
 
     trl: Any = importlib.import_module("trl")  # of the extra "bench"; a type checker need not find it
     torch.set_num_threads(options.threads)
-    path = model_location("embedded:countdown-base")
+    path, ours = model_location(options.model), load_config(options)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    task = open_task(ours.task, tokenizer, max_prompt_tokens=ours.rollout.max_prompt_tokens)
     steps: list[dict[str, float]] = []
 
     class Timed(trl.GRPOTrainer):  # type: ignore[misc]
@@ -154,12 +171,19 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
             steps.append({"rollout_s": trainer.rollout_s, "update_s": step_s - trainer.rollout_s, "step_s": step_s})
 
     def reward(completions: list[str], answer: list[str], **ignored: Any) -> list[float]:
-        return [verify_countdown(*pair) for pair in zip(answer, completions, strict=True)]
+        if options.model == EMBEDDED:
+            return [verify_countdown(*pair) for pair in zip(answer, completions, strict=True)]
+        return [
+            float(text.strip().endswith(json.loads(right)["answer"]))
+            for text, right in zip(completions, answer, strict=True)
+        ]
 
     with tempfile.TemporaryDirectory() as folder:
+        batch_size = options.prompts * GROUP // settings.get("gradient_accumulation_steps", 1)
         config = {
-            "output_dir": folder, "per_device_train_batch_size": NUM_PROMPTS * GROUP, "num_generations": GROUP,
-            "max_completion_length": MAX_TOKENS, "temperature": 1.0, "top_entropy_quantile": 0.2, "loss_type": "dapo",
+            "output_dir": folder, "per_device_train_batch_size": batch_size, "num_generations": GROUP,
+            "max_completion_length": ours.rollout.max_response_tokens, "temperature": ours.rollout.temperature,
+            "top_entropy_quantile": 0.2, "loss_type": "dapo",
             "beta": 0.0, "epsilon_high": 0.28, "learning_rate": LR, "max_steps": options.steps + 1, "logging_steps": 1,
             "report_to": "none", "save_strategy": "no", "use_cpu": True, "gradient_checkpointing": False,
             "disable_tqdm": True, "seed": options.seed, "lr_scheduler_type": "constant",
@@ -168,8 +192,8 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
             model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
             reward_funcs=reward,
             args=trl.GRPOConfig(**config | settings),
-            train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.answer} for p in countdown_task().train]),
-            processing_class=AutoTokenizer.from_pretrained(path),
+            train_dataset=Dataset.from_list([{"prompt": p.text, "answer": str(p.answer)} for p in task.train]),
+            processing_class=tokenizer,
             callbacks=[Clock()],
         )
         sys.stdout, printed = sys.stderr, sys.stdout

@@ -293,6 +293,7 @@ def test_operations_of_an_update_are_those_that_pytorch_counts(settings: tuple[s
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     tokenizer: Any = SimpleNamespace(eos_token_id=0)
     workers = Workers(Policy(model, tokenizer))
+    assert workers.policy.packs  # by two small passes, which do not count
     with FlopCounterMode(display=False) as counter:
         for number, part in enumerate(mini_batches(batch, 4 * config.training.mini_batch_prompts)):
             update_policy(workers, optimizer, part, config, torch.Generator(), on_policy=number == 0)

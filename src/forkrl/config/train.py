@@ -178,8 +178,9 @@ class TrainingConfig(Section):
     mini_batch_prompts: PositiveInt = 32
     """Groups per gradient step; there are prompts_per_step / mini_batch_prompts gradient steps per batch."""
     micro_batch_tokens: PositiveInt = 32768
-    """Padded tokens (prompt and response) that the model processes at once; bounds memory. Changes gradients only with
-    selection.scope = "micro_batch"."""
+    """Tokens (prompts and responses) that the model processes at once; bounds memory. A prompt counts once for all its
+    responses, except with models that need padding (docs/models.md). Changes gradients only with selection.scope =
+    "micro_batch"."""
     backward: Literal["dense", "forks_only"] = "dense"
     """"dense" is exact. "forks_only" computes gradients only through the selected tokens and treats the others as
     constants: a faster approximation (docs/forks-only.md)."""

@@ -54,7 +54,7 @@ class Packing(NamedTuple):
 
     def unpack(self, hidden_1ND: Tensor, at_BT: Tensor) -> Tensor:
         """Rows ``[M, D]`` of the true positions of ``at_BT``."""
-        return _rows(self.slot_BT[at_BT], hidden_1ND[0])
+        return hidden_1ND[0, self.slot_BT[at_BT]]
 
     def unpack_heads(self, heads: Tensor) -> Tensor:
         """Keys or values of all positions, ``[B, K, T, C]``, from ``[1, K, N, C]``, in the precision of attention."""
@@ -143,7 +143,7 @@ def packed_attention(packing: Packing, windows: list[int | None]) -> Attention:
             with precise_on_cpu(query.device):
                 mixed = _attend(module, parts, masks[outline], scaling, kwargs)
             outputs.append(mixed.flatten(0, 1).flatten(1))
-        mixed_ND = _rows(packing.place_N, torch.cat(outputs))
+        mixed_ND = torch.cat(outputs)[packing.place_N]
         return mixed_ND.unflatten(-1, (query.shape[1], -1))[None], None
 
     return attention
@@ -175,16 +175,10 @@ def _mask(num_queries: int, num_keys: int, first: int, window: int | None, devic
     return (distance_RT >= 0) if window is None else (distance_RT >= 0) & (distance_RT < window)
 
 
-def _rows(index: Tensor, table_MD: Tensor) -> Tensor:
-    """``table_MD[index]``; the backward of an embedding adds rows much faster than that of indexing."""
-    rows: Tensor = F.embedding(index, table_MD)
-    return rows
-
-
 def _unpack(heads: Tensor, slot_ST: Tensor) -> Tensor:
     """``[S, heads, T, C]`` from packed ``[1, heads, N, C]``."""
     table_ND = heads[0].transpose(0, 1).flatten(1)
-    unpacked: Tensor = _rows(slot_ST, table_ND).unflatten(-1, (heads.shape[1], -1))
+    unpacked: Tensor = table_ND[slot_ST].unflatten(-1, (heads.shape[1], -1))
     return unpacked.transpose(1, 2)
 
 

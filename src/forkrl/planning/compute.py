@@ -155,7 +155,9 @@ def _decode_rate(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Decod
 def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assumed: Assumptions) -> tuple[Part, ...]:
     shape, layout = plan.shape, plan.layout
     sequences = config.rollout.prompts_per_step * config.rollout.group_size
-    layers, head = forward_flops(shape, sequences, assumed.mean_prompt, assumed.mean_response)
+    # The local trainer runs a prompt once for all its responses.
+    shared_by = 1 if layout.sharded else config.rollout.group_size
+    layers, head = forward_flops(shape, sequences, assumed.mean_prompt, assumed.mean_response, shared_by=shared_by)
     rate = layout.gpus * plan.gpu.flops * assumed.mfu
     update, note = update_flops(config, layout, layers, head, assumed)
     passes = ["old policy"] * layout.sharded + ["reference"] * bool(config.loss.kl_coef)
@@ -166,11 +168,13 @@ def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assu
     )
 
 
-def forward_flops(shape: ModelShape, sequences: float, prompt: float, response: float) -> tuple[float, float]:
-    """Operations of the layers, attention included, and of the head, over whole sequences."""
+def forward_flops(
+    shape: ModelShape, sequences: float, prompt: float, response: float, *, shared_by: int = 1
+) -> tuple[float, float]:
+    """Operations of the layers, attention included, and of the head; ``shared_by`` sequences run a prompt once."""
     tokens = prompt + response
     attention = 2 * shape.layers * shape.query_width * tokens**2
-    layers = sequences * (tokens * 2 * shape.layers * shape.layer_matrices + attention)
+    layers = sequences * ((prompt / shared_by + response) * 2 * shape.layers * shape.layer_matrices + attention)
     return layers, sequences * tokens * 2 * shape.embedding_parameters
 
 
@@ -210,6 +214,10 @@ def update_flops(
     current = selection.rule not in ("all", "random") and selection.entropy == "current"
     whole = current and (selection.scope == "mini_batch" or selection.rule == "threshold")
     measured = 1 - first if whole else 0.0
+    # The entropy pass of one micro-batch keeps its graph.
+    sequences = config.training.mini_batch_prompts * config.rollout.group_size
+    mini_batch = sequences * (assumed.mean_prompt / config.rollout.group_size + assumed.mean_response)
+    kept = measured * min(1.0, config.training.micro_batch_tokens / mini_batch)
     every_token = bool(config.loss.kl_coef or config.loss.entropy_coef)  # contributes to the loss
     selects_first = not every_token and (whole or not current)
     if config.training.backward == "forks_only":
@@ -219,5 +227,6 @@ def update_flops(
     # The head keeps no logits: its backward recomputes those of its rows.
     forward, backward = selected if selects_first else 1.0, 1.0 if every_token else selected
     rows = f", {forward:.0%} of the rows through the head and {backward:.0%} back" if min(forward, backward) < 1 else ""
-    passes = 3 + recompute + measured
-    return passes * layers + (measured + forward + 3 * backward) * head, f"{2 * passes:.3g}N a token{rows}"
+    passes = 3 + recompute + measured - kept
+    head_passes = measured + (1 - kept) * forward + 3 * backward
+    return passes * layers + head_passes * head, f"{2 * passes:.3g}N a token{rows}"
