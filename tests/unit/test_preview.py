@@ -45,24 +45,24 @@ def gold_check(config: TaskConfig, *answers: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
-        ({}, ["\\frac{1}{", "3/0"]),
-        ({"answer_format": "boxed"}, ["\\frac{1}{", "3/0"]),
-        ({"answer_format": "boxed", "assistant_prefill": "So \\boxed{"}, ["\\frac{1}{", "3/0"]),
-        ({"answer_format": "last_number"}, ["x^2 + y", "Monday", "\\frac{1}{", "3/0"]),
-        ({"answer_format": "Answer: (.+)"}, ["\\frac{1}{", "3/0"]),
-        ({"answer_format": "Answer: (.+)", "few_shot": 1, "few_shot_response": "Answer: {answer}"}, ["\\frac{1}{", "3/0"]),
+        ({}, ["++"]),
+        ({"answer_format": "boxed"}, ["++"]),
+        ({"answer_format": "boxed", "assistant_prefill": "So \\boxed{"}, ["++"]),
+        ({"answer_format": "last_number"}, ["x^2 + y", "Monday", "++"]),
+        ({"answer_format": "Answer: (.+)"}, ["++"]),
+        ({"answer_format": "A: (.+)", "few_shot": 1, "few_shot_response": "A: {answer}"}, ["++"]),
     ],
 )  # fmt: skip
 def test_golds_are_written_as_the_verifier_reads_them(settings: dict[str, Any], wrong: list[str]) -> None:
-    found = gold_check(dataset(**settings), "72", "1,003", "x^2 + y", "Monday", "\\frac{1}{", "3/0")
+    found = gold_check(dataset(**settings), "72", "1,003", "x^2 + y", "Monday", "++")
     assert [each["answer"] for each in found["failed"]] == wrong
-    assert found["checked"] == 6 and not found["unchecked"]
+    assert found["checked"] == 5 and not found["unchecked"]
 
 
 def test_a_gold_that_makes_its_verifier_fail_is_explained() -> None:
-    found = gold_check(dataset(), "5", "\\frac{1}{")
+    found = gold_check(dataset(), "5", "++")
     assert [(each["place"], each["failure"]) for each in found["failed"]] == [("line 2", "error")]
-    assert "the gold answer '\\\\frac{1}{' cannot be read as mathematics" in found["error"]
+    assert "the gold answer '++' cannot be read as mathematics" in found["error"]
 
 
 def test_golds_that_cannot_be_written_are_counted() -> None:
