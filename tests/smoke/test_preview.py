@@ -166,6 +166,7 @@ def test_few_shot_examples_stay_the_same(own_world: World) -> None:
         (("recipe.toml", "--no-samples", "--pass-rate-prompts", "4"), "--no-samples: a pass rate needs responses"),
         (("recipe.toml", "--out", "x"), "--out x: is for --pass-rate-prompts and --keep-pass-rate"),
         (("recipe.toml", "--pass-rate-prompts", "4", "--out", "model"), "model: is not empty"),
+        (("recipe.toml", "--mirror", "mirrors"), "--mirror mirrors: there is no such folder"),
         (("missing.toml",), "missing.toml"),
         (("recipe.toml", "model.path=missing"), "missing"),
         ((), "missing argument 'RECIPE'"),

@@ -46,7 +46,8 @@ def preview_recipe(options: PreviewOptions, config: TrainConfig, out: Path) -> d
     record: dict[str, Any] = {"recipe": options.recipe, **check_data(config, task, tokenizer, options.mirror)}
     show(text.data_report(record))
     prompts = open_stream(task.train, config.task, config.seed).take(min(options.prompts, len(task.train)))
-    if options.no_samples or record["prompt_tokens"]["over"]:
+    nothing_to_sample = options.no_samples or not (prompts or options.measures_pass_rates)
+    if nothing_to_sample or record["prompt_tokens"]["over"]:
         record["prompts"] = show_prompts(config, prompts, tokenizer, None, 0)
         show(text.prompts_report(record, token_ids=options.token_ids))
         return record
@@ -71,6 +72,16 @@ def _check_early(options: PreviewOptions, config: TrainConfig, out: Path) -> Non
             f'--keep-pass-rate {options.keep_pass_rate}: filters a data set, but task.name = "{config.task.name}" '
             f"reads no file that could be filtered; --pass-rate-prompts N measures the pass rates alone"
         )
+    if options.mirror is not None:
+        if not options.mirror.expanduser().is_dir():
+            raise UserError(
+                f"--mirror {options.mirror}: there is no such folder (docs/evaluate.md says how to make one)"
+            )
+        if not any(part.name == "dataset" for part in (config.task, *config.task.parts)):
+            raise UserError(
+                f'--mirror {options.mirror}: is for data sets; the questions of task.name = "{config.task.name}" are '
+                f"generated"
+            )
     if options.measures_pass_rates:
         require_usable(out)
     model_location(config.model.path)

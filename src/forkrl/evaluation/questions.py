@@ -224,14 +224,14 @@ def local_questions(names: Iterable[str], mirror: Path | None) -> tuple[list[Que
     """The benchmarks that ``mirror`` or the hub's cache holds, and the names of the others. Uses no network."""
     found, missing = [], []
     for benchmark in map(find_benchmark, names):
+        if mirror is not None and Path(_source(benchmark, mirror)).is_dir():
+            found.append(load_questions(benchmark, mirror))
+            continue
         with tempfile.TemporaryDirectory() as scratch:
-            copy = mirror
-            if mirror is None or not Path(_source(benchmark, mirror)).is_dir():
-                copy = Path(scratch)
-                _link_cache(benchmark, copy)
+            _link_cache(benchmark, Path(scratch))
             try:
-                found.append(load_questions(benchmark, copy))
-            except UserError:  # no copy, or one without all files
+                found.append(load_questions(benchmark, Path(scratch)))
+            except UserError:  # not in the cache, or only a part of it
                 missing.append(benchmark.name)
     return found, missing
 

@@ -177,6 +177,7 @@ def pass_rates_report(record: Record) -> Text:
     passed = sum(rate["passed"] for rate in rates["prompts"]) / (count * rates["samples"])
     equal = rates["bins"]["0%"] + rates["bins"]["100%"]
     text.append(f"mean {passed:.3f}; {equal:,} prompts are all wrong or all right, which gives no gradient\n")
+    text.append(printable(f"by prompt: {rates['folder']}/pass-rates") + "\n")
     if rates["failures"]:
         text.append(f"{rates['failures']:,} responses could not be judged and count as wrong\n", "red")
     return text
