@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from tests.benchmark_mirror import make_mirror
-from tests.smoke.world import Outcome, World, write_prompts
+from tests.models import with_bos
+from tests.smoke.world import Outcome, World, make_tokenizer, write_prompts
 
 ODD = "13579"
 QUESTIONS: list[dict[str, Any]] = [
@@ -52,6 +53,18 @@ def test_prompts_responses_and_scores_are_shown(own_world: World) -> None:
     )  # fmt: skip
     rollouts = pd.read_parquet(own_world.folder / "run/rollouts/train-000001.parquet")
     assert prompt["text"] in set(rollouts["prompt"])
+
+
+def test_tokens_that_the_tokenizer_adds_are_shown(own_world: World) -> None:
+    with_bos(make_tokenizer()).save_pretrained(own_world.folder / "model")
+    for template in ("{prompt}", "<pad>{prompt}"):  # BOS is added once
+        found = described(
+            own_world.run("preview", "recipe.toml", f"task.template={template}", "--json", "--no-samples")
+        )
+        assert all(
+            prompt["text"].startswith("<pad>") and prompt["text"].count("<pad>") == prompt["token_ids"].count(0) == 1
+            for prompt in found["prompts"]
+        )
 
 
 def test_what_is_wrong_with_the_data_is_listed(own_world: World) -> None:

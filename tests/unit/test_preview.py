@@ -50,6 +50,13 @@ def gold_check(config: TaskConfig, *answers: str) -> dict[str, Any]:
         ({"answer_format": "boxed", "assistant_prefill": "So \\boxed{"}, ["++"]),
         ({"answer_format": "last_number"}, ["x^2 + y", "Monday", "++"]),
         ({"answer_format": "Answer: (.+)"}, ["++"]),
+        (
+            {
+                "answer_format": "^A: ([^:]+)$", "few_shot": 1, "few_shot_response": "A: {answer}",
+                "assistant_prefill": "A: ",
+            },
+            ["++"],
+        ),
         ({"answer_format": "A: (.+)", "few_shot": 1, "few_shot_response": "A: {answer}"}, ["++"]),
     ],
 )  # fmt: skip
@@ -147,7 +154,7 @@ def test_data_without_faults_is_short() -> None:
         "duplicates": {"dropped": 0, "kept": 0, "first": []}, "overlap": {"dropped": 0, "kept": 0, "first": []},
         "benchmarks": {"compared": {}, "missing": ["aime24"]},
         "prompt_tokens": {"min": 1, "median": 2, "p95": 3, "max": 4, "limit": 9, "over": 0, "first_over": []},
-        "golds": {"checked": 7, "unchecked": 0, "why_unchecked": "", "failed": []},
+        "golds": {"checked": 7, "unchecked": 0, "why_unchecked": "", "error": "", "failed": []},
     }  # fmt: skip
     assert data_report(clean).plain.splitlines() == [
         "a.toml: data",

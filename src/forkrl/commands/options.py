@@ -216,7 +216,7 @@ class PreviewOptions(RecipeOptions):
     prompts: int = option(3, "prompts to show, from the first training step", "N", PROMPTS, low=0)
     token_ids: bool = option(False, "show the token ids of prompts and responses", None, PROMPTS)
     mirror: Path | None = option(
-        None, "look for questions of the benchmarks in DIR/owner/name, too (default: the hub's cache)", "DIR", PROMPTS
+        None, "look for the benchmarks' questions in DIR/owner/name, too, not only in the hub's cache", "DIR", PROMPTS
     )
     samples: int = option(8, "responses per prompt; two of them are shown", "K", SAMPLING, low=1)
     no_samples: bool = option(False, "sample nothing", None, SAMPLING)

@@ -56,13 +56,15 @@ def place_of(prompt: Prompt) -> str:
 def check_golds(parts: Mapping[str, TaskConfig], task: Task, settings: RewardConfig) -> Record:
     """Send every gold answer through its own verifier."""
     prompts = [*task.train, *task.held_out]
-    golds = [gold for prompt in prompts if (gold := gold_of(parts[prompt.source], prompt)) is not None]
-    code = any(part.verifier == CODE_VERIFIER for part in parts.values())
-    reason = "answers are tests, not programs" if code else "the generator names no answer"
+    written = [(prompt, gold_of(parts[prompt.source], prompt)) for prompt in prompts]
+    golds = [gold for _, gold in written if gold is not None]
+    code = {parts[prompt.source].verifier == CODE_VERIFIER for prompt, gold in written if gold is None}
+    reasons = {True: "answers are tests, not programs", False: "the generator names no answer"}
     found: Record = {
         "checked": len(golds),
         "unchecked": len(prompts) - len(golds),
-        "why_unchecked": reason if len(golds) < len(prompts) else "",
+        "why_unchecked": ", or ".join(reasons[kind] for kind in sorted(code)),
+        "error": "",
         "failed": [],
     }
     if golds:
@@ -108,7 +110,7 @@ def _best_results(
 
 
 def _check_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int) -> Record:
-    lengths = [len(prompt_token_ids(tokenizer, prompt)) for prompt in prompts]
+    lengths = [len(prompt_token_ids(tokenizer, prompt)) for prompt in progress(prompts, "counting tokens")]
     over = [place_of(prompt) for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
     return {**summarise_lengths(lengths), "limit": limit, "over": len(over), "first_over": over[:_FIRST]}
 
