@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
-from forkrl.tasks.dataset import load_dataset_task, load_evaluation_task, rows_of_questions
+from forkrl.tasks.dataset import load_dataset_task, load_evaluation_task
 from forkrl.types import Prompt, Task, VerifierSpec
 
 Rows = list[dict[str, Any]]
@@ -387,28 +387,3 @@ def test_prompts_without_answers_can_be_looked_at_and_not_trained_on(tmp_path: P
     parquet = write(tmp_path / "prompts.parquet", [{"prompt": "Say 1."}])
     config = TaskConfig(name="dataset", data=str(parquet), verifier="none")
     assert len(load_evaluation_task(config, apply_chat_template=None).held_out) == 1
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_the_rows_of_questions_are_given_back_unchanged(tmp_path: Path, suffix: str) -> None:
-    data = [{"prompt": row["prompt"], "answer": {"gold": row["answer"], "more": [1]}} for row in rows(6)]
-    path = write(tmp_path / f"data{suffix}", [*data, data[4], {"prompt": "Why?", "answer": {"gold": "", "more": []}}])
-    settings: dict[str, Any] = {"answer_column": "answer.gold", "skip_bad_rows": True}
-    task = load(path, **settings)
-    ids = {prompt.answer: prompt.id for prompt in all_prompts(task)}
-    config = TaskConfig(name="dataset", data=str(path), held_out_rows=1, **settings)
-    assert list(rows_of_questions(config, {ids["5"], ids["2"], "none"})) == [data[1], data[4]]
-
-
-def test_questions_and_what_is_left_out_are_told(tmp_path: Path) -> None:
-    data, aside = rows(6), [{"prompt": "What is  2 + 1?", "answer": "3"}, {"prompt": "Why?", "answer": "1"}]
-    path = write(tmp_path / "data.jsonl", [*data, data[0], data[1]])
-    task = load(
-        path, held_out_data=str(write(tmp_path / "test.jsonl", aside)), template="Q: {prompt}", held_out_rows=256
-    )
-    assert task.left_out == {"duplicates": 2, "held_out": 1}
-    assert [prompt.question for prompt in task.train] == [data[n]["prompt"] for n in (0, 1, 3, 4, 5)]
-    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
-    chat = write(tmp_path / "chat.jsonl", [{"prompt": turns, "answer": "1"}, *data[:1]])
-    asked = {prompt.question for prompt in all_prompts(load(chat, chat=chat_template, chat_template=True))}
-    assert asked == {"user\nassistant\nuser", "What is 0 + 1?"}

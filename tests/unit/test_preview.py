@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from forkrl.tasks.checks import (
     repeated_questions,
     summarise_lengths,
 )
+from forkrl.tasks.dataset import rows_of_questions
 from forkrl.types import Prompt, Task, VerifierSpec
+from tests.unit.test_dataset import all_prompts, chat_template, load, rows, write
 
 MATH = VerifierSpec("forkrl.rewards.math:verify_math")
 REWARD = RewardConfig(workers=1)
@@ -116,6 +119,31 @@ def test_lengths_and_pass_rates() -> None:
         "0%": 1, "to 25%": 2, "to 50%": 2, "to 75%": 1, "below 100%": 1, "100%": 2,
     }  # fmt: skip
     assert bin_pass_rates([0, 1], 1) == {"0%": 1, "to 25%": 0, "to 50%": 0, "to 75%": 0, "below 100%": 0, "100%": 1}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_rows_of_questions_are_given_back_unchanged(tmp_path: Path, suffix: str) -> None:
+    data = [{"prompt": row["prompt"], "answer": {"gold": row["answer"], "more": [1]}} for row in rows(6)]
+    path = write(tmp_path / f"data{suffix}", [*data, data[4], {"prompt": "Why?", "answer": {"gold": "", "more": []}}])
+    settings: dict[str, Any] = {"answer_column": "answer.gold", "skip_bad_rows": True}
+    task = load(path, **settings)
+    ids = {prompt.answer: prompt.id for prompt in all_prompts(task)}
+    config = TaskConfig(name="dataset", data=str(path), held_out_rows=1, **settings)
+    assert list(rows_of_questions(config, {ids["5"], ids["2"], "none"})) == [data[1], data[4]]
+
+
+def test_questions_and_what_is_left_out_are_told(tmp_path: Path) -> None:
+    data, aside = rows(6), [{"prompt": "What is  2 + 1?", "answer": "3"}, {"prompt": "Why?", "answer": "1"}]
+    path = write(tmp_path / "data.jsonl", [*data, data[0], data[1]])
+    task = load(
+        path, held_out_data=str(write(tmp_path / "test.jsonl", aside)), template="Q: {prompt}", held_out_rows=256
+    )
+    assert task.left_out == {"duplicates": 2, "held_out": 1}
+    assert [prompt.question for prompt in task.train] == [data[n]["prompt"] for n in (0, 1, 3, 4, 5)]
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    chat = write(tmp_path / "chat.jsonl", [{"prompt": turns, "answer": "1"}, *data[:1]])
+    asked = {prompt.question for prompt in all_prompts(load(chat, chat=chat_template, chat_template=True))}
+    assert asked == {"user\nassistant\nuser", "What is 0 + 1?"}
 
 
 HOSTILE = "\x1b[2J[bold]x\u202e"
