@@ -42,6 +42,7 @@ COMMANDS = {
     "sft": Command(of.SftOptions, "train:run_sft", "training the base model", TRAIN),
     "model": Command(of.PretrainedOptions, "model:run_model", "getting the model", TRAIN),
     "plan": Command(of.PlanOptions, "plan:run_plan", "the plan", TRAIN),
+    "preview": Command(of.PreviewOptions, "preview:run_preview", "the preview", TRAIN),
     "eval": Command(of.EvalOptions, "eval:run_eval", "the evaluation", MEASURE),
     "compare": Command(of.CompareOptions, "compare:run_compare", "the comparison", MEASURE),
     "analyze": Command(of.AnalyzeOptions, "analyze:run_analyze", "the analysis", MEASURE),

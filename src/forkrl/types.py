@@ -32,7 +32,8 @@ class Prompt:
     """A question as the model reads it, and the reference answer for its verifier.
 
     ``place`` locates it in the user's data for error messages ("train.jsonl line 7"). ``source`` is its part of a mixed
-    task, or empty. ``level`` is its curriculum level, or 0. ``templated``: a chat template was applied.
+    task, or empty. ``level`` is its curriculum level, or 0. ``templated``: a chat template was applied. ``question``:
+    the question without templates and examples, to find it in other data.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Prompt:
     source: str = ""
     level: int = 0
     templated: bool = False
+    question: str = field(default="", compare=False)
 
 
 class Judgement(NamedTuple):
@@ -254,7 +256,8 @@ class Task:
 
     ``verifiers`` has one per ``Prompt.source`` ("" if unmixed), or is empty if there are no answers. ``fingerprint``
     changes with the prompts: a run cannot be resumed on other data. ``examples``: ids of the questions that all prompts
-    show with their answers.
+    show with their answers. ``left_out``: rows of the data that are not used, by reason ("duplicates", "held_out": a
+    training question that is held out).
     """
 
     name: str
@@ -263,3 +266,4 @@ class Task:
     verifiers: Mapping[str, VerifierSpec]
     fingerprint: str = field(default="")
     examples: frozenset[str] = frozenset()
+    left_out: Mapping[str, int] = field(default_factory=dict)

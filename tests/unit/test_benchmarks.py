@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 from forkrl.errors import UserError
 from forkrl.evaluation.benchmarks import BENCHMARKS, BOXED, find_benchmark
-from forkrl.evaluation.questions import Questions, load_questions, mirror_command
+from forkrl.evaluation.questions import Questions, load_questions, local_questions, mirror_command
 from forkrl.rewards.code.test_cases import ProgramTest, unpack_tests
 from tests import benchmark_mirror
 from tests.benchmark_mirror import make_mirror, write_rows
@@ -245,3 +246,23 @@ def test_the_hub_is_asked_for_the_pinned_commit_and_the_answer_says_which_it_was
     assert asked == [find_benchmark("aime24").revision, None]
     assert (pinned.revision, newest.revision) == (asked[0], commit)
     assert [prompt.answer for prompt in newest.prompts] == ["1003"]
+
+
+def test_local_copies_are_read_from_the_mirror_and_from_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    make_mirror(tmp_path / "mirror")
+    for name, revision in (("aime25", BENCHMARKS["aime25"].revision), ("minerva", "0" * 40), ("amc23", "1" * 40)):
+        copy = tmp_path / "hub" / f"datasets--{BENCHMARKS[name].hub.replace('/', '--')}"
+        (copy / "snapshots").mkdir(parents=True)
+        (tmp_path / "mirror" / BENCHMARKS[name].hub).rename(copy / "snapshots" / str(revision))
+        (copy / "refs").mkdir()
+        (copy / "refs" / "main").write_text(str(revision))
+    names = ["aime24", "aime25", "amc23", "minerva"]
+    cached, missing = local_questions(names, None)
+    # The cache has another revision of amc23.
+    assert ([each.name for each in cached], missing) == (["aime25", "minerva"], ["aime24", "amc23"])
+    assert [prompt.question for prompt in cached[0].prompts] == [f"{n} + 1 =" for n in range(4)]
+    found, missing = local_questions(names, tmp_path / "mirror")
+    assert ([each.name for each in found], missing) == (["aime24", "aime25", "minerva"], ["amc23"])

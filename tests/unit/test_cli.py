@@ -157,6 +157,8 @@ SAME: list[tuple[str, of.Options]] = [
     ("train --settings clip low", of.TrainOptions("clip", overrides=["low"], settings=True)),
     ("sft a.toml --out=x", of.SftOptions("a.toml", out=Path("x"))),
     ("plan seed=1 --mfu 0.3 --json", of.PlanOptions(overrides=["seed=1"], mfu=0.3, json=True)),
+    ("preview seed=1 a.toml --samples 4 --keep-pass-rate 0.1..0.9 --token-ids", of.PreviewOptions(
+        "a.toml", overrides=["seed=1"], samples=4, keep_pass_rate="0.1..0.9", token_ids=True)),
     ("eval m --bench a b seed=1 c", of.EvalOptions("m", bench=["a", "b", "c"], overrides=["seed=1"])),
     ("eval --bench a b --samples 4 m --bench c", of.EvalOptions("m", bench=["a", "b", "c"], samples=4)),
     ("eval m --bench a seed=1 --bench b x=2", of.EvalOptions("m", bench=["a", "b"], overrides=["seed=1", "x=2"])),

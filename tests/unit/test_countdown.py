@@ -9,7 +9,7 @@ import pytest
 from forkrl.config import SearchHabits
 from forkrl.rewards.countdown import judge_tries, parse_problem, verify_countdown
 from forkrl.tasks import PromptStream
-from forkrl.tasks.countdown import CHARACTERS, countdown_task, random_problem, write_trace
+from forkrl.tasks.countdown import CHARACTERS, countdown_task, random_problem, write_solution, write_trace
 from forkrl.types import Prompt
 
 PROBLEM = "2 5 9:90"
@@ -125,3 +125,11 @@ def test_the_stream_goes_through_every_prompt_once_an_epoch_and_resumes_anywhere
         stopped.take(position)
         resumed.restore(stopped.state())
         assert [prompt.id for prompt in resumed.take(21 - position)] == drawn[position:]
+
+
+def test_every_problem_has_a_solution_that_its_verifier_accepts() -> None:
+    task = countdown_task()
+    for prompt in [*task.train, *task.held_out]:
+        solution = write_solution(*parse_problem(prompt.answer))
+        assert solution is not None and verify_countdown(prompt.answer, solution) == 1.0, prompt
+    assert write_solution((1, 1, 1), 99) is None

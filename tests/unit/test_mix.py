@@ -170,6 +170,7 @@ def test_what_one_part_holds_out_no_other_trains_on(capsys: pytest.CaptureFixtur
     assert {prompt.id: prompt.source for prompt in task.held_out}["5"] == "a"
     said = capsys.readouterr().err
     assert "a: 1 questions are held out by another part and will not be trained on" in said
+    assert task.left_out["held_out"] == 3
     assert "b: 1 held-out questions are held out by a part before it" in said
 
 

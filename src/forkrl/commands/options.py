@@ -196,6 +196,71 @@ class PlanOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreviewOptions(RecipeOptions):
+    """Look at a recipe's data and at a few responses before training.
+
+    examples:
+      forkrl preview recipes/countdown.toml                     data, three prompts and responses to them
+      forkrl preview recipe.toml --no-samples                   the data alone; of the model only the tokenizer is read
+      forkrl preview recipe.toml --token-ids --prompts 1        one prompt, token by token
+      forkrl preview recipe.toml --mirror mirrors               questions of the benchmarks in the data?
+      forkrl preview recipe.toml --keep-pass-rate 0.1..0.9      leave out what is too hard or too easy
+      forkrl train recipe.toml task.data=previews/recipe/kept.jsonl    ... and train on them
+
+    Shows prompts as the model reads them, and responses, sampled as in training and coloured by entropy. Every gold
+    answer must get full reward from its own verifier; the exit code is 2 if one does not, or if a prompt is longer than
+    rollout.max_prompt_tokens. Pass rates are kept in --out: after Ctrl-C the same command continues.
+    """
+
+    recipe: str = field(kw_only=False, metadata=argument("a TOML file; see recipes/", "RECIPE"))
+    prompts: int = option(3, "prompts to show, from the first training step", "N", PROMPTS, low=0)
+    token_ids: bool = option(False, "show the token ids of prompts and responses", None, PROMPTS)
+    mirror: Path | None = option(
+        None, "look for the benchmarks' questions in DIR/owner/name, too, not only in the hub's cache", "DIR", PROMPTS
+    )
+    samples: int = option(8, "responses per prompt; two of them are shown", "K", SAMPLING, low=1)
+    no_samples: bool = option(False, "sample nothing", None, SAMPLING)
+    pass_rate_prompts: int | None = option(
+        None, "measure the pass rates of the first N training prompts (all with --keep-pass-rate)", "N", MEASUREMENT,
+        low=1,
+    )  # fmt: skip
+    keep_pass_rate: str | None = option(
+        None, "write the training questions with a pass rate from LOW to HIGH into OUT/kept.jsonl", "LOW..HIGH",
+        MEASUREMENT,
+    )  # fmt: skip
+    out: Path | None = option(None, "folder of the pass rates (default: previews/NAME)", "DIR", OUTPUT)
+    json: bool = option(False, "print everything as JSON", None, OUTPUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pass_rate_interval  # noqa: B018 - checks it
+        if self.no_samples and self.measures_pass_rates:
+            raise UserError("--no-samples: a pass rate needs responses; drop one of the two")
+        if self.out is not None and not self.measures_pass_rates:
+            raise UserError(f"--out {self.out}: is for --pass-rate-prompts and --keep-pass-rate")
+
+    @property
+    def measures_pass_rates(self) -> bool:
+        return self.pass_rate_prompts is not None or self.keep_pass_rate is not None
+
+    @property
+    def pass_rate_interval(self) -> tuple[float, float] | None:
+        """The closed interval of --keep-pass-rate."""
+        if self.keep_pass_rate is None:
+            return None
+        low, _, high = self.keep_pass_rate.partition("..")
+        try:
+            interval = float(low), float(high)
+        except ValueError:
+            interval = (math.nan, math.nan)
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise UserError(
+                f"--keep-pass-rate {self.keep_pass_rate}: is not LOW..HIGH with 0 <= LOW <= HIGH <= 1, as in 0.1..0.9"
+            )
+        return interval
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskOptions(Options):
     """Options of commands that sample or measure responses of a model."""
 

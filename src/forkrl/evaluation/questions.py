@@ -13,6 +13,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -194,6 +195,7 @@ def load_questions(benchmark: Benchmark, mirror: Path | None, sandbox: SandboxCo
                 answer=_text(answer, benchmark, benchmark.answer_column, place),
                 place=place,
                 source=benchmark.name,
+                question=text,
             )
         )
     count, expected = len(prompts), benchmark.expected_questions
@@ -216,6 +218,36 @@ def load_questions(benchmark: Benchmark, mirror: Path | None, sandbox: SandboxCo
         expected_questions=expected,
         notice="" if count == expected else f"{benchmark.name}: {source} holds {held}; {_NOT_ALL}",
     )
+
+
+def local_questions(names: Iterable[str], mirror: Path | None) -> tuple[list[Questions], list[str]]:
+    """The benchmarks that ``mirror`` or the hub's cache holds, and the names of the others. Uses no network."""
+    found, missing = [], []
+    for benchmark in map(find_benchmark, names):
+        if mirror is not None and Path(_source(benchmark, mirror)).is_dir():
+            found.append(load_questions(benchmark, mirror))
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            _link_cache(benchmark, Path(scratch))
+            try:
+                found.append(load_questions(benchmark, Path(scratch)))
+            except UserError:  # not in the cache, or only a part of it
+                missing.append(benchmark.name)
+    return found, missing
+
+
+def _link_cache(benchmark: Benchmark, folder: Path) -> None:
+    """Make ``folder`` a mirror of what the hub's cache has of a data set, if anything."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):
+        cached = snapshot_download(
+            benchmark.hub, repo_type="dataset", revision=benchmark.revision, local_files_only=True
+        )
+        link = folder / benchmark.hub
+        link.parent.mkdir()
+        link.symlink_to(cached)
 
 
 def mirror_command(benchmark: Benchmark, folder: str = "DIR") -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,34 +146,48 @@ def require_positions(model_config: Any, prompt_tokens: int, response_tokens: in
         )
 
 
-def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
-    """Load model (fp32, on the device) and tokenizer; raises UserError if they cannot be used."""
-    if config.head == "triton" and (reason := why_no_triton(pick_device(device))):
-        raise UserError(f'model.head = "triton": {reason}; set model.head=chunked, or drop it')
+def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises UserError if it cannot be used."""
     path = model_location(config.path)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(
             f"model.path = {config.path!r} cannot be opened as a model: the folder has no config.json; name one that "
             f"save_pretrained wrote"
         )
-    transformers_logging.disable_progress_bar()  # for reading weights
-    if sys.stderr.isatty():
-        enable_progress_bars()  # the line above also disables the hub's, for downloads
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-        require_no_adapter(path, config.revision, config.path)
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or incompatible folder can raise any exception
-        raise UserError(f"model.path = {config.path!r} cannot be opened as a model: {first_line(error)}") from error
-    model, report = opened
+    with _explained(config.path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=config.revision)
     if not tokenizer.encode("1 2", add_special_tokens=False):  # transformers returns an empty one without files
         raise UserError(
             f"model.path = {config.path!r} has no tokenizer; save the model's there: tokenizer.save_pretrained(FOLDER)"
         )
+    return tokenizer
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or incompatible folder can raise any exception
+        raise UserError(f"model.path = {path!r} cannot be opened as a model: {first_line(error)}") from error
+
+
+def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
+    """Load model (fp32, on the device) and tokenizer; raises UserError if they cannot be used."""
+    if config.head == "triton" and (reason := why_no_triton(pick_device(device))):
+        raise UserError(f'model.head = "triton": {reason}; set model.head=chunked, or drop it')
+    tokenizer = open_tokenizer(config)
+    path = model_location(config.path)
+    transformers_logging.disable_progress_bar()  # for reading weights
+    if sys.stderr.isatty():
+        enable_progress_bars()  # the line above also disables the hub's, for downloads
+    with _explained(config.path):
+        require_no_adapter(path, config.revision, config.path)
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    model, report = opened
     if absent := sorted(report["missing_keys"]):  # transformers initialises them randomly
         raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model again")
     if tokenizer.eos_token_id is None:

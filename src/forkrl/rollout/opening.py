@@ -36,6 +36,18 @@ def open_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
     return engine(workers, max_prompt_tokens=limits.max_prompt_tokens, max_sequences=limits.max_sequences)
 
 
+def training_sampling(config: TrainConfig, policy: Policy) -> SamplingParams:
+    """How the responses that a run trains on are sampled."""
+    rollout = config.rollout
+    return SamplingParams(
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=policy.stop_token_ids(rollout.stop),
+    )
+
+
 def _require_cached_decoding(policy: Policy) -> None:
     """Reject a model that caches state other than keys and values, or whose cached decoding deviates."""
     failure = f"{type(policy.model).__name__} cannot be sampled or trained"

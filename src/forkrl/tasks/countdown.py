@@ -67,6 +67,12 @@ def write_trace(numbers: tuple[int, ...], target: int, rng: random.Random, habit
     raise AssertionError("unreachable: the last attempt returns")
 
 
+def write_solution(numbers: tuple[int, ...], target: int) -> str | None:
+    """A response that reaches the target at its first attempt; None if there is none."""
+    steps = _solution(numbers, target)
+    return None if steps is None else f"{', '.join(steps)} {target}:{target} !"
+
+
 def random_problem(task: Task, rng: random.Random) -> tuple[Prompt, tuple[int, ...], int]:
     """A training problem with its numbers in random order: prompt, numbers, target."""
     numbers, target = parse_problem(rng.choice(task.train).answer)
@@ -77,7 +83,7 @@ def random_problem(task: Task, rng: random.Random) -> tuple[Prompt, tuple[int, .
 def _prompt(problem: tuple[tuple[int, ...], int]) -> Prompt:
     numbers, target = problem
     text = " ".join(map(str, numbers)) + f":{target}"
-    return Prompt(id=text, text=text + "?", answer=text)
+    return Prompt(id=text, text=text + "?", answer=text, question=text)
 
 
 def _problems() -> list[tuple[tuple[int, ...], int]]:
@@ -103,6 +109,20 @@ def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
             if result is not None:
                 results |= _reachable(tuple(sorted([*rest, result])))
     return frozenset(results)
+
+
+def _solution(pool: tuple[int, ...], target: int) -> list[str] | None:
+    if len(pool) == 1:
+        return [] if pool[0] == target else None
+    for i, j in itertools.permutations(range(len(pool)), 2):
+        for sign in "+-*/":
+            result = calculate(pool[i], sign, pool[j])
+            if result is None:
+                continue
+            rest = (*(number for k, number in enumerate(pool) if k not in (i, j)), result)
+            if (further := _solution(rest, target)) is not None:
+                return [f"{pool[i]}{sign}{pool[j]}={result} [{' '.join(map(str, rest))}]", *further]
+    return None
 
 
 def _new_try(numbers: tuple[int, ...], rng: random.Random, tried: list[tuple[str, int]]) -> tuple[str, int]:

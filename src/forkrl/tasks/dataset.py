@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -40,11 +40,13 @@ def load_dataset_task(
     """
     if config.verifier == NO_VERIFIER:
         raise UserError(f"task.verifier = {NO_VERIFIER!r}: training needs something to judge responses by")
-    questions = _read_questions(config, config.data, "task.data", apply_chat_template, check)
+    questions, num_duplicates = _read_questions(config, config.data, "task.data", apply_chat_template, check)
+    left_out = {"duplicates": num_duplicates, "held_out": 0}
     if config.held_out_data:
-        held_out = _read_questions(config, config.held_out_data, "task.held_out_data", apply_chat_template, check)
+        held_out, _ = _read_questions(config, config.held_out_data, "task.held_out_data", apply_chat_template, check)
         train = _not_held_out(config, questions, held_out)
         if shared := len(questions) - len(train):
+            left_out["held_out"] = shared
             notice(f"{shared:,} questions of {config.data} are held out and will not be trained on")
     else:
         if config.held_out_rows >= len(questions):
@@ -59,7 +61,7 @@ def load_dataset_task(
     prompts = _with_examples(config, train, examples, config.data, apply_chat_template, check)
     aside = _with_examples(config, held_out, examples, source, apply_chat_template, check)
     fingerprint = fingerprint_of(prompts, aside)
-    return Task(config.data, prompts, aside, _verifiers(config), fingerprint, frozenset(examples))
+    return Task(config.data, prompts, aside, _verifiers(config), fingerprint, frozenset(examples), left_out)
 
 
 def load_evaluation_task(
@@ -71,10 +73,10 @@ def load_evaluation_task(
     evaluated. Arguments and errors as for ``load_dataset_task``.
     """
     source, key = (config.held_out_data, "task.held_out_data") if config.held_out_data else (config.data, "task.data")
-    questions = _read_questions(config, source, key, apply_chat_template, check)
+    questions, _ = _read_questions(config, source, key, apply_chat_template, check)
     candidates = questions
     if config.few_shot and config.held_out_data:
-        others = _read_questions(config, config.data, "task.data", apply_chat_template, check)
+        others, _ = _read_questions(config, config.data, "task.data", apply_chat_template, check)
         candidates = _not_held_out(config, others, questions)
     examples = _choose_examples(config, candidates)
     if examples and not config.held_out_data:
@@ -161,8 +163,8 @@ def _read_questions(
     key: str,
     apply_chat_template: ApplyChatTemplate | None,
     check: CheckPrompt | None,
-) -> _Questions:
-    """The distinct questions of a source."""
+) -> tuple[_Questions, int]:
+    """The distinct questions of a source, and the number of duplicates dropped."""
     render = prompt_renderer(config, apply_chat_template)
     questions: _Questions = {}
     keys: set[str] = set()
@@ -180,7 +182,14 @@ def _read_questions(
             if id in questions or key_of_question in keys:
                 num_duplicates += 1
                 continue
-            prompt = Prompt(id, render(content, row.place), answer, row.place, templated=config.chat_template)
+            prompt = Prompt(
+                id,
+                render(content, row.place),
+                answer,
+                row.place,
+                templated=config.chat_template,
+                question=_question_text(content),
+            )
             if check is not None:
                 check(prompt)
         except UserError as error:
@@ -197,7 +206,21 @@ def _read_questions(
         )
     if not questions:
         raise UserError(f"{key} = {source!r} holds no rows" + (" that can be used" if num_rows else ""))
-    return questions
+    return questions, num_duplicates
+
+
+def rows_of_questions(config: TaskConfig, ids: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows of ``task.data`` with these questions, unchanged and in order, each question once."""
+    left = set(ids)
+    for row in read_rows(config, config.data, "task.data", BadRows()):
+        try:
+            id = question_id(_question_content(config, row))
+            _answer_text(config, row)
+        except UserError:  # reported when the task was opened
+            continue
+        if id in left:
+            left.remove(id)
+            yield row.values
 
 
 def _require_same_answer(config: TaskConfig, row: Row, answer: str, earlier: Prompt) -> None:
@@ -271,6 +294,13 @@ def _checked_text(text: str, column: str, place: str, *, may_be_empty: bool = Fa
         raise UserError(f"{place}: {column} is empty; remove the row or fill it in")
     require_characters(text, column, place)
     return text
+
+
+def _question_text(content: str | Messages) -> str:
+    """The question alone; of a conversation all turns, without system messages."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(message["content"] for message in content if message["role"] != "system")
 
 
 def question_id(content: str | Messages) -> str:

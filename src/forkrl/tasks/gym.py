@@ -118,6 +118,7 @@ def _prompt(config: TaskConfig, line: Mapping[str, Any], render: RenderPrompt) -
         place=place,
         level=level or 0,
         templated=config.chat_template,
+        question=question,
     )
 
 

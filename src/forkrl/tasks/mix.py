@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Tas
     as every part has prompts left.
     """
     tasks = {part.label: _open(part, open_part) for part in config.parts}
+    left_out = sum((Counter(task.left_out) for task in tasks.values()), Counter[str]())
     held_out: dict[str, list[Prompt]] = {}
     aside: set[str] = set()
     for label, task in tasks.items():
@@ -39,11 +41,12 @@ def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Tas
         if task.train and not kept:
             raise UserError(f"task.parts: every question of {label} is held out by another part; nothing is left")
         if dropped := len(task.train) - len(kept):
+            left_out["held_out"] += dropped
             notice(f"{label}: {dropped:,} questions are held out by another part and will not be trained on")
         train += kept
     verifiers = {label: spec for label, task in tasks.items() for spec in task.verifiers.values()}
     mixed = _mixed({part.label: part.weight for part in config.parts}, held_out)
-    return Task("mix", train, mixed, verifiers, fingerprint_of(train, mixed))
+    return Task("mix", train, mixed, verifiers, fingerprint_of(train, mixed), left_out=left_out)
 
 
 def _open(part: PartConfig, open_part: Callable[[TaskConfig], Task]) -> Task:

@@ -100,7 +100,7 @@ def _require_readable_answers(config: TaskConfig, examples: Sequence[Example]) -
         return
     find = answer_extractor(answer_format)
     for example in examples:
-        response, due = _example_response(config, example.answer), example.answer.strip()
+        response, due = gold_response(config, example.answer), example.answer.strip()
         found = find(response)
         # A gold answer may hold more than the answer, such as a solution that ends in #### 72.
         if found is None or found not in (due, find(due)):
@@ -124,7 +124,7 @@ def _split(config: TaskConfig, content: str | Messages) -> tuple[Messages, Messa
 
 def _turns(config: TaskConfig, example: Example) -> Messages:
     _, asked = _split(config, example.content)
-    return [*asked, {"role": "assistant", "content": _example_response(config, example.answer)}]
+    return [*asked, {"role": "assistant", "content": gold_response(config, example.answer)}]
 
 
 def _plain(config: TaskConfig, examples: Sequence[Example], content: str | Messages, place: str) -> str:
@@ -133,12 +133,13 @@ def _plain(config: TaskConfig, examples: Sequence[Example], content: str | Messa
         [asked] = _split(config, example.content)[1]
         text = asked["content"]
         gap = "" if config.assistant_prefill or text[-1:].isspace() else "\n"
-        shown += f"{text}{gap}{_example_response(config, example.answer)}\n\n"
+        shown += f"{text}{gap}{gold_response(config, example.answer)}\n\n"
     [asked] = _split(config, content)[1]
     return shown + asked["content"] + config.assistant_prefill
 
 
-def _example_response(config: TaskConfig, answer: str) -> str:
+def gold_response(config: TaskConfig, answer: str) -> str:
+    """The response with a gold answer as a few-shot example shows it, including the prefill."""
     prefill, opening = config.assistant_prefill, config.example_response.partition("{answer}")[0]
     text = config.example_response.replace("{answer}", answer)
     if text.startswith(prefill):

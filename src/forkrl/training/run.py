@@ -21,7 +21,7 @@ from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
-from forkrl.rollout import open_engine
+from forkrl.rollout import open_engine, training_sampling
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score, summarise
 from forkrl.rollout.logprob_gap import logprob_gap, require_small_gap
 from forkrl.rollout.sampling import RANDOM_STREAM
@@ -113,14 +113,7 @@ class Run:
     @property
     def sampling(self) -> SamplingParams:
         """Sampling parameters of training responses."""
-        rollout = self.config.rollout
-        return SamplingParams(
-            max_response_tokens=rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_token_ids=self.policy.stop_token_ids(rollout.stop),
-        )
+        return training_sampling(self.config, self.policy)
 
     def check_logprobs(self, batch: TokenBatch) -> dict[str, float]:
         """Compare sampler and trainer log-probs on the first micro-batch after a start or resume.

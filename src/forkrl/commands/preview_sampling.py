@@ -1,0 +1,224 @@
+"""The responses of ``forkrl preview``: a few to look at, and pass rates, measured part by part in a work folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forkrl.commands.preview_checks import Record, parts_of, place_of
+from forkrl.commands.session import part_seed
+from forkrl.commands.work_folder import open_work_folder, say_kept, stored_settings, weights_fingerprint
+from forkrl.config import TaskConfig, TrainConfig
+from forkrl.errors import UserError
+from forkrl.model.policy import open_policy
+from forkrl.model.prompt_tokens import prompt_token_ids
+from forkrl.model.token_texts import TokenTexts
+from forkrl.parallel.workers import open_workers
+from forkrl.report.progress import progress
+from forkrl.rewards import VerifierPool, open_verifier
+from forkrl.rewards.code import with_sandbox
+from forkrl.rollout import EmbeddedEngine, open_engine, training_sampling
+from forkrl.rollout.held_out import sample_and_score
+from forkrl.store.atomic import write_json, write_text
+from forkrl.tasks.checks import bin_pass_rates, gold_of
+from forkrl.tasks.dataset import rows_of_questions
+from forkrl.types import Prompt, Rollout, RolloutGroup, Task, VerifierResult
+
+SCHEMA = "forkrl-preview/1"
+KEPT = "kept.jsonl"
+_PARTS = "pass-rates"
+
+
+class Sampler(NamedTuple):
+    """A model and verifiers, for responses as in training."""
+
+    config: TrainConfig
+    task: Task
+    engine: EmbeddedEngine
+    verifier: VerifierPool
+
+    def respond(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[RolloutGroup]:
+        """Scored responses."""
+        policy = self.engine.policy
+        return sample_and_score(
+            self.engine,
+            self.verifier,
+            prompts,
+            group_size=samples,
+            sampling=training_sampling(self.config, policy),
+            generator=torch.Generator(policy.device).manual_seed(seed),
+        )
+
+
+@contextmanager
+def open_sampler(config: TrainConfig, task: Task) -> Iterator[Sampler]:
+    with ExitStack() as stack:
+        policy = open_policy(config.model, config.runtime.device)
+        workers = stack.enter_context(open_workers(policy, None, config.runtime))
+        engine = open_engine(workers, config)
+        engine.check_prompts(task.train, config.rollout.max_response_tokens)
+        verifiers = with_sandbox(task.verifiers, config.sandbox)
+        yield Sampler(config, task, engine, stack.enter_context(open_verifier(verifiers, config.reward)))
+
+
+def show_prompts(
+    config: TrainConfig,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler | None,
+    samples: int,
+) -> list[Record]:
+    """The prompts token by token, with ``samples`` responses each if there is a sampler."""
+    texts = TokenTexts(tokenizer)
+    parts = parts_of(config.task)
+    groups = sampler.respond(prompts, samples, part_seed("preview", config.seed, 0)) if sampler and prompts else []
+    found = []
+    for number, prompt in enumerate(prompts):
+        ids = prompt_token_ids(tokenizer, prompt)
+        gold = gold_of(parts[prompt.source], prompt)
+        found.append(
+            {
+                "id": prompt.id,
+                "place": place_of(prompt),
+                "text": _as_read(tokenizer, prompt, ids, texts),
+                "token_ids": list(ids),
+                "tokens": [texts[id] for id in ids],
+                "answer": None if gold is None else gold.answer,
+                "responses": [
+                    _described(rollout, result, texts)
+                    for group in groups[number : number + 1]
+                    for rollout, result in zip(group.rollouts, group.results, strict=True)
+                ],
+            }
+        )
+    return found
+
+
+def _as_read(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int], texts: TokenTexts) -> str:
+    """The prompt's text with the special tokens that the tokenizer adds around it."""
+    written = tuple(tokenizer.encode(prompt.text, add_special_tokens=False))
+    for start in range(len(ids) - len(written) + 1):
+        end = start + len(written)
+        if tuple(ids[start:end]) == written:
+            return "".join([*(texts[id] for id in ids[:start]), prompt.text, *(texts[id] for id in ids[end:])])
+    return prompt.text
+
+
+def _described(rollout: Rollout, result: VerifierResult, texts: TokenTexts) -> Record:
+    return {
+        "text": rollout.text,
+        "token_ids": list(rollout.response_ids),
+        "tokens": [texts[id] for id in rollout.response_ids],
+        "entropy": rollout.entropy.tolist(),
+        "finished": rollout.finished,
+        "score": result.score,
+        "failure": result.failure,
+        "answer": result.answer,
+    }
+
+
+def measure_pass_rates(out: Path, sampler: Sampler, count: int | None, samples: int) -> Record:
+    """The share of responses with full reward of the first ``count`` training prompts; the same call resumes."""
+    prompts, engine = sampler.task.train[:count], sampler.engine
+    settings = {
+        **_settings(sampler),
+        "prompts": len(prompts),
+        "samples": samples,
+        # Decides which prompts share a generator.
+        "prompts_per_part": stored_settings(out).get("prompts_per_part") or max(engine.wave_sequences // samples, 1),
+    }
+    size = settings["prompts_per_part"]
+    parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    with open_work_folder(out, settings) as folder:
+        (folder / _PARTS).mkdir(exist_ok=True)
+        files = [folder / _PARTS / f"part-{number:05}.json" for number in range(len(parts))]
+        missing = [number for number, file in enumerate(files) if not file.exists()]
+        say_kept(len(parts) - len(missing), len(parts), "parts", folder)
+        before = engine.workers.sequences_finished
+        total = samples * sum(len(parts[number]) for number in missing)
+
+        def measure() -> Iterator[None]:
+            for number in missing:
+                seed = part_seed("pass rates", sampler.config.seed, number)
+                write_json(
+                    files[number], [_pass_rate(group) for group in sampler.respond(parts[number], samples, seed)]
+                )
+                yield
+
+        finished = progress(
+            measure(), "pass rates: responses", total=total, finished=lambda: engine.workers.sequences_finished - before
+        )
+        for _ in finished:
+            pass
+        rates = [rate for file in files for rate in json.loads(file.read_text(encoding="utf-8"))]
+    return {
+        "folder": str(out),
+        "samples": samples,
+        "bins": bin_pass_rates([rate["passed"] for rate in rates], samples),
+        "failures": sum(rate["failures"] for rate in rates),
+        "prompts": rates,
+    }
+
+
+def _pass_rate(group: RolloutGroup) -> Record:
+    return {
+        "id": group.prompt.id,
+        "place": place_of(group.prompt),
+        "passed": sum(score == 1 for score in group.scores),
+        "failures": sum(bool(result.failure) for result in group.results),
+    }
+
+
+def _settings(sampler: Sampler) -> Record:
+    """What the pass rates depend on."""
+    config, task = sampler.config, sampler.task
+    sampling = ("temperature", "top_p", "top_k", "max_response_tokens", "stop")
+    return {
+        "schema": SCHEMA,
+        "model": config.model.path,
+        "revision": config.model.revision,
+        "fingerprint": weights_fingerprint(config.model.path),
+        "precision": config.model.precision,
+        "task": task.name,
+        "data": task.fingerprint,
+        "verifiers": {
+            source: [spec.path, dict(spec.options), spec.answer_format] for source, spec in task.verifiers.items()
+        },
+        "rollout": {name: value for name, value in config.rollout.model_dump(mode="json").items() if name in sampling},
+        "seed": config.seed,
+    }
+
+
+def keep_questions(
+    out: Path, config: TaskConfig, task: Task, rates: Record, interval: tuple[float, float]
+) -> dict[str, Any]:
+    """Write the rows whose pass rate lies in ``interval`` as a data file for the same recipe.
+
+    Questions held out of the same data and few-shot examples are written too: both are chosen by hashes of the
+    questions, so training on the file has the same ones.
+    """
+    (out / KEPT).unlink(missing_ok=True)
+    low, high = interval
+    kept = {rate["id"] for rate in rates["prompts"] if low <= rate["passed"] / rates["samples"] <= high}
+    if not kept:
+        raise UserError(
+            f"--keep-pass-rate {low:g}..{high:g}: none of the {len(rates['prompts']):,} prompts has such a pass rate; "
+            f"widen the interval, which samples nothing again"
+        )
+    same = task.examples | (frozenset() if config.held_out_data else {prompt.id for prompt in task.held_out})
+    lines = [json.dumps(row, default=str) + "\n" for row in rows_of_questions(config, kept | same)]
+    write_text(out / KEPT, "".join(lines))
+    others = [key for key in ("subset", "split") if key in config.changed()]
+    return {
+        "interval": [low, high],
+        "questions": len(kept),
+        "rows": len(lines),
+        "file": str(out / KEPT),
+        "overrides": [f"task.data={out / KEPT}", *(f"task.{key}=" for key in others)],
+    }
