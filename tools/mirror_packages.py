@@ -8,6 +8,7 @@ runs.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import subprocess
@@ -114,14 +115,15 @@ def write_rows(source: Source, wheels: Path, folder: Path) -> int:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tools/mirror_packages.py FOLDER")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for forkrl eval --mirror FOLDER")
+    folder = parser.parse_args().folder
     try:
-        made = make_mirrors(Path(sys.argv[1]))
+        made = make_mirrors(folder)
     except (OSError, UserError) as error:
         sys.exit(f"mirror_packages: {error}")
     for hub, count in made.items():
-        print(f"{count:5} rows  {sys.argv[1]}/{hub}")
+        print(f"{count:5} rows  {folder}/{hub}")
 
 
 if __name__ == "__main__":
