@@ -70,15 +70,16 @@ def test_a_product_with_one_sequence_bypasses_onednn(
     torch.manual_seed(0)
     input_SD, weight = torch.randn(num_sequences, 200).bfloat16(), torch.randn(48, 200).bfloat16()
     used: list[bool] = []
+    onednn: Any = torch.backends.mkldnn
 
     def watched(*operands: Any) -> Tensor:
-        used.append(torch.backends.mkldnn.enabled)
+        used.append(onednn.enabled)
         return torch.nn.functional.linear(*operands)
 
     monkeypatch.setattr(products, "linear", watched)
-    before = torch.backends.mkldnn.enabled
+    before = onednn.enabled
     actual = products.decoding_product(input_SD, weight, bias)
-    assert used == [before and num_sequences > 1] and torch.backends.mkldnn.enabled == before
+    assert used == [before and num_sequences > 1] and onednn.enabled == before
     exact = input_SD.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=1e-3)
 

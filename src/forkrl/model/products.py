@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -14,9 +16,9 @@ def decoding_product(input_SD: Tensor, weight: Tensor, bias: Tensor | None = Non
     """
     if len(input_SD) > 1 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return linear(input_SD, weight, bias)
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    onednn: Any = torch.backends.mkldnn
+    enabled, onednn.enabled = onednn.enabled, False
     try:
         return linear(input_SD, weight, bias)
     finally:
-        torch.backends.mkldnn.enabled = enabled
+        onednn.enabled = enabled
