@@ -1,14 +1,16 @@
 """Tokens a second of decoding alone, beside ``model.generate``, with the same model and the same prompts.
 
     python -m benchmarks.decode [--prompts 32] [--group 8] [--tokens 128] [--rounds 3]
+    python -m benchmarks.decode --model FOLDER --precision bf16 --prompts 1 --group 1 --ways forkrl generate
     python -m benchmarks.decode --model 28x1024 --device cuda --ways forkrl "forkrl, graphed" generate vLLM --tokens 512
 
-The model is the embedded base model or, as LAYERSxWIDTH, random weights in a Qwen3 shape (which seldom stop, so that
-every response is of full length). Sampling is from the full softmax at temperature 1. Each turn is a fresh process
-that decodes once to warm up and then ``--repeats`` times; the ways take turns, round after round, on the same cores.
-What counts is the tokens of the responses up to their ends, a second. "no entropies" is ForkRL with log-probs alone, to
-see what the entropies cost. One thread each; "threads" and "workers" take all cores, the latter
-as processes of one thread.
+The model is the embedded base model, a folder (both get problems of Countdown as prompts) or, as LAYERSxWIDTH, random
+weights in a Qwen3 shape (which seldom stop, so that every response is of full length). Sampling is from the full
+softmax at temperature 1. Each turn is a fresh process that decodes once to warm up and then ``--repeats`` times; the
+ways take turns, round after round, on the same cores. What counts is the tokens of the responses up to their ends, a
+second; a second of CPU time, for ways of one process on a CPU, depends less on what else runs on the machine. "no
+entropies" is ForkRL with log-probs alone, to see what the entropies cost. One thread each; "threads" and "workers" take
+all cores, the latter as processes of one thread.
 
 For a GPU, and asked for by name: "forkrl, graphed" decodes by CUDA graphs (on a CPU the same steps without graphs);
 "vLLM" is given the same shape and prompts, ends where the others do, and reports no log-probs; random weights are drawn
@@ -69,7 +71,9 @@ def main() -> None:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decoding beside model.generate.")
-    parser.add_argument("--model", default="embedded:countdown-base", help="or LAYERSxWIDTH, random weights")
+    parser.add_argument(
+        "--model", default="embedded:countdown-base", help="or a folder, or LAYERSxWIDTH: random weights"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--prompts", type=int, default=32)
@@ -103,18 +107,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1 if options.work == "forkrl, workers" else int(os.environ["OMP_NUM_THREADS"]))
     decode = prepare(options)
     decode(options.seed)
-    seconds, tokens = [], []
+    seconds, cpu_seconds, tokens = [], [], []
     for repeat in range(options.repeats):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         tokens.append(decode(options.seed + repeat))
         if options.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    speeds = [count / second for count, second in zip(tokens, seconds, strict=True)]
-    figures = {"tokens_per_second": statistics.median(speeds), "seconds": seconds, "tokens": tokens}
+        cpu_seconds.append(time.process_time() - cpu_began)
+    figures: dict[str, Any] = {
+        "tokens_per_second": median_speed(tokens, seconds), "seconds": seconds, "tokens": tokens
+    }  # fmt: skip
+    if options.device == "cpu" and options.work not in ("forkrl, workers", "vLLM"):  # these have other processes
+        figures |= {"tokens_per_cpu_second": median_speed(tokens, cpu_seconds), "cpu_seconds": cpu_seconds}
     if options.device == "cuda" and options.work != "vLLM":  # which has a process of its own there
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     return figures
+
+
+def median_speed(tokens: list[int], seconds: list[float]) -> float:
+    return statistics.median(count / second for count, second in zip(tokens, seconds, strict=True))
 
 
 def prepare(options: argparse.Namespace) -> Callable[[int], int]:
@@ -303,8 +315,8 @@ def random_texts(options: argparse.Namespace) -> list[str]:
 def show(cases: list[dict[str, Any]], ways: list[str]) -> None:
     """A line for each way, and how many times faster than it ForkRL with as many cores is, and with graphs."""
 
-    def speed(way: str) -> float:
-        made = [case["tokens_per_second"] for case in cases if case["way"] == way and "failed" not in case]
+    def speed(way: str, per: str = "tokens_per_second") -> float:
+        made = [case[per] for case in cases if case["way"] == way and per in case]
         return statistics.median(made) if made else float("nan")
 
     for way in ways:
@@ -314,7 +326,8 @@ def show(cases: list[dict[str, Any]], ways: list[str]) -> None:
             continue
         ours = ["forkrl, workers" if not WAYS[way] and "forkrl, workers" in ways else "forkrl", "forkrl, graphed"]
         ratios = "".join(f"{speed(each) / speed(way):6.2f} ({each})" for each in ours if each in ways)
-        print(f"{way:32} {speed(way):9,.0f} tokens/s {ratios}")
+        cpu = speed(way, "tokens_per_cpu_second")
+        print(f"{way:32} {speed(way):9,.0f} tokens/s {cpu:9,.0f} tokens/CPU s {ratios}")
 
 
 if __name__ == "__main__":

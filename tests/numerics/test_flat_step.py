@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from forkrl.model import products
 from forkrl.model.policy import Policy
 from forkrl.rollout import embedded
 from forkrl.rollout.embedded import choose_step
@@ -59,6 +60,28 @@ def test_hidden_states_equal_those_of_the_model(family: str, precision: str, tol
     actual = decode_by(FlatStep(policy).hidden_states, policy, tokens_NS)
     assert expected.abs().max() > 1
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2])
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 48).bfloat16()])
+def test_a_product_with_one_sequence_bypasses_onednn(
+    num_sequences: int, bias: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    input_SD, weight = torch.randn(num_sequences, 200).bfloat16(), torch.randn(48, 200).bfloat16()
+    used: list[bool] = []
+    onednn: Any = torch.backends.mkldnn
+
+    def watched(*operands: Any) -> Tensor:
+        used.append(onednn.enabled)
+        return torch.nn.functional.linear(*operands)
+
+    monkeypatch.setattr(products, "linear", watched)
+    before = onednn.enabled
+    actual = products.decoding_product(input_SD, weight, bias)
+    assert used == [before and num_sequences > 1] and onednn.enabled == before
+    exact = input_SD.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=1e-3)
 
 
 def adapter_in(policy: Policy) -> None:

@@ -18,7 +18,7 @@ from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine, embedded
 from forkrl.rollout.embedded import Prefix
 from forkrl.rollout.growing_cache import ROOM, GrowingLayer
-from forkrl.rollout.sampling import BLOCK, CACHED_LOGITS, _draw, sample_tokens
+from forkrl.rollout.sampling import BLOCK, BUCKETS, CACHED_LOGITS, _draw, _nucleus, sample_tokens
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from tests.models import random_policy
 
@@ -207,6 +207,26 @@ def test_the_nucleus_is_taken_of_what_top_k_leaves() -> None:
 def test_a_nucleus_that_is_reached_exactly_takes_no_further_token() -> None:
     assert drawn([0.25] * 4, top_p=0.5) == {0, 1}
     assert drawn([0.25] * 4, top_p=0.51) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("size", [7, BUCKETS, BUCKETS + 1, 2 * BUCKETS + 5])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 15.0])
+def test_the_nucleus_is_that_of_a_stable_sort(size: int, spread: float) -> None:
+    """Ties (lower ids come first), impossible tokens, and shares down to one token and up to all."""
+    logits_SV = spread * torch.randn(4, size, generator=torch.Generator().manual_seed(size))
+    logits_SV[1:3] = logits_SV[1:3].round()
+    logits_SV[2, ::3] = -torch.inf
+    weights_SV = (logits_SV - logits_SV.amax(-1, keepdim=True)).exp()
+    for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7):
+        kept_SV = _nucleus(weights_SV, top_p)
+        for kept_V, weights_V in zip(kept_SV.tolist(), weights_SV.tolist(), strict=True):
+            expected, before, mass = [0.0] * size, 0.0, top_p * math.fsum(weights_V)
+            for place in sorted(range(size), key=lambda place: (-weights_V[place], place)):
+                if before >= mass:
+                    break
+                expected[place] = weights_V[place]
+                before += weights_V[place]
+            assert kept_V == expected
 
 
 def test_greedy_takes_the_likeliest_and_reports_temperature_1() -> None:
@@ -457,6 +477,22 @@ def test_sequences_that_have_ended_leave_the_batch_and_prompts_are_read_once(
     lengths = [len(rollout) for group in groups for rollout in group.rollouts]
     going = [sum(length > step + 1 for length in lengths) for step in range(max(lengths) - 1)]
     assert stepped == going, "of so few, each leaves at once"
+
+
+def test_on_a_cpu_time_is_the_last_axis_in_memory_whatever_happens_to_the_cache() -> None:
+    """Attention of one token is faster then. Values are stored in fp32, in which they are used."""
+    layer, expected = GrowingLayer(), torch.randn(2, 2, 2, 5, 4)
+    layer.update(expected[0], expected[1].bfloat16())
+    for index_S in (torch.tensor([1, 0, 1]), torch.tensor([2, 1]), torch.tensor([0])):  # repeat, shrink, shrink
+        for count in (1, ROOM + 90):
+            new = torch.randn(2, expected.shape[1], 2, count, 4)
+            layer.update(*new)
+            expected = torch.cat([expected, new], 3)
+        layer.batch_select_indices(index_S)
+        expected = expected[:, index_S]
+        for stored, other, exact in zip((layer.keys, layer.values), expected, (True, False), strict=True):
+            assert stored is not None and stored.stride(2) == 1 and stored.dtype == torch.float32
+            torch.testing.assert_close(stored, other, rtol=0, atol=0 if exact else 0.02)
 
 
 def test_a_new_token_copies_nothing_of_what_is_cached() -> None:

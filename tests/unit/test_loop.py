@@ -15,6 +15,7 @@ from torch import Tensor
 from forkrl.config import ModelConfig, TrainConfig
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError
 from forkrl.model.policy import open_policy
+from forkrl.rollout.sampling import RANDOM_STREAM
 from forkrl.rollout.scoring import Scoring
 from forkrl.training import loop
 from forkrl.training.run import Run, open_run
@@ -52,7 +53,11 @@ def test_no_gradient_is_kept_through_the_next_rollout(
 
 @pytest.mark.parametrize(
     ("changes", "difference"),
-    [({"prompts": "absent"}, "its progress lacks prompts"), ({"random_stream": 1}, "seeds gave other responses")],
+    [
+        ({"prompts": "absent"}, "its progress lacks prompts"),
+        ({"random_stream": 1}, "seeds gave other responses"),
+        ({"random_stream": RANDOM_STREAM - 1}, "seeds gave other responses"),
+    ],
 )
 def test_a_run_of_another_version_is_refused_and_its_weights_load(
     tmp_path: Path, changes: dict[str, Any], difference: str

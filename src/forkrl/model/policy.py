@@ -32,6 +32,7 @@ from forkrl.head import why_no_triton
 from forkrl.model.attention import use_grouped_attention
 from forkrl.model.locations import model_location
 from forkrl.model.packing import keep_attention, why_not_packed
+from forkrl.model.products import decoding_product
 from forkrl.model.stop_tokens import stop_token_ids
 from forkrl.model.support import require_no_adapter, require_supported
 
@@ -126,7 +127,7 @@ class Policy:
         """
         dtype = torch.bfloat16 if self.precision == "bf16" else self.head_weight.dtype
         weight, bias = self.head_weight.to(dtype), None if self.head_bias is None else self.head_bias.to(dtype)
-        return lambda hidden_ND: nn.functional.linear(hidden_ND.to(dtype), weight, bias)
+        return lambda hidden_ND: decoding_product(hidden_ND.to(dtype), weight, bias)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits ``[N, V]``; the head runs in the configured precision."""

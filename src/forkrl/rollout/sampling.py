@@ -10,13 +10,15 @@ from torch import Tensor
 
 from forkrl.types import SamplingParams
 
-RANDOM_STREAM = 2
+RANDOM_STREAM = 3
 """Increased whenever the same seed gives other tokens; runs of another stream cannot be resumed."""
 BLOCK = 256
 """Tokens of a block. A token is drawn in two steps, block and token, which needs one sum per block instead of a
 cumulative sum over the vocabulary."""
-CACHED_LOGITS = 2**17
+CACHED_LOGITS = 2**18
 """On a CPU, rows are processed in parts of about this many logits, which stay in a core's cache."""
+BUCKET_BITS, BUCKETS = 18, 4096
+"""Top-p groups probabilities by the bits of their fp32 numbers above these 18: 32 buckets per power of 2."""
 LEAST_LOGIT = -200.0
 """Relative to the row's largest; below it the probability is 0 in fp32. Keeps 0 times -inf out of the entropy."""
 
@@ -48,7 +50,8 @@ def _uniform(logits_SV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sample(logits_SV: Tensor, sampling: SamplingParams, uniform_S: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    shifted_SV = logits_SV.float() - logits_SV.amax(-1, keepdim=True)
+    exact_SV = logits_SV.float()
+    shifted_SV = exact_SV - exact_SV.amax(-1, keepdim=True)  # the maximum in bf16 takes three times as long
     if sampling.temperature not in (0, 1):
         shifted_SV /= sampling.temperature
     weights_SV = shifted_SV.clamp_(min=LEAST_LOGIT).exp()
@@ -60,7 +63,7 @@ def _sample(logits_SV: Tensor, sampling: SamplingParams, uniform_S: Tensor | Non
         tokens_S = logits_SV.argmax(-1)
     else:
         if sampling.fork_temperature is not None:
-            weights_SV = sampling.fork_temperature.rescale(logits_SV.float(), entropy_S).softmax(-1)
+            weights_SV = sampling.fork_temperature.rescale(exact_SV, entropy_S).softmax(-1)
         tokens_S = _draw(_restrict(weights_SV, sampling), uniform_S)
     return tokens_S, shifted_SV.gather(-1, tokens_S[:, None])[:, 0] - log_total_S, entropy_S
 
@@ -102,9 +105,41 @@ def _restrict(probs_SV: Tensor, sampling: SamplingParams) -> Tensor:
         kept = torch.zeros_like(probs_SV, dtype=torch.bool)
         kept.scatter_(-1, probs_SV.topk(sampling.top_k, dim=-1).indices, True)
         probs_SV = probs_SV.where(kept, 0.0)
-    if sampling.top_p < 1:
-        sorted_SV, order_SV = probs_SV.sort(dim=-1, descending=True, stable=True)
-        mass_before_SV = sorted_SV.cumsum(-1) - sorted_SV
-        beyond = mass_before_SV >= sampling.top_p * sorted_SV.sum(-1, keepdim=True)
-        probs_SV = probs_SV.masked_fill(beyond.scatter(-1, order_SV, beyond), 0.0)
-    return probs_SV
+    return _nucleus(probs_SV, sampling.top_p) if sampling.top_p < 1 else probs_SV
+
+
+def _nucleus(probs_SV: Tensor, top_p: float) -> Tensor:
+    """Zero tokens that start beyond a share ``top_p`` of the mass, most likely first; of equals, lower ids first."""
+    if probs_SV.device.type == "cpu" and probs_SV.shape[-1] > BUCKETS:
+        return _nucleus_by_buckets(probs_SV, top_p)
+    wide = torch.float32 if probs_SV.device.type == "mps" else torch.float64
+    mass_S1 = top_p * probs_SV.sum(-1, keepdim=True, dtype=wide)
+    return probs_SV.masked_fill(_mass_before(probs_SV, wide) >= mass_S1, 0.0)
+
+
+def _mass_before(probs_SN: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mass of more likely tokens; of equals, lower ids come first."""
+    sorted_SN, order_SN = probs_SN.sort(dim=-1, descending=True, stable=True)
+    before_SN = sorted_SN.cumsum(-1, dtype=dtype) - sorted_SN
+    return torch.zeros_like(before_SN).scatter_(-1, order_SN, before_SN)
+
+
+def _nucleus_by_buckets(probs_SV: Tensor, top_p: float) -> Tensor:
+    """Find the bucket of probabilities in which the nucleus ends, and sort only its tokens."""
+    # Floats from 0 to 1 have the order of their bits. The limits are for NaN, which is reported later.
+    bucket_SV = (probs_SV.view(torch.int32) >> BUCKET_BITS).clamp_(0, BUCKETS - 1).long()
+    mass_SN = probs_SV.new_zeros(len(probs_SV), BUCKETS, dtype=torch.float64)
+    mass_SN.scatter_add_(-1, bucket_SV, probs_SV.double())
+    from_SN = mass_SN.flip(-1).cumsum(-1).flip(-1)  # mass of a bucket and all above
+    above_SN = torch.nn.functional.pad(from_SN[:, 1:], (0, 1))
+    mass_S1 = top_p * from_SN[:, :1]
+    last_S1 = (above_SN >= mass_S1).sum(-1, keepdim=True).clamp_max(BUCKETS - 1)
+    row_N, id_N = (bucket_SV == last_S1).nonzero(as_tuple=True)  # by row, then by id
+    count_S = torch.bincount(row_N, minlength=len(probs_SV))
+    column_N = torch.arange(len(row_N)) - (count_S.cumsum(0) - count_S)[row_N]
+    packed_SN = probs_SV.new_zeros(len(probs_SV), int(count_S.max()))
+    packed_SN[row_N, column_N] = probs_SV[row_N, id_N]
+    beyond_SN = above_SN.gather(-1, last_S1) + _mass_before(packed_SN, torch.float64) >= mass_S1
+    kept_SV = probs_SV.where(bucket_SV >= last_S1, 0.0)
+    kept_SV[row_N, id_N] = packed_SN.masked_fill(beyond_SN, 0.0)[row_N, column_N]
+    return kept_SV
