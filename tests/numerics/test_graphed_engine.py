@@ -107,7 +107,7 @@ def assert_same(actual: list[Rollout], expected: list[Rollout], tolerance: float
 def both_steps(policy: Policy, tokens_NS: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden states of the static and of the growing step, row by row, while rows leave and close ranks."""
     ids_S = [(5,) * 3, tuple(range(2, 11)), (4,), (5,) * 3, tuple(range(2, 8)), (9, 2)] * 4
-    _, cache, seen_PT, owner_S = read_prompts(policy, ids_S)
+    _, cache, seen_PT, owner_S = read_prompts(policy, ids_S, len(tokens_NS))
     step, growing = GraphedStep(policy, len(ids_S), seen_PT.shape[1] + len(tokens_NS)), FlatStep(policy)
     step.begin(cache, seen_PT, owner_S)
     select_sequences(cache, owner_S)

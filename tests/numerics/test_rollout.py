@@ -509,3 +509,14 @@ def test_a_new_token_copies_nothing_of_what_is_cached() -> None:
     assert torch.equal(keys[:, :, :5], first[0]), "what was there is there"
     assert torch.equal(values[:, :, -1:], token[1])
     assert sum(here != there for here, there in pairwise(places)) <= 3
+
+
+def test_buffers_end_at_the_longest_sequence() -> None:
+    layer = GrowingLayer(max_tokens=8)
+    first, token = torch.randn(2, 3, 2, 5, 4), torch.randn(2, 3, 2, 1, 4)
+    layer.update(*first)
+    for _ in range(4):  # the last is beyond what was promised
+        layer.update(*token)
+        assert layer.buffers is not None
+        assert layer.buffers[0].shape[2] == max(8, layer.get_seq_length())
+    assert torch.equal(layer.keys[:, :, :5], first[0])

@@ -325,11 +325,11 @@ def test_the_way_to_a_cluster_leaves_behind_what_verl_would_refuse() -> None:
     assert Change("rollout.cuda_graphs", False) in remedy.changes
 
 
-def test_graphs_decode_in_buffers_that_do_not_grow_and_copy_the_head() -> None:
+def test_graphs_copy_the_head() -> None:
     size = ("model.precision=bf16", "rollout.max_sequences=32")
     growing = items(plan(recipe("qwen3-8b", *size)), "rollout")
     fixed = items(plan(recipe("qwen3-8b", *size, "rollout.cuda_graphs=true")), "rollout")
-    assert fixed["KV cache"] == pytest.approx(growing["KV cache"] / 1.5)
+    assert fixed["KV cache"] == growing["KV cache"], "growing buffers end at the full length"
     assert fixed["head, copy"] == 2 * 151_936 * 4096
     assert "head, copy" not in growing
 

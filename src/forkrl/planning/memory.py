@@ -24,8 +24,6 @@ ENTROPY_CHUNK = 2048
 """Tokens whose logits verl converts to fp32 at a time for entropy (entropy_from_logits_chunk_size)."""
 TILE_BYTES = 64 * 2**20
 """A tile of logits in ForkRL's own head, which holds three at once (forkrl.head)."""
-CACHE_GROWTH = 1.5
-"""The local engine's cache grows by half when it is full."""
 Arithmetic = Literal["bf16", "autocast", "fp32"]
 """The training pass: bf16 weights (FSDP2's mixed precision), fp32 weights under bf16 autocast, or all fp32."""
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
@@ -307,12 +305,10 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
         items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy while a step decodes"))
     if config.loss.kl_coef:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
-    length, growth = full_length(config), 1.0 if graphs else CACHE_GROWTH
+    length = full_length(config)
     share, per_token = (1 - HEADROOM) * gpu.memory, shape.kv_numbers * size
-    cache = (share - sum(item.num_bytes for item in items)) / growth
-    room = "in buffers of full length" if graphs else "with room to grow"
-    wanted = sequences * length * per_token * growth
-    items.append(Item("KV cache", wanted, f"{sequences} sequences of {length:,} tokens, {room}"))
+    cache = share - sum(item.num_bytes for item in items)
+    items.append(Item("KV cache", sequences * length * per_token, f"{sequences} sequences of {length:,} tokens"))
     return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, 1, share)
 
 

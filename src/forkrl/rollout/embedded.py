@@ -190,7 +190,7 @@ def decode(
     finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
     row_S, going_S = torch.arange(num_sequences, device=device), ~finished_S
-    hidden_PD, cache, seen_PT, owner_S = read_prompts(policy, ids_S)
+    hidden_PD, cache, seen_PT, owner_S = read_prompts(policy, ids_S, max_tokens)
     select_sequences(cache, owner_S)
     hidden_SD, seen_ST = hidden_PD[owner_S], seen_PT[owner_S]
     position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
@@ -241,8 +241,10 @@ def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: T
     return policy.hidden_states(ids_S1, seen_ST, position_ids=position_S1, cache=cache, use_cache=True)[:, -1]
 
 
-def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Prefill each distinct prompt, padded on the left.
+def read_prompts(
+    policy: Policy, prompts_S: Sequence[tuple[int, ...]], max_tokens: int
+) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    """Prefill each distinct prompt, padded on the left; at most ``max_tokens`` follow.
 
     Returns last hidden states ``[P, D]``, cache, bool ``[P, T]`` (False: padding) and each sequence's prompt, ``[S]``.
     """
@@ -252,7 +254,7 @@ def read_prompts(policy: Policy, prompts_S: Sequence[tuple[int, ...]]) -> tuple[
     ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in distinct])
     mask_PT = torch.tensor([[False] * (longest - len(ids)) + [True] * len(ids) for ids in distinct])
     ids_PT, mask_PT = ids_PT.to(policy.device), mask_PT.to(policy.device)
-    cache = build_cache(policy.model.config)
+    cache = build_cache(policy.model.config, longest + max_tokens)
     hidden_PTD = policy.hidden_states(
         ids_PT, mask_PT, position_ids=(mask_PT.cumsum(1) - 1).clamp_min(0), cache=cache, use_cache=True
     )

@@ -80,7 +80,7 @@ def decode_in_strides(
     stop_ids = torch.tensor(stop_tokens(policy, sampling), device=policy.device)
     tokens_ST = torch.zeros((num_rows, most), dtype=torch.int64, device=policy.device)
     logprobs_ST, entropy_ST = torch.zeros(2, num_rows, most, device=policy.device)
-    hidden_PD, cache, seen_PT, owner_S = read_prompts(policy, ids_S)
+    hidden_PD, cache, seen_PT, owner_S = read_prompts(policy, ids_S, 0)  # step.begin copies it
     owner_S = torch.nn.functional.pad(owner_S, (0, num_rows - len(ids_S)), value=int(owner_S[0]))
     step.begin(cache, seen_PT, owner_S)
     hidden_SD = hidden_PD[owner_S]

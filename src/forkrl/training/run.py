@@ -17,6 +17,7 @@ from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
 from forkrl.model.policy import Policy, open_policy
+from forkrl.parallel.processes import return_freed_memory
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool, open_verifier
@@ -101,6 +102,8 @@ class Run:
     @contextmanager
     def phase(self, name: str, total: int = 0) -> Iterator[None]:
         """A part of a step that changes no weights and may be interrupted; samples ``total`` responses."""
+        if total:  # sampling needs memory of other sizes than the update before it
+            return_freed_memory()
         before = self.workers.sequences_finished
         self.display.phase(name, total, lambda: self.workers.sequences_finished - before)
         with self.interruption.allowed():
