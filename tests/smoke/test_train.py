@@ -270,7 +270,7 @@ def test_nothing_to_learn_ends_with_one_line_and_exit_1(world: World) -> None:
         "forkrl: training stopped at step 1: nothing to learn: every group of 12 prompts in 3"
     )
     assert "accuracy 0.000" in outcome.line
-    assert outcome.line.endswith("; no checkpoint had been saved; start a new run with another --out")
+    assert outcome.line.endswith("; no checkpoint was saved; start a new run with another --out")
     assert list((world.folder / "hopeless/checkpoints").iterdir()) == []
 
 
@@ -293,7 +293,7 @@ def test_a_run_that_diverged_saves_nothing_more(world: World) -> None:
     poison = {"point": "gradient", "count": 9, "action": "poison"}
     outcome = world.train("poisoned", "checkpoint.every=6", faults=[poison], without_report=True)
     assert outcome.code == 1
-    assert outcome.line.endswith("; no checkpoint had been saved; start a new run with another --out")
+    assert outcome.line.endswith("; no checkpoint was saved; start a new run with another --out")
     assert not outcome.line.startswith("forkrl: training stopped at step 1:")
     assert list((world.folder / "poisoned/checkpoints").iterdir()) == []
 

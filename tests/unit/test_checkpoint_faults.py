@@ -194,7 +194,7 @@ def test_a_save_that_the_system_refuses_is_undone(
         case "tokenizer":
             monkeypatch.setattr(state.tokenizer, "save_pretrained", refuse)
         case "trainer":
-            monkeypatch.setattr("forkrl.store.checkpoint.save_file", refuse)
+            monkeypatch.setattr("forkrl.store.training_state.save_file", refuse)
         case "rename":
             monkeypatch.setattr("forkrl.store.checkpoint._swap_in", refuse)
     with pytest.raises(UserError, match=r"step-5: cannot be written .*intact.*the disk is full"):

@@ -41,6 +41,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ),
     ("rollout.cuda_graphs", ["rollout.cuda_graphs=true"], "set it to false"),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
+    ("checkpoint.kind", ["checkpoint.kind=weights"], 'set it to "full"'),
     ("runtime.device", ["runtime.device=mps"], 'set it to "auto"'),
     ("runtime.device", ['runtime.device="cuda:0"'], 'set it to "auto"'),
     ("runtime.threads", ["runtime.threads=2"], "set OMP_NUM_THREADS"),

@@ -28,8 +28,10 @@ TILE_ELEMENTS_CPU = 1 << 22
 """Logits per tile on a CPU: 16 MiB in fp32, 27 rows of a vocabulary of 150,000. Two or three tiles coexist."""
 TILE_ELEMENTS = 1 << 25
 """Logits per tile elsewhere: 128 MiB in fp32, for few and large kernels."""
+BATCH_TOKENS_CPU = 2048
+"""Maximum padded tokens per forward pass on a CPU, which gains nothing from more; a longer sequence is a batch."""
 BATCH_TOKENS = 16_384
-"""Maximum padded tokens per forward pass; a longer sequence is a batch by itself."""
+"""The same elsewhere."""
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -124,7 +126,7 @@ def measure_responses(
 
     Entropy is the current policy's own, whichever model wrote the response (arXiv 2506.01939v2, eq. 1).
     """
-    batches = _batches(responses)
+    batches = _batches(responses, BATCH_TOKENS_CPU if workers.policy.device.type == "cpu" else BATCH_TOKENS)
     measured = workers.map(
         _measure_batch,
         [[responses[row] for row in batch] for batch in batches],
@@ -141,11 +143,11 @@ def measure_responses(
     return ordered
 
 
-def _batches(responses: Sequence[Written]) -> list[list[int]]:
-    """Row indices, longest first, in batches of at most ``BATCH_TOKENS`` padded tokens."""
+def _batches(responses: Sequence[Written], max_tokens: int) -> list[list[int]]:
+    """Row indices, longest first, in batches of at most ``max_tokens`` padded tokens."""
     batches: list[list[int]] = []
     for row in sorted(range(len(responses)), key=lambda row: -_length(responses[row])):
-        if batches and (len(batches[-1]) + 1) * _length(responses[batches[-1][0]]) <= BATCH_TOKENS:
+        if batches and (len(batches[-1]) + 1) * _length(responses[batches[-1][0]]) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -180,6 +182,7 @@ def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float,
         )
     lengths = [len(response.response_ids) for response in batch]
     columns: list[tuple[Tensor, ...]] = [column.cpu().split(lengths) for column in details]
+    worker.sequences_finished.add_(len(batch))
     return [TokenDetails(*parts) for parts in zip(*columns, strict=True)]
 
 

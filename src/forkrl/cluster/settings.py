@@ -328,6 +328,8 @@ REFUSED = (
         Refusal(f"forks_only.{name}", "any", "only read with training.backward")
         for name in ("projections", "prompt", "sampled", "kept_mib")
     ),
+    Refusal("checkpoint.kind", 'other than "full"', f'{_OWN_LOOP}; set it to "full"',
+            lambda c: c.checkpoint.kind != "full"),
     Refusal("runtime.device", 'other than "auto", "cuda" and "cpu"',
             'verl takes GPUs by cluster.gpus_per_node; set it to "auto"',
             lambda c: c.runtime.device not in ("auto", "cuda", "cpu")),

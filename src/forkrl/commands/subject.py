@@ -132,9 +132,9 @@ def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
     else:
         path = latest_checkpoint(checkpoints)
     if path is None:
-        raise UserError(
-            f"{reference.run}: this run has no checkpoint yet; {reference.run}@{BASE} is its starting model"
-        )
+        none = stored_config(reference.run).checkpoint.kind == "none"
+        reason = 'with checkpoint.kind = "none" this run saved no weights' if none else "this run has no checkpoint yet"
+        raise UserError(f"{reference.run}: {reason}; {reference.run}@{BASE} is its starting model")
     return Weights(str(path), None, path.name)
 
 

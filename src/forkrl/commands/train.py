@@ -49,7 +49,8 @@ def run_train(options: TrainOptions) -> int:
     try:
         _train_by_engine(config, out, options.resume, changed)
     except Interrupted as stop:
-        print(f"forkrl: {stop} {stop.outcome}; continue with: forkrl train --resume {folder}", file=sys.stderr)
+        remedy = stop.remedy or f"continue with: forkrl train --resume {folder}"
+        print(f"forkrl: {stop} {stop.outcome}; {remedy}", file=sys.stderr)
         return int(stop.exit_code)
     from forkrl.report import run_headline, write_run_report
 

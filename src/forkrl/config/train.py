@@ -213,6 +213,9 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    kind: Literal["full", "weights", "none"] = "full"
+    """"full" can be resumed exactly. "weights" has no optimizer state (a third of the size in fp32) and "none" saves
+    nothing, also not at the end: such a run cannot be resumed."""
     every: PositiveInt = 20
     """Steps between checkpoints; the last step and an interruption always save."""
     keep: PositiveInt = 2

@@ -47,7 +47,9 @@ class Worker(NamedTuple):
     policy: Policy
     reference: Policy | None
     sequences_finished: Tensor
-    """Sequences this worker has sampled, ``[1]``, readable by every process at any time."""
+    """Sequences this worker has sampled or measured, ``[1]``, readable by every process at any time."""
+    tokens: Tensor
+    """Tokens it has sampled, and the most that its unfinished sequences may still get, ``[2]``; readable likewise."""
     kept: dict[int, Any]
     """State that one function leaves in this process for a later one, by item index."""
 
@@ -56,8 +58,8 @@ class Workers:
     """The policy in this process and in ``count - 1`` others (CPU only), with its parameters in shared memory."""
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
-        self._counters = torch.zeros(count, dtype=torch.int64)
-        self.local = Worker(policy, reference, self._counters[:1], {})
+        self._counters = torch.zeros(count, 3, dtype=torch.int64)
+        self.local = Worker(policy, reference, self._counters[0, :1], self._counters[0, 1:], {})
         self.count = count
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -77,8 +79,14 @@ class Workers:
 
     @property
     def sequences_finished(self) -> int:
-        """Sequences sampled by all workers so far; grows while they work."""
-        return int(self._counters.sum())
+        """Sequences sampled or measured by all workers so far; grows while they work."""
+        return int(self._counters[:, 0].sum())
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens sampled by all workers so far, and the most that unfinished sequences may still get."""
+        sampled, room = self._counters[:, 1:].sum(0).tolist()
+        return sampled, room
 
     def __enter__(self) -> Workers:
         return self
@@ -155,7 +163,7 @@ class Workers:
             raise UserError(f"no memory for weights that workers share ({error}); set runtime.workers=1") from error
         memory.adopt_weights(self.local, fill=True)
         self._counters = memory.counters
-        self.local = self.local._replace(sequences_finished=self._counters[:1])
+        self.local = self.local._replace(sequences_finished=self._counters[0, :1], tokens=self._counters[0, 1:])
         for rank in range(self.count - 1):
             self._start_process(memory, rank, threads)
             self._gradients.append(memory.gradients(self.policy, rank))
@@ -244,7 +252,8 @@ def serve() -> None:
         worker: Worker = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
         memory = _SharedMemory(worker, others, memory_fd)
         memory.adopt_weights(worker, fill=False)
-        worker = worker._replace(sequences_finished=memory.counters[rank + 1 : rank + 2])
+        own = memory.counters[rank + 1]
+        worker = worker._replace(sequences_finished=own[:1], tokens=own[1:])
         for parameter, gradient in zip(_trained(worker.policy), memory.gradients(worker.policy, rank), strict=True):
             parameter.grad = gradient
         memory.close_file()
@@ -278,20 +287,21 @@ def _answer(worker: Worker, function: Callable[..., Any], items: list[Any], argu
 
 
 class _SharedMemory:
-    """One block: weights of policy and reference, gradients of each other worker, a counter per worker."""
+    """One block: weights of policy and reference, gradients of each other worker, three counters per worker."""
 
     def __init__(self, worker: Worker, others: int, fd: int | None = None) -> None:
         weights = sum(_size(parameter) for parameter in _parameters(worker))
         self._gradients_start = weights
         self._gradients_size = sum(_size(parameter) for parameter in _trained(worker.policy))
         counters_start = weights + others * self._gradients_size
-        total = counters_start + 8 * (others + 1)
+        total = counters_start + 3 * 8 * (others + 1)
         if fd is None:
             fd = _open_unnamed()
             os.truncate(fd, total)
         self.fd = fd
         self._memory = mmap.mmap(fd, total)
-        self.counters = torch.frombuffer(self._memory, dtype=torch.int64, count=others + 1, offset=counters_start)
+        counters = torch.frombuffer(self._memory, dtype=torch.int64, count=3 * (others + 1), offset=counters_start)
+        self.counters = counters.view(-1, 3)
 
     def adopt_weights(self, worker: Worker, *, fill: bool) -> None:
         """Make the parameters views of the block; ``fill`` copies their values into it first."""

@@ -159,7 +159,12 @@ def _decode_part(
 ) -> Iterator[tuple[int, Rollout]]:
     prefixes_S, seed = part
     generator = torch.Generator(worker.policy.device).manual_seed(seed)
-    for ended in decode(worker.policy, prefixes_S, sampling, generator):
+
+    def count(sampled: int, room: int) -> None:
+        worker.tokens[0] += sampled
+        worker.tokens[1] = room
+
+    for ended in decode(worker.policy, prefixes_S, sampling, generator, on_step=count):
         worker.sequences_finished.add_(1)
         yield ended
 
@@ -175,11 +180,13 @@ def decode(
     sampling: SamplingParams,
     generator: torch.Generator,
     interrupted: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int, int], None] = lambda sampled, room: None,
 ) -> Iterator[tuple[int, Rollout]]:
     """Decode one batch; yield each rollout, with its index in the batch, as soon as it ends.
 
-    ``interrupted`` is called after every token; once True, the remaining sequences are yielded unfinished. Buffers keep
-    the original order; ``row_S`` maps the decoding batch to it.
+    ``interrupted`` is called after every token; once True, the remaining sequences are yielded unfinished. ``on_step``
+    is told how many tokens were sampled and how many may follow. Buffers keep the original order; ``row_S`` maps the
+    decoding batch to it.
     """
     device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
     stop_ids = torch.tensor(stop_tokens(policy, sampling), device=device)
@@ -207,6 +214,7 @@ def decode(
 
         before_S, going_S = going_S, ~finished_S[row_S] & (lengths_S[row_S] > step + 1)
         num_going = int(going_S.sum())
+        on_step(num_before, int((lengths_S[row_S] * going_S).sum()) - num_going * (step + 1))
         if num_going < num_before:
             for row in row_S[before_S & ~going_S].tolist():
                 length, finished = int(lengths_S[row]), bool(finished_S[row])

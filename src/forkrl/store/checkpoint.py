@@ -8,9 +8,10 @@
       trainer/progress.json            other state of the training loop
       manifest.json                    size and SHA-256 of all the above, written last
 
-A save builds and syncs the folder under a hidden name, renames it, and then removes older ones. Hidden names tell the
-next save what a killed one left: ``.saving-`` is incomplete, ``.removing-`` half deleted, ``.replaced-`` a complete
-older checkpoint of the same step, moved aside between two renames.
+A checkpoint of weights only has no ``trainer/`` (``training_state.py``). A save builds and syncs the folder under a
+hidden name, renames it, and then removes older ones. Hidden names tell the next save what a killed one left:
+``.saving-`` is incomplete, ``.removing-`` half deleted, ``.replaced-`` a complete older checkpoint of the same step,
+moved aside between two renames.
 """
 
 from __future__ import annotations
@@ -29,20 +30,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from forkrl.errors import UserError, first_line
 from forkrl.store.atomic import explained_write_errors, fsync
+from forkrl.store.training_state import (
+    PROGRESS,
+    TRAINING_FILES,
+    described,
+    read_json,
+    read_optimizer,
+    read_random_states,
+    restore_random_states,
+    write_exactly,
+    write_training_state,
+)
 
 MANIFEST = "manifest.json"
-OPTIMIZER_TENSORS = "trainer/optimizer.safetensors"
-OPTIMIZER_GROUPS = "trainer/optimizer.json"
-RANDOM_STATES = "trainer/rng.safetensors"
-PROGRESS = "trainer/progress.json"
 FORMAT = 1
 
 _SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
@@ -67,6 +73,7 @@ def save_checkpoint(
     generators: Mapping[str, torch.Generator],
     progress: Mapping[str, Any],
     keep: int,
+    weights_only: bool = False,
 ) -> Path:
     """Write ``checkpoints/step-N`` so that a complete checkpoint exists at every instant; only one process may write.
 
@@ -76,6 +83,7 @@ def save_checkpoint(
         generators: the run's random generators by name; PyTorch's global ones are saved too.
         progress: other state of the training loop, as JSON.
         keep: checkpoints to keep, including the new one. Checkpoints of later steps are removed too.
+        weights_only: write only model and tokenizer, which cannot be resumed from.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least the new checkpoint has to stay")
@@ -86,12 +94,9 @@ def save_checkpoint(
             with _no_progress_bars():
                 model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            (folder / "trainer").mkdir()
-            save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_TENSORS)
-            _write_exactly(folder / OPTIMIZER_GROUPS, _optimizer_groups(model, optimizer))
-            save_file(_random_states(generators), folder / RANDOM_STATES)
-            _write_exactly(folder / PROGRESS, dict(progress))
-            _write_manifest(folder, step)
+            if not weights_only:
+                write_training_state(folder, model, optimizer, generators, progress)
+            _write_manifest(folder, step, weights_only=weights_only)
         _prune(checkpoints, step, keep)
     return final
 
@@ -151,15 +156,20 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore a verified checkpoint in place, bit for bit; validate everything before changing anything."""
     weights = _read_weights(path, model)
-    optimizer_state = _read_optimizer(path, model, optimizer)
-    states = _read_random_states(path, generators)
-    progress = _read_json(path / PROGRESS)
+    optimizer_state = read_optimizer(path, model, optimizer)
+    states = read_random_states(path, generators)
+    progress = read_json(path / PROGRESS)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(weights[name])
     optimizer.load_state_dict(optimizer_state)
-    _restore_random_states(path, states, generators)  # last: nothing after it may draw a random number
+    restore_random_states(path, states, generators)  # last: nothing after it may draw a random number
     return progress
+
+
+def is_resumable(path: Path) -> bool:
+    """Whether a checkpoint has the state of training, not only weights."""
+    return PROGRESS in _read_manifest(path)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -260,7 +270,7 @@ def _write_manifest(folder: Path, step: int, *, weights_only: bool = False) -> N
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"format": FORMAT, "step": step, "files": files} | ({"weights_only": True} if weights_only else {})
-    _write_exactly(folder / MANIFEST, manifest)
+    write_exactly(folder / MANIFEST, manifest)
     fsync(folder / MANIFEST)
     fsync(folder)
 
@@ -283,7 +293,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     for name in listed:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             raise UserError(f"{file}: damaged checkpoint: it lists {name!r}, outside the checkpoint")
-    training = set() if weights_only else {OPTIMIZER_TENSORS, OPTIMIZER_GROUPS, RANDOM_STATES, PROGRESS}
+    training = set() if weights_only else TRAINING_FILES
     for name in sorted(({"config.json"} | training) - listed.keys()):
         raise UserError(f"{file}: damaged checkpoint: it does not list {name}")
     return listed
@@ -307,31 +317,9 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_exactly(path: Path, value: dict[str, Any]) -> None:
-    """Raises ValueError for NaN and infinity: null would change the resumed values."""
-    path.write_text(json.dumps(value, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds no JSON object")
-    return value
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as safetensors ({first_line(error)})") from error
-
-
 def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     """Saved weights by ``state_dict`` name, read by ``from_pretrained`` since tied and fused weights differ on disk."""
-    config, dtype = _read_json(path / "config.json"), str(model.dtype).removeprefix("torch.")
+    config, dtype = read_json(path / "config.json"), str(model.dtype).removeprefix("torch.")
     kind, here_kind = f"{config.get('model_type')} in {config.get('dtype')}", f"{model.config.model_type} in {dtype}"
     if kind != here_kind:
         raise UserError(f"{path}: checkpoint of another model: {kind}, this run trains {here_kind}")
@@ -348,8 +336,8 @@ def _read_weights(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
         if name not in saved or name in report["missing_keys"]:
             raise UserError(f"{path}: checkpoint of another model: it has no {name}")
         if saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
-            there = _described(saved[name])
-            raise UserError(f"{path}: checkpoint of another model: {name} is {there}, here {_described(tensor)}")
+            there = described(saved[name])
+            raise UserError(f"{path}: checkpoint of another model: {name} is {there}, here {described(tensor)}")
     for name in sorted({*report["unexpected_keys"], *saved.keys() - here.keys()}):
         raise UserError(f"{path}: checkpoint of another model: it holds {name}, which this model lacks")
     # Weights of equal shapes can belong to another model: other heads, rotary base or tying.
@@ -371,100 +359,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _optimizer_groups(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [{**group, "params": [names[id(each)] for each in group["params"]]} for group in optimizer.param_groups]
-    return {"class": type(optimizer).__name__, "param_groups": groups}
-
-
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by ``key/parameter``."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{type(optimizer).__name__} keeps {key} as {type(value).__name__}, not as a tensor")
-            tensors[f"{key}/{name}"] = value.contiguous()
-    return tensors
-
-
-def _read_optimizer(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A dict for ``optimizer.load_state_dict``, which matches parameters by their order in the groups."""
-    file, tensors = path / OPTIMIZER_GROUPS, _read_tensors(path / OPTIMIZER_TENSORS)
-    saved, current = _read_json(file), _optimizer_groups(model, optimizer)
-    here = [group["params"] for group in current["param_groups"]]
-    try:
-        there, kind = [list(group["params"]) for group in saved["param_groups"]], saved["class"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read as parameter groups ({type(error).__name__}: {error})") from error
-    if kind != current["class"]:
-        raise UserError(f"{file}: checkpoint of another optimizer: {kind}, this run uses {current['class']}")
-    if there != here:
-        raise UserError(
-            f"{file}: checkpoint of another model or optimizer: groups of {list(map(len, there))} parameters, "
-            f"here {list(map(len, here))}; first difference: {_first_difference(there, here)}"
-        )
-    names = set(itertools.chain(*here))
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in names}
-    state: dict[str, dict[str, Tensor]] = {}
-    for label, tensor in tensors.items():
-        key, _, name = label.partition("/")
-        if name not in shapes or (tensor.dim() and tensor.shape != shapes[name]):
-            raise UserError(f"{path / OPTIMIZER_TENSORS}: checkpoint of another model: {label} is {_described(tensor)}")
-        state.setdefault(name, {})[key] = tensor
-    groups = [
-        {key: tuple(value) if isinstance(now.get(key), tuple) else value for key, value in group.items()}
-        for now, group in zip(current["param_groups"], saved["param_groups"], strict=True)
-    ]
-    return {"state": state, "param_groups": groups}
-
-
-def _first_difference(there: list[list[str]], here: list[list[str]]) -> str:
-    flat = itertools.chain.from_iterable
-    pairs = itertools.zip_longest(flat(there), flat(here), fillvalue="nothing")
-    return next((f"{a} there, {b} here" for a, b in pairs if a != b), "where one group ends")
-
-
-def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    states = {"torch/cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states |= {f"torch/cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states | {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
-
-
-def _read_random_states(path: Path, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    """The saved states, checked against these generators; nothing is set yet."""
-    file = path / RANDOM_STATES
-    states = _read_tensors(file)
-    there = {label.partition("/")[2] for label in states if label.startswith("generator/")}
-    if there != set(generators):
-        raise UserError(f"{file}: random generators {sorted(there)}, this run has {sorted(generators)}")
-    for name, generator in generators.items():
-        if states[f"generator/{name}"].shape != generator.get_state().shape:
-            raise UserError(
-                f"{file}: random generator {name!r} lived on another kind of device than {generator.device}; "
-                f"resume where the run was started"
-            )
-    if "torch/cpu" not in states:
-        raise UserError(f"{file}: no random state of the CPU")
-    return states
-
-
-def _restore_random_states(path: Path, states: Mapping[str, Tensor], generators: Mapping[str, torch.Generator]) -> None:
-    for name, generator in generators.items():
-        generator.set_state(states[f"generator/{name}"])
-    torch.set_rng_state(states["torch/cpu"])
-    saved = sum(label.startswith("torch/cuda:") for label in states)
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if saved > devices:
-        _log.warning(
-            "%s: saved with %d CUDA devices, here are %d: no longer the same run to the bit", path, saved, devices
-        )
-    for index in range(min(devices, saved)):
-        torch.cuda.set_rng_state(states[f"torch/cuda:{index}"], index)
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -19,6 +19,7 @@ class Interrupted(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
         self.outcome = "and saved"
+        self.remedy = ""
 
 
 class Interruption:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from forkrl.config import CHANGEABLE, TrainConfig
 from forkrl.config.recipe import parse_recipe, recipe_differences
@@ -45,6 +46,33 @@ def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]
         f"({'a run by verl keeps all its settings' if by_verl else rule}), or start a new run with another "
         f"--out{weights}"
     )
+
+
+def require_training_state(folder: Path, newest: Path | None, kind: str) -> None:
+    """Refuse a run without state to resume from; ``kind``: the checkpoint.kind it was started with."""
+    from forkrl.store.checkpoint import is_resumable
+
+    if newest is None and kind == "none":
+        raise UserError(
+            f'{folder}: with checkpoint.kind = "none" it saved nothing to resume from; start a new run with another '
+            f"--out"
+        )
+    if newest is not None and not is_resumable(newest):
+        raise UserError(
+            f"{newest}: holds weights without the optimizer's state, so the run cannot be resumed; start a new run "
+            f"from them: model.path={newest} and another --out"
+        )
+
+
+def require_progress(path: Path, progress: Mapping[str, Any], random_stream: int) -> None:
+    """Refuse a checkpoint of another version."""
+    missing = {"step", "gradient_steps", "prompts", "evaluated_step", "metrics_bytes"} - progress.keys()
+    if missing or progress.get("random_stream") != random_stream:
+        difference = f"its progress lacks {', '.join(sorted(missing))}" if missing else "seeds gave other responses"
+        raise UserError(
+            f"{path}: saved by another version of ForkRL ({difference}); start a new run from its weights: "
+            f"model.path={path} and another --out"
+        )
 
 
 def describe_resume(

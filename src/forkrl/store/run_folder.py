@@ -190,6 +190,16 @@ class RunFolder:
             records.append(record)
         return records
 
+    def evaluation_bytes(self, start: int, step: int) -> int:
+        """Length of the metrics.jsonl line at ``start`` if it is the step's evaluation, else 0."""
+        line, newline, _ = (self.path / "metrics.jsonl").read_bytes()[start:].partition(b"\n")
+        try:
+            record = json.loads(line)
+        except ValueError:  # missing or incomplete line
+            return 0
+        logged = newline and isinstance(record, dict) and record.get("step") == step and "eval/accuracy" in record
+        return len(line + newline) if logged else 0
+
     def _size(self) -> int:
         return os.fstat(self._metrics.fileno()).st_size
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +29,13 @@ from forkrl.rollout.scoring import none_judged
 from forkrl.store.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from forkrl.store.interruption import Interrupted, Interruption
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
-from forkrl.store.resuming import accepted_changes, describe_resume, stored_config
+from forkrl.store.resuming import (
+    accepted_changes,
+    describe_resume,
+    require_progress,
+    require_training_state,
+    stored_config,
+)
 from forkrl.store.run_folder import RunFolder, refuse_occupied
 from forkrl.tasks import PromptStream, open_stream, open_task, repeated_prompts
 from forkrl.training.forks_only import require_forks_only
@@ -184,8 +189,8 @@ class Run:
         self._evaluated_step = self.step
 
     def save(self) -> None:
-        """Write a checkpoint of the finished steps, unless there is one."""
-        if self._saved_step == self.step:
+        """Write a checkpoint of the finished steps, unless there is one or the recipe wants none."""
+        if self._saved_step == self.step or self.config.checkpoint.kind == "none":
             return
         self.display.phase("save")
         save_checkpoint(
@@ -204,6 +209,7 @@ class Run:
                 "evaluated_step": self._evaluated_step,
             },
             keep=self.config.checkpoint.keep,
+            weights_only=self.config.checkpoint.kind == "weights",
         )
         self._saved_step = self.step
 
@@ -217,24 +223,20 @@ class Run:
     def restore(self) -> int:
         """Restore the newest complete checkpoint, if any, and return the length of metrics.jsonl at that checkpoint.
 
-        Raises UserError if it is beyond training.steps or of another version. The folder is not changed.
+        Raises UserError if it is beyond training.steps, of another version or without training state. The folder is not
+        changed.
         """
         path = latest_checkpoint(self.folder.checkpoints)
+        require_training_state(self.folder.path, path, self.folder.recipe["checkpoint"].get("kind", "full"))
         if path is None:
             return 0
         progress = load_checkpoint(
             path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
         )
-        missing = {"step", "gradient_steps", "prompts", "evaluated_step", "metrics_bytes"} - progress.keys()
-        if missing or progress.get("random_stream") != RANDOM_STREAM:
-            difference = f"its progress lacks {', '.join(sorted(missing))}" if missing else "seeds gave other responses"
-            raise UserError(
-                f"{path}: saved by another version of ForkRL ({difference}); start a new run from its weights: "
-                f"model.path={path} and another --out"
-            )
+        require_progress(path, progress, RANDOM_STREAM)
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
         self.prompts.restore(progress["prompts"])
-        evaluation_bytes = self._evaluation_bytes(progress["metrics_bytes"])
+        evaluation_bytes = self.folder.evaluation_bytes(progress["metrics_bytes"], self.step)
         self._evaluated_step = self.step if evaluation_bytes else progress["evaluated_step"]
         if self.step > self.config.training.steps:
             raise UserError(
@@ -258,21 +260,11 @@ class Run:
     def recovery_hint(self) -> str:
         """What the user can do with a run that cannot continue with its recipe."""
         if self._saved_step is None:
-            return "no checkpoint had been saved; start a new run with another --out"
+            return "no checkpoint was saved; start a new run with another --out"
         return (
             f"the checkpoint of step {self._saved_step} is intact; to continue with other settings, start a new run "
             f"from its weights: model.path={self.folder.checkpoints / f'step-{self._saved_step}'} and another --out"
         )
-
-    def _evaluation_bytes(self, start: int) -> int:
-        """Length of the metrics.jsonl line at ``start`` if it is this step's evaluation, else 0."""
-        line, newline, _ = (self.folder.path / "metrics.jsonl").read_bytes()[start:].partition(b"\n")
-        try:
-            record = json.loads(line)
-        except ValueError:  # missing or incomplete line
-            return 0
-        logged = newline and isinstance(record, dict) and record.get("step") == self.step and "eval/accuracy" in record
-        return len(line + newline) if logged else 0
 
     def _mark(self) -> None:
         self._step_start = (self.prompts.state(), self.generator.get_state())
@@ -435,15 +427,18 @@ def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
         if new and run.is_empty:  # the corrected command can use the same folder
             run.folder.remove()
         raise
-    except Interrupted:
+    except Interrupted as stop:
         run.stop()
+        if run.config.checkpoint.kind != "full":
+            stop.outcome, stop.remedy = f"after step {run.step}", run.recovery_hint()
         raise
     except NothingToLearn as error:
         if run.step:
             run.stop()
         raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
     except WorkerLost as error:  # not saved: the worker may have died between the gradient steps of a batch
-        remedy = f"continue with: forkrl train --resume {run.folder.path}"
+        resumable = run.config.checkpoint.kind == "full"
+        remedy = f"continue with: forkrl train --resume {run.folder.path}" if resumable else run.recovery_hint()
         raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
     except TrainingHalted as error:  # not saved: the weights may be the cause
         raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
