@@ -185,7 +185,7 @@ class TestSave:
         assert list(tmp_path.iterdir()) == []
 
 
-def interrupt(*_: Any) -> None:
+def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 

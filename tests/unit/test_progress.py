@@ -15,6 +15,7 @@ from forkrl.config import LossConfig, SelectionConfig, TrainConfig
 from forkrl.errors import printable
 from forkrl.report.formatting import duration
 from forkrl.report.progress import TrainingDisplay, describe_selection, elapsed, progress, sparkline
+from forkrl.report.remaining import Counts, SamplingShare
 
 
 class Terminal(io.StringIO):
@@ -232,9 +233,9 @@ def test_progress_in_a_log_speaks_every_five_seconds_and_passes_everything_throu
     seen = list(progress(range(6), "evaluating", stream=stream, clock=ticking(3.0)))
     assert seen == list(range(6))
     assert stream.getvalue().splitlines() == [
-        "evaluating  2/6  left 12 s",
-        "evaluating  4/6  left 6 s",
-        "evaluating  6/6  left 0 s",
+        "evaluating  2/6  6.0 s  left 12 s",
+        "evaluating  4/6  12 s  left 6.0 s",
+        "evaluating  6/6  18 s  left 0 s",
     ]
 
 
@@ -243,7 +244,7 @@ def test_short_work_prints_nothing_and_unknown_totals_are_counted() -> None:
     list(progress(range(100), "evaluating", stream=stream, clock=ticking(0.01)))
     assert stream.getvalue() == ""
     list(progress(iter("ab"), "reading", stream=stream, clock=ticking(6.0)))
-    assert stream.getvalue().splitlines() == ["reading  1", "reading  2"]
+    assert stream.getvalue().splitlines() == ["reading  1  6.0 s", "reading  2  12 s"]
 
 
 def test_progress_counts_what_is_finished_inside_a_batch() -> None:
@@ -257,6 +258,21 @@ def test_progress_counts_what_is_finished_inside_a_batch() -> None:
         yield from range(9)
 
     assert len(list(progress(batches(), "working", total=9, finished=lambda: 7, stream=stream))) == 9
+
+
+def test_responses_that_go_on_are_not_taken_for_as_short_as_the_first_to_finish() -> None:
+    counts = Counts(7, 1000, 0)  # of earlier work
+    share = SamplingShare(lambda: counts, total=64, wave=32, max_tokens=100)
+    assert share() == 0
+    counts = Counts(7, 1000 + 32 * 50, 32 * 50)  # half of the first wave, and none has ended
+    assert share() == pytest.approx(0.25)
+    counts = Counts(7 + 16, 1000 + 32 * 50, 16 * 50)  # half of it has just ended
+    assert share.finished() == 16
+    assert 0.25 < share() < 0.5
+    counts = Counts(7 + 32, 1000 + 2000, 0)  # the first wave is done
+    assert 0.4 < share() <= 0.5
+    counts = Counts(7 + 64, 1000 + 4000, 0)
+    assert share() == 1
 
 
 def test_progress_on_a_terminal_draws_a_bar() -> None:

@@ -106,7 +106,10 @@ def _sample_missing(
         threshold = stored_threshold(folder, settings[0])
     steps = [(setting, index) for setting in missing for index in range(len(waves))]
     groups: list[RolloutGroup] = []
-    for setting, index in progress(steps, "sampling"):
+    total, before = num_samples * sum(len(waves[index]) for _, index in steps), session.workers.sequences_finished
+    for setting, index in progress(
+        steps, "sampling", total=total, finished=lambda: session.workers.sequences_finished - before
+    ):
         if index == 0:
             groups, generator = [], evaluation_generator(session.config.seed, session.policy.device)
         groups += _sample(session, waves[index], setting, num_samples, threshold, generator)

@@ -189,7 +189,9 @@ def _measure_checkpoints(folder: Path, series: Sequence[Checkpoint], subject: Su
         model = config.model.model_copy(update={"path": checkpoint.path, "revision": checkpoint.revision})
         policy = open_policy(model, config.runtime.device)
         with open_workers(policy, None, config.runtime) as workers:
-            for path in progress(missing, f"measuring {checkpoint.name} ({place + 1} of {len(series) - 1})"):
+            total = sum(pq.read_metadata(path).num_rows for path in missing)
+            description = f"measuring {checkpoint.name} ({place + 1} of {len(series) - 1})"
+            for path in progress(missing, description, total=total, finished=lambda: workers.sequences_finished):
                 with reading_parquet(path):
                     rows = pq.read_table(path, columns=["prompt_token_ids", "token_ids"]).to_pydict()
                 written = [Written(tuple(p), tuple(r)) for p, r in zip(*rows.values(), strict=True)]

@@ -234,7 +234,11 @@ def _sample_and_judge(
             judge(request, text)
         responses = sampler.sample(missing, sampling, files.grid)
         for sampled in progress(
-            responses, f"{title}: responses", total=len(missing), finished=lambda: sampler.finished() - before
+            responses,
+            f"{title}: responses",
+            total=len(missing),
+            finished=lambda: sampler.finished() - before,
+            share=sampler.share(len(missing), sampling),
         ):
             files.add_response(sampled)
             judge(sampled.request, sampled.text)

@@ -68,6 +68,12 @@ class ReadyResponses:
         self._parts = _cut(by_prompt)
         self.num_parts = len(self._parts)
 
+    def num_responses(self, index: int) -> int:
+        return len(self._parts[index])
+
+    def share(self, responses: int) -> None:
+        """Nothing is sampled."""
+
     def part(self, index: int) -> list[SourceResponse]:
         responses = []
         with self._path.open("rb") as file:

@@ -6,6 +6,7 @@ split into parts does not depend on interruptions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,11 +29,13 @@ from forkrl.errors import UserError, notice
 from forkrl.model.policy import open_policy
 from forkrl.model.token_texts import TokenTexts
 from forkrl.parallel.workers import Workers, open_workers
-from forkrl.report.progress import progress
+from forkrl.report.progress import counting
+from forkrl.report.remaining import SamplingShare
 from forkrl.rollout.held_out import evaluation_sampling
 from forkrl.rollout.scoring import score_groups
 from forkrl.store.parquet import part_path, part_paths, reading_parquet, writing_parquet
 from forkrl.store.run_folder import encodable_text
+from forkrl.types import Prompt
 
 RESPONSE_SCHEMA = pa.schema(
     [
@@ -48,6 +51,8 @@ RESPONSE_SCHEMA = pa.schema(
         pa.field("failure", pa.string(), nullable=False),  # why the verifier could not judge
     ]
 )
+MEASURING_COST = 0.5
+"""Time to measure a response relative to sampling it, until a part has shown it; only for the time left."""
 GROUP_TOKENS = 1 << 16
 """Tokens per row group: bounds memory when reading and writing, unless one response is longer."""
 
@@ -131,6 +136,12 @@ class ResponseSource(Protocol):
         """Responses of a part, ordered by prompt; deterministic."""
         ...
 
+    def num_responses(self, index: int) -> int: ...
+
+    def share(self, responses: int) -> SamplingShare | None:
+        """How much of the sampling of so many responses is done; None if nothing is sampled."""
+        ...
+
 
 class GeneratedResponses:
     """``num_samples`` responses per prompt of the session; each part has a generator seeded by seed and part number."""
@@ -142,9 +153,17 @@ class GeneratedResponses:
         self._prompts_per_part = prompts_per_part
         self.num_parts = -(-len(session.prompts) // prompts_per_part)
 
+    def num_responses(self, index: int) -> int:
+        return len(self._prompts(index)) * self._num_samples
+
+    def share(self, responses: int) -> SamplingShare:
+        return SamplingShare.of(self._session.engine, responses, self._sampling.max_response_tokens)
+
+    def _prompts(self, index: int) -> Sequence[Prompt]:
+        return self._session.prompts[index * self._prompts_per_part :][: self._prompts_per_part]
+
     def part(self, index: int) -> list[SourceResponse]:
-        start = index * self._prompts_per_part
-        prompts = self._session.prompts[start : start + self._prompts_per_part]
+        start, prompts = index * self._prompts_per_part, self._prompts(index)
         seed = part_seed("responses", self._session.config.seed, index)
         generator = torch.Generator(self._session.policy.device).manual_seed(seed)
         groups = self._session.engine.generate(
@@ -180,15 +199,66 @@ def write_missing_parts(folder: Path, source: ResponseSource, workers: Workers, 
     ]
     say_kept(source.num_parts - len(missing), source.num_parts, "parts", folder)
     texts = TokenTexts(workers.policy.tokenizer)
-    for index in progress(missing, "measuring tokens"):
-        responses = source.part(index)
-        with writing_parquet(part_path(folder / "tokens", index), TOKEN_SCHEMA) as writer:
-            for group in _groups(responses):
-                written = [response.written for response in group]
-                details = measure_responses(workers, written, temperature=temperature, top=TOP)
-                writer.write_table(token_rows(group, details, texts))
-        with writing_parquet(part_path(folder / "responses", index), RESPONSE_SCHEMA) as writer:
-            writer.write_table(_response_rows(responses))
+    work = _Work(source, workers, sum(map(source.num_responses, missing)))
+    with counting(work.stage, work.total, work.finished, work.share):
+        for index in missing:
+            work.sample(source.num_responses(index))
+            responses = source.part(index)
+            work.measure()
+            with writing_parquet(part_path(folder / "tokens", index), TOKEN_SCHEMA) as writer:
+                for group in _groups(responses):
+                    written = [response.written for response in group]
+                    details = measure_responses(workers, written, temperature=temperature, top=TOP)
+                    writer.write_table(token_rows(group, details, texts))
+            with writing_parquet(part_path(folder / "responses", index), RESPONSE_SCHEMA) as writer:
+                writer.write_table(_response_rows(responses))
+            work.end_part()
+
+
+class _Work:
+    """How far the parts are: each is sampled, unless its responses are given, and then measured."""
+
+    def __init__(self, source: ResponseSource, workers: Workers, total: int) -> None:
+        self.total = total
+        self._source, self._workers = source, workers
+        self._done = self._size = self._before = 0
+        self._sampling: SamplingShare | None = None
+        self._began = time.monotonic()
+        self._seconds = [0.0, 0.0]  # sampling and measuring the finished parts
+        self._sampled = False
+
+    def sample(self, size: int) -> None:
+        """Begin a part of ``size`` responses."""
+        self._size, self._sampling = size, self._source.share(size)
+        self._sampled = self._sampling is not None
+        self._began = time.monotonic()
+
+    def measure(self) -> None:
+        self._sampling, self._before = None, self._workers.sequences_finished
+        self._seconds[0] += time.monotonic() - self._began
+        self._began = time.monotonic()
+
+    def end_part(self) -> None:
+        self._seconds[1] += time.monotonic() - self._began
+        self._done, self._size = self._done + self._size, 0
+        self._before = self._workers.sequences_finished
+
+    def stage(self) -> str:
+        return "sampling responses" if self._sampling else "measuring tokens"
+
+    def finished(self) -> int:
+        """Responses of this stage, in all parts."""
+        sampling = self._sampling
+        return self._done + (sampling.finished() if sampling else self._workers.sequences_finished - self._before)
+
+    def share(self) -> float:
+        sampling = self._sampling
+        if sampling is None and not self._sampled:
+            return self.finished() / self.total
+        cost = self._seconds[1] / self._seconds[0] if self._done else MEASURING_COST
+        sampled = self._done + self._size * (sampling() if sampling else 1)
+        measured = self._done if sampling else self.finished()
+        return (sampled + cost * measured) / (1 + cost) / self.total
 
 
 def read_responses(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from forkrl.report.remaining import SamplingShare
 from forkrl.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:  # torch, not needed with a server
@@ -79,6 +80,10 @@ class Sampler(ABC):
         """Responses sampled so far, yielded or not; 0 if each is yielded immediately."""
         return 0
 
+    def share(self, responses: int, sampling: EvalSampling) -> Callable[[], float] | None:
+        """How much of the sampling of so many responses is done; None: as many as are finished."""
+        return None
+
 
 class EmbeddedSampler(Sampler):
     """The embedded engine, which samples in waves with shared random numbers.
@@ -120,3 +125,6 @@ class EmbeddedSampler(Sampler):
 
     def finished(self) -> int:
         return self.engine.workers.sequences_finished
+
+    def share(self, responses: int, sampling: EvalSampling) -> Callable[[], float]:
+        return SamplingShare.of(self.engine, responses, sampling.max_response_tokens)

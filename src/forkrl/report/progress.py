@@ -22,7 +22,6 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -261,38 +260,67 @@ def progress(
     *,
     total: int | None = None,
     finished: Callable[[], int] = int,
+    share: Callable[[], float] | None = None,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
-    """Yield ``items`` and show how many are done and the time left.
+    """Yield ``items`` and show how many are done, the time taken and the time left.
 
     A terminal gets a bar, a log one line every five seconds, on standard error by default. ``total``: number of items
-    if ``len(items)`` is unknown. ``finished``: number of items done so far, if ``items`` come in batches.
+    if ``len(items)`` is unknown. ``finished``: number of items done so far, if ``items`` come in batches. ``share``:
+    share of the work done, if items differ in work.
     """
-    stream = stream or sys.stderr
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
+    done = 0
+    with counting(description, count, lambda: max(done, finished()), share, stream=stream, clock=clock) as show:
+        for item in items:
+            yield item
+            done += 1
+            show()
+
+
+@contextmanager
+def counting(
+    description: str | Callable[[], str],
+    total: int | None,
+    finished: Callable[[], int],
+    share: Callable[[], float] | None = None,
+    *,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[], None]]:
+    """Show, while the block runs, how many of ``total`` are ``finished``; yields a function that shows it at once."""
+    stream = stream or sys.stderr
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
-    done, description = 0, printable(description)
+    began = clock()
 
-    def number() -> int:
-        return max(done, finished()) if count is None else min(max(done, finished()), count)
+    def name() -> str:
+        return printable(description if isinstance(description, str) else description())
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    def times(number: int, now: float) -> str:
+        """Time taken and left."""
+        taken, done = now - began, share() if share is not None else number / total if total else 0.0
+        left = f"  left {duration(taken * (1 - done) / done)}" if done else ""
+        return f"{duration(taken)}{left}"
+
+    texts = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[times]"))
+    columns = (next(texts), BarColumn(), MofNCompleteColumn(), next(texts))
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(description, total=count)
+    task = bar.add_task(name(), total=total, times="")
+    lines = _lines(name, total, times, stream, clock, began)
 
-    def draw(number: int) -> None:
-        bar.update(task, completed=number)
+    def show() -> None:
+        number = finished() if total is None else min(finished(), total)
+        if console.is_terminal:
+            bar.update(task, description=name(), completed=number, times=times(number, clock()))
+        else:
+            lines(number)
 
-    show = draw if console.is_terminal else _lines(description, count, stream, clock)
-    repeat = _Repeat(0.5 if console.is_terminal else _PLAIN_EVERY_S, lambda: show(number()))
+    repeat = _Repeat(0.5 if console.is_terminal else _PLAIN_EVERY_S, show)
     with bar if console.is_terminal else nullcontext():
         repeat.start()
         try:
-            for item in items:
-                yield item
-                done += 1
-                show(number())
+            yield show
         finally:
             repeat.stop()
 
@@ -319,18 +347,24 @@ def elapsed(
         repeat.stop()
 
 
-def _lines(description: str, count: int | None, stream: TextIO, clock: Callable[[], float]) -> Callable[[int], None]:
-    began = spoke = clock()
+def _lines(
+    name: Callable[[], str],
+    total: int | None,
+    times: Callable[[int, float], str],
+    stream: TextIO,
+    clock: Callable[[], float],
+    began: float,
+) -> Callable[[int], None]:
+    spoke = began
     lock = threading.Lock()
 
     def show(number: int) -> None:
         nonlocal spoke
         with lock:
             now = clock()
-            if not number or now - spoke < _PLAIN_EVERY_S:
+            if now - spoke < _PLAIN_EVERY_S:
                 return
             spoke = now
-            left = f"/{count}  left {duration((now - began) / number * (count - number))}" if count else ""
-            write_line(stream, f"{description}  {number}{left}")
+            write_line(stream, f"{name()}  {number}{f'/{total}' if total else ''}  {times(number, now)}")
 
     return show

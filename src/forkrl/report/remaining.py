@@ -1,0 +1,67 @@
+"""How much of the sampling of responses is done, from counters that decoding advances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # avoids importing torch
+    from forkrl.parallel.workers import Workers
+
+
+class Counts(NamedTuple):
+    """So far: responses finished, tokens sampled, and the most tokens that unfinished ones may still get."""
+
+    finished: int
+    tokens: int
+    room: int
+
+
+class Engine(Protocol):
+    """Of ``forkrl.rollout``, a higher layer."""
+
+    workers: Workers
+
+    @property
+    def wave_sequences(self) -> int: ...
+
+
+class SamplingShare:
+    """The share of tokens sampled, of those expected for ``total`` responses of at most ``max_tokens``.
+
+    ``wave``: responses decoded at once. The first to finish are short, so the mean length of finished ones says little
+    about the others: a response that goes on is taken to end at every token with the rate seen so far.
+    """
+
+    def __init__(self, read: Callable[[], Counts], total: int, wave: int, max_tokens: int) -> None:
+        self._read, self._total, self._wave, self._max_tokens = read, total, wave, max_tokens
+        self._before = read()
+
+    @classmethod
+    def of(cls, engine: Engine, total: int, max_tokens: int) -> SamplingShare:
+        def read() -> Counts:
+            return Counts(engine.workers.sequences_finished, *engine.workers.tokens)
+
+        return cls(read, total, engine.wave_sequences, max_tokens)
+
+    def finished(self) -> int:
+        return min(self._read().finished - self._before.finished, self._total)
+
+    def __call__(self) -> float:
+        counts, finished = self._read(), self.finished()
+        tokens = counts.tokens - self._before.tokens
+        if finished >= self._total or not tokens:  # some engines count no tokens
+            return finished / self._total
+        whole = finished // self._wave * self._wave
+        going = min(self._wave, self._total - whole) - (finished - whole)
+        end_rate = finished / tokens
+        left = going * _expected_tokens(end_rate, counts.room / going or self._max_tokens)
+        started = finished + going
+        mean = tokens / finished if whole else (tokens + left) / started
+        left += (self._total - started) * mean
+        return tokens / (tokens + left)
+
+
+def _expected_tokens(end_rate: float, room: float) -> float:
+    """Mean tokens before an end that has this probability at every token, or before ``room`` is used up."""
+    return room if end_rate == 0 else (1 - (1 - min(end_rate, 1.0)) ** room) / end_rate
