@@ -238,7 +238,7 @@ def _sample_and_judge(
             f"{title}: responses",
             total=len(missing),
             finished=lambda: sampler.finished() - before,
-            share=sampler.share(len(missing), sampling),
+            share=sampler.share(len(missing)),
         ):
             files.add_response(sampled)
             judge(sampled.request, sampled.text)

@@ -157,7 +157,7 @@ class GeneratedResponses:
         return len(self._prompts(index)) * self._num_samples
 
     def share(self, responses: int) -> SamplingShare:
-        return SamplingShare.of(self._session.engine, responses, self._sampling.max_response_tokens)
+        return SamplingShare.of(self._session.engine, responses)
 
     def _prompts(self, index: int) -> Sequence[Prompt]:
         return self._session.prompts[index * self._prompts_per_part :][: self._prompts_per_part]

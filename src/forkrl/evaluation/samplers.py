@@ -80,7 +80,7 @@ class Sampler(ABC):
         """Responses sampled so far, yielded or not; 0 if each is yielded immediately."""
         return 0
 
-    def share(self, responses: int, sampling: EvalSampling) -> Callable[[], float] | None:
+    def share(self, responses: int) -> Callable[[], float] | None:
         """How much of the sampling of so many responses is done; None: as many as are finished."""
         return None
 
@@ -126,5 +126,5 @@ class EmbeddedSampler(Sampler):
     def finished(self) -> int:
         return self.engine.workers.sequences_finished
 
-    def share(self, responses: int, sampling: EvalSampling) -> Callable[[], float]:
-        return SamplingShare.of(self.engine, responses, sampling.max_response_tokens)
+    def share(self, responses: int) -> Callable[[], float]:
+        return SamplingShare.of(self.engine, responses)

@@ -27,22 +27,22 @@ class Engine(Protocol):
 
 
 class SamplingShare:
-    """The share of tokens sampled, of those expected for ``total`` responses of at most ``max_tokens``.
+    """The share of tokens sampled, of those expected for ``total`` responses.
 
     ``wave``: responses decoded at once. The first to finish are short, so the mean length of finished ones says little
     about the others: a response that goes on is taken to end at every token with the rate seen so far.
     """
 
-    def __init__(self, read: Callable[[], Counts], total: int, wave: int, max_tokens: int) -> None:
-        self._read, self._total, self._wave, self._max_tokens = read, total, wave, max_tokens
+    def __init__(self, read: Callable[[], Counts], total: int, wave: int) -> None:
+        self._read, self._total, self._wave = read, total, wave
         self._before = read()
 
     @classmethod
-    def of(cls, engine: Engine, total: int, max_tokens: int) -> SamplingShare:
+    def of(cls, engine: Engine, total: int) -> SamplingShare:
         def read() -> Counts:
             return Counts(engine.workers.sequences_finished, *engine.workers.tokens)
 
-        return cls(read, total, engine.wave_sequences, max_tokens)
+        return cls(read, total, engine.wave_sequences)
 
     def finished(self) -> int:
         return min(self._read().finished - self._before.finished, self._total)
@@ -53,11 +53,11 @@ class SamplingShare:
         if finished >= self._total or not tokens:  # some engines count no tokens
             return finished / self._total
         whole = finished // self._wave * self._wave
-        going = min(self._wave, self._total - whole) - (finished - whole)
-        end_rate = finished / tokens
-        left = going * _expected_tokens(end_rate, counts.room / going or self._max_tokens)
+        between_waves = finished == whole and not counts.room
+        going = 0 if between_waves else min(self._wave, self._total - whole) - (finished - whole)
+        left = going * _expected_tokens(finished / tokens, counts.room / going) if going else 0.0
         started = finished + going
-        mean = tokens / finished if whole else (tokens + left) / started
+        mean = tokens / finished if whole else (tokens + left) / started  # of responses that have not begun
         left += (self._total - started) * mean
         return tokens / (tokens + left)
 
