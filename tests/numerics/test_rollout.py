@@ -519,4 +519,5 @@ def test_buffers_end_at_the_longest_sequence() -> None:
         layer.update(*token)
         assert layer.buffers is not None
         assert layer.buffers[0].shape[2] == max(8, layer.get_seq_length())
+    assert layer.keys is not None
     assert torch.equal(layer.keys[:, :, :5], first[0])
