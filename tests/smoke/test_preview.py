@@ -103,7 +103,8 @@ def test_what_is_wrong_with_the_data_is_listed(own_world: World) -> None:
     found = described(own_world.run(*command, "--json"))  # a run would reject the long prompt: nothing is sampled
     assert [each["place"] for each in found["golds"]["failed"]] == ["prompts.jsonl line 28"]
     assert found["prompt_tokens"] == {
-        "min": 4, "median": 4, "p95": 7, "max": 8, "limit": 7, "over": 1, "first_over": ["prompts.jsonl line 29"],
+        "lengths": {"min": 4, "median": 4, "95%": 7, "max": 8},
+        "limit": 7, "over": 1, "first_over": ["prompts.jsonl line 29"],
     }  # fmt: skip
     assert not any(prompt["responses"] for prompt in found["prompts"])
 
@@ -135,7 +136,10 @@ def test_the_kept_questions_are_a_data_file_of_the_same_recipe(own_world: World)
     again = own_world.run(*KEEP, "--keep-pass-rate", "0..1", faults=[{"point": "reward", "count": 1, "signal": 9}])
     assert again.code == 0, again.stderr
     assert len(kept_rows(own_world)) == 24
-    assert "train on them: forkrl train recipe.toml task.data=previews/recipe/kept.jsonl" in again.stdout
+    assert (
+        "train on them: forkrl train recipe.toml rollout.max_sequences=8 task.data=previews/recipe/kept.jsonl"
+        in again.stdout
+    )
     other = own_world.run(*KEEP, "--keep-pass-rate", "0..1", "rollout.temperature=2")
     assert other.code == 2 and "previews/recipe: was created with different settings (rollout = " in other.stderr
 
@@ -194,8 +198,14 @@ def test_no_prompt_with_such_a_pass_rate(own_world: World) -> None:
     nobody = ("task.verifier=first_character:nobody", "task.answer_format=last_number")
     outcome = own_world.run(*KEEP, *nobody, "--keep-pass-rate", "0.5..1")
     assert outcome.code == 2 and "none of the 16 prompts has such a pass rate" in outcome.stderr
-    assert "16 prompts are all wrong or all right" in outcome.stdout
-    assert not (own_world.folder / "previews/recipe/kept.jsonl").exists()
+    assert "16 prompts have responses of equal scores" in outcome.stdout
+    kept = own_world.folder / "previews/recipe/kept.jsonl"
+    kept.write_text("of another interval")
+    again = own_world.run(*KEEP, *nobody, "--keep-pass-rate", "0.5..1", "--json")
+    found = described(again)
+    assert again.code == 2 and found["pass_rates"]["kept"] is None and not kept.exists()
+    assert len(found["pass_rates"]["prompts"]) == 16
+    assert any("0.5..1: none of the 16 prompts" in problem for problem in found["problems"])
 
 
 def test_the_embedded_model(own_world: World) -> None:

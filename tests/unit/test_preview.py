@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from forkrl.commands.preview_checks import check_golds
-from forkrl.config import RewardConfig, TaskConfig
-from forkrl.report.preview_text import data_report, prompts_report
+from forkrl.commands.preview_checks import _problems, check_golds
+from forkrl.commands.preview_sampling import _pass_rate
+from forkrl.config import RewardConfig, TaskConfig, TrainConfig
+from forkrl.config.recipe import load_recipe
+from forkrl.report.preview_text import data_report, kept_report, pass_rates_report, prompts_report
 from forkrl.tasks.checks import (
     bin_pass_rates,
     gold_of,
@@ -22,7 +25,7 @@ from forkrl.tasks.checks import (
     summarise_lengths,
 )
 from forkrl.tasks.dataset import rows_of_questions
-from forkrl.types import Prompt, Task, VerifierSpec
+from forkrl.types import Prompt, RolloutGroup, Task, VerifierResult, VerifierSpec
 from tests.unit.test_dataset import all_prompts, chat_template, load, rows, write
 
 MATH = VerifierSpec("forkrl.rewards.math:verify_math")
@@ -88,6 +91,44 @@ def test_golds_that_cannot_be_written_are_counted() -> None:
     assert gold is not None and gold.responses == ("<answer>7</answer>",)
 
 
+def test_golds_are_not_sent_to_a_server() -> None:
+    url = "http://127.0.0.1:9/judge"  # nothing listens there
+    task = Task(
+        "data", asked("a", "b"), [], {"": VerifierSpec("forkrl.rewards.endpoint:verify_at_endpoint", {"url": url})}
+    )
+    found = check_golds({"": dataset(verifier=url)}, task, REWARD)
+    assert (found["checked"], found["unchecked"], found["failed"]) == (0, 2, [])
+    assert found["why_unchecked"] == "the verifier is a server, for which requests may be slow or costly"
+
+
+OWN_VERIFIER = """
+def after_hashes(answer, response):
+    return float(response.startswith("####"))
+
+def broken(answer, response):
+    raise ValueError(response)
+"""
+
+
+def test_a_custom_verifier_may_read_another_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gold accepted: a warning. One accepted, an answer format, or a verifier that only raises: errors."""
+    (tmp_path / "own_verifier.py").write_text(OWN_VERIFIER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def unread(verifier: str, *answers: str, **settings: Any) -> list[str]:
+        prompts = [Prompt(str(number), "", answer) for number, answer in enumerate(answers)]
+        spec = VerifierSpec(f"own_verifier:{verifier}", answer_format=settings.get("answer_format", ""))
+        golds = check_golds({"": dataset(**settings)}, Task("data", prompts, [], {"": spec}), REWARD)
+        assert len(_problems({"over": 0}, golds)) == (bool(golds["failed"]) and not golds["unread"])
+        found: list[str] = golds["unread"]
+        return found
+
+    assert unread("after_hashes", "5", "6") == [""]
+    assert unread("after_hashes", "5", "#### 6") == []
+    assert unread("after_hashes", "5", "6", answer_format="boxed") == []
+    assert unread("broken", "5", "6") == []
+
+
 def test_the_verifier_of_a_regular_expression_gets_the_answer_itself() -> None:
     config = dataset(answer_format="Answer: (.+)", assistant_prefill="Answer: ")
     spec = gold_verifier(config, VerifierSpec(MATH.path, answer_format="Answer: (.+)", prefill="Answer: "))
@@ -113,8 +154,8 @@ def test_a_question_is_found_within_another_if_it_is_long_enough() -> None:
 
 
 def test_lengths_and_pass_rates() -> None:
-    assert summarise_lengths([3]) == {"min": 3, "median": 3, "p95": 3, "max": 3}
-    assert summarise_lengths([*range(1, 101)]) == {"min": 1, "median": 51, "p95": 96, "max": 100}
+    assert summarise_lengths([3]) == {"min": 3, "median": 3, "95%": 3, "max": 3}
+    assert summarise_lengths([*range(1, 101)]) == {"min": 1, "median": 51, "95%": 96, "max": 100}
     assert bin_pass_rates([0, 1, 2, 3, 4, 6, 7, 8, 8], 8) == {
         "0%": 1, "to 25%": 2, "to 50%": 2, "to 75%": 1, "below 100%": 1, "100%": 2,
     }  # fmt: skip
@@ -177,12 +218,14 @@ def test_a_right_and_a_wrong_response_are_shown() -> None:
 
 
 def test_data_without_faults_is_short() -> None:
-    clean = {
+    clean: dict[str, Any] = {
         "recipe": "a.toml", "task": "data", "training": 5, "held_out": 2, "examples": 0,
         "duplicates": {"dropped": 0, "kept": 0, "first": []}, "overlap": {"dropped": 0, "kept": 0, "first": []},
         "benchmarks": {"compared": {}, "missing": ["aime24"]},
-        "prompt_tokens": {"min": 1, "median": 2, "p95": 3, "max": 4, "limit": 9, "over": 0, "first_over": []},
-        "golds": {"checked": 7, "unchecked": 0, "why_unchecked": "", "error": "", "failed": []},
+        "prompt_tokens": {
+            "lengths": {"min": 1, "median": 2, "95%": 3, "max": 4}, "limit": 9, "over": 0, "first_over": [],
+        },
+        "golds": {"checked": 7, "unchecked": 0, "why_unchecked": "", "unread": [], "error": "", "failed": []},
     }  # fmt: skip
     assert data_report(clean).plain.splitlines() == [
         "a.toml: data",
@@ -195,3 +238,33 @@ def test_data_without_faults_is_short() -> None:
         "  benchmarks    not compared",
         "                  no local copy of aime24: give --mirror DIR",
     ]
+    warned = data_report(clean | {"golds": clean["golds"] | {"unread": ["a"]}}).plain
+    assert "  warning: a: no common form of writing an answer is accepted by this verifier; " in warned
+
+
+def test_equal_scores_give_no_gradient() -> None:
+    def group(*scores: float) -> dict[str, Any]:
+        return _pass_rate(RolloutGroup(Prompt("1", "", ""), (), tuple(VerifierResult(score) for score in scores)))
+
+    prompts = [group(0.0, 0.5), group(0.5, 0.5), group(1.0, 1.0), group(0.0, 1.0)]
+    rates = {"folder": "x", "samples": 2, "bins": bin_pass_rates([0, 0, 2, 1], 2), "failures": 0, "prompts": prompts}
+    assert "mean 0.375; 2 prompts have responses of equal" in pass_rates_report({"pass_rates": rates}).plain
+    single = rates | {"samples": 1, "prompts": [group(1.0)]}
+    assert "gradient" not in pass_rates_report({"pass_rates": single}).plain
+
+
+def test_the_command_to_train_can_be_copied(tmp_path: Path) -> None:
+    recipe = tmp_path / "my recipe.toml"
+    recipe.write_text('[task]\nname = "dataset"\ndata = "owner/name"\nsubset = "main"\n')
+    given = ["task.data=mine.jsonl", "task.subset=", "task.split=test", "task.prompt_column=the question", "seed=4"]
+    file = "previews/my recipe/kept.jsonl"
+    kept: dict[str, Any] = {
+        "interval": [0, 1], "questions": 2, "rows": 3, "file": file, "overrides": [f"task.data={file}", "task.split="],
+    }  # fmt: skip
+    printed = kept_report({"recipe": str(recipe), "overrides": given, "pass_rates": {"kept": kept}}).plain
+    program, command, path, *overrides = shlex.split(printed.partition("train on them: ")[2])
+    assert (program, command) == ("forkrl", "train")
+    assert overrides == ["task.subset=", *given[3:], *kept["overrides"]]
+    config = load_recipe(TrainConfig, path, overrides)
+    assert (config.task.data, config.task.subset, config.task.split) == (file, None, "train")
+    assert (config.task.prompt_column, config.seed) == ("the question", 4)

@@ -33,7 +33,7 @@ def run_preview(options: PreviewOptions) -> int:
 def preview_recipe(options: PreviewOptions, config: TrainConfig, out: Path) -> dict[str, Any]:
     """Everything that was found, as JSON values; printed part by part without --json."""
     from forkrl.commands.preview_checks import check_data
-    from forkrl.commands.preview_sampling import keep_questions, measure_pass_rates, open_sampler, show_prompts
+    from forkrl.commands.preview_sampling import measure_pass_rates, open_sampler, show_prompts
     from forkrl.model.policy import open_tokenizer
     from forkrl.report import preview_text as text
     from forkrl.tasks import open_stream, open_task
@@ -43,7 +43,8 @@ def preview_recipe(options: PreviewOptions, config: TrainConfig, out: Path) -> d
     skips = any(part.skip_bad_rows for part in (config.task, *config.task.parts))
     # Long prompts are counted here rather than rejected, unless training would leave them out.
     task = open_task(config.task, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens if skips else None)
-    record: dict[str, Any] = {"recipe": options.recipe, **check_data(config, task, tokenizer, options.mirror)}
+    record: dict[str, Any] = {"recipe": options.recipe, "overrides": list(options.overrides)}
+    record |= check_data(config, task, tokenizer, options.mirror)
     show(text.data_report(record))
     prompts = open_stream(task.train, config.task, config.seed).take(min(options.prompts, len(task.train)))
     nothing_to_sample = options.no_samples or not (prompts or options.measures_pass_rates)
@@ -56,12 +57,18 @@ def preview_recipe(options: PreviewOptions, config: TrainConfig, out: Path) -> d
         record["prompts"] = show_prompts(config, prompts, tokenizer, sampler, options.samples)
         show(text.prompts_report(record, token_ids=options.token_ids))
         if options.measures_pass_rates:
-            record["pass_rates"] = measure_pass_rates(out, sampler, options.pass_rate_prompts, options.samples)
+            rates = measure_pass_rates(
+                out, sampler, options.pass_rate_prompts, options.samples, options.pass_rate_interval
+            )
+            record["pass_rates"] = rates
             show(text.pass_rates_report(record))
-            if options.pass_rate_interval is not None:
-                rates = record["pass_rates"]
-                rates["kept"] = keep_questions(out, config.task, task, rates, options.pass_rate_interval)
+            if rates["kept"]:
                 show(text.kept_report(record))
+            elif options.keep_pass_rate is not None:
+                record["problems"].append(
+                    f"--keep-pass-rate {options.keep_pass_rate}: none of the {len(rates['prompts']):,} prompts has "
+                    f"such a pass rate; widen the interval, which samples nothing again"
+                )
     return record
 
 

@@ -10,11 +10,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.config import RewardConfig, TaskConfig, TrainConfig
+from forkrl.config.secret_values import is_address
 from forkrl.evaluation.benchmarks import BENCHMARKS, CODE
 from forkrl.evaluation.questions import local_questions
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.report.progress import progress
 from forkrl.rewards import open_verifier
+from forkrl.rewards.answer_format import VERIFIERS_OF_ANSWERS
 from forkrl.rewards.code.test_cases import CODE_VERIFIER
 from forkrl.tasks.checks import Gold, gold_of, gold_verifier, prompts_with, repeated_questions, summarise_lengths
 from forkrl.types import Prompt, Task, VerifierResult, VerifierSpec
@@ -55,34 +57,49 @@ def place_of(prompt: Prompt) -> str:
 
 def check_golds(parts: Mapping[str, TaskConfig], task: Task, settings: RewardConfig) -> Record:
     """Send every gold answer through its own verifier."""
-    prompts = [*task.train, *task.held_out]
-    written = [(prompt, gold_of(parts[prompt.source], prompt)) for prompt in prompts]
-    golds = [gold for _, gold in written if gold is not None]
-    code = {parts[prompt.source].verifier == CODE_VERIFIER for prompt, gold in written if gold is None}
-    reasons = {True: "answers are tests, not programs", False: "the generator names no answer"}
-    found: Record = {
+    golds: list[Gold] = []
+    unchecked: list[str] = []
+    for prompt in [*task.train, *task.held_out]:
+        gold = gold_of(parts[prompt.source], prompt)
+        if why := _why_unchecked(parts[prompt.source].verifier, gold):
+            unchecked.append(why)
+        elif gold is not None:
+            golds.append(gold)
+    verifiers = {source: gold_verifier(parts[source], spec) for source, spec in task.verifiers.items()}
+    results, error = _best_results(golds, verifiers, settings) if golds else ([], "")
+    found = list(zip(golds, results, strict=True))
+    return {
         "checked": len(golds),
-        "unchecked": len(prompts) - len(golds),
-        "why_unchecked": ", or ".join(reasons[kind] for kind in sorted(code)),
-        "error": "",
-        "failed": [],
-    }
-    if golds:
-        verifiers = {source: gold_verifier(parts[source], spec) for source, spec in task.verifiers.items()}
-        results, error = _best_results(golds, verifiers, settings)
-        failed = [(gold, result) for gold, result in zip(golds, results, strict=True) if result.score < 1]
-        found["error"] = error
-        found["failed"] = [
+        "unchecked": len(unchecked),
+        "why_unchecked": ", or ".join(sorted(set(unchecked))),
+        "unread": _unread_sources(found, verifiers),
+        "error": error,
+        "failed": [
             {
                 "place": place_of(gold.prompt),
+                "source": gold.prompt.source,
                 "answer": gold.answer,
                 "score": result.score,
                 "failure": result.failure,
                 "read": result.answer,
             }
-            for gold, result in failed
-        ]
-    return found
+            for gold, result in found
+            if result.score < 1
+        ],
+    }
+
+
+def _why_unchecked(verifier: str, gold: Gold | None) -> str:
+    if gold is None:
+        return "answers are tests, not programs" if verifier == CODE_VERIFIER else "the generator names no answer"
+    return "the verifier is a server, for which requests may be slow or costly" if is_address(verifier) else ""
+
+
+def _unread_sources(found: Sequence[tuple[Gold, VerifierResult]], verifiers: Mapping[str, VerifierSpec]) -> list[str]:
+    """Sources whose custom verifier, without an answer format, judges gold answers but accepts none in any form."""
+    own = {source for source, spec in verifiers.items() if spec.path not in VERIFIERS_OF_ANSWERS}
+    judged = {gold.prompt.source for gold, result in found if len(gold.responses) > 1 and not result.failure}
+    return sorted((own & judged) - {gold.prompt.source for gold, result in found if result.score == 1})
 
 
 def _best_results(
@@ -101,7 +118,7 @@ def _best_results(
             ]
             chunks = [left[start : start + _VERIFIED_AT_ONCE] for start in range(0, len(left), _VERIFIED_AT_ONCE)]
             for numbers in progress(chunks, "checking gold answers"):
-                # Without its text: the end of a prompt may open a thinking that a gold answer does not close.
+                # Without its text: the end of a prompt may open a `<think>` block that a gold answer does not close.
                 asked = [(replace(golds[number].prompt, text=""), golds[number].responses[form]) for number in numbers]
                 for number, result in zip(numbers, pool.verify(asked), strict=True):
                     if number not in best or result.score > best[number].score:
@@ -112,7 +129,7 @@ def _best_results(
 def _check_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int) -> Record:
     lengths = [len(prompt_token_ids(tokenizer, prompt)) for prompt in progress(prompts, "counting tokens")]
     over = [place_of(prompt) for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
-    return {**summarise_lengths(lengths), "limit": limit, "over": len(over), "first_over": over[:_FIRST]}
+    return {"lengths": summarise_lengths(lengths), "limit": limit, "over": len(over), "first_over": over[:_FIRST]}
 
 
 def _check_benchmarks(config: TaskConfig, task: Task, mirror: Path | None) -> Record:
@@ -140,7 +157,7 @@ def _pairs(pairs: Sequence[tuple[Prompt, Prompt]]) -> Record:
 
 def _problems(lengths: Record, golds: Record) -> list[str]:
     problems = []
-    if failed := golds["failed"]:
+    if failed := [each for each in golds["failed"] if each["source"] not in golds["unread"]]:
         first = failed[0]
         problems.append(
             f"{len(failed):,} of {golds['checked']:,} gold answers get no full reward from their own verifier, the "

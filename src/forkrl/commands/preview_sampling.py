@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from forkrl.commands.preview_checks import Record, parts_of, place_of
 from forkrl.commands.session import part_seed
 from forkrl.commands.work_folder import open_work_folder, say_kept, stored_settings, weights_fingerprint
-from forkrl.config import TaskConfig, TrainConfig
-from forkrl.errors import UserError
+from forkrl.config import TrainConfig
+from forkrl.method.advantages import informative_groups
 from forkrl.model.policy import open_policy
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.model.token_texts import TokenTexts
@@ -30,7 +30,7 @@ from forkrl.tasks.checks import bin_pass_rates, gold_of
 from forkrl.tasks.dataset import rows_of_questions
 from forkrl.types import Prompt, Rollout, RolloutGroup, Task, VerifierResult
 
-SCHEMA = "forkrl-preview/1"
+SCHEMA = "forkrl-preview/2"
 KEPT = "kept.jsonl"
 _PARTS = "pass-rates"
 
@@ -123,47 +123,52 @@ def _described(rollout: Rollout, result: VerifierResult, texts: TokenTexts) -> R
     }
 
 
-def measure_pass_rates(out: Path, sampler: Sampler, count: int | None, samples: int) -> Record:
+def measure_pass_rates(
+    out: Path, sampler: Sampler, count: int | None, samples: int, interval: tuple[float, float] | None
+) -> Record:
     """The share of responses with full reward of the first ``count`` training prompts; the same call resumes."""
-    prompts, engine = sampler.task.train[:count], sampler.engine
+    prompts = sampler.task.train[:count]
     settings = {
         **_settings(sampler),
         "prompts": len(prompts),
         "samples": samples,
         # Decides which prompts share a generator.
-        "prompts_per_part": stored_settings(out).get("prompts_per_part") or max(engine.wave_sequences // samples, 1),
+        "prompts_per_part": stored_settings(out).get("prompts_per_part")
+        or max(sampler.engine.wave_sequences // samples, 1),
     }
     size = settings["prompts_per_part"]
     parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     with open_work_folder(out, settings) as folder:
-        (folder / _PARTS).mkdir(exist_ok=True)
-        files = [folder / _PARTS / f"part-{number:05}.json" for number in range(len(parts))]
-        missing = [number for number, file in enumerate(files) if not file.exists()]
-        say_kept(len(parts) - len(missing), len(parts), "parts", folder)
-        before = engine.workers.sequences_finished
-        total = samples * sum(len(parts[number]) for number in missing)
-
-        def measure() -> Iterator[None]:
-            for number in missing:
-                seed = part_seed("pass rates", sampler.config.seed, number)
-                write_json(
-                    files[number], [_pass_rate(group) for group in sampler.respond(parts[number], samples, seed)]
-                )
-                yield
-
-        finished = progress(
-            measure(), "pass rates: responses", total=total, finished=lambda: engine.workers.sequences_finished - before
-        )
-        for _ in finished:
-            pass
+        files = _sample_parts(folder, sampler, parts, samples)
         rates = [rate for file in files for rate in json.loads(file.read_text(encoding="utf-8"))]
-    return {
-        "folder": str(out),
-        "samples": samples,
-        "bins": bin_pass_rates([rate["passed"] for rate in rates], samples),
-        "failures": sum(rate["failures"] for rate in rates),
-        "prompts": rates,
-    }
+        found = {
+            "folder": str(out),
+            "samples": samples,
+            "bins": bin_pass_rates([rate["passed"] for rate in rates], samples),
+            "failures": sum(rate["failures"] for rate in rates),
+            "prompts": rates,
+        }
+        kept = None if interval is None else _keep_questions(folder, sampler, found, interval)
+        return {**found, "kept": kept}
+
+
+def _sample_parts(folder: Path, sampler: Sampler, parts: Sequence[Sequence[Prompt]], samples: int) -> list[Path]:
+    """The files of all parts, after sampling those that are missing."""
+    (folder / _PARTS).mkdir(exist_ok=True)
+    files = [folder / _PARTS / f"part-{number:05}.json" for number in range(len(parts))]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    say_kept(len(parts) - len(missing), len(parts), "parts", folder)
+    workers = sampler.engine.workers
+    before = workers.sequences_finished
+    for number in progress(
+        missing,
+        "pass rates: responses",
+        total=samples * sum(len(parts[number]) for number in missing),
+        finished=lambda: workers.sequences_finished - before,
+    ):
+        groups = sampler.respond(parts[number], samples, part_seed("pass rates", sampler.config.seed, number))
+        write_json(files[number], [_pass_rate(group) for group in groups])
+    return files
 
 
 def _pass_rate(group: RolloutGroup) -> Record:
@@ -172,6 +177,7 @@ def _pass_rate(group: RolloutGroup) -> Record:
         "place": place_of(group.prompt),
         "passed": sum(score == 1 for score in group.scores),
         "failures": sum(bool(result.failure) for result in group.results),
+        "informative": len(group.scores) > 1 and bool(informative_groups(torch.tensor([group.scores]))),
     }
 
 
@@ -195,30 +201,26 @@ def _settings(sampler: Sampler) -> Record:
     }
 
 
-def keep_questions(
-    out: Path, config: TaskConfig, task: Task, rates: Record, interval: tuple[float, float]
-) -> dict[str, Any]:
-    """Write the rows whose pass rate lies in ``interval`` as a data file for the same recipe.
+def _keep_questions(folder: Path, sampler: Sampler, rates: Record, interval: tuple[float, float]) -> Record | None:
+    """Write the rows whose pass rate lies in ``interval`` as a data file for the same recipe; None if there are none.
 
     Questions held out of the same data and few-shot examples are written too: both are chosen by hashes of the
     questions, so training on the file has the same ones.
     """
-    (out / KEPT).unlink(missing_ok=True)
+    config, task, file = sampler.config.task, sampler.task, folder / KEPT
     low, high = interval
     kept = {rate["id"] for rate in rates["prompts"] if low <= rate["passed"] / rates["samples"] <= high}
     if not kept:
-        raise UserError(
-            f"--keep-pass-rate {low:g}..{high:g}: none of the {len(rates['prompts']):,} prompts has such a pass rate; "
-            f"widen the interval, which samples nothing again"
-        )
+        file.unlink(missing_ok=True)
+        return None
     same = task.examples | (frozenset() if config.held_out_data else {prompt.id for prompt in task.held_out})
     lines = [json.dumps(row, default=str) + "\n" for row in rows_of_questions(config, kept | same)]
-    write_text(out / KEPT, "".join(lines))
+    write_text(file, "".join(lines))
     others = [key for key in ("subset", "split") if key in config.changed()]
     return {
         "interval": [low, high],
         "questions": len(kept),
         "rows": len(lines),
-        "file": str(out / KEPT),
-        "overrides": [f"task.data={out / KEPT}", *(f"task.{key}=" for key in others)],
+        "file": str(file),
+        "overrides": [f"task.data={file}", *(f"task.{key}=" for key in others)],
     }

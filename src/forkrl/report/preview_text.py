@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def data_report(record: Record) -> Text:
         f"\n{record['training']:,} training and {record['held_out']:,} held-out questions{examples}\n", "not bold"
     )
     lengths = record["prompt_tokens"]
-    shown = ", ".join(f"{name} {lengths[key]:.0f}" for key, name in _LENGTHS.items())
+    shown = ", ".join(f"{name} {length:.0f}" for name, length in lengths["lengths"].items())
     over = f"; {lengths['over']:,} LONGER THAN" if lengths["over"] else "; all within"
     _line(text, "prompt tokens", f"{shown}{over} rollout.max_prompt_tokens = {lengths['limit']}", bad=lengths["over"])
     _details(text, [f"at {place}" for place in lengths["first_over"]])
@@ -45,9 +46,6 @@ def data_report(record: Record) -> Text:
     _repeated_lines(text, "overlap", "of training dropped, because held out", record["overlap"])
     _benchmark_lines(text, record["benchmarks"])
     return text
-
-
-_LENGTHS = {"min": "min", "median": "median", "p95": "95%", "max": "max"}
 
 
 def _line(text: Text, name: str, value: str, *, bad: object = False) -> None:
@@ -80,6 +78,10 @@ def _gold_lines(text: Text, golds: Record) -> None:
         _details(text, [f"{gold['place']}: {_short(gold['answer'])} {why}{read}"])
     _details(text, [f"… {len(failed) - _SHOWN_GOLDS:,} more (all with --json)"] if len(failed) > _SHOWN_GOLDS else [])
     _details(text, [f"first error: {golds['error']}"] if failed and golds["error"] else [])
+    for source in golds["unread"]:
+        name = f"{source}: " if source else ""
+        why = "no common form of writing an answer is accepted by this verifier; set task.answer_format"
+        _details(text, [f"warning: {name}{why}"])
 
 
 def _benchmark_lines(text: Text, found: Record) -> None:
@@ -175,8 +177,9 @@ def pass_rates_report(record: Record) -> Text:
     for name, number in rates["bins"].items():
         text.append(f"  {name:>10}  {number:>7,}  {'█' * round(_BAR * number / count)}\n")
     passed = sum(rate["passed"] for rate in rates["prompts"]) / (count * rates["samples"])
-    equal = rates["bins"]["0%"] + rates["bins"]["100%"]
-    text.append(f"mean {passed:.3f}; {equal:,} prompts are all wrong or all right, which gives no gradient\n")
+    equal = sum(not rate["informative"] for rate in rates["prompts"])
+    gradient = f"; {equal:,} prompts have responses of equal scores, which gives no gradient"
+    text.append(f"mean {passed:.3f}{gradient if rates['samples'] > 1 else ''}\n")
     text.append(printable(f"by prompt: {rates['folder']}/pass-rates") + "\n")
     if rates["failures"]:
         text.append(f"{rates['failures']:,} responses could not be judged and count as wrong\n", "red")
@@ -192,7 +195,9 @@ def kept_report(record: Record) -> Text:
     text.append(
         printable(f"kept {kept['questions']:,} with a pass rate from {low:g} to {high:g}{more}: {kept['file']}") + "\n"
     )
-    command = f"forkrl train {record['recipe']} {' '.join(kept['overrides'])}"
+    replaced = {each.partition("=")[0] for each in kept["overrides"]}
+    overrides = [each for each in record["overrides"] if each.partition("=")[0].strip() not in replaced]
+    command = shlex.join(["forkrl", "train", record["recipe"], *overrides, *kept["overrides"]])
     return text.append(printable(f"train on them: {command}"), "bold")
 
 

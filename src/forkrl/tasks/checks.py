@@ -19,7 +19,6 @@ from forkrl.tasks.countdown import write_solution
 from forkrl.tasks.rendering import gold_response
 from forkrl.types import Prompt, VerifierSpec
 
-LENGTHS = ("min", "median", "p95", "max")
 _MIN_WORDS = 8
 """Shorter questions may be contained in others by chance."""
 _FORMS = (r"{answer}", *(response for _, response in ANSWER_FORMATS.values() if response != "{answer}"))
@@ -101,8 +100,9 @@ def _holds(
 
 def summarise_lengths(lengths: Sequence[int]) -> dict[str, float]:
     """Minimum, median, 95th percentile and maximum."""
-    values = np.percentile(np.asarray(lengths), [0, 50, 95, 100], method="higher")
-    return dict(zip(LENGTHS, map(float, values), strict=True))
+    shares = {"min": 0, "median": 50, "95%": 95, "max": 100}
+    values = np.percentile(np.asarray(lengths), list(shares.values()), method="higher")
+    return dict(zip(shares, map(float, values), strict=True))
 
 
 def bin_pass_rates(passed: Sequence[int], samples: int) -> dict[str, int]:
