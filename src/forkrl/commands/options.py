@@ -208,8 +208,9 @@ class PreviewOptions(RecipeOptions):
       forkrl train recipe.toml task.data=previews/recipe/kept.jsonl    ... and train on them
 
     Shows prompts as the model reads them, and responses, sampled as in training and coloured by entropy. Every gold
-    answer must get full reward from its own verifier; the exit code is 2 if one does not, or if a prompt is longer than
-    rollout.max_prompt_tokens. Pass rates are kept in --out: after Ctrl-C the same command continues.
+    answer must get full reward from its own verifier; the exit code is 2 if one does not, if a prompt is longer than
+    rollout.max_prompt_tokens, or if --keep-pass-rate keeps nothing. Pass rates are kept in --out: after Ctrl-C the same
+    command continues.
     """
 
     recipe: str = field(kw_only=False, metadata=argument("a TOML file; see recipes/", "RECIPE"))
