@@ -14,7 +14,6 @@ from forkrl.model.packing import pack, why_not_packed
 from forkrl.model.policy import Policy, set_gradient_checkpointing
 from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch
 from tests.families import ANALYSABLE, TRAINABLE, family_policy
-from tests.models import random_policy
 
 PADDED = {"nemotron", "gpt_oss", "gpt_neo", "gptj", "codegen", "bloom", "mpt", "falcon", "xglm"}
 """Families whose attention ForkRL cannot replace, or depends on positions in another way than by position ids."""
@@ -84,14 +83,59 @@ def test_other_families_are_padded(family: str) -> None:
     assert not family_policy(family, changes).packs
 
 
-def test_layers_are_recomputed_with_the_attention_of_their_first_pass() -> None:
-    policy = random_policy()
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "opt", "biogpt"])
+def test_layers_are_recomputed_with_the_attention_of_their_first_pass(family: str) -> None:
+    """opt and biogpt have dropout in their layers, which recomputation would switch on."""
+    policy = family_policy(family, TRAINABLE[family])
     batch = batch_of(GROUPS, policy.head_weight.shape[0])
     plain = both(policy, batch)[0]
     set_gradient_checkpointing(policy.model, True)
-    again = both(Policy(policy.model, policy.tokenizer), batch)
-    require_equal(again[0], plain)
-    require_equal(*again)
+    policy.model.disable_input_require_grads()
+    policy.model.eval()
+    again = Policy(policy.model, policy.tokenizer)
+    packed, padded = both(again, batch)
+    require_equal(packed, plain)
+    require_equal(packed, padded)
+    again.packs = True
+    again.model.zero_grad()
+    stats = compute_token_stats(again, batch, temperature=0.8)
+    with torch.no_grad():  # as the entropy pass of another micro-batch, while this graph is kept
+        compute_token_stats(again, batch, temperature=0.8)
+    stats.logprobs.sum().backward()
+
+
+def test_a_window_that_the_model_does_not_use_is_noticed() -> None:
+    policy = family_policy("llama", {"sliding_window": 30})
+    assert "differ" in why_not_packed(policy)
+    assert policy.model.config.sliding_window == 30
+    assert not policy.packs
+
+
+def test_memory_for_the_backward_does_not_grow_with_copies_of_the_prompt() -> None:
+    """Bytes saved by a packed pass over sequences that share a prompt, against a padded one of as many tokens."""
+    policy = family_policy("llama", {"max_position_embeddings": 1024})
+    vocabulary = policy.head_weight.shape[0]
+
+    def saved(batch: TokenBatch, packs: bool) -> int:
+        policy.packs = packs
+        sizes: dict[int, int] = {}
+
+        def pack_hook(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+            stats = compute_token_stats(policy, batch, temperature=1.0)
+        stats.logprobs.sum().backward()
+        return sum(sizes.values())
+
+    for prompt, lengths in ((400, [20] * 16), (400, [380] * 4), (100, [200] * 4)):
+        shared = batch_of([(prompt, lengths)], vocabulary)
+        length = shared.input_ids.shape[1]
+        alone = batch_of(
+            [(prompt, [length - prompt + 1])] * (-(-count_tokens(shared, packed=True) // length)), vocabulary
+        )
+        assert saved(shared, True) < 1.3 * saved(alone, False)
 
 
 groups_of_any_length = st.lists(

@@ -419,3 +419,24 @@ def test_the_graph_of_one_micro_batch_is_kept_from_the_entropy_pass(policy: Poli
     assert not workers.local.kept
     measured = torch.cat([p.grad.flatten() for p in working.model.parameters() if p.grad is not None])
     assert close(measured, naive_gradient(policy, batch, update.selected_BT, int(update.selected_BT.sum())))
+
+
+def test_what_a_failed_update_kept_is_dropped(
+    policy: Policy, batch: TokenBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
+    workers, config = Workers(working), recipe(selection={"scope": "mini_batch"})
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("between the passes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("forkrl.training.update.select_in_scope", fail)
+        with pytest.raises(RuntimeError, match="between the passes"):
+            update_policy(workers, optimizer, batch, config, torch.Generator())
+    assert workers.local.kept
+    other = replace(batch, advantages=batch.advantages.flip(0))
+    update = update_policy(workers, optimizer, other, config, torch.Generator())
+    measured = torch.cat([p.grad.flatten() for p in working.model.parameters() if p.grad is not None])
+    assert close(measured, naive_gradient(policy, other, update.selected_BT, int(update.selected_BT.sum())))

@@ -8,13 +8,14 @@ of a sequence, ``N`` packed tokens; in a segment ``S`` sequences, ``R`` queries;
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from forkrl.model.attention import (
     Attention,
@@ -29,7 +30,10 @@ from forkrl.types import TokenBatch
 if TYPE_CHECKING:
     from forkrl.model.policy import Policy
 
+LARGEST_MASK = 1 << 18
+"""Entries ``R T`` up to which the responses of a prompt attend with a mask."""
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_PROBE_WINDOW = 6
 
 
 class Segment(NamedTuple):
@@ -82,8 +86,8 @@ def pack(batch: TokenBatch) -> Packing:
             start += num_own
         longer = [row for row in rows if length_B[row] > num_prompt]
         longest = max(length_B[row] for row in rows)
-        # Half of the scores of a causal call are skipped, none of a call with a mask.
-        if len(rows) > 1 and longest < 2 * num_prompt:
+        # Half of the scores of a causal call are skipped, none of a call with a mask, which takes memory besides.
+        if len(rows) > 1 and longest < 2 * num_prompt and (longest - num_prompt) * longest <= LARGEST_MASK:
             causal.append(slot_BT[rows[0], :num_prompt])
             if longer:
                 segments.append(Segment(slot_BT[longer, num_prompt:longest], slot_BT[longer, :longest], num_prompt))
@@ -125,7 +129,6 @@ def _places(segments: Iterable[Segment], num_tokens: int) -> Tensor:
 
 def packed_attention(packing: Packing, windows: list[int | None]) -> Attention:
     """Attention of the packed tokens; ``windows`` as from :func:`attention_windows`."""
-    masks: dict[tuple[int, int, int, int | None], Tensor | None] = {}
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float | None = None,
@@ -135,13 +138,14 @@ def packed_attention(packing: Packing, windows: list[int | None]) -> Attention:
         packed = [attention_dtype(each) for each in (query, key, value)]
         outputs = []
         for segment in packing.segments:
-            slots = (segment.query_SR, segment.key_ST, segment.key_ST)
-            parts = [_unpack(*pair) for pair in zip(packed, slots, strict=True)]
-            outline = (segment.query_SR.shape[1], segment.key_ST.shape[1], segment.first, windows[index])
-            if outline not in masks:
-                masks[outline] = _mask(*outline, query.device)
+            seen_RT = _seen(segment, windows[index])
             with precise_on_cpu(query.device):
-                mixed = _attend(module, parts, masks[outline], scaling, kwargs)
+                if segment.first == 0:
+                    mixed = _attend_whole(module, packed, segment, seen_RT, scaling, kwargs)
+                else:  # recomputed in the backward, which then needs no copies of a prompt's keys and values
+                    mixed = checkpoint(
+                        _attend_partly, packed, segment, seen_RT, scaling, use_reentrant=False, preserve_rng_state=False
+                    )
             outputs.append(mixed.flatten(0, 1).flatten(1))
         mixed_ND = torch.cat(outputs)[packing.place_N]
         return mixed_ND.unflatten(-1, (query.shape[1], -1))[None], None
@@ -149,30 +153,41 @@ def packed_attention(packing: Packing, windows: list[int | None]) -> Attention:
     return attention
 
 
-def _attend(
-    module: nn.Module, parts: list[Tensor], mask_RT: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+def _attend_whole(
+    module: nn.Module,
+    packed: list[Tensor],
+    segment: Segment,
+    seen_RT: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
 ) -> Tensor:
-    """Attention ``[S, R, H, C]`` of one segment from query, key and value ``[S, heads, R or T, C]``."""
-    query, key, value = parts
-    if mask_RT is None:
-        return grouped_attention(module, query, key, value, None, scaling=scaling, **kwargs)[0]
+    """Attention ``[S, R, H, C]`` of all positions of some sequences."""
+    query, key, value = (_unpack(each, segment.key_ST) for each in packed)
+    mask = None if seen_RT is None else seen_RT[None, None]
+    return grouped_attention(module, query, key, value, mask, scaling=scaling, **kwargs)[0]
+
+
+def _attend_partly(packed: list[Tensor], segment: Segment, seen_RT: Tensor, scaling: float | None) -> Tensor:
+    """Attention ``[S, R, H, C]`` of the last positions of some sequences."""
+    query = _unpack(packed[0], segment.query_SR)
+    key, value = (_unpack(each, segment.key_ST) for each in packed[1:])
     # The query heads that share keys take the place of a longer query sequence, instead of copies of the keys.
     num_kv, shared_by = key.shape[1], query.shape[1] // key.shape[1]
     grouped = query.unflatten(1, (num_kv, shared_by)).flatten(2, 3)
-    mixed = F.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=mask_RT.repeat(shared_by, 1)[None, None], scale=scaling
-    )
+    mask = seen_RT.repeat(shared_by, 1)[None, None]
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     by_head: Tensor = mixed.unflatten(2, (shared_by, -1)).flatten(1, 2)
     return by_head.transpose(1, 2)
 
 
-def _mask(num_queries: int, num_keys: int, first: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys each query sees, bool ``[R, T]``; None: all up to its own, and the first query is at the first key."""
-    if first == 0 and (window is None or window >= num_keys):
+def _seen(segment: Segment, window: int | None) -> Tensor | None:
+    """Which keys each query sees, bool ``[R, T]``; None: those up to its own position."""
+    num_queries, num_keys = segment.query_SR.shape[1], segment.key_ST.shape[1]
+    if segment.first == 0 and (window is None or window >= num_keys):
         return None
-    query_R1 = torch.arange(first, first + num_queries, device=device)[:, None]
-    distance_RT = query_R1 - torch.arange(num_keys, device=device)
-    return (distance_RT >= 0) if window is None else (distance_RT >= 0) & (distance_RT < window)
+    key_T = torch.arange(num_keys, device=segment.key_ST.device)
+    distance_RT = key_T[segment.first : segment.first + num_queries, None] - key_T
+    return (distance_RT >= 0) & (distance_RT < (window or num_keys))
 
 
 def _unpack(heads: Tensor, slot_ST: Tensor) -> Tensor:
@@ -203,15 +218,29 @@ def why_not_packed(policy: Policy) -> str:
     response_BT = inside_BT & (place_1T >= prompts_B1 - 1)
     batch = TokenBatch(ids_BT, ids_BT, inside_BT, response_BT, nothing_BT, nothing_BT, nothing_BT[:, 0])
     batch = batch.to(policy.device)
-    try:
-        packing = pack(batch)
-        packed_MD = packing.unpack(packed_hidden_states(policy, packing), batch.attention_mask)
-    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
-        return f"{type(error).__name__}: {error}"
-    padded_MD = policy.hidden_states(batch.input_ids, use_cache=False)[batch.attention_mask]
+    with _short_window(policy.text_config):
+        try:
+            packing = pack(batch)
+            packed_MD = packing.unpack(packed_hidden_states(policy, packing), batch.attention_mask)
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+            return f"{type(error).__name__}: {error}"
+        padded_MD = policy.hidden_states(batch.input_ids, use_cache=False)[batch.attention_mask]
     tolerance = 1e-3 if policy.precision == "fp32" else 5e-2
     difference = float((packed_MD - padded_MD).abs().max()) / max(float(padded_MD.abs().max()), 1e-6)
     return "" if difference < tolerance else f"its hidden states would differ by {difference:.2g} of the largest"
+
+
+@contextmanager
+def _short_window(config: Any) -> Iterator[None]:
+    """Shrink a sliding window to less than the probe; a model that does not use its window then shows it."""
+    window = getattr(config, "sliding_window", None)
+    if window:
+        config.sliding_window = min(window, _PROBE_WINDOW)
+    try:
+        yield
+    finally:
+        if window:
+            config.sliding_window = window
 
 
 def keep_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -63,6 +63,8 @@ class Policy:
             for module in model.modules()
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
         ]
+        if self._recomputed_layers:
+            _remove_dropout(model)
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,13 @@ class Policy:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the configured precision; weights stay fp32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        # Without a backward, converted weights are used once: the cache would hold them all until the pass ends.
+        return torch.autocast(
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bf16",
+            cache_enabled=torch.is_grad_enabled(),
+        )
 
     def hidden_states(
         self,
@@ -112,8 +120,8 @@ class Policy:
         """Last hidden states ``[B, T, D]``; appends to ``cache``. ``attention_mask``: one, or one per kind of layer."""
         if cache is not None:
             options[self._cache_argument] = cache
-        # transformers recomputes layers only in training mode, which enables dropout and disables the cache. So only
-        # these layers switch to it, and only when gradients are computed.
+        # transformers recomputes layers only in training mode, which disables the cache. So only these layers switch to
+        # it, and only when gradients are computed.
         for layer in self._recomputed_layers:
             layer.training = torch.is_grad_enabled()
         with self.autocast():
@@ -133,6 +141,14 @@ class Policy:
         """fp32 logits ``[N, V]``; the head runs in the configured precision."""
         with self.autocast():
             return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
+
+
+def _remove_dropout(model: PreTrainedModel) -> None:
+    """Layers that are recomputed run in training mode, where they would drop."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(module, nn.Dropout))):
+                setattr(module, name, 0.0)
 
 
 def require_positions(model_config: Any, prompt_tokens: int, response_tokens: int) -> None:

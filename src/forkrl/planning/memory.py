@@ -128,12 +128,13 @@ def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
         Item("gradients, fp32", 4 * number, note),
         Item("Adam's averages, fp32", 8 * number, note),
     )
-    adamw = Item("temporaries of AdamW", 4 * number, "PyTorch's foreach: once the weights")
+    adamw: tuple[Item, ...] = ()  # none for the fused one
     if layout.sharded:
         update, (rollout, fit) = _verl_update(config, shape, layout), _verl_rollout(config, shape, layout, gpu)
+        adamw = (Item("temporaries of AdamW", 4 * number, "PyTorch's foreach: once the weights"),)
     else:
         update, (rollout, fit) = _local_update(config, shape, layout), _local_rollout(config, shape, gpu)
-    phases = Phase("rollout", rollout), Phase("update", (*state, *update)), Phase("optimizer step", (*state, adamw))
+    phases = Phase("rollout", rollout), Phase("update", (*state, *update)), Phase("optimizer step", (*state, *adamw))
     return Plan(shape, layout, gpu, phases, _find_host(config, shape, layout), fit)
 
 

@@ -17,6 +17,7 @@ from forkrl.errors import TrainingHalted, out_of_memory_names
 from forkrl.model.policy import Policy, require_positions
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.model.stop_tokens import response_text
+from forkrl.parallel.processes import return_freed_memory
 from forkrl.parallel.workers import Worker, Workers
 from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.growing_cache import build_cache, select_sequences
@@ -158,6 +159,7 @@ def _decode_part(
     worker: Worker, part: tuple[Sequence[Prefix], int], sampling: SamplingParams
 ) -> Iterator[tuple[int, Rollout]]:
     prefixes_S, seed = part
+    return_freed_memory()  # of the wave or update before, which had other sizes
     generator = torch.Generator(worker.policy.device).manual_seed(seed)
 
     def count(sampled: int, room: int) -> None:

@@ -19,7 +19,14 @@ from transformers import GradientCheckpointingLayer
 from forkrl.errors import UserError
 from forkrl.model.attention import attending_by
 from forkrl.model.forward import head_stats
-from forkrl.model.packing import attention_windows, no_mask, pack, packed_attention, packed_hidden_states
+from forkrl.model.packing import (
+    attention_windows,
+    no_mask,
+    pack,
+    packed_attention,
+    packed_hidden_states,
+    why_not_packed,
+)
 from forkrl.model.policy import Policy
 from forkrl.training.selected_attention import Group, lay_out, selected_attention
 from forkrl.types import TokenBatch, TokenStats
@@ -125,8 +132,9 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     nothing = torch.zeros_like(mask, dtype=torch.float32)
     batch = TokenBatch(ids[:, :-1], ids[:, 1:], mask, mask, nothing, nothing, nothing[:, 0])
     selected = mask & (torch.arange(16, device=policy.device) % 3 == 0)
+    if reason := why_not_packed(policy):
+        raise UserError(f"{refusal} ({reason})")
     try:
-        attention_windows(policy.text_config)
         stats = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections)
         sparse = stats.logprobs.detach()[selected]
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:

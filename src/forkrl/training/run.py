@@ -15,8 +15,8 @@ from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
+from forkrl.model.packing import why_not_packed
 from forkrl.model.policy import Policy, open_policy
-from forkrl.parallel.processes import return_freed_memory
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool, open_verifier
@@ -107,8 +107,6 @@ class Run:
     @contextmanager
     def phase(self, name: str, total: int = 0) -> Iterator[None]:
         """A part of a step that changes no weights and may be interrupted; samples ``total`` responses."""
-        if total:  # sampling needs memory of other sizes than the update before it
-            return_freed_memory()
         before = self.workers.sequences_finished
         self.display.phase(name, total, lambda: self.workers.sequences_finished - before)
         with self.interruption.allowed():
@@ -372,6 +370,8 @@ def _open_policy(config: TrainConfig) -> Policy:
     policy = open_policy(config.model, config.runtime.device)
     if config.training.backward == "forks_only":
         require_forks_only(policy, projections=config.forks_only.projections)
+    elif not policy.packs:
+        notice(f"{type(policy.model).__name__}: updates pad sequences and repeat prompts ({why_not_packed(policy)})")
     policy.stop_token_ids(config.rollout.stop)
     return policy
 

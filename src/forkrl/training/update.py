@@ -83,6 +83,7 @@ def update_policy(
     ``on_policy``: the weights have not changed since sampling, so the rollout's entropies are current. Raises
     TrainingHalted on a NaN or infinite entropy, loss or gradient; the weights are then unchanged.
     """
+    workers.map(drop_kept, range(workers.count))  # of an update that failed
     mask_BT, all_rows_B = mini_batch.response_mask, torch.arange(len(mini_batch))
     inside = selects_inside(mini_batch, config, on_policy=on_policy)
     if inside:
@@ -100,7 +101,7 @@ def update_policy(
     counts = Counts(int(mask_BT.sum()), num_selected)
     parts = make_micro_batches(mini_batch, cuts, sample_positions(mini_batch, config, generator))
     workers.zero_gradients()
-    results = _map(workers, accumulate_gradient, parts, counts, config, inside)
+    results = _map(workers, accumulate_gradient, parts, config, counts, inside)
     workers.sum_gradients()
     grad_norm = _take_step(workers.policy, optimizer, config.optimizer.max_grad_norm)
 
@@ -130,7 +131,7 @@ def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: t
 
 
 def accumulate_gradient(
-    worker: Worker, micro: MicroBatch, counts: Counts, config: TrainConfig, inside: bool
+    worker: Worker, micro: MicroBatch, config: TrainConfig, counts: Counts, inside: bool
 ) -> MicroBatchResult:
     """Statistics, loss and backward of one micro-batch, and its selection if made ``inside``."""
     batch, forward, threshold = micro.batch, make_forward(config), math.nan
@@ -165,6 +166,10 @@ def accumulate_gradient(
     if loss.requires_grad:  # forks-only without a selected token has no graph
         loss.backward()
     return MicroBatchResult(selected_BT, threshold, sums)
+
+
+def drop_kept(worker: Worker, _: int) -> None:
+    worker.kept.clear()
 
 
 def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig, keep: bool) -> Tensor:
@@ -203,17 +208,28 @@ def _cut(workers: Workers, mini_batch: TokenBatch, rows_B: Tensor, config: Train
     """Micro-batches of some rows: within ``training.micro_batch_tokens``, and enough for all workers."""
     if not len(rows_B):
         return []
-    rows, packed = mini_batch.rows(rows_B), workers.policy.packs
+    rows, packed = mini_batch.rows(rows_B), _counts_packed(workers, config)
     max_tokens = config.training.micro_batch_tokens
     if config.selection.scope != "micro_batch":
         max_tokens = min(max_tokens, -(-count_tokens(rows, packed=packed) // workers.count))
     return [rows_B[cut_B] for cut_B in cut_micro_batches(rows, max_tokens, packed=packed)]
 
 
-def _map(workers: Workers, function: Callable[..., Result], parts: list[MicroBatch], *arguments: Any) -> list[Result]:
-    """Run a function on micro-batches; each goes to the worker that got it the last time."""
-    sizes = [count_tokens(micro.batch, packed=workers.policy.packs) for micro in parts]
-    return workers.map(function, parts, *arguments, sizes=sizes)
+def _counts_packed(workers: Workers, config: TrainConfig) -> bool:
+    """Whether memory goes by packed tokens: forks-only keeps keys and values of padded sequences."""
+    return workers.policy.packs and config.training.backward == "dense"
+
+
+def _map(
+    workers: Workers,
+    function: Callable[..., Result],
+    parts: list[MicroBatch],
+    config: TrainConfig,
+    *arguments: Any,
+) -> list[Result]:
+    """``function(worker, micro, config, *arguments)``; a micro-batch goes to the worker that got it the last time."""
+    sizes = [count_tokens(micro.batch, packed=_counts_packed(workers, config)) for micro in parts]
+    return workers.map(function, parts, config, *arguments, sizes=sizes)
 
 
 def _select(
