@@ -8,7 +8,7 @@ of a sequence, ``N`` packed tokens; in a segment ``S`` sequences, ``R`` queries;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,45 +67,53 @@ class Packing(NamedTuple):
 
 def pack(batch: TokenBatch) -> Packing:
     """Lay out a batch: each distinct prompt, followed by the rest of its sequences."""
-    length_B = batch.attention_mask.sum(1).tolist()
-    slot_BT = torch.zeros(batch.input_ids.shape, dtype=torch.int64)
-    flat_N: list[Tensor] = []  # a position of each packed token in the flattened batch
-    causal: list[Tensor] = []  # slots of sequences, or of prompts alone, whose positions all attend in one segment
-    segments: list[Segment] = []
-    start, width = 0, slot_BT.shape[1]
-    for prompt, rows in batch.rows_by_prompt().items():
-        num_prompt, prompt_start = len(prompt), start
-        start += num_prompt
-        flat_N.append(rows[0] * width + torch.arange(num_prompt))
-        for row in rows:
-            num_own = length_B[row] - num_prompt
-            slot_BT[row, :num_prompt] = torch.arange(prompt_start, prompt_start + num_prompt)
-            slot_BT[row, num_prompt : length_B[row]] = torch.arange(start, start + num_own)
-            slot_BT[row, length_B[row] :] = start + num_own - 1
-            flat_N.append(row * width + torch.arange(num_prompt, length_B[row]))
-            start += num_own
-        longer = [row for row in rows if length_B[row] > num_prompt]
-        longest = max(length_B[row] for row in rows)
-        # Half of the scores of a causal call are skipped, none of a call with a mask, which takes memory besides.
-        if len(rows) > 1 and longest < 2 * num_prompt and (longest - num_prompt) * longest <= LARGEST_MASK:
-            causal.append(slot_BT[rows[0], :num_prompt])
-            if longer:
-                segments.append(Segment(slot_BT[longer, num_prompt:longest], slot_BT[longer, :longest], num_prompt))
-        else:
-            causal += [slot_BT[row, : length_B[row]] for row in rows]
-    segments += _causal_segments(causal)
-    flat, device = torch.cat(flat_N), batch.input_ids.device
+    groups, length_B = batch.rows_by_prompt(), batch.attention_mask.sum(1).tolist()
+    slot_BT, num_tokens = _slots(groups, length_B, batch.input_ids.shape[1])
+    segments = _segments(groups, length_B, slot_BT)
+    inside_BT, device = batch.attention_mask.cpu(), batch.input_ids.device
+    flat_N = inside_BT.flatten().nonzero()[:, 0][_first_places(slot_BT[inside_BT], num_tokens)].to(device)
+    queries = torch.cat([segment.query_SR.flatten() for segment in segments])
     return Packing(
-        batch.input_ids.flatten()[flat.to(device)][None],
-        (flat % width)[None].to(device),
+        batch.input_ids.flatten()[flat_N][None],
+        (flat_N % slot_BT.shape[1])[None],
         slot_BT.to(device),
         [Segment(query_SR.to(device), key_ST.to(device), first) for query_SR, key_ST, first in segments],
-        _places(segments, start).to(device),
+        _first_places(queries, num_tokens).to(device),
     )
 
 
-def _causal_segments(slots: list[Tensor]) -> list[Segment]:
-    """Segments of sequences of similar length, so that padding at most doubles a sequence."""
+def _slots(groups: Mapping[tuple[int, ...], list[int]], length_B: list[int], width: int) -> tuple[Tensor, int]:
+    """Packed index of each position, ``[B, T]``, and the number of packed tokens."""
+    slot_BT, start = torch.zeros(len(length_B), width, dtype=torch.int64), 0
+    for prompt, rows in groups.items():
+        slot_BT[rows, : len(prompt)] = torch.arange(start, start + len(prompt))
+        start += len(prompt)
+        for row in rows:
+            num_own = length_B[row] - len(prompt)
+            slot_BT[row, len(prompt) : length_B[row]] = torch.arange(start, start + num_own)
+            start += num_own
+            slot_BT[row, length_B[row] :] = start - 1
+    return slot_BT, start
+
+
+def _segments(groups: Mapping[tuple[int, ...], list[int]], length_B: list[int], slot_BT: Tensor) -> list[Segment]:
+    whole: list[Tensor] = []  # slots of sequences, or of prompts alone, that attend from their first position
+    segments: list[Segment] = []
+    for prompt, rows in groups.items():
+        first, longest = len(prompt), max(length_B[row] for row in rows)
+        longer = [row for row in rows if length_B[row] > first]
+        # Half of the scores of a causal call are skipped, none of a call with a mask, which takes memory besides.
+        if len(rows) > 1 and longest < 2 * first and (longest - first) * longest <= LARGEST_MASK:
+            whole.append(slot_BT[rows[0], :first])
+            if longer:
+                segments.append(Segment(slot_BT[longer, first:longest], slot_BT[longer, :longest], first))
+        else:
+            whole += [slot_BT[row, : length_B[row]] for row in rows]
+    return segments + _segments_of_similar_length(whole)
+
+
+def _segments_of_similar_length(slots: list[Tensor]) -> list[Segment]:
+    """Padding at most doubles a sequence."""
     segments: list[list[Tensor]] = []
     for slot_T in sorted(slots, key=len, reverse=True):
         if segments and 2 * len(slot_T) >= len(segments[-1][0]):
@@ -120,11 +128,9 @@ def _padded(slot_T: Tensor, length: int) -> Tensor:
     return torch.cat([slot_T, slot_T[-1:].expand(length - len(slot_T))])
 
 
-def _places(segments: Iterable[Segment], num_tokens: int) -> Tensor:
-    """The first place of each packed token among the queries of all segments."""
-    queries = torch.cat([segment.query_SR.flatten() for segment in segments])
-    places = torch.full((num_tokens,), len(queries))
-    return places.scatter_reduce_(0, queries, torch.arange(len(queries)), "amin")
+def _first_places(index_M: Tensor, count: int) -> Tensor:
+    """Where each number below ``count`` first occurs in ``index_M``."""
+    return torch.full((count,), len(index_M)).scatter_reduce_(0, index_M, torch.arange(len(index_M)), "amin")
 
 
 def packed_attention(packing: Packing, windows: list[int | None]) -> Attention:
