@@ -80,7 +80,9 @@ def test_statistics_and_gradients_are_those_of_padded_sequences(family: str) -> 
 @pytest.mark.parametrize("family", sorted(PADDED | ANALYSABLE.keys()))
 def test_other_families_are_padded(family: str) -> None:
     changes = TRAINABLE.get(family) or ANALYSABLE.get(family) or {}
-    assert not family_policy(family, changes).packs
+    policy = family_policy(family, changes)
+    assert not policy.packs
+    assert not Policy(policy.model, policy.tokenizer, "bf16").packs
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "opt", "biogpt"])

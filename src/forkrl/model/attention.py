@@ -104,7 +104,7 @@ def attend_one_token(
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
     weights = torch.softmax(scores, dim=-1)
-    if value.shape[2] < LEAST_TRANSPOSED:
+    if value.shape[2] < LEAST_TRANSPOSED or value.stride(2) != 1:
         return torch.matmul(weights, value)
     return torch.matmul(value.transpose(-1, -2), weights.transpose(-1, -2)).transpose(-1, -2)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+_LOCK = threading.Lock()
 
 
 def decoding_product(input_SD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,8 +20,10 @@ def decoding_product(input_SD: Tensor, weight: Tensor, bias: Tensor | None = Non
     if len(input_SD) > 1 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return linear(input_SD, weight, bias)
     onednn: Any = torch.backends.mkldnn
-    enabled, onednn.enabled = onednn.enabled, False
-    try:
-        return linear(input_SD, weight, bias)
-    finally:
-        onednn.enabled = enabled
+    with _LOCK:  # the switch is of the whole process
+        enabled = onednn.enabled
+        try:
+            onednn.enabled = False
+            return linear(input_SD, weight, bias)
+        finally:
+            onednn.enabled = enabled

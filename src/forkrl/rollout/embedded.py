@@ -215,8 +215,9 @@ def decode(
             lengths_S[row_S[going_S & ~stopped_S]] = step + 1
 
         before_S, going_S = going_S, ~finished_S[row_S] & (lengths_S[row_S] > step + 1)
-        num_going = int(going_S.sum())
-        on_step(num_before, int((lengths_S[row_S] * going_S).sum()) - num_going * (step + 1))
+        left_S = (lengths_S[row_S] - step - 1) * going_S
+        num_going, room = torch.stack([going_S.sum(), left_S.sum()]).tolist()  # one transfer from an accelerator
+        on_step(num_before, room)
         if num_going < num_before:
             for row in row_S[before_S & ~going_S].tolist():
                 length, finished = int(lengths_S[row]), bool(finished_S[row])

@@ -12,7 +12,6 @@ from torch import Tensor
 from forkrl.errors import NothingToLearn, out_of_memory_names
 from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.method.batches import collate, mini_batches
-from forkrl.parallel.processes import return_freed_memory
 from forkrl.rollout.scoring import Scoring, why_nothing_to_learn
 from forkrl.training.metrics import part_metrics, rollout_metrics, update_metrics
 from forkrl.training.rollout_rows import rollout_rows
@@ -96,7 +95,6 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
 def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> Update:
     """One gradient step; ``on_policy`` is True for the first mini-batch of a rollout batch."""
     lr = run.set_learning_rate()
-    return_freed_memory()  # of sampling, or of the step before
     with out_of_memory_names("training.micro_batch_tokens", run.config.training.micro_batch_tokens):
         update = update_policy(
             run.workers,

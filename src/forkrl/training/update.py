@@ -34,6 +34,7 @@ from forkrl.method.selection import (
 )
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
+from forkrl.parallel.processes import return_freed_memory
 from forkrl.parallel.workers import Worker, Workers
 from forkrl.training.forward import make_forward
 from forkrl.types import TokenBatch
@@ -83,7 +84,7 @@ def update_policy(
     ``on_policy``: the weights have not changed since sampling, so the rollout's entropies are current. Raises
     TrainingHalted on a NaN or infinite entropy, loss or gradient; the weights are then unchanged.
     """
-    workers.map(drop_kept, range(workers.count))  # of an update that failed
+    workers.map(free_memory, range(workers.count))
     mask_BT, all_rows_B = mini_batch.response_mask, torch.arange(len(mini_batch))
     inside = selects_inside(mini_batch, config, on_policy=on_policy)
     if inside:
@@ -168,8 +169,10 @@ def accumulate_gradient(
     return MicroBatchResult(selected_BT, threshold, sums)
 
 
-def drop_kept(worker: Worker, _: int) -> None:
+def free_memory(worker: Worker, _: int) -> None:
+    """Return what sampling used, and drop what an update that failed kept."""
     worker.kept.clear()
+    return_freed_memory()
 
 
 def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig, keep: bool) -> Tensor:
