@@ -51,7 +51,7 @@ def main() -> None:
         return
     setting = {**describe_setting(), "model": options.model, "prompts": options.prompts, "seed": options.seed}
     counts = sorted({1, options.threads})
-    settings = {"forkrl": list(OUR_SETTINGS), options.peer: list(PEER_SETTINGS)}
+    settings = {"forkrl": list(OUR_SETTINGS), options.peer: options.peer_settings}
     ways = [(who, name, count) for who, names in settings.items() for name in names for count in counts]
     cases: list[dict[str, Any]] = []
     for number in range(1, options.rounds + 1):
@@ -71,6 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--name", default="step_time", help="of the result")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
+    parser.add_argument("--peer-settings", nargs="+", choices=list(PEER_SETTINGS), default=list(PEER_SETTINGS))
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--threads", type=int, default=available_cores(), help="cores that each may use")
     parser.add_argument("--seed", type=int, default=0)
