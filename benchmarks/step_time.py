@@ -128,7 +128,7 @@ def load_config(options: argparse.Namespace, *overrides: str) -> Any:
         "dynamic_sampling.enabled=false", "reward.overlong_cache=0",
         f"training.mini_batch_prompts={options.prompts}", f"training.steps={options.steps + 1}", f"optimizer.lr={LR}",
         "eval.every=0", "eval.problems=1", "log.rollouts_sampled=0", f"checkpoint.every={options.steps + 1}",
-        f"runtime.threads={options.threads}", *overrides,
+        f"runtime.threads={options.threads}", "model.gradient_checkpointing=false", *overrides,
     )  # fmt: skip
     return load_recipe(
         TrainConfig, Path("recipes") / ("countdown.toml" if embedded else "smollm2-sums.toml"), overrides
