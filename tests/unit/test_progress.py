@@ -310,3 +310,68 @@ def test_the_seconds_of_a_long_phase_are_shown_in_a_log_and_on_a_terminal() -> N
     with elapsed("reading", stream=quick):
         pass
     assert quick.getvalue() == ""
+
+
+def test_time_left_includes_the_evaluations_to_come() -> None:
+    """Each as long as the last; they are no part of a step, and the last one follows the last step."""
+    now = [0.0]
+    display = TrainingDisplay(6, eval_every=2, stream=io.StringIO(), clock=lambda: now[0])
+
+    def evaluate(step: int, seconds: float) -> None:
+        display.phase("eval", 100)
+        now[0] += seconds
+        display.update({"step": step, **EVAL})
+
+    def train(step: int) -> None:
+        display.phase("rollout", 100)
+        now[0] += 10.0
+        display.update({"step": step})
+
+    with display:
+        evaluate(0, 30.0)
+        train(1)
+        assert display.seconds_left() == pytest.approx(5 * 10 + 3 * 30)
+        train(2)
+        assert display.seconds_left() == pytest.approx(4 * 10 + 3 * 30)
+        evaluate(2, 40.0)
+        assert display.seconds_left() == pytest.approx(4 * 10 + 2 * 40)
+        for step in (3, 4):
+            train(step)
+        evaluate(4, 40.0)
+        for step in (5, 6):
+            train(step)
+        assert display.seconds_left() == pytest.approx(40.0)
+        evaluate(6, 40.0)
+        assert display.seconds_left() is None
+
+
+def test_a_step_does_not_include_the_evaluation_before_it() -> None:
+    now = [0.0]
+    display = TrainingDisplay(5, eval_every=1, stream=io.StringIO(), clock=lambda: now[0])
+    with display:
+        for step in range(4):
+            display.phase("rollout", 100)
+            now[0] += 10.0 if step else 0.0
+            display.update({"step": step})
+            display.phase("eval", 100)
+            now[0] += 30.0
+            display.update({"step": step, **EVAL})
+        assert display.seconds_left() == pytest.approx(2 * (10 + 30))
+
+
+def test_without_regular_evaluations_the_one_at_the_end_is_left() -> None:
+    now = [0.0]
+    display = TrainingDisplay(100, eval_every=0, stream=io.StringIO(), clock=lambda: now[0])
+    with display:
+        display.phase("eval", 100)
+        now[0] += 300.0
+        display.update({"step": 0, **EVAL})
+        display.phase("update")
+        now[0] += 1.0
+        display.update({"step": 1})
+        assert display.seconds_left() == pytest.approx(99 + 300)
+
+
+def test_a_wave_that_has_ended_uncounted_is_done() -> None:
+    counts = iter([Counts(0, 0, 0), Counts(0, 80, 0), Counts(0, 80, 0)])
+    assert SamplingShare(lambda: next(counts), total=16, wave=8)() == 0.5

@@ -122,8 +122,9 @@ class _Phase(NamedTuple):
 class TrainingDisplay:
     """Shows a training run: a live panel if ``stream`` is a terminal, else one flushed line per step.
 
-    ``header`` is printed first; ``start_step``: steps done before a resume. In a log, ``phase_every_s`` seconds pass
-    between lines on a long phase.
+    ``header`` is printed first; ``start_step``: steps done before a resume; ``eval_every``: steps between evaluations
+    in phases named "eval", 0 for one at the end, None for none. In a log, ``phase_every_s`` seconds pass between lines
+    on a long phase.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class TrainingDisplay:
         total_steps: int,
         start_step: int = 0,
         *,
+        eval_every: int | None = None,
         header: str = "",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -141,6 +143,7 @@ class TrainingDisplay:
         self._clock, self._phase_every_s = clock, phase_every_s
         self._step_ended = clock()
         self._durations: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._eval_every, self._eval_s, self._evaluated = eval_every, 0.0, False  # of the last; and at this step
         self._phase = _Phase("", 0, int, clock())
         self._repeat = _Repeat(phase_every_s, self._tell_phase)
         self._latest: dict[str, float] = {}
@@ -199,17 +202,31 @@ class TrainingDisplay:
                 self._live.refresh()
 
     def seconds_left(self) -> float | None:
-        """Median time of the last steps times the remaining ones; includes evaluations that follow every step."""
-        if not self._durations or self._step >= self._total:
+        """Median time of the last steps times the remaining ones, and evaluations as long as the last one."""
+        steps, evaluations = self._total - self._step, self._evaluations_left()
+        if not self._durations or not (steps or evaluations):
             return None
-        return median(self._durations) * (self._total - self._step)
+        return median(self._durations) * steps + self._eval_s * evaluations
+
+    def _evaluations_left(self) -> int:
+        every = self._eval_every
+        if every is None:
+            return 0
+        steps = range(self._step, self._total + 1)
+        due = [step for step in steps if step == self._total or (every and step % every == 0)]
+        return len(due) - (self._step in due and self._evaluated)
 
     def _count_step(self, step: int) -> None:
         now, done = self._clock(), step - self._step
         if done > 0:
             self._durations.append((now - self._step_ended) / done)
+            self._evaluated = False
         if done > 0 or step == self._start:  # skip an evaluation before the first step
             self._step_ended = now
+        if done <= 0 and self._phase.name == "eval":
+            self._eval_s, self._evaluated = now - self._phase.began, True
+            if step != self._start:
+                self._step_ended += self._eval_s  # the next step does not include it
         self._step = step
 
     def _tell_phase(self) -> None:

@@ -57,6 +57,8 @@ class SamplingShare:
         going = 0 if between_waves else min(self._wave, self._total - whole) - (finished - whole)
         left = going * _expected_tokens(finished / tokens, counts.room / going) if going else 0.0
         started = finished + going
+        if not started:  # a whole wave has just ended, and its responses are not counted yet
+            return min(1.0, self._wave / self._total)
         mean = tokens / finished if whole else (tokens + left) / started  # of responses that have not begun
         left += (self._total - started) * mean
         return tokens / (tokens + left)

@@ -318,7 +318,9 @@ def open_run(
         if changes:
             run.folder.change_recipe(recipe_toml(config), run.step, changes)
         run.display = stack.enter_context(
-            TrainingDisplay(config.training.steps, run.step, header=describe_selection(config))
+            TrainingDisplay(
+                config.training.steps, run.step, eval_every=config.eval.every, header=describe_selection(config)
+            )
         )
         if isinstance(run.verifier, VerifierPool):
             run.verifier.announce = run.display.message
