@@ -400,9 +400,7 @@ class TestResume:
         begun.close()
         file = begun.path / "config.toml"
         file.write_text(file.read_text().replace("steps = 10", "steps = 11"))
-        may_change = (
-            r"only training.steps, eval.\*, checkpoint.every, checkpoint.keep, log.\*, each given on the command"
-        )
+        may_change = r"only training.steps, eval.\*, checkpoint.every, checkpoint.keep, log.\*, each given on the"
         with pytest.raises(UserError, match=f"was edited after the run began; undo the edit. .* {may_change}"):
             RunFolder.open(begun.path)
 
