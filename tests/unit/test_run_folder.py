@@ -27,6 +27,7 @@ from forkrl.store.atomic import explained_write_errors
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, refuse_other_data
 from forkrl.store.resuming import accepted_changes, describe_resume, stored_config
 from forkrl.store.run_folder import RunFolder, rollout_schema
+from forkrl.training.run import open_run
 from forkrl.types import Task
 from tests.models import random_policy
 from tests.tiny_state import tiny_state
@@ -71,6 +72,9 @@ class TestCreate:
         with pytest.raises(UserError, match=rf"already holds a run; continue it with --resume {run.path}, or .*--out"):
             RunFolder.create(run.path, {"seed": 4}, {})
         assert RunFolder.open(run.path).recipe == RECIPE
+        RunFolder.create(run.path / "light", {"checkpoint": {"kind": "weights"}}, {}).close()
+        with pytest.raises(UserError, match=r"already holds a run; choose another --out$"):
+            RunFolder.create(run.path / "light", {"seed": 4}, {})
 
     def test_a_folder_with_anything_else_is_refused_and_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("x")
@@ -350,8 +354,8 @@ class TestResume:
         longer = self.changed(config, "training", steps=20)
         says = (
             r"the recipe has changed since the run began: training.steps: 10 -> 20; resume without a recipe "
-            r"\(only training.steps, eval.\*, checkpoint.\*, log.\* may change, each given as key=value\), or start a "
-            r"new run with another --out"
+            r"\(only training.steps, eval.\*, checkpoint.every, checkpoint.keep, log.\* may change, each given "
+            r"as key=value\), or start a new run with another --out"
         )
         with pytest.raises(UserError, match=says + "$"):
             accepted_changes(begun.path, longer, [])  # not on purpose
@@ -361,6 +365,21 @@ class TestResume:
         other_seed = config.model_copy(update={"seed": 5})
         with pytest.raises(UserError, match=r"began: seed: 0 -> 5; resume"):
             accepted_changes(begun.path, other_seed, ["seed"])
+        lighter = self.changed(config, "checkpoint", kind="weights", keep=3)
+        with pytest.raises(UserError, match=r"began: checkpoint.kind: 'full' -> 'weights'; resume"):
+            accepted_changes(begun.path, lighter, ["checkpoint"])
+
+    @pytest.mark.parametrize("kind", ["weights", "none"])
+    def test_a_run_without_training_state_is_refused_before_its_model_is_looked_for(
+        self, tmp_path: Path, config: TrainConfig, kind: str
+    ) -> None:
+        light = self.changed(self.changed(config, "checkpoint", kind=kind), "model", path="./nowhere")
+        RunFolder.create(tmp_path / "light", recipe_toml(light), {}).close()
+        with (
+            pytest.raises(UserError, match=f'light: with checkpoint.kind = "{kind}" the run saved no training state'),
+            open_run(light, resume=tmp_path / "light"),
+        ):
+            pass
 
     def test_a_run_by_verl_keeps_all_its_settings(self, tmp_path: Path, config: TrainConfig) -> None:
         by_verl = self.changed(config, "runtime", trainer="verl")
@@ -381,7 +400,7 @@ class TestResume:
         begun.close()
         file = begun.path / "config.toml"
         file.write_text(file.read_text().replace("steps = 10", "steps = 11"))
-        may_change = r"only training.steps, eval.\*, checkpoint.\*, log.\*, each given on the command line"
+        may_change = r"only training.steps, eval.\*, checkpoint.every, checkpoint.keep, log.\*, each given on the"
         with pytest.raises(UserError, match=f"was edited after the run began; undo the edit. .* {may_change}"):
             RunFolder.open(begun.path)
 

@@ -23,7 +23,7 @@ from forkrl.analysis.measure import Written, measure_responses
 from forkrl.analysis.token_table import token_batches, tokens_of_prompts
 from forkrl.commands.options import DriftOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.subject import Subject, locate_weights
+from forkrl.commands.subject import Subject, locate_weights, why_no_weights
 from forkrl.commands.token_parts import collect_tokens, entropy_temperature, open_response_subject, read_responses
 from forkrl.commands.work_folder import model_settings, open_work_folder, present, stored_settings, weights_fingerprint
 from forkrl.config import ModelConfig
@@ -141,7 +141,7 @@ def _series_of_run(model: str) -> list[Checkpoint]:
     folder = reference.run
     steps = [Checkpoint(f"step {step}", str(path)) for step, path in all_checkpoints(folder / "checkpoints").items()]
     if not steps:
-        raise UserError(f"{folder}: this run has no checkpoint yet")
+        raise UserError(f"{why_no_weights(folder)}; name another run, or two models at least")
     trained = _model_settings(folder)
     start = [] if steps[0].name == "step 0" else [Checkpoint("step 0", trained.path, trained.revision)]
     return [*start, *steps]

@@ -132,10 +132,14 @@ def locate_weights(reference: ModelReference, trained: ModelConfig) -> Weights:
     else:
         path = latest_checkpoint(checkpoints)
     if path is None:
-        none = stored_config(reference.run).checkpoint.kind == "none"
-        reason = 'with checkpoint.kind = "none" this run saved no weights' if none else "this run has no checkpoint yet"
-        raise UserError(f"{reference.run}: {reason}; {reference.run}@{BASE} is its starting model")
+        raise UserError(f"{why_no_weights(reference.run)}; {reference.run}@{BASE} is its starting model")
     return Weights(str(path), None, path.name)
+
+
+def why_no_weights(run: Path) -> str:
+    none = stored_config(run).checkpoint.kind == "none"
+    reason = 'with checkpoint.kind = "none" this run saved no weights' if none else "this run has no checkpoint yet"
+    return f"{run}: {reason}"
 
 
 def _chosen(options: ModelOptions | DriftOptions) -> dict[str, tuple[str, Any]]:

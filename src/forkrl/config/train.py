@@ -14,7 +14,7 @@ from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
 
-CHANGEABLE = ("training.steps", "eval.*", "checkpoint.*", "log.*")
+CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
 
 
@@ -214,8 +214,8 @@ class EvalConfig(Section):
 
 class CheckpointConfig(Section):
     kind: Literal["full", "weights", "none"] = "full"
-    """"full" can be resumed exactly. "weights" has no optimizer state (a third of the size in fp32) and "none" saves
-    nothing, also not at the end: such a run cannot be resumed."""
+    """"full" can be resumed exactly. "weights" has no optimizer state (a third of the size in fp32 remains) and "none"
+    saves nothing, also not at the end: such a run cannot be resumed."""
     every: PositiveInt = 20
     """Steps between checkpoints; the last step and an interruption always save."""
     keep: PositiveInt = 2

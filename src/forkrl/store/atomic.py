@@ -83,7 +83,8 @@ def explained_write_errors(path: Path) -> Iterator[None]:
             else "check that the folder is there and may be written"
         )
         raise UserError(
-            f"{path}: cannot be written ({reason}); what was saved before is intact; {remedy}, then resume"
+            f"{path}: cannot be written ({reason}); what was saved before is intact; {remedy}, "
+            f"then resume or start again"
         ) from error
 
 

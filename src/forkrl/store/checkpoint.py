@@ -167,11 +167,6 @@ def load_checkpoint(
     return progress
 
 
-def is_resumable(path: Path) -> bool:
-    """Whether a checkpoint has the state of training, not only weights."""
-    return PROGRESS in _read_manifest(path)
-
-
 def verify_checkpoint(path: Path) -> None:
     """Check that files match the manifest in name, size and SHA-256, with no others and no pickles."""
     try:

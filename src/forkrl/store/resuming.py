@@ -36,32 +36,29 @@ def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]
         (accepted if fits else refused).append(difference)
     if not refused:
         return accepted
-    from forkrl.store.checkpoint import latest_checkpoint
-
-    newest = latest_checkpoint(folder / "checkpoints")
-    weights = "" if newest is None else f", from these weights with model.path={newest}"
     rule = f"only {', '.join(CHANGEABLE)} may change, each given as key=value"
     raise UserError(
         f"--resume {folder}: the recipe has changed since the run began: {'; '.join(refused)}; resume without a recipe "
-        f"({'a run by verl keeps all its settings' if by_verl else rule}), or start a new run with another "
-        f"--out{weights}"
+        f"({'a run by verl keeps all its settings' if by_verl else rule}), or {_new_run(folder)}"
     )
 
 
-def require_training_state(folder: Path, newest: Path | None, kind: str) -> None:
-    """Refuse a run without state to resume from; ``kind``: the checkpoint.kind it was started with."""
-    from forkrl.store.checkpoint import is_resumable
+def require_training_state(folder: Path) -> None:
+    """Refuse to resume a run whose checkpoint.kind saves no training state; other checks would suggest resuming it."""
+    kind = stored_config(folder).checkpoint.kind
+    if kind != "full":
+        raise UserError(
+            f'--resume {folder}: with checkpoint.kind = "{kind}" the run saved no training state to resume from; '
+            f"{_new_run(folder)}"
+        )
 
-    if newest is None and kind == "none":
-        raise UserError(
-            f'{folder}: with checkpoint.kind = "none" it saved nothing to resume from; start a new run with another '
-            f"--out"
-        )
-    if newest is not None and not is_resumable(newest):
-        raise UserError(
-            f"{newest}: holds weights without the optimizer's state, so the run cannot be resumed; start a new run "
-            f"from them: model.path={newest} and another --out"
-        )
+
+def _new_run(folder: Path) -> str:
+    from forkrl.store.checkpoint import latest_checkpoint  # imports torch
+
+    newest = latest_checkpoint(folder / "checkpoints")
+    weights = "" if newest is None else f", from these weights with model.path={newest}"
+    return f"start a new run with another --out{weights}"
 
 
 def require_progress(path: Path, progress: Mapping[str, Any], random_stream: int) -> None:

@@ -273,7 +273,9 @@ def refuse_occupied(path: Path) -> None:
     if not path.exists():
         return
     if (path / CONFIG).exists():
-        raise UserError(f"{path}: already holds a run; continue it with --resume {path}, or choose another --out")
+        resumable = read_config(path).get("checkpoint", {}).get("kind", "full") == "full"
+        remedy = f"continue it with --resume {path}, or " if resumable else ""
+        raise UserError(f"{path}: already holds a run; {remedy}choose another --out")
     ours = {LOCK, temporary_beside(Path(CONFIG)).name}
     empty = {folder for folder in ("checkpoints", "rollouts") if not any((path / folder).glob("*"))}
     if others := sorted(entry.name for entry in path.iterdir() if entry.name not in ours | empty):

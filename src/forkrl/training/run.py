@@ -88,7 +88,7 @@ class Run:
 
         Args:
             folder: run folder.
-            changes: new values for training.steps, eval.*, checkpoint.* or log.*, by key.
+            changes: new values for training.steps, eval.*, checkpoint.every, checkpoint.keep or log.*, by key.
             plug_ins: fields of :class:`PlugIns`, as when the run was created.
 
         Raises:
@@ -221,11 +221,9 @@ class Run:
     def restore(self) -> int:
         """Restore the newest complete checkpoint, if any, and return the length of metrics.jsonl at that checkpoint.
 
-        Raises UserError if it is beyond training.steps, of another version or without training state. The folder is not
-        changed.
+        Raises UserError if it is beyond training.steps or of another version. The folder is not changed.
         """
         path = latest_checkpoint(self.folder.checkpoints)
-        require_training_state(self.folder.path, path, self.folder.recipe["checkpoint"].get("kind", "full"))
         if path is None:
             return 0
         progress = load_checkpoint(
@@ -255,12 +253,12 @@ class Run:
         """Whether nothing has been logged or saved."""
         return self._saved_step is None and not self.folder.read_metrics()
 
-    def recovery_hint(self) -> str:
-        """What the user can do with a run that cannot continue with its recipe."""
+    def recovery_hint(self, purpose: str = "continue with other settings") -> str:
+        """What the user can do with a run that cannot be resumed, or not with its recipe."""
         if self._saved_step is None:
             return "no checkpoint was saved; start a new run with another --out"
         return (
-            f"the checkpoint of step {self._saved_step} is intact; to continue with other settings, start a new run "
+            f"the checkpoint of step {self._saved_step} is intact; to {purpose}, start a new run "
             f"from its weights: model.path={self.folder.checkpoints / f'step-{self._saved_step}'} and another --out"
         )
 
@@ -302,11 +300,12 @@ def open_run(
     invalid. Only ``changed`` settings may differ from those a resumed run was started with; they are stored.
     """
     changes: list[str] = []
-    if resume is not None:
+    if resume is not None:  # before loading a model of many gigabytes
+        require_training_state(resume)
         changes = accepted_changes(resume, config, changed)
     else:
         assert out is not None
-        refuse_occupied(out)  # before loading a model of many gigabytes
+        refuse_occupied(out)
     require_trackers(config.log.trackers)
     with ExitStack() as stack:
         run = _open_parts(config, out, resume, plug_ins, stack)
@@ -423,6 +422,7 @@ def _announce_resume(run: Run, changes: Sequence[str]) -> None:
 @contextmanager
 def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
     """When a run ends early, save what is valid, and say where it ended and how to continue."""
+    resumable = run.config.checkpoint.kind == "full"
     try:
         yield
     except UserError:
@@ -431,16 +431,16 @@ def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
         raise
     except Interrupted as stop:
         run.stop()
-        if run.config.checkpoint.kind != "full":
-            stop.outcome, stop.remedy = f"after step {run.step}", run.recovery_hint()
+        if not resumable:
+            stop.outcome, stop.remedy = f"after step {run.step}", run.recovery_hint("continue")
         raise
     except NothingToLearn as error:
         if run.step:
             run.stop()
         raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
     except WorkerLost as error:  # not saved: the worker may have died between the gradient steps of a batch
-        resumable = run.config.checkpoint.kind == "full"
-        remedy = f"continue with: forkrl train --resume {run.folder.path}" if resumable else run.recovery_hint()
+        command = f"forkrl train --resume {run.folder.path}"
+        remedy = f"continue with: {command}" if resumable else run.recovery_hint("continue")
         raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
     except TrainingHalted as error:  # not saved: the weights may be the cause
         raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
