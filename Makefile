@@ -83,7 +83,7 @@ demo: setup ## train the embedded model on two cores, then name the report
 	@out=runs/demo; if [ -e "$$out" ]; then out=runs/demo-$$(date +%Y%m%d-%H%M%S); fi; \
 	$(BIN)/forkrl train recipes/countdown.toml --out "$$out"
 
-demo-smollm2: setup ## the same with a real model, SmolLM2-135M-Instruct, on sums and differences (6 GB of memory, 6 minutes)
+demo-smollm2: setup ## the same with a real model, SmolLM2-135M-Instruct, on sums and differences (4 GB of memory, less than 10 minutes)
 	@test -e models/smollm2/config.json || $(BIN)/forkrl model smollm2 --out models/smollm2
 	@out=runs/smollm2; if [ -e "$$out" ]; then out=runs/smollm2-$$(date +%Y%m%d-%H%M%S); fi; \
 	$(BIN)/forkrl train recipes/smollm2-sums.toml --out "$$out"
