@@ -45,7 +45,7 @@ verifier = "first_character:first_character"
 
 CHANGES = {
     "max_prompt_tokens = 8": "max_prompt_tokens = 200",
-    "micro_batch_tokens = 64": "micro_batch_tokens = 512",
+    "micro_batch_tokens = 20": "micro_batch_tokens = 512",
     "problems = 8": "problems = 12",
     "steps = 6": "steps = 4",
     "group_size = 8": "group_size = 16",

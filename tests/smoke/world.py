@@ -64,7 +64,7 @@ lr = 1e-2
 [training]
 steps = 6
 mini_batch_prompts = 2
-micro_batch_tokens = 64
+micro_batch_tokens = 20
 
 [eval]
 every = 3
