@@ -30,6 +30,7 @@ from benchmarks._record import RESULTS, ROOT, describe_setting, write_result
 from benchmarks.gpu.limits import synchronize
 from benchmarks.gpu.steps import PROMPT, Numerals, Shape, build_batch, build_model, build_settings, with_statistics
 from forkrl.model.policy import Policy
+from forkrl.parallel.processes import return_freed_memory
 from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.training.update import update_policy
@@ -136,6 +137,7 @@ def observe(work: Callable[[], object], device: str) -> tuple[float, int]:
     """Seconds that the work takes, and bytes at its peak above those held before."""
     on_gpu = torch.device(device).type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
+    return_freed_memory()  # as an update does at its beginning
     before = reset_peak(on_gpu)
     synchronize(device)
     began = clock()

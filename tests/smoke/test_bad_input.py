@@ -274,7 +274,7 @@ def test_weights_that_become_nan_stop_the_run(world: World) -> None:
     ):
         out = f"nan-{point}"
         outcome = world.train(
-            out, "training.steps=9", "checkpoint.every=1", without_report=True,
+            out, "training.steps=9", "checkpoint.every=1", "training.micro_batch_tokens=640", without_report=True,
             faults=[{"point": point, "count": count, "after": after, "action": "poison"}],
         )  # fmt: skip
         assert outcome.code == 1, (point, outcome)

@@ -159,7 +159,7 @@ def test_an_interruption_changes_no_pass_rate(own_world: World) -> None:
 def test_few_shot_examples_stay_the_same(own_world: World) -> None:
     shown = (
         "task.few_shot=2", "task.question_seed=3", "rollout.max_prompt_tokens=40", "task.answer_format=last_number",
-        "task.allow_unknown_tokens=true",
+        "task.allow_unknown_tokens=true", "training.micro_batch_tokens=64",
     )  # fmt: skip
     outcome = own_world.run(*KEEP, *shown, "--keep-pass-rate", "0.25..1", "--json")
     assert outcome.code == 0, outcome.stderr

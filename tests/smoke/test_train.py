@@ -291,7 +291,8 @@ def test_nothing_left_to_learn_saves_the_finished_steps_for_a_new_run(world: Wor
 def test_a_run_that_diverged_saves_nothing_more(world: World) -> None:
     """Its weights may be what went wrong."""
     poison = {"point": "gradient", "count": 9, "action": "poison"}
-    outcome = world.train("poisoned", "checkpoint.every=6", faults=[poison], without_report=True)
+    whole = "training.micro_batch_tokens=640"
+    outcome = world.train("poisoned", "checkpoint.every=6", whole, faults=[poison], without_report=True)
     assert outcome.code == 1
     assert outcome.line.endswith("; no checkpoint was saved; start a new run with another --out")
     assert not outcome.line.startswith("forkrl: training stopped at step 1:")

@@ -132,8 +132,6 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
     nothing = torch.zeros_like(mask, dtype=torch.float32)
     batch = TokenBatch(ids[:, :-1], ids[:, 1:], mask, mask, nothing, nothing, nothing[:, 0])
     selected = mask & (torch.arange(16, device=policy.device) % 3 == 0)
-    if reason := why_not_packed(policy):
-        raise UserError(f"{refusal} ({reason})")
     try:
         stats = compute_selected_stats(policy, batch, selected, temperature=1.0, projections=projections)
         sparse = stats.logprobs.detach()[selected]
@@ -144,6 +142,8 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
         dense = logits.log_softmax(-1).gather(-1, batch.targets[selected][:, None])[:, 0]
     if not torch.allclose(sparse, dense, rtol=0, atol=1e-3 if policy.precision == "fp32" else 0.1):
         raise UserError(f"{refusal} (its log-probs would differ by {float((sparse - dense).abs().max()):.2g})")
+    if reason := why_not_packed(policy):
+        raise UserError(f"{refusal} ({reason})")
 
 
 class _LastKeysKnown(Exception):
