@@ -15,8 +15,10 @@ from forkrl.model.policy import Policy, set_gradient_checkpointing
 from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch
 from tests.families import ANALYSABLE, TRAINABLE, family_policy
 
-PADDED = {"nemotron", "gpt_oss", "gpt_neo", "gptj", "codegen", "bloom", "mpt", "falcon", "xglm"}
+PADDED = {"gpt_oss", "gpt_neo", "bloom", "mpt", "falcon", "xglm"}
 """Families whose attention ForkRL cannot replace, or depends on positions in another way than by position ids."""
+IN_SOME_VERSIONS = {"gemma2", "nemotron", "gptj", "codegen"}
+"""Families that pack with some versions of transformers: gemma2 with 5.10, the others with 5.24."""
 GROUPS = [(20, [5, 1, 12, 3]), (3, [30, 9]), (9, [9, 9, 2]), (1, [1, 7]), (12, [4])]
 """Prompt length, and lengths of its responses: longer and shorter than the prompt, of a single token, alone."""
 
@@ -71,6 +73,8 @@ def require_equal(packed: tuple[Tensor, Tensor, list[Tensor]], padded: tuple[Ten
 @pytest.mark.parametrize("family", sorted(TRAINABLE.keys() - PADDED))
 def test_statistics_and_gradients_are_those_of_padded_sequences(family: str) -> None:
     policy = family_policy(family, TRAINABLE[family])
+    if family in IN_SOME_VERSIONS and not policy.packs:
+        pytest.skip("padded with this version of transformers")
     assert policy.packs, why_not_packed(policy)
     batch = batch_of(GROUPS, policy.head_weight.shape[0])
     require_equal(*both(policy, batch))
