@@ -139,7 +139,7 @@ class ResponseSource(Protocol):
     def num_responses(self, index: int) -> int: ...
 
     def share(self, responses: int) -> SamplingShare | None:
-        """How much of the sampling of so many responses is done; None if nothing is sampled."""
+        """A function that gives the share of the sampling that is done; None if nothing is sampled."""
         ...
 
 

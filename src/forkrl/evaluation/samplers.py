@@ -81,7 +81,7 @@ class Sampler(ABC):
         return 0
 
     def share(self, responses: int) -> Callable[[], float] | None:
-        """How much of the sampling of so many responses is done; None: as many as are finished."""
+        """A function that gives the share of the sampling that is done; None: the share of finished responses."""
         return None
 
 

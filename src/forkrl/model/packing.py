@@ -102,7 +102,7 @@ def _segments(groups: Mapping[tuple[int, ...], list[int]], length_B: list[int], 
     for prompt, rows in groups.items():
         first, longest = len(prompt), max(length_B[row] for row in rows)
         longer = [row for row in rows if length_B[row] > first]
-        # Half of the scores of a causal call are skipped, none of a call with a mask, which takes memory besides.
+        # Half of the scores of a causal call are skipped, none of a call with a mask, which also takes memory.
         if len(rows) > 1 and longest < 2 * first and (longest - first) * longest <= LARGEST_MASK:
             whole.append(slot_BT[rows[0], :first])
             if longer:

@@ -92,9 +92,13 @@ class Policy:
         return self.model.config.get_text_config()
 
     @functools.cached_property
+    def why_padded(self) -> str:
+        """Why updates must pad sequences instead of packing them (``packing.py``); empty if they pack."""
+        return why_not_packed(self)
+
+    @functools.cached_property
     def packs(self) -> bool:
-        """Whether updates pack sequences into one row (``packing.py``)."""
-        return not why_not_packed(self)
+        return not self.why_padded
 
     def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
         return stop_token_ids(self.tokenizer, self.model.generation_config, stop)

@@ -30,7 +30,7 @@ class SamplingShare:
     """The share of tokens sampled, of those expected for ``total`` responses.
 
     ``wave``: responses decoded at once. The first to finish are short, so the mean length of finished ones says little
-    about the others: a response that goes on is taken to end at every token with the rate seen so far.
+    about the others: an unfinished response is assumed to end at each token with the rate seen so far.
     """
 
     def __init__(self, read: Callable[[], Counts], total: int, wave: int) -> None:

@@ -25,7 +25,6 @@ from forkrl.model.packing import (
     pack,
     packed_attention,
     packed_hidden_states,
-    why_not_packed,
 )
 from forkrl.model.policy import Policy
 from forkrl.training.selected_attention import Group, lay_out, selected_attention
@@ -142,7 +141,7 @@ def require_forks_only(policy: Policy, *, projections: bool = False) -> None:
         dense = logits.log_softmax(-1).gather(-1, batch.targets[selected][:, None])[:, 0]
     if not torch.allclose(sparse, dense, rtol=0, atol=1e-3 if policy.precision == "fp32" else 0.1):
         raise UserError(f"{refusal} (its log-probs would differ by {float((sparse - dense).abs().max()):.2g})")
-    if reason := why_not_packed(policy):
+    if reason := policy.why_padded:
         raise UserError(f"{refusal} ({reason})")
 
 

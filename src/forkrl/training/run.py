@@ -15,7 +15,6 @@ from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
-from forkrl.model.packing import why_not_packed
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
@@ -372,7 +371,7 @@ def _open_policy(config: TrainConfig) -> Policy:
     if config.training.backward == "forks_only":
         require_forks_only(policy, projections=config.forks_only.projections)
     elif not policy.packs:
-        notice(f"{type(policy.model).__name__}: updates pad sequences and repeat prompts ({why_not_packed(policy)})")
+        notice(f"{type(policy.model).__name__}: updates pad sequences and repeat prompts ({policy.why_padded})")
     policy.stop_token_ids(config.rollout.stop)
     return policy
 
