@@ -45,6 +45,7 @@ COMMANDS = {
     "preview": Command(of.PreviewOptions, "preview:run_preview", "the preview", TRAIN),
     "eval": Command(of.EvalOptions, "eval:run_eval", "the evaluation", MEASURE),
     "compare": Command(of.CompareOptions, "compare:run_compare", "the comparison", MEASURE),
+    "study": Command(of.StudyOptions, "study:run_study", "the study", MEASURE),
     "analyze": Command(of.AnalyzeOptions, "analyze:run_analyze", "the analysis", MEASURE),
     "branch": Command(of.BranchOptions, "branch:run_branch", "branching", MEASURE),
     "drift": Command(of.DriftOptions, "drift:run_drift", "the drift", MEASURE),

@@ -414,6 +414,31 @@ class CompareOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyOptions(Options):
+    """Train several arms with several seeds, and compare them.
+
+    examples:
+      forkrl study studies/countdown/study.toml --dry-run       the runs, and how long they take
+      forkrl study studies/countdown/study.toml --jobs 2        two runs at a time
+      forkrl report studies/countdown                           the page again, without training
+
+    A study file has a base recipe, arms (other settings), seeds, and claims to judge (docs/study.md). Every run is an
+    ordinary run folder in --runs-dir. A finished run leaves a record of at most 20 kB in OUT/runs; a run with a record
+    is not trained again, so a study continues after a kill, or on another machine. Writes results.json, tables/*.csv,
+    curves.svg, differences.svg and report.html: accuracy with intervals that cover seeds and problems, differences
+    from the baseline, paired, and a verdict on each claim. Exit code 1 if a run failed.
+    """
+
+    study: Path = field(kw_only=False, metadata=argument("a TOML file; see studies/", "STUDY"))
+    jobs: int = option(1, "runs at a time; the cores are divided among them", "N", low=1)
+    dry_run: bool = option(False, "print the runs and the expected time, and exit")
+    out: Path | None = option(
+        None, "folder of records and results (default: that of study.toml, or studies/NAME)", "DIR", OUTPUT
+    )
+    runs_dir: Path | None = option(None, "where the run folders are (default: runs/NAME)", "DIR", OUTPUT)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResponseOptions(SampleOptions):
     """Options of commands that measure tokens of sampled or given responses."""
 

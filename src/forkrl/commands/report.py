@@ -20,6 +20,7 @@ _PAGES = {
     "decode-temps": "forkrl.commands.decode_temps:make_page",
     "drift": "forkrl.commands.drift:make_page",
     "eval": "forkrl.commands.evaluate:make_page",
+    "study": "forkrl.report.study_page:study_page",
 }
 """By command name in the schema: the function that makes a page of ``Results``."""
 

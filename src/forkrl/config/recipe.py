@@ -35,7 +35,7 @@ def load_recipe(
     Raises:
         UserError: names the file or "command line", the key, the value and the remedy.
     """
-    values = _read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
+    values = read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
     values.pop("provenance", None)  # the config.toml of a run is a recipe too
     overridden = copy.deepcopy(values)
     for override in overrides:
@@ -119,16 +119,17 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The values of a TOML file; ``what`` it is, for errors."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_parse_float)
     except FileNotFoundError:
-        hint = "shipped ones are in recipes/"
-        if path.suffix != ".toml":
+        hint = "shipped ones are in recipes/" if what == "recipe" else "shipped ones are in studies/"
+        if what == "recipe" and path.suffix != ".toml":
             hint = "a setting is written section.key=value, without spaces around ="
-        raise UserError(f"{path}: no such recipe; {hint}") from None
+        raise UserError(f"{path}: no such {what}; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a recipe ({error})") from None
+        raise UserError(f"{path}: cannot be read as a {what} ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 

@@ -290,3 +290,12 @@ def inline_svg(figure: Figure, name: str) -> str:
     for color, variable in _THEME_VARIABLES.items():
         text = text.replace(color, variable)
     return visible(re.sub(r"\n\s*", "\n", text).strip())
+
+
+def standalone_svg(figure: Figure) -> str:
+    """The figure as an SVG file on white, the same bytes for the same figure."""
+    buffer = io.StringIO()
+    figure.patch.set_visible(True)
+    with matplotlib.rc_context({"svg.hashsalt": "forkrl"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    return buffer.getvalue()

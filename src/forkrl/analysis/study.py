@@ -1,0 +1,292 @@
+"""Compares the arms of a study: final accuracy with paired differences, curves, equal budgets, claims.
+
+Axes: ``S`` seeds, ``P`` held-out problems, ``A`` arms. Every run of a study answers the same problems, and runs of
+different arms are paired by seed and problem. Differences have the two-level interval of ``forkrl.stats.crossed``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from forkrl.config.study import START, ClaimConfig, StudyConfig
+from forkrl.errors import UserError
+from forkrl.stats.crossed import Crossed, crossed_mean
+from forkrl.stats.intervals import Estimate, as_columns, mean_with_normal_interval
+from forkrl.stats.permutation import holm
+from forkrl.store.run_record import CURVES, SECONDS, TOKENS, RunRecord
+
+Floats = npt.NDArray[np.float64]
+Row = dict[str, Any]
+_DRAWS = 2000
+FIGURES = {
+    "length": "eval/length",
+    "truncated": "eval/truncated_fraction",
+    "entropy": "eval/entropy",
+    "kept": "selection/kept_fraction",
+}
+"""Columns of the table of arms, and the curve whose last value they hold; ``kept`` is the mean over steps."""
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "not distinguishable"
+
+
+class Runs(NamedTuple):
+    """The runs of one arm by seed."""
+
+    arm: str
+    by_seed: dict[int, RunRecord]
+
+    def scores(self, of: Callable[[RunRecord], Sequence[float] | Floats], seeds: Iterable[int] = ()) -> Floats:
+        """``[S, P]`` of all seeds, or of those given."""
+        return np.array([of(self.by_seed[seed]) for seed in (seeds or self.by_seed)], dtype=np.float64)
+
+
+def final(record: RunRecord) -> Sequence[float]:
+    """``[P]`` scores of the last evaluation."""
+    return record.scores[max(record.scores)]
+
+
+def at_start(record: RunRecord) -> Sequence[float]:
+    """``[P]`` scores before training."""
+    return record.scores[min(record.scores)]
+
+
+def runs_by_arm(study: StudyConfig, records: Iterable[RunRecord]) -> dict[str, Runs]:
+    """The arms with at least two runs, in the order of the study.
+
+    Raises:
+        UserError: two runs were evaluated on different problems, or no arm can be compared with the baseline.
+    """
+    found: dict[str, dict[int, RunRecord]] = {arm: {} for arm in study.arms}
+    first: RunRecord | None = None
+    for record in records:
+        first = first or record
+        if record.problems != first.problems:
+            raise UserError(
+                f"runs {first.arm} seed {first.seed} and {record.arm} seed {record.seed} were evaluated on different "
+                f"held-out problems; runs of a study need the same data, eval.problems and task.held_out_rows"
+            )
+        found[record.arm][record.seed] = record
+    arms = {arm: Runs(arm, dict(sorted(runs.items()))) for arm, runs in found.items() if len(runs) > 1}
+    if study.baseline not in arms or len(arms) < 2:
+        have = ", ".join(f"{arm} {len(runs)}" for arm, runs in found.items())
+        raise UserError(
+            f"too few finished runs to compare: the baseline {study.baseline} and another arm need two each ({have}); "
+            f"the same command trains the missing ones"
+        )
+    return arms
+
+
+def study_tables(study: StudyConfig, records: Sequence[RunRecord], seed: int = 0) -> dict[str, list[Row]]:
+    """All tables: ``arms``, ``claims``, ``measurements``, ``curves``, ``runs``; ``seed`` is for the bootstrap."""
+    arms = runs_by_arm(study, records)
+    return {
+        "arms": arm_rows(study, arms, seed),
+        "claims": [claim_row(claim, arms) for claim in study.claims],
+        "measurements": measurement_rows(study, arms),
+        "curves": curve_rows(arms),
+        "runs": run_rows(arms),
+    }
+
+
+def arm_rows(study: StudyConfig, arms: Mapping[str, Runs], seed: int) -> list[Row]:
+    """Final accuracy of each arm and its difference from the baseline, best first."""
+    baseline = arms[study.baseline]
+    best = _share_of_draws_won(list(arms.values()), seed)
+    rows: list[Row] = []
+    for runs in arms.values():
+        accuracy = crossed_mean(runs.scores(final))
+        gain = crossed_mean(runs.scores(final) - runs.scores(at_start))
+        row: Row = {
+            "arm": runs.arm,
+            "label": study.label(runs.arm),
+            "seeds": len(runs.by_seed),
+            **as_columns("accuracy", _share(accuracy.estimate)),
+            "start": float(runs.scores(at_start).mean()),
+            **as_columns("gain", gain.estimate),
+            "best": best[runs.arm],
+            "seed_deviation": float(runs.scores(final).mean(axis=1).std(ddof=1)),
+            **{column: _last(runs, curve, whole=column == "kept") for column, curve in FIGURES.items()},
+        }
+        if runs is not baseline:
+            row |= _difference_columns("difference", difference(runs, baseline))
+            for name, total in (("equal_tokens", TOKENS), ("equal_seconds", SECONDS)):
+                row |= as_columns(name, equal_budget_difference(runs, baseline, total).estimate)
+        rows.append(row)
+    compared = [row for row in rows if "p" in row]
+    for row, adjusted in zip(compared, holm([row["p"] for row in compared]), strict=True):
+        row["p_holm"] = adjusted
+    return sorted(rows, key=lambda row: -row["accuracy"])
+
+
+def difference(
+    runs: Runs, other: Runs, of: Callable[[RunRecord], Sequence[float] | Floats] = final
+) -> Crossed:  # fmt: skip
+    """Mean of ``runs`` minus mean of ``other`` over common seeds and all problems."""
+    seeds = [seed for seed in runs.by_seed if seed in other.by_seed]
+    return crossed_mean(runs.scores(of, seeds) - other.scores(of, seeds))
+
+
+def equal_budget_difference(runs: Runs, other: Runs, total: str) -> Crossed:
+    """The difference where every run has spent as much (tokens or seconds) as the one that spent least in all.
+
+    Scores between two evaluations are interpolated linearly.
+    """
+    seeds = [seed for seed in runs.by_seed if seed in other.by_seed]
+    every = [each.by_seed[seed] for each in (runs, other) for seed in seeds]
+    budget = min(_spent(record, total)[-1] for record in every)
+    return difference(runs, other, lambda record: _scores_at(record, total, budget))
+
+
+def _scores_at(record: RunRecord, total: str, budget: float) -> Floats:
+    """``[P]`` scores of a run when it had spent ``budget``."""
+    spent, steps = _spent(record, total), sorted(record.scores)
+    place = float(np.interp(budget, spent, np.arange(len(steps))))
+    low = min(int(place), len(steps) - 2)
+    before, after = (np.array(record.scores[steps[each]]) for each in (low, low + 1))
+    mixed: Floats = before + (place - low) * (after - before)
+    return mixed
+
+
+def _spent(record: RunRecord, total: str) -> list[float]:
+    """What the run had spent at each of its evaluations."""
+    steps, values = record.curves[total]
+    known = [value or 0.0 for value in values]
+    return [float(np.interp(step, steps, known)) for step in sorted(record.scores)]
+
+
+def claim_row(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Row:
+    """The verdict on a claim: whether the 95% interval lies in the differences for which it is true, or outside."""
+    row: Row = {"claim": claim.text, "arm": claim.arm, "than": claim.than, "says": claim.says, "margin": claim.margin}
+    if claim.arm not in arms or claim.than not in {START, *arms}:
+        return row | {"verdict": "not tested", "seeds_needed": math.nan}
+    runs = arms[claim.arm]
+    if claim.than == START:
+        found = crossed_mean(runs.scores(final) - runs.scores(at_start))
+    else:
+        found = difference(runs, arms[claim.than])
+    (low, high), interval = claim.region, found.estimate
+    needed: float = math.nan
+    if low < interval.low and interval.high < high:
+        verdict = SUPPORTED
+    elif interval.high < low or high < interval.low:
+        verdict = CONTRADICTED
+    else:
+        verdict = UNDECIDED
+        needed = found.seeds_needed(min(abs(found.mean - end) for end in (low, high) if math.isfinite(end))) or math.nan
+    return row | _difference_columns("difference", found) | {"verdict": verdict, "seeds_needed": needed}
+
+
+def measurement_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:
+    """Per measurement, arm and figure: the mean over seeds; of an evaluation also the accuracy, paired."""
+    rows: list[Row] = []
+    for name in study.measurements:
+        baseline = arms[study.baseline]
+        for runs in arms.values():
+            records = list(runs.by_seed.values())
+            if not all(name in record.measured for record in records):
+                continue
+            where = {"measurement": name, "arm": runs.arm, "label": study.label(runs.arm)}
+            if records[0].measured[name].scores:
+
+                def scores(record: RunRecord, name: str = name) -> list[float]:
+                    return record.measured[name].scores
+
+                row = (
+                    where
+                    | {"figure": "accuracy"}
+                    | as_columns("value", _share(crossed_mean(runs.scores(scores)).estimate))
+                )
+                if runs is not baseline:
+                    row |= _difference_columns("difference", difference(runs, baseline, scores))
+                rows.append(row)
+            for figure in records[0].measured[name].figures:
+                values = [record.measured[name].figures.get(figure) for record in records]
+                rows.append(where | {"figure": figure} | as_columns("value", _over_seeds(values)))
+    return rows
+
+
+def curve_rows(arms: Mapping[str, Runs]) -> list[Row]:
+    """Mean over seeds, with Student's 95% interval, of every curve of each arm at each step."""
+    rows: list[Row] = []
+    for runs in arms.values():
+        for metric in (*CURVES, TOKENS, SECONDS):
+            at: dict[float, list[float | None]] = {}
+            for record in runs.by_seed.values():
+                for step, value in zip(*record.curves.get(metric, ([], [])), strict=True):
+                    at.setdefault(step, []).append(value)
+            for step in sorted(at):
+                rows.append(
+                    {"arm": runs.arm, "metric": metric, "step": step, "seeds": len(at[step])}
+                    | as_columns("value", _over_seeds(at[step]))
+                )
+    return rows
+
+
+def run_rows(arms: Mapping[str, Runs]) -> list[Row]:
+    return [
+        {
+            "arm": runs.arm,
+            "seed": seed,
+            "start": fmean(at_start(record)),
+            "final": fmean(final(record)),
+            "steps": record.steps,
+            "tokens": record.curves[TOKENS][1][-1],
+            "seconds": record.seconds,
+            "date": record.date,
+            "commit": str(record.provenance.get("commit", "")),
+            "threads": record.provenance.get("threads", math.nan),
+            "machine": record.machine,
+        }
+        for runs in arms.values()
+        for seed, record in runs.by_seed.items()
+    ]
+
+
+def curve_frame(curves: pd.DataFrame, metric: str, arm: str) -> pd.DataFrame:
+    """The rows of one curve."""
+    return curves[(curves["metric"] == metric) & (curves["arm"] == arm)]
+
+
+def _difference_columns(name: str, found: Crossed) -> Row:
+    return as_columns(name, found.estimate) | {"p": found.p, "detectable": found.detectable}
+
+
+def _share(estimate: Estimate) -> Estimate:
+    return Estimate(estimate.mean, max(0.0, estimate.low), min(1.0, estimate.high))
+
+
+def _over_seeds(values: Sequence[float | None]) -> Estimate:
+    known = [[value] for value in values if value is not None]
+    return mean_with_normal_interval(known) if known else Estimate(math.nan, math.nan, math.nan)
+
+
+def _last(runs: Runs, curve: str, *, whole: bool) -> float:
+    """Mean over seeds of the curve's last value, or of its mean over steps."""
+    found = []
+    for record in runs.by_seed.values():
+        values = [value for value in record.curves.get(curve, ([], []))[1] if value is not None]
+        found += [fmean(values) if whole else values[-1]] if values else []
+    return fmean(found) if found else math.nan
+
+
+def _share_of_draws_won(arms: Sequence[Runs], seed: int) -> dict[str, float]:
+    """How often each arm has the highest accuracy when seeds and problems are drawn again."""
+    generator = np.random.default_rng(seed)
+    seeds = sorted(set.intersection(*(set(runs.by_seed) for runs in arms)))
+    if len(seeds) < 2:
+        return {runs.arm: math.nan for runs in arms}
+    scores_ASP = np.stack([runs.scores(final, seeds) for runs in arms])
+    _, S, P = scores_ASP.shape
+    wins_A = np.zeros(len(arms))
+    for _ in range(_DRAWS):
+        seed_weights = generator.multinomial(S, np.full(S, 1 / S))
+        problem_weights = generator.multinomial(P, np.full(P, 1 / P))
+        means_A = np.einsum("asp,s,p->a", scores_ASP, seed_weights, problem_weights)
+        wins_A[means_A == means_A.max()] += 1 / (means_A == means_A.max()).sum()
+    return dict(zip((runs.arm for runs in arms), (wins_A / _DRAWS).tolist(), strict=True))

@@ -1,0 +1,192 @@
+"""A study file for ``forkrl study``: arms, seeds, measurements and claims on top of a base recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from forkrl.config.recipe import load_recipe, parse_recipe, read_toml, recipe_differences, recipe_toml
+from forkrl.config.sections import FROM_LIST, NonNegative, Section, Seed
+from forkrl.config.train import TrainConfig
+from forkrl.errors import UserError
+
+START = "start"
+"""In a claim: the same runs before training."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SAME_DATA = ("task.", "eval.", "model.")
+_NOT_COMPARED = ("runtime", "log", "checkpoint", "seed")
+"""Sections without effect on what a run learns, apart from rounding; and the seed, which runs differ in."""
+Words = Annotated[tuple[str, ...], FROM_LIST]
+Seeds = Annotated[tuple[Seed, ...], FROM_LIST]
+
+
+class ArmConfig(Section):
+    """One arm: the base recipe with other settings."""
+
+    label: str = ""
+    """For plots and tables; default: the arm's name."""
+    settings: Words = ()
+    """Each as on the command line: "selection.rule=random"."""
+    seeds: Seeds = ()
+    """Of this arm, if it has fewer than the study."""
+
+
+class MeasurementConfig(Section):
+    """A command that measures every trained model."""
+
+    command: Literal["eval", "drift", "decode-temps", "analyze"] = "eval"
+    """"eval" is compared between the arms; of the others the headline and the figures are kept."""
+    arguments: Words = ()
+    """Options and settings of the command, without the model and --out."""
+
+
+class ClaimConfig(Section):
+    """A statement about a difference of final accuracy, to be judged by its 95% interval."""
+
+    text: str
+    """The claim in words."""
+    arm: str
+    """The arm it is about."""
+    than: str
+    """The arm to compare with; "start": the same runs before training."""
+    says: Literal["better", "not worse", "equal", "worse"]
+    """"better": the difference is above margin; "worse": below -margin; "not worse": above -margin; "equal": within."""
+    margin: NonNegative = 0.0
+    """Share of problems: 0.02 is two points."""
+
+    @property
+    def region(self) -> tuple[float, float]:
+        """The differences for which the claim is true."""
+        infinity = float("inf")
+        return {
+            "better": (self.margin, infinity),
+            "not worse": (-self.margin, infinity),
+            "equal": (-self.margin, self.margin),
+            "worse": (-infinity, -self.margin),
+        }[self.says]
+
+
+class StudyConfig(Section):
+    """The whole file."""
+
+    title: str
+    """A few words."""
+    recipe: str
+    """The base recipe, relative to this file."""
+    baseline: str
+    """The arm that the others are compared with."""
+    seeds: Seeds
+    """Every arm is trained once with each; at least two."""
+    settings: Words = ()
+    """Changes of the base recipe for all arms."""
+    arms: dict[str, ArmConfig]
+    """By name, in the order of plots and tables."""
+    measurements: dict[str, MeasurementConfig] = Field(default_factory=dict)
+    """By name; made with each trained model."""
+    claims: Annotated[tuple[ClaimConfig, ...], FROM_LIST] = ()
+    """Judged at the end."""
+    paper: str = ""
+    """What the paper found, for the page."""
+
+    @model_validator(mode="after")
+    def _check_arms(self) -> StudyConfig:
+        for name in (*self.arms, *self.measurements):
+            if not _NAME.fullmatch(name) or name == START:
+                raise ValueError(f"{name!r} cannot be a name; use letters, digits, - and _, and not {START!r}")
+        if len(self.arms) < 2:
+            raise ValueError(f"arms: {len(self.arms)} given; a study compares at least two")
+        known = f"the arms are {', '.join(self.arms)}"
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline = {self.baseline!r}: is not an arm; {known}")
+        for claim in self.claims:
+            for key, arm in (("arm", claim.arm), ("than", claim.than)):
+                if arm not in self.arms and (key, arm) != ("than", START):
+                    raise ValueError(f"claims: {key} = {arm!r} is not an arm; {known}")
+            if claim.arm == claim.than:
+                raise ValueError(f"claims: arm and than are both {claim.arm!r}")
+        for name in self.arms:
+            seeds = self.seeds_of(name)
+            if len(set(seeds)) < 2:
+                raise ValueError(
+                    f"seeds of arm {name}: {', '.join(map(str, seeds)) or 'none'}; an interval over runs needs at "
+                    f"least two different seeds"
+                )
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds of arm {name}: a seed is given twice")
+            if len(set(seeds) & set(self.seeds_of(self.baseline))) < 2:
+                raise ValueError(f"seeds of arm {name}: at least two must be seeds of the baseline {self.baseline}")
+        return self
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        return self.arms[arm].seeds or self.seeds
+
+    def label(self, arm: str) -> str:
+        return self.arms[arm].label or arm
+
+
+class PlannedRun(NamedTuple):
+    """One training run of a study."""
+
+    arm: str
+    seed: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+
+def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
+    """A study file and its runs, seed by seed, so that every arm has some early.
+
+    Raises:
+        UserError: names the file, the key and the remedy; also for arms that do not differ or are on different data.
+    """
+    study = parse_recipe(StudyConfig, read_toml(path, "study"), str(path))
+    recipe = path.parent / study.recipe
+    configs = {name: _arm_config(path, study, name, recipe) for name in study.arms}
+    _require_comparable(path, configs, study.baseline)
+    every_seed = dict.fromkeys(seed for arm in study.arms for seed in study.seeds_of(arm))
+    runs = [
+        PlannedRun(arm, seed, configs[arm].model_copy(update={"seed": seed}))
+        for seed in every_seed
+        for arm in study.arms
+        if seed in study.seeds_of(arm)
+    ]
+    return study, runs
+
+
+def learning_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a run learns; runs with the same ones and the same seed are the same run."""
+    return {key: value for key, value in recipe_toml(config).items() if key not in _NOT_COMPARED}
+
+
+def _arm_config(path: Path, study: StudyConfig, name: str, recipe: Path) -> TrainConfig:
+    words = (*study.settings, *study.arms[name].settings)
+    if any(word.partition("=")[0].strip() == "seed" for word in words):
+        raise UserError(f"{path}: arm {name}: the seed is set by seeds; remove seed= from settings")
+    try:
+        return load_recipe(TrainConfig, recipe, words)
+    except UserError as error:
+        raise UserError(f"{path}: arm {name}: {str(error).replace('command line: ', '')}") from None
+
+
+def _require_comparable(path: Path, configs: dict[str, TrainConfig], baseline: str) -> None:
+    """Reject two arms with the same settings, and arms whose prompts, evaluation or model differ."""
+    seen: dict[str, str] = {}
+    for name, config in configs.items():
+        text = repr(learning_settings(config))
+        if text in seen:
+            raise UserError(f"{path}: arms {seen[text]} and {name} have the same settings; change or remove one")
+        seen[text] = name
+        different = [
+            each for each in recipe_differences(configs[baseline], config) if each.startswith(_SAME_DATA)
+        ]  # fmt: skip
+        if different:
+            raise UserError(
+                f"{path}: arm {name} is not on the data and model of the baseline {baseline} ({different[0]}); arms "
+                f"must be paired by problem, so make it a study of its own"
+            )

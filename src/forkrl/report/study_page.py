@@ -1,0 +1,209 @@
+"""The page of ``forkrl study``: verdicts, differences from the baseline, and curves of all arms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from forkrl.report.formatting import interval_of, is_clear, percent, points
+from forkrl.report.page import Card, Page, Section
+from forkrl.report.plots import BLUE, COUNT, MUTED, PERCENT, POINTS, Curve, Panel, finish, forest, plot
+from forkrl.store.results import Results
+
+CURVES = (
+    ("learning", "Held-out accuracy", "eval/accuracy", "accuracy", PERCENT, 0),
+    ("training", "Accuracy of training responses", "reward/accuracy", "accuracy", PERCENT, 0),
+    ("entropy", "Entropy of training responses", "entropy/mean", "entropy (nats)", None, 0),
+    ("length", "Length of training responses", "response/length", "tokens", COUNT, None),
+    ("truncated", "Training responses cut at the limit", "response/truncated_fraction", "share", PERCENT, 0),
+    ("kept", "Tokens that carried gradient", "selection/kept_fraction", "share", PERCENT, 0),
+)
+"""Section, title, metric, y label, format and lower end."""
+
+
+def study_page(results: Results) -> Page:
+    tables = results.tables
+    return Page(
+        name=str(results.settings["title"]),
+        kind="study",
+        headline=results.headline,
+        sections=[*_result_sections(results), *_curve_sections(results)],
+        sections_title="Results",
+        notes=results.notes,
+        cards=_cards(tables["claims"], tables["runs"]),
+        settings=_settings(results.settings),
+        provenance=[*results.versions.items(), *_origin(tables["runs"])],
+        command=results.command,
+        reproduce=str(results.facts["reproduce"]),
+        source="the records in this study's folder",
+    )
+
+
+def study_headline(arms: pd.DataFrame, baseline: str) -> str:
+    """One sentence per arm, best first."""
+    labels = dict(zip(arms["arm"], arms["label"], strict=True))
+    of_baseline = arms[arms["arm"] == baseline].iloc[0]
+    text = f"{labels[baseline]} (the baseline) reaches {percent(interval_of(of_baseline, 'accuracy'))}"
+    for row in arms[arms["arm"] != baseline].to_dict("records"):
+        found = interval_of(row, "difference")
+        clear = "" if is_clear(found) else ", not clearly different"
+        text += f"; {row['label']} {points(found)}{clear}"
+    seeds = sorted(set(arms["seeds"]))
+    runs = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    return f"{text} (95% intervals over {runs} and all problems, paired)."
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """The two figures that stand alone: learning curves and differences."""
+    return {"curves": _curve_figure(results, *CURVES[0][2:]), "differences": _difference_figure(results)}
+
+
+def _cards(claims: pd.DataFrame, runs: pd.DataFrame) -> list[Card]:
+    made = [
+        Card(
+            row["claim"],
+            row["verdict"],
+            note=_why(row) + (f"; about {row['seeds_needed']:.0f} seeds needed" if row["seeds_needed"] > 0 else ""),
+        )
+        for row in claims.to_dict("records")
+    ]
+    hours = runs["seconds"].sum() / 3600
+    return [*made, Card("Runs", str(len(runs)), note=f"{hours:.1f} hours of training steps in all")]
+
+
+def _why(row: dict[str, Any]) -> str:
+    return points(interval_of(row, "difference")) if "difference" in row else ""
+
+
+def _result_sections(results: Results) -> list[Section]:
+    arms, claims = results.tables["arms"], results.tables["claims"]
+    baseline = str(results.settings["baseline"])
+    paper = f" The paper: {results.settings['paper']}" if results.settings["paper"] else ""
+    sections = [
+        Section(
+            "Difference from the baseline",
+            f"Final held-out accuracy minus that of {baseline}, paired by seed and problem. The interval covers new "
+            "seeds and new problems; p-values are also given after Holm's correction over arms. detectable: the "
+            f"smallest true difference that this design finds in 80% of studies.{paper}",
+            "study-differences",
+            _columns(arms[arms["arm"] != baseline], {
+                "label": "arm", "seeds": "seeds", "difference": "difference", "difference_low": "low",
+                "difference_high": "high", "p": "p", "p_holm": "p (Holm)", "detectable": "detectable",
+                "equal_tokens": "at equal tokens", "equal_tokens_low": "low ", "equal_tokens_high": "high ",
+                "equal_seconds": "at equal time", "equal_seconds_low": "low  ", "equal_seconds_high": "high  ",
+            }),
+            _difference_figure(results),
+        ),
+        Section(
+            "Final accuracy",
+            "Best first. best: how often the arm comes first when seeds and problems are drawn again. "
+            "deviation: standard deviation between seeds.",
+            "study-arms",
+            _columns(arms, {
+                "label": "arm", "seeds": "seeds", "accuracy": "accuracy", "accuracy_low": "low",
+                "accuracy_high": "high", "start": "before training", "best": "best", "seed_deviation": "deviation",
+                "length": "tokens", "truncated": "cut at limit", "entropy": "entropy", "kept": "tokens kept",
+            }),
+            _seeds_figure(results),
+        ),
+    ]  # fmt: skip
+    if len(claims):
+        sections.insert(0, Section(
+            "Claims",
+            "Supported: the 95% interval of the difference lies where the claim is true; contradicted: outside. "
+            "seeds needed: to find a difference as large as the one observed in 80% of studies; none: more seeds do "
+            "not help without more problems.",
+            "study-claims",
+            _columns(claims, {
+                "claim": "claim", "says": "says", "margin": "margin", "difference": "difference",
+                "difference_low": "low", "difference_high": "high", "verdict": "verdict",
+                "seeds_needed": "seeds needed",
+            }),
+        ))  # fmt: skip
+    measured = results.tables["measurements"]
+    if len(measured):
+        sections.append(Section(
+            "Measurements after training", "Means over seeds.", "study-measurements",
+            measured.drop(columns=["arm"]),
+        ))  # fmt: skip
+    return sections
+
+
+def _columns(table: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
+    present = [name for name in names if name in table]
+    return table[present].rename(columns=names)
+
+
+def _difference_figure(results: Results) -> Figure:
+    arms = results.tables["arms"]
+    others = arms[arms["arm"] != results.settings["baseline"]]
+    found = [interval_of(row, "difference") for row in others.to_dict("records")]
+    figure, axes = forest(others["label"].tolist(), [("difference", found, 0.0)], POINTS)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    finish(axes, "", f"accuracy minus that of {results.settings['baseline']}, points", legend=False)
+    return figure
+
+
+def _seeds_figure(results: Results) -> Figure:
+    """Final accuracy of every run, one column per arm."""
+    arms, runs = results.tables["arms"], results.tables["runs"]
+    names = arms["arm"].tolist()
+    curves = [
+        Curve([names.index(arm)] * len(of), of["final"].to_numpy(float), style="", marker="o", color=MUTED, alpha=0.6)
+        for arm, of in runs.groupby("arm", sort=False)
+    ]
+    curves.append(
+        Curve(
+            range(len(names)), arms["accuracy"].to_numpy(float), style="", marker="D", color=BLUE,
+            low=arms["accuracy_low"], high=arms["accuracy_high"],
+        )
+    )  # fmt: skip
+    panel = Panel("accuracy", curves, y_format=PERCENT, names=arms["label"].tolist())
+    return plot([panel], xlabel="", height=3.2)
+
+
+def _curve_sections(results: Results) -> list[Section]:
+    curves = results.tables["curves"]
+    return [
+        Section(
+            title,
+            "Mean over seeds; bands: 95% interval of that mean, Student's over seeds.",
+            f"study-{name}",
+            curves[curves["metric"] == metric].drop(columns=["metric"]),
+            _curve_figure(results, metric, *look),
+        )
+        for name, title, metric, *look in CURVES
+        if (curves["metric"] == metric).any()
+    ]
+
+
+def _curve_figure(results: Results, metric: str, label: str, y_format: Any, bottom: float | None) -> Figure:
+    curves, arms = results.tables["curves"], results.tables["arms"]
+    labels = dict(zip(arms["arm"], arms["label"], strict=True))
+    drawn = []
+    for arm in results.settings["arms"]:
+        of = curves[(curves["metric"] == metric) & (curves["arm"] == arm)]
+        if len(of):
+            low, high = of["value_low"], of["value_high"]
+            if y_format is PERCENT:
+                low, high = low.clip(0, 1), high.clip(0, 1)
+            drawn.append(Curve(of["step"], of["value"].to_numpy(float), labels[arm], low=low, high=high, kind="band"))
+    return plot([Panel(label, drawn, y_format=y_format, bottom=bottom)], height=3.4)
+
+
+def _settings(settings: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+    groups = [("study", [(key, str(settings[key]), False) for key in ("recipe", "baseline", "seeds", "settings")])]
+    return [*groups, ("arms", [(arm, text, False) for arm, text in settings["arms"].items()])]
+
+
+def _origin(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """Dates, commits and machines of the runs."""
+    dates = sorted(str(date)[:10] for date in runs["date"])
+    found = [("runs made", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}")]
+    for key in ("commit", "machine", "threads"):
+        values = sorted({str(value) for value in runs[key] if not (isinstance(value, float) and math.isnan(value))})
+        found.append((key, ", ".join(value[:12] if key == "commit" else value for value in values)))
+    return found
