@@ -50,6 +50,7 @@ COMMANDS = {
     "branch": Command(of.BranchOptions, "branch:run_branch", "branching", MEASURE),
     "drift": Command(of.DriftOptions, "drift:run_drift", "the drift", MEASURE),
     "decode-temps": Command(of.DecodeTempsOptions, "decode_temps:run_decode_temps", "the sweep", MEASURE),
+    "runs": Command(of.RunsOptions, "runs:run_runs", "the list", OTHER),
     "report": Command(of.ReportOptions, "report:run_report", "the report", OTHER),
     "doctor": Command(of.DoctorOptions, "doctor:run_doctor", "the check", OTHER),
 }
@@ -246,13 +247,16 @@ def is_override(word: str) -> bool:
     return bool(equals) and "/" not in key and not Path(word).exists()
 
 
+_SEVERAL = ("--bench", "--runs")
+
+
 def _repeated_flags(argv: Sequence[str]) -> Iterator[str]:
     """``--bench a b`` as ``--bench a --bench b``, which is how typer takes several values."""
     flag, first = "", False
     for word in argv:
         if word.startswith("-"):
-            flag, first = (word, True) if word == "--bench" else ("", False)
-        elif flag and not first and not is_override(word):
+            flag, first = (word, True) if word in _SEVERAL else ("", False)
+        elif flag and not first and (flag == "--runs" or not is_override(word)):
             yield flag
         else:
             first = False

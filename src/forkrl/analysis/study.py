@@ -116,7 +116,8 @@ def arm_rows(study: StudyConfig, arms: Mapping[str, Runs], seed: int) -> list[Ro
         if runs is not baseline:
             row |= _difference_columns("difference", difference(runs, baseline))
             for name, total in (("equal_tokens", TOKENS), ("equal_seconds", SECONDS)):
-                row |= as_columns(name, equal_budget_difference(runs, baseline, total).estimate)
+                if all(total in record.curves for each in (runs, baseline) for record in each.by_seed.values()):
+                    row |= as_columns(name, equal_budget_difference(runs, baseline, total).estimate)
         rows.append(row)
     compared = [row for row in rows if "p" in row]
     for row, adjusted in zip(compared, holm([row["p"] for row in compared]), strict=True):
@@ -236,7 +237,7 @@ def run_rows(arms: Mapping[str, Runs]) -> list[Row]:
             "start": fmean(at_start(record)),
             "final": fmean(final(record)),
             "steps": record.steps,
-            "tokens": record.curves[TOKENS][1][-1],
+            "tokens": record.tokens,
             "seconds": record.seconds,
             "date": record.date,
             "commit": str(record.provenance.get("commit", "")),

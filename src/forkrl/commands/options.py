@@ -420,22 +420,40 @@ class StudyOptions(Options):
     examples:
       forkrl study studies/countdown/study.toml --dry-run       the runs, and how long they take
       forkrl study studies/countdown/study.toml --jobs 2        two runs at a time
-      forkrl report studies/countdown                           the page again, without training
+      forkrl study --runs runs/a runs/b runs/c runs/d           runs that exist; settings that differ make the arms
+      forkrl study --runs all=trl-0.jsonl all=trl-1.jsonl top=trl-2.jsonl top=trl-3.jsonl --metric eval/acc
 
     A study file has a base recipe, arms (other settings), seeds, and claims to judge (docs/study.md). Every run is an
     ordinary run folder in --runs-dir. A finished run leaves a record of at most 20 kB in OUT/runs; a run with a record
     is not trained again, so a study continues after a kill, or on another machine. Writes results.json, tables/*.csv,
     curves.svg, differences.svg and report.html: accuracy with intervals that cover seeds and problems, differences
     from the baseline, paired, and a verdict on each claim. Exit code 1 if a run failed.
+
+    --runs compares runs that exist: run folders, or metrics of other trainers (JSON lines, CSV as W&B exports it,
+    TensorBoard's event files), whose intervals cover seeds only.
     """
 
-    study: Path = field(kw_only=False, metadata=argument("a TOML file; see studies/", "STUDY"))
+    study: Path | None = field(
+        default=None, kw_only=False, metadata=argument("a TOML file; see studies/", "[STUDY]")
+    )  # fmt: skip
+    runs: Sequence[str] = option((), "compare these runs instead", "[ARM=]PATH...")
+    baseline: str | None = option(None, "with --runs: the arm to compare with (default: of the first run)", "ARM")
+    metric: str = option("eval/accuracy", "with --runs: name of held-out accuracy in metrics of other trainers", "NAME")
     jobs: int = option(1, "runs at a time; the cores are divided among them", "N", low=1)
     dry_run: bool = option(False, "print the runs and the expected time, and exit")
     out: Path | None = option(
         None, "folder of records and results (default: that of study.toml, or studies/NAME)", "DIR", OUTPUT
     )
     runs_dir: Path | None = option(None, "where the run folders are (default: runs/NAME)", "DIR", OUTPUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.study is None) == (not self.runs):
+            raise UserError("name a study file, or runs with --runs (one of the two): forkrl study STUDY.toml")
+        if self.runs and (self.dry_run or self.runs_dir is not None):
+            raise UserError("--runs compares finished runs: drop --dry-run and --runs-dir")
+        if self.baseline is not None and not self.runs:
+            raise UserError(f"--baseline {self.baseline}: is for --runs; a study file names its baseline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -577,9 +595,28 @@ class DecodeTempsOptions(SampleOptions, ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """Write report.html of a run, finished or not, or of the output folder of any other command."""
+    """Write report.html of a run, finished or not, or of the output folder of any other command.
+
+    examples:
+      forkrl report runs/first
+      forkrl report runs/first --watch                          again every 20 seconds, until the run has ended
+    """
 
     folder: Path = field(kw_only=False, metadata=argument("a run folder, or the folder given to --out", "DIR"))
+    watch: bool = option(False, "refresh the report of a run while it trains")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions(Options):
+    """List the runs in a folder: status, step and held-out accuracy, the latest last.
+
+    examples:
+      forkrl runs
+      forkrl runs runs/sweep --json
+    """
+
+    folder: Path = field(default=Path("runs"), kw_only=False, metadata=argument("searched at any depth", "[DIR]"))
+    json: bool = option(False, "print the list as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)

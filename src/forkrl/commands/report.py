@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from forkrl.commands.options import ReportOptions
+from forkrl.commands.runs import describe_run
 from forkrl.errors import UserError
 from forkrl.report.page import Page, write_page
-from forkrl.report.run_page import write_run_report
+from forkrl.report.run_page import run_headline, write_run_report
 from forkrl.store.results import REPORT, RESULTS, Results, read_json, read_results
 from forkrl.store.run_folder import CONFIG
 
@@ -25,9 +27,29 @@ _PAGES = {
 """By command name in the schema: the function that makes a page of ``Results``."""
 
 
+_REFRESH_S = 20.0
+
+
 def run_report(options: ReportOptions) -> int:
-    print(f"report: {write_report(options.folder)}")
+    print(f"report: {write_report(options.folder)}", flush=True)
+    if options.watch:
+        _watch(options.folder)
     return 0
+
+
+def _watch(folder: Path) -> None:
+    """Write the report of a run again whenever its metrics have changed, until no process trains it."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--watch: {folder} is not a run folder; drop --watch")
+    metrics, seen, running = folder / "metrics.jsonl", 0, True
+    while running:
+        running = describe_run(folder).status == "running"  # before reading, so that the last lines are not missed
+        if (size := metrics.stat().st_size) != seen:
+            seen = size
+            write_report(folder)
+            print(run_headline(folder), flush=True)
+        if running:
+            time.sleep(_REFRESH_S)
 
 
 def write_report(folder: Path) -> Path:

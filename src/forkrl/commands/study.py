@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from forkrl.analysis.study import study_tables
 from forkrl.commands.options import StudyOptions
+from forkrl.commands.study_given import study_of_runs
 from forkrl.commands.study_runs import Places, expected_seconds, probe, read_records, train_missing
 from forkrl.commands.work_folder import present
 from forkrl.config.study import PlannedRun, StudyConfig, load_study
@@ -27,9 +29,12 @@ SCHEMA = "forkrl-study/1"
 
 
 def run_study(options: StudyOptions) -> int:
+    if options.study is None:
+        return _compare_given(options)
     study, planned = load_study(options.study)
-    name = options.study.parent.resolve().name if options.study.stem == "study" else options.study.stem
-    folder = options.out or (options.study.parent if options.study.stem == "study" else Path("studies") / name)
+    in_place = options.study.stem == "study"
+    name = options.study.parent.resolve().name if in_place else options.study.stem
+    folder = options.out or (options.study.parent if in_place else Path("studies") / name)
     refuse_unusable(folder)
     places = Places(folder / "runs", options.runs_dir or Path("runs") / name)
     records = read_records(places, planned)
@@ -48,24 +53,39 @@ def run_study(options: StudyOptions) -> int:
             return int(stop.exit_code)
         finally:
             os.close(lock)
-    results = write_study(options.study, study, planned, places, folder, failures)
+        records = read_records(places, planned)
+    missing = [run.name for run in planned if run.name not in records]
+    notes = [
+        *failures,
+        *([f"{len(missing)} of {len(planned)} runs are missing: {', '.join(missing)}."] if missing else []),
+    ]
+    results = write_study(study, list(records.values()), folder, str(options.study), notes)
     present(folder, study_page(results))
     return 1 if failures else 0
 
 
+def _compare_given(options: StudyOptions) -> int:
+    folder = options.out or Path("analyses") / "study"
+    refuse_unusable(folder)
+    study, records = study_of_runs(options.runs, options.metric, options.baseline)
+    only_seeds = any(not record.problems for record in records)
+    notes = ["Scores of single problems are not known for every run: intervals cover seeds only."] if only_seeds else []
+    results = write_study(study, records, folder, f"--runs {shlex.join(options.runs)}", notes)
+    return present(folder, study_page(results))
+
+
 def write_study(
-    path: Path, study: StudyConfig, planned: Sequence[PlannedRun], places: Places, folder: Path, failures: Sequence[str]
+    study: StudyConfig, records: Sequence[RunRecord], folder: Path, source: str, notes: Sequence[str]
 ) -> Results:
-    """Write the tables, results.json and figures from the records."""
-    records = read_records(places, planned)
-    tables = {name: pd.DataFrame(rows) for name, rows in study_tables(study, list(records.values())).items()}
-    missing = [run.name for run in planned if run.name not in records]
+    """Write the tables, results.json and figures from the records; ``source``: the arguments of the command."""
+    tables = {name: pd.DataFrame(rows) for name, rows in study_tables(study, records).items()}
+    with explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     results = write_results(
         folder,
         SCHEMA,
         settings={
             "title": study.title,
-            "study": path.name,
             "recipe": study.recipe,
             "baseline": study.baseline,
             "seeds": list(study.seeds),
@@ -74,16 +94,8 @@ def write_study(
             "paper": study.paper,
         },
         headline=study_headline(tables["arms"], study.baseline),
-        notes=[
-            *failures,
-            *([f"{len(missing)} of {len(planned)} runs are missing: {', '.join(missing)}."] if missing else []),
-        ],
-        facts={
-            "reproduce": f"forkrl study {path}",
-            "runs": len(records),
-            "planned_runs": len(planned),
-            "training_seconds": sum(record.seconds for record in records.values()),
-        },
+        notes=notes,
+        facts={"reproduce": f"forkrl study {source}", "runs": len(records)},
         tables=tables,
     )
     for name, figure in figures(results).items():

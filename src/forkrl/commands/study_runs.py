@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tomli_w
 
@@ -31,7 +31,7 @@ from forkrl.store.interruption import Interruption
 from forkrl.store.results import read_results
 from forkrl.store.resuming import stored_config
 from forkrl.store.run_folder import CONFIG, clear_folder
-from forkrl.store.run_record import TOKENS, Measured, RunRecord, digest, make_record, read_record, write_record
+from forkrl.store.run_record import Measured, RunRecord, digest, flat, make_record, read_record, write_record
 
 _LOOK_EVERY_S = 0.2
 # The child dies with this process, whatever kills it; its output goes to a log.
@@ -77,7 +77,7 @@ def read_records(places: Places, planned: Sequence[PlannedRun]) -> dict[str, Run
 
 def _other_settings(record: RunRecord, run: PlannedRun) -> str:
     """The first setting in which a record differs from the run planned now; empty if it is the same run."""
-    stored, asked = _flat(record.settings), _flat(learning_settings(run.config))
+    stored, asked = flat(record.settings), flat(learning_settings(run.config))
     weights = weights_fingerprint(run.config.model.path)
     if weights and record.weights == weights:  # the same files, wherever they are
         stored.pop("model.path", None)
@@ -88,13 +88,6 @@ def _other_settings(record: RunRecord, run: PlannedRun) -> str:
         if stored.get(key) != asked.get(key):
             return f"{key} = {stored.get(key)!r}, now {asked.get(key)!r}"
     return ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in json.loads(json.dumps(values)).items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Places, jobs: int) -> list[str]:
@@ -154,11 +147,11 @@ def probe(run: PlannedRun, jobs: int) -> RunRecord:
 
 def expected_seconds(record: RunRecord, run: PlannedRun) -> float:
     """Seconds of training and evaluation of a run, judged by a record of the same arm or of a similar one."""
-    config, tokens = run.config, record.curves[TOKENS][1][-1] or 0.0
+    config = run.config
     lengths = [value for value in record.curves["eval/length"][1] if value is not None]
     evaluations = 2 + (config.training.steps - 1) // config.eval.every if config.eval.every else 2
     evaluated = evaluations * config.eval.problems * config.eval.samples * fmean(lengths)
-    return record.seconds / record.steps * config.training.steps + evaluated * record.seconds / tokens
+    return record.seconds / record.steps * config.training.steps + evaluated * record.seconds / record.tokens
 
 
 class _Job:

@@ -96,6 +96,7 @@ def _result_sections(results: Results) -> list[Section]:
                 "equal_seconds": "at equal time", "equal_seconds_low": "low  ", "equal_seconds_high": "high  ",
             }),
             _difference_figure(results),
+            printed=arms[arms["arm"] != baseline][["label", "seeds", *_estimate("difference"), "p", "p_holm"]],
         ),
         Section(
             "Final accuracy",
@@ -108,6 +109,7 @@ def _result_sections(results: Results) -> list[Section]:
                 "length": "tokens", "truncated": "cut at limit", "entropy": "entropy", "kept": "tokens kept",
             }),
             _seeds_figure(results),
+            printed=arms[["label", "seeds", *_estimate("accuracy"), "start", "length", "truncated", "kept"]],
         ),
     ]  # fmt: skip
     if len(claims):
@@ -130,6 +132,10 @@ def _result_sections(results: Results) -> list[Section]:
             measured.drop(columns=["arm"]),
         ))  # fmt: skip
     return sections
+
+
+def _estimate(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_low", f"{name}_high"
 
 
 def _columns(table: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:

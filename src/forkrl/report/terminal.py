@@ -14,10 +14,10 @@ from forkrl.report.page import Page
 def describe_page(page: Page) -> str:
     lines = [page.headline, *(f"note: {note}" for note in page.notes)]
     if page.cards:
-        lines += ["", *_aligned([[card.title, _value(card.before, card.value), card.note] for card in page.cards])]
+        lines += ["", *aligned([[card.title, _value(card.before, card.value), card.note] for card in page.cards])]
     for section in page.sections:
         if section.printed is not None and len(section.printed):
-            lines += ["", f"{section.title}:", *_aligned(table_cells(section.printed), numbers=True)]
+            lines += ["", f"{section.title}:", *aligned(table_cells(section.printed), numbers=True)]
     return "\n".join(map(printable, lines))
 
 
@@ -52,7 +52,7 @@ def _value(before: str, value: str) -> str:
     return f"{before} → {value}" if before else value
 
 
-def _aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
     """Columns two blanks apart; ``numbers``: right-align all but the first."""
     rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

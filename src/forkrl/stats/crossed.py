@@ -68,12 +68,18 @@ def crossed_mean(values_SP: npt.ArrayLike) -> Crossed:
 
     ``SE^2 = (MS_seeds + MS_questions - MS_residual) / (S P)`` is unbiased for the variance of the mean when seeds and
     questions are random (two-way analysis of variance without replication); it is not taken below either mean square
-    alone. Degrees of freedom after Satterthwaite. Raises ValueError for fewer than two seeds or questions.
+    alone. Degrees of freedom after Satterthwaite. With a single column it is the one-sample t-test over seeds. Raises
+    ValueError for fewer than two seeds.
     """
     values: Floats = np.asarray(values_SP, dtype=np.float64)
-    if values.ndim != 2 or min(values.shape) < 2:
-        raise ValueError(f"values have shape {list(values.shape)}; at least two seeds and two questions are needed")
+    if values.ndim != 2 or values.shape[0] < 2 or not values.size:
+        raise ValueError(
+            f"values have shape {list(values.shape)}; they must be [seeds, questions], with two seeds or more"
+        )
     (S, P), mean = values.shape, float(values.mean())
+    if P == 1:
+        square = float(values.var(ddof=1)) / S
+        return Crossed(mean, math.sqrt(square), S - 1, S, (square, 0.0, 0.0))
     means_S1, means_1P = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
     freedoms = S - 1, P - 1, (S - 1) * (P - 1)
     sums = (

@@ -69,11 +69,17 @@ class RunRecord(Section):
 
     @property
     def steps(self) -> int:
-        return int(self.curves[TOKENS][0][-1])
+        return max(self.scores)
 
     @property
     def seconds(self) -> float:
-        return self.curves[SECONDS][1][-1] or math.nan
+        """Of all training steps; NaN if not known."""
+        return _end(self, SECONDS)
+
+    @property
+    def tokens(self) -> float:
+        """Sampled in training; NaN if not known."""
+        return _end(self, TOKENS)
 
 
 def make_record(arm: str, folder: Path, weights: str, measured: Mapping[str, Measured] | None = None) -> RunRecord:
@@ -126,6 +132,14 @@ def read_record(path: Path) -> RunRecord:
     return parse_recipe(RunRecord, values, str(path))
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by full key, as JSON reads them back."""
+    found: dict[str, Any] = {}
+    for key, value in json.loads(json.dumps(values)).items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def describe_machine() -> str:
     """Processor and number of cores."""
     try:
@@ -134,6 +148,11 @@ def describe_machine() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{next(names, platform.machine())}, {os.cpu_count()} cores"
+
+
+def _end(record: RunRecord, name: str) -> float:
+    last = record.curves[name][1][-1] if name in record.curves else None
+    return math.nan if last is None else last
 
 
 def _dump(record: RunRecord) -> str:

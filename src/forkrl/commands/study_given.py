@@ -1,0 +1,134 @@
+"""A study of runs that exist: ForkRL's run folders, or metrics that other trainers exported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from forkrl.config.recipe import parse_recipe
+from forkrl.config.study import StudyConfig
+from forkrl.errors import UserError
+from forkrl.store.run_folder import CONFIG
+from forkrl.store.run_record import CURVES, RunRecord, flat, make_record
+
+_STEP = ("step", "_step", "global_step", "Step")
+_ACCURACY = "eval/accuracy"
+
+
+def study_of_runs(words: Sequence[str], metric: str, baseline: str | None) -> tuple[StudyConfig, list[RunRecord]]:
+    """The study and records of runs given as ``PATH`` or ``ARM=PATH``.
+
+    A run folder without ARM belongs to the arm of its settings. Other metrics have no scores of single problems, so
+    their intervals cover seeds only; runs of an arm are numbered in the order given.
+
+    Raises:
+        UserError: a path that holds no metrics, an arm with one run, or a baseline that is no arm.
+    """
+    given = [_split(word) for word in words]
+    folders = {path: make_record("", path, "") for _, path in given if (path / CONFIG).is_file()}
+    names = _arms_by_settings(folders)
+    records: list[RunRecord] = []
+    for arm, path in given:
+        if path in folders:
+            records.append(folders[path].model_copy(update={"arm": arm or names[path]}))
+        elif not arm:
+            raise UserError(f"--runs {path}: is not a run folder; name its arm: --runs ARM={path}")
+        else:
+            number = sum(record.arm == arm for record in records)
+            records.append(record_of_metrics(arm, number, _read_metrics(path), metric, path))
+    return _study(records, baseline), records
+
+
+def record_of_metrics(
+    arm: str, number: int, rows: Iterable[Mapping[str, Any]], metric: str, path: Path
+) -> RunRecord:  # fmt: skip
+    """A record of exported metrics, whose held-out accuracy is called ``metric``."""
+    curves: dict[str, tuple[list[float], list[float | None]]] = {}
+    for row in rows:
+        step = next((row[name] for name in _STEP if isinstance(row.get(name), int | float)), None)
+        for name, value in row.items():
+            kept = _ACCURACY if name == metric else name
+            if step is not None and kept in CURVES and isinstance(value, int | float) and math.isfinite(value):
+                steps, values = curves.setdefault(kept, ([], []))
+                steps.append(float(step))
+                values.append(float(value))
+    if len(curves.get(_ACCURACY, ([],))[0]) < 2:
+        raise UserError(
+            f"--runs {path}: has fewer than two values of {metric} with a step; name the metric of held-out accuracy "
+            f"with --metric"
+        )
+    steps, values = curves[_ACCURACY]
+    return RunRecord(
+        arm=arm, seed=number, settings={}, weights="", provenance={}, machine="", date="", problems="", curves=curves,
+        scores={int(step): [value or 0.0] for step, value in zip(steps, values, strict=True)},
+    )  # fmt: skip
+
+
+def _split(word: str) -> tuple[str, Path]:
+    """Arm ("" if not given) and path."""
+    arm, equals, path = word.partition("=")
+    return ("", Path(word)) if not equals or Path(word).exists() else (arm, Path(path))
+
+
+def _arms_by_settings(folders: Mapping[Path, RunRecord]) -> dict[Path, str]:
+    """Names made of the settings in which the runs differ."""
+    settings = {path: flat(record.settings) for path, record in folders.items()}
+    keys = dict.fromkeys(key for values in settings.values() for key in values)
+    differing = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
+    named = {path: " ".join(f"{key}={values.get(key)}" for key in differing) for path, values in settings.items()}
+    return {path: re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "runs" for path, name in named.items()}
+
+
+def _study(records: Sequence[RunRecord], baseline: str | None) -> StudyConfig:
+    arms: dict[str, list[int]] = {}
+    for record in records:
+        seeds = arms.setdefault(record.arm, [])
+        if record.seed in seeds:
+            raise UserError(f"--runs: two runs of arm {record.arm} have seed {record.seed}; give each once")
+        seeds.append(record.seed)
+    values = {
+        "title": f"{len(records)} runs in {len(arms)} arms",
+        "recipe": "",
+        "baseline": baseline or next(iter(arms)),
+        "seeds": sorted({seed for seeds in arms.values() for seed in seeds}),
+        "arms": {arm: {"seeds": seeds} for arm, seeds in arms.items()},
+    }
+    return parse_recipe(StudyConfig, values, "--runs")
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL or CSV file, or of TensorBoard's event files."""
+    if not path.exists():
+        raise UserError(f"--runs {path}: no such file or folder")
+    if path.is_dir() or "tfevents" in path.name:
+        return _read_tensorboard(path)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                return [{key: _number(value) for key, value in row.items() if key} for row in csv.DictReader(file)]
+            return [row for line in file if line.strip() and isinstance(row := json.loads(line), dict)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"--runs {path}: is neither JSON lines nor CSV ({error})") from error
+
+
+def _read_tensorboard(path: Path) -> list[dict[str, Any]]:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        raise UserError(f"--runs {path}: reading event files needs tensorboard (pip install tensorboard)") from None
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return [{"step": event.step, tag: event.value} for tag in tags for event in events.Scalars(tag)]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None

@@ -1,0 +1,211 @@
+"""``forkrl study`` end to end on the tiny world: trained, killed, resumed, extended, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from forkrl.commands.report import write_report
+from forkrl.store.results import csv_text, read_results
+from tests.processes import wait_until
+from tests.report_page import Page
+from tests.smoke.world import STALL_TIMEOUT_S, World
+
+HOT = 'arguments = ["--temperature", "1.5", "--problems", "4"]'
+STUDY = """
+title = "All tokens or half of them"
+recipe = "recipe.toml"
+baseline = "all"
+seeds = [3, 4]
+settings = ["training.steps=4", "eval.every=2", "runtime.workers=1", "runtime.threads=1"]
+[arms.all]
+settings = ["selection.rule=all"]
+[arms.half]
+settings = ["selection.ratio=0.5"]
+[measurements.hot]
+HOT
+[[claims]]
+text = "half the tokens are enough"
+arm = "half"
+than = "all"
+says = "not worse"
+margin = 0.1
+""".replace("HOT", HOT)
+RUNS = ["all-seed3", "all-seed4", "half-seed3", "half-seed4"]
+
+
+@pytest.fixture(scope="module")
+def studied(world: World) -> World:
+    """The study, run to its end without interruption, in ``studies/halves``."""
+    (world.folder / "halves.toml").write_text(STUDY)
+    outcome = world.run("study", "halves.toml", "--jobs", "2")
+    assert outcome.code == 0, outcome.stderr
+    return world
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """All tables without what the clock decides."""
+    found = {}
+    for name, table in read_results(folder).tables.items():
+        if name == "curves":
+            table = table[table["metric"] != "total/seconds"]
+        timed = [column for column in table.columns if column.startswith(("seconds", "date", "equal_seconds"))]
+        found[name] = csv_text(table.drop(columns=timed))
+    return found
+
+
+def test_a_study_trains_measures_and_compares(studied: World) -> None:
+    folder = studied.folder / "studies/halves"
+    assert sorted(path.stem for path in (folder / "runs").glob("*.json")) == RUNS
+    assert all(path.stat().st_size < 20_000 for path in (folder / "runs").iterdir())
+    results = read_results(folder)
+    assert results.facts["runs"] == 4
+    arms = results.tables["arms"].set_index("arm")
+    assert arms.loc["half", "kept"] == pytest.approx(0.5, abs=0.1) and arms.loc["all", "kept"] == 1
+    assert pd.isna(arms.loc["all", "difference"]) and 0 < arms.loc["half", "p"] <= 1
+    assert len(results.tables["claims"]) == 1 and set(results.tables["measurements"]["measurement"]) == {"hot"}
+    accuracy = results.tables["curves"].query("metric == 'eval/accuracy' and arm == 'all'")
+    assert accuracy["step"].tolist() == [0, 2, 4]
+    page = Page(folder / "report.html")
+    assert "half the tokens are enough" in page.text and results.headline in page.text
+    assert write_report(folder).read_text() == page.source
+    for name in ("curves", "differences"):
+        assert (folder / f"{name}.svg").read_text().startswith("<?xml")
+    run = studied.folder / "runs/halves/all-seed3"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_the_same_command_trains_nothing_again(studied: World) -> None:
+    folder = studied.folder / "studies/halves"
+    before = {path: path.stat().st_mtime_ns for path in (studied.folder / "runs").rglob("*")}
+    outcome = studied.run("study", "halves.toml")
+    assert outcome.code == 0 and "half the tokens are enough" in outcome.stdout
+    assert {path: path.stat().st_mtime_ns for path in (studied.folder / "runs").rglob("*")} == before
+    planned = studied.run("study", "halves.toml", "--dry-run")
+    assert "2 arms, 4 runs, 4 of them finished" in planned.stdout and "to train" not in planned.stdout
+    assert folder.is_dir()
+
+
+def test_it_continues_on_another_machine_from_its_records(studied: World) -> None:
+    """Only the records travel; one is missing and trained again."""
+    copy = shutil.copytree(studied.folder / "studies/halves", studied.folder / "elsewhere/halves")
+    (copy / "runs/half-seed4.json").unlink()
+    planned = studied.run("study", "halves.toml", "--out", copy, "--runs-dir", "elsewhere/runs", "--dry-run")
+    assert "to train: 1 runs" in planned.stdout and "from finished runs" in planned.stdout
+    outcome = studied.run("study", "halves.toml", "--out", copy, "--runs-dir", "elsewhere/runs")
+    assert outcome.code == 0, outcome.stderr
+    assert [path.name for path in (studied.folder / "elsewhere/runs").glob("*.toml")] == ["half-seed4.toml"]
+    assert tables(copy) == tables(studied.folder / "studies/halves")
+
+
+def test_a_study_killed_three_times_gives_the_same_tables(studied: World) -> None:
+    """Without measurements, to be quick; the runs are killed in their first, second and third step."""
+    unmeasured = STUDY.replace("[measurements.hot]", "").replace(HOT, "")
+    (studied.folder / "killed.toml").write_text(unmeasured)
+    out = studied.folder / "studies/killed"
+    argv = ("study", "killed.toml")
+    kills = ((RUNS[0], 1, signal.SIGKILL), (RUNS[2], 2, signal.SIGTERM), (RUNS[1], 3, signal.SIGKILL))
+    for run, wanted, signum in kills:
+        started = studied.start(*argv)
+        metrics = studied.folder / "runs/killed" / run / "metrics.jsonl"
+        wait_until(lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= wanted, STALL_TIMEOUT_S)  # noqa: B023
+        started.send(signum)
+        assert started.wait().code in (-signum, 128 + signum)
+        assert not (out / "results.json").exists()
+    outcome = studied.run(*argv)
+    assert outcome.code == 0, outcome.stderr
+    expected = tables(studied.folder / "studies/halves")
+    assert tables(out) == expected | {"measurements": "\n"}
+
+
+def test_a_failing_arm_is_named_and_the_others_are_compared(studied: World) -> None:
+    text = STUDY.replace("[measurements.hot]", '[arms.broken]\nsettings = ["optimizer.lr=1e9"]\n[measurements.hot]')
+    (studied.folder / "broken.toml").write_text(text)
+    shutil.copytree(studied.folder / "studies/halves/runs", studied.folder / "studies/broken/runs")
+    outcome = studied.run("study", "broken.toml")
+    assert outcome.code == 1, outcome.stderr
+    assert "broken seed 3 training failed with exit code 1: training stopped at step" in outcome.stderr
+    results = read_results(studied.folder / "studies/broken")
+    assert sorted(results.tables["arms"]["arm"]) == ["all", "half"]
+    assert any(note.startswith("2 of 6 runs are missing: broken-seed3, broken-seed4") for note in results.notes)
+
+
+def test_records_of_something_else_are_refused(studied: World) -> None:
+    def refused(name: str, text: str, *argv: str) -> str:
+        (studied.folder / f"{name}.toml").write_text(text)
+        outcome = studied.run("study", f"{name}.toml", "--out", "studies/halves", *argv)
+        assert (outcome.code, outcome.stderr.count("\n")) == (2, 1), outcome.stderr
+        return outcome.stderr
+
+    renamed = STUDY.replace("arms.half", "arms.part").replace('arm = "half"', 'arm = "part"')
+    assert "half-seed3.json: is not a run of this study (it has all, part)" in refused("renamed", renamed)
+    changed = STUDY.replace("ratio=0.5", "ratio=0.4")
+    assert "(selection.ratio = 0.5, now 0.4); remove it to train" in refused("changed", changed)
+
+
+def test_another_model_under_the_same_name_is_refused(studied: World, own_world: World) -> None:
+    from tests.smoke.world import make_model
+
+    shutil.copytree(studied.folder / "studies/halves", own_world.folder / "studies/halves")
+    (own_world.folder / "halves.toml").write_text(STUDY)
+    make_model(own_world.folder / "model", initializer_range=0.3)
+    outcome = own_world.run("study", "halves.toml")
+    assert (outcome.code, outcome.stderr.count("\n")) == (2, 1)
+    assert "(the files of model.path = model have changed)" in outcome.stderr
+
+
+def test_two_studies_do_not_share_run_folders(studied: World) -> None:
+    (studied.folder / "other.toml").write_text(STUDY.replace("ratio=0.5", "ratio=0.4"))
+    outcome = studied.run("study", "other.toml", "--runs-dir", "runs/halves")
+    assert outcome.code == 2
+    assert "half-seed3: holds a run with other settings; remove it" in outcome.stderr
+    assert (studied.folder / "studies/other/runs/all-seed3.json").exists(), "what was fine before is kept"
+
+
+def test_runs_that_exist_are_compared(studied: World) -> None:
+    """The same four runs, whose settings make the arms: the same differences."""
+    runs = [f"runs/halves/{name}" for name in RUNS]
+    outcome = studied.run("study", "--runs", *runs, "--out", "analyses/given")
+    assert outcome.code == 0, outcome.stderr
+    given, studied_ = (read_results(studied.folder / path) for path in ("analyses/given", "studies/halves"))
+    assert given.settings["baseline"] == "selection.rule-all-selection.ratio-0.2"
+    columns = ["accuracy", "difference", "difference_low", "p"]
+    assert given.tables["arms"][columns].equals(studied_.tables["arms"][columns])
+    refused = studied.run("study", "--runs", *runs[:3], "--out", "analyses/three")
+    assert refused.code == 2 and "an interval over runs needs at least two different seeds" in refused.stderr
+
+
+def test_metrics_of_other_trainers_are_compared(studied: World) -> None:
+    """JSON lines, W&B's CSV and TensorBoard's events say the same."""
+    folder = studied.folder / "exports"
+    folder.mkdir()
+    values = {"a0": (0.1, 0.3), "a1": (0.1, 0.35), "b0": (0.1, 0.5), "b1": (0.12, 0.56)}
+    for name, (first, last) in values.items():
+        rows = [{"step": 0, "acc": first}, {"step": 5, "loss": 1.0}, {"step": 10, "acc": last}]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "b1.csv").write_text('"Step","acc","acc__MIN"\n0,0.12,0.12\n10,0.56,0.56\n')
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "a1")) as writer:
+        for step, value in ((0, 0.1), (10, 0.35)):
+            writer.add_scalar("acc", value, step)
+    words = ["plain=exports/a0.jsonl", "plain=exports/a1", "forks=exports/b0.jsonl", "forks=exports/b1.csv"]
+    outcome = studied.run("study", "--runs", *words, "--metric", "acc", "--out", "analyses/others")
+    assert outcome.code == 0, outcome.stderr
+    results = read_results(studied.folder / "analyses/others")
+    arms = results.tables["arms"].set_index("arm")
+    assert arms.loc["forks", "difference"] == pytest.approx(0.205)
+    assert "intervals cover seeds only" in outcome.stdout and results.settings["baseline"] == "plain"
+    for changed, message in (
+        ({"--metric": "nothing"}, "exports/a0.jsonl: has fewer than two values of nothing"),
+        ({"plain=exports/a1": "exports/b1.csv"}, "is not a run folder; name its arm: --runs ARM=exports/b1.csv"),
+        ({"plain=exports/a1": "plain=exports/none"}, "exports/none: no such file or folder"),
+    ):
+        argv = ["study", "--runs", *words, "--metric", changed.get("--metric", "acc"), "--out", "analyses/others"]
+        refused = studied.run(*(changed.get(word, word) for word in argv))
+        assert (refused.code, message in refused.stderr) == (2, True), refused.stderr

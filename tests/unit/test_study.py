@@ -1,0 +1,251 @@
+"""Study files, records, and the tables of a study, without training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forkrl.analysis.study import CONTRADICTED, SUPPORTED, UNDECIDED, study_tables
+from forkrl.config.study import StudyConfig, load_study
+from forkrl.errors import UserError
+from forkrl.store.run_record import CURVES, MOST_BYTES, SECONDS, TOKENS, Measured, RunRecord, read_record, write_record
+
+RECIPE = """
+[rollout]
+prompts_per_step = 8
+[training]
+steps = 4
+mini_batch_prompts = 4
+"""
+STUDY = """
+title = "A trial"
+recipe = "recipe.toml"
+baseline = "all"
+seeds = [0, 1, 2]
+settings = ["rollout.group_size=4"]
+[arms.all]
+settings = ["selection.rule=all"]
+[arms.top]
+label = "top 20%"
+seeds = [1, 2]
+[[claims]]
+text = "as good"
+arm = "top"
+than = "all"
+says = "not worse"
+margin = 0.02
+"""
+
+
+def write_study(folder: Path, text: str = STUDY) -> Path:
+    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "study.toml").write_text(text)
+    return folder / "study.toml"
+
+
+def test_a_study_is_its_arms_times_its_seeds(tmp_path: Path) -> None:
+    study, planned = load_study(write_study(tmp_path))
+    assert [run.name for run in planned] == ["all-seed0", "all-seed1", "top-seed1", "all-seed2", "top-seed2"]
+    assert [run.config.seed for run in planned] == [0, 1, 1, 2, 2]
+    assert {run.config.rollout.group_size for run in planned} == {4}
+    assert [run.config.selection.rule for run in planned[:3]] == ["all", "all", "top_entropy"]
+    assert (study.label("all"), study.label("top")) == ("all", "top 20%")
+
+
+LABEL = 'label = "top 20%"'
+SEEDS = "seeds = [0, 1, 2]"
+BAD = {
+    "a baseline that is no arm": (
+        'baseline = "all"', 'baseline = "every"', "baseline = 'every': is not an arm; the arms are all, top",
+    ),
+    "one seed": (SEEDS, "seeds = [0]", "seeds of arm all: 0; an interval over runs needs at least two"),
+    "no seed": (SEEDS, "seeds = []", "seeds of arm all: none; an interval"),
+    "a seed twice": (SEEDS, "seeds = [0, 1, 1]", "seeds of arm all: a seed is given twice"),
+    "seeds of other pairs": ("seeds = [1, 2]", "seeds = [7, 8]", "at least two must be seeds of the baseline all"),
+    "an arm that changes nothing": ('["selection.rule=all"]', "[]", "arms all and top have the same settings"),
+    "an arm on other data": (
+        LABEL, 'settings = ["task.chat_template=true"]', "arm top is not on the data and model of the baseline all (",
+    ),
+    "an arm with another model": (LABEL, 'settings = ["model.path=x"]', "(model.path: "),
+    "other evaluation problems": (LABEL, 'settings = ["eval.problems=7"]', "(eval.problems: "),
+    "a seed as a setting": (LABEL, 'settings = ["seed=7"]', "arm top: the seed is set by seeds; remove seed="),
+    "an unknown setting": (LABEL, 'settings = ["selection.rho=7"]', "arm top: selection.rho is not a setting"),
+    "an unknown key": (LABEL, 'name = "top 20%"', "arms.top.name is not a setting"),
+    "a claim about no arm": ('arm = "top"', 'arm = "tip"', "claims: arm = 'tip' is not an arm"),
+    "a claim about one arm": ('than = "all"', 'than = "top"', "claims: arm and than are both 'top'"),
+    "another word": ('says = "not worse"', 'says = "as good"', "claims.0.says = 'as good'"),
+    "no recipe": ('recipe = "recipe.toml"', 'recipe = "other.toml"', "other.toml: no such recipe"),
+    "a name for a path": ("[arms.top]", '[arms."../top"]', "'../top' cannot be a name"),
+    "a reserved name": ("[arms.top]", "[arms.start]", "'start' cannot be a name"),
+    "not TOML": ("title", "title =", "not valid TOML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_study_that_cannot_be_is_refused_in_a_line(what: str, tmp_path: Path) -> None:
+    old, new, message = BAD[what]
+    assert old in STUDY
+    path = write_study(tmp_path, STUDY.replace(old, new, 1))
+    with pytest.raises(UserError) as error:
+        load_study(path)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_arm_is_no_study(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="arms: 1 given; a study compares at least two"):
+        load_study(write_study(tmp_path, STUDY.partition("[arms.top]")[0]))
+    with pytest.raises(UserError, match=r"no such study; shipped ones are in studies/"):
+        load_study(tmp_path / "missing.toml")
+
+
+def record(arm: str, seed: int, final: list[float], start: list[float] | None = None, **changes: Any) -> RunRecord:
+    """Four steps, evaluated before and after; 100 tokens and 1 second each."""
+    steps = [0.0, 1.0, 2.0, 3.0, 4.0]
+    curves = {
+        "eval/accuracy": ([0.0, 4.0], [0.1, float(np.mean(final))]),
+        "eval/length": ([0.0, 4.0], [50.0, 60.0]),
+        "selection/kept_fraction": (steps[1:], [0.2, 0.2, None, 0.2]),
+        TOKENS: (steps, [100.0 * step for step in steps]),
+        SECONDS: (steps, [1.0 * step for step in steps]),
+    }
+    values: dict[str, Any] = {
+        "arm": arm, "seed": seed, "settings": {}, "weights": "w", "provenance": {"commit": "abc", "threads": 1},
+        "machine": "m, 2 cores", "date": "2026-01-01T00:00:00+00:00", "curves": curves, "problems": "p",
+        "scores": {0: start or [0.0] * len(final), 4: final},
+    }  # fmt: skip
+    return RunRecord(**(values | changes))
+
+
+def configuration(**changes: Any) -> StudyConfig:
+    values: dict[str, Any] = {
+        "title": "t", "recipe": "r", "baseline": "all", "seeds": (0, 1, 2), "arms": {"all": {}, "top": {}},
+    }  # fmt: skip
+    return StudyConfig.model_validate(values | changes)
+
+
+def scores(share: float, size: int = 50) -> list[float]:
+    return [float(place < round(share * size)) for place in range(size)]
+
+
+def test_differences_are_paired_by_seed_and_problem() -> None:
+    """Seeds differ much and arms by 0.1 in each: paired, the difference is certain in the seeds."""
+    records = [record("all", seed, scores(0.2 * seed + 0.2)) for seed in (0, 1, 2)]
+    records += [record("top", seed, scores(0.2 * seed + 0.3)) for seed in (0, 1, 2)]
+    rows = {row["arm"]: row for row in study_tables(configuration(), records)["arms"]}
+    assert rows["all"]["accuracy"] == pytest.approx(0.4) and rows["top"]["accuracy"] == pytest.approx(0.5)
+    assert rows["top"]["difference"] == pytest.approx(0.1)
+    assert rows["top"]["difference_low"] > 0 and rows["top"]["p"] < 0.05
+    assert rows["all"]["accuracy_low"] == 0, "three seeds say little about one arm"
+    assert "p" not in rows["all"] and rows["top"]["p_holm"] == rows["top"]["p"]
+    assert rows["top"]["seed_deviation"] == pytest.approx(0.2)
+    assert rows["top"]["best"] > 0.95 and rows["top"]["kept"] == pytest.approx(0.2)
+
+
+def test_only_common_seeds_are_paired() -> None:
+    records = [record("all", seed, scores(0.2 * seed + 0.2)) for seed in (0, 1, 2)]
+    records += [record("top", seed, scores(0.2 * seed + 0.3)) for seed in (1, 2)]
+    rows = {row["arm"]: row for row in study_tables(configuration(), records)["arms"]}
+    assert rows["top"]["difference"] == pytest.approx(0.1) and rows["top"]["seeds"] == 2
+
+
+def test_holm_over_arms() -> None:
+    generator = np.random.default_rng(0)
+    arms = ("all", "a", "b", "c")
+    records = [
+        record(arm, seed, generator.integers(0, 2, 40).astype(float).tolist()) for arm in arms for seed in range(4)
+    ]
+    rows = study_tables(configuration(arms={arm: {} for arm in arms}, seeds=(0, 1, 2, 3)), records)["arms"]
+    p = sorted((row["p"], row["p_holm"]) for row in rows if "p" in row)
+    assert len(p) == 3 and p[0][1] == pytest.approx(min(1, 3 * p[0][0])) and p[1][1] >= p[0][1]
+
+
+def test_at_equal_budgets_the_costlier_arm_is_read_earlier() -> None:
+    """``top`` spends twice the tokens in the same time: at equal tokens it is judged halfway."""
+    cheap = [record("all", seed, scores(0.4)) for seed in (0, 1)]
+    dear = []
+    for seed in (0, 1):
+        costly = record("top", seed, scores(0.6))
+        curves = costly.curves | {TOKENS: (costly.curves[TOKENS][0], [200.0 * step for step in range(5)])}
+        dear.append(costly.model_copy(update={"curves": curves}))
+    rows = {row["arm"]: row for row in study_tables(configuration(), [*cheap, *dear])["arms"]}
+    assert rows["top"]["difference"] == pytest.approx(0.2)
+    assert rows["top"]["equal_tokens"] == pytest.approx(0.3 - 0.4)
+    assert rows["top"]["equal_seconds"] == pytest.approx(0.2)
+
+
+CLAIMS = {
+    ("top", "all", "better", 0.0): SUPPORTED,
+    ("top", "all", "not worse", 0.02): SUPPORTED,
+    ("top", "all", "worse", 0.0): CONTRADICTED,
+    ("top", "all", "equal", 0.02): CONTRADICTED,
+    ("all", "top", "better", 0.0): CONTRADICTED,
+    ("same", "all", "equal", 0.2): SUPPORTED,
+    ("same", "all", "better", 0.0): UNDECIDED,
+    ("same", "start", "better", 0.1): SUPPORTED,
+    ("none", "start", "equal", 0.05): SUPPORTED,
+    ("none", "start", "better", 0.05): CONTRADICTED,
+}
+
+
+@pytest.mark.parametrize(("arm", "than", "says", "margin"), CLAIMS)
+def test_claims(arm: str, than: str, says: str, margin: float) -> None:
+    generator = np.random.default_rng(1)
+    shares = {"all": 0.4, "top": 0.6, "same": 0.4, "none": 0.0}
+    records = [
+        record(name, seed, (generator.random(400) < share).astype(float).tolist())
+        for name, share in shares.items()
+        for seed in range(3)
+    ]
+    claim = {"text": "c", "arm": arm, "than": than, "says": says, "margin": margin}
+    found = configuration(arms={arm: {} for arm in shares}, claims=(claim,))
+    row = study_tables(found, records)["claims"][0]
+    assert row["verdict"] == CLAIMS[arm, than, says, margin]
+    assert math.isnan(row["seeds_needed"]) or row["verdict"] == UNDECIDED
+
+
+def test_runs_on_different_problems_are_refused() -> None:
+    records = [record(arm, seed, scores(0.4)) for arm in ("all", "top") for seed in (0, 1)]
+    records[3] = records[3].model_copy(update={"problems": "q"})
+    with pytest.raises(UserError, match="runs all seed 0 and top seed 1 were evaluated on different held-out problems"):
+        study_tables(configuration(), records)
+
+
+def test_too_few_runs_are_refused() -> None:
+    records = [record("all", 0, scores(0.4)), record("all", 1, scores(0.4)), record("top", 0, scores(0.4))]
+    with pytest.raises(UserError, match=r"the baseline all and another arm need two each \(all 2, top 1\)"):
+        study_tables(configuration(), records)
+
+
+def test_measurements_are_paired_too() -> None:
+    def measured(share: float) -> dict[str, Any]:
+        return {"longer": Measured(headline="h", figures={"length": 7.0}, problems="q", scores=scores(share))}
+
+    records = [record("all", seed, scores(0.4), measured=measured(0.2)) for seed in (0, 1)]
+    records += [record("top", seed, scores(0.4), measured=measured(0.4)) for seed in (0, 1)]
+    rows = study_tables(configuration(measurements={"longer": {}}), records)["measurements"]
+    frame = pd.DataFrame(rows).set_index(["arm", "figure"])
+    assert frame.loc[("top", "accuracy"), "difference"] == pytest.approx(0.2)
+    assert frame.loc[("all", "length"), "value"] == 7
+
+
+def test_a_record_survives_the_disk_and_stays_small(tmp_path: Path) -> None:
+    long = record("all", 3, [1 / 3] * 1024, start=[0.0] * 1024)
+    steps = [float(step) for step in range(500)]
+    curves = {name: (steps, [0.123456789 * step for step in steps]) for name in (*CURVES, TOKENS, SECONDS)}
+    path = tmp_path / "runs" / "all-seed3.json"
+    write_record(path, long.model_copy(update={"curves": curves}))
+    assert path.stat().st_size <= MOST_BYTES
+    found = read_record(path)
+    kept, values = found.curves[TOKENS]
+    assert (kept[0], kept[-1], len(kept) >= 15) == (0, 499, True)
+    assert values[-1] == pytest.approx(0.123456789 * 499, rel=1e-4)
+    assert found.scores[4][0] == pytest.approx(1 / 3, abs=1e-5)
+    path.write_text(json.dumps({"schema": "other"}))
+    with pytest.raises(UserError, match="is not a run record of this version"):
+        read_record(path)
