@@ -32,6 +32,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(path for path in RECIPES.rglob("*.toml") if not path.stem.endswith("-base"))
 REFUSED = {
     "countdown": ("dynamic_sampling.generation_prompts", ["dynamic_sampling.generation_prompts=0"]),
+    "countdown-fast": ("checkpoint.kind", ["checkpoint.kind=full"]),
     "gym-curriculum": ("task.curriculum.promote_above", ["task.curriculum="]),
 }
 """Shipped recipes that verl cannot do as they are, with what to change."""
