@@ -88,6 +88,10 @@ def _run(argv: Sequence[str]) -> int:
         activity = command.activity
         if isinstance(options, of.ModelOptions | of.DriftOptions):
             check_early(options)
+        if isinstance(options, of.StudyOptions) and options.study is not None:
+            from forkrl.config.study import load_study
+
+            load_study(options.study)
         module, _, function = command.run.partition(":")
         return int(getattr(importlib.import_module(f"forkrl.commands.{module}"), function)(options))
     except typer.TyperException as error:

@@ -49,12 +49,14 @@ def studied(world: World) -> World:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """All tables without what the clock decides."""
+    """All tables without what the clock decides, and without the commit, which may change during the tests."""
     found = {}
     for name, table in read_results(folder).tables.items():
         if name == "curves":
             table = table[table["metric"] != "total/seconds"]
-        timed = [column for column in table.columns if column.startswith(("seconds", "date", "equal_seconds"))]
+        timed = [
+            column for column in table.columns if column.startswith(("seconds", "date", "equal_seconds", "commit"))
+        ]
         found[name] = csv_text(table.drop(columns=timed))
     return found
 
@@ -202,10 +204,35 @@ def test_metrics_of_other_trainers_are_compared(studied: World) -> None:
     assert arms.loc["forks", "difference"] == pytest.approx(0.205)
     assert "intervals cover seeds only" in outcome.stdout and results.settings["baseline"] == "plain"
     for changed, message in (
-        ({"--metric": "nothing"}, "exports/a0.jsonl: has fewer than two values of nothing"),
+        ({"acc": "none"}, "exports/a0.jsonl: has fewer than two values of none"),
         ({"plain=exports/a1": "exports/b1.csv"}, "is not a run folder; name its arm: --runs ARM=exports/b1.csv"),
         ({"plain=exports/a1": "plain=exports/none"}, "exports/none: no such file or folder"),
     ):
-        argv = ["study", "--runs", *words, "--metric", changed.get("--metric", "acc"), "--out", "analyses/others"]
+        argv = ["study", "--runs", *words, "--metric", "acc", "--out", "analyses/others"]
         refused = studied.run(*(changed.get(word, word) for word in argv))
         assert (refused.code, message in refused.stderr) == (2, True), refused.stderr
+
+
+def test_runs_are_listed_and_watched(studied: World) -> None:
+    started = studied.start("train", "recipe.toml", "training.steps=1000000", "--out", "runs/endless")
+    metrics = studied.folder / "runs/endless/metrics.jsonl"
+    assert wait_until(lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= 2, STALL_TIMEOUT_S)
+    (studied.folder / "runs/broken-config").mkdir()
+    (studied.folder / "runs/broken-config/config.toml").write_text("not toml")
+    listed = {run["path"]: run for run in json.loads(studied.run("runs", "--json").stdout)}
+    assert (listed["runs/endless"]["status"], listed["runs/endless"]["steps"]) == ("running", 1000000)
+    assert listed["runs/broken-config"]["status"] == "unreadable"
+    finished = listed["runs/halves/half-seed4"]
+    assert (finished["status"], finished["step"], finished["seed"]) == ("finished", 4, 4)
+    watching = studied.start("report", "runs/endless", "--watch")
+    report = studied.folder / "runs/endless/report.html"
+    assert wait_until(report.is_file, STALL_TIMEOUT_S)
+    started.send(signal.SIGTERM)
+    started.wait()
+    outcome = watching.wait()
+    assert outcome.code == 0 and "Held-out accuracy" in outcome.stdout.splitlines()[-1]
+    text = studied.run("runs").stdout
+    assert "runs/endless" in text and "stopped" in text
+    assert studied.run("runs", "nowhere").code == 2
+    assert "holds no run folder" in studied.run("runs", "model").stderr
+    assert "--watch: studies/halves is not a run folder" in studied.run("report", "studies/halves", "--watch").stderr

@@ -105,6 +105,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("sft", "recipes/countdown.toml", "--out", "x"), "this is a recipe for `forkrl train`, not for `forkrl sft`"),
     (("train", "--settings", "nonesuch"), "--settings nonesuch: no setting has that in its name or help"),
     (("plan", "loss.clip_hgh=1"), "loss.clip_hgh is not a setting"),
+    (("study",), "name a study file, or runs with --runs (one of the two)"),
+    (("study", "none.toml"), "none.toml: no such study; shipped ones are in studies/"),
+    (("study", "recipes/countdown.toml"), "recipes/countdown.toml: "),
+    (("study", "a.toml", "--runs", "b", "c"), "name a study file, or runs with --runs (one of the two)"),
+    (("study", "a.toml", "--baseline", "b"), "--baseline b: is for --runs"),
+    (("study", "--runs", "b", "c", "--dry-run"), "--runs compares finished runs: drop --dry-run"),
+    (("study", "a.toml", "--jobs", "0"), "--jobs 0: must be at least 1"),
 ]  # fmt: skip
 
 
@@ -161,6 +168,7 @@ SAME: list[tuple[str, of.Options]] = [
         "a.toml", overrides=["seed=1"], samples=4, keep_pass_rate="0.1..0.9", token_ids=True)),
     ("eval m --bench a b seed=1 c", of.EvalOptions("m", bench=["a", "b", "c"], overrides=["seed=1"])),
     ("eval --bench a b --samples 4 m --bench c", of.EvalOptions("m", bench=["a", "b", "c"], samples=4)),
+    ("study --runs a x=b c --baseline x", of.StudyOptions(runs=["a", "x=b", "c"], baseline="x")),
     ("eval m --bench a seed=1 --bench b x=2", of.EvalOptions("m", bench=["a", "b"], overrides=["seed=1", "x=2"])),
     ("eval m --data f --max-tokens 1e3", of.EvalOptions("m", data="f", max_tokens=1000)),
     ("eval --list", of.EvalOptions(list_benchmarks=True)),

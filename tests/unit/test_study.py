@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forkrl.analysis.study import CONTRADICTED, SUPPORTED, UNDECIDED, study_tables
 from forkrl.config.study import StudyConfig, load_study
 from forkrl.errors import UserError
+from forkrl.evaluation.study_tables import CONTRADICTED, SUPPORTED, UNDECIDED, study_tables
 from forkrl.store.run_record import CURVES, MOST_BYTES, SECONDS, TOKENS, Measured, RunRecord, read_record, write_record
 
 RECIPE = """
@@ -70,7 +70,7 @@ BAD = {
     "seeds of other pairs": ("seeds = [1, 2]", "seeds = [7, 8]", "at least two must be seeds of the baseline all"),
     "an arm that changes nothing": ('["selection.rule=all"]', "[]", "arms all and top have the same settings"),
     "an arm on other data": (
-        LABEL, 'settings = ["task.chat_template=true"]', "arm top is not on the data and model of the baseline all (",
+        LABEL, 'settings = ["task.name=countdown-validation"]', "arm top is not on the data and model of the baseline",
     ),
     "an arm with another model": (LABEL, 'settings = ["model.path=x"]', "(model.path: "),
     "other evaluation problems": (LABEL, 'settings = ["eval.problems=7"]', "(eval.problems: "),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from forkrl.analysis.study import study_tables
 from forkrl.commands.options import StudyOptions
 from forkrl.commands.study_given import study_of_runs
 from forkrl.commands.study_runs import Places, expected_seconds, probe, read_records, train_missing
 from forkrl.commands.work_folder import present
 from forkrl.config.study import PlannedRun, StudyConfig, load_study
 from forkrl.errors import notice
+from forkrl.evaluation.study_tables import study_tables
 from forkrl.report.formatting import duration
 from forkrl.report.plots import standalone_svg
 from forkrl.report.study_page import figures, study_headline, study_page

@@ -21,7 +21,6 @@ from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.config.study import MeasurementConfig, PlannedRun, StudyConfig, learning_settings
 from forkrl.errors import UserError, notice
-from forkrl.evaluation.folder import ScoredResponse, read_evaluation
 from forkrl.parallel.processes import child_environment
 from forkrl.parallel.threads import available_cores
 from forkrl.report.formatting import duration
@@ -276,6 +275,8 @@ def _read_measurement(folder: Path, command: str) -> Measured:
         results = read_results(folder)
         figures = {name: value for name, value in results.facts.items() if isinstance(value, int | float)}
         return Measured(headline=results.headline, figures={name: float(value) for name, value in figures.items()})
+    from forkrl.evaluation.folder import ScoredResponse, read_evaluation  # imports torch
+
     results, responses = read_evaluation(folder)
     scores: dict[str, list[ScoredResponse]] = {}
     for benchmark, scored in responses.items():
