@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forkrl.commands.study_runs import Places, read_records
 from forkrl.config.study import StudyConfig, load_study
 from forkrl.errors import UserError
 from forkrl.evaluation.study_tables import CONTRADICTED, SUPPORTED, UNDECIDED, study_tables
+from forkrl.store.results import csv_text
 from forkrl.store.run_record import CURVES, MOST_BYTES, SECONDS, TOKENS, Measured, RunRecord, read_record, write_record
 
 RECIPE = """
@@ -249,3 +251,21 @@ def test_a_record_survives_the_disk_and_stays_small(tmp_path: Path) -> None:
     path.write_text(json.dumps({"schema": "other"}))
     with pytest.raises(UserError, match="is not a run record of this version"):
         read_record(path)
+
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*/study.toml")), ids=lambda path: path.parent.name)
+def test_a_study_of_this_repository_is_what_its_records_say(path: Path) -> None:
+    """The committed tables follow from the committed records, which were made with the settings in the file."""
+    study, planned = load_study(path)
+    records = read_records(Places(path.parent / "runs", path.parent), planned)
+    if not (path.parent / "results.json").exists():
+        assert not records, "records without results: run forkrl study"
+        return
+    assert len(records) == len(planned), "finish the study before committing its results"
+    for name, rows in study_tables(study, list(records.values())).items():
+        assert csv_text(pd.DataFrame(rows)) == (path.parent / "tables" / f"{name}.csv").read_text(), name
+    files = [file for file in path.parent.rglob("*") if file.is_file() and file.name != "report.html"]
+    assert all(file.stat().st_size < 200_000 for file in files), "too large for version control"

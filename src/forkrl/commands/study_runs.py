@@ -57,6 +57,7 @@ def read_records(places: Places, planned: Sequence[PlannedRun]) -> dict[str, Run
         UserError: a record is of another study, of other settings, or of another base model.
     """
     of_name = {run.name: run for run in planned}
+    weights = {path: _known_weights(path) for path in {run.config.model.path for run in planned}}
     found: dict[str, RunRecord] = {}
     for path in sorted(places.records.glob("*.json")):
         if path.stem not in of_name:
@@ -66,7 +67,7 @@ def read_records(places: Places, planned: Sequence[PlannedRun]) -> dict[str, Run
             )
         found[path.stem] = record = read_record(path)
         run = of_name[path.stem]
-        if different := _other_settings(record, run):
+        if different := _other_settings(record, run, weights[run.config.model.path]):
             raise UserError(
                 f"{path}: was made with other settings ({different}); remove it to train this run again, or name "
                 f"another folder with --out"
@@ -74,14 +75,21 @@ def read_records(places: Places, planned: Sequence[PlannedRun]) -> dict[str, Run
     return found
 
 
-def _other_settings(record: RunRecord, run: PlannedRun) -> str:
+def _known_weights(path: str) -> str | None:
+    """Fingerprint of a base model; None if it is not here, where its finished runs can still be compared."""
+    try:
+        return weights_fingerprint(path)
+    except UserError:
+        return None
+
+
+def _other_settings(record: RunRecord, run: PlannedRun, weights: str | None) -> str:
     """The first setting in which a record differs from the run planned now; empty if it is the same run."""
     stored, asked = flat(record.settings), flat(learning_settings(run.config))
-    weights = weights_fingerprint(run.config.model.path)
     if weights and record.weights == weights:  # the same files, wherever they are
         stored.pop("model.path", None)
         asked.pop("model.path", None)
-    elif record.weights != weights:
+    elif weights is not None and record.weights != weights:
         return f"the files of model.path = {run.config.model.path} have changed"
     for key in sorted(stored.keys() | asked.keys()):
         if stored.get(key) != asked.get(key):
