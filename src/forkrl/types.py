@@ -27,6 +27,18 @@ def require_tensors(**values: object) -> None:
             raise TypeError(f"{name}: torch tensor expected, got {kind}; convert it with torch.as_tensor")
 
 
+class Counts(NamedTuple):
+    """What a worker has done so far, readable by every process at any time; floats are means over workers."""
+
+    finished: float = 0  # sequences sampled or measured
+    begun: float = 0  # sequences with a sampled token
+    steps: float = 0  # of decoding
+    tokens: float = 0  # sampled or measured
+    room: float = 0  # the most tokens that unfinished sequences may still get
+    reading_ns: float = 0  # nanoseconds before the first tokens of a batch
+    working_ns: float = 0  # nanoseconds of decoding after them, or of measuring
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A question as the model reads it, and the reference answer for its verifier.

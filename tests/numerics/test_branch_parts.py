@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from forkrl.analysis.branching import position_spreads
-from forkrl.commands.branch_parts import Design, PartSampler, branches_table
+from forkrl.commands.branch_parts import CONTINUING, Design, PartSampler, branches_table
 from forkrl.commands.session import Session
 from forkrl.config import TrainConfig
 from forkrl.model.stop_tokens import response_text
 from forkrl.parallel.workers import Workers
+from forkrl.report.remaining import SAMPLING, PartWork
 from forkrl.rollout import EmbeddedEngine
+from forkrl.rollout.embedded import Ended, Prefix
 from forkrl.types import Prompt, Task, VerifierResult
 from tests.models import random_policy
 
@@ -49,8 +52,12 @@ def sampled(continuations: int, **design: Any) -> tuple[Session, SecondOdd, list
     engine = EmbeddedEngine(workers, max_prompt_tokens=8, max_sequences=300)
     session = Session(config, workers, engine, Task("test", [], PROMPTS, {}), PROMPTS, None)
     numbers = {"responses": 2, "forks": 4, "random": 0, "low": 0, "alternatives": 4, "temperature": 1.0} | design
-    rows = PartSampler(session, verifier, Design(continuations=continuations, **numbers)).rows(0, PROMPTS)
-    return session, verifier, rows
+    return session, verifier, rows_of(session, verifier, Design(continuations=continuations, **numbers), 0)
+
+
+def rows_of(session: Session, verifier: SecondOdd, design: Design, part: int) -> list[dict[str, Any]]:
+    sampler = PartSampler(session, verifier, design)
+    return sampler.rows(part, PROMPTS, sampler.work(len(PROMPTS)))
 
 
 def probabilities(session: Session, ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
@@ -126,5 +133,33 @@ def test_a_branch_that_ends_the_response_is_judged_once_and_as_it_is() -> None:
 def test_a_part_is_the_same_whenever_it_is_asked_for_and_another_part_is_not() -> None:
     session, verifier, rows = sampled(3)
     design = Design(2, 4, 0, 0, 4, 3, 1.0)
-    assert PartSampler(session, verifier, design).rows(0, PROMPTS) == rows
-    assert PartSampler(session, verifier, design).rows(1, PROMPTS) != rows
+    assert rows_of(session, verifier, design, 0) == rows
+    assert rows_of(session, verifier, design, 1) != rows
+
+
+class Watched(EmbeddedEngine):
+    """Notes what is shown whenever a sequence has ended."""
+
+    seen: list[tuple[str, int]]
+    work: PartWork
+
+    def stream(self, prefixes: Sequence[Prefix], **settings: Any) -> Iterator[Ended]:
+        for ended in super().stream(prefixes, **settings):
+            yield ended
+            self.seen.append((self.work.stage, self.work.finished()))
+
+
+def test_progress_counts_responses_within_each_stage_of_a_part() -> None:
+    session, verifier, rows = sampled(3)
+    engine = Watched(session.workers, max_prompt_tokens=8, max_sequences=300)
+    sampler = PartSampler(replace(session, engine=engine), verifier, Design(2, 4, 0, 0, 4, 3, 1.0))
+    engine.work, engine.seen = sampler.work(2 * len(PROMPTS)), []
+    for done in (0, 4):
+        assert sampler.rows(0, PROMPTS, engine.work) == rows
+        for stage in (SAMPLING, CONTINUING):
+            numbers = [number - done for name, number in engine.seen if name == stage]
+            assert numbers == sorted(numbers)
+            assert set(numbers) >= {1, 2, 3, 4} and set(numbers) <= set(range(5))
+        engine.seen.clear()
+    assert engine.work.finished() == engine.work.total == 8
+    assert engine.work.seconds_left() == 0

@@ -21,7 +21,7 @@ from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Worker, Workers, divide, open_workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.training.update import update_policy
-from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
+from forkrl.types import Counts, Prompt, RolloutGroup, SamplingParams, TokenBatch
 from tests.models import random_policy
 from tests.numerics.test_update import NUM_PROMPTS, make_batch, recipe
 from tests.processes import is_running, wait_until
@@ -116,6 +116,18 @@ def sample(workers: Workers, max_sequences: int = 5) -> list[RolloutGroup]:
     return engine.generate(
         prompts, group_size=4, sampling=SamplingParams(20), generator=torch.Generator().manual_seed(0)
     )
+
+
+def test_counts_are_of_all_workers(workers: Workers) -> None:
+    before, finished = workers.counts, workers.sequences_finished
+    lengths = [len(rollout) for group in sample(workers) for rollout in group.rollouts]
+    done = Counts(*((now - then) * COUNT for now, then in zip(workers.counts, before, strict=True)))
+    assert workers.sequences_finished - finished == len(lengths)
+    assert done.finished == done.begun == pytest.approx(len(lengths))
+    assert done.tokens == pytest.approx(sum(lengths))
+    assert done.room == pytest.approx(0)
+    assert max(lengths) <= done.steps <= sum(lengths)
+    assert min(done.reading_ns, done.working_ns) > 0
 
 
 def test_responses_are_the_policys_own_in_order_and_repeatable(workers: Workers) -> None:

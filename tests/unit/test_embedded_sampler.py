@@ -59,10 +59,27 @@ def test_all_at_once_is_what_a_run_samples(policy: Policy) -> None:
     assert len(set(expected.values())) > 5
 
 
-@pytest.mark.parametrize(
+RESUMED = pytest.mark.parametrize(
     ("missing", "decoded"),
     [([], []), ([0], [4]), ([3, 4], [4, 4]), ([14], [3]), ([5, 6, 13], [4, 3]), (list(range(15)), [4, 4, 4, 3])],
 )
+
+
+@RESUMED
+def test_what_is_shown_counts_the_responses_decoded_again_too(
+    policy: Policy, missing: list[int], decoded: list[int]
+) -> None:
+    sampler = EmbeddedSampler(Counting(policy, []))
+    list(sampler.sample(GRID[:4], SAMPLING, GRID))  # of an earlier benchmark
+    shown = sampler.shown([GRID[index] for index in missing], GRID)
+    assert shown["total"] == sum(decoded)
+    assert shown["finished"]() == 0
+    counts = [shown["finished"]() for _ in sampler.sample([GRID[index] for index in missing], SAMPLING, GRID)]
+    assert max(counts, default=0) <= shown["total"] == shown["finished"]()
+    assert shown["seconds_left"]() == 0
+
+
+@RESUMED
 def test_only_waves_with_something_missing_are_decoded_and_give_the_same(
     policy: Policy, missing: list[int], decoded: list[int]
 ) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
+import math
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from forkrl.config import LossConfig, SelectionConfig, TrainConfig
 from forkrl.errors import printable
+from forkrl.report import remaining
 from forkrl.report.formatting import duration
 from forkrl.report.progress import TrainingDisplay, describe_selection, elapsed, progress, sparkline
-from forkrl.report.remaining import Counts, SamplingShare
+from forkrl.report.remaining import MEASURING, SAMPLING, STEP_TOKENS, PartWork, SamplingTime
+from forkrl.types import Counts
 
 
 class Terminal(io.StringIO):
@@ -247,6 +254,15 @@ def test_short_work_prints_nothing_and_unknown_totals_are_counted() -> None:
     assert stream.getvalue().splitlines() == ["reading  1  6 s", "reading  2  12 s"]
 
 
+def test_a_time_left_that_is_known_goes_before_the_share_of_items() -> None:
+    stream, left = io.StringIO(), iter([None, 100.0])
+    list(progress(range(4), "evaluating", seconds_left=lambda: next(left), stream=stream, clock=ticking(3.0)))
+    assert stream.getvalue().splitlines() == [
+        "evaluating  2/4  6 s  left 6 s",
+        "evaluating  4/4  12 s  left 1 min 40 s",
+    ]
+
+
 def test_progress_counts_what_is_finished_inside_a_batch() -> None:
     stream = Terminal()
 
@@ -260,19 +276,109 @@ def test_progress_counts_what_is_finished_inside_a_batch() -> None:
     assert len(list(progress(batches(), "working", total=9, finished=lambda: 7, stream=stream))) == 9
 
 
+@dataclass
+class FakeWorkers:
+    counts: Counts
+    count: int = 1
+
+    @property
+    def sequences_finished(self) -> int:
+        return round(self.counts.finished * self.count)
+
+    def add(self, **more: float) -> None:
+        self.counts = Counts(*map(operator.add, self.counts, Counts(**more)))
+
+
+def sampling_left(done: Counts, total: int = 32, wave: int = 32, count: int = 1) -> float | None:
+    """After earlier work, which must not matter."""
+    workers: Any = FakeWorkers(Counts(finished=7, begun=7, steps=90, tokens=500, working_ns=5e9), count)
+    left = SamplingTime(workers, total, wave)
+    workers.add(**done._asdict())
+    assert left.finished() == done.finished * count
+    return left()
+
+
+HALF = Counts(begun=32, steps=50, tokens=1600, room=1600, reading_ns=1e9, working_ns=1e6 * (50 * STEP_TOKENS + 1600))
+"""Half of a wave of at most 100 tokens; a token takes a millisecond, and none has ended."""
+
+
+def test_the_time_left_is_unknown_while_the_first_prompts_are_read() -> None:
+    assert sampling_left(Counts()) is None
+    assert sampling_left(Counts(begun=32, steps=1, tokens=32, room=3000, reading_ns=1e9)) is None
+    assert sampling_left(Counts(begun=32, finished=32, steps=50, tokens=900, working_ns=1e9)) == 0
+    assert sampling_left(Counts(finished=16)) is None  # an engine that does not count the rest
+
+
+def test_the_last_sequences_of_a_wave_take_almost_as_long_a_step_as_many() -> None:
+    last = HALF._replace(finished=31, room=10)
+    assert 10 * STEP_TOKENS <= 1e3 * (sampling_left(last) or 0) <= 10 * STEP_TOKENS + 10
+
+
 def test_responses_that_go_on_are_not_taken_for_as_short_as_the_first_to_finish() -> None:
-    counts = Counts(7, 1000, 0)  # of earlier work
-    share = SamplingShare(lambda: counts, total=64, wave=32)
-    assert share() == 0
-    counts = Counts(7, 1000 + 32 * 50, 32 * 50)  # half of the first wave, and none has ended
-    assert share() == pytest.approx(0.25)
-    counts = Counts(7 + 16, 1000 + 32 * 50, 16 * 50)  # half of it has just ended
-    assert share.finished() == 16
-    assert 0.25 < share() < 0.5
-    counts = Counts(7 + 32, 1000 + 2000, 0)  # the first wave is done
-    assert 0.4 < share() <= 0.5
-    counts = Counts(7 + 64, 1000 + 4000, 0)
-    assert share() == 1
+    left, some_ended = sampling_left(HALF), sampling_left(HALF._replace(finished=16, room=800))
+    assert left is not None and some_ended is not None
+    assert 50 * STEP_TOKENS + 1200 < 1e3 * left < 50 * STEP_TOKENS + 1600
+    assert 50 * STEP_TOKENS < 1e3 * some_ended < 1e3 * left - 600
+
+
+def test_a_wave_to_come_is_read_and_takes_as_long_as_the_first() -> None:
+    left = sampling_left(HALF)
+    assert left is not None
+    first = 1e-9 * (HALF.reading_ns + HALF.working_ns) + left
+    assert sampling_left(HALF, total=64) == pytest.approx(left + first)
+    assert sampling_left(HALF, total=64, wave=64, count=2) == pytest.approx(left)
+
+
+@pytest.mark.parametrize("step_tokens", [30, 50])
+@pytest.mark.parametrize(("mean", "limit"), [(80, 448), (200, 256)])
+def test_the_time_left_of_simulated_waves_is_right_within_half(step_tokens: int, mean: float, limit: int) -> None:
+    """Response lengths are quantiles of an exponential distribution, cut at the limit."""
+    lengths = [min(int(1 - mean * math.log(1 - (n + 0.5) / 64)), limit) for n in range(64)]
+    going = [[length - step for length in lengths if length > step] for step in range(max(lengths))]
+    seconds = list(itertools.accumulate(step_tokens + len(each) for each in going))
+    for share in (0.2, 0.5, 0.8, 0.9):
+        steps = next(number for number, then in enumerate(seconds, start=1) if then >= share * seconds[-1])
+        tokens, after = sum(map(len, going[:steps])), going[steps] if steps < len(going) else []
+        room = len(after) * (limit - steps)
+        counts = Counts(64 - len(after), 64, steps, tokens, room, working_ns=1e9 * seconds[steps - 1])
+        left = sampling_left(counts, total=64, wave=64)
+        assert left is not None
+        assert 1 / 1.5 < left / (seconds[-1] - seconds[steps - 1]) < 1.5, share
+
+
+def test_a_part_is_timed_by_its_stages_and_those_to_come_by_the_finished_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(remaining, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    workers: Any = FakeWorkers(Counts(finished=3))
+    work = PartWork(workers, 16, {SAMPLING: 1.0, MEASURING: 0.5})
+
+    def shown(at: float) -> tuple[str, int, float | None]:
+        now[0] = at
+        return work.stage, work.finished(), work.seconds_left()
+
+    assert shown(0) == (SAMPLING, 0, None)
+    with work.part(8):
+        with work.sampling(SAMPLING, 16, wave=16):  # two sequences to a response
+            workers.add(begun=16, finished=7)
+            assert shown(4) == (SAMPLING, 3, None)
+            workers.add(finished=9)
+            assert shown(10) == (SAMPLING, 8, 5 + 15)
+        with work.measuring(tokens=100):
+            assert shown(11) == (MEASURING, 0, 4 + 15)
+            workers.add(finished=4, tokens=50, working_ns=3e9)
+            assert shown(13) == (MEASURING, 4, 3 + 16)
+            workers.add(finished=4, tokens=50, working_ns=3e9)
+            now[0] = 18
+    assert shown(18) == (MEASURING, 8, 18)
+    with work.part(8):
+        with work.sampling(SAMPLING, 8, wave=16):
+            assert shown(19) == (SAMPLING, 8, 17)
+            workers.add(begun=8, finished=8)
+            assert shown(28) == (SAMPLING, 16, pytest.approx(8))  # as measuring took 8 of 18 s before
+        with work.measuring(tokens=100):
+            workers.add(finished=8, tokens=100, working_ns=6e9)
+            assert shown(34) == (MEASURING, 16, 0)
+    assert shown(34) == (MEASURING, 16, 0)
 
 
 def test_progress_on_a_terminal_draws_a_bar() -> None:
@@ -370,8 +476,3 @@ def test_without_regular_evaluations_the_one_at_the_end_is_left() -> None:
         now[0] += 1.0
         display.update({"step": 1})
         assert display.seconds_left() == pytest.approx(99 + 300)
-
-
-def test_a_wave_that_has_ended_uncounted_is_done() -> None:
-    counts = iter([Counts(0, 0, 0), Counts(0, 80, 0), Counts(0, 80, 0)])
-    assert SamplingShare(lambda: next(counts), total=16, wave=8)() == 0.5

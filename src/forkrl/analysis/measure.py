@@ -6,7 +6,8 @@ vocabulary, ``K`` alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -154,13 +155,18 @@ def _batches(responses: Sequence[Written], max_tokens: int) -> list[list[int]]:
     return batches
 
 
+def num_tokens(responses: Iterable[Written]) -> int:
+    """Tokens of prompts and responses."""
+    return sum(map(_length, responses))
+
+
 def _length(response: Written) -> int:
     return len(response.prompt_ids) + len(response.response_ids)
 
 
 @torch.no_grad()
 def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float, top: int) -> list[TokenDetails]:
-    policy = worker.policy
+    policy, began = worker.policy, time.monotonic_ns()
     width = max(map(_length, batch)) - 1
     ids_BT = torch.zeros(len(batch), width, dtype=torch.int64)
     response_BT = torch.zeros(len(batch), width, dtype=torch.bool)
@@ -182,7 +188,7 @@ def _measure_batch(worker: Worker, batch: Sequence[Written], temperature: float,
         )
     lengths = [len(response.response_ids) for response in batch]
     columns: list[tuple[Tensor, ...]] = [column.cpu().split(lengths) for column in details]
-    worker.sequences_finished.add_(len(batch))
+    worker.add_counts(finished=len(batch), tokens=num_tokens(batch), working_ns=time.monotonic_ns() - began)
     return [TokenDetails(*parts) for parts in zip(*columns, strict=True)]
 
 

@@ -30,7 +30,7 @@ from forkrl.errors import UserError
 from forkrl.report.branch_page import branch_headline, branch_page
 from forkrl.report.formatting import duration, sentence, unverified
 from forkrl.report.page import Page
-from forkrl.report.progress import progress
+from forkrl.report.progress import counting
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling
 from forkrl.rollout.scoring import none_judged
 from forkrl.stats.intervals import as_columns
@@ -91,8 +91,10 @@ def _sample_missing(folder: Path, session: Session, verifier: Verifier, design: 
         cost = describe_work(num_missing, design, expected_seconds(session, design, num_missing))
         print(cost, file=sys.stderr, flush=True)
     sampler = PartSampler(session, verifier, design)
-    for index in progress(sorted(missing), "branching", total=len(missing)):
-        write_part(folder, index, index * size, sampler.rows(index, missing[index]))
+    work = sampler.work(num_missing)
+    with counting(lambda: work.stage, work.total, work.finished, work.seconds_left):
+        for index in sorted(missing):
+            write_part(folder, index, index * size, sampler.rows(index, missing[index], work))
 
 
 def _summarise(folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]], available: int) -> Results:

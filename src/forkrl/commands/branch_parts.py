@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 import torch
 
 from forkrl.analysis.branching import choose_positions
-from forkrl.analysis.measure import TokenDetails, Written, measure_responses
+from forkrl.analysis.measure import TokenDetails, Written, measure_responses, num_tokens
 from forkrl.commands.session import Session, part_seed
 from forkrl.model.stop_tokens import response_text
 from forkrl.model.token_texts import TokenTexts
+from forkrl.report.remaining import MEASURING, MEASURING_COST, SAMPLING, PartWork
 from forkrl.rollout.embedded import Prefix, stop_tokens
 from forkrl.rollout.held_out import evaluation_sampling, sample_and_score
 from forkrl.store.parquet import part_path, reading_parquet, write_rows
@@ -60,6 +61,8 @@ PART_SCHEMA = pa.schema(
         pa.field("branches", pa.list_(BRANCH), nullable=False),
     ]
 )
+CONTINUING = "continuing branches"
+"""A stage, next to those of ``forkrl.report.remaining``."""
 WAVES_PER_PART = 4
 """Minimum engine batches per part. The last batch is rarely full, and a kill loses at most one part."""
 
@@ -148,18 +151,28 @@ class PartSampler:
         self._stops = stop_tokens(session.policy, self._sampling)
         self._texts = TokenTexts(session.policy.tokenizer)
 
-    def rows(self, part: int, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def work(self, num_prompts: int) -> PartWork:
+        """How far the parts of ``num_prompts`` prompts are."""
+        design = self._design
+        branches = design.positions * design.alternatives * design.continuations  # about half a response each
+        costs = {SAMPLING: 1.0, MEASURING: MEASURING_COST, CONTINUING: branches / 2}
+        return PartWork(self._session.workers, num_prompts * design.responses, costs)
+
+    def rows(self, part: int, prompts: Sequence[Prompt], work: PartWork) -> list[dict[str, Any]]:
         """Rows of ``PART_SCHEMA``, prompts numbered from 0; deterministic."""
         seed = part_seed("branches", self._session.config.seed, part)
         generator = torch.Generator(self._session.policy.device).manual_seed(seed)
-        groups = sample_and_score(
-            self._session.engine, self._verifier, prompts,
-            group_size=self._design.responses, sampling=self._sampling, generator=generator,
-        )  # fmt: skip
-        rows = [row for number, group in enumerate(groups) for row in self._response_rows(number, group)]
-        tries = self._tries(groups, np.random.default_rng(seed))
-        for each, branch in zip(tries, self._try_all(tries, generator), strict=True):
-            rows[each.owner]["branches"].append(each.facts | branch)
+        size = len(prompts) * self._design.responses
+        with work.part(size):
+            with work.sampling(SAMPLING, size, self._session.engine.wave_sequences):
+                groups = sample_and_score(
+                    self._session.engine, self._verifier, prompts,
+                    group_size=self._design.responses, sampling=self._sampling, generator=generator,
+                )  # fmt: skip
+            rows = [row for number, group in enumerate(groups) for row in self._response_rows(number, group)]
+            tries = self._tries(groups, np.random.default_rng(seed), work)
+            for each, branch in zip(tries, self._try_all(tries, generator, work), strict=True):
+                rows[each.owner]["branches"].append(each.facts | branch)
         return rows
 
     def _response_rows(self, number: int, group: RolloutGroup) -> list[dict[str, Any]]:
@@ -180,16 +193,15 @@ class PartSampler:
             for place, (rollout, result) in enumerate(zip(group.rollouts, group.results, strict=True))
         ]
 
-    def _tries(self, groups: Sequence[RolloutGroup], draws: np.random.Generator) -> list[Try]:
+    def _tries(self, groups: Sequence[RolloutGroup], draws: np.random.Generator, work: PartWork) -> list[Try]:
         """All branches of all responses: the most likely tokens at the chosen positions, and the token taken."""
         design = self._design
         rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-        details = measure_responses(
-            self._session.workers,
-            [Written(rollout.prompt_ids, rollout.response_ids) for _, rollout in rollouts],
-            temperature=design.temperature,
-            top=design.alternatives,
-        )
+        written = [Written(rollout.prompt_ids, rollout.response_ids) for _, rollout in rollouts]
+        with work.measuring(num_tokens(written)):
+            details = measure_responses(
+                self._session.workers, written, temperature=design.temperature, top=design.alternatives
+            )
         tries = []
         for owner, ((prompt, rollout), detail) in enumerate(zip(rollouts, details, strict=True)):
             entropy = rollout.entropy.numpy()
@@ -219,14 +231,12 @@ class PartSampler:
             tries.append(Try(owner, prompt, prefix, ends, stopped, facts | more))
         return tries
 
-    def _try_all(self, tries: Sequence[Try], generator: torch.Generator) -> list[dict[str, Any]]:
+    def _try_all(self, tries: Sequence[Try], generator: torch.Generator, work: PartWork) -> list[dict[str, Any]]:
         """Continue and judge each branch and return its remaining ``BRANCH`` columns."""
-        continued = iter(
-            self._session.engine.continue_from(
-                [each.prefix for each in tries if not each.ends],
-                count=self._design.continuations, sampling=self._sampling, generator=generator,
-            )
-        )  # fmt: skip
+        engine, count = self._session.engine, self._design.continuations
+        prefixes = [each.prefix for each in tries if not each.ends]
+        with work.sampling(CONTINUING, count * len(prefixes), engine.wave_sequences):
+            continued = iter(engine.continue_from(prefixes, count=count, sampling=self._sampling, generator=generator))
         outcomes = [
             [(each.prefix.response_ids, each.stopped)]
             if each.ends

@@ -29,6 +29,7 @@ from forkrl.report.fork_view import Frame, ShownPrompt, ShownResponse, View
 from forkrl.report.formatting import sentence, unverified
 from forkrl.report.page import Page
 from forkrl.report.progress import progress
+from forkrl.report.remaining import SamplingTime
 from forkrl.report.temps_page import headline, telling_temperatures, temps_page
 from forkrl.rollout.fork_temperature import ForkTemperature
 from forkrl.rollout.held_out import evaluation_generator, evaluation_sampling, sample_and_score
@@ -106,10 +107,9 @@ def _sample_missing(
         threshold = stored_threshold(folder, settings[0])
     steps = [(setting, index) for setting in missing for index in range(len(waves))]
     groups: list[RolloutGroup] = []
-    total, before = num_samples * sum(len(waves[index]) for _, index in steps), session.workers.sequences_finished
-    for setting, index in progress(
-        steps, "sampling", total=total, finished=lambda: session.workers.sequences_finished - before
-    ):
+    total = num_samples * sum(len(waves[index]) for _, index in steps)
+    left = SamplingTime(session.workers, total, session.engine.wave_sequences)
+    for setting, index in progress(steps, "sampling", total=total, finished=left.finished, seconds_left=left):
         if index == 0:
             groups, generator = [], evaluation_generator(session.config.seed, session.policy.device)
         groups += _sample(session, waves[index], setting, num_samples, threshold, generator)

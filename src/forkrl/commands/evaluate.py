@@ -228,18 +228,12 @@ def _sample_and_judge(
         (result,) = future.result()
         files.add_result(pending.pop(future), result)
 
-    began, tokens, before = time.monotonic(), 0, sampler.finished()
+    began, tokens = time.monotonic(), 0
     try:
         for request, text in files.unjudged():
             judge(request, text)
         responses = sampler.sample(missing, sampling, files.grid)
-        for sampled in progress(
-            responses,
-            f"{title}: responses",
-            total=len(missing),
-            finished=lambda: sampler.finished() - before,
-            share=sampler.share(len(missing)),
-        ):
+        for sampled in progress(responses, f"{title}: responses", **sampler.shown(missing, files.grid)):
             files.add_response(sampled)
             judge(sampled.request, sampled.text)
             tokens += sampled.tokens

@@ -39,6 +39,8 @@ class ReadyResponses:
         allow_unknown: accept prompts with characters unknown to the tokenizer.
     """
 
+    wave = 0
+
     def __init__(
         self,
         path: Path,
@@ -70,9 +72,6 @@ class ReadyResponses:
 
     def num_responses(self, index: int) -> int:
         return len(self._parts[index])
-
-    def share(self, responses: int) -> None:
-        """Nothing is sampled."""
 
     def part(self, index: int) -> list[SourceResponse]:
         responses = []

@@ -6,9 +6,8 @@ split into parts does not depend on interruptions.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from forkrl.analysis import TOKEN_SCHEMA
-from forkrl.analysis.measure import SourceResponse, Written, measure_responses, token_rows
+from forkrl.analysis.measure import SourceResponse, Written, measure_responses, num_tokens, token_rows
 from forkrl.analysis.token_table import TOP
 from forkrl.commands.options import AnalyzeOptions, DriftOptions
 from forkrl.commands.ready_responses import ReadyResponses
@@ -30,7 +29,7 @@ from forkrl.model.policy import open_policy
 from forkrl.model.token_texts import TokenTexts
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import counting
-from forkrl.report.remaining import SamplingShare
+from forkrl.report.remaining import MEASURING, MEASURING_COST, SAMPLING, PartWork
 from forkrl.rollout.held_out import evaluation_sampling
 from forkrl.rollout.scoring import score_groups
 from forkrl.store.parquet import part_path, part_paths, reading_parquet, writing_parquet
@@ -51,8 +50,6 @@ RESPONSE_SCHEMA = pa.schema(
         pa.field("failure", pa.string(), nullable=False),  # why the verifier could not judge
     ]
 )
-MEASURING_COST = 0.5
-"""Time to measure a response relative to sampling it, until a part has shown it; only for the time left."""
 GROUP_TOKENS = 1 << 16
 """Tokens per row group: bounds memory when reading and writing, unless one response is longer."""
 
@@ -131,6 +128,8 @@ def _measure_ready(
 
 class ResponseSource(Protocol):
     num_parts: int
+    wave: int
+    """Responses sampled at once; 0: they are given."""
 
     def part(self, index: int) -> list[SourceResponse]:
         """Responses of a part, ordered by prompt; deterministic."""
@@ -138,16 +137,12 @@ class ResponseSource(Protocol):
 
     def num_responses(self, index: int) -> int: ...
 
-    def share(self, responses: int) -> SamplingShare | None:
-        """A function that gives the share of the sampling that is done; None if nothing is sampled."""
-        ...
-
 
 class GeneratedResponses:
     """``num_samples`` responses per prompt of the session; each part has a generator seeded by seed and part number."""
 
     def __init__(self, session: Session, num_samples: int, prompts_per_part: int) -> None:
-        self._session = session
+        self._session, self.wave = session, session.engine.wave_sequences
         self._num_samples = num_samples
         self._sampling = evaluation_sampling(session.config, session.config.eval.temperature, session.policy)
         self._prompts_per_part = prompts_per_part
@@ -155,9 +150,6 @@ class GeneratedResponses:
 
     def num_responses(self, index: int) -> int:
         return len(self._prompts(index)) * self._num_samples
-
-    def share(self, responses: int) -> SamplingShare:
-        return SamplingShare.of(self._session.engine, responses)
 
     def _prompts(self, index: int) -> Sequence[Prompt]:
         return self._session.prompts[index * self._prompts_per_part :][: self._prompts_per_part]
@@ -198,67 +190,29 @@ def write_missing_parts(folder: Path, source: ResponseSource, workers: Workers, 
         if not all(part_path(folder / table, index).exists() for table in tables)
     ]
     say_kept(source.num_parts - len(missing), source.num_parts, "parts", folder)
-    texts = TokenTexts(workers.policy.tokenizer)
-    work = _Work(source, workers, sum(map(source.num_responses, missing)))
-    with counting(work.stage, work.total, work.finished, work.share):
+    costs = {SAMPLING: 1.0, MEASURING: MEASURING_COST} if source.wave else {MEASURING: 1.0}
+    work = PartWork(workers, sum(map(source.num_responses, missing)), costs)
+    with counting(lambda: work.stage, work.total, work.finished, work.seconds_left):
         for index in missing:
-            work.sample(source.num_responses(index))
-            responses = source.part(index)
-            work.measure()
-            with writing_parquet(part_path(folder / "tokens", index), TOKEN_SCHEMA) as writer:
-                for group in _groups(responses):
-                    written = [response.written for response in group]
-                    details = measure_responses(workers, written, temperature=temperature, top=TOP)
-                    writer.write_table(token_rows(group, details, texts))
-            with writing_parquet(part_path(folder / "responses", index), RESPONSE_SCHEMA) as writer:
-                writer.write_table(_response_rows(responses))
-            work.end_part()
+            size = source.num_responses(index)
+            with work.part(size):
+                with work.sampling(SAMPLING, size, source.wave) if source.wave else nullcontext():
+                    responses = source.part(index)
+                with work.measuring(num_tokens(response.written for response in responses)):
+                    _measure_part(folder, index, responses, workers, temperature)
 
 
-class _Work:
-    """How far the parts are: each is sampled, unless its responses are given, and then measured."""
-
-    def __init__(self, source: ResponseSource, workers: Workers, total: int) -> None:
-        self.total = total
-        self._source, self._workers = source, workers
-        self._done = self._size = self._before = 0
-        self._sampling: SamplingShare | None = None
-        self._began = time.monotonic()
-        self._seconds = [0.0, 0.0]  # sampling and measuring the finished parts
-        self._sampled = False
-
-    def sample(self, size: int) -> None:
-        """Begin a part of ``size`` responses."""
-        self._size, self._sampling = size, self._source.share(size)
-        self._sampled = self._sampling is not None
-        self._began = time.monotonic()
-
-    def measure(self) -> None:
-        self._sampling, self._before = None, self._workers.sequences_finished
-        self._seconds[0] += time.monotonic() - self._began
-        self._began = time.monotonic()
-
-    def end_part(self) -> None:
-        self._seconds[1] += time.monotonic() - self._began
-        self._done, self._size = self._done + self._size, 0
-        self._before = self._workers.sequences_finished
-
-    def stage(self) -> str:
-        return "sampling responses" if self._sampling else "measuring tokens"
-
-    def finished(self) -> int:
-        """Responses of this stage, in all parts."""
-        sampling = self._sampling
-        return self._done + (sampling.finished() if sampling else self._workers.sequences_finished - self._before)
-
-    def share(self) -> float:
-        sampling = self._sampling
-        if sampling is None and not self._sampled:
-            return self.finished() / self.total
-        cost = self._seconds[1] / self._seconds[0] if self._done else MEASURING_COST
-        sampled = self._done + self._size * (sampling() if sampling else 1)
-        measured = self._done if sampling else self.finished()
-        return (sampled + cost * measured) / (1 + cost) / self.total
+def _measure_part(
+    folder: Path, index: int, responses: Sequence[SourceResponse], workers: Workers, temperature: float
+) -> None:
+    texts = TokenTexts(workers.policy.tokenizer)
+    with writing_parquet(part_path(folder / "tokens", index), TOKEN_SCHEMA) as writer:
+        for group in _groups(responses):
+            written = [response.written for response in group]
+            details = measure_responses(workers, written, temperature=temperature, top=TOP)
+            writer.write_table(token_rows(group, details, texts))
+    with writing_parquet(part_path(folder / "responses", index), RESPONSE_SCHEMA) as writer:
+        writer.write_table(_response_rows(responses))
 
 
 def read_responses(

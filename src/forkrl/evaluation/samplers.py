@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from forkrl.report.remaining import SamplingShare
+from forkrl.report.remaining import SamplingTime
 from forkrl.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:  # torch, not needed with a server
@@ -76,13 +76,9 @@ class Sampler(ABC):
         ``grid``: every response of the benchmark, in order; empty if ``requests`` are all of them.
         """
 
-    def finished(self) -> int:
-        """Responses sampled so far, yielded or not; 0 if each is yielded immediately."""
-        return 0
-
-    def share(self, responses: int) -> Callable[[], float] | None:
-        """A function that gives the share of the sampling that is done; None: the share of finished responses."""
-        return None
+    def shown(self, requests: Sequence[SampleRequest], grid: Sequence[SampleRequest]) -> dict[str, Any]:
+        """Arguments of ``forkrl.report.progress`` that count what ``sample`` decodes from now on, yielded or not."""
+        return {"total": len(requests)}
 
 
 class EmbeddedSampler(Sampler):
@@ -112,9 +108,8 @@ class EmbeddedSampler(Sampler):
             temperature=sampling.temperature,
             stop_token_ids=engine.policy.stop_token_ids(sampling.stop),
         )
-        for start in range(0, len(grid), engine.wave_sequences):
-            wave = grid[start : start + engine.wave_sequences]
-            if wanted.isdisjoint(request.key for request in wave):
+        for wave, decoded in self._waves(requests, grid):
+            if not decoded:
                 engine.pass_over(len(wave), generator)
                 continue
             prefixes = [engine.prefix(request.prompt) for request in wave]
@@ -123,8 +118,16 @@ class EmbeddedSampler(Sampler):
                     entropy = float(rollout.entropy.mean())
                     yield Sampled(wave[place], rollout.text, len(rollout), rollout.finished, entropy)
 
-    def finished(self) -> int:
-        return self.engine.workers.sequences_finished
+    def shown(self, requests: Sequence[SampleRequest], grid: Sequence[SampleRequest]) -> dict[str, Any]:
+        total = sum(len(wave) for wave, decoded in self._waves(requests, grid) if decoded)
+        time = SamplingTime(self.engine.workers, total, self.engine.wave_sequences)
+        return {"total": total, "finished": time.finished, "seconds_left": time}
 
-    def share(self, responses: int) -> Callable[[], float]:
-        return SamplingShare.of(self.engine, responses)
+    def _waves(
+        self, requests: Sequence[SampleRequest], grid: Sequence[SampleRequest]
+    ) -> Iterator[tuple[Sequence[SampleRequest], bool]]:
+        """The waves of ``grid``, and whether each is decoded because it has some of ``requests``."""
+        wanted, size = {request.key for request in requests}, self.engine.wave_sequences
+        for start in range(0, len(grid), size):
+            wave = grid[start : start + size]
+            yield wave, not wanted.isdisjoint(request.key for request in wave)

@@ -29,6 +29,7 @@ from forkrl.errors import UserError, WorkerLost
 from forkrl.model.policy import Policy
 from forkrl.parallel.processes import child_environment, die_with_parent
 from forkrl.parallel.threads import configure_threads
+from forkrl.types import Counts
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import RuntimeConfig
@@ -46,20 +47,22 @@ class Worker(NamedTuple):
 
     policy: Policy
     reference: Policy | None
-    sequences_finished: Tensor
-    """Sequences this worker has sampled or measured, ``[1]``, readable by every process at any time."""
-    tokens: Tensor
-    """Tokens it has sampled, and the most that its unfinished sequences may still get, ``[2]``; readable likewise."""
+    counters: Tensor
+    """Its ``Counts``."""
     kept: dict[int, Any]
     """State that one function leaves in this process for a later one, by item index."""
+
+    def add_counts(self, **more: int) -> None:
+        """Add to the ``Counts`` of these names."""
+        self.counters.add_(torch.tensor(Counts(**more)))
 
 
 class Workers:
     """The policy in this process and in ``count - 1`` others (CPU only), with its parameters in shared memory."""
 
     def __init__(self, policy: Policy, reference: Policy | None = None, *, count: int = 1, threads: int = 1) -> None:
-        self._counters = torch.zeros(count, 3, dtype=torch.int64)
-        self.local = Worker(policy, reference, self._counters[0, :1], self._counters[0, 1:], {})
+        self._counters = torch.zeros(count, len(Counts._fields), dtype=torch.int64)
+        self.local = Worker(policy, reference, self._counters[0], {})
         self.count = count
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -83,10 +86,9 @@ class Workers:
         return int(self._counters[:, 0].sum())
 
     @property
-    def tokens(self) -> tuple[int, int]:
-        """Tokens sampled by all workers so far, and the most that unfinished sequences may still get."""
-        sampled, room = self._counters[:, 1:].sum(0).tolist()
-        return sampled, room
+    def counts(self) -> Counts:
+        """The mean over workers so far."""
+        return Counts(*self._counters.double().mean(0).tolist())
 
     def __enter__(self) -> Workers:
         return self
@@ -163,7 +165,7 @@ class Workers:
             raise UserError(f"no memory for weights that workers share ({error}); set runtime.workers=1") from error
         memory.adopt_weights(self.local, fill=True)
         self._counters = memory.counters
-        self.local = self.local._replace(sequences_finished=self._counters[0, :1], tokens=self._counters[0, 1:])
+        self.local = self.local._replace(counters=self._counters[0])
         for rank in range(self.count - 1):
             self._start_process(memory, rank, threads)
             self._gradients.append(memory.gradients(self.policy, rank))
@@ -252,8 +254,7 @@ def serve() -> None:
         worker: Worker = pickle.loads(connection.recv_bytes())  # noqa: S301 - see the import
         memory = _SharedMemory(worker, others, memory_fd)
         memory.adopt_weights(worker, fill=False)
-        own = memory.counters[rank + 1]
-        worker = worker._replace(sequences_finished=own[:1], tokens=own[1:])
+        worker = worker._replace(counters=memory.counters[rank + 1])
         for parameter, gradient in zip(_trained(worker.policy), memory.gradients(worker.policy, rank), strict=True):
             parameter.grad = gradient
         memory.close_file()
@@ -287,21 +288,22 @@ def _answer(worker: Worker, function: Callable[..., Any], items: list[Any], argu
 
 
 class _SharedMemory:
-    """One block: weights of policy and reference, gradients of each other worker, three counters per worker."""
+    """One block: weights of policy and reference, gradients of each other worker, and every worker's counters."""
 
     def __init__(self, worker: Worker, others: int, fd: int | None = None) -> None:
         weights = sum(_size(parameter) for parameter in _parameters(worker))
         self._gradients_start = weights
         self._gradients_size = sum(_size(parameter) for parameter in _trained(worker.policy))
         counters_start = weights + others * self._gradients_size
-        total = counters_start + 3 * 8 * (others + 1)
+        num_counters = len(Counts._fields) * (others + 1)
+        total = counters_start + 8 * num_counters
         if fd is None:
             fd = _open_unnamed()
             os.truncate(fd, total)
         self.fd = fd
         self._memory = mmap.mmap(fd, total)
-        counters = torch.frombuffer(self._memory, dtype=torch.int64, count=3 * (others + 1), offset=counters_start)
-        self.counters = counters.view(-1, 3)
+        counters = torch.frombuffer(self._memory, dtype=torch.int64, count=num_counters, offset=counters_start)
+        self.counters = counters.view(others + 1, -1)
 
     def adopt_weights(self, worker: Worker, *, fill: bool) -> None:
         """Make the parameters views of the block; ``fill`` copies their values into it first."""

@@ -277,19 +277,19 @@ def progress(
     *,
     total: int | None = None,
     finished: Callable[[], int] = int,
-    share: Callable[[], float] | None = None,
+    seconds_left: Callable[[], float | None] | None = None,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
     """Yield ``items`` and show how many are done, the time taken and the time left.
 
     A terminal gets a bar, a log one line every five seconds, on standard error by default. ``total``: number of items
-    if ``len(items)`` is unknown. ``finished``: number of items done so far, if ``items`` come in batches. ``share``:
-    share of the work done, if items differ in work.
+    if ``len(items)`` is unknown. ``finished``: number of items done so far, if ``items`` come in batches.
+    ``seconds_left``: if items differ in work; None if unknown.
     """
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     done = 0
-    with counting(description, count, lambda: max(done, finished()), share, stream=stream, clock=clock) as show:
+    with counting(description, count, lambda: max(done, finished()), seconds_left, stream=stream, clock=clock) as show:
         for item in items:
             yield item
             done += 1
@@ -301,7 +301,7 @@ def counting(
     description: str | Callable[[], str],
     total: int | None,
     finished: Callable[[], int],
-    share: Callable[[], float] | None = None,
+    seconds_left: Callable[[], float | None] | None = None,
     *,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -316,9 +316,10 @@ def counting(
 
     def times(number: int, now: float) -> str:
         """Time taken and left."""
-        taken, done = now - began, share() if share is not None else number / total if total else 0.0
-        left = f"  left {duration(taken * (1 - done) / done)}" if done else ""
-        return f"{duration(taken)}{left}"
+        taken, left = now - began, seconds_left() if seconds_left is not None else None
+        if left is None and total and number:
+            left = taken * (total - number) / number
+        return duration(taken) if left is None else f"{duration(taken)}  left {duration(left)}"
 
     texts = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[times]"))
     columns = (next(texts), BarColumn(), MofNCompleteColumn(), next(texts))

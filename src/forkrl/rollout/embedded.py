@@ -5,6 +5,7 @@ Shapes: ``P`` prompts, ``S`` sequences being decoded, ``T`` tokens, ``D`` hidden
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -162,12 +163,17 @@ def _decode_part(
     return_freed_memory()  # of the wave or update before, which had other sizes
     generator = torch.Generator(worker.policy.device).manual_seed(seed)
 
+    room_before, then = 0, time.monotonic_ns()
+
     def count(sampled: int, room: int) -> None:
-        worker.tokens[0] += sampled
-        worker.tokens[1] = room
+        nonlocal room_before, then
+        now, first = time.monotonic_ns(), room_before == 0
+        begun = {"begun": sampled, "reading_ns": now - then} if first else {"working_ns": now - then}
+        worker.add_counts(steps=1, tokens=sampled, room=room - room_before, **begun)
+        room_before, then = room, now
 
     for ended in decode(worker.policy, prefixes_S, sampling, generator, on_step=count):
-        worker.sequences_finished.add_(1)
+        worker.add_counts(finished=1)
         yield ended
 
 

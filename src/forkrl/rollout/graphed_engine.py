@@ -45,7 +45,7 @@ class GraphedEngine(EmbeddedEngine):
             (seed,) = self._draw_seeds(1, generator)
             own = torch.Generator(self.policy.device).manual_seed(seed)
             for place, rollout in decode_in_strides(self.policy, step, prefixes_S, sampling, own):
-                self.workers.local.sequences_finished.add_(1)
+                self.workers.local.add_counts(finished=1)
                 yield number, place, rollout
 
 
