@@ -159,6 +159,7 @@ def test_progress_counts_responses_within_each_stage_of_a_part() -> None:
         for stage in (SAMPLING, CONTINUING):
             numbers = [number - done for name, number in engine.seen if name == stage]
             assert numbers == sorted(numbers)
+            assert numbers.count(4) == 1  # with the last sequence
             assert set(numbers) >= {1, 2, 3, 4} and set(numbers) <= set(range(5))
         engine.seen.clear()
     assert engine.work.finished() == engine.work.total == 8
