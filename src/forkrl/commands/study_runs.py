@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import tomli_w
 
+from forkrl.commands.runs import describe_run
 from forkrl.commands.work_folder import weights_fingerprint
-from forkrl.config.recipe import change_recipe, recipe_toml
+from forkrl.config import TrainConfig
+from forkrl.config.recipe import change_recipe, flatten, parse_recipe, recipe_toml
 from forkrl.config.study import MeasurementConfig, PlannedRun, StudyConfig, learning_settings
 from forkrl.errors import UserError, notice
 from forkrl.parallel.processes import child_environment
@@ -29,8 +31,16 @@ from forkrl.store.atomic import write_text
 from forkrl.store.interruption import Interruption
 from forkrl.store.results import read_results
 from forkrl.store.resuming import stored_config
-from forkrl.store.run_folder import CONFIG, clear_folder
-from forkrl.store.run_record import Measured, RunRecord, digest, flat, make_record, read_record, write_record
+from forkrl.store.run_folder import CONFIG, clear_folder, lock_folder
+from forkrl.store.run_record import (
+    Measured,
+    RunRecord,
+    describe_machine,
+    digest,
+    make_record,
+    read_record,
+    write_record,
+)
 
 _LOOK_EVERY_S = 0.2
 # The child dies with this process, whatever kills it; its output goes to a log.
@@ -50,14 +60,14 @@ class Places(NamedTuple):
         return self.records / f"{run.name}.json"
 
 
-def read_records(places: Places, planned: Sequence[PlannedRun]) -> dict[str, RunRecord]:
+def read_records(study: StudyConfig, places: Places, planned: Sequence[PlannedRun]) -> dict[str, RunRecord]:
     """Records of finished runs by name, checked to be of this study.
 
     Raises:
-        UserError: a record is of another study, of other settings, or of another base model.
+        UserError: a record is of another study, or made with other settings, measurements or base weights.
     """
     of_name = {run.name: run for run in planned}
-    weights = {path: _known_weights(path) for path in {run.config.model.path for run in planned}}
+    weights = {path: known_weights(path) for path in {run.config.model.path for run in planned}}
     found: dict[str, RunRecord] = {}
     for path in sorted(places.records.glob("*.json")):
         if path.stem not in of_name:
@@ -65,31 +75,41 @@ def read_records(places: Places, planned: Sequence[PlannedRun]) -> dict[str, Run
                 f"{path}: is not a run of this study (it has {', '.join(dict.fromkeys(run.arm for run in planned))}); "
                 f"move it away, or name another folder with --out"
             )
-        found[path.stem] = record = read_record(path)
-        run = of_name[path.stem]
+        record, run = read_record(path), of_name[path.stem]
+        if (record.arm, record.seed) != (run.arm, run.seed):
+            raise UserError(f"{path}: holds arm {record.arm} with seed {record.seed}; remove it to train this run")
         if different := _other_settings(record, run, weights[run.config.model.path]):
             raise UserError(
                 f"{path}: was made with other settings ({different}); remove it to train this run again, or name "
                 f"another folder with --out"
             )
+        asked = {name: measurement.words for name, measurement in study.measurements.items()}
+        if (stored := {name: measured.words for name, measured in record.measured.items()}) != asked:
+            name = next(name for name in {**asked, **stored} if stored.get(name) != asked.get(name))
+            raise UserError(
+                f"{path}: was made with other measurements ({name}: {' '.join(stored.get(name, ['none']))}, now "
+                f"{' '.join(asked.get(name, ['none']))}); remove it to measure this run again"
+            )
+        found[path.stem] = record
     return found
 
 
-def _known_weights(path: str) -> str | None:
-    """Fingerprint of a base model; None if it is not here, where its finished runs can still be compared."""
+def known_weights(path: str) -> str:
+    """Fingerprint of a base model; empty if it is not here, where its finished runs can still be compared."""
     try:
         return weights_fingerprint(path)
     except UserError:
-        return None
+        return ""
 
 
-def _other_settings(record: RunRecord, run: PlannedRun, weights: str | None) -> str:
+def _other_settings(record: RunRecord, run: PlannedRun, weights: str) -> str:
     """The first setting in which a record differs from the run planned now; empty if it is the same run."""
-    stored, asked = flat(record.settings), flat(learning_settings(run.config))
+    made_with = learning_settings(parse_recipe(TrainConfig, record.settings, f"record of {run.name}"))
+    stored, asked = flatten(made_with), flatten(learning_settings(run.config))
     if weights and record.weights == weights:  # the same files, wherever they are
         stored.pop("model.path", None)
         asked.pop("model.path", None)
-    elif weights is not None and record.weights != weights:
+    elif weights and record.weights:
         return f"the files of model.path = {run.config.model.path} have changed"
     for key in sorted(stored.keys() | asked.keys()):
         if stored.get(key) != asked.get(key):
@@ -103,7 +123,7 @@ def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Pla
     Raises:
         Interrupted: after a stop signal, once every child has saved its run.
     """
-    known = read_records(places, planned)
+    known = read_records(study, places, planned)
     waiting = [run for run in planned if run.name not in known]
     places.runs.mkdir(parents=True, exist_ok=True)
     running: list[_Job] = []
@@ -113,14 +133,18 @@ def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Pla
     def describe() -> str:
         return ", ".join(map(str, running)) or "starting"
 
-    def share() -> float:
-        return (done + sum(job.share() for job in running)) / total
+    began = time.monotonic()
 
-    with Interruption() as interruption, counting(describe, total, lambda: done, share) as show:
+    def seconds_left() -> float | None:
+        share = (done + sum(job.share() for job in running)) / total
+        return (time.monotonic() - began) * (1 - share) / share if share else None
+
+    threads = max(1, available_cores() // jobs)
+    with Interruption() as interruption, counting(describe, total, lambda: done, seconds_left) as show:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running.append(_Job(waiting.pop(0), study.measurements, places, max(1, available_cores() // jobs)))
+                    running.append(_Job(waiting.pop(0), study.measurements, places, threads))
                 for job in [job for job in running if not job.works()]:
                     running.remove(job)
                     done += 1
@@ -131,7 +155,12 @@ def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Pla
                     time.sleep(_LOOK_EVERY_S)
         finally:
             for job in running:
-                job.stop()
+                job.send(signal.SIGTERM)
+            while any(job.is_busy for job in running):
+                if interruption.signalled_again:
+                    for job in running:
+                        job.send(signal.SIGKILL)
+                time.sleep(_LOOK_EVERY_S)
     return failures
 
 
@@ -146,7 +175,7 @@ def probe(run: PlannedRun, jobs: int) -> RunRecord:
             while job.works():
                 time.sleep(_LOOK_EVERY_S)
         finally:
-            job.stop()
+            job.send(signal.SIGKILL)
         if job.failure:
             raise UserError(job.failure.replace(f" (log: {job.log})", ""))
         return read_record(Path(folder) / f"{short.name}.json")
@@ -170,21 +199,35 @@ class _Job:
         self.run, self._measurements, self._places, self._threads = run, measurements, places, threads
         self._folder = places.runs / run.name
         self.log = places.runs / f"{run.name}.log"
+        self._recipe = places.runs / f"{run.name}.toml"
+        self._weights = places.runs / f"{run.name}.weights"
         self._activity, self.failure = "", ""
-        self._num_started = 0
+        self._num_started, self._log_start = 0, 0
         self._began = time.monotonic()
         self._commands = self._words()
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
 
     def __str__(self) -> str:
-        return f"{self.run.arm} seed {self.run.seed} {self._activity}"
+        return f"{self.run.arm} seed {self.run.seed} {self._activity}".rstrip()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether its child runs."""
+        return self._process is not None and self._process.poll() is None
 
     def works(self) -> bool:
-        """Start the next command if the last one has ended; False at the end, when the record is written."""
+        """Start the next command if the last one has ended; False at the end, with a record or a ``failure``."""
+        if self.is_busy:
+            return True
+        try:
+            return self._go_on()
+        except UserError as error:
+            self.failure = f"{self}: {error}"
+            return False
+
+    def _go_on(self) -> bool:
         if self._process is not None:
-            if self._process.poll() is None:
-                return True
             os.close(self._lifeline)
             if self._process.returncode:
                 self.failure = self._failure(self._process.returncode)
@@ -197,12 +240,9 @@ class _Job:
         write_record(self._places.record(self.run), self._record())
         return False
 
-    def stop(self) -> None:
-        """Ask the child to save and wait for it."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            self._process.wait()
-            os.close(self._lifeline)
+    def send(self, signum: signal.Signals) -> None:
+        if self._process is not None and self.is_busy:
+            self._process.send_signal(signum)
 
     def share(self) -> float:
         """Of the work that is done; a measurement counts as much as the training."""
@@ -233,27 +273,37 @@ class _Job:
     def _how_to_train(self) -> list[str]:
         """Resume what an interruption has left where that is possible, else start anew."""
         if (self._folder / CONFIG).is_file():
-            if self.run.config.checkpoint.kind == "full":
+            if stored_config(self._folder).checkpoint.kind == "full":
                 return ["--resume", str(self._folder)]
+            os.close(lock_folder(self._folder, "training"))  # an error if a process is
             clear_folder(self._folder)
-        recipe = self._places.runs / f"{self.run.name}.toml"
-        write_text(recipe, tomli_w.dumps(recipe_toml(self.run.config)))
-        return [str(recipe), "--out", str(self._folder)]
+        write_text(self._recipe, tomli_w.dumps(recipe_toml(self.run.config)))
+        write_text(self._weights, known_weights(self.run.config.model.path))
+        return [str(self._recipe), "--out", str(self._folder)]
 
     def _is_trained(self) -> bool:
         if not (self._folder / CONFIG).is_file():
             return False
         stored = stored_config(self._folder)
-        if learning_settings(stored) != learning_settings(self.run.config) or stored.seed != self.run.seed:
+        same = learning_settings(stored) == learning_settings(self.run.config) and stored.seed == self.run.seed
+        if not same or self._first_weights() != known_weights(self.run.config.model.path):
+            what = "from other base weights" if same else "with other settings"
+            raise UserError(f"{self._folder}: holds a run {what}; remove it, or name another folder with --runs-dir")
+        return describe_run(self._folder).status == "finished"
+
+    def _first_weights(self) -> str:
+        """Fingerprint of the base model when training began."""
+        try:
+            return self._weights.read_text(encoding="utf-8")
+        except OSError:
             raise UserError(
-                f"{self._folder}: holds a run with other settings; remove it, or name another folder with --runs-dir"
-            )
-        last = self.run.config.training.steps
-        return (self._folder / "rollouts" / f"scores-{last:06d}.json").is_file()
+                f"{self._folder}: was not started by this study; remove it, or name another folder with --runs-dir"
+            ) from None
 
     def _start(self, words: list[str]) -> None:
         theirs, self._lifeline = os.pipe()
         with self.log.open("ab") as output:
+            self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, str(theirs), *words],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -263,40 +313,44 @@ class _Job:
         os.close(theirs)
 
     def _failure(self, code: int) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-        return f"{self} failed with exit code {code}: {lines[-1].removeprefix('forkrl: ')} (log: {self.log})"
+        said = self.log.read_bytes()[self._log_start :].decode(errors="replace").strip().splitlines()
+        how = f"failed with exit code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name} (often out of memory: lower --jobs)"
+        return f"{self} {how}: {said[-1].removeprefix('forkrl: ') if said else 'no output'} (log: {self.log})"
 
     def _measured(self, name: str) -> Path:
-        return self._places.runs / f"{self.run.name}.{name}"
+        return self._places.runs / f"{self.run.name}.{name}.measured"
 
     def _record(self) -> RunRecord:
         measured = {
-            name: _read_measurement(self._measured(name), measurement.command)
+            name: _read_measurement(self._measured(name), measurement)
             for name, measurement in self._measurements.items()
         }
-        return make_record(self.run.arm, self._folder, weights_fingerprint(self.run.config.model.path), measured)
+        return make_record(self.run.arm, self._folder, self._first_weights(), measured, machine=describe_machine())
 
 
-def _read_measurement(folder: Path, command: str) -> Measured:
-    """Headline and figures of a finished command; of an evaluation also the mean score of every question."""
-    if command != "eval":
+def _read_measurement(folder: Path, measurement: MeasurementConfig) -> Measured:
+    """Figures of a finished command; of an evaluation also the mean score of every question, sorted by name."""
+    if measurement.command != "eval":
         results = read_results(folder)
-        figures = {name: value for name, value in results.facts.items() if isinstance(value, int | float)}
-        return Measured(headline=results.headline, figures={name: float(value) for name, value in figures.items()})
-    from forkrl.evaluation.folder import ScoredResponse, read_evaluation  # imports torch
+        found = {name: value for name, value in results.facts.items() if name not in results.settings}
+        figures = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+        return Measured(words=measurement.words, figures=figures)
+    from forkrl.evaluation.folder import read_evaluation  # imports torch
 
-    results, responses = read_evaluation(folder)
-    scores: dict[str, list[ScoredResponse]] = {}
-    for benchmark, scored in responses.items():
-        for response in scored:
-            scores.setdefault(f"{benchmark}/{response.question}", []).append(response)
-    every = [response for scored in responses.values() for response in scored]
+    scores: dict[str, list[float]] = {}
+    lengths: list[int] = []
+    cut: list[bool] = []
+    for benchmark, responses in read_evaluation(folder)[1].items():
+        for response in responses:
+            scores.setdefault(f"{benchmark}/{response.question}", []).append(response.score)
+            lengths.append(response.tokens)
+            cut.append(not response.finished)
+    questions = sorted(scores)
     return Measured(
-        headline=results.headline,
-        figures={
-            "length": fmean(response.tokens for response in every),
-            "truncated_fraction": fmean(not response.finished for response in every),
-        },
-        problems=digest(scores),
-        scores=[fmean(response.score for response in of) for of in scores.values()],
+        words=measurement.words,
+        figures={"length": fmean(lengths), "truncated_fraction": fmean(cut)},
+        problems=digest(questions),
+        scores=[fmean(scores[question]) for question in questions],
     )

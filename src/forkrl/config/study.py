@@ -16,7 +16,11 @@ from forkrl.errors import UserError
 START = "start"
 """In a claim: the same runs before training."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_SAME_DATA = ("task.", "eval.", "model.")
+_SAME_EVALUATION = (
+    "task.", "eval.", "model.", "rollout.max_response_tokens", "rollout.stop", "reward.timeout_s", "reward.memory_mb",
+    "sandbox.",
+)  # fmt: skip
+"""Settings that all arms must share: what is measured, and how."""
 _NOT_COMPARED = ("runtime", "log", "checkpoint", "seed")
 """Sections without effect on what a run learns, apart from rounding; and the seed, which runs differ in."""
 Words = Annotated[tuple[str, ...], FROM_LIST]
@@ -38,9 +42,13 @@ class MeasurementConfig(Section):
     """A command that measures every trained model."""
 
     command: Literal["eval", "drift", "decode-temps", "analyze"] = "eval"
-    """"eval" is compared between the arms; of the others the headline and the figures are kept."""
+    """"eval" is compared between the arms; of the others the figures are kept."""
     arguments: Words = ()
     """Options and settings of the command, without the model and --out."""
+
+    @property
+    def words(self) -> list[str]:
+        return [self.command, *self.arguments]
 
 
 class ClaimConfig(Section):
@@ -149,6 +157,11 @@ def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
     recipe = path.parent / study.recipe
     configs = {name: _arm_config(path, study, name, recipe) for name in study.arms}
     _require_comparable(path, configs, study.baseline)
+    if study.measurements and (arm := next((arm for arm in configs if configs[arm].checkpoint.kind == "none"), None)):
+        raise UserError(
+            f'{path}: arm {arm}: with checkpoint.kind = "none" there is no trained model for measurements to open; add '
+            f'"checkpoint.kind=weights" to settings'
+        )
     every_seed = dict.fromkeys(seed for arm in study.arms for seed in study.seeds_of(arm))
     runs = [
         PlannedRun(arm, seed, configs[arm].model_copy(update={"seed": seed}))
@@ -183,10 +196,10 @@ def _require_comparable(path: Path, configs: dict[str, TrainConfig], baseline: s
             raise UserError(f"{path}: arms {seen[text]} and {name} have the same settings; change or remove one")
         seen[text] = name
         different = [
-            each for each in recipe_differences(configs[baseline], config) if each.startswith(_SAME_DATA)
+            each for each in recipe_differences(configs[baseline], config) if each.startswith(_SAME_EVALUATION)
         ]  # fmt: skip
         if different:
             raise UserError(
-                f"{path}: arm {name} is not on the data and model of the baseline {baseline} ({different[0]}); arms "
+                f"{path}: arm {name} is not measured as the baseline {baseline} ({different[0]}); arms "
                 f"must be paired by problem, so make it a study of its own"
             )

@@ -21,7 +21,7 @@ from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.config.sections import Section
 from forkrl.config.study import learning_settings
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.store.atomic import write_text
 from forkrl.store.results import read_json
 from forkrl.store.run_folder import read_config
@@ -35,14 +35,17 @@ CURVES = (
     "response/truncated_fraction", "entropy/mean", "entropy/selected_mean", "selection/kept_fraction", "grad/norm",
 )  # fmt: skip
 _PROVENANCE = ("forkrl", "torch", "transformers", "commit", "data_fingerprint", "workers", "threads", "device")
-_POINTS = (60, 40, 25, 15)
-"""Points kept of each training curve, the most that fit."""
+_POINTS = 60
+"""Most points kept of each training curve; the same ones in all runs of an arm."""
 
 
 class Measured(Section):
-    """What a measurement after training found; ``scores``: mean score per question, of an evaluation."""
+    """What a measurement after training found.
 
-    headline: str
+    ``words``: the command and its arguments. ``scores``: mean score per question, sorted by name, of an evaluation.
+    """
+
+    words: list[str]
     figures: dict[str, float | None] = Field(default_factory=dict)
     problems: str = ""
     scores: list[float] = Field(default_factory=list)
@@ -82,7 +85,9 @@ class RunRecord(Section):
         return _end(self, TOKENS)
 
 
-def make_record(arm: str, folder: Path, weights: str, measured: Mapping[str, Measured] | None = None) -> RunRecord:
+def make_record(
+    arm: str, folder: Path, weights: str, measured: Mapping[str, Measured] | None = None, machine: str = ""
+) -> RunRecord:
     """The record of a finished run in ``folder``.
 
     Raises:
@@ -103,7 +108,7 @@ def make_record(arm: str, folder: Path, weights: str, measured: Mapping[str, Mea
         settings=learning_settings(config),
         weights=weights,
         provenance={key: provenance[key] for key in _PROVENANCE if key in provenance},
-        machine=describe_machine(),
+        machine=machine,
         date=datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, UTC).isoformat(timespec="seconds"),
         curves=_curves(rows),
         problems=digest(problems),
@@ -113,31 +118,29 @@ def make_record(arm: str, folder: Path, weights: str, measured: Mapping[str, Mea
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Write the record atomically, with fewer points of each curve if it would exceed ``MOST_BYTES``."""
-    for points in _POINTS:
-        thinned = record.model_copy(update={"curves": {k: _thin(*c, points) for k, c in record.curves.items()}})
-        text = _dump(thinned)
-        if len(text.encode()) <= MOST_BYTES:
-            break
+    """Write the record atomically; of too many scores to fit only those of the first and last evaluation."""
+    text = _dump(record)
+    if len(text) > MOST_BYTES:
+        ends = {min(record.scores), max(record.scores)}
+        text = _dump(record.model_copy(update={"scores": {step: record.scores[step] for step in sorted(ends)}}))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
 
 def read_record(path: Path) -> RunRecord:
-    values = read_json(path)
-    if values.pop("schema", None) != SCHEMA:
-        raise UserError(f"{path}: is not a run record of this version ({SCHEMA}); remove it to train the run again")
-    values["scores"] = {int(step): scores for step, scores in values.get("scores", {}).items() if step.isdigit()}
-    values["curves"] = {name: tuple(curve) for name, curve in values.get("curves", {}).items()}
-    return parse_recipe(RunRecord, values, str(path))
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by full key, as JSON reads them back."""
-    found: dict[str, Any] = {}
-    for key, value in json.loads(json.dumps(values)).items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+    """A record; UserError if it is damaged or of another version."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("schema") != SCHEMA:
+            raise ValueError(f"its schema is not {SCHEMA}")
+        values["scores"] = {int(step): scores for step, scores in values["scores"].items()}
+        values["curves"] = {name: tuple(curve) for name, curve in values["curves"].items()}
+        return parse_recipe(RunRecord, values, str(path))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, UserError) as error:
+        reason = first_line(error, 200)
+        raise UserError(
+            f"{path}: cannot be read as a run record ({reason}); remove it to train the run again"
+        ) from error
 
 
 def describe_machine() -> str:
@@ -160,6 +163,7 @@ def _dump(record: RunRecord) -> str:
     values = {"schema": SCHEMA, **record.model_dump(mode="json")}
     lines: list[str] = []
     for key, value in values.items():
+        value = value if key == "settings" else _rounded(value)
         if isinstance(value, dict) and value:
             inner = ",\n".join(f"  {json.dumps(str(k))}: {_compact(v)}" for k, v in value.items())
             lines.append(f"{json.dumps(key)}: {{\n{inner}\n}}")
@@ -169,7 +173,7 @@ def _dump(record: RunRecord) -> str:
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(_rounded(value), separators=(",", ":"), allow_nan=False)
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _rounded(value: Any) -> Any:
@@ -193,15 +197,15 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], l
             steps, values = found.setdefault(name, ([], []))
             steps.append(float(row["step"]))
             values.append(value)
-    return found
+    return {name: curve if name.startswith("eval/") else _thin(*curve) for name, curve in found.items()}
 
 
-def _thin(steps: list[float], values: list[float | None], points: int) -> tuple[list[float], list[float | None]]:
-    """At most ``points`` evenly spaced points, both ends included."""
+def _thin(steps: list[float], values: list[float | None]) -> tuple[list[float], list[float | None]]:
+    """At most ``_POINTS`` evenly spaced points, both ends included."""
     count = len(steps)
-    if count <= points:
+    if count <= _POINTS:
         return steps, values
-    kept = sorted({round(place * (count - 1) / (points - 1)) for place in range(points)})
+    kept = sorted({round(place * (count - 1) / (_POINTS - 1)) for place in range(_POINTS)})
     return [steps[each] for each in kept], [values[each] for each in kept]
 
 
