@@ -6,15 +6,19 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from forkrl.commands.report import write_report
+from forkrl.commands.study_runs import _read_measurement
+from forkrl.config.study import MeasurementConfig
 from forkrl.store.results import csv_text, read_results
+from tests.fabricated_evaluation import random_responses, write_evaluation
 from tests.processes import wait_until
 from tests.report_page import Page
-from tests.smoke.world import STALL_TIMEOUT_S, World
+from tests.smoke.world import STALL_TIMEOUT_S, World, make_model
 
 HOT = 'arguments = ["--temperature", "1.5", "--problems", "4"]'
 STUDY = """
@@ -98,23 +102,28 @@ def test_it_continues_on_another_machine_from_its_records(studied: World) -> Non
     copy = shutil.copytree(studied.folder / "studies/halves", studied.folder / "elsewhere/halves")
     (copy / "runs/half-seed4.json").unlink()
     planned = studied.run("study", "halves.toml", "--out", copy, "--runs-dir", "elsewhere/runs", "--dry-run")
-    assert "to train: 1 runs" in planned.stdout and "from finished runs" in planned.stdout
+    assert "to train: 1 run, " in planned.stdout and "from finished runs" in planned.stdout
     outcome = studied.run("study", "halves.toml", "--out", copy, "--runs-dir", "elsewhere/runs")
     assert outcome.code == 0, outcome.stderr
     assert [path.name for path in (studied.folder / "elsewhere/runs").glob("*.toml")] == ["half-seed4.toml"]
     assert tables(copy) == tables(studied.folder / "studies/halves")
 
 
-def test_a_study_killed_three_times_gives_the_same_tables(studied: World) -> None:
-    """Without measurements, to be quick; the runs are killed in their first, second and third step."""
+KILLS = ((RUNS[0], 1, signal.SIGKILL), (RUNS[2], 2, signal.SIGTERM), (RUNS[1], 3, signal.SIGKILL))
+
+
+@pytest.mark.parametrize(("kind", "kills"), [("full", KILLS), ("none", KILLS[:1])])
+def test_a_study_killed_three_times_gives_the_same_tables(studied: World, kind: str, kills: Any) -> None:
+    """Without measurements, to be quick; runs resume from a checkpoint or start again."""
     unmeasured = STUDY.replace("[measurements.hot]", "").replace(HOT, "")
-    (studied.folder / "killed.toml").write_text(unmeasured)
-    out = studied.folder / "studies/killed"
-    argv = ("study", "killed.toml")
-    kills = ((RUNS[0], 1, signal.SIGKILL), (RUNS[2], 2, signal.SIGTERM), (RUNS[1], 3, signal.SIGKILL))
+    (studied.folder / f"{kind}.toml").write_text(
+        unmeasured.replace('"training', f'"checkpoint.kind={kind}", "training')
+    )
+    out = studied.folder / "studies" / kind
+    argv = ("study", f"{kind}.toml")
     for run, wanted, signum in kills:
         started = studied.start(*argv)
-        metrics = studied.folder / "runs/killed" / run / "metrics.jsonl"
+        metrics = studied.folder / "runs" / kind / run / "metrics.jsonl"
         wait_until(lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= wanted, STALL_TIMEOUT_S)  # noqa: B023
         started.send(signum)
         assert started.wait().code in (-signum, 128 + signum)
@@ -146,26 +155,36 @@ def test_records_of_something_else_are_refused(studied: World) -> None:
 
     renamed = STUDY.replace("arms.half", "arms.part").replace('arm = "half"', 'arm = "part"')
     assert "half-seed3.json: is not a run of this study (it has all, part)" in refused("renamed", renamed)
+    measured = STUDY.replace("1.5", "1.25")
+    message = (
+        "(hot: eval --temperature 1.5 --problems 4, now eval --temperature 1.25 --problems 4); remove it to measure"
+    )
+    assert message in refused("measured", measured)
     changed = STUDY.replace("ratio=0.5", "ratio=0.4")
     assert "(selection.ratio = 0.5, now 0.4); remove it to train" in refused("changed", changed)
 
 
 def test_another_model_under_the_same_name_is_refused(studied: World, own_world: World) -> None:
-    from tests.smoke.world import make_model
-
     shutil.copytree(studied.folder / "studies/halves", own_world.folder / "studies/halves")
     (own_world.folder / "halves.toml").write_text(STUDY)
     make_model(own_world.folder / "model", initializer_range=0.3)
     outcome = own_world.run("study", "halves.toml")
     assert (outcome.code, outcome.stderr.count("\n")) == (2, 1)
     assert "(the files of model.path = model have changed)" in outcome.stderr
+    shutil.copytree(studied.folder / "runs/halves", own_world.folder / "runs/halves")
+    for path in (own_world.folder / "studies/halves/runs").glob("*.json"):
+        path.unlink()
+    outcome = own_world.run("study", "halves.toml")
+    assert outcome.code == 1
+    assert "runs/halves/all-seed3: holds a run from other base weights; remove it" in outcome.stderr
 
 
 def test_two_studies_do_not_share_run_folders(studied: World) -> None:
     (studied.folder / "other.toml").write_text(STUDY.replace("ratio=0.5", "ratio=0.4"))
     outcome = studied.run("study", "other.toml", "--runs-dir", "runs/halves")
-    assert outcome.code == 2
+    assert outcome.code == 1
     assert "half-seed3: holds a run with other settings; remove it" in outcome.stderr
+    assert "too few finished runs to compare" in outcome.stderr
     assert (studied.folder / "studies/other/runs/all-seed3.json").exists(), "what was fine before is kept"
 
 
@@ -236,3 +255,14 @@ def test_runs_are_listed_and_watched(studied: World) -> None:
     assert studied.run("runs", "nowhere").code == 2
     assert "holds no run folder" in studied.run("runs", "model").stderr
     assert "--watch: studies/halves is not a run folder" in studied.run("report", "studies/halves", "--watch").stderr
+
+
+def test_scores_of_a_measurement_are_sorted_by_question(tmp_path: Path) -> None:
+    """Responses are written in the order in which they end."""
+    responses = {"mine": random_responses(6, 2)}
+    write_evaluation(tmp_path / "a", responses)
+    write_evaluation(tmp_path / "b", responses)
+    for path in (tmp_path / "b").glob("*/mine.jsonl"):
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    a, b = (_read_measurement(tmp_path / name, MeasurementConfig()) for name in "ab")
+    assert a == b and len(set(a.scores)) > 1

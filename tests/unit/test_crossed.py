@@ -66,7 +66,7 @@ def test_constant_values() -> None:
 SPREADS = {"seeds": (0.05, 0.0), "questions": (0.0, 0.48), "both": (0.03, 0.1), "noise": (0.0, 0.0)}
 
 
-@pytest.mark.parametrize("seeds", [4, 16])
+@pytest.mark.parametrize("seeds", [2, 4, 16])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_the_interval_covers_new_seeds_and_questions(spread: str, seeds: int) -> None:
     """Differences of two graded answers (-1, 0, 1); 2,000 studies, so 95% has a standard error of half a point."""
@@ -78,7 +78,9 @@ def test_the_interval_covers_new_seeds_and_questions(spread: str, seeds: int) ->
         )
         draws = generator.random((seeds, 128))
         values = np.where(draws < better, 1.0, np.where(draws > 0.8, -1.0, 0.0))  # mean 0.25 - 0.2
-        low, high = crossed_mean(values).estimate[1:]
+        found = crossed_mean(values)
+        assert found.error**2 >= max(found.squares[:2]) - 1e-15, "neither seeds nor questions alone are more uncertain"
+        low, high = found.estimate[1:]
         covered += low <= 0.05 <= high
         means_S = values.mean(axis=1)
         half = stats.t.ppf(0.975, seeds - 1) * means_S.std(ddof=1) / np.sqrt(seeds)
@@ -107,7 +109,8 @@ def test_seeds_needed_shrink_with_the_distance_and_end_where_questions_limit() -
     generator = np.random.default_rng(4)
     values = generator.normal(0, 0.5, (8, 200)) + generator.normal(0, 0.1, (8, 1)) + generator.normal(0, 0.3, (1, 200))
     found = crossed_mean(values)
-    few, more, many = (found.seeds_needed(distance) or 0 for distance in (0.3, 0.15, 0.1))
-    assert 2 <= few < more < many
-    assert found.seeds_needed(found.detectable) == pytest.approx(8, abs=3)
+    few, more, many = (found.seeds_needed(distance) or 0 for distance in (0.12, 0.1, 0.09))
+    assert 8 < few < more < many
+    assert found.seeds_needed(1.0) == 9, "more than now"
+    assert found.seeds_needed(0.98 * found.detectable) == pytest.approx(9, abs=2)
     assert found.seeds_needed(0.01) is None

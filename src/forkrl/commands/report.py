@@ -31,6 +31,8 @@ _REFRESH_S = 20.0
 
 
 def run_report(options: ReportOptions) -> int:
+    if options.watch and not (options.folder / CONFIG).is_file():
+        raise UserError(f"--watch: {options.folder} is not a run folder; drop --watch")
     print(f"report: {write_report(options.folder)}", flush=True)
     if options.watch:
         _watch(options.folder)
@@ -38,14 +40,13 @@ def run_report(options: ReportOptions) -> int:
 
 
 def _watch(folder: Path) -> None:
-    """Write the report of a run again whenever its metrics have changed, until no process trains it."""
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"--watch: {folder} is not a run folder; drop --watch")
-    metrics, seen, running = folder / "metrics.jsonl", 0, True
+    """Write the report of a run again whenever its metrics have changed, until the run has ended."""
+    metrics = folder / "metrics.jsonl"
+    size, running = metrics.stat().st_size, True
     while running:
         running = describe_run(folder).status == "running"  # before reading, so that the last lines are not missed
-        if (size := metrics.stat().st_size) != seen:
-            seen = size
+        if (now := metrics.stat().st_size) != size or not running:
+            size = now
             write_report(folder)
             print(run_headline(folder), flush=True)
         if running:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from forkrl.store.run_folder import CONFIG, LOCK, read_config
 
 @dataclass(frozen=True)
 class ListedRun:
-    """``status``: "running", "finished", "stopped", or "unreadable" with the reason. Accuracies are held out."""
+    """``status``: "running", "finished", "stopped" or "unreadable" (no valid config.toml). Accuracies are held out."""
 
     path: str
     status: str
@@ -70,7 +70,7 @@ def describe_run(folder: Path) -> ListedRun:
     accuracies = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     step, steps = int(rows[-1]["step"]) if rows else 0, _setting(config, "training", "steps")
     finished = steps is not None and step >= steps and bool(rows) and "eval/accuracy" in rows[-1]
-    status = problem or ("running" if _is_locked(folder) else "finished" if finished else "stopped")
+    status = problem or ("finished" if finished else "running" if _is_locked(folder) else "stopped")
     metrics = folder / "metrics.jsonl"
     return ListedRun(
         path=str(folder),
@@ -102,12 +102,12 @@ def _setting(config: dict[str, Any], section: str, name: str) -> Any:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a process is training in the folder."""
+    """Whether the process that locked the folder last is alive; taking the lock to find out could disturb a start."""
     try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        pid = int((folder / LOCK).read_text(encoding="ascii"))
+        os.kill(pid, 0)
+    except PermissionError:
         return True
-    except OSError:  # no lock file
+    except (OSError, ValueError):
         return False
-    return False
+    return True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +16,7 @@ from forkrl.commands.study_given import study_of_runs
 from forkrl.commands.study_runs import Places, expected_seconds, probe, read_records, train_missing
 from forkrl.commands.work_folder import present
 from forkrl.config.study import PlannedRun, StudyConfig, load_study
-from forkrl.errors import notice
+from forkrl.errors import UserError, notice
 from forkrl.evaluation.study_tables import study_tables
 from forkrl.report.formatting import duration
 from forkrl.report.plots import standalone_svg
@@ -37,31 +39,45 @@ def run_study(options: StudyOptions) -> int:
     folder = options.out or (options.study.parent if in_place else Path("studies") / name)
     refuse_unusable(folder)
     places = Places(folder / "runs", options.runs_dir or Path("runs") / name)
-    records = read_records(places, planned)
+    records = read_records(study, places, planned)
     if options.dry_run:
         print(describe_plan(study, planned, records, options.jobs))
         return 0
     failures: list[str] = []
     if len(records) < len(planned):
-        with explained_write_errors(places.runs):
-            places.runs.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(places.runs, "running this study")
-        try:
-            failures = train_missing(study, planned, places, options.jobs)
-        except Interrupted as stop:
-            notice(f"{stop}; finished runs are kept in {places.records}; the same command continues")
-            return int(stop.exit_code)
-        finally:
-            os.close(lock)
-        records = read_records(places, planned)
+        with _locked(places):
+            try:
+                failures = train_missing(study, planned, places, options.jobs)
+            except Interrupted as stop:
+                notice(f"{stop}; finished runs are kept in {places.records}; the same command continues")
+                return int(stop.exit_code)
+        records = read_records(study, places, planned)
     missing = [run.name for run in planned if run.name not in records]
-    notes = [
-        *failures,
-        *([f"{len(missing)} of {len(planned)} runs are missing: {', '.join(missing)}."] if missing else []),
-    ]
-    results = write_study(study, list(records.values()), folder, str(options.study), notes)
+    notes = [f"{len(missing)} of {len(planned)} runs are missing: {', '.join(missing)}."] if missing else []
+    try:
+        results = write_study(study, list(records.values()), folder, str(options.study), [*failures, *notes])
+    except UserError as error:
+        if not failures:
+            raise
+        notice(str(error))
+        return 1
     present(folder, study_page(results))
     return 1 if failures else 0
+
+
+@contextmanager
+def _locked(places: Places) -> Iterator[None]:
+    """No other process trains the same study, or in the same run folders."""
+    locks: list[int] = []
+    try:
+        for folder in (places.records, places.runs):
+            with explained_write_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            locks.append(lock_folder(folder, "running a study"))
+        yield
+    finally:
+        for lock in locks:
+            os.close(lock)
 
 
 def _compare_given(options: StudyOptions) -> int:
@@ -69,8 +85,8 @@ def _compare_given(options: StudyOptions) -> int:
     refuse_unusable(folder)
     study, records = study_of_runs(options.runs, options.metric, options.baseline)
     only_seeds = any(not record.problems for record in records)
-    notes = ["Scores of single problems are not known for every run: intervals cover seeds only."] if only_seeds else []
-    results = write_study(study, records, folder, f"--runs {shlex.join(options.runs)}", notes)
+    notes = ["The scores of single problems are not known, so intervals cover seeds only."] if only_seeds else []
+    results = write_study(study, records, folder, shlex.join(sys.argv[2:]), notes)
     return present(folder, study_page(results))
 
 
@@ -79,6 +95,7 @@ def write_study(
 ) -> Results:
     """Write the tables, results.json and figures from the records; ``source``: the arguments of the command."""
     tables = {name: pd.DataFrame(rows) for name, rows in study_tables(study, records).items()}
+    notes = [*notes, *_differing_origins(records)]
     with explained_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     results = write_results(
@@ -90,7 +107,7 @@ def write_study(
             "baseline": study.baseline,
             "seeds": list(study.seeds),
             "settings": list(study.settings),
-            "arms": {arm: " ".join(config.settings) or "as the recipe" for arm, config in study.arms.items()},
+            "arms": {arm: " ".join(config.settings) or "as given" for arm, config in study.arms.items()},
             "paper": study.paper,
         },
         headline=study_headline(tables["arms"], study.baseline),
@@ -101,6 +118,16 @@ def write_study(
     for name, figure in figures(results).items():
         write_text(folder / f"{name}.svg", standalone_svg(figure))
     return results
+
+
+def _differing_origins(records: Sequence[RunRecord]) -> list[str]:
+    """Notes on what changes the responses that a seed gives, where runs differ in it."""
+    notes = []
+    for key in ("workers", "device", "torch", "transformers"):
+        values = sorted({str(record.provenance[key]) for record in records if key in record.provenance})
+        if len(values) > 1:
+            notes.append(f"Runs differ in {key}: {', '.join(values)}.")
+    return notes
 
 
 def describe_plan(
@@ -117,8 +144,6 @@ def describe_plan(
         source = "finished runs" if known else f"two steps of {planned[0].name}"
         other = next(iter(known.values()), None) or probe(planned[0], jobs)
         seconds = sum(expected_seconds(known.get(run.arm, other), run) for run in left)
-        lines.append(
-            f"to train: {len(left)} runs, about {duration(seconds / jobs)} with {jobs} at a time (from {source}; "
-            f"measurements not included)"
-        )
+        count, taken = ("1 run" if len(left) == 1 else f"{len(left)} runs"), duration(seconds / jobs)
+        lines.append(f"to train: {count}, about {taken} with {jobs} at a time (from {source}; without measurements)")
     return "\n".join(lines)

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forkrl.config.recipe import parse_recipe
+from forkrl.config.recipe import flatten, parse_recipe
 from forkrl.config.study import StudyConfig
 from forkrl.errors import UserError
 from forkrl.store.run_folder import CONFIG
-from forkrl.store.run_record import CURVES, RunRecord, flat, make_record
+from forkrl.store.run_record import CURVES, RunRecord, make_record
 
 _STEP = ("step", "_step", "global_step", "Step")
 _ACCURACY = "eval/accuracy"
@@ -49,11 +49,11 @@ def record_of_metrics(
 ) -> RunRecord:  # fmt: skip
     """A record of exported metrics, whose held-out accuracy is called ``metric``."""
     curves: dict[str, tuple[list[float], list[float | None]]] = {}
-    for row in rows:
-        step = next((row[name] for name in _STEP if isinstance(row.get(name), int | float)), None)
+    for row in sorted(rows, key=_step_of):
+        step = _step_of(row)
         for name, value in row.items():
-            kept = _ACCURACY if name == metric else name
-            if step is not None and kept in CURVES and isinstance(value, int | float) and math.isfinite(value):
+            kept = _ACCURACY if name == metric or name.endswith(f" - {metric}") else name  # W&B: "RUN - METRIC"
+            if step >= 0 and kept in CURVES and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = curves.setdefault(kept, ([], []))
                 steps.append(float(step))
                 values.append(float(value))
@@ -62,11 +62,18 @@ def record_of_metrics(
             f"--runs {path}: has fewer than two values of {metric} with a step; name the metric of held-out accuracy "
             f"with --metric"
         )
-    steps, values = curves[_ACCURACY]
+    scores = {int(step): [value or 0.0] for step, value in zip(*curves[_ACCURACY], strict=True)}
+    if (worst := max(value for of in scores.values() for value in of)) > 1:
+        raise UserError(f"--runs {path}: {metric} reaches {worst:g}; accuracy must be a share, at most 1")
     return RunRecord(
         arm=arm, seed=number, settings={}, weights="", provenance={}, machine="", date="", problems="", curves=curves,
-        scores={int(step): [value or 0.0] for step, value in zip(steps, values, strict=True)},
+        scores=scores,
     )  # fmt: skip
+
+
+def _step_of(row: Mapping[str, Any]) -> float:
+    """-1 if the row has no step."""
+    return next((row[name] for name in _STEP if isinstance(row.get(name), int | float)), -1.0)
 
 
 def _split(word: str) -> tuple[str, Path]:
@@ -77,7 +84,7 @@ def _split(word: str) -> tuple[str, Path]:
 
 def _arms_by_settings(folders: Mapping[Path, RunRecord]) -> dict[Path, str]:
     """Names made of the settings in which the runs differ."""
-    settings = {path: flat(record.settings) for path, record in folders.items()}
+    settings = {path: flatten(record.settings) for path, record in folders.items()}
     keys = dict.fromkeys(key for values in settings.values() for key in values)
     differing = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
     named = {path: " ".join(f"{key}={values.get(key)}" for key in differing) for path, values in settings.items()}
@@ -86,10 +93,21 @@ def _arms_by_settings(folders: Mapping[Path, RunRecord]) -> dict[Path, str]:
 
 def _study(records: Sequence[RunRecord], baseline: str | None) -> StudyConfig:
     arms: dict[str, list[int]] = {}
+    first: dict[str, RunRecord] = {}
     for record in records:
+        like = first.setdefault(record.arm, record)
+        if record.settings != like.settings:
+            raise UserError(
+                f"--runs: arm {record.arm}: seeds {like.seed} and {record.seed} differ in other settings too"
+            )
+        if record.steps != like.steps:
+            raise UserError(
+                f"--runs: arm {record.arm}: seed {like.seed} was evaluated until step {like.steps}, seed "
+                f"{record.seed} until {record.steps}; leave out runs that ended early"
+            )
         seeds = arms.setdefault(record.arm, [])
         if record.seed in seeds:
-            raise UserError(f"--runs: two runs of arm {record.arm} have seed {record.seed}; give each once")
+            raise UserError(f"--runs: two runs of arm {record.arm} have seed {record.seed}; leave one out")
         seeds.append(record.seed)
     values = {
         "title": f"{len(records)} runs in {len(arms)} arms",

@@ -335,6 +335,7 @@ def _read_measurement(folder: Path, measurement: MeasurementConfig) -> Measured:
     if measurement.command != "eval":
         results = read_results(folder)
         found = {name: value for name, value in results.facts.items() if name not in results.settings}
+        figures: dict[str, float | None]
         figures = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
         return Measured(words=measurement.words, figures=figures)
     from forkrl.evaluation.folder import read_evaluation  # imports torch

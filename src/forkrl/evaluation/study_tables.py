@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from forkrl.config.study import START, ClaimConfig, StudyConfig
 from forkrl.errors import UserError
@@ -66,10 +65,11 @@ def runs_by_arm(study: StudyConfig, records: Iterable[RunRecord]) -> dict[str, R
     first: RunRecord | None = None
     for record in records:
         first = first or record
-        if record.problems != first.problems:
+        if _data(record) != _data(first):
             raise UserError(
-                f"runs {first.arm} seed {first.seed} and {record.arm} seed {record.seed} were evaluated on different "
-                f"held-out problems; runs of a study need the same data, eval.problems and task.held_out_rows"
+                f"runs {first.arm} seed {first.seed} and {record.arm} seed {record.seed} have different data or "
+                f"held-out problems; a study needs the same data, eval.problems and task.held_out_rows for all runs "
+                f"(metrics of other trainers can only be compared with each other)"
             )
         found[record.arm][record.seed] = record
     arms = {arm: Runs(arm, dict(sorted(runs.items()))) for arm, runs in found.items() if len(runs) > 1}
@@ -80,6 +80,10 @@ def runs_by_arm(study: StudyConfig, records: Iterable[RunRecord]) -> dict[str, R
             f"the same command trains the missing ones"
         )
     return arms
+
+
+def _data(record: RunRecord) -> tuple[str, str]:
+    return record.problems, str(record.provenance.get("data_fingerprint", ""))
 
 
 def study_tables(study: StudyConfig, records: Sequence[RunRecord], seed: int = 0) -> dict[str, list[Row]]:
@@ -97,7 +101,7 @@ def study_tables(study: StudyConfig, records: Sequence[RunRecord], seed: int = 0
 def arm_rows(study: StudyConfig, arms: Mapping[str, Runs], seed: int) -> list[Row]:
     """Final accuracy of each arm and its difference from the baseline, best first."""
     baseline = arms[study.baseline]
-    best = _share_of_draws_won(list(arms.values()), seed)
+    best = _share_of_draws_won(arms.values(), seed)
     rows: list[Row] = []
     for runs in arms.values():
         accuracy = crossed_mean(runs.scores(final))
@@ -109,14 +113,14 @@ def arm_rows(study: StudyConfig, arms: Mapping[str, Runs], seed: int) -> list[Ro
             **as_columns("accuracy", _share(accuracy.estimate)),
             "start": float(runs.scores(at_start).mean()),
             **as_columns("gain", gain.estimate),
-            "best": best[runs.arm],
+            "best": best.get(runs.arm, math.nan),
             "seed_deviation": float(runs.scores(final).mean(axis=1).std(ddof=1)),
             **{column: _last(runs, curve, whole=column == "kept") for column, curve in FIGURES.items()},
         }
         if runs is not baseline:
             row |= _difference_columns("difference", difference(runs, baseline))
             for name, total in (("equal_tokens", TOKENS), ("equal_seconds", SECONDS)):
-                if all(total in record.curves for each in (runs, baseline) for record in each.by_seed.values()):
+                if _are_comparable([*runs.by_seed.values(), *baseline.by_seed.values()], total):
                     row |= as_columns(name, equal_budget_difference(runs, baseline, total).estimate)
         rows.append(row)
     compared = [row for row in rows if "p" in row]
@@ -131,6 +135,13 @@ def difference(
     """Mean of ``runs`` minus mean of ``other`` over common seeds and all problems."""
     seeds = [seed for seed in runs.by_seed if seed in other.by_seed]
     return crossed_mean(runs.scores(of, seeds) - other.scores(of, seeds))
+
+
+def _are_comparable(records: Sequence[RunRecord], total: str) -> bool:
+    """Whether a budget means the same for all runs, and scores between start and end are known."""
+    clocks = {(record.machine, record.provenance.get("threads")) for record in records}
+    known = all(total in record.curves and len(record.scores) > 2 for record in records)
+    return known and (total != SECONDS or len(clocks) == 1)
 
 
 def equal_budget_difference(runs: Runs, other: Runs, total: str) -> Crossed:
@@ -179,7 +190,8 @@ def claim_row(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Row:
         verdict = CONTRADICTED
     else:
         verdict = UNDECIDED
-        needed = found.seeds_needed(min(abs(found.mean - end) for end in (low, high) if math.isfinite(end))) or math.nan
+        distance = min(abs(found.mean - end) for end in (low, high) if math.isfinite(end))
+        needed = found.seeds_needed(distance) or math.inf
     return row | _difference_columns("difference", found) | {"verdict": verdict, "seeds_needed": needed}
 
 
@@ -190,8 +202,13 @@ def measurement_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:
         baseline = arms[study.baseline]
         for runs in arms.values():
             records = list(runs.by_seed.values())
-            if not all(name in record.measured for record in records):
-                continue
+            first = next(iter(baseline.by_seed.values()))
+            for record in records:
+                if record.measured[name].problems != first.measured[name].problems:
+                    raise UserError(
+                        f"measurement {name}: runs {first.arm} seed {first.seed} and {record.arm} seed {record.seed} "
+                        f"were measured on different questions; remove their records to measure them again"
+                    )
             where = {"measurement": name, "arm": runs.arm, "label": study.label(runs.arm)}
             if records[0].measured[name].scores:
 
@@ -241,17 +258,13 @@ def run_rows(arms: Mapping[str, Runs]) -> list[Row]:
             "seconds": record.seconds,
             "date": record.date,
             "commit": str(record.provenance.get("commit", "")),
+            "workers": record.provenance.get("workers", math.nan),
             "threads": record.provenance.get("threads", math.nan),
             "machine": record.machine,
         }
         for runs in arms.values()
         for seed, record in runs.by_seed.items()
     ]
-
-
-def curve_frame(curves: pd.DataFrame, metric: str, arm: str) -> pd.DataFrame:
-    """The rows of one curve."""
-    return curves[(curves["metric"] == metric) & (curves["arm"] == arm)]
 
 
 def _difference_columns(name: str, found: Crossed) -> Row:
@@ -276,18 +289,20 @@ def _last(runs: Runs, curve: str, *, whole: bool) -> float:
     return fmean(found) if found else math.nan
 
 
-def _share_of_draws_won(arms: Sequence[Runs], seed: int) -> dict[str, float]:
-    """How often each arm has the highest accuracy when seeds and problems are drawn again."""
+def _share_of_draws_won(every: Iterable[Runs], seed: int) -> dict[str, float]:
+    """How often each arm has the highest accuracy when seeds and problems are drawn again; arms with all seeds only."""
+    most = max(len(runs.by_seed) for runs in every)
+    arms = [runs for runs in every if len(runs.by_seed) == most]
+    seeds = set.intersection(*(set(runs.by_seed) for runs in arms))
+    if len(arms) < 2 or len(seeds) < most:
+        return {}
     generator = np.random.default_rng(seed)
-    seeds = sorted(set.intersection(*(set(runs.by_seed) for runs in arms)))
-    if len(seeds) < 2:
-        return {runs.arm: math.nan for runs in arms}
-    scores_ASP = np.stack([runs.scores(final, seeds) for runs in arms])
+    scores_ASP = np.stack([runs.scores(final, sorted(seeds)) for runs in arms])
     _, S, P = scores_ASP.shape
     wins_A = np.zeros(len(arms))
     for _ in range(_DRAWS):
         seed_weights = generator.multinomial(S, np.full(S, 1 / S))
         problem_weights = generator.multinomial(P, np.full(P, 1 / P))
         means_A = np.einsum("asp,s,p->a", scores_ASP, seed_weights, problem_weights)
-        wins_A[means_A == means_A.max()] += 1 / (means_A == means_A.max()).sum()
+        wins_A += np.isclose(means_A, means_A.max()) / np.isclose(means_A, means_A.max()).sum()
     return dict(zip((runs.arm for runs in arms), (wins_A / _DRAWS).tolist(), strict=True))

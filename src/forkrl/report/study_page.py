@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from forkrl.report.formatting import interval_of, is_clear, percent, points
+from forkrl.report.formatting import duration, interval_of, is_clear, percent, points
 from forkrl.report.page import Card, Page, Section
 from forkrl.report.plots import BLUE, COUNT, MUTED, PERCENT, POINTS, Curve, Panel, finish, forest, plot
 from forkrl.store.results import Results
@@ -53,7 +53,7 @@ def study_headline(arms: pd.DataFrame, baseline: str) -> str:
         text += f"; {row['label']} {points(found)}{clear}"
     seeds = sorted(set(arms["seeds"]))
     runs = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    return f"{text} (95% intervals over {runs} and all problems, paired)."
+    return f"{text} (95% intervals, paired, {runs})."
 
 
 def figures(results: Results) -> dict[str, Figure]:
@@ -66,12 +66,27 @@ def _cards(claims: pd.DataFrame, runs: pd.DataFrame) -> list[Card]:
         Card(
             row["claim"],
             row["verdict"],
-            note=_why(row) + (f"; about {row['seeds_needed']:.0f} seeds needed" if row["seeds_needed"] > 0 else ""),
+            note=_why(row) + _needed(row["seeds_needed"]),
         )
         for row in claims.to_dict("records")
     ]
-    hours = runs["seconds"].sum() / 3600
-    return [*made, Card("Runs", str(len(runs)), note=f"{hours:.1f} hours of training steps in all")]
+    seconds = runs["seconds"].sum(skipna=False)
+    return [
+        *made,
+        Card("Runs", str(len(runs)), note=f"{duration(seconds)} of training steps in all" if seconds > 0 else ""),
+    ]
+
+
+def _needed(seeds: float) -> str:
+    if math.isinf(seeds):
+        return "; needs more problems, not more seeds"
+    return f"; about {seeds:.0f} seeds needed" if seeds > 0 else ""
+
+
+def _short_commit(commit: str) -> str:
+    """Twelve digits, and the mark of uncommitted changes."""
+    digits, dash, mark = commit.partition("-")
+    return digits[:12] + dash + mark
 
 
 def _why(row: dict[str, Any]) -> str:
@@ -86,8 +101,8 @@ def _result_sections(results: Results) -> list[Section]:
         Section(
             "Difference from the baseline",
             f"Final held-out accuracy minus that of {baseline}, paired by seed and problem. The interval covers new "
-            "seeds and new problems; p-values are also given after Holm's correction over arms. detectable: the "
-            f"smallest true difference that this design finds in 80% of studies.{paper}",
+            "seeds and, where their scores are known, new problems; p-values are also given after Holm's correction "
+            f"over arms. detectable: the smallest true difference that this design finds in 80% of studies.{paper}",
             "study-differences",
             _columns(arms[arms["arm"] != baseline], {
                 "label": "arm", "seeds": "seeds", "difference": "difference", "difference_low": "low",
@@ -100,8 +115,8 @@ def _result_sections(results: Results) -> list[Section]:
         ),
         Section(
             "Final accuracy",
-            "Best first. best: how often the arm comes first when seeds and problems are drawn again. "
-            "deviation: standard deviation between seeds.",
+            "Best first. best: how often an arm comes first among those with all seeds when seeds and problems are "
+            "drawn again. deviation: standard deviation between seeds.",
             "study-arms",
             _columns(arms, {
                 "label": "arm", "seeds": "seeds", "accuracy": "accuracy", "accuracy_low": "low",
@@ -116,8 +131,8 @@ def _result_sections(results: Results) -> list[Section]:
         sections.insert(0, Section(
             "Claims",
             "Supported: the 95% interval of the difference lies where the claim is true; contradicted: outside. "
-            "seeds needed: to find a difference as large as the one observed in 80% of studies; none: more seeds do "
-            "not help without more problems.",
+            "seeds needed: to find a difference as large as the one observed in 80% of studies; inf: only more "
+            "problems help.",
             "study-claims",
             _columns(claims, {
                 "claim": "claim", "says": "says", "margin": "margin", "difference": "difference",
@@ -211,5 +226,5 @@ def _origin(runs: pd.DataFrame) -> list[tuple[str, str]]:
     found = [("runs made", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}")]
     for key in ("commit", "machine", "threads"):
         values = sorted({str(value) for value in runs[key] if not (isinstance(value, float) and math.isnan(value))})
-        found.append((key, ", ".join(value[:12] if key == "commit" else value for value in values)))
+        found.append((key, ", ".join(_short_commit(value) if key == "commit" else value for value in values)))
     return found

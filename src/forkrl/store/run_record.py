@@ -119,6 +119,7 @@ def make_record(
 
 def write_record(path: Path, record: RunRecord) -> None:
     """Write the record atomically; of too many scores to fit only those of the first and last evaluation."""
+    record = record.model_copy(update={"curves": {name: _thin(*curve) for name, curve in record.curves.items()}})
     text = _dump(record)
     if len(text) > MOST_BYTES:
         ends = {min(record.scores), max(record.scores)}
@@ -131,16 +132,18 @@ def read_record(path: Path) -> RunRecord:
     """A record; UserError if it is damaged or of another version."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("schema") != SCHEMA:
-            raise ValueError(f"its schema is not {SCHEMA}")
+        schema = values.pop("schema")
         values["scores"] = {int(step): scores for step, scores in values["scores"].items()}
         values["curves"] = {name: tuple(curve) for name, curve in values["curves"].items()}
-        return parse_recipe(RunRecord, values, str(path))
+        record = parse_recipe(RunRecord, values, schema)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, UserError) as error:
         reason = first_line(error, 200)
         raise UserError(
             f"{path}: cannot be read as a run record ({reason}); remove it to train the run again"
         ) from error
+    if schema != SCHEMA:
+        raise UserError(f"{path}: is a run record of another version ({schema}); remove it to train the run again")
+    return record
 
 
 def describe_machine() -> str:
@@ -197,7 +200,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], l
             steps, values = found.setdefault(name, ([], []))
             steps.append(float(row["step"]))
             values.append(value)
-    return {name: curve if name.startswith("eval/") else _thin(*curve) for name, curve in found.items()}
+    return found
 
 
 def _thin(steps: list[float], values: list[float | None]) -> tuple[list[float], list[float | None]]:
