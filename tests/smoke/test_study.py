@@ -266,3 +266,11 @@ def test_scores_of_a_measurement_are_sorted_by_question(tmp_path: Path) -> None:
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     a, b = (_read_measurement(tmp_path / name, MeasurementConfig()) for name in "ab")
     assert a == b and len(set(a.scores)) > 1
+
+
+def test_the_time_of_a_new_study_is_measured_with_two_steps(studied: World) -> None:
+    (studied.folder / "new.toml").write_text(STUDY)
+    outcome = studied.run("study", "new.toml", "--dry-run")
+    assert outcome.code == 0, outcome.stderr
+    assert "to train: 4 runs, about " in outcome.stdout and "(from two steps of all-seed3; " in outcome.stdout
+    assert not (studied.folder / "studies/new").exists() and not (studied.folder / "runs/new").exists()
