@@ -197,6 +197,8 @@ def test_runs_that_exist_are_compared(studied: World) -> None:
     assert given.settings["baseline"] == "selection.rule-all-selection.ratio-0.2"
     columns = ["accuracy", "difference", "difference_low", "p"]
     assert given.tables["arms"][columns].equals(studied_.tables["arms"][columns])
+    merged = studied.run("study", "--runs", f"x={runs[0]}", f"x={runs[3]}", *runs[1:3], "--out", "analyses/merged")
+    assert merged.code == 2 and "arm x: seeds 3 and 4 differ in selection.r" in merged.stderr
     refused = studied.run("study", "--runs", *runs[:3], "--out", "analyses/three")
     assert refused.code == 2 and "an interval over runs needs at least two different seeds" in refused.stderr
 
@@ -209,7 +211,8 @@ def test_metrics_of_other_trainers_are_compared(studied: World) -> None:
     for name, (first, last) in values.items():
         rows = [{"step": 0, "acc": first}, {"step": 5, "loss": 1.0}, {"step": 10, "acc": last}]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "b1.csv").write_text('"Step","acc","acc__MIN"\n0,0.12,0.12\n10,0.56,0.56\n')
+    (folder / "b1.csv").write_text('"Step","run - acc","run - acc__MIN"\n0,0.12,0.12\n10,0.56,0.56\n')
+    (folder / "two.csv").write_text("Step,r1 - acc,r2 - acc\n0,0.1,0.1\n10,0.5,0.6\n")
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder / "a1")) as writer:
@@ -224,6 +227,10 @@ def test_metrics_of_other_trainers_are_compared(studied: World) -> None:
     assert "intervals cover seeds only" in outcome.stdout and results.settings["baseline"] == "plain"
     for changed, message in (
         ({"acc": "none"}, "exports/a0.jsonl: has fewer than two values of none"),
+        (
+            {"plain=exports/a1": "plain=exports/two.csv"},
+            "two.csv: has several columns of acc (r1 - acc, r2 - acc); export",
+        ),
         ({"plain=exports/a1": "exports/b1.csv"}, "is not a run folder; name its arm: --runs ARM=exports/b1.csv"),
         ({"plain=exports/a1": "plain=exports/none"}, "exports/none: no such file or folder"),
     ):

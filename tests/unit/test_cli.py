@@ -105,12 +105,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("sft", "recipes/countdown.toml", "--out", "x"), "this is a recipe for `forkrl train`, not for `forkrl sft`"),
     (("train", "--settings", "nonesuch"), "--settings nonesuch: no setting has that in its name or help"),
     (("plan", "loss.clip_hgh=1"), "loss.clip_hgh is not a setting"),
-    (("study",), "name a study file, or runs with --runs (one of the two)"),
+    (("study",), "name a study file: forkrl study STUDY.toml; or runs that exist"),
     (("study", "none.toml"), "none.toml: no such study; shipped ones are in studies/"),
     (("study", "recipes/countdown.toml"), "recipes/countdown.toml: "),
-    (("study", "a.toml", "--runs", "b", "c"), "name a study file, or runs with --runs (one of the two)"),
+    (("study", "a.toml", "--runs", "b", "c"), "a.toml: --runs compares runs without a study file; drop one"),
     (("study", "a.toml", "--baseline", "b"), "--baseline b: is for --runs"),
     (("study", "--runs", "b", "c", "--dry-run"), "--runs compares finished runs: drop --dry-run"),
+    (("study", "a.toml", "--metric", "acc"), "--metric acc: is for --runs"),
     (("study", "a.toml", "--jobs", "0"), "--jobs 0: must be at least 1"),
 ]  # fmt: skip
 

@@ -418,16 +418,16 @@ class StudyOptions(Options):
     """Train several arms with several seeds, and compare them.
 
     examples:
-      forkrl study studies/countdown/study.toml --dry-run       the runs, and how long they take
+      forkrl study studies/countdown/study.toml --dry-run       the runs, and how long they take (two steps are tried)
       forkrl study studies/countdown/study.toml --jobs 2        two runs at a time
       forkrl study --runs runs/a runs/b runs/c runs/d           runs that exist; settings that differ make the arms
       forkrl study --runs all=trl-0.jsonl all=trl-1.jsonl top=trl-2.jsonl top=trl-3.jsonl --metric eval/acc
 
     A study file has a base recipe, arms (other settings), seeds, and claims to judge (docs/study.md). Every run is an
-    ordinary run folder in --runs-dir. A finished run leaves a record of at most 20 kB in OUT/runs; a run with a record
-    is not trained again, so a study continues after a kill, or on another machine. Writes results.json, tables/*.csv,
-    curves.svg, differences.svg and report.html: accuracy with intervals that cover seeds and problems, differences
-    from the baseline, paired, and a verdict on each claim. Exit code 1 if a run failed.
+    ordinary run folder in --runs-dir. A finished run leaves a record (about 20 kB at most) in OUT/runs; a run with a
+    record is not trained again, so a study continues after a kill, or on another machine. Writes results.json,
+    tables/*.csv, curves.svg, differences.svg and report.html: accuracy with intervals that cover seeds and problems,
+    differences from the baseline, paired, and a verdict on each claim. Exit code 1 if a run failed.
 
     --runs compares runs that exist: run folders, or metrics of other trainers (JSON lines, CSV as W&B exports it,
     TensorBoard's event files), whose intervals cover seeds only.
@@ -438,22 +438,30 @@ class StudyOptions(Options):
     )  # fmt: skip
     runs: Sequence[str] = option((), "compare these runs instead", "[ARM=]PATH...")
     baseline: str | None = option(None, "with --runs: the arm to compare with (default: of the first run)", "ARM")
-    metric: str = option("eval/accuracy", "with --runs: name of held-out accuracy in metrics of other trainers", "NAME")
+    metric: str | None = option(
+        None, "with --runs: name of held-out accuracy in metrics of other trainers (default: eval/accuracy)", "NAME"
+    )
     jobs: int = option(1, "runs at a time; the cores are divided among them", "N", low=1)
     dry_run: bool = option(False, "print the runs and the expected time, and exit")
     out: Path | None = option(
-        None, "folder of records and results (default: that of study.toml, or studies/NAME)", "DIR", OUTPUT
+        None,
+        "folder of records and results (default: that of study.toml, studies/NAME, or analyses/study)",
+        "DIR",
+        OUTPUT,
     )
     runs_dir: Path | None = option(None, "where the run folders are (default: runs/NAME)", "DIR", OUTPUT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.study is None) == (not self.runs):
-            raise UserError("name a study file, or runs with --runs (one of the two): forkrl study STUDY.toml")
-        if self.runs and (self.dry_run or self.runs_dir is not None):
-            raise UserError("--runs compares finished runs: drop --dry-run and --runs-dir")
-        if self.baseline is not None and not self.runs:
-            raise UserError(f"--baseline {self.baseline}: is for --runs; a study file names its baseline")
+        if self.study is None and not self.runs:
+            raise UserError("name a study file: forkrl study STUDY.toml; or runs that exist, with --runs")
+        if self.study is not None and self.runs:
+            raise UserError(f"{self.study}: --runs compares runs without a study file; drop one of the two")
+        if self.runs and (self.dry_run or self.runs_dir is not None or self.jobs > 1):
+            raise UserError("--runs compares finished runs: drop --dry-run, --runs-dir and --jobs")
+        for name in ("baseline", "metric") if not self.runs else ():
+            if (value := getattr(self, name)) is not None:
+                raise UserError(f"--{name} {value}: is for --runs; a study file names its baseline")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from forkrl.report.plots import standalone_svg
 from forkrl.report.study_page import figures, study_headline, study_page
 from forkrl.store.atomic import explained_write_errors, write_text
 from forkrl.store.interruption import Interrupted
-from forkrl.store.results import Results, write_results
+from forkrl.store.results import Results, command_line, write_results
 from forkrl.store.run_folder import lock_folder, refuse_unusable
 from forkrl.store.run_record import RunRecord
 
@@ -55,7 +54,16 @@ def run_study(options: StudyOptions) -> int:
     missing = [run.name for run in planned if run.name not in records]
     notes = [f"{len(missing)} of {len(planned)} runs are missing: {', '.join(missing)}."] if missing else []
     try:
-        results = write_study(study, list(records.values()), folder, str(options.study), [*failures, *notes])
+        again = [
+            "forkrl",
+            "study",
+            str(options.study),
+            "--out",
+            f"studies/{name}-again",
+            "--runs-dir",
+            f"runs/{name}-again",
+        ]
+        results = write_study(study, list(records.values()), folder, shlex.join(again), [*failures, *notes])
     except UserError as error:
         if not failures:
             raise
@@ -83,17 +91,17 @@ def _locked(places: Places) -> Iterator[None]:
 def _compare_given(options: StudyOptions) -> int:
     folder = options.out or Path("analyses") / "study"
     refuse_unusable(folder)
-    study, records = study_of_runs(options.runs, options.metric, options.baseline)
+    study, records = study_of_runs(options.runs, options.metric or "eval/accuracy", options.baseline)
     only_seeds = any(not record.problems for record in records)
     notes = ["The scores of single problems are not known, so intervals cover seeds only."] if only_seeds else []
-    results = write_study(study, records, folder, shlex.join(sys.argv[2:]), notes)
+    results = write_study(study, records, folder, command_line(), notes)
     return present(folder, study_page(results))
 
 
 def write_study(
-    study: StudyConfig, records: Sequence[RunRecord], folder: Path, source: str, notes: Sequence[str]
+    study: StudyConfig, records: Sequence[RunRecord], folder: Path, reproduce: str, notes: Sequence[str]
 ) -> Results:
-    """Write the tables, results.json and figures from the records; ``source``: the arguments of the command."""
+    """Write the tables, results.json and figures from the records; ``reproduce``: a command that trains them again."""
     tables = {name: pd.DataFrame(rows) for name, rows in study_tables(study, records).items()}
     notes = [*notes, *_differing_origins(records)]
     with explained_write_errors(folder):
@@ -112,7 +120,7 @@ def write_study(
         },
         headline=study_headline(tables["arms"], study.baseline),
         notes=notes,
-        facts={"reproduce": f"forkrl study {source}", "runs": len(records)},
+        facts={"reproduce": reproduce, "runs": len(records)},
         tables=tables,
     )
     for name, figure in figures(results).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forkrl.config.recipe import flatten, parse_recipe
-from forkrl.config.study import StudyConfig
+from forkrl.config.study import SAME_EVALUATION, StudyConfig
 from forkrl.errors import UserError
 from forkrl.store.run_folder import CONFIG
 from forkrl.store.run_record import CURVES, RunRecord, make_record
@@ -48,11 +48,17 @@ def record_of_metrics(
     arm: str, number: int, rows: Iterable[Mapping[str, Any]], metric: str, path: Path
 ) -> RunRecord:  # fmt: skip
     """A record of exported metrics, whose held-out accuracy is called ``metric``."""
+    rows = list(rows)
+    columns = {name for row in rows for name in row if name == metric or name.endswith(f" - {metric}")}
+    if len(columns) > 1:  # W&B's charts: "RUN - METRIC"
+        raise UserError(
+            f"--runs {path}: has several columns of {metric} ({', '.join(sorted(columns))}); export one run"
+        )
     curves: dict[str, tuple[list[float], list[float | None]]] = {}
     for row in sorted(rows, key=_step_of):
         step = _step_of(row)
         for name, value in row.items():
-            kept = _ACCURACY if name == metric or name.endswith(f" - {metric}") else name  # W&B: "RUN - METRIC"
+            kept = _ACCURACY if name in columns else "" if name == _ACCURACY else name
             if step >= 0 and kept in CURVES and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = curves.setdefault(kept, ([], []))
                 steps.append(float(step))
@@ -85,10 +91,21 @@ def _split(word: str) -> tuple[str, Path]:
 def _arms_by_settings(folders: Mapping[Path, RunRecord]) -> dict[Path, str]:
     """Names made of the settings in which the runs differ."""
     settings = {path: flatten(record.settings) for path, record in folders.items()}
-    keys = dict.fromkeys(key for values in settings.values() for key in values)
-    differing = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
+    differing = _differing([record.settings for record in folders.values()])
+    if unlike := [key for key in differing if key.startswith(SAME_EVALUATION)]:
+        raise UserError(
+            f"--runs: the runs differ in {unlike[0]}; only runs with the same model, data, evaluation and response "
+            f"limit can be compared"
+        )
     named = {path: " ".join(f"{key}={values.get(key)}" for key in differing) for path, values in settings.items()}
     return {path: re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "runs" for path, name in named.items()}
+
+
+def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys of the settings that are not the same everywhere."""
+    every = [flatten(values) for values in settings]
+    keys = dict.fromkeys(key for values in every for key in values)
+    return [key for key in keys if len({repr(values.get(key)) for values in every}) > 1]
 
 
 def _study(records: Sequence[RunRecord], baseline: str | None) -> StudyConfig:
@@ -97,8 +114,9 @@ def _study(records: Sequence[RunRecord], baseline: str | None) -> StudyConfig:
     for record in records:
         like = first.setdefault(record.arm, record)
         if record.settings != like.settings:
+            key = _differing([like.settings, record.settings])[0]
             raise UserError(
-                f"--runs: arm {record.arm}: seeds {like.seed} and {record.seed} differ in other settings too"
+                f"--runs: arm {record.arm}: seeds {like.seed} and {record.seed} differ in {key}; give them as two arms"
             )
         if record.steps != like.steps:
             raise UserError(

@@ -133,11 +133,12 @@ def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Pla
     def describe() -> str:
         return ", ".join(map(str, running)) or "starting"
 
-    began = time.monotonic()
+    began, finished = time.monotonic(), 0.0
 
     def seconds_left() -> float | None:
-        share = (done + sum(job.share() for job in running)) / total
-        return (time.monotonic() - began) * (1 - share) / share if share else None
+        worked = finished + sum(job.share() - job.share_before for job in running)
+        left = total - done - sum(job.share() for job in running)
+        return (time.monotonic() - began) * left / worked if worked > 0 else None
 
     threads = max(1, available_cores() // jobs)
     with Interruption() as interruption, counting(describe, total, lambda: done, seconds_left) as show:
@@ -148,6 +149,7 @@ def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Pla
                 for job in [job for job in running if not job.works()]:
                     running.remove(job)
                     done += 1
+                    finished += 1 - job.share_before
                     failures += [job.failure] if job.failure else []
                     notice(job.failure or job.outcome())
                     show()
@@ -202,11 +204,13 @@ class _Job:
         self._recipe = places.runs / f"{run.name}.toml"
         self._weights = places.runs / f"{run.name}.weights"
         self._activity, self.failure = "", ""
-        self._num_started, self._log_start = 0, 0
+        self._num_started, self._log_start = 1, 0
         self._began = time.monotonic()
         self._commands = self._words()
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
+        self.share_before = self.share()
+        """What was done before this process began."""
 
     def __str__(self) -> str:
         return f"{self.run.arm} seed {self.run.seed} {self._activity}".rstrip()
@@ -247,7 +251,7 @@ class _Job:
     def share(self) -> float:
         """Of the work that is done; a measurement counts as much as the training."""
         finished = float(self._num_started - 1)
-        if self._activity == "training":
+        if self._activity in ("", "training"):
             with suppress(OSError, ValueError, IndexError, KeyError):
                 last = (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
                 finished += json.loads(last)["step"] / self.run.config.training.steps
@@ -261,7 +265,6 @@ class _Job:
 
     def _words(self) -> Iterator[list[str]]:
         """The command lines still to be run."""
-        self._num_started = 1
         if not self._is_trained():
             self._activity = "training"
             yield ["train", *self._how_to_train()]
@@ -286,7 +289,8 @@ class _Job:
             return False
         stored = stored_config(self._folder)
         same = learning_settings(stored) == learning_settings(self.run.config) and stored.seed == self.run.seed
-        if not same or self._first_weights() != known_weights(self.run.config.model.path):
+        now = known_weights(self.run.config.model.path)
+        if not same or (now and self._first_weights() not in ("", now)):
             what = "from other base weights" if same else "with other settings"
             raise UserError(f"{self._folder}: holds a run {what}; remove it, or name another folder with --runs-dir")
         return describe_run(self._folder).status == "finished"
@@ -320,7 +324,9 @@ class _Job:
         return f"{self} {how}: {said[-1].removeprefix('forkrl: ') if said else 'no output'} (log: {self.log})"
 
     def _measured(self, name: str) -> Path:
-        return self._places.runs / f"{self.run.name}.{name}.measured"
+        """The folder of a measurement; another one for other arguments or base weights."""
+        what = digest([self._first_weights(), *self._measurements[name].words])
+        return self._places.runs / f"{self.run.name}.{name}-{what}"
 
     def _record(self) -> RunRecord:
         measured = {

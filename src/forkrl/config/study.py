@@ -16,13 +16,13 @@ from forkrl.errors import UserError
 START = "start"
 """In a claim: the same runs before training."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_SAME_EVALUATION = (
+SAME_EVALUATION = (
     "task.", "eval.", "model.", "rollout.max_response_tokens", "rollout.stop", "reward.timeout_s", "reward.memory_mb",
     "sandbox.",
 )  # fmt: skip
 """Settings that all arms must share: what is measured, and how."""
 _NOT_COMPARED = ("runtime", "log", "checkpoint", "seed")
-"""Sections without effect on what a run learns, apart from rounding; and the seed, which runs differ in."""
+"""The seed, which runs differ in, and sections that change what a run learns by rounding and random numbers only."""
 Words = Annotated[tuple[str, ...], FROM_LIST]
 Seeds = Annotated[tuple[Seed, ...], FROM_LIST]
 
@@ -196,7 +196,7 @@ def _require_comparable(path: Path, configs: dict[str, TrainConfig], baseline: s
             raise UserError(f"{path}: arms {seen[text]} and {name} have the same settings; change or remove one")
         seen[text] = name
         different = [
-            each for each in recipe_differences(configs[baseline], config) if each.startswith(_SAME_EVALUATION)
+            each for each in recipe_differences(configs[baseline], config) if each.startswith(SAME_EVALUATION)
         ]  # fmt: skip
         if different:
             raise UserError(

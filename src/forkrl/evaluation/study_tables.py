@@ -141,7 +141,7 @@ def _are_comparable(records: Sequence[RunRecord], total: str) -> bool:
     """Whether a budget means the same for all runs, and scores between start and end are known."""
     clocks = {(record.machine, record.provenance.get("threads")) for record in records}
     known = all(total in record.curves and len(record.scores) > 2 for record in records)
-    return known and (total != SECONDS or len(clocks) == 1)
+    return known and (total != SECONDS or (len(clocks) == 1 and bool(records[0].machine)))
 
 
 def equal_budget_difference(runs: Runs, other: Runs, total: str) -> Crossed:
@@ -192,7 +192,8 @@ def claim_row(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Row:
         verdict = UNDECIDED
         distance = min(abs(found.mean - end) for end in (low, high) if math.isfinite(end))
         needed = found.seeds_needed(distance) or math.inf
-    return row | _difference_columns("difference", found) | {"verdict": verdict, "seeds_needed": needed}
+    row |= as_columns("difference", interval) | {"detectable": found.detectable}
+    return row | {"verdict": verdict, "seeds_needed": needed}
 
 
 def measurement_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:

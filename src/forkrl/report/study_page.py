@@ -79,7 +79,7 @@ def _cards(claims: pd.DataFrame, runs: pd.DataFrame) -> list[Card]:
 
 def _needed(seeds: float) -> str:
     if math.isinf(seeds):
-        return "; needs more problems, not more seeds"
+        return "; too close to the margin for more seeds alone"
     return f"; about {seeds:.0f} seeds needed" if seeds > 0 else ""
 
 
@@ -131,8 +131,8 @@ def _result_sections(results: Results) -> list[Section]:
         sections.insert(0, Section(
             "Claims",
             "Supported: the 95% interval of the difference lies where the claim is true; contradicted: outside. "
-            "seeds needed: to find a difference as large as the one observed in 80% of studies; inf: only more "
-            "problems help.",
+            "seeds needed: to decide the claim in 80% of studies if the true difference is the one observed; "
+            "inf: too close to the margin for more seeds alone.",
             "study-claims",
             _columns(claims, {
                 "claim": "claim", "says": "says", "margin": "margin", "difference": "difference",
