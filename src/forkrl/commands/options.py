@@ -421,7 +421,7 @@ class StudyOptions(Options):
       forkrl study studies/countdown/study.toml --dry-run       the runs, and how long they take (two steps are tried)
       forkrl study studies/countdown/study.toml --jobs 2        two runs at a time
       forkrl study --runs runs/a runs/b runs/c runs/d           runs that exist; settings that differ make the arms
-      forkrl study --runs all=trl-0.jsonl all=trl-1.jsonl top=trl-2.jsonl top=trl-3.jsonl --metric eval/acc
+      forkrl study --runs all=a.jsonl all=b.jsonl top=c.jsonl top=d.jsonl     of other trainers
 
     A study file has a base recipe, arms (other settings), seeds, and claims to judge (docs/study.md). Every run is an
     ordinary run folder in --runs-dir. A finished run leaves a record (about 20 kB at most) in OUT/runs; a run with a
@@ -434,7 +434,7 @@ class StudyOptions(Options):
     """
 
     study: Path | None = field(
-        default=None, kw_only=False, metadata=argument("a TOML file; see studies/", "[STUDY]")
+        default=None, kw_only=False, metadata=argument("a TOML file; see studies/", "STUDY")
     )  # fmt: skip
     runs: Sequence[str] = option((), "compare these runs instead", "[ARM=]PATH...")
     baseline: str | None = option(None, "with --runs: the arm to compare with (default: of the first run)", "ARM")
@@ -623,7 +623,9 @@ class RunsOptions(Options):
       forkrl runs runs/sweep --json
     """
 
-    folder: Path = field(default=Path("runs"), kw_only=False, metadata=argument("searched at any depth", "[DIR]"))
+    folder: Path = field(
+        default=Path("runs"), kw_only=False, metadata=argument("searched at any depth (default: runs)", "DIR")
+    )
     json: bool = option(False, "print the list as JSON")
 
 
