@@ -17,6 +17,7 @@ import torch
 import forkrl
 from forkrl.parallel.threads import available_cores
 from forkrl.store.atomic import write_text
+from forkrl.store.run_record import processor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("FORKRL_RESULTS", ROOT / "benchmarks" / "results"))
@@ -31,7 +32,7 @@ def describe_setting() -> dict[str, Any]:
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "commit": _commit(),
         "device": device,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -59,11 +60,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if changes else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

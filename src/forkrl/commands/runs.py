@@ -13,12 +13,12 @@ from typing import Any
 from forkrl.commands.options import RunsOptions
 from forkrl.errors import UserError, write_line
 from forkrl.report.terminal import aligned
-from forkrl.store.run_folder import CONFIG, LOCK, read_config
+from forkrl.store.run_folder import CONFIG, LOCK, read_config, read_metrics
 
 
 @dataclass(frozen=True)
 class ListedRun:
-    """``status``: "running", "finished", "stopped" or "unreadable" (no valid config.toml). Accuracies are held out."""
+    """``status``: "running", "finished", "stopped", or "unreadable" files. Accuracies are held out."""
 
     path: str
     status: str
@@ -62,11 +62,16 @@ def find_runs(folder: Path) -> Iterator[ListedRun]:
 
 
 def describe_run(folder: Path) -> ListedRun:
+    config: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    problem = ""
     try:
-        config, problem = read_config(folder), ""
+        config = read_config(folder)
+        rows = read_metrics(folder)
     except UserError:
-        config, problem = {}, "unreadable"
-    rows = list(_rows(folder / "metrics.jsonl"))
+        problem = "unreadable"
+    except FileNotFoundError:  # killed before its first line
+        pass
     accuracies = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     step, steps = int(rows[-1]["step"]) if rows else 0, _setting(config, "training", "steps")
     finished = steps is not None and step >= steps and bool(rows) and "eval/accuracy" in rows[-1]
@@ -83,17 +88,6 @@ def describe_run(folder: Path) -> ListedRun:
         last_accuracy=accuracies[-1] if accuracies else None,
         changed=metrics.stat().st_mtime if metrics.is_file() else 0.0,
     )
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a run may be writing the last one."""
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
 
 
 def _setting(config: dict[str, Any], section: str, name: str) -> Any:

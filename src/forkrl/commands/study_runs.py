@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -252,9 +250,7 @@ class _Job:
         """Of the work that is done; a measurement counts as much as the training."""
         finished = float(self._num_started - 1)
         if self._activity in ("", "training"):
-            with suppress(OSError, ValueError, IndexError, KeyError):
-                last = (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-                finished += json.loads(last)["step"] / self.run.config.training.steps
+            finished += describe_run(self._folder).step / self.run.config.training.steps
         return finished / (1 + len(self._measurements))
 
     def outcome(self) -> str:
@@ -274,7 +270,7 @@ class _Job:
             yield [measurement.command, str(self._folder), "--out", str(self._measured(name)), *measurement.arguments]
 
     def _how_to_train(self) -> list[str]:
-        """Resume what an interruption has left where that is possible, else start anew."""
+        """Resume what an interruption has left where that is possible, otherwise start again."""
         if (self._folder / CONFIG).is_file():
             if stored_config(self._folder).checkpoint.kind == "full":
                 return ["--resume", str(self._folder)]

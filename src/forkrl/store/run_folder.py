@@ -178,17 +178,7 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = []
-        *lines, _ = (self.path / "metrics.jsonl").read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                raise UserError(f"{self.path / 'metrics.jsonl'}: line {number} is not a JSON object; remove that line")
-            records.append(record)
-        return records
+        return read_metrics(self.path)
 
     def evaluation_bytes(self, start: int, step: int) -> int:
         """Length of the metrics.jsonl line at ``start`` if it is the step's evaluation, else 0."""
@@ -320,6 +310,21 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path / CONFIG}: cannot be read ({error}); restore it, or use another run") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, without locking the folder: a run may be writing the last one."""
+    records: list[dict[str, Any]] = []
+    *lines, _ = (path / "metrics.jsonl").read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"{path / 'metrics.jsonl'}: line {number} is not a JSON object; remove that line")
+        records.append(record)
+    return records
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from forkrl.config.study import learning_settings
 from forkrl.errors import UserError, first_line
 from forkrl.store.atomic import write_text
 from forkrl.store.results import read_json
-from forkrl.store.run_folder import read_config
+from forkrl.store.run_folder import read_config, read_metrics
 
 SCHEMA = "forkrl-run/1"
 MOST_BYTES = 20_000
@@ -96,7 +96,7 @@ def make_record(
     stored = read_config(folder)
     provenance = stored.pop("provenance", {})
     config = parse_recipe(TrainConfig, stored, str(folder))
-    rows = _read_rows(folder / "metrics.jsonl")
+    rows = read_metrics(folder)
     scores = _read_scores(folder)
     last = config.training.steps
     if not scores or last not in scores:
@@ -148,12 +148,16 @@ def read_record(path: Path) -> RunRecord:
 
 def describe_machine() -> str:
     """Processor and number of cores."""
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.machine())}, {os.cpu_count()} cores"
+    return next(names, platform.processor() or platform.machine())
 
 
 def _end(record: RunRecord, name: str) -> float:
@@ -210,13 +214,6 @@ def _thin(steps: list[float], values: list[float | None]) -> tuple[list[float], 
         return steps, values
     kept = sorted({round(place * (count - 1) / (_POINTS - 1)) for place in range(_POINTS)})
     return [steps[each] for each in kept], [values[each] for each in kept]
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); train the run again") from error
 
 
 def _read_scores(folder: Path) -> dict[int, dict[str, list[float]]]:
