@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 import forkrl
-from forkrl.parallel.threads import available_cores
+from forkrl.parallel.threads import available_cores, processor
 from forkrl.store.atomic import write_text
-from forkrl.store.run_record import processor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("FORKRL_RESULTS", ROOT / "benchmarks" / "results"))

@@ -1,8 +1,10 @@
-"""CPU thread settings for a loaded machine (docs/threads.md). Imports no torch."""
+"""Cores, and CPU thread settings for a loaded machine (docs/threads.md). Imports no torch."""
 
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 from forkrl.errors import UserError
 
@@ -28,6 +30,16 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def configure_threads(num_threads: int = 0) -> int:

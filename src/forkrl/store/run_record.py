@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from forkrl.config.recipe import parse_recipe
 from forkrl.config.sections import Section
 from forkrl.config.study import learning_settings
 from forkrl.errors import UserError, first_line
+from forkrl.parallel.threads import processor
 from forkrl.store.atomic import write_text
 from forkrl.store.results import read_json
 from forkrl.store.run_folder import read_config, read_metrics
@@ -149,15 +149,6 @@ def read_record(path: Path) -> RunRecord:
 def describe_machine() -> str:
     """Processor and number of cores."""
     return f"{processor()}, {os.cpu_count()} cores"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _end(record: RunRecord, name: str) -> float:
