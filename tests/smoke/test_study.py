@@ -20,7 +20,7 @@ from tests.processes import wait_until
 from tests.report_page import Page
 from tests.smoke.world import STALL_TIMEOUT_S, World, make_model
 
-HOT = 'arguments = ["--temperature", "1.5", "--problems", "4"]'
+HOT = 'arguments = ["--temperature", "1.5", "--problems", "4"]\nbudgets = [3]'
 STUDY = """
 title = "All tokens or half of them"
 recipe = "recipe.toml"
@@ -75,11 +75,18 @@ def test_a_study_trains_measures_and_compares(studied: World) -> None:
     assert arms.loc["half", "kept"] == pytest.approx(0.5, abs=0.1) and arms.loc["all", "kept"] == 1
     assert pd.isna(arms.loc["all", "difference"]) and 0 < arms.loc["half", "p"] <= 1
     assert len(results.tables["claims"]) == 1 and set(results.tables["measurements"]["measurement"]) == {"hot"}
+    measured = results.tables["measurements"].set_index(["arm", "figure"])["value"]
+    assert {arm for arm, _ in measured.index} == {"all", "half", "start"}
+    assert measured["half", "accuracy within 3 tokens"] <= measured["half", "accuracy"]
+    assert 1 <= measured["start", "tokens"] <= 6 and 0 <= measured["start", "truncated"] <= 1
     accuracy = results.tables["curves"].query("metric == 'eval/accuracy' and arm == 'all'")
     assert accuracy["step"].tolist() == [0, 2, 4]
     page = Page(folder / "report.html")
     assert "half the tokens are enough" in page.text and results.headline in page.text
     assert write_report(folder).read_text() == page.source
+    drawn = studied.run("report", folder, "--figures")
+    assert drawn.code == 0 and f"figures: {folder / 'figures'}" in drawn.stdout
+    assert {path.name for path in (folder / "figures").iterdir()} >= {"study-learning.svg", "study-measurements.svg"}
     for name in ("curves", "differences"):
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
     run = studied.folder / "runs/halves/all-seed3"
@@ -157,7 +164,8 @@ def test_records_of_something_else_are_refused(studied: World) -> None:
     assert "half-seed3.json: is not a run of this study (it has all, part)" in refused("renamed", renamed)
     measured = STUDY.replace("1.5", "1.25")
     message = (
-        "(hot: eval --temperature 1.5 --problems 4, now eval --temperature 1.25 --problems 4); remove it to measure"
+        "(hot: eval --temperature 1.5 --problems 4 within 3 tokens, now eval --temperature 1.25 --problems 4 within 3 "
+        "tokens); remove it to measure"
     )
     assert message in refused("measured", measured)
     changed = STUDY.replace("ratio=0.5", "ratio=0.4")
@@ -271,8 +279,13 @@ def test_scores_of_a_measurement_are_sorted_by_question(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "b", responses)
     for path in (tmp_path / "b").glob("*/mine.jsonl"):
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    a, b = (_read_measurement(tmp_path / name, MeasurementConfig()) for name in "ab")
-    assert a == b and len(set(a.scores)) > 1
+    a, b = (_read_measurement(tmp_path / name, MeasurementConfig(budgets=(300,))) for name in "ab")
+    assert a == b and len(set(a.scores["accuracy"])) > 1
+    by_question: dict[str, list[float]] = {}
+    for each in responses["mine"]:
+        by_question.setdefault(each.question, []).append(each.score * (each.tokens <= 300))
+    expected = [sum(by_question[name]) / 2 for name in sorted(by_question)]
+    assert a.scores["accuracy within 300 tokens"] == expected != a.scores["accuracy"]
 
 
 def test_the_time_of_a_new_study_is_measured_with_two_steps(studied: World) -> None:

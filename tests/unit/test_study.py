@@ -84,6 +84,10 @@ BAD = {
     "a measurement of nothing": (
         "[[claims]]", '[measurements.m]\n[[claims]]', 'checkpoint.kind = "none" there is no trained model',
     ),
+    "a budget of drift": (
+        "[[claims]]", '[measurements.m]\ncommand = "drift"\nbudgets = [9]\n[[claims]]',
+        "measurements.m.budgets: only of eval; remove it",
+    ),
     "a seed as a setting": (LABEL, 'settings = ["seed=7"]', "arm top: the seed is set by seeds; remove seed="),
     "an unknown setting": (LABEL, 'settings = ["selection.rho=7"]', "arm top: selection.rho is not a setting"),
     "an unknown key": (LABEL, 'name = "top 20%"', "arms.top.name is not a setting"),
@@ -256,7 +260,7 @@ def test_too_few_runs_are_refused() -> None:
 
 
 def test_measurements_on_different_questions_are_refused() -> None:
-    measured = [{"m": Measured(words=["eval"], problems=digest, scores=scores(0.4))} for digest in "pppq"]
+    measured = [{"m": Measured(words=["eval"], problems=digest, scores={"accuracy": scores(0.4)})} for digest in "pppq"]
     runs = [(arm, seed) for arm in ("all", "top") for seed in (0, 1)]
     records = [record(*run, scores(0.4), measured=found) for run, found in zip(runs, measured, strict=True)]
     with pytest.raises(UserError, match="measurement m: runs all seed 0 and top seed 1 were measured on different"):
@@ -264,15 +268,54 @@ def test_measurements_on_different_questions_are_refused() -> None:
 
 
 def test_measurements_are_paired_too() -> None:
-    def measured(share: float) -> dict[str, Any]:
-        return {"longer": Measured(words=["eval"], figures={"length": 7.0}, problems="q", scores=scores(share))}
+    """... and the model before training is compared with the baseline after it, seed by seed."""
 
-    records = [record("all", seed, scores(0.4), measured=measured(0.2)) for seed in (0, 1)]
-    records += [record("top", seed, scores(0.4), measured=measured(0.4)) for seed in (0, 1)]
+    def measured(**shares: float) -> dict[str, Any]:
+        return {
+            name.replace("_", "@"): Measured(
+                words=["eval"],
+                figures={"truncated": 0.5},
+                problems="q",
+                scores={"accuracy": scores(share), "tokens": [70 * share] * 50},
+            )
+            for name, share in shares.items()
+        }
+
+    records = [record("all", seed, scores(0.4), measured=measured(longer=0.2, longer_start=0.1)) for seed in (0, 1)]
+    records += [record("top", seed, scores(0.4), measured=measured(longer=0.4)) for seed in (0, 1)]
     rows = study_tables(configuration(measurements={"longer": {}}), records)["measurements"]
     frame = pd.DataFrame(rows).set_index(["arm", "figure"])
     assert frame.loc[("top", "accuracy"), "difference"] == pytest.approx(0.2)
-    assert frame.loc[("all", "length"), "value"] == 7
+    assert frame.loc[("start", "accuracy"), "difference"] == pytest.approx(-0.1)
+    assert frame.loc[("top", "tokens"), "difference"] == pytest.approx(14)
+    assert frame.loc[("start", "tokens"), "value"] == pytest.approx(7)
+    assert frame.loc[("all", "truncated"), "value"] == 0.5
+
+
+def test_the_model_before_training_is_measured_with_the_baseline() -> None:
+    study = configuration(measurements={"m": {"budgets": [8]}, "d": {"command": "drift"}})
+    assert list(study.measurements_of("top")) == ["m", "d"]
+    assert list(study.measurements_of("all")) == ["m", "d", "m@start"]
+    assert study.measurements_of("all")["m@start"].words == ["eval", "within 8 tokens"]
+
+
+@pytest.mark.parametrize(("says", "margin", "sign"), [("better", 0.1, 1), ("not worse", -0.1, 1), ("worse", -0.1, -1)])
+def test_from_which_difference_a_claim_can_be_supported(says: str, margin: float, sign: int) -> None:
+    generator = np.random.default_rng(2)
+    records = [
+        record(arm, seed, (generator.random(400) < 0.5).astype(float).tolist())
+        for arm in ("all", "top")
+        for seed in range(3)
+    ]
+
+    def row(says: str, margin: float) -> dict[str, Any]:
+        claim = {"text": "c", "arm": "top", "than": "all", "says": says, "margin": margin}
+        return study_tables(configuration(claims=(claim,)), records)["claims"][0]
+
+    found = row(says, 0.1)
+    assert found["supported_from"] == pytest.approx(margin + sign * found["detectable"])
+    assert row("equal", 0.3)["supported_from"] == pytest.approx(0.3 - found["detectable"])
+    assert math.isnan(row("equal", 0.01)["supported_from"])
 
 
 def test_a_record_survives_the_disk_and_stays_small(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``forkrl report DIR``: rebuild the page of any output folder from its data."""
+"""``forkrl report DIR``: rebuild the page of any output folder, or its plots as files, from its data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from forkrl.commands.options import ReportOptions
 from forkrl.commands.runs import describe_run
 from forkrl.errors import UserError
 from forkrl.report.page import Page, write_page
-from forkrl.report.run_page import run_headline, write_run_report
+from forkrl.report.plots import standalone_svg
+from forkrl.report.run_page import run_folder_page, run_headline
+from forkrl.store.atomic import explained_write_errors, write_text
 from forkrl.store.results import REPORT, RESULTS, Results, read_json, read_results
 from forkrl.store.run_folder import CONFIG
 
@@ -27,13 +29,17 @@ _PAGES = {
 """By command name in the schema: the function that makes a page of ``Results``."""
 
 
+FIGURES = "figures"
 _REFRESH_S = 20.0
 
 
 def run_report(options: ReportOptions) -> int:
     if options.watch and not (options.folder / CONFIG).is_file():
         raise UserError(f"--watch: {options.folder} is not a run folder; drop --watch")
-    print(f"report: {write_report(options.folder)}", flush=True)
+    page = folder_page(options.folder)
+    print(f"report: {write_page(options.folder / REPORT, page)}", flush=True)
+    if options.figures:
+        print(f"figures: {write_figures(options.folder / FIGURES, page)}", flush=True)
     if options.watch:
         _watch(options.folder)
     return 0
@@ -55,6 +61,25 @@ def _watch(folder: Path) -> None:
 
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` into an output folder and return its path."""
+    return write_page(folder / REPORT, folder_page(folder))
+
+
+def write_figures(folder: Path, page: Page) -> Path:
+    """Write every plot of a page as ``NAME.svg``."""
+    with explained_write_errors(folder):
+        folder.mkdir(exist_ok=True)
+    for section in page.sections:
+        if section.figure is not None:
+            write_text(folder / f"{section.name}.svg", standalone_svg(section.figure))
+    return folder
+
+
+def folder_page(folder: Path) -> Page:
+    """The page of an output folder.
+
+    Raises:
+        UserError: there is no finished output of ForkRL in it, or of another version.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run, or the folder given to --out")
     path = folder / (CONFIG if (folder / CONFIG).is_file() else RESULTS)
@@ -65,13 +90,13 @@ def write_report(folder: Path) -> Path:
         )
     try:
         if path.name == CONFIG:
-            return write_run_report(folder)
+            return run_folder_page(folder)
         schema = str(read_json(path).get("schema"))
         command = schema.removeprefix("forkrl-").partition("/")[0]
         if command not in _PAGES:
             raise UserError(f"{path}: has the unknown schema {schema!r}; run the command that wrote it again")
         module, _, function = _PAGES[command].partition(":")
         make_page: Callable[[Results], Page] = getattr(importlib.import_module(module), function)
-        return write_page(folder / REPORT, make_page(read_results(folder)))
+        return make_page(read_results(folder))
     except KeyError as error:
         raise UserError(f"{path}: has no {error}: another version of ForkRL wrote it; run its command again") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tomli_w
 
@@ -19,7 +19,7 @@ from forkrl.commands.runs import describe_run
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import change_recipe, flatten, parse_recipe, recipe_toml
-from forkrl.config.study import MeasurementConfig, PlannedRun, StudyConfig, learning_settings
+from forkrl.config.study import START, MeasurementConfig, PlannedRun, StudyConfig, learning_settings
 from forkrl.errors import UserError, notice
 from forkrl.parallel.processes import child_environment
 from forkrl.parallel.threads import available_cores
@@ -39,6 +39,9 @@ from forkrl.store.run_record import (
     read_record,
     write_record,
 )
+
+if TYPE_CHECKING:
+    from forkrl.evaluation.folder import ScoredResponse
 
 _LOOK_EVERY_S = 0.2
 # The child dies with this process, whatever kills it; its output goes to a log.
@@ -81,7 +84,7 @@ def read_records(study: StudyConfig, places: Places, planned: Sequence[PlannedRu
                 f"{path}: was made with other settings ({different}); remove it to train this run again, or name "
                 f"another folder with --out"
             )
-        asked = {name: measurement.words for name, measurement in study.measurements.items()}
+        asked = {name: measurement.words for name, measurement in study.measurements_of(run.arm).items()}
         if (stored := {name: measured.words for name, measured in record.measured.items()}) != asked:
             name = next(name for name in {**asked, **stored} if stored.get(name) != asked.get(name))
             raise UserError(
@@ -143,7 +146,7 @@ def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Pla
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running.append(_Job(waiting.pop(0), study.measurements, places, threads))
+                    running.append(_Job(run := waiting.pop(0), study.measurements_of(run.arm), places, threads))
                 for job in [job for job in running if not job.works()]:
                     running.remove(job)
                     done += 1
@@ -267,7 +270,8 @@ class _Job:
         for name, measurement in self._measurements.items():
             self._activity = name
             self._num_started += 1
-            yield [measurement.command, str(self._folder), "--out", str(self._measured(name)), *measurement.arguments]
+            subject = f"{self._folder}@base" if name.endswith(f"@{START}") else str(self._folder)
+            yield [measurement.command, subject, "--out", str(self._measured(name)), *measurement.arguments]
 
     def _how_to_train(self) -> list[str]:
         """Resume what an interruption has left where that is possible, otherwise start again."""
@@ -342,18 +346,19 @@ def _read_measurement(folder: Path, measurement: MeasurementConfig) -> Measured:
         return Measured(words=measurement.words, figures=figures)
     from forkrl.evaluation.folder import read_evaluation  # imports torch
 
-    scores: dict[str, list[float]] = {}
-    lengths: list[int] = []
-    cut: list[bool] = []
+    answers: dict[str, list[ScoredResponse]] = {}
     for benchmark, responses in read_evaluation(folder)[1].items():
         for response in responses:
-            scores.setdefault(f"{benchmark}/{response.question}", []).append(response.score)
-            lengths.append(response.tokens)
-            cut.append(not response.finished)
-    questions = sorted(scores)
-    return Measured(
-        words=measurement.words,
-        figures={"length": fmean(lengths), "truncated_fraction": fmean(cut)},
-        problems=digest(questions),
-        scores=[fmean(scores[question]) for question in questions],
-    )
+            answers.setdefault(f"{benchmark}/{response.question}", []).append(response)
+    questions = [answers[name] for name in sorted(answers)]
+    scores = {
+        "accuracy": [fmean(each.score for each in given) for given in questions],
+        "tokens": [fmean(each.tokens for each in given) for given in questions],
+    }
+    for budget in measurement.budgets:
+        scores[f"accuracy within {budget} tokens"] = [
+            fmean(each.score * (each.tokens <= budget) for each in given) for given in questions
+        ]
+    cut = fmean(not each.finished for given in questions for each in given)
+    problems = digest(sorted(answers))
+    return Measured(words=measurement.words, figures={"truncated": cut}, problems=problems, scores=scores)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from forkrl.config.recipe import load_recipe, parse_recipe, read_toml, recipe_differences, recipe_toml
-from forkrl.config.sections import FROM_LIST, NonNegative, Section, Seed
+from forkrl.config.sections import FROM_LIST, NonNegative, PositiveInt, Section, Seed
 from forkrl.config.train import TrainConfig
 from forkrl.errors import UserError
 
@@ -45,10 +45,12 @@ class MeasurementConfig(Section):
     """"eval" is compared between the arms; of the others the figures are kept."""
     arguments: Words = ()
     """Options and settings of the command, without the model and --out."""
+    budgets: Annotated[tuple[PositiveInt, ...], FROM_LIST] = ()
+    """Of an evaluation: also compare accuracy within these numbers of tokens; longer responses count as wrong."""
 
     @property
     def words(self) -> list[str]:
-        return [self.command, *self.arguments]
+        return [self.command, *self.arguments, *(f"within {budget} tokens" for budget in self.budgets)]
 
 
 class ClaimConfig(Section):
@@ -109,6 +111,10 @@ class StudyConfig(Section):
         known = f"the arms are {', '.join(self.arms)}"
         if self.baseline not in self.arms:
             raise ValueError(f"baseline = {self.baseline!r}: is not an arm; {known}")
+        if without := next(
+            (name for name, each in self.measurements.items() if each.budgets and each.command != "eval"), ""
+        ):
+            raise ValueError(f"measurements.{without}.budgets: only of eval; remove it")
         for claim in self.claims:
             for key, arm in (("arm", claim.arm), ("than", claim.than)):
                 if arm not in self.arms and (key, arm) != ("than", START):
@@ -131,8 +137,23 @@ class StudyConfig(Section):
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         return self.arms[arm].seeds or self.seeds
 
+    def measurements_of(self, arm: str) -> dict[str, MeasurementConfig]:
+        """What is measured after training an arm; with the baseline also the model before training (``NAME@start``).
+
+        Drift reads the starting model anyway.
+        """
+        if arm != self.baseline:
+            return self.measurements
+        before = {before_training(name): each for name, each in self.measurements.items() if each.command != "drift"}
+        return {**self.measurements, **before}
+
     def label(self, arm: str) -> str:
         return self.arms[arm].label or arm
+
+
+def before_training(measurement: str) -> str:
+    """The name of a measurement of the model before training."""
+    return f"{measurement}@{START}"
 
 
 class PlannedRun(NamedTuple):

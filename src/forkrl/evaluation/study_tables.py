@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from forkrl.config.study import START, ClaimConfig, StudyConfig
+from forkrl.config.study import START, ClaimConfig, StudyConfig, before_training
 from forkrl.errors import UserError
 from forkrl.stats.crossed import Crossed, crossed_mean
 from forkrl.stats.intervals import Estimate, as_columns, mean_with_normal_interval
 from forkrl.stats.permutation import holm
-from forkrl.store.run_record import CURVES, SECONDS, TOKENS, RunRecord
+from forkrl.store.run_record import CURVES, SECONDS, TOKENS, Measured, RunRecord
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
@@ -192,42 +192,69 @@ def claim_row(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Row:
         verdict = UNDECIDED
         distance = min(abs(found.mean - end) for end in (low, high) if math.isfinite(end))
         needed = found.seeds_needed(distance) or math.inf
-    row |= as_columns("difference", interval) | {"detectable": found.detectable}
+    row |= as_columns("difference", interval) | {
+        "detectable": found.detectable,
+        "supported_from": _supported_from(claim, found.detectable),
+    }
     return row | {"verdict": verdict, "seeds_needed": needed}
 
 
+def _supported_from(claim: ClaimConfig, detectable: float) -> float:
+    """The true difference from which this design supports the claim in 80% of studies.
+
+    For "equal" the largest size; NaN if no difference is small enough.
+    """
+    low, high = claim.region
+    if claim.says == "equal":
+        return high - detectable if detectable <= high else math.nan
+    return low + detectable if math.isfinite(low) else high - detectable
+
+
 def measurement_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:
-    """Per measurement, arm and figure: the mean over seeds; of an evaluation also the accuracy, paired."""
+    """Per measurement, arm and figure: the mean over seeds; figures with a value per question also paired.
+
+    The arm ``START`` is the model before training, measured with the seeds of the baseline.
+    """
     rows: list[Row] = []
     for name in study.measurements:
-        baseline = arms[study.baseline]
-        for runs in arms.values():
-            records = list(runs.by_seed.values())
-            first = next(iter(baseline.by_seed.values()))
-            for record in records:
-                if record.measured[name].problems != first.measured[name].problems:
-                    raise UserError(
-                        f"measurement {name}: runs {first.arm} seed {first.seed} and {record.arm} seed {record.seed} "
-                        f"were measured on different questions; remove their records to measure them again"
-                    )
-            where = {"measurement": name, "arm": runs.arm, "label": study.label(runs.arm)}
-            if records[0].measured[name].scores:
-
-                def scores(record: RunRecord, name: str = name) -> list[float]:
-                    return record.measured[name].scores
-
-                row = (
-                    where
-                    | {"figure": "accuracy"}
-                    | as_columns("value", _share(crossed_mean(runs.scores(scores)).estimate))
-                )
-                if runs is not baseline:
-                    row |= _difference_columns("difference", difference(runs, baseline, scores))
+        baseline = _measured(arms[study.baseline], name)
+        subjects = [(runs.arm, study.label(runs.arm), _measured(runs, name)) for runs in arms.values()]
+        if before := _measured(arms[study.baseline], before_training(name)):
+            subjects.append((START, "before training", before))
+        for arm, label, found in subjects:
+            _require_same_questions(name, study.baseline, baseline, arm, found)
+            first = next(iter(found.values()))
+            seeds = [seed for seed in found if seed in baseline]
+            where: Row = {"measurement": name, "arm": arm, "label": label}
+            for figure in first.scores:
+                value = crossed_mean([each.scores[figure] for each in found.values()]).estimate
+                row = where | {"figure": figure}
+                row |= as_columns("value", _share(value) if figure.startswith("accuracy") else value)
+                if arm != study.baseline:
+                    ours, theirs = (np.array([of[seed].scores[figure] for seed in seeds]) for of in (found, baseline))
+                    row |= _difference_columns("difference", crossed_mean(ours - theirs))
                 rows.append(row)
-            for figure in records[0].measured[name].figures:
-                values = [record.measured[name].figures.get(figure) for record in records]
+            for figure in first.figures:
+                values = [each.figures.get(figure) for each in found.values()]
                 rows.append(where | {"figure": figure} | as_columns("value", _over_seeds(values)))
     return rows
+
+
+def _measured(runs: Runs, name: str) -> dict[int, Measured]:
+    """A measurement of each run, by seed; empty if it was not made with this arm."""
+    return {seed: record.measured[name] for seed, record in runs.by_seed.items() if name in record.measured}
+
+
+def _require_same_questions(
+    name: str, baseline: str, expected: Mapping[int, Measured], arm: str, found: Mapping[int, Measured]
+) -> None:
+    first_seed, first = next(iter(expected.items()))
+    for seed, each in found.items():
+        if each.problems != first.problems:
+            raise UserError(
+                f"measurement {name}: runs {baseline} seed {first_seed} and {arm} seed {seed} were measured on "
+                f"different questions; remove their records to measure them again"
+            )
 
 
 def curve_rows(arms: Mapping[str, Runs]) -> list[Row]:

@@ -32,8 +32,11 @@ PAPER_LOW_ENTROPY = 0.01  # nats; the paper finds 50.64% of tokens below it (Qwe
 
 def write_run_report(run_dir: Path) -> Path:
     """Write ``report.html``, which notes what is missing or damaged, into a run folder and return its path."""
-    run = read_run(Path(run_dir), MAX_TRAIN_STEPS)
-    return write_page(Path(run_dir) / "report.html", run_page(run))
+    return write_page(Path(run_dir) / "report.html", run_folder_page(Path(run_dir)))
+
+
+def run_folder_page(run_dir: Path) -> Page:
+    return run_page(read_run(run_dir, MAX_TRAIN_STEPS))
 
 
 def run_headline(run_dir: Path) -> str:

@@ -10,7 +10,19 @@ from matplotlib.figure import Figure
 
 from forkrl.report.formatting import duration, interval_of, is_clear, percent, points
 from forkrl.report.page import Card, Page, Section
-from forkrl.report.plots import BLUE, COUNT, MUTED, PERCENT, POINTS, Curve, Panel, finish, forest, plot
+from forkrl.report.plots import (
+    BLUE,
+    COUNT,
+    MUTED,
+    PERCENT,
+    POINTS,
+    Curve,
+    Panel,
+    column_curve,
+    finish,
+    forest,
+    plot,
+)  # fmt: skip
 from forkrl.store.results import Results
 
 CURVES = (
@@ -131,20 +143,23 @@ def _result_sections(results: Results) -> list[Section]:
         sections.insert(0, Section(
             "Claims",
             "Supported: the 95% interval of the difference lies where the claim is true; contradicted: outside. "
-            "seeds needed: to decide the claim in 80% of studies if the true difference is the one observed; "
-            "inf: too close to the margin for more seeds alone.",
+            "supported from: the true difference from which this design supports the claim in about 80% of studies (of "
+            "equal: up to which); empty: none. seeds needed: to decide the claim in 80% of studies if the true "
+            "difference is the one observed; inf: too close to the margin for more seeds alone.",
             "study-claims",
             _columns(claims, {
                 "claim": "claim", "says": "says", "margin": "margin", "difference": "difference",
                 "difference_low": "low", "difference_high": "high", "verdict": "verdict",
-                "seeds_needed": "seeds needed",
+                "supported_from": "supported from", "seeds_needed": "seeds needed",
             }),
         ))  # fmt: skip
     measured = results.tables["measurements"]
     if len(measured):
         sections.append(Section(
-            "Measurements after training", "Means over seeds.", "study-measurements",
-            measured.drop(columns=["arm"]),
+            "Measurements after training",
+            f"Means over seeds; differences are from {baseline}, paired by seed and question. Accuracy within a number "
+            "of tokens counts longer responses as wrong, so that models that write more are compared at equal length.",
+            "study-measurements", measured.drop(columns=["arm"]), _measurement_figure(measured),
         ))  # fmt: skip
     return sections
 
@@ -166,6 +181,27 @@ def _difference_figure(results: Results) -> Figure:
     axes.axvline(0, color=MUTED, linewidth=1)
     finish(axes, "", f"accuracy minus that of {results.settings['baseline']}, points", legend=False)
     return figure
+
+
+def _measurement_figure(measured: pd.DataFrame) -> Figure | None:
+    """Accuracy and length of every arm in each evaluation; None without evaluations."""
+    evaluated = measured[measured["figure"].isin(["accuracy", "tokens"])]
+    if evaluated.empty:
+        return None
+    names, arms = (
+        list(dict.fromkeys(evaluated["measurement"])),
+        dict(zip(evaluated["arm"], evaluated["label"], strict=True)),
+    )
+    panels = []
+    for figure, label, y_format in (("accuracy", "accuracy", PERCENT), ("tokens", "tokens a response", COUNT)):
+        curves = []
+        for place, (arm, name) in enumerate(arms.items()):
+            of = evaluated[(evaluated["figure"] == figure) & (evaluated["arm"] == arm)]
+            shift = 0.5 * ((place + 0.5) / len(arms) - 0.5)
+            x = [names.index(each) + shift for each in of["measurement"]]
+            curves.append(column_curve(of, x, "value", name, style="", marker=None))
+        panels.append(Panel(label, curves, y_format, names=names))
+    return plot(panels, xlabel="", height=4.8)
 
 
 def _seeds_figure(results: Results) -> Figure:

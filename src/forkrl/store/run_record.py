@@ -42,13 +42,14 @@ _POINTS = 60
 class Measured(Section):
     """What a measurement after training found.
 
-    ``words``: the command and its arguments. ``scores``: mean score per question, sorted by name, of an evaluation.
+    ``words``: the command and its arguments. ``figures``: numbers of the whole. ``scores``: of an evaluation, by figure
+    (accuracy, tokens), the mean per question, sorted by name; ``problems`` identifies the questions.
     """
 
     words: list[str]
     figures: dict[str, float | None] = Field(default_factory=dict)
     problems: str = ""
-    scores: list[float] = Field(default_factory=list)
+    scores: dict[str, list[float]] = Field(default_factory=dict)
 
 
 class RunRecord(Section):
