@@ -6,13 +6,14 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from forkrl.commands.report import write_report
-from forkrl.commands.study_runs import _read_measurement
+from forkrl.commands.study_measured import read_measurement
 from forkrl.config.study import MeasurementConfig
 from forkrl.store.results import csv_text, read_results
 from tests.fabricated_evaluation import random_responses, write_evaluation
@@ -20,7 +21,7 @@ from tests.processes import wait_until
 from tests.report_page import Page
 from tests.smoke.world import STALL_TIMEOUT_S, World, make_model
 
-HOT = 'arguments = ["--temperature", "1.5", "--problems", "4"]\nbudgets = [3]'
+HOT = 'arguments = ["--temperature", "1.5", "--problems", "4"]'
 STUDY = """
 title = "All tokens or half of them"
 recipe = "recipe.toml"
@@ -77,13 +78,14 @@ def test_a_study_trains_measures_and_compares(studied: World) -> None:
     assert len(results.tables["claims"]) == 1 and set(results.tables["measurements"]["measurement"]) == {"hot"}
     measured = results.tables["measurements"].set_index(["arm", "figure"])["value"]
     assert {arm for arm, _ in measured.index} == {"all", "half", "start"}
-    assert measured["half", "accuracy within 3 tokens"] <= measured["half", "accuracy"]
-    assert 1 <= measured["start", "tokens"] <= 6 and 0 <= measured["start", "truncated"] <= 1
+    assert measured["half", "accuracy at equal length"] <= measured["half", "accuracy"]
+    assert 1 <= measured["start", "tokens a response"] <= 6 and 0 <= measured["start", "truncated"] <= 1
     accuracy = results.tables["curves"].query("metric == 'eval/accuracy' and arm == 'all'")
     assert accuracy["step"].tolist() == [0, 2, 4]
     page = Page(folder / "report.html")
     assert "half the tokens are enough" in page.text and results.headline in page.text
     assert write_report(folder).read_text() == page.source
+    assert studied.run("report", studied.folder / "runs/halves/all-seed3", "--figures", "--watch").code == 2
     drawn = studied.run("report", folder, "--figures")
     assert drawn.code == 0 and f"figures: {folder / 'figures'}" in drawn.stdout
     assert {path.name for path in (folder / "figures").iterdir()} >= {"study-learning.svg", "study-measurements.svg"}
@@ -164,8 +166,7 @@ def test_records_of_something_else_are_refused(studied: World) -> None:
     assert "half-seed3.json: is not a run of this study (it has all, part)" in refused("renamed", renamed)
     measured = STUDY.replace("1.5", "1.25")
     message = (
-        "(hot: eval --temperature 1.5 --problems 4 within 3 tokens, now eval --temperature 1.25 --problems 4 within 3 "
-        "tokens); remove it to measure"
+        "(hot: eval --temperature 1.5 --problems 4, now eval --temperature 1.25 --problems 4); remove it to measure"
     )
     assert message in refused("measured", measured)
     changed = STUDY.replace("ratio=0.5", "ratio=0.4")
@@ -279,13 +280,11 @@ def test_scores_of_a_measurement_are_sorted_by_question(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "b", responses)
     for path in (tmp_path / "b").glob("*/mine.jsonl"):
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    a, b = (_read_measurement(tmp_path / name, MeasurementConfig(budgets=(300,))) for name in "ab")
+    a, b = (read_measurement(tmp_path / name, MeasurementConfig()) for name in "ab")
     assert a == b and len(set(a.scores["accuracy"])) > 1
-    by_question: dict[str, list[float]] = {}
-    for each in responses["mine"]:
-        by_question.setdefault(each.question, []).append(each.score * (each.tokens <= 300))
-    expected = [sum(by_question[name]) / 2 for name in sorted(by_question)]
-    assert a.scores["accuracy within 300 tokens"] == expected != a.scores["accuracy"]
+    spent, accuracy = a.spending
+    assert spent == sorted(spent) and spent[-1] == pytest.approx(fmean(each.tokens for each in responses["mine"]))
+    assert accuracy[-1] == pytest.approx(fmean(a.scores["accuracy"])) and accuracy[0] < accuracy[-1]
 
 
 def test_the_time_of_a_new_study_is_measured_with_two_steps(studied: World) -> None:

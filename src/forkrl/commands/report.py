@@ -36,6 +36,8 @@ _REFRESH_S = 20.0
 def run_report(options: ReportOptions) -> int:
     if options.watch and not (options.folder / CONFIG).is_file():
         raise UserError(f"--watch: {options.folder} is not a run folder; drop --watch")
+    if options.watch and options.figures:
+        raise UserError("--figures: cannot be combined with --watch; drop one of them")
     page = folder_page(options.folder)
     print(f"report: {write_page(options.folder / REPORT, page)}", flush=True)
     if options.figures:

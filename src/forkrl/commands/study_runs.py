@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import tomli_w
 
 from forkrl.commands.runs import describe_run
+from forkrl.commands.study_measured import read_measurement
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import change_recipe, flatten, parse_recipe, recipe_toml
@@ -27,11 +28,9 @@ from forkrl.report.formatting import duration
 from forkrl.report.progress import counting, elapsed
 from forkrl.store.atomic import write_text
 from forkrl.store.interruption import Interruption
-from forkrl.store.results import read_results
 from forkrl.store.resuming import stored_config
 from forkrl.store.run_folder import CONFIG, clear_folder, lock_folder
 from forkrl.store.run_record import (
-    Measured,
     RunRecord,
     describe_machine,
     digest,
@@ -39,9 +38,6 @@ from forkrl.store.run_record import (
     read_record,
     write_record,
 )
-
-if TYPE_CHECKING:
-    from forkrl.evaluation.folder import ScoredResponse
 
 _LOOK_EVERY_S = 0.2
 # The child dies with this process, whatever kills it; its output goes to a log.
@@ -84,13 +80,13 @@ def read_records(study: StudyConfig, places: Places, planned: Sequence[PlannedRu
                 f"{path}: was made with other settings ({different}); remove it to train this run again, or name "
                 f"another folder with --out"
             )
-        asked = {name: measurement.words for name, measurement in study.measurements_of(run.arm).items()}
-        if (stored := {name: measured.words for name, measured in record.measured.items()}) != asked:
-            name = next(name for name in {**asked, **stored} if stored.get(name) != asked.get(name))
-            raise UserError(
-                f"{path}: was made with other measurements ({name}: {' '.join(stored.get(name, ['none']))}, now "
-                f"{' '.join(asked.get(name, ['none']))}); remove it to measure this run again"
-            )
+        for name, measurement in study.measurements_of(run.arm).items():
+            stored = record.measured[name].words if name in record.measured else ["none"]
+            if stored != measurement.words:
+                raise UserError(
+                    f"{path}: was made with other measurements ({name}: {' '.join(stored)}, now "
+                    f"{' '.join(measurement.words)}); remove it to measure this run again"
+                )
         found[path.stem] = record
     return found
 
@@ -330,35 +326,7 @@ class _Job:
 
     def _record(self) -> RunRecord:
         measured = {
-            name: _read_measurement(self._measured(name), measurement)
+            name: read_measurement(self._measured(name), measurement)
             for name, measurement in self._measurements.items()
         }
         return make_record(self.run.arm, self._folder, self._first_weights(), measured, machine=describe_machine())
-
-
-def _read_measurement(folder: Path, measurement: MeasurementConfig) -> Measured:
-    """Figures of a finished command; of an evaluation also the mean score of every question, sorted by name."""
-    if measurement.command != "eval":
-        results = read_results(folder)
-        found = {name: value for name, value in results.facts.items() if name not in results.settings}
-        figures: dict[str, float | None]
-        figures = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
-        return Measured(words=measurement.words, figures=figures)
-    from forkrl.evaluation.folder import read_evaluation  # imports torch
-
-    answers: dict[str, list[ScoredResponse]] = {}
-    for benchmark, responses in read_evaluation(folder)[1].items():
-        for response in responses:
-            answers.setdefault(f"{benchmark}/{response.question}", []).append(response)
-    questions = [answers[name] for name in sorted(answers)]
-    scores = {
-        "accuracy": [fmean(each.score for each in given) for given in questions],
-        "tokens": [fmean(each.tokens for each in given) for given in questions],
-    }
-    for budget in measurement.budgets:
-        scores[f"accuracy within {budget} tokens"] = [
-            fmean(each.score * (each.tokens <= budget) for each in given) for given in questions
-        ]
-    cut = fmean(not each.finished for given in questions for each in given)
-    problems = digest(sorted(answers))
-    return Measured(words=measurement.words, figures={"truncated": cut}, problems=problems, scores=scores)

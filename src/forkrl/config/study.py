@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from forkrl.config.recipe import load_recipe, parse_recipe, read_toml, recipe_differences, recipe_toml
-from forkrl.config.sections import FROM_LIST, NonNegative, PositiveInt, Section, Seed
+from forkrl.config.sections import FROM_LIST, NonNegative, Section, Seed
 from forkrl.config.train import TrainConfig
 from forkrl.errors import UserError
 
@@ -42,19 +42,17 @@ class MeasurementConfig(Section):
     """A command that measures every trained model."""
 
     command: Literal["eval", "drift", "decode-temps", "analyze"] = "eval"
-    """"eval" is compared between the arms; of the others the figures are kept."""
+    """eval: accuracy, length, and accuracy at equal length; of the others the main figures."""
     arguments: Words = ()
     """Options and settings of the command, without the model and --out."""
-    budgets: Annotated[tuple[PositiveInt, ...], FROM_LIST] = ()
-    """Of an evaluation: also compare accuracy within these numbers of tokens; longer responses count as wrong."""
 
     @property
     def words(self) -> list[str]:
-        return [self.command, *self.arguments, *(f"within {budget} tokens" for budget in self.budgets)]
+        return [self.command, *self.arguments]
 
 
 class ClaimConfig(Section):
-    """A statement about a difference of final accuracy, to be judged by its 95% interval."""
+    """A statement about a difference of accuracy, to be judged by its 95% interval."""
 
     text: str
     """The claim in words."""
@@ -66,6 +64,8 @@ class ClaimConfig(Section):
     """"better": the difference is above margin; "worse": below -margin; "not worse": above -margin; "equal": within."""
     margin: NonNegative = 0.0
     """Share of problems: 0.02 is two points."""
+    measurement: str = ""
+    """The evaluation that it is about; default: the held-out problems at the end of training."""
 
     @property
     def region(self) -> tuple[float, float]:
@@ -111,16 +111,6 @@ class StudyConfig(Section):
         known = f"the arms are {', '.join(self.arms)}"
         if self.baseline not in self.arms:
             raise ValueError(f"baseline = {self.baseline!r}: is not an arm; {known}")
-        if without := next(
-            (name for name, each in self.measurements.items() if each.budgets and each.command != "eval"), ""
-        ):
-            raise ValueError(f"measurements.{without}.budgets: only of eval; remove it")
-        for claim in self.claims:
-            for key, arm in (("arm", claim.arm), ("than", claim.than)):
-                if arm not in self.arms and (key, arm) != ("than", START):
-                    raise ValueError(f"claims: {key} = {arm!r} is not an arm; {known}")
-            if claim.arm == claim.than:
-                raise ValueError(f"claims: arm and than are both {claim.arm!r}")
         for name in self.arms:
             seeds = self.seeds_of(name)
             if len(set(seeds)) < 2:
@@ -132,6 +122,22 @@ class StudyConfig(Section):
                 raise ValueError(f"seeds of arm {name}: a seed is given twice")
             if len(set(seeds) & set(self.seeds_of(self.baseline))) < 2:
                 raise ValueError(f"seeds of arm {name}: at least two must be seeds of the baseline {self.baseline}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_claims(self) -> StudyConfig:
+        known = f"the arms are {', '.join(self.arms)}"
+        for claim in self.claims:
+            for key, arm in (("arm", claim.arm), ("than", claim.than)):
+                if arm not in self.arms and (key, arm) != ("than", START):
+                    raise ValueError(f"claims: {key} = {arm!r} is not an arm; {known}")
+            if claim.arm == claim.than:
+                raise ValueError(f"claims: arm and than are both {claim.arm!r}")
+            measured = self.measurements.get(claim.measurement)
+            if claim.measurement and (measured is None or measured.command != "eval"):
+                raise ValueError(f"claims: measurement = {claim.measurement!r} is not one with command eval")
+            if claim.than != START and len(set(self.seeds_of(claim.arm)) & set(self.seeds_of(claim.than))) < 2:
+                raise ValueError(f"claims: {claim.arm} and {claim.than} have fewer than two seeds in common")
         return self
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:

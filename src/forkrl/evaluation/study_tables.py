@@ -7,22 +7,31 @@ different arms are paired by seed and problem. Differences have the two-level in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from forkrl.config.study import START, ClaimConfig, StudyConfig, before_training
-from forkrl.errors import UserError
-from forkrl.stats.crossed import Crossed, crossed_mean
+from forkrl.evaluation.study_arms import (
+    Floats,
+    Row,
+    Runs,
+    Scores,
+    as_share,
+    at_start,
+    common_seeds,
+    difference,
+    difference_columns,
+    final,
+    runs_by_arm,
+)
+from forkrl.evaluation.study_measurements import has_measured, measured_scores, measurement_rows
+from forkrl.stats.crossed import POWER, Crossed, crossed_mean
 from forkrl.stats.intervals import Estimate, as_columns, mean_with_normal_interval
 from forkrl.stats.permutation import holm
-from forkrl.store.run_record import CURVES, SECONDS, TOKENS, Measured, RunRecord
+from forkrl.store.run_record import ACCURACY, CURVES, SECONDS, TOKENS, RunRecord
 
-Floats = npt.NDArray[np.float64]
-Row = dict[str, Any]
 _DRAWS = 2000
 FIGURES = {
     "length": "eval/length",
@@ -32,58 +41,6 @@ FIGURES = {
 }
 """Columns of the table of arms, and the curve whose last value they hold; ``kept`` is the mean over steps."""
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "not distinguishable"
-
-
-class Runs(NamedTuple):
-    """The runs of one arm by seed."""
-
-    arm: str
-    by_seed: dict[int, RunRecord]
-
-    def scores(self, of: Callable[[RunRecord], Sequence[float] | Floats], seeds: Iterable[int] = ()) -> Floats:
-        """``[S, P]`` of all seeds, or of those given."""
-        return np.array([of(self.by_seed[seed]) for seed in (seeds or self.by_seed)], dtype=np.float64)
-
-
-def final(record: RunRecord) -> Sequence[float]:
-    """``[P]`` scores of the last evaluation."""
-    return record.scores[max(record.scores)]
-
-
-def at_start(record: RunRecord) -> Sequence[float]:
-    """``[P]`` scores before training."""
-    return record.scores[min(record.scores)]
-
-
-def runs_by_arm(study: StudyConfig, records: Iterable[RunRecord]) -> dict[str, Runs]:
-    """The arms with at least two runs, in the order of the study.
-
-    Raises:
-        UserError: two runs were evaluated on different problems, or no arm can be compared with the baseline.
-    """
-    found: dict[str, dict[int, RunRecord]] = {arm: {} for arm in study.arms}
-    first: RunRecord | None = None
-    for record in records:
-        first = first or record
-        if _data(record) != _data(first):
-            raise UserError(
-                f"runs {first.arm} seed {first.seed} and {record.arm} seed {record.seed} have different data or "
-                f"held-out problems; a study needs the same data, eval.problems and task.held_out_rows for all runs "
-                f"(metrics of other trainers can only be compared with each other)"
-            )
-        found[record.arm][record.seed] = record
-    arms = {arm: Runs(arm, dict(sorted(runs.items()))) for arm, runs in found.items() if len(runs) > 1}
-    if study.baseline not in arms or len(arms) < 2:
-        have = ", ".join(f"{arm} {len(runs)}" for arm, runs in found.items())
-        raise UserError(
-            f"too few finished runs to compare: the baseline {study.baseline} and another arm need two each ({have}); "
-            f"the same command trains the missing ones"
-        )
-    return arms
-
-
-def _data(record: RunRecord) -> tuple[str, str]:
-    return record.problems, str(record.provenance.get("data_fingerprint", ""))
 
 
 def study_tables(study: StudyConfig, records: Sequence[RunRecord], seed: int = 0) -> dict[str, list[Row]]:
@@ -110,31 +67,24 @@ def arm_rows(study: StudyConfig, arms: Mapping[str, Runs], seed: int) -> list[Ro
             "arm": runs.arm,
             "label": study.label(runs.arm),
             "seeds": len(runs.by_seed),
-            **as_columns("accuracy", _share(accuracy.estimate)),
+            **as_columns("accuracy", as_share(accuracy.estimate)),
             "start": float(runs.scores(at_start).mean()),
             **as_columns("gain", gain.estimate),
             "best": best.get(runs.arm, math.nan),
             "seed_deviation": float(runs.scores(final).mean(axis=1).std(ddof=1)),
             **{column: _last(runs, curve, whole=column == "kept") for column, curve in FIGURES.items()},
         }
-        if runs is not baseline:
-            row |= _difference_columns("difference", difference(runs, baseline))
+        found = None if runs is baseline else difference(runs, baseline)
+        if found is not None:
+            row |= difference_columns("difference", found)
             for name, total in (("equal_tokens", TOKENS), ("equal_seconds", SECONDS)):
                 if _are_comparable([*runs.by_seed.values(), *baseline.by_seed.values()], total):
-                    row |= as_columns(name, equal_budget_difference(runs, baseline, total).estimate)
+                    row |= as_columns(name, equal_budget_difference(runs, baseline, total))
         rows.append(row)
     compared = [row for row in rows if "p" in row]
     for row, adjusted in zip(compared, holm([row["p"] for row in compared]), strict=True):
         row["p_holm"] = adjusted
     return sorted(rows, key=lambda row: -row["accuracy"])
-
-
-def difference(
-    runs: Runs, other: Runs, of: Callable[[RunRecord], Sequence[float] | Floats] = final
-) -> Crossed:  # fmt: skip
-    """Mean of ``runs`` minus mean of ``other`` over common seeds and all problems."""
-    seeds = [seed for seed in runs.by_seed if seed in other.by_seed]
-    return crossed_mean(runs.scores(of, seeds) - other.scores(of, seeds))
 
 
 def _are_comparable(records: Sequence[RunRecord], total: str) -> bool:
@@ -144,15 +94,19 @@ def _are_comparable(records: Sequence[RunRecord], total: str) -> bool:
     return known and (total != SECONDS or (len(clocks) == 1 and bool(records[0].machine)))
 
 
-def equal_budget_difference(runs: Runs, other: Runs, total: str) -> Crossed:
+def equal_budget_difference(runs: Runs, other: Runs, total: str) -> Estimate:
     """The difference where every run has spent as much (tokens or seconds) as the one that spent least in all.
 
     Scores between two evaluations are interpolated linearly.
     """
-    seeds = [seed for seed in runs.by_seed if seed in other.by_seed]
+    seeds = common_seeds(runs, other)
     every = [each.by_seed[seed] for each in (runs, other) for seed in seeds]
     budget = min(_spent(record, total)[-1] for record in every)
-    return difference(runs, other, lambda record: _scores_at(record, total, budget))
+
+    def at_budget(record: RunRecord) -> Floats:
+        return _scores_at(record, total, budget)
+
+    return crossed_mean(runs.scores(at_budget, seeds) - other.scores(at_budget, seeds)).estimate
 
 
 def _scores_at(record: RunRecord, total: str, budget: float) -> Floats:
@@ -175,13 +129,9 @@ def _spent(record: RunRecord, total: str) -> list[float]:
 def claim_row(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Row:
     """The verdict on a claim: whether the 95% interval lies in the differences for which it is true, or outside."""
     row: Row = {"claim": claim.text, "arm": claim.arm, "than": claim.than, "says": claim.says, "margin": claim.margin}
-    if claim.arm not in arms or claim.than not in {START, *arms}:
+    found = _claimed_difference(claim, arms)
+    if found is None:
         return row | {"verdict": "not tested", "seeds_needed": math.nan}
-    runs = arms[claim.arm]
-    if claim.than == START:
-        found = crossed_mean(runs.scores(final) - runs.scores(at_start))
-    else:
-        found = difference(runs, arms[claim.than])
     (low, high), interval = claim.region, found.estimate
     needed: float = math.nan
     if low < interval.low and interval.high < high:
@@ -194,67 +144,33 @@ def claim_row(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Row:
         needed = found.seeds_needed(distance) or math.inf
     row |= as_columns("difference", interval) | {
         "detectable": found.detectable,
-        "supported_from": _supported_from(claim, found.detectable),
+        "supported_from": _supported_from(claim, found),
     }
     return row | {"verdict": verdict, "seeds_needed": needed}
 
 
-def _supported_from(claim: ClaimConfig, detectable: float) -> float:
-    """The true difference from which this design supports the claim in 80% of studies.
+def _claimed_difference(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Crossed | None:
+    if claim.arm not in arms or claim.than not in {START, *arms}:
+        return None
+    runs, name = arms[claim.arm], claim.measurement
+    of: Scores = measured_scores(name, ACCURACY) if name else final
+    of_start: Scores = measured_scores(before_training(name), ACCURACY) if name else at_start
+    if claim.than != START:
+        return difference(runs, arms[claim.than], of)
+    started = runs if not name else next(each for each in arms.values() if has_measured(each, before_training(name)))
+    return difference(runs, started, of, of_start)
 
-    For "equal" the largest size; NaN if no difference is small enough.
+
+def _supported_from(claim: ClaimConfig, found: Crossed) -> float:
+    """The true difference from which this design supports the claim in about 80% of studies.
+
+    For "equal" up to which size, judged so that each end is missed in at most 10%; NaN if none is small enough.
     """
     low, high = claim.region
     if claim.says == "equal":
-        return high - detectable if detectable <= high else math.nan
-    return low + detectable if math.isfinite(low) else high - detectable
-
-
-def measurement_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:
-    """Per measurement, arm and figure: the mean over seeds; figures with a value per question also paired.
-
-    The arm ``START`` is the model before training, measured with the seeds of the baseline.
-    """
-    rows: list[Row] = []
-    for name in study.measurements:
-        baseline = _measured(arms[study.baseline], name)
-        subjects = [(runs.arm, study.label(runs.arm), _measured(runs, name)) for runs in arms.values()]
-        if before := _measured(arms[study.baseline], before_training(name)):
-            subjects.append((START, "before training", before))
-        for arm, label, found in subjects:
-            _require_same_questions(name, study.baseline, baseline, arm, found)
-            first = next(iter(found.values()))
-            seeds = [seed for seed in found if seed in baseline]
-            where: Row = {"measurement": name, "arm": arm, "label": label}
-            for figure in first.scores:
-                value = crossed_mean([each.scores[figure] for each in found.values()]).estimate
-                row = where | {"figure": figure}
-                row |= as_columns("value", _share(value) if figure.startswith("accuracy") else value)
-                if arm != study.baseline:
-                    ours, theirs = (np.array([of[seed].scores[figure] for seed in seeds]) for of in (found, baseline))
-                    row |= _difference_columns("difference", crossed_mean(ours - theirs))
-                rows.append(row)
-            for figure in first.figures:
-                values = [each.figures.get(figure) for each in found.values()]
-                rows.append(where | {"figure": figure} | as_columns("value", _over_seeds(values)))
-    return rows
-
-
-def _measured(runs: Runs, name: str) -> dict[int, Measured]:
-    """A measurement of each run, by seed; empty if it was not made with this arm."""
-    return {seed: record.measured[name] for seed, record in runs.by_seed.items() if name in record.measured}
-
-
-def _require_same_questions(
-    name: str, baseline: str, expected: Mapping[int, Measured], arm: str, found: Mapping[int, Measured]
-) -> None:
-    first_seed, first = next(iter(expected.items()))
-    for seed, each in found.items():
-        if each.problems != first.problems:
-            raise UserError(
-                f"measurement {name}: runs {baseline} seed {first_seed} and {arm} seed {seed} were measured on "
-                f"different questions; remove their records to measure them again"
-            )
+        reach = found.detectable_with(0.5 + POWER / 2)
+        return high - reach if reach <= high else math.nan
+    return low + found.detectable if math.isfinite(low) else high - found.detectable
 
 
 def curve_rows(arms: Mapping[str, Runs]) -> list[Row]:
@@ -293,14 +209,6 @@ def run_rows(arms: Mapping[str, Runs]) -> list[Row]:
         for runs in arms.values()
         for seed, record in runs.by_seed.items()
     ]
-
-
-def _difference_columns(name: str, found: Crossed) -> Row:
-    return as_columns(name, found.estimate) | {"p": found.p, "detectable": found.detectable}
-
-
-def _share(estimate: Estimate) -> Estimate:
-    return Estimate(estimate.mean, max(0.0, estimate.low), min(1.0, estimate.high))
 
 
 def _over_seeds(values: Sequence[float | None]) -> Estimate:

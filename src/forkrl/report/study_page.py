@@ -24,6 +24,7 @@ from forkrl.report.plots import (
     plot,
 )  # fmt: skip
 from forkrl.store.results import Results
+from forkrl.store.run_record import ACCURACY, LENGTH
 
 CURVES = (
     ("learning", "Held-out accuracy", "eval/accuracy", "accuracy", PERCENT, 0),
@@ -144,7 +145,7 @@ def _result_sections(results: Results) -> list[Section]:
             "Claims",
             "Supported: the 95% interval of the difference lies where the claim is true; contradicted: outside. "
             "supported from: the true difference from which this design supports the claim in about 80% of studies (of "
-            "equal: up to which); empty: none. seeds needed: to decide the claim in 80% of studies if the true "
+            "equal: up to which size); –: none. seeds needed: to decide the claim in 80% of studies if the true "
             "difference is the one observed; inf: too close to the margin for more seeds alone.",
             "study-claims",
             _columns(claims, {
@@ -157,8 +158,9 @@ def _result_sections(results: Results) -> list[Section]:
     if len(measured):
         sections.append(Section(
             "Measurements after training",
-            f"Means over seeds; differences are from {baseline}, paired by seed and question. Accuracy within a number "
-            "of tokens counts longer responses as wrong, so that models that write more are compared at equal length.",
+            f"Means over seeds; differences are from {baseline}, paired by seed and question; p-values are not "
+            "corrected for their number. At equal length: responses of the model that writes more are stopped earlier, "
+            "so that both spend the same mean tokens a response (interval over seeds only).",
             "study-measurements", measured.drop(columns=["arm"]), _measurement_figure(measured),
         ))  # fmt: skip
     return sections
@@ -185,7 +187,7 @@ def _difference_figure(results: Results) -> Figure:
 
 def _measurement_figure(measured: pd.DataFrame) -> Figure | None:
     """Accuracy and length of every arm in each evaluation; None without evaluations."""
-    evaluated = measured[measured["figure"].isin(["accuracy", "tokens"])]
+    evaluated = measured[measured["figure"].isin([ACCURACY, LENGTH])]
     if evaluated.empty:
         return None
     names, arms = (
@@ -193,14 +195,14 @@ def _measurement_figure(measured: pd.DataFrame) -> Figure | None:
         dict(zip(evaluated["arm"], evaluated["label"], strict=True)),
     )
     panels = []
-    for figure, label, y_format in (("accuracy", "accuracy", PERCENT), ("tokens", "tokens a response", COUNT)):
+    for figure, y_format in ((ACCURACY, PERCENT), (LENGTH, COUNT)):
         curves = []
         for place, (arm, name) in enumerate(arms.items()):
             of = evaluated[(evaluated["figure"] == figure) & (evaluated["arm"] == arm)]
             shift = 0.5 * ((place + 0.5) / len(arms) - 0.5)
             x = [names.index(each) + shift for each in of["measurement"]]
             curves.append(column_curve(of, x, "value", name, style="", marker=None))
-        panels.append(Panel(label, curves, y_format, names=names))
+        panels.append(Panel(figure, curves, y_format, names=names))
     return plot(panels, xlabel="", height=4.8)
 
 

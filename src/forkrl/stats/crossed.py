@@ -56,7 +56,11 @@ class Crossed(NamedTuple):
     @property
     def detectable(self) -> float:
         """The smallest true difference from 0 that this design finds in 80% of studies, at the 5% level."""
-        return float(stdtrit(self.freedom, 0.975) + stdtrit(self.freedom, POWER)) * self.error
+        return self.detectable_with(POWER)
+
+    def detectable_with(self, power: float) -> float:
+        """As ``detectable``, found in this share of studies."""
+        return float(stdtrit(self.freedom, 0.975) + stdtrit(self.freedom, power)) * self.error
 
     def seeds_needed(self, distance: float) -> int | None:
         """Seeds, more than now, with which ``distance`` would be detectable; None: it takes more questions."""

@@ -12,13 +12,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe
-from forkrl.config.sections import Section
+from forkrl.config.sections import FROM_LIST, Section
 from forkrl.config.study import learning_settings
 from forkrl.errors import UserError, first_line
 from forkrl.parallel.threads import processor
@@ -34,6 +34,8 @@ CURVES = (
     "eval/accuracy", "eval/entropy", "eval/length", "eval/truncated_fraction", "reward/accuracy", "response/length",
     "response/truncated_fraction", "entropy/mean", "entropy/selected_mean", "selection/kept_fraction", "grad/norm",
 )  # fmt: skip
+ACCURACY, LENGTH = "accuracy", "tokens a response"
+"""Figures that an evaluation has for every question."""
 _PROVENANCE = ("forkrl", "torch", "transformers", "commit", "data_fingerprint", "workers", "threads", "device")
 _POINTS = 60
 """Most points kept of each training curve; the same ones in all runs of an arm."""
@@ -42,14 +44,21 @@ _POINTS = 60
 class Measured(Section):
     """What a measurement after training found.
 
-    ``words``: the command and its arguments. ``figures``: numbers of the whole. ``scores``: of an evaluation, by figure
-    (accuracy, tokens), the mean per question, sorted by name; ``problems`` identifies the questions.
+    ``words``: the command and its arguments. ``figures``: numbers of the whole. Of an evaluation, ``scores``: by figure
+    the mean per question, sorted by name; ``problems`` identifies the questions; ``spending``: mean tokens a response
+    within rising budgets, and accuracy there.
     """
 
     words: list[str]
     figures: dict[str, float | None] = Field(default_factory=dict)
     problems: str = ""
     scores: dict[str, list[float]] = Field(default_factory=dict)
+    spending: Annotated[tuple[list[float], list[float]], FROM_LIST] = ([], [])
+
+    @property
+    def names(self) -> list[str]:
+        """Of all figures."""
+        return [*self.scores, *(name for name, value in self.figures.items() if value is not None)]
 
 
 class RunRecord(Section):
