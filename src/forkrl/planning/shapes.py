@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError, first_line
-from forkrl.model.locations import EMBEDDED_PREFIX, require_hub_id
+from forkrl.model.locations import EMBEDDED_PREFIX, adapter_base, require_hub_id
 
 _ARCHITECTURES = ("qwen3", "qwen2", "llama")
 _OWNER = "Qwen/"
@@ -95,6 +95,8 @@ def find_shape(path: str, revision: str | None = None) -> FoundShape:
         if not folder.is_dir():
             raise UserError(f"model.path = {path!r}: no such embedded model")
         source = "config.json in the package"
+    if (base := adapter_base(str(folder))) is not None:
+        return find_shape(*base)
     if folder.is_dir():
         return FoundShape(_read_config(folder / "config.json", path), source or str(folder / "config.json"))
     if (known := known_shape(path)) is not None:
