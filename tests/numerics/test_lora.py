@@ -21,7 +21,7 @@ from forkrl.model.adapter import (
     write_adapter,
 )
 from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy, set_gradient_checkpointing
-from forkrl.parallel.workers import Workers
+from forkrl.parallel.workers import Workers, _parameters
 from forkrl.rollout import EmbeddedEngine, embedded
 from forkrl.rollout.flat_step import FlatStep
 from forkrl.rollout.logprob_gap import logprob_gap
@@ -241,6 +241,7 @@ def test_workers_share_the_weights_of_a_reference_without_its_adapter(policy: Po
         own = Policy(model, policy.tokenizer)
         optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.0)
         with Workers(own, PolicyWithoutAdapter(model, policy.tokenizer), count=count) as workers:
+            assert len(_parameters(workers.local)) == len(list(model.parameters())), "they take memory twice"
             update_policy(workers, optimizer, batch, config, torch.Generator().manual_seed(5))
             found.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
