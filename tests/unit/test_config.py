@@ -204,3 +204,20 @@ def test_options_that_no_verifier_could_take_are_refused(override: str, message:
         load_recipe(TrainConfig, None, [*dataset, override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora.alpha=8"], "lora.alpha is read only with lora.rank above 0"),
+        (["lora.rank=8", "lora.targets=[]"], "lora.targets is empty"),
+        (["checkpoint.merged=true"], "checkpoint.merged = true needs an adapter"),
+        (
+            ["lora.rank=8", "checkpoint.merged=true", "checkpoint.kind=none"],
+            "checkpoint.merged = true needs an adapter",
+        ),
+    ],
+)
+def test_settings_of_adapters_go_with_a_rank(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(TrainConfig, None, overrides)

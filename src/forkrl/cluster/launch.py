@@ -185,6 +185,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     refuse_untranslatable(config)
     model = model_location(config.model.path)
+    require_no_adapter(model, None, config.model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         generation, model_config = load_generation_config(model), AutoConfig.from_pretrained(model)
@@ -192,7 +193,6 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(
             f"model.path = {config.model.path!r} has no usable tokenizer or config.json: {first_line(error)}"
         ) from error
-    require_no_adapter(model, None, config.model.path)
     require_fixed_frequencies(model_config, config.model.path)
     task = open_task(config.task, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     lengths = [len(prompt_token_ids(tokenizer, prompt)) for prompt in (*task.train, *task.held_out)]

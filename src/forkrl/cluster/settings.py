@@ -328,6 +328,9 @@ REFUSED = (
         Refusal(f"forks_only.{name}", "any", "only read with training.backward")
         for name in ("projections", "prompt", "sampled", "kept_mib")
     ),
+    Refusal("lora.rank", "above 0", f"{_OWN_LOOP}; drop lora.*", lambda c: c.lora.rank > 0),
+    *(Refusal(f"lora.{name}", "any", "only read with lora.rank") for name in ("alpha", "targets")),
+    Refusal("checkpoint.merged", "true", "only read with lora.rank"),
     Refusal("checkpoint.kind", 'other than "full"', f'{_OWN_LOOP}; set it to "full"',
             lambda c: c.checkpoint.kind != "full"),
     Refusal("runtime.device", 'other than "auto", "cuda" and "cpu"',

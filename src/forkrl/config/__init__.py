@@ -8,6 +8,7 @@ from forkrl.config.task import CurriculumConfig, PartConfig, TaskConfig
 from forkrl.config.train import (
     CHANGEABLE,
     ForksOnlyConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "CHANGEABLE",
     "CurriculumConfig",
     "ForksOnlyConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -201,6 +201,25 @@ class ForksOnlyConfig(Section):
     for the gradient pass. The rest is recomputed; results do not change. Has no effect with projections."""
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters and freeze the model (docs/lora.md). Needs `pip install 'forkrl[lora]'`."""
+
+    rank: Count = 0
+    """Rank of the adapters; 0: none, all weights are trained."""
+    alpha: PositiveInt = 32
+    """The adapters' output is multiplied by alpha / rank."""
+    targets: Annotated[tuple[str, ...], FROM_LIST] = ("all-linear",)
+    """Names of the layers that get one, such as ["q_proj", "v_proj"]; "all-linear": every linear layer but the head."""
+
+    @model_validator(mode="after")
+    def _needs_a_rank(self) -> LoraConfig:
+        if not self.rank and (changed := self.changed()):
+            raise ValueError(f"lora.{changed[0]} is read only with lora.rank above 0; set that, or remove it")
+        if not self.targets:
+            raise ValueError('lora.targets is empty; name layers, or set it to "all-linear"')
+        return self
+
+
 class EvalConfig(Section):
     every: Count = 20
     """Steps between evaluations on held-out prompts; 0: only before and after training."""
@@ -220,6 +239,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step and an interruption always save."""
     keep: PositiveInt = 2
     """Checkpoints to keep; older ones are removed once a newer one is complete."""
+    merged: bool = False
+    """With lora.rank: also write the whole model, with its adapter merged, to step-N/merged."""
 
 
 class LogConfig(Section):
@@ -291,6 +312,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     forks_only: ForksOnlyConfig = ForksOnlyConfig()
+    lora: LoraConfig = LoraConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -318,6 +340,11 @@ class TrainConfig(Section):
         if self.runtime.trainer == "local" and (changed := self.cluster.changed()):
             raise ValueError(
                 f'cluster.{changed[0]} is for runtime.trainer = "verl"; add --trainer verl, or remove the setting'
+            )
+        if self.checkpoint.merged and (not self.lora.rank or self.checkpoint.kind == "none"):
+            raise ValueError(
+                "checkpoint.merged = true needs an adapter and checkpoints; set lora.rank, and checkpoint.kind other "
+                'than "none", or drop it'
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:

@@ -15,7 +15,8 @@ from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
-from forkrl.model.policy import Policy, open_policy
+from forkrl.model.adapter import add_adapter
+from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool, open_verifier
@@ -207,6 +208,8 @@ class Run:
             },
             keep=self.config.checkpoint.keep,
             weights_only=self.config.checkpoint.kind == "weights",
+            adapter=self.policy.adapter,
+            merged=self.config.checkpoint.merged,
         )
         self._saved_step = self.step
 
@@ -226,7 +229,11 @@ class Run:
         if path is None:
             return 0
         progress = load_checkpoint(
-            path, model=self.policy.model, optimizer=self.optimizer, generators={"sampling": self.generator}
+            path,
+            model=self.policy.model,
+            optimizer=self.optimizer,
+            generators={"sampling": self.generator},
+            adapter=self.policy.adapter,
         )
         require_progress(path, progress, RANDOM_STREAM)
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
@@ -335,10 +342,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     task = plug_ins.task or open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if repeated := repeated_prompts(task.train, config):
         notice(repeated)
-    reference = None
-    if config.loss.kl_coef:
-        frozen = copy.deepcopy(policy.model).requires_grad_(False)
-        reference = Policy(frozen, policy.tokenizer, policy.precision, policy.head)
+    reference = _open_reference(policy) if config.loss.kl_coef else None
     workers = stack.enter_context(open_workers(policy, reference, config.runtime))
     engine = (plug_ins.engine or open_engine)(workers, config)
     engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
@@ -368,6 +372,8 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
 def _open_policy(config: TrainConfig) -> Policy:
     """The model, checked to support the recipe."""
     policy = open_policy(config.model, config.runtime.device)
+    if config.lora.rank:
+        policy.adapter = add_adapter(policy.model, config.lora, config.model)
     if config.training.backward == "forks_only":
         require_forks_only(policy, projections=config.forks_only.projections)
     elif not policy.packs:
@@ -376,9 +382,17 @@ def _open_policy(config: TrainConfig) -> Policy:
     return policy
 
 
+def _open_reference(policy: Policy) -> Policy:
+    """The starting policy: a frozen copy, or the same weights without their new adapter."""
+    if policy.adapter is not None:
+        return PolicyWithoutAdapter(policy.model, policy.tokenizer, policy.precision, policy.head)
+    frozen = copy.deepcopy(policy.model).requires_grad_(False)
+    return Policy(frozen, policy.tokenizer, policy.precision, policy.head)
+
+
 def _open_optimizer(policy: Policy, settings: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        policy.model.parameters(),
+        [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
