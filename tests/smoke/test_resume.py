@@ -99,6 +99,25 @@ def test_interrupted_in_two_processes(
     assert world.resumed(out).bits() == uninterrupted_pair.bits()
 
 
+DECAY = ("optimizer.schedule=cosine", "optimizer.warmup_steps=3", "optimizer.min_lr_ratio=0.1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_decay(world: World) -> Run:
+    return world.trained("decay", *DECAY)
+
+
+@pytest.mark.parametrize(("point", "count", "signum"), [("optimizer", 8, signal.SIGKILL), ("token", 31, signal.SIGINT)])
+def test_a_falling_learning_rate_continues_where_it_was(
+    world: World, uninterrupted_decay: Run, point: str, count: int, signum: signal.Signals
+) -> None:
+    rates = uninterrupted_decay.column("optimizer/lr")
+    assert rates[1:] == sorted(rates[1:], reverse=True), "the warm-up ends in the second step"
+    out = f"decay-{point}-{count}"
+    interrupt(world, out, *DECAY, point=point, count=count, signal=signum)
+    assert world.resumed(out).bits() == uninterrupted_decay.bits()
+
+
 def test_a_lost_worker_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:
     stop = {"point": "gradient", "count": 13, "signal": signal.SIGSTOP}
     started = world.start(

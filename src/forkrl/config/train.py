@@ -159,9 +159,13 @@ class LossConfig(Section):
 
 class OptimizerConfig(Section):
     lr: Positive = 1e-6
-    """AdamW's learning rate, constant after the warm-up."""
+    """AdamW's learning rate after the warm-up."""
     warmup_steps: Count = 0
     """Gradient steps over which lr rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What lr does after the warm-up: stay, or fall until the end of training.steps (docs/training-control.md)."""
+    min_lr_ratio: Decay = 0.0
+    """"linear" and "cosine": the share of lr that is left when training.steps are done."""
     weight_decay: NonNegative = 0.1
     """Decoupled, on all parameters (as in the official scripts)."""
     betas: Annotated[tuple[Decay, Decay], FROM_LIST] = (0.9, 0.999)
@@ -170,6 +174,15 @@ class OptimizerConfig(Section):
     """AdamW's epsilon."""
     max_grad_norm: Positive = 1.0
     """Gradients with a larger norm are scaled down to it (as in the official scripts)."""
+
+    @model_validator(mode="after")
+    def _a_constant_rate_has_no_minimum(self) -> OptimizerConfig:
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError(
+                f"optimizer.min_lr_ratio = {self.min_lr_ratio} is where a falling rate ends; set optimizer.schedule to "
+                f'"linear" or "cosine", or remove it'
+            )
+        return self
 
 
 class TrainingConfig(Section):
@@ -324,6 +337,21 @@ class TrainConfig(Section):
             raise ValueError(
                 f"training.micro_batch_tokens = {self.training.micro_batch_tokens} cannot hold one sequence of "
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it, or shorten the responses"
+            )
+        return self
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps of the run if every batch is full."""
+        return self.training.steps * (self.rollout.prompts_per_step // self.training.mini_batch_prompts)
+
+    @model_validator(mode="after")
+    def _decay_follows_the_warm_up(self) -> TrainConfig:
+        warmup, schedule = self.optimizer.warmup_steps, self.optimizer.schedule
+        if schedule != "constant" and warmup >= self.gradient_steps:
+            raise ValueError(
+                f'optimizer.warmup_steps = {warmup} leaves no gradient step for optimizer.schedule = "{schedule}": the '
+                f"run has {self.gradient_steps}; lower it, or raise training.steps"
             )
         return self
 

@@ -15,6 +15,7 @@ from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
+from forkrl.method.schedule import share_of_lr
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
@@ -135,11 +136,11 @@ class Run:
         self._gap_checked = True
         return {"rollout/logprob_gap_mean": gap.mean, "rollout/logprob_gap_max": gap.max}
 
-    def set_learning_rate(self) -> float:
-        """Count the next gradient step and set its learning rate: linear warm-up, then constant."""
+    def set_learning_rate(self, done: float) -> float:
+        """Count the next gradient step and set its rate; ``done``: share of the batch's gradient steps before it."""
         self.gradient_steps += 1
-        warmup = self.config.optimizer.warmup_steps
-        lr = self.config.optimizer.lr * min(1.0, self.gradient_steps / warmup if warmup else 1.0)
+        progress, settings = (self.step + done) / self.config.training.steps, self.config.optimizer
+        lr = settings.lr * share_of_lr(settings, self.gradient_steps, progress, self.config.gradient_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -414,6 +415,12 @@ def _announce_resume(run: Run, changes: Sequence[str]) -> None:
     done = run.step if run.first_unsaved_step else None
     finished = run.step == run._evaluated_step == run.config.training.steps
     run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
+    schedule, steps = run.config.optimizer.schedule, run.config.training.steps
+    if schedule != "constant" and any(change.startswith("training.steps:") for change in changes):
+        run.display.message(
+            f'optimizer.schedule = "{schedule}" now ends at step {steps}: from here on the learning rate is that of '
+            f"training.steps = {steps}, and no run that was so long from the start has the same results"
+        )
     if arithmetic := changed_arithmetic(run.folder.provenance, run.workers):
         run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")
 
