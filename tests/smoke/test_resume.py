@@ -118,6 +118,25 @@ def test_a_falling_learning_rate_continues_where_it_was(
     assert world.resumed(out).bits() == uninterrupted_decay.bits()
 
 
+BONUS = ("loss.entropy_target=2.9", "loss.entropy_delta=0.02")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_bonus(world: World) -> Run:
+    return world.trained("bonus", *BONUS)
+
+
+@pytest.mark.parametrize(("point", "count", "signum"), [("optimizer", 9, signal.SIGKILL), ("token", 31, signal.SIGINT)])
+def test_an_adaptive_entropy_bonus_continues_where_it_was(
+    world: World, uninterrupted_bonus: Run, point: str, count: int, signum: signal.Signals
+) -> None:
+    weights = uninterrupted_bonus.column("loss/entropy_coef")
+    assert len(set(weights)) > 2, "it changes after the steps that are interrupted"
+    out = f"bonus-{point}-{count}"
+    interrupt(world, out, *BONUS, point=point, count=count, signal=signum)
+    assert world.resumed(out).bits() == uninterrupted_bonus.bits()
+
+
 def test_a_lost_worker_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:
     stop = {"point": "gradient", "count": 13, "signal": signal.SIGSTOP}
     started = world.start(

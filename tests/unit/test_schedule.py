@@ -1,4 +1,4 @@
-"""Learning rates are those of the schedules of ``transformers`` where every batch is full, and end with the run."""
+"""Learning rates are those of ``transformers`` where every batch is full; the entropy bonus follows its rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
-from forkrl.method.schedule import share_of_lr
+from forkrl.method.schedule import adaptive_bonus, share_of_lr
 
 
 def recipe(*overrides: str) -> TrainConfig:
@@ -90,6 +90,38 @@ def test_a_constant_rate_is_exactly_what_it_was() -> None:
     ],
 )
 def test_settings_without_effect_are_rejected(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe(*overrides)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_adaptive_bonus_follows_the_entropy() -> None:
+    """By hand, from the rule of Skywork-OR1: up below the target, down above it, never negative, applied below only."""
+    applied, coef = [], 0.0
+    for entropy in (0.5, 0.1, 0.1, 0.1, 0.2, 0.3, 0.1, 0.3, 0.3, 0.3, 0.1):
+        weight, coef = adaptive_bonus(coef, entropy, target=0.2, delta=0.25)
+        applied.append(weight)
+        assert coef >= 0
+    assert applied == [0.0, 0.0, 0.25, 0.5, 0.0, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0]
+    assert coef == 0.25
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["loss.entropy_target=0.2", "loss.entropy_coef=0.001"],
+            "loss.entropy_target = 0.2 lets the weight of the entropy bonus follow the entropy, and "
+            "loss.entropy_coef = 0.001 is a constant weight; set one of them to 0",
+        ),
+        (
+            ["loss.entropy_delta=0.001"],
+            "loss.entropy_delta is read with loss.entropy_target alone; set that, or remove it",
+        ),
+    ],
+)
+def test_one_entropy_bonus_at_a_time(overrides: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         recipe(*overrides)
     assert says in str(caught.value)

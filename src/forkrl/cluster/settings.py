@@ -331,6 +331,9 @@ REFUSED = (
         Refusal(f"forks_only.{name}", "any", "only read with training.backward")
         for name in ("projections", "prompt", "sampled", "kept_mib")
     ),
+    Refusal("loss.entropy_target", "above 0", f"{_OWN_LOOP}; set it to 0, or use a constant loss.entropy_coef",
+            lambda c: c.loss.entropy_target > 0),
+    Refusal("loss.entropy_delta", "any", "only read with loss.entropy_target"),
     Refusal("checkpoint.kind", 'other than "full"', f'{_OWN_LOOP}; set it to "full"',
             lambda c: c.checkpoint.kind != "full"),
     Refusal("runtime.device", 'other than "auto", "cuda" and "cpu"',

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from forkrl.config.cluster import ClusterConfig
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
@@ -155,6 +156,27 @@ class LossConfig(Section):
     """Weight of the KL divergence to the starting policy (k3 estimator, mean over all response tokens)."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus (mean over all response tokens)."""
+    entropy_target: NonNegative = 0.0
+    """Adaptive entropy bonus: its weight rises after each step whose mean entropy, in nats, is below this, falls after
+    the others, and applies below it only (docs/training-control.md); 0: off."""
+    entropy_delta: Positive = 0.005
+    """Change of the adaptive weight in one step; it starts at 0."""
+
+    @property
+    def entropy_bonus(self) -> bool:
+        """Whether a step may have one."""
+        return bool(self.entropy_coef or self.entropy_target)
+
+    @model_validator(mode="after")
+    def _one_entropy_bonus(self) -> LossConfig:
+        if self.entropy_target and self.entropy_coef:
+            raise ValueError(
+                f"loss.entropy_target = {self.entropy_target} lets the weight of the entropy bonus follow the entropy, "
+                f"and loss.entropy_coef = {self.entropy_coef} is a constant weight; set one of them to 0"
+            )
+        if not self.entropy_target and "entropy_delta" in self.changed():
+            raise ValueError("loss.entropy_delta is read with loss.entropy_target alone; set that, or remove it")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -257,37 +279,6 @@ class RuntimeConfig(Section):
     which several threads would slow down, else one. On an accelerator: one."""
 
 
-class ClusterConfig(Section):
-    """How `--trainer verl` spreads a run over GPUs and nodes (docs/cluster.md)."""
-
-    address: str = ""
-    """Address of a running Ray cluster, "10.0.0.1:6379" or "auto". Empty: start Ray on this machine for the run."""
-    nodes: PositiveInt = 1
-    """Number of machines."""
-    gpus_per_node: PositiveInt = 1
-    """GPUs per machine."""
-    trainer: Literal["sync", "colocate_async"] = "sync"
-    """"sync" samples with the weights that it then trains. "colocate_async" samples the next step while it trains, with
-    older weights."""
-    rollout_engine: Literal["vllm", "sglang"] = "vllm"
-    """Inference engine on GPUs."""
-    tensor_parallel: PositiveInt = 1
-    """GPUs that share one copy of the model while sampling."""
-    sequence_parallel: PositiveInt = 1
-    """GPUs that share each sequence while training (Ulysses)."""
-    gpu_memory: Fraction = 0.6
-    """Fraction of a GPU's memory for the inference engine."""
-    offload: bool = False
-    """Keep weights and optimizer state in host memory while the GPU does not need them."""
-    reward_workers: PositiveInt = 1
-    """Ray actors that score responses, spread over the nodes, each with reward.workers verifier processes."""
-    stall_timeout_s: Positive = 3600.0
-    """End the run if no response is sampled or scored for this many seconds."""
-    overrides: Annotated[tuple[str, ...], FROM_LIST] = ()
-    """Additional settings in the syntax of verl's command line: "actor_rollout_ref.rollout.max_num_seqs=512". Keys that
-    ForkRL sets itself are rejected."""
-
-
 class TrainConfig(Section):
     """A recipe for ``forkrl train``."""
 
@@ -363,10 +354,11 @@ class TrainConfig(Section):
                     'forks_only.* is read by training.backward = "forks_only" alone; set that, or remove it'
                 )
             return self
-        if self.loss.kl_coef or self.loss.entropy_coef:
+        if self.loss.kl_coef or self.loss.entropy_bonus:
             raise ValueError(
                 'training.backward = "forks_only" computes gradients of selected tokens only, but loss.kl_coef and '
-                'loss.entropy_coef are means over all; set both to 0, or training.backward to "dense"'
+                "loss.entropy_coef are means over all, and so is the bonus of loss.entropy_target; set all to 0, or "
+                'training.backward to "dense"'
             )
         if self.model.gradient_checkpointing:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The learning rate over a run. Imports no torch."""
+"""The learning rate and the adaptive entropy bonus over a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def share_of_lr(settings: Schedule, number: int, progress: float, gradient_steps
     decayed = max(0.0, (progress - start) / (1 - start))
     left = 1 - decayed if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * decayed))
     return warmed * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * left)
+
+
+def adaptive_bonus(coef: float, entropy: float, target: float, delta: float) -> tuple[float, float]:
+    """The weight of the entropy bonus in a step, and ``coef`` of the next step (Skywork-OR1, arXiv 2505.22312).
+
+    ``entropy`` is the step's mean, in nats, of the policy that sampled; ``coef`` is 0 in the first step.
+    """
+    if entropy < target:
+        return coef, coef + delta
+    return 0.0, max(0.0, coef - delta)

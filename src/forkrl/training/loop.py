@@ -29,7 +29,7 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
         rewards_PG = shaped_rewards(run, groups)
         advantages_PG = group_advantages(rewards_PG)
         batch = collate(groups, advantages_PG, pad_id=run.policy.tokenizer.eos_token_id)
-        metrics |= run.check_logprobs(batch)
+        metrics |= run.check_logprobs(batch) | run.adapt_entropy_bonus(batch)
 
         update_started = time.perf_counter()
         run.display.phase("update")
@@ -100,7 +100,7 @@ def take_gradient_step(run: Run, mini_batch: TokenBatch, *, done: float) -> Upda
             run.workers,
             run.optimizer,
             mini_batch.to(run.policy.device),
-            run.config,
+            run.step_config,
             run.generator,
             on_policy=not done,
         )

@@ -15,7 +15,7 @@ from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
-from forkrl.method.schedule import share_of_lr
+from forkrl.method.schedule import adaptive_bonus, share_of_lr
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
@@ -63,12 +63,17 @@ class Run:
     interruption: Interruption
     step: int = 0
     gradient_steps: int = 0
+    entropy_coef: float = 0.0
+    """Of the adaptive entropy bonus in the next step."""
+    step_config: TrainConfig = field(init=False)
+    """The settings of the current step's updates."""
     _saved_step: int | None = None
     _evaluated_step: int | None = None
     _gap_checked: bool = False
     _step_start: tuple[dict[str, Any], torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.step_config = self.config
         self._mark()
 
     @staticmethod
@@ -145,6 +150,17 @@ class Run:
             group["lr"] = lr
         return lr
 
+    def adapt_entropy_bonus(self, batch: TokenBatch) -> dict[str, float]:
+        """With loss.entropy_target: set the bonus's weight in this step's updates, and the next ``entropy_coef``."""
+        loss = self.config.loss
+        if not loss.entropy_target:
+            return {}
+        entropy = float(batch.rollout_entropy[batch.response_mask].mean())
+        weight, self.entropy_coef = adaptive_bonus(self.entropy_coef, entropy, loss.entropy_target, loss.entropy_delta)
+        changed = loss.model_copy(update={"entropy_coef": weight})
+        self.step_config = self.config.model_copy(update={"loss": changed})
+        return {"loss/entropy_coef": weight}
+
     def finish_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
         """Count and log the step; save a checkpoint if due."""
         self.step += 1
@@ -202,6 +218,7 @@ class Run:
                 "random_stream": RANDOM_STREAM,
                 "step": self.step,
                 "gradient_steps": self.gradient_steps,
+                "entropy_coef": self.entropy_coef,
                 "prompts": self.prompts.state(),
                 "metrics_bytes": self.folder.metrics_bytes,
                 "evaluated_step": self._evaluated_step,
@@ -231,6 +248,8 @@ class Run:
         )
         require_progress(path, progress, RANDOM_STREAM)
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
+        if self.config.loss.entropy_target:
+            self.entropy_coef = progress["entropy_coef"]
         self.prompts.restore(progress["prompts"])
         evaluation_bytes = self.folder.evaluation_bytes(progress["metrics_bytes"], self.step)
         self._evaluated_step = self.step if evaluation_bytes else progress["evaluated_step"]
