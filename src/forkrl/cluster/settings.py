@@ -277,6 +277,7 @@ ELSEWHERE = {
         ("sandbox", "server python seconds total_seconds memory_mb output_kb files_mb processes", _VERIFIERS),
         ("eval", "problems", "number of held-out prompts written to Parquet"),
         ("log", "trackers", "fed by the launcher from the run folder"),
+        ("log", "entropy_floor", "compared by the launcher and the report with the run folder's metrics"),
         ("runtime", "trainer", "selects verl"),
         ("cluster", "overrides", "added to verl's command line unchanged"),
     )

@@ -264,6 +264,8 @@ class LogConfig(Section):
     """Steps between samples of training responses written to rollouts/."""
     rollouts_sampled: Count = 64
     """Responses per sample."""
+    entropy_floor: NonNegative = 0.0
+    """Warn, once, of a step whose mean entropy is below this many nats, in the log and in the report; 0: never."""
 
 
 class RuntimeConfig(Section):

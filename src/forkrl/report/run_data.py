@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.errors import UserError, first_line
-from forkrl.report.formatting import evenly_spaced
+from forkrl.report.formatting import evenly_spaced, low_entropy
 from forkrl.stats.intervals import mean_with_interval
 from forkrl.store.run_folder import read_config
 
@@ -167,10 +167,19 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
         scores=_read_scores(folder, [step for step, row in metrics.items() if "eval/accuracy" in row], notes),
         notes=notes,
     )
+    notes += _low_entropy(run)
     for step, changes in run.setting_changes:
         if of_evaluations := [change for change in changes if change.startswith("eval.")]:
             notes.append(f"Evaluations changed after step {step}: {'; '.join(of_evaluations)}.")
     return run
+
+
+def _low_entropy(run: RunData) -> list[str]:
+    floor = run.setting("log.entropy_floor")
+    if not isinstance(floor, int | float):
+        return []
+    below = [(int(step), each) for step, each in zip(*run.series("entropy/mean"), strict=True) if each < floor]
+    return [f"M{low_entropy(*below[0], floor)[1:]}."] if below else []
 
 
 def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:

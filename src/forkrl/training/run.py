@@ -337,7 +337,11 @@ def open_run(
             run.folder.change_recipe(recipe_toml(config), run.step, changes)
         run.display = stack.enter_context(
             TrainingDisplay(
-                config.training.steps, run.step, eval_every=config.eval.every, header=describe_selection(config)
+                config.training.steps,
+                run.step,
+                eval_every=config.eval.every,
+                entropy_floor=config.log.entropy_floor,
+                header=describe_selection(config),
             )
         )
         if isinstance(run.verifier, VerifierPool):
