@@ -42,6 +42,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ("rollout.cuda_graphs", ["rollout.cuda_graphs=true"], "set it to false"),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
     ("loss.entropy_target", ["loss.entropy_target=0.2"], "set it to 0, or use a constant loss.entropy_coef"),
+    ("checkpoint.keep_best", ["checkpoint.keep_best=true"], "set it to false"),
     ("checkpoint.kind", ["checkpoint.kind=weights"], 'set it to "full"'),
     ("runtime.device", ["runtime.device=mps"], 'set it to "auto"'),
     ("runtime.device", ['runtime.device="cuda:0"'], 'set it to "auto"'),

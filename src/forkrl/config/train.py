@@ -15,7 +15,7 @@ from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
 
-CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "log.*")
+CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
 
 
@@ -255,6 +255,17 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step and an interruption always save."""
     keep: PositiveInt = 2
     """Checkpoints to keep; older ones are removed once a newer one is complete."""
+    keep_best: bool = False
+    """Also save and keep the step with the highest held-out accuracy so far (docs/training-control.md)."""
+
+    @model_validator(mode="after")
+    def _the_best_is_saved(self) -> CheckpointConfig:
+        if self.keep_best and self.kind == "none":
+            raise ValueError(
+                'checkpoint.keep_best has nothing to keep with checkpoint.kind = "none"; set it to false, or '
+                'the kind to "weights"'
+            )
+        return self
 
 
 class LogConfig(Section):

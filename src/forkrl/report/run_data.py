@@ -167,7 +167,7 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
         scores=_read_scores(folder, [step for step, row in metrics.items() if "eval/accuracy" in row], notes),
         notes=notes,
     )
-    notes += _low_entropy(run)
+    notes += _low_entropy(run) + _best_checkpoint(run)
     for step, changes in run.setting_changes:
         if of_evaluations := [change for change in changes if change.startswith("eval.")]:
             notes.append(f"Evaluations changed after step {step}: {'; '.join(of_evaluations)}.")
@@ -180,6 +180,17 @@ def _low_entropy(run: RunData) -> list[str]:
         return []
     below = [(int(step), each) for step, each in zip(*run.series("entropy/mean"), strict=True) if each < floor]
     return [f"M{low_entropy(*below[0], floor)[1:]}."] if below else []
+
+
+def _best_checkpoint(run: RunData) -> list[str]:
+    if run.setting("checkpoint.keep_best") is not True or not len(accuracies := run.series("eval/accuracy")):
+        return []
+    best = int(accuracies.values.argmax())
+    return [
+        f"checkpoint.keep_best chose step {accuracies.steps[best]:.0f}, the best of {len(accuracies)} evaluations, by "
+        f"these held-out problems: its accuracy of {accuracies.values[best]:.1%} on them is biased upwards, so measure "
+        f"that checkpoint on others."
+    ]
 
 
 def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:

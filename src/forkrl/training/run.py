@@ -93,7 +93,7 @@ class Run:
 
         Args:
             folder: run folder.
-            changes: new values for training.steps, eval.*, checkpoint.every, checkpoint.keep or log.*, by key.
+            changes: new values for training.steps, eval.*, log.*, checkpoint.every, .keep or .keep_best, by key.
             plug_ins: fields of :class:`PlugIns`, as when the run was created.
 
         Raises:
@@ -201,6 +201,15 @@ class Run:
         self.folder.write_scores(self.step, {group.prompt.id: group.scores for group in groups})
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
         self._evaluated_step = self.step
+        if self.step and self._best_step() == self.step:
+            self.save()
+
+    def _best_step(self) -> int | None:
+        """With checkpoint.keep_best: the evaluated step with the highest held-out accuracy, the first of equals."""
+        if not self.config.checkpoint.keep_best:
+            return None
+        accuracies = {row["step"]: row["eval/accuracy"] for row in self.folder.read_metrics() if "eval/accuracy" in row}
+        return max(accuracies, key=accuracies.__getitem__, default=None)
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps, unless there is one or the recipe wants none."""
@@ -224,6 +233,7 @@ class Run:
                 "evaluated_step": self._evaluated_step,
             },
             keep=self.config.checkpoint.keep,
+            spared=self._best_step(),
             weights_only=self.config.checkpoint.kind == "weights",
         )
         self._saved_step = self.step
