@@ -52,6 +52,17 @@ def test_an_extended_run_is_the_run_that_was_longer_from_the_start(world: World,
     )
 
 
+def test_an_extended_run_takes_the_rates_of_its_new_length(world: World) -> None:
+    linear = "optimizer.schedule=linear"
+    begun = world.trained("begun-linear", linear, "training.steps=3")
+    whole = world.trained("whole-linear", linear, "training.steps=6")
+    run = extended(world, begun, "extended-linear", "training.steps=6")
+    rates = run.column("optimizer/lr")
+    assert rates == begun.column("optimizer/lr") + whole.column("optimizer/lr")[3:]
+    assert rates[3] > rates[2]
+    assert 'optimizer.schedule = "linear" now ends at step 6: ' in run.outcome.stdout
+
+
 def test_evaluation_checkpoints_and_logs_may_change_too(world: World, short: Run) -> None:
     changes = ("training.steps=5", "eval.every=1", "eval.samples=1", "checkpoint.every=1", "log.rollouts_every=1")
     run = extended(world, short, "changed", *changes)

@@ -141,6 +141,13 @@ def test_a_template_without_a_place_for_the_prompt_is_refused() -> None:
         load_recipe(TrainConfig, None, ["task.name=dataset", "task.data=x.jsonl", "task.template=hello"])
 
 
+def test_the_best_checkpoint_of_a_run_without_checkpoints_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r'checkpoint.keep_best has nothing to keep with checkpoint.kind = "none"; set it'
+    ):
+        load_recipe(TrainConfig, None, ["checkpoint.keep_best=true", "checkpoint.kind=none"])
+
+
 def test_an_empty_value_restores_the_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[loss]\ndual_clip = 10.0\n[optimizer]\nlr = 1\nbetas = [0.8, 0.9]\n")

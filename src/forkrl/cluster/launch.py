@@ -122,7 +122,8 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
         known, logged = len(folder.read_metrics()), log.stat().st_size if log.is_file() else 0
         folder.close()  # verl's trainer takes its lock
         header = f"{describe_selection(config)}; by verl on {_described_machines(config)}"
-        display = stack.enter_context(TrainingDisplay(config.training.steps, start, header=header))
+        floor = config.log.entropy_floor
+        display = stack.enter_context(TrainingDisplay(config.training.steps, start, entropy_floor=floor, header=header))
         display.message(f"verl starts, which takes a minute; its log: {log}")
 
         def show(record: Mapping[str, Any]) -> None:

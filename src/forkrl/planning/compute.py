@@ -224,7 +224,7 @@ def update_flops(
     sequences = config.training.mini_batch_prompts * config.rollout.group_size
     mini_batch = sequences * (assumed.mean_prompt / config.rollout.group_size + assumed.mean_response)
     kept = measured * min(1.0, config.training.micro_batch_tokens / mini_batch)
-    every_token = bool(config.loss.kl_coef or config.loss.entropy_coef)  # contributes to the loss
+    every_token = bool(config.loss.kl_coef or config.loss.entropy_bonus)  # contributes to the loss
     selects_first = not every_token and (whole or not current)
     if config.training.backward == "forks_only":
         share = share_with_gradients(config)

@@ -196,7 +196,7 @@ def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tupl
     gathered = 2 * layer + embedding if shape.tied else layer + largest
     tokens, selection = config.training.micro_batch_tokens / layout.sequence_parallel, config.selection
     by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
-    entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_coef != 0
+    entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_bonus
     # FlashAttention's cross entropy computes log-probs in place; an entropy in the same pass needs its own gradient.
     copies = 1 + int(entropy_too) + int(config.rollout.temperature != 1)
     chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary

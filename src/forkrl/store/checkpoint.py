@@ -78,6 +78,7 @@ def save_checkpoint(
     generators: Mapping[str, torch.Generator],
     progress: Mapping[str, Any],
     keep: int,
+    spared: int | None = None,
     weights_only: bool = False,
     adapter: AdapterBase | None = None,
     merged: bool = False,
@@ -90,6 +91,7 @@ def save_checkpoint(
         generators: the run's random generators by name; PyTorch's global ones are saved too.
         progress: other state of the training loop, as JSON.
         keep: checkpoints to keep, including the new one. Checkpoints of later steps are removed too.
+        spared: an older step whose checkpoint, if there is one, is kept in addition.
         weights_only: write only model and tokenizer, which cannot be resumed from.
         adapter: what is below the model's adapter, which alone is saved; None for a model without one.
         merged: also write the model with its adapter merged.
@@ -112,7 +114,7 @@ def save_checkpoint(
             if not weights_only:
                 write_training_state(folder, model, optimizer, generators, progress)
             _write_manifest(folder, step, weights_only=weights_only)
-        _prune(checkpoints, step, keep)
+        _prune(checkpoints, step, keep, spared)
     return final
 
 
@@ -255,15 +257,17 @@ def _settle(checkpoints: Path) -> None:
             fsync(checkpoints)
 
 
-def _prune(checkpoints: Path, step: int, keep: int) -> None:
-    """Remove checkpoints of later steps, and all but ``keep`` of the others."""
+def _prune(checkpoints: Path, step: int, keep: int, spared: int | None) -> None:
+    """Remove checkpoints of later steps, and all but ``keep`` of the others and the ``spared`` step."""
     folders = {number: folder for number, (folder, *_) in _folders(checkpoints).items()}
     later = [folder for number, folder in folders.items() if number > step]
     older = [folder for number, folder in folders.items() if number < step]
     for folder in later:
         _log.warning("%s: removed; the run went back behind it, to an older checkpoint", folder)
+    kept = folders.get(spared) if spared is not None else None
     for folder in later + older[: max(0, len(older) - keep + 1)]:
-        _remove(folder)
+        if folder != kept:
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:

@@ -15,6 +15,7 @@ from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import change_recipe, recipe_toml
 from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.method.batches import cut_micro_batches
+from forkrl.method.schedule import adaptive_bonus, share_of_lr
 from forkrl.model.adapter import add_adapter
 from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy
 from forkrl.parallel.workers import Workers, open_workers
@@ -63,12 +64,17 @@ class Run:
     interruption: Interruption
     step: int = 0
     gradient_steps: int = 0
+    entropy_coef: float = 0.0
+    """Of the adaptive entropy bonus in the next step."""
+    step_config: TrainConfig = field(init=False)
+    """The settings of the current step's updates."""
     _saved_step: int | None = None
     _evaluated_step: int | None = None
     _gap_checked: bool = False
     _step_start: tuple[dict[str, Any], torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.step_config = self.config
         self._mark()
 
     @staticmethod
@@ -88,7 +94,7 @@ class Run:
 
         Args:
             folder: run folder.
-            changes: new values for training.steps, eval.*, checkpoint.every, checkpoint.keep or log.*, by key.
+            changes: new values for training.steps, eval.*, log.*, checkpoint.every, .keep or .keep_best, by key.
             plug_ins: fields of :class:`PlugIns`, as when the run was created.
 
         Raises:
@@ -136,14 +142,25 @@ class Run:
         self._gap_checked = True
         return {"rollout/logprob_gap_mean": gap.mean, "rollout/logprob_gap_max": gap.max}
 
-    def set_learning_rate(self) -> float:
-        """Count the next gradient step and set its learning rate: linear warm-up, then constant."""
+    def set_learning_rate(self, done: float) -> float:
+        """Count the next gradient step and set its rate; ``done``: share of the batch's gradient steps before it."""
         self.gradient_steps += 1
-        warmup = self.config.optimizer.warmup_steps
-        lr = self.config.optimizer.lr * min(1.0, self.gradient_steps / warmup if warmup else 1.0)
+        progress, settings = (self.step + done) / self.config.training.steps, self.config.optimizer
+        lr = settings.lr * share_of_lr(settings, self.gradient_steps, progress, self.config.gradient_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
+
+    def adapt_entropy_bonus(self, batch: TokenBatch) -> dict[str, float]:
+        """With loss.entropy_target: set the bonus's weight in this step's updates, and the next ``entropy_coef``."""
+        loss = self.config.loss
+        if not loss.entropy_target:
+            return {}
+        entropy = float(batch.rollout_entropy[batch.response_mask].mean())
+        weight, self.entropy_coef = adaptive_bonus(self.entropy_coef, entropy, loss.entropy_target, loss.entropy_delta)
+        changed = loss.model_copy(update={"entropy_coef": weight})
+        self.step_config = self.config.model_copy(update={"loss": changed})
+        return {"loss/entropy_coef": weight}
 
     def finish_step(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
         """Count and log the step; save a checkpoint if due."""
@@ -185,6 +202,15 @@ class Run:
         self.folder.write_scores(self.step, {group.prompt.id: group.scores for group in groups})
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
         self._evaluated_step = self.step
+        if self.step and self._best_step() == self.step:
+            self.save()
+
+    def _best_step(self) -> int | None:
+        """With checkpoint.keep_best: the evaluated step with the highest held-out accuracy, the first of equals."""
+        if not self.config.checkpoint.keep_best:
+            return None
+        accuracies = {row["step"]: row["eval/accuracy"] for row in self.folder.read_metrics() if "eval/accuracy" in row}
+        return max(accuracies, key=accuracies.__getitem__, default=None)
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps, unless there is one or the recipe wants none."""
@@ -202,11 +228,13 @@ class Run:
                 "random_stream": RANDOM_STREAM,
                 "step": self.step,
                 "gradient_steps": self.gradient_steps,
+                "entropy_coef": self.entropy_coef,
                 "prompts": self.prompts.state(),
                 "metrics_bytes": self.folder.metrics_bytes,
                 "evaluated_step": self._evaluated_step,
             },
             keep=self.config.checkpoint.keep,
+            spared=self._best_step(),
             weights_only=self.config.checkpoint.kind == "weights",
             adapter=self.policy.adapter,
             merged=self.config.checkpoint.merged,
@@ -237,6 +265,8 @@ class Run:
         )
         require_progress(path, progress, RANDOM_STREAM)
         self.step, self.gradient_steps = progress["step"], progress["gradient_steps"]
+        if self.config.loss.entropy_target:
+            self.entropy_coef = progress["entropy_coef"]
         self.prompts.restore(progress["prompts"])
         evaluation_bytes = self.folder.evaluation_bytes(progress["metrics_bytes"], self.step)
         self._evaluated_step = self.step if evaluation_bytes else progress["evaluated_step"]
@@ -324,7 +354,11 @@ def open_run(
             run.folder.change_recipe(recipe_toml(config), run.step, changes)
         run.display = stack.enter_context(
             TrainingDisplay(
-                config.training.steps, run.step, eval_every=config.eval.every, header=describe_selection(config)
+                config.training.steps,
+                run.step,
+                eval_every=config.eval.every,
+                entropy_floor=config.log.entropy_floor,
+                header=describe_selection(config),
             )
         )
         if isinstance(run.verifier, VerifierPool):
@@ -428,6 +462,12 @@ def _announce_resume(run: Run, changes: Sequence[str]) -> None:
     done = run.step if run.first_unsaved_step else None
     finished = run.step == run._evaluated_step == run.config.training.steps
     run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
+    schedule, steps = run.config.optimizer.schedule, run.config.training.steps
+    if schedule != "constant" and any(change.startswith("training.steps:") for change in changes):
+        run.display.message(
+            f'optimizer.schedule = "{schedule}" now ends at step {steps}: from here on the learning rate is that of '
+            f"training.steps = {steps}, and no run that was so long from the start has the same results"
+        )
     if arithmetic := changed_arithmetic(run.folder.provenance, run.workers):
         run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")
 
