@@ -15,7 +15,7 @@ from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe, recipe_toml
 from forkrl.errors import UserError
 from forkrl.store.resuming import stored_config
-from forkrl.training.run import open_run
+from forkrl.training.open_run import open_run
 from tests.smoke.world import Run, World
 
 

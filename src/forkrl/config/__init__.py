@@ -3,12 +3,12 @@
 ``recipe.py`` reads them from a TOML file and from ``section.key=value`` on the command line.
 """
 
+from forkrl.config.lora import LoraConfig
 from forkrl.config.sft import SearchHabits, SftConfig
 from forkrl.config.task import CurriculumConfig, PartConfig, TaskConfig
 from forkrl.config.train import (
     CHANGEABLE,
     ForksOnlyConfig,
-    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
