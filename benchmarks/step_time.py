@@ -98,7 +98,7 @@ def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
 
     configure_environment()
     from forkrl.training.loop import train
-    from forkrl.training.run import open_run
+    from forkrl.training.open_run import open_run
 
     config = load_config(options, *OUR_SETTINGS[options.setting])
     with tempfile.TemporaryDirectory() as folder:

@@ -53,10 +53,10 @@ class TinyState:
             losses.append(float(loss.detach()))
         return losses
 
-    def save(self, checkpoints: Path, step: int, keep: int = 1, **progress: Any) -> Path:
+    def save(self, checkpoints: Path, step: int, keep: int = 1, spared: int | None = None, **progress: Any) -> Path:
         return save_checkpoint(
             checkpoints, step, model=self.model, tokenizer=self.tokenizer, optimizer=self.optimizer,
-            generators=self.generators, progress={"step": step, **progress}, keep=keep,
+            generators=self.generators, progress={"step": step, **progress}, keep=keep, spared=spared,
         )  # fmt: skip
 
     def load(self, path: Path) -> dict[str, Any]:

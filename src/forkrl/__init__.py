@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from forkrl.method.selection import select_tokens
     from forkrl.rollout.fork_temperature import ForkTemperature
     from forkrl.training.api import RunResults, load_recipe, train
-    from forkrl.training.run import PlugIns, Run
+    from forkrl.training.open_run import PlugIns
+    from forkrl.training.run import Run
     from forkrl.types import (
         LossOutput,
         Prompt,
@@ -64,7 +65,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "PlugIns": "forkrl.training.run",
+    "PlugIns": "forkrl.training.open_run",
     "Run": "forkrl.training.run",
     "RunResults": "forkrl.training.api",
     "TrainConfig": "forkrl.config",

@@ -416,6 +416,7 @@ def test_projections_and_weights_are_refused_together() -> None:
     [
         ({"loss": {"kl_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
         ({"loss": {"entropy_coef": 0.1}}, "loss.kl_coef and loss.entropy_coef are means over all"),
+        ({"loss": {"entropy_target": 0.1}}, "so is the bonus of loss.entropy_target"),
         ({"model": {"gradient_checkpointing": True}}, "set model.gradient_checkpointing to false"),
         ({"forks_only": {"kept_mib": 7}}, "forks_only.kept_mib = 7 is read only for a selection by current entropies"),
         ({"forks_only": {"projections": True, "sampled": 0.1}}, "count the same gradients twice; set one of them"),

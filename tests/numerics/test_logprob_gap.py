@@ -18,7 +18,8 @@ from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, LogprobGap, logprob_gap, require_small_gap
 from forkrl.training.loop import train
-from forkrl.training.run import Run, open_run
+from forkrl.training.open_run import open_run
+from forkrl.training.run import Run
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
 from tests.models import random_policy
 

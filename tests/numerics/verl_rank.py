@@ -26,7 +26,7 @@ from verl.utils import tensordict_utils as tu
 from forkrl.cluster.options import ForkOptions
 from forkrl.cluster.settings import VerlPaths
 from forkrl.cluster.translate import verl_overrides
-from forkrl.cluster.worker import PREFIX, ROW, SELECTED, ForkLoss, ForkWorker, loss_config, select
+from forkrl.cluster.worker import PREFIX, PROGRESS, ROW, SELECTED, ForkLoss, ForkWorker, Progress, loss_config, select
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.types import TokenBatch
@@ -100,6 +100,7 @@ def gradient(
         tu.assign_non_tensor(
             own,
             mini_batch_size=len(data),
+            **{PROGRESS: Progress(0.0, 1.0, 1)},
             epochs=1,
             seed=0,
             dataloader_kwargs={"shuffle": False},

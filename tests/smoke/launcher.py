@@ -192,7 +192,7 @@ def _leave_report_out() -> None:
 
 
 def _remember_opened_policies() -> None:
-    run: Any = importlib.import_module("forkrl.training.run")
+    run: Any = importlib.import_module("forkrl.training.open_run")
     evaluation: Any = importlib.import_module("forkrl.commands.session")
     open_policy = run.open_policy
 

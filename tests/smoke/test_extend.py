@@ -15,7 +15,7 @@ from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe, recipe_toml
 from forkrl.errors import UserError
 from forkrl.store.resuming import stored_config
-from forkrl.training.run import open_run
+from forkrl.training.open_run import open_run
 from tests.smoke.world import Run, World
 
 
@@ -50,6 +50,17 @@ def test_an_extended_run_is_the_run_that_was_longer_from_the_start(world: World,
         "extended is finished (step 6 of 6); to train it further: forkrl train --resume extended training.steps=12\n"
         in again.stdout
     )
+
+
+def test_an_extended_run_takes_the_rates_of_its_new_length(world: World) -> None:
+    linear = "optimizer.schedule=linear"
+    begun = world.trained("begun-linear", linear, "training.steps=3")
+    whole = world.trained("whole-linear", linear, "training.steps=6")
+    run = extended(world, begun, "extended-linear", "training.steps=6")
+    rates = run.column("optimizer/lr")
+    assert rates == begun.column("optimizer/lr") + whole.column("optimizer/lr")[3:]
+    assert rates[3] > rates[2]
+    assert 'optimizer.schedule = "linear" now ends at step 6: ' in run.outcome.stdout
 
 
 def test_evaluation_checkpoints_and_logs_may_change_too(world: World, short: Run) -> None:

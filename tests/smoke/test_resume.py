@@ -99,6 +99,77 @@ def test_interrupted_in_two_processes(
     assert world.resumed(out).bits() == uninterrupted_pair.bits()
 
 
+DECAY = ("optimizer.schedule=cosine", "optimizer.warmup_steps=3", "optimizer.min_lr_ratio=0.1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_decay(world: World) -> Run:
+    return world.trained("decay", *DECAY)
+
+
+@pytest.mark.parametrize(("point", "count", "signum"), [("optimizer", 8, signal.SIGKILL), ("token", 31, signal.SIGINT)])
+def test_a_falling_learning_rate_continues_where_it_was(
+    world: World, uninterrupted_decay: Run, point: str, count: int, signum: signal.Signals
+) -> None:
+    rates = uninterrupted_decay.column("optimizer/lr")
+    assert rates[1:] == sorted(rates[1:], reverse=True), "the warm-up ends in the second step"
+    out = f"decay-{point}-{count}"
+    interrupt(world, out, *DECAY, point=point, count=count, signal=signum)
+    assert world.resumed(out).bits() == uninterrupted_decay.bits()
+
+
+BONUS = ("loss.entropy_target=2.62", "loss.entropy_delta=0.5")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_bonus(world: World) -> Run:
+    return world.trained("bonus", *BONUS)
+
+
+@pytest.mark.parametrize(("point", "count", "signum"), [("optimizer", 9, signal.SIGKILL), ("token", 31, signal.SIGINT)])
+def test_an_adaptive_entropy_bonus_continues_where_it_was(
+    world: World, uninterrupted_bonus: Run, point: str, count: int, signum: signal.Signals
+) -> None:
+    weights = uninterrupted_bonus.column("loss/entropy_coef")
+    assert 0.0 in weights[weights.index(0.5) :], f"it rises and falls: {weights}"
+    out = f"bonus-{point}-{count}"
+    interrupt(world, out, *BONUS, point=point, count=count, signal=signum)
+    assert world.resumed(out).bits() == uninterrupted_bonus.bits()
+
+
+BEST = ("checkpoint.keep_best=true", "checkpoint.keep=1", "eval.every=1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_best(world: World) -> Run:
+    return world.trained("best", *BEST)
+
+
+def best_of(run: Run) -> int:
+    accuracies = run.column("eval/accuracy")
+    return accuracies.index(max(accuracies))
+
+
+def test_the_best_checkpoint_is_kept_next_to_the_newest(uninterrupted_best: Run) -> None:
+    best = best_of(uninterrupted_best)
+    assert best in (1, 3, 5), "a step that is saved for its accuracy only"
+    assert uninterrupted_best.checkpoints == [f"step-{best}", "step-6"]
+
+
+@pytest.mark.parametrize(
+    ("point", "count", "signum"),
+    [("eval", 5, signal.SIGKILL), ("rename", 5, signal.SIGKILL), ("token", 40, signal.SIGINT)],
+)
+def test_the_best_checkpoint_outlives_an_interruption(
+    world: World, uninterrupted_best: Run, point: str, count: int, signum: signal.Signals
+) -> None:
+    out = f"best-{point}-{count}"
+    interrupt(world, out, *BEST, point=point, count=count, signal=signum)
+    resumed = world.resumed(out)
+    assert resumed.bits() == uninterrupted_best.bits()
+    assert resumed.checkpoints == uninterrupted_best.checkpoints
+
+
 def test_a_lost_worker_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:
     stop = {"point": "gradient", "count": 13, "signal": signal.SIGSTOP}
     started = world.start(

@@ -183,11 +183,15 @@ VARIATIONS = {
     "dual clip": ("loss.dual_clip=1.01", "loss.clip_high=0.001"),
     "kl": ("loss.kl_coef=0.1",),
     "entropy bonus": ("loss.entropy_coef=0.1",),
+    "adaptive bonus": ("loss.entropy_target=9.0", "loss.entropy_delta=0.05"),
     "gradient steps": ("training.mini_batch_prompts=4",),
     "overlong": ("reward.overlong_cache=3",),
     "weight decay": ("optimizer.weight_decay=0.9",),
     "gradient clipping": ("optimizer.max_grad_norm=1e-9",),
     "warm-up": ("optimizer.warmup_steps=10",),
+    "linear": ("optimizer.schedule=linear",),
+    "cosine": ("optimizer.schedule=cosine",),
+    "minimum": ("optimizer.schedule=cosine", "optimizer.min_lr_ratio=0.5"),
     "temperature": ("rollout.temperature=0.7",),
     "top-p": ("rollout.top_p=0.5",),
     "top-k": ("rollout.top_k=3",),
@@ -219,6 +223,10 @@ def test_settings_show_in_the_metrics(variations: dict[str, Run]) -> None:
     # The bonus is of the current policy in every gradient step, entropy/mean of the policy that sampled.
     assert first["entropy bonus"]["loss/entropy"] == pytest.approx(first["entropy bonus"]["entropy/mean"], rel=0.03)
     assert first["overlong"]["reward/mean"] < first["overlong"]["reward/accuracy"]
+    # The first step's weight is 0, in which the bonus is neither computed nor logged.
+    assert variations["adaptive bonus"].column("loss/entropy_coef") == [0.0, 0.05]
+    first_loss, second_loss = variations["adaptive bonus"].column("loss/entropy")
+    assert first_loss == 0.0 < second_loss
     assert first["warm-up"]["optimizer/lr"] == pytest.approx(0.02 * (0.1 + 0.2) / 2)
     assert first["stop"]["response/length"] < first["base"]["response/length"]
 

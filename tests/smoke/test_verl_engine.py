@@ -62,7 +62,9 @@ entropy = "rollout"
 [optimizer]
 lr = 3e-4
 weight_decay = 0.0
-warmup_steps = 20
+warmup_steps = 6
+schedule = "linear"
+min_lr_ratio = 0.1
 [training]
 steps = {STEPS}
 mini_batch_prompts = 2
@@ -281,13 +283,19 @@ def test_metrics_have_the_names_of_a_local_run(story: Story) -> None:
             assert record["reward/mean"] <= record["reward/accuracy"] + 1
 
 
-def test_the_warm_up_counts_gradient_steps_through_every_resume(story: Story) -> None:
+def test_warm_up_and_decay_continue_through_every_resume(story: Story) -> None:
+    from forkrl.config import OptimizerConfig
+    from forkrl.method.schedule import share_of_lr
+
+    settings = OptimizerConfig(warmup_steps=6, schedule="linear", min_lr_ratio=0.1)
     done, expected, rates = 0, [], []
     for record in metrics_of(story.folder):
         if "reward/accuracy" in record:
             # Two groups a gradient step; a step whose prompts are spent has fewer than four.
             steps = -(-int(record["sampling/groups_kept"]) // 2)
-            expected.append(3e-4 * (done + (steps + 1) / 2) / 20)
+            progress = [(record["step"] - 1 + index / steps) / STEPS for index in range(steps)]
+            shares = [share_of_lr(settings, done + index + 1, progress[index], 2 * STEPS) for index in range(steps)]
+            expected.append(3e-4 * sum(shares) / steps)
             rates.append(record["optimizer/lr"])
             done += steps
     assert rates == pytest.approx(expected, rel=1e-6)

@@ -201,6 +201,13 @@ class TestPrune:
             saved = range(7, step + 1)
             assert set(self.names(tmp_path)) == {f"step-{each}" for each in saved[-keep:]}
 
+    def test_a_spared_step_stays_in_addition_until_another_is_spared(self, tmp_path: Path) -> None:
+        state, spared = tiny_state(), {7: 0, 8: 8, 9: 8, 10: 8, 11: 8, 12: 11, 13: 11}
+        for step, best in spared.items():
+            state.save(tmp_path, step, keep=2, spared=best)
+            newest = range(max(7, step - 1), step + 1)
+            assert set(self.names(tmp_path)) == {f"step-{each}" for each in {*newest, best} - {0}}
+
     def test_a_save_that_fails_removes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state = tiny_state()
         state.save(tmp_path, 1, keep=2)

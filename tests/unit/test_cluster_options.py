@@ -76,6 +76,7 @@ def test_an_option_that_makes_no_sense_is_named(override: str, words: list[str])
         (["actor_rollout_ref.actor.policy_loss.loss_mode=gspo"], "loss_mode"),
         (["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=mse"], "kl_loss_type"),
         (["+forkrl.scope=micro_batch", "actor_rollout_ref.actor.strategy=megatron"], "strategy"),
+        (["actor_rollout_ref.actor.optim.lr_scheduler_type=cosine"], "lr_scheduler_type"),
         (["distillation.enabled=True"], "distillation"),
         (["trainer.v1.sampler.custom_sampler.path=mine.py"], "custom_sampler"),
     ],

@@ -141,6 +141,13 @@ def test_a_template_without_a_place_for_the_prompt_is_refused() -> None:
         load_recipe(TrainConfig, None, ["task.name=dataset", "task.data=x.jsonl", "task.template=hello"])
 
 
+def test_the_best_checkpoint_of_a_run_without_checkpoints_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r'checkpoint.keep_best has nothing to keep with checkpoint.kind = "none"; set it'
+    ):
+        load_recipe(TrainConfig, None, ["checkpoint.keep_best=true", "checkpoint.kind=none"])
+
+
 def test_an_empty_value_restores_the_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[loss]\ndual_clip = 10.0\n[optimizer]\nlr = 1\nbetas = [0.8, 0.9]\n")
@@ -204,3 +211,20 @@ def test_options_that_no_verifier_could_take_are_refused(override: str, message:
         load_recipe(TrainConfig, None, [*dataset, override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora.alpha=8"], "lora.alpha is read only with lora.rank above 0"),
+        (["lora.rank=8", "lora.targets=[]"], "lora.targets is empty"),
+        (["checkpoint.merged=true"], "checkpoint.merged = true needs an adapter"),
+        (
+            ["lora.rank=8", "checkpoint.merged=true", "checkpoint.kind=none"],
+            "checkpoint.merged = true needs an adapter",
+        ),
+    ],
+)
+def test_settings_of_adapters_go_with_a_rank(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(TrainConfig, None, overrides)

@@ -18,7 +18,8 @@ from forkrl.model.policy import open_policy
 from forkrl.rollout.sampling import RANDOM_STREAM
 from forkrl.rollout.scoring import Scoring
 from forkrl.training import loop
-from forkrl.training.run import Run, open_run
+from forkrl.training.open_run import open_run
+from forkrl.training.run import Run
 from forkrl.training.update import Update
 from forkrl.types import RolloutGroup, TokenBatch, VerifierResult
 

@@ -23,12 +23,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from forkrl.config import ModelConfig, TrainConfig
+from forkrl.config import LoraConfig, ModelConfig, TrainConfig
 from forkrl.config.recipe import load_recipe
+from forkrl.errors import UserError
 from forkrl.method.batches import mini_batches
+from forkrl.model.adapter import add_adapter
 from forkrl.model.policy import Policy, open_policy, set_gradient_checkpointing
 from forkrl.parallel.workers import Workers
-from forkrl.planning.compute import forward_flops, update_flops
+from forkrl.planning.compute import assume, forward_flops, plan_time, update_flops
 from forkrl.planning.gpus import GPUS
 from forkrl.planning.memory import Arithmetic, outside_bytes, plan_memory, saved_bytes, stream_bytes
 from forkrl.planning.shapes import ModelShape, find_shape, parse_shape
@@ -143,6 +145,18 @@ def test_activations_are_what_pytorch_keeps(sizes: Sizes, tokens: int, arithmeti
     assert tokens * a_token + cast_weights(shape, arithmetic) == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("arithmetic", ["autocast", "fp32"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 1024), (MEDIUM, 1024)])
+def test_activations_with_adapters(sizes: Sizes, tokens: int, kind: str, arithmetic: Arithmetic) -> None:
+    model, shape = build(sizes, arithmetic, kind)
+    add_adapter(model, LoraConfig(rank=8), ModelConfig())
+    measured = kept_bytes(model, runner(model, arithmetic, tokens))
+    a_token = saved_bytes(shape, arithmetic, checkpointing=False, attention_bytes=4, rank=8)
+    copies = 2 * shape.adapter_parameters(8, ("all-linear",)) if arithmetic == "autocast" else 0
+    assert tokens * a_token + cast_weights(shape, arithmetic) + copies == pytest.approx(measured, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("arithmetic", ["bf16", "autocast"])
 def test_activations_of_the_other_architectures(kind: str, arithmetic: Arithmetic) -> None:
@@ -211,6 +225,28 @@ def test_weights_gradients_and_adam_of_the_embedded_model_are_exact() -> None:
     gradients = [parameter.grad.nbytes for parameter in parameters if parameter.grad is not None]
     assert update["gradients, fp32"] == sum(gradients)
     assert update["Adam's averages, fp32"] == sum(averages)
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "down_proj"]])
+def test_weights_gradients_and_adam_of_adapters_are_exact(targets: list[str]) -> None:
+    policy = open_policy(ModelConfig(), "cpu")
+    lora = {"rank": 4, "targets": targets}
+    config = TrainConfig.model_validate({"lora": lora})
+    whole = policy.model.num_parameters()
+    add_adapter(policy.model, config.lora, config.model)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    planned = plan_memory(config, find_shape("embedded:countdown-base").shape, GPUS["h100"])
+    update = {item.name: item.num_bytes for item in planned.phases[1].items}
+    numbers = sum(parameter.numel() for parameter in trained)
+    assert update["weights, fp32"] == 4 * whole
+    assert update["adapters, fp32"] == update["gradients, fp32"] == 4 * numbers
+    assert update["Adam's averages, fp32"] == 8 * numbers
+
+
+def test_the_plan_names_a_target_that_no_layer_has() -> None:
+    config = TrainConfig.model_validate({"lora": {"rank": 4, "targets": ["c_attn"]}})
+    with pytest.raises(UserError, match="lora.targets: no layer 'c_attn'"):
+        plan_memory(config, find_shape("embedded:countdown-base").shape, GPUS["h100"])
 
 
 def test_logits_are_exact() -> None:
@@ -304,3 +340,22 @@ def test_operations_of_an_update_are_those_that_pytorch_counts(settings: tuple[s
     # Forks-only leaves out the end of the last layer where entropies are known: in a model of two, a twentieth.
     tolerance = 0.08 if config.training.backward == "forks_only" else TOLERANCE
     assert counter.get_total_flops() == pytest.approx(planned - attention, rel=tolerance)
+
+
+@pytest.mark.parametrize("settings", [("selection.rule=all",), ("selection.scope=sequence",)], ids=" ".join)
+def test_operations_of_an_update_with_adapters(settings: tuple[str, ...]) -> None:
+    model, shape = build(WIDE, "fp32")
+    fixed = ["rollout.prompts_per_step=4", "rollout.group_size=4", "training.mini_batch_prompts=4", "lora.rank=8"]
+    fixed += ["loss.clip_low=0.999", "loss.clip_high=1e6", "rollout.max_prompt_tokens=8"]
+    config = load_recipe(TrainConfig, None, [*fixed, "model.path=unread", *settings])
+    add_adapter(model, config.lora, ModelConfig())
+    workers = Workers(Policy(model, cast(Any, SimpleNamespace(eos_token_id=0))))
+    assert workers.policy.packs
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.0)
+    with FlopCounterMode(display=False) as counter:
+        update_policy(workers, optimizer, random_batch(shape, 16, 8, 32), config, torch.Generator())
+    assumed = assume(config, mean_prompt=8, mean_response=32)
+    plan = plan_memory(config, shape, GPUS["h100"])
+    (planned,) = [part.flops for part in plan_time(config, plan, assumed).parts if part.name == "update"]
+    attention = 3 * 16 * 2 * shape.layers * shape.query_width * 40**2
+    assert counter.get_total_flops() == pytest.approx(planned - attention, rel=0.1)

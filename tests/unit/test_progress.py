@@ -77,6 +77,18 @@ def test_a_log_file_gets_one_plain_line_per_step() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_the_first_step_below_the_entropy_floor_has_a_warning_and_no_other() -> None:
+    stream = io.StringIO()
+    with TrainingDisplay(10, stream=stream, entropy_floor=0.12) as display:
+        for step, entropy in ((1, 0.13), (2, math.nan), (3, 0.1199), (4, 0.13), (5, 0.01)):
+            display.update({**STEP, "step": step, "entropy/mean": entropy})
+        display.update({"step": 5, **EVAL})
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1].partition("/")[0] for line in lines if line.startswith("step ")] == [*"12345", "5"]
+    assert lines[3].startswith("mean entropy fell below log.entropy_floor = 0.12 nats at step 3, to 0.12: ")
+    assert len(lines) == 7
+
+
 def test_long_lines_are_not_folded_in_a_log_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     stream = io.StringIO()

@@ -390,6 +390,31 @@ def test_lines_that_are_no_step_are_named(tmp_path: Path, line: str) -> None:
     assert any("line 2" in note for note in run.notes)
 
 
+@pytest.mark.parametrize(("floor", "step"), [(0.3, 2), (0.05, None), (0.0, None)])
+def test_entropy_below_the_floor_is_noted_once(tmp_path: Path, floor: float, step: int | None) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    entropies = enumerate((0.4, 0.2, 0.1, 0.5), start=1)
+    metrics_of(folder, *({"step": step, "entropy/mean": entropy} for step, entropy in entropies))
+    with (folder / "config.toml").open("a") as file:
+        file.write(f"\n[log]\nentropy_floor = {floor}\n")
+    notes = [note for note in read_run(folder, 12).notes if "entropy" in note]
+    assert len(notes) == (step is not None)
+    if step is not None:
+        assert notes[0].startswith(f"Mean entropy fell below log.entropy_floor = {floor} nats at step {step}, to 0.2: ")
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_accuracy_of_a_chosen_checkpoint_is_said_to_be_biased(tmp_path: Path, keep_best: bool) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    accuracies = enumerate((0.25, 0.5, 0.5, 0.375))
+    metrics_of(folder, *({"step": step, "eval/accuracy": accuracy} for step, accuracy in accuracies))
+    with (folder / "config.toml").open("a") as file:
+        file.write(f"\n[checkpoint]\nkeep_best = {str(keep_best).lower()}\n")
+    notes = [note for note in read_run(folder, 12).notes if "keep_best" in note]
+    says = ["checkpoint.keep_best chose step 1, the best of 4 evaluations, ", "50.0% on them is biased upwards"]
+    assert [all(words in note for words in says) for note in notes] == [True] * keep_best
+
+
 def test_damaged_rollouts_are_named_and_the_next_best_is_shown(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=60)
     whole = (folder / "rollouts/eval-000060.parquet").read_bytes()

@@ -27,7 +27,7 @@ from forkrl.store.atomic import explained_write_errors
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, refuse_other_data
 from forkrl.store.resuming import accepted_changes, describe_resume, stored_config
 from forkrl.store.run_folder import RunFolder, rollout_schema
-from forkrl.training.run import open_run
+from forkrl.training.open_run import open_run
 from forkrl.types import Task
 from tests.models import random_policy
 from tests.tiny_state import tiny_state

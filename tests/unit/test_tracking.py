@@ -71,7 +71,7 @@ def test_a_missing_package_stops_the_start_with_its_install_line(
 
 
 def test_a_missing_package_leaves_no_run_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forkrl.training.run import open_run
+    from forkrl.training.open_run import open_run
 
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = TrainConfig.model_validate({"log": {"trackers": ["trackio"]}})

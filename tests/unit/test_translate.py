@@ -57,6 +57,8 @@ CHANGES: dict[str, tuple[Sequence[str], str, list[object]]] = {
     "loss.entropy_coef": ((), "loss.entropy_coef=0.01", [0.01]),
     "optimizer.lr": ((), "optimizer.lr=3e-6", [3e-06]),
     "optimizer.warmup_steps": ((), "optimizer.warmup_steps=10", [10]),
+    "optimizer.schedule": ((), "optimizer.schedule=linear", ["linear"]),
+    "optimizer.min_lr_ratio": (("optimizer.schedule=cosine",), "optimizer.min_lr_ratio=0.1", [0.1]),
     "optimizer.weight_decay": ((), "optimizer.weight_decay=0.0", [0.0]),
     "optimizer.betas": ((), "optimizer.betas=[0.9, 0.95]", [(0.9, 0.95)]),
     "optimizer.eps": ((), "optimizer.eps=1e-15", [{"eps": 1e-15}]),

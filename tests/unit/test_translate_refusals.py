@@ -41,6 +41,9 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ),
     ("rollout.cuda_graphs", ["rollout.cuda_graphs=true"], "set it to false"),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
+    ("lora.rank", ["lora.rank=8"], "drop lora.*"),
+    ("loss.entropy_target", ["loss.entropy_target=0.2"], "set it to 0, or use a constant loss.entropy_coef"),
+    ("checkpoint.keep_best", ["checkpoint.keep_best=true"], "set it to false"),
     ("checkpoint.kind", ["checkpoint.kind=weights"], 'set it to "full"'),
     ("runtime.device", ["runtime.device=mps"], 'set it to "auto"'),
     ("runtime.device", ['runtime.device="cuda:0"'], 'set it to "auto"'),
@@ -91,6 +94,8 @@ def test_every_refusal_of_the_table_has_a_case() -> None:
     """Those of the prompts themselves, and of what goes with another setting, are tested below."""
     elsewhere = {"task.parts.weight", "rollout.prompts_per_step"}
     with_another = {row.recipe for row in REFUSED if row.recipe.startswith(("task.curriculum.", "forks_only."))}
+    with_another |= {"lora.alpha", "lora.targets", "checkpoint.merged"}
+    with_another.add("loss.entropy_delta")
     cases = {key for key, _, _ in REFUSALS}
     assert {row.recipe for row in REFUSED} - elsewhere - with_another <= cases
     assert cases <= {row.recipe for row in REFUSED}

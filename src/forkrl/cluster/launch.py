@@ -122,7 +122,8 @@ def train_on_cluster(config: TrainConfig, out: Path, *, resume: Path | None = No
         known, logged = len(folder.read_metrics()), log.stat().st_size if log.is_file() else 0
         folder.close()  # verl's trainer takes its lock
         header = f"{describe_selection(config)}; by verl on {_described_machines(config)}"
-        display = stack.enter_context(TrainingDisplay(config.training.steps, start, header=header))
+        floor = config.log.entropy_floor
+        display = stack.enter_context(TrainingDisplay(config.training.steps, start, entropy_floor=floor, header=header))
         display.message(f"verl starts, which takes a minute; its log: {log}")
 
         def show(record: Mapping[str, Any]) -> None:
@@ -185,6 +186,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     refuse_untranslatable(config)
     model = model_location(config.model.path)
+    require_no_adapter(model, None, config.model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         generation, model_config = load_generation_config(model), AutoConfig.from_pretrained(model)
@@ -192,7 +194,6 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(
             f"model.path = {config.model.path!r} has no usable tokenizer or config.json: {first_line(error)}"
         ) from error
-    require_no_adapter(model, None, config.model.path)
     require_fixed_frequencies(model_config, config.model.path)
     task = open_task(config.task, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     lengths = [len(prompt_token_ids(tokenizer, prompt)) for prompt in (*task.train, *task.held_out)]

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from forkrl.config import SelectionConfig
 from forkrl.config.recipe import parse_recipe
-from forkrl.config.sections import FROM_LIST, Count, PositiveInt, Seed
+from forkrl.config.sections import FROM_LIST, Count, Decay, PositiveInt, Seed
 from forkrl.config.train import Denominator
 from forkrl.errors import UserError
 
@@ -29,6 +29,10 @@ class ForkOptions(SelectionConfig):
     """For the rule "random"."""
     warmup_steps: Count = 0
     """Gradient steps of learning-rate warm-up. verl's own warm-up counts rollout batches."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up; verl's own schedule must stay constant."""
+    min_lr_ratio: Decay = 0.0
+    """The share of the learning rate that is left after the last step."""
     max_generation_batches: Count = 0
     """Batches of prompts that dynamic sampling may draw per step; 0: no limit, as in verl."""
     poll_s: Annotated[float, Field(gt=0)] = 2.0
@@ -74,6 +78,10 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         f"{_ACTOR}.policy_loss.loss_mode", lambda mode: mode not in (None, "vanilla"),
         "the plug-in has DAPO's clipped loss; set it to vanilla, or train with trainer.v1.trainer_mode=sync",
+    ),
+    (
+        f"{_ACTOR}.optim.lr_scheduler_type", lambda kind: kind not in (None, "constant"),
+        "the plug-in sets the rate of every gradient step; set it to constant, and +forkrl.schedule instead",
     ),
     ("distillation.enabled", bool, "has its own loss; set it to false"),
     ("trainer.v1.sampler.custom_sampler.path", bool, "the plug-in has its own replay buffer; drop it"),

@@ -159,6 +159,9 @@ TABLE = (
     _row("optimizer.lr", "actor.optim.lr"),
     _row("optimizer.warmup_steps", "+forkrl.warmup_steps", None,
          "In gradient steps, counted by the plug-in; verl's lr_warmup_steps counts rollout batches and stays unset"),
+    _row("optimizer.schedule", "+forkrl.schedule", None,
+         "By the plug-in, for every gradient step; verl's lr_scheduler_type has no linear decay and stays constant"),
+    _row("optimizer.min_lr_ratio", "+forkrl.min_lr_ratio"),
     _row("optimizer.weight_decay", "actor.optim.weight_decay"),
     _row("optimizer.betas", "actor.optim.betas"),
     _row("optimizer.eps", "actor.optim.override_optimizer_config", lambda c: {"eps": c.optimizer.eps}),
@@ -274,6 +277,7 @@ ELSEWHERE = {
         ("sandbox", "server python seconds total_seconds memory_mb output_kb files_mb processes", _VERIFIERS),
         ("eval", "problems", "number of held-out prompts written to Parquet"),
         ("log", "trackers", "fed by the launcher from the run folder"),
+        ("log", "entropy_floor", "compared by the launcher and the report with the run folder's metrics"),
         ("runtime", "trainer", "selects verl"),
         ("cluster", "overrides", "added to verl's command line unchanged"),
     )
@@ -328,6 +332,14 @@ REFUSED = (
         Refusal(f"forks_only.{name}", "any", "only read with training.backward")
         for name in ("projections", "prompt", "sampled", "kept_mib")
     ),
+    Refusal("lora.rank", "above 0", f"{_OWN_LOOP}; drop lora.*", lambda c: c.lora.rank > 0),
+    *(Refusal(f"lora.{name}", "any", "only read with lora.rank") for name in ("alpha", "targets")),
+    Refusal("checkpoint.merged", "true", "only read with lora.rank"),
+    Refusal("loss.entropy_target", "above 0", f"{_OWN_LOOP}; set it to 0, or use a constant loss.entropy_coef",
+            lambda c: c.loss.entropy_target > 0),
+    Refusal("loss.entropy_delta", "any", "only read with loss.entropy_target"),
+    Refusal("checkpoint.keep_best", "true", f"{_OWN_LOOP}; set it to false, and raise checkpoint.keep",
+            lambda c: c.checkpoint.keep_best),
     Refusal("checkpoint.kind", 'other than "full"', f'{_OWN_LOOP}; set it to "full"',
             lambda c: c.checkpoint.kind != "full"),
     Refusal("runtime.device", 'other than "auto", "cuda" and "cpu"',

@@ -27,7 +27,7 @@ from forkrl.cluster import replay, worker
 from forkrl.cluster.groups import complete_groups, in_file_order, read_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
-from forkrl.errors import NothingToLearn
+from forkrl.errors import NothingToLearn, UserError
 from forkrl.method.selection import reads_current_entropy
 from forkrl.rollout.held_out import summarise
 from forkrl.training.rollout_rows import rollout_rows
@@ -59,6 +59,15 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         self._validated: list[RolloutGroup] = []
         self._details: dict[str, dict[str, Any]] = {}
 
+    def _require_decay(self) -> None:
+        """Raises UserError for a warm-up that leaves no gradient step for the decay, as a recipe does."""
+        total, options = self._progress().gradient_steps, self.options
+        if options.schedule != "constant" and options.warmup_steps >= total:
+            raise UserError(
+                f"+forkrl.warmup_steps = {options.warmup_steps} leaves no gradient step for +forkrl.schedule = "
+                f"{options.schedule}: the run has {total}; lower it, or raise trainer.total_training_steps"
+            )
+
     def _adopt(self, config: DictConfig) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
@@ -75,6 +84,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
     def fit(self, agent_loop_manager: Any) -> None:
         """Train like verl; save the finished steps if nothing is left to learn or a stop was requested."""
         try:
+            self._require_decay()
             super().fit(agent_loop_manager)
         except (NothingToLearn, StopRequested) as error:
             note_end(self.options.run_folder, error, self.global_steps)
@@ -182,10 +192,18 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return torch.nested.nested_tensor_from_jagged(chosen_N.to(torch.int8), data["response_mask"].offsets())
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch.extra_info[worker.PROGRESS] = self._progress()
         batch = super()._update_actor(batch, metrics)
         for details in self.actor_rollout_wg.take_details():
             self._details |= {batch.keys[each["row"]]: each for each in details}
         return batch
+
+    def _progress(self) -> worker.Progress:
+        """Where the current batch is in the run, for the learning rate."""
+        steps, per_step = self.total_training_steps, self.parameter_sync_step
+        done, batches = (self.global_steps - 1) * per_step + self.local_trigger_step, steps * per_step
+        groups = self.config.data.train_batch_size / self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        return worker.Progress(done / batches, 1 / batches, math.ceil(steps * groups))
 
     def _marked_rows(self, batch: KVBatchMeta) -> list[int]:
         """Row index of each sequence that workers report details of (the first groups by name), else -1."""

@@ -1,4 +1,4 @@
-"""A gradient step inside one of verl's ranks: selection, ForkRL's loss, warm-up by gradient steps, metrics.
+"""A gradient step inside one of verl's ranks: selection, ForkRL's loss and learning rate, metrics.
 
 The driver selects for the scope "rollout_batch"; for others the ranks exchange the entropies of their tokens.
 Axes: ``B`` sequences, ``T`` token positions of responses, ``N`` response tokens in reading order.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from forkrl.cluster.options import ForkOptions, read_options
 from forkrl.config import LossConfig, SelectionConfig
 from forkrl.errors import TrainingHalted
 from forkrl.method.loss import Counts, step_loss
+from forkrl.method.schedule import share_of_lr
 from forkrl.method.selection import (
     count_selected,
     reads_current_entropy,
@@ -36,7 +37,20 @@ from forkrl.types import TokenStats
 
 SELECTED, ROW = "forkrl_selected", "forkrl_row"
 """Batch fields: the driver's selection, if any; and the row index of a sequence to report details of, else -1."""
+PROGRESS = "forkrl_progress"
+"""Field of a whole batch with its ``Progress``."""
 PREFIX = "forkrl/"
+
+
+class Progress(NamedTuple):
+    """Where a batch of the actor's update is in the run."""
+
+    start: float
+    """Share of the run's batches that were trained on before it."""
+    share: float
+    """What it adds to that."""
+    gradient_steps: int
+    """Of the whole run if every batch is full."""
 
 
 def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, seed: str) -> Tensor:
@@ -162,12 +176,22 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
     """verl's training worker, with ForkRL's gradient step."""
 
     loss_fn: ForkLoss
+    _first: int
+    """Gradient steps before those of this batch."""
+    _num_mini_batches: int
+
+    def train_mini_batch(self, data: TensorDict) -> TensorDict:
+        rows = tu.get(data, "mini_batch_size") // self.engine.get_data_parallel_size()
+        self._first = self.engine.lr_scheduler.last_epoch
+        self._num_mini_batches = tu.get(data, "epochs") * (len(data) // rows)
+        return super().train_mini_batch(data)
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         tu.assign_non_tensor(data, update_lr_scheduler=True)  # verl's scheduler then counts gradient steps
         done, options = self.engine.lr_scheduler.last_epoch, self.loss_fn.options
-        warmup = min(1.0, (done + 1) / options.warmup_steps if options.warmup_steps else 1.0)
-        rate = float(self.optimizer_config.lr) * warmup
+        progress: Progress = tu.get(data, PROGRESS)
+        now = progress.start + progress.share * (done - self._first) / self._num_mini_batches
+        rate = float(self.optimizer_config.lr) * share_of_lr(options, done + 1, now, progress.gradient_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self._select_first(data, f"{options.seed}/{done}")

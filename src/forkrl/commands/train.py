@@ -68,7 +68,7 @@ def _train_by_engine(config: TrainConfig, out: Path, resume: Path | None, change
         train_on_cluster(config, out, resume=resume)
         return
     from forkrl.training.loop import train
-    from forkrl.training.run import open_run
+    from forkrl.training.open_run import open_run
 
     with open_run(config, out, resume=resume, changed=changed) as run:
         train(run)

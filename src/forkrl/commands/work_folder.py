@@ -31,6 +31,7 @@ SETTINGS = "settings.json"
 # Weights, architecture, and every possible tokenizer file.
 _MODEL_FILES = (
     "*.safetensors", "config.json", "*token*.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken",
+    "adapter_config.json", "base_model.json",
 )  # fmt: skip
 
 

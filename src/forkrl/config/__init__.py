@@ -3,6 +3,7 @@
 ``recipe.py`` reads them from a TOML file and from ``section.key=value`` on the command line.
 """
 
+from forkrl.config.lora import LoraConfig
 from forkrl.config.sft import SearchHabits, SftConfig
 from forkrl.config.task import CurriculumConfig, PartConfig, TaskConfig
 from forkrl.config.train import (
@@ -22,6 +23,7 @@ __all__ = [
     "CHANGEABLE",
     "CurriculumConfig",
     "ForksOnlyConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from forkrl.config.cluster import ClusterConfig
+from forkrl.config.lora import LoraConfig
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
 
-CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "log.*")
+CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
 
 
@@ -155,13 +157,38 @@ class LossConfig(Section):
     """Weight of the KL divergence to the starting policy (k3 estimator, mean over all response tokens)."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus (mean over all response tokens)."""
+    entropy_target: NonNegative = 0.0
+    """Adaptive entropy bonus: its weight rises after each step whose mean entropy, in nats, is below this, falls after
+    the others, and applies below it only (docs/training-control.md); 0: off."""
+    entropy_delta: Positive = 0.005
+    """Change of the adaptive weight in one step; it starts at 0."""
+
+    @property
+    def entropy_bonus(self) -> bool:
+        """Whether a step may have one."""
+        return bool(self.entropy_coef or self.entropy_target)
+
+    @model_validator(mode="after")
+    def _one_entropy_bonus(self) -> LossConfig:
+        if self.entropy_target and self.entropy_coef:
+            raise ValueError(
+                f"loss.entropy_target = {self.entropy_target} lets the weight of the entropy bonus follow the entropy, "
+                f"and loss.entropy_coef = {self.entropy_coef} is a constant weight; set one of them to 0"
+            )
+        if not self.entropy_target and "entropy_delta" in self.changed():
+            raise ValueError("loss.entropy_delta is read with loss.entropy_target alone; set that, or remove it")
+        return self
 
 
 class OptimizerConfig(Section):
     lr: Positive = 1e-6
-    """AdamW's learning rate, constant after the warm-up."""
+    """AdamW's learning rate after the warm-up."""
     warmup_steps: Count = 0
     """Gradient steps over which lr rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What lr does after the warm-up: stay, or fall until the end of training.steps (docs/training-control.md)."""
+    min_lr_ratio: Decay = 0.0
+    """"linear" and "cosine": the share of lr that is left when training.steps are done."""
     weight_decay: NonNegative = 0.1
     """Decoupled, on all parameters (as in the official scripts)."""
     betas: Annotated[tuple[Decay, Decay], FROM_LIST] = (0.9, 0.999)
@@ -170,6 +197,15 @@ class OptimizerConfig(Section):
     """AdamW's epsilon."""
     max_grad_norm: Positive = 1.0
     """Gradients with a larger norm are scaled down to it (as in the official scripts)."""
+
+    @model_validator(mode="after")
+    def _a_constant_rate_has_no_minimum(self) -> OptimizerConfig:
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError(
+                f"optimizer.min_lr_ratio = {self.min_lr_ratio} is where a falling rate ends; set optimizer.schedule to "
+                f'"linear" or "cosine", or remove it'
+            )
+        return self
 
 
 class TrainingConfig(Section):
@@ -220,6 +256,19 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step and an interruption always save."""
     keep: PositiveInt = 2
     """Checkpoints to keep; older ones are removed once a newer one is complete."""
+    merged: bool = False
+    """With lora.rank: also write the whole model, with its adapter merged, to step-N/merged."""
+    keep_best: bool = False
+    """Also save and keep the step with the highest held-out accuracy so far (docs/training-control.md)."""
+
+    @model_validator(mode="after")
+    def _the_best_is_saved(self) -> CheckpointConfig:
+        if self.keep_best and self.kind == "none":
+            raise ValueError(
+                'checkpoint.keep_best has nothing to keep with checkpoint.kind = "none"; set it to false, or '
+                'the kind to "weights"'
+            )
+        return self
 
 
 class LogConfig(Section):
@@ -229,6 +278,8 @@ class LogConfig(Section):
     """Steps between samples of training responses written to rollouts/."""
     rollouts_sampled: Count = 64
     """Responses per sample."""
+    entropy_floor: NonNegative = 0.0
+    """Warn, once, of a step whose mean entropy is below this many nats, in the log and in the report; 0: never."""
 
 
 class RuntimeConfig(Section):
@@ -242,37 +293,6 @@ class RuntimeConfig(Section):
     workers: Count = 0
     """CPU processes that share weights, work and threads; 0: one per thread for a small model (up to 50M parameters),
     which several threads would slow down, else one. On an accelerator: one."""
-
-
-class ClusterConfig(Section):
-    """How `--trainer verl` spreads a run over GPUs and nodes (docs/cluster.md)."""
-
-    address: str = ""
-    """Address of a running Ray cluster, "10.0.0.1:6379" or "auto". Empty: start Ray on this machine for the run."""
-    nodes: PositiveInt = 1
-    """Number of machines."""
-    gpus_per_node: PositiveInt = 1
-    """GPUs per machine."""
-    trainer: Literal["sync", "colocate_async"] = "sync"
-    """"sync" samples with the weights that it then trains. "colocate_async" samples the next step while it trains, with
-    older weights."""
-    rollout_engine: Literal["vllm", "sglang"] = "vllm"
-    """Inference engine on GPUs."""
-    tensor_parallel: PositiveInt = 1
-    """GPUs that share one copy of the model while sampling."""
-    sequence_parallel: PositiveInt = 1
-    """GPUs that share each sequence while training (Ulysses)."""
-    gpu_memory: Fraction = 0.6
-    """Fraction of a GPU's memory for the inference engine."""
-    offload: bool = False
-    """Keep weights and optimizer state in host memory while the GPU does not need them."""
-    reward_workers: PositiveInt = 1
-    """Ray actors that score responses, spread over the nodes, each with reward.workers verifier processes."""
-    stall_timeout_s: Positive = 3600.0
-    """End the run if no response is sampled or scored for this many seconds."""
-    overrides: Annotated[tuple[str, ...], FROM_LIST] = ()
-    """Additional settings in the syntax of verl's command line: "actor_rollout_ref.rollout.max_num_seqs=512". Keys that
-    ForkRL sets itself are rejected."""
 
 
 class TrainConfig(Section):
@@ -291,6 +311,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     forks_only: ForksOnlyConfig = ForksOnlyConfig()
+    lora: LoraConfig = LoraConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -319,11 +340,31 @@ class TrainConfig(Section):
             raise ValueError(
                 f'cluster.{changed[0]} is for runtime.trainer = "verl"; add --trainer verl, or remove the setting'
             )
+        if self.checkpoint.merged and (not self.lora.rank or self.checkpoint.kind == "none"):
+            raise ValueError(
+                "checkpoint.merged = true needs an adapter and checkpoints; set lora.rank, and checkpoint.kind other "
+                'than "none", or drop it'
+            )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:
             raise ValueError(
                 f"training.micro_batch_tokens = {self.training.micro_batch_tokens} cannot hold one sequence of "
                 f"max_prompt_tokens + max_response_tokens = {longest}; raise it, or shorten the responses"
+            )
+        return self
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps of the run if every batch is full."""
+        return self.training.steps * (self.rollout.prompts_per_step // self.training.mini_batch_prompts)
+
+    @model_validator(mode="after")
+    def _decay_follows_the_warm_up(self) -> TrainConfig:
+        warmup, schedule = self.optimizer.warmup_steps, self.optimizer.schedule
+        if schedule != "constant" and warmup >= self.gradient_steps:
+            raise ValueError(
+                f'optimizer.warmup_steps = {warmup} leaves no gradient step for optimizer.schedule = "{schedule}": the '
+                f"run has {self.gradient_steps}; lower it, or raise training.steps"
             )
         return self
 
@@ -335,10 +376,11 @@ class TrainConfig(Section):
                     'forks_only.* is read by training.backward = "forks_only" alone; set that, or remove it'
                 )
             return self
-        if self.loss.kl_coef or self.loss.entropy_coef:
+        if self.loss.kl_coef or self.loss.entropy_bonus:
             raise ValueError(
                 'training.backward = "forks_only" computes gradients of selected tokens only, but loss.kl_coef and '
-                'loss.entropy_coef are means over all; set both to 0, or training.backward to "dense"'
+                "loss.entropy_coef are means over all, and so is the bonus of loss.entropy_target; set all to 0, or "
+                'training.backward to "dense"'
             )
         if self.model.gradient_checkpointing:
             raise ValueError(

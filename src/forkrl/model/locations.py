@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from importlib import resources
 from pathlib import Path
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 
 EMBEDDED_PREFIX = "embedded:"
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _FILE_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".toml", ".safetensors", ".bin", ".pt", ".gguf"}
 
@@ -29,6 +31,27 @@ def model_location(path: str) -> str:
         return str(local)
     require_hub_id(path, "model.path", "folder")
     return path
+
+
+def adapter_base(location: str) -> tuple[str, str | None] | None:
+    """Path and revision of the base model if ``location`` is a folder with an adapter alone."""
+    file = Path(location) / ADAPTER_CONFIG
+    if not file.is_file() or (Path(location) / "config.json").is_file():
+        return None
+    try:
+        values = json.loads(file.read_bytes())
+        path, revision = values["base_model_name_or_path"], values.get("revision")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: cannot be read as the settings of an adapter ({first_line(error)})") from error
+    if not isinstance(path, str) or not path:
+        raise UserError(
+            f"{file}: does not name its base model; set base_model_name_or_path there to a folder or hub id"
+        )
+    try:
+        model_location(path)
+    except UserError as error:
+        raise UserError(f"{file}: its base model is not here ({error}); set base_model_name_or_path there") from error
+    return path, revision
 
 
 def _require_no_gguf(path: str) -> None:

@@ -29,8 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from forkrl.errors import UserError, first_line
 from forkrl.head import why_no_triton
+from forkrl.model.adapter import AdapterBase, adapter_off, merge_adapter
 from forkrl.model.attention import use_grouped_attention
-from forkrl.model.locations import model_location
+from forkrl.model.locations import adapter_base, model_location
 from forkrl.model.packing import keep_attention, why_not_packed
 from forkrl.model.products import decoding_product
 from forkrl.model.stop_tokens import stop_token_ids
@@ -55,6 +56,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.precision = precision
         self.head = head  # backend of token_stats
+        self.adapter: AdapterBase | None = None
+        """What is below the adapter that is trained, if one is."""
         # transformers renamed this argument; models with custom code keep the old name.
         takes_cache = "cache" in inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if takes_cache else "past_key_values"
@@ -147,6 +150,14 @@ class Policy:
             return nn.functional.linear(hidden_ND.to(self.head_weight.dtype), self.head_weight, self.head_bias).float()
 
 
+class PolicyWithoutAdapter(Policy):
+    """The base model of a policy with an adapter, from the same weights."""
+
+    def hidden_states(self, *args: Any, **options: Any) -> Tensor:
+        with adapter_off(self.model):
+            return super().hidden_states(*args, **options)
+
+
 def _remove_dropout(model: PreTrainedModel) -> None:
     """Layers that are recomputed run in training mode, where they would drop."""
     for module in model.modules():
@@ -170,6 +181,8 @@ def require_positions(model_config: Any, prompt_tokens: int, response_tokens: in
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer; raises UserError if it cannot be used."""
     path = model_location(config.path)
+    if (base := _below_adapter(config, path)) is not None:
+        return open_tokenizer(base)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(
             f"model.path = {config.path!r} cannot be opened as a model: the folder has no config.json; name one that "
@@ -199,18 +212,11 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     if config.head == "triton" and (reason := why_no_triton(pick_device(device))):
         raise UserError(f'model.head = "triton": {reason}; set model.head=chunked, or drop it')
     tokenizer = open_tokenizer(config)
-    path = model_location(config.path)
     transformers_logging.disable_progress_bar()  # for reading weights
     if sys.stderr.isatty():
         enable_progress_bars()  # the line above also disables the hub's, for downloads
     with _explained(config.path):
-        require_no_adapter(path, config.revision, config.path)
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    model, report = opened
-    if absent := sorted(report["missing_keys"]):  # transformers initialises them randomly
-        raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model again")
+        model = _load_weights(config)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {config.path!r} has no EOS token, so no response could ever end; "
@@ -224,6 +230,29 @@ def open_policy(config: ModelConfig, device: str = "auto") -> Policy:
     policy = Policy(model, tokenizer, config.precision, config.head)
     require_supported(policy, config.path)
     return policy
+
+
+def _load_weights(config: ModelConfig) -> PreTrainedModel:
+    """The model, with the adapters of its folder merged."""
+    path = model_location(config.path)
+    if (base := _below_adapter(config, path)) is not None:
+        return merge_adapter(_load_weights(base), Path(path))
+    require_no_adapter(path, config.revision, config.path)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        path, revision=config.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    model: PreTrainedModel = opened[0]
+    if absent := sorted(opened[1]["missing_keys"]):  # transformers initialises them randomly
+        raise UserError(f"model.path = {config.path!r}: its weights lack {absent[0]}; download or save the model again")
+    return model
+
+
+def _below_adapter(config: ModelConfig, location: str) -> ModelConfig | None:
+    """The base model if ``location`` is the folder of an adapter."""
+    if (base := adapter_base(location)) is None:
+        return None
+    path, revision = base
+    return config.model_copy(update={"path": path, "revision": revision})
 
 
 def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:

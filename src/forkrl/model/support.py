@@ -25,12 +25,12 @@ _PROBE_LOGIT = 100.0
 
 
 def require_no_adapter(location: str, revision: str | None, path: str) -> None:
-    """Reject a model with an adapter, which would be ignored."""
+    """Reject a model with an adapter, which would be ignored (``open_policy`` merges one in a folder of its own)."""
     if find_adapter_config_file(location, revision=revision) is not None:
         raise UserError(
-            f"model.path = {path!r} has an adapter (adapter_config.json), which ForkRL does not support yet; merge it "
-            f"into the weights (PEFT: merge_and_unload, then save_pretrained), or remove that file to use the weights "
-            f"without it"
+            f"model.path = {path!r} has an adapter (adapter_config.json), which only ForkRL's own engine reads, from "
+            f"a folder without other weights; merge it into the weights (checkpoint.merged = true, or PEFT: "
+            f"merge_and_unload, then save_pretrained), or remove that file to use the weights without it"
         )
 
 

@@ -342,7 +342,8 @@ def _open_unnamed() -> int:
 
 def _parameters(worker: Worker) -> list[torch.nn.Parameter]:
     models = [policy.model for policy in (worker.policy, worker.reference) if policy is not None]
-    return list(chain.from_iterable(model.parameters() for model in models))
+    # A reference that is the policy without its adapter has the same parameters.
+    return list(dict.fromkeys(chain.from_iterable(model.parameters() for model in models)))
 
 
 def _trained(policy: Policy) -> list[torch.nn.Parameter]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.planning.memory import Layout, Plan, product_bytes, selected_share, share_with_gradients
+from forkrl.planning.memory import Layout, Plan, adapter_parameters, product_bytes, selected_share, share_with_gradients
 from forkrl.planning.shapes import ModelShape
 
 DEFAULT_PROMPT = 256
@@ -160,6 +160,12 @@ def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assu
     layers, head = forward_flops(shape, sequences, assumed.mean_prompt, assumed.mean_response, shared_by=shared_by)
     rate = layout.gpus * plan.gpu.flops * assumed.mfu
     update, note = update_flops(config, layout, layers, head, assumed)
+    if adapters := adapter_parameters(config, shape):
+        # Frozen weights have no gradient, and the adapters pass forward and back.
+        tokens = sequences * (assumed.mean_prompt / shared_by + assumed.mean_response) * share_with_gradients(config)
+        update += tokens * (3 * 2 * adapters - 2 * shape.layers * shape.layer_matrices)
+        update -= selected_share(config) * sequences * assumed.mean_response * 2 * shape.embedding_parameters
+        note += ", less the gradients of frozen weights"
     passes = ["old policy"] * layout.sharded + ["reference"] * bool(config.loss.kl_coef)
     return (
         _rollout_part(config, plan, rate, decoding, assumed),
@@ -218,7 +224,7 @@ def update_flops(
     sequences = config.training.mini_batch_prompts * config.rollout.group_size
     mini_batch = sequences * (assumed.mean_prompt / config.rollout.group_size + assumed.mean_response)
     kept = measured * min(1.0, config.training.micro_batch_tokens / mini_batch)
-    every_token = bool(config.loss.kl_coef or config.loss.entropy_coef)  # contributes to the loss
+    every_token = bool(config.loss.kl_coef or config.loss.entropy_bonus)  # contributes to the loss
     selects_first = not every_token and (whole or not current)
     if config.training.backward == "forks_only":
         share = share_with_gradients(config)

@@ -123,15 +123,18 @@ def plan_memory(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> Plan:
     """The memory of a recipe; raises UserError for sizes or model heads that do not divide evenly."""
     layout = _find_layout(config, shape)
     number, note = shape.parameters / layout.gpus, f"sharded over {layout.gpus}" if layout.gpus > 1 else ""
+    adapters = adapter_parameters(config, shape)
+    trained = adapters / layout.gpus if adapters else number
     state = (
         Item("weights, fp32", 4 * number, note),
-        Item("gradients, fp32", 4 * number, note),
-        Item("Adam's averages, fp32", 8 * number, note),
+        *([Item("adapters, fp32", 4 * trained, f"{adapters:,} parameters")] if adapters else []),
+        Item("gradients, fp32", 4 * trained, note),
+        Item("Adam's averages, fp32", 8 * trained, note),
     )
     adamw: tuple[Item, ...] = ()  # none for the fused one
     if layout.sharded:
         update, (rollout, fit) = _verl_update(config, shape, layout), _verl_rollout(config, shape, layout, gpu)
-        adamw = (Item("temporaries of AdamW", 4 * number, "PyTorch's foreach: once the weights"),)
+        adamw = (Item("temporaries of AdamW", 4 * trained, "PyTorch's foreach: once the trained weights"),)
     else:
         update, (rollout, fit) = _local_update(config, shape, layout), _local_rollout(config, shape, gpu)
     phases = Phase("rollout", rollout), Phase("update", (*state, *update)), Phase("optimizer step", (*state, *adamw))
@@ -157,6 +160,11 @@ def _find_layout(config: TrainConfig, shape: ModelShape) -> Layout:
     return Layout(
         cluster.nodes, cluster.gpus_per_node, cluster.tensor_parallel, cluster.sequence_parallel, sharded=True
     )
+
+
+def adapter_parameters(config: TrainConfig, shape: ModelShape) -> int:
+    """Weights of LoRA adapters; 0: the whole model is trained."""
+    return shape.adapter_parameters(config.lora.rank, config.lora.targets) if config.lora.rank else 0
 
 
 def product_bytes(config: TrainConfig) -> int:
@@ -188,7 +196,7 @@ def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tupl
     gathered = 2 * layer + embedding if shape.tied else layer + largest
     tokens, selection = config.training.micro_batch_tokens / layout.sequence_parallel, config.selection
     by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
-    entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_coef != 0
+    entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_bonus
     # FlashAttention's cross entropy computes log-probs in place; an entropy in the same pass needs its own gradient.
     copies = 1 + int(entropy_too) + int(config.rollout.temperature != 1)
     chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary
@@ -204,15 +212,19 @@ def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tupl
 
 def _local_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Item, ...]:
     tile = min(TILE_BYTES, 4 * config.training.micro_batch_tokens * shape.vocabulary)
+    half, adapters = config.model.precision == "bf16", adapter_parameters(config, shape)
     gradient = 4 * shape.embedding_parameters  # bf16: a copy and its gradient; fp32: the gradient
+    what = "the head's gradient"
+    if adapters:
+        gradient, what = 2 * shape.embedding_parameters if half else 0, "the head is frozen"
     items = [
         _activations(config, shape, layout, "autocast"),
-        Item("head, in tiles", 3 * tile + gradient, "logits are never complete; the head's gradient"),
+        Item("head, in tiles", 3 * tile + gradient, f"logits are never complete; {what}"),
     ]
-    if config.loss.kl_coef:
+    if config.loss.kl_coef and not adapters:
         items.insert(0, Item("reference policy, fp32", 4 * shape.parameters, "loss.kl_coef is above 0"))
-    if config.model.precision == "bf16":
-        copy = 2 * shape.layers * shape.layer_matrices
+    if half:
+        copy = 2 * (shape.layers * shape.layer_matrices + adapters)
         items.insert(0, Item("weights, bf16", copy, "autocast's copies, kept from forward to backward"))
     return tuple(items)
 
@@ -221,7 +233,9 @@ def _activations(config: TrainConfig, shape: ModelShape, layout: Layout, in_bf16
     checkpointing, share = config.model.gradient_checkpointing, share_with_gradients(config)
     arithmetic: Arithmetic = "fp32" if config.model.precision == "fp32" else in_bf16
     attention = 4 if config.runtime.device == "cpu" else None
-    per_token = saved_bytes(shape, arithmetic, checkpointing=checkpointing, attention_bytes=attention)
+    per_token = saved_bytes(
+        shape, arithmetic, checkpointing=checkpointing, attention_bytes=attention, rank=config.lora.rank
+    )
     tokens = config.training.micro_batch_tokens / layout.sequence_parallel
     num_bytes, note = tokens * share * per_token, f"{tokens:,.0f} tokens"
     if share < 1:
@@ -231,12 +245,24 @@ def _activations(config: TrainConfig, shape: ModelShape, layout: Layout, in_bf16
 
 
 def saved_bytes(
-    shape: ModelShape, arithmetic: Arithmetic, *, checkpointing: bool, attention_bytes: int | None = None
+    shape: ModelShape,
+    arithmetic: Arithmetic,
+    *,
+    checkpointing: bool,
+    attention_bytes: int | None = None,
+    rank: int = 0,
 ) -> int:
-    """Peak bytes per token; with checkpointing one complete layer, and only the inputs of the others."""
-    layer = layer_bytes(shape, arithmetic, attention_bytes)
+    """Peak bytes per token; with checkpointing one complete layer, and only the inputs of the others.
+
+    ``rank`` of LoRA adapters, counted on every layer: with fewer targets a fifth less may be saved.
+    """
+    layer, outside = layer_bytes(shape, arithmetic, attention_bytes), outside_bytes(shape, arithmetic)
+    if rank:  # a frozen norm does not save its normalised input; each adapter saves its inner product
+        queries_and_keys = shape.qk_norm * (shape.query_width + shape.kv_width)
+        layer += 7 * rank * (4 if arithmetic == "fp32" else 2) - 4 * (2 * shape.hidden + queries_and_keys)
+        outside -= 4 * shape.hidden
     inputs = shape.layers * stream_bytes(shape, arithmetic) + layer
-    return (inputs if checkpointing else shape.layers * layer) + outside_bytes(shape, arithmetic)
+    return (inputs if checkpointing else shape.layers * layer) + outside
 
 
 def layer_bytes(shape: ModelShape, arithmetic: Arithmetic, attention_bytes: int | None = None) -> int:
@@ -296,15 +322,16 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
     size, graphs, dynamic = product_bytes(config), config.rollout.cuda_graphs, config.dynamic_sampling
     prompts = (dynamic.enabled and dynamic.generation_prompts) or config.rollout.prompts_per_step
     sequences = min(config.rollout.max_sequences, prompts * config.rollout.group_size)
+    adapters = adapter_parameters(config, shape)
     items = [
-        Item("weights, fp32", 4 * shape.parameters),
-        Item("Adam's averages, fp32", 8 * shape.parameters, "gradients are freed"),
+        Item("weights, fp32", 4 * (shape.parameters + adapters)),
+        Item("Adam's averages, fp32", 8 * (adapters or shape.parameters), "gradients are freed"),
         Item("stacked layers", size * shape.layers * shape.layer_matrices, "the sampler's copy while a batch decodes"),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
     if graphs and size < 4:
         items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy while a step decodes"))
-    if config.loss.kl_coef:
+    if config.loss.kl_coef and not adapters:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
     length = full_length(config)
     share, per_token = (1 - HEADROOM) * gpu.memory, shape.kv_numbers * size

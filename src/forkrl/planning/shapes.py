@@ -7,13 +7,13 @@ Axes: ``D`` hidden, ``I`` intermediate, ``L`` layers, ``H`` query heads, ``K`` k
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from forkrl.errors import UserError, first_line
-from forkrl.model.locations import EMBEDDED_PREFIX, require_hub_id
+from forkrl.model.locations import EMBEDDED_PREFIX, adapter_base, require_hub_id
 
 _ARCHITECTURES = ("qwen3", "qwen2", "llama")
 _OWNER = "Qwen/"
@@ -61,6 +61,19 @@ class ModelShape(NamedTuple):
         attention_biases = self.qkv_bias * (self.query_width + 2 * self.kv_width) + self.out_bias * self.hidden
         return self.layer_matrices + norms + attention_biases + self.mlp_bias * (2 * self.intermediate + self.hidden)
 
+    def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """Weights of LoRA adapters; raises UserError if a target is not one of the layers."""
+        hidden, inner, query, kv = self.hidden, self.intermediate, self.query_width, self.kv_width
+        widths = {"q_proj": hidden + query, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": query + hidden}
+        widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + inner)
+        names = list(widths) if tuple(targets) == ("all-linear",) else targets
+        for name in names:
+            if name not in widths:
+                raise UserError(
+                    f'lora.targets: no layer {name!r}; take "all-linear" alone, or some of {", ".join(widths)}'
+                )
+        return rank * self.layers * sum(widths[name] for name in names)
+
     @property
     def embedding_parameters(self) -> int:
         """Size of the embedding, and of the head."""
@@ -95,6 +108,8 @@ def find_shape(path: str, revision: str | None = None) -> FoundShape:
         if not folder.is_dir():
             raise UserError(f"model.path = {path!r}: no such embedded model")
         source = "config.json in the package"
+    if (base := adapter_base(str(folder))) is not None:
+        return find_shape(*base)
     if folder.is_dir():
         return FoundShape(_read_config(folder / "config.json", path), source or str(folder / "config.json"))
     if (known := known_shape(path)) is not None:

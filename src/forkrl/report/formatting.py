@@ -37,6 +37,15 @@ def _visible_character(character: str) -> str:
     return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
+def low_entropy(step: int, entropy: float, floor: float) -> str:
+    """The warning of the first step below ``log.entropy_floor``."""
+    return (
+        f"mean entropy fell below log.entropy_floor = {floor:g} nats at step {step}, to {entropy:.3g}: responses to a "
+        f"prompt become alike, and little is left to learn from; a new run keeps it higher with loss.entropy_target or "
+        f"a higher loss.clip_high"
+    )
+
+
 def script_json(data: Any) -> str:
     """JSON for ``<script type="application/json">``: ASCII, with nothing that can close the element."""
     return json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_HTML_IN_JSON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ from rich.text import Text
 
 from forkrl.config import SelectionConfig, TrainConfig
 from forkrl.errors import lost_terminal_ignored, printable, write_line
-from forkrl.report.formatting import duration
+from forkrl.report.formatting import duration, low_entropy
 
 Item = TypeVar("Item")
 
@@ -123,8 +124,8 @@ class TrainingDisplay:
     """Shows a training run: a live panel if ``stream`` is a terminal, else one flushed line per step.
 
     ``header`` is printed first; ``start_step``: steps done before a resume; ``eval_every``: steps between evaluations
-    in phases named "eval", 0 for one at the end, None for none. In a log, ``phase_every_s`` seconds pass between lines
-    on a long phase.
+    in phases named "eval", 0 for one at the end, None for none; ``entropy_floor``: the first step with a lower mean
+    entropy has a warning. In a log, ``phase_every_s`` seconds pass between lines on a long phase.
     """
 
     def __init__(
@@ -133,13 +134,14 @@ class TrainingDisplay:
         start_step: int = 0,
         *,
         eval_every: int | None = None,
+        entropy_floor: float = 0.0,
         header: str = "",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         phase_every_s: float = _PHASE_EVERY_S,
     ) -> None:
         self._total, self._start, self._step = total_steps, start_step, start_step
-        self._header = printable(header)
+        self._header, self._entropy_floor = printable(header), entropy_floor
         self._clock, self._phase_every_s = clock, phase_every_s
         self._step_ended = clock()
         self._durations: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -200,6 +202,9 @@ class TrainingDisplay:
         else:
             with lost_terminal_ignored():
                 self._live.refresh()
+        if (entropy := metrics.get("entropy/mean", math.inf)) < self._entropy_floor:
+            self.message(low_entropy(self._step, entropy, self._entropy_floor))
+            self._entropy_floor = 0.0  # once
 
     def seconds_left(self) -> float | None:
         """Median time of the last steps times the remaining ones, and evaluations as long as the last one."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.errors import UserError, first_line
-from forkrl.report.formatting import evenly_spaced
+from forkrl.report.formatting import evenly_spaced, low_entropy
 from forkrl.stats.intervals import mean_with_interval
 from forkrl.store.run_folder import read_config
 
@@ -167,10 +167,30 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
         scores=_read_scores(folder, [step for step, row in metrics.items() if "eval/accuracy" in row], notes),
         notes=notes,
     )
+    notes += _low_entropy(run) + _best_checkpoint(run)
     for step, changes in run.setting_changes:
         if of_evaluations := [change for change in changes if change.startswith("eval.")]:
             notes.append(f"Evaluations changed after step {step}: {'; '.join(of_evaluations)}.")
     return run
+
+
+def _low_entropy(run: RunData) -> list[str]:
+    floor = run.setting("log.entropy_floor")
+    if not isinstance(floor, int | float):
+        return []
+    below = [(int(step), each) for step, each in zip(*run.series("entropy/mean"), strict=True) if each < floor]
+    return [f"M{low_entropy(*below[0], floor)[1:]}."] if below else []
+
+
+def _best_checkpoint(run: RunData) -> list[str]:
+    if run.setting("checkpoint.keep_best") is not True or not len(accuracies := run.series("eval/accuracy")):
+        return []
+    best = int(accuracies.values.argmax())
+    return [
+        f"checkpoint.keep_best chose step {accuracies.steps[best]:.0f}, the best of {len(accuracies)} evaluations, by "
+        f"these held-out problems: its accuracy of {accuracies.values[best]:.1%} on them is biased upwards, so measure "
+        f"that checkpoint on others."
+    ]
 
 
 def _read_metrics(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:

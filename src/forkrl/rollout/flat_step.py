@@ -1,7 +1,7 @@
 """A fast decoding step for Llama-like models: about twenty operations per layer instead of sixty.
 
 Per-operation overhead limits decoding of small models, so projections with the same input are stacked. The stacked
-weights are a second copy in compute precision, which avoids autocast at every token. Other models
+weights are a second copy in compute precision, which avoids autocast at every token and includes adapters. Other models
 (:func:`reproducible` is false) and all prefills use the model's own code.
 
 Shapes: ``S`` sequences, ``D`` hidden, ``H`` query heads, ``K`` key-value heads, ``C`` channels per head.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import DynamicCache, PreTrainedConfig
 
+from forkrl.model.adapter import is_linear, linear_weight
 from forkrl.model.attention import NAME, attend_one_token
 from forkrl.model.policy import Policy
 from forkrl.model.products import decoding_product
@@ -58,13 +59,11 @@ def _has_sliding_layers(config: PreTrainedConfig) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether all projections are linear layers (no adapters), with biases only on queries, keys and values."""
+    """Whether all projections are linear layers, with biases only on queries, keys and values."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     rest = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return all(type(module) is nn.Linear for module in projections + rest) and all(
-        module.bias is None for module in rest
-    )
+    return all(is_linear(module) for module in projections + rest) and all(module.bias is None for module in rest)
 
 
 class FlatStep:
@@ -143,13 +142,13 @@ def _stack(layer: Any, dtype: torch.dtype, head_dim: int) -> Layer:
         qk_norm = torch.cat(scales)
     return Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=torch.cat([module.weight.to(dtype) for module in (q, k, v)]),
+        qkv=torch.cat([linear_weight(module).to(dtype) for module in (q, k, v)]),
         qkv_bias=None if q.bias is None else torch.cat([q.bias, k.bias, v.bias]).to(dtype),
         qk_norm=qk_norm,
-        out=attention.o_proj.weight.to(dtype),
+        out=linear_weight(attention.o_proj).to(dtype),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=torch.cat([module.weight.to(dtype) for module in (mlp.gate_proj, mlp.up_proj)]),
-        down=mlp.down_proj.weight.to(dtype),
+        gate_up=torch.cat([linear_weight(module).to(dtype) for module in (mlp.gate_proj, mlp.up_proj)]),
+        down=linear_weight(mlp.down_proj).to(dtype),
         activation=mlp.act_fn,
     )
 

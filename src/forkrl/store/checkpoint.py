@@ -8,6 +8,8 @@
       trainer/progress.json            other state of the training loop
       manifest.json                    size and SHA-256 of all the above, written last
 
+With LoRA ``adapter_model.safetensors``, ``adapter_config.json`` and ``base_model.json`` replace the model's files
+(``model/adapter.py``); ``merged/`` is the whole model if asked for.
 A checkpoint of weights only has no ``trainer/`` (``training_state.py``). A save builds and syncs the folder under a
 hidden name, renames it, and then removes older ones. Hidden names tell the next save what a killed one left:
 ``.saving-`` is incomplete, ``.removing-`` half deleted, ``.replaced-`` a complete older checkpoint of the same step,
@@ -35,6 +37,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from forkrl.errors import UserError, first_line
+from forkrl.model.adapter import AdapterBase, merged_state, read_adapter, require_base, write_adapter
+from forkrl.model.locations import ADAPTER_CONFIG
 from forkrl.store.atomic import explained_write_errors, fsync
 from forkrl.store.training_state import (
     PROGRESS,
@@ -49,6 +53,7 @@ from forkrl.store.training_state import (
 )
 
 MANIFEST = "manifest.json"
+MERGED = "merged"
 FORMAT = 1
 
 _SAVING, _REPLACED, _REMOVING = ".saving-", ".replaced-", ".removing-"
@@ -73,7 +78,10 @@ def save_checkpoint(
     generators: Mapping[str, torch.Generator],
     progress: Mapping[str, Any],
     keep: int,
+    spared: int | None = None,
     weights_only: bool = False,
+    adapter: AdapterBase | None = None,
+    merged: bool = False,
 ) -> Path:
     """Write ``checkpoints/step-N`` so that a complete checkpoint exists at every instant; only one process may write.
 
@@ -83,7 +91,10 @@ def save_checkpoint(
         generators: the run's random generators by name; PyTorch's global ones are saved too.
         progress: other state of the training loop, as JSON.
         keep: checkpoints to keep, including the new one. Checkpoints of later steps are removed too.
+        spared: an older step whose checkpoint, if there is one, is kept in addition.
         weights_only: write only model and tokenizer, which cannot be resumed from.
+        adapter: what is below the model's adapter, which alone is saved; None for a model without one.
+        merged: also write the model with its adapter merged.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least the new checkpoint has to stay")
@@ -92,12 +103,18 @@ def save_checkpoint(
         with _new_folder(final) as folder:
             folder.mkdir()
             with _no_progress_bars():
-                model.save_pretrained(folder)
+                if adapter is None:
+                    model.save_pretrained(folder)
+                else:
+                    write_adapter(folder, model, adapter)
+                if merged:
+                    model.save_pretrained(folder / MERGED, state_dict=merged_state(model))
+                    tokenizer.save_pretrained(folder / MERGED)
             tokenizer.save_pretrained(folder)
             if not weights_only:
                 write_training_state(folder, model, optimizer, generators, progress)
             _write_manifest(folder, step, weights_only=weights_only)
-        _prune(checkpoints, step, keep)
+        _prune(checkpoints, step, keep, spared)
     return final
 
 
@@ -153,15 +170,21 @@ def load_checkpoint(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
+    adapter: AdapterBase | None = None,
 ) -> dict[str, Any]:
     """Restore a verified checkpoint in place, bit for bit; validate everything before changing anything."""
-    weights = _read_weights(path, model)
+    if adapter is None:
+        weights = _read_weights(path, model)
+    else:
+        require_base(path, adapter.sha256)
+        weights = read_adapter(path, model)
     optimizer_state = read_optimizer(path, model, optimizer)
     states = read_random_states(path, generators)
     progress = read_json(path / PROGRESS)
+    here = model.state_dict()
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(weights[name])
+        for name, tensor in weights.items():
+            here[name].copy_(tensor)
     optimizer.load_state_dict(optimizer_state)
     restore_random_states(path, states, generators)  # last: nothing after it may draw a random number
     return progress
@@ -234,15 +257,17 @@ def _settle(checkpoints: Path) -> None:
             fsync(checkpoints)
 
 
-def _prune(checkpoints: Path, step: int, keep: int) -> None:
-    """Remove checkpoints of later steps, and all but ``keep`` of the others."""
+def _prune(checkpoints: Path, step: int, keep: int, spared: int | None) -> None:
+    """Remove checkpoints of later steps, and all but ``keep`` of the others and the ``spared`` step."""
     folders = {number: folder for number, (folder, *_) in _folders(checkpoints).items()}
     later = [folder for number, folder in folders.items() if number > step]
     older = [folder for number, folder in folders.items() if number < step]
     for folder in later:
         _log.warning("%s: removed; the run went back behind it, to an older checkpoint", folder)
+    kept = folders.get(spared) if spared is not None else None
     for folder in later + older[: max(0, len(older) - keep + 1)]:
-        _remove(folder)
+        if folder != kept:
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -289,7 +314,8 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             raise UserError(f"{file}: damaged checkpoint: it lists {name!r}, outside the checkpoint")
     training = set() if weights_only else TRAINING_FILES
-    for name in sorted(({"config.json"} | training) - listed.keys()):
+    model = {ADAPTER_CONFIG if ADAPTER_CONFIG in listed else "config.json"}
+    for name in sorted((model | training) - listed.keys()):
         raise UserError(f"{file}: damaged checkpoint: it does not list {name}")
     return listed
 

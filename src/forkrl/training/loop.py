@@ -29,14 +29,14 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
         rewards_PG = shaped_rewards(run, groups)
         advantages_PG = group_advantages(rewards_PG)
         batch = collate(groups, advantages_PG, pad_id=run.policy.tokenizer.eos_token_id)
-        metrics |= run.check_logprobs(batch)
+        metrics |= run.check_logprobs(batch) | run.adapt_entropy_bonus(batch)
 
         update_started = time.perf_counter()
         run.display.phase("update")
         if run.config.selection.scope == "rollout_batch":  # else take_gradient_step selects
             batch = select_in_rollout_batch(batch, run.config, run.generator)
         parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
-        updates = [take_gradient_step(run, part, on_policy=number == 0) for number, part in enumerate(parts)]
+        updates = [take_gradient_step(run, part, done=number / len(parts)) for number, part in enumerate(parts)]
 
         metrics |= {"reward/mean": float(rewards_PG.mean())} | update_metrics(parts, updates)
         metrics |= {"time/update_s": time.perf_counter() - update_started, "time/step_s": time.perf_counter() - started}
@@ -92,17 +92,17 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
     return scores_PG + overlong_penalty(lengths_PG, run.config.rollout.max_response_tokens, cache)
 
 
-def take_gradient_step(run: Run, mini_batch: TokenBatch, *, on_policy: bool) -> Update:
-    """One gradient step; ``on_policy`` is True for the first mini-batch of a rollout batch."""
-    lr = run.set_learning_rate()
+def take_gradient_step(run: Run, mini_batch: TokenBatch, *, done: float) -> Update:
+    """One gradient step, before which ``done`` of the rollout batch's gradient steps were taken, in [0, 1)."""
+    lr = run.set_learning_rate(done)
     with out_of_memory_names("training.micro_batch_tokens", run.config.training.micro_batch_tokens):
         update = update_policy(
             run.workers,
             run.optimizer,
             mini_batch.to(run.policy.device),
-            run.config,
+            run.step_config,
             run.generator,
-            on_policy=on_policy,
+            on_policy=not done,
         )
     # Frees memory for the next rollout. Other workers' gradients share one block, which is kept.
     run.optimizer.zero_grad(set_to_none=True)

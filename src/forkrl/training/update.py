@@ -273,12 +273,12 @@ def _take_step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float
     if all(parameter.grad is None for parameter in trained):  # nothing ran with gradients
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm))
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, max_norm))
     if not math.isfinite(grad_norm):
         raise TrainingHalted(f"the gradient norm is {grad_norm}; the weights were left as they are")
     optimizer.step()
     # A sum is NaN or infinite if a weight is, and takes a tenth of the time of isfinite(). Checked before the step
     # counts as done, so that no checkpoint contains such weights.
-    if not all(bool(parameter.detach().sum().isfinite()) for parameter in policy.model.parameters()):
+    if not all(bool(parameter.detach().sum().isfinite()) for parameter in trained):
         raise TrainingHalted("the optimizer's step left weights that are NaN or infinite; lower optimizer.lr")
     return grad_norm

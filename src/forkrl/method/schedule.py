@@ -1,0 +1,47 @@
+"""The learning rate and the adaptive entropy bonus over a run. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+
+class Schedule(Protocol):
+    """The settings of a schedule, of a recipe or of the plug-in for verl."""
+
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def schedule(self) -> Literal["constant", "linear", "cosine"]: ...
+    @property
+    def min_lr_ratio(self) -> float: ...
+
+
+def share_of_lr(settings: Schedule, number: int, progress: float, gradient_steps: int) -> float:
+    """The share of the learning rate for one gradient step, as in ``transformers``' schedules with warm-up.
+
+    The first gradient step after the warm-up has the whole rate; the decay would reach ``min_lr_ratio`` after the last.
+
+    Args:
+        settings: warm-up and decay.
+        number: of the gradient step, counted from 1.
+        progress: share of the run's training steps done before it, in [0, 1). Those of a batch count equally.
+        gradient_steps: of the whole run if every batch is full; the warm-up takes ``warmup_steps`` of them.
+    """
+    warmed = min(1.0, number / settings.warmup_steps if settings.warmup_steps else 1.0)
+    if settings.schedule == "constant":
+        return warmed
+    start = settings.warmup_steps / gradient_steps
+    decayed = max(0.0, (progress - start) / (1 - start))
+    left = 1 - decayed if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * decayed))
+    return warmed * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * left)
+
+
+def adaptive_bonus(coef: float, entropy: float, target: float, delta: float) -> tuple[float, float]:
+    """The weight of the entropy bonus in a step, and ``coef`` of the next step (Skywork-OR1, arXiv 2505.22312).
+
+    ``entropy`` is the step's mean, in nats, of the policy that sampled; ``coef`` is 0 in the first step.
+    """
+    if entropy < target:
+        return coef, coef + delta
+    return 0.0, max(0.0, coef - delta)
