@@ -23,7 +23,7 @@ from forkrl.model.adapter import (
 from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy, set_gradient_checkpointing
 from forkrl.parallel.workers import Workers, _parameters
 from forkrl.rollout import EmbeddedEngine, embedded
-from forkrl.rollout.flat_step import FlatStep
+from forkrl.rollout.flat_step import FlatStep, reproducible
 from forkrl.rollout.logprob_gap import logprob_gap
 from forkrl.training.update import update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch
@@ -298,6 +298,29 @@ def test_other_adapters_are_rejected(saved: Path) -> None:
     assert "cannot be read as the settings of an adapter" in refusal(saved)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True; ForkRL reads plain LoRA only"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication = [[0, 1], [0, 1]]; ForkRL reads"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter on model.embed_tokens, an embedding"),
+    ],
+)
+def test_what_merging_would_not_reproduce_is_rejected(saved: Path, changes: dict[str, Any], message: str) -> None:
+    change(saved, **changes)
+    assert message in refusal(saved)
+
+
+def test_an_adapter_of_itself_is_rejected(saved: Path, tmp_path: Path) -> None:
+    change(saved, base_model_name_or_path=str(saved))
+    assert "its base model is an adapter of itself" in refusal(saved)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(saved)}))
+    change(saved, base_model_name_or_path=str(other))
+    assert "its base model is an adapter of itself" in refusal(saved)
+
+
 def test_an_adapter_of_another_type_is_rejected(saved: Path, policy: Policy) -> None:
     import peft
 
@@ -338,6 +361,13 @@ def test_without_peft_the_error_names_the_command(saved: Path) -> None:
     with pytest.raises(UserError, match=r"lora.rank = 2 needs PEFT .*: pip install 'forkrl\[lora\]'"):
         add_adapter(random_policy().model, LoraConfig(rank=2), ModelConfig())
     assert "is an adapter, which needs PEFT" in refusal(saved)
+
+
+def test_in_bf16_the_adapters_are_not_merged_into_rounded_weights(policy: Policy) -> None:
+    """Where a change is smaller than the last digit of the weight, all of it would be lost."""
+    assert reproducible(policy)
+    assert not reproducible(Policy(policy.model, policy.tokenizer, "bf16"))
+    assert reproducible(Policy(random_policy("qwen3").model, policy.tokenizer, "bf16"))
 
 
 def test_merging_computes_in_fp32(policy: Policy) -> None:

@@ -28,7 +28,7 @@ from forkrl.commands.token_parts import collect_tokens, entropy_temperature, ope
 from forkrl.commands.work_folder import model_settings, open_work_folder, present, stored_settings, weights_fingerprint
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError, first_line
-from forkrl.model.locations import model_location
+from forkrl.model.locations import adapter_base, model_location
 from forkrl.model.policy import open_policy
 from forkrl.parallel.workers import open_workers
 from forkrl.report.drift_page import drift_headline, drift_page
@@ -167,8 +167,11 @@ def _require_one_vocabulary(series: Sequence[Checkpoint]) -> None:
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    path, revision = checkpoint.path, checkpoint.revision
+    while (base := adapter_base(model_location(path))) is not None:
+        path, revision = base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_location(checkpoint.path), revision=checkpoint.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_location(path), revision=revision)
     except UserError:
         raise
     except Exception as error:  # the libraries raise many types for a damaged or foreign folder

@@ -166,7 +166,9 @@ def train_missing(study: StudyConfig, planned: Sequence[PlannedRun], places: Pla
 def probe(run: PlannedRun, jobs: int) -> RunRecord:
     """The record of two steps of a run, with at most 64 held-out problems."""
     problems = min(64, run.config.eval.problems)
-    changes = {"training.steps": 2, "eval.problems": problems, "checkpoint.kind": "none", "log.trackers": []}
+    changes = {"training.steps": 2, "eval.problems": problems, "log.trackers": []}
+    changes |= {"checkpoint.kind": "none", "checkpoint.merged": False, "checkpoint.keep_best": False}
+    changes |= {"optimizer.schedule": "constant", "optimizer.min_lr_ratio": 0.0, "optimizer.warmup_steps": 0}
     short = run._replace(config=change_recipe(run.config, changes))
     with TemporaryDirectory() as folder, elapsed(f"two steps of {run.name}"):
         job = _Job(short, {}, Places(Path(folder), Path(folder)), max(1, available_cores() // jobs))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forkrl.errors import UserError, write_line
-from forkrl.model.locations import model_location
+from forkrl.model.locations import adapter_base, model_location
 from forkrl.store.atomic import explained_write_errors, temporary_beside, write_json
 from forkrl.store.run_folder import LOCK, clear_folder, lock_folder
 
@@ -101,7 +101,9 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 
 def weights_fingerprint(path: str) -> str:
-    """Hash of all files of a local model; empty for a hub model, which its name and revision identify."""
+    """Hash of all files of a local model, and of the model below an adapter; empty for a hub model, which its name and
+    revision identify.
+    """
     from forkrl.report.progress import progress  # imports rich
 
     folder = Path(model_location(path))
@@ -112,6 +114,8 @@ def weights_fingerprint(path: str) -> str:
     for file in progress(files, f"reading {folder.name}"):
         with file.open("rb") as stream:
             digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    if (base := adapter_base(str(folder))) is not None:
+        digest.update(f"base {weights_fingerprint(base[0])}\n".encode())
     return digest.hexdigest()[:16]
 
 

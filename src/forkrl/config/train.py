@@ -345,6 +345,10 @@ class TrainConfig(Section):
                 "checkpoint.merged = true needs an adapter and checkpoints; set lora.rank, and checkpoint.kind other "
                 'than "none", or drop it'
             )
+        if self.checkpoint.keep_best and not self.eval.every:
+            raise ValueError(
+                "checkpoint.keep_best needs evaluations to choose from; set eval.every above 0, or keep_best to false"
+            )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:
             raise ValueError(

@@ -79,7 +79,9 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         )
     if (folder / BASE_MODEL).is_file():
         require_base(folder, hash_weights(model))
+    _require_plain(config, folder)
     peft.inject_adapter_in_model(config, model, _NAME)
+    _require_own_weights(model, folder)
     state = model.state_dict()
     with torch.no_grad():
         for name, tensor in read_adapter(folder, model).items():
@@ -90,6 +92,27 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
     return model.requires_grad_(True)
+
+
+def _require_plain(config: Any, folder: Path) -> None:
+    """Reject what merging into linear layers would not reproduce."""
+    for name in ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices"):
+        if value := getattr(config, name, None):
+            raise UserError(f"{folder / ADAPTER_CONFIG}: {name} = {value}; ForkRL reads plain LoRA only")
+
+
+def _require_own_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Reject adapters on embeddings and on shared weights, where merging into one layer would change another."""
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for name, layer in _adapted_layers(model).items():
+        base = layer.get_base_layer()
+        if isinstance(base, nn.Embedding) or uses[id(base.weight)] > 1:
+            raise UserError(
+                f"{folder / ADAPTER_CONFIG}: an adapter on {name}, an embedding or a layer that shares its weight; "
+                f"merge it into the weights with PEFT, or train one without that layer"
+            )
 
 
 def write_adapter(folder: Path, model: PreTrainedModel, base: AdapterBase) -> None:
@@ -207,6 +230,10 @@ def _find_targets(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
                 f'"all-linear" alone, or some of {", ".join(sorted(linear))}'
             )
     return sorted(names)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(_has_adapter(module) for module in model.modules())
 
 
 def _has_adapter(module: Any) -> bool:

@@ -38,10 +38,22 @@ def adapter_base(location: str) -> tuple[str, str | None] | None:
     file = Path(location) / ADAPTER_CONFIG
     if not file.is_file() or (Path(location) / "config.json").is_file():
         return None
+    seen, path, revision = {file.parent.resolve()}, *_named_base(file)
+    below = Path(path).expanduser()
+    while (below / ADAPTER_CONFIG).is_file() and not (below / "config.json").is_file():
+        if below.resolve() in seen:
+            raise UserError(f"{file}: its base model is an adapter of itself; set base_model_name_or_path there")
+        seen.add(below.resolve())
+        below = Path(_named_base(below / ADAPTER_CONFIG)[0]).expanduser()
+    return path, revision
+
+
+def _named_base(file: Path) -> tuple[str, str | None]:
+    """Path and revision that an adapter's settings name."""
     try:
         values = json.loads(file.read_bytes())
         path, revision = values["base_model_name_or_path"], values.get("revision")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as the settings of an adapter ({first_line(error)})") from error
     if not isinstance(path, str) or not path:
         raise UserError(
@@ -49,8 +61,8 @@ def adapter_base(location: str) -> tuple[str, str | None] | None:
         )
     try:
         model_location(path)
-    except UserError as error:
-        raise UserError(f"{file}: its base model is not here ({error}); set base_model_name_or_path there") from error
+    except UserError as error:  # the checksums of a checkpoint forbid to change the file
+        raise UserError(f"{file}: its base model is not here ({error}); put it there, or a link to it") from error
     return path, revision
 
 

@@ -186,6 +186,8 @@ def _best_checkpoint(run: RunData) -> list[str]:
     if run.setting("checkpoint.keep_best") is not True or not len(accuracies := run.series("eval/accuracy")):
         return []
     best = int(accuracies.values.argmax())
+    if not accuracies.steps[best]:
+        return ["checkpoint.keep_best kept no checkpoint: no evaluation was better than the one before training."]
     return [
         f"checkpoint.keep_best chose step {accuracies.steps[best]:.0f}, the best of {len(accuracies)} evaluations, by "
         f"these held-out problems: its accuracy of {accuracies.values[best]:.1%} on them is biased upwards, so measure "

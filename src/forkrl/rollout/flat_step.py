@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import DynamicCache, PreTrainedConfig
 
-from forkrl.model.adapter import is_linear, linear_weight
+from forkrl.model.adapter import has_adapters, is_linear, linear_weight
 from forkrl.model.attention import NAME, attend_one_token
 from forkrl.model.policy import Policy
 from forkrl.model.products import decoding_product
@@ -41,13 +41,18 @@ class Layer(NamedTuple):
 
 
 def reproducible(policy: Policy) -> bool:
-    """Whether :class:`FlatStep` computes the same function as this model."""
+    """Whether :class:`FlatStep` computes the same function as this model.
+
+    Not with adapters in bf16: merged weights would be rounded, and most of a small change lost, which the model's own
+    layers add to their output instead.
+    """
     config, decoder = policy.model.config, cast(Any, policy.decoder)
     return (
         config.model_type in MODEL_TYPES
         and config._attn_implementation == NAME
         and not _has_sliding_layers(config)
         and all(_is_plain(layer) for layer in decoder.layers)
+        and not (policy.precision == "bf16" and has_adapters(policy.model))
     )
 
 

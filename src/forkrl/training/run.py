@@ -201,10 +201,18 @@ class Run:
             self.save()
 
     def _best_step(self) -> int | None:
-        """With checkpoint.keep_best: the evaluated step with the highest held-out accuracy, the first of equals."""
+        """With checkpoint.keep_best: the step with the highest held-out accuracy, the first of equals.
+
+        Of the steps that still have a checkpoint, this one, and the model before training.
+        """
         if not self.config.checkpoint.keep_best:
             return None
-        accuracies = {row["step"]: row["eval/accuracy"] for row in self.folder.read_metrics() if "eval/accuracy" in row}
+        accuracies = {
+            row["step"]: row["eval/accuracy"]
+            for row in self.folder.read_metrics()
+            if "eval/accuracy" in row
+            and (row["step"] in (0, self.step) or (self.folder.checkpoints / f"step-{row['step']}").is_dir())
+        }
         return max(accuracies, key=accuracies.__getitem__, default=None)
 
     def save(self) -> None:
