@@ -199,6 +199,7 @@ def _measurement_figure(measured: pd.DataFrame) -> Figure | None:
         curves = []
         for place, (arm, name) in enumerate(arms.items()):
             of = evaluated[(evaluated["figure"] == figure) & (evaluated["arm"] == arm)]
+            of = of.assign(value_low=of["value_low"].clip(lower=0))
             shift = 0.5 * ((place + 0.5) / len(arms) - 0.5)
             x = [names.index(each) + shift for each in of["measurement"]]
             curves.append(column_curve(of, x, "value", name, style="", marker=None))
