@@ -46,7 +46,7 @@ POINTS = {
 }
 _WARM = (
     "torch.optim", "matplotlib.figure", "transformers.models.qwen3.modeling_qwen3", "forkrl.training.loop",
-    "forkrl.training.run", "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.branch",
+    "forkrl.training.open_run", "forkrl.report", "forkrl.commands.evaluate", "forkrl.commands.branch",
     "forkrl.commands.decode_temps", "datasets", "forkrl.cli",
 )  # fmt: skip
 _opened: list[Any] = []
