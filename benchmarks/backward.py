@@ -191,7 +191,11 @@ def show(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         shape = tuple(case[key] for key in ("length", "hidden", "layers"))
         dense = next(c for c in cases if (c["length"], c["hidden"], c["layers"], c["way"]) == (*shape, "dense"))
-        ratios = {key: case[key] / dense[key] for key in ("seconds", "peak_mib", "flops") if key in case}
+        ratios = {
+            key: case[key] / dense[key] if dense[key] else float("nan")  # a peak may be below what was in use before
+            for key in ("seconds", "peak_mib", "flops")
+            if key in case
+        }
         cells = [f"{case['seconds']:.2f}", f"{ratios['seconds']:.2f}", f"{case['peak_mib']:.0f}"]
         cells += [f"{ratios['peak_mib']:.2f}", f"{ratios['flops']:.2f}" if "flops" in case else ""]
         cells += [f"{case[f'cosine{part}']:.3f}" for part in PARTS] if "cosine" in case else []
