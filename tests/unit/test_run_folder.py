@@ -354,8 +354,8 @@ class TestResume:
         longer = self.changed(config, "training", steps=20)
         says = (
             r"the recipe has changed since the run began: training.steps: 10 -> 20; resume without a recipe "
-            r"\(only training.steps, eval.\*, checkpoint.every, checkpoint.keep, checkpoint.keep_best, log.\* may change, "
-            r"each given as key=value\), or start a new run with another --out"
+            r"\(only training.steps, eval.\*, checkpoint.every, checkpoint.keep, checkpoint.keep_best, log.\* "
+            r"may change, each given as key=value\), or start a new run with another --out"
         )
         with pytest.raises(UserError, match=says + "$"):
             accepted_changes(begun.path, longer, [])  # not on purpose
@@ -400,7 +400,7 @@ class TestResume:
         begun.close()
         file = begun.path / "config.toml"
         file.write_text(file.read_text().replace("steps = 10", "steps = 11"))
-        may_change = r"only training.steps, eval.\*, checkpoint.every, checkpoint.keep, checkpoint.keep_best, log.\*, each "
+        may_change = r"only training.steps, eval.\*, checkpoint.every, checkpoint.keep, checkpoint.keep_best, log.\*,"
         with pytest.raises(UserError, match=f"was edited after the run began; undo the edit. .* {may_change}"):
             RunFolder.open(begun.path)
 
