@@ -159,6 +159,9 @@ def test_drift_of_a_run(world: World, run: Run) -> None:
     page = (world.folder / "drift/report.html").read_text()
     assert "step 2" in page
     assert write_report(world.folder / "drift").read_text() == page
+    assert world.run("report", "drift", "--figures").code == 0
+    drawn = {path.name for path in (world.folder / "drift/figures").iterdir()}
+    assert drawn == {"overlap.svg", "change.svg", "percentiles.svg", "response.svg"}
 
     again = world.run("drift", "run", "--samples", "2", "--problems", "6", "--out", "drift", "--bins", "5")
     assert again.code == 0, again.stderr

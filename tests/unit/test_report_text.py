@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from forkrl.report import coloured_response, entropy_legend
-from forkrl.report.colors import COLOR_BINS, color_bin, ramp, token_colors, top_entropy
+from forkrl.report.colors import COLOR_BINS, color_bin, ramp, response_svg, token_colors, top_entropy
 from forkrl.report.formatting import script_json, visible, visible_token
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\x1b[31m\x00\u202e"
@@ -115,6 +116,15 @@ def test_terminal_marks_entropy_that_is_no_number() -> None:
     assert coloured_response(["x"], [float("nan")]).spans[0].style.strike  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="zip"):
         coloured_response(["x"], [])
+
+
+def test_picture_of_a_response_is_xml_with_the_colours_of_the_page() -> None:
+    tokens = ["calm", "hot", "\n", "</g><script>", "\x1b[2J", "\ud800", "[red]"]
+    drawn = response_svg(tokens, [0.0, 2.0, 0.5, 1.0, 2.0, 2.0, float("nan")], 2.0)
+    root = ElementTree.fromstring(drawn)
+    assert "</g><script>" in "".join(root.itertext()).replace("\xa0", " ")
+    assert ramp(1.0, dark=False)[0] in drawn and "http://www.w3.org/2000/svg" in drawn
+    assert drawn.count("http") == 1  # no web font
 
 
 def test_terminal_legend_has_every_colour() -> None:

@@ -608,12 +608,12 @@ class ReportOptions(Options):
     examples:
       forkrl report runs/first
       forkrl report runs/first --watch                          again every 20 seconds, until the run has ended
-      forkrl report analyses/drift --figures                    every plot as SVG too, for a paper
+      forkrl report analyses/drift --figures                    plots and a coloured response as SVG too, for a paper
     """
 
     folder: Path = field(kw_only=False, metadata=argument("a run folder, or the folder given to --out", "DIR"))
     watch: bool = option(False, "refresh the report of a run while it trains")
-    figures: bool = option(False, "also write the plots as SVG files into DIR/figures")
+    figures: bool = option(False, "also write the plots and a coloured response as SVG files into DIR/figures")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from forkrl.commands.options import ReportOptions
 from forkrl.commands.runs import describe_run
 from forkrl.errors import UserError
+from forkrl.report.colors import response_svg, top_entropy
 from forkrl.report.page import Page, write_page
 from forkrl.report.plots import standalone_svg
 from forkrl.report.run_page import run_folder_page, run_headline
@@ -67,12 +68,19 @@ def write_report(folder: Path) -> Path:
 
 
 def write_figures(folder: Path, page: Page) -> Path:
-    """Write every plot of a page as ``NAME.svg``."""
+    """Write every plot of a page as ``NAME.svg``, and its longest correct response, coloured, as ``response.svg``."""
     with explained_write_errors(folder):
         folder.mkdir(exist_ok=True)
     for section in page.sections:
         if section.figure is not None:
             write_text(folder / f"{section.name}.svg", standalone_svg(section.figure))
+    views = page.forks.views if page.forks is not None else ()
+    prompts = [prompt for view in views for frame in view.frames for prompt in frame.prompts]
+    responses = [each for prompt in prompts for each in prompt.responses]
+    if responses:
+        shown = max(responses, key=lambda each: (each.score == 1, each.finished is True, len(each.tokens)))
+        entropy = shown.entropy[-1]
+        write_text(folder / "response.svg", response_svg(shown.tokens, entropy, top_entropy(entropy)))
     return folder
 
 

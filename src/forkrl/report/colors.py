@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
+from rich.console import Console
 from rich.style import Style
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
 from forkrl.errors import printable
@@ -18,6 +21,22 @@ COLOR_BINS = 24
 # Magma has even lightness steps and is safe for colour blindness. The page background is 0, so each theme uses
 # the part of the map that starts near its background.
 _LIGHT_MAP, _DARK_MAP = ("magma_r", 0.03, 0.80), ("magma", 0.16, 0.95)
+
+_SVG = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {terminal_width} {terminal_height}">
+<style>
+.{unique_id}-matrix {{ font: {char_height}px monospace; }}
+{styles}
+</style>
+<defs>{lines}</defs>
+<rect width="100%" height="100%" fill="#ffffff"/>
+<g class="{unique_id}-matrix">
+{backgrounds}
+{matrix}
+</g>
+</svg>
+"""
+"""For rich: without its window and its web font."""
 
 
 def ramp(fraction: float, *, dark: bool) -> tuple[str, str]:
@@ -82,6 +101,14 @@ def coloured_response(
             text.append(line.rstrip("\n"), style)
             text.append(line[len(line.rstrip("\n")) :])  # a styled line break would colour the rest of the line
     return text
+
+
+def response_svg(tokens: Sequence[str], entropy: Sequence[float], top: float, columns: int = 110) -> str:
+    """The response as an SVG picture on white, with its legend (paper: figures 12 to 17). Arguments: see above."""
+    console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(entropy_legend(top, dark=False), end="\n\n")
+    console.print(coloured_response(tokens, entropy, top=top, dark=False))
+    return console.export_svg(title="", theme=DEFAULT_TERMINAL_THEME, code_format=_SVG, unique_id="response")
 
 
 def entropy_legend(top: float, *, dark: bool = True) -> Text:
