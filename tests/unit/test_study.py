@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forkrl.commands.study import write_study as write_results_of
+from forkrl.commands.study_measured import read_measurement
 from forkrl.commands.study_runs import Places, read_records
-from forkrl.config.study import StudyConfig, load_study
+from forkrl.config.study import MeasurementConfig, StudyConfig, load_study
 from forkrl.errors import UserError
 from forkrl.evaluation.study_tables import CONTRADICTED, SUPPORTED, UNDECIDED, study_tables
-from forkrl.store.results import csv_text, read_table
+from forkrl.store.results import csv_text, read_table, write_results
 from forkrl.store.run_record import (
     ACCURACY,
     CURVES,
@@ -308,6 +310,59 @@ def evaluated(arm: str, seed: int, **shares: float) -> RunRecord:
         for name, share in shares.items()
     }
     return record(arm, seed, scores(0.4), measured=measured)
+
+
+@pytest.mark.parametrize(
+    ("command", "tables", "figures"),
+    [
+        (
+            "drift",
+            {
+                "overlap": [{"checkpoint": "step 0", "with_first": 1.0, "with_last": 0.8}],
+                "change": [{"from_percentile": 75, "to_percentile": 80, "change": -0.2}],
+                "percentiles": [
+                    {
+                        "checkpoint": "step 0",
+                        "mean": 0.1,
+                        "percentile_50": 0.0,
+                        "percentile_80": 0.5,
+                        "percentile_95": 1.2,
+                    }
+                ],
+            },
+            {
+                "overlap with the first: step 0": 1.0,
+                "overlap with the last: step 0": 0.8,
+                "change of entropy: 75-80%": -0.2,
+                "mean: step 0": 0.1,
+                "percentile 50: step 0": 0.0,
+                "percentile 80: step 0": 0.5,
+                "percentile 95: step 0": 1.2,
+            },
+        ),
+        (
+            "decode-temps",
+            {"settings": [{"high": 0.3, "low": 1.0, "accuracy": 0.25}]},
+            {"accuracy: T_high 0.3, T_low 1": 0.25},
+        ),
+    ],
+)
+def test_figures_of_other_measurements(
+    command: str, tables: dict[str, list[dict[str, Any]]], figures: dict[str, float], tmp_path: Path
+) -> None:
+    frames = {name: pd.DataFrame(rows) for name, rows in tables.items()}
+    write_results(tmp_path, f"forkrl-{command}/1", settings={}, headline="", facts={}, tables=frames)
+    measurement = MeasurementConfig.model_validate({"command": command})
+    assert read_measurement(tmp_path, measurement).figures == figures
+
+
+def test_scores_left_out_of_a_record_are_noted(tmp_path: Path) -> None:
+    records = [record(arm, seed, scores(0.4)) for arm in ("all", "top") for seed in (0, 1)]
+    assert not write_results_of(configuration(), records, tmp_path, "again", []).notes
+    curves = records[0].curves | {"eval/accuracy": ([0.0, 2.0, 4.0], [0.1, 0.2, 0.4])}
+    records[0] = records[0].model_copy(update={"curves": curves})
+    (note,) = write_results_of(configuration(), records, tmp_path, "again", []).notes
+    assert note.startswith("1 record had room")
 
 
 def test_the_mean_over_evaluations_weighs_them_equally() -> None:

@@ -103,7 +103,7 @@ def write_study(
 ) -> Results:
     """Write the tables, results.json and figures from the records; ``reproduce``: a command that trains them again."""
     tables = {name: pd.DataFrame(rows) for name, rows in study_tables(study, records).items()}
-    notes = [*notes, *_differing_origins(records)]
+    notes = [*notes, *_differing_origins(records), *_missing_scores(records)]
     with explained_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     results = write_results(
@@ -136,6 +136,16 @@ def _differing_origins(records: Sequence[RunRecord]) -> list[str]:
         if len(values) > 1:
             notes.append(f"Runs differ in {key}: {', '.join(values)}.")
     return notes
+
+
+def _missing_scores(records: Sequence[RunRecord]) -> list[str]:
+    short = [each for each in records if each.scores and len(each.curves["eval/accuracy"][0]) > len(each.scores)]
+    if not short:
+        return []
+    return [
+        f"{len(short)} record{'s' * (len(short) > 1)} had room for the scores of the first and last evaluation only: "
+        "differences at equal tokens and at equal time are interpolated between these."
+    ]
 
 
 def describe_plan(
