@@ -170,6 +170,27 @@ def test_the_best_checkpoint_outlives_an_interruption(
     assert resumed.checkpoints == uninterrupted_best.checkpoints
 
 
+STALLED = ("optimizer.lr=1e-12", "eval.every=1", "eval.patience=2", "checkpoint.every=6")
+
+
+def test_a_run_without_progress_stops_early_and_can_go_further(world: World) -> None:
+    """The evaluations of an unchanged model are equal, so the second after the first one stops the run."""
+    stopped = world.trained("stalled", *STALLED)
+    assert [*stopped.column("eval/accuracy")] == [stopped.column("eval/accuracy")[0]] * 3
+    assert stopped.checkpoints == ["step-2"]
+    assert "finished" in world.run("runs", "stalled").stdout
+    again = world.run("train", "--resume", "stalled")
+    assert "stalled has stopped early (step 2 of 6, eval.patience = 2); to train it further" in again.stdout
+    assert world.run("train", "--resume", "stalled", "eval.patience=0").code == 0
+    assert stopped.checkpoints[-1] == "step-6"
+
+
+def test_an_early_stop_survives_a_kill(world: World) -> None:
+    interrupt(world, "killed-stalled", *STALLED, point="eval", count=3, signal=signal.SIGKILL)
+    resumed = world.resumed("killed-stalled")
+    assert resumed.checkpoints == ["step-2"] and len(resumed.column("eval/accuracy")) == 3
+
+
 def test_a_lost_worker_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:
     stop = {"point": "gradient", "count": 13, "signal": signal.SIGSTOP}
     started = world.start(

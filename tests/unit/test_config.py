@@ -148,6 +148,8 @@ def test_the_best_checkpoint_of_a_run_without_checkpoints_is_refused() -> None:
         load_recipe(TrainConfig, None, ["checkpoint.keep_best=true", "checkpoint.kind=none"])
     with pytest.raises(UserError, match=r"checkpoint.keep_best needs evaluations to choose from; set eval.every"):
         load_recipe(TrainConfig, None, ["checkpoint.keep_best=true", "eval.every=0"])
+    with pytest.raises(UserError, match=r"eval.patience = 3 counts evaluations; set eval.every above 0"):
+        load_recipe(TrainConfig, None, ["eval.patience=3", "eval.every=0"])
 
 
 def test_an_empty_value_restores_the_default(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import transformers
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
-from forkrl.method.schedule import adaptive_bonus, share_of_lr
+from forkrl.method.schedule import adaptive_bonus, has_stalled, share_of_lr
 
 
 def recipe(*overrides: str) -> TrainConfig:
@@ -74,6 +74,23 @@ def test_a_constant_rate_is_exactly_what_it_was() -> None:
     config = recipe("optimizer.lr=3e-4", "optimizer.warmup_steps=7")
     old = [3e-4 * min(1.0, number / 7) for number in range(1, 21)]
     assert [config.optimizer.lr * share for share in rates(config, [4] * 5)] == old
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "stalled"),
+    [
+        ([], 1, False),
+        ([0.5], 1, False),
+        ([0.5, 0.5], 1, True),
+        ([0.5, 0.6], 1, False),
+        ([0.5, 0.4, 0.5], 2, True),
+        ([0.5, 0.4, 0.51], 2, False),
+        ([0.5, 0.6, 0.1, 0.6], 2, True),
+        ([0.5, 0.4, 0.3], 0, False),
+    ],
+)
+def test_a_run_stalls_when_no_evaluation_is_better(accuracies: list[float], patience: int, stalled: bool) -> None:
+    assert has_stalled(accuracies, patience) == stalled
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ("lora.rank", ["lora.rank=8"], "drop lora.*"),
     ("loss.entropy_target", ["loss.entropy_target=0.2"], "set it to 0, or use a constant loss.entropy_coef"),
     ("checkpoint.keep_best", ["checkpoint.keep_best=true"], "set it to false"),
+    ("eval.patience", ["eval.patience=3"], "set it to 0"),
     ("checkpoint.kind", ["checkpoint.kind=weights"], 'set it to "full"'),
     ("runtime.device", ["runtime.device=mps"], 'set it to "auto"'),
     ("runtime.device", ['runtime.device="cuda:0"'], 'set it to "auto"'),

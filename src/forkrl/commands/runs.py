@@ -12,6 +12,7 @@ from typing import Any
 
 from forkrl.commands.options import RunsOptions
 from forkrl.errors import UserError, write_line
+from forkrl.method.schedule import has_stalled
 from forkrl.report.terminal import aligned
 from forkrl.store.run_folder import CONFIG, LOCK, read_config, read_metrics
 
@@ -74,7 +75,8 @@ def describe_run(folder: Path) -> ListedRun:
         pass
     accuracies = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     step, steps = int(rows[-1]["step"]) if rows else 0, _setting(config, "training", "steps")
-    finished = steps is not None and step >= steps and bool(rows) and "eval/accuracy" in rows[-1]
+    stalled = has_stalled(accuracies, _setting(config, "eval", "patience") or 0)
+    finished = steps is not None and (stalled or step >= steps) and bool(rows) and "eval/accuracy" in rows[-1]
     status = problem or ("finished" if finished else "running" if _is_locked(folder) else "stopped")
     metrics = folder / "metrics.jsonl"
     return ListedRun(

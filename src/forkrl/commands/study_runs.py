@@ -40,6 +40,8 @@ from forkrl.store.run_record import (
 )
 
 _LOOK_EVERY_S = 0.2
+_MEASUREMENT_WORK = 0.2
+"""Of the work of training, roughly, for the time left: five measurements of SmolLM2 took as long as 25 steps."""
 # The child dies with this process, whatever kills it; its output goes to a log.
 _CHILD = (
     "import sys; from forkrl.parallel.processes import die_with_parent; die_with_parent(int(sys.argv.pop(1))); "
@@ -248,11 +250,12 @@ class _Job:
             self._process.send_signal(signum)
 
     def share(self) -> float:
-        """Of the work that is done; a measurement counts as much as the training."""
-        finished = float(self._num_started - 1)
+        """Of the work that is done."""
         if self._activity in ("", "training"):
-            finished += describe_run(self._folder).step / self.run.config.training.steps
-        return finished / (1 + len(self._measurements))
+            finished = describe_run(self._folder).step / self.run.config.training.steps
+        else:
+            finished = 1 + _MEASUREMENT_WORK * (self._num_started - 2)
+        return finished / (1 + _MEASUREMENT_WORK * len(self._measurements))
 
     def outcome(self) -> str:
         record = read_record(self._places.record(self.run))

@@ -222,6 +222,8 @@ def _require_comparable(path: Path, configs: dict[str, TrainConfig], baseline: s
         if text in seen:
             raise UserError(f"{path}: arms {seen[text]} and {name} have the same settings; change or remove one")
         seen[text] = name
+        if config.eval.patience:
+            raise UserError(f"{path}: arm {name}: with eval.patience runs differ in length; set it to 0")
         different = [
             each for each in recipe_differences(configs[baseline], config) if each.startswith(SAME_EVALUATION)
         ]  # fmt: skip

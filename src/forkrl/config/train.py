@@ -246,6 +246,9 @@ class EvalConfig(Section):
     """Responses per held-out prompt."""
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 is greedy."""
+    patience: Count = 0
+    """Stop training after this many evaluations in a row without a higher accuracy than before; 0: never
+    (docs/training-control.md)."""
 
 
 class CheckpointConfig(Section):
@@ -348,6 +351,10 @@ class TrainConfig(Section):
         if self.checkpoint.keep_best and not self.eval.every:
             raise ValueError(
                 "checkpoint.keep_best needs evaluations to choose from; set eval.every above 0, or keep_best to false"
+            )
+        if self.eval.patience and not self.eval.every:
+            raise ValueError(
+                f"eval.patience = {self.eval.patience} counts evaluations; set eval.every above 0, or patience to 0"
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.training.micro_batch_tokens < longest:

@@ -1,8 +1,9 @@
-"""The learning rate and the adaptive entropy bonus over a run. Imports no torch."""
+"""The learning rate and the adaptive entropy bonus over a run, and when it stops early. Imports no torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 
@@ -45,3 +46,8 @@ def adaptive_bonus(coef: float, entropy: float, target: float, delta: float) -> 
     if entropy < target:
         return coef, coef + delta
     return 0.0, max(0.0, coef - delta)
+
+
+def has_stalled(accuracies: Sequence[float], patience: int) -> bool:
+    """Whether none of the last ``patience`` evaluations is better than the best before them; 0: never."""
+    return 0 < patience < len(accuracies) and max(accuracies[-patience:]) <= max(accuracies[:-patience])

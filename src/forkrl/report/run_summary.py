@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from forkrl.method.schedule import has_stalled
 from forkrl.report.formatting import duration, is_clear, percent, points, probability
 from forkrl.report.page import Card
 from forkrl.report.run_data import RunData
@@ -89,6 +90,10 @@ def _nothing_was_judged(run: RunData, step: int) -> bool:
 def status(run: RunData) -> str:
     if run.planned_steps is None or run.num_steps >= run.planned_steps:
         return ""
+    patience = run.setting("eval.patience")
+    if isinstance(patience, int) and has_stalled(run.series("eval/accuracy").values.tolist(), patience):
+        steps = f"{run.num_steps} of {run.planned_steps}"
+        return f"Stopped early at step {steps}: no higher accuracy in {patience} evaluations (eval.patience)."
     return (
         f"This run stopped at step {run.num_steps} of {run.planned_steps}: it was interrupted, ended early, "
         "or is still running. The page shows what it wrote so far."

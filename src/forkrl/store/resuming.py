@@ -77,6 +77,11 @@ def describe_resume(
 ) -> str:
     """The step a resumed run starts from and its changes, or that it is finished; ``done`` is the checkpoint's step."""
     last = config.training.steps
+    if finished and done != last:
+        return (
+            f"{folder} has stopped early (step {done} of {last}, eval.patience = {config.eval.patience}); to train it "
+            f"further: forkrl train --resume {folder} eval.patience=0"
+        )
     if finished:
         return (
             f"{folder} is finished (step {last} of {last}); to train it further: "

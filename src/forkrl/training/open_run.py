@@ -188,7 +188,7 @@ def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> 
 
 def _announce_resume(run: Run, changes: Sequence[str]) -> None:
     done = run.step if run.first_unsaved_step else None
-    finished = run.step == run._evaluated_step == run.config.training.steps
+    finished = run.is_stalled or run.step == run._evaluated_step == run.config.training.steps
     run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
     schedule, steps = run.config.optimizer.schedule, run.config.training.steps
     if schedule != "constant" and any(change.startswith("training.steps:") for change in changes):

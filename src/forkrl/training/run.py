@@ -14,7 +14,7 @@ from forkrl.config import TrainConfig
 from forkrl.config.recipe import change_recipe
 from forkrl.errors import UserError
 from forkrl.method.batches import cut_micro_batches
-from forkrl.method.schedule import adaptive_bonus, share_of_lr
+from forkrl.method.schedule import adaptive_bonus, has_stalled, share_of_lr
 from forkrl.model.policy import Policy
 from forkrl.parallel.workers import Workers
 from forkrl.report.progress import TrainingDisplay
@@ -101,7 +101,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Numbers of the remaining steps; saves random state and data position before each, for ``stop``."""
-        while self.step < self.config.training.steps:
+        while self.step < self.config.training.steps and not self.is_stalled:
             self._mark()
             yield self.step + 1
 
@@ -197,8 +197,21 @@ class Run:
         self.folder.write_scores(self.step, {group.prompt.id: group.scores for group in groups})
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
         self._evaluated_step = self.step
-        if self.step and self._best_step() == self.step:
+        if self.is_stalled:
+            patience = self.config.eval.patience
+            self.display.message(
+                f"stopping at step {self.step}: no higher accuracy in {patience} evaluations (eval.patience)"
+            )
+        if self.step and (self.is_stalled or self._best_step() == self.step):
             self.save()
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the evaluation of this step stops the run (``eval.patience``)."""
+        if not self.config.eval.patience or self._evaluated_step != self.step:
+            return False
+        accuracies = [row["eval/accuracy"] for row in self.folder.read_metrics() if "eval/accuracy" in row]
+        return has_stalled(accuracies, self.config.eval.patience)
 
     def _best_step(self) -> int | None:
         """With checkpoint.keep_best: the step with the highest held-out accuracy, the first of equals.
