@@ -30,7 +30,7 @@ from forkrl.method.advantages import group_advantages, informative_groups
 from forkrl.method.batches import collate
 from forkrl.model.policy import open_policy
 from forkrl.parallel.workers import Workers
-from forkrl.rewards.pool import open_verifier
+from forkrl.rewards import open_verifier
 from forkrl.rollout import EmbeddedEngine
 from forkrl.rollout.scoring import score_groups
 from forkrl.tasks import open_task

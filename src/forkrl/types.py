@@ -74,11 +74,17 @@ class VerifierResult:
     """The result of one response.
 
     ``score`` is in [0, 1]; it is 0 if ``failure`` (one of ``FAILURES``) is set. ``answer`` is as in ``Judgement``.
+    ``terms``: results of ``reward.terms`` by name.
     """
 
     score: float
     failure: str = ""
     answer: str | None = None
+    terms: Mapping[str, VerifierResult] = field(default_factory=dict)
+
+
+TERM = "reward.terms."
+"""Before the name of one of ``reward.terms``: the source of its verifier."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,9 @@ def test_a_run_without_progress_stops_early_and_can_go_further(world: World) -> 
     assert "stalled has stopped early (step 2 of 6, eval.patience = 2); to train it further" in again.stdout
     assert world.run("train", "--resume", "stalled", "eval.patience=0").code == 0
     assert stopped.checkpoints[-1] == "step-6"
+    assert world.run("report", "stalled").code == 0
+    page = (world.folder / "stalled/report.html").read_text()
+    assert "points [" in page and "sampled in different ways" not in page
 
 
 def test_an_early_stop_survives_a_kill(world: World) -> None:

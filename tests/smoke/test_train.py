@@ -236,6 +236,66 @@ def test_the_same_seed_gives_the_same_run(world: World, variations: dict[str, Ru
     assert again.bits() == variations["base"].bits()
 
 
+TERMS = """
+def short(answer, response, *, limit):
+    return float(len(response) < limit)
+
+
+def asked(answer, response, *, prompt):
+    return float(len(prompt) > 0)
+
+
+def broken(answer, response):
+    raise RuntimeError("no")
+"""
+
+
+def test_reward_terms_are_weighted_added_and_logged(own_world: World) -> None:
+    (own_world.folder / "terms.py").write_text(TERMS)
+    terms = (
+        '{name="short", verifier="terms:short", weight=-0.5, options={limit=6}}',
+        '{name="asked", verifier="terms:asked", weight=2.0}',
+        '{name="broken", verifier="terms:broken"}',
+    )
+    setting = f"reward.terms=[{', '.join(terms)}]"
+    run = own_world.trained("terms", *SHORT, "dynamic_sampling.enabled=false", setting)
+    first = run.metrics[1]
+    assert 0 < first["reward/terms/short"] < 1 == first["reward/terms/asked"]
+    assert first["reward/terms/broken"] == 0 and first["verifier/failures_error"] == 32
+    expected = first["reward/accuracy"] - 0.5 * first["reward/terms/short"] + 2
+    assert first["reward/mean"] == pytest.approx(expected, abs=1e-6)
+    assert own_world.trained("plain", *SHORT, "dynamic_sampling.enabled=false").weights != run.weights
+
+
+def test_groups_that_only_a_term_tells_apart_are_kept(own_world: World) -> None:
+    (own_world.folder / "terms.py").write_text(TERMS)
+    nothing = (*SHORT, "task.verifier=first_character:nobody", "rollout.prompts_per_step=2")
+    assert own_world.train("nothing", *nothing, without_report=True).code == 1
+    setting = 'reward.terms=[{name="short", verifier="terms:short", options={limit=6}}]'
+    assert own_world.trained("something", *nothing, setting).metrics[1]["sampling/groups_kept"] == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        (
+            'reward.terms=[{name="a", verifier="terms:none"}]',
+            r"reward.terms \(a\): verifier = .terms:none. could",
+        ),
+        ('reward.terms=[{name="a/b", verifier="terms:short"}]', r"reward.terms.0.name"),
+        (
+            'reward.terms=[{name="a", verifier="terms:asked"}, {name="a", verifier="terms:broken"}]',
+            r"two of them have the name 'a'; rename one",
+        ),
+        ('reward.terms=[{name="a", verifier="terms:short"}]', r"do not fit terms:short\(answer, response, \*, limit\)"),
+    ],
+)
+def test_terms_that_cannot_be_computed_are_refused(own_world: World, setting: str, says: str) -> None:
+    (own_world.folder / "terms.py").write_text(TERMS)
+    outcome = own_world.train("refused", setting)
+    assert outcome.code == 2 and re.search(says, outcome.line), outcome.line
+
+
 def test_dynamic_sampling_drops_counts_and_samples_on(world: World) -> None:
     """With four responses a group is often all wrong; the cap on generation batches is reached here and there."""
     run = world.trained("dynamic", *SHORT, "training.steps=3", "rollout.group_size=4")

@@ -11,7 +11,7 @@ from forkrl.config import RewardConfig, TaskConfig
 from forkrl.config.task import ANSWER_FORMATS
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.answer_format import answer_extractor
-from forkrl.rewards.pool import Source
+from forkrl.rewards.batch import Source
 from forkrl.tasks.gym import gym_task
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
 

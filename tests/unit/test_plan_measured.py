@@ -245,7 +245,7 @@ def test_weights_gradients_and_adam_of_adapters_are_exact(targets: list[str]) ->
 
 def test_the_plan_names_a_target_that_no_layer_has() -> None:
     config = TrainConfig.model_validate({"lora": {"rank": 4, "targets": ["c_attn"]}})
-    with pytest.raises(UserError, match="lora.targets: no layer 'c_attn'"):
+    with pytest.raises(UserError, match=r"lora.targets = .*: no layer 'c_attn'"):
         plan_memory(config, find_shape("embedded:countdown-base").shape, GPUS["h100"])
 
 

@@ -403,16 +403,24 @@ def test_entropy_below_the_floor_is_noted_once(tmp_path: Path, floor: float, ste
         assert notes[0].startswith(f"Mean entropy fell below log.entropy_floor = {floor} nats at step {step}, to 0.2: ")
 
 
-@pytest.mark.parametrize("keep_best", [True, False])
-def test_the_accuracy_of_a_chosen_checkpoint_is_said_to_be_biased(tmp_path: Path, keep_best: bool) -> None:
+@pytest.mark.parametrize(("kept", "chosen"), [((1, 2, 3), 1), ((2, 3), 2), ((), None)])
+def test_the_accuracy_of_a_chosen_checkpoint_is_said_to_be_biased(
+    tmp_path: Path, kept: tuple[int, ...], chosen: int | None
+) -> None:
+    """Of evaluations whose checkpoint is gone none can have been chosen."""
     folder = write_run(tmp_path / "run", steps=0)
     accuracies = enumerate((0.25, 0.5, 0.5, 0.375))
     metrics_of(folder, *({"step": step, "eval/accuracy": accuracy} for step, accuracy in accuracies))
     with (folder / "config.toml").open("a") as file:
-        file.write(f"\n[checkpoint]\nkeep_best = {str(keep_best).lower()}\n")
-    notes = [note for note in read_run(folder, 12).notes if "keep_best" in note]
-    says = ["checkpoint.keep_best chose step 1, the best of 4 evaluations, ", "50.0% on them is biased upwards"]
-    assert [all(words in note for words in says) for note in notes] == [True] * keep_best
+        file.write("\n[checkpoint]\nkeep_best = true\n")
+    for step in kept:
+        (folder / f"checkpoints/step-{step}").mkdir(parents=True)
+    (note,) = [note for note in read_run(folder, 12).notes if "keep_best" in note]
+    if chosen is None:
+        assert note.startswith("checkpoint.keep_best kept no checkpoint")
+    else:
+        assert note.startswith(f"checkpoint.keep_best chose step {chosen}, the best of 4 evaluations, ")
+        assert "50.0% on them is biased upwards" in note
 
 
 def test_damaged_rollouts_are_named_and_the_next_best_is_shown(tmp_path: Path) -> None:

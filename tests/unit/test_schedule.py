@@ -90,7 +90,9 @@ def test_a_constant_rate_is_exactly_what_it_was() -> None:
     ],
 )
 def test_a_run_stalls_when_no_evaluation_is_better(accuracies: list[float], patience: int, stalled: bool) -> None:
-    assert has_stalled(accuracies, patience) == stalled
+    rows = [{"step": 0, "reward/mean": 0.1}, *({"eval/accuracy": accuracy} for accuracy in accuracies)]
+    assert has_stalled(rows, patience) == stalled
+    assert not has_stalled([*rows, {"reward/mean": 0.1}], patience), "only an evaluation ends a run"
 
 
 @pytest.mark.parametrize(

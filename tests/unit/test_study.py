@@ -85,7 +85,7 @@ BAD = {
     ),
     "one seed": (SEEDS, "seeds = [0]", "seeds of arm all: 0; an interval over runs needs at least two"),
     "no seed": (SEEDS, "seeds = []", "seeds of arm all: none; an interval"),
-    "a seed twice": (SEEDS, "seeds = [0, 1, 1]", "seeds of arm all: a seed is given twice"),
+    "a seed twice": (SEEDS, "seeds = [0, 1, 1]", "seeds of arm all: 1 is given twice; remove one"),
     "seeds of other pairs": ("seeds = [1, 2]", "seeds = [7, 8]", "at least two must be seeds of the baseline all"),
     "an arm that changes nothing": ('["selection.rule=all"]', "[]", "arms all and top have the same settings"),
     "an arm on other data": (
@@ -98,7 +98,10 @@ BAD = {
         "[[claims]]", '[measurements.m]\n[[claims]]', 'checkpoint.kind = "none" there is no trained model',
     ),
     "a claim about no measurement": (
-        "margin = 0.02", 'margin = 0.02\nmeasurement = "m"', "claims: measurement = 'm' is not one with command eval",
+        "margin = 0.02", 'margin = 0.02\nmeasurement = "m"', "measurement = 'm' is not an evaluation; name one of none",
+    ),
+    "runs of different lengths": (
+        LABEL, 'settings = ["eval.every=2", "eval.patience=3"]', "eval.patience = 3 runs differ in length; set it to 0",
     ),
     "a seed as a setting": (LABEL, 'settings = ["seed=7"]', "arm top: the seed is set by seeds; remove seed="),
     "an unknown setting": (LABEL, 'settings = ["selection.rho=7"]', "arm top: selection.rho is not a setting"),
@@ -318,7 +321,10 @@ def evaluated(arm: str, seed: int, **shares: float) -> RunRecord:
         (
             "drift",
             {
-                "overlap": [{"checkpoint": "step 0", "with_first": 1.0, "with_last": 0.8}],
+                "overlap": [
+                    {"checkpoint": "step 0", "with_first": 1.0, "with_last": 0.8},
+                    {"checkpoint": "step 4", "with_first": 0.8, "with_last": 1.0},
+                ],
                 "change": [{"from_percentile": 75, "to_percentile": 80, "change": -0.2}],
                 "percentiles": [
                     {
@@ -331,7 +337,7 @@ def evaluated(arm: str, seed: int, **shares: float) -> RunRecord:
                 ],
             },
             {
-                "overlap with the first: step 0": 1.0,
+                "overlap with the first: step 4": 0.8,
                 "overlap with the last: step 0": 0.8,
                 "change of entropy: 75-80%": -0.2,
                 "mean: step 0": 0.1,
@@ -376,6 +382,31 @@ def test_the_mean_over_evaluations_weighs_them_equally() -> None:
     frame = pd.DataFrame([row for row in rows if row["measurement"] == "mean"]).set_index(["arm", "figure"])
     assert frame.loc[("all", ACCURACY), "value"] == pytest.approx(0.3)
     assert frame.loc[("top", ACCURACY), "difference"] == pytest.approx((0.2 + 0.2) / 2)
+
+
+def test_the_spread_between_evaluations_is_no_error_of_their_mean() -> None:
+    """Every question is answered alike in every run, so nothing is uncertain, whatever the numbers of questions."""
+    records = [evaluated("all", seed, a=0.2, b=0.4, a_start=0.2, b_start=0.4) for seed in (0, 1)]
+    records += [evaluated("top", seed, a=0.2, b=0.4) for seed in (0, 1)]
+    for each in records:
+        for name, measured in each.measured.items():
+            measured.scores[ACCURACY] = [0.2] * 50 if name.startswith("a") else [0.4] * 5
+    rows = study_tables(configuration(measurements={"a": {}, "b": {}}), records)["measurements"]
+    frame = pd.DataFrame([row for row in rows if row["measurement"] == "mean"]).set_index(["arm", "figure"])
+    found = frame.loc[("top", ACCURACY)]
+    assert [found["value_low"], found["value_high"]] == pytest.approx([0.3, 0.3])
+    assert [found["difference_low"], found["difference_high"]] == pytest.approx([0, 0], abs=1e-12)
+
+
+def test_no_accuracy_is_reached_within_fewer_tokens_than_any_response_has() -> None:
+    records = [evaluated("all", seed, m=0.1) for seed in (0, 1)]
+    records += [evaluated("top", seed, m=0.4) for seed in (0, 1)]
+    for each in records[2:]:
+        each.measured["m"].spending[0][:] = [28.0, 28.0]  # every response has 28 tokens, the baseline's 7
+        each.measured["m"].spending[1][:] = [0.4, 0.4]
+    rows = study_tables(configuration(measurements={"m": {}}), records)["measurements"]
+    frame = pd.DataFrame(rows).set_index(["arm", "figure"])
+    assert frame.loc[("top", "accuracy at equal length"), "value"] == pytest.approx(0.1), "7 of 28 tokens"
 
 
 def test_a_claim_may_be_about_a_measurement() -> None:

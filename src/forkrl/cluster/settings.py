@@ -340,6 +340,10 @@ REFUSED = (
     Refusal("loss.entropy_delta", "any", "only read with loss.entropy_target"),
     Refusal("checkpoint.keep_best", "true", f"{_OWN_LOOP}; set it to false, and raise checkpoint.keep",
             lambda c: c.checkpoint.keep_best),
+    Refusal("reward.terms", "any", f"{_OWN_LOOP}; remove it, or add the terms up in one verifier",
+            lambda c: bool(c.reward.terms)),
+    *(Refusal(f"reward.terms.{name}", "any", "only read with reward.terms")
+      for name in ("name", "verifier", "options", "weight")),
     Refusal("eval.patience", "above 0", f"{_OWN_LOOP}; set it to 0", lambda c: c.eval.patience > 0),
     Refusal("checkpoint.kind", 'other than "full"', f'{_OWN_LOOP}; set it to "full"',
             lambda c: c.checkpoint.kind != "full"),

@@ -75,7 +75,7 @@ def describe_run(folder: Path) -> ListedRun:
         pass
     accuracies = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     step, steps = int(rows[-1]["step"]) if rows else 0, _setting(config, "training", "steps")
-    stalled = has_stalled(accuracies, _setting(config, "eval", "patience") or 0)
+    stalled = has_stalled(rows, _setting(config, "eval", "patience") or 0)
     finished = steps is not None and (stalled or step >= steps) and bool(rows) and "eval/accuracy" in rows[-1]
     status = problem or ("finished" if finished else "running" if _is_locked(folder) else "stopped")
     metrics = folder / "metrics.jsonl"

@@ -144,7 +144,7 @@ def _missing_scores(records: Sequence[RunRecord]) -> list[str]:
         return []
     return [
         f"{len(short)} record{'s' * (len(short) > 1)} had room for the scores of the first and last evaluation only: "
-        "differences at equal tokens and at equal time are interpolated between these."
+        "differences at equal tokens and at equal time are left out."
     ]
 
 

@@ -31,6 +31,11 @@ def study_of_runs(words: Sequence[str], metric: str, baseline: str | None) -> tu
     """
     given = [_split(word) for word in words]
     folders = {path: make_record("", path, "") for _, path in given if (path / CONFIG).is_file()}
+    for path, record in folders.items():
+        if patience := flatten(record.settings).get("eval.patience"):
+            raise UserError(
+                f"--runs {path}: with eval.patience = {patience} runs differ in length; leave it out, or use 0"
+            )
     names = _arms_by_settings(folders)
     records: list[RunRecord] = []
     for arm, path in given:

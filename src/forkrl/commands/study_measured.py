@@ -61,8 +61,8 @@ def _drift_figures(results: Results) -> dict[str, float]:
     overlap, change, percentiles = (results.tables[name] for name in ("overlap", "change", "percentiles"))
     found = {
         f"overlap with the {end}: {row['checkpoint']}": row[f"with_{end}"]
-        for end in ("first", "last")
-        for row in overlap.to_dict("records")
+        for end, rows in (("first", overlap[1:]), ("last", overlap[:-1]))  # with itself it is 1
+        for row in rows.to_dict("records")
     }
     for row in change.to_dict("records"):
         found[f"change of entropy: {row['from_percentile']:g}-{row['to_percentile']:g}%"] = row["change"]

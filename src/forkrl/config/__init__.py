@@ -4,6 +4,7 @@
 """
 
 from forkrl.config.lora import LoraConfig
+from forkrl.config.reward import RewardConfig, RewardTerm, SandboxConfig
 from forkrl.config.sft import SearchHabits, SftConfig
 from forkrl.config.task import CurriculumConfig, PartConfig, TaskConfig
 from forkrl.config.train import (
@@ -12,9 +13,7 @@ from forkrl.config.train import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    RewardConfig,
     RuntimeConfig,
-    SandboxConfig,
     SelectionConfig,
     TrainConfig,
 )
@@ -29,6 +28,7 @@ __all__ = [
     "OptimizerConfig",
     "PartConfig",
     "RewardConfig",
+    "RewardTerm",
     "RuntimeConfig",
     "SandboxConfig",
     "SearchHabits",

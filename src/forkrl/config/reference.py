@@ -76,11 +76,15 @@ def _table(fields: dict[str, FieldInfo]) -> list[str]:
     rows = []
     for name, field in fields.items():
         default, reason = _default(field), _help(field).replace("|", "\\|")
-        rows.append(f"| `{name}` | {default if field.default is None else f'`{default}`'} | {reason} |")
+        rows.append(
+            f"| `{name}` | {default if field.default is None or field.is_required() else f'`{default}`'} | {reason} |"
+        )
     return ["", "| setting | default | what it does |", "|---|---|---|", *rows]
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
     return "not set" if field.default is None else json.dumps(field.default)
 
 

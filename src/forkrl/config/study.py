@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from forkrl.config.train import TrainConfig
 from forkrl.errors import UserError
 
 START = "start"
+_RESERVED = (START, "mean", "training")
 """In a claim: the same runs before training."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 SAME_EVALUATION = (
@@ -104,8 +106,11 @@ class StudyConfig(Section):
     @model_validator(mode="after")
     def _check_arms(self) -> StudyConfig:
         for name in (*self.arms, *self.measurements):
-            if not _NAME.fullmatch(name) or name == START:
-                raise ValueError(f"{name!r} cannot be a name; use letters, digits, - and _, and not {START!r}")
+            if not _NAME.fullmatch(name) or name in _RESERVED:
+                raise ValueError(
+                    f"{name!r} cannot be a name; begin with a letter or digit, then use letters, digits, -, _ and ., "
+                    f"and none of {', '.join(_RESERVED)}"
+                )
         if len(self.arms) < 2:
             raise ValueError(f"arms: {len(self.arms)} given; a study compares at least two")
         known = f"the arms are {', '.join(self.arms)}"
@@ -115,11 +120,12 @@ class StudyConfig(Section):
             seeds = self.seeds_of(name)
             if len(set(seeds)) < 2:
                 raise ValueError(
-                    f"seeds of arm {name}: {', '.join(map(str, seeds)) or 'none'}; an interval over runs needs at "
+                    f"seeds of arm {name}: {_listed(seeds) or 'none'}; an interval over runs needs at "
                     f"least two different seeds"
                 )
             if len(set(seeds)) < len(seeds):
-                raise ValueError(f"seeds of arm {name}: a seed is given twice")
+                twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+                raise ValueError(f"seeds of arm {name}: {twice} is given twice; remove one")
             if len(set(seeds) & set(self.seeds_of(self.baseline))) < 2:
                 raise ValueError(f"seeds of arm {name}: at least two must be seeds of the baseline {self.baseline}")
         return self
@@ -135,9 +141,16 @@ class StudyConfig(Section):
                 raise ValueError(f"claims: arm and than are both {claim.arm!r}")
             measured = self.measurements.get(claim.measurement)
             if claim.measurement and (measured is None or measured.command != "eval"):
-                raise ValueError(f"claims: measurement = {claim.measurement!r} is not one with command eval")
+                evaluations = [name for name, each in self.measurements.items() if each.command == "eval"]
+                raise ValueError(
+                    f"claims: measurement = {claim.measurement!r} is not an evaluation; name one of "
+                    f"{', '.join(evaluations) or 'none'}, or leave it out for the held-out problems"
+                )
             if claim.than != START and len(set(self.seeds_of(claim.arm)) & set(self.seeds_of(claim.than))) < 2:
-                raise ValueError(f"claims: {claim.arm} and {claim.than} have fewer than two seeds in common")
+                raise ValueError(
+                    f"claims: {claim.arm} (seeds {_listed(self.seeds_of(claim.arm))}) and {claim.than} (seeds "
+                    f"{_listed(self.seeds_of(claim.than))}) have fewer than two seeds in common; add seeds to an arm"
+                )
         return self
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
@@ -155,6 +168,10 @@ class StudyConfig(Section):
 
     def label(self, arm: str) -> str:
         return self.arms[arm].label or arm
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def before_training(measurement: str) -> str:
@@ -223,7 +240,9 @@ def _require_comparable(path: Path, configs: dict[str, TrainConfig], baseline: s
             raise UserError(f"{path}: arms {seen[text]} and {name} have the same settings; change or remove one")
         seen[text] = name
         if config.eval.patience:
-            raise UserError(f"{path}: arm {name}: with eval.patience runs differ in length; set it to 0")
+            raise UserError(
+                f"{path}: arm {name}: with eval.patience = {config.eval.patience} runs differ in length; set it to 0"
+            )
         different = [
             each for each in recipe_differences(configs[baseline], config) if each.startswith(SAME_EVALUATION)
         ]  # fmt: skip

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from forkrl.config.cluster import ClusterConfig
 from forkrl.config.lora import LoraConfig
-from forkrl.config.secret_values import reject_written_secrets
+from forkrl.config.reward import RewardConfig, SandboxConfig
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
 
@@ -65,44 +65,6 @@ class DynamicSamplingConfig(Section):
     """Prompts sampled at a time; 0: prompts_per_step. The official scripts use 3 x 512."""
     max_generation_batches: PositiveInt = 10
     """After this many batches, train on the groups found so far; if there are none, the run ends with an error."""
-
-
-class RewardConfig(Section):
-    overlong_cache: Count = 4096
-    """L_cache: over the last L_cache tokens before L_max the reward falls linearly to -1; 0: no penalty."""
-    workers: PositiveInt = 1
-    """Verifier processes."""
-    timeout_s: Positive = 10.0
-    """Wall-clock limit for judging one response; a worker that exceeds it is killed and replaced."""
-    memory_mb: Annotated[int, Field(ge=64)] = 2048
-    """Address space of one verifier process."""
-
-
-class SandboxConfig(Section):
-    """Where code rewards run programs, and within which limits (docs/code-rewards.md)."""
-
-    server: str = ""
-    """Address of a SandboxFusion server, such as "http://localhost:8080", with credentials as ${NAME}. Empty:
-    bubblewrap on this machine."""
-    python: str = ""
-    """Python interpreter that runs the programs, with only its standard library. Empty: the one that runs ForkRL."""
-    seconds: Annotated[float, Field(ge=0.1)] = 6.0
-    """CPU time for one test; its wall-clock limit is twice this."""
-    total_seconds: Annotated[float, Field(ge=0.1)] = 60.0
-    """Wall-clock limit for all tests of one program; a program that exceeds it fails."""
-    memory_mb: Annotated[int, Field(ge=64)] = 1024
-    """Memory of one program with all its processes, in MiB; at least 256 below reward.memory_mb."""
-    output_kb: PositiveInt = 16384
-    """KiB that a program may print in one test; twice the expected output is always allowed."""
-    files_mb: PositiveInt = 64
-    """MiB of files that a program may have at a time; they are deleted after the test."""
-    processes: PositiveInt = 32
-    """Processes and threads of one program at a time."""
-
-    @model_validator(mode="after")
-    def _holds_no_secrets(self) -> SandboxConfig:
-        reject_written_secrets("sandbox.server", self.server)
-        return self
 
 
 class SelectionConfig(Section):

@@ -9,7 +9,16 @@ import numpy as np
 
 from forkrl.config.study import START, StudyConfig, before_training
 from forkrl.errors import UserError
-from forkrl.evaluation.study_arms import Floats, Row, Runs, Scores, as_share, difference, difference_columns
+from forkrl.evaluation.study_arms import (
+    Floats,
+    Row,
+    Runs,
+    Scores,
+    as_share,
+    common_seeds,
+    difference,
+    difference_columns,
+)
 from forkrl.stats.crossed import Crossed, crossed_mean
 from forkrl.stats.intervals import as_columns
 from forkrl.store.run_record import ACCURACY, LENGTH, RunRecord
@@ -37,7 +46,7 @@ def measurement_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:
                 figures[EQUAL_LENGTH] = _at_equal_length(runs, baseline, key, name)
             for figure, (of, of_baseline) in figures.items():
                 compared = None if arm == study.baseline else difference(runs, baseline, of, of_baseline)
-                rows.append(where | _measured_columns(figure, runs, of, compared))
+                rows.append(where | _measured_columns(figure, crossed_mean(runs.scores(of)), compared))
     return rows + _mean_rows(study, arms)
 
 
@@ -76,7 +85,8 @@ def _at_equal_length(runs: Runs, baseline: Runs, key: str, name: str) -> tuple[S
         def accuracy(record: RunRecord) -> list[float]:
             sides = (runs.by_seed.get(record.seed), key), (baseline.by_seed.get(record.seed), name)
             lengths = [side.measured[measured].spending[0][-1] for side, measured in sides if side is not None]
-            return [float(np.interp(min(lengths), *record.measured[of].spending))]
+            spent, accuracies = record.measured[of].spending
+            return [float(np.interp(min(lengths), [0.0, *spent], [0.0, *accuracies]))]
 
         return accuracy
 
@@ -84,7 +94,7 @@ def _at_equal_length(runs: Runs, baseline: Runs, key: str, name: str) -> tuple[S
 
 
 def _mean_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:
-    """Accuracy and length over all evaluations, none weighing more for having more questions."""
+    """Accuracy and length over all evaluations, each with equal weight."""
     names = [name for name, each in study.measurements.items() if each.command == "eval"]
     if len(names) < 2:
         return []
@@ -94,26 +104,33 @@ def _mean_rows(study: StudyConfig, arms: Mapping[str, Runs]) -> list[Row]:
     rows: list[Row] = []
     for arm, label, runs, keys in subjects:
         for figure in (ACCURACY, LENGTH):
-            of, of_baseline = _weighted(keys, figure), _weighted(names, figure)
-            compared = None if arm == study.baseline else difference(runs, baseline, of, of_baseline)
+            value = _mean_of_means([runs.scores(measured_scores(key, figure)) for key in keys])
+            seeds = [] if arm == study.baseline else common_seeds(runs, baseline)
+            differences = [
+                runs.scores(measured_scores(key, figure), seeds) - baseline.scores(measured_scores(name, figure), seeds)
+                for key, name in zip(keys, names, strict=True)
+            ]
+            compared = _mean_of_means(differences) if len(seeds) > 1 else None
             where: Row = {"measurement": MEAN, "arm": arm, "label": label}
-            rows.append(where | _measured_columns(figure, runs, of, compared))
+            rows.append(where | _measured_columns(figure, value, compared))
     return rows
 
 
-def _weighted(names: Sequence[str], figure: str) -> Scores:
-    """``[P]`` of several evaluations, scaled so that their mean is that of the evaluations' means."""
+def _mean_of_means(parts_SP: Sequence[Floats]) -> Crossed:
+    """Over several evaluations with equal weights; each ``[S, P]``, with questions of its own.
 
-    def of(record: RunRecord) -> Floats:
-        parts = [np.array(record.measured[name].scores[figure]) for name in names]
-        total = sum(map(len, parts))
-        return np.concatenate([part * (total / (len(parts) * len(part))) for part in parts])
+    The evaluations are given, not sampled, so each is centred on the mean of means: their spread is no error.
+    """
+    total, means = sum(part.shape[1] for part in parts_SP), [part.mean() for part in parts_SP]
+    centred = [
+        np.mean(means) + (part - mean) * (total / (len(parts_SP) * part.shape[1]))
+        for part, mean in zip(parts_SP, means, strict=True)
+    ]
+    return crossed_mean(np.concatenate(centred, axis=1))
 
-    return of
 
-
-def _measured_columns(figure: str, runs: Runs, of: Scores, compared: Crossed | None) -> Row:
-    value = crossed_mean(runs.scores(of)).estimate
+def _measured_columns(figure: str, found: Crossed, compared: Crossed | None) -> Row:
+    value = found.estimate
     if figure.startswith(ACCURACY):
         value = as_share(value)
     columns: Row = {"figure": figure, **as_columns("value", value)}

@@ -46,10 +46,11 @@ SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "not distingui
 def study_tables(study: StudyConfig, records: Sequence[RunRecord], seed: int = 0) -> dict[str, list[Row]]:
     """All tables: ``arms``, ``claims``, ``measurements``, ``curves``, ``runs``; ``seed`` is for the bootstrap."""
     arms = runs_by_arm(study, records)
+    measurements = measurement_rows(study, arms)  # first: it checks that questions are the same
     return {
         "arms": arm_rows(study, arms, seed),
         "claims": [claim_row(claim, arms) for claim in study.claims],
-        "measurements": measurement_rows(study, arms),
+        "measurements": measurements,
         "curves": curve_rows(arms),
         "runs": run_rows(arms),
     }
@@ -128,7 +129,14 @@ def _spent(record: RunRecord, total: str) -> list[float]:
 
 def claim_row(claim: ClaimConfig, arms: Mapping[str, Runs]) -> Row:
     """The verdict on a claim: whether the 95% interval lies in the differences for which it is true, or outside."""
-    row: Row = {"claim": claim.text, "arm": claim.arm, "than": claim.than, "says": claim.says, "margin": claim.margin}
+    row: Row = {
+        "claim": claim.text,
+        "measurement": claim.measurement or "held out",
+        "arm": claim.arm,
+        "than": claim.than,
+        "says": claim.says,
+        "margin": claim.margin,
+    }
     found = _claimed_difference(claim, arms)
     if found is None:
         return row | {"verdict": "not tested", "seeds_needed": math.nan}

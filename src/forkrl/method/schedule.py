@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 
 class Schedule(Protocol):
@@ -48,6 +48,9 @@ def adaptive_bonus(coef: float, entropy: float, target: float, delta: float) -> 
     return 0.0, max(0.0, coef - delta)
 
 
-def has_stalled(accuracies: Sequence[float], patience: int) -> bool:
-    """Whether none of the last ``patience`` evaluations is better than the best before them; 0: never."""
-    return 0 < patience < len(accuracies) and max(accuracies[-patience:]) <= max(accuracies[:-patience])
+def has_stalled(rows: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether the last row of metrics is an evaluation that ends the run: ``patience`` (0: never) without a best."""
+    accuracies: list[float] = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
+    if not 0 < patience < len(accuracies) or rows[-1].get("eval/accuracy") is None:
+        return False
+    return max(accuracies[-patience:]) <= max(accuracies[:-patience])

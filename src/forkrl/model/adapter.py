@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # loads pydantic, which only recipes need
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_MODEL = "base_model.json"
+_MERGE = "merge it with PEFT (merge_and_unload, save_pretrained) and set model.path to the result"
 _NAME = "default"
 """PEFT's name of a model's first adapter."""
 _PREFIX = "base_model.model."
@@ -75,7 +76,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     config = peft.PeftConfig.from_pretrained(str(folder))
     if config.peft_type != peft.PeftType.LORA:
         raise UserError(
-            f"{folder / ADAPTER_CONFIG}: an adapter of type {config.peft_type.value}; ForkRL reads LoRA only"
+            f"{folder / ADAPTER_CONFIG}: an adapter of type {config.peft_type.value}; ForkRL reads LoRA only: {_MERGE}"
         )
     if (folder / BASE_MODEL).is_file():
         require_base(folder, hash_weights(model))
@@ -98,7 +99,7 @@ def _require_plain(config: Any, folder: Path) -> None:
     """Reject what merging into linear layers would not reproduce."""
     for name in ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices"):
         if value := getattr(config, name, None):
-            raise UserError(f"{folder / ADAPTER_CONFIG}: {name} = {value}; ForkRL reads plain LoRA only")
+            raise UserError(f"{folder / ADAPTER_CONFIG}: {name} = {value}; ForkRL reads plain LoRA only: {_MERGE}")
 
 
 def _require_own_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -145,7 +146,7 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
         found[name] = tensor
     if saved:
         raise UserError(
-            f"{file}: holds {min(saved)}, for which {type(model).__name__} has no place; ForkRL reads plain LoRA"
+            f"{file}: holds {min(saved)}, which {type(model).__name__} does not have; ForkRL reads plain LoRA: {_MERGE}"
         )
     return found
 
@@ -155,7 +156,7 @@ def require_base(folder: Path, sha256: str) -> None:
     try:
         base = AdapterBase(**json.loads((folder / BASE_MODEL).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / BASE_MODEL}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{folder / BASE_MODEL}: cannot be read ({first_line(error)}); restore it") from error
     if base.sha256 != sha256:
         raise UserError(
             f"{folder}: an adapter of another base model: it was trained on {base.path} with weights "

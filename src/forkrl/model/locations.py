@@ -61,7 +61,7 @@ def _named_base(file: Path) -> tuple[str, str | None]:
         )
     try:
         model_location(path)
-    except UserError as error:  # the checksums of a checkpoint forbid to change the file
+    except UserError as error:  # the checksums of a checkpoint do not allow changing the file
         raise UserError(f"{file}: its base model is not here ({error}); put it there, or a link to it") from error
     return path, revision
 

@@ -138,8 +138,9 @@ def _decode_rate(config: TrainConfig, plan: Plan, assumed: Assumptions) -> Decod
     sequences = min(config.rollout.max_sequences, room, math.ceil(wanted))
     if layout.sharded:
         weights = product_bytes(config) * shape.matrices / layout.tensor_parallel
-    else:  # the local engine keeps its head in fp32
-        weights = product_bytes(config) * shape.layers * shape.layer_matrices + 4 * shape.embedding_parameters
+    else:  # the local engine keeps its head in fp32, and in bf16 with adapters all weights
+        size = 4 if config.lora.rank else product_bytes(config)
+        weights = size * shape.layers * shape.layer_matrices + 4 * shape.embedding_parameters
 
     def seconds(count: int) -> tuple[float, str]:
         by_memory = (weights + count * context * fit.cache_per_token) / gpu.bandwidth

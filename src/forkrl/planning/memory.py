@@ -326,9 +326,11 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
     items = [
         Item("weights, fp32", 4 * (shape.parameters + adapters)),
         Item("Adam's averages, fp32", 8 * (adapters or shape.parameters), "gradients are freed"),
-        Item("stacked layers", size * shape.layers * shape.layer_matrices, "the sampler's copy while a batch decodes"),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
+    if not (adapters and size < 4):  # rounded to bf16, most of an adapter would be lost: no copy is made
+        stacked = size * shape.layers * shape.layer_matrices
+        items.insert(2, Item("stacked layers", stacked, "the sampler's copy while a batch decodes"))
     if graphs and size < 4:
         items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy while a step decodes"))
     if config.loss.kl_coef and not adapters:

@@ -70,7 +70,8 @@ class ModelShape(NamedTuple):
         for name in names:
             if name not in widths:
                 raise UserError(
-                    f'lora.targets: no layer {name!r}; take "all-linear" alone, or some of {", ".join(widths)}'
+                    f'lora.targets = {list(targets)}: no layer {name!r}; take "all-linear" alone, or some of '
+                    f"{', '.join(widths)}"
                 )
         return rank * self.layers * sum(widths[name] for name in names)
 

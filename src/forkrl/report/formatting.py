@@ -41,8 +41,8 @@ def low_entropy(step: int, entropy: float, floor: float) -> str:
     """The warning of the first step below ``log.entropy_floor``."""
     return (
         f"mean entropy fell below log.entropy_floor = {floor:g} nats at step {step}, to {entropy:.3g}: responses to a "
-        f"prompt become alike, and little is left to learn from; a new run keeps it higher with loss.entropy_target or "
-        f"a higher loss.clip_high"
+        f"prompt become similar, and little is left to learn from; a new run keeps it higher with loss.entropy_target "
+        f"or a higher loss.clip_high"
     )
 
 

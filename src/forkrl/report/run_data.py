@@ -20,10 +20,10 @@ from forkrl.config.secret_values import reject_written_secrets
 from forkrl.errors import UserError, first_line
 from forkrl.report.formatting import evenly_spaced, low_entropy
 from forkrl.stats.intervals import mean_with_interval
-from forkrl.store.run_folder import read_config
+from forkrl.store.run_folder import best_step, read_config
 
 Floats = npt.NDArray[np.float64]
-_KEEP_ANSWERS = ("eval.every:", "eval.problems:", "eval.samples:")
+_KEEP_ANSWERS = ("eval.every:", "eval.patience:", "eval.problems:", "eval.samples:")
 """Changes to an evaluation that do not affect how a response is sampled."""
 _ROLLOUT_FILE = re.compile(r"(train|eval)-(\d+)\.parquet")
 _PER_TOKEN = {"tokens": pa.string(), "logprobs": pa.float32(), "entropy": pa.float32(), "selected": pa.bool_()}
@@ -167,9 +167,9 @@ def read_run(folder: Path, max_train_files: int) -> RunData:
         scores=_read_scores(folder, [step for step, row in metrics.items() if "eval/accuracy" in row], notes),
         notes=notes,
     )
-    notes += _low_entropy(run) + _best_checkpoint(run)
+    notes += _low_entropy(run) + _best_checkpoint(run, folder / "checkpoints")
     for step, changes in run.setting_changes:
-        if of_evaluations := [change for change in changes if change.startswith("eval.")]:
+        if of_evaluations := [each for each in changes if each.startswith("eval.") and "eval.patience:" not in each]:
             notes.append(f"Evaluations changed after step {step}: {'; '.join(of_evaluations)}.")
     return run
 
@@ -179,19 +179,22 @@ def _low_entropy(run: RunData) -> list[str]:
     if not isinstance(floor, int | float):
         return []
     below = [(int(step), each) for step, each in zip(*run.series("entropy/mean"), strict=True) if each < floor]
-    return [f"M{low_entropy(*below[0], floor)[1:]}."] if below else []
-
-
-def _best_checkpoint(run: RunData) -> list[str]:
-    if run.setting("checkpoint.keep_best") is not True or not len(accuracies := run.series("eval/accuracy")):
+    if not below:
         return []
-    best = int(accuracies.values.argmax())
-    if not accuracies.steps[best]:
+    sentence = low_entropy(*below[0], floor)
+    return [f"{sentence[0].upper()}{sentence[1:]}."]
+
+
+def _best_checkpoint(run: RunData, checkpoints: Path) -> list[str]:
+    best = best_step([{"step": step, **row} for step, row in run.metrics.items()], checkpoints)
+    if run.setting("checkpoint.keep_best") is not True or best is None:
+        return []
+    if not best:
         return ["checkpoint.keep_best kept no checkpoint: no evaluation was better than the one before training."]
     return [
-        f"checkpoint.keep_best chose step {accuracies.steps[best]:.0f}, the best of {len(accuracies)} evaluations, by "
-        f"these held-out problems: its accuracy of {accuracies.values[best]:.1%} on them is biased upwards, so measure "
-        f"that checkpoint on others."
+        f"checkpoint.keep_best chose step {best}, the best of {len(run.series('eval/accuracy'))} evaluations, by "
+        f"these held-out problems: its accuracy of {run.metrics[best]['eval/accuracy']:.1%} on them is biased upwards, "
+        f"so measure that checkpoint on others."
     ]
 
 

@@ -91,7 +91,7 @@ def status(run: RunData) -> str:
     if run.planned_steps is None or run.num_steps >= run.planned_steps:
         return ""
     patience = run.setting("eval.patience")
-    if isinstance(patience, int) and has_stalled(run.series("eval/accuracy").values.tolist(), patience):
+    if isinstance(patience, int) and has_stalled(list(run.metrics.values()), patience):
         steps = f"{run.num_steps} of {run.planned_steps}"
         return f"Stopped early at step {steps}: no higher accuracy in {patience} evaluations (eval.patience)."
     return (

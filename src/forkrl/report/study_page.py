@@ -149,7 +149,8 @@ def _result_sections(results: Results) -> list[Section]:
             "difference is the one observed; inf: too close to the margin for more seeds alone.",
             "study-claims",
             _columns(claims, {
-                "claim": "claim", "says": "says", "margin": "margin", "difference": "difference",
+                "claim": "claim", "measurement": "measured on", "says": "says", "margin": "margin",
+                "difference": "difference",
                 "difference_low": "low", "difference_high": "high", "verdict": "verdict",
                 "supported_from": "supported from", "seeds_needed": "seeds needed",
             }),

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from forkrl.config.secret_values import is_loopback, shown_url
+from forkrl.config.secret_values import is_address, is_loopback, shown_url
 from forkrl.errors import UserError
 from forkrl.types import Judgement, VerifierSpec
 
@@ -36,12 +36,16 @@ def verify_at_endpoint(
     answer: str, response: str, *, url: str, timeout_s: float = 8.0, headers: Mapping[str, str] | None = None
 ) -> Judgement:
     """A server's score; ``timeout_s`` limits all attempts together and must be below the pool's timeout."""
-    # ASCII JSON can encode any Python string, including lone surrogates.
-    body = json.dumps({"answer": answer, "response": response}).encode("ascii")
+    return _judgement(ask(url, {"answer": answer, "response": response}, headers or {}, timeout_s), url)
+
+
+def ask(url: str, message: Mapping[str, Any], headers: Mapping[str, str], timeout_s: float) -> bytes:
+    """The body of a server's reply to a POST of JSON; raises EndpointError after all attempts."""
+    body = json.dumps(message).encode("ascii")  # can encode any Python string, including lone surrogates
     deadline = time.monotonic() + timeout_s
     for wait in (*_BACKOFF_S, None):
         try:
-            return _judgement(_post(url, body, dict(headers or {}), deadline), url)
+            return _post(url, body, dict(headers), deadline)
         except _TryAgain as error:
             if wait is None or time.monotonic() + wait >= deadline:
                 raise EndpointError(f"{shown_url(url)} {error}") from None
@@ -49,13 +53,17 @@ def verify_at_endpoint(
     raise AssertionError
 
 
-def prepare_endpoint(spec: VerifierSpec, pool_timeout_s: float) -> VerifierSpec:
-    """Set a timeout below the pool's; raises UserError if the server cannot be reached."""
-    url = spec.options["url"]
+def prepare_endpoint(
+    spec: VerifierSpec, pool_timeout_s: float, setting: str = "task.verifier", options: str = "task.verifier_options"
+) -> VerifierSpec:
+    """Set a timeout below the pool's; raises UserError, which names the settings, if the server cannot be reached."""
+    url = spec.options.get("url") or spec.options.get("server")
+    if not isinstance(url, str) or not is_address(url):
+        raise UserError(f'{options}.server = {url!r} is not an address; write "http://host:port"')
     timeout_s = spec.options.get("timeout_s", _SHARE_OF_TIMEOUT * pool_timeout_s)
     if not isinstance(timeout_s, int | float) or not 0 < timeout_s < pool_timeout_s:
         raise UserError(
-            f"task.verifier_options.timeout_s = {timeout_s!r} must lie between 0 and reward.timeout_s = "
+            f"{options}.timeout_s = {timeout_s!r} must lie between 0 and reward.timeout_s = "
             f"{pool_timeout_s:g}; leave it out to take {_SHARE_OF_TIMEOUT:.0%} of that"
         )
     try:
@@ -63,7 +71,7 @@ def prepare_endpoint(spec: VerifierSpec, pool_timeout_s: float) -> VerifierSpec:
     except (httpx.TransportError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
         raise UserError(
-            f"task.verifier = {shown_url(url)!r} cannot be reached ({reason}); start the server, or correct the address"
+            f"{setting} = {shown_url(url)!r} cannot be reached ({reason}); start the server, or correct the address"
         ) from None
     return replace(spec, options={**spec.options, "timeout_s": timeout_s})
 

@@ -17,93 +17,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
-from forkrl.config import RewardConfig
-from forkrl.config.secret_values import SecretValues
 from forkrl.errors import UserError, printable
-from forkrl.rewards.reply import strip_turn_end, with_opened_thinking
+from forkrl.rewards.batch import Batch, Item, Source, setting_of
 from forkrl.rewards.worker_process import Failure, Settings, WorkerProcess
 from forkrl.types import Prompt, VerifierResult, VerifierSpec
 
 _log = logging.getLogger("forkrl")
-_ENDPOINT = "forkrl.rewards.endpoint:verify_at_endpoint"
-_CODE = "forkrl.rewards.code:verify_code"
-_UNANSWERED, _EXAMPLES, _EXAMPLE_CHARACTERS = 200, 3, 120
-_REMEDY = "ask for that form in the prompt, or set task.answer_format to what the responses hold (docs/tasks.md)"
-_REMEDY_FOR_CODE = "ask in the prompt for the program in a block fenced as Python (docs/code-rewards.md)"
 _FORGERY = "wrote on the pipe that carries results"
-
-
-@dataclass(eq=False, slots=True)
-class Item:
-    batch: Batch
-    index: int
-    prompt: Prompt
-    response: str
-    timeout_s: float
-
-    @property
-    def is_open(self) -> bool:
-        return self.batch.results[self.index] is None and not self.batch.future.done()
-
-
-class Source:
-    """The verifier of one ``Prompt.source``, and its first responses until one has an answer."""
-
-    def __init__(self, spec: VerifierSpec, timeout_s: float, remedy: str) -> None:
-        self.spec, self.timeout_s = spec, timeout_s
-        self._remedy = remedy or (_REMEDY_FOR_CODE if spec.path == _CODE and not spec.answer_format else _REMEDY)
-        self._num_unanswered: int | None = 0
-        self._examples: list[str] = []
-
-    def count(self, name: str, response: str, answer: str | None) -> str:
-        """Count a judged response; a warning once the first ``_UNANSWERED`` all have no answer, else ""."""
-        if self._num_unanswered is None:
-            return ""
-        if answer != "":
-            self._num_unanswered = None
-            return ""
-        self._num_unanswered += 1
-        if len(self._examples) < _EXAMPLES:
-            self._examples.append(repr(response[-_EXAMPLE_CHARACTERS:]))
-        if self._num_unanswered < _UNANSWERED:
-            return ""
-        self._num_unanswered = None
-        chosen = self.spec.answer_format
-        finder = f"task.answer_format = {chosen!r}" if chosen else f"the verifier {self.spec.path}"
-        return (
-            f"{f'{name}: ' if name else ''}{finder} found no answer in the first {_UNANSWERED} responses; "
-            f"{self._remedy}; three of them end in {', '.join(self._examples)}"
-        )
-
-
-class Batch:
-    def __init__(self, pairs: Sequence[tuple[Prompt, str]], sources: Mapping[str, Source]) -> None:
-        self.future: Future[list[VerifierResult]] = Future()
-        self.items: list[Item] = []
-        for index, (prompt, response) in enumerate(pairs):
-            source = sources.get(prompt.source)
-            if source is None:
-                raise UserError(f"prompt {prompt.id}: no verifier for its source {prompt.source!r}")
-            asked, prefill = prompt.text.removesuffix(source.spec.prefill), source.spec.prefill
-            text = with_opened_thinking(asked, prefill + strip_turn_end(response))
-            self.items.append(Item(self, index, prompt, text, source.timeout_s))
-        self.results: list[VerifierResult | None] = [None] * len(self.items)
-        self._num_open = len(self.items)
-        if not self.items:
-            self.future.set_result([])
-
-    def settle(self, index: int, result: VerifierResult) -> None:
-        self.results[index] = result
-        self._num_open -= 1
-        if not self._num_open and self.future.set_running_or_notify_cancel():
-            self.future.set_result([result for result in self.results if result is not None])
-
-    def fail(self, error: BaseException) -> None:
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
 
 
 class VerifierPool:
@@ -411,39 +333,8 @@ class VerifierPool:
 
     def _start_failure(self, reason: str, path: str = "") -> UserError:
         named = path or ", ".join(dict.fromkeys(path for path, *_ in self._settings.verifiers.values()))
+        source = next((source for source, (known, *_) in self._settings.verifiers.items() if known == path), "")
         return UserError(
-            f'task.verifier = "{named}" could not be started: {self._hide(reason)}; '
+            f'{setting_of(source)} = "{named}" could not be started: {self._hide(reason)}; '
             f"name an importable module:function that fits in reward.memory_mb = {self._settings.memory_mb}"
         )
-
-
-def open_verifier(verifiers: Mapping[str, VerifierSpec], config: RewardConfig, *, remedy: str = "") -> VerifierPool:
-    """The recipe's pool, with ``${NAME}`` in options replaced from the environment."""
-    secrets = SecretValues()
-    prepared = {source: _resolve_options(spec, secrets) for source, spec in verifiers.items()}
-    try:
-        for source, spec in prepared.items():
-            if spec.path == _ENDPOINT:
-                from forkrl.rewards.endpoint import prepare_endpoint  # imported here: it loads an HTTP client
-
-                timeout_s = config.timeout_s if spec.timeout_s is None else spec.timeout_s
-                prepared[source] = prepare_endpoint(spec, timeout_s)
-    except UserError as error:
-        raise UserError(secrets.hide(str(error))) from None
-    return VerifierPool(
-        prepared,
-        workers=config.workers,
-        timeout_s=config.timeout_s,
-        memory_mb=config.memory_mb,
-        hide=secrets.hide,
-        remedy=remedy,
-    )
-
-
-def _resolve_options(spec: VerifierSpec, secrets: SecretValues) -> VerifierSpec:
-    table = "sandbox" if spec.path == _CODE else "task.verifier_options"
-    resolved = {}
-    for name, value in spec.options.items():
-        key = "task.verifier" if spec.path == _ENDPOINT and name == "url" else f"{table}.{name}"
-        resolved[name] = secrets.resolve(key, value)
-    return replace(spec, options=resolved)

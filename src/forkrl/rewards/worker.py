@@ -161,7 +161,7 @@ def _prctl(option: int, value: int) -> None:
 def _serve(channel_fd: int, verifiers: Verifiers) -> None:
     """Load the verifiers and score requests until the socket closes.
 
-    Reads lines ``[token, source, answer, response]``, or a number N to withdraw the last N requests. Writes
+    Reads lines ``[token, source, answer, response, prompt]``, or a number N to withdraw the last N requests. Writes
     ``{"ready": pid}`` or ``{"failed": message, "path": verifier}``; then for each request in order
     ``[token, score, failure, message, answer, seconds]``, or only ``token`` if it was withdrawn.
     """
@@ -183,12 +183,12 @@ def _serve(channel_fd: int, verifiers: Verifiers) -> None:
         if isinstance(request, str):
             send(channel_fd, request)
             continue
-        token, source, answer, response = request
+        token, source, answer, response, prompt = request
         function, extract, timeout_s = functions[source]
         # Applies to this process and every process it starts.
         _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + _CPU_PER_TIMEOUT * timeout_s) + 1)
         began = time.monotonic()
-        result = _score(function, extract, answer, response)
+        result = _score(partial(function, prompt), extract, answer, response)
         if os.getpid() != me:  # a process forked by the verifier returned here
             os._exit(0)
         send(channel_fd, [token, *result, time.monotonic() - began])
@@ -234,16 +234,25 @@ def load_verifier(path: str) -> Callable[..., object]:
     return function  # type: ignore[no-any-return]
 
 
-def _bind_options(function: Callable[..., object], path: str, options: Mapping[str, Any]) -> Callable[..., object]:
-    """Bind the options; raises TypeError, naming the signature, if they do not fit."""
+def _bind_options(
+    function: Callable[..., object], path: str, options: Mapping[str, Any]
+) -> Callable[[str, str, str], object]:
+    """A function of (prompt, answer, response); raises TypeError, naming the signature, if the options do not fit."""
+    takes_prompt = False
     with suppress(ValueError):  # some C functions have no signature
         signature = inspect.signature(function)
+        takes_prompt = "prompt" in signature.parameters and "prompt" not in options
         try:
-            signature.bind("", "", **options)
+            signature.bind("", "", **options, **({"prompt": ""} if takes_prompt else {}))
         except TypeError as error:
-            message = f"(answer, response) and task.verifier_options do not fit {path}{signature}: {error}"
+            message = f"(answer, response) and the verifier's options do not fit {path}{signature}: {error}"
             raise TypeError(message) from None
-    return partial(function, **options)
+
+    def score(prompt: str, answer: str, response: str) -> object:
+        more = {"prompt": prompt} if takes_prompt else {}
+        return function(answer, response, **options, **more)
+
+    return score
 
 
 def _score(

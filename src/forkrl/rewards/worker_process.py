@@ -21,7 +21,7 @@ from forkrl.parallel.processes import child_environment
 from forkrl.rewards.worker import KILL, START, Verifiers, describe_exit
 
 if TYPE_CHECKING:
-    from forkrl.rewards.pool import Item
+    from forkrl.rewards.batch import Item
 
 _START_TIMEOUT_S = 60.0
 """For the interpreter and the verifier's imports on a loaded machine."""
@@ -121,7 +121,7 @@ class WorkerProcess:
     def request(self, item: Item) -> None:
         request = Request(item)
         self.in_flight.append(request)
-        self._send([request.token, item.prompt.source, item.prompt.answer, item.response])
+        self._send([request.token, item.prompt.source, item.prompt.answer, item.response, item.prompt.text])
         if len(self.in_flight) == 1:
             self._start_turn()
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
-from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
+from forkrl.types import TERM, Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
 
 
 class Scoring:
-    """Submits each rollout to the verifier as soon as it ends."""
+    """Submits each rollout to the verifier as soon as it ends, also to those of ``terms`` (``reward.terms``)."""
 
-    def __init__(self, verifier: Verifier) -> None:
+    def __init__(self, verifier: Verifier, terms: Sequence[str] = ()) -> None:
         self._verifier = verifier
+        self._terms = terms
         self._results: dict[
             int, Future[list[VerifierResult]]
         ] = {}  # by identity: equal responses are scored separately
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
-        self._results[id(rollout)] = self._verifier.submit([(prompt, rollout.text)])
+        asked = [prompt, *(replace(prompt, source=TERM + term) for term in self._terms)]
+        self._results[id(rollout)] = self._verifier.submit([(each, rollout.text) for each in asked])
 
     def finish(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """The groups with results; every rollout must have been added."""
@@ -26,10 +29,14 @@ class Scoring:
             RolloutGroup(
                 group.prompt,
                 group.rollouts,
-                tuple(self._results[id(rollout)].result()[0] for rollout in group.rollouts),
+                tuple(self._result(rollout) for rollout in group.rollouts),
             )
             for group in groups
         ]
+
+    def _result(self, rollout: Rollout) -> VerifierResult:
+        score, *terms = self._results[id(rollout)].result()
+        return replace(score, terms=dict(zip(self._terms, terms, strict=True))) if terms else score
 
 
 def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]) -> str:

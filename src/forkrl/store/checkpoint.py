@@ -93,7 +93,7 @@ def save_checkpoint(
         keep: checkpoints to keep, including the new one. Checkpoints of later steps are removed too.
         spared: an older step whose checkpoint, if there is one, is kept in addition.
         weights_only: write only model and tokenizer, which cannot be resumed from.
-        adapter: what is below the model's adapter, which alone is saved; None for a model without one.
+        adapter: the base model of the adapter, which alone is saved; None for a model without one.
         merged: also write the model with its adapter merged.
     """
     if keep < 1:

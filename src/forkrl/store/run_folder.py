@@ -327,6 +327,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def best_step(rows: Sequence[Mapping[str, Any]], checkpoints: Path, *others: int) -> int | None:
+    """The first step with the highest held-out accuracy, of those with a checkpoint, 0 and ``others``."""
+    accuracies = {
+        row["step"]: row["eval/accuracy"]
+        for row in rows
+        if "eval/accuracy" in row and (row["step"] in (0, *others) or (checkpoints / f"step-{row['step']}").is_dir())
+    }
+    return max(accuracies, key=accuracies.__getitem__, default=None)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe of a run as plain values, without locking the folder."""
     return {name: value for name, value in _read_unedited(path).items() if name != "provenance"}

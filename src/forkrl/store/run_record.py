@@ -110,7 +110,10 @@ def make_record(
     scores = _read_scores(folder)
     last = config.training.steps
     if not scores or last not in scores:
-        raise UserError(f"{folder}: has no evaluation of step {last}, its last; finish it with --resume {folder}")
+        further = " eval.patience=0" if config.eval.patience else ""
+        raise UserError(
+            f"{folder}: has no evaluation of step {last}, its last; finish it with --resume {folder}{further}"
+        )
     problems = next(iter(scores.values())).keys()
     return RunRecord(
         arm=arm,

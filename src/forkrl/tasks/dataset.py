@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from forkrl.config import TaskConfig
-from forkrl.config.secret_values import is_address
 from forkrl.errors import UserError, notice
 from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, repack_tests
+from forkrl.rewards.specs import verifier_spec
 from forkrl.tasks.data_rows import NO_VERIFIER, Row, look_up, read_rows
 from forkrl.tasks.json_lines import BadRows, kind_of, require_characters
 from forkrl.tasks.rendering import ApplyChatTemplate, Example, Messages, choose_examples, prompt_renderer
@@ -88,10 +88,8 @@ def load_evaluation_task(
 def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:
     if config.verifier == NO_VERIFIER:
         return {}
-    path, options = config.verifier, config.verifier_options
-    if is_address(path):
-        path, options = "forkrl.rewards.endpoint:verify_at_endpoint", options | {"url": path}
-    return {"": VerifierSpec(path, options, answer_format=config.answer_format or "", prefill=config.assistant_prefill)}
+    answer_format, prefill = config.answer_format or "", config.assistant_prefill
+    return {"": verifier_spec(config.verifier, config.verifier_options, answer_format=answer_format, prefill=prefill)}
 
 
 class _Question(NamedTuple):

@@ -59,7 +59,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
         prompts = run.prompts.take((dynamic.generation_prompts or wanted) if dynamic.enabled else wanted)
         with run.phase("rollout", len(prompts) * run.config.rollout.group_size):
             started = time.perf_counter()
-            scoring = Scoring(run.verifier)
+            scoring = Scoring(run.verifier, [term.name for term in run.config.reward.terms])
             groups = run.engine.generate(
                 prompts,
                 group_size=run.config.rollout.group_size,
@@ -74,7 +74,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
             seconds["reward"] += time.perf_counter() - started
         run.prompts.observe(groups)
         sampled += groups
-        useful_P = informative_groups(torch.tensor([group.scores for group in groups]))
+        useful_P = informative_groups(summed_rewards(run, groups))
         for group, useful in zip(groups, useful_P, strict=True):
             (kept if useful or not dynamic.enabled else dropped).append(group)
     if not kept:
@@ -85,11 +85,19 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
 
 
 def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
-    """Scores plus DAPO's overlong penalty, fp32 ``[P, G]`` (v2 section 5.2)."""
-    scores_PG = torch.tensor([group.scores for group in groups])
+    """Summed rewards plus DAPO's overlong penalty, fp32 ``[P, G]`` (v2 section 5.2)."""
     lengths_PG = torch.tensor([[len(rollout) for rollout in group.rollouts] for group in groups])
     cache = run.config.reward.overlong_cache
-    return scores_PG + overlong_penalty(lengths_PG, run.config.rollout.max_response_tokens, cache)
+    return summed_rewards(run, groups) + overlong_penalty(lengths_PG, run.config.rollout.max_response_tokens, cache)
+
+
+def summed_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
+    """Scores plus the weighted terms of ``reward.terms``, fp32 ``[P, G]``."""
+    rewards_PG = torch.tensor([group.scores for group in groups])
+    for term in run.config.reward.terms:
+        values = [[result.terms[term.name].score for result in group.results] for group in groups]
+        rewards_PG = rewards_PG + term.weight * torch.tensor(values)
+    return rewards_PG
 
 
 def take_gradient_step(run: Run, mini_batch: TokenBatch, *, done: float) -> Update:

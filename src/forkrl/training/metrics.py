@@ -34,6 +34,7 @@ def rollout_metrics(
         "sampling/groups_kept": float(num_kept),
         "sampling/dropped_all_right": float(sum(min(group.scores) == 1 for group in dropped)),
         "sampling/dropped_all_wrong": float(sum(min(group.scores) < 1 for group in dropped)),
+        **_term_metrics(sampled),
         **_failures(sampled),
         "time/rollout_s": seconds["rollout"],
         "time/reward_s": seconds["reward"],
@@ -86,9 +87,19 @@ def accuracy(groups: Sequence[RolloutGroup]) -> float:
     return sum(scores) / len(scores)
 
 
+def _term_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """The mean of each of ``reward.terms``, before its weight; a failure counts as 0."""
+    results = [result for group in groups for result in group.results]
+    return {
+        f"reward/terms/{name}": sum(result.terms[name].score for result in results) / len(results)
+        for name in results[0].terms
+    }
+
+
 def _failures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Failed responses in total and by reason; always includes every reason."""
-    counts = Counter(result.failure for group in groups for result in group.results if result.failure)
+    results = [each for group in groups for result in group.results for each in (result, *result.terms.values())]
+    counts = Counter(result.failure for result in results if result.failure)
     by_reason = {f"verifier/failures_{reason}": float(counts[reason]) for reason in FAILURES}
     return {"verifier/failures": float(counts.total()), **by_reason}
 

@@ -20,6 +20,7 @@ from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
+from forkrl.rewards.specs import term_specs
 from forkrl.rollout import open_engine
 from forkrl.store.interruption import Interrupted, Interruption
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
@@ -108,8 +109,10 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     workers = stack.enter_context(open_workers(policy, reference, config.runtime))
     engine = (plug_ins.engine or open_engine)(workers, config)
     engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
+    if plug_ins.verifier and config.reward.terms:
+        raise UserError("reward.terms are for verifiers of a recipe; one given from Python computes the whole reward")
     verifier = plug_ins.verifier or stack.enter_context(
-        open_verifier(with_sandbox(task.verifiers, config.sandbox), config.reward)
+        open_verifier(with_sandbox(task.verifiers, config.sandbox) | term_specs(config.reward), config.reward)
     )
     prompts = open_stream(task.train, config.task, config.seed)
     # Created after all input checks: a mistake leaves no folder.
@@ -188,13 +191,12 @@ def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> 
 
 def _announce_resume(run: Run, changes: Sequence[str]) -> None:
     done = run.step if run.first_unsaved_step else None
-    finished = run.is_stalled or run.step == run._evaluated_step == run.config.training.steps
-    run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=finished))
+    run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=run.is_finished))
     schedule, steps = run.config.optimizer.schedule, run.config.training.steps
     if schedule != "constant" and any(change.startswith("training.steps:") for change in changes):
         run.display.message(
             f'optimizer.schedule = "{schedule}" now ends at step {steps}: from here on the learning rate is that of '
-            f"training.steps = {steps}, and no run that was so long from the start has the same results"
+            f"training.steps = {steps}; results differ from those of a run started with that"
         )
     if arithmetic := changed_arithmetic(run.folder.provenance, run.workers):
         run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")

@@ -29,7 +29,7 @@ from forkrl.store.resuming import (
     require_progress,
     stored_config,
 )
-from forkrl.store.run_folder import RunFolder
+from forkrl.store.run_folder import RunFolder, best_step
 from forkrl.tasks import PromptStream
 from forkrl.training.metrics import level_metrics
 from forkrl.training.rollout_rows import evaluation_rows
@@ -197,7 +197,7 @@ class Run:
         self.folder.write_scores(self.step, {group.prompt.id: group.scores for group in groups})
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
         self._evaluated_step = self.step
-        if self.is_stalled:
+        if self.is_stalled and self.step < last:
             patience = self.config.eval.patience
             self.display.message(
                 f"stopping at step {self.step}: no higher accuracy in {patience} evaluations (eval.patience)"
@@ -208,25 +208,18 @@ class Run:
     @property
     def is_stalled(self) -> bool:
         """Whether the evaluation of this step stops the run (``eval.patience``)."""
-        if not self.config.eval.patience or self._evaluated_step != self.step:
-            return False
-        accuracies = [row["eval/accuracy"] for row in self.folder.read_metrics() if "eval/accuracy" in row]
-        return has_stalled(accuracies, self.config.eval.patience)
+        patience = self.config.eval.patience
+        return bool(patience) and has_stalled(self.folder.read_metrics(), patience)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_stalled or self.step == self._evaluated_step == self.config.training.steps
 
     def _best_step(self) -> int | None:
-        """With checkpoint.keep_best: the step with the highest held-out accuracy, the first of equals.
-
-        Of the steps that still have a checkpoint, this one, and the model before training.
-        """
+        """With checkpoint.keep_best: the best of the steps that have a checkpoint, this one, and the start."""
         if not self.config.checkpoint.keep_best:
             return None
-        accuracies = {
-            row["step"]: row["eval/accuracy"]
-            for row in self.folder.read_metrics()
-            if "eval/accuracy" in row
-            and (row["step"] in (0, self.step) or (self.folder.checkpoints / f"step-{row['step']}").is_dir())
-        }
-        return max(accuracies, key=accuracies.__getitem__, default=None)
+        return best_step(self.folder.read_metrics(), self.folder.checkpoints, self.step)
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps, unless there is one or the recipe wants none."""
