@@ -107,6 +107,7 @@ def test_alternatives_are_those_of_the_model(world: World, run: Run) -> None:
 
 
 def test_a_template_carries_the_conversation(own_world: World) -> None:
+    make_model(own_world.folder / "model", initializer_range=1.0)  # what it says depends on all that it reads
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(own_world.folder / "model")
@@ -116,7 +117,19 @@ def test_a_template_carries_the_conversation(own_world: World) -> None:
     first = shown(sampled(own_world.folder / "model", "*ab+1+1=", 0, 0, 4))
     second = shown(sampled(own_world.folder / "model", f"*ab+1+1-{first}+2+2=", 0, 0, 4))
     alone = shown(sampled(own_world.folder / "model", "*ab+2+2=", 0, 0, 4))
-    assert outcome.stdout == f"{first}\n{second}\n{alone}\n"
+    assert outcome.stdout == f"{first}\n{second}\n{alone}\n" and second != alone
+
+
+def test_a_mixed_task_has_no_prompt_of_its_own(own_world: World) -> None:
+    recipe = own_world.folder / "recipe.toml"
+    part = '[task]\nname = "mix"\n\n[[task.parts]]\nname = "dataset"\n'
+    recipe.write_text(recipe.read_text().replace('[task]\nname = "dataset"\n', part))
+    run = own_world.trained("run", "training.steps=1", "eval.every=0")
+    outcome = chat(own_world, "1+2=\n", "run", "--temperature", "0")
+    assert (
+        "forkrl: run: its task mixes several prompt formats, so prompts are not those of its training" in outcome.stderr
+    )
+    assert outcome.stdout == shown(sampled(run.last_checkpoint, "1+2=", 0, 0, 6)) + "\n"
 
 
 MISTAKES: list[tuple[str, tuple[str, ...], str]] = [
@@ -215,6 +228,6 @@ def test_a_terminal_has_a_prompt_colours_and_keys(world: World) -> None:
     terminal.write("z\n")
     terminal.read_until("forkrl: the message: the tokenizer does not know.*> ")
     terminal.write("/alternatives\n")
-    terminal.read_until("token +entropy +after +sampled.*> ")
+    terminal.read_until("position +entropy +after +sampled.*> ")
     terminal.write("\x04")
     assert terminal.process.wait(STALL_TIMEOUT_S) == 0

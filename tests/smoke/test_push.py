@@ -209,9 +209,9 @@ ERRORS = [
     ("run@step-3", "me/tiny", "run/checkpoints: no checkpoint of step 3; available: step-4, step-6"),
     ("run@base", "me/tiny", "run@base: is the model before training; push a checkpoint, as in run@step-8"),
     ("none", "me/tiny", 'none: with checkpoint.kind = "none" this run saved no weights, so there is nothing to upload'),
-    ("run", "tiny", "tiny: is not the name of a repository; write USER/NAME, as in me/tiny"),
-    ("run", "me/a/b", "me/a/b: is not the name of a repository (Repo id must be in the form"),
-    ("run", "me/t y", "me/t y: is not the name of a repository (Repo id must use alphanumeric"),
+    ("run", "tiny", "tiny: is not the name of a repository; write USER/NAME, as in me/my-model"),
+    ("run", "me/a/b", "me/a/b: is not the name of a repository; write USER/NAME"),
+    ("run", "me/t y", "me/t y: is not the name of a repository; write USER/NAME"),
     ("run", "me/tiny", "me/tiny: no token of the Hugging Face hub; run hf auth login, or export HF_TOKEN"),
 ]
 

@@ -167,7 +167,7 @@ class Chat:
         )
         texts = TokenTexts(self._policy.tokenizer)
         count = min(math.ceil(FORK_SHARE * len(ids)), MOST_FORKS)
-        rows = [["token", "entropy", "after", "sampled", "alternatives"]]
+        rows = [["position", "entropy", "after", "sampled", "alternatives"]]
         for place in sorted(details.entropy.topk(count).indices.tolist()):
             before = "".join(texts[token] for token in ids[max(place - _CONTEXT, 0) : place])[-_CONTEXT:]
             found = zip(details.top_ids[place].tolist(), details.top_probs[place].tolist(), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from forkrl.commands.other_options import PushOptions
 from forkrl.commands.reference import BASE, ModelReference, parse_reference
@@ -34,7 +33,8 @@ Files = dict[str, Path | bytes]
 
 
 def run_push(options: PushOptions) -> int:
-    _check_name(options.name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.name, re.ASCII):
+        raise UserError(f"{options.name}: is not the name of a repository; write USER/NAME, as in me/my-model")
     reference = parse_reference(options.run)
     if reference.run is None:
         raise UserError(f"{options.run}: is not a run; name the folder given to forkrl train --out, or RUN@step-N")
@@ -48,15 +48,6 @@ def run_push(options: PushOptions) -> int:
     else:
         write_line(sys.stdout, f"uploaded {checkpoint.name}: {_upload(options, files, checkpoint.name)}")
     return 0
-
-
-def _check_name(name: str) -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"{name}: is not the name of a repository ({first_line(error)}); write USER/NAME") from error
-    if "/" not in name:
-        raise UserError(f"{name}: is not the name of a repository; write USER/NAME, as in me/{name}")
 
 
 def _checkpoint(reference: ModelReference, run: Path) -> Path:
