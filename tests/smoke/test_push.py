@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,8 +62,8 @@ def assert_nothing_of_this_machine(folder: Path, world: World) -> None:
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:
-    _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
-    return yaml.safe_load(metadata), text
+    found = ModelCard.load(folder / "README.md")
+    return found.data.to_dict(), found.text
 
 
 def test_a_dry_run_writes_model_tokenizer_card_and_report(world: World, run: Run) -> None:

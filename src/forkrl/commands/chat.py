@@ -141,6 +141,8 @@ class Chat:
                 raise
             stopped = True
         stream.end()
+        if not stream.ids:  # stopped while it read the prompt
+            return
         if not finished and not stopped:
             limit = "--max-tokens" if len(stream.ids) == self._limit else "the model has no further positions"
             notice(f"cut off after {len(stream.ids):,} tokens ({limit})")
@@ -159,7 +161,7 @@ class Chat:
 
     def _alternatives(self) -> list[str]:
         """The likeliest tokens at the positions of highest entropy of the last response, in their order."""
-        if self._last is None or not self._last.response_ids:
+        if self._last is None:
             raise UserError("/alternatives: there is no response yet")
         ids = self._last.response_ids
         [details] = measure_responses(
