@@ -23,6 +23,7 @@ from typer.main import get_command
 
 from forkrl import __version__
 from forkrl.commands import options as of
+from forkrl.commands import other_options as other
 from forkrl.errors import TrainingHalted, UserError
 from forkrl.parallel.threads import configure_environment
 
@@ -50,9 +51,11 @@ COMMANDS = {
     "branch": Command(of.BranchOptions, "branch:run_branch", "branching", MEASURE),
     "drift": Command(of.DriftOptions, "drift:run_drift", "the drift", MEASURE),
     "decode-temps": Command(of.DecodeTempsOptions, "decode_temps:run_decode_temps", "the sweep", MEASURE),
-    "runs": Command(of.RunsOptions, "runs:run_runs", "the list", OTHER),
-    "report": Command(of.ReportOptions, "report:run_report", "the report", OTHER),
-    "doctor": Command(of.DoctorOptions, "doctor:run_doctor", "the check", OTHER),
+    "chat": Command(other.ChatOptions, "chat:run_chat", "the chat", OTHER),
+    "runs": Command(other.RunsOptions, "runs:run_runs", "the list", OTHER),
+    "report": Command(other.ReportOptions, "report:run_report", "the report", OTHER),
+    "push": Command(other.PushOptions, "push:run_push", "the upload", OTHER),
+    "doctor": Command(other.DoctorOptions, "doctor:run_doctor", "the check", OTHER),
 }
 
 

@@ -75,11 +75,11 @@ def notice(text: str) -> None:
     write_line(sys.stderr, "\n".join([f"forkrl: {first}", *others]))
 
 
-def write_line(stream: TextIO, text: str) -> None:
+def write_line(stream: TextIO, text: str, end: str = "\n") -> None:
     """Print a line and flush. Characters that the stream's encoding lacks are escaped."""
     encoding = stream.encoding or "utf-8"
     with lost_terminal_ignored():
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
         stream.flush()
 
 

@@ -58,6 +58,17 @@ class Prompt:
     question: str = field(default="", compare=False)
 
 
+Messages = list[dict[str, str]]
+"""Chat messages, each with ``role`` and ``content``."""
+
+
+class Example(NamedTuple):
+    """A question with its gold answer."""
+
+    content: str | Messages
+    answer: str
+
+
 class Judgement(NamedTuple):
     """A score and the final answer (normalised, for majority votes): "" if none was found, None if not reported."""
 
@@ -273,8 +284,8 @@ class Task:
     """Training prompts, held-out prompts and verifiers.
 
     ``verifiers`` has one per ``Prompt.source`` ("" if unmixed), or is empty if there are no answers. ``fingerprint``
-    changes with the prompts: a run cannot be resumed on other data. ``examples``: ids of the questions that all prompts
-    show with their answers. ``left_out``: rows of the data that are not used, by reason ("duplicates", "held_out": a
+    changes with the prompts: a run cannot be resumed on other data. ``examples``: the questions that all prompts show
+    with their answers, by id. ``left_out``: rows of the data that are not used, by reason ("duplicates", "held_out": a
     training question that is held out).
     """
 
@@ -283,5 +294,5 @@ class Task:
     held_out: Sequence[Prompt]
     verifiers: Mapping[str, VerifierSpec]
     fingerprint: str = field(default="")
-    examples: frozenset[str] = frozenset()
+    examples: Mapping[str, Example] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)

@@ -77,8 +77,7 @@ def _run_child(request: dict[str, Any]) -> NoReturn:
     try:
         os.chdir(request["cwd"])
         os.environ.update(request.get("environment", {}))
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
+        os.dup2(os.open(request.get("stdin", os.devnull), os.O_RDONLY), 0)
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(file, descriptor)

@@ -166,7 +166,7 @@ class World:
     launcher: Launcher
 
     def start(self, *argv: str | Path, **how: Any) -> Started:
-        """Start ``forkrl ARGV``. ``how``: faults, disk, environment, without_report of ``launcher.py``."""
+        """Start ``forkrl ARGV``. ``how``: faults, disk, stdin, environment, without_report of ``launcher.py``."""
         return self.launcher.start(self.folder, argv=[str(part) for part in argv], **how)
 
     def run(self, *argv: str | Path, **how: Any) -> Outcome:

@@ -14,6 +14,7 @@ import forkrl
 from forkrl.analysis.temperatures import PAPER_TEMPERATURES
 from forkrl.cli import COMMANDS, is_override, main, parse
 from forkrl.commands import options as of
+from forkrl.commands import other_options as other
 from forkrl.commands.decode_temps import parse_temperatures
 from forkrl.errors import UserError
 
@@ -178,8 +179,10 @@ SAME: list[tuple[str, of.Options]] = [
     ("drift a seed=1 sweeps/x=1/b --bins 3", of.DriftOptions(["a", "sweeps/x=1/b"], overrides=["seed=1"], bins=3)),
     ("decode-temps m --temperatures 0,1", of.DecodeTempsOptions("m", temperatures="0,1")),
     ("compare a b --seed 9007199254740993", of.CompareOptions(Path("a"), Path("b"), seed=9007199254740993)),
-    ("report r", of.ReportOptions(Path("r"))),
-    ("doctor", of.DoctorOptions()),
+    ("chat m --system '' --max-tokens 9", other.ChatOptions("m", system="''", max_tokens=9)),
+    ("push r me/m --private --revision x", other.PushOptions("r", "me/m", private=True, revision="x")),
+    ("report r", other.ReportOptions(Path("r"))),
+    ("doctor", other.DoctorOptions()),
 ]  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from forkrl.errors import UserError
 from forkrl.evaluation.questions import task_questions
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.tasks.gym_questions import questions
-from forkrl.tasks.rendering import Example, choose_examples
+from forkrl.tasks.rendering import choose_examples
 from forkrl.training.sft import build_character_tokenizer
-from forkrl.types import Task, VerifierSpec
+from forkrl.types import Example, Task, VerifierSpec
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -50,6 +50,7 @@ def leak(answer: str, response: str, *, api_key: str, words: str = "") -> float:
         ("task.verifier_options.authorization=Bearer s3cret", "task.verifier_options.authorization"),
         ("task.verifier_options.password=5463728", "task.verifier_options.password"),
         ("sandbox.server=http://ann:s3cret@host:8080", "sandbox.server"),
+        ('cluster.overrides=["trainer.api_key=s3cret"]', "cluster.overrides.trainer.api_key"),
         (
             'task.parts=[{name="dataset", data="x.jsonl", source="a", verifier="http://ann:s3cret@host"}]',
             "task.parts.verifier",

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forkrl.commands.options import DoctorOptions
+from forkrl.commands.other_options import DoctorOptions
 from forkrl.config import SandboxConfig
 from forkrl.errors import UserError, first_line
 from forkrl.parallel.threads import available_cores

@@ -1,7 +1,8 @@
-"""The options of every command, each declared once: name, type, default, range and help. Imports nothing heavy.
+"""The options of commands that train or measure, each declared once: name, type, default, range and help.
 
 ``forkrl.cli`` builds the command line from these classes, their docstrings included; Python callers pass them to the
-functions in ``forkrl.commands``. ``None`` means "not given": then a setting of the recipe or run decides.
+functions in ``forkrl.commands``. ``None`` means "not given": then a setting of the recipe or run decides. Imports
+nothing heavy.
 """
 # ruff: noqa: RUF009 - ``option`` is dataclasses.field
 
@@ -74,7 +75,7 @@ class Options:
             raise UserError(f"{flag_of(each.name, declared)} {value:g}: must be {limit}{reason}")
 
 
-_MODEL = "a model folder, hub id, embedded:countdown-base, or a run: RUN, RUN@step-N or RUN@base"
+MODEL = "a model folder, hub id, embedded:countdown-base, or a run: RUN, RUN@step-N or RUN@base"
 _OVERRIDES = "settings that replace the recipe's, such as rollout.max_response_tokens=4096"
 
 
@@ -302,7 +303,7 @@ class TaskOptions(Options):
 class ModelOptions(TaskOptions):
     """Options of commands about one model."""
 
-    model: str = field(kw_only=False, metadata=argument(_MODEL, "MODEL"))
+    model: str = field(kw_only=False, metadata=argument(MODEL, "MODEL"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,9 +339,7 @@ class EvalOptions(SampleOptions, ModelOptions):
     """
 
     activity: ClassVar[str] = "an evaluation"
-    model: str = field(
-        default="", kw_only=False, metadata=argument(f"{_MODEL}; with --server, its name there", "MODEL")
-    )
+    model: str = field(default="", kw_only=False, metadata=argument(f"{MODEL}; with --server, its name there", "MODEL"))
     bench: Sequence[str] = option((), "benchmarks; --list shows them", "NAME...", PROMPTS)
     list_benchmarks: bool = option(False, "list the benchmarks and exit", None, PROMPTS, flag="--list")
     mirror: Path | None = option(None, "local copies of the benchmarks: DIR/owner/name", "DIR", PROMPTS)
@@ -599,38 +598,3 @@ class DecodeTempsOptions(SampleOptions, ModelOptions):
         None, "entropy above which a token is a fork (default: 80th percentile at --temperature, measured first)",
         "NATS", MEASUREMENT, low=0, why="entropy in nats",
     )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions(Options):
-    """Write report.html of a run, finished or not, or of the output folder of any other command.
-
-    examples:
-      forkrl report runs/first
-      forkrl report runs/first --watch                          again every 20 seconds, until the run has ended
-      forkrl report analyses/drift --figures                    plots and a coloured response as SVG too, for a paper
-    """
-
-    folder: Path = field(kw_only=False, metadata=argument("a run folder, or the folder given to --out", "DIR"))
-    watch: bool = option(False, "refresh the report of a run while it trains")
-    figures: bool = option(False, "also write the plots and a coloured response as SVG files into DIR/figures")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunsOptions(Options):
-    """List the runs in a folder: status, step and held-out accuracy, the latest last.
-
-    examples:
-      forkrl runs
-      forkrl runs runs/sweep --json
-    """
-
-    folder: Path = field(
-        default=Path("runs"), kw_only=False, metadata=argument("searched at any depth (default: runs)", "DIR")
-    )
-    json: bool = option(False, "print the list as JSON")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorOptions(Options):
-    """Check what this machine can do, and how to fix what is missing."""

@@ -213,7 +213,7 @@ def _keep_questions(folder: Path, sampler: Sampler, rates: Record, interval: tup
     if not kept:
         file.unlink(missing_ok=True)
         return None
-    same = task.examples | (frozenset() if config.held_out_data else {prompt.id for prompt in task.held_out})
+    same = task.examples.keys() | (frozenset() if config.held_out_data else {prompt.id for prompt in task.held_out})
     lines = [json.dumps(row, default=str) + "\n" for row in rows_of_questions(config, kept | same)]
     write_text(file, "".join(lines))
     others = [key for key in ("subset", "split") if key in config.changed()]

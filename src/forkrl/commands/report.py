@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from forkrl.commands.options import ReportOptions
+from forkrl.commands.other_options import ReportOptions
 from forkrl.commands.runs import describe_run
 from forkrl.errors import UserError
 from forkrl.report.colors import response_svg, top_entropy

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forkrl.commands.options import RunsOptions
+from forkrl.commands.other_options import RunsOptions
 from forkrl.errors import UserError, write_line
 from forkrl.method.schedule import has_stalled
 from forkrl.report.terminal import aligned

@@ -62,7 +62,7 @@ def reject_written_secrets(key: str, value: Any, *, secret: bool = False) -> Non
     """Reject literal credentials in a setting, and in the dicts and lists that it holds.
 
     They are the user, the password and the query values of an address, and any text or number under a name such as
-    ``headers`` or ``api_key`` (or if ``secret`` is true).
+    ``headers`` or ``api_key`` (or if ``secret`` is true), also in a list of ``name=value``.
     """
     secret = secret or bool(_SECRETS.search(key))
     if isinstance(value, dict):
@@ -71,6 +71,9 @@ def reject_written_secrets(key: str, value: Any, *, secret: bool = False) -> Non
     elif isinstance(value, list | tuple):
         for item in value:
             reject_written_secrets(key, item, secret=secret)
+            name, equals, text = item.partition("=") if isinstance(item, str) else ("", "", "")
+            if equals and not _ADDRESS.match(item):  # an override of verl
+                reject_written_secrets(f"{key}.{name}", text)
     elif isinstance(value, str) and _ADDRESS.match(value):
         _, user, _, query = _split(value)
         name, _, password = user.partition(":")

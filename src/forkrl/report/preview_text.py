@@ -19,14 +19,14 @@ _SHOWN_GOLDS, _SHOWN_CHARACTERS, _UNCERTAIN, _BAR = 3, 100, 3, 40
 Record = Mapping[str, Any]
 
 
-def show(text: Text) -> None:
+def show(text: Text, end: str = "\n") -> None:
     """Print to standard output, in colour on a terminal."""
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        write_line(sys.stdout, text.plain)
+        write_line(sys.stdout, text.plain, end)
         return
     with lost_terminal_ignored():
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=True, end=end)
 
 
 def data_report(record: Record) -> Text:

@@ -189,11 +189,13 @@ def decode(
     generator: torch.Generator,
     interrupted: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, int], None] = lambda sampled, room: None,
+    on_tokens: Callable[[Tensor, Tensor], None] = lambda tokens_S, entropy_S: None,
 ) -> Iterator[tuple[int, Rollout]]:
     """Decode one batch; yield each rollout, with its index in the batch, as soon as it ends.
 
     ``interrupted`` is called after every token; once True, the remaining sequences are yielded unfinished. ``on_step``
-    is told how many tokens were sampled and how many may follow. Buffers keep the original order; ``row_S`` maps the
+    gets how many tokens were sampled and how many may follow, ``on_tokens`` every decoded row's token and its entropy
+    (nats), ``[S]`` each, finished rows included. Buffers keep the original order; ``row_S`` maps the
     decoding batch to it.
     """
     device, num_sequences, ids_S = policy.device, len(prefixes_S), [prefix.ids for prefix in prefixes_S]
@@ -214,6 +216,7 @@ def decode(
     for step in range(max_tokens):
         drawn_S, logprobs_S, entropy_S = sample_tokens(to_logits(hidden_SD), sampling, generator)
         tokens_ST[row_S, step], logprobs_ST[row_S, step], entropy_ST[row_S, step] = drawn_S, logprobs_S, entropy_S
+        on_tokens(drawn_S, entropy_S)
         stopped_S = torch.isin(drawn_S, stop_ids) & going_S
         lengths_S[row_S[stopped_S]] = step + 1
         finished_S[row_S[stopped_S]] = True

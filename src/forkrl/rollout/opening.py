@@ -28,7 +28,7 @@ _REMEDY = (
 
 def open_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
     """The embedded engine, with or without CUDA graphs; raises UserError if it cannot decode the model."""
-    _require_cached_decoding(workers.policy)
+    require_cached_decoding(workers.policy)
     if config.rollout.cuda_graphs:
         require_graphs(workers.policy)
     engine = GraphedEngine if config.rollout.cuda_graphs else EmbeddedEngine
@@ -48,7 +48,7 @@ def training_sampling(config: TrainConfig, policy: Policy) -> SamplingParams:
     )
 
 
-def _require_cached_decoding(policy: Policy) -> None:
+def require_cached_decoding(policy: Policy) -> None:
     """Reject a model that caches state other than keys and values, or whose cached decoding deviates."""
     failure = f"{type(policy.model).__name__} cannot be sampled or trained"
     try:

@@ -155,6 +155,11 @@ def all_checkpoints(checkpoints: Path) -> dict[int, Path]:
     return folders
 
 
+def model_files(path: Path) -> list[str]:
+    """The files of a checkpoint, relative to it, without its training state."""
+    return [name for name in _read_manifest(path) if name not in TRAINING_FILES]
+
+
 def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
     folders = _folders(checkpoints)
     if step not in folders:

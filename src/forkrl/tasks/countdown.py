@@ -83,7 +83,12 @@ def random_problem(task: Task, rng: random.Random) -> tuple[Prompt, tuple[int, .
 def _prompt(problem: tuple[tuple[int, ...], int]) -> Prompt:
     numbers, target = problem
     text = " ".join(map(str, numbers)) + f":{target}"
-    return Prompt(id=text, text=text + "?", answer=text, question=text)
+    return Prompt(id=text, text=problem_text(text), answer=text, question=text)
+
+
+def problem_text(problem: str) -> str:
+    """What the model reads of ``2 5 9:90``."""
+    return problem if problem.endswith("?") else f"{problem}?"
 
 
 def _problems() -> list[tuple[tuple[int, ...], int]]:

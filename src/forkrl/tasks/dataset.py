@@ -18,8 +18,8 @@ from forkrl.rewards.code.test_cases import CODE_VERIFIER, any_number_of_digits, 
 from forkrl.rewards.specs import verifier_spec
 from forkrl.tasks.data_rows import NO_VERIFIER, Row, look_up, read_rows
 from forkrl.tasks.json_lines import BadRows, kind_of, require_characters
-from forkrl.tasks.rendering import ApplyChatTemplate, Example, Messages, choose_examples, prompt_renderer
-from forkrl.types import Prompt, Task, VerifierSpec
+from forkrl.tasks.rendering import ApplyChatTemplate, choose_examples, prompt_renderer
+from forkrl.types import Example, Messages, Prompt, Task, VerifierSpec
 
 CheckPrompt = Callable[[Prompt], object]
 
@@ -61,7 +61,7 @@ def load_dataset_task(
     prompts = _with_examples(config, train, examples, config.data, apply_chat_template, check)
     aside = _with_examples(config, held_out, examples, source, apply_chat_template, check)
     fingerprint = fingerprint_of(prompts, aside)
-    return Task(config.data, prompts, aside, _verifiers(config), fingerprint, frozenset(examples), left_out)
+    return Task(config.data, prompts, aside, _verifiers(config), fingerprint, examples, left_out)
 
 
 def load_evaluation_task(
@@ -82,7 +82,7 @@ def load_evaluation_task(
     if examples and not config.held_out_data:
         notice(f"{len(examples)} questions of {source} are few-shot examples (task.few_shot) and are not evaluated")
     prompts = _with_examples(config, questions, examples, source, apply_chat_template, check)
-    return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts), frozenset(examples))
+    return Task(source, [], prompts, _verifiers(config), fingerprint_of([], prompts), examples)
 
 
 def _verifiers(config: TaskConfig) -> dict[str, VerifierSpec]:

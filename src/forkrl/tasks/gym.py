@@ -19,8 +19,8 @@ from forkrl.errors import UserError, notice
 from forkrl.parallel.processes import child_environment
 from forkrl.report.progress import progress
 from forkrl.tasks.dataset import fingerprint_of, question_id
-from forkrl.tasks.rendering import ApplyChatTemplate, Example, RenderPrompt, choose_examples, prompt_renderer
-from forkrl.types import Prompt, Task, VerifierSpec
+from forkrl.tasks.rendering import ApplyChatTemplate, RenderPrompt, choose_examples, gym_question, prompt_renderer
+from forkrl.types import Example, Prompt, Task, VerifierSpec
 
 GYM_VERIFIER = VerifierSpec("forkrl.rewards.gym:verify_gym")
 
@@ -60,8 +60,8 @@ def gym_prompts(name: str, *, count: int, seed: int = 0, settings: Mapping[str, 
 
 def _prompts(
     config: TaskConfig, levels: list[int | None], train: int, apply_chat_template: ApplyChatTemplate | None
-) -> tuple[dict[str, list[Prompt]], frozenset[str]]:
-    """Prompts by kind ("held_out" and "train"), and the ids of the few-shot examples."""
+) -> tuple[dict[str, list[Prompt]], dict[str, Example]]:
+    """Prompts by kind ("held_out" and "train"), and the few-shot examples by id."""
     render = prompt_renderer(config, apply_chat_template)
     first, last = levels[0], levels[-1]
     num_levels = 1 if first is None or last is None else last - first + 1
@@ -80,7 +80,7 @@ def _prompts(
         examples = choose_examples(
             config,
             {
-                question_id(line["question"]): Example(_content(config, line), line["answer"])
+                question_id(line["question"]): Example(gym_question(config, line["question"]), line["answer"])
                 for line in lines
                 if line["kind"] == "train" and line["answer"] is not None
             },
@@ -91,12 +91,7 @@ def _prompts(
         prompt = _prompt(config, line, render)
         if prompt.id not in examples:
             prompts[line["kind"]].append(prompt)
-    return prompts, frozenset(examples)
-
-
-def _content(config: TaskConfig, line: Mapping[str, Any]) -> str:
-    question: str = line["question"]
-    return f"{question.rstrip()}\n{config.gym_instruction}" if config.gym_instruction else question
+    return prompts, examples
 
 
 def _prompt(config: TaskConfig, line: Mapping[str, Any], render: RenderPrompt) -> Prompt:
@@ -113,7 +108,7 @@ def _prompt(config: TaskConfig, line: Mapping[str, Any], render: RenderPrompt) -
     }
     return Prompt(
         id=question_id(question),
-        text=render(_content(config, line), place),
+        text=render(gym_question(config, question), place),
         answer=json.dumps(answer, ensure_ascii=False),
         place=place,
         level=level or 0,

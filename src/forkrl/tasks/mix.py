@@ -30,7 +30,7 @@ def mix_task(config: TaskConfig, open_part: Callable[[TaskConfig], Task]) -> Tas
             notice(f"{label}: {dropped:,} held-out questions are held out by a part before it")
         aside.update(prompt.id for prompt in held_out[label])
     for label, task in tasks.items():
-        if shown := task.examples & aside:
+        if shown := task.examples.keys() & aside:
             raise UserError(
                 f"task.parts: {label} shows {len(shown)} questions as few-shot examples that another part holds out; "
                 f"set another task.question_seed for it, or task.few_shot = 0"

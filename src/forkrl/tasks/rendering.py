@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -14,21 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from forkrl.config import TaskConfig
 from forkrl.errors import UserError
 from forkrl.rewards.answer_format import answer_extractor
+from forkrl.types import Example, Messages
 
-Messages = list[dict[str, str]]
 ApplyChatTemplate = Callable[[Messages], str]
 RenderPrompt = Callable[[str | Messages, str], str]
 
 
 _REJECTIONS = (TemplateError, TypeError, ValueError)
 """Some templates reject a system message, roles that do not alternate, or the value of a variable."""
-
-
-class Example(NamedTuple):
-    """A question with its gold answer."""
-
-    content: str | Messages
-    answer: str
 
 
 def chat_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None) -> ApplyChatTemplate | None:
@@ -78,6 +70,11 @@ def prompt_renderer(
             raise UserError(f"{place}: the tokenizer's chat template rejects the messages ({error})") from error
 
     return render
+
+
+def gym_question(config: TaskConfig, question: str) -> str:
+    """A question of reasoning-gym with the recipe's instruction."""
+    return f"{question.rstrip()}\n{config.gym_instruction}" if config.gym_instruction else question
 
 
 def choose_examples(config: TaskConfig, questions: Mapping[str, Example]) -> dict[str, Example]:
