@@ -42,8 +42,9 @@ LOOKS = (
 WIDTH, HEIGHT = 5.2, 2.9  # inches; report.css scales 9-point text to at least 11 pixels
 FONT_SIZE = 9
 _LEGEND: dict[str, Any] = {
-    "ncols": 4, "frameon": False, "fontsize": FONT_SIZE, "labelcolor": INK, "handlelength": 1.6, "columnspacing": 1.3,
+    "frameon": False, "fontsize": FONT_SIZE, "labelcolor": INK, "handlelength": 1.6, "columnspacing": 1.3,
 }  # fmt: skip
+_LEGEND_HANDLE, _LEGEND_CHARACTER, _LEGEND_ROW = 0.5, 0.075, 0.18  # inches
 CLOUD_WORDS = 100
 _CLOUD_PIXELS = (1040, 480)
 _LARGEST_WORD, _SMALLEST_WORD = 110, 0.25  # pixels; share of the largest at which the hundredth word is legible
@@ -133,8 +134,21 @@ def plot(panels: Sequence[Panel], xlabel: str = "step", *, columns: int = 1, hei
     if grid:
         figure.supxlabel(xlabel, color=MUTED, fontsize=FONT_SIZE)
         if cells[0].get_legend_handles_labels()[1]:
-            figure.legend(*cells[0].get_legend_handles_labels(), loc="outside upper left", **_LEGEND)
+            handles, labels = cells[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper left", ncols=_legend_columns(labels), **_LEGEND)
+    rows = max((_legend_rows(axes.get_legend_handles_labels()[1]) for axes in cells), default=0)
+    figure.set_figheight(height + _LEGEND_ROW * max(0, rows - 2))
     return figure
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """As many as fit next to each other."""
+    longest = max(map(len, labels), default=1)
+    return max(1, min(4, int(WIDTH / (_LEGEND_HANDLE + _LEGEND_CHARACTER * longest))))
+
+
+def _legend_rows(labels: Sequence[str]) -> int:
+    return -(-len(labels) // _legend_columns(labels))
 
 
 def _draw(axes: Axes, curve: Curve, default: tuple[str, str, str]) -> None:
@@ -192,7 +206,8 @@ def finish(axes: Axes, ylabel: str, xlabel: str, *, bottom: float | None = None,
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     handles, labels = axes.get_legend_handles_labels()
     if legend and labels:
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.1, **_LEGEND)
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "borderaxespad": 0.1}
+        axes.legend(handles, labels, ncols=_legend_columns(labels), **place, **_LEGEND)
 
 
 def forest(

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from forkrl.report.formatting import duration, interval_of, is_clear, percent, points
 from forkrl.report.page import Card, Page, Section
 from forkrl.report.plots import (
-    BLUE,
     COUNT,
     MUTED,
     PERCENT,
@@ -209,21 +208,14 @@ def _measurement_figure(measured: pd.DataFrame) -> Figure | None:
 
 
 def _seeds_figure(results: Results) -> Figure:
-    """Final accuracy of every run, one column per arm."""
+    """Final accuracy of every run, one row per arm."""
     arms, runs = results.tables["arms"], results.tables["runs"]
-    names = arms["arm"].tolist()
-    curves = [
-        Curve([names.index(arm)] * len(of), of["final"].to_numpy(float), style="", marker="o", color=MUTED, alpha=0.6)
-        for arm, of in runs.groupby("arm", sort=False)
-    ]
-    curves.append(
-        Curve(
-            range(len(names)), arms["accuracy"].to_numpy(float), style="", marker="D", color=BLUE,
-            low=arms["accuracy_low"], high=arms["accuracy_high"],
-        )
-    )  # fmt: skip
-    panel = Panel("accuracy", curves, y_format=PERCENT, names=arms["label"].tolist())
-    return plot([panel], xlabel="", height=3.2)
+    found = [interval_of(row, "accuracy") for row in arms.to_dict("records")]
+    figure, axes = forest(arms["label"].tolist(), [("mean", found, 0.0)], PERCENT)
+    rows = {arm: -place for place, arm in enumerate(arms["arm"])}
+    axes.plot(runs["final"], runs["arm"].map(rows), linestyle="", marker="o", color=MUTED, alpha=0.6, markersize=4)
+    finish(axes, "", "held-out accuracy", legend=False)
+    return figure
 
 
 def _curve_sections(results: Results) -> list[Section]:
