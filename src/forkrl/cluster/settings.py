@@ -315,6 +315,8 @@ REFUSED = (
             "verl draws from all rows alike"),
     Refusal("rollout.cuda_graphs", "true", f"{_OWN_LOOP}, and verl's samplers have their own graphs; set it to false",
             lambda c: c.rollout.cuda_graphs),
+    Refusal("rollout.engine", '"vllm"', "verl starts a sampling engine of its own; set it to \"torch\"",
+            lambda c: c.rollout.engine == "vllm"),
     Refusal("rollout.prompts_per_step", "more than there are prompts to train on", "verl counts epochs in whole steps"),
     Refusal("dynamic_sampling.generation_prompts", "not a multiple of rollout.prompts_per_step",
             "verl counts in units of rollout.prompts_per_step; set it to 0 or to a multiple",

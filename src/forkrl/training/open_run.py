@@ -13,7 +13,7 @@ import torch
 
 from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import recipe_toml
-from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
+from forkrl.errors import EngineLost, NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.model.adapter import add_adapter
 from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy
 from forkrl.parallel.workers import Workers, open_workers
@@ -21,6 +21,7 @@ from forkrl.report.progress import TrainingDisplay, describe_selection
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rollout import open_engine
+from forkrl.rollout.vllm_engine import VllmEngine, require_vllm
 from forkrl.store.interruption import Interrupted, Interruption
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
 from forkrl.store.resuming import (
@@ -71,6 +72,8 @@ def open_run(
         assert out is not None
         refuse_occupied(out)
     require_trackers(config.log.trackers)
+    if config.rollout.engine == "vllm" and plug_ins.engine is None:
+        require_vllm()
     with ExitStack() as stack:
         run = _open_parts(config, out, resume, plug_ins, stack)
         metrics_bytes = run.restore() if resume is not None else 0
@@ -114,6 +117,8 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     prompts = open_stream(task.train, config.task, config.seed)
     # Created after all input checks: a mistake leaves no folder.
     provenance = describe_provenance(task, workers)
+    if isinstance(engine, VllmEngine):
+        provenance["vllm"] = engine.version
     folder = stack.enter_context(_open_folder(config, out, resume, provenance))
     return Run(
         config=config,
@@ -219,9 +224,11 @@ def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
         if run.step:
             run.stop()
         raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
-    except WorkerLost as error:  # not saved: the worker may have died between the gradient steps of a batch
+    except (EngineLost, WorkerLost) as error:
+        if isinstance(error, EngineLost):  # a worker may have died between the gradient steps of a batch
+            run.stop()
         command = f"forkrl train --resume {run.folder.path}"
         remedy = f"continue with: {command}" if resumable else run.recovery_hint("continue")
-        raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
+        raise type(error)(f"step {run.step + 1}: {error}; {remedy}") from error
     except TrainingHalted as error:  # not saved: the weights may be the cause
         raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
