@@ -317,6 +317,7 @@ REFUSED = (
             lambda c: c.rollout.cuda_graphs),
     Refusal("rollout.engine", '"vllm"', "verl starts a sampling engine of its own; set it to \"torch\"",
             lambda c: c.rollout.engine == "vllm"),
+    Refusal("rollout.kv_cache_gib", "any", "only read with rollout.engine"),
     Refusal("rollout.prompts_per_step", "more than there are prompts to train on", "verl counts epochs in whole steps"),
     Refusal("dynamic_sampling.generation_prompts", "not a multiple of rollout.prompts_per_step",
             "verl counts in units of rollout.prompts_per_step; set it to 0 or to a multiple",

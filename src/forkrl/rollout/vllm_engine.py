@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,9 +22,8 @@ from forkrl.rollout.embedded import EmbeddedEngine, Ended, Prefix, build_rollout
 from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, gap_of_rollouts
 from forkrl.types import SamplingParams
 
-if TYPE_CHECKING:  # they load pydantic and vLLM
+if TYPE_CHECKING:  # loads pydantic
     from forkrl.config.train import RolloutConfig
-    from forkrl.rollout.vllm_process import Finished
 
 SILENCE_S = 900.0
 """A process that sends nothing for so long has failed; while it samples, it sends something after every token."""
@@ -41,6 +40,19 @@ def require_vllm() -> None:
             f"rollout.engine = \"vllm\" needs vLLM; install it with: pip install 'forkrl[vllm]' (without a GPU: "
             f"docs/engines.md), or {_OTHERWISE}"
         )
+
+
+class Finished(NamedTuple):
+    """The response to request number ``request``. Defined here, as a process that reads it must not import vLLM.
+
+    Log-probs and entropies are as in ``Rollout``.
+    """
+
+    request: int
+    token_ids: list[int]
+    logprobs: list[float]
+    entropy: list[float]
+    finished: bool
 
 
 class VllmEngine(EmbeddedEngine):

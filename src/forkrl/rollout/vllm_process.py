@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import vllm
@@ -25,19 +25,10 @@ from forkrl.errors import first_line
 from forkrl.parallel.processes import die_with_parent
 from forkrl.parallel.workers import SharedWeights
 from forkrl.rollout.sampling import LEAST_LOGIT
+from forkrl.rollout.vllm_engine import Finished
 
 OLDEST = "0.32"
 _KEY = "forkrl"
-
-
-class Finished(NamedTuple):
-    """The response to request number ``request``, with log-probs and entropies (nats) as in ``Rollout``."""
-
-    request: int
-    token_ids: list[int]
-    logprobs: list[float]
-    entropy: list[float]
-    finished: bool
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]  # untyped
