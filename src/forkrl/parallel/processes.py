@@ -33,9 +33,8 @@ def child_environment(threads: int) -> dict[str, str]:
 class Child:
     """A process that runs ``program``, connected by a pipe; it is killed when this process closes it or ends.
 
-    Its arguments are the file descriptors of its end of the pipe and of its lifeline (``die_with_parent``), then
-    ``fds``, which it inherits, then ``numbers``. ``quiet``: what it prints is not
-    shown, except for the last line if it exits by itself.
+    Its arguments are the file descriptors of its end of the pipe and of ``fds``, which it inherits, then ``numbers``.
+    ``quiet``: what it prints is not shown, except for the last line if it exits by itself.
     """
 
     def __init__(
@@ -49,11 +48,11 @@ class Child:
     ) -> None:
         self.connection, theirs = Pipe()
         their_lifeline, self._lifeline = os.pipe()
-        inherited = (theirs.fileno(), their_lifeline, *fds)
+        inherited = (their_lifeline, theirs.fileno(), *fds)
         self._printed = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115 - open as long as it lives
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _DEAF + program, *map(str, (*inherited, *numbers))],
+                [sys.executable, "-P", "-c", _PRELUDE + program, *map(str, (*inherited, *numbers))],
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
                 stdout=self._printed,
@@ -95,10 +94,12 @@ class Child:
 
 
 # Only the first process handles a stop signal sent to the whole job; it may finish its step.
-_DEAF = """
-import signal
+_PRELUDE = """
+import signal, sys
 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(signum, signal.SIG_IGN)
+from forkrl.parallel.processes import die_with_parent
+die_with_parent(int(sys.argv.pop(1)))  # before imports that take seconds
 """
 
 

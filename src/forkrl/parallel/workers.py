@@ -25,7 +25,7 @@ from torch import Tensor
 
 from forkrl.errors import UserError, WorkerLost
 from forkrl.model.policy import Policy
-from forkrl.parallel.processes import Child, child_environment, die_with_parent
+from forkrl.parallel.processes import Child, child_environment
 from forkrl.parallel.threads import configure_threads
 from forkrl.types import Counts
 
@@ -248,8 +248,7 @@ def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 def serve() -> None:
     """Serve requests from the first process until it ends."""
-    connection_fd, lifeline_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
-    die_with_parent(lifeline_fd)
+    connection_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
     connection = Connection(connection_fd)
     with suppress(EOFError, OSError):  # the first process has ended

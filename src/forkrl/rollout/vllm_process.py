@@ -22,7 +22,6 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
 from forkrl.errors import first_line
-from forkrl.parallel.processes import die_with_parent
 from forkrl.parallel.workers import SharedWeights
 from forkrl.rollout.sampling import LEAST_LOGIT
 from forkrl.rollout.vllm_engine import Finished
@@ -155,10 +154,8 @@ def serve() -> None:
     The first message is (options, weights), the others ("sync",) or ("generate", arguments). Answers are any number of
     ("part", value), then ("done", None); or at any time ("error", one line), after which vLLM is not usable.
     """
-    connection_fd, lifeline_fd = map(int, sys.argv[1:3])
-    die_with_parent(lifeline_fd)
-    connection = Connection(connection_fd)
-    with suppress(EOFError, BrokenPipeError):  # the first process has ended
+    connection = Connection(int(sys.argv[1]))
+    with suppress(EOFError, ConnectionError):  # the first process has ended
         try:
             options, weights = connection.recv()
             engine = _Engine(options, weights.map() if isinstance(weights, SharedWeights) else weights)
@@ -171,7 +168,7 @@ def serve() -> None:
                 else:
                     for part in engine.generate(*arguments[0]):
                         connection.send(("part", part))
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             raise
         except Exception as error:
             connection.send(("error", _in_one_line(error)))
