@@ -15,7 +15,7 @@ import pytest
 
 from tests.processes import is_running, wait_until
 
-LIMIT_S = 300.0
+LIMIT_S = 900.0
 STEPS = 4
 RECIPE = f"""\
 seed = 3
