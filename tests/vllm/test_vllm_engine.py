@@ -21,6 +21,7 @@ from forkrl.model.policy import open_policy
 from forkrl.parallel.workers import Workers
 from forkrl.rollout import vllm_engine
 from forkrl.rollout.embedded import Prefix
+from forkrl.rollout.fork_temperature import ForkTemperature
 from forkrl.rollout.logprob_gap import gap_of_rollouts
 from forkrl.rollout.vllm_engine import VllmEngine
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
@@ -113,6 +114,9 @@ def test_the_same_generator_gives_the_same_responses(engine: VllmEngine) -> None
     assert "vllm" not in sys.modules, "it changes functions of torch in the process that imports it"
     for one, other in zip(flat(both[0]), flat(both[1]), strict=True):
         assert torch.equal(one.logprobs, other.logprobs) and torch.equal(one.entropy, other.entropy)
+    passed = torch.Generator().manual_seed(5)
+    engine.pass_over(len(flat(both[0])), passed)
+    assert torch.equal(passed.get_state(), generator.get_state())
     assert len(set(ids(both[0])[:4])) > 1, "a group whose responses share a seed"
 
 
@@ -201,6 +205,8 @@ def test_what_does_not_fit_is_an_error(engine: VllmEngine) -> None:
         engine.check_prompts([Prompt("long", "1 " * 40, "")], MAX_TOKENS)
     with pytest.raises(UserError, match=r"more than the 512 positions"):
         engine.check_prompts(PROMPTS, 512)
+    with pytest.raises(UserError, match='is not possible with rollout.engine = "vllm"'):
+        sample(engine, fork_temperature=ForkTemperature(1.0, 0.5, 0.6))
     with pytest.raises(ValueError, match="the engine was opened for 120"):
         sample(engine, max_response_tokens=200)
     assert len(flat(sample(engine, group_size=1))) == 8, "an error before sampling must not close it"

@@ -20,7 +20,7 @@ from forkrl.parallel.processes import Child, child_environment
 from forkrl.parallel.workers import Workers
 from forkrl.rollout.embedded import EmbeddedEngine, Ended, Prefix, build_rollout, stop_tokens
 from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, gap_of_rollouts
-from forkrl.types import SamplingParams
+from forkrl.types import Rollout, SamplingParams
 
 if TYPE_CHECKING:  # loads pydantic
     from forkrl.config.train import RolloutConfig
@@ -71,7 +71,8 @@ class VllmEngine(EmbeddedEngine):
                 f'rollout.engine = "vllm": the model is on {device}, not on the CPU or the first CUDA device '
                 f"(CUDA_VISIBLE_DEVICES chooses which that is); set runtime.device, or {_OTHERWISE}"
             )
-        self.max_tokens = _max_tokens(self.policy, limits)
+        options = _options(self.policy, limits)
+        self.max_tokens = options["max_model_len"]
         self._synced: list[int] | None = None
         self._answering = False
         weights: Any = (
@@ -79,7 +80,6 @@ class VllmEngine(EmbeddedEngine):
             if device.type == "cpu"
             else {name: parameter.data for name, parameter in self.policy.model.named_parameters()}
         )
-        options = _options(self.policy, limits) | {"max_model_len": self.max_tokens}
         self._child = Child(
             _PROGRAM,
             _environment(device, threads=torch.get_num_threads() * workers.count),
@@ -140,7 +140,7 @@ class VllmEngine(EmbeddedEngine):
         """End the process."""
         self._child.close()
 
-    def _rollout(self, prompt_ids: tuple[int, ...], written: Finished) -> Any:
+    def _rollout(self, prompt_ids: tuple[int, ...], written: Finished) -> Rollout:
         of_tokens = torch.tensor(written.token_ids), torch.tensor(written.logprobs), torch.tensor(written.entropy)
         return build_rollout(self.policy, prompt_ids, *of_tokens, finished=written.finished)
 
@@ -212,7 +212,8 @@ def _max_tokens(policy: Policy, limits: RolloutConfig) -> int:
 def _options(policy: Policy, limits: RolloutConfig) -> dict[str, Any]:
     """``EngineArgs`` that depend on model, device and recipe."""
     longest = _max_tokens(policy, limits)
-    options = {
+    options: dict[str, Any] = {
+        "max_model_len": longest,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[policy.precision],
         "max_num_seqs": limits.max_sequences,
         "max_num_batched_tokens": max(4096, longest),  # prompts are read whole

@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: what ``vllm_engine.py`` starts. Only this module imports vLLM.
+"""vLLM in a process of its own: what ``vllm_engine.py`` starts. Importing this module imports vLLM.
 
 vLLM's worker sets a memory policy for its process and replaces functions of torch, so it cannot run in the trainer.
 Written for the V1 model runner of vLLM 0.32 and tested on a CPU, on a GPU not yet.

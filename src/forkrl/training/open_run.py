@@ -116,9 +116,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     )
     prompts = open_stream(task.train, config.task, config.seed)
     # Created after all input checks: a mistake leaves no folder.
-    provenance = describe_provenance(task, workers)
-    if isinstance(engine, VllmEngine):
-        provenance["vllm"] = engine.version
+    provenance = describe_provenance(task, workers) | _engine_facts(engine)
     folder = stack.enter_context(_open_folder(config, out, resume, provenance))
     return Run(
         config=config,
@@ -134,6 +132,10 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
         display=TrainingDisplay(config.training.steps),
         interruption=Interruption(),
     )
+
+
+def _engine_facts(engine: RolloutEngine) -> dict[str, str]:
+    return {"vllm": engine.version} if isinstance(engine, VllmEngine) else {}
 
 
 def _open_policy(config: TrainConfig) -> Policy:
@@ -201,7 +203,7 @@ def _announce_resume(run: Run, changes: Sequence[str]) -> None:
             f'optimizer.schedule = "{schedule}" now ends at step {steps}: from here on the learning rate is that of '
             f"training.steps = {steps}, and no run that was so long from the start has the same results"
         )
-    if arithmetic := changed_arithmetic(run.folder.provenance, run.workers):
+    if arithmetic := changed_arithmetic(run.folder.provenance, run.workers, _engine_facts(run.engine)):
         run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")
 
 
