@@ -234,7 +234,7 @@ def _kv_cache_bytes(policy: Policy, limits: RolloutConfig) -> int:
     except AttributeError as error:
         name = type(policy.model).__name__
         raise UserError(f'rollout.engine = "vllm" cannot run {name}: {first_line(error)}; {_OTHERWISE}') from error
-    per_token = 2 * config.num_hidden_layers * heads * width * {"fp32": 4, "bf16": 2}[policy.precision]
+    per_token: int = 2 * config.num_hidden_layers * heads * width * {"fp32": 4, "bf16": 2}[policy.precision]
     blocks = limits.max_sequences * (-(-_max_tokens(policy, limits) // BLOCK) + 1) + 1
     return min(blocks * BLOCK * per_token, int(limits.kv_cache_gib * 2**30))
 
