@@ -77,7 +77,7 @@ def ids(groups: list[RolloutGroup]) -> list[tuple[int, ...]]:
     "sampling", [{}, {"temperature": 0.6, "top_p": 0.8, "top_k": 5}, {"temperature": 1.7}, {"temperature": 0.0}]
 )
 def test_logprobs_and_entropies_are_those_of_one_pass_over_the_sequence(
-    engine: VllmEngine, sampling: dict[str, float]
+    engine: VllmEngine, sampling: dict[str, Any]
 ) -> None:
     groups = sample(engine, **sampling)
     batch = collate(groups, torch.zeros(len(groups), 8), pad_id=0)
@@ -135,9 +135,13 @@ def test_weights_are_taken_over_only_if_they_changed(
     engine: VllmEngine, weights: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample(engine)
-    asked: list[object] = []
-    ask = engine._ask
-    monkeypatch.setattr(engine, "_ask", lambda *message: asked.append(message[0]) or ask(*message))
+    asked, ask = list[str](), engine._ask
+
+    def noted(*message: Any) -> Iterator[Any]:
+        asked.append(message[0])
+        return ask(*message)
+
+    monkeypatch.setattr(engine, "_ask", noted)
     sample(engine)
     weights(0.01)
     sample(engine)
