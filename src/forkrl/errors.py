@@ -25,6 +25,10 @@ class WorkerLost(TrainingHalted):
     """A worker process has died. The run can be resumed from its checkpoints."""
 
 
+class EngineLost(TrainingHalted):
+    """The process that samples has failed. The weights are sound, so the finished steps are saved."""
+
+
 class NothingToLearn(TrainingHalted):
     """No group of responses has a gradient. The weights are sound, so the finished steps are saved."""
 

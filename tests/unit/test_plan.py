@@ -319,10 +319,28 @@ def test_a_recipe_too_large_for_one_gpu_is_sent_to_a_cluster() -> None:
     assert plan(changed(config, remedy.changes)).fits
 
 
-def test_the_way_to_a_cluster_leaves_behind_what_verl_would_refuse() -> None:
-    config = recipe("qwen3-32b", "rollout.cuda_graphs=true")
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["rollout.cuda_graphs=true"], [Change("rollout.cuda_graphs", False)]),
+        (
+            ["rollout.engine=vllm", "rollout.kv_cache_gib=8"],
+            [Change("rollout.engine", "torch"), Change("rollout.kv_cache_gib", 4.0)],
+        ),
+    ],
+)
+def test_the_way_to_a_cluster_leaves_behind_what_verl_would_refuse(overrides: list[str], changes: list[Change]) -> None:
+    config = recipe("qwen3-32b", *overrides)
     (remedy, *_) = find_remedies(config, shape_of(config), H100)
-    assert Change("rollout.cuda_graphs", False) in remedy.changes
+    assert set(changes) <= set(remedy.changes)
+
+
+def test_vllm_has_weights_of_its_own_and_limited_keys_and_values() -> None:
+    config = recipe("qwen3-8b", "model.precision=bf16", "rollout.engine=vllm", "rollout.kv_cache_gib=6")
+    counted = items(plan(config), "rollout")
+    assert counted["weights of vLLM, bf16"] == 2 * shape_of(config).parameters
+    assert counted["KV cache"] == 6 * GIB
+    assert "stacked layers" not in counted
 
 
 def test_graphs_copy_the_head() -> None:

@@ -247,6 +247,12 @@ def test_the_sentence_says_what_runs_with_gradients(forks_only: dict[str, Any], 
     assert describe_selection(config).endswith(end)
 
 
+def test_the_sentence_names_vllm() -> None:
+    assert "vLLM" not in describe_selection(TrainConfig())
+    config = TrainConfig.model_validate({"rollout": {"engine": "vllm"}})
+    assert describe_selection(config) == f"{describe_selection(TrainConfig())}; sampling with vLLM"
+
+
 def test_progress_in_a_log_speaks_every_five_seconds_and_passes_everything_through() -> None:
     stream = io.StringIO()
     seen = list(progress(range(6), "evaluating", stream=stream, clock=ticking(3.0)))

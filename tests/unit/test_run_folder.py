@@ -412,11 +412,12 @@ class TestResume:
         known = describe_provenance(Task("countdown", [], [], {}, "a" * 64), workers)
         assert known["data_fingerprint"] == "a" * 64 and known["command"] == "forkrl train 'a b'"
         assert (known["workers"], known["threads"], known["device"]) == (1, torch.get_num_threads(), "cpu")
-        assert changed_arithmetic(known, workers) == ""
+        assert changed_arithmetic(known, workers, {}) == ""
         then = {**known, "torch": "1.0"}
         del then["workers"]
         said = f"workers 1 instead of unknown, torch {torch.__version__} instead of 1.0"
-        assert changed_arithmetic(then, workers) == said
+        assert changed_arithmetic(then, workers, {}) == said
+        assert changed_arithmetic(known | {"vllm": "1"}, workers, {"vllm": "2"}) == "vllm 2 instead of 1"
         refuse_other_data(begun, config, "a" * 64)
         with pytest.raises(UserError, match=r"the prompts of task.countdown .*\(fingerprint a{12} then, b{12} now"):
             refuse_other_data(begun, config, "b" * 64)

@@ -39,6 +39,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
         ],
         "take a multiple",
     ),
+    ("rollout.engine", ["rollout.engine=vllm"], 'set it to "torch"'),
     ("rollout.cuda_graphs", ["rollout.cuda_graphs=true"], "set it to false"),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
     ("lora.rank", ["lora.rank=8"], "drop lora.*"),
@@ -96,7 +97,7 @@ def test_every_refusal_of_the_table_has_a_case() -> None:
     elsewhere = {"task.parts.weight", "rollout.prompts_per_step"}
     with_another = {row.recipe for row in REFUSED if row.recipe.startswith(("task.curriculum.", "forks_only."))}
     with_another |= {"lora.alpha", "lora.targets", "checkpoint.merged"}
-    with_another.add("loss.entropy_delta")
+    with_another |= {"loss.entropy_delta", "rollout.kv_cache_gib"}
     cases = {key for key, _, _ in REFUSALS}
     assert {row.recipe for row in REFUSED} - elsewhere - with_another <= cases
     assert cases <= {row.recipe for row in REFUSED}

@@ -18,7 +18,7 @@ from forkrl.evaluation.samplers import EmbeddedSampler, Sampler
 from forkrl.model.locations import model_location
 from forkrl.model.stop_tokens import load_generation_config, stop_token_ids
 from forkrl.model.support import require_no_adapter
-from forkrl.rollout import open_engine
+from forkrl.rollout import open_torch_engine
 from forkrl.types import Prompt
 
 
@@ -35,7 +35,7 @@ def open_sampler(subject: Subject, options: EvalOptions, prompt_format: Literal[
         yield _open_vllm(subject)
     else:
         with open_model(subject) as workers:
-            yield EmbeddedSampler(open_engine(workers, subject.config))
+            yield EmbeddedSampler(open_torch_engine(workers, subject.config))
 
 
 def _open_vllm(subject: Subject) -> Sampler:

@@ -23,7 +23,7 @@ from forkrl.parallel.workers import open_workers
 from forkrl.report.progress import progress
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
-from forkrl.rollout import EmbeddedEngine, open_engine, training_sampling
+from forkrl.rollout import EmbeddedEngine, open_torch_engine, training_sampling
 from forkrl.rollout.held_out import sample_and_score
 from forkrl.store.atomic import write_json, write_text
 from forkrl.tasks.checks import bin_pass_rates, gold_of
@@ -61,7 +61,7 @@ def open_sampler(config: TrainConfig, task: Task) -> Iterator[Sampler]:
     with ExitStack() as stack:
         policy = open_policy(config.model, config.runtime.device)
         workers = stack.enter_context(open_workers(policy, None, config.runtime))
-        engine = open_engine(workers, config)
+        engine = open_torch_engine(workers, config)
         engine.check_prompts(task.train, config.rollout.max_response_tokens)
         verifiers = with_sandbox(task.verifiers, config.sandbox)
         yield Sampler(config, task, engine, stack.enter_context(open_verifier(verifiers, config.reward)))

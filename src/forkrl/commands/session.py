@@ -16,7 +16,7 @@ from forkrl.parallel.workers import Workers, open_workers
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.pool import VerifierPool
-from forkrl.rollout import open_engine
+from forkrl.rollout import open_torch_engine
 from forkrl.rollout.embedded import EmbeddedEngine
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.types import Prompt, Task
@@ -58,7 +58,7 @@ def open_session(subject: Subject) -> Iterator[Session]:
         max_tokens = subject.config.rollout.max_prompt_tokens
         task = open_it(subject.config.task, workers.policy.tokenizer, max_prompt_tokens=max_tokens)
         prompts = task.held_out[: subject.limit]
-        engine = open_engine(workers, subject.config)
+        engine = open_torch_engine(workers, subject.config)
         config = checked_config(subject, engine, prompts)
         verifiers = with_sandbox(task.verifiers, config.sandbox)
         verifier = stack.enter_context(open_verifier(verifiers, config.reward)) if verifiers else None

@@ -35,6 +35,9 @@ class ModelConfig(Section):
 
 
 class RolloutConfig(Section):
+    engine: Literal["torch", "vllm"] = "torch"
+    """"torch" samples in this process. "vllm" samples with vLLM, in a process that reads the weights being trained: for
+    a GPU, and for large models (docs/engines.md)."""
     prompts_per_step: PositiveInt = 512
     """Groups in the loss of one step."""
     group_size: Annotated[int, Field(ge=2)] = 16
@@ -56,6 +59,18 @@ class RolloutConfig(Section):
     cuda_graphs: bool = False
     """Decode with CUDA graphs (docs/engines.md): on a GPU, for Llama, Mistral, Qwen2 and Qwen3. Off by default because
     it has not run on a GPU yet."""
+    kv_cache_gib: Positive = 4.0
+    """"vllm": the most memory for keys and values, in GiB; sequences that do not fit wait."""
+
+    @model_validator(mode="after")
+    def _settings_of_the_engine(self) -> RolloutConfig:
+        if self.engine == "vllm" and self.cuda_graphs:
+            raise ValueError(
+                'rollout.cuda_graphs = true is for rollout.engine = "torch"; vLLM has its own graphs: set it to false'
+            )
+        if self.engine == "torch" and "kv_cache_gib" in self.changed():
+            raise ValueError('rollout.kv_cache_gib is read only with rollout.engine = "vllm"; set that, or remove it')
+        return self
 
 
 class DynamicSamplingConfig(Section):
@@ -309,6 +324,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "checkpoint.merged = true needs an adapter and checkpoints; set lora.rank, and checkpoint.kind other "
                 'than "none", or drop it'
+            )
+        if self.rollout.engine == "vllm" and self.lora.rank:
+            raise ValueError(
+                f'rollout.engine = "vllm" cannot sample from the adapter of lora.rank = {self.lora.rank} yet; set '
+                f'rollout.engine = "torch", or lora.rank = 0'
             )
         if self.checkpoint.keep_best and not self.eval.every:
             raise ValueError(

@@ -6,9 +6,15 @@ import ctypes
 import fcntl
 import os
 import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
+
+from forkrl.errors import printable
 
 
 def return_freed_memory() -> None:
@@ -22,6 +28,79 @@ def child_environment(threads: int) -> dict[str, str]:
     here = str(Path.cwd())
     folders = [*(folder or here for folder in sys.path), here]
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(threads)}
+
+
+class Child:
+    """A process that runs ``program``, connected by a pipe; it is killed when this process closes it or ends.
+
+    Its arguments are the file descriptors of its end of the pipe and of ``fds``, which it inherits, then ``numbers``.
+    ``quiet``: what it prints is not shown, except for the last line if it exits by itself.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        environment: Mapping[str, str],
+        *,
+        fds: Sequence[int] = (),
+        numbers: Sequence[int] = (),
+        quiet: bool = False,
+    ) -> None:
+        self.connection, theirs = Pipe()
+        their_lifeline, self._lifeline = os.pipe()
+        inherited = (their_lifeline, theirs.fileno(), *fds)
+        self._printed = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115 - open as long as it lives
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PRELUDE + program, *map(str, (*inherited, *numbers))],
+                pass_fds=inherited,
+                stdin=subprocess.DEVNULL,
+                stdout=self._printed,
+                stderr=self._printed,
+                env=environment,
+                start_new_session=True,
+            )
+        except BaseException:
+            self.connection.close()
+            os.close(self._lifeline)
+            raise
+        finally:
+            theirs.close()
+            os.close(their_lifeline)
+
+    def close(self) -> None:
+        """Kill it, if it still runs."""
+        if not self.connection.closed:
+            self.connection.close()
+            os.close(self._lifeline)
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+
+    def death(self) -> str:
+        """How a process that no longer answers ended."""
+        code = self.process.wait()
+        if code >= 0:
+            return f"exited with code {code}{self._last_line()}"
+        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-code).name}{hint}"
+
+    def _last_line(self) -> str:
+        if self._printed is None:
+            return ""
+        self._printed.seek(0)
+        lines = self._printed.read().decode(errors="replace").strip().splitlines()
+        return f" ({printable(lines[-1][:300])})" if lines else ""
+
+
+# Only the first process handles a stop signal sent to the whole job; it may finish its step.
+_PRELUDE = """
+import signal, sys
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signum, signal.SIG_IGN)
+from forkrl.parallel.processes import die_with_parent
+die_with_parent(int(sys.argv.pop(1)))  # before imports that take seconds
+"""
 
 
 def die_with_parent(lifeline_fd: int) -> None:

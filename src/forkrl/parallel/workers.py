@@ -6,18 +6,16 @@ runs are bit-reproducible.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import pickle  # noqa: TID251 - only over a socket between this process and the ones it started, never from a file
-import signal
-import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from itertools import chain
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from forkrl.errors import UserError, WorkerLost
 from forkrl.model.policy import Policy
-from forkrl.parallel.processes import child_environment, die_with_parent
+from forkrl.parallel.processes import Child, child_environment
 from forkrl.parallel.threads import configure_threads
 from forkrl.types import Counts
 
@@ -57,6 +55,21 @@ class Worker(NamedTuple):
         self.counters.add_(torch.tensor(Counts(**more)))
 
 
+class SharedWeights(NamedTuple):
+    """Weights in a block of memory: its file, and dtype, shape and first byte of each by name."""
+
+    fd: int
+    placed: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
+
+    def map(self) -> dict[str, Tensor]:
+        """The weights in this process; valid after the file is closed."""
+        memory = mmap.mmap(self.fd, 0)
+        return {
+            name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+            for name, (dtype, shape, start) in self.placed.items()
+        }
+
+
 class Workers:
     """The policy in this process and in ``count - 1`` others (CPU only), with its parameters in shared memory."""
 
@@ -64,11 +77,12 @@ class Workers:
         self._counters = torch.zeros(count, len(Counts._fields), dtype=torch.int64)
         self.local = Worker(policy, reference, self._counters[0], {})
         self.count = count
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._connections: list[Connection] = []
+        self._children: list[Child] = []
         self._gradients: list[list[Tensor]] = []
-        self._lifelines: list[int] = []
+        self._memory: _SharedMemory | None = None
         self._closed = False
+        self.closing = ExitStack()
+        """Closed with the workers; for what uses their weights."""
         if count > 1:
             try:
                 self._start(threads)
@@ -100,15 +114,20 @@ class Workers:
 
     def close(self) -> None:
         self._closed = True
-        for connection in self._connections:
-            connection.close()
-        for lifeline in self._lifelines:
-            os.close(lifeline)
-        for process in self._processes:
-            with suppress(ProcessLookupError):
-                process.kill()
-            process.wait()
-        self._connections, self._processes, self._lifelines = [], [], []
+        self.closing.close()
+        for child in self._children:
+            child.close()
+        self._children = []
+
+    def share_weights(self) -> SharedWeights:
+        """The policy's weights where another process can map them (CPU only); moves them there if need be.
+
+        Raises UserError if there is no memory for that.
+        """
+        if self._memory is None:
+            self._memory = self._open_memory(others=0)
+            self._memory.adopt_weights(self.local, fill=True)
+        return self._memory.weights(self.policy)
 
     def map(
         self,
@@ -159,49 +178,36 @@ class Workers:
             message = pickle.dumps(self.local)  # before the parameters become views of the shared block
         except Exception as error:
             raise UserError(f"this model cannot be sent to other processes ({error}); set runtime.workers=1") from error
-        try:
-            memory = _SharedMemory(self.local, self.count - 1)
-        except OSError as error:
-            raise UserError(f"no memory for weights that workers share ({error}); set runtime.workers=1") from error
+        self._memory = memory = self._open_memory(self.count - 1)
         memory.adopt_weights(self.local, fill=True)
         self._counters = memory.counters
         self.local = self.local._replace(counters=self._counters[0])
         for rank in range(self.count - 1):
-            self._start_process(memory, rank, threads)
+            numbers = (rank, self.count - 1, threads)
+            environment = child_environment(threads)
+            self._children.append(Child(_PROGRAM, environment, fds=(memory.fd,), numbers=numbers))
             self._gradients.append(memory.gradients(self.policy, rank))
-        memory.close_file()
         for rank in range(self.count - 1):
             self._send(rank, message)
 
-    def _start_process(self, memory: _SharedMemory, rank: int, threads: int) -> None:
-        ours, theirs = Pipe()
-        their_lifeline, lifeline = os.pipe()
-        self._connections.append(ours)
-        self._lifelines.append(lifeline)
-        numbers = (theirs.fileno(), their_lifeline, memory.fd, rank, self.count - 1, threads)
+    def _open_memory(self, others: int) -> _SharedMemory:
         try:
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-P", "-c", _PROGRAM, *map(str, numbers)],
-                    pass_fds=numbers[:3],
-                    stdin=subprocess.DEVNULL,
-                    env=child_environment(threads),
-                    start_new_session=True,
-                )
-            )
-        finally:
-            theirs.close()
-            os.close(their_lifeline)
+            memory = _SharedMemory(self.local, others)
+        except OSError as error:
+            remedy = "set runtime.workers=1" if others else 'set rollout.engine="torch"'
+            raise UserError(f"no memory for weights that processes share ({error}); {remedy}") from error
+        self.closing.callback(memory.close_file)
+        return memory
 
     def _send(self, rank: int, message: bytes) -> None:
         try:
-            self._connections[rank].send_bytes(message)
+            self._children[rank].connection.send_bytes(message)
         except OSError:
             raise self._death(rank) from None
 
     def _receive(self, rank: int) -> list[Any]:
         try:
-            data = self._connections[rank].recv_bytes()
+            data = self._children[rank].connection.recv_bytes()
         except (EOFError, OSError):
             raise self._death(rank) from None
         results, error = pickle.loads(data)  # noqa: S301 - see the import
@@ -210,11 +216,7 @@ class Workers:
         return results  # type: ignore[no-any-return]
 
     def _death(self, rank: int) -> WorkerLost:
-        code = self._processes[rank].wait()
-        if code >= 0:
-            return WorkerLost(f"a worker exited with code {code}")
-        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-        return WorkerLost(f"a worker was killed by {signal.Signals(-code).name}{hint}")
+        return WorkerLost(f"a worker {self._children[rank].death()}")
 
 
 def open_workers(policy: Policy, reference: Policy | None, config: RuntimeConfig) -> Workers:
@@ -246,8 +248,7 @@ def divide(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 def serve() -> None:
     """Serve requests from the first process until it ends."""
-    connection_fd, lifeline_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
-    die_with_parent(lifeline_fd)
+    connection_fd, memory_fd, rank, others, threads = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
     connection = Connection(connection_fd)
     with suppress(EOFError, OSError):  # the first process has ended
@@ -263,11 +264,7 @@ def serve() -> None:
             connection.send_bytes(_answer(worker, function, items, arguments))
 
 
-# Only the first process handles a stop signal sent to the whole job; it may finish its step.
 _PROGRAM = """
-import signal
-for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(signum, signal.SIG_IGN)
 from forkrl.parallel.workers import serve
 serve()
 """
@@ -322,6 +319,13 @@ class _SharedMemory:
             views.append(self._view(parameter, start))
             start += _size(parameter)
         return views
+
+    def weights(self, policy: Policy) -> SharedWeights:
+        placed, start = {}, 0  # the policy's parameters come first
+        for name, parameter in policy.model.named_parameters():
+            placed[name] = (parameter.dtype, tuple(parameter.shape), start)
+            start += _size(parameter)
+        return SharedWeights(self.fd, placed)
 
     def close_file(self) -> None:
         """Close the file; the mapping lasts as long as its tensors."""

@@ -54,10 +54,13 @@ def find_remedies(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Vari
 
 def _on_cluster(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Variant]:
     """A local recipe moved to verl, on one node if it fits there."""
-    graphs = [Change("rollout.cuda_graphs", False)] * config.rollout.cuda_graphs  # only the local engine has them
-    moves = [
-        (*graphs, Change("runtime.trainer", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)
+    default = type(config.rollout)()
+    local = [  # settings of engines that verl does not use
+        Change(f"rollout.{name}", getattr(default, name))
+        for name in ("engine", "cuda_graphs", "kv_cache_gib")
+        if name in config.rollout.changed()
     ]
+    moves = [(*local, Change("runtime.trainer", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)]
     if found := list(_fitting(config, shape, gpu, moves)):
         return found[:1]
     base = changed(config, moves[-1])

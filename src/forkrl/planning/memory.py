@@ -326,20 +326,36 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
     items = [
         Item("weights, fp32", 4 * (shape.parameters + adapters)),
         Item("Adam's averages, fp32", 8 * (adapters or shape.parameters), "gradients are freed"),
+        *_sampling_weights(config, shape),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
-    if not (adapters and size < 4):  # rounded to bf16, most of an adapter would be lost: no copy is made
-        stacked = size * shape.layers * shape.layer_matrices
-        items.insert(2, Item("stacked layers", stacked, "the sampler's copy while a batch decodes"))
     if graphs and size < 4:
         items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy while a step decodes"))
     if config.loss.kl_coef and not adapters:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
     length = full_length(config)
     share, per_token = (1 - HEADROOM) * gpu.memory, shape.kv_numbers * size
-    cache = share - sum(item.num_bytes for item in items)
-    items.append(Item("KV cache", sequences * length * per_token, f"{sequences} sequences of {length:,} tokens"))
+    cache, whole = share - sum(item.num_bytes for item in items), float(sequences * length * per_token)
+    if config.rollout.engine == "vllm" and (most := config.rollout.kv_cache_gib * 2**30) < whole:
+        cache = min(cache, most)
+        items.append(
+            Item("KV cache", most, f"rollout.kv_cache_gib; {sequences} sequences of {length:,} tokens need more")
+        )
+    else:
+        items.append(Item("KV cache", whole, f"{sequences} sequences of {length:,} tokens"))
     return tuple(items), RolloutFit(per_token, cache, length, config.rollout.max_sequences, 1, share)
+
+
+def _sampling_weights(config: TrainConfig, shape: ModelShape) -> list[Item]:
+    """What the engine of this machine keeps besides the weights that are trained."""
+    size = product_bytes(config)
+    if config.rollout.engine == "vllm":
+        weights = Item(f"weights of vLLM, {config.model.precision}", float(size * shape.parameters))
+        return [weights, Item("sampling workspace", float(ENGINE_WORKSPACE), "assumed")]
+    if config.lora.rank and size < 4:  # rounded to bf16, most of an adapter would be lost, so no copy is made
+        return []
+    stacked = size * shape.layers * shape.layer_matrices
+    return [Item("stacked layers", stacked, "the sampler's copy while a batch decodes")]
 
 
 def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[Phase, ...]:

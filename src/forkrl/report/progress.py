@@ -42,7 +42,7 @@ _EVAL_NAMES = ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high")
 
 
 def describe_selection(config: TrainConfig) -> str:
-    """One sentence on what carries gradient: rule, ratio, scope, entropy source, denominator, backward."""
+    """One sentence on what carries gradient: rule, ratio, scope, entropy source, denominator, backward, engine."""
     settings, more = config.forks_only, list[str]()
     if settings.projections:
         more.append("projections of keys and values everywhere")
@@ -52,7 +52,8 @@ def describe_selection(config: TrainConfig) -> str:
         more.append(f"a random {100 * settings.sampled:g}% of the others")
     backward = "; forks-only backward" + (f" with {' and '.join(more)}" if more else "")
     sentence = f"training on {_selected_tokens(config.selection)}, {_divisor(config.loss.denominator)}"
-    return sentence + (backward if config.training.backward == "forks_only" else "")
+    engine = "; sampling with vLLM" if config.rollout.engine == "vllm" else ""
+    return sentence + (backward if config.training.backward == "forks_only" else "") + engine
 
 
 def _selected_tokens(selection: SelectionConfig) -> str:

@@ -5,14 +5,16 @@ They should differ only by rounding; a larger gap makes every ratio in the loss 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from forkrl.errors import TrainingHalted
+from forkrl.method.batches import collate
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
-from forkrl.types import TokenBatch
+from forkrl.types import Prompt, Rollout, RolloutGroup, TokenBatch
 
 MAX_MEAN_GAP = {"fp32": 1e-3, "bf16": 0.05}
 """Nats, by ``model.precision``. Rounding alone gives less (docs/engines.md)."""
@@ -31,6 +33,13 @@ def logprob_gap(policy: Policy, batch: TokenBatch, temperature: float) -> Logpro
     logprobs_BT = compute_token_stats(policy, batch, temperature=temperature).logprobs
     gap_N = (logprobs_BT - batch.old_logprobs).abs()[batch.response_mask]
     return LogprobGap(float(gap_N.mean()), float(gap_N.max()))
+
+
+def gap_of_rollouts(policy: Policy, rollouts: Iterable[Rollout]) -> LogprobGap:
+    """The gap of responses sampled at temperature 1."""
+    groups = [RolloutGroup(Prompt("", "", ""), (rollout,)) for rollout in rollouts]
+    batch = collate(groups, torch.zeros(len(groups), 1), pad_id=0)
+    return logprob_gap(policy, batch.to(policy.device), 1.0)
 
 
 def require_small_gap(gap: LogprobGap, precision: str) -> None:

@@ -8,14 +8,14 @@ import torch
 from transformers import DynamicCache
 
 from forkrl.errors import UserError, first_line
-from forkrl.method.batches import collate
 from forkrl.model.policy import Policy
 from forkrl.model.support import PROBE_ERRORS
 from forkrl.parallel.workers import Workers
 from forkrl.rollout.embedded import EmbeddedEngine, Prefix, decode
 from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
-from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, logprob_gap
-from forkrl.types import Prompt, RolloutGroup, SamplingParams
+from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, gap_of_rollouts
+from forkrl.rollout.vllm_engine import VllmEngine
+from forkrl.types import SamplingParams
 
 if TYPE_CHECKING:  # loads pydantic, which only recipes need
     from forkrl.config import TrainConfig
@@ -27,7 +27,14 @@ _REMEDY = (
 
 
 def open_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
-    """The embedded engine, with or without CUDA graphs; raises UserError if it cannot decode the model."""
+    """The recipe's engine; raises UserError if it cannot sample from the model."""
+    if config.rollout.engine == "vllm":
+        return VllmEngine(workers, config.rollout)
+    return open_torch_engine(workers, config)
+
+
+def open_torch_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
+    """The embedded engine, with or without CUDA graphs; the one of all commands but ``forkrl train``."""
     require_cached_decoding(workers.policy)
     if config.rollout.cuda_graphs:
         require_graphs(workers.policy)
@@ -72,6 +79,4 @@ def _decoding_gap(policy: Policy) -> float:
     prefixes = [Prefix((0, 1, 2, 3, 4)), Prefix((3, 1)), Prefix((0, 1, 2, 3, 4))]
     generator = torch.Generator(policy.device).manual_seed(0)
     rollouts = dict(decode(policy, prefixes, SamplingParams(6), generator))
-    groups = [RolloutGroup(Prompt("", "", ""), (rollouts[index],)) for index in sorted(rollouts)]
-    batch = collate(groups, torch.zeros(len(groups), 1), pad_id=0)
-    return logprob_gap(policy, batch.to(policy.device), 1.0).mean
+    return gap_of_rollouts(policy, rollouts.values()).mean

@@ -38,13 +38,17 @@ def describe_provenance(task: Task, workers: Workers) -> dict[str, Any]:
     }
 
 
-def changed_arithmetic(then: Mapping[str, Any], workers: Workers) -> str:
-    """What changed of everything that affects the last bits of a result, as one phrase; empty if nothing."""
+def changed_arithmetic(then: Mapping[str, Any], workers: Workers, more: Mapping[str, str]) -> str:
+    """What changed of everything that affects the last bits of a result, as one phrase; empty if nothing.
+
+    ``more``: what else does, by its name in the provenance.
+    """
     now = {
         "workers": workers.count,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **more,
     }
     changed = {name: value for name, value in now.items() if then.get(name) != value}
     return ", ".join(f"{name} {value} instead of {then.get(name, 'unknown')}" for name, value in changed.items())

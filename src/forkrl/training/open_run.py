@@ -13,7 +13,7 @@ import torch
 
 from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import recipe_toml
-from forkrl.errors import NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
+from forkrl.errors import EngineLost, NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.model.adapter import add_adapter
 from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy
 from forkrl.parallel.workers import Workers, open_workers
@@ -22,6 +22,7 @@ from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.specs import term_specs
 from forkrl.rollout import open_engine
+from forkrl.rollout.vllm_engine import VllmEngine, require_vllm
 from forkrl.store.interruption import Interrupted, Interruption
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
 from forkrl.store.resuming import (
@@ -72,6 +73,8 @@ def open_run(
         assert out is not None
         refuse_occupied(out)
     require_trackers(config.log.trackers)
+    if config.rollout.engine == "vllm" and plug_ins.engine is None:
+        require_vllm()
     with ExitStack() as stack:
         run = _open_parts(config, out, resume, plug_ins, stack)
         metrics_bytes = run.restore() if resume is not None else 0
@@ -116,7 +119,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     )
     prompts = open_stream(task.train, config.task, config.seed)
     # Created after all input checks: a mistake leaves no folder.
-    provenance = describe_provenance(task, workers)
+    provenance = describe_provenance(task, workers) | _engine_facts(engine)
     folder = stack.enter_context(_open_folder(config, out, resume, provenance))
     return Run(
         config=config,
@@ -132,6 +135,10 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
         display=TrainingDisplay(config.training.steps),
         interruption=Interruption(),
     )
+
+
+def _engine_facts(engine: RolloutEngine) -> dict[str, str]:
+    return {"vllm": engine.version} if isinstance(engine, VllmEngine) else {}
 
 
 def _open_policy(config: TrainConfig) -> Policy:
@@ -198,7 +205,7 @@ def _announce_resume(run: Run, changes: Sequence[str]) -> None:
             f'optimizer.schedule = "{schedule}" now ends at step {steps}: from here on the learning rate is that of '
             f"training.steps = {steps}; results differ from those of a run started with that"
         )
-    if arithmetic := changed_arithmetic(run.folder.provenance, run.workers):
+    if arithmetic := changed_arithmetic(run.folder.provenance, run.workers, _engine_facts(run.engine)):
         run.display.message(f"resuming with {arithmetic}: the run continues, but is no longer bit-identical")
 
 
@@ -221,9 +228,11 @@ def _early_ends(run: Run, *, new: bool) -> Iterator[None]:
         if run.step:
             run.stop()
         raise NothingToLearn(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error
-    except WorkerLost as error:  # not saved: the worker may have died between the gradient steps of a batch
+    except (EngineLost, WorkerLost) as error:
+        if isinstance(error, EngineLost):  # a worker may have died between the gradient steps of a batch
+            run.stop()
         command = f"forkrl train --resume {run.folder.path}"
         remedy = f"continue with: {command}" if resumable else run.recovery_hint("continue")
-        raise WorkerLost(f"step {run.step + 1}: {error}; {remedy}") from error
+        raise type(error)(f"step {run.step + 1}: {error}; {remedy}") from error
     except TrainingHalted as error:  # not saved: the weights may be the cause
         raise TrainingHalted(f"step {run.step + 1}: {error}; {run.recovery_hint()}") from error

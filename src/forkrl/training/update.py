@@ -277,6 +277,7 @@ def _take_step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float
     if not math.isfinite(grad_norm):
         raise TrainingHalted(f"the gradient norm is {grad_norm}; the weights were left as they are")
     optimizer.step()
+    torch.autograd.graph.increment_version(trained)  # fused AdamW does not; an engine with a copy looks at it
     # A sum is NaN or infinite if a weight is, and takes a tenth of the time of isfinite(). Checked before the step
     # counts as done, so that no checkpoint contains such weights.
     if not all(bool(parameter.detach().sum().isfinite()) for parameter in trained):
