@@ -25,6 +25,8 @@ from forkrl.report.plots import (
 from forkrl.store.results import Results
 from forkrl.store.run_record import ACCURACY, LENGTH
 
+_OVERLAP, _CHANGE = r"overlap with the first: step (\d+)", r"change of entropy: ([\d.]+)-([\d.]+)%"
+"""Figures of drift in the table of measurements."""
 CURVES = (
     ("learning", "Held-out accuracy", "eval/accuracy", "accuracy", PERCENT, 0),
     ("training", "Accuracy of training responses", "reward/accuracy", "accuracy", PERCENT, 0),
@@ -69,8 +71,10 @@ def study_headline(arms: pd.DataFrame, baseline: str) -> str:
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """The two figures that stand alone: learning curves and differences."""
-    return {"curves": _curve_figure(results, *CURVES[0][2:]), "differences": _difference_figure(results)}
+    """The figures that stand alone: learning curves, differences, and drift if it was measured."""
+    found = {"curves": _curve_figure(results, *CURVES[0][2:]), "differences": _difference_figure(results)}
+    drift = _drift_figure(results.tables["measurements"])
+    return found if drift is None else found | {"drift": drift}
 
 
 def _cards(claims: pd.DataFrame, runs: pd.DataFrame) -> list[Card]:
@@ -163,6 +167,14 @@ def _result_sections(results: Results) -> list[Section]:
             "so that both spend the same mean tokens a response (interval over seeds only).",
             "study-measurements", measured.drop(columns=["arm"]), _measurement_figure(measured),
         ))  # fmt: skip
+    if (drift := _drift_figure(measured)) is not None:
+        sections.append(Section(
+            "Which tokens stay forks",
+            "Left: share of the top positions in common with the start, by training step (table 1 of the paper). Right: "
+            "mean change of entropy in nats from start to end, by percentile of the start's entropy (figure 4). Means "
+            "over seeds; bands: 95% intervals.",
+            "study-drift", measured[measured["figure"].str.match(f"{_OVERLAP}|{_CHANGE}")], drift,
+        ))  # fmt: skip
     return sections
 
 
@@ -205,6 +217,23 @@ def _measurement_figure(measured: pd.DataFrame) -> Figure | None:
             curves.append(column_curve(of, x, "value", name, style="", marker=None))
         panels.append(Panel(figure, curves, y_format, names=names))
     return plot(panels, xlabel="", height=4.8)
+
+
+def _drift_figure(measured: pd.DataFrame) -> Figure | None:
+    """Overlap of the top positions by step, and change of entropy by percentile; None without a drift of one run."""
+    if measured.empty or not measured["figure"].str.match(_OVERLAP).any():
+        return None
+    panels = []
+    for pattern, title, y_format in (
+        (_OVERLAP, "overlap with the start, by step", PERCENT),
+        (_CHANGE, "change of entropy (nats), by percentile", None),
+    ):
+        curves = []
+        for _, of in measured[measured["figure"].str.match(pattern)].groupby("arm", sort=False):
+            numbers = of["figure"].str.extract(pattern).astype(float)
+            curves.append(column_curve(of, numbers.mean(axis=1), "value", of["label"].iloc[0], kind="band"))
+        panels.append(Panel("", curves, y_format, bottom=None, title=title))
+    return plot(panels, xlabel="", columns=2, height=3.2)
 
 
 def _seeds_figure(results: Results) -> Figure:
