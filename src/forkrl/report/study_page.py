@@ -171,8 +171,8 @@ def _result_sections(results: Results) -> list[Section]:
         sections.append(Section(
             "Which tokens stay forks",
             "Left: share of the top positions in common with the start, by training step (table 1 of the paper). "
-            "Right: mean change of entropy in nats from start to end, by percentile of the start's entropy (figure 4). Means "
-            "over seeds; bands: 95% intervals.",
+            "Right: mean change of entropy in nats from start to end, by percentile of the start's entropy (figure 4). "
+            "Means over seeds; bands: 95% intervals.",
             "study-drift", measured[measured["figure"].str.match(f"{_OVERLAP}|{_CHANGE}")], drift,
         ))  # fmt: skip
     return sections
