@@ -71,8 +71,10 @@ def study_headline(arms: pd.DataFrame, baseline: str) -> str:
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """The figures that stand alone: learning curves, differences, and drift if it was measured."""
+    """The figures that stand alone: accuracy and entropy by step, differences, and drift if it was measured."""
     found = {"curves": _curve_figure(results, *CURVES[0][2:]), "differences": _difference_figure(results)}
+    if (results.tables["curves"]["metric"] == CURVES[2][2]).any():
+        found["entropy"] = _curve_figure(results, *CURVES[2][2:])
     drift = _drift_figure(results.tables["measurements"])
     return found if drift is None else found | {"drift": drift}
 
