@@ -91,7 +91,7 @@ class VerifierResult:
     score: float
     failure: str = ""
     answer: str | None = None
-    terms: Mapping[str, VerifierResult] = field(default_factory=dict)
+    terms: Mapping[str, VerifierResult] = field(default_factory=dict, repr=False)
 
 
 TERM = "reward.terms."

@@ -284,7 +284,7 @@ def test_an_adapter_of_another_base_model_is_rejected(saved: Path) -> None:
     other_base(saved, intermediate_size=40)
     assert "an adapter of another base model: base_model.model.model.layers.0.mlp.gate_proj" in refusal(saved)
     other_base(saved, num_hidden_layers=1)
-    assert "for which Qwen3ForCausalLM has no place" in refusal(saved)
+    assert "which Qwen3ForCausalLM does not have" in refusal(saved)
     other_base(saved, num_hidden_layers=3)
     assert "it has no base_model.model.model.layers.2" in refusal(saved)
 

@@ -46,6 +46,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ("loss.entropy_target", ["loss.entropy_target=0.2"], "set it to 0, or use a constant loss.entropy_coef"),
     ("checkpoint.keep_best", ["checkpoint.keep_best=true"], "set it to false"),
     ("eval.patience", ["eval.patience=3"], "set it to 0"),
+    ("reward.terms", ['reward.terms=[{name="a", verifier="m:f"}]'], "add the terms up in one verifier"),
     ("checkpoint.kind", ["checkpoint.kind=weights"], 'set it to "full"'),
     ("runtime.device", ["runtime.device=mps"], 'set it to "auto"'),
     ("runtime.device", ['runtime.device="cuda:0"'], 'set it to "auto"'),
@@ -95,7 +96,9 @@ def test_what_verl_cannot_do_is_refused_by_name(key: str, overrides: Sequence[st
 def test_every_refusal_of_the_table_has_a_case() -> None:
     """Those of the prompts themselves, and of what goes with another setting, are tested below."""
     elsewhere = {"task.parts.weight", "rollout.prompts_per_step"}
-    with_another = {row.recipe for row in REFUSED if row.recipe.startswith(("task.curriculum.", "forks_only."))}
+    with_another = {
+        row.recipe for row in REFUSED if row.recipe.startswith(("task.curriculum.", "forks_only.", "reward.terms."))
+    }
     with_another |= {"lora.alpha", "lora.targets", "checkpoint.merged"}
     with_another |= {"loss.entropy_delta", "rollout.kv_cache_gib"}
     cases = {key for key, _, _ in REFUSALS}
