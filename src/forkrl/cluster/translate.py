@@ -63,7 +63,7 @@ def refuse_untranslatable(config: TrainConfig) -> None:
     """Raises UserError for settings that verl does not support."""
     for row in REFUSED:
         if row.refused is not None and row.refused(config):
-            raise UserError(f"{row.recipe} = {json.dumps(setting(config, row.recipe))}: {row.why}")
+            raise UserError(f"{row.recipe} = {json.dumps(setting(config, row.recipe), default=dict)}: {row.why}")
     tasks = [("task.", config.task), *((f"task.parts ({part.label}): ", part) for part in config.task.parts)]
     for place, task in tasks:
         if task.curriculum.promote_above is not None:
