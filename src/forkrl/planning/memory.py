@@ -347,7 +347,7 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
 
 
 def _sampling_weights(config: TrainConfig, shape: ModelShape) -> list[Item]:
-    """What the engine of this machine keeps besides the weights that are trained."""
+    """The local sampler's memory in addition to the trained weights."""
     size = product_bytes(config)
     if config.rollout.engine == "vllm":
         weights = Item(f"weights of vLLM, {config.model.precision}", float(size * shape.parameters))

@@ -145,8 +145,14 @@ def _result_sections(results: Results) -> list[Section]:
             printed=arms[["label", "seeds", *_estimate("accuracy"), "start", "length", "truncated", "kept"]],
         ),
     ]  # fmt: skip
-    if len(claims):
-        sections.insert(0, Section(
+    return [*_claim_sections(claims), *sections, *_measurement_sections(results.tables["measurements"], baseline)]
+
+
+def _claim_sections(claims: pd.DataFrame) -> list[Section]:
+    if not len(claims):
+        return []
+    return [
+        Section(
             "Claims",
             "Supported: the 95% interval of the difference lies where the claim is true; contradicted: outside. "
             "supported from: the true difference from which this design supports the claim in about 80% of studies (of "
@@ -159,8 +165,12 @@ def _result_sections(results: Results) -> list[Section]:
                 "difference_low": "low", "difference_high": "high", "verdict": "verdict",
                 "supported_from": "supported from", "seeds_needed": "seeds needed",
             }),
-        ))  # fmt: skip
-    measured = results.tables["measurements"]
+        )
+    ]  # fmt: skip
+
+
+def _measurement_sections(measured: pd.DataFrame, baseline: str) -> list[Section]:
+    sections: list[Section] = []
     if len(measured):
         sections.append(Section(
             "Measurements after training",
