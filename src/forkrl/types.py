@@ -190,10 +190,11 @@ class TokenBatch:
     targets: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] bool, False on padding
     response_mask: Tensor  # [B, T] bool
-    old_logprobs: Tensor  # [B, T] fp32, of the policy that sampled; 0 outside the response
+    old_logprobs: Tensor  # [B, T] fp32, the denominator of the ratio (loss.old_logprobs); 0 outside the response
     rollout_entropy: Tensor  # [B, T] fp32 nats, of the policy that sampled; 0 outside the response
     advantages: Tensor  # [B] fp32
     selected: Tensor | None = None  # [B, T] bool if selected before the first update; None: each update selects
+    sampler_weights: Tensor | None = None  # [B, T] fp32, factors of loss.sampler_correction; None: no correction
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

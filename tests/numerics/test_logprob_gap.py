@@ -23,7 +23,7 @@ from forkrl.training.run import Run
 from forkrl.types import Prompt, RolloutGroup, SamplingParams, TokenBatch
 from tests.models import random_policy
 
-NAMES = {"rollout/logprob_gap_mean", "rollout/logprob_gap_max"}
+NAMES = {f"rollout/logprob_gap_{name}" for name in ("mean", "max", "k3", "beyond_2x")}
 
 
 def sampled(policy: Policy, **how: Any) -> TokenBatch:
@@ -46,14 +46,14 @@ def test_rounding_alone_is_well_below_the_limit(precision: str) -> None:
 
 
 def test_the_mean_decides_and_the_maximum_is_only_told() -> None:
-    require_small_gap(LogprobGap(0.9e-3, 50.0), "fp32")
+    require_small_gap(LogprobGap(0.9e-3, 50.0, 0.0, 0.0), "fp32")
     with pytest.raises(TrainingHalted, match=r"differ .* by 0.0011 nats per token .* the limit of 0.001 .* 'fp32'"):
-        require_small_gap(LogprobGap(1.1e-3, 2e-3), "fp32")
-    require_small_gap(LogprobGap(0.049, 1.0), "bf16")
+        require_small_gap(LogprobGap(1.1e-3, 2e-3, 0.0, 0.0), "fp32")
+    require_small_gap(LogprobGap(0.049, 1.0, 0.0, 0.0), "bf16")
     with pytest.raises(TrainingHalted, match=r"the limit of 0.05 .* 'bf16'"):
-        require_small_gap(LogprobGap(0.051, 1.0), "bf16")
+        require_small_gap(LogprobGap(0.051, 1.0, 0.0, 0.0), "bf16")
     with pytest.raises(TrainingHalted):
-        require_small_gap(LogprobGap(float("nan"), 0.0), "fp32")
+        require_small_gap(LogprobGap(float("nan"), 0.0, 0.0, 0.0), "fp32")
 
 
 class OtherLogprobs:
@@ -80,12 +80,16 @@ class OtherLogprobs:
         return groups
 
 
+SOME_VARIANCE = {"name": "order", "verifier": "operator:lt", "weight": 1.0}
+"""Nothing here is solved; whether the answer sorts before the response varies."""
+
+
 def config(**training: Any) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "model": {"path": "embedded:countdown-base"},
             "rollout": {"prompts_per_step": 2, "group_size": 4, "max_response_tokens": 8, "max_prompt_tokens": 64},
-            "reward": {"overlong_cache": 0, "timeout_s": 300},
+            "reward": {"overlong_cache": 0, "timeout_s": 300, "terms": [SOME_VARIANCE]},
             "dynamic_sampling": {"enabled": False},
             "training": {"mini_batch_prompts": 2, "micro_batch_tokens": 512, "steps": 2, **training},
             "eval": {"every": 0, "problems": 1, "samples": 1},
@@ -99,13 +103,15 @@ def records(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_gap_is_logged_once_after_a_start_and_once_after_a_resume(tmp_path: Path) -> None:
+def test_the_gap_is_logged_in_every_step(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with open_run(config(), out) as run:
         train(run)
     steps = [record for record in records(run) if "reward/mean" in record]
-    assert [record.keys() >= NAMES for record in steps] == [True, False]
-    assert 0 <= steps[0]["rollout/logprob_gap_mean"] < 1e-5
+    assert [record.keys() >= NAMES for record in steps] == [True, True]
+    for record in steps:
+        assert 0 <= record["rollout/logprob_gap_mean"] <= record["rollout/logprob_gap_max"] < 1e-5
+        assert 0 <= record["rollout/logprob_gap_k3"] < 1e-10 and record["rollout/logprob_gap_beyond_2x"] == 0
     whole = run.policy.model.state_dict()
 
     half = tmp_path / "half"

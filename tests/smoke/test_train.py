@@ -56,10 +56,8 @@ def test_metrics_have_every_documented_name_and_no_other(learned: Run) -> None:
     assert [record["step"] for record in evaluations] == [0, 8, 16]
     documented = documented_metrics()
     evaluation = {name for name in documented if name.startswith("eval/")}
-    first_step_only = {"rollout/logprob_gap_mean", "rollout/logprob_gap_max"}
     for record in training:
-        left_out = evaluation if record["step"] == 1 else evaluation | first_step_only
-        assert record.keys() - {"step"} == documented - left_out
+        assert record.keys() - {"step"} == documented - evaluation
         assert all(isinstance(value, int | float) for value in record.values()), record
     for record in evaluations:
         assert record.keys() - {"step"} == evaluation

@@ -205,8 +205,8 @@ class Run:
 
     @property
     def timeless(self) -> list[dict[str, Any]]:
-        """The metrics without the clock, and without what only the first step after a start or a resume logs."""
-        left_out = ("time/", "rollout/tokens_per_s", "rollout/logprob_gap")
+        """The metrics without the clock."""
+        left_out = ("time/", "rollout/tokens_per_s")
         return [
             {key: value for key, value in record.items() if not key.startswith(left_out)} for record in self.metrics
         ]

@@ -53,6 +53,12 @@ CHANGES: dict[str, tuple[Sequence[str], str, list[object]]] = {
     "loss.clip_high": ((), "loss.clip_high=0.4", [0.4]),
     "loss.dual_clip": ((), "loss.dual_clip=10.0", [10.0]),
     "loss.denominator": ((), "loss.denominator=response", ["response"]),
+    "loss.sampler_correction": (("loss.old_logprobs=trainer",), "loss.sampler_correction=masked", ["token", "0.5_2.0"]),
+    "loss.sampler_cap": (
+        ("loss.old_logprobs=trainer", "loss.sampler_correction=sequence_truncated"),
+        "loss.sampler_cap=3.0",
+        [3.0],
+    ),
     "loss.kl_coef": ((), "loss.kl_coef=0.01", [True, 0.01]),
     "loss.entropy_coef": ((), "loss.entropy_coef=0.01", [0.01]),
     "optimizer.lr": ((), "optimizer.lr=3e-6", [3e-06]),

@@ -106,6 +106,7 @@ def step_metrics(
         **rollout_metrics(sampled, dropped, len(kept), 1, time_s),
         **part_metrics(sampled, dropped),
         **selection_metrics(sums),
+        **{name: value for name, value in metrics.items() if name.startswith(("rollout/logprob", "rollout/sampler"))},
         "sampling/generation_batches": num_batches,
         "reward/mean": reward,
         "grad/norm": float(metrics["actor/grad_norm"]),

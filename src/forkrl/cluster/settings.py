@@ -153,6 +153,11 @@ TABLE = (
     _row("loss.dual_clip", "actor.clip_ratio_c", lambda c: math.inf if c.loss.dual_clip is None else c.loss.dual_clip,
          "Not set becomes infinity; verl's own default is 3"),
     _row("loss.denominator", "+forkrl.denominator"),
+    _row("loss.sampler_correction", "algorithm.rollout_correction.rollout_is",
+         lambda c: {"none": None, "sequence_truncated": "sequence"}.get(c.loss.sampler_correction, "token")),
+    _row("loss.sampler_correction loss.sampler_cap", "algorithm.rollout_correction.rollout_is_threshold",
+         lambda c: f"{1 / c.loss.sampler_cap!r}_{c.loss.sampler_cap!r}" if c.loss.sampler_correction == "masked"
+         else c.loss.sampler_cap, 'A pair "lowest_highest" masks'),
     _row("loss.kl_coef", "actor.use_kl_loss", lambda c: c.loss.kl_coef > 0),
     _row("loss.kl_coef", "actor.kl_loss_coef"),
     _row("loss.entropy_coef", "actor.entropy_coeff"),
@@ -266,6 +271,7 @@ ELSEWHERE = {
     f"{section}.{name}": where
     for section, names, where in (
         ("model", "path", "made a folder by the launcher; verl's actor_rollout_ref.model.path"),
+        ("loss", "old_logprobs", "always the trainer's: verl computes them in the pass that measures entropies"),
         ("task", "name data subset split held_out_data held_out_rows prompt_column answer_column template", _PROMPTS),
         ("task", "chat_template skip_bad_rows allow_unknown_tokens generator settings difficulty", _PROMPTS),
         ("task", "chat_template_kwargs system_prompt few_shot few_shot_response", _PROMPTS),

@@ -28,8 +28,10 @@ from forkrl.cluster.groups import complete_groups, in_file_order, read_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
 from forkrl.errors import NothingToLearn, UserError
+from forkrl.method.correction import weight_metrics
 from forkrl.method.selection import reads_current_entropy
 from forkrl.rollout.held_out import summarise
+from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.training.rollout_rows import rollout_rows
 from forkrl.types import RolloutGroup
 
@@ -173,6 +175,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
+        metrics |= self._mismatch(batch)
         marked = self._marked_rows(batch)
         fields: dict[str, torch.Tensor] = {worker.ROW: torch.tensor(marked)[:, None]}
         if self.options.scope == "rollout_batch":
@@ -180,6 +183,18 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
         )
+
+    def _mismatch(self, batch: KVBatchMeta) -> dict[str, float]:
+        """How far the trainer's log-probs are from the sampler's, and the weights that correct for it."""
+        correction = self.config.algorithm.rollout_correction
+        fields = ["rollout_log_probs", "old_log_probs", *(["rollout_is_weights"] if correction.rollout_is else [])]
+        keys = [key for key in batch.keys if not key.startswith("pad")]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "response_mask"])
+        mask_N = data["response_mask"].values().bool()
+        sampler_N, trainer_N, *weights = (data[name].values().float()[mask_N] for name in fields)
+        found = LogprobGap.of(trainer_N - sampler_N).metrics()
+        cap = float(str(correction.rollout_is_threshold).split("_")[-1])
+        return found | (weight_metrics(weights[0], cap) if weights else {})
 
     def _select_in_batch(self, batch: KVBatchMeta) -> torch.Tensor:
         """Select over the tokens of all ranks; nested ``[B, T]`` int8."""

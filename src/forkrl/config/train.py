@@ -127,6 +127,14 @@ class LossConfig(Section):
     """epsilon_high (clip-higher): where the advantage is positive, ratios above 1 + clip_high carry no gradient."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound the loss of negative advantages at dual_clip x |advantage| (the official scripts: 10)."""
+    old_logprobs: Literal["sampler", "trainer"] = "sampler"
+    """Log-probs in the denominator of the ratio: those that the engine recorded, or those of an additional pass of the
+    trained model before the first update of a step (docs/engines.md). On verl always the latter."""
+    sampler_correction: Literal["none", "token_truncated", "sequence_truncated", "masked"] = "none"
+    """With old_logprobs = "trainer": multiply each token's loss by w = p(trainer) / p(sampler), at most sampler_cap; by
+    the same of its whole response; or by w, and 0 where w is outside [1 / sampler_cap, sampler_cap]."""
+    sampler_cap: Annotated[float, Field(gt=1)] = 2.0
+    """Largest weight of sampler_correction."""
     denominator: Denominator = "selected"
     """Divide by the selected tokens (paper v2), by all response tokens (paper v1, TRL) of the mini-batch, or by a fixed
     number such as 8192, so that a token has the same weight in every mini-batch."""
@@ -144,6 +152,19 @@ class LossConfig(Section):
     def entropy_bonus(self) -> bool:
         """Whether a step may have one."""
         return bool(self.entropy_coef or self.entropy_target)
+
+    @model_validator(mode="after")
+    def _correction_has_two_log_probs(self) -> LossConfig:
+        if self.sampler_correction == "none":
+            if "sampler_cap" in self.changed():
+                raise ValueError("loss.sampler_cap is read with loss.sampler_correction alone; set that, or remove it")
+        elif self.old_logprobs == "sampler":
+            raise ValueError(
+                f'loss.sampler_correction = "{self.sampler_correction}" weights tokens by the trainer\'s old log-probs '
+                f'over the sampler\'s; set loss.old_logprobs = "trainer", or the correction to "none": a ratio to the '
+                f"sampler's needs none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_entropy_bonus(self) -> LossConfig:
@@ -329,6 +350,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f'rollout.engine = "vllm" cannot sample from the adapter of lora.rank = {self.lora.rank} yet; set '
                 f'rollout.engine = "torch", or lora.rank = 0'
+            )
+        exact = self.runtime.trainer == "local" and self.rollout.engine == "torch" and self.model.precision == "fp32"
+        if self.loss.sampler_correction != "none" and exact:
+            raise ValueError(
+                f'loss.sampler_correction = "{self.loss.sampler_correction}": with rollout.engine = "torch" and '
+                f'model.precision = "fp32" sampler and trainer compute the same log-probs; set it to "none"'
             )
         if self.checkpoint.keep_best and not self.eval.every:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from forkrl.errors import NothingToLearn, out_of_memory_names
 from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.method.batches import collate, mini_batches
+from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.rollout.scoring import Scoring, why_nothing_to_learn
 from forkrl.training.metrics import part_metrics, rollout_metrics, update_metrics
 from forkrl.training.rollout_rows import rollout_rows
 from forkrl.training.run import Run
-from forkrl.training.update import Update, select_in_rollout_batch, update_policy
+from forkrl.training.update import Update, recompute_logprobs, select_in_rollout_batch, update_policy
 from forkrl.types import RolloutGroup, TokenBatch
 
 
@@ -29,15 +31,22 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
         rewards_PG = shaped_rewards(run, groups)
         advantages_PG = group_advantages(rewards_PG)
         batch = collate(groups, advantages_PG, pad_id=run.policy.tokenizer.eos_token_id)
-        metrics |= run.check_logprobs(batch) | run.adapt_entropy_bonus(batch)
+        run.check_logprobs(batch)
+        metrics |= run.adapt_entropy_bonus(batch)
 
         update_started = time.perf_counter()
         run.display.phase("update")
+        if run.config.loss.old_logprobs == "trainer":
+            with out_of_memory_names("training.micro_batch_tokens", run.config.training.micro_batch_tokens):
+                batch, mismatch = recompute_logprobs(run.workers, batch, run.config)
+            metrics |= mismatch
         if run.config.selection.scope == "rollout_batch":  # else take_gradient_step selects
             batch = select_in_rollout_batch(batch, run.config, run.generator)
         parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
         updates = [take_gradient_step(run, part, done=number / len(parts)) for number, part in enumerate(parts)]
 
+        if run.config.loss.old_logprobs == "sampler":
+            metrics |= LogprobGap.of(updates[0].log_ratio_N).metrics()
         metrics |= {"reward/mean": float(rewards_PG.mean())} | update_metrics(parts, updates)
         metrics |= {"time/update_s": time.perf_counter() - update_started, "time/step_s": time.perf_counter() - started}
         run.finish_step(metrics, sample_rows(run, groups, rewards_PG, advantages_PG, parts, updates))
@@ -114,7 +123,8 @@ def take_gradient_step(run: Run, mini_batch: TokenBatch, *, done: float) -> Upda
         )
     # Frees memory for the next rollout. Other workers' gradients share one block, which is kept.
     run.optimizer.zero_grad(set_to_none=True)
-    return Update(update.selected_BT.cpu(), update.metrics | {"optimizer/lr": lr})
+    metrics = update.metrics | {"optimizer/lr": lr}
+    return replace(update, selected_BT=update.selected_BT.cpu(), metrics=metrics)
 
 
 def sample_rows(

@@ -122,20 +122,19 @@ class Run:
         """Sampling parameters of training responses."""
         return training_sampling(self.config, self.policy)
 
-    def check_logprobs(self, batch: TokenBatch) -> dict[str, float]:
+    def check_logprobs(self, batch: TokenBatch) -> None:
         """Compare sampler and trainer log-probs on the first micro-batch after a start or resume.
 
         Raises TrainingHalted if they differ by more than rounding. Weights and random states are unchanged.
         """
         if self._gap_checked:
-            return {}
+            return
         first = batch.rows(
             cut_micro_batches(batch, self.config.training.micro_batch_tokens, packed=self.policy.packs)[0]
         )
         gap = logprob_gap(self.policy, first.to(self.policy.device), self.config.rollout.temperature)
         require_small_gap(gap, self.policy.precision)
         self._gap_checked = True
-        return {"rollout/logprob_gap_mean": gap.mean, "rollout/logprob_gap_max": gap.max}
 
     def set_learning_rate(self, done: float) -> float:
         """Count the next gradient step and set its rate; ``done``: share of the batch's gradient steps before it."""

@@ -24,6 +24,7 @@ from forkrl.method.batches import (
     make_micro_batches,
     sample_positions,
 )
+from forkrl.method.correction import sampler_weights, weight_metrics
 from forkrl.method.loss import Counts, TokenSums, loss_metrics, policy_loss_only, step_loss, total
 from forkrl.method.selection import (
     count_selected,
@@ -36,6 +37,7 @@ from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.processes import return_freed_memory
 from forkrl.parallel.workers import Worker, Workers
+from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.training.forward import make_forward
 from forkrl.types import TokenBatch
 
@@ -51,6 +53,8 @@ class Update:
 
     selected_BT: Tensor
     metrics: dict[str, float]
+    log_ratio_N: Tensor
+    """Log-probs before the step minus ``old_logprobs``, of the tokens that contribute."""
 
 
 class MicroBatchResult(NamedTuple):
@@ -59,6 +63,7 @@ class MicroBatchResult(NamedTuple):
     selected_BT: Tensor
     threshold: float
     sums: TokenSums
+    log_ratio_N: Tensor
 
 
 class SelectedFirst(NamedTuple):
@@ -112,7 +117,8 @@ def update_policy(
     else:
         selected_BT, threshold = _selected(mini_batch), first.threshold
     metrics = loss_metrics(total([result.sums for result in results]))
-    return Update(selected_BT, metrics | {"grad/norm": grad_norm, "entropy/threshold": threshold})
+    log_ratio_N = torch.cat([result.log_ratio_N for result in results])
+    return Update(selected_BT, metrics | {"grad/norm": grad_norm, "entropy/threshold": threshold}, log_ratio_N)
 
 
 def selects_inside(mini_batch: TokenBatch, config: TrainConfig, *, on_policy: bool) -> bool:
@@ -129,6 +135,24 @@ def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: t
     there = batch.to(generator.device)
     selected_BT = _select(there.rollout_entropy, there.response_mask, config, [], generator)
     return replace(batch, selected=selected_BT.to(batch.response_mask.device))
+
+
+def recompute_logprobs(workers: Workers, batch: TokenBatch, config: TrainConfig) -> tuple[TokenBatch, dict[str, float]]:
+    """The batch with old log-probs of the current policy and ``sampler_weights``, and metrics of the difference.
+
+    ``batch.old_logprobs`` are the sampler's.
+    """
+    workers.map(free_memory, range(workers.count))
+    there = batch.to(workers.policy.device)
+    cuts = _cut(workers, there, torch.arange(len(batch)), config)
+    parts = _map(workers, measure_logprobs, make_micro_batches(there, cuts, None), config)
+    old_BT = assemble(there.old_logprobs, cuts, parts).to(batch.old_logprobs.device)
+    log_ratio_BT, mask_BT = old_BT - batch.old_logprobs, batch.response_mask
+    metrics = LogprobGap.of(log_ratio_BT[mask_BT]).metrics()
+    weights_BT = sampler_weights(log_ratio_BT, mask_BT, config.loss)
+    if weights_BT is not None:
+        metrics |= weight_metrics(weights_BT[mask_BT], config.loss.sampler_cap)
+    return replace(batch, old_logprobs=old_BT, sampler_weights=weights_BT), metrics
 
 
 def accumulate_gradient(
@@ -154,10 +178,14 @@ def accumulate_gradient(
         with torch.no_grad():
             ref = compute_token_stats(worker.reference, batch, temperature=config.rollout.temperature)
         ref_logprobs_BT = ref.logprobs
+    advantages_BT = batch.advantages[:, None].expand_as(selected_BT)
+    log_ratio_N = (stats.logprobs.detach() - batch.old_logprobs)[selected_BT & (advantages_BT != 0)]
+    if batch.sampler_weights is not None:  # the loss is homogeneous in the advantage
+        advantages_BT = advantages_BT * batch.sampler_weights
     loss, sums = step_loss(
         stats,
         batch.old_logprobs,
-        batch.advantages,
+        advantages_BT,
         batch.response_mask,
         selected_BT,
         counts,
@@ -166,7 +194,7 @@ def accumulate_gradient(
     )
     if loss.requires_grad:  # forks-only without a selected token has no graph
         loss.backward()
-    return MicroBatchResult(selected_BT, threshold, sums)
+    return MicroBatchResult(selected_BT, threshold, sums, log_ratio_N)
 
 
 def free_memory(worker: Worker, _: int) -> None:
@@ -178,6 +206,12 @@ def free_memory(worker: Worker, _: int) -> None:
 def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig, keep: bool) -> Tensor:
     """The current policy's entropies, fp32 ``[B, T]``; ``keep``: the gradient pass of this micro-batch follows."""
     return make_forward(config).entropies(worker, micro, keep=keep)
+
+
+@torch.no_grad()
+def measure_logprobs(worker: Worker, micro: MicroBatch, config: TrainConfig) -> Tensor:
+    """The current policy's log-probs of the response tokens, fp32 ``[B, T]``."""
+    return compute_token_stats(worker.policy, micro.batch, temperature=config.rollout.temperature).logprobs
 
 
 def _select_first(
