@@ -59,6 +59,10 @@ max_generation_batches = 8
 [selection]
 scope = "rollout_batch"
 entropy = "rollout"
+[loss]
+old_logprobs = "trainer"
+sampler_correction = "masked"
+sampler_cap = 3.0
 [optimizer]
 lr = 3e-4
 weight_decay = 0.0
@@ -274,6 +278,7 @@ def test_metrics_have_the_names_of_a_local_run(story: Story) -> None:
         "loss/approx_kl", "loss/ratio_max", "loss/kl", "loss/entropy", "grad/norm", "optimizer/lr", "rollout/tokens",
         "rollout/tokens_per_s", "time/rollout_s", "time/update_s", "time/step_s", "sampling/generation_batches",
         "sampling/groups_kept", "sampling/dropped_all_right", "sampling/dropped_all_wrong", "verifier/failures",
+        "rollout/logprob_gap_max", "rollout/logprob_gap_k3", "rollout/logprob_gap_beyond_2x",
     }  # fmt: skip
     for record in metrics_of(story.folder):
         if "reward/accuracy" in record:
@@ -281,6 +286,9 @@ def test_metrics_have_the_names_of_a_local_run(story: Story) -> None:
             assert record["selection/kept_fraction"] == pytest.approx(0.2, abs=0.01)
             assert record["entropy/selected_mean"] > record["entropy/threshold"] > record["entropy/unselected_mean"]
             assert record["reward/mean"] <= record["reward/accuracy"] + 1
+            assert 0 < record["rollout/logprob_gap_mean"] < 1e-4  # fp32 on both sides
+            assert record["rollout/sampler_weight_mean"] == pytest.approx(1, abs=1e-4)
+            assert record["rollout/sampler_weight_cut"] == 0
 
 
 def test_warm_up_and_decay_continue_through_every_resume(story: Story) -> None:

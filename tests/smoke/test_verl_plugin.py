@@ -49,6 +49,7 @@ def test_figures_have_forkrls_names_in_verls_own_log(literal: VerlOutcome) -> No
     assert "eval/accuracy" in literal.metrics[0]["data"]
     for step in steps_of(literal):
         assert {"reward/accuracy", "loss/clip_fraction", "entropy/threshold", "optimizer/lr"} <= step.keys()
+        assert 0 <= step["rollout/logprob_gap_mean"] < 1e-3
         assert not any(name.startswith("actor/forkrl/") for name in step)
 
 

@@ -18,7 +18,7 @@ from forkrl.model.policy import open_policy
 from forkrl.rollout.sampling import RANDOM_STREAM
 from forkrl.rollout.scoring import Scoring
 from forkrl.training import loop
-from forkrl.training.open_run import open_run
+from forkrl.training.open_run import open_run, unused_gpus
 from forkrl.training.run import Run
 from forkrl.training.update import Update
 from forkrl.types import RolloutGroup, TokenBatch, VerifierResult
@@ -181,3 +181,13 @@ def test_a_verifier_that_judges_nothing_is_named_first(tmp_path: Path, monkeypat
     assert "harder prompts" not in str(caught.value)
     (told,) = [line for line in said if line.startswith("evaluation at step 0: ")]
     assert f"none of the 1 responses {error}" in told and told.endswith("; its accuracy of 0 measures nothing")
+
+
+def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "one of 4 GPUs" in unused_gpus(torch.device("cuda")) and "gpus_per_node=4" in unused_gpus(
+        torch.device("cuda:1")
+    )
+    assert unused_gpus(torch.device("cpu")) == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert unused_gpus(torch.device("cuda")) == ""

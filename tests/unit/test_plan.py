@@ -248,6 +248,14 @@ def test_operations_are_six_or_eight_times_parameters_and_tokens() -> None:
     assert update == pytest.approx(parts["update"].flops / (8 * 989e12 * 0.4))
 
 
+def test_old_log_probs_of_the_trainer_are_one_more_pass() -> None:
+    names = [
+        {part.name for part in timed(recipe("countdown", change))[1].parts}
+        for change in ("loss.old_logprobs=sampler", "loss.old_logprobs=trainer")
+    ]
+    assert names[1] - names[0] == {"log-probs of the old policy"}
+
+
 def test_forks_only_costs_two_and_six_rho() -> None:
     dense = recipe("qwen3-8b", "model.gradient_checkpointing=false")
     forks = changed(dense, [Change("training.backward", "forks_only")])

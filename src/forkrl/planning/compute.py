@@ -167,7 +167,8 @@ def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assu
         update += tokens * (3 * 2 * adapters - 2 * shape.layers * shape.layer_matrices)
         update -= selected_share(config) * sequences * assumed.mean_response * 2 * shape.embedding_parameters
         note += ", less the gradients of frozen weights"
-    passes = ["old policy"] * layout.sharded + ["reference"] * bool(config.loss.kl_coef)
+    recomputed = layout.sharded or config.loss.old_logprobs == "trainer"
+    passes = ["old policy"] * recomputed + ["reference"] * bool(config.loss.kl_coef)
     return (
         _rollout_part(config, plan, rate, decoding, assumed),
         *(Part(f"log-probs of the {policy}", layers + head, (layers + head) / rate, "2N a token") for policy in passes),

@@ -105,6 +105,8 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     """The run before it is restored, without trackers and display. ``stack`` closes its parts."""
     torch.manual_seed(config.seed)
     policy = _open_policy(config)
+    if unused := unused_gpus(policy.device):
+        notice(unused)
     task = plug_ins.task or open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     if repeated := repeated_prompts(task.train, config):
         notice(repeated)
@@ -152,6 +154,17 @@ def _open_policy(config: TrainConfig) -> Policy:
         notice(f"{type(policy.model).__name__}: updates pad sequences and repeat prompts ({policy.why_padded})")
     policy.stop_token_ids(config.rollout.stop)
     return policy
+
+
+def unused_gpus(device: torch.device) -> str:
+    """A message if the run leaves GPUs of this machine unused, else empty."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if count <= 1:
+        return ""
+    return (
+        f"this run uses one of {count} GPUs (CUDA_VISIBLE_DEVICES chooses which); --trainer verl "
+        f"cluster.gpus_per_node={count} uses all (docs/cluster.md)"
+    )
 
 
 def _open_reference(policy: Policy) -> Policy:
