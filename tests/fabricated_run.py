@@ -133,6 +133,9 @@ def _metrics(step: int, steps: int, rng: random.Random) -> dict[str, float]:
             "loss/policy": noise,
             "loss/clip_fraction": 0.004 + abs(noise) / 10,
             "grad/norm": 0.6 + 10 * abs(noise),
+            "optimizer/lr": 3e-4 * (1 - done),
+            "rollout/logprob_gap_mean": 0.02 + abs(noise) / 10,
+            "rollout/logprob_gap_beyond_2x": abs(noise) / 50,
             "rollout/tokens_per_s": 9000 + 20000 * noise,
             "time/step_s": 4.1 + 5 * abs(noise),
         }

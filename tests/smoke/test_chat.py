@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -147,6 +148,15 @@ MISTAKES: list[tuple[str, tuple[str, ...], str]] = [
 def test_mistakes_are_one_line(world: World, run: Run, lines: str, argv: tuple[str, ...], says: str) -> None:
     outcome = chat(world, lines, *argv)
     assert outcome.code == 2 and outcome.stderr.splitlines()[-1].startswith(f"forkrl: {says}")
+
+
+def test_a_closed_standard_input_is_one_line(world: World) -> None:
+    command = f"{shlex.quote(sys.executable)} -m forkrl chat model <&-"
+    outcome = subprocess.run(["bash", "-c", command], cwd=world.folder, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 2
+    assert outcome.stderr.splitlines()[-1] == (
+        "forkrl: standard input is closed; forkrl chat reads its messages from there"
+    )
 
 
 def test_help_lists_the_commands(world: World) -> None:

@@ -55,6 +55,7 @@ def test_two_words_more_are_enough() -> None:
         ("+forkrl.entropy=current", ["rollout_batch", "+forkrl.entropy"]),
         ("+forkrl.rule=threshold", ["threshold"]),
         ("+forkrl.stop_token_ids=[a]", ["stop_token_ids"]),
+        ("+forkrl.min_lr_ratio=0.1", ["+forkrl.min_lr_ratio", "+forkrl.schedule", "linear"]),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named(override: str, words: list[str]) -> None:

@@ -179,7 +179,8 @@ def test_every_figure_is_vector_with_its_numbers_behind_it(page: Page) -> None:
     assert "<image" not in page.source
     downloads = {attrs["download"]: attrs["href"] for tag, attrs in page.elements if tag == "a"}
     assert sorted(str(name) for name in downloads) == [
-        "entropy.csv", "gradient.csv", "histogram.csv", "kept.csv", "learning.csv", "length.csv",
+        "entropy.csv", "gradient.csv", "histogram.csv", "kept.csv", "learning.csv", "length.csv", "mismatch.csv",
+        "rate.csv",
     ]  # fmt: skip
     text = base64.b64decode(str(downloads["learning.csv"]).partition("base64,")[2]).decode()
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -359,7 +360,7 @@ def test_run_that_never_logged(tmp_path: Path) -> None:
     assert "metrics.jsonl is missing" in page.text
     assert "no sampled responses that can be read" in page.text
     assert page.source.count('class="empty">Not recorded:') == 2, "the histogram, and the provenance"
-    assert page.text.count("Not recorded: ") == 7
+    assert page.text.count("Not recorded: ") == 9
     assert "Not recorded: versions and commit are unknown" in page.text
     assert "fork-data" not in page.source
 

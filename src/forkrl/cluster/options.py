@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from forkrl.config import SelectionConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.config.sections import FROM_LIST, Count, Decay, PositiveInt, Seed
 from forkrl.config.train import Denominator
 from forkrl.errors import UserError
+from forkrl.method.schedule import check_schedule
 
 MODES = {"forkrl": "sync", "forkrl_colocate_async": "colocate_async", "forkrl_separate_async": "separate_async"}
 """Names for ``trainer.v1.trainer_mode``, and the verl trainer that each extends."""
@@ -48,6 +49,11 @@ class ForkOptions(SelectionConfig):
     verifiers: str | None = None
     """Verifier file for ForkRewardManager."""
 
+    @model_validator(mode="after")
+    def _a_constant_rate_has_no_minimum(self) -> ForkOptions:
+        check_schedule(self)
+        return self
+
     def stops(self, tokenizer: Any) -> tuple[int, ...]:
         """All tokens that end a response."""
         return tuple(dict.fromkeys([tokenizer.eos_token_id, *self.stop_token_ids]))
@@ -59,7 +65,7 @@ def read_options(config: DictConfig) -> ForkOptions:
     try:
         return parse_recipe(ForkOptions, given, "+forkrl.*")
     except UserError as error:
-        raise UserError(str(error).replace("selection.", "+forkrl.")) from None
+        raise UserError(str(error).replace("selection.", "+forkrl.").replace("optimizer.", "+forkrl.")) from None
 
 
 _UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

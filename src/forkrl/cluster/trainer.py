@@ -29,6 +29,7 @@ from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
 from forkrl.errors import NothingToLearn, UserError
 from forkrl.method.correction import weight_metrics
+from forkrl.method.schedule import check_schedule
 from forkrl.method.selection import reads_current_entropy
 from forkrl.rollout.held_out import summarise
 from forkrl.rollout.logprob_gap import LogprobGap
@@ -63,12 +64,11 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
 
     def _require_decay(self) -> None:
         """Raises UserError for a warm-up that leaves no gradient step for the decay, as a recipe does."""
-        total, options = self._progress().gradient_steps, self.options
-        if options.schedule != "constant" and options.warmup_steps >= total:
-            raise UserError(
-                f"+forkrl.warmup_steps = {options.warmup_steps} leaves no gradient step for +forkrl.schedule = "
-                f"{options.schedule}: the run has {total}; lower it, or raise trainer.total_training_steps"
-            )
+        try:
+            check_schedule(self.options, self._progress().gradient_steps)
+        except ValueError as error:
+            message = str(error).replace("optimizer.", "+forkrl.")
+            raise UserError(message.replace("training.steps", "trainer.total_training_steps")) from None
 
     def _adopt(self, config: DictConfig) -> None:
         with open_dict(config):

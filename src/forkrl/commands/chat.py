@@ -95,6 +95,8 @@ class Chat:
     """A conversation with a model, and its last response."""
 
     def __init__(self, options: ChatOptions, config: TrainConfig, workers: Workers) -> None:
+        if sys.stdin is None:
+            raise UserError("standard input is closed; forkrl chat reads its messages from there")
         self.interactive = sys.stdin.isatty()
         self._workers = workers
         self._policy = workers.policy

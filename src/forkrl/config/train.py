@@ -15,6 +15,7 @@ from forkrl.config.lora import LoraConfig
 from forkrl.config.reward import RewardConfig, SandboxConfig
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
+from forkrl.method.schedule import check_schedule
 
 CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
@@ -198,11 +199,7 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _a_constant_rate_has_no_minimum(self) -> OptimizerConfig:
-        if self.schedule == "constant" and self.min_lr_ratio:
-            raise ValueError(
-                f"optimizer.min_lr_ratio = {self.min_lr_ratio} is where a falling rate ends; set optimizer.schedule to "
-                f'"linear" or "cosine", or remove it'
-            )
+        check_schedule(self)
         return self
 
 
@@ -380,12 +377,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _decay_follows_the_warm_up(self) -> TrainConfig:
-        warmup, schedule = self.optimizer.warmup_steps, self.optimizer.schedule
-        if schedule != "constant" and warmup >= self.gradient_steps:
-            raise ValueError(
-                f'optimizer.warmup_steps = {warmup} leaves no gradient step for optimizer.schedule = "{schedule}": the '
-                f"run has {self.gradient_steps}; lower it, or raise training.steps"
-            )
+        check_schedule(self.optimizer, self.gradient_steps)
         return self
 
     @model_validator(mode="after")

@@ -96,7 +96,15 @@ def _changed(table: Any, defaults: Mapping[str, Any]) -> Any:
 
 
 _ACCURACY = {"reward/accuracy": "training responses", "eval/accuracy": "held out, 95% interval"}
-_PLAIN = ("level", "entropy (nats)", "tokens", "gradient norm")  # not shares
+_PLAIN = (
+    "level",
+    "entropy (nats)",
+    "tokens",
+    "gradient norm",
+    "difference (nats)",
+    "learning rate",
+    "weight",
+)  # not shares
 _CURVES: list[tuple[str, str, str, dict[str, dict[str, str]]]] = [
     (
         "learning",
@@ -145,6 +153,22 @@ _CURVES: list[tuple[str, str, str, dict[str, dict[str, str]]]] = [
         "Gradient norm before clipping, and the fraction of trained tokens whose probability ratio was clipped.",
         {"gradient norm": {"grad/norm": "norm"}, "ratio clipped": {"loss/clip_fraction": "clipped"}},
     ),
+    (
+        "mismatch",
+        "Sampler and trainer",
+        "Before each update: the mean absolute difference of their log-probs, and the fraction of tokens whose "
+        "probabilities differ by more than a factor of 2.",
+        {
+            "difference (nats)": {"rollout/logprob_gap_mean": "mean"},
+            "beyond factor 2": {"rollout/logprob_gap_beyond_2x": "fraction"},
+        },
+    ),
+    (
+        "rate",
+        "Learning rate",
+        "Mean over the gradient steps of a step.",
+        {"learning rate": {"optimizer/lr": "lr"}},
+    ),
 ]
 """Section name, title and caption, and its panels: y label, and label by metric."""
 
@@ -160,6 +184,10 @@ def sections(run: RunData) -> list[Section]:
         labels = {name: name.removeprefix("task/level").strip("/") or "level" for name in run.level_names}
         caption = "The level of each curriculum after the step."
         found.append(_curves_section(run, "levels", "Level of difficulty", caption, {"level": labels}))
+    if len(run.series("loss/entropy_coef")):
+        caption = "The weight of the bonus in each step; it applies below loss.entropy_target."
+        weights = {"weight": {"loss/entropy_coef": "loss.entropy_coef"}}
+        others.append(_curves_section(run, "bonus", "Adaptive entropy bonus", caption, weights))
     return [*found, entropy, _histogram(run), *others]
 
 
