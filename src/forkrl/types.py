@@ -98,6 +98,11 @@ TERM = "reward.terms."
 """Before the name of one of ``reward.terms``: the source of its verifier."""
 
 
+def term_source(term: str, source: str) -> str:
+    """The ``Prompt.source`` for one of ``reward.terms``; ``source``: the prompt's own."""
+    return f"{TERM}{term}\0{source}"
+
+
 @dataclass(frozen=True, slots=True)
 class VerifierSpec:
     """A verifier function and its options.

@@ -146,14 +146,23 @@ class Hub:
             raise self.error
         self.calls.append(("repo", (name, private, exist_ok)))
 
-    def model_info(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(private=self.private)
+    def model_info(self, name: str, revision: str | None = None) -> SimpleNamespace:
+        there = (
+            "README.md",
+            "notes.md",
+            "model-00001-of-00002.safetensors",
+            "merged/config.json",
+            "adapter_config.json",
+        )
+        return SimpleNamespace(private=self.private, siblings=[SimpleNamespace(rfilename=name) for name in there])
 
     def create_branch(self, name: str, *, branch: str, exist_ok: bool) -> None:
         self.calls.append(("branch", (name, branch, exist_ok)))
 
     def create_commit(self, name: str, operations: Any, *, commit_message: str, revision: str | None) -> Any:
-        with_content = {each.path_in_repo: each.path_or_fileobj for each in operations}
+        added = [each for each in operations if isinstance(each, push.CommitOperationAdd)]
+        self.deleted = [each.path_in_repo for each in operations if each not in added]
+        with_content = {each.path_in_repo: each.path_or_fileobj for each in added}
         contents = {
             path: part if isinstance(part, bytes) else Path(part).read_bytes() for path, part in with_content.items()
         }
@@ -173,6 +182,8 @@ def test_an_upload_is_one_commit_of_what_a_dry_run_writes(
     assert repo == ("repo", ("me/tiny", True, True)) and branch == ("branch", ("me/tiny", "six", True))
     assert (name, message, revision) == ("me/tiny", "Upload step-6 with ForkRL", "six")
     assert contents == {path: (folder / path).read_bytes() for path in files(folder)}
+    # What an earlier push of another kind of model left; not what somebody else wrote.
+    assert hub.deleted == ["model-00001-of-00002.safetensors", "merged/config.json", "adapter_config.json"]
 
 
 def test_an_existing_public_repository_is_not_taken_for_a_private_one(

@@ -244,7 +244,17 @@ def asked(answer, response, *, prompt):
 
 
 def broken(answer, response):
+    if len(response) < 6:
+        raise RuntimeError("no")
+    return 0.0
+
+
+def broken_always(answer, response):
     raise RuntimeError("no")
+
+
+def prefilled(answer, response):
+    return float(response.startswith("1"))
 """
 
 
@@ -254,15 +264,34 @@ def test_reward_terms_are_weighted_added_and_logged(own_world: World) -> None:
         '{name="short", verifier="terms:short", weight=-0.5, options={limit=6}}',
         '{name="asked", verifier="terms:asked", weight=2.0}',
         '{name="broken", verifier="terms:broken"}',
+        '{name="fined", verifier="terms:broken", weight=-1.0}',
     )
     setting = f"reward.terms=[{', '.join(terms)}]"
     run = own_world.trained("terms", *SHORT, "dynamic_sampling.enabled=false", setting)
     first = run.metrics[1]
     assert 0 < first["reward/terms/short"] < 1 == first["reward/terms/asked"]
-    assert first["reward/terms/broken"] == 0 and first["verifier/failures_error"] == 32
-    expected = first["reward/accuracy"] - 0.5 * first["reward/terms/short"] + 2
+    assert first["reward/terms/broken"] == first["reward/terms/fined"] == 0
+    assert first["verifier/failures_error"] == 2 * 32 * first["reward/terms/short"]
+    # Where it fails, a term with a negative weight counts as 1.
+    expected = first["reward/accuracy"] - 0.5 * first["reward/terms/short"] + 2 - first["reward/terms/short"]
     assert first["reward/mean"] == pytest.approx(expected, abs=1e-6)
     assert own_world.trained("plain", *SHORT, "dynamic_sampling.enabled=false").weights != run.weights
+
+
+def test_a_term_that_fails_on_every_response_ends_the_run(own_world: World) -> None:
+    (own_world.folder / "terms.py").write_text(TERMS)
+    setting = 'reward.terms=[{name="broken", verifier="terms:broken_always"}]'
+    outcome = own_world.train("failing", *SHORT, setting, without_report=True)
+    assert outcome.code == 1
+    assert "reward.terms (broken): none of the 32 responses could be judged; the verifier's first error" in outcome.line
+    assert "RuntimeError: no" in outcome.line
+
+
+def test_a_term_reads_the_prefill_as_well(own_world: World) -> None:
+    (own_world.folder / "terms.py").write_text(TERMS)
+    setting = 'reward.terms=[{name="prefilled", verifier="terms:prefilled"}]'
+    run = own_world.trained("prefilled", *SHORT, setting, 'task.assistant_prefill="1"')
+    assert run.metrics[1]["reward/terms/prefilled"] == 1
 
 
 def test_groups_that_only_a_term_tells_apart_are_kept(own_world: World) -> None:

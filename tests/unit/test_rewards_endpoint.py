@@ -257,16 +257,33 @@ def test_a_model_grades_by_a_rubric(serve: MakeServer, monkeypatch: pytest.Monke
     assert given == {"prompt": "2+2?", "reference answer": "4", "response": hostile}
 
 
-@pytest.mark.parametrize("text", ["no grade", "Score: 11", "Score: -1", "score 5", None])
+@pytest.mark.parametrize(
+    "text",
+    ["no grade", "Score: 11", "Score: -1", "score 5", None, "", "Score: 3\nIt says: Score: 9", "It says Score: 9"],
+)
 def test_a_reply_without_a_grade_is_a_failure(serve: MakeServer, text: Any) -> None:
     with graded(serve((200, chat(text))), model="judge", rubric="r") as pool:
         assert pool.verify([(Prompt("p", "?", "4", source="reward.terms.brief"), "4")])[0].failure == "error"
 
 
+def test_a_reply_that_was_cut_is_a_failure(serve: MakeServer) -> None:
+    reply = chat("Score: 9")
+    reply["choices"][0]["finish_reason"] = "length"
+    with graded(serve((200, reply)), model="judge", rubric="r") as pool:
+        assert pool.verify([(Prompt("p", "?", "4", source="reward.terms.brief"), "4")])[0].failure == "error"
+        assert "error in reward.terms (brief): verifier" in pool.first_failures
+
+
+@pytest.mark.parametrize("text", ["**Score:** 8", "Fine.\n\nScore: 8/10.", "# Score: 8.0"])
+def test_a_grade_may_be_decorated(serve: MakeServer, text: str) -> None:
+    with graded(serve((200, chat(text))), model="judge", rubric="r") as pool:
+        assert pool.verify([(Prompt("p", "?", "4", source="reward.terms.brief"), "4")])[0].score == 0.8
+
+
 def test_a_judge_that_is_not_there_is_refused_with_its_setting() -> None:
     term = {"name": "brief", "verifier": "forkrl.rewards.rubric:judge", "options": {"model": "m", "rubric": "r"}}
     for server, says in (
-        (free_url(), r"\(brief\): verifier = .* cannot be reached"),
+        (free_url(), r"\(brief\): options.server = .* cannot be reached"),
         ("x", r"server = 'x' is not"),
     ):
         term["options"]["server"] = server  # type: ignore[index]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -36,16 +35,19 @@ def test_absolute_paths_are_reduced_to_their_last_part(run: RunData) -> None:
     assert found.provenance == {"threads": 1}
 
 
-def test_only_a_model_that_others_can_get_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "project/runs/a"
-    run.mkdir(parents=True)
-    (tmp_path / "project/models/base").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for name in ("Qwen/Qwen3-0.6B", "gpt2", "embedded:countdown-base"):
-        assert published_base(name, run) == name
-    for path in ("models/base", str(tmp_path / "gone"), "./x", "~/x", "runs/b/checkpoints/step-2"):
-        assert published_base(path, run) == LOCAL, path
+def test_only_a_model_that_others_can_get_is_named() -> None:
+    assert published_base("embedded:countdown-base", "package") == "embedded:countdown-base"
+    for name in ("Qwen/Qwen3-0.6B", "gpt2"):
+        assert published_base(name, "hub") == name
+        assert published_base(name, "folder") == LOCAL, "a folder of that name"
+        assert published_base(name, None) == LOCAL, "a run of an earlier version does not say"
+    for path in ("./x", "~/x", "runs/b/checkpoints/step-2"):
+        assert published_base(path, "hub") == LOCAL, path
+
+
+def test_notes_name_no_path_of_this_machine(run: RunData) -> None:
+    noted = replace(run, notes=["rollouts cannot be read: Failed to open local file '/home/me/runs/a/x.parquet'"])
+    assert published_run(noted).notes == ["rollouts cannot be read: Failed to open local file 'a local file'"]
 
 
 def test_the_card_of_a_hub_model_names_it_in_its_metadata(run: RunData) -> None:

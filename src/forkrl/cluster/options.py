@@ -74,6 +74,10 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "skips the pass that measures entropies, which the selection needs; set it to false",
     ),
     (
+        "algorithm.rollout_correction.rollout_is_batch_normalize", bool,
+        "weighs every token by the batch's mean weight; set it to false",
+    ),
+    (
         "algorithm.rollout_correction.rollout_rs", bool,
         "removes tokens after they were counted; set it to null (rollout_is weights are supported)",
     ),

@@ -186,15 +186,19 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
 
     def _mismatch(self, batch: KVBatchMeta) -> dict[str, float]:
         """How far the trainer's log-probs are from the sampler's, and the weights that correct for it."""
-        correction = self.config.algorithm.rollout_correction
-        fields = ["rollout_log_probs", "old_log_probs", *(["rollout_is_weights"] if correction.rollout_is else [])]
+        correction = self.config.algorithm.get("rollout_correction") or {}
+        if not self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            return {}
+        weighted = bool(correction.get("rollout_is"))
+        fields = ["rollout_log_probs", "old_log_probs", *(["rollout_is_weights"] if weighted else [])]
         keys = [key for key in batch.keys if not key.startswith("pad")]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "response_mask"])
         mask_N = data["response_mask"].values().bool()
         sampler_N, trainer_N, *weights = (data[name].values().float()[mask_N] for name in fields)
         found = LogprobGap.of(trainer_N - sampler_N).metrics()
-        cap = float(str(correction.rollout_is_threshold).split("_")[-1])
-        return found | (weight_metrics(weights[0], cap) if weights else {})
+        if not weights:
+            return found
+        return found | weight_metrics(weights[0], float(str(correction["rollout_is_threshold"]).split("_")[-1]))
 
     def _select_in_batch(self, batch: KVBatchMeta) -> torch.Tensor:
         """Select over the tokens of all ranks; nested ``[B, T]`` int8."""

@@ -112,8 +112,7 @@ class ForkLoss:
         )
         part = data.select(*[name for name in names if name in data]).to_padded_tensor()
         mask_BT, advantages_BT = part["response_mask"].bool(), part["advantages"].float()
-        if "rollout_is_weights" in part:  # the loss is homogeneous in the advantage
-            advantages_BT = advantages_BT * part["rollout_is_weights"]
+        weight_BT = part.get("rollout_is_weights", 1.0)  # the loss is homogeneous in the advantage
         sampled_BT, threshold = part["entropy"].float(), self.threshold
         if SELECTED in part:
             selected_BT = part[SELECTED].bool() & mask_BT
@@ -126,7 +125,7 @@ class ForkLoss:
         loss, sums = step_loss(
             TokenStats(logprobs_BT.float(), sampled_BT if current_BT is None else current_BT),
             part["old_log_probs"].float(),
-            advantages_BT,
+            advantages_BT * weight_BT,
             mask_BT,
             selected_BT,
             Counts(int(num_response), self.num_selected),

@@ -75,7 +75,8 @@ def _settings(options: ChatOptions) -> TrainConfig:
 def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
         try:
-            yield from (line.rstrip("\n") for line in sys.stdin)
+            # Bytes: in some locales sys.stdin decodes what is not UTF-8 to characters that no tokenizer takes.
+            yield from (line.decode("utf-8").rstrip("\r\n") for line in sys.stdin.buffer)
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: is not UTF-8 text ({first_line(error)}); convert it") from error
         return
@@ -104,7 +105,8 @@ class Chat:
         self._conversation = Conversation(task, self._policy.tokenizer)
         self._check = PromptCheck(self._policy.tokenizer)
         self._allow_unknown = task.allow_unknown_tokens
-        self._limit = options.max_tokens or config.rollout.max_response_tokens
+        of_run = parse_reference(options.model).run is not None
+        self._limit: float = options.max_tokens or (config.rollout.max_response_tokens if of_run else math.inf)
         temperature = config.eval.temperature if options.temperature is None else options.temperature
         self._sampling = evaluation_sampling(config, temperature, self._policy)
         self._generator = torch.Generator(self._policy.device).manual_seed(options.seed)

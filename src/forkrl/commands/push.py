@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 from forkrl.commands.other_options import PushOptions
 from forkrl.commands.reference import BASE, ModelReference, parse_reference
@@ -28,6 +28,8 @@ from forkrl.store.atomic import explained_write_errors, temporary_beside
 from forkrl.store.checkpoint import checkpoint_of_step, latest_checkpoint, model_files
 
 FOLDER, CURVE = "hub", "learning.svg"
+_OWN = re.compile(r"(merged/)?(model|adapter)[\w.-]*\.(safetensors|json)|merged/.*|base_model\.json|config\.json")
+"""Files of an earlier push that make another model of this one."""
 Files = dict[str, Path | bytes]
 """Content by name in the repository."""
 
@@ -66,7 +68,7 @@ def published_files(folder: Path, checkpoint: Path, name: str) -> Files:
     Raises UserError if the run cannot be read, or if its settings hold a credential.
     """
     run = read_run(folder, MAX_TRAIN_STEPS)
-    base = published_base(str(run.setting("model.path")), folder)
+    base = published_base(str(run.setting("model.path")), run.provenance.get("model_source"))
     run = published_run(run)
     files: Files = {file: checkpoint / file for file in model_files(checkpoint)}
     for file, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), (BASE_MODEL, "path")):
@@ -112,9 +114,14 @@ def _upload(options: PushOptions, files: Files, what: str) -> str:
     with _explained(options.name):
         if options.revision is not None:
             api.create_branch(options.name, branch=options.revision, exist_ok=True)
+        there = api.model_info(options.name, revision=options.revision).siblings or []
+        left_over = [each.rfilename for each in there if _OWN.fullmatch(each.rfilename) and each.rfilename not in files]
         commit = api.create_commit(
             options.name,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in left_over),
+            ],
             commit_message=f"Upload {what} with ForkRL",
             revision=options.revision,
         )

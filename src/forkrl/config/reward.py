@@ -21,7 +21,8 @@ class RewardTerm(Section):
     options: dict[str, Any] = Field(default={})
     """Additional arguments of the function by name; ${NAME} in text is replaced by that environment variable."""
     weight: float = 1.0
-    """The number is multiplied by this and added to the score; may be negative."""
+    """The number is multiplied by this and added to the score; may be negative. A response that cannot be judged counts
+    as 0, and as 1 where this is negative."""
 
     @model_validator(mode="after")
     def _holds_no_secrets(self) -> RewardTerm:

@@ -132,8 +132,8 @@ class LossConfig(Section):
     """Log-probs in the denominator of the ratio: those that the engine recorded, or those of an additional pass of the
     trained model before the first update of a step (docs/engines.md). On verl always the latter."""
     sampler_correction: Literal["none", "token_truncated", "sequence_truncated", "masked"] = "none"
-    """With old_logprobs = "trainer": multiply each token's loss by w = p(trainer) / p(sampler), at most sampler_cap; by
-    the same of its whole response; or by w, and 0 where w is outside [1 / sampler_cap, sampler_cap]."""
+    """With old_logprobs = "trainer": multiply each token's policy loss by w = p(trainer) / p(sampler), at most
+    sampler_cap; by the same of its whole response; or by w, and 0 where w is outside [1 / sampler_cap, sampler_cap]."""
     sampler_cap: Annotated[float, Field(gt=1)] = 2.0
     """Largest weight of sampler_correction."""
     denominator: Denominator = "selected"

@@ -67,7 +67,15 @@ def adaptive_bonus(coef: float, entropy: float, target: float, delta: float) -> 
 
 def has_stalled(rows: Sequence[Mapping[str, Any]], patience: int) -> bool:
     """Whether the last row of metrics is an evaluation that ends the run: ``patience`` (0: never) without a best."""
-    accuracies: list[float] = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
-    if not 0 < patience < len(accuracies) or rows[-1].get("eval/accuracy") is None:
+    if not rows or not _is_measured(rows[-1]):
+        return False
+    accuracies: list[float] = [row["eval/accuracy"] for row in rows if _is_measured(row)]
+    if not 0 < patience < len(accuracies):
         return False
     return max(accuracies[-patience:]) <= max(accuracies[:-patience])
+
+
+def _is_measured(row: Mapping[str, Any]) -> bool:
+    """Whether the row is an evaluation, and not one whose verifier failed."""
+    accuracy = row.get("eval/accuracy")
+    return accuracy is not None and not (accuracy == 0 and row.get("eval/verifier_failures"))

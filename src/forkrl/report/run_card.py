@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import tomli_w
@@ -21,6 +21,7 @@ from forkrl.report.run_summary import evaluations, headline
 LOCAL = "a local model"
 _PATH = re.compile(r"([\w.+]+=)?((?:/|~|file:/).*)", re.DOTALL)
 """An absolute path, or an override whose value is one."""
+_PATH_IN_TEXT = re.compile(r"(?<![\w.])(?:~|file:)?/[^\s'\":;,]+")
 _VERSIONS = ("forkrl", "torch", "transformers", "python", "commit", "device", "threads")
 _SELECTION = ("rule", "ratio", "threshold", "scope", "entropy")
 
@@ -28,17 +29,18 @@ _SELECTION = ("rule", "ratio", "threshold", "scope", "entropy")
 def published_run(run: RunData) -> RunData:
     """The run with every absolute path reduced to its last part, and without the command that was typed."""
     provenance = {key: value for key, value in run.provenance.items() if key != "command"}
-    return replace(run, settings=_without_paths(run.settings), provenance=_without_paths(provenance))
+    notes = [_PATH_IN_TEXT.sub("a local file", note) for note in run.notes]
+    return replace(run, settings=_without_paths(run.settings), provenance=_without_paths(provenance), notes=notes)
 
 
-def published_base(path: str, folder: Path) -> str:
+def published_base(path: str, source: str | None) -> str:
     """The name by which others can get a run's base model, a hub id or one inside ForkRL; ``LOCAL`` if there is none.
 
-    The path may be relative to where the run was started: here, or some folder above the run.
+    ``source``: ``model_source`` of the run's provenance; None (older runs): counts as a folder.
     """
     if path.startswith(EMBEDDED_PREFIX):
         return path
-    if any((start / path).is_dir() for start in (Path(), *folder.resolve().parents)):
+    if source != "hub":
         return LOCAL
     try:
         require_hub_id(path, "model.path", "folder")

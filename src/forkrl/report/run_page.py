@@ -156,8 +156,8 @@ _CURVES: list[tuple[str, str, str, dict[str, dict[str, str]]]] = [
     (
         "mismatch",
         "Sampler and trainer",
-        "Before each update: the mean absolute difference of their log-probs, and the fraction of tokens whose "
-        "probabilities differ by more than a factor of 2.",
+        "Before a step's first update: the mean absolute difference of their log-probs, and the fraction of tokens "
+        "whose probabilities differ by more than a factor of 2.",
         {
             "difference (nats)": {"rollout/logprob_gap_mean": "mean"},
             "beyond factor 2": {"rollout/logprob_gap_beyond_2x": "fraction"},

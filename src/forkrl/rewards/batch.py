@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from forkrl.errors import UserError
 from forkrl.rewards.reply import strip_turn_end, with_opened_thinking
@@ -64,12 +64,14 @@ class Batch:
         self.future: Future[list[VerifierResult]] = Future()
         self.items: list[Item] = []
         for index, (prompt, response) in enumerate(pairs):
-            source = sources.get(prompt.source)
-            if source is None:
+            name, of_term, task_source = prompt.source.partition("\0")  # see term_source
+            source, of_task = sources.get(name), sources.get(task_source if of_term else name)
+            if source is None or of_task is None:
                 raise UserError(f"prompt {prompt.id}: no verifier for its source {prompt.source!r}")
-            asked, prefill = prompt.text.removesuffix(source.spec.prefill), source.spec.prefill
+            prefill = of_task.spec.prefill
+            asked = prompt.text.removesuffix(prefill)
             text = with_opened_thinking(asked, prefill + strip_turn_end(response))
-            self.items.append(Item(self, index, prompt, text, source.timeout_s))
+            self.items.append(Item(self, index, replace(prompt, source=name), text, source.timeout_s))
         self.results: list[VerifierResult | None] = [None] * len(self.items)
         self._num_open = len(self.items)
         if not self.items:

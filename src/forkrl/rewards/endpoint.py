@@ -58,6 +58,7 @@ def prepare_endpoint(
 ) -> VerifierSpec:
     """Set a timeout below the pool's; raises UserError, which names the settings, if the server cannot be reached."""
     url = spec.options.get("url") or spec.options.get("server")
+    setting = setting if "url" in spec.options else f"{options}.server"
     if not isinstance(url, str) or not is_address(url):
         raise UserError(f'{options}.server = {url!r} is not an address; write "http://host:port"')
     timeout_s = spec.options.get("timeout_s", _SHARE_OF_TIMEOUT * pool_timeout_s)

@@ -22,7 +22,7 @@ from typing import Any
 from forkrl.errors import UserError, printable
 from forkrl.rewards.batch import Batch, Item, Source, setting_of
 from forkrl.rewards.worker_process import Failure, Settings, WorkerProcess
-from forkrl.types import Prompt, VerifierResult, VerifierSpec
+from forkrl.types import TERM, Prompt, VerifierResult, VerifierSpec
 
 _log = logging.getLogger("forkrl")
 _FORGERY = "wrote on the pipe that carries results"
@@ -50,10 +50,10 @@ class VerifierPool:
         hide: Callable[[str], str] = str,
         remedy: str = "",
     ) -> None:
-        for spec in verifiers.values():
+        for source, spec in verifiers.items():
             module, _, function = spec.path.partition(":")
             if not module or not function:
-                raise UserError(f'task.verifier = {spec.path!r} is not an import path; write "module:function"')
+                raise UserError(f'{setting_of(source)} = {spec.path!r} is not an import path; write "module:function"')
         if sys.platform == "darwin":
             warnings.warn("macOS does not enforce reward.memory_mb; only the timeout bounds a verifier", stacklevel=2)
         self.failures: Counter[str] = Counter()
@@ -319,8 +319,10 @@ class VerifierPool:
     def _settle(self, item: Item, result: VerifierResult, message: str) -> None:
         if not item.is_open:  # another worker answered first, or the batch was cancelled
             return
-        if kind := result.failure:
-            self.failures[kind] += 1
+        if result.failure:
+            self.failures[result.failure] += 1
+            of_term = item.prompt.source.startswith(TERM)
+            kind = f"{result.failure} in {setting_of(item.prompt.source)}" if of_term else result.failure
             if kind not in self.first_failures:
                 self.first_failures[kind] = printable(f"prompt {item.prompt.id}: {self._hide(message)}")
                 self.announce(

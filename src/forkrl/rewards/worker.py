@@ -241,7 +241,9 @@ def _bind_options(
     takes_prompt = False
     with suppress(ValueError):  # some C functions have no signature
         signature = inspect.signature(function)
-        takes_prompt = "prompt" in signature.parameters and "prompt" not in options
+        # One with a default has its own meaning of the name.
+        wanted = signature.parameters.get("prompt")
+        takes_prompt = wanted is not None and wanted.default is wanted.empty and "prompt" not in options
         try:
             signature.bind("", "", **options, **({"prompt": ""} if takes_prompt else {}))
         except TypeError as error:

@@ -67,5 +67,6 @@ def require_small_gap(gap: LogprobGap, precision: str) -> None:
         raise TrainingHalted(
             f"the sampler's log-probs differ from the trainer's by {gap.mean:.2g} nats per token on average (at most "
             f"{gap.max:.2g}), over the limit of {limit:g} for model.precision = {precision!r}; the engine does not "
-            f"sample from the model that is trained, so no update was made; use another engine, precision or model"
+            f"sample from the model that is trained, so no update was made; use another engine, precision or model "
+            f"(loss.sampler_correction does not lift the limit)"
         )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from forkrl.types import TERM, Prompt, Rollout, RolloutGroup, Verifier, VerifierResult
+from forkrl.errors import NothingToLearn
+from forkrl.types import Prompt, Rollout, RolloutGroup, Verifier, VerifierResult, term_source
 
 
 class Scoring:
@@ -20,7 +21,7 @@ class Scoring:
         ] = {}  # by identity: equal responses are scored separately
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
-        asked = [prompt, *(replace(prompt, source=TERM + term) for term in self._terms)]
+        asked = [prompt, *(replace(prompt, source=term_source(term, prompt.source)) for term in self._terms)]
         self._results[id(rollout)] = self._verifier.submit([(each, rollout.text) for each in asked])
 
     def finish(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
@@ -45,6 +46,17 @@ def none_judged(failures: int, responses: int, first_failures: Mapping[str, str]
         return ""
     error = next((f"; the verifier's first error ({kind}): {text}" for kind, text in first_failures.items()), "")
     return f"none of the {responses:,} responses could be judged{error}"
+
+
+def require_judged_terms(
+    groups: Sequence[RolloutGroup], terms: Sequence[str], first_failures: Mapping[str, str]
+) -> None:
+    """Raise NothingToLearn if one of ``reward.terms`` failed on every response: its 0 would be trained on."""
+    results = [result for group in groups for result in group.results]
+    for term in terms:
+        own = {kind: text for kind, text in first_failures.items() if f"({term})" in kind}
+        if reason := none_judged(sum(bool(each.terms[term].failure) for each in results), len(results), own):
+            raise NothingToLearn(f"reward.terms ({term}): {reason}; correct its verifier or options, or remove it")
 
 
 def why_nothing_to_learn(sampled: Sequence[RolloutGroup], num_batches: int, first_failures: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from forkrl.errors import NothingToLearn, out_of_memory_names
 from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.method.batches import collate, mini_batches
 from forkrl.rollout.logprob_gap import LogprobGap
-from forkrl.rollout.scoring import Scoring, why_nothing_to_learn
+from forkrl.rollout.scoring import Scoring, require_judged_terms, why_nothing_to_learn
 from forkrl.training.metrics import part_metrics, rollout_metrics, update_metrics
 from forkrl.training.rollout_rows import rollout_rows
 from forkrl.training.run import Run
@@ -81,6 +81,7 @@ def collect_groups(run: Run) -> tuple[list[RolloutGroup], dict[str, float]]:
             started = time.perf_counter()
             groups = scoring.finish(groups)
             seconds["reward"] += time.perf_counter() - started
+        require_judged_terms(groups, [term.name for term in run.config.reward.terms], run.verifier.first_failures)
         run.prompts.observe(groups)
         sampled += groups
         useful_P = informative_groups(summed_rewards(run, groups))
@@ -101,11 +102,13 @@ def shaped_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
 
 
 def summed_rewards(run: Run, groups: Sequence[RolloutGroup]) -> Tensor:
-    """Scores plus the weighted terms of ``reward.terms``, fp32 ``[P, G]``."""
+    """Scores plus the weighted terms of ``reward.terms``, fp32 ``[P, G]``; a failure is worth the least."""
     rewards_PG = torch.tensor([group.scores for group in groups])
     for term in run.config.reward.terms:
-        values = [[result.terms[term.name].score for result in group.results] for group in groups]
-        rewards_PG = rewards_PG + term.weight * torch.tensor(values)
+        worst = 1.0 if term.weight < 0 else 0.0
+        results = [[result.terms[term.name] for result in group.results] for group in groups]
+        values_PG = torch.tensor([[worst if each.failure else each.score for each in group] for group in results])
+        rewards_PG = rewards_PG + term.weight * values_PG
     return rewards_PG
 
 

@@ -15,6 +15,7 @@ from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import recipe_toml
 from forkrl.errors import EngineLost, NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
 from forkrl.model.adapter import add_adapter
+from forkrl.model.locations import EMBEDDED_PREFIX
 from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.report.progress import TrainingDisplay, describe_selection
@@ -115,13 +116,16 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     engine = (plug_ins.engine or open_engine)(workers, config)
     engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
     if plug_ins.verifier and config.reward.terms:
-        raise UserError("reward.terms are for verifiers of a recipe; one given from Python computes the whole reward")
+        raise UserError(
+            f"reward.terms ({config.reward.terms[0].name}) are for verifiers of a recipe, and the one given from "
+            "Python computes the whole reward; remove them, or that verifier"
+        )
     verifier = plug_ins.verifier or stack.enter_context(
         open_verifier(with_sandbox(task.verifiers, config.sandbox) | term_specs(config.reward), config.reward)
     )
     prompts = open_stream(task.train, config.task, config.seed)
     # Created after all input checks: a mistake leaves no folder.
-    provenance = describe_provenance(task, workers) | _engine_facts(engine)
+    provenance = describe_provenance(task, workers) | _engine_facts(engine) | _model_source(config.model.path)
     folder = stack.enter_context(_open_folder(config, out, resume, provenance))
     return Run(
         config=config,
@@ -141,6 +145,12 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
 
 def _engine_facts(engine: RolloutEngine) -> dict[str, str]:
     return {"vllm": engine.version} if isinstance(engine, VllmEngine) else {}
+
+
+def _model_source(path: str) -> dict[str, str]:
+    """Where the model is from; a path alone does not say so on another machine."""
+    inside = path.startswith(EMBEDDED_PREFIX)
+    return {"model_source": "package" if inside else "folder" if Path(path).is_dir() else "hub"}
 
 
 def _open_policy(config: TrainConfig) -> Policy:

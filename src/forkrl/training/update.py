@@ -39,7 +39,7 @@ from forkrl.parallel.processes import return_freed_memory
 from forkrl.parallel.workers import Worker, Workers
 from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.training.forward import make_forward
-from forkrl.types import TokenBatch
+from forkrl.types import TokenBatch, TokenStats
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import TrainConfig
@@ -138,15 +138,18 @@ def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: t
 
 
 def recompute_logprobs(workers: Workers, batch: TokenBatch, config: TrainConfig) -> tuple[TokenBatch, dict[str, float]]:
-    """The batch with old log-probs of the current policy and ``sampler_weights``, and metrics of the difference.
+    """The batch with the current policy's log-probs and ``sampler_weights``, and metrics of the difference.
 
-    ``batch.old_logprobs`` are the sampler's.
+    ``batch`` has the sampler's log-probs and entropies, on any device. The first gradient step selects by
+    ``rollout_entropy`` as the current policy's, so with ``selection.entropy = "current"`` it becomes that.
     """
     workers.map(free_memory, range(workers.count))
-    there = batch.to(workers.policy.device)
-    cuts = _cut(workers, there, torch.arange(len(batch)), config)
-    parts = _map(workers, measure_logprobs, make_micro_batches(there, cuts, None), config)
-    old_BT = assemble(there.old_logprobs, cuts, parts).to(batch.old_logprobs.device)
+    cuts = _cut(workers, batch, torch.arange(len(batch)), config)
+    parts = _map(workers, measure_stats, make_micro_batches(batch, cuts, None), config)
+    old_BT = assemble(batch.old_logprobs, cuts, [part.logprobs for part in parts])
+    if config.selection.entropy == "current":
+        entropy_BT = assemble(batch.rollout_entropy, cuts, [part.entropy for part in parts])
+        batch = replace(batch, rollout_entropy=entropy_BT)
     log_ratio_BT, mask_BT = old_BT - batch.old_logprobs, batch.response_mask
     metrics = LogprobGap.of(log_ratio_BT[mask_BT]).metrics()
     weights_BT = sampler_weights(log_ratio_BT, mask_BT, config.loss)
@@ -209,9 +212,11 @@ def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig, keep
 
 
 @torch.no_grad()
-def measure_logprobs(worker: Worker, micro: MicroBatch, config: TrainConfig) -> Tensor:
-    """The current policy's log-probs of the response tokens, fp32 ``[B, T]``."""
-    return compute_token_stats(worker.policy, micro.batch, temperature=config.rollout.temperature).logprobs
+def measure_stats(worker: Worker, micro: MicroBatch, config: TrainConfig) -> TokenStats:
+    """The current policy's statistics of the response tokens, on the device of ``micro``."""
+    there = micro.batch.to(worker.policy.device)
+    stats = compute_token_stats(worker.policy, there, temperature=config.rollout.temperature)
+    return TokenStats(*(each.to(micro.batch.input_ids.device) for each in stats))
 
 
 def _select_first(
