@@ -104,8 +104,15 @@ class VllmEngine(EmbeddedEngine):
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[Ended]:
         """As ``EmbeddedEngine.stream``, without waves."""
-        if sampling.fork_temperature is not None:
-            raise UserError(f'{sampling.fork_temperature} is not possible with rollout.engine = "vllm"; {_OTHERWISE}')
+        owners = [(prefix, number) for prefix in range(len(prefixes)) for number in range(count)]
+        repeated, seeds = [prefixes[prefix] for prefix, _ in owners], self.draw_seeds(len(owners), generator)
+        for place, rollout in self.stream_seeded(repeated, seeds, sampling):
+            yield Ended(*owners[place], rollout)
+
+    def stream_seeded(
+        self, prefixes: Sequence[Prefix], seeds: Sequence[int], sampling: SamplingParams
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Sample one continuation of each prefix with its own seed; yield each, with its index, when it ends."""
         limit = sampling.max_response_tokens
         longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
         require_positions(self.policy.model.config, longest, limit)
@@ -115,10 +122,8 @@ class VllmEngine(EmbeddedEngine):
             )
         if any(len(prefix.response_ids) >= limit for prefix in prefixes):
             raise ValueError(f"a prefix holds a response of {limit} tokens or more, the limit: nothing can follow it")
-        owners = [(prefix, number) for prefix in range(len(prefixes)) for number in range(count)]
         requests = [
-            (prefixes[prefix].ids, limit - len(prefixes[prefix].response_ids), seed)
-            for (prefix, _), seed in zip(owners, self._draw_seeds(len(owners), generator), strict=True)
+            (prefix.ids, limit - len(prefix.response_ids), seed) for prefix, seed in zip(prefixes, seeds, strict=True)
         ]
         settings = {
             "temperature": sampling.temperature,
@@ -127,14 +132,13 @@ class VllmEngine(EmbeddedEngine):
             "stop_token_ids": list(stop_tokens(self.policy, sampling)),
         }
         self._sync()
-        for finished in self._ask("generate", (settings, requests)):
+        for finished in self._ask("generate", settings, sampling.fork_temperature, requests):
             for each in finished:
-                prefix, number = owners[each.request]
                 self.workers.local.add_counts(finished=1, tokens=len(each.token_ids))
-                yield Ended(prefix, number, self._rollout(prefixes[prefix].ids, each))
+                yield each.request, self._rollout(prefixes[each.request].ids, each)
 
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
-        self._draw_seeds(num_sequences, generator)
+        self.draw_seeds(num_sequences, generator)
 
     def close(self) -> None:
         """End the process."""
