@@ -187,8 +187,8 @@ def test_killed_while_it_opens_it_leaves_no_run(
     kill_vllm(monkeypatch, Kill("open", 1, "nothing", steps=0))
     assert train(killed.parent, "recipe.toml", "--out", "killed") == 2
     assert capsys.readouterr().err == (
-        f'forkrl: rollout.engine = "vllm" cannot run Qwen3ForCausalLM: {KILLED}; change that, or set rollout.engine = '
-        f'"torch"\n'
+        f'forkrl: rollout.engine = "vllm" cannot run Qwen3ForCausalLM: {KILLED}; lower rollout.kv_cache_gib, or '
+        f'set rollout.engine = "torch"\n'
     )
     assert not killed.exists()
 

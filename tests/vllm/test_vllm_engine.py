@@ -290,8 +290,8 @@ def old_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_PROGRAM", f"import vllm\nvllm.__version__ = '0.31.2'\n{vllm_engine._PROGRAM}")
 
 
-def cache_of(size: int) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda monkeypatch: monkeypatch.setattr(vllm_engine, "_kv_cache_bytes", lambda policy, limits: size)
+def huge_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_kv_cache_bytes", lambda policy, limits: 2**50)
 
 
 def unknown_model(monkeypatch: pytest.MonkeyPatch) -> Policy:
@@ -299,18 +299,16 @@ def unknown_model(monkeypatch: pytest.MonkeyPatch) -> Policy:
 
 
 @pytest.mark.parametrize(
-    ("cause", "says"),
+    ("cause", "says", "remedy"),
     [
-        (old_version, "vLLM 0.32 or newer is needed, this is 0.31.2"),
-        (cache_of(1000), "No available memory for the cache blocks"),
-        (cache_of(20_000), "KV cache"),
-        (cache_of(2**50), "Available memory on node 0"),
-        (unknown_model, "GPTNeoForCausalLM"),
+        (old_version, "vLLM 0.32 or newer is needed, this is 0.31.2", "change that"),
+        (huge_cache, "Available memory on node 0", "lower rollout.kv_cache_gib"),
+        (unknown_model, "GPTNeoForCausalLM", "change that"),
     ],
-    ids=["old version", "cache for no block", "cache for no sequence", "cache beyond the memory", "unknown model"],
+    ids=["old version", "more memory than there is", "unknown model"],
 )
 def test_what_vllm_cannot_open_is_refused_in_one_line(
-    cause: Callable[[pytest.MonkeyPatch], Policy | None], says: str, monkeypatch: pytest.MonkeyPatch
+    cause: Callable[[pytest.MonkeyPatch], Policy | None], says: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = cause(monkeypatch) or open_policy(ModelConfig(), "cpu")
     with Workers(policy) as workers, pytest.raises(UserError) as refused:
@@ -318,4 +316,4 @@ def test_what_vllm_cannot_open_is_refused_in_one_line(
     message = str(refused.value)
     assert message.startswith(f'rollout.engine = "vllm" cannot run {type(policy.model).__name__}: ')
     assert says in message and "\n" not in message
-    assert message.endswith('; change that, or set rollout.engine = "torch"')
+    assert message.endswith(f'; {remedy}, or set rollout.engine = "torch"')

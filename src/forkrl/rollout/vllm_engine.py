@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,9 +93,8 @@ class VllmEngine(EmbeddedEngine):
             self._require_same_model()
         except EngineLost as error:
             name = type(self.policy.model).__name__
-            raise UserError(
-                f'rollout.engine = "vllm" cannot run {name}: {error}; change that, or {_OTHERWISE}'
-            ) from error
+            remedy = "lower rollout.kv_cache_gib" if "memory" in str(error) else "change that"
+            raise UserError(f'rollout.engine = "vllm" cannot run {name}: {error}; {remedy}, or {_OTHERWISE}') from error
 
     @property
     def wave_sequences(self) -> int:
@@ -230,7 +230,7 @@ def _options(policy: Policy, limits: RolloutConfig) -> dict[str, Any]:
 
 
 def _kv_cache_bytes(policy: Policy, limits: RolloutConfig) -> int:
-    """What ``max_sequences`` of full length need, at most ``kv_cache_gib``."""
+    """What ``max_sequences`` of full length need, at most ``kv_cache_gib``; raises UserError if that holds not one."""
     config = policy.text_config
     try:
         heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -239,8 +239,14 @@ def _kv_cache_bytes(policy: Policy, limits: RolloutConfig) -> int:
         name = type(policy.model).__name__
         raise UserError(f'rollout.engine = "vllm" cannot run {name}: {first_line(error)}; {_OTHERWISE}') from error
     per_token: int = 2 * config.num_hidden_layers * heads * width * {"fp32": 4, "bf16": 2}[policy.precision]
-    blocks = limits.max_sequences * (-(-_max_tokens(policy, limits) // BLOCK) + 1) + 1
-    return min(blocks * BLOCK * per_token, int(limits.kv_cache_gib * 2**30))
+    length, most = _max_tokens(policy, limits), limits.kv_cache_gib * 2**30
+    blocks = -(-length // BLOCK) + 1
+    if most < (least := (blocks + 1) * BLOCK * per_token):
+        raise UserError(
+            f"rollout.kv_cache_gib = {limits.kv_cache_gib:g} does not hold one sequence of {length:,} tokens; raise it "
+            f"to {math.ceil(1000 * least / 2**30) / 1000:g}, or lower rollout.max_response_tokens"
+        )
+    return min((limits.max_sequences * blocks + 1) * BLOCK * per_token, int(most))
 
 
 def _environment(device: torch.device, threads: int) -> dict[str, str]:
