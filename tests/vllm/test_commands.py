@@ -62,7 +62,7 @@ def test_a_command_samples_with_vllm_and_says_so(
     words = [earlier if word == "EARLIER" else word for word in argv]
     out = tmp_path / "out"
     assert main([*words, *FEW, "--engine", "vllm", "--out", str(out)]) == 0, capsys.readouterr().err
-    assert capsys.readouterr().err.startswith("forkrl: sampling with vLLM 0.")
+    assert "forkrl: sampling with vLLM 0." in capsys.readouterr().err
     found = json.loads((out / "results.json").read_text())
     assert found["settings"]["engine"] == "vllm"
     page = (out / "report.html").read_text()
@@ -82,5 +82,5 @@ def test_preview_takes_the_engine_of_the_recipe(tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr()
     record: dict[str, Any] = json.loads(shown.out)
     assert record["sampling"]["engine"] == "vllm" and len(record["prompts"][0]["responses"]) == 2
-    assert shown.err.startswith("forkrl: sampling with vLLM 0.")
+    assert "forkrl: sampling with vLLM 0." in shown.err
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["engine"] == "vllm"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield url
         finally:
             process.terminate()
-            process.wait(60)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def answers(url: str) -> bool:
@@ -102,14 +107,16 @@ def first_logits(policy: Policy) -> torch.Tensor:
         return policy.logits(policy.hidden_states(torch.tensor([ids]))[0, -1:])[0]
 
 
-@pytest.mark.parametrize(("high", "low"), [(2.0, 0.5), (0.5, 2.0)])
-def test_a_fork_temperature_is_that_of_the_request(server: str, policy: Policy, high: float, low: float) -> None:
+@pytest.mark.parametrize(("high", "low", "as_list"), [(2.0, 0.5, False), (0.5, 2.0, True)])
+def test_a_fork_temperature_is_that_of_the_request(
+    server: str, policy: Policy, high: float, low: float, as_list: bool
+) -> None:
     logits_V, count = first_logits(policy), 1000
     threshold = float(entropy_of(logits_V)) * (0.9 if high > low else 1.1)  # so 2.0 applies, and not 0.5
     probs_V = ForkTemperature(high, low, threshold)(None, logits_V.double()).softmax(-1)
     answer = complete(
         server, max_tokens=1, n=count, seed=1, temperature=1, top_k=-1, logprobs=0, return_tokens_as_token_ids=True,
-        vllm_xargs={"fork_temperature": f"{high},{low},{threshold}"},
+        vllm_xargs={"fork_temperature": [high, low, threshold] if as_list else f"{high},{low},{threshold}"},
     )  # fmt: skip
     assert answer.status_code == 200, answer.text
     drawn = Counter(int(each["logprobs"]["tokens"][0].removeprefix("token_id:")) for each in answer.json()["choices"])
