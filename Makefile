@@ -42,7 +42,7 @@ define install
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@index=; \
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null && \
-		! $(1)/bin/python -m pip config list | grep -qE '(index-url|find-links|no-index)='; then \
+		! $(1)/bin/python -m pip config list | grep -E '(index-url|find-links|no-index)=' >/dev/null; then \
 		$(1)/bin/python -c 'import urllib.request as u; u.urlopen("$(CPU_BUILDS)/torch/", timeout=5)' 2>/dev/null && \
 			index="--extra-index-url $(CPU_BUILDS)"; \
 	fi; \

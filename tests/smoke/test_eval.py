@@ -151,7 +151,7 @@ def test_held_out_data_is_evaluated_whole_whatever_the_recipe_takes_of_it(world:
         (("run", "--server", "http://127.0.0.1:9"), "give the model's name at the server in place of the run"),
         (("model", "--server", "http://127.0.0.1:9", "rollout.max_sequences=4"), "on a model that a server holds"),
         (("model", "--server", "http://127.0.0.1:9"), "--server http://127.0.0.1:9/v1: cannot be reached"),
-        (("model", "--engine", "vllm", "runtime.device=cpu"), "has no effect on vLLM, which decides that itself"),
+        (("model", "--engine", "vllm", "--server", "http://127.0.0.1:9"), "has no effect on a model that a server hol"),
         ((), "name a model first: forkrl eval MODEL --bench NAME"),
         (("run", "--temperature", "-1"), "--temperature -1: must be at least 0"),
         (("run", "--temperature", "nan"), "--temperature nan: must be at least 0"),

@@ -199,7 +199,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "id": "1", "place": HOSTILE, "text": f"{HOSTILE}\nWhy?", "token_ids": [1], "tokens": [HOSTILE],
         "answer": HOSTILE, "responses": [response, response | {"score": 1.0, "finished": True}, response],
     }  # fmt: skip
-    return {"prompts": [prompt], "sampling": {"temperature": 1.0, "max_response_tokens": 2}} | changes
+    return {"prompts": [prompt], "sampling": {"engine": "vllm", "temperature": 1.0, "max_response_tokens": 2}} | changes
 
 
 def test_model_text_is_escaped_and_not_markup() -> None:
@@ -215,6 +215,7 @@ def test_a_right_and_a_wrong_response_are_shown() -> None:
     assert "response 2: score 1" in plain and "response 1: score 0" in plain and "response 3" not in plain
     assert "cut off at rollout.max_response_tokens, mean entropy 1.00 nats" in plain
     assert "pass rate: 1 of 3 responses" in plain and "token ids" not in plain
+    assert "Responses are sampled as in training: with vLLM, temperature 1, at most 2 tokens." in plain
 
 
 def test_data_without_faults_is_short() -> None:

@@ -74,6 +74,15 @@ def test_keys_and_values_take_what_they_need_up_to_a_limit(limits: dict[str, int
     assert _kv_cache_bytes(random_policy(), settings) == num_bytes
 
 
+def test_keys_and_values_of_one_sequence_must_fit() -> None:
+    lengths = {"max_prompt_tokens": 40, "max_response_tokens": 56}  # 3 + 1 blocks, and one for padding
+    settings = RolloutConfig.model_validate({"engine": "vllm", "kv_cache_gib": 4.9 * 32 * 256 / 2**30} | lengths)
+    with pytest.raises(
+        UserError, match=r"kv_cache_gib = 3.\d+e-05 does not hold one sequence of 96 tokens; raise it to"
+    ):
+        _kv_cache_bytes(random_policy(), settings)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_shared_weights_follow_the_model(count: int) -> None:
     policy = random_policy()

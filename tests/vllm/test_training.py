@@ -1,22 +1,27 @@
-"""``forkrl train`` with ``rollout.engine = "vllm"``: a whole run, and one that is killed, stopped and resumed."""
+"""``forkrl train`` with ``rollout.engine = "vllm"``: a whole run, and one whose vLLM is killed again and again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from forkrl.cli import main
+from forkrl.rollout.vllm_engine import VllmEngine
 from tests.processes import is_running, wait_until
 
 LIMIT_S = 900.0
-STEPS = 4
+STEPS = 6
 RECIPE = f"""\
 seed = 3
 [task]
@@ -41,7 +46,7 @@ steps = {STEPS}
 mini_batch_prompts = 4
 micro_batch_tokens = 4096
 [eval]
-every = 0
+every = 1
 problems = 8
 [checkpoint]
 every = 1
@@ -117,32 +122,100 @@ def whole(folder: Path) -> Path:
 
 def test_a_run_names_its_engine_and_samples_from_what_it_trains(whole: Path) -> None:
     steps = steps_of(whole)
-    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert all(0 < record["rollout/logprob_gap_max"] < 1e-4 for record in steps)
-    assert [record["step"] for record in metrics(whole) if "eval/accuracy" in record] == [0, STEPS]
+    assert [record["step"] for record in metrics(whole) if "eval/accuracy" in record] == list(range(STEPS + 1))
     assert tomllib.loads((whole / "config.toml").read_text())["provenance"]["vllm"] >= "0.32"
     assert "vllm" in (whole / "report.html").read_text()
 
 
-def test_a_killed_engine_ends_the_run_in_one_line_and_nothing_is_lost(folder: Path, whole: Path) -> None:
-    started = Started(folder, "recipe.toml", "--out", "killed")
-    run = folder / "killed"
-    assert wait_until(lambda: len(steps_of(run)) >= 1 or started.process.poll() is not None, LIMIT_S)
-    os.kill(started.vllm(), signal.SIGKILL)
-    code, _, err = started.wait()
-    done = len(steps_of(run))
-    assert code == 1 and 1 <= done < STEPS, err
-    assert err == (
-        f"forkrl: training stopped at step {done + 1}: the process of vLLM was killed by SIGKILL, as the system does "
-        f"when memory runs out; continue with: forkrl train --resume killed\n"
-    )
-    assert (run / f"checkpoints/step-{done}").is_dir()
+class Kill(NamedTuple):
+    """Where vLLM is killed: as it is asked, after a part of its answer, or after the whole.
 
-    resumed = Started(folder, "--resume", "killed")
-    vllm = resumed.vllm()
-    assert wait_until(lambda: len(steps_of(run)) > done, LIMIT_S)
-    resumed.process.send_signal(signal.SIGINT)
-    code, _, err = resumed.wait()
+    ``asked``: which request of its kind in this process; the first sync and generate are of the probe.
+    """
+
+    request: str
+    asked: int
+    after: str
+    steps: int
+    """Finished and saved by then, in all."""
+
+
+KILLS = {
+    "generating": Kill("generate", 5, "part", steps=1),  # probe, evaluation, step 1, evaluation, step 2
+    "updating": Kill("generate", 2, "answer", steps=2),  # probe, step 2
+    "syncing": Kill("sync", 3, "nothing", steps=3),  # probe, evaluation, after step 3
+    "evaluating": Kill("generate", 2, "part", steps=3),  # probe, evaluation after step 3
+}
+KILLED = "the process of vLLM was killed by SIGKILL, as the system does when memory runs out"
+
+
+def kill_vllm(monkeypatch: pytest.MonkeyPatch, kill: Kill) -> None:
+    ask, asked = VllmEngine._ask, Counter[str]()
+
+    def deadly(engine: VllmEngine, *message: Any) -> Iterator[Any]:
+        request = message[0] if isinstance(message[0], str) else "open"
+        asked[request] += 1
+        due = (request, asked[request]) == (kill.request, kill.asked)
+        if due and kill.after == "nothing":
+            engine._child.process.kill()
+        for part in ask(engine, *message):
+            if due and kill.after == "part":
+                engine._child.process.kill()
+            yield part
+        if due and kill.after == "answer":
+            engine._child.process.kill()
+
+    monkeypatch.setattr(VllmEngine, "_ask", deadly)
+
+
+def train(folder: Path, *argv: str) -> int:
+    with contextlib.chdir(folder):
+        return main(["train", *argv])
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Path:
+    """A run that each test continues where the one before it has left it."""
+    return folder / "killed"
+
+
+def test_killed_while_it_opens_it_leaves_no_run(
+    killed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kill_vllm(monkeypatch, Kill("open", 1, "nothing", steps=0))
+    assert train(killed.parent, "recipe.toml", "--out", "killed") == 2
+    assert capsys.readouterr().err == (
+        f'forkrl: rollout.engine = "vllm" cannot run Qwen3ForCausalLM: {KILLED}; lower rollout.kv_cache_gib, or '
+        f'set rollout.engine = "torch"\n'
+    )
+    assert not killed.exists()
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_the_finished_steps_are_saved(
+    moment: str, killed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kill = KILLS[moment]
+    kill_vllm(monkeypatch, kill)
+    assert (
+        train(killed.parent, *(["--resume", "killed"] if killed.exists() else ["recipe.toml", "--out", "killed"])) == 1
+    )
+    assert capsys.readouterr().err == (
+        f"forkrl: training stopped at step {kill.steps + 1}: {KILLED}; continue with: forkrl train --resume killed\n"
+    )
+    assert len(steps_of(killed)) == kill.steps
+    assert (killed / f"checkpoints/step-{kill.steps}").is_dir()
+
+
+def test_after_all_that_it_equals_an_uninterrupted_run(folder: Path, whole: Path, killed: Path) -> None:
+    done = len(steps_of(killed))
+    stopped = Started(folder, "--resume", "killed")
+    vllm = stopped.vllm()
+    assert wait_until(lambda: len(steps_of(killed)) > done, LIMIT_S)
+    stopped.process.send_signal(signal.SIGINT)
+    code, _, err = stopped.wait()
     assert not is_running(vllm)
     assert code == 130 and err.endswith("continue with: forkrl train --resume killed\n"), err
 
@@ -151,4 +224,4 @@ def test_a_killed_engine_ends_the_run_in_one_line_and_nothing_is_lost(folder: Pa
     code, _, err = last.wait()
     assert code == 0, err
     assert not is_running(vllm)
-    assert bits(run) == bits(whole)
+    assert bits(killed) == bits(whole)

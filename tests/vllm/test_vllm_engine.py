@@ -15,13 +15,15 @@ from scipy import stats
 from forkrl.config import ModelConfig
 from forkrl.config.train import RolloutConfig
 from forkrl.errors import EngineLost, UserError
+from forkrl.evaluation.samplers import EvalSampling, SampleRequest, VllmSampler
 from forkrl.method.batches import collate
 from forkrl.model.forward import compute_token_stats
-from forkrl.model.policy import open_policy
+from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers
 from forkrl.rollout import vllm_engine
 from forkrl.rollout.embedded import Prefix
-from forkrl.rollout.fork_temperature import ForkTemperature
+from forkrl.rollout.fork_temperature import ForkTemperature, entropy_of
+from forkrl.rollout.held_out import evaluation_generator
 from forkrl.rollout.logprob_gap import gap_of_rollouts
 from forkrl.rollout.vllm_engine import VllmEngine
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
@@ -74,7 +76,14 @@ def ids(groups: list[RolloutGroup]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 0.6, "top_p": 0.8, "top_k": 5}, {"temperature": 1.7}, {"temperature": 0.0}]
+    "sampling",
+    [
+        {},
+        {"temperature": 0.6, "top_p": 0.8, "top_k": 5},
+        {"temperature": 1.7},
+        {"temperature": 0.0},
+        {"fork_temperature": ForkTemperature(1.5, 0.5, 0.3), "top_p": 0.9},
+    ],
 )
 def test_logprobs_and_entropies_are_those_of_one_pass_over_the_sequence(
     engine: VllmEngine, sampling: dict[str, Any]
@@ -89,19 +98,43 @@ def test_logprobs_and_entropies_are_those_of_one_pass_over_the_sequence(
     torch.testing.assert_close(batch.rollout_entropy[mask_BT], exact.entropy[mask_BT], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_first_tokens_follow_the_softmax(engine: VllmEngine, temperature: float) -> None:
-    group_size, policy = 1000, engine.policy
-    groups = sample(engine, group_size=group_size, max_response_tokens=1, temperature=temperature)
-    for group in groups[:3]:
-        prompt = torch.tensor([engine.prefix(group.prompt).ids])
-        with torch.no_grad():
-            probs_V = (policy.logits(policy.hidden_states(prompt)[0, -1:])[0].double() / temperature).softmax(-1)
+def logits_after(engine: VllmEngine, ids: tuple[int, ...], first: int) -> torch.Tensor:
+    """Logits ``[T, V]`` of what follows ids ``first``, ``first`` + 1, … to the last."""
+    policy = engine.policy
+    with torch.no_grad():
+        return policy.logits(policy.hidden_states(torch.tensor([ids]))[0, first:])
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 2.0), (2.0, 0.5), (0.4, 1.0)])
+def test_first_tokens_follow_the_softmax(engine: VllmEngine, temperatures: tuple[float, float]) -> None:
+    group_size, (high, low) = 1000, temperatures
+    logits_PV = torch.cat([logits_after(engine, engine.prefix(prompt).ids, -1) for prompt in PROMPTS])
+    entropy_P = entropy_of(logits_PV)
+    threshold = float(entropy_P[:3].min() + entropy_P[:3].max()) / 2
+    rule = ForkTemperature(high, low, threshold)
+    how: dict[str, Any] = {"temperature": high} if high == low else {"fork_temperature": rule}
+    groups = sample(engine, group_size=group_size, max_response_tokens=1, **how)
+    probs_PV = rule(None, logits_PV.double()).softmax(-1)
+    for group, probs_V in zip(groups[:3], probs_PV, strict=False):
         counts_V = torch.bincount(torch.tensor([rollout.response_ids[0] for rollout in group.rollouts]), minlength=26)
         often_V = probs_V * group_size >= 5
         expected = [*(probs_V[often_V] * group_size).tolist(), float(probs_V[~often_V].sum() * group_size) + 1e-9]
         observed = [*counts_V[often_V].tolist(), int(counts_V[~often_V].sum())]
         assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("high", "low"), [(1.0, 0.0), (0.0, 1.0)])
+def test_greedy_at_forks_or_elsewhere(engine: VllmEngine, high: float, low: float) -> None:
+    threshold = 0.3
+    rollouts = flat(sample(engine, fork_temperature=ForkTemperature(high, low, threshold)))
+    likeliest, greedy = [], []
+    for rollout in rollouts:
+        logits_TV = logits_after(engine, rollout.prompt_ids + rollout.response_ids[:-1], len(rollout.prompt_ids) - 1)
+        likeliest.append(logits_TV.argmax(-1) == torch.tensor(rollout.response_ids))
+        greedy.append((rollout.entropy > threshold) == (high == 0))
+    likeliest_N, greedy_N = torch.cat(likeliest), torch.cat(greedy)
+    assert greedy_N.any() and likeliest_N[greedy_N].all()
+    assert not likeliest_N[~greedy_N].all()
 
 
 def test_the_same_generator_gives_the_same_responses(engine: VllmEngine) -> None:
@@ -204,13 +237,30 @@ def test_a_response_is_continued(engine: VllmEngine) -> None:
     assert rest.response_ids == start.response_ids[7:]
 
 
+def test_an_evaluation_samples_what_a_run_would_also_when_it_resumes(engine: VllmEngine) -> None:
+    sampling = EvalSampling(MAX_TOKENS, temperature=1.0, seed=3, stop=())
+    grid = [SampleRequest(prompt, number) for prompt in PROMPTS for number in range(8)]
+    groups = engine.generate(
+        PROMPTS,
+        group_size=8,
+        sampling=SamplingParams(MAX_TOKENS),
+        generator=evaluation_generator(3, engine.policy.device),
+    )
+    expected = {request.key: rollout for request, rollout in zip(grid, flat(groups), strict=True)}
+    for missing in (grid, grid[5:40:3]):
+        found = list(VllmSampler(engine).sample(missing, sampling, grid))
+        assert {each.request.key for each in found} == {request.key for request in missing}
+        for each in found:
+            rollout = expected[each.request.key]
+            assert (each.text, each.tokens, each.finished) == (rollout.text, len(rollout), rollout.finished)
+            assert each.entropy == pytest.approx(float(rollout.entropy.mean()), abs=1e-4)
+
+
 def test_what_does_not_fit_is_an_error(engine: VllmEngine) -> None:
     with pytest.raises(UserError, match="max_prompt_tokens"):
         engine.check_prompts([Prompt("long", "1 " * 40, "")], MAX_TOKENS)
     with pytest.raises(UserError, match=r"more than the 512 positions"):
         engine.check_prompts(PROMPTS, 512)
-    with pytest.raises(UserError, match='is not possible with rollout.engine = "vllm"'):
-        sample(engine, fork_temperature=ForkTemperature(1.0, 0.5, 0.6))
     with pytest.raises(ValueError, match="the engine was opened for 120"):
         sample(engine, max_response_tokens=200)
     assert len(flat(sample(engine, group_size=1))) == 8, "an error before sampling must not close it"
@@ -236,9 +286,34 @@ def test_weights_of_several_workers_little_memory_and_a_process_that_hangs(
     assert capfd.readouterr() == ("", ""), "vLLM's own messages are for nobody"
 
 
-def test_a_model_that_vllm_does_not_know_is_refused() -> None:
-    changes = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-    cannot = r'^rollout.engine = "vllm" cannot run GPTNeoForCausalLM: .*; change that, or set rollout.engine = "torch"$'
-    with Workers(family_policy("gpt_neo", changes)) as workers, pytest.raises(UserError, match=cannot) as refused:
+def old_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_PROGRAM", f"import vllm\nvllm.__version__ = '0.31.2'\n{vllm_engine._PROGRAM}")
+
+
+def huge_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_kv_cache_bytes", lambda policy, limits: 2**50)
+
+
+def unknown_model(monkeypatch: pytest.MonkeyPatch) -> Policy:
+    return family_policy("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]})
+
+
+@pytest.mark.parametrize(
+    ("cause", "says", "remedy"),
+    [
+        (old_version, "vLLM 0.32 or newer is needed, this is 0.31.2", "change that"),
+        (huge_cache, "Available memory on node 0", "lower rollout.kv_cache_gib"),
+        (unknown_model, "GPTNeoForCausalLM", "change that"),
+    ],
+    ids=["old version", "more memory than there is", "unknown model"],
+)
+def test_what_vllm_cannot_open_is_refused_in_one_line(
+    cause: Callable[[pytest.MonkeyPatch], Policy | None], says: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = cause(monkeypatch) or open_policy(ModelConfig(), "cpu")
+    with Workers(policy) as workers, pytest.raises(UserError) as refused:
         opened(workers)
-    assert "\n" not in str(refused.value)
+    message = str(refused.value)
+    assert message.startswith(f'rollout.engine = "vllm" cannot run {type(policy.model).__name__}: ')
+    assert says in message and "\n" not in message
+    assert message.endswith(f'; {remedy}, or set rollout.engine = "torch"')

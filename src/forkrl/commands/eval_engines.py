@@ -6,19 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from transformers import AutoTokenizer
-
 from forkrl.commands.options import EvalOptions
 from forkrl.commands.session import checked_config, graphs_fact, open_model
 from forkrl.commands.subject import Subject
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.evaluation.samplers import EmbeddedSampler, Sampler
-from forkrl.model.locations import model_location
-from forkrl.model.stop_tokens import load_generation_config, stop_token_ids
-from forkrl.model.support import require_no_adapter
-from forkrl.rollout import open_torch_engine
+from forkrl.evaluation.samplers import EmbeddedSampler, Sampler, VllmSampler
+from forkrl.rollout.vllm_engine import VllmEngine
 from forkrl.types import Prompt
 
 
@@ -31,29 +26,13 @@ def open_sampler(subject: Subject, options: EvalOptions, prompt_format: Literal[
 
         concurrency = options.concurrency or CONCURRENCY
         yield ServerSampler(options.server, subject.name, prompt_format=prompt_format, concurrency=concurrency)
-    elif options.engine == "vllm":
-        yield _open_vllm(subject)
     else:
-        with open_model(subject) as workers:
-            yield EmbeddedSampler(open_torch_engine(workers, subject.config))
-
-
-def _open_vllm(subject: Subject) -> Sampler:
-    from forkrl.evaluation.vllm import VllmSampler
-
-    model = subject.config.model
-    path = model_location(model.path)
-    require_no_adapter(path, model.revision, model.path)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision)
-    generation = load_generation_config(path, model.revision)
-    stop = stop_token_ids(tokenizer, generation, subject.config.rollout.stop)
-    sampler = VllmSampler(path, revision=model.revision, seed=subject.config.seed, stop_token_ids=stop)
-    sampler.tokenizer = tokenizer
-    return sampler
+        with open_model(subject.config) as engine:
+            yield VllmSampler(engine) if isinstance(engine, VllmEngine) else EmbeddedSampler(engine)
 
 
 def settings_for(subject: Subject, sampler: Sampler, prompts: Sequence[Prompt]) -> TrainConfig:
-    """The settings for these prompts, after checking that each fits; vLLM and servers check this themselves."""
+    """The settings for these prompts, after checking that each fits; a server checks this itself."""
     return checked_config(subject, sampler.engine, prompts) if isinstance(sampler, EmbeddedSampler) else subject.config
 
 
@@ -62,7 +41,7 @@ def identity(subject: Subject, options: EvalOptions) -> dict[str, Any]:
     model = subject.config.model
     return {
         "model": subject.name,
-        "engine": options.engine_name,
+        "engine": "server" if options.server is not None else subject.config.rollout.engine,
         "checkpoint": subject.checkpoint,
         "model.revision": model.revision,
         "weights": weights_fingerprint(model.path) if options.server is None else "",
@@ -74,6 +53,8 @@ def engine_facts(subject: Subject, sampler: Sampler) -> dict[str, Any]:
     if not isinstance(sampler, EmbeddedSampler):
         return {}
     workers = sampler.engine.workers
+    if isinstance(sampler, VllmSampler):
+        return {"model.precision": subject.config.model.precision, "device": workers.policy.device.type}
     return {
         "model.precision": subject.config.model.precision,
         "rollout.max_sequences": subject.config.rollout.max_sequences,

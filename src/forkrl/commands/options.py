@@ -279,6 +279,10 @@ class TaskOptions(Options):
         None, "sampling temperature, also of entropies; 0 is greedy (default: eval.temperature)", "T", SAMPLING,
         low=0, setting="eval.temperature",
     )  # fmt: skip
+    engine: Literal["torch", "vllm"] | None = option(
+        None, "sample with PyTorch or with vLLM (default: rollout.engine of the run or recipe, else torch)", None,
+        SAMPLING, setting="rollout.engine",
+    )  # fmt: skip
     out: Path | None = option(None, "folder of the results", "DIR", OUTPUT)
 
     @property
@@ -329,6 +333,7 @@ class EvalOptions(SampleOptions, ModelOptions):
       forkrl eval Qwen/Qwen3-8B-Base --bench aime24 math500     as in the paper: 16 responses each, temperature 1
       forkrl eval runs/first --bench aime24 --mirror mirrors    a run's newest checkpoint, data sets from local copies
       forkrl eval Qwen/Qwen3-8B --bench gsm8k --prompt chat --server http://localhost:8000/v1
+      forkrl eval Qwen/Qwen3-8B --bench math500 --engine vllm model.precision=bf16
       forkrl eval runs/first --samples 16                       without --bench: the run's own held-out problems
       forkrl eval runs/first@step-8                             the same, at a step that was kept; or runs/first@base
       forkrl eval my-model --recipe recipes/countdown.toml      ... or those of a recipe
@@ -346,7 +351,6 @@ class EvalOptions(SampleOptions, ModelOptions):
     prompt: Literal["plain", "chat"] | None = option(
         None, "prompt of benchmarks: the paper's for base models, or the chat template", None, PROMPTS
     )
-    engine: Literal["torch", "vllm"] = option("torch", "inference backend", None, SAMPLING)
     server: str | None = option(
         None, "sample from an OpenAI-compatible server, such as http://host:8000/v1", "URL", SAMPLING
     )
@@ -365,18 +369,12 @@ class EvalOptions(SampleOptions, ModelOptions):
             raise UserError(f"{flag}: is for --bench; a task has settings of its own (task.chat_template, task.data)")
         if self.concurrency is not None and self.server is None:
             raise UserError(f"--concurrency {self.concurrency}: is for --server")
-
-    @property
-    def engine_name(self) -> str:
-        """The inference backend: torch, vllm or server."""
-        return "server" if self.server is not None else self.engine
+        if self.engine is not None and self.server is not None:
+            raise UserError(f"--engine {self.engine}: has no effect {_AT_A_SERVER}; drop it")
 
     @property
     def unused_settings(self) -> Mapping[str, str]:
-        reasons = {"vllm": "on vLLM, which decides that itself", "server": "on a model that a server holds"}
-        unused = dict.fromkeys(_OWN_ENGINE, reasons[self.engine_name]) if self.engine_name in reasons else {}
-        if self.server is not None:
-            unused["model.revision"] = reasons["server"]
+        unused = {} if self.server is None else dict.fromkeys(_OWN_ENGINE, _AT_A_SERVER)
         if self.bench:
             unused["task."] = "along with --bench, which brings questions of its own"
         return unused
@@ -388,8 +386,10 @@ class EvalOptions(SampleOptions, ModelOptions):
         return ("sandbox",) if runs_programs(self.bench) else ()
 
 
+_AT_A_SERVER = "on a model that a server holds"
 _OWN_ENGINE = (
-    "model.precision", "rollout.max_prompt_tokens", "rollout.max_sequences", "rollout.cuda_graphs", "runtime."
+    "model.revision", "model.precision", "rollout.engine", "rollout.max_prompt_tokens", "rollout.max_sequences",
+    "rollout.cuda_graphs", "rollout.kv_cache_gib", "runtime.",
 )  # fmt: skip
 
 

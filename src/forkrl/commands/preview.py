@@ -14,7 +14,7 @@ from forkrl.errors import UserError
 from forkrl.model.locations import model_location
 from forkrl.store.atomic import finite
 
-SAMPLING = {"temperature", "top_p", "top_k", "max_response_tokens"}
+SAMPLING = {"engine", "temperature", "top_p", "top_k", "max_response_tokens"}
 
 
 def run_preview(options: PreviewOptions) -> int:

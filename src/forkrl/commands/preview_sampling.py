@@ -12,18 +12,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.commands.preview_checks import Record, parts_of, place_of
-from forkrl.commands.session import part_seed
+from forkrl.commands.session import open_model, part_seed
 from forkrl.commands.work_folder import open_work_folder, say_kept, stored_settings, weights_fingerprint
 from forkrl.config import TrainConfig
 from forkrl.method.advantages import informative_groups
-from forkrl.model.policy import open_policy
 from forkrl.model.prompt_tokens import prompt_token_ids
 from forkrl.model.token_texts import TokenTexts
-from forkrl.parallel.workers import open_workers
 from forkrl.report.progress import progress
 from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
-from forkrl.rollout import EmbeddedEngine, open_torch_engine, training_sampling
+from forkrl.rollout import EmbeddedEngine, training_sampling
 from forkrl.rollout.held_out import sample_and_score
 from forkrl.store.atomic import write_json, write_text
 from forkrl.tasks.checks import bin_pass_rates, gold_of
@@ -59,9 +57,7 @@ class Sampler(NamedTuple):
 @contextmanager
 def open_sampler(config: TrainConfig, task: Task) -> Iterator[Sampler]:
     with ExitStack() as stack:
-        policy = open_policy(config.model, config.runtime.device)
-        workers = stack.enter_context(open_workers(policy, None, config.runtime))
-        engine = open_torch_engine(workers, config)
+        engine = stack.enter_context(open_model(config))
         engine.check_prompts(task.train, config.rollout.max_response_tokens)
         verifiers = with_sandbox(task.verifiers, config.sandbox)
         yield Sampler(config, task, engine, stack.enter_context(open_verifier(verifiers, config.reward)))
@@ -191,6 +187,7 @@ def _settings(sampler: Sampler) -> Record:
         "revision": config.model.revision,
         "fingerprint": weights_fingerprint(config.model.path),
         "precision": config.model.precision,
+        "engine": config.rollout.engine,
         "task": task.name,
         "data": task.fingerprint,
         "verifiers": {

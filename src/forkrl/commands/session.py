@@ -11,13 +11,14 @@ from typing import Any
 
 from forkrl.commands.subject import Subject
 from forkrl.config import TrainConfig
+from forkrl.errors import notice
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers, open_workers
 from forkrl.rewards import open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.pool import VerifierPool
-from forkrl.rollout import open_torch_engine
-from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.rollout import EmbeddedEngine, open_engine
+from forkrl.rollout.vllm_engine import VllmEngine, require_vllm
 from forkrl.tasks import open_evaluation_task, open_task
 from forkrl.types import Prompt, Task
 
@@ -43,26 +44,31 @@ class Session:
 
 
 @contextmanager
-def open_model(subject: Subject) -> Iterator[Workers]:
-    policy = open_policy(subject.config.model, subject.config.runtime.device)
-    with open_workers(policy, None, subject.config.runtime) as workers:
-        yield workers
+def open_model(config: TrainConfig) -> Iterator[EmbeddedEngine]:
+    """The model with its engine, which is named unless it is PyTorch."""
+    if config.rollout.engine == "vllm":  # before loading a model of many gigabytes
+        require_vllm()
+    policy = open_policy(config.model, config.runtime.device)
+    with open_workers(policy, None, config.runtime) as workers:
+        engine = open_engine(workers, config)
+        if isinstance(engine, VllmEngine):
+            notice(f"sampling with vLLM {engine.version}")
+        yield engine
 
 
 @contextmanager
 def open_session(subject: Subject) -> Iterator[Session]:
     """Load the model, load and check the prompts, and start workers and verifiers."""
     with ExitStack() as stack:
-        workers = stack.enter_context(open_model(subject))
+        engine = stack.enter_context(open_model(subject.config))
         open_it = open_evaluation_task if subject.whole else open_task
         max_tokens = subject.config.rollout.max_prompt_tokens
-        task = open_it(subject.config.task, workers.policy.tokenizer, max_prompt_tokens=max_tokens)
+        task = open_it(subject.config.task, engine.policy.tokenizer, max_prompt_tokens=max_tokens)
         prompts = task.held_out[: subject.limit]
-        engine = open_torch_engine(workers, subject.config)
         config = checked_config(subject, engine, prompts)
         verifiers = with_sandbox(task.verifiers, config.sandbox)
         verifier = stack.enter_context(open_verifier(verifiers, config.reward)) if verifiers else None
-        yield Session(config, workers, engine, task, prompts, verifier)
+        yield Session(config, engine.workers, engine, task, prompts, verifier)
 
 
 def session_settings(session: Session) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def session_settings(session: Session) -> dict[str, Any]:
     config = session.config
     formats = {source: spec.answer_format for source, spec in session.task.verifiers.items() if spec.answer_format}
     return {
+        "engine": config.rollout.engine,
         "task": session.task.name,
         "data": session.task.fingerprint,
         "verifier": {source: spec.path for source, spec in session.task.verifiers.items()},

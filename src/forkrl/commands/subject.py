@@ -17,14 +17,17 @@ from forkrl.store.resuming import stored_config
 # Recipe settings that these commands read; overriding anything else would silently do nothing.
 _SETTINGS = {
     "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
-    "rollout.stop", "rollout.max_sequences", "rollout.cuda_graphs", "reward.workers", "reward.timeout_s",
-    "reward.memory_mb", "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.workers",
-    "runtime.threads",
+    "rollout.stop", "rollout.engine", "rollout.max_sequences", "rollout.cuda_graphs", "rollout.kv_cache_gib",
+    "reward.workers", "reward.timeout_s", "reward.memory_mb", "eval.problems", "eval.samples", "eval.temperature",
+    "runtime.device", "runtime.workers", "runtime.threads",
 }  # fmt: skip
 _PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
 ALLOW_UNKNOWN = "task.allow_unknown_tokens"
-# Training limits that the response length of these commands need not satisfy.
-_UNBOUNDED = ("reward.overlong_cache=0", f"training.micro_batch_tokens={2**62}")
+# Training limits that the response length of these commands need not satisfy, and adapters: they open merged models.
+_UNTRAINED = (
+    "reward.overlong_cache=0", f"training.micro_batch_tokens={2**62}",
+    "lora.rank=", "lora.alpha=", "lora.targets=", "checkpoint.merged=",
+)  # fmt: skip
 
 
 class Subject(NamedTuple):
@@ -72,7 +75,9 @@ def read_settings(options: ModelOptions | DriftOptions) -> Settings:
             raise UserError(f"{override}: {reason}")
     chosen = _chosen(options)
     replaced = [f"{key}={value}" for key, (_, value) in chosen.items()]
-    config = load_recipe(TrainConfig, options.recipe, [*overrides, *replaced, *_UNBOUNDED], base=stored)
+    if options.engine == "torch" and "rollout.kv_cache_gib" not in given:  # a run with vLLM may have set it
+        replaced.append("rollout.kv_cache_gib=")
+    config = load_recipe(TrainConfig, options.recipe, [*overrides, *replaced, *_UNTRAINED], base=stored)
     whole = run is None or not _PROMPT_SOURCES.isdisjoint(given)
     for key, override in given.items():
         if key in chosen:

@@ -57,7 +57,7 @@ GROUP_TOKENS = 1 << 16
 def open_response_subject(options: AnalyzeOptions | DriftOptions) -> Subject:
     """The model and its settings; rejects options without effect."""
     if options.responses is not None:
-        given = [f"--{name}" for name in ("problems", "samples") if getattr(options, name) is not None]
+        given = [f"--{name}" for name in ("problems", "samples", "engine") if getattr(options, name) is not None]
         unread = ("task.", "rollout.", "reward.", "eval.problems", "eval.samples", "seed")
         given += [
             override

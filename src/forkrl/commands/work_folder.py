@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forkrl.report.page import Page
 
 SETTINGS = "settings.json"
+_ENGINE = {"engine": "torch"}  # not in folders from before there was another
 # Weights, architecture, and every possible tokenizer file.
 _MODEL_FILES = (
     "*.safetensors", "config.json", "*token*.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken",
@@ -155,7 +156,8 @@ def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
     stored = stored_settings(path)
     if not stored:
         return
-    asked = json.loads(json.dumps(settings))
+    asked = _ENGINE | json.loads(json.dumps(settings))
+    stored = _ENGINE | stored
     if changed := sorted(key for key in stored.keys() | asked.keys() if stored.get(key) != asked.get(key)):
         key = changed[0]
         raise UserError(

@@ -1,4 +1,4 @@
-"""The engine interface of an evaluation, and its embedded engine. Others: ``server`` and ``vllm``."""
+"""The engine interface of an evaluation, and the engines of this machine. Another: ``server``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # torch, not needed with a server
     from transformers import PreTrainedTokenizerBase
 
     from forkrl.rollout.embedded import EmbeddedEngine
+    from forkrl.rollout.vllm_engine import VllmEngine
+    from forkrl.types import Rollout
 
 Key = tuple[str, int]
 """Question id, and index of the response from 0."""
@@ -102,12 +104,7 @@ class EmbeddedSampler(Sampler):
         from forkrl.rollout.held_out import evaluation_generator
 
         engine, grid, wanted = self.engine, grid or requests, {request.key for request in requests}
-        generator = evaluation_generator(sampling.seed, engine.policy.device)
-        params = SamplingParams(
-            max_response_tokens=sampling.max_response_tokens,
-            temperature=sampling.temperature,
-            stop_token_ids=engine.policy.stop_token_ids(sampling.stop),
-        )
+        generator, params = evaluation_generator(sampling.seed, engine.policy.device), self._params(sampling)
         for wave, decoded in self._waves(requests, grid):
             if not decoded:
                 engine.pass_over(len(wave), generator)
@@ -115,13 +112,19 @@ class EmbeddedSampler(Sampler):
             prefixes = [engine.prefix(request.prompt) for request in wave]
             for place, _, rollout in engine.stream(prefixes, count=1, sampling=params, generator=generator):
                 if wave[place].key in wanted:
-                    entropy = float(rollout.entropy.mean())
-                    yield Sampled(wave[place], rollout.text, len(rollout), rollout.finished, entropy)
+                    yield _sampled(wave[place], rollout)
 
     def shown(self, requests: Sequence[SampleRequest], grid: Sequence[SampleRequest]) -> dict[str, Any]:
         total = sum(len(wave) for wave, decoded in self._waves(requests, grid) if decoded)
         time = SamplingTime(self.engine.workers, total, self.engine.wave_sequences)
         return {"total": total, "finished": time.finished, "seconds_left": time}
+
+    def _params(self, sampling: EvalSampling) -> SamplingParams:
+        return SamplingParams(
+            max_response_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            stop_token_ids=self.engine.policy.stop_token_ids(sampling.stop),
+        )
 
     def _waves(
         self, requests: Sequence[SampleRequest], grid: Sequence[SampleRequest]
@@ -131,3 +134,31 @@ class EmbeddedSampler(Sampler):
         for start in range(0, len(grid), size):
             wave = grid[start : start + size]
             yield wave, not wanted.isdisjoint(request.key for request in wave)
+
+
+class VllmSampler(EmbeddedSampler):
+    """vLLM. Every response has its own seed, so the missing ones are sampled in one batch, without waves."""
+
+    name = "vllm"
+    engine: VllmEngine
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: EvalSampling, grid: Sequence[SampleRequest] = ()
+    ) -> Iterator[Sampled]:
+        """The seeds are those that a run's evaluation gives to the same responses."""
+        from forkrl.rollout.held_out import evaluation_generator
+
+        engine, grid = self.engine, grid or requests
+        drawn = engine.draw_seeds(len(grid), evaluation_generator(sampling.seed, engine.policy.device))
+        seeds = dict(zip((request.key for request in grid), drawn, strict=True))
+        prefixes = [engine.prefix(request.prompt) for request in requests]
+        of_requests = [seeds[request.key] for request in requests]
+        for place, rollout in engine.stream_seeded(prefixes, of_requests, self._params(sampling)):
+            yield _sampled(requests[place], rollout)
+
+    def shown(self, requests: Sequence[SampleRequest], grid: Sequence[SampleRequest]) -> dict[str, Any]:
+        return Sampler.shown(self, requests, grid)
+
+
+def _sampled(request: SampleRequest, rollout: Rollout) -> Sampled:
+    return Sampled(request, rollout.text, len(rollout), rollout.finished, float(rollout.entropy.mean()))

@@ -107,7 +107,8 @@ def prompts_report(record: Record, *, token_ids: bool) -> Text:
     text = Text(end="")
     if sampling := record.get("sampling"):
         limit = sampling["max_response_tokens"]
-        how = f"temperature {sampling['temperature']:g}, at most {limit:,} tokens"
+        how = "with vLLM, " if sampling["engine"] == "vllm" else ""
+        how += f"temperature {sampling['temperature']:g}, at most {limit:,} tokens"
         text.append(f"\nResponses are sampled as in training: {how}.\n")
     for number, prompt in enumerate(prompts, start=1):
         length = len(prompt["token_ids"])

@@ -1,6 +1,6 @@
 """Engines that turn prompts into rollouts (``forkrl.types.RolloutEngine``)."""
 
 from forkrl.rollout.embedded import EmbeddedEngine
-from forkrl.rollout.opening import open_engine, open_torch_engine, training_sampling
+from forkrl.rollout.opening import open_engine, training_sampling
 
-__all__ = ["EmbeddedEngine", "open_engine", "open_torch_engine", "training_sampling"]
+__all__ = ["EmbeddedEngine", "open_engine", "training_sampling"]

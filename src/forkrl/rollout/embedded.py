@@ -118,7 +118,7 @@ class EmbeddedEngine:
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
         """Advance ``generator`` past a wave of ``num_sequences`` without decoding it."""
         size = -(-num_sequences // self.workers.count)
-        self._draw_seeds(-(-num_sequences // size), generator)
+        self.draw_seeds(-(-num_sequences // size), generator)
 
     def check_prompts(self, prompts: Sequence[Prompt], response_tokens: int) -> None:
         """Raise UserError before a run starts if prompt plus ``response_tokens`` exceeds the model's positions."""
@@ -135,7 +135,7 @@ class EmbeddedEngine:
         for number, prefixes_S in enumerate(waves):
             size = -(-len(prefixes_S) // self.workers.count)
             parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
-            seeded = list(zip(parts, self._draw_seeds(len(parts), generator), strict=True))
+            seeded = list(zip(parts, self.draw_seeds(len(parts), generator), strict=True))
             if self.workers.count == 1:
                 decoded = _decode_part(self.workers.local, seeded[0], sampling)
             else:
@@ -144,7 +144,7 @@ class EmbeddedEngine:
             for place, rollout in decoded:
                 yield number, place, rollout
 
-    def _draw_seeds(self, count: int, generator: torch.Generator) -> list[int]:
+    def draw_seeds(self, count: int, generator: torch.Generator) -> list[int]:
         seeds: list[int] = torch.randint(2**62, (count,), device=generator.device, generator=generator).tolist()
         return seeds
 

@@ -42,7 +42,7 @@ class GraphedEngine(EmbeddedEngine):
         with torch.no_grad():
             step = GraphedStep(self.policy, max(map(len, waves)), capacity)
         for number, prefixes_S in enumerate(waves):
-            (seed,) = self._draw_seeds(1, generator)
+            (seed,) = self.draw_seeds(1, generator)
             own = torch.Generator(self.policy.device).manual_seed(seed)
             for place, rollout in decode_in_strides(self.policy, step, prefixes_S, sampling, own):
                 self.workers.local.add_counts(finished=1)

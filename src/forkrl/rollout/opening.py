@@ -27,14 +27,9 @@ _REMEDY = (
 
 
 def open_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
-    """The recipe's engine; raises UserError if it cannot sample from the model."""
+    """The engine of ``rollout.engine``; raises UserError if it cannot sample from the model."""
     if config.rollout.engine == "vllm":
         return VllmEngine(workers, config.rollout)
-    return open_torch_engine(workers, config)
-
-
-def open_torch_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
-    """The embedded engine, with or without CUDA graphs; the one of all commands but ``forkrl train``."""
     require_cached_decoding(workers.policy)
     if config.rollout.cuda_graphs:
         require_graphs(workers.policy)

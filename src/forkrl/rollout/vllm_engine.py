@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,9 +93,8 @@ class VllmEngine(EmbeddedEngine):
             self._require_same_model()
         except EngineLost as error:
             name = type(self.policy.model).__name__
-            raise UserError(
-                f'rollout.engine = "vllm" cannot run {name}: {error}; change that, or {_OTHERWISE}'
-            ) from error
+            remedy = "lower rollout.kv_cache_gib" if "memory" in str(error) else "change that"
+            raise UserError(f'rollout.engine = "vllm" cannot run {name}: {error}; {remedy}, or {_OTHERWISE}') from error
 
     @property
     def wave_sequences(self) -> int:
@@ -104,8 +104,15 @@ class VllmEngine(EmbeddedEngine):
         self, prefixes: Sequence[Prefix], *, count: int, sampling: SamplingParams, generator: torch.Generator
     ) -> Iterator[Ended]:
         """As ``EmbeddedEngine.stream``, without waves."""
-        if sampling.fork_temperature is not None:
-            raise UserError(f'{sampling.fork_temperature} is not possible with rollout.engine = "vllm"; {_OTHERWISE}')
+        owners = [(prefix, number) for prefix in range(len(prefixes)) for number in range(count)]
+        repeated, seeds = [prefixes[prefix] for prefix, _ in owners], self.draw_seeds(len(owners), generator)
+        for place, rollout in self.stream_seeded(repeated, seeds, sampling):
+            yield Ended(*owners[place], rollout)
+
+    def stream_seeded(
+        self, prefixes: Sequence[Prefix], seeds: Sequence[int], sampling: SamplingParams
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Sample one continuation of each prefix with its own seed; yield each, with its index, when it ends."""
         limit = sampling.max_response_tokens
         longest = max((len(prefix.prompt_ids) for prefix in prefixes), default=0)
         require_positions(self.policy.model.config, longest, limit)
@@ -115,10 +122,8 @@ class VllmEngine(EmbeddedEngine):
             )
         if any(len(prefix.response_ids) >= limit for prefix in prefixes):
             raise ValueError(f"a prefix holds a response of {limit} tokens or more, the limit: nothing can follow it")
-        owners = [(prefix, number) for prefix in range(len(prefixes)) for number in range(count)]
         requests = [
-            (prefixes[prefix].ids, limit - len(prefixes[prefix].response_ids), seed)
-            for (prefix, _), seed in zip(owners, self._draw_seeds(len(owners), generator), strict=True)
+            (prefix.ids, limit - len(prefix.response_ids), seed) for prefix, seed in zip(prefixes, seeds, strict=True)
         ]
         settings = {
             "temperature": sampling.temperature,
@@ -127,14 +132,13 @@ class VllmEngine(EmbeddedEngine):
             "stop_token_ids": list(stop_tokens(self.policy, sampling)),
         }
         self._sync()
-        for finished in self._ask("generate", (settings, requests)):
+        for finished in self._ask("generate", settings, sampling.fork_temperature, requests):
             for each in finished:
-                prefix, number = owners[each.request]
                 self.workers.local.add_counts(finished=1, tokens=len(each.token_ids))
-                yield Ended(prefix, number, self._rollout(prefixes[prefix].ids, each))
+                yield each.request, self._rollout(prefixes[each.request].ids, each)
 
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
-        self._draw_seeds(num_sequences, generator)
+        self.draw_seeds(num_sequences, generator)
 
     def close(self) -> None:
         """End the process."""
@@ -226,7 +230,7 @@ def _options(policy: Policy, limits: RolloutConfig) -> dict[str, Any]:
 
 
 def _kv_cache_bytes(policy: Policy, limits: RolloutConfig) -> int:
-    """What ``max_sequences`` of full length need, at most ``kv_cache_gib``."""
+    """What ``max_sequences`` of full length need, at most ``kv_cache_gib``; raises UserError if that holds not one."""
     config = policy.text_config
     try:
         heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -235,8 +239,14 @@ def _kv_cache_bytes(policy: Policy, limits: RolloutConfig) -> int:
         name = type(policy.model).__name__
         raise UserError(f'rollout.engine = "vllm" cannot run {name}: {first_line(error)}; {_OTHERWISE}') from error
     per_token: int = 2 * config.num_hidden_layers * heads * width * {"fp32": 4, "bf16": 2}[policy.precision]
-    blocks = limits.max_sequences * (-(-_max_tokens(policy, limits) // BLOCK) + 1) + 1
-    return min(blocks * BLOCK * per_token, int(limits.kv_cache_gib * 2**30))
+    length, most = _max_tokens(policy, limits), limits.kv_cache_gib * 2**30
+    blocks = -(-length // BLOCK) + 1
+    if most < (least := (blocks + 1) * BLOCK * per_token):
+        raise UserError(
+            f"rollout.kv_cache_gib = {limits.kv_cache_gib:g} does not hold one sequence of {length:,} tokens; raise it "
+            f"to {math.ceil(1000 * least / 2**30) / 1000:g}, or lower rollout.max_response_tokens"
+        )
+    return min((limits.max_sequences * blocks + 1) * BLOCK * per_token, int(most))
 
 
 def _environment(device: torch.device, threads: int) -> dict[str, str]:

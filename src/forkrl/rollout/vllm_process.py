@@ -25,13 +25,20 @@ from forkrl.errors import first_line
 from forkrl.parallel.workers import SharedWeights
 from forkrl.rollout.sampling import LEAST_LOGIT
 from forkrl.rollout.vllm_engine import Finished
+from forkrl.types import TemperatureRule
 
 OLDEST = "0.32"
 _KEY = "forkrl"
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]  # untyped
-    """Records log-normaliser and entropy of every position, over the whole vocabulary at the request's temperature."""
+    """Records log-normaliser and entropy of every position, over the whole vocabulary at the request's temperature.
+
+    ``fork_temperature`` of all requests, if any, is applied here, after recording: it needs the same entropies, and
+    must not change what is recorded.
+    """
+
+    fork_temperature: TemperatureRule | None = None
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, tuple[int, float, Sequence[int]]] = {}
@@ -68,7 +75,7 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]  # untyped
         for (index, _, output_ids), (normaliser, entropy) in zip(states, pairs, strict=True):
             # By position: a sequence that had to wait for memory is computed again.
             self._found.setdefault(index, {})[len(output_ids)] = (normaliser, entropy)
-        return logits
+        return logits if self.fork_temperature is None else self.fork_temperature.rescale(logits, entropy_N)
 
     def take(self, index: int, num_tokens: int) -> Tensor:
         """Log-normalisers and entropies of a finished request, fp64 ``[2, num_tokens]``."""
@@ -116,12 +123,16 @@ class _Engine:
             raise RuntimeError("the prefix cache was not reset")
 
     def generate(
-        self, sampling: Mapping[str, Any], requests: Sequence[tuple[tuple[int, ...], int, int]]
+        self,
+        sampling: Mapping[str, Any],
+        fork_temperature: TemperatureRule | None,
+        requests: Sequence[tuple[tuple[int, ...], int, int]],
     ) -> Iterator[list[Finished]]:
         """Yield the responses that each step finished, mostly none.
 
         A request: the token ids before the response, the most tokens it may have, and its seed.
         """
+        self._recorder.fork_temperature = fork_temperature
         for index, (prompt_ids, max_tokens, seed) in enumerate(requests):
             params = vllm.SamplingParams(
                 max_tokens=max_tokens,
@@ -151,7 +162,7 @@ class _Engine:
 def serve() -> None:
     """Open vLLM and serve requests until the first process ends.
 
-    The first message is (options, weights), the others ("sync",) or ("generate", arguments). Answers are any number of
+    The first message is (options, weights), the others ("sync",) or ("generate", *arguments). Answers are any number of
     ("part", value), then ("done", None); or at any time ("error", one line), after which vLLM is not usable.
     """
     connection = Connection(int(sys.argv[1]))
@@ -166,7 +177,7 @@ def serve() -> None:
                 if what == "sync":
                     engine.sync()
                 else:
-                    for part in engine.generate(*arguments[0]):
+                    for part in engine.generate(*arguments):
                         connection.send(("part", part))
         except (EOFError, ConnectionError):
             raise
