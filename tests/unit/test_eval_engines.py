@@ -53,7 +53,6 @@ def test_the_weights_are_known_where_the_model_is_here(model: str) -> None:
     ("engine", "override", "says"),
     [
         ({"engine": "vllm"}, "runtime.workers=2", "has no effect on vLLM, which decides that itself"),
-        ({"engine": "vllm"}, "rollout.cuda_graphs=true", "has no effect on vLLM, which decides that itself"),
         (
             {"engine": "vllm", "server": "http://there"},
             "model.revision=x",

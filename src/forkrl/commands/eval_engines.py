@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 
 from forkrl.commands.options import EvalOptions
-from forkrl.commands.session import checked_config, graphs_fact, open_model
+from forkrl.commands.session import checked_config, open_model
 from forkrl.commands.subject import Subject
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
@@ -79,5 +79,4 @@ def engine_facts(subject: Subject, sampler: Sampler) -> dict[str, Any]:
         "rollout.max_sequences": subject.config.rollout.max_sequences,
         "runtime.workers": workers.count,
         "device": workers.policy.device.type,
-        **graphs_fact(subject.config),
     }

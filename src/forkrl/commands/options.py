@@ -388,9 +388,7 @@ class EvalOptions(SampleOptions, ModelOptions):
         return ("sandbox",) if runs_programs(self.bench) else ()
 
 
-_OWN_ENGINE = (
-    "model.precision", "rollout.max_prompt_tokens", "rollout.max_sequences", "rollout.cuda_graphs", "runtime."
-)  # fmt: skip
+_OWN_ENGINE = ("model.precision", "rollout.max_prompt_tokens", "rollout.max_sequences", "runtime.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,8 @@ from forkrl.store.resuming import stored_config
 # Recipe settings that these commands read; overriding anything else would silently do nothing.
 _SETTINGS = {
     "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
-    "rollout.stop", "rollout.max_sequences", "rollout.cuda_graphs", "reward.workers", "reward.timeout_s",
-    "reward.memory_mb", "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.workers",
-    "runtime.threads",
+    "rollout.stop", "rollout.max_sequences", "reward.workers", "reward.timeout_s", "reward.memory_mb",
+    "eval.problems", "eval.samples", "eval.temperature", "runtime.device", "runtime.workers", "runtime.threads",
 }  # fmt: skip
 _PROMPT_SOURCES = {"task.name", "task.data", "task.held_out_data", "task.subset", "task.split"}
 ALLOW_UNKNOWN = "task.allow_unknown_tokens"
