@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode [--prompts 32] [--group 8] [--tokens 128] [--rounds 3]
     python -m benchmarks.decode --model FOLDER --precision bf16 --prompts 1 --group 1 --ways forkrl generate
-    python -m benchmarks.decode --model 28x1024 --device cuda --ways forkrl "forkrl, graphed" generate vLLM --tokens 512
+    python -m benchmarks.decode --model 28x1024 --device cuda --ways forkrl generate vLLM --tokens 512
 
 The model is the embedded base model, a folder (both get problems of Countdown as prompts) or, as LAYERSxWIDTH, random
 weights in a Qwen3 shape (which seldom stop, so that every response is of full length). Sampling is from the full
@@ -12,9 +12,8 @@ second; a second of CPU time, for ways of one process on a CPU, depends less on 
 entropies" is ForkRL with log-probs alone, to see what the entropies cost. One thread each; "threads" and "workers" take
 all cores, the latter as processes of one thread.
 
-For a GPU, and asked for by name: "forkrl, graphed" decodes by CUDA graphs (on a CPU the same steps without graphs);
-"vLLM" is given the same shape and prompts, ends where the others do, and reports no log-probs; random weights are drawn
-on another device than those of the other ways.
+For a GPU, and asked for by name: "vLLM" is given the same shape and prompts, ends where the others do, and reports no
+log-probs; random weights are drawn on another device than those of the other ways.
 """
 
 from __future__ import annotations
@@ -47,11 +46,9 @@ WAYS = {
     "forkrl, workers": 0,
     "generate, threads": 0,
     "generate, static cache, threads": 0,
-    "forkrl, graphed": 1,
     "vLLM": 0,
 }
 """Threads of each way; 0 for as many as there are cores."""
-FOR_A_GPU = ("forkrl, graphed", "vLLM")
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=8, help="responses to each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="at most, of a response")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=[way for way in WAYS if way not in FOR_A_GPU])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=[way for way in WAYS if way != "vLLM"])
     parser.add_argument("--repeats", type=int, default=3, help="decodes of a turn that count")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--seed", type=int, default=0)
@@ -150,12 +147,10 @@ def prepare(options: argparse.Namespace) -> Callable[[int], int]:
 def prepare_forkrl(policy: Any, texts_P: list[str], options: argparse.Namespace) -> Callable[[int], int]:
     from forkrl.parallel.workers import Workers
     from forkrl.rollout import EmbeddedEngine
-    from forkrl.rollout.graphed_engine import GraphedEngine
     from forkrl.types import Prompt, SamplingParams
 
     count = available_cores() if options.work == "forkrl, workers" else 1
-    kind = GraphedEngine if options.work == "forkrl, graphed" else EmbeddedEngine
-    engine = kind(Workers(policy, count=count), max_prompt_tokens=1024, max_sequences=4096)
+    engine = EmbeddedEngine(Workers(policy, count=count), max_prompt_tokens=1024, max_sequences=4096)
     prompts = [Prompt(str(place), text, "") for place, text in enumerate(texts_P)]
 
     def decode(seed: int) -> int:
@@ -313,7 +308,7 @@ def random_texts(options: argparse.Namespace) -> list[str]:
 
 
 def show(cases: list[dict[str, Any]], ways: list[str]) -> None:
-    """A line for each way, and how many times faster than it ForkRL with as many cores is, and with graphs."""
+    """A line for each way, and how many times faster than it ForkRL with as many cores is."""
 
     def speed(way: str, per: str = "tokens_per_second") -> float:
         made = [case[per] for case in cases if case["way"] == way and per in case]
@@ -324,10 +319,10 @@ def show(cases: list[dict[str, Any]], ways: list[str]) -> None:
         if failed:
             print(f"{way:32} failed: {failed}")
             continue
-        ours = ["forkrl, workers" if not WAYS[way] and "forkrl, workers" in ways else "forkrl", "forkrl, graphed"]
-        ratios = "".join(f"{speed(each) / speed(way):6.2f} ({each})" for each in ours if each in ways)
+        ours = "forkrl, workers" if not WAYS[way] and "forkrl, workers" in ways else "forkrl"
+        ratio = f"{speed(ours) / speed(way):6.2f} ({ours})" if ours in ways else ""
         cpu = speed(way, "tokens_per_cpu_second")
-        print(f"{way:32} {speed(way):9,.0f} tokens/s {cpu:9,.0f} tokens/CPU s {ratios}")
+        print(f"{way:32} {speed(way):9,.0f} tokens/s {cpu:9,.0f} tokens/CPU s {ratio}")
 
 
 if __name__ == "__main__":

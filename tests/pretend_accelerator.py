@@ -10,7 +10,7 @@ first accelerator, so ``runtime.device = "auto"`` finds it.
 
 What a run on it proves: no tensor is made on the wrong device, and nothing takes the device for the CPU, its memory for
 the host's or CUDA for the only accelerator. What it cannot prove: that a CUDA kernel exists or is right, speed, memory,
-when host and device wait for each other, streams, CUDA graphs, Triton.
+when host and device wait for each other, streams, Triton.
 
 It takes PyTorch's one free device name (PrivateUse1, with its experimental Python backend), for the whole process and
 for good: it must have a process of its own. Falls short of CUDA in this: dropout draws from the CPU's random numbers;

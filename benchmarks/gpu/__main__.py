@@ -3,9 +3,9 @@
     make bench-gpu                                    (the python3 of the machine, nothing installed)
     python -m benchmarks.gpu --device cpu --small     (the same code in a minute on any machine)
 
-Decoding, by CUDA graphs and without, beside ``transformers``' two ways and vLLM, the head, the forks-only backward, and
-whole steps on random weights in the shapes of Qwen3-0.6B, beside TRL's where that is installed, and 8B, beside the
-card's own limits, which are measured first.
+Decoding, beside ``transformers``' two ways and vLLM, the head, the forks-only backward, and whole steps on random
+weights in the shapes of Qwen3-0.6B, beside TRL's where that is installed, and 8B, beside the card's own limits, which
+are measured first.
 Each part is a process of its own with its own share of the time. What a part has written counts even if it fails or
 runs over, which is recorded with its last words; the others go on, and the file is written anew after each.
 """
@@ -46,13 +46,13 @@ class Part(NamedTuple):
 
 FULL = (
     Part("gpu.limits", "", 40),
-    Part("gpu.steps", "--shape 0.6B --response 2048 --graphs", 95),
+    Part("gpu.steps", "--shape 0.6B --response 2048", 80),
     Part("gpu.peer", "--shape 0.6B --response 2048", 80),
     Part("head", "--hidden 1024 4096 --dtypes bfloat16", 100),
     Part(
         "decode",
         "--model 28x1024 --precision bf16 --prompts 16 --tokens 256 --repeats 1 --rounds 1 "
-        "--ways forkrl 'forkrl, graphed' generate 'generate, continuous batching'",
+        "--ways forkrl generate 'generate, continuous batching'",
         110,
     ),
     Part("backward", "--shapes 2048:1024x28 8192:1024x28 16384:1024x28", 80),
@@ -68,13 +68,13 @@ FULL = (
 )
 SMALL = (
     Part("gpu.limits", "--small", 180),
-    Part("gpu.steps", "--shape tiny --response 16 --graphs", 180),
+    Part("gpu.steps", "--shape tiny --response 16", 180),
     Part("gpu.peer", "--shape tiny --response 16", 180),
     Part("head", "--small", 180),
     Part(
         "decode",
         "--model 1x64 --prompts 2 --group 2 --tokens 4 --repeats 1 --rounds 1 "
-        "--ways forkrl 'forkrl, graphed' generate 'generate, continuous batching' vLLM",
+        "--ways forkrl generate 'generate, continuous batching' vLLM",
         240,
     ),
     Part("backward", "--shapes 64:128x2", 180),

@@ -1,6 +1,6 @@
 """Whole RL steps on random weights: rollout and update through ForkRL's own functions, in the shapes of Qwen3.
 
-    python -m benchmarks.gpu.steps --shape 0.6B --response 2048 [--device cuda] [--graphs]
+    python -m benchmarks.gpu.steps --shape 0.6B --response 2048 [--device cuda]
 
 Weights and gradients are fp32 and products bf16, as ForkRL trains. The optimizer is AdamW, but for 8B: there its
 averages would take the memory from 66 to 131 GB before anything is computed, so the step is plain SGD, which takes
@@ -8,9 +8,7 @@ hundredths of a second less of an update of many; and its dense update recompute
 not fit.
 
 Every response has the full length (no token ends one). A rollout is measured in two windows, of the first and of the
-last tokens, and their mean stands for every token: the time of a token grows linearly with what the cache holds. With
---graphs there is another rollout besides, by CUDA graphs, which is decoded whole: the time of capturing them cannot be
-told from two windows. ``way`` says which a rollout was; whole steps are with the first. The
+last tokens, and their mean stands for every token: the time of a token grows linearly with what the cache holds. The
 update is of one batch, in both ways, the forks-only and the dense. Operations are those that a way needs: layers that
 are recomputed count once. ``share`` is of the rate of a bf16 product measured here, ``bandwidth_share`` that of a copy,
 where a token reads the bf16 weights and the cache once.
@@ -37,7 +35,6 @@ from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, set_gradient_checkpointing
 from forkrl.parallel.workers import Workers
 from forkrl.rollout import EmbeddedEngine
-from forkrl.rollout.graphed_engine import GraphedEngine
 from forkrl.training.update import update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch
 
@@ -94,8 +91,6 @@ def main() -> None:
 
     policy = Policy(model, Numerals(shape.vocabulary), "bf16")  # type: ignore[arg-type]
     rollout = record("rollout", lambda: measure_rollout(policy, shape, options, limits))
-    if options.graphs:
-        record("rollout, graphed", lambda: measure_graphed_rollout(policy, shape, options, limits))
     batch = with_statistics(policy, batch, shape)
     optimizer = build_optimizer(model, shape)
     for way in ("dense", "forks_only"):
@@ -110,7 +105,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--response", type=int, default=2048, help="tokens of every response")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--graphs", action="store_true", help="measure a rollout by CUDA graphs too")
     return parser.parse_args()
 
 
@@ -205,27 +199,14 @@ def peak_bytes(device: str) -> int:
 
 def measure_rollout(policy: Policy, shape: Shape, options: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     """Seconds of a whole rollout, from reading the prompts and from two windows of decoding."""
-    seconds = rollout_clock(EmbeddedEngine, policy, shape, options)
+    seconds = rollout_clock(policy, shape, options)
     times = extrapolate_rollout(seconds, options.response, shape.window)
-    return {"way": "growing cache"} | times | rollout_rates(times["seconds"], shape, options.response, limits)
+    return times | rollout_rates(times["seconds"], shape, options.response, limits)
 
 
-def measure_graphed_rollout(
-    policy: Policy, shape: Shape, options: argparse.Namespace, limits: Limits
-) -> dict[str, Any]:
-    """Seconds of a whole rollout, all of it decoded, the capturing of its graphs included."""
-    seconds = rollout_clock(GraphedEngine, policy, shape, options)
-    seconds(PROMPT, 3)  # warm
-    rollout_s = seconds(PROMPT, options.response)
-    way = "CUDA graphs" if policy.device.type == "cuda" else "fixed shapes without graphs"
-    return {"way": way, "seconds": rollout_s} | rollout_rates(rollout_s, shape, options.response, limits)
-
-
-def rollout_clock(
-    kind: type[EmbeddedEngine], policy: Policy, shape: Shape, options: argparse.Namespace
-) -> Callable[[int, int], float]:
+def rollout_clock(policy: Policy, shape: Shape, options: argparse.Namespace) -> Callable[[int, int], float]:
     """A function that decodes so many tokens after prompts of so many others, and tells the seconds."""
-    engine = kind(Workers(policy), max_prompt_tokens=2**20, max_sequences=2**20)
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=2**20, max_sequences=2**20)
 
     def seconds(prompt_tokens: int, tokens: int) -> float:
         ids = torch.randint(shape.vocabulary, (count_sequences(shape, options.response) // GROUP, prompt_tokens))

@@ -84,6 +84,14 @@ def test_a_product_with_one_sequence_bypasses_onednn(
     torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_head_of_many_calls_is_the_head_of_one(precision: str) -> None:
+    policy, hidden_SD = random_policy(), torch.randn(5, 32)
+    policy.precision = precision
+    with torch.no_grad():
+        assert policy.head_in_precision()(hidden_SD).float().equal(policy.logits(hidden_SD))
+
+
 def adapter_in(policy: Policy) -> None:
     class Adapted(torch.nn.Linear):
         pass

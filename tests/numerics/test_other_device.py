@@ -28,6 +28,22 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(actual.detach().cpu(), expected.detach(), rtol=tolerance, atol=tolerance * 1e-1)
 
 
+def rollouts_of(policy: Any, **sampling: Any) -> list[Any]:
+    """Continuations of ten prefixes of unequal lengths and room, in two waves."""
+    from forkrl.parallel.workers import Workers
+    from forkrl.rollout import EmbeddedEngine
+    from forkrl.rollout.embedded import Prefix
+    from forkrl.types import SamplingParams
+
+    texts = [("1 2", ""), ("5", "3" * 29), ("987654321 0", "4 4"), ("5", "0123456789" * 2), ("5", "7" * 57)]
+    texts += [(str(number) * number, "") for number in range(1, 6)]
+    encode = policy.tokenizer.encode
+    prefixes = [Prefix(tuple(encode(prompt)), tuple(encode(response))) for prompt, response in texts]
+    engine = EmbeddedEngine(Workers(policy), max_prompt_tokens=16, max_sequences=8)
+    params, generator = SamplingParams(64, **sampling), torch.Generator(policy.device).manual_seed(4)
+    return [one for (one,) in engine.continue_from(prefixes, count=1, sampling=params, generator=generator)]
+
+
 def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any, on_policy: bool) -> tuple[Tensor, Any]:
     """The gradient of one update, flat, and what the update says; the weights given are left alone."""
     from forkrl.model.policy import Policy
@@ -205,44 +221,39 @@ def test_losses_are_the_cpu_s() -> None:
 
 @on_accelerator
 def test_rollouts_and_their_statistics_are_the_cpu_s() -> None:
-    """By the flat step, by the model's own, and by the step of fixed shapes, which runs without a graph here."""
+    """By the flat step and by the model's own."""
     from forkrl.model.policy import Policy
-    from forkrl.rollout import EmbeddedEngine
     from forkrl.rollout.fork_temperature import ForkTemperature
-    from forkrl.rollout.graphed_engine import GraphedEngine
     from tests.models import random_policy
-    from tests.numerics.test_graphed_engine import assert_same, rollouts_of
 
     plain: dict[str, Any] = {}
     shaped = {"top_k": 5, "top_p": 0.9, "temperature": 0.8}
     forked = {"fork_temperature": ForkTemperature(1.0, 0.3, threshold=0.7)}
-    cases: list[tuple[type[EmbeddedEngine], str, dict[str, Any]]] = [
-        (EmbeddedEngine, "qwen3", plain), (EmbeddedEngine, "qwen3", shaped), (EmbeddedEngine, "qwen3", forked),
-        (EmbeddedEngine, "gpt2", plain), (EmbeddedEngine, "mistral with a sliding window", plain),
-        (GraphedEngine, "qwen3", plain), (GraphedEngine, "llama", shaped),
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("qwen3", plain), ("qwen3", shaped), ("qwen3", forked), ("llama", shaped),
+        ("gpt2", plain), ("mistral with a sliding window", plain),
     ]  # fmt: skip
-    for engine, family, sampling in cases:
+    for family, sampling in cases:
         here = random_policy(family)
         model: Any = copy.deepcopy(here.model)
         there = Policy(model.to(DEVICE), here.tokenizer)
-        settings = {"count": 1, "max_sequences": 8} | sampling
-        actual = rollouts_of(engine, there, **settings)
-        assert all(rollout.entropy.device.type == "cpu" for rollout in actual), "they are kept in the host's memory"
-        assert_same(actual, rollouts_of(engine, here, **settings), tolerance=1e-4)
+        actual = rollouts_of(there, **sampling)
+        for ours, theirs in zip(actual, rollouts_of(here, **sampling), strict=True):
+            assert (ours.prompt_ids, ours.response_ids) == (theirs.prompt_ids, theirs.response_ids)
+            assert (ours.text, ours.finished) == (theirs.text, theirs.finished)
+            # close to those of the CPU, and kept in the host's memory
+            torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours.entropy, theirs.entropy, atol=1e-4, rtol=1e-4)
 
 
 @on_accelerator
 def test_rollouts_in_bf16_keep_their_cache_in_bf16() -> None:
     from forkrl.model.policy import Policy
-    from forkrl.rollout import EmbeddedEngine
     from forkrl.rollout.flat_step import FlatStep
-    from forkrl.rollout.graphed_engine import GraphedEngine
     from tests.models import random_policy
-    from tests.numerics.test_graphed_engine import rollouts_of
 
     here = random_policy()
     model: Any = copy.deepcopy(here.model)
     there = Policy(model.to(DEVICE), here.tokenizer, "bf16")
-    for engine in (EmbeddedEngine, GraphedEngine):
-        assert all(len(rollout) for rollout in rollouts_of(engine, there, count=1))
+    assert all(len(rollout) for rollout in rollouts_of(there))
     assert FlatStep(there).cache_dtype == torch.bfloat16

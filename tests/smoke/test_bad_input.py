@@ -137,10 +137,6 @@ CASES = {
     "soft-capped logits": Case(train(MODEL), ("'./odd': Gemma2ForCausalLM transforms its logits",), soft_capped_model),
     "scaled logits": Case(train(MODEL), ("'./odd': CohereForCausalLM transforms its logits",), scaled_model),
     "bad device": Case(train("runtime.device=abacus"), ("runtime.device = 'abacus' is not usable here",)),
-    "graphs on a CPU": Case(
-        train("rollout.cuda_graphs=true", "runtime.device=cpu"),
-        ("rollout.cuda_graphs = true: the model is on cpu", "set rollout.cuda_graphs = false"),
-    ),
     "absent device": Case(train("runtime.device=cuda:7"), ("runtime.device = 'cuda:7' is not usable here",)),
     "stop of several tokens": Case(train('rollout.stop=["=="]'), ("rollout.stop: '==' is 2 tokens",)),
     "chat template that is not there": Case(train("task.chat_template=true"), ("tokenizer has no chat template",)),

@@ -103,7 +103,6 @@ def test_it_is_found_without_being_named(elsewhere: World) -> None:
     [
         ("runtime.device=pretend:1", "runtime.device = 'pretend:1' is not usable here: invalid device ordinal"),
         ("runtime.workers=2", "runtime.workers = 2: on pretend:0 there is one"),
-        ("rollout.cuda_graphs=true", "the model is on pretend:0, which has no CUDA graphs"),
     ],
 )
 def test_what_the_device_has_not_is_refused_in_one_line(elsewhere: World, setting: str, says: str) -> None:

@@ -284,6 +284,16 @@ def test_reproducing_command_resolves_to_the_same_recipe() -> None:
     assert load_recipe(TrainConfig, None, found) == recipe
 
 
+def test_a_removed_setting_at_its_default_is_not_repeated(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    config = folder / "config.toml"
+    config.write_text(config.read_text("utf-8").replace("[rollout]", "[rollout]\ncuda_graphs = false"), "utf-8")
+    run = read_run(folder, 0)
+    assert "cuda_graphs" not in run.settings["rollout"]
+    assert "group_size=8" in reproducing_command(run.settings)
+    assert "cuda_graphs" not in reproducing_command(run.settings)
+
+
 def test_reproducing_command_of_a_mix() -> None:
     gym = '{name="reasoning-gym", generator="gcd", settings={max_value=9}, curriculum={promote_above=0.5}}'
     overrides = ["task.name=mix", f'task.parts=[{{name="dataset", data="it\'s.jsonl", weight=2}}, {gym}]']

@@ -67,6 +67,18 @@ class TestCreate:
         with pytest.raises(UserError, match=r"clip_hgh is not a setting.*; the run was made by another version of"):
             stored_config(tmp_path / "run")
 
+    def test_a_removed_setting_is_dropped_at_its_default_and_refused_at_another_value(self, tmp_path: Path) -> None:
+        stored = recipe_toml(TrainConfig(seed=4))
+        for name, graphs in (("without", False), ("with", True)):
+            rollout = stored["rollout"] | {"cuda_graphs": graphs}
+            RunFolder.create(tmp_path / name, stored | {"rollout": rollout}, {"commit": "0123abc"}).close()
+        config = stored_config(tmp_path / "without")
+        assert config == TrainConfig(seed=4)
+        assert accepted_changes(tmp_path / "without", config, []) == []
+        says = r"rollout.cuda_graphs was removed before version 0.1.0; .* version of ForkRL \(commit 0123abc\): use"
+        with pytest.raises(UserError, match=says):
+            stored_config(tmp_path / "with")
+
     def test_a_folder_with_a_run_is_refused(self, run: RunFolder) -> None:
         run.close()
         with pytest.raises(UserError, match=rf"already holds a run; continue it with --resume {run.path}, or .*--out"):

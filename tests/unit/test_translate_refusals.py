@@ -40,7 +40,6 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
         "take a multiple",
     ),
     ("rollout.engine", ["rollout.engine=vllm"], 'set it to "torch"'),
-    ("rollout.cuda_graphs", ["rollout.cuda_graphs=true"], "set it to false"),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
     ("lora.rank", ["lora.rank=8"], "drop lora.*"),
     ("loss.entropy_target", ["loss.entropy_target=0.2"], "set it to 0, or use a constant loss.entropy_coef"),

@@ -27,7 +27,6 @@ VLLM = "rollout.engine=vllm"
     ("overrides", "says"),
     [
         ([VLLM, "lora.rank=8"], 'rollout.engine = "torch", or lora.rank = 0'),
-        ([VLLM, "rollout.cuda_graphs=true"], "rollout.cuda_graphs = true is for"),
         (["rollout.kv_cache_gib=2"], 'rollout.kv_cache_gib is read only with rollout.engine = "vllm"'),
         (["rollout.engine=sglang"], "rollout.engine"),
     ],

@@ -319,8 +319,6 @@ REFUSED = (
     ),
     Refusal("task.parts.weight", "other proportions than the parts' numbers of rows, by more than one in a hundred",
             "verl draws from all rows alike"),
-    Refusal("rollout.cuda_graphs", "true", f"{_OWN_LOOP}, and verl's samplers have their own graphs; set it to false",
-            lambda c: c.rollout.cuda_graphs),
     Refusal("rollout.engine", '"vllm"', "verl starts a sampling engine of its own; set it to \"torch\"",
             lambda c: c.rollout.engine == "vllm"),
     Refusal("rollout.kv_cache_gib", "any", "only read with rollout.engine"),

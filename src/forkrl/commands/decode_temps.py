@@ -13,7 +13,7 @@ import torch
 from forkrl.analysis.temperatures import FORK_FRACTION, UNSCALED, Setting, plan_settings, temperature_table
 from forkrl.commands.options import DecodeTempsOptions
 from forkrl.commands.reference import parse_reference
-from forkrl.commands.session import Session, graphs_fact, open_session, session_settings
+from forkrl.commands.session import Session, open_session, session_settings
 from forkrl.commands.subject import Subject, open_subject
 from forkrl.commands.sweep_responses import (
     first_responses,
@@ -93,7 +93,6 @@ def _settings(
         "rollout.max_sequences": session.config.rollout.max_sequences,
         "runtime.workers": session.workers.count,
         "device": session.policy.device.type,
-        **graphs_fact(session.config),
     }
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from forkrl.commands.options import EvalOptions
-from forkrl.commands.session import checked_config, graphs_fact, open_model
+from forkrl.commands.session import checked_config, open_model
 from forkrl.commands.subject import Subject
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
@@ -60,5 +60,4 @@ def engine_facts(subject: Subject, sampler: Sampler) -> dict[str, Any]:
         "rollout.max_sequences": subject.config.rollout.max_sequences,
         "runtime.workers": workers.count,
         "device": workers.policy.device.type,
-        **graphs_fact(subject.config),
     }

@@ -389,7 +389,7 @@ class EvalOptions(SampleOptions, ModelOptions):
 _AT_A_SERVER = "on a model that a server holds"
 _OWN_ENGINE = (
     "model.revision", "model.precision", "rollout.engine", "rollout.max_prompt_tokens", "rollout.max_sequences",
-    "rollout.cuda_graphs", "rollout.kv_cache_gib", "runtime.",
+    "rollout.kv_cache_gib", "runtime.",
 )  # fmt: skip
 
 

@@ -93,11 +93,6 @@ def part_seed(kind: str, seed: int, part: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def graphs_fact(config: TrainConfig) -> dict[str, bool]:
-    """Recorded only if on, so that work folders without CUDA graphs stay resumable."""
-    return {"rollout.cuda_graphs": True} if config.rollout.cuda_graphs else {}
-
-
 def checked_config(subject: Subject, engine: EmbeddedEngine, prompts: Sequence[Prompt]) -> TrainConfig:
     """The subject's settings, after checking that every prompt fits and limiting an unset response length."""
     if not subject.bounded:

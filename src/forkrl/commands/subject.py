@@ -17,7 +17,7 @@ from forkrl.store.resuming import stored_config
 # Recipe settings that these commands read; overriding anything else would silently do nothing.
 _SETTINGS = {
     "seed", "model.revision", "model.precision", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
-    "rollout.stop", "rollout.engine", "rollout.max_sequences", "rollout.cuda_graphs", "rollout.kv_cache_gib",
+    "rollout.stop", "rollout.engine", "rollout.max_sequences", "rollout.kv_cache_gib",
     "reward.workers", "reward.timeout_s", "reward.memory_mb", "eval.problems", "eval.samples", "eval.temperature",
     "runtime.device", "runtime.workers", "runtime.threads",
 }  # fmt: skip

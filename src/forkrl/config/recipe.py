@@ -19,6 +19,11 @@ from forkrl.errors import UserError
 
 Recipe = TypeVar("Recipe", bound=Section)
 
+REMOVED: dict[str, tuple[Any, str]] = {
+    "rollout.cuda_graphs": (False, 'was removed before version 0.1.0; rollout.engine = "vllm" is for a GPU'),
+}
+"""Settings that no longer exist: the default that each had, and what to say of one that is set."""
+
 
 def load_recipe(
     schema: type[Recipe], path: str | Path | None, overrides: Sequence[str] = (), *, base: Recipe | None = None
@@ -36,7 +41,8 @@ def load_recipe(
         UserError: names the file or "command line", the key, the value and the remedy.
     """
     values = read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
-    values.pop("provenance", None)  # the config.toml of a run is a recipe too
+    if values.pop("provenance", None) is not None:  # the config.toml of a run is a recipe too
+        values = stored_settings(values)
     overridden = copy.deepcopy(values)
     for override in overrides:
         key, value = _parse_override(override)
@@ -61,6 +67,17 @@ def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> R
     if faults := _faults(schema, values):
         raise UserError(f"{source}: " + "; ".join(faults))
     return schema.model_validate(values)
+
+
+def stored_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run stored, without removed ones at their default, which changed nothing."""
+    kept = copy.deepcopy(dict(values))
+    for key, (default, _) in REMOVED.items():
+        section, _, name = key.partition(".")
+        table = kept.get(section)
+        if isinstance(table, dict) and name in table and table[name] == default:
+            del table[name]
+    return kept
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -183,6 +200,8 @@ def _faults(schema: type[Section], values: dict[str, Any]) -> list[str]:
 def _explain(schema: type[Section], item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
+        if key in REMOVED:
+            return f"{key} {REMOVED[key][1]}"
         nearest = _nearest_key(schema, key)
         return f"{key} is not a setting" + (f"; did you mean {nearest}?" if nearest else "")
     message = str(item["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")

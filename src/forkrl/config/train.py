@@ -57,18 +57,11 @@ class RolloutConfig(Section):
     """Additional stop tokens, each a single token; EOS of tokenizer and generation_config.json always stops."""
     max_sequences: PositiveInt = 256
     """Sequences that one worker decodes at once; bounds its KV cache."""
-    cuda_graphs: bool = False
-    """Decode with CUDA graphs (docs/engines.md): on a GPU, for Llama, Mistral, Qwen2 and Qwen3. Off by default because
-    it has not run on a GPU yet."""
     kv_cache_gib: Positive = 4.0
     """"vllm": the most memory for keys and values, in GiB; sequences that do not fit wait."""
 
     @model_validator(mode="after")
     def _settings_of_the_engine(self) -> RolloutConfig:
-        if self.engine == "vllm" and self.cuda_graphs:
-            raise ValueError(
-                'rollout.cuda_graphs = true is for rollout.engine = "torch"; vLLM has its own graphs: set it to false'
-            )
         if self.engine == "torch" and "kv_cache_gib" in self.changed():
             raise ValueError('rollout.kv_cache_gib is read only with rollout.engine = "vllm"; set that, or remove it')
         return self

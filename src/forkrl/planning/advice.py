@@ -57,7 +57,7 @@ def _on_cluster(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> list[Varian
     default = type(config.rollout)()
     local = [  # settings of engines that verl does not use
         Change(f"rollout.{name}", getattr(default, name))
-        for name in ("engine", "cuda_graphs", "kv_cache_gib")
+        for name in ("engine", "kv_cache_gib")
         if name in config.rollout.changed()
     ]
     moves = [(*local, Change("runtime.trainer", "verl"), Change("cluster.gpus_per_node", count)) for count in (2, 4, 8)]

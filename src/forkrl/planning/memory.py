@@ -319,7 +319,7 @@ def _verl_rollout(
 
 
 def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tuple[Item, ...], RolloutFit]:
-    size, graphs, dynamic = product_bytes(config), config.rollout.cuda_graphs, config.dynamic_sampling
+    size, dynamic = product_bytes(config), config.dynamic_sampling
     prompts = (dynamic.enabled and dynamic.generation_prompts) or config.rollout.prompts_per_step
     sequences = min(config.rollout.max_sequences, prompts * config.rollout.group_size)
     adapters = adapter_parameters(config, shape)
@@ -329,8 +329,6 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
         *_sampling_weights(config, shape),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
-    if graphs and size < 4:
-        items.append(Item("head, copy", size * shape.embedding_parameters, "the graphs' copy while a step decodes"))
     if config.loss.kl_coef and not adapters:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
     length = full_length(config)

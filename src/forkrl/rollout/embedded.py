@@ -109,11 +109,11 @@ class EmbeddedEngine:
             raise ValueError(f"a prefix holds a response of {limit} tokens or more, the limit: nothing can follow it")
         order = sorted(range(len(prefixes)), key=lambda index: len(prefixes[index].response_ids))
         owners = [(index, number) for index in order for number in range(count)]
-        waves = [owners[start : start + self.wave_sequences] for start in range(0, len(owners), self.wave_sequences)]
-        prefixes_of = [[prefixes[index] for index, _ in wave] for wave in waves]
         with out_of_memory_names("rollout.max_sequences", self.max_sequences):
-            for number, place, rollout in self._decode_waves(prefixes_of, sampling, generator):
-                yield Ended(*waves[number][place], rollout)
+            for start in range(0, len(owners), self.wave_sequences):
+                wave = owners[start : start + self.wave_sequences]
+                for place, rollout in self._decode_wave([prefixes[index] for index, _ in wave], sampling, generator):
+                    yield Ended(*wave[place], rollout)
 
     def pass_over(self, num_sequences: int, generator: torch.Generator) -> None:
         """Advance ``generator`` past a wave of ``num_sequences`` without decoding it."""
@@ -128,21 +128,18 @@ class EmbeddedEngine:
     def count_tokens(self, prompt: Prompt) -> int:
         return len(self.prefix(prompt).prompt_ids)
 
-    def _decode_waves(
-        self, waves: Sequence[Sequence[Prefix]], sampling: SamplingParams, generator: torch.Generator
-    ) -> Iterator[tuple[int, int, Rollout]]:
-        """Yield (wave index, sequence index, rollout); every worker uses its own random numbers."""
-        for number, prefixes_S in enumerate(waves):
-            size = -(-len(prefixes_S) // self.workers.count)
-            parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
-            seeded = list(zip(parts, self.draw_seeds(len(parts), generator), strict=True))
-            if self.workers.count == 1:
-                decoded = _decode_part(self.workers.local, seeded[0], sampling)
-            else:
-                by_worker = self.workers.map(_decode_whole_part, seeded, sampling)
-                decoded = enumerate(rollout for rollouts in by_worker for rollout in rollouts)
-            for place, rollout in decoded:
-                yield number, place, rollout
+    def _decode_wave(
+        self, prefixes_S: Sequence[Prefix], sampling: SamplingParams, generator: torch.Generator
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Yield (sequence index, rollout); every worker uses its own random numbers."""
+        size = -(-len(prefixes_S) // self.workers.count)
+        parts = [prefixes_S[start : start + size] for start in range(0, len(prefixes_S), size)]
+        seeded = list(zip(parts, self.draw_seeds(len(parts), generator), strict=True))
+        if self.workers.count == 1:
+            yield from _decode_part(self.workers.local, seeded[0], sampling)
+            return
+        by_worker = self.workers.map(_decode_whole_part, seeded, sampling)
+        yield from enumerate(rollout for rollouts in by_worker for rollout in rollouts)
 
     def draw_seeds(self, count: int, generator: torch.Generator) -> list[int]:
         seeds: list[int] = torch.randint(2**62, (count,), device=generator.device, generator=generator).tolist()
@@ -207,9 +204,7 @@ def decode(
     finished_S = torch.zeros(num_sequences, dtype=torch.bool, device=device)
 
     row_S, going_S = torch.arange(num_sequences, device=device), ~finished_S
-    hidden_PD, cache, seen_PT, owner_S = read_prompts(policy, ids_S, max_tokens)
-    select_sequences(cache, owner_S)
-    hidden_SD, seen_ST = hidden_PD[owner_S], seen_PT[owner_S]
+    hidden_SD, cache, seen_ST = _read_prompts(policy, ids_S, max_tokens)
     position_S, cached = seen_ST.sum(1), seen_ST.shape[1]
     seen_ST = torch.nn.functional.pad(seen_ST, (0, max_tokens), value=True)
     advance, to_logits, num_before = choose_step(policy), policy.head_in_precision(), num_sequences
@@ -261,12 +256,12 @@ def _model_step(policy: Policy, tokens_S: Tensor, position_S: Tensor, seen_ST: T
     return policy.hidden_states(ids_S1, seen_ST, position_ids=position_S1, cache=cache, use_cache=True)[:, -1]
 
 
-def read_prompts(
+def _read_prompts(
     policy: Policy, prompts_S: Sequence[tuple[int, ...]], max_tokens: int
-) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Prefill each distinct prompt, padded on the left; at most ``max_tokens`` follow.
+) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Prefill each distinct prompt once, padded on the left; at most ``max_tokens`` follow.
 
-    Returns last hidden states ``[P, D]``, cache, bool ``[P, T]`` (False: padding) and each sequence's prompt, ``[S]``.
+    Returns last hidden states ``[S, D]``, cache and bool ``[S, T]`` (False: padding).
     """
     distinct = list(dict.fromkeys(prompts_S))
     longest = max(map(len, distinct))
@@ -280,7 +275,10 @@ def read_prompts(
     )
     place = {ids: index for index, ids in enumerate(distinct)}
     owner_S = torch.tensor([place[ids] for ids in prompts_S], device=policy.device)
-    return hidden_PTD[:, -1].clone(), cache, mask_PT, owner_S  # clone: a view would keep all hidden states alive
+    hidden_SD = hidden_PTD[owner_S, -1]
+    del hidden_PTD  # before the cache grows
+    select_sequences(cache, owner_S)
+    return hidden_SD, cache, mask_PT[owner_S]
 
 
 def build_rollout(

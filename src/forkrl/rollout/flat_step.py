@@ -9,7 +9,6 @@ Shapes: ``S`` sequences, ``D`` hidden, ``H`` query heads, ``K`` key-value heads,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -91,21 +90,14 @@ class FlatStep:
 
         ``seen_ST`` (bool, False for padding) covers the cache and the new token.
         """
-        bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
-        return self.run_layers(tokens_S, position_S, bias, cache.layers)
-
-    def run_layers(self, tokens_S: Tensor, position_S: Tensor, bias: Tensor, stores: Sequence[Any]) -> Tensor:
-        """The step with an additive mask ``[S, 1, 1, T]``; ``stores`` has one cache per layer.
-
-        ``store.update(key, value)`` takes the new tokens' ``[S, K, 1, C]`` and returns everything, ``[S, K, T, C]``.
-        """
         decoder: Any = self.policy.decoder
+        bias = torch.where(seen_ST, 0.0, -torch.inf)[:, None, None].to(self.cache_dtype)
         hidden_SD = embedding(tokens_S, decoder.embed_tokens.weight)
         cos_S1C, sin_S1C = decoder.rotary_emb(hidden_SD, position_S[:, None])
         # rotate_half(x) swaps the halves of x and negates the first; here the sine has that sign.
         half = self.head_dim // 2
         sin_S1C = torch.cat([-sin_S1C[..., :half], sin_S1C[..., half:]], -1)
-        for layer, stored in zip(self.layers, stores, strict=True):
+        for layer, stored in zip(self.layers, cache.layers, strict=True):
             mixed_SD = self._attend(layer, self._norm(hidden_SD, layer.input_norm), (cos_S1C, sin_S1C), bias, stored)
             hidden_SD = _add_product(hidden_SD, mixed_SD, layer.out)
             normed_SD = self._norm(hidden_SD, layer.mlp_norm)

@@ -12,7 +12,6 @@ from forkrl.model.policy import Policy
 from forkrl.model.support import PROBE_ERRORS
 from forkrl.parallel.workers import Workers
 from forkrl.rollout.embedded import EmbeddedEngine, Prefix, decode
-from forkrl.rollout.graphed_engine import GraphedEngine, require_graphs
 from forkrl.rollout.logprob_gap import MAX_MEAN_GAP, gap_of_rollouts
 from forkrl.rollout.vllm_engine import VllmEngine
 from forkrl.types import SamplingParams
@@ -31,11 +30,8 @@ def open_engine(workers: Workers, config: TrainConfig) -> EmbeddedEngine:
     if config.rollout.engine == "vllm":
         return VllmEngine(workers, config.rollout)
     require_cached_decoding(workers.policy)
-    if config.rollout.cuda_graphs:
-        require_graphs(workers.policy)
-    engine = GraphedEngine if config.rollout.cuda_graphs else EmbeddedEngine
     limits = config.rollout
-    return engine(workers, max_prompt_tokens=limits.max_prompt_tokens, max_sequences=limits.max_sequences)
+    return EmbeddedEngine(workers, max_prompt_tokens=limits.max_prompt_tokens, max_sequences=limits.max_sequences)
 
 
 def training_sampling(config: TrainConfig, policy: Policy) -> SamplingParams:

@@ -78,27 +78,3 @@ class Interruption:
         self._signals += 1
         if first and self._allowed:
             raise Interrupted(signum)
-
-
-@contextmanager
-def signals_put_off() -> Iterator[None]:
-    """Delay stop signals to the end of the block. Blocking them would only divert them to another thread."""
-    came: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        came.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():  # Python handles no signals here
-        yield
-        return
-    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    handlers = {signum: handler for signum, handler in handlers.items() if callable(handler)}
-    try:
-        for signum in handlers:
-            signal.signal(signum, note)
-        yield
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        for number in came:
-            signal.raise_signal(number)

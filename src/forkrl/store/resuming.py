@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from forkrl.config import CHANGEABLE, TrainConfig
-from forkrl.config.recipe import parse_recipe, recipe_differences
+from forkrl.config.recipe import parse_recipe, recipe_differences, stored_settings
 from forkrl.errors import UserError
-from forkrl.store.run_folder import CONFIG, read_recipe
+from forkrl.store.run_folder import CONFIG, read_config, read_recipe
 
 _PREFIXES = tuple(key.removesuffix("*") for key in CHANGEABLE)
 
 
 def stored_config(folder: Path) -> TrainConfig:
-    values = read_recipe(folder)
+    values = stored_settings(read_recipe(folder))
     try:
         return parse_recipe(TrainConfig, values, str(folder / CONFIG))
     except UserError as error:  # read_recipe has checked that config.toml is unedited, so another version wrote it
-        raise UserError(
-            f"{error}; the run was made by another version of ForkRL: use that, or start a new run"
-        ) from error
+        commit = read_config(folder)["provenance"].get("commit")
+        version = f"another version of ForkRL{f' (commit {commit})' if commit else ''}"
+        raise UserError(f"{error}; the run was made by {version}: use that, or start a new run") from error
 
 
 def accepted_changes(folder: Path, config: TrainConfig, changed: Collection[str]) -> list[str]:
