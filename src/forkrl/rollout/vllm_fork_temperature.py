@@ -12,7 +12,7 @@ order: ``"vllm_xargs": {"fork_temperature": "1.0,0.3,0.672"}``, or a list if tha
 ``ForkTemperatureV1`` is for the V1 model runner (vLLM 0.24 and later; ``VLLM_USE_V2_MODEL_RUNNER=0`` if it is not the
 default), ``ForkTemperatureV2`` for Model Runner V2 (vLLM 0.32 and later; required for speculative decoding). Both run
 before vLLM's own temperature, so the threshold applies to the unscaled distribution. vLLM is imported only when a
-class is accessed. Tested against a fake interface, not yet with a real vLLM.
+class is accessed. V1 is tested in a server of vLLM 0.32, V2 against a stand-in only.
 
 Shapes: ``N`` rows of logits, ``V`` vocabulary.
 """
