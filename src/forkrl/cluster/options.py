@@ -11,9 +11,8 @@ from pydantic import Field, model_validator
 from forkrl.config import SelectionConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.config.sections import FROM_LIST, Count, Decay, PositiveInt, Seed
-from forkrl.config.train import Denominator
+from forkrl.config.train import Denominator, check_schedule
 from forkrl.errors import UserError
-from forkrl.method.schedule import check_schedule
 
 MODES = {"forkrl": "sync", "forkrl_colocate_async": "colocate_async", "forkrl_separate_async": "separate_async"}
 """Names for ``trainer.v1.trainer_mode``, and the verl trainer that each extends."""

@@ -27,9 +27,9 @@ from forkrl.cluster import replay, worker
 from forkrl.cluster.groups import complete_groups, in_file_order, read_groups
 from forkrl.cluster.options import read_options, refuse_unsupported
 from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
+from forkrl.config.train import check_schedule
 from forkrl.errors import NothingToLearn, UserError
 from forkrl.method.correction import weight_metrics
-from forkrl.method.schedule import check_schedule
 from forkrl.method.selection import reads_current_entropy
 from forkrl.rollout.held_out import summarise
 from forkrl.rollout.logprob_gap import LogprobGap

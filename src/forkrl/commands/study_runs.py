@@ -19,7 +19,7 @@ from forkrl.commands.runs import describe_run
 from forkrl.commands.study_measured import read_measurement
 from forkrl.commands.work_folder import weights_fingerprint
 from forkrl.config import TrainConfig
-from forkrl.config.recipe import change_recipe, flatten, parse_recipe, recipe_toml, stored_settings
+from forkrl.config.recipe import change_recipe, flatten, parse_recipe, recipe_toml, without_removed
 from forkrl.config.study import START, MeasurementConfig, PlannedRun, StudyConfig, learning_settings
 from forkrl.errors import UserError, notice
 from forkrl.parallel.processes import child_environment
@@ -103,7 +103,7 @@ def known_weights(path: str) -> str:
 
 def _other_settings(record: RunRecord, run: PlannedRun, weights: str) -> str:
     """The first setting in which a record differs from the run planned now; empty if it is the same run."""
-    settings = stored_settings(record.settings)
+    settings = without_removed(record.settings)
     made_with = learning_settings(parse_recipe(TrainConfig, settings, f"record of {run.name}"))
     stored, asked = flatten(made_with), flatten(learning_settings(run.config))
     if weights and record.weights == weights:  # the same files, wherever they are

@@ -42,7 +42,7 @@ def load_recipe(
     """
     values = read_toml(Path(path)) if path is not None else recipe_toml(base) if base is not None else {}
     if values.pop("provenance", None) is not None:  # the config.toml of a run is a recipe too
-        values = stored_settings(values)
+        values = without_removed(values)
     overridden = copy.deepcopy(values)
     for override in overrides:
         key, value = _parse_override(override)
@@ -69,7 +69,7 @@ def parse_recipe(schema: type[Recipe], values: dict[str, Any], source: str) -> R
     return schema.model_validate(values)
 
 
-def stored_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run stored, without removed ones at their default, which changed nothing."""
     kept = copy.deepcopy(dict(values))
     for key, (default, _) in REMOVED.items():

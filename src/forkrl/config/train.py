@@ -15,7 +15,6 @@ from forkrl.config.lora import LoraConfig
 from forkrl.config.reward import RewardConfig, SandboxConfig
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
-from forkrl.method.schedule import check_schedule
 
 CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
@@ -170,6 +169,23 @@ class LossConfig(Section):
         if not self.entropy_target and "entropy_delta" in self.changed():
             raise ValueError("loss.entropy_delta is read with loss.entropy_target alone; set that, or remove it")
         return self
+
+
+def check_schedule(settings: Any, gradient_steps: int | None = None) -> None:
+    """Raise ValueError for a minimum without a decay, or a warm-up that leaves no gradient step for the decay.
+
+    ``gradient_steps``: of the whole run; None: only the first is checked.
+    """
+    if settings.schedule == "constant" and settings.min_lr_ratio:
+        raise ValueError(
+            f"optimizer.min_lr_ratio = {settings.min_lr_ratio} is where a falling rate ends; set optimizer.schedule to "
+            f'"linear" or "cosine", or remove it'
+        )
+    if gradient_steps is not None and settings.schedule != "constant" and settings.warmup_steps >= gradient_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps = {settings.warmup_steps} leaves no gradient step for optimizer.schedule = "
+            f'"{settings.schedule}": the run has {gradient_steps}; lower it, or raise training.steps'
+        )
 
 
 class OptimizerConfig(Section):

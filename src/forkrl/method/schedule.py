@@ -18,23 +18,6 @@ class Schedule(Protocol):
     def min_lr_ratio(self) -> float: ...
 
 
-def check_schedule(settings: Schedule, gradient_steps: int | None = None) -> None:
-    """Raise ValueError for a minimum without a decay, or a warm-up that leaves no gradient step for the decay.
-
-    ``gradient_steps``: of the whole run; None: only the first is checked.
-    """
-    if settings.schedule == "constant" and settings.min_lr_ratio:
-        raise ValueError(
-            f"optimizer.min_lr_ratio = {settings.min_lr_ratio} is where a falling rate ends; set optimizer.schedule to "
-            f'"linear" or "cosine", or remove it'
-        )
-    if gradient_steps is not None and settings.schedule != "constant" and settings.warmup_steps >= gradient_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps = {settings.warmup_steps} leaves no gradient step for optimizer.schedule = "
-            f'"{settings.schedule}": the run has {gradient_steps}; lower it, or raise training.steps'
-        )
-
-
 def share_of_lr(settings: Schedule, number: int, progress: float, gradient_steps: int) -> float:
     """The share of the learning rate for one gradient step, as in ``transformers``' schedules with warm-up.
 

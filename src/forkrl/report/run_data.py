@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from forkrl.config.recipe import stored_settings
+from forkrl.config.recipe import without_removed
 from forkrl.config.secret_values import reject_written_secrets
 from forkrl.errors import UserError, first_line
 from forkrl.report.formatting import evenly_spaced, low_entropy
@@ -141,7 +141,7 @@ class RunData:
 def read_run(folder: Path, max_train_files: int) -> RunData:
     """Read a run folder with at most ``max_train_files`` training samples, evenly spaced, both ends included."""
     notes: list[str] = []
-    settings = stored_settings(read_config(folder))
+    settings = without_removed(read_config(folder))
     provenance = settings.pop("provenance", {})
     try:
         for name, section in settings.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forkrl.config import CHANGEABLE, TrainConfig
-from forkrl.config.recipe import parse_recipe, recipe_differences, stored_settings
+from forkrl.config.recipe import parse_recipe, recipe_differences, without_removed
 from forkrl.errors import UserError
 from forkrl.store.run_folder import CONFIG, read_config, read_recipe
 
@@ -15,7 +15,7 @@ _PREFIXES = tuple(key.removesuffix("*") for key in CHANGEABLE)
 
 
 def stored_config(folder: Path) -> TrainConfig:
-    values = stored_settings(read_recipe(folder))
+    values = without_removed(read_recipe(folder))
     try:
         return parse_recipe(TrainConfig, values, str(folder / CONFIG))
     except UserError as error:  # read_recipe has checked that config.toml is unedited, so another version wrote it
