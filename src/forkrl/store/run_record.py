@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from forkrl.config import TrainConfig
-from forkrl.config.recipe import parse_recipe, stored_settings
+from forkrl.config.recipe import parse_recipe, without_removed
 from forkrl.config.sections import FROM_LIST, Section
 from forkrl.config.study import learning_settings
 from forkrl.errors import UserError, first_line
@@ -105,7 +105,7 @@ def make_record(
     """
     stored = read_config(folder)
     provenance = stored.pop("provenance", {})
-    config = parse_recipe(TrainConfig, stored_settings(stored), str(folder))
+    config = parse_recipe(TrainConfig, without_removed(stored), str(folder))
     rows = read_metrics(folder)
     scores = _read_scores(folder)
     last = config.training.steps
