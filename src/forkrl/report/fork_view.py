@@ -43,6 +43,7 @@ class ShownResponse:
         entropy: per layer of the view, T values in nats.
         logprobs: T values in nats, or empty.
         selected: whether each token carried gradient, or empty.
+        others: whether an environment or the chat template wrote each token, not the model; or empty.
         ranks: T values, 1 for the most likely token, or empty.
         alternatives: per position (text, probability), most likely first, or empty; may include the token written.
         branches: branches by position, from 0.
@@ -57,6 +58,7 @@ class ShownResponse:
     entropy: Sequence[Sequence[float]]
     logprobs: Sequence[float]
     selected: Sequence[bool] = ()
+    others: Sequence[bool] = ()
     ranks: Sequence[int] = ()
     alternatives: Sequence[Sequence[tuple[str, float]]] = ()
     branches: Mapping[int, Sequence[Branch]] = field(default_factory=dict)
