@@ -17,7 +17,7 @@ from forkrl.types import Prompt, Task
 OPENING_S = 300.0
 """Time in which an environment must list its tasks."""
 _PROGRAM = """
-import forkrl.tasks.environment_process as process
+from forkrl.environments import process
 process.serve()
 """
 

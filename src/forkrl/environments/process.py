@@ -1,4 +1,4 @@
-"""Environments of the ``verifiers`` package, in a process of their own: what ``environment.py`` starts.
+"""Environments of the ``verifiers`` package, in a process of their own: what ``tasks/environment.py`` starts.
 
 Importing this module imports ``verifiers``. Messages are JSON: environment code must not be able to make the trainer
 unpickle something.
