@@ -31,7 +31,7 @@ EOS = 1
 
 
 def chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
-    tokenizer = build_character_tokenizer("0123456789 ?!#%hl<>{}\":,_/abcdefgijkmnoprstuvwxyz")
+    tokenizer = build_character_tokenizer('0123456789 ?!#%hl<>{}":,_/abcdefgijkmnoprstuvwxyz')
     tokenizer.chat_template = template
     return tokenizer
 
@@ -169,7 +169,10 @@ def test_the_endpoint_speaks_openai_s_protocol() -> None:
     try:
         messages = [{"role": "user", "content": "1"}]
         assert ask(endpoint, "/models")[1]["data"][0]["id"] == "forkrl"
-        assert ask(endpoint, "/chat/completions", {"messages": messages}) == (200, {"session": "7-x", "asked": messages})
+        assert ask(endpoint, "/chat/completions", {"messages": messages}) == (
+            200,
+            {"session": "7-x", "asked": messages},
+        )
         assert ask(endpoint, "/chat/completions", {"messages": messages}, key="other")[0] == 401
         assert ask(endpoint, "/chat/completions", {"messages": messages, "stream": True})[0] == 400
         assert ask(endpoint, "/chat/completions", {"messages": []})[0] == 400

@@ -46,7 +46,9 @@ class EnvironmentProcess:
             late = f"it has not listed its tasks in {OPENING_S:g} seconds"
             answer = self.receive() if self.child.connection.poll(OPENING_S) else {"error": late}
         except (EOFError, OSError):
-            raise _refusal(config, f"its process {self.child.death()}") from None
+            death = self.child.death()
+            self.close()
+            raise _refusal(config, f"its process {death}") from None
         except BaseException:
             self.close()
             raise
