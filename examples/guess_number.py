@@ -1,6 +1,6 @@
 """An environment of several turns without network: guess a number with the help of "higher" and "lower".
 
-    forkrl train --recipe recipes/guess-number.toml --out runs/guess
+    forkrl train recipes/guess-number.toml --out runs/guess
 
 Run that in this folder, or put the folder into PYTHONPATH. It needs pip install 'forkrl[environments]'.
 """

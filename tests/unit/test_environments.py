@@ -130,10 +130,15 @@ def test_tokens_and_mask_are_those_of_the_conversation(run: Run, groups: list[Ro
             assert len(rollout) == rollout.written.count(True) == len(rollout.logprobs)
 
 
-def test_scores_are_the_environment_s(groups: list[RolloutGroup]) -> None:
-    scores = [rollout.result.score for group in groups for rollout in group.rollouts if rollout.result]
-    assert len(scores) == 8 and set(scores) <= {0.0, 1.0}
-    assert not any(rollout.result.failure for group in groups for rollout in group.rollouts if rollout.result)
+def test_each_rollout_has_its_own_score(groups: list[RolloutGroup]) -> None:
+    """The environment scores whether the model wrote an odd number of characters, each of which is a token."""
+    scores = set()
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        own = [id for id, written in zip(rollout.response_ids, rollout.written, strict=True) if written and id > 2]
+        assert rollout.result is not None and not rollout.result.failure
+        assert rollout.result.score == len(own) % 2
+        scores.add(rollout.result.score)
+    assert scores == {0.0, 1.0}
 
 
 def batch_of(run: Run, groups: list[RolloutGroup]) -> TokenBatch:

@@ -31,7 +31,7 @@ class Refused(Exception):
     """One sentence on why an environment cannot be used."""
 
 
-class ChatHarness(vf.Harness[vf.HarnessConfig]):  # type: ignore[misc]  # untyped here
+class ChatHarness(vf.Harness[vf.HarnessConfig]):
     """The chat loop with tools, in this process: the package's own installs a program with uv for it."""
 
     APPENDS_SYSTEM_PROMPT = True

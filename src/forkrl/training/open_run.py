@@ -116,7 +116,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
         notice(repeated)
     reference = _open_reference(policy) if config.loss.kl_coef else None
     workers = stack.enter_context(open_workers(policy, reference, config.runtime))
-    engine = (plug_ins.engine or open_engine)(workers, config)
+    engine: RolloutEngine = (plug_ins.engine or open_engine)(workers, config)
     if config.task.name == "environment" and isinstance(engine, EmbeddedEngine):
         engine = EnvironmentEngine(engine, config)
     engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
