@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
 from forkrl.method.batches import collate
+from forkrl.model.stop_tokens import response_text
 from forkrl.rollout import environment as coordinator
 from forkrl.rollout.logprob_gap import logprob_gap
 from forkrl.training import loop
@@ -130,13 +132,16 @@ def test_tokens_and_mask_are_those_of_the_conversation(run: Run, groups: list[Ro
             assert len(rollout) == rollout.written.count(True) == len(rollout.logprobs)
 
 
-def test_each_rollout_has_its_own_score(groups: list[RolloutGroup]) -> None:
-    """The environment scores whether the model wrote an odd number of characters, each of which is a token."""
+def test_each_rollout_has_its_own_score(run: Run, groups: list[RolloutGroup]) -> None:
+    """The environment scores whether the model wrote an odd number of characters."""
     scores = set()
     for rollout in (rollout for group in groups for rollout in group.rollouts):
-        own = [id for id, written in zip(rollout.response_ids, rollout.written, strict=True) if written and id > 2]
+        length, start = 0, 0
+        for written, part in groupby(rollout.written):
+            ids = rollout.response_ids[start : (start := start + len(list(part)))]
+            length += len(response_text(run.policy.tokenizer, ids, finished=ids[-1] == EOS)) if written else 0
         assert rollout.result is not None and not rollout.result.failure
-        assert rollout.result.score == len(own) % 2
+        assert rollout.result.score == length % 2
         scores.add(rollout.result.score)
     assert scores == {0.0, 1.0}
 

@@ -165,7 +165,8 @@ def serve() -> None:
             env, tasks = open_environment(request)
             described = [describe(task) for task in tasks.values()]
         except Exception as error:
-            reason = str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {first_line(error)}"
+            text = " ".join(str(error).split())[:400]  # a validation error has several lines
+            reason = text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
             connection.send_bytes(json.dumps({"error": reason}).encode())
             return
         connection.send_bytes(json.dumps({"tasks": described}).encode())
