@@ -122,13 +122,13 @@ def test_tokens_and_mask_are_those_of_the_conversation(run: Run, groups: list[Ro
     for group in groups:
         digit = group.prompt.question
         for rollout in group.rollouts:
-            assert tokenizer.decode(rollout.prompt_ids) == f"?{digit}!"
+            assert tokenizer.decode(list(rollout.prompt_ids)) == f"?{digit}!"
             between = [place for place, written in enumerate(rollout.written) if not written]
             assert between == list(range(between[0], between[-1] + 1)), "one message of the user, in one piece"
             first, added = rollout.response_ids[: between[0]], rollout.response_ids[between[0] : between[-1] + 1]
             ended = first[-1] == EOS
             assert len(first) == 6 or ended
-            assert tokenizer.decode(added) == ("" if ended else "<eos>") + f"?{digit}{digit}!"
+            assert tokenizer.decode(list(added)) == ("" if ended else "<eos>") + f"?{digit}{digit}!"
             assert len(rollout) == rollout.written.count(True) == len(rollout.logprobs)
 
 

@@ -43,7 +43,6 @@ class ShownResponse:
         entropy: per layer of the view, T values in nats.
         logprobs: T values in nats, or empty.
         selected: whether each token carried gradient, or empty.
-        others: whether an environment or the chat template wrote each token, not the model; or empty.
         ranks: T values, 1 for the most likely token, or empty.
         alternatives: per position (text, probability), most likely first, or empty; may include the token written.
         branches: branches by position, from 0.
@@ -51,6 +50,7 @@ class ShownResponse:
         reward: reward used by the trainer.
         advantage: reward relative to the prompt's group.
         finished: False if cut at the length limit.
+        others: whether an environment or the chat template wrote each token, not the model; or empty.
     """
 
     label: str
@@ -58,7 +58,6 @@ class ShownResponse:
     entropy: Sequence[Sequence[float]]
     logprobs: Sequence[float]
     selected: Sequence[bool] = ()
-    others: Sequence[bool] = ()
     ranks: Sequence[int] = ()
     alternatives: Sequence[Sequence[tuple[str, float]]] = ()
     branches: Mapping[int, Sequence[Branch]] = field(default_factory=dict)
@@ -66,6 +65,7 @@ class ShownResponse:
     reward: float | None = None
     advantage: float | None = None
     finished: bool | None = None
+    others: Sequence[bool] = ()
 
 
 @dataclass(slots=True)

@@ -89,12 +89,12 @@ class Dialogue:
 
     def rollout(self, result: VerifierResult, otherwise: tuple[int, ...]) -> Rollout:
         """The whole conversation; ``otherwise``: the prompt's tokens if the model was not asked."""
-        figures = [torch.cat([getattr(turn, name) for turn in self._turns]) if self._turns else torch.zeros(0)
-                   for name in ("logprobs", "entropy")]  # fmt: skip
+        none = [torch.zeros(0)]
         return Rollout(
             self.prompt_ids or otherwise,
             tuple(self.ids),
-            *figures,
+            logprobs=torch.cat([turn.logprobs for turn in self._turns] or none),
+            entropy=torch.cat([turn.entropy for turn in self._turns] or none),
             text=str(self._tokenizer.decode(self.ids, skip_special_tokens=False)),
             finished=self.finished and bool(self._turns),
             written=tuple(self._written),
@@ -116,13 +116,14 @@ class Dialogue:
         _, found, end = self._render(marked, self._tools, prompt=True).partition(marker)
         if not found:
             raise UserError("the tokenizer's chat template leaves out the model's turns")
-        last = self._turns[-1].response_ids[-1:]
+        last = list(self._turns[-1].response_ids[-1:])
         return end.removeprefix(str(self._tokenizer.decode(last, skip_special_tokens=False))) if self.finished else end
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, prompt: bool) -> str:
+        offered: list[Any] | None = tools
         return str(
             self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self._template_kwargs
+                messages, tools=offered, tokenize=False, add_generation_prompt=prompt, **self._template_kwargs
             )
         )
 

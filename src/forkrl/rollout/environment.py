@@ -221,12 +221,12 @@ class _Wave:
                 return False
             self.waiting[number] = event
             return True
-        number = event.get("done")
-        if not isinstance(number, int) or number in self.results or number not in self.dialogues:
+        done = event.get("done")
+        if not isinstance(done, int) or done in self.results or done not in self.dialogues:
             return False
-        if request := self.waiting.pop(number, None):  # it ended without waiting for the answer
+        if request := self.waiting.pop(done, None):  # it ended without waiting for the answer
             request.refuse("ended", "this rollout has ended", status=410)
-        self.results[number] = _result(event)
+        self.results[done] = _result(event)
         return True
 
     def fail(self, numbers: set[int] | Mapping[int, ChatRequest], failure: str, message: str) -> None:

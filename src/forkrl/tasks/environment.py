@@ -44,7 +44,7 @@ class EnvironmentProcess:
         try:
             self.send(request)
             late = f"it has not listed its tasks in {OPENING_S:g} seconds"
-            answer = self.receive() if self.child.connection.poll(OPENING_S) else {"error": late}
+            answer: dict[str, Any] = self.receive() if self.child.connection.poll(OPENING_S) else {"error": late}
         except (EOFError, OSError):
             death = self.child.death()
             self.close()
@@ -105,7 +105,7 @@ def environment_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def task_text(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
     """What the model reads first, as far as the task says; a task may leave it to the environment."""
     if not messages:
-        return tokenizer.eos_token
+        return str(tokenizer.eos_token)
     return str(
         tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs
