@@ -124,8 +124,10 @@ class VerifierSpec:
 class Rollout:
     """One sampled response.
 
-    ``logprobs`` and ``entropy`` (nats) are fp32 ``[T]``, over the full vocabulary at the sampling temperature.
-    ``response_ids`` includes the stop token if ``finished``; ``text`` does not.
+    ``logprobs`` and ``entropy`` (nats) are fp32 ``[T]``, over the full vocabulary at the sampling temperature, for the
+    tokens that the model wrote. ``response_ids`` includes the stop token if ``finished``; ``text`` does not.
+    ``written`` says of each of ``response_ids`` whether the model wrote it; empty: all. The others are tool output,
+    user turns and template text of an environment. ``result``: the environment's score; None: a verifier scores.
     """
 
     prompt_ids: tuple[int, ...]
@@ -134,9 +136,12 @@ class Rollout:
     entropy: Tensor
     text: str
     finished: bool
+    written: tuple[bool, ...] = ()
+    result: VerifierResult | None = None
 
     def __len__(self) -> int:
-        return len(self.response_ids)
+        """Tokens that the model wrote."""
+        return sum(self.written) if self.written else len(self.response_ids)
 
 
 @dataclass(frozen=True, slots=True)

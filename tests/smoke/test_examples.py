@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTS = {
     "forks_in_python.py": ["overlap of the top fifth"],
+    "guess_number.py": [],  # an environment: tests/unit/test_environments.py
     "own_verifier.py": [
         "function\n  pi: 'It is about 3.14' VerifierResult(score=1.0, failure='', answer='3.14')",
         "server\n  pi: 'It is about 3.14' VerifierResult(score=1.0, failure='', answer='3.14')",
@@ -30,6 +31,8 @@ WRITES = {"forks_in_python.py": "histogram.svg"}
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    if name == "guess_number.py":
+        pytest.importorskip("verifiers")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, EXAMPLES / name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -16,7 +16,7 @@ LAYERS = (
     {"parallel"},
     {"store"},
     {"report"},
-    {"rewards"},
+    {"environments", "rewards"},
     {"tasks"},
     {"rollout"},
     {"training"},

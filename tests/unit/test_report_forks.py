@@ -254,3 +254,12 @@ def test_settings_that_differ_are_explained_where_there_are_any() -> None:
 def test_a_number_that_prints_alike_before_and_after_is_unchanged() -> None:
     page = render_page(Page("p", "k", "v", [], cards=[Card("A", "10%", "10%"), Card("B", "11%", "10%")]))
     assert '<span class="before">unchanged at </span>10%' in page and '<span class="before">10% → </span>11%' in page
+
+
+def test_tokens_of_an_environment_are_set_apart() -> None:
+    one = ShownResponse(
+        "a", ["3", "?", "5"], [[0.5, math.nan, 0.1]], [-0.5, math.nan, -1.0], others=[False, True, False]
+    )
+    shown = first(forks_of(one))
+    assert (shown["o"], shown["others"], shown["length"]) == ("010", 1, 3)
+    assert shown["e"] == [[0.5, None, 0.1]] and "o" not in first(forks_of(response(3)))

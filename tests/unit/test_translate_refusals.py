@@ -39,6 +39,11 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
         ],
         "take a multiple",
     ),
+    (
+        "task.environment",
+        ["task.name=environment", "task.environment=guess_number"],
+        'set runtime.trainer = "local"',
+    ),
     ("rollout.engine", ["rollout.engine=vllm"], 'set it to "torch"'),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
     ("lora.rank", ["lora.rank=8"], "drop lora.*"),
@@ -100,6 +105,7 @@ def test_every_refusal_of_the_table_has_a_case() -> None:
     }
     with_another |= {"lora.alpha", "lora.targets", "checkpoint.merged"}
     with_another |= {"loss.entropy_delta", "rollout.kv_cache_gib"}
+    with_another |= {"task.environment_args", "task.max_turns", "task.max_turn_tokens"}
     cases = {key for key, _, _ in REFUSALS}
     assert {row.recipe for row in REFUSED} - elsewhere - with_another <= cases
     assert cases <= {row.recipe for row in REFUSED}

@@ -317,6 +317,10 @@ REFUSED = (
         Refusal(f"task.curriculum.{name}", "any", "verl draws from all prompts alike, and cannot follow the accuracy")
         for name in ("promote_above", "demote_below", "window", "start", "max_level")
     ),
+    Refusal("task.environment", "any", f'{_OWN_LOOP}; set runtime.trainer = "local"',
+            lambda c: c.task.name == "environment"),
+    *(Refusal(f"task.{name}", "any", "only read with task.environment")
+      for name in ("environment_args", "max_turns", "max_turn_tokens")),
     Refusal("task.parts.weight", "other proportions than the parts' numbers of rows, by more than one in a hundred",
             "verl draws from all rows alike"),
     Refusal("rollout.engine", '"vllm"', "verl starts a sampling engine of its own; set it to \"torch\"",

@@ -37,6 +37,7 @@ _EXTRAS = {
     "vllm": ("vllm", "fast rollouts on an accelerator"),
     "verl": ("verl", "training on a cluster"),
     "reasoning-gym": ("gym", "more tasks with verifiers"),
+    "verifiers": ("environments", "tasks of several turns"),
     "gguf": ("models", "forkrl model: a pretrained model"),
     "tensorboard": ("tracking", "log.trackers"),
     "wandb": ("tracking", "log.trackers"),

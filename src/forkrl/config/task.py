@@ -61,9 +61,10 @@ class CurriculumConfig(Section):
 
 
 class TaskConfig(Section):
-    name: Literal["countdown", "countdown-validation", "dataset", "reasoning-gym", "mix"] = "countdown"
+    name: Literal["countdown", "countdown-validation", "dataset", "reasoning-gym", "environment", "mix"] = "countdown"
     """"countdown" generates its problems; "countdown-validation" evaluates on other problems, for choosing settings;
-    "dataset" reads your data; "reasoning-gym" uses one of that package's generators; "mix" mixes several tasks."""
+    "dataset" reads your data; "reasoning-gym" uses one of that package's generators; "environment" has several turns
+    (docs/environments.md); "mix" mixes several tasks."""
     data: str = ""
     """dataset: a .jsonl or .parquet file, a folder of them, or a hub id."""
     subset: str | None = None
@@ -74,7 +75,7 @@ class TaskConfig(Section):
     """dataset: prompts to evaluate on, with the same columns; a hub id may name its split, "owner/name:test". Empty:
     hold out `held_out_rows` rows of `data`."""
     held_out_rows: PositiveInt = 256
-    """dataset: rows to hold out if `held_out_data` is empty. reasoning-gym: questions to evaluate on."""
+    """dataset: rows to hold out if `held_out_data` is empty. reasoning-gym, environment: questions to evaluate on."""
     prompt_column: str = "prompt"
     """dataset: column with the question (text or chat messages). Dots select nested fields: "extra.question"."""
     answer_column: str = "answer"
@@ -84,7 +85,7 @@ class TaskConfig(Section):
     chat_template: bool = False
     """dataset, reasoning-gym: format the templated question as a user message with the tokenizer's chat template."""
     chat_template_kwargs: dict[str, Any] = Field(default={})
-    """dataset, reasoning-gym: variables of the chat template, such as { enable_thinking = false }."""
+    """dataset, reasoning-gym, environment: variables of the chat template, such as { enable_thinking = false }."""
     system_prompt: str | None = None
     """dataset, reasoning-gym: the system message, in place of the rows' own. "": none, also not the chat template's
     default (on the command line task.system_prompt='""'). Not set: whatever rows and template say."""
@@ -121,7 +122,8 @@ class TaskConfig(Section):
     difficulty: Count | None = None
     """reasoning-gym: a fixed level of the generator's curriculum, from 0. Not set: the generator's defaults."""
     train_prompts: PositiveInt = 2048
-    """reasoning-gym: distinct questions to train on, per level of a curriculum."""
+    """reasoning-gym: distinct questions to train on, per level of a curriculum. environment: tasks to train on, if it
+    has that many."""
     question_seed: Seed = 0
     """reasoning-gym: random seed of the questions; their order depends on `seed`. It also chooses the few-shot
     examples, those of a data set too."""
@@ -131,6 +133,15 @@ class TaskConfig(Section):
     strict: bool = False
     """reasoning-gym: turn partial scores, which many scorers give, into 0."""
     curriculum: CurriculumConfig = CurriculumConfig()
+    environment: str = ""
+    """environment: module of a taskset of the `verifiers` package, installed or in the current folder."""
+    environment_args: dict[str, Any] = Field(default={})
+    """environment: its configuration as `verifiers` reads it, such as { taskset = { highest = 16 } }."""
+    max_turns: PositiveInt = 8
+    """environment: the most turns of the model in a rollout."""
+    max_turn_tokens: Count = 0
+    """environment: the most tokens of a turn; 0: as many as rollout.max_response_tokens leaves, which bounds all that
+    follows the first prompt."""
     parts: Annotated[tuple[PartConfig, ...], FROM_LIST] = ()
     """mix: the tasks, each a table [[task.parts]] with the settings of [task] and those below."""
 
@@ -155,6 +166,13 @@ class TaskConfig(Section):
         _require_json("task.settings", self.settings)
         if self.verifier == "code":
             _require_code_options(self.verifier_options)
+        if self.name == "environment" and not self.environment:
+            raise ValueError(
+                "task.environment is empty; name the module of a taskset of the verifiers package "
+                "(docs/environments.md)"
+            )
+        _require_json("task.environment_args", self.environment_args)
+        reject_written_secrets("task.environment_args", self.environment_args)
         reject_written_secrets("task.verifier", self.verifier)
         reject_written_secrets("task.verifier_options", self.verifier_options)
         if self.name == "reasoning-gym" and not self.generator:
@@ -177,7 +195,7 @@ class TaskConfig(Section):
             if self.verifier == "none":
                 raise ValueError('task.answer_format is for a verifier, but task.verifier = "none"; remove it')
         for key in ("system_prompt", "chat_template_kwargs"):
-            if key in self.changed() and not self.chat_template:
+            if key in self.changed() and not self.chat_template and self.name != "environment":
                 raise ValueError(
                     f"task.{key} has no effect without task.chat_template = true; set that too, or write the whole "
                     f"prompt as task.template"
@@ -249,6 +267,8 @@ class PartConfig(TaskConfig):
     def _is_no_mix(self) -> PartConfig:
         if self.name == "mix":
             raise ValueError("task.name: a part of a mix cannot be a mix; list its parts next to the others")
+        if self.name == "environment":
+            raise ValueError("task.name: a part of a mix cannot be an environment yet; train on it alone")
         if self.verifier == "none":
             raise ValueError(
                 'task.verifier = "none" gives no scores, which a mix needs for training; choose a verifier'
@@ -265,10 +285,13 @@ class PartConfig(TaskConfig):
 
 _TASKS_THAT_READ = {
     ("dataset",): "data subset split held_out_data prompt_column answer_column skip_bad_rows verifier verifier_options",
-    ("reasoning-gym",): "generator settings difficulty train_prompts instruction strict curriculum",
-    ("dataset", "reasoning-gym"): "held_out_rows template chat_template chat_template_kwargs system_prompt "
-    "assistant_prefill few_shot few_shot_response answer_format question_seed",
-    ("dataset", "reasoning-gym", "countdown", "countdown-validation"): "allow_unknown_tokens",
+    ("reasoning-gym",): "generator settings difficulty instruction strict curriculum",
+    ("reasoning-gym", "environment"): "train_prompts",
+    ("environment",): "environment environment_args max_turns max_turn_tokens",
+    ("dataset", "reasoning-gym"): "template chat_template system_prompt assistant_prefill few_shot few_shot_response "
+    "answer_format question_seed",
+    ("dataset", "reasoning-gym", "environment"): "held_out_rows chat_template_kwargs",
+    ("dataset", "reasoning-gym", "environment", "countdown", "countdown-validation"): "allow_unknown_tokens",
     ("mix",): "parts",
 }
 """The settings that are specific to some tasks, by ``task.name``."""

@@ -390,6 +390,21 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _environment_fits(self) -> TrainConfig:
+        if self.task.name == "environment":
+            if self.training.backward == "forks_only":
+                raise ValueError(
+                    'training.backward = "forks_only" is not tested with responses that the model wrote in part, as in '
+                    'task.name = "environment"; set it to "dense"'
+                )
+            if self.reward.terms:
+                raise ValueError(
+                    'reward.terms judge one response, and task.name = "environment" has several turns; let the '
+                    "environment compute the whole reward"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _forks_only_fits(self) -> TrainConfig:
         if self.training.backward == "dense":
             if self.forks_only.changed():

@@ -39,8 +39,9 @@ def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) 
         end, start = len(ids) - 1, len(rollout.prompt_ids) - 1
         input_ids[row, :end], targets[row, :end] = ids[:-1], ids[1:]
         attention_mask[row, :end] = True
-        response_mask[row, start:end] = True
-        old_logprobs[row, start:end], entropy[row, start:end] = rollout.logprobs, rollout.entropy
+        written = torch.tensor(rollout.written or (True,) * len(rollout.response_ids), dtype=torch.bool)
+        response_mask[row, start:end] = written
+        old_logprobs[row, start:end][written], entropy[row, start:end][written] = rollout.logprobs, rollout.entropy
     return TokenBatch(
         input_ids, targets, attention_mask, response_mask, old_logprobs, entropy, advantages_PG.flatten().float()
     )

@@ -76,6 +76,8 @@ class Child:
         with suppress(ProcessLookupError):
             self.process.kill()
         self.process.wait()
+        if self._printed is not None:
+            self._printed.close()
 
     def death(self) -> str:
         """How a process that no longer answers ended."""
@@ -86,7 +88,7 @@ class Child:
         return f"was killed by {signal.Signals(-code).name}{hint}"
 
     def _last_line(self) -> str:
-        if self._printed is None:
+        if self._printed is None or self._printed.closed:
             return ""
         self._printed.seek(0)
         lines = self._printed.read().decode(errors="replace").strip().splitlines()

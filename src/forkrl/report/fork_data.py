@@ -82,9 +82,9 @@ def fork_data(forks: ForkView, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
     Views contain frames, frames prompts, prompts responses. A response has per token: ``t`` text index in ``texts``,
     ``e`` entropy (one list per layer) and ``l`` log-prob (both in 1/10,000 nat), ``f`` a string of 0 and 1 (selected),
-    ``r`` rank, ``a`` and ``q`` with ``w`` alternatives per token (text index, probability in 1/100,000); ``b`` holds
-    branches by position. Null: not finite. Beyond ``max_bytes`` of token data, views show fewer prompts, cut long
-    responses and say so.
+    ``o`` likewise (not written by the model), ``r`` rank, ``a`` and ``q`` with ``w`` alternatives per token (text
+    index, probability in 1/100,000); ``b`` holds branches by position. Null: not finite. Beyond ``max_bytes`` of token
+    data, views show fewer prompts, cut long responses and say so.
     """
     table = TextTable()
     layers = [layer for view in forks.views for response in responses_of(view.frames) for layer in response.entropy]
@@ -161,7 +161,7 @@ def _said(before: Sequence[Frame], after: Sequence[Frame], limit: int) -> str:
 
 def _check(response: ShownResponse, num_layers: int) -> None:
     count = len(response.tokens)
-    optional = (response.logprobs, response.selected, response.ranks, response.alternatives)
+    optional = (response.logprobs, response.selected, response.others, response.ranks, response.alternatives)
     if len(response.entropy) != num_layers or any(len(layer) != count for layer in response.entropy):
         raise ValueError(f"{response.label}: needs {num_layers} lists of {count} entropies, one for each layer")
     if any(len(values) not in (0, count) for values in optional):
@@ -190,6 +190,9 @@ def _response(response: ShownResponse, limit: int, table: TextTable, mark: float
         "l": _whole(response.logprobs[:limit], PER_NAT),
         "f": "".join("1" if chosen else "0" for chosen in response.selected[:limit]),
     }
+    if any(response.others):
+        found["o"] = "".join("1" if other else "0" for other in response.others[:limit])
+        found["others"] = int(sum(response.others))
     if len(response.ranks):
         found["r"] = [int(rank) for rank in response.ranks[:limit]]
     if len(response.alternatives):

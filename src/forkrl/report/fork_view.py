@@ -50,6 +50,7 @@ class ShownResponse:
         reward: reward used by the trainer.
         advantage: reward relative to the prompt's group.
         finished: False if cut at the length limit.
+        others: whether an environment or the chat template wrote each token, not the model; or empty.
     """
 
     label: str
@@ -64,6 +65,7 @@ class ShownResponse:
     reward: float | None = None
     advantage: float | None = None
     finished: bool | None = None
+    others: Sequence[bool] = ()
 
 
 @dataclass(slots=True)

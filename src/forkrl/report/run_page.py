@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -352,9 +353,11 @@ def _training_prompts(sample: RolloutSample, outlined: bool) -> list[ShownPrompt
 
 
 def _shown(label: str, response: Mapping[str, Any], outlined: bool) -> ShownResponse:
+    figures = response["entropy"], response["logprobs"]  # both are NaN where an environment wrote the token
     return ShownResponse(
         label=label,
         entropy=[response["entropy"]],
         selected=response["selected"] if outlined else (),
+        others=[math.isnan(own) and math.isnan(each) for own, each in zip(*figures, strict=True)],
         **{name: response[name] for name in ("tokens", "logprobs", "score", "reward", "advantage", "finished")},
     )

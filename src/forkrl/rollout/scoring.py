@@ -21,6 +21,11 @@ class Scoring:
         ] = {}  # by identity: equal responses are scored separately
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
+        if rollout.result is not None:  # from an environment
+            known: Future[list[VerifierResult]] = Future()
+            known.set_result([rollout.result])
+            self._results[id(rollout)] = known
+            return
         asked = [prompt, *(replace(prompt, source=term_source(term, prompt.source)) for term in self._terms)]
         self._results[id(rollout)] = self._verifier.submit([(each, rollout.text) for each in asked])
 

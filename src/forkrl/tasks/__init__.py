@@ -13,6 +13,7 @@ from forkrl.errors import UserError
 from forkrl.model.prompt_tokens import PromptCheck
 from forkrl.tasks.countdown import countdown_task
 from forkrl.tasks.dataset import load_dataset_task, load_evaluation_task
+from forkrl.tasks.environment import environment_task
 from forkrl.tasks.gym import gym_task
 from forkrl.tasks.json_lines import BadRows
 from forkrl.tasks.mix import mix_task
@@ -20,16 +21,25 @@ from forkrl.tasks.rendering import chat_template
 from forkrl.tasks.stream import PromptStream, open_stream, repeated_prompts
 from forkrl.types import Prompt, Task
 
+_FOR_TRAINING = 'task.name = "environment" is for forkrl train; other commands cannot run its turns yet'
+
 __all__ = ["PromptStream", "check_prompts", "open_evaluation_task", "open_stream", "open_task", "repeated_prompts"]
 
 
 def open_task(
-    config: TaskConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_prompt_tokens: int | None = None
+    config: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_prompt_tokens: int | None = None,
+    environments: bool = False,
 ) -> Task:
     """The configured task, with its prompts exactly as the model reads them; raises UserError if it cannot be used.
 
     ``tokenizer`` checks every prompt; it is None if only a server has it. ``max_prompt_tokens`` None: any length.
+    ``environments``: whether the caller can run rollouts of several turns.
     """
+    if config.name == "environment" and not environments:
+        raise UserError(_FOR_TRAINING)
     return _open(config, tokenizer, _prompt_check(tokenizer, max_prompt_tokens), load_dataset_task)
 
 
@@ -71,7 +81,11 @@ def _open(
     if config.name == "dataset":
         check_row = None if check is None else partial(check, allow_unknown=config.allow_unknown_tokens)
         return load_dataset(config, apply_chat_template=chat_template(config, tokenizer), check=check_row)
-    if config.name == "reasoning-gym":
+    if config.name == "environment":
+        if tokenizer is None or load_dataset is load_evaluation_task:
+            raise UserError(_FOR_TRAINING)
+        task = environment_task(config, tokenizer)
+    elif config.name == "reasoning-gym":
         task = gym_task(config, apply_chat_template=chat_template(config, tokenizer))
     else:
         task = countdown_task(validation=config.name == "countdown-validation")

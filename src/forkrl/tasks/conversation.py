@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.config import TaskConfig
+from forkrl.errors import UserError
 from forkrl.tasks import open_task
 from forkrl.tasks.countdown import problem_text
 from forkrl.tasks.rendering import chat_template, gym_question, prompt_renderer
@@ -19,6 +20,8 @@ class Conversation:
     """
 
     def __init__(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        if config.name == "environment":
+            raise UserError('task.name = "environment" has turns of its own; chat with the model alone')
         self._config = config
         self._turns: Messages = []
         examples = open_task(config, tokenizer).examples if config.few_shot else {}

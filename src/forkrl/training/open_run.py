@@ -23,6 +23,8 @@ from forkrl.rewards import VerifierPool, open_verifier
 from forkrl.rewards.code import with_sandbox
 from forkrl.rewards.specs import term_specs
 from forkrl.rollout import open_engine
+from forkrl.rollout.embedded import EmbeddedEngine
+from forkrl.rollout.environment import EnvironmentEngine
 from forkrl.rollout.vllm_engine import VllmEngine, require_vllm
 from forkrl.store.interruption import Interrupted, Interruption
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, new_run_id, refuse_other_data
@@ -108,21 +110,26 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     policy = _open_policy(config)
     if unused := unused_gpus(policy.device):
         notice(unused)
-    task = plug_ins.task or open_task(config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    task = plug_ins.task or open_task(
+        config.task, policy.tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, environments=True
+    )
     if repeated := repeated_prompts(task.train, config):
         notice(repeated)
     reference = _open_reference(policy) if config.loss.kl_coef else None
     workers = stack.enter_context(open_workers(policy, reference, config.runtime))
-    engine = (plug_ins.engine or open_engine)(workers, config)
+    engine: RolloutEngine = (plug_ins.engine or open_engine)(workers, config)
+    if config.task.name == "environment" and isinstance(engine, EmbeddedEngine):
+        engine = EnvironmentEngine(engine, config)
     engine.check_prompts([*task.train, *task.held_out], config.rollout.max_response_tokens)
     if plug_ins.verifier and config.reward.terms:
         raise UserError(
             f"reward.terms ({config.reward.terms[0].name}) are for verifiers of a recipe, and the one given from "
             "Python computes the whole reward; remove them, or that verifier"
         )
-    verifier = plug_ins.verifier or stack.enter_context(
-        open_verifier(with_sandbox(task.verifiers, config.sandbox) | term_specs(config.reward), config.reward)
-    )
+    verifier = plug_ins.verifier or (engine if isinstance(engine, EnvironmentEngine) else None)
+    if verifier is None:
+        specs = with_sandbox(task.verifiers, config.sandbox) | term_specs(config.reward)
+        verifier = stack.enter_context(open_verifier(specs, config.reward))
     prompts = open_stream(task.train, config.task, config.seed)
     # Created after all input checks: a mistake leaves no folder.
     provenance = describe_provenance(task, workers) | _engine_facts(engine) | _model_source(config.model.path)
@@ -144,6 +151,8 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
 
 
 def _engine_facts(engine: RolloutEngine) -> dict[str, str]:
+    if isinstance(engine, EnvironmentEngine):
+        engine = engine.engine
     return {"vllm": engine.version} if isinstance(engine, VllmEngine) else {}
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from forkrl.method.selection import select_tokens
 from forkrl.model.token_texts import TokenTexts
-from forkrl.types import RolloutGroup
+from forkrl.types import Rollout, RolloutGroup
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import SelectionConfig
+
+Value = TypeVar("Value", float, bool)
 
 
 def rollout_rows(
@@ -24,7 +27,11 @@ def rollout_rows(
     rewards: Sequence[float] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per response, with ``run_folder.rollout_schema``; ``selected`` has a bool per token of each response."""
+    """One row per response, with ``run_folder.rollout_schema``.
+
+    ``selected`` has a bool for each token of a response that the model wrote. At the other tokens, log-prob and entropy
+    are NaN.
+    """
     texts = TokenTexts(tokenizer)
     judged = [
         (group.prompt, rollout, score)
@@ -39,9 +46,9 @@ def rollout_rows(
             "response": rollout.text,
             "token_ids": list(rollout.response_ids),
             "tokens": [texts[token_id] for token_id in rollout.response_ids],
-            "logprobs": rollout.logprobs.tolist(),
-            "entropy": rollout.entropy.tolist(),
-            "selected": list(selected[row]),
+            "logprobs": _spread(rollout, rollout.logprobs.tolist(), math.nan),
+            "entropy": _spread(rollout, rollout.entropy.tolist(), math.nan),
+            "selected": _spread(rollout, selected[row], False),
             "score": score,
             "reward": score if rewards is None else rewards[row],
             "advantage": None if advantages is None else advantages[row],
@@ -49,6 +56,14 @@ def rollout_rows(
         }
         for row, (prompt, rollout, score) in enumerate(judged)
     ]
+
+
+def _spread(rollout: Rollout, values: Sequence[Value], otherwise: Value) -> list[Value]:
+    """A value for each token of the response, from those of the tokens that the model wrote."""
+    if not rollout.written:
+        return list(values)
+    own = iter(values)
+    return [next(own) if written else otherwise for written in rollout.written]
 
 
 def evaluation_rows(

@@ -61,7 +61,8 @@ const paint = (block) => {
   }
   [...node.children].forEach((span, k) => {
     const index = start + k;
-    let name = "t " + colorClass(entropy[index]);
+    let name = "t " + (isOther(response, index) ? "other" : colorClass(entropy[index]));
+    if (isOther(response, index) && !isOther(response, index - 1)) name += " first";
     if (isSelected(response, index)) name += /^ \S{1,24}$/.test(textOf(response, index)) ? " s lead" : " s";
     if (isFork(response, index)) name += " fork";
     if (isTested(response, index)) name += " tested";
@@ -100,7 +101,7 @@ const factsLine = (response) => {
   else if (response.score !== null) fact("score " + response.score.toFixed(2));
   if (response.reward !== null) fact("reward " + response.reward.toFixed(2));
   if (response.advantage !== null) fact("advantage " + (response.advantage > 0 ? "+" : "") + response.advantage.toFixed(2));
-  fact(response.length.toLocaleString("en") + " tokens" + (response.selected === null ? "" : ", " + response.selected.toLocaleString("en") + " selected"));
+  fact((response.length - (response.others ?? 0)).toLocaleString("en") + " tokens" + (response.others ? " of the model, " + response.others.toLocaleString("en") + " of the environment" : "") + (response.selected === null ? "" : ", " + response.selected.toLocaleString("en") + " selected"));
   if (response.finished === false) fact("cut at the limit", "wrong");
   return line;
 };

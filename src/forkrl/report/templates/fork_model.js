@@ -27,6 +27,7 @@ const probabilityOf = (response, index) => {
   const value = response.l[index] ?? null;
   return value === null ? null : Math.exp(value / PER_NAT);
 };
+const isOther = (response, index) => response.o?.[index] === "1"; // written by an environment, not by the model
 const isSelected = (response, index) => response.f[index] === "1";
 const isFork = (response, index) => {
   if (data.mark === null) return isSelected(response, index);

@@ -17,10 +17,13 @@ const bar = (fraction, className = "") => {
 const factsOf = (response, index) => {
   const facts = element("dl");
   const fact = (name, value) => facts.append(element("dt", "", name), element("dd", "", value));
-  fact("entropy", inNats(entropyOf(response, index)));
-  if (response.r) fact("rank", response.r[index].toLocaleString("en"));
-  if (response.l.length) fact("probability", response.l[index] === null ? "not a number" : percent(probabilityOf(response, index)));
-  if (response.selected !== null) fact("selected", isSelected(response, index) ? "yes" : "no");
+  if (isOther(response, index)) fact("written by", "the environment or the chat template; not trained on");
+  else {
+    fact("entropy", inNats(entropyOf(response, index)));
+    if (response.r) fact("rank", response.r[index].toLocaleString("en"));
+    if (response.l.length) fact("probability", response.l[index] === null ? "not a number" : percent(probabilityOf(response, index)));
+    if (response.selected !== null) fact("selected", isSelected(response, index) ? "yes" : "no");
+  }
   fact("position", (index + 1).toLocaleString("en") + " of " + response.length.toLocaleString("en"));
   return facts;
 };
