@@ -45,7 +45,7 @@ def test_page_runs_without_errors_or_requests(browser: webdriver.Chrome, page: P
     open_page(browser, page)
     assert len(browser.find_elements(By.CSS_SELECTOR, "#responses .t")) > 200
     assert len(browser.find_elements(By.CSS_SELECTOR, "#responses .t.s")) > 40
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".plot svg")) == 6
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".plot svg")) == 8
     assert log(browser, "browser") == []
     sent = [
         entry["message"] for entry in log(browser, "performance") if "Network.requestWillBeSent" in entry["message"]

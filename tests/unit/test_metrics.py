@@ -30,7 +30,7 @@ def mini_batch(advantages_B: list[float]) -> TokenBatch:
 def update(selected_BT: list[list[bool]], ratio_max: float = 1.0) -> Update:
     selected = torch.tensor(selected_BT)
     metrics = {"loss/ratio_max": ratio_max, "loss/approx_kl": ratio_max, "entropy/threshold": 0.5 / ratio_max}
-    return Update(selected, metrics)
+    return Update(selected, metrics, torch.zeros(0))
 
 
 def test_kept_fractions_leave_tokens_without_advantage_out() -> None:

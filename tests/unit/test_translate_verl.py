@@ -30,9 +30,14 @@ pytestmark = [
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(path for path in RECIPES.rglob("*.toml") if not path.stem.endswith("-base"))
+ENVIRONMENT = ("environment", "environment_args", "max_turns", "max_turn_tokens", "held_out_rows", "train_prompts")
 REFUSED = {
     "countdown": ("dynamic_sampling.generation_prompts", ["dynamic_sampling.generation_prompts=0"]),
     "countdown-fast": ("checkpoint.kind", ["checkpoint.kind=full"]),
+    "guess-number": (
+        "task.environment",
+        ["task.name=countdown", *(f"task.{name}=" for name in ENVIRONMENT)],
+    ),
     "gym-curriculum": ("task.curriculum.promote_above", ["task.curriculum="]),
 }
 """Shipped recipes that verl cannot do as they are, with what to change."""
