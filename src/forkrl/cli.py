@@ -24,7 +24,7 @@ from typer.main import get_command
 from forkrl import __version__
 from forkrl.commands import options as of
 from forkrl.commands import other_options as other
-from forkrl.errors import TrainingHalted, UserError
+from forkrl.errors import TrainingHalted, UserError, first_line, is_out_of_memory
 from forkrl.parallel.threads import configure_environment
 
 
@@ -106,6 +106,15 @@ def _run(argv: Sequence[str]) -> int:
     except TrainingHalted as error:
         where = f" at {error}" if str(error).startswith("step ") else f": {error}"
         print(f"forkrl: {activity} stopped{where}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:  # where no setting of its own decides
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"forkrl: out of memory ({first_line(error)}); lower runtime.workers or rollout.max_sequences, set "
+            "model.precision=bf16, or take a smaller model or a machine with more memory",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("forkrl: interrupted", file=sys.stderr)

@@ -39,12 +39,13 @@ def out_of_memory_names(setting: str, value: object) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingHalted(f"out of memory ({first_line(error)}); lower {setting} = {value}") from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a CPU or a CUDA device."""
     # torch.OutOfMemoryError by name, because this module must not import torch; on a CPU it is a RuntimeError.
     return (
         isinstance(error, MemoryError)

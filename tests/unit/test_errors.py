@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from forkrl.cli import main
 from forkrl.errors import TrainingHalted, first_line, out_of_memory_names, printable
+from forkrl.model.policy import Policy
+from forkrl.model.support import require_supported
+from tests.models import random_policy
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,26 @@ def test_running_out_of_memory_names_the_setting(allocate: Callable[[], object])
         out_of_memory_names("rollout.max_sequences", 256),
     ):
         allocate()
+
+
+def out_of_memory(*_: object) -> int:
+    return torch.empty(2**60, dtype=torch.uint8).numel()
+
+
+def test_a_command_that_runs_out_of_memory_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("forkrl.commands.doctor.run_doctor", out_of_memory)
+    assert main(["doctor"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("forkrl: out of memory (") and "lower runtime.workers or rollout.max_sequences" in line
+
+
+def test_a_model_for_which_there_is_no_memory_is_not_called_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = random_policy()
+    monkeypatch.setattr(Policy, "logits", out_of_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        require_supported(policy, "model")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("can't allocate memory")])

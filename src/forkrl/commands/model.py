@@ -54,7 +54,7 @@ def run_model(options: PretrainedOptions) -> int:
     write_line(
         sys.stdout,
         f"{out}: SmolLM2-135M-Instruct, {origin}; {size / 1e6:.0f} MB, made in {duration(time.monotonic() - began)}\n"
-        f"next: forkrl analyze {out} --data prompts.jsonl --temperature 0.5 task.chat_template=true\n"
+        f"next: forkrl analyze {out} --data YOUR_PROMPTS.jsonl --temperature 0.5 task.chat_template=true\n"
         f"      forkrl train recipes/smollm2-sums.toml model.path={out}",
     )
     return 0

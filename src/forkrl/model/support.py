@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import find_adapter_config_file  # type: ignore[attr-defined]  # public, but not in its __all__
 
-from forkrl.errors import UserError, first_line
+from forkrl.errors import UserError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from forkrl.model.policy import Policy
@@ -61,6 +61,8 @@ def require_supported(policy: Policy, path: str) -> None:
         try:
             fault = fault_of(policy)
         except PROBE_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"model.path = {path!r}: {type(policy.model).__name__} cannot be run as a decoder with an output "
                 f"embedding ({type(error).__name__}: {first_line(error)}); docs/models.md lists the supported families"

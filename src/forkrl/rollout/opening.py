@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from forkrl.errors import UserError, first_line
+from forkrl.errors import UserError, first_line, is_out_of_memory
 from forkrl.model.policy import Policy
 from forkrl.model.support import PROBE_ERRORS
 from forkrl.parallel.workers import Workers
@@ -55,6 +55,8 @@ def require_cached_decoding(policy: Policy) -> None:
             raise UserError(f"{failure}: it keeps other state than keys and values ({', '.join(other)}); {_REMEDY}")
         gap = _decoding_gap(Policy(policy.model, policy.tokenizer))
     except PROBE_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{failure}: decoding from a cache fails ({type(error).__name__}: {first_line(error)}); {_REMEDY}"
         ) from error
