@@ -21,8 +21,13 @@ from forkrl.commands import model as command
 from forkrl.commands.options import PretrainedOptions
 from forkrl.config import ModelConfig
 from forkrl.errors import UserError
+from forkrl.method.batches import collate
 from forkrl.model import smollm2
+from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import open_policy
+from forkrl.parallel.workers import Workers
+from forkrl.rollout import EmbeddedEngine
+from forkrl.types import Prompt, SamplingParams
 
 gguf = pytest.importorskip("gguf", reason="the extra models is not installed")
 from tests.fabricated_gguf import SPECIAL, write_gguf, write_wheel  # noqa: E402 - needs gguf
@@ -251,3 +256,20 @@ def test_the_real_model_answers_and_stops(smollm2_folder: Path) -> None:
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == 2 and 2 not in answer[:-1]
     assert (smollm2_folder / "model.safetensors").stat().st_size < 270_000_000
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.5, 0.9)])
+def test_sampling_the_real_model_agrees_with_one_pass(smollm2_folder: Path, temperature: float, top_p: float) -> None:
+    policy = open_policy(ModelConfig(path=str(smollm2_folder)), "cpu")
+    prompts = [Prompt(text, text, "") for text in ("12 + 7 =", "The capital of France is")]
+    groups = EmbeddedEngine(Workers(policy), max_prompt_tokens=32).generate(
+        prompts,
+        group_size=3,
+        sampling=SamplingParams(16, temperature=temperature, top_p=top_p),
+        generator=torch.Generator().manual_seed(0),
+    )
+    batch = collate(groups, torch.zeros(2, 3), pad_id=0)
+    stats = compute_token_stats(policy, batch, temperature=temperature or 1.0)
+    inside = batch.response_mask
+    torch.testing.assert_close(batch.old_logprobs[inside], stats.logprobs.detach()[inside], rtol=0, atol=1e-4)
+    torch.testing.assert_close(batch.rollout_entropy[inside], stats.entropy.detach()[inside], rtol=0, atol=1e-4)
