@@ -41,6 +41,8 @@ enabled = false
 entropy = "rollout"
 [optimizer]
 lr = 1e-3
+[loss]
+old_logprobs = "trainer"
 [training]
 steps = {STEPS}
 mini_batch_prompts = 4
