@@ -165,7 +165,7 @@ class NoisySampler:
         return getattr(self._engine, name)
 
     def generate(self, prompts: Any, *, on_finished: Any = None, **how: Any) -> list[RolloutGroup]:
-        groups = self._engine.generate(prompts, **how)
+        groups: list[RolloutGroup] = self._engine.generate(prompts, **how)
         for number, group in enumerate(groups):
             rollouts = []
             for rollout in group.rollouts:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationAdd, ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -160,7 +160,7 @@ class Hub:
         self.calls.append(("branch", (name, branch, exist_ok)))
 
     def create_commit(self, name: str, operations: Any, *, commit_message: str, revision: str | None) -> Any:
-        added = [each for each in operations if isinstance(each, push.CommitOperationAdd)]
+        added: list[Any] = [each for each in operations if isinstance(each, CommitOperationAdd)]
         self.deleted = [each.path_in_repo for each in operations if each not in added]
         with_content = {each.path_in_repo: each.path_or_fileobj for each in added}
         contents = {

@@ -39,7 +39,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a model whose weights differ a little from ``MODEL``'s."""
     folder, policy = tmp_path_factory.mktemp("earlier") / "model", open_policy(ModelConfig(path=MODEL), "cpu")
     with torch.no_grad():
-        policy.model.get_input_embeddings().weight.mul_(1.05)
+        policy.head_weight.mul_(1.05)  # tied to the embedding
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     return str(folder)
