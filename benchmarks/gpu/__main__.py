@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --device cpu --small     (the same code in a minute on any machine)
 
 Decoding, beside ``transformers``' two ways and vLLM, the head, the forks-only backward, and whole steps on random
-weights in the shapes of Qwen3-0.6B, beside TRL's where that is installed, and 8B, beside the card's own limits, which
-are measured first.
+weights in the shapes of Qwen3-0.6B, compared with TRL's where that is installed, and 8B, compared with the card's own
+limits, measured first.
 Each part is a process of its own with its own share of the time. What a part has written counts even if it fails or
 runs over, which is recorded with its last words; the others go on, and the file is written anew after each.
 """

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine; whoever samples answers its requests."""
+"""An OpenAI-compatible endpoint on this machine; a callback answers its requests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ChatRequest:
 
 
 class Endpoint:
-    """``/v1/models`` and ``/v1/chat/completions`` on 127.0.0.1, for whoever knows ``key``; not streamed.
+    """``/v1/models`` and ``/v1/chat/completions`` on 127.0.0.1, for clients with ``key``; not streamed.
 
     ``on_request`` gets every request, in the thread of its connection.
     """
