@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,9 @@ device = "cpu"
 """
 
 
+PROGRESS = re.compile(r"^(?!forkrl: ).*  \d+/\d+  [\d.]+ (s|min).*\n", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended. ``code`` is negative where a signal killed it."""
@@ -94,9 +98,10 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        """The one line on standard error of a command that failed."""
-        assert self.stderr.endswith("\n") and self.stderr.count("\n") == 1, f"not one line: {self.stderr!r}"
-        return self.stderr[:-1]
+        """The one line on standard error of a command that failed, after lines of progress on a slow machine."""
+        lines = PROGRESS.sub("", self.stderr)
+        assert lines.endswith("\n") and lines.count("\n") == 1, f"not one line: {self.stderr!r}"
+        return lines[:-1]
 
 
 @dataclass
