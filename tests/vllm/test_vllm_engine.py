@@ -12,11 +12,12 @@ import pytest
 import torch
 from scipy import stats
 
-from forkrl.config import ModelConfig
+from forkrl.config import LoraConfig, ModelConfig
 from forkrl.config.train import RolloutConfig
 from forkrl.errors import EngineLost, UserError
 from forkrl.evaluation.samplers import EvalSampling, SampleRequest, VllmSampler
 from forkrl.method.batches import collate
+from forkrl.model.adapter import add_adapter
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers
@@ -27,7 +28,7 @@ from forkrl.rollout.held_out import evaluation_generator
 from forkrl.rollout.logprob_gap import gap_of_rollouts
 from forkrl.rollout.vllm_engine import VllmEngine
 from forkrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
-from tests.families import family_policy
+from tests.families import TRAINABLE, family_policy
 from tests.processes import is_running
 
 MAX_TOKENS = 96
@@ -286,6 +287,37 @@ def test_weights_of_several_workers_little_memory_and_a_process_that_hangs(
     assert capfd.readouterr() == ("", ""), "vLLM's own messages are for nobody"
 
 
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("qwen3", ("all-linear",)), ("qwen3", ("q_proj", "down_proj")), ("llama", ("all-linear",))],
+    ids=["all-linear", "two layers", "llama"],
+)
+def test_an_adapter_alone_is_taken_over(family: str, targets: tuple[str, ...]) -> None:
+    """Again and again, and vLLM, which scales its copy of B in place, leaves the trained one as it is."""
+    policy = open_policy(ModelConfig(), "cpu") if family == "qwen3" else family_policy(family, {"head_dim": 32})
+    policy.adapter = add_adapter(policy.model, LoraConfig(rank=3, alpha=24, targets=targets), ModelConfig())
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    with Workers(policy) as workers:
+        engine, before = opened(workers), None
+        for seed in range(3):
+            values = [parameter.clone() for parameter in trained]
+            rollouts = flat(sample(engine, group_size=2))
+            assert all(torch.equal(*pair) for pair in zip(trained, values, strict=True))
+            assert gap_of_rollouts(policy, rollouts).max < 1e-4
+            assert [rollout.response_ids for rollout in rollouts] != before
+            before = [rollout.response_ids for rollout in rollouts]
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in trained:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted_gpt2(monkeypatch: pytest.MonkeyPatch) -> Policy:
+    policy = family_policy("gpt2", TRAINABLE["gpt2"])
+    policy.adapter = add_adapter(policy.model, LoraConfig(rank=8), ModelConfig())
+    return policy
+
+
 def old_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_PROGRAM", f"import vllm\nvllm.__version__ = '0.31.2'\n{vllm_engine._PROGRAM}")
 
@@ -304,8 +336,9 @@ def unknown_model(monkeypatch: pytest.MonkeyPatch) -> Policy:
         (old_version, "vLLM 0.32 or newer is needed, this is 0.31.2", "change that"),
         (huge_cache, "Available memory on node 0", "lower rollout.kv_cache_gib"),
         (unknown_model, "GPTNeoForCausalLM", "change that"),
+        (adapted_gpt2, "GPT2LMHeadModel does not support LoRA", "change that"),
     ],
-    ids=["old version", "more memory than there is", "unknown model"],
+    ids=["old version", "more memory than there is", "unknown model", "a model without adapters"],
 )
 def test_what_vllm_cannot_open_is_refused_in_one_line(
     cause: Callable[[pytest.MonkeyPatch], Policy | None], says: str, remedy: str, monkeypatch: pytest.MonkeyPatch
@@ -317,3 +350,10 @@ def test_what_vllm_cannot_open_is_refused_in_one_line(
     assert message.startswith(f'rollout.engine = "vllm" cannot run {type(policy.model).__name__}: ')
     assert says in message and "\n" not in message
     assert message.endswith(f'; {remedy}, or set rollout.engine = "torch"')
+
+
+def test_a_rank_that_vllm_does_not_have_is_refused() -> None:
+    policy = open_policy(ModelConfig(), "cpu")
+    policy.adapter = add_adapter(policy.model, LoraConfig(rank=513), ModelConfig())
+    with Workers(policy) as workers, pytest.raises(UserError, match=r"lora.rank = 513: .* has at most 512"):
+        opened(workers)

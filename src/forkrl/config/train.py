@@ -352,11 +352,6 @@ class TrainConfig(Section):
                 "checkpoint.merged = true needs an adapter and checkpoints; set lora.rank, and checkpoint.kind other "
                 'than "none", or drop it'
             )
-        if self.rollout.engine == "vllm" and self.lora.rank:
-            raise ValueError(
-                f'rollout.engine = "vllm" cannot sample from the adapter of lora.rank = {self.lora.rank} yet; set '
-                f'rollout.engine = "torch", or lora.rank = 0'
-            )
         exact = self.runtime.trainer == "local" and self.rollout.engine == "torch" and self.model.precision == "fp32"
         if self.loss.sampler_correction != "none" and exact:
             raise ValueError(

@@ -42,6 +42,19 @@ class AdapterBase(NamedTuple):
     sha256: str
 
 
+class AdapterLayout(NamedTuple):
+    """What another program needs to compute the adapted model from its parameters.
+
+    ``base`` and ``lora``: names of parameters by their names in the files of the base model and of PEFT.
+    """
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+    base: dict[str, str]
+    lora: dict[str, str]
+
+
 def add_adapter(model: PreTrainedModel, settings: LoraConfig, trained: ModelConfig) -> AdapterBase:
     """Freeze the model and add a new adapter, which changes nothing yet (``B`` is 0); ``A`` is drawn at random.
 
@@ -231,6 +244,21 @@ def _find_targets(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
                 f'"all-linear" alone, or some of {", ".join(sorted(linear))}'
             )
     return sorted(names)
+
+
+def adapter_layout(model: PreTrainedModel) -> AdapterLayout | None:
+    """None if the model has no adapter."""
+    if not has_adapters(model):
+        return None
+    config: Any = model.peft_config[_NAME]
+    names = [name for name, _ in model.named_parameters() if not _is_of_adapter(name)]
+    return AdapterLayout(
+        config.r,
+        config.lora_alpha,
+        tuple(sorted(config.target_modules)),
+        {name.replace(".base_layer.", "."): name for name in names},
+        {file_name: name for file_name, name, _ in _adapter_parameters(model)},
+    )
 
 
 def has_adapters(model: nn.Module) -> bool:

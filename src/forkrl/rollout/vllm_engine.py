@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from forkrl.errors import EngineLost, UserError, first_line
+from forkrl.model.adapter import AdapterLayout, adapter_layout
 from forkrl.model.policy import Policy, require_positions
 from forkrl.parallel.processes import Child, child_environment
 from forkrl.parallel.workers import Workers
@@ -31,6 +32,8 @@ SILENCE_S = 900.0
 BLOCK = 32
 """Tokens of a block of keys and values on a CPU; vLLM's own 128 share shorter beginnings of prompts not at all."""
 _PROBE_TOKENS = 16
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Widths that vLLM can reserve for adapters."""
 _OTHERWISE = 'set rollout.engine = "torch"'
 
 
@@ -56,6 +59,16 @@ class Finished(NamedTuple):
     finished: bool
 
 
+class Adapter(NamedTuple):
+    """A LoRA for vLLM. ``base`` and ``lora``: parameter names by the names in a model's and in PEFT's files."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+    base: dict[str, str]
+    lora: dict[str, str]
+
+
 class VllmEngine(EmbeddedEngine):
     """Samples with vLLM. Every response has its own seed, drawn from the generator.
 
@@ -72,7 +85,8 @@ class VllmEngine(EmbeddedEngine):
                 f'rollout.engine = "vllm": the model is on {device}, not on the CPU or the first CUDA device '
                 f"(CUDA_VISIBLE_DEVICES chooses which that is); set runtime.device, or {_OTHERWISE}"
             )
-        options = _options(self.policy, limits)
+        adapter = adapter_layout(self.policy.model)
+        options = _options(self.policy, limits) | _lora_options(adapter)
         self.max_tokens = options["max_model_len"]
         self._synced: list[int] | None = None
         self._answering = False
@@ -89,7 +103,7 @@ class VllmEngine(EmbeddedEngine):
         )
         workers.closing.callback(self.close)
         try:
-            self.version = self._open(options, weights)
+            self.version = self._open(options, weights, adapter)
             self._require_same_model()
         except EngineLost as error:
             name = type(self.policy.model).__name__
@@ -148,13 +162,13 @@ class VllmEngine(EmbeddedEngine):
         of_tokens = torch.tensor(written.token_ids), torch.tensor(written.logprobs), torch.tensor(written.entropy)
         return build_rollout(self.policy, prompt_ids, *of_tokens, finished=written.finished)
 
-    def _open(self, options: dict[str, Any], weights: Any) -> str:
+    def _open(self, options: dict[str, Any], weights: Any, adapter: AdapterLayout | None) -> str:
         """vLLM's version, once it has opened the model."""
         with tempfile.TemporaryDirectory(prefix="forkrl-") as folder:
             config = copy.deepcopy(self.policy.model.config)
             config.architectures = [type(self.policy.model).__name__]
             config.save_pretrained(folder)  # all that vLLM needs; the weights are here
-            [(version, device)] = self._ask(options | {"model": folder}, weights)
+            [(version, device)] = self._ask(options | {"model": folder}, weights, adapter)
         if device != self.policy.device.type:
             raise EngineLost(f"vLLM {version} as installed runs on {device}, and the model is on {self.policy.device}")
         return str(version)
@@ -228,6 +242,19 @@ def _options(policy: Policy, limits: RolloutConfig) -> dict[str, Any]:
         return options | {"enforce_eager": True, "block_size": BLOCK}
     # Of the share that vLLM may take, it checks that it is free, which it is not next to the trainer.
     return options | {"gpu_memory_utilization": 0.01}
+
+
+def _lora_options(adapter: AdapterLayout | None) -> dict[str, Any]:
+    """``EngineArgs`` for an adapter; raises UserError if vLLM cannot hold it."""
+    if adapter is None:
+        return {}
+    rank = next((rank for rank in _LORA_RANKS if rank >= adapter.rank), None)
+    if rank is None:
+        raise UserError(
+            f'lora.rank = {adapter.rank}: rollout.engine = "vllm" has at most {_LORA_RANKS[-1]}; lower it, or '
+            f"{_OTHERWISE}"
+        )
+    return {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": list(adapter.targets)}
 
 
 def _kv_cache_bytes(policy: Policy, limits: RolloutConfig) -> int:

@@ -18,10 +18,16 @@ import torch
 import vllm
 from packaging.version import Version
 from torch import Tensor
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
 from forkrl.errors import first_line
+from forkrl.model.adapter import AdapterLayout
 from forkrl.parallel.workers import SharedWeights
 from forkrl.rollout.sampling import LEAST_LOGIT
 from forkrl.rollout.vllm_engine import Finished
@@ -29,6 +35,8 @@ from forkrl.types import TemperatureRule
 
 OLDEST = "0.32"
 _KEY = "forkrl"
+_NO_FOLDER = "none"
+"""A path that vLLM requires and nothing reads."""
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]  # untyped
@@ -83,17 +91,37 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]  # untyped
         return torch.tensor([found[position] for position in range(num_tokens)], dtype=torch.float64).T
 
 
-class _Engine:
-    """vLLM with weights that other processes change."""
+def _register_loader(weights: Mapping[str, Tensor]) -> None:
+    """Let vLLM open a model with these weights, by name in the model's files, as its load format ``forkrl``."""
 
-    def __init__(self, options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    @register_model_loader(_KEY)
+    class SharedLoader(BaseModelLoader):  # type: ignore[misc]  # untyped
+        def download_model(self, model_config: Any) -> None:
+            pass
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            model.load_weights(iter(weights.items()))
+
+
+class _Engine:
+    """vLLM with weights that other processes change: those of ``adapter`` if there is one, else all."""
+
+    def __init__(
+        self, options: Mapping[str, Any], weights: Mapping[str, Tensor], adapter: AdapterLayout | None
+    ) -> None:
         if Version(vllm.__version__).release < Version(OLDEST).release:
             raise ValueError(f"vLLM {OLDEST} or newer is needed, this is {vllm.__version__}")
+        self._weights, self._adapter = weights, adapter
+        load_format = "dummy"  # the first sync brings the weights; one that it forgot would be noticed
+        if adapter is not None:
+            # After this, vLLM wraps the adapted layers, whose own weights cannot be replaced any more.
+            _register_loader({file_name: weights[name] for file_name, name in adapter.base.items()})
+            load_format = _KEY
         # Seeded requests fail on a CPU when a prompt is read in parts: torch has no offset of a CPU generator.
         arguments = vllm.EngineArgs(
             logits_processors=[_Recorder],
             logprobs_mode="raw_logits",
-            load_format="dummy",  # the first sync brings the weights; one that it forgot would be noticed
+            load_format=load_format,
             skip_tokenizer_init=True,
             generation_config="vllm",
             async_scheduling=False,
@@ -105,7 +133,6 @@ class _Engine:
         self._runner = self._vllm.model_executor.driver_worker.worker.model_runner
         processors = self._runner.input_batch.logitsprocs.all
         self._recorder: _Recorder = next(each for each in processors if isinstance(each, _Recorder))
-        self._weights = weights
 
     def describe(self) -> tuple[str, str]:
         """vLLM's version and the kind of device that it runs on."""
@@ -113,14 +140,38 @@ class _Engine:
 
     def sync(self) -> None:
         """Take over the weights as they are now."""
+        if self._adapter is None:
+            self._reload()
+        else:
+            self._reload_adapter(self._adapter)
+        if not self._vllm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache was not reset")
+
+    def _reload(self) -> None:
         self._vllm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(self._weights.items())})
         if self._runner.device.type == "cpu":
             # There a tied head keeps packed weights of its own, which vLLM 0.32 forgets to pack again.
             for module in self._runner.model.modules():
                 if type(module).__name__ == "ParallelLMHead":
                     module.quant_method.process_weights_after_loading(module)
-        if not self._vllm.reset_prefix_cache():
-            raise RuntimeError("the prefix cache was not reset")
+
+    def _reload_adapter(self, adapter: AdapterLayout) -> None:
+        manager = self._runner.lora_manager
+
+        def load(request: LoRARequest) -> LoRAModel:
+            """Instead of from a folder."""
+            return LoRAModel.from_lora_tensors(
+                request.lora_int_id,
+                # Copies: vLLM multiplies B by alpha / rank in place.
+                {file_name: self._weights[name].clone() for file_name, name in adapter.lora.items()},
+                PEFTHelper(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets)),
+                device="cpu",
+                dtype=manager.lora_config.lora_dtype,
+            )
+
+        manager._load_adapter = load
+        if not self._vllm.add_lora(LoRARequest(_KEY, 1, _NO_FOLDER, load_inplace=True)):
+            raise RuntimeError("the adapter was not loaded")
 
     def generate(
         self,
@@ -133,6 +184,7 @@ class _Engine:
         A request: the token ids before the response, the most tokens it may have, and its seed.
         """
         self._recorder.fork_temperature = fork_temperature
+        request = LoRARequest(_KEY, 1, _NO_FOLDER) if self._adapter is not None else None
         for index, (prompt_ids, max_tokens, seed) in enumerate(requests):
             params = vllm.SamplingParams(
                 max_tokens=max_tokens,
@@ -144,7 +196,7 @@ class _Engine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 **sampling,
             )
-            self._vllm.add_request(str(index), {"prompt_token_ids": list(prompt_ids)}, params)
+            self._vllm.add_request(str(index), {"prompt_token_ids": list(prompt_ids)}, params, lora_request=request)
         while self._vllm.has_unfinished_requests():
             yield [self._finished(output, sampling["temperature"]) for output in self._vllm.step() if output.finished]
 
@@ -162,14 +214,14 @@ class _Engine:
 def serve() -> None:
     """Open vLLM and serve requests until the first process ends.
 
-    The first message is (options, weights), the others ("sync",) or ("generate", *arguments). Answers are any number of
-    ("part", value), then ("done", None); or at any time ("error", one line), after which vLLM is not usable.
+    The first message is (options, weights, adapter), the others ("sync",) or ("generate", *arguments). Answers are any
+    number of ("part", value), then ("done", None); or at any time ("error", one line), after which vLLM is not usable.
     """
     connection = Connection(int(sys.argv[1]))
     with suppress(EOFError, ConnectionError):  # the first process has ended
         try:
-            options, weights = connection.recv()
-            engine = _Engine(options, weights.map() if isinstance(weights, SharedWeights) else weights)
+            options, weights, adapter = connection.recv()
+            engine = _Engine(options, weights.map() if isinstance(weights, SharedWeights) else weights, adapter)
             connection.send(("part", engine.describe()))
             while True:
                 connection.send(("done", None))
