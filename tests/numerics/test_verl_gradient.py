@@ -29,7 +29,7 @@ from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers
 from forkrl.training.metrics import update_metrics
-from forkrl.training.update import Update, select_in_rollout_batch, update_policy
+from forkrl.training.update import Update, choose_in_rollout_batch, update_policy
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 from tests.once import once
@@ -178,7 +178,7 @@ def own_update(
     generator = torch.Generator().manual_seed(1)
     chosen = batch
     if config.selection.scope == "rollout_batch":
-        chosen = select_in_rollout_batch(batch, config, generator)
+        chosen = choose_in_rollout_batch(batch, config, generator)
     if told is not None:
         selected_BT = torch.zeros_like(batch.response_mask)
         for row, each in told.items():

@@ -30,7 +30,7 @@ from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
 from forkrl.config.train import check_schedule
 from forkrl.errors import NothingToLearn, UserError
 from forkrl.method.correction import weight_metrics
-from forkrl.method.selection import reads_current_entropy
+from forkrl.method.selection import reads_current_policy
 from forkrl.rollout.held_out import summarise
 from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.training.rollout_rows import rollout_rows
@@ -76,7 +76,7 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             config.trainer.v1.sampler.sync_refill_failed_groups = True  # see replay.py
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
             # Makes the update compute the entropies by which a micro-batch selects.
-            if reads_current_entropy(self.options) and self.options.scope in ("micro_batch", "sequence"):
+            if reads_current_policy(self.options) and self.options.scope in ("micro_batch", "sequence"):
                 config.actor_rollout_ref.actor.calculate_entropy = True
 
     @property

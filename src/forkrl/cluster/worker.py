@@ -29,7 +29,7 @@ from forkrl.method.loss import Counts, step_loss
 from forkrl.method.schedule import share_of_lr
 from forkrl.method.selection import (
     count_selected,
-    reads_current_entropy,
+    reads_current_policy,
     select_tokens,
     select_tokens_per_sequence,
 )
@@ -211,7 +211,7 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
         mask_BT, entropy = data["response_mask"].to_padded_tensor(0).bool(), data["entropy"]
         # A threshold selects the same tokens in every scope, but their number is known only afterwards.
         if SELECTED not in data and (selection.scope == "mini_batch" or selection.rule == "threshold"):
-            entropy = self._measure_entropies(data) if reads_current_entropy(selection) else entropy
+            entropy = self._measure_entropies(data) if reads_current_policy(selection) else entropy
             selected_BT = select_over_ranks(entropy.to_padded_tensor(0.0), mask_BT, selection, seed, group)
             lengths_B = data["response_mask"].offsets().diff().tolist()
             rows = [row_T[:length] for row_T, length in zip(selected_BT.to(torch.int8), lengths_B, strict=True)]

@@ -168,7 +168,7 @@ def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assu
         update -= selected_share(config) * sequences * assumed.mean_response * 2 * shape.embedding_parameters
         note += ", less the gradients of frozen weights"
     recomputed = layout.sharded or config.loss.old_logprobs == "trainer"
-    passes = ["old policy"] * recomputed + ["reference"] * bool(config.loss.kl_coef)
+    passes = ["old policy"] * recomputed + ["reference"] * config.loss.needs_reference
     return (
         _rollout_part(config, plan, rate, decoding, assumed),
         *(Part(f"log-probs of the {policy}", layers + head, (layers + head) / rate, "2N a token") for policy in passes),

@@ -221,7 +221,7 @@ def _local_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tup
         _activations(config, shape, layout, "autocast"),
         Item("head, in tiles", 3 * tile + gradient, f"logits are never complete; {what}"),
     ]
-    if config.loss.kl_coef and not adapters:
+    if config.loss.needs_reference and not adapters:
         items.insert(0, Item("reference policy, fp32", 4 * shape.parameters, "loss.kl_coef is above 0"))
     if half:
         copy = 2 * (shape.layers * shape.layer_matrices + adapters)
@@ -329,7 +329,7 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
         *_sampling_weights(config, shape),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
-    if config.loss.kl_coef and not adapters:
+    if config.loss.needs_reference and not adapters:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
     length = full_length(config)
     share, per_token = (1 - HEADROOM) * gpu.memory, shape.kv_numbers * size
@@ -365,6 +365,6 @@ def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[
     per_node, kept = shape.parameters / layout.nodes, []
     if layout.sharded and config.cluster.offload:
         kept.append(Item("offloaded weights, Adam, fp32", 12 * per_node, "per node, pinned"))
-    if layout.sharded and config.loss.kl_coef:
+    if layout.sharded and config.loss.needs_reference:
         kept.append(Item("reference policy, fp32", 4 * per_node, "verl keeps it on the host"))
     return (*phases, Phase("main memory, sampling", tuple(kept))) if kept else tuple(phases)

@@ -115,7 +115,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     )
     if repeated := repeated_prompts(task.train, config):
         notice(repeated)
-    reference = _open_reference(policy) if config.loss.kl_coef else None
+    reference = _open_reference(policy) if config.loss.needs_reference else None
     workers = stack.enter_context(open_workers(policy, reference, config.runtime))
     engine: RolloutEngine = (plug_ins.engine or open_engine)(workers, config)
     if config.task.name == "environment" and isinstance(engine, EmbeddedEngine):
