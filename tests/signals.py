@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forkrl.method.signals import Signals
+from forkrl.types import TokenBatch
 
 
 def signals_of(response_mask: Tensor, **given: Any) -> Signals:
@@ -19,3 +21,8 @@ def signals_of(response_mask: Tensor, **given: Any) -> Signals:
         "groups": torch.arange(len(response_mask)),
     }  # fmt: skip
     return Signals(response_mask, **(values | given))
+
+
+def in_pairs(batch: TokenBatch) -> TokenBatch:
+    """The batch as two responses to each prompt, one of them right."""
+    return replace(batch, groups=torch.arange(len(batch)) // 2, rewards=(torch.arange(len(batch)) % 2).float())

@@ -17,7 +17,7 @@ from forkrl.config.recipe import parse_recipe
 from forkrl.errors import UserError
 from forkrl.method.batches import collate
 from forkrl.method.correction import sampler_weights, weight_metrics
-from forkrl.method.loss import MAX_LOG_RATIO
+from forkrl.method.signals import MAX_LOG_RATIO
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.workers import Workers

@@ -33,6 +33,7 @@ from forkrl.training.update import Update, choose_in_rollout_batch, update_polic
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 from tests.once import once
+from tests.signals import in_pairs
 
 pytestmark = [
     pytest.mark.verl,
@@ -70,6 +71,17 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.1, "kl_coef": 0.1},
     },
     WEIGHTED: {"selection": {"scope": "mini_batch"}},
+    "gmts": {"selection": {"rule": "gmts", "scope": "mini_batch"}, "training": SMALL},
+    "gmts, sequence": {"selection": {"rule": "gmts", "scope": "sequence"}},
+    "proximal entropy": {
+        "selection": {"rule": "proximal_entropy", "scope": "mini_batch", "options": {"window": 9}},
+    },
+    "low probability": {"selection": {"rule": "low_probability", "scope": "rollout_batch", "entropy": "rollout"}},
+    "surprisal": {"selection": {"rule": "rsi"}, "training": SMALL},
+    "stapo": {"selection": {"rule": "stapo", "scope": "mini_batch", "options": {"probability": 0.3}}},
+    "weights": {"selection": {"scope": "mini_batch"}, "weights": {"rule": "w_reinforce"}},
+    "weights, sequence": {"selection": {"rule": "all", "scope": "sequence"}, "weights": {"rule": "w_reinforce"}},
+    "cispo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "cispo"}, "training": SMALL},
     "entropy bonus": {"selection": {"scope": "mini_batch"}, "loss": {"entropy_coef": 0.05}},
 }
 LAYOUTS = {"one rank": (1, 0), "two ranks": (2, 0), "a rank of padding": (2, 8)}
@@ -99,7 +111,7 @@ def policies() -> tuple[Policy, Policy]:
 @pytest.fixture(scope="module")
 def batch(policies: tuple[Policy, Policy]) -> TokenBatch:
     """Sampled by a policy so near that most tokens are not clipped: a token selected wrongly shows in the gradient."""
-    made, generator = build_batch(), torch.Generator().manual_seed(3)
+    made, generator = in_pairs(build_batch()), torch.Generator().manual_seed(3)
     with torch.no_grad():
         logprobs_BT = compute_token_stats(policies[0], made, temperature=1.0).logprobs
     noise_BT = 0.2 * torch.randn(logprobs_BT.shape, generator=generator)
@@ -218,7 +230,9 @@ def test_verl_has_the_figures_and_the_selection_of_the_local_loop(
     figures = selection_metrics(figures)
     names = [key for key in own if key.startswith(("selection/", "loss/", "entropy/"))]
     for key in set(names) - ({"entropy/threshold"} if other else set()):
-        assert figures[key] == pytest.approx(own[key], rel=1e-4, abs=1e-6, nan_ok=True), key
+        # An entropy near 0 is a difference of large numbers.
+        absolute = 2e-4 if key == "entropy/threshold" else 1e-6
+        assert figures[key] == pytest.approx(own[key], rel=1e-4, abs=absolute, nan_ok=True), key
     assert sorted(told) == list(range(len(batch)))
     for row in told:
         assert told[row]["selected"] == update.selected_BT[row][batch.response_mask[row]].tolist()

@@ -24,7 +24,6 @@ from forkrl.method.selection import (
 )
 from tests.signals import signals_of
 
-
 EXACT_RULES = ["top_entropy", "bottom_entropy", "random"]
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
 

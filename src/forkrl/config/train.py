@@ -15,10 +15,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from forkrl.config.cluster import ClusterConfig
 from forkrl.config.lora import LoraConfig
-from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, mask_of, objective_of, weight_of
 from forkrl.config.reward import RewardConfig, SandboxConfig
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
+from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, mask_of, objective_of, weight_of
 
 CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
@@ -102,7 +102,7 @@ class SelectionConfig(Section):
     "module:function" (docs/methods.md)."""
     ratio: Fraction = 0.2
     """rho: the fraction that is kept by rules that score tokens."""
-    options: Options = {}
+    options: Options = Field(default={})
     """Options of the rule (docs/methods.md), such as options.window = 101 of "proximal_entropy"."""
     threshold: NonNegative | None = None
     """rule "threshold" only: keep tokens with at least this entropy, in nats (the paper's 80th percentile: 0.672)."""
@@ -150,7 +150,7 @@ class WeightsConfig(Section):
     rule: Annotated[str, _method(["none", *WEIGHTS])] = "none"
     """Factors of the advantages of single tokens: "none", "w_reinforce", or your own function as "module:function"
     (docs/methods.md). They are computed over the tokens of selection.scope."""
-    options: Options = {}
+    options: Options = Field(default={})
     """Options of the rule."""
 
 
@@ -158,7 +158,7 @@ class LossConfig(Section):
     objective: Annotated[str, _method(OBJECTIVES)] = "dapo"
     """How ratio and advantage make a token's loss: "dapo", "cispo", or your own function as "module:function"
     (docs/methods.md)."""
-    options: Options = {}
+    options: Options = Field(default={})
     """Options of the objective."""
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """epsilon_low: where the advantage is negative, ratios below 1 - clip_low carry no gradient."""
@@ -453,12 +453,12 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _groups_are_together(self) -> TrainConfig:
-        if self.weights.rule in WEIGHTS and weight_of(self.weights.rule).by_group:
-            if self.selection.scope in ("micro_batch", "sequence"):
-                raise ValueError(
-                    f'weights.rule = "{self.weights.rule}" compares the responses to a prompt, which '
-                    f'selection.scope = "{self.selection.scope}" separates; set it to "mini_batch" or "rollout_batch"'
-                )
+        by_group = self.weights.rule in WEIGHTS and weight_of(self.weights.rule).by_group
+        if by_group and self.selection.scope in ("micro_batch", "sequence"):
+            raise ValueError(
+                f'weights.rule = "{self.weights.rule}" compares the responses to a prompt, which '
+                f'selection.scope = "{self.selection.scope}" separates; set it to "mini_batch" or "rollout_batch"'
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from forkrl.methods import objective_of
 from forkrl.errors import TrainingHalted
 from forkrl.method.objectives.dapo import dapo
 from forkrl.method.plugins import load_method
 from forkrl.method.signals import MAX_LOG_RATIO, Terms
+from forkrl.methods import objective_of
 from forkrl.types import LossOutput, TokenStats, require_tensors
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import LossConfig
+
 
 class Counts(NamedTuple):
     """Token counts of the whole mini-batch, over all micro-batches and ranks."""

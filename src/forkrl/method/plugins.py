@@ -32,15 +32,15 @@ def _load(setting: str, name: str, path: str) -> Callable[..., Any]:
     try:
         function: Any = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a user's module may raise anything
-        raise UserError(f'{setting} = "{name}": cannot be imported ({type(error).__name__}: {first_line(error)})') from error
+        raise UserError(
+            f'{setting} = "{name}": cannot be imported ({type(error).__name__}: {first_line(error)})'
+        ) from error
     if not callable(function):
         raise UserError(f'{setting} = "{name}" is a {type(function).__name__}, not a function of signals')
     return function  # type: ignore[no-any-return]
 
 
-def _checked(
-    setting: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]
-) -> Mapping[str, Any]:
+def _checked(setting: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
     table = f"{setting.partition('.')[0]}.options"
     parameters = inspect.signature(function).parameters.values()
     known = {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}

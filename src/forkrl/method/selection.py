@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from forkrl.methods import MASKS, mask_of, weight_of
+from forkrl.errors import UserError
 from forkrl.method.plugins import load_method
 from forkrl.method.signals import Signals
 from forkrl.method.top_k import CHUNK, keep_highest
-from forkrl.errors import UserError
+from forkrl.methods import MASKS, mask_of, weight_of
 from forkrl.types import require_tensors
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import SelectionConfig, WeightsConfig
+
 
 class Choice(NamedTuple):
     """Selected tokens, bool ``[B, T]``, and factors of their advantages, fp32 ``[B, T]`` (None: 1)."""
 
     selected_BT: Tensor
     weights_BT: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Choice:
+        """Both changed in the same way."""
+        return Choice(change(self.selected_BT), None if self.weights_BT is None else change(self.weights_BT))
 
 
 ENTROPY_RULES = [name for name, mask in MASKS.items() if mask.reads <= {"entropy"}]
@@ -65,7 +70,8 @@ def select_tokens(
     _check_request(entropy, response_mask, rule, threshold)
     signals = _of_entropies(entropy.detach(), response_mask, generator)
     options = {} if threshold is None else {"threshold": threshold}
-    return select(signals, rule, ratio, options).view(response_mask.shape)
+    selected: Tensor = select(signals, rule, ratio, options).view(response_mask.shape)
+    return selected
 
 
 def select(signals: Signals, rule: str, ratio: float, options: Mapping[str, Any] | None = None) -> Tensor:
@@ -85,11 +91,12 @@ def select(signals: Signals, rule: str, ratio: float, options: Mapping[str, Any]
     if found_BT.shape != mask_BT.shape:
         raise UserError(f'selection.rule = "{rule}" returned {tuple(found_BT.shape)} for tokens {tuple(mask_BT.shape)}')
     if found_BT.dtype == torch.bool:
-        return found_BT & mask_BT
+        return torch.where(mask_BT, found_BT, False)
     scores_N = _of_response(found_BT, mask_BT)
     _require_finite("score", scores_N)
     kept_N = keep_highest(scores_N, num_selected(len(scores_N), ratio))
-    return torch.zeros_like(mask_BT).masked_scatter_(mask_BT, kept_N)
+    kept_BT: Tensor = torch.zeros_like(mask_BT).masked_scatter_(mask_BT, kept_N)
+    return kept_BT
 
 
 def _of_entropies(entropy: Tensor, response_mask: Tensor, generator: torch.Generator | None) -> Signals:
@@ -188,7 +195,8 @@ def _parts(num_rows: int, scope: str, micro_batches: Sequence[Tensor]) -> Sequen
     """The rows over which a method is applied at a time, in order; those of a whole batch keep their order."""
     if scope == "micro_batch":
         return micro_batches
-    return torch.arange(num_rows).split(1 if scope == "sequence" else max(1, num_rows))
+    rows_B = torch.arange(num_rows)
+    return list(rows_B[:, None]) if scope == "sequence" else [rows_B]
 
 
 def _checked_weights(rule: str, weights_BT: Tensor, mask_BT: Tensor) -> Tensor:

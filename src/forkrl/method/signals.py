@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,9 @@ class Signals:
         return self._each(lambda field: field.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Signals:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(each) for name, each in values.items() if isinstance(each, Tensor)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: change(each) for name, each in values.items() if isinstance(each, Tensor)}
+        return Signals(**values)
 
 
 MAX_LOG_RATIO = 20.0
@@ -67,7 +69,7 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Terms:
-    """What an objective reads of a micro-batch, ``[B, T]``; log-probs, entropies and advantages are 0 outside ``read``."""
+    """What an objective reads of a micro-batch, ``[B, T]``; log-probs and entropies are 0 outside ``read``."""
 
     read: Tensor
     """bool: tokens whose log-probs are known. Those of ``selected``, or of all responses with an advantage if the

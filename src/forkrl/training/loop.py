@@ -18,7 +18,7 @@ from forkrl.rollout.scoring import Scoring, require_judged_terms, why_nothing_to
 from forkrl.training.metrics import part_metrics, rollout_metrics, update_metrics
 from forkrl.training.rollout_rows import rollout_rows
 from forkrl.training.run import Run
-from forkrl.training.update import Update, recompute_logprobs, choose_in_rollout_batch, update_policy
+from forkrl.training.update import Update, choose_in_rollout_batch, recompute_logprobs, update_policy
 from forkrl.types import RolloutGroup, TokenBatch
 
 

@@ -136,7 +136,7 @@ def selects_inside(mini_batch: TokenBatch, config: TrainConfig, *, on_policy: bo
 def choose_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> TokenBatch:
     """The batch with its selection and weights over all its tokens."""
     choice = _choose(batch.to(generator.device), None, config, [], generator)
-    return _with_choice(batch, Choice(*(None if each is None else each.to(batch.advantages.device) for each in choice)))
+    return _with_choice(batch, choice.each(lambda values_BT: values_BT.to(batch.advantages.device)))
 
 
 def recompute_logprobs(workers: Workers, batch: TokenBatch, config: TrainConfig) -> tuple[TokenBatch, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Gradient-magnitude token selection (arXiv 2608.30632): |H w|, with w the ratio times the advantage where not clipped."""
+"""GMTS (arXiv 2608.30632): the tokens with the largest |H w|, w = ratio times advantage where it is not clipped."""
 
 from __future__ import annotations
 

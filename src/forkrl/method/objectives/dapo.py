@@ -1,6 +1,6 @@
 """DAPO's clipped surrogate (arXiv 2503.14476; arXiv 2506.01939v2, eq. 4).
 
-An objective takes ``Terms`` and returns each token's loss, ``[B, T]``, and optionally where its clip removed the gradient.
+An objective takes ``Terms`` and returns each token's loss, ``[B, T]``, and optionally where a clip cut its gradient.
 """
 
 from __future__ import annotations
