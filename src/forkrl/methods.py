@@ -5,7 +5,7 @@ A recipe may also name a function of the user as "module:function" (docs/methods
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 Signal = Literal["entropy", "logprobs", "ratio", "advantage"]
 """What a method reads of tokens; "ratio": the current policy's probability over the old one."""
@@ -83,3 +83,39 @@ def weight_of(rule: str) -> Weight:
 
 def objective_of(name: str) -> Objective:
     return OBJECTIVES.get(name) or Objective(name)
+
+
+class _Weights(Protocol):
+    """``WeightsConfig``; this module imports nothing else of the package."""
+
+    @property
+    def rule(self) -> str: ...
+
+
+class _Selection(_Weights, Protocol):
+    """``SelectionConfig``."""
+
+    @property
+    def scope(self) -> str: ...
+    @property
+    def entropy(self) -> str: ...
+
+
+def reads_current_policy(selection: _Selection, weights: _Weights) -> bool:
+    """Whether mask or weights read the current policy's entropies or log-probs instead of the rollout's."""
+    read = mask_of(selection.rule).reads
+    if weights.rule != "none":
+        read |= weight_of(weights.rule).reads
+    return bool(read - {"advantage"}) and selection.entropy == "current"
+
+
+def needs_pass_first(selection: _Selection, weights: _Weights) -> bool:
+    """Whether the current policy's signals of the whole mini-batch are needed before the first loss."""
+    # Tokens of different micro-batches compete, their number depends on the signals, or random numbers are drawn.
+    together = selection.scope == "mini_batch" or selection.rule == "random" or not has_count(selection.rule)
+    return reads_current_policy(selection, weights) and together
+
+
+def has_count(rule: str) -> bool:
+    """Whether the number of selected tokens is known before their signals are."""
+    return rule == "all" or mask_of(rule).keeps_ratio

@@ -30,7 +30,7 @@ from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
 from forkrl.config.train import check_schedule
 from forkrl.errors import NothingToLearn, UserError
 from forkrl.method.correction import weight_metrics
-from forkrl.method.selection import reads_current_policy
+from forkrl.methods import reads_current_policy
 from forkrl.rollout.held_out import summarise
 from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.training.rollout_rows import rollout_rows

@@ -28,8 +28,9 @@ from forkrl.config import LossConfig
 from forkrl.errors import TrainingHalted
 from forkrl.method.loss import Counts, step_loss
 from forkrl.method.schedule import share_of_lr
-from forkrl.method.selection import Choice, choose, count_selected, has_count, reads_current_policy
+from forkrl.method.selection import Choice, choose, count_selected
 from forkrl.method.signals import Signals
+from forkrl.methods import has_count, reads_current_policy
 from forkrl.types import TokenStats
 
 SELECTED, WEIGHTS = "forkrl_selected", "forkrl_weights"

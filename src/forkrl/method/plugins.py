@@ -33,7 +33,7 @@ def _load(setting: str, name: str, path: str) -> Callable[..., Any]:
         function: Any = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a user's module may raise anything
         raise UserError(
-            f'{setting} = "{name}": cannot be imported ({type(error).__name__}: {first_line(error)})'
+            f'{setting} = "{name}" cannot be imported ({type(error).__name__}: {first_line(error)})'
         ) from error
     if not callable(function):
         raise UserError(f'{setting} = "{name}" is a {type(function).__name__}, not a function of signals')

@@ -14,7 +14,7 @@ from forkrl.errors import UserError
 from forkrl.method.plugins import load_method
 from forkrl.method.signals import Signals
 from forkrl.method.top_k import CHUNK, keep_highest
-from forkrl.methods import MASKS, mask_of, weight_of
+from forkrl.methods import MASKS, has_count, mask_of, weight_of
 from forkrl.types import require_tensors
 
 if TYPE_CHECKING:  # avoids importing pydantic
@@ -210,26 +210,6 @@ def _checked_weights(rule: str, weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def rule_options(config: SelectionConfig) -> Mapping[str, Any]:
     """Keyword arguments of the rule."""
     return config.options if config.threshold is None else {"threshold": config.threshold}
-
-
-def reads_current_policy(selection: SelectionConfig, weights: WeightsConfig) -> bool:
-    """Whether mask or weights read the current policy's entropies or log-probs instead of the rollout's."""
-    read = mask_of(selection.rule).reads
-    if weights.rule != "none":
-        read |= weight_of(weights.rule).reads
-    return bool(read - {"advantage"}) and selection.entropy == "current"
-
-
-def needs_pass_first(selection: SelectionConfig, weights: WeightsConfig) -> bool:
-    """Whether the current policy's signals of the whole mini-batch are needed before the first loss."""
-    # Tokens of different micro-batches compete, their number depends on the signals, or random numbers are drawn.
-    together = selection.scope == "mini_batch" or selection.rule == "random" or not has_count(selection.rule)
-    return reads_current_policy(selection, weights) and together
-
-
-def has_count(rule: str) -> bool:
-    """Whether the number of selected tokens is known before their signals are."""
-    return rule == "all" or mask_of(rule).keeps_ratio
 
 
 def count_selected(response_mask_BT: Tensor, config: SelectionConfig, micro_batches: Sequence[Tensor]) -> int:

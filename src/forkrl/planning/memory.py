@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.methods import mask_of, reads_current_policy
 from forkrl.parallel.even_shares import require_even_shares
 from forkrl.planning.gpus import GIB, Gpu, in_gib
 from forkrl.planning.shapes import ModelShape
@@ -176,8 +177,8 @@ def full_length(config: TrainConfig) -> int:
 
 
 def selected_share(config: TrainConfig) -> float:
-    """rho, or 1 for a threshold, whose share is unknown in advance."""
-    return 1.0 if config.selection.rule in ("all", "threshold") else config.selection.ratio
+    """rho, or 1 for a rule whose share is unknown in advance."""
+    return config.selection.ratio if mask_of(config.selection.rule).keeps_ratio else 1.0
 
 
 def share_with_gradients(config: TrainConfig) -> float:
@@ -194,9 +195,8 @@ def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tupl
     size, layer, embedding = product_bytes(config), shape.layer_parameters, shape.embedding_parameters
     largest = max(layer, embedding)
     gathered = 2 * layer + embedding if shape.tied else layer + largest
-    tokens, selection = config.training.micro_batch_tokens / layout.sequence_parallel, config.selection
-    by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
-    entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_bonus
+    tokens = config.training.micro_batch_tokens / layout.sequence_parallel
+    entropy_too = reads_current_policy(config.selection, config.weights) or config.loss.entropy_bonus
     # FlashAttention's cross entropy computes log-probs in place; an entropy in the same pass needs its own gradient.
     copies = 1 + int(entropy_too) + int(config.rollout.temperature != 1)
     chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary

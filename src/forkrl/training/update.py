@@ -31,11 +31,9 @@ from forkrl.method.selection import (
     choose,
     count_selected,
     entropy_threshold,
-    needs_pass_first,
-    reads_current_policy,
 )
 from forkrl.method.signals import Signals
-from forkrl.methods import objective_of
+from forkrl.methods import needs_pass_first, objective_of, reads_current_policy
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.processes import return_freed_memory
