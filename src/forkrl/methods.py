@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 Signal = Literal["entropy", "logprobs", "ratio", "advantage"]
 """What a method reads of tokens; "ratio": the current policy's probability over the old one."""
+Clip = Literal["clip_low", "clip_high", "dual_clip"]
 
 
 class Mask(NamedTuple):
@@ -32,7 +33,9 @@ class Objective(NamedTuple):
 
     ``all_tokens``: it reads the log-probs of whole responses. ``advantage``: how rewards of a group become advantages.
     ``per_response``: losses are means over tokens of a response, then over responses. ``reference``: it has a KL
-    penalty of its own.
+    penalty of its own. ``clips``: the settings of the clip that it reads. ``fixed_denominator``: it is defined with a
+    constant ``loss.denominator``. ``ranks``: it compares advantages of tokens, so a factor of an advantage is no
+    longer a factor of the loss.
     """
 
     path: str
@@ -40,6 +43,9 @@ class Objective(NamedTuple):
     advantage: Literal["standardised", "centred", "relative"] = "standardised"
     per_response: bool = False
     reference: bool = False
+    clips: tuple[Clip, ...] = ("clip_low", "clip_high", "dual_clip")
+    fixed_denominator: bool = False
+    ranks: bool = False
 
 
 def _reads(*signals: Signal) -> frozenset[Signal]:
@@ -66,10 +72,21 @@ _WEIGHTS = "forkrl.method.weights."
 WEIGHTS: dict[str, Weight] = {
     "w_reinforce": Weight(_WEIGHTS + "w_reinforce:w_reinforce", _reads("advantage")),
 }
+_RANGE: tuple[Clip, ...] = ("clip_low", "clip_high")
 _OBJECTIVES = "forkrl.method.objectives."
 OBJECTIVES: dict[str, Objective] = {
     "dapo": Objective(_OBJECTIVES + "dapo:dapo"),
-    "cispo": Objective(_OBJECTIVES + "cispo:cispo"),
+    "cispo": Objective(_OBJECTIVES + "cispo:cispo", clips=("clip_high",)),
+    "dr_grpo": Objective(_OBJECTIVES + "dapo:dapo", advantage="centred", fixed_denominator=True),
+    "maxrl": Objective(_OBJECTIVES + "dapo:dapo", advantage="relative"),
+    "gspo": Objective(_OBJECTIVES + "gspo:gspo", all_tokens=True, per_response=True, clips=_RANGE),
+    "gmpo": Objective(_OBJECTIVES + "gmpo:gmpo", all_tokens=True, per_response=True, clips=_RANGE),
+    "sapo": Objective(_OBJECTIVES + "sapo:sapo", per_response=True, clips=()),
+    "dppo_tv": Objective(_OBJECTIVES + "dppo_tv:dppo_tv", clips=_RANGE),
+    "clip_cov": Objective(_OBJECTIVES + "covariance:clip_cov", ranks=True),
+    "kl_cov": Objective(_OBJECTIVES + "covariance:kl_cov", clips=(), ranks=True),
+    "hapo": Objective(_OBJECTIVES + "hapo:hapo", all_tokens=True),
+    "archer": Objective(_OBJECTIVES + "archer:archer", all_tokens=True, reference=True, clips=("dual_clip",)),
 }
 
 

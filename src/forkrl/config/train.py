@@ -7,9 +7,10 @@ help and its entry in docs/recipes.md.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -18,7 +19,7 @@ from forkrl.config.lora import LoraConfig
 from forkrl.config.reward import RewardConfig, SandboxConfig
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
-from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, mask_of, objective_of, weight_of
+from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, Clip, mask_of, objective_of, weight_of
 
 CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
@@ -156,8 +157,9 @@ class WeightsConfig(Section):
 
 class LossConfig(Section):
     objective: Annotated[str, _method(OBJECTIVES)] = "dapo"
-    """How ratio and advantage make a token's loss: "dapo", "cispo", or your own function as "module:function"
-    (docs/methods.md)."""
+    """How ratio and advantage make a token's loss: "dapo", "cispo", "dr_grpo", "maxrl", "gspo", "gmpo", "sapo",
+    "dppo_tv", "clip_cov", "kl_cov", "hapo", "archer" (docs/methods-objectives.md), or your own function as
+    "module:function" (docs/methods.md)."""
     options: Options = Field(default={})
     """Options of the objective."""
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -196,6 +198,37 @@ class LossConfig(Section):
     def entropy_bonus(self) -> bool:
         """Whether a step may have one."""
         return bool(self.entropy_coef or self.entropy_target)
+
+    @model_validator(mode="after")
+    def _objective_reads_the_settings(self) -> LossConfig:
+        name, objective = self.objective, objective_of(self.objective)
+        for clip in get_args(Clip):
+            if clip in self.changed() and clip not in objective.clips:
+                raise ValueError(
+                    f'loss.{clip} = {getattr(self, clip)} is not read by loss.objective = "{name}"; remove it '
+                    f"(docs/methods-objectives.md names the settings of the clip)"
+                )
+        if objective.per_response and "denominator" in self.changed():
+            raise ValueError(
+                f'loss.denominator = {json.dumps(self.denominator)} is not read by loss.objective = "{name}", which '
+                f"averages over the tokens of each response; remove it"
+            )
+        if objective.fixed_denominator and not isinstance(self.denominator, int):
+            raise ValueError(
+                f'loss.denominator = "{self.denominator}" counts tokens, but loss.objective = "{name}" divides by a '
+                f"constant; set it to training.mini_batch_prompts x rollout.group_size x rollout.max_response_tokens"
+            )
+        if objective.reference and self.kl_coef:
+            raise ValueError(
+                f'loss.kl_coef = {self.kl_coef}: loss.objective = "{name}" has a KL penalty of its own; set '
+                f"loss.options.kl_coef, and loss.kl_coef to 0"
+            )
+        if objective.ranks and self.sampler_correction != "none":
+            raise ValueError(
+                f'loss.sampler_correction = "{self.sampler_correction}" multiplies advantages, by which '
+                f'loss.objective = "{name}" ranks tokens; set it to "none"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _correction_has_two_log_probs(self) -> LossConfig:
@@ -459,6 +492,17 @@ class TrainConfig(Section):
                 f'weights.rule = "{self.weights.rule}" compares the responses to a prompt, which '
                 f'selection.scope = "{self.selection.scope}" separates; set it to "mini_batch" or "rollout_batch"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_can_be_divided_by(self) -> TrainConfig:
+        if objective_of(self.loss.objective).advantage == "relative":
+            below = f'makes rewards negative, and loss.objective = "{self.loss.objective}" divides by their mean'
+            if self.reward.overlong_cache:
+                raise ValueError(f"reward.overlong_cache = {self.reward.overlong_cache} {below}; set it to 0")
+            for term in self.reward.terms:
+                if term.weight < 0:
+                    raise ValueError(f"reward.terms ({term.name}): weight = {term.weight} {below}; remove the term")
         return self
 
     @model_validator(mode="after")

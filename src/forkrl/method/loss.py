@@ -95,7 +95,9 @@ def step_loss(
     advantages_BT = advantages[:, None].expand_as(response_mask) if advantages.ndim == 1 else advantages
     _check_tokens(stats.logprobs, old_logprobs, advantages_BT, response_mask, selected_mask)
     objective = objective_of(config.objective)
-    selected_BT, known_BT = selected_mask & (advantages_BT != 0), response_mask & (advantages_BT != 0)
+    selected_BT = selected_mask & (advantages_BT != 0)
+    # A response is read whole, also where a weight is 0.
+    known_BT = response_mask & (advantages_BT != 0).any(1, keepdim=True)
     terms = _terms(
         stats,
         old_logprobs,
@@ -198,7 +200,7 @@ def _terms(
         known(old_logprobs.detach()),
         None if ref_logprobs is None else known(ref_logprobs.detach()),
         known(stats.entropy.detach()),
-        advantages_BT.detach(),
+        known(advantages_BT.detach()),
         *clips,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from forkrl.errors import NothingToLearn, out_of_memory_names
 from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.method.batches import collate, mini_batches
+from forkrl.methods import objective_of
 from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.rollout.scoring import Scoring, require_judged_terms, why_nothing_to_learn
 from forkrl.training.metrics import part_metrics, rollout_metrics, update_metrics
@@ -29,7 +30,7 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
         started = time.perf_counter()
         groups, metrics = collect_groups(run)
         rewards_PG = shaped_rewards(run, groups)
-        advantages_PG = group_advantages(rewards_PG)
+        advantages_PG = group_advantages(rewards_PG, objective_of(run.config.loss.objective).advantage)
         batch = collate(groups, advantages_PG, run.policy.tokenizer.eos_token_id, rewards_PG)
         run.check_logprobs(batch)
         metrics |= run.adapt_entropy_bonus(batch)
