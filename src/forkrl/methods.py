@@ -35,7 +35,7 @@ class Objective(NamedTuple):
     ``per_response``: losses are means over tokens of a response, then over responses. ``reference``: it has a KL
     penalty of its own. ``clips``: the settings of the clip that it reads. ``fixed_denominator``: it is defined with a
     constant ``loss.denominator``. ``ranks``: it compares advantages of tokens, so a factor of an advantage is no
-    longer a factor of the loss.
+    longer a factor of the loss. ``entropy``: it reads entropies.
     """
 
     path: str
@@ -46,6 +46,7 @@ class Objective(NamedTuple):
     clips: tuple[Clip, ...] = ("clip_low", "clip_high", "dual_clip")
     fixed_denominator: bool = False
     ranks: bool = False
+    entropy: bool = False
 
 
 def _reads(*signals: Signal) -> frozenset[Signal]:
@@ -85,8 +86,10 @@ OBJECTIVES: dict[str, Objective] = {
     "dppo_tv": Objective(_OBJECTIVES + "dppo_tv:dppo_tv", clips=_RANGE),
     "clip_cov": Objective(_OBJECTIVES + "covariance:clip_cov", ranks=True),
     "kl_cov": Objective(_OBJECTIVES + "covariance:kl_cov", clips=(), ranks=True),
-    "hapo": Objective(_OBJECTIVES + "hapo:hapo", all_tokens=True),
-    "archer": Objective(_OBJECTIVES + "archer:archer", all_tokens=True, reference=True, clips=("dual_clip",)),
+    "hapo": Objective(_OBJECTIVES + "hapo:hapo", all_tokens=True, entropy=True),
+    "archer": Objective(
+        _OBJECTIVES + "archer:archer", all_tokens=True, reference=True, clips=("dual_clip",), entropy=True
+    ),
 }
 
 
@@ -99,7 +102,7 @@ def weight_of(rule: str) -> Weight:
 
 
 def objective_of(name: str) -> Objective:
-    return OBJECTIVES.get(name) or Objective(name)
+    return OBJECTIVES.get(name) or Objective(name, entropy=True)
 
 
 class _Weights(Protocol):

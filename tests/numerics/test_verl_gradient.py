@@ -82,6 +82,19 @@ CASES: dict[str, dict[str, Any]] = {
     "weights": {"selection": {"scope": "mini_batch"}, "weights": {"rule": "w_reinforce"}},
     "weights, sequence": {"selection": {"rule": "all", "scope": "sequence"}, "weights": {"rule": "w_reinforce"}},
     "cispo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "cispo"}, "training": SMALL},
+    "gspo": {
+        "selection": {"scope": "mini_batch"},
+        "loss": {"objective": "gspo", "clip_low": 0.05, "clip_high": 0.05},
+        "training": SMALL,
+    },
+    "gmpo": {"selection": {"rule": "all"}, "loss": {"objective": "gmpo"}, "training": SMALL},
+    "sapo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "sapo"}},
+    "dppo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "dppo_tv"}},
+    "hapo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "hapo"}},
+    "archer": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "archer", "options": {"kl_coef": 0.1}}},
+    "dr_grpo": {"selection": {"rule": "all"}, "loss": {"objective": "dr_grpo", "denominator": 500}},
+    "KL-Cov": {"selection": {"rule": "all"}, "loss": {"objective": "kl_cov", "options": {"fraction": 0.2}}},
+    "Clip-Cov": {"selection": {"rule": "all"}, "loss": {"objective": "clip_cov", "options": {"fraction": 0.2}}},
     "entropy bonus": {"selection": {"scope": "mini_batch"}, "loss": {"entropy_coef": 0.05}},
 }
 LAYOUTS = {"one rank": (1, 0), "two ranks": (2, 0), "a rank of padding": (2, 8)}

@@ -44,6 +44,7 @@ from forkrl.cluster.worker import (
 )
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe
+from forkrl.methods import objective_of
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 from tests.signals import in_pairs
@@ -151,7 +152,7 @@ def _options(config: TrainConfig) -> ForkOptions:
 def _reads_own_entropies(config: TrainConfig) -> bool:
     selection = config.selection
     in_loss = selection.entropy == "current" and selection.scope in ("micro_batch", "sequence")
-    return in_loss or config.loss.entropy_coef != 0
+    return in_loss or config.loss.entropy_coef != 0 or objective_of(config.loss.objective).entropy
 
 
 def _loss_settings(config: TrainConfig) -> SimpleNamespace:
@@ -160,7 +161,7 @@ def _loss_settings(config: TrainConfig) -> SimpleNamespace:
         clip_ratio_low=loss.clip_low,
         clip_ratio_high=loss.clip_high,
         clip_ratio_c=float("inf") if loss.dual_clip is None else loss.dual_clip,
-        use_kl_loss=loss.kl_coef > 0,
+        use_kl_loss=loss.needs_reference,
         kl_loss_coef=loss.kl_coef,
         entropy_coeff=loss.entropy_coef,
     )

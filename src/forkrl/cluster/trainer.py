@@ -30,7 +30,7 @@ from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
 from forkrl.config.train import check_schedule
 from forkrl.errors import NothingToLearn, UserError
 from forkrl.method.correction import weight_metrics
-from forkrl.methods import reads_current_policy
+from forkrl.methods import objective_of, reads_current_policy
 from forkrl.rollout.held_out import summarise
 from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.training.rollout_rows import rollout_rows
@@ -75,9 +75,10 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
             config.trainer.v1.sampler.sync_refill_failed_groups = True  # see replay.py
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
-            # Makes the update compute the entropies by which a micro-batch selects.
+            # Makes the update compute the entropies that a micro-batch or the objective reads.
             reads_current = reads_current_policy(self.options, self.options.weights)
-            if reads_current and self.options.scope in ("micro_batch", "sequence"):
+            in_micro_batch = reads_current and self.options.scope in ("micro_batch", "sequence")
+            if in_micro_batch or objective_of(self.options.objective).entropy:
                 config.actor_rollout_ref.actor.calculate_entropy = True
 
     @property
