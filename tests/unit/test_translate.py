@@ -54,7 +54,7 @@ CHANGES: dict[str, tuple[Sequence[str], str, list[object]]] = {
     ),
     "weights.rule": ((), "weights.rule=w_reinforce", ["w_reinforce"]),
     "weights.options": (("weights.rule=w_reinforce",), "weights.options={scale = 0.5}", [{"scale": 0.5}]),
-    "loss.objective": (("loss.denominator=8192",), "loss.objective=dr_grpo", ["dr_grpo", False, False]),
+    "loss.objective": (("loss.denominator=8192",), "loss.objective=dr_grpo", ["dr_grpo", False]),
     "loss.options": (("loss.objective=own:loss",), "loss.options={tau = 2}", [{"tau": 2}]),
     "selection.scope": ((), "selection.scope=sequence", ["sequence"]),
     "selection.entropy": ((), "selection.entropy=rollout", ["rollout"]),

@@ -165,8 +165,8 @@ TABLE = (
     _row("loss.sampler_correction loss.sampler_cap", "algorithm.rollout_correction.rollout_is_threshold",
          lambda c: f"{1 / c.loss.sampler_cap!r}_{c.loss.sampler_cap!r}" if c.loss.sampler_correction == "masked"
          else c.loss.sampler_cap, 'A pair "lowest_highest" masks'),
-    _row("loss.kl_coef loss.objective", "actor.use_kl_loss", lambda c: c.loss.needs_reference,
-         "Also for an objective that reads the starting policy"),
+    _row("loss.kl_coef", "actor.use_kl_loss", lambda c: c.loss.needs_reference,
+         'Also true with loss.objective = "archer", which reads the starting policy'),
     _row("loss.kl_coef", "actor.kl_loss_coef"),
     _row("loss.entropy_coef", "actor.entropy_coeff"),
     _row("optimizer.lr", "actor.optim.lr"),
