@@ -155,7 +155,7 @@ def test_gspo_with_a_mask_keeps_the_ratio_of_the_whole_response() -> None:
 
 
 def test_gmpo_by_hand() -> None:
-    """A = 2, ratios e, e^-1, 1 with a clip at e^0.4: mean log (0.4 - 1 + 0) / 3 = -0.2. A = -1: (1 - 0.3) / 2 = 0.35."""
+    """A = 2, ratios e, 1/e, 1, clipped at e^0.4: mean log (0.4 - 1 + 0) / 3 = -0.2. A = -1: (1 - 0.3) / 2 = 0.35."""
     terms = terms_of([[math.e, 1 / math.e, 1.0], [math.e, 1 / math.e, 0]], [2.0, -1.0], clip_low=0.3, clip_high=0.4)
     loss, gradient, cut = evaluate("gmpo", terms)
     first, second = math.exp(-0.2), math.exp(0.35)
