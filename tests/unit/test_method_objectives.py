@@ -155,10 +155,10 @@ def test_gspo_with_a_mask_keeps_the_ratio_of_the_whole_response() -> None:
 
 
 def test_gmpo_by_hand() -> None:
-    """A = 2, ratios e, e^-1, 1 with a clip at e^0.4: mean log (0.4 - 1 + 0) / 3 = -0.2. A = -1: (1 - 0.4) / 2 = 0.3."""
-    terms = terms_of([[math.e, 1 / math.e, 1.0], [math.e, 1 / math.e, 0]], [2.0, -1.0], clip_low=0.4, clip_high=0.4)
+    """A = 2, ratios e, 1/e, 1, clipped at e^0.4: mean log (0.4 - 1 + 0) / 3 = -0.2. A = -1: (1 - 0.3) / 2 = 0.35."""
+    terms = terms_of([[math.e, 1 / math.e, 1.0], [math.e, 1 / math.e, 0]], [2.0, -1.0], clip_low=0.3, clip_high=0.4)
     loss, gradient, cut = evaluate("gmpo", terms)
-    first, second = math.exp(-0.2), math.exp(0.3)
+    first, second = math.exp(-0.2), math.exp(0.35)
     assert loss.item() == pytest.approx((-2 * first + second) / 2)
     expected = torch.tensor([[0, -2 * first / 3, -2 * first / 3], [second / 2, 0, 0]], dtype=torch.float64) / 2
     torch.testing.assert_close(gradient, expected)
@@ -477,12 +477,12 @@ def test_without_tokens_the_gradient_is_zero(name: str, empty: str) -> None:
 def test_a_response_is_read_whole_where_a_weight_is_0() -> None:
     """A token that a weight or a correction removes still counts in the ratio of its response."""
     old = torch.tensor([[-1.0, -1.0]])
-    logprobs = (old + torch.tensor([[0.2, 0.0]])).requires_grad_()
+    logprobs = (old + torch.tensor([[-0.5, 0.0]])).requires_grad_()
     mask = torch.ones(1, 2, dtype=torch.bool)
-    stats, advantages = TokenStats(logprobs, torch.zeros_like(old)), torch.tensor([[0.0, -1.0]])
+    stats, advantages = TokenStats(logprobs, torch.zeros_like(old)), torch.tensor([[0.0, 1.0]])
     loss = step("gspo", stats, old, advantages, mask, mask, old)
-    assert loss.item() == pytest.approx(math.exp(0.1))
-    assert step("gmpo", stats, old, advantages, mask, mask, old).item() == pytest.approx(math.exp(0.1))
+    assert loss.item() == pytest.approx(-math.exp(-0.25))
+    assert step("gmpo", stats, old, advantages, mask, mask, old).item() == pytest.approx(-math.exp(-0.25))
 
 
 @pytest.mark.parametrize(
