@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from forkrl.method.advantages import group_advantages, overlong_penalty
     from forkrl.method.loss import policy_loss
     from forkrl.method.selection import select_tokens
+    from forkrl.method.signals import Signals, Terms
     from forkrl.rollout.fork_temperature import ForkTemperature
     from forkrl.training.api import RunResults, load_recipe, train
     from forkrl.training.open_run import PlugIns
@@ -44,7 +45,9 @@ __all__ = [
     "Run",
     "RunResults",
     "SamplingParams",
+    "Signals",
     "Task",
+    "Terms",
     "TokenBatch",
     "TokenStats",
     "TrainConfig",
@@ -79,6 +82,8 @@ _HOMES = {
     "overlap_ratio": "forkrl.analysis",
     "overlong_penalty": "forkrl.method.advantages",
     "policy_loss": "forkrl.method.loss",
+    "Signals": "forkrl.method.signals",
+    "Terms": "forkrl.method.signals",
     "select_tokens": "forkrl.method.selection",
     "token_stats": "forkrl.head",
 }

@@ -204,7 +204,9 @@ class TokenBatch:
     rollout_entropy: Tensor  # [B, T] fp32 nats, of the policy that sampled; 0 outside the response
     advantages: Tensor  # [B] fp32
     selected: Tensor | None = None  # [B, T] bool if selected before the first update; None: each update selects
-    sampler_weights: Tensor | None = None  # [B, T] fp32, factors of loss.sampler_correction; None: no correction
+    weights: Tensor | None = None  # [B, T] fp32, factors of the policy loss (correction, weights.rule); None: 1
+    rewards: Tensor | None = None  # [B] fp32, as they enter the advantages; None: not known
+    groups: Tensor | None = None  # [B] int64, equal for responses to one prompt; None: not known
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -19,7 +19,7 @@ from forkrl.rollout import EmbeddedEngine
 from forkrl.training import forks_only, selected_attention
 from forkrl.training.forks_only import compute_selected_stats, prefill, require_forks_only
 from forkrl.training.forward import running_weights
-from forkrl.training.update import measure_entropy, update_policy
+from forkrl.training.update import measure_first, update_policy
 from forkrl.types import Prompt, SamplingParams, TokenBatch
 from tests.models import random_policy
 from tests.numerics.test_update import recipe
@@ -266,7 +266,7 @@ def test_what_is_kept_stays_within_its_limit() -> None:
     config = config.model_copy(update={"forks_only": room})
     worker = Workers(policy).local
     for number in range(7):
-        measure_entropy(worker, MicroBatch(number, batch, None), config, True)
+        measure_first(worker, MicroBatch(number, batch, None), config, True)
     assert list(worker.kept) == [0, 1]
     assert size == 2 * 2 * 2 * batch.input_ids.numel() * 8 * 4, "two layers, keys and values, two heads of 8, fp32"
 

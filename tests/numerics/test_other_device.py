@@ -48,7 +48,7 @@ def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any,
     """The gradient of one update, flat, and what the update says; the weights given are left alone."""
     from forkrl.model.policy import Policy
     from forkrl.parallel.workers import Workers
-    from forkrl.training.update import select_in_rollout_batch, update_policy
+    from forkrl.training.update import choose_in_rollout_batch, update_policy
 
     def there(policy: Policy) -> Policy:
         model: Any = copy.deepcopy(policy.model)
@@ -57,7 +57,7 @@ def update_on(device: str, policy: Any, batch: Any, config: Any, reference: Any,
     working = there(policy)
     generator = torch.Generator(device).manual_seed(5)
     if config.selection.scope == "rollout_batch":
-        batch = select_in_rollout_batch(batch, config, generator)
+        batch = choose_in_rollout_batch(batch, config, generator)
     batch = batch.to(device)
     workers = Workers(working, None if reference is None else there(reference))
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
@@ -147,13 +147,13 @@ def test_token_statistics_and_their_gradients_are_the_cpu_s(backend: str) -> Non
 @on_accelerator
 def test_the_functions_of_the_package_stay_on_the_device_that_they_are_given() -> None:
     import forkrl
-    from forkrl.method.selection import RULES, entropy_threshold, select_tokens_per_sequence
+    from forkrl.method.selection import ENTROPY_RULES, entropy_threshold, select_tokens_per_sequence
 
     generator = torch.Generator().manual_seed(3)
     entropy_BT = torch.rand(6, 20, generator=generator)
     mask_BT = torch.arange(20) < torch.tensor([20, 3, 9, 1, 0, 14])[:, None]
     rewards_PG = torch.rand(3, 4, generator=generator)
-    for rule in RULES:
+    for rule in ENTROPY_RULES:
         threshold = 0.5 if rule == "threshold" else None
         for select in (forkrl.select_tokens, select_tokens_per_sequence):
             expected, *made = (

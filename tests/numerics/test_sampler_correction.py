@@ -17,7 +17,7 @@ from forkrl.config.recipe import parse_recipe
 from forkrl.errors import UserError
 from forkrl.method.batches import collate
 from forkrl.method.correction import sampler_weights, weight_metrics
-from forkrl.method.loss import MAX_LOG_RATIO
+from forkrl.method.signals import MAX_LOG_RATIO
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.workers import Workers
@@ -144,10 +144,10 @@ def test_the_gradient_is_the_weighted_one(kind: str, cap: float) -> None:
     update = update_policy(workers, optimizer, corrected, settings, torch.Generator(), on_policy=True)
     found = {name: weight.grad.clone() for name, weight in policy.model.named_parameters() if weight.grad is not None}
 
-    assert corrected.sampler_weights is not None
+    assert corrected.weights is not None
     policy.model.zero_grad()
     logprobs_BT = compute_token_stats(policy, batch, temperature=1.0).logprobs
-    weighted_BT = corrected.sampler_weights * batch.advantages[:, None] * logprobs_BT
+    weighted_BT = corrected.weights * batch.advantages[:, None] * logprobs_BT
     (-weighted_BT[update.selected_BT].sum() / update.selected_BT.sum()).backward()
     for name, weight in policy.model.named_parameters():
         if weight.grad is not None:

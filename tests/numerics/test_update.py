@@ -24,7 +24,7 @@ from forkrl.rollout import EmbeddedEngine
 from forkrl.training.update import (
     Update,
     _contributing_rows,
-    select_in_rollout_batch,
+    choose_in_rollout_batch,
     selects_inside,
     update_policy,
 )
@@ -181,7 +181,7 @@ def test_what_a_micro_batch_selects_itself(
 
 def test_a_selection_over_the_rollout_batch_is_kept(policy: Policy, batch: TokenBatch) -> None:
     config = recipe(selection={"scope": "rollout_batch", "entropy": "rollout"})
-    whole = select_in_rollout_batch(batch, config, torch.Generator())
+    whole = choose_in_rollout_batch(batch, config, torch.Generator())
     assert whole.selected is not None
     assert whole.selected.equal(select_tokens(batch.rollout_entropy, batch.response_mask))
     part = whole.rows(torch.arange(GROUP))
@@ -432,7 +432,7 @@ def test_what_a_failed_update_kept_is_dropped(
         raise RuntimeError("between the passes")
 
     with monkeypatch.context() as patch:
-        patch.setattr("forkrl.training.update.select_in_scope", fail)
+        patch.setattr("forkrl.training.update.choose", fail)
         with pytest.raises(RuntimeError, match="between the passes"):
             update_policy(workers, optimizer, batch, config, torch.Generator())
     assert workers.local.kept

@@ -29,10 +29,11 @@ from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy, open_policy
 from forkrl.parallel.workers import Workers
 from forkrl.training.metrics import update_metrics
-from forkrl.training.update import Update, select_in_rollout_batch, update_policy
+from forkrl.training.update import Update, choose_in_rollout_batch, update_policy
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
 from tests.once import once
+from tests.signals import in_pairs
 
 pytestmark = [
     pytest.mark.verl,
@@ -70,12 +71,39 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.1, "kl_coef": 0.1},
     },
     WEIGHTED: {"selection": {"scope": "mini_batch"}},
+    "gmts": {"selection": {"rule": "gmts", "scope": "mini_batch"}, "training": SMALL},
+    "gmts, sequence": {"selection": {"rule": "gmts", "scope": "sequence"}},
+    "proximal entropy": {
+        "selection": {"rule": "proximal_entropy", "scope": "mini_batch", "options": {"window": 9}},
+    },
+    "low probability": {"selection": {"rule": "low_probability", "scope": "rollout_batch", "entropy": "rollout"}},
+    "surprisal": {"selection": {"rule": "rsi"}, "training": SMALL},
+    "stapo": {"selection": {"rule": "stapo", "scope": "mini_batch", "options": {"probability": 0.3}}},
+    "weights": {"selection": {"scope": "mini_batch"}, "weights": {"rule": "w_reinforce"}},
+    "weights, sequence": {"selection": {"rule": "all", "scope": "sequence"}, "weights": {"rule": "w_reinforce"}},
+    "cispo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "cispo"}, "training": SMALL},
+    "gspo": {
+        "selection": {"scope": "mini_batch"},
+        "loss": {"objective": "gspo", "clip_low": 0.05, "clip_high": 0.05},
+        "training": SMALL,
+    },
+    "gmpo": {"selection": {"rule": "all"}, "loss": {"objective": "gmpo"}, "training": SMALL},
+    "sapo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "sapo"}},
+    "dppo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "dppo_tv"}},
+    "hapo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "hapo"}},
+    "archer": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "archer", "options": {"kl_coef": 0.1}}},
+    "dr_grpo": {"selection": {"rule": "all"}, "loss": {"objective": "dr_grpo", "denominator": 500}},
+    "KL-Cov": {"selection": {"rule": "all"}, "loss": {"objective": "kl_cov", "options": {"fraction": 0.2}}},
+    "Clip-Cov": {"selection": {"rule": "all"}, "loss": {"objective": "clip_cov", "options": {"fraction": 0.2}}},
     "entropy bonus": {"selection": {"scope": "mini_batch"}, "loss": {"entropy_coef": 0.05}},
 }
 LAYOUTS = {"one rank": (1, 0), "two ranks": (2, 0), "a rank of padding": (2, 8)}
 """Ranks, and sequences of padding behind the batch."""
 OTHER_CUTS = {("micro-batch", "two ranks"), *(("micro-batch, many", layout) for layout in LAYOUTS)}
 """Where verl has other micro-batches, so that other tokens are selected in them; the loss is then compared on those."""
+ALONE = {("KL-Cov", "two ranks"), ("Clip-Cov", "two ranks")}
+"""Objectives that compare the tokens of a micro-batch, of which two ranks have other ones: not compared."""
+PAIRS = [(name, layout) for layout in LAYOUTS for name in CASES if (name, layout) not in ALONE]
 Found = dict[str, dict[str, tuple[dict[str, Tensor], dict[str, float], dict[int, dict[str, Any]]]]]
 """Gradient, metrics, and what was told of each sequence, by layout and case."""
 
@@ -99,7 +127,7 @@ def policies() -> tuple[Policy, Policy]:
 @pytest.fixture(scope="module")
 def batch(policies: tuple[Policy, Policy]) -> TokenBatch:
     """Sampled by a policy so near that most tokens are not clipped: a token selected wrongly shows in the gradient."""
-    made, generator = build_batch(), torch.Generator().manual_seed(3)
+    made, generator = in_pairs(build_batch()), torch.Generator().manual_seed(3)
     with torch.no_grad():
         logprobs_BT = compute_token_stats(policies[0], made, temperature=1.0).logprobs
     noise_BT = 0.2 * torch.randn(logprobs_BT.shape, generator=generator)
@@ -178,7 +206,7 @@ def own_update(
     generator = torch.Generator().manual_seed(1)
     chosen = batch
     if config.selection.scope == "rollout_batch":
-        chosen = select_in_rollout_batch(batch, config, generator)
+        chosen = choose_in_rollout_batch(batch, config, generator)
     if told is not None:
         selected_BT = torch.zeros_like(batch.response_mask)
         for row, each in told.items():
@@ -187,14 +215,13 @@ def own_update(
     if name == WEIGHTED:
         chosen = replace(chosen, advantages=chosen.advantages * importance(batch))
     optimizer = torch.optim.SGD(working.model.parameters(), lr=0.0)
-    reference = start if config.loss.kl_coef else None
+    reference = start if config.loss.needs_reference else None
     update = update_policy(Workers(working, reference), optimizer, chosen, config, generator)
     found = {key: parameter.grad for key, parameter in working.model.named_parameters() if parameter.grad is not None}
     return found, update_metrics([batch], [update]), update
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_verl_has_the_gradient_of_the_local_loop(
     policies: tuple[Policy, Policy], batch: TokenBatch, found: Found, name: str, layout: str
 ) -> None:
@@ -207,8 +234,7 @@ def test_verl_has_the_gradient_of_the_local_loop(
     assert difference < 1e-5 * largest, f"{difference:.2g} with a largest gradient of {largest:.2g}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_verl_has_the_figures_and_the_selection_of_the_local_loop(
     policies: tuple[Policy, Policy], batch: TokenBatch, found: Found, name: str, layout: str
 ) -> None:
@@ -218,7 +244,9 @@ def test_verl_has_the_figures_and_the_selection_of_the_local_loop(
     figures = selection_metrics(figures)
     names = [key for key in own if key.startswith(("selection/", "loss/", "entropy/"))]
     for key in set(names) - ({"entropy/threshold"} if other else set()):
-        assert figures[key] == pytest.approx(own[key], rel=1e-4, abs=1e-6, nan_ok=True), key
+        # An entropy near 0 is a difference of large numbers.
+        absolute = 2e-4 if key == "entropy/threshold" else 1e-6
+        assert figures[key] == pytest.approx(own[key], rel=1e-4, abs=absolute, nan_ok=True), key
     assert sorted(told) == list(range(len(batch)))
     for row in told:
         assert told[row]["selected"] == update.selected_BT[row][batch.response_mask[row]].tolist()

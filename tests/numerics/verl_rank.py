@@ -26,11 +26,28 @@ from verl.utils import tensordict_utils as tu
 from forkrl.cluster.options import ForkOptions
 from forkrl.cluster.settings import VerlPaths
 from forkrl.cluster.translate import verl_overrides
-from forkrl.cluster.worker import PREFIX, PROGRESS, ROW, SELECTED, ForkLoss, ForkWorker, Progress, loss_config, select
+from forkrl.cluster.worker import (
+    GROUP,
+    PREFIX,
+    PROGRESS,
+    REWARD,
+    ROW,
+    SELECTED,
+    WEIGHTS,
+    ForkLoss,
+    ForkWorker,
+    Progress,
+    choose_tokens,
+    loss_config,
+    nested,
+    read_signals,
+)
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe
+from forkrl.methods import objective_of
 from forkrl.types import TokenBatch
 from tests.numerics.test_golden_trace import build_batch
+from tests.signals import in_pairs
 
 
 def main(folder: Path, paddings: list[int]) -> None:
@@ -39,7 +56,7 @@ def main(folder: Path, paddings: list[int]) -> None:
     worker = open_worker(folder)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     batch = replace(
-        build_batch(), old_logprobs=_read(folder / "old.json"), advantages=_read(folder / "advantages.json")
+        in_pairs(build_batch()), old_logprobs=_read(folder / "old.json"), advantages=_read(folder / "advantages.json")
     )
     weights_B = _read(folder / "weights.json")
     reference_BT = _read(folder / "reference.json")
@@ -124,6 +141,10 @@ def _options(config: TrainConfig) -> ForkOptions:
         threshold=selection.threshold,
         scope=selection.scope,
         entropy=selection.entropy,
+        options=selection.options,
+        weights=config.weights,
+        objective=config.loss.objective,
+        objective_options=config.loss.options,
         denominator=config.loss.denominator,
     )
 
@@ -131,7 +152,7 @@ def _options(config: TrainConfig) -> ForkOptions:
 def _reads_own_entropies(config: TrainConfig) -> bool:
     selection = config.selection
     in_loss = selection.entropy == "current" and selection.scope in ("micro_batch", "sequence")
-    return in_loss or config.loss.entropy_coef != 0
+    return in_loss or config.loss.entropy_coef != 0 or objective_of(config.loss.objective).entropy
 
 
 def _loss_settings(config: TrainConfig) -> SimpleNamespace:
@@ -140,7 +161,7 @@ def _loss_settings(config: TrainConfig) -> SimpleNamespace:
         clip_ratio_low=loss.clip_low,
         clip_ratio_high=loss.clip_high,
         clip_ratio_c=float("inf") if loss.dual_clip is None else loss.dual_clip,
-        use_kl_loss=loss.kl_coef > 0,
+        use_kl_loss=loss.needs_reference,
         kl_loss_coef=loss.kl_coef,
         entropy_coeff=loss.entropy_coef,
     )
@@ -173,12 +194,17 @@ def as_verl_has_it(batch: TokenBatch, reference_BT: Tensor, config: TrainConfig,
     fields: dict[str, Any] = {
         name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in rows[0]
     }
-    if config.selection.scope == "rollout_batch":  # what the trainer adds
-        mask_N = fields["response_mask"].values().bool()
-        chosen_N = select(fields["entropy"].values(), mask_N, config.selection, "any")
-        fields[SELECTED] = torch.nested.nested_tensor_from_jagged(
-            chosen_N.to(torch.int8), fields["response_mask"].offsets()
-        )
+    # What the trainer adds.
+    assert batch.groups is not None and batch.rewards is not None
+    fields[GROUP] = torch.cat([batch.groups, -1 - torch.arange(padding)])[:, None]
+    fields[REWARD] = torch.cat([batch.rewards, torch.zeros(padding)])[:, None]
+    if config.selection.scope == "rollout_batch":
+        data = TensorDict(fields, batch_size=len(rows))
+        signals = read_signals(data.to_padded_tensor(), (config.loss.clip_low, config.loss.clip_high))
+        choice = choose_tokens(signals, _options(config), "any")
+        fields[SELECTED] = nested(choice.selected_BT.to(torch.int8), data)
+        if choice.weights_BT is not None:
+            fields[WEIGHTS] = nested(choice.weights_BT, data)
     fields[ROW] = torch.tensor([*range(len(batch)), *[-1] * padding])[:, None]
     return TensorDict(fields, batch_size=len(rows))
 

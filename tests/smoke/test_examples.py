@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTS = {
     "forks_in_python.py": ["overlap of the top fifth"],
     "guess_number.py": [],  # an environment: tests/unit/test_environments.py
+    "own_methods.py": ["loss/policy", "selection/kept_fraction"],
     "own_verifier.py": [
         "function\n  pi: 'It is about 3.14' VerifierResult(score=1.0, failure='', answer='3.14')",
         "server\n  pi: 'It is about 3.14' VerifierResult(score=1.0, failure='', answer='3.14')",

@@ -20,7 +20,7 @@ MISTAKES = [
     ("loss.denominator=0", 'loss.denominator = 0: must be "selected", "response" or a whole number of at least 1'),
     ("loss.lr=1", "loss.lr is not a setting; did you mean optimizer.lr?"),
     ("rollout.cuda_graphs=false", 'rollout.cuda_graphs was removed before version 0.1.0; rollout.engine = "vllm"'),
-    ("selection.rule=top", "selection.rule = 'top': input should be 'all', 'top_entropy', 'bottom_entropy', 'random'"),
+    ("selection.rule=top", "selection.rule = 'top': must be one of all, top_entropy, bottom_entropy, random"),
     ("selection.ratio=1.5", "selection.ratio = 1.5: input should be less than or equal to 1"),
     ("selection.ratio=0", "selection.ratio = 0: input should be greater than 0"),
     ("selection.rule=threshold", 'selection.threshold goes with selection.rule = "threshold"'),

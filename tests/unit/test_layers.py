@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "forkrl"
 LAYERS = (
-    {"errors", "types", "stats"},
+    {"errors", "methods", "types", "stats"},
     {"config"},
     {"head", "method"},
     {"model"},

@@ -191,3 +191,31 @@ def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch: pytest.Mo
     assert unused_gpus(torch.device("cpu")) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert unused_gpus(torch.device("cuda")) == ""
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({"objective": "dapo"}, [2**-0.5, -(2**-0.5)]),
+        ({"objective": "dr_grpo", "denominator": 32}, [0.5, -0.5]),
+        ({"objective": "maxrl"}, [1.0, -1.0]),
+    ],
+    ids=lambda value: value["objective"] if isinstance(value, dict) else "",
+)
+def test_the_objective_says_how_rewards_become_advantages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: dict[str, Any], expected: list[float]
+) -> None:
+    """Rewards 1 and 0."""
+    monkeypatch.setattr(loop, "shaped_rewards", first_is_right)
+    seen: list[float] = []
+    original = loop.take_gradient_step
+
+    def observed(run: Run, mini_batch: TokenBatch, *, done: float) -> Update:
+        seen.extend(mini_batch.advantages.tolist())
+        return original(run, mini_batch, done=done)
+
+    monkeypatch.setattr(loop, "take_gradient_step", observed)
+    config = TrainConfig.model_validate(RECIPE | {"loss": loss, "runtime": {"device": "cpu"}})
+    with open_run(config, tmp_path / "run") as run:
+        loop.train(run)
+    assert seen == pytest.approx(expected * 4, rel=1e-5)

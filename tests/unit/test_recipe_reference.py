@@ -42,7 +42,7 @@ def listed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_settings_are_filtered_by_name_and_reason(capsys: pytest.CaptureFixture[str]) -> None:
     text = listed(capsys, "CLIP")
     keys = [line.split(" = ")[0].strip() for line in text.splitlines() if " = " in line]
-    assert keys == ["loss.clip_low", "loss.clip_high", "loss.dual_clip"], "the last names it in its reason only"
+    assert keys == ["loss.objective", "loss.clip_low", "loss.clip_high", "loss.dual_clip"], "the first by its reason"
     assert "loss.clip_high = 0.28" in text and "epsilon_high (clip-higher)" in text and "\x1b" not in text
     assert "loss.clip_low" in listed(capsys, "clip", "low") and "dual_clip" not in listed(capsys, "clip", "low")
     assert "forkrl sft\n  data.habits.give_up = 0.3" in listed(capsys, "give_up")

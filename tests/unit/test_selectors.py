@@ -11,17 +11,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forkrl.config import SelectionConfig
+from forkrl.config import SelectionConfig, WeightsConfig
 from forkrl.method import top_k
 from forkrl.method.selection import (
-    RULES,
+    ENTROPY_RULES,
+    choose,
     count_selected,
     entropy_threshold,
     num_selected,
-    select_in_scope,
     select_tokens,
     select_tokens_per_sequence,
 )
+from tests.signals import signals_of
 
 EXACT_RULES = ["top_entropy", "bottom_entropy", "random"]
 ratios = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -140,7 +141,7 @@ def test_more_than_2_to_24_tokens(rule: str) -> None:
     assert selected.sum() == kept and selected[-1] and selected[: kept - 1].all()
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", ENTROPY_RULES)
 def test_no_response_tokens(rule: str) -> None:
     threshold = 0.5 if rule == "threshold" else None
     selected = select_tokens(torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.bool), rule, threshold=threshold)
@@ -176,9 +177,10 @@ def test_the_count_known_ahead_is_that_of_the_selection(rule: str, scope: str, r
     mask = torch.arange(8) < torch.tensor([1, 3, 0, 7, 2])[:, None]
     config = SelectionConfig.model_validate({"rule": rule, "scope": scope, "ratio": ratio, "entropy": "rollout"})
     cuts = list(torch.arange(5).split(2))
-    selected = select_in_scope(torch.rand(5, 8, generator=seeded()), mask, config, cuts, seeded())
+    signals = signals_of(mask, entropy=torch.rand(5, 8, generator=seeded()), generator=seeded())
+    selected = choose(signals, config, WeightsConfig(), cuts).selected_BT
     assert count_selected(mask, config, cuts) == int(selected.sum())
-    with pytest.raises(ValueError, match='^rule "threshold" has no count before it has seen the entropies'):
+    with pytest.raises(ValueError, match='^rule "threshold" has no count before it has seen the signals'):
         count_selected(mask, SelectionConfig(rule="threshold", threshold=0.5), cuts)
 
 
@@ -192,7 +194,7 @@ def test_entropy_threshold() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "top"}, "rule = 'top' is unknown; choose one of"),
+        ({"rule": "top"}, "rule = 'top' is unknown, or reads more than entropies; choose one of"),
         ({"ratio": 0.0}, r"ratio = 0.0 must lie in \(0, 1\]"),
         ({"ratio": 1.5}, "ratio = 1.5"),
         ({"ratio": math.nan}, "ratio = nan"),

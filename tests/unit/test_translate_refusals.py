@@ -47,6 +47,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
     ("rollout.engine", ["rollout.engine=vllm"], 'set it to "torch"'),
     ("training.backward", ["training.backward=forks_only"], 'set it to "dense"'),
     ("lora.rank", ["lora.rank=8"], "drop lora.*"),
+    ("loss.objective", ["loss.objective=maxrl", "reward.overlong_cache=0"], "set it to dapo"),
     ("loss.entropy_target", ["loss.entropy_target=0.2"], "set it to 0, or use a constant loss.entropy_coef"),
     ("checkpoint.keep_best", ["checkpoint.keep_best=true"], "set it to false"),
     ("eval.patience", ["eval.patience=3"], "set it to 0"),

@@ -39,6 +39,7 @@ from forkrl.cluster.translate import refuse_unsuitable_prompts, refuse_untransla
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import recipe_toml
 from forkrl.errors import UserError, first_line
+from forkrl.method.trial import try_methods
 from forkrl.model.locations import model_location
 from forkrl.model.policy import require_positions
 from forkrl.model.prompt_tokens import prompt_token_ids
@@ -185,6 +186,7 @@ def prepare(config: TrainConfig) -> Prepared:
             f'sampler to verl ({EXTERNAL}=tests.verl_cpu.register); set it to "auto", or runtime.trainer = "local"'
         )
     refuse_untranslatable(config)
+    try_methods(config.selection, config.weights, config.loss)
     model = model_location(config.model.path)
     require_no_adapter(model, None, config.model.path)
     try:

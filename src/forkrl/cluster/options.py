@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, model_validator
 
-from forkrl.config import SelectionConfig
+from forkrl.config import SelectionConfig, WeightsConfig
 from forkrl.config.recipe import parse_recipe
 from forkrl.config.sections import FROM_LIST, Count, Decay, PositiveInt, Seed
-from forkrl.config.train import Denominator, check_schedule
+from forkrl.config.train import Denominator, Options, check_schedule
 from forkrl.errors import UserError
 
 MODES = {"forkrl": "sync", "forkrl_colocate_async": "colocate_async", "forkrl_separate_async": "separate_async"}
@@ -24,6 +24,9 @@ class ForkOptions(SelectionConfig):
 
     scope: Literal["micro_batch", "mini_batch", "rollout_batch", "sequence"] = "rollout_batch"
     entropy: Literal["current", "rollout"] = "rollout"
+    weights: WeightsConfig = WeightsConfig()
+    objective: str = "dapo"
+    objective_options: Options = Field(default={})
     denominator: Denominator = "selected"
     seed: Seed = 0
     """For the rule "random"."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from forkrl.config import TrainConfig
+from forkrl.methods import objective_of
 
 Value: TypeAlias = "bool | int | float | str | Path | Sequence[Value] | Mapping[str, Value] | None"
 UNSET: Any = ...
@@ -143,7 +144,13 @@ TABLE = (
          "verl draws prompts_per_step, then two for each dropped group; this limits how many are in flight"),
     _row("dynamic_sampling.max_generation_batches", "+forkrl.max_generation_batches", None,
          "verl's own setting of that name has no effect; the plug-in counts in units of prompts_per_step"),
-    *(_row(f"selection.{name}", f"+forkrl.{name}") for name in ("rule", "ratio", "threshold")),
+    *(_row(f"selection.{name}", f"+forkrl.{name}") for name in ("rule", "ratio", "threshold", "options")),
+    _row("weights.rule", "+forkrl.weights.rule"),
+    _row("weights.options", "+forkrl.weights.options"),
+    _row("loss.objective", "+forkrl.objective"),
+    _row("loss.objective", "algorithm.norm_adv_by_std_in_grpo",
+         lambda c: objective_of(c.loss.objective).advantage == "standardised", "Dr. GRPO does not divide by it"),
+    _row("loss.options", "+forkrl.objective_options"),
     _row("selection.scope", "+forkrl.scope", None,
          "A micro-batch is what one rank (sequence_parallel GPUs) runs at once, a mini-batch one gradient step of all"),
     _row("selection.entropy", "+forkrl.entropy", None,
@@ -158,7 +165,8 @@ TABLE = (
     _row("loss.sampler_correction loss.sampler_cap", "algorithm.rollout_correction.rollout_is_threshold",
          lambda c: f"{1 / c.loss.sampler_cap!r}_{c.loss.sampler_cap!r}" if c.loss.sampler_correction == "masked"
          else c.loss.sampler_cap, 'A pair "lowest_highest" masks'),
-    _row("loss.kl_coef", "actor.use_kl_loss", lambda c: c.loss.kl_coef > 0),
+    _row("loss.kl_coef", "actor.use_kl_loss", lambda c: c.loss.needs_reference,
+         'Also true with loss.objective = "archer", which reads the starting policy'),
     _row("loss.kl_coef", "actor.kl_loss_coef"),
     _row("loss.entropy_coef", "actor.entropy_coeff"),
     _row("optimizer.lr", "actor.optim.lr"),
@@ -240,7 +248,6 @@ TABLE = (
     _fixed("rollout.val_kwargs.top_k", -1, "the same"),
     _fixed("rollout.agent.default_agent_loop", "forkrl_exact_prompt", "does not template a prompt a second time"),
     _fixed("algorithm.adv_estimator", "grpo", "the group is the baseline"),
-    _fixed("algorithm.norm_adv_by_std_in_grpo", True, f"{_DAPO}, eq. 4"),
     _fixed("algorithm.use_kl_in_reward", False, "loss.kl_coef is a term of the loss"),
     _fixed("algorithm.rollout_correction.bypass_mode", False, "it would skip the pass that measures entropies"),
     _fixed("algorithm.filter_groups.metric", "score", 'correctness; "reward" includes the overlong penalty'),
@@ -343,6 +350,8 @@ REFUSED = (
         Refusal(f"forks_only.{name}", "any", "only read with training.backward")
         for name in ("projections", "prompt", "sampled", "kept_mib")
     ),
+    Refusal("loss.objective", "maxrl", "verl has no advantage divided by the mean reward; set it to dapo",
+            lambda c: objective_of(c.loss.objective).advantage == "relative"),
     Refusal("lora.rank", "above 0", f"{_OWN_LOOP}; drop lora.*", lambda c: c.lora.rank > 0),
     *(Refusal(f"lora.{name}", "any", "only read with lora.rank") for name in ("alpha", "targets")),
     Refusal("checkpoint.merged", "true", "only read with lora.rank"),

@@ -30,7 +30,7 @@ from forkrl.cluster.record import Record, StopRequested, note_end, step_metrics
 from forkrl.config.train import check_schedule
 from forkrl.errors import NothingToLearn, UserError
 from forkrl.method.correction import weight_metrics
-from forkrl.method.selection import reads_current_entropy
+from forkrl.methods import objective_of, reads_current_policy
 from forkrl.rollout.held_out import summarise
 from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.training.rollout_rows import rollout_rows
@@ -75,8 +75,10 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             config.trainer.v1.trainer_mode = self.base_mode  # verl compares it with its own names
             config.trainer.v1.sampler.sync_refill_failed_groups = True  # see replay.py
             config.actor_rollout_ref.forkrl = self.options.model_dump(mode="json")  # all that a worker sees
-            # Makes the update compute the entropies by which a micro-batch selects.
-            if reads_current_entropy(self.options) and self.options.scope in ("micro_batch", "sequence"):
+            # Makes the update compute the entropies that a micro-batch or the objective reads.
+            reads_current = reads_current_policy(self.options, self.options.weights)
+            in_micro_batch = reads_current and self.options.scope in ("micro_batch", "sequence")
+            if in_micro_batch or objective_of(self.options.objective).entropy:
                 config.actor_rollout_ref.actor.calculate_entropy = True
 
     @property
@@ -177,9 +179,9 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
         batch = super()._compute_advantage(batch, metrics)
         metrics |= self._mismatch(batch)
         marked = self._marked_rows(batch)
-        fields: dict[str, torch.Tensor] = {worker.ROW: torch.tensor(marked)[:, None]}
+        fields = {worker.ROW: torch.tensor(marked)[:, None]} | self._group_fields(batch)
         if self.options.scope == "rollout_batch":
-            fields[worker.SELECTED] = self._select_in_batch(batch)
+            fields |= self._choose_in_batch(batch, fields)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
         )
@@ -200,15 +202,31 @@ class ForkTrainer(PPOTrainer):  # type: ignore[misc]  # verl ships no types
             return found
         return found | weight_metrics(weights[0], float(str(correction["rollout_is_threshold"]).split("_")[-1]))
 
-    def _select_in_batch(self, batch: KVBatchMeta) -> torch.Tensor:
-        """Select over the tokens of all ranks; nested ``[B, T]`` int8."""
-        data = tq.kv_batch_get(
-            keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy", "response_mask"]
-        )
-        mask_N = data["response_mask"].values().bool()
+    def _group_fields(self, batch: KVBatchMeta) -> dict[str, torch.Tensor]:
+        """Number of the prompt and reward of each sequence, ``[B, 1]``."""
+        own = [key.split("_")[0] for key in batch.keys]
+        numbers = {uid: number for number, uid in enumerate(dict.fromkeys(own))}
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        rewards = [float(values.sum()) for values in data["rm_scores"]]
+        return {
+            worker.GROUP: torch.tensor([numbers[uid] for uid in own])[:, None],
+            worker.REWARD: torch.tensor(rewards)[:, None],
+        }
+
+    def _choose_in_batch(self, batch: KVBatchMeta, fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Mask and weights over the tokens of all ranks, nested ``[B, T]``."""
+        names = ["response_mask", "old_log_probs", "advantages", "entropy"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+        actor = self.config.actor_rollout_ref.actor
+        padded = data.select(*names).to_padded_tensor()
+        padded[worker.GROUP], padded[worker.REWARD] = fields[worker.GROUP], fields[worker.REWARD]
+        signals = worker.read_signals(padded, (actor.clip_ratio_low, actor.clip_ratio_high))
         seed = f"{self.options.seed}/{self.global_steps}/{self.local_trigger_step}"
-        chosen_N = worker.select(data["entropy"].values().float(), mask_N, self.options, seed)
-        return torch.nested.nested_tensor_from_jagged(chosen_N.to(torch.int8), data["response_mask"].offsets())
+        choice = worker.choose_tokens(signals, self.options, seed)
+        chosen = {worker.SELECTED: worker.nested(choice.selected_BT.to(torch.int8), data)}
+        if choice.weights_BT is not None:
+            chosen[worker.WEIGHTS] = worker.nested(choice.weights_BT, data)
+        return chosen
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch.extra_info[worker.PROGRESS] = self._progress()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,20 +24,19 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 from forkrl.cluster.options import ForkOptions, read_options
-from forkrl.config import LossConfig, SelectionConfig
+from forkrl.config import LossConfig
 from forkrl.errors import TrainingHalted
 from forkrl.method.loss import Counts, step_loss
 from forkrl.method.schedule import share_of_lr
-from forkrl.method.selection import (
-    count_selected,
-    reads_current_entropy,
-    select_tokens,
-    select_tokens_per_sequence,
-)
+from forkrl.method.selection import Choice, choose, count_selected
+from forkrl.method.signals import Signals
+from forkrl.methods import has_count, reads_current_policy
 from forkrl.types import TokenStats
 
-SELECTED, ROW = "forkrl_selected", "forkrl_row"
-"""Batch fields: the driver's selection, if any; and the row index of a sequence to report details of, else -1."""
+SELECTED, WEIGHTS = "forkrl_selected", "forkrl_weights"
+"""Batch fields: a choice made before the micro-batches, if any; and its weights, if any."""
+ROW, GROUP, REWARD = "forkrl_row", "forkrl_group", "forkrl_reward"
+"""Batch fields: row index of a sequence to report details of, else -1; number of its prompt; and its reward."""
 PROGRESS = "forkrl_progress"
 """Field of a whole batch with its ``Progress``."""
 PREFIX = "forkrl/"
@@ -53,32 +53,62 @@ class Progress(NamedTuple):
     """Of the whole run if every batch is full."""
 
 
-def select(entropy: Tensor, mask: Tensor, config: SelectionConfig, seed: str) -> Tensor:
-    """The rule over all tokens, or per row of ``[B, T]`` for scope "sequence"; random draws depend only on ``seed``."""
+def choose_tokens(signals: Signals, options: ForkOptions, seed: str, cuts: Sequence[Tensor] = ()) -> Choice:
+    """Mask and weights of some sequences; random draws depend only on ``seed``. ``cuts`` are the micro-batches."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    function = select_tokens_per_sequence if config.scope == "sequence" else select_tokens
     try:
-        return function(entropy, mask, config.rule, config.ratio, threshold=config.threshold, generator=generator)
+        return choose(replace(signals, generator=generator), options, options.weights, cuts)
     except ValueError as error:
         raise TrainingHalted(f"{error}; the model's weights have diverged") from error
 
 
-def select_over_ranks(
-    entropy_BT: Tensor, mask_BT: Tensor, config: SelectionConfig, seed: str, group: dist.ProcessGroup | None
-) -> Tensor:
-    """The rule over the tokens of all ranks, repeated on each in rank order; this rank's part, ``[B, T]`` bool."""
-    own_N = entropy_BT[mask_BT].float().cpu()
-    parts, rank = [own_N], 0
-    if group is not None:
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, own_N, group)
-        parts, rank = gathered, dist.get_rank(group)
-    all_N = torch.cat(parts)
-    chosen_N = select(all_N, torch.ones_like(all_N, dtype=torch.bool), config, seed)
-    selected_BT = torch.zeros_like(mask_BT)
-    selected_BT[mask_BT] = chosen_N.split([len(part) for part in parts])[rank].to(mask_BT.device)
-    return selected_BT
+def choose_over_ranks(signals: Signals, options: ForkOptions, seed: str, group: dist.ProcessGroup | None) -> Choice:
+    """The same over the sequences of all ranks, repeated on each in rank order; this rank's part."""
+    if group is None:
+        return choose_tokens(signals, options, seed)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, signals.to("cpu"), group)
+    before = sum(len(part.advantages) for part in gathered[: dist.get_rank(group)])
+    choice = choose_tokens(concatenate(gathered), options, seed)
+    own, width = slice(before, before + len(signals.advantages)), signals.response_mask.shape[1]
+    return choice.each(lambda values_BT: values_BT[own, :width])
+
+
+def concatenate(parts: Sequence[Signals]) -> Signals:
+    """All sequences of some batches, padded to the longest."""
+    width = max(part.response_mask.shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        values: list[Tensor] = [getattr(part, name) for part in parts]
+        if values[0].ndim == 2:
+            values = [torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in values]
+        return torch.cat(values)
+
+    names = ("response_mask", "entropy", "logprobs", "old_logprobs", "advantages", "rewards", "groups")
+    fields: dict[str, Any] = {name: joined(name) for name in names}
+    return Signals(**fields, clip=parts[0].clip)
+
+
+def read_signals(data: TensorDict, clip: tuple[float, float], measured: tuple[Tensor, Tensor] | None = None) -> Signals:
+    """Signals from padded fields of verl, on the CPU; ``measured``: log-probs and entropies of the current policy."""
+    mask_BT = data["response_mask"].bool()
+
+    def of_response(values_BT: Tensor) -> Tensor:
+        return torch.where(mask_BT, values_BT.detach().float(), 0.0)
+
+    logprobs_BT, entropy_BT = measured or (data["old_log_probs"], data["entropy"])
+    signals = Signals(
+        response_mask=mask_BT,
+        entropy=of_response(entropy_BT),
+        logprobs=of_response(logprobs_BT),
+        old_logprobs=of_response(data["old_log_probs"]),
+        advantages=of_response(data["advantages"]).gather(1, mask_BT.int().argmax(1, keepdim=True))[:, 0],
+        rewards=data[REWARD].flatten().float(),
+        groups=data[GROUP].flatten(),
+        clip=clip,
+    )
+    return signals.to("cpu")
 
 
 @dataclass
@@ -89,6 +119,8 @@ class ForkLoss:
     loss: LossConfig
     num_selected: int = 0
     """In the whole mini-batch, over all ranks."""
+    num_sequences: int = 0
+    """In the same, but for padding."""
     seed: str = ""
     """For a random selection inside a micro-batch."""
     threshold: float = math.inf
@@ -107,6 +139,9 @@ class ForkLoss:
             "advantages",
             "entropy",
             SELECTED,
+            WEIGHTS,
+            GROUP,
+            REWARD,
             "ref_log_prob",
             "rollout_is_weights",
         )
@@ -115,12 +150,16 @@ class ForkLoss:
         weight_BT = part.get("rollout_is_weights", 1.0)  # the loss is homogeneous in the advantage
         sampled_BT, threshold = part["entropy"].float(), self.threshold
         if SELECTED in part:
-            selected_BT = part[SELECTED].bool() & mask_BT
+            selected_BT, own_BT = part[SELECTED].bool() & mask_BT, part.get(WEIGHTS)
         else:
-            entropy_BT = sampled_BT if current_BT is None else current_BT.detach().float()
-            selected_BT = select(entropy_BT.cpu(), mask_BT.cpu(), self.options, self.seed).to(mask_BT.device)
+            measured = None if current_BT is None else (logprobs_BT, current_BT)
+            signals = read_signals(part, (self.loss.clip_low, self.loss.clip_high), measured)
+            choice = choose_tokens(signals, self.options, self.seed, [torch.arange(len(mask_BT))])
+            selected_BT, own_BT = choice.each(lambda values_BT: values_BT.to(mask_BT.device))
             self.seed += "/"  # the next micro-batch draws other tokens
-            threshold = _lowest(entropy_BT[selected_BT])
+            threshold = _lowest(signals.entropy[choice.selected_BT])
+        if own_BT is not None:
+            weight_BT = weight_BT * own_BT
 
         loss, sums = step_loss(
             TokenStats(logprobs_BT.float(), sampled_BT if current_BT is None else current_BT),
@@ -128,9 +167,9 @@ class ForkLoss:
             advantages_BT * weight_BT,
             mask_BT,
             selected_BT,
-            Counts(int(num_response), self.num_selected),
+            Counts(int(num_response), self.num_selected, self.num_sequences),
             self.loss,
-            part["ref_log_prob"].float() if self.loss.kl_coef else None,
+            part["ref_log_prob"].float() if self.loss.needs_reference else None,
         )
         self._keep_details(data, sampled_BT, selected_BT)
         added = {"loss/policy": sums.policy, "loss/kl": sums.kl, "loss/entropy": sums.entropy}
@@ -153,6 +192,14 @@ class ForkLoss:
             if row >= 0:
                 selected, entropy = selected_T[:length].tolist(), entropy_T[:length].tolist()
                 self.details.append({"row": row, "selected": selected, "entropy": entropy})
+
+
+def nested(values_BT: Tensor, data: TensorDict) -> Tensor:
+    """Values of padded responses, nested like those of the batch."""
+    lengths_B = data["response_mask"].offsets().diff().tolist()
+    rows = [row_T[:length] for row_T, length in zip(values_BT, lengths_B, strict=True)]
+    nested: Tensor = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    return nested
 
 
 def _lowest(entropy_N: Tensor) -> float:
@@ -208,32 +255,51 @@ class ForkTrainingWorker(TrainingWorker):  # type: ignore[misc]  # verl ships no
         loss, group = self.loss_fn, self.engine.get_data_parallel_group()
         selection = loss.options
         loss.seed = f"{seed}/{self.engine.get_data_parallel_rank()}"
-        mask_BT, entropy = data["response_mask"].to_padded_tensor(0).bool(), data["entropy"]
-        # A threshold selects the same tokens in every scope, but their number is known only afterwards.
-        if SELECTED not in data and (selection.scope == "mini_batch" or selection.rule == "threshold"):
-            entropy = self._measure_entropies(data) if reads_current_entropy(selection) else entropy
-            selected_BT = select_over_ranks(entropy.to_padded_tensor(0.0), mask_BT, selection, seed, group)
-            lengths_B = data["response_mask"].offsets().diff().tolist()
-            rows = [row_T[:length] for row_T, length in zip(selected_BT.to(torch.int8), lengths_B, strict=True)]
-            data[SELECTED] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        if SELECTED in data:
-            chosen_N = data[SELECTED].values().bool()
-            own, loss.threshold = int(chosen_N.sum()), _lowest(entropy.values()[chosen_N.to(entropy.device)].float())
-        else:
+        mask_BT = data["response_mask"].to_padded_tensor(0).bool()
+        own_cuts = selection.scope in ("micro_batch", "sequence")
+        if SELECTED not in data and own_cuts and has_count(selection.rule):  # each micro-batch chooses
             own = count_selected(mask_BT, selection, self._cut(data) if selection.scope == "micro_batch" else [])
-        total = torch.tensor(own, dtype=torch.int64, device=self.device_name)
+        else:
+            entropy_N = data["entropy"].values().float()
+            if SELECTED not in data:
+                entropy_N = self._choose_first(data, seed, group, own_cuts=own_cuts)
+            chosen_N = data[SELECTED].values().bool()
+            own, loss.threshold = int(chosen_N.sum()), _lowest(entropy_N[chosen_N.to(entropy_N.device)])
+        totals = torch.tensor([own, int(mask_BT.any(1).sum())], dtype=torch.int64, device=self.device_name)
         if group is not None:
-            dist.all_reduce(total, group=group)
-        loss.num_selected = int(total)
+            dist.all_reduce(totals, group=group)
+        loss.num_selected, loss.num_sequences = totals.tolist()
 
-    def _measure_entropies(self, data: TensorDict) -> Tensor:
-        """The current policy's entropies, nested ``[B, T]``, by a pass without gradients over the mini-batch."""
+    def _choose_first(self, data: TensorDict, seed: str, group: Any, *, own_cuts: bool) -> Tensor:
+        """Choose before the micro-batches run, over those or over all ranks; returns the entropies ``[N]`` read."""
+        loss = self.loss_fn
+        measured = self._measure(data) if reads_current_policy(loss.options, loss.options.weights) else None
+        names = ("response_mask", "old_log_probs", "advantages", "entropy", GROUP, REWARD)
+        signals = read_signals(
+            data.select(*names).to_padded_tensor(), (loss.loss.clip_low, loss.loss.clip_high), measured
+        )
+        if own_cuts:
+            cuts = self._cut(data) if loss.options.scope == "micro_batch" else []
+            choice = choose_tokens(signals, loss.options, seed, cuts)
+        else:
+            choice = choose_over_ranks(signals, loss.options, seed, group)
+        data[SELECTED] = nested(choice.selected_BT.to(torch.int8), data)
+        if choice.weights_BT is not None:
+            data[WEIGHTS] = nested(choice.weights_BT, data)
+        return nested(signals.entropy, data).values()
+
+    def _measure(self, data: TensorDict) -> tuple[Tensor, Tensor]:
+        """The current policy's log-probs and entropies, padded ``[B, T]``, by a pass without gradients."""
         inputs = data.select(*data.keys())
         tu.assign_non_tensor(inputs, calculate_entropy=True, **self._engine_settings(data))
         with self.engine.eval_mode(disable_auto_offload=True):
             output = self.engine.infer_batch(inputs, loss_function=None)
-        entropy: Tensor = response_from_nested(output["model_output"]["entropy"].cpu(), data["response_mask"].cpu())
-        return entropy
+        found = output["model_output"]
+        logprobs, entropy = (
+            response_from_nested(found[name].cpu(), data["response_mask"].cpu()).to_padded_tensor(0.0)
+            for name in ("log_probs", "entropy")
+        )
+        return logprobs, entropy
 
     def _cut(self, data: TensorDict) -> list[Tensor]:
         """The rows of each micro-batch, as verl's engine will cut them."""
@@ -269,6 +335,8 @@ def _of_mini_batch(metrics: dict[str, Any]) -> dict[str, Any]:
 def loss_config(actor: Any, options: ForkOptions) -> LossConfig:
     """ForkRL's loss settings from those of verl's actor."""
     return LossConfig(
+        objective=options.objective,
+        options=options.objective_options,
         clip_low=actor.clip_ratio_low,
         clip_high=actor.clip_ratio_high,
         dual_clip=actor.clip_ratio_c if math.isfinite(actor.clip_ratio_c) else None,

@@ -16,6 +16,7 @@ from forkrl.config.train import (
     RuntimeConfig,
     SelectionConfig,
     TrainConfig,
+    WeightsConfig,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "SftConfig",
     "TaskConfig",
     "TrainConfig",
+    "WeightsConfig",
 ]

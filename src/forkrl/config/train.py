@@ -6,15 +6,20 @@ help and its entry in docs/recipes.md.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import difflib
+import json
+import re
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from forkrl.config.cluster import ClusterConfig
 from forkrl.config.lora import LoraConfig
 from forkrl.config.reward import RewardConfig, SandboxConfig
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
+from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, Clip, mask_of, objective_of, weight_of
 
 CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
@@ -75,11 +80,31 @@ class DynamicSamplingConfig(Section):
     """After this many batches, train on the groups found so far; if there are none, the run ends with an error."""
 
 
+Options = dict[str, int | float | bool | str]
+
+
+def _method(known: Collection[str]) -> AfterValidator:
+    """Accepts the names of built-in methods, and functions of users by import path."""
+
+    def check(name: str) -> str:
+        if name in known or re.fullmatch(r"[\w.]+:\w+", name):
+            return name
+        near = difflib.get_close_matches(name, known, n=2)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f'must be one of {", ".join(known)}, or "module:function"{meant}')
+
+    return AfterValidator(check)
+
+
 class SelectionConfig(Section):
-    rule: Literal["all", "top_entropy", "bottom_entropy", "random", "threshold"] = "top_entropy"
-    """Which response tokens carry gradient. "all" is plain DAPO."""
+    rule: Annotated[str, _method(MASKS)] = "top_entropy"
+    """Which response tokens carry gradient: "all" (plain DAPO), "top_entropy", "bottom_entropy", "random", "threshold",
+    "low_probability", "high_probability", "gmts", "proximal_entropy", "rsi", "stapo", or your own function as
+    "module:function" (docs/methods.md)."""
     ratio: Fraction = 0.2
-    """rho: the fraction that top_entropy, bottom_entropy and random keep."""
+    """rho: the fraction that is kept by rules that score tokens."""
+    options: Options = Field(default={})
+    """Options of the rule (docs/methods.md), such as options.window = 101 of "proximal_entropy"."""
     threshold: NonNegative | None = None
     """rule "threshold" only: keep tokens with at least this entropy, in nats (the paper's 80th percentile: 0.672)."""
     scope: Literal["micro_batch", "mini_batch", "rollout_batch", "sequence"] = "micro_batch"
@@ -92,6 +117,15 @@ class SelectionConfig(Section):
     def _threshold_goes_with_its_rule(self) -> SelectionConfig:
         if (self.threshold is None) == (self.rule == "threshold"):
             raise ValueError('selection.threshold goes with selection.rule = "threshold", and only with it')
+        return self
+
+    @model_validator(mode="after")
+    def _ratio_is_known(self) -> SelectionConfig:
+        if self.rule in MASKS and "ratio" in mask_of(self.rule).reads and self.entropy == "rollout":
+            raise ValueError(
+                f'selection.rule = "{self.rule}" reads the ratio of the current policy to the old one, which is 1 for '
+                f'every token with selection.entropy = "rollout"; set entropy = "current"'
+            )
         return self
 
     @model_validator(mode="after")
@@ -113,7 +147,21 @@ def _require_denominator(value: Any) -> Any:
 Denominator = Annotated[Literal["selected", "response"] | int, BeforeValidator(_require_denominator)]
 
 
+class WeightsConfig(Section):
+    rule: Annotated[str, _method(["none", *WEIGHTS])] = "none"
+    """Factors of the advantages of single tokens: "none", "w_reinforce", or your own function as "module:function"
+    (docs/methods.md). They are computed over the tokens of selection.scope."""
+    options: Options = Field(default={})
+    """Options of the rule."""
+
+
 class LossConfig(Section):
+    objective: Annotated[str, _method(OBJECTIVES)] = "dapo"
+    """How ratio and advantage make a token's loss: "dapo", "cispo", "dr_grpo", "maxrl", "gspo", "gmpo", "sapo",
+    "dppo_tv", "clip_cov", "kl_cov", "hapo", "archer" (docs/methods-objectives.md), or your own function as
+    "module:function" (docs/methods.md)."""
+    options: Options = Field(default={})
+    """Options of the objective."""
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """epsilon_low: where the advantage is negative, ratios below 1 - clip_low carry no gradient."""
     clip_high: NonNegative = 0.28
@@ -142,9 +190,45 @@ class LossConfig(Section):
     """Change of the adaptive weight in one step; it starts at 0."""
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the log-probs of the starting policy."""
+        return bool(self.kl_coef) or objective_of(self.objective).reference
+
+    @property
     def entropy_bonus(self) -> bool:
         """Whether a step may have one."""
         return bool(self.entropy_coef or self.entropy_target)
+
+    @model_validator(mode="after")
+    def _objective_reads_the_settings(self) -> LossConfig:
+        name, objective = self.objective, objective_of(self.objective)
+        for clip in get_args(Clip):
+            if clip in self.changed() and clip not in objective.clips:
+                raise ValueError(
+                    f'loss.{clip} = {getattr(self, clip)} is not read by loss.objective = "{name}"; remove it '
+                    f"(docs/methods-objectives.md names the settings of the clip)"
+                )
+        if objective.per_response and "denominator" in self.changed():
+            raise ValueError(
+                f'loss.denominator = {json.dumps(self.denominator)} is not read by loss.objective = "{name}", which '
+                f"averages over the tokens of each response; remove it"
+            )
+        if objective.fixed_denominator and not isinstance(self.denominator, int):
+            raise ValueError(
+                f'loss.denominator = "{self.denominator}" counts tokens, but loss.objective = "{name}" divides by a '
+                f"constant; set it to training.mini_batch_prompts x rollout.group_size x rollout.max_response_tokens"
+            )
+        if objective.reference and self.kl_coef:
+            raise ValueError(
+                f'loss.kl_coef = {self.kl_coef}: loss.objective = "{name}" has a KL penalty of its own; set '
+                f"loss.options.kl_coef, and loss.kl_coef to 0"
+            )
+        if objective.ranks and self.sampler_correction != "none":
+            raise ValueError(
+                f'loss.sampler_correction = "{self.sampler_correction}" multiplies advantages, by which '
+                f'loss.objective = "{name}" ranks tokens; set it to "none"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _correction_has_two_log_probs(self) -> LossConfig:
@@ -314,6 +398,7 @@ class TrainConfig(Section):
     sandbox: SandboxConfig = SandboxConfig()
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     selection: SelectionConfig = SelectionConfig()
+    weights: WeightsConfig = WeightsConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -400,6 +485,27 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _groups_are_together(self) -> TrainConfig:
+        by_group = self.weights.rule in WEIGHTS and weight_of(self.weights.rule).by_group
+        if by_group and self.selection.scope in ("micro_batch", "sequence"):
+            raise ValueError(
+                f'weights.rule = "{self.weights.rule}" compares the responses to a prompt, which '
+                f'selection.scope = "{self.selection.scope}" separates; set it to "mini_batch" or "rollout_batch"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_can_be_divided_by(self) -> TrainConfig:
+        if objective_of(self.loss.objective).advantage == "relative":
+            below = f'makes rewards negative, and loss.objective = "{self.loss.objective}" divides by their mean'
+            if self.reward.overlong_cache:
+                raise ValueError(f"reward.overlong_cache = {self.reward.overlong_cache} {below}; set it to 0")
+            for term in self.reward.terms:
+                if term.weight < 0:
+                    raise ValueError(f"reward.terms ({term.name}): weight = {term.weight} {below}; remove the term")
+        return self
+
+    @model_validator(mode="after")
     def _forks_only_fits(self) -> TrainConfig:
         if self.training.backward == "dense":
             if self.forks_only.changed():
@@ -412,6 +518,11 @@ class TrainConfig(Section):
                 'training.backward = "forks_only" computes gradients of selected tokens only, but loss.kl_coef and '
                 "loss.entropy_coef are means over all, and so is the bonus of loss.entropy_target; set all to 0, or "
                 'training.backward to "dense"'
+            )
+        if objective_of(self.loss.objective).all_tokens:
+            raise ValueError(
+                f'loss.objective = "{self.loss.objective}" reads the log-probs of whole responses, and '
+                f'training.backward = "forks_only" computes those of selected tokens only; set it to "dense"'
             )
         if self.model.gradient_checkpointing:
             raise ValueError(

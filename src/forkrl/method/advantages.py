@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -10,26 +12,36 @@ from forkrl.types import require_tensors
 _EPS = 1e-6  # as in verl's GRPO: keeps groups of nearly equal rewards finite
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """Standardise rewards within each group: ``A = (R - mean) / (std + 1e-6)`` (arXiv 2506.01939v2, eq. 4).
+def group_advantages(rewards: Tensor, kind: Literal["standardised", "centred", "relative"] = "standardised") -> Tensor:
+    """Compare each reward with its group: ``A = (R - mean) / (std + 1e-6)`` (arXiv 2506.01939v2, eq. 4).
 
     ``std`` is the sample standard deviation (G - 1), as in verl and the official runs. Groups of equal rewards get
     exactly 0.
 
     Args:
         rewards: ``[P, G]``, finite, G at least 2.
+        kind: "standardised"; "centred" is ``R - mean`` (Dr. GRPO, arXiv 2503.20783); "relative" is
+            ``(R - mean) / mean`` (MaxRL, arXiv 2602.02710), and 0 where the mean is 0 or negative: rewards must not be
+            negative there, or the division would reverse the sign.
 
     Returns:
         ``[P, G]``, fp32 (fp64 for fp64 rewards).
 
     Raises:
-        ValueError: not ``[P, G]``, a group of one, or a reward that is NaN or infinite.
+        ValueError: not ``[P, G]``, a group of one, a reward that is NaN or infinite, or an unknown kind.
     """
     rewards = _as_groups(rewards)
-    centered_PG = rewards - rewards.mean(1, keepdim=True)
-    advantages_PG = centered_PG / (rewards.std(1, keepdim=True, correction=1) + _EPS)
+    mean_P1 = rewards.mean(1, keepdim=True)
+    advantages_PG, informative_P = rewards - mean_P1, informative_groups(rewards)
+    if kind == "standardised":
+        advantages_PG = advantages_PG / (rewards.std(1, keepdim=True, correction=1) + _EPS)
+    elif kind == "relative":
+        advantages_PG = advantages_PG / mean_P1
+        informative_P = informative_P & (mean_P1[:, 0] > 0)
+    elif kind != "centred":
+        raise ValueError(f'kind = {kind!r} must be "standardised", "centred" or "relative"')
     # The mean is rounded: three rewards of 0.1 differ from it by 1e-8, which is not negligible next to 1e-6.
-    return torch.where(informative_groups(rewards)[:, None], advantages_PG, 0.0)
+    return torch.where(informative_P[:, None], advantages_PG, 0.0)
 
 
 def informative_groups(scores: Tensor) -> Tensor:

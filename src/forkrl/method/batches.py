@@ -26,7 +26,9 @@ class MicroBatch(NamedTuple):
     """Positions drawn by ``forks_only.sampled`` to run with gradients; None: that setting is 0."""
 
 
-def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) -> TokenBatch:
+def collate(
+    groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int, rewards_PG: Tensor | None = None
+) -> TokenBatch:
     """All rollouts as right-padded next-token predictions, in group order. Padding (``pad_id``) is never read."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts) - 1
@@ -43,7 +45,15 @@ def collate(groups: Sequence[RolloutGroup], advantages_PG: Tensor, pad_id: int) 
         response_mask[row, start:end] = written
         old_logprobs[row, start:end][written], entropy[row, start:end][written] = rollout.logprobs, rollout.entropy
     return TokenBatch(
-        input_ids, targets, attention_mask, response_mask, old_logprobs, entropy, advantages_PG.flatten().float()
+        input_ids,
+        targets,
+        attention_mask,
+        response_mask,
+        old_logprobs,
+        entropy,
+        advantages_PG.flatten().float(),
+        rewards=None if rewards_PG is None else rewards_PG.flatten().float(),
+        groups=torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group.rollouts) for group in groups])),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from forkrl.method.loss import MAX_LOG_RATIO
+from forkrl.method.signals import MAX_LOG_RATIO
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import LossConfig

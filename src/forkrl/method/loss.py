@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from forkrl.errors import TrainingHalted
+from forkrl.method.objectives.dapo import dapo
+from forkrl.method.plugins import load_method
+from forkrl.method.signals import MAX_LOG_RATIO, Terms
+from forkrl.methods import objective_of
 from forkrl.types import LossOutput, TokenStats, require_tensors
 
 if TYPE_CHECKING:  # avoids importing pydantic
     from forkrl.config import LossConfig
-
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this magnitude before ``exp``, as in verl; fp32 overflows above 88."""
 
 
 class Counts(NamedTuple):
@@ -24,11 +25,15 @@ class Counts(NamedTuple):
 
     response: int
     selected: int
+    sequences: int = 0
+    """Read by objectives that average over responses."""
 
-    def divisor(self, denominator: Literal["selected", "response"] | int) -> int:
-        if isinstance(denominator, int):
-            return denominator
-        return self.selected if denominator == "selected" else self.response
+    def divisor(self, config: LossConfig) -> int:
+        if objective_of(config.objective).per_response:
+            return self.sequences
+        if isinstance(config.denominator, int):
+            return config.denominator
+        return self.selected if config.denominator == "selected" else self.response
 
 
 class TokenSums(NamedTuple):
@@ -83,22 +88,27 @@ def step_loss(
 ) -> tuple[Tensor, TokenSums]:
     """The contribution of one micro-batch to the mini-batch loss, independent of the division into micro-batches.
 
-    The policy loss is divided by ``counts.divisor(config.denominator)``, KL penalty and entropy bonus by
+    The policy loss is divided by ``counts.divisor(config)``, KL penalty and entropy bonus by
     ``counts.response``. ``advantages`` is ``[B]`` or ``[B, T]``; other tensors are ``[B, T]``. Without KL penalty and
     entropy bonus only contributing tokens of ``stats`` are read. Raises TrainingHalted if the loss is not finite.
     """
     advantages_BT = advantages[:, None].expand_as(response_mask) if advantages.ndim == 1 else advantages
-    policy = policy_loss(
-        stats.logprobs,
+    _check_tokens(stats.logprobs, old_logprobs, advantages_BT, response_mask, selected_mask)
+    objective = objective_of(config.objective)
+    selected_BT = selected_mask & (advantages_BT != 0)
+    # A response is read whole, also where a weight is 0.
+    known_BT = response_mask & (advantages_BT != 0).any(1, keepdim=True)
+    terms = _terms(
+        stats,
         old_logprobs,
         advantages_BT,
-        response_mask,
-        selected_mask & (advantages_BT != 0),
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        denominator=float(counts.divisor(config.denominator)),
+        known_BT if objective.all_tokens else selected_BT,
+        selected_BT,
+        (config.clip_low, config.clip_high, config.dual_clip),
+        ref_logprobs if objective.reference else None,
     )
+    function = load_method("loss.objective", config.objective, objective.path, config.options)
+    policy = _sum_up(terms, function(terms), counts.divisor(config), per_response=objective.per_response)
     loss, kl, bonus = policy.loss, 0.0, 0.0
     if config.kl_coef:
         assert ref_logprobs is not None, "a KL penalty needs the log-probs of the reference policy"
@@ -161,45 +171,49 @@ def policy_loss(
     selected_mask = response_mask if selected_mask is None else selected_mask
     advantages_BT = advantages[:, None].expand(-1, logprobs.shape[-1]) if advantages.ndim == 1 else advantages
     _check_settings(clip_low, clip_high, dual_clip, denominator)
-    _check_like(
-        logprobs,
-        old_logprobs=old_logprobs,
-        advantages=advantages_BT,
-        response_mask=response_mask,
-        selected_mask=selected_mask,
-    )
-    if bool((selected_mask & ~response_mask).any()):
-        raise ValueError("selected_mask selects tokens outside response_mask")
-    objective_BT, log_ratio_BT, clipped_BT = _clipped_objective(
-        logprobs, old_logprobs, advantages_BT, selected_mask, clip_low, clip_high, dual_clip
-    )
+    _check_tokens(logprobs, old_logprobs, advantages_BT, response_mask, selected_mask)
+    stats = TokenStats(logprobs, torch.zeros_like(logprobs))
+    clips = (clip_low, clip_high, dual_clip)
+    terms = _terms(stats, old_logprobs, advantages_BT, selected_mask, selected_mask, clips, None)
     masks = {"selected": selected_mask, "response": response_mask}
-    counted = masks[denominator].sum() if isinstance(denominator, str) else denominator
-    loss = _masked_sum_over(-objective_BT, selected_mask, counted)
-    return LossOutput(loss, _metrics(log_ratio_BT.detach(), clipped_BT, selected_mask))
+    return _sum_up(terms, dapo(terms), masks[denominator].sum() if isinstance(denominator, str) else denominator)
 
 
-def _clipped_objective(
-    logprobs: Tensor,
+def _terms(
+    stats: TokenStats,
     old_logprobs: Tensor,
     advantages_BT: Tensor,
-    selected_mask: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Objective, log-ratio and whether it was clipped or clamped, ``[B, T]`` each, 0 where not selected."""
-    # Mask before exp and again in the sum: 0 times the gradient of an infinite ratio is NaN.
-    advantages_BT = advantages_BT.detach()
-    exact_BT = torch.where(selected_mask, logprobs, 0.0) - torch.where(selected_mask, old_logprobs.detach(), 0.0)
-    log_ratio_BT = exact_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio_BT = log_ratio_BT.exp()
-    unclipped_BT = ratio_BT * advantages_BT
-    objective_BT = torch.minimum(unclipped_BT, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT)
-    if dual_clip is not None:
-        bounded_BT = torch.maximum(objective_BT, dual_clip * advantages_BT)
-        objective_BT = torch.where(advantages_BT < 0, bounded_BT, objective_BT)
-    return objective_BT, log_ratio_BT, (objective_BT != unclipped_BT) | (log_ratio_BT != exact_BT)
+    read_BT: Tensor,
+    selected_BT: Tensor,
+    clips: tuple[float, float, float | None],
+    ref_logprobs: Tensor | None,
+) -> Terms:
+    """Masked before ``exp`` and again in the sum: 0 times the gradient of an infinite ratio is NaN."""
+
+    def known(values_BT: Tensor) -> Tensor:
+        return torch.where(read_BT, values_BT, 0.0)
+
+    return Terms(
+        read_BT,
+        selected_BT,
+        known(stats.logprobs),
+        known(old_logprobs.detach()),
+        None if ref_logprobs is None else known(ref_logprobs.detach()),
+        known(stats.entropy.detach()),
+        known(advantages_BT.detach()),
+        *clips,
+    )
+
+
+def _sum_up(
+    terms: Terms, found: Tensor | tuple[Tensor, Tensor], divisor: float | Tensor, *, per_response: bool = False
+) -> LossOutput:
+    """The loss and metrics of what an objective returned: losses ``[B, T]``, and where a clip removed the gradient."""
+    loss_BT, cut_BT = found if isinstance(found, tuple) else (found, torch.zeros_like(terms.selected))
+    if per_response:
+        loss_BT = loss_BT / terms.selected.sum(1, keepdim=True).clamp(min=1)
+    loss = _masked_sum_over(loss_BT, terms.selected, divisor)
+    return LossOutput(loss, _metrics(terms.log_ratio.detach(), cut_BT, terms.selected))
 
 
 def kl_penalty(
@@ -239,6 +253,20 @@ def _masked_sum_over(values_BT: Tensor, mask_BT: Tensor, denominator: float | Te
     if denominator == 0 and bool(mask_BT.any()):
         raise ValueError(f"denominator = 0, yet {int(mask_BT.sum())} tokens enter the loss")
     return total / (denominator or 1.0)
+
+
+def _check_tokens(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, selected_mask: Tensor
+) -> None:
+    _check_like(
+        logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        response_mask=response_mask,
+        selected_mask=selected_mask,
+    )
+    if bool((selected_mask & ~response_mask).any()):
+        raise ValueError("selected_mask selects tokens outside response_mask")
 
 
 def _check_like(reference_BT: Tensor, **others: Tensor) -> None:

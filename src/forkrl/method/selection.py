@@ -3,62 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from forkrl.errors import UserError
+from forkrl.method.plugins import load_method
+from forkrl.method.signals import Signals
 from forkrl.method.top_k import CHUNK, keep_highest
+from forkrl.methods import MASKS, has_count, mask_of, weight_of
 from forkrl.types import require_tensors
 
 if TYPE_CHECKING:  # avoids importing pydantic
-    from forkrl.config import SelectionConfig
+    from forkrl.config import SelectionConfig, WeightsConfig
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Candidates:
-    entropy: Tensor
-    """``[N]`` nats, any floating dtype; finite for rules that read it."""
-    num_kept: int
-    threshold: float | None
-    generator: torch.Generator | None
-    """None: torch's default generator."""
+class Choice(NamedTuple):
+    """Selected tokens, bool ``[B, T]``, and factors of their advantages, fp32 ``[B, T]`` (None: 1)."""
+
+    selected_BT: Tensor
+    weights_BT: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Choice:
+        """Both changed in the same way."""
+        return Choice(change(self.selected_BT), None if self.weights_BT is None else change(self.weights_BT))
 
 
-class Rule(NamedTuple):
-    """A function from candidates to a bool per token, and whether it reads entropy."""
-
-    select: Callable[[Candidates], Tensor]
-    reads_entropy: bool
-
-
-def _random(candidates: Candidates) -> Tensor:
-    generator, home = candidates.generator, candidates.entropy.device
-    drawn_on = home if generator is None else generator.device
-    order_N = torch.randperm(len(candidates.entropy), generator=generator, device=drawn_on)
-    selected_N = torch.zeros(len(order_N), dtype=torch.bool, device=home)
-    selected_N[order_N[: candidates.num_kept].to(home)] = True
-    return selected_N
-
-
-def _threshold(candidates: Candidates) -> Tensor:
-    assert candidates.threshold is not None, "checked by select_tokens"
-    return candidates.entropy >= candidates.threshold
-
-
-RULES: dict[str, Rule] = {
-    "all": Rule(lambda tokens: torch.ones_like(tokens.entropy, dtype=torch.bool), reads_entropy=False),
-    "top_entropy": Rule(lambda tokens: keep_highest(tokens.entropy, tokens.num_kept), reads_entropy=True),
-    "bottom_entropy": Rule(lambda tokens: keep_highest(-tokens.entropy, tokens.num_kept), reads_entropy=True),
-    "random": Rule(_random, reads_entropy=False),
-    "threshold": Rule(_threshold, reads_entropy=True),
-}
-"""all: plain DAPO. top_entropy: the forking tokens (arXiv 2506.01939v2, eq. 6). bottom_entropy: the paper's control
-(fig. 7). random: the same number, uniformly (cf. arXiv 2605.07660). threshold: a fixed bound for the whole run (the
-paper's 80th percentile is 0.672 nats)."""
+ENTROPY_RULES = [name for name, mask in MASKS.items() if mask.reads <= {"entropy"}]
+"""Masks that read nothing but entropies."""
 
 
 def select_tokens(
@@ -79,7 +54,7 @@ def select_tokens(
     Args:
         entropy: nats, floating point, any shape.
         response_mask: bool, same shape.
-        rule: a key of ``RULES``.
+        rule: one of ``ENTROPY_RULES``.
         ratio: fraction to keep, in (0, 1].
         threshold: nats; required by rule "threshold", forbidden otherwise.
         generator: for "random".
@@ -93,15 +68,48 @@ def select_tokens(
         TypeError: ``entropy`` or ``response_mask`` is not a tensor.
     """
     _check_request(entropy, response_mask, rule, threshold)
-    entropy_N = _of_response(entropy.detach(), response_mask)
-    num_kept = num_selected(len(entropy_N), ratio)
-    if len(entropy_N) == 0:
-        return torch.zeros_like(response_mask)
-    num_bad = sum(int((~part.isfinite()).sum()) for part in entropy_N.split(CHUNK)) if RULES[rule].reads_entropy else 0
-    if num_bad:
-        raise ValueError(f"entropy is NaN or infinite at {num_bad} of {len(entropy_N)} response tokens")
-    selected_N = RULES[rule].select(Candidates(entropy_N, num_kept, threshold, generator))
-    return torch.zeros_like(response_mask).masked_scatter_(response_mask, selected_N)
+    signals = _of_entropies(entropy.detach(), response_mask, generator)
+    options = {} if threshold is None else {"threshold": threshold}
+    selected: Tensor = select(signals, rule, ratio, options).view(response_mask.shape)
+    return selected
+
+
+def select(signals: Signals, rule: str, ratio: float, options: Mapping[str, Any] | None = None) -> Tensor:
+    """Apply a mask (``docs/methods.md``) to all tokens of some sequences; ``[B, T]`` bool.
+
+    Raises:
+        UserError: the rule cannot be loaded, or its result has another shape.
+        ValueError: a score or a signal that the rule reads is NaN or infinite, or an option is out of range.
+    """
+    mask_BT, mask = signals.response_mask, mask_of(rule)
+    if not mask_BT.any():
+        return torch.zeros_like(mask_BT)
+    for name in ("entropy", "logprobs"):
+        if name in mask.reads:
+            _require_finite(name, _of_response(getattr(signals, name), mask_BT))
+    found_BT = load_method("selection.rule", rule, mask.path, options or {})(signals)
+    if found_BT.shape != mask_BT.shape:
+        raise UserError(f'selection.rule = "{rule}" returned {tuple(found_BT.shape)} for tokens {tuple(mask_BT.shape)}')
+    if found_BT.dtype == torch.bool:
+        return torch.where(mask_BT, found_BT, False)
+    scores_N = _of_response(found_BT, mask_BT)
+    _require_finite("score", scores_N)
+    kept_N = keep_highest(scores_N, num_selected(len(scores_N), ratio))
+    kept_BT: Tensor = torch.zeros_like(mask_BT).masked_scatter_(mask_BT, kept_N)
+    return kept_BT
+
+
+def _of_entropies(entropy: Tensor, response_mask: Tensor, generator: torch.Generator | None) -> Signals:
+    """Signals of any shape, of which only the entropy is known."""
+    entropy_BT, mask_BT = (each if each.ndim == 2 else each.reshape(1, -1) for each in (entropy, response_mask))
+    no_B, none_BT = entropy_BT.new_zeros(len(entropy_BT)), entropy_BT.new_zeros(1).expand_as(entropy_BT)
+    groups_B = torch.zeros(len(entropy_BT), dtype=torch.int64, device=entropy.device)
+    return Signals(mask_BT, entropy_BT, none_BT, none_BT, no_B, no_B, groups_B, generator=generator)
+
+
+def _require_finite(name: str, values_N: Tensor) -> None:
+    if num_bad := sum(int((~part.isfinite()).sum()) for part in values_N.split(CHUNK)):
+        raise ValueError(f"{name} is NaN or infinite at {num_bad} of {len(values_N)} response tokens")
 
 
 def select_tokens_per_sequence(
@@ -144,8 +152,8 @@ def _check_request(entropy: Tensor, response_mask: Tensor, rule: str, threshold:
         raise ValueError(f"entropy {tuple(entropy.shape)} and response_mask {tuple(response_mask.shape)} do not match")
     if response_mask.dtype != torch.bool or not entropy.is_floating_point():
         raise ValueError(f"entropy must be floating and response_mask bool; got {entropy.dtype}, {response_mask.dtype}")
-    if rule not in RULES:
-        raise ValueError(f"rule = {rule!r} is unknown; choose one of {list(RULES)}")
+    if rule not in ENTROPY_RULES:
+        raise ValueError(f"rule = {rule!r} is unknown, or reads more than entropies; choose one of {ENTROPY_RULES}")
     if (threshold is None) == (rule == "threshold"):
         raise ValueError('threshold goes with rule "threshold", and only with it')
     if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
@@ -162,44 +170,52 @@ def num_selected(num_tokens: int, ratio: float) -> int:
     return max(1, math.ceil(Fraction(f"{ratio:.12g}") * num_tokens))
 
 
-def select_in_scope(
-    entropy_BT: Tensor,
-    response_mask_BT: Tensor,
-    config: SelectionConfig,
-    micro_batches: Sequence[Tensor],
-    generator: torch.Generator,
-) -> Tensor:
-    """Selected tokens of a mini-batch (or rollout batch), ``[B, T]`` bool; ``micro_batches`` are row indices."""
+def choose(
+    signals: Signals, selection: SelectionConfig, weights: WeightsConfig, micro_batches: Sequence[Tensor]
+) -> Choice:
+    """Selected tokens and weights of a mini-batch (or rollout batch); ``micro_batches`` are row indices.
 
-    def select(function: Callable[..., Tensor], rows: Tensor | slice) -> Tensor:
-        inputs = (entropy_BT[rows], response_mask_BT[rows], config.rule, config.ratio)
-        return function(*inputs, threshold=config.threshold, generator=generator)
-
-    if config.scope == "sequence":
-        return select(select_tokens_per_sequence, slice(None))
-    if config.scope in ("mini_batch", "rollout_batch"):
-        return select(select_tokens, slice(None))
-    selected_BT = torch.zeros_like(response_mask_BT)
-    for rows_B in micro_batches:
-        selected_BT[rows_B] = select(select_tokens, rows_B)
-    return selected_BT
+    Raises UserError and ValueError as :func:`select`.
+    """
+    mask_BT, weight = signals.response_mask, None
+    if weights.rule != "none":
+        path = weight_of(weights.rule).path
+        weight = load_method("weights.rule", weights.rule, path, weights.options)
+    selected_BT = torch.zeros_like(mask_BT)
+    weights_BT = None if weight is None else torch.ones(mask_BT.shape, device=mask_BT.device)
+    for rows_B in _parts(len(mask_BT), selection.scope, micro_batches):
+        part = signals if selection.scope in ("mini_batch", "rollout_batch") else signals.rows(rows_B)
+        selected_BT[rows_B] = select(part, selection.rule, selection.ratio, rule_options(selection))
+        if weight is not None and weights_BT is not None:
+            weights_BT[rows_B] = _checked_weights(weights.rule, weight(part), part.response_mask)
+    return Choice(selected_BT, weights_BT)
 
 
-def reads_current_entropy(config: SelectionConfig) -> bool:
-    """Whether the rule reads the current policy's entropies instead of the rollout's."""
-    return RULES[config.rule].reads_entropy and config.entropy == "current"
+def _parts(num_rows: int, scope: str, micro_batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows over which a method is applied at a time, in order; those of a whole batch keep their order."""
+    if scope == "micro_batch":
+        return micro_batches
+    rows_B = torch.arange(num_rows)
+    return list(rows_B[:, None]) if scope == "sequence" else [rows_B]
 
 
-def needs_entropy_first(config: SelectionConfig) -> bool:
-    """Whether current entropies of the whole mini-batch are needed before the first loss."""
-    # Tokens of different micro-batches compete, or the number selected depends on the entropies.
-    return reads_current_entropy(config) and (config.scope == "mini_batch" or config.rule == "threshold")
+def _checked_weights(rule: str, weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    if weights_BT.shape != mask_BT.shape:
+        raise UserError(f'weights.rule = "{rule}" returned {tuple(weights_BT.shape)} for tokens {tuple(mask_BT.shape)}')
+    weights_BT = torch.where(mask_BT, weights_BT.detach().float(), 1.0)
+    _require_finite("weight", weights_BT[mask_BT])
+    return weights_BT
+
+
+def rule_options(config: SelectionConfig) -> Mapping[str, Any]:
+    """Keyword arguments of the rule."""
+    return config.options if config.threshold is None else {"threshold": config.threshold}
 
 
 def count_selected(response_mask_BT: Tensor, config: SelectionConfig, micro_batches: Sequence[Tensor]) -> int:
-    """The number of tokens a rule other than "threshold" will select."""
-    if config.rule == "threshold":
-        raise ValueError('rule "threshold" has no count before it has seen the entropies')
+    """The number of tokens that the rule will select, for "all" and rules that keep ``ratio``."""
+    if not has_count(config.rule):
+        raise ValueError(f'rule "{config.rule}" has no count before it has seen the signals')
     lengths_B = response_mask_BT.sum(1)
     if config.rule == "all":
         return int(lengths_B.sum())

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.methods import needs_pass_first, reads_current_policy
 from forkrl.planning.memory import Layout, Plan, adapter_parameters, product_bytes, selected_share, share_with_gradients
 from forkrl.planning.shapes import ModelShape
 
@@ -168,7 +169,7 @@ def _find_parts(config: TrainConfig, plan: Plan, decoding: Decoding | None, assu
         update -= selected_share(config) * sequences * assumed.mean_response * 2 * shape.embedding_parameters
         note += ", less the gradients of frozen weights"
     recomputed = layout.sharded or config.loss.old_logprobs == "trainer"
-    passes = ["old policy"] * recomputed + ["reference"] * bool(config.loss.kl_coef)
+    passes = ["old policy"] * recomputed + ["reference"] * config.loss.needs_reference
     return (
         _rollout_part(config, plan, rate, decoding, assumed),
         *(Part(f"log-probs of the {policy}", layers + head, (layers + head) / rate, "2N a token") for policy in passes),
@@ -216,11 +217,11 @@ def update_flops(
     if layout.sharded:
         return (3 + recompute) * layers + 3 * head, f"{6 + 2 * recompute}N a token"
     head *= assumed.mean_response / (assumed.mean_prompt + assumed.mean_response)
-    selected, selection = selected_share(config), config.selection
+    selected = selected_share(config)
     # Shares of all gradient steps: the first of their batch, those with a pass for entropies.
     first = 1 / math.ceil(config.rollout.prompts_per_step / config.training.mini_batch_prompts)
-    current = selection.rule not in ("all", "random") and selection.entropy == "current"
-    whole = current and (selection.scope == "mini_batch" or selection.rule == "threshold")
+    current = reads_current_policy(config.selection, config.weights)
+    whole = needs_pass_first(config.selection, config.weights)
     measured = 1 - first if whole else 0.0
     # The entropy pass of one micro-batch keeps its graph.
     sequences = config.training.mini_batch_prompts * config.rollout.group_size

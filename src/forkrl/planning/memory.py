@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
+from forkrl.methods import mask_of, reads_current_policy
 from forkrl.parallel.even_shares import require_even_shares
 from forkrl.planning.gpus import GIB, Gpu, in_gib
 from forkrl.planning.shapes import ModelShape
@@ -176,8 +177,8 @@ def full_length(config: TrainConfig) -> int:
 
 
 def selected_share(config: TrainConfig) -> float:
-    """rho, or 1 for a threshold, whose share is unknown in advance."""
-    return 1.0 if config.selection.rule in ("all", "threshold") else config.selection.ratio
+    """rho, or 1 for a rule whose share is unknown in advance."""
+    return config.selection.ratio if mask_of(config.selection.rule).keeps_ratio else 1.0
 
 
 def share_with_gradients(config: TrainConfig) -> float:
@@ -194,9 +195,8 @@ def _verl_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tupl
     size, layer, embedding = product_bytes(config), shape.layer_parameters, shape.embedding_parameters
     largest = max(layer, embedding)
     gathered = 2 * layer + embedding if shape.tied else layer + largest
-    tokens, selection = config.training.micro_batch_tokens / layout.sequence_parallel, config.selection
-    by_entropy = selection.rule in ("top_entropy", "bottom_entropy", "threshold")
-    entropy_too = (by_entropy and selection.entropy == "current") or config.loss.entropy_bonus
+    tokens = config.training.micro_batch_tokens / layout.sequence_parallel
+    entropy_too = reads_current_policy(config.selection, config.weights) or config.loss.entropy_bonus
     # FlashAttention's cross entropy computes log-probs in place; an entropy in the same pass needs its own gradient.
     copies = 1 + int(entropy_too) + int(config.rollout.temperature != 1)
     chunk = 3 * 4 * min(tokens, ENTROPY_CHUNK) * shape.vocabulary
@@ -221,7 +221,7 @@ def _local_update(config: TrainConfig, shape: ModelShape, layout: Layout) -> tup
         _activations(config, shape, layout, "autocast"),
         Item("head, in tiles", 3 * tile + gradient, f"logits are never complete; {what}"),
     ]
-    if config.loss.kl_coef and not adapters:
+    if config.loss.needs_reference and not adapters:
         items.insert(0, Item("reference policy, fp32", 4 * shape.parameters, "loss.kl_coef is above 0"))
     if half:
         copy = 2 * (shape.layers * shape.layer_matrices + adapters)
@@ -329,7 +329,7 @@ def _local_rollout(config: TrainConfig, shape: ModelShape, gpu: Gpu) -> tuple[tu
         *_sampling_weights(config, shape),
         Item("sampling", 4 * 4 * sequences * shape.vocabulary, "logits, log-probs, probabilities and noise"),
     ]
-    if config.loss.kl_coef and not adapters:
+    if config.loss.needs_reference and not adapters:
         items.append(Item("reference policy, fp32", 4 * shape.parameters))
     length = full_length(config)
     share, per_token = (1 - HEADROOM) * gpu.memory, shape.kv_numbers * size
@@ -365,6 +365,6 @@ def _find_host(config: TrainConfig, shape: ModelShape, layout: Layout) -> tuple[
     per_node, kept = shape.parameters / layout.nodes, []
     if layout.sharded and config.cluster.offload:
         kept.append(Item("offloaded weights, Adam, fp32", 12 * per_node, "per node, pinned"))
-    if layout.sharded and config.loss.kl_coef:
+    if layout.sharded and config.loss.needs_reference:
         kept.append(Item("reference policy, fp32", 4 * per_node, "verl keeps it on the host"))
     return (*phases, Phase("main memory, sampling", tuple(kept))) if kept else tuple(phases)

@@ -30,6 +30,7 @@ from rich.text import Text
 
 from forkrl.config import SelectionConfig, TrainConfig
 from forkrl.errors import lost_terminal_ignored, printable, write_line
+from forkrl.methods import mask_of, objective_of
 from forkrl.report.formatting import duration, low_entropy
 
 Item = TypeVar("Item")
@@ -51,7 +52,15 @@ def describe_selection(config: TrainConfig) -> str:
     if settings.sampled:
         more.append(f"a random {100 * settings.sampled:g}% of the others")
     backward = "; forks-only backward" + (f" with {' and '.join(more)}" if more else "")
-    sentence = f"training on {_selected_tokens(config.selection)}, {_divisor(config.loss.denominator)}"
+    method = "" if config.loss.objective == "dapo" else f", objective {config.loss.objective}"
+    method += "" if config.weights.rule == "none" else f", weights {config.weights.rule}"
+    plain = " (plain DAPO)" if config.selection.rule == "all" and not method else ""
+    divisor = (
+        "loss averaged by response"
+        if objective_of(config.loss.objective).per_response
+        else (_divisor(config.loss.denominator))
+    )
+    sentence = f"training on {_selected_tokens(config.selection)}{plain}{method}, {divisor}"
     engine = "; sampling with vLLM" if config.rollout.engine == "vllm" else ""
     return sentence + (backward if config.training.backward == "forks_only" else "") + engine
 
@@ -67,13 +76,20 @@ def _selected_tokens(selection: SelectionConfig) -> str:
     share = f"{100 * selection.ratio:g}%"
     match selection.rule:
         case "all":
-            return "all response tokens (plain DAPO)"
+            return "all response tokens"
         case "threshold":
             return f"tokens with entropy ≥ {selection.threshold} nats of the {whose}"
         case "random":
             return f"a random {share} of the tokens of {scope}"
-    end = "highest" if selection.rule == "top_entropy" else "lowest"
-    return f"the {share} of tokens with the {end} entropy in {scope}, entropy of the {whose}"
+        case "top_entropy" | "bottom_entropy":
+            end = "highest" if selection.rule == "top_entropy" else "lowest"
+            return f"the {share} of tokens with the {end} entropy in {scope}, entropy of the {whose}"
+    some = (
+        f"the {share} of tokens that {selection.rule} scores highest"
+        if mask_of(selection.rule).keeps_ratio
+        else (f"the tokens that {selection.rule} selects")
+    )
+    return f"{some} in {scope}, signals of the {whose}"
 
 
 def _divisor(denominator: str | int) -> str:

@@ -79,12 +79,12 @@ def prefill(policy: Policy, batch: TokenBatch, *, to_the_end: bool, projections:
     return Prefill(layers, hidden_ND)
 
 
-def prefill_entropies(policy: Policy, batch: TokenBatch, cache: Prefill, *, temperature: float) -> Tensor:
-    """Response entropies, fp32 ``[B, T]``, 0 elsewhere. Needs a complete prefill."""
+def prefill_stats(policy: Policy, batch: TokenBatch, cache: Prefill, *, temperature: float) -> TokenStats:
+    """Statistics of all response tokens, fp32 ``[B, T]``, 0 elsewhere. Needs a complete prefill."""
     assert cache.hidden_ND is not None, "the pass ended early"
     with torch.no_grad():
         mask_BT = batch.response_mask
-        return head_stats(policy, cache.hidden_ND, batch, mask_BT, temperature=temperature).entropy
+        return head_stats(policy, cache.hidden_ND, batch, mask_BT, temperature=temperature)
 
 
 def compute_selected_stats(

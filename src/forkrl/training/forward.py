@@ -11,9 +11,10 @@ from torch import Tensor
 
 from forkrl.method.batches import MicroBatch
 from forkrl.method.loss import policy_loss_only
+from forkrl.method.selection import Choice
 from forkrl.model.forward import compute_token_stats
 from forkrl.parallel.workers import Worker
-from forkrl.training.forks_only import Prefill, compute_selected_stats, prefill, prefill_entropies
+from forkrl.training.forks_only import Prefill, compute_selected_stats, prefill, prefill_stats
 from forkrl.types import TokenStats
 
 if TYPE_CHECKING:  # avoids importing pydantic
@@ -23,18 +24,18 @@ if TYPE_CHECKING:  # avoids importing pydantic
 class Forward(Protocol):
     """A way to run micro-batches; results are fp32 ``[B, T]``, 0 outside the response."""
 
-    def entropies(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> Tensor:
-        """Entropies of all response tokens, detached. ``keep``: ``stats`` of this micro-batch may reuse the pass."""
+    def measure(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> TokenStats:
+        """Statistics of all response tokens, detached. ``keep``: ``stats`` of this micro-batch may reuse the pass."""
         ...
 
     def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
         """Statistics with gradients, at least at ``at_BT`` and where the loss has a term."""
         ...
 
-    def stats_and_selection(
-        self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
-    ) -> tuple[TokenStats, Tensor, Tensor]:
-        """The same where ``select`` chooses tokens of this micro-batch; also the entropies it read and its choice."""
+    def stats_and_choice(
+        self, worker: Worker, micro: MicroBatch, choose: Callable[[TokenStats], Choice]
+    ) -> tuple[TokenStats, Tensor, Choice]:
+        """The same where ``choose`` takes tokens of this micro-batch; also the entropies it read and its choice."""
         ...
 
 
@@ -48,14 +49,14 @@ class Dense:
 
     config: TrainConfig
 
-    def entropies(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> Tensor:
+    def measure(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> TokenStats:
         # One graph at a time: the gradient pass needs the memory of one anyway.
         kept = keep and not worker.kept
         with torch.set_grad_enabled(kept):
             stats = self._stats(worker, micro)
         if kept:
             worker.kept[micro.number] = stats
-        return stats.entropy.detach()
+        return _detached(stats)
 
     def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
         kept: TokenStats | None = worker.kept.pop(micro.number, None)
@@ -63,12 +64,12 @@ class Dense:
             return kept
         return self._stats(worker, micro, at_BT if policy_loss_only(self.config.loss) else None)
 
-    def stats_and_selection(
-        self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
-    ) -> tuple[TokenStats, Tensor, Tensor]:
+    def stats_and_choice(
+        self, worker: Worker, micro: MicroBatch, choose: Callable[[TokenStats], Choice]
+    ) -> tuple[TokenStats, Tensor, Choice]:
         stats = self._stats(worker, micro)
-        entropy_BT = stats.entropy.detach()
-        return stats, entropy_BT, select(entropy_BT)
+        read = _detached(stats)
+        return stats, read.entropy, choose(read)
 
     def _stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor | None = None) -> TokenStats:
         return compute_token_stats(
@@ -86,30 +87,30 @@ class ForksOnly:
 
     config: TrainConfig
 
-    def entropies(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> Tensor:
+    def measure(self, worker: Worker, micro: MicroBatch, *, keep: bool) -> TokenStats:
         cache = self._prefill(worker, micro)
         num_bytes = sum(each.num_bytes for each in [cache, *worker.kept.values()])
         # With projections the cache includes its autograd graph, many times the size of keys and values.
         if keep and not self.config.forks_only.projections and num_bytes <= self.config.forks_only.kept_mib * 2**20:
             worker.kept[micro.number] = cache._replace(hidden_ND=None)
-        return self._entropies(worker, micro, cache)
+        return self._measured(worker, micro, cache)
 
     def stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor) -> TokenStats:
         return self._stats(worker, micro, at_BT, worker.kept.pop(micro.number, None))
 
-    def stats_and_selection(
-        self, worker: Worker, micro: MicroBatch, select: Callable[[Tensor], Tensor]
-    ) -> tuple[TokenStats, Tensor, Tensor]:
+    def stats_and_choice(
+        self, worker: Worker, micro: MicroBatch, choose: Callable[[TokenStats], Choice]
+    ) -> tuple[TokenStats, Tensor, Choice]:
         cache = self._prefill(worker, micro)
-        entropy_BT = self._entropies(worker, micro, cache)
-        selected_BT = select(entropy_BT)
-        return self._stats(worker, micro, selected_BT, cache), entropy_BT, selected_BT
+        read = self._measured(worker, micro, cache)
+        choice = choose(read)
+        return self._stats(worker, micro, choice.selected_BT, cache), read.entropy, choice
 
     def _prefill(self, worker: Worker, micro: MicroBatch) -> Prefill:
         return prefill(worker.policy, micro.batch, to_the_end=True, projections=self.config.forks_only.projections)
 
-    def _entropies(self, worker: Worker, micro: MicroBatch, cache: Prefill) -> Tensor:
-        return prefill_entropies(worker.policy, micro.batch, cache, temperature=self.config.rollout.temperature)
+    def _measured(self, worker: Worker, micro: MicroBatch, cache: Prefill) -> TokenStats:
+        return prefill_stats(worker.policy, micro.batch, cache, temperature=self.config.rollout.temperature)
 
     def _stats(self, worker: Worker, micro: MicroBatch, at_BT: Tensor, cache: Prefill | None) -> TokenStats:
         return compute_selected_stats(
@@ -133,3 +134,7 @@ def running_weights(micro: MicroBatch, selected_BT: Tensor, settings: ForksOnlyC
     if settings.prompt:
         weight_BT[micro.batch.attention_mask & ~micro.batch.response_mask] = 1.0
     return weight_BT.masked_fill_(selected_BT, 1.0)
+
+
+def _detached(stats: TokenStats) -> TokenStats:
+    return TokenStats(stats.logprobs.detach(), stats.entropy.detach())

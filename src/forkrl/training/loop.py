@@ -13,12 +13,13 @@ from torch import Tensor
 from forkrl.errors import NothingToLearn, out_of_memory_names
 from forkrl.method.advantages import group_advantages, informative_groups, overlong_penalty
 from forkrl.method.batches import collate, mini_batches
+from forkrl.methods import objective_of
 from forkrl.rollout.logprob_gap import LogprobGap
 from forkrl.rollout.scoring import Scoring, require_judged_terms, why_nothing_to_learn
 from forkrl.training.metrics import part_metrics, rollout_metrics, update_metrics
 from forkrl.training.rollout_rows import rollout_rows
 from forkrl.training.run import Run
-from forkrl.training.update import Update, recompute_logprobs, select_in_rollout_batch, update_policy
+from forkrl.training.update import Update, choose_in_rollout_batch, recompute_logprobs, update_policy
 from forkrl.types import RolloutGroup, TokenBatch
 
 
@@ -29,8 +30,8 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
         started = time.perf_counter()
         groups, metrics = collect_groups(run)
         rewards_PG = shaped_rewards(run, groups)
-        advantages_PG = group_advantages(rewards_PG)
-        batch = collate(groups, advantages_PG, pad_id=run.policy.tokenizer.eos_token_id)
+        advantages_PG = group_advantages(rewards_PG, objective_of(run.config.loss.objective).advantage)
+        batch = collate(groups, advantages_PG, run.policy.tokenizer.eos_token_id, rewards_PG)
         run.check_logprobs(batch)
         metrics |= run.adapt_entropy_bonus(batch)
 
@@ -41,7 +42,7 @@ def train(run: Run, on_step: Callable[[Run, dict[str, float]], None] | None = No
                 batch, mismatch = recompute_logprobs(run.workers, batch, run.config)
             metrics |= mismatch
         if run.config.selection.scope == "rollout_batch":  # else take_gradient_step selects
-            batch = select_in_rollout_batch(batch, run.config, run.generator)
+            batch = choose_in_rollout_batch(batch, run.config, run.generator)
         parts = mini_batches(batch, run.config.training.mini_batch_prompts * run.config.rollout.group_size)
         updates = [take_gradient_step(run, part, done=number / len(parts)) for number, part in enumerate(parts)]
 

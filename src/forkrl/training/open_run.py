@@ -14,6 +14,7 @@ import torch
 from forkrl.config import OptimizerConfig, TrainConfig
 from forkrl.config.recipe import recipe_toml
 from forkrl.errors import EngineLost, NothingToLearn, TrainingHalted, UserError, WorkerLost, notice
+from forkrl.method.trial import try_methods
 from forkrl.model.adapter import add_adapter
 from forkrl.model.locations import EMBEDDED_PREFIX
 from forkrl.model.policy import Policy, PolicyWithoutAdapter, open_policy
@@ -76,6 +77,7 @@ def open_run(
         assert out is not None
         refuse_occupied(out)
     require_trackers(config.log.trackers)
+    try_methods(config.selection, config.weights, config.loss)
     if config.rollout.engine == "vllm" and plug_ins.engine is None:
         require_vllm()
     with ExitStack() as stack:
@@ -115,7 +117,7 @@ def _open_parts(config: TrainConfig, out: Path | None, resume: Path | None, plug
     )
     if repeated := repeated_prompts(task.train, config):
         notice(repeated)
-    reference = _open_reference(policy) if config.loss.kl_coef else None
+    reference = _open_reference(policy) if config.loss.needs_reference else None
     workers = stack.enter_context(open_workers(policy, reference, config.runtime))
     engine: RolloutEngine = (plug_ins.engine or open_engine)(workers, config)
     if config.task.name == "environment" and isinstance(engine, EmbeddedEngine):

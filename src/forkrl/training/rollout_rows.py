@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from forkrl.method.selection import select_tokens
+from forkrl.method.selection import rule_options, select
+from forkrl.method.signals import Signals
+from forkrl.methods import mask_of
 from forkrl.model.token_texts import TokenTexts
 from forkrl.types import Rollout, RolloutGroup
 
@@ -74,16 +77,25 @@ def evaluation_rows(
     *,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Rows of an evaluation; ``selected`` is what the rule would select from these responses."""
+    """Rows of an evaluation; ``selected`` is what the rule would select from these responses.
+
+    A rule that reads more than entropies and log-probs selects nothing here: the responses have no advantage.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    entropy_N = torch.cat([rollout.entropy for rollout in rollouts])
-    selected_N = select_tokens(
-        entropy_N,
-        torch.ones_like(entropy_N, dtype=torch.bool),
-        selection.rule,
-        selection.ratio,
-        threshold=selection.threshold,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    selected = [part.tolist() for part in selected_N.split([len(rollout) for rollout in rollouts])]
+    selected_BT = torch.zeros(len(rollouts), max(len(rollout) for rollout in rollouts), dtype=torch.bool)
+    if mask_of(selection.rule).reads <= {"entropy", "logprobs"}:
+        signals = signals_of_rollouts(rollouts, torch.Generator().manual_seed(seed))
+        selected_BT = select(signals, selection.rule, selection.ratio, rule_options(selection))
+    selected = [row_T[: len(rollout)].tolist() for row_T, rollout in zip(selected_BT, rollouts, strict=True)]
     return rollout_rows(step, groups, tokenizer, selected)
+
+
+def signals_of_rollouts(rollouts: Sequence[Rollout], generator: torch.Generator) -> Signals:
+    """Entropies and log-probs of responses without advantages or rewards."""
+    mask_BT, logprobs_BT, entropy_BT = (
+        pad_sequence([change(rollout) for rollout in rollouts], batch_first=True)
+        for change in (lambda each: torch.ones(len(each), dtype=torch.bool), lambda each: each.logprobs,
+                       lambda each: each.entropy)
+    )  # fmt: skip
+    no_B = torch.zeros(len(rollouts))
+    return Signals(mask_BT, entropy_BT, logprobs_BT, logprobs_BT, no_B, no_B, no_B.long(), generator=generator)

@@ -27,12 +27,13 @@ from forkrl.method.batches import (
 from forkrl.method.correction import sampler_weights, weight_metrics
 from forkrl.method.loss import Counts, TokenSums, loss_metrics, policy_loss_only, step_loss, total
 from forkrl.method.selection import (
+    Choice,
+    choose,
     count_selected,
     entropy_threshold,
-    needs_entropy_first,
-    reads_current_entropy,
-    select_in_scope,
 )
+from forkrl.method.signals import Signals
+from forkrl.methods import needs_pass_first, objective_of, reads_current_policy
 from forkrl.model.forward import compute_token_stats
 from forkrl.model.policy import Policy
 from forkrl.parallel.processes import return_freed_memory
@@ -104,7 +105,7 @@ def update_policy(
             rows_B = _contributing_rows(_selected(mini_batch), mini_batch, config)
             cuts = _cut(workers, mini_batch, rows_B, config)
 
-    counts = Counts(int(mask_BT.sum()), num_selected)
+    counts = Counts(int(mask_BT.sum()), num_selected, len(mini_batch))
     parts = make_micro_batches(mini_batch, cuts, sample_positions(mini_batch, config, generator))
     workers.zero_gradients()
     results = _map(workers, accumulate_gradient, parts, config, counts, inside)
@@ -123,18 +124,17 @@ def update_policy(
 
 def selects_inside(mini_batch: TokenBatch, config: TrainConfig, *, on_policy: bool) -> bool:
     """Whether each micro-batch selects from its own forward pass, instead of all before the first loss."""
-    if mini_batch.selected is not None or not reads_current_entropy(config.selection):
+    if mini_batch.selected is not None or not reads_current_policy(config.selection, config.weights):
         return False
-    if needs_entropy_first(config.selection):
+    if needs_pass_first(config.selection, config.weights):
         return False
     return config.training.backward == "dense" or not on_policy  # on-policy, forks-only saves part of a pass
 
 
-def select_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> TokenBatch:
-    """The batch with its selection over all its tokens."""
-    there = batch.to(generator.device)
-    selected_BT = _select(there.rollout_entropy, there.response_mask, config, [], generator)
-    return replace(batch, selected=selected_BT.to(batch.response_mask.device))
+def choose_in_rollout_batch(batch: TokenBatch, config: TrainConfig, generator: torch.Generator) -> TokenBatch:
+    """The batch with its selection and weights over all its tokens."""
+    choice = _choose(batch.to(generator.device), None, config, [], generator)
+    return _with_choice(batch, choice.each(lambda values_BT: values_BT.to(batch.advantages.device)))
 
 
 def recompute_logprobs(workers: Workers, batch: TokenBatch, config: TrainConfig) -> tuple[TokenBatch, dict[str, float]]:
@@ -155,7 +155,7 @@ def recompute_logprobs(workers: Workers, batch: TokenBatch, config: TrainConfig)
     weights_BT = sampler_weights(log_ratio_BT, mask_BT, config.loss)
     if weights_BT is not None:
         metrics |= weight_metrics(weights_BT[mask_BT], config.loss.sampler_cap)
-    return replace(batch, old_logprobs=old_BT, sampler_weights=weights_BT), metrics
+    return replace(batch, old_logprobs=old_BT, weights=weights_BT), metrics
 
 
 def accumulate_gradient(
@@ -165,15 +165,17 @@ def accumulate_gradient(
     batch, forward, threshold = micro.batch, make_forward(config), math.nan
     if inside:
 
-        def select(entropy_BT: Tensor) -> Tensor:
+        def choose_here(measured: TokenStats) -> Choice:
             all_rows, no_draws = [torch.arange(len(batch))], torch.Generator()
-            return _select(entropy_BT, batch.response_mask, config, all_rows, no_draws)
+            return _choose(batch, measured, config, all_rows, no_draws)
 
-        stats, entropy_BT, selected_BT = forward.stats_and_selection(worker, micro, select)
+        stats, entropy_BT, choice = forward.stats_and_choice(worker, micro, choose_here)
+        batch, selected_BT = _with_choice(batch, choice), choice.selected_BT
         threshold = float(entropy_threshold(entropy_BT, selected_BT))
     else:
         selected_BT = _selected(batch)
-        at_BT = selected_BT & (batch.advantages != 0)[:, None]
+        read_BT = batch.response_mask if objective_of(config.loss.objective).all_tokens else selected_BT
+        at_BT = read_BT & (batch.advantages != 0)[:, None]
         stats = forward.stats(worker, micro, at_BT)
         _require_finite(stats.entropy.detach()[at_BT])
     ref_logprobs_BT = None
@@ -183,8 +185,8 @@ def accumulate_gradient(
         ref_logprobs_BT = ref.logprobs
     advantages_BT = batch.advantages[:, None].expand_as(selected_BT)
     log_ratio_N = (stats.logprobs.detach() - batch.old_logprobs)[selected_BT & (advantages_BT != 0)]
-    if batch.sampler_weights is not None:  # the loss is homogeneous in the advantage
-        advantages_BT = advantages_BT * batch.sampler_weights
+    if batch.weights is not None:  # the loss is homogeneous in the advantage
+        advantages_BT = advantages_BT * batch.weights
     loss, sums = step_loss(
         stats,
         batch.old_logprobs,
@@ -206,9 +208,9 @@ def free_memory(worker: Worker, _: int) -> None:
     return_freed_memory()
 
 
-def measure_entropy(worker: Worker, micro: MicroBatch, config: TrainConfig, keep: bool) -> Tensor:
-    """The current policy's entropies, fp32 ``[B, T]``; ``keep``: the gradient pass of this micro-batch follows."""
-    return make_forward(config).entropies(worker, micro, keep=keep)
+def measure_first(worker: Worker, micro: MicroBatch, config: TrainConfig, keep: bool) -> TokenStats:
+    """The current policy's statistics, detached; ``keep``: the gradient pass of this micro-batch follows."""
+    return make_forward(config).measure(worker, micro, keep=keep)
 
 
 @torch.no_grad()
@@ -227,22 +229,24 @@ def _select_first(
     *,
     on_policy: bool,
 ) -> SelectedFirst:
-    """Select by the rollout's entropies, or by the current policy's after a pass over all tokens."""
-    entropy_BT, mask_BT = mini_batch.rollout_entropy, mini_batch.response_mask
-    measured, kept_cuts = needs_entropy_first(config.selection) and not on_policy, list[Tensor]()
+    """Choose by the rollout's signals, or by the current policy's after a pass over all tokens."""
+    mask_BT, kept_cuts = mini_batch.response_mask, list[Tensor]()
+    measured: TokenStats | None = None
     if mini_batch.selected is None:
-        if measured:
+        if needs_pass_first(config.selection, config.weights) and not on_policy:
             rows_B = _contributing_rows(mask_BT, mini_batch, config)
             others_B = torch.tensor(sorted(set(range(len(mini_batch))) - set(rows_B.tolist())), dtype=torch.int64)
             kept_cuts, other_cuts = (_cut(workers, mini_batch, each_B, config) for each_B in (rows_B, others_B))
-            entropies = [
-                entropy
+            parts = [
+                stats
                 for cuts, keep in ((kept_cuts, True), (other_cuts, False))
-                for entropy in _map(workers, measure_entropy, make_micro_batches(mini_batch, cuts, None), config, keep)
+                for stats in _map(workers, measure_first, make_micro_batches(mini_batch, cuts, None), config, keep)
             ]
-            entropy_BT = assemble(entropy_BT, kept_cuts + other_cuts, entropies)
+            like_BT, all_cuts = mini_batch.old_logprobs, kept_cuts + other_cuts
+            measured = TokenStats(*(assemble(like_BT, all_cuts, list(each)) for each in zip(*parts, strict=True)))
         cuts = _cut(workers, mini_batch, torch.arange(len(mini_batch)), config)
-        mini_batch = replace(mini_batch, selected=_select(entropy_BT, mask_BT, config, cuts, generator))
+        mini_batch = _with_choice(mini_batch, _choose(mini_batch, measured, config, cuts, generator))
+    entropy_BT = mini_batch.rollout_entropy if measured is None else measured.entropy
     return SelectedFirst(mini_batch, float(entropy_threshold(entropy_BT, _selected(mini_batch))), kept_cuts)
 
 
@@ -274,11 +278,36 @@ def _map(
     return workers.map(function, parts, config, *arguments, sizes=sizes)
 
 
-def _select(
-    entropy_BT: Tensor, mask_BT: Tensor, config: TrainConfig, cuts: list[Tensor], generator: torch.Generator
-) -> Tensor:
-    _require_finite(entropy_BT[mask_BT])
-    return select_in_scope(entropy_BT, mask_BT, config.selection, cuts, generator)
+def _choose(
+    batch: TokenBatch,
+    measured: TokenStats | None,
+    config: TrainConfig,
+    cuts: list[Tensor],
+    generator: torch.Generator,
+) -> Choice:
+    """Mask and weights of all rows; ``measured``: by the current policy, None: by the policy that sampled."""
+    logprobs_BT, entropy_BT = measured or (batch.old_logprobs, batch.rollout_entropy)
+    _require_finite(entropy_BT[batch.response_mask])
+    unknown_B = torch.zeros_like(batch.advantages)
+    signals = Signals(
+        response_mask=batch.response_mask,
+        entropy=entropy_BT,
+        logprobs=logprobs_BT,
+        old_logprobs=batch.old_logprobs,
+        advantages=batch.advantages,
+        rewards=unknown_B if batch.rewards is None else batch.rewards,
+        groups=unknown_B.long() if batch.groups is None else batch.groups,
+        clip=(config.loss.clip_low, config.loss.clip_high),
+        generator=generator,
+    )
+    return choose(signals, config.selection, config.weights, cuts)
+
+
+def _with_choice(batch: TokenBatch, choice: Choice) -> TokenBatch:
+    weights_BT = choice.weights_BT
+    if weights_BT is not None and batch.weights is not None:
+        weights_BT = weights_BT * batch.weights
+    return replace(batch, selected=choice.selected_BT, weights=batch.weights if weights_BT is None else weights_BT)
 
 
 def _selected(batch: TokenBatch) -> Tensor:

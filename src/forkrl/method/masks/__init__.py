@@ -1,0 +1,1 @@
+"""Masks: which response tokens carry gradient. One file for each method; ``forkrl/methods.py`` lists them."""

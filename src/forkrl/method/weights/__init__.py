@@ -1,0 +1,1 @@
+"""Weights: factors of each token's advantage. One file for each method; ``forkrl/methods.py`` lists them."""
