@@ -72,6 +72,11 @@ MASKS: dict[str, Mask] = {
 _WEIGHTS = "forkrl.method.weights."
 WEIGHTS: dict[str, Weight] = {
     "w_reinforce": Weight(_WEIGHTS + "w_reinforce:w_reinforce", _reads("advantage")),
+    "entropy_advantage": Weight(_WEIGHTS + "entropy_advantage:entropy_advantage", _reads("entropy", "advantage")),
+    "proximal_entropy": Weight(_WEIGHTS + "proximal_entropy:proximal_entropy", _reads("entropy", "advantage")),
+    "steer": Weight(_WEIGHTS + "steer:steer", _EVERYTHING),
+    "stare": Weight(_WEIGHTS + "stare:stare", _reads("entropy", "logprobs", "advantage")),
+    "prob_reweight": Weight(_WEIGHTS + "prob_reweight:prob_reweight"),  # of the old policy, known before the step
 }
 _RANGE: tuple[Clip, ...] = ("clip_low", "clip_high")
 _OBJECTIVES = "forkrl.method.objectives."

@@ -149,7 +149,8 @@ Denominator = Annotated[Literal["selected", "response"] | int, BeforeValidator(_
 
 class WeightsConfig(Section):
     rule: Annotated[str, _method(["none", *WEIGHTS])] = "none"
-    """Factors of the advantages of single tokens: "none", "w_reinforce", or your own function as "module:function"
+    """Factors of the advantages of single tokens: "none", "w_reinforce", "entropy_advantage", "proximal_entropy",
+    "steer", "stare", "prob_reweight" (docs/methods-weights.md), or your own function as "module:function"
     (docs/methods.md). They are computed over the tokens of selection.scope."""
     options: Options = Field(default={})
     """Options of the rule."""

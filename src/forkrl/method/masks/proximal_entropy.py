@@ -19,5 +19,6 @@ def proximal_entropy(signals: Signals, *, window: int = 101) -> Tensor:
     sums_BT = torch.nn.functional.pad(weight_BT.cumsum(1), (1, 0))
     position_T = torch.arange(width, device=weight_BT.device)
     first_T, after_T = (position_T - half).clamp(min=0), (position_T + half + 1).clamp(max=width)
-    around_BT = sums_BT[:, after_T] - sums_BT[:, first_T]
+    # A window of one token is exactly that token; a difference of sums is rounded.
+    around_BT = sums_BT[:, after_T] - sums_BT[:, first_T] if half else weight_BT
     return (weight_BT / around_BT.clamp(min=1e-300)).to(signals.entropy.dtype)
