@@ -21,11 +21,10 @@ class Mask(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """``by_group``: it compares responses to the same prompt."""
+    """A factor of each token's advantage."""
 
     path: str
     reads: frozenset[Signal] = frozenset()
-    by_group: bool = False
 
 
 class Objective(NamedTuple):

@@ -80,6 +80,18 @@ CASES: dict[str, dict[str, Any]] = {
     "surprisal": {"selection": {"rule": "rsi"}, "training": SMALL},
     "stapo": {"selection": {"rule": "stapo", "scope": "mini_batch", "options": {"probability": 0.3}}},
     "weights": {"selection": {"scope": "mini_batch"}, "weights": {"rule": "w_reinforce"}},
+    "entropy advantage": {
+        "selection": {"rule": "all", "scope": "mini_batch"},
+        "weights": {"rule": "entropy_advantage"},
+        "training": SMALL,
+    },
+    "steer": {"selection": {"scope": "mini_batch"}, "weights": {"rule": "steer"}, "training": SMALL},
+    "stare": {
+        "selection": {"rule": "all", "scope": "rollout_batch", "entropy": "rollout"},
+        "weights": {"rule": "stare", "options": {"negative": 0.9, "target_entropy": 99.0}},
+    },
+    "proximal weights": {"selection": {"rule": "all", "scope": "mini_batch"}, "weights": {"rule": "proximal_entropy"}},
+    "AR": {"selection": {"scope": "mini_batch"}, "weights": {"rule": "prob_reweight"}},
     "weights, sequence": {"selection": {"rule": "all", "scope": "sequence"}, "weights": {"rule": "w_reinforce"}},
     "cispo": {"selection": {"scope": "mini_batch"}, "loss": {"objective": "cispo"}, "training": SMALL},
     "gspo": {

@@ -341,7 +341,7 @@ def test_neutral_options_are_dapo_to_the_bit(name: str, options: dict[str, float
     ],
 )
 def test_without_their_clips_they_are_the_surrogate_without_a_clip(
-    name: str, options: dict[str, float], clips: dict[str, float]
+    name: str, options: dict[str, float], clips: dict[str, Any]
 ) -> None:
     terms = random_terms(**clips)
     counts = terms.read.sum(1, keepdim=True) * 8 if name == "sapo" else terms.read.sum()
@@ -410,8 +410,7 @@ def test_with_everything_selected_it_is_verl_s(
 def step(
     name: str, stats: TokenStats, old: Tensor, advantages: Tensor, response: Tensor, selected: Tensor, ref: Tensor
 ) -> Tensor:
-    denominator = 100 if OBJECTIVES[name].fixed_denominator else "selected"
-    config = LossConfig(objective=name, denominator=denominator)
+    config = LossConfig(objective=name, denominator=100 if OBJECTIVES[name].fixed_denominator else "selected")
     counts = Counts(int(response.sum()), int(selected.sum()), len(response))
     return step_loss(stats, old, advantages, response, selected, counts, config, ref)[0]
 
@@ -540,7 +539,7 @@ def test_settings_that_an_objective_does_not_read_are_refused(loss: dict[str, An
 
 def test_settings_that_an_objective_reads_are_accepted() -> None:
     for name, objective in OBJECTIVES.items():
-        clips = dict.fromkeys(objective.clips, 0.3) | ({"dual_clip": 3.0} if "dual_clip" in objective.clips else {})
+        clips: dict[str, float] = {clip: 3.0 if clip == "dual_clip" else 0.3 for clip in objective.clips}
         config = LossConfig.model_validate(
             {"objective": name, **clips} | ({"denominator": 64} if objective.fixed_denominator else {})
         )

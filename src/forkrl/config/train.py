@@ -19,7 +19,7 @@ from forkrl.config.lora import LoraConfig
 from forkrl.config.reward import RewardConfig, SandboxConfig
 from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 from forkrl.config.task import TaskConfig
-from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, Clip, mask_of, objective_of, weight_of
+from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, Clip, mask_of, objective_of
 
 CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
 """Settings that a resumed run may change: they do not affect finished steps."""
@@ -483,16 +483,6 @@ class TrainConfig(Section):
                     'reward.terms judge one response, and task.name = "environment" has several turns; let the '
                     "environment compute the whole reward"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _groups_are_together(self) -> TrainConfig:
-        by_group = self.weights.rule in WEIGHTS and weight_of(self.weights.rule).by_group
-        if by_group and self.selection.scope in ("micro_batch", "sequence"):
-            raise ValueError(
-                f'weights.rule = "{self.weights.rule}" compares the responses to a prompt, which '
-                f'selection.scope = "{self.selection.scope}" separates; set it to "mini_batch" or "rollout_batch"'
-            )
         return self
 
     @model_validator(mode="after")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
-def require_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+def require_range(name: str, value: Any, least: float, most: float = math.inf) -> None:
     """Raise ValueError unless the option is a finite number in [``least``, ``most``]."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and least <= value <= most):
