@@ -181,7 +181,7 @@ def test_weights_are_applied_in_the_scope_of_the_selection(own: str) -> None:
         (["selection.rule=gmst"], "did you mean gmts?"),
         (["selection.rule=gmts", "selection.entropy=rollout"], 'which is 1 for every token with selection.entropy = "'),
         (["weights.rule=reinforce"], "did you mean w_reinforce?"),
-        (["loss.objective=cipso"], "did you mean cispo?"),
+        (["loss.objective=cipso"], "did you mean cispo"),
     ],
 )
 def test_recipes_that_make_no_sense_are_rejected(overrides: list[str], message: str) -> None:
