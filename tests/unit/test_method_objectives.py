@@ -191,15 +191,15 @@ def test_dppo_by_hand() -> None:
 
 
 def test_kl_cov_by_hand() -> None:
-    """A = 1, 1, -1, -1 and ln p = -1, -4, -2, -2 (mean -2.25): covariances 1.25, -1.75, -0.25, -0.25."""
+    """A = -1, -1, -3, -3 (mean -2), ln p = -1, -4, -2, -2 (mean -2.25): covariances 1.25, -1.75, -0.25, -0.25."""
     ratios = [[1.5, 0.5], [2.0, 2.0]]
     old = [[-1 - math.log(1.5), -4 - math.log(0.5)], [-2 - math.log(2.0)] * 2]
-    loss, gradient, cut = evaluate("kl_cov", terms_of(ratios, [1.0, -1.0], old=old), 1.0, kl_coef=10.0)
-    assert loss.item() == pytest.approx(-1.5 - 0.5 + 2 + 2 + 10 * math.log(1.5))
-    torch.testing.assert_close(gradient, torch.tensor([[-1.5 + 10, -0.5], [2, 2]], dtype=torch.float64))
+    loss, gradient, cut = evaluate("kl_cov", terms_of(ratios, [-1.0, -3.0], old=old), 1.0, kl_coef=10.0)
+    assert loss.item() == pytest.approx(1.5 + 0.5 + 6 + 6 + 10 * math.log(1.5))
+    torch.testing.assert_close(gradient, torch.tensor([[1.5 + 10, 0.5], [6, 6]], dtype=torch.float64))
     assert not cut.any()
-    _, three, _ = evaluate("kl_cov", terms_of(ratios, [1.0, -1.0], old=old), 1.0, kl_coef=10.0, fraction=0.75)
-    torch.testing.assert_close(three, torch.tensor([[-1.5 + 10, -0.5], [12, 12]], dtype=torch.float64))
+    _, three, _ = evaluate("kl_cov", terms_of(ratios, [-1.0, -3.0], old=old), 1.0, kl_coef=10.0, fraction=0.75)
+    torch.testing.assert_close(three, torch.tensor([[1.5 + 10, 0.5], [16, 16]], dtype=torch.float64))
 
 
 def test_clip_cov_by_hand() -> None:
@@ -216,6 +216,17 @@ def test_clip_cov_by_hand() -> None:
     assert found[0][0].item() == pytest.approx(-1)
     turned = replace(terms, **{name: getattr(terms, name).flip(1) for name in ("logprobs", "old_logprobs")})
     assert evaluate("clip_cov", turned, 1.0, lowest=-1.0, highest=1.0, fraction=0.25)[2].equal(dropped.flip(1))
+
+
+def test_clip_cov_draws_among_tokens_that_have_a_gradient() -> None:
+    """Of two tokens with a covariance of about -0.25, the one that the clip has cut is never drawn."""
+    for number in range(10):
+        cut_ratios = [0.5, 1.0] if number % 2 else [1.0, 0.5]
+        old = [[-1.0, -4.0], [-2 - 0.01 * number - math.log(ratio) for ratio in cut_ratios]]
+        terms = terms_of([[1.0, 1.0], cut_ratios], [1.0, -1.0], old=old)
+        _, gradient, cut = evaluate("clip_cov", terms, 1.0, lowest=-1.0, highest=1.0, fraction=0.25)
+        assert cut.tolist() == [[False, False], [True, True]]
+        assert gradient.tolist() == [[-1, -1], [0, 0]]
 
 
 def test_clip_cov_drops_tokens_of_all_probabilities() -> None:
@@ -323,7 +334,7 @@ def test_responses_of_equal_ratios_are_as_in_dapo(name: str) -> None:
         ("archer", {"quantile": 1.0, "kl_coef": 0.0}, {"clip_high": 0.2, "dual_clip": 1.2}),
     ],
 )
-def test_neutral_options_are_dapo_to_the_bit(name: str, options: dict[str, float], clips: dict[str, float]) -> None:
+def test_neutral_options_are_dapo_to_the_bit(name: str, options: dict[str, float], clips: dict[str, Any]) -> None:
     for seed in range(5):
         terms = random_terms(seed, **clips)
         plain, changed = evaluate("dapo", terms), evaluate(name, terms, **options)
@@ -391,7 +402,7 @@ def of_verl(name: str, terms: Terms, **policy_loss: float) -> tuple[Tensor, Tens
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_with_everything_selected_it_is_verl_s(
-    name: str, theirs: str, clips: dict[str, float], options: dict[str, float], policy_loss: dict[str, float]
+    name: str, theirs: str, clips: dict[str, Any], options: dict[str, float], policy_loss: dict[str, float]
 ) -> None:
     some_cut = 0
     for seed in range(5):
@@ -410,7 +421,8 @@ def test_with_everything_selected_it_is_verl_s(
 def step(
     name: str, stats: TokenStats, old: Tensor, advantages: Tensor, response: Tensor, selected: Tensor, ref: Tensor
 ) -> Tensor:
-    config = LossConfig(objective=name, denominator=100 if OBJECTIVES[name].fixed_denominator else "selected")
+    fixed = {"denominator": 100} if OBJECTIVES[name].fixed_denominator else {}
+    config = LossConfig.model_validate({"objective": name} | fixed)
     counts = Counts(int(response.sum()), int(selected.sum()), len(response))
     return step_loss(stats, old, advantages, response, selected, counts, config, ref)[0]
 
@@ -539,11 +551,10 @@ def test_settings_that_an_objective_does_not_read_are_refused(loss: dict[str, An
 
 def test_settings_that_an_objective_reads_are_accepted() -> None:
     for name, objective in OBJECTIVES.items():
-        clips: dict[str, float] = {clip: 3.0 if clip == "dual_clip" else 0.3 for clip in objective.clips}
-        config = LossConfig.model_validate(
-            {"objective": name, **clips} | ({"denominator": 64} if objective.fixed_denominator else {})
-        )
-        assert config.needs_reference == (name == "archer")
+        values: dict[str, Any] = {"objective": name}
+        values |= {clip: 3.0 if clip == "dual_clip" else 0.3 for clip in objective.clips}
+        values |= {"denominator": 64} if objective.fixed_denominator else {}
+        assert LossConfig.model_validate(values).needs_reference == (name == "archer")
     LossConfig(objective="mine:objective", dual_clip=2.0, clip_low=0.1)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError
-from forkrl.methods import needs_pass_first, reads_current_policy
+from forkrl.methods import needs_pass_first, objective_of, reads_current_policy
 from forkrl.planning.memory import Layout, Plan, adapter_parameters, product_bytes, selected_share, share_with_gradients
 from forkrl.planning.shapes import ModelShape
 
@@ -227,7 +227,8 @@ def update_flops(
     sequences = config.training.mini_batch_prompts * config.rollout.group_size
     mini_batch = sequences * (assumed.mean_prompt / config.rollout.group_size + assumed.mean_response)
     kept = measured * min(1.0, config.training.micro_batch_tokens / mini_batch)
-    every_token = bool(config.loss.kl_coef or config.loss.entropy_bonus)  # contributes to the loss
+    whole_responses = objective_of(config.loss.objective).all_tokens
+    every_token = bool(config.loss.kl_coef or config.loss.entropy_bonus or whole_responses)  # in the loss
     selects_first = not every_token and (whole or not current)
     if config.training.backward == "forks_only":
         share = share_with_gradients(config)

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 
-def require_range(name: str, value: Any, least: float, most: float = math.inf) -> None:
+def require_range(name: str, value: object, least: float, most: float = math.inf) -> None:
     """Raise ValueError unless the option is a finite number in [``least``, ``most``]."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and least <= value <= most):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
+    if not (math.isfinite(number) and least <= number <= most):
         span = f"of at least {least}" if most == math.inf else f"in [{least}, {most}]"
         raise ValueError(f"loss.options.{name} = {value} must be a finite number {span}")
 
