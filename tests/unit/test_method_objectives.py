@@ -486,14 +486,22 @@ def test_without_tokens_the_gradient_is_zero(name: str, empty: str) -> None:
 
 
 def test_a_response_is_read_whole_where_a_weight_is_0() -> None:
-    """A token that a weight or a correction removes still counts in the ratio of its response."""
-    old = torch.tensor([[-1.0, -1.0]])
-    logprobs = (old + torch.tensor([[-0.5, 0.0]])).requires_grad_()
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    stats, advantages = TokenStats(logprobs, torch.zeros_like(old)), torch.tensor([[0.0, 1.0]])
-    loss = step("gspo", stats, old, advantages, mask, mask, old)
-    assert loss.item() == pytest.approx(-math.exp(-0.25))
-    assert step("gmpo", stats, old, advantages, mask, mask, old).item() == pytest.approx(-math.exp(-0.25))
+    """A token that a weight or a correction removes still counts in the ratio of its response; padding does not."""
+    old = torch.tensor([[-1.0, -1.0, -1.0]])
+    logprobs = (old + torch.tensor([[-0.5, 0.0, 9.0]])).requires_grad_()
+    mask = torch.tensor([[True, True, False]])
+    stats, advantages = TokenStats(logprobs, torch.zeros_like(old)), torch.tensor([[0.0, 1.0, -9.0]])
+    for name in ("gspo", "gmpo"):
+        assert step(name, stats, old, advantages, mask, mask, old).item() == pytest.approx(-math.exp(-0.25))
+
+
+def test_archer_takes_the_quantile_over_the_whole_response() -> None:
+    """Entropies 1 ... 6, of which the quantile is 5: whichever token is selected alone, only the last is above."""
+    entropy = torch.tensor([[1.0, 2, 3, 4, 5, 6]], dtype=torch.float64)
+    for place in range(6):
+        selected = [[place == index for index in range(6)]]
+        terms = terms_of([[1.3] * 6], [1.0], entropy=entropy, selected=selected)
+        assert bool(evaluate("archer", terms)[2][0, place]) == (place < 5)
 
 
 @pytest.mark.parametrize(
