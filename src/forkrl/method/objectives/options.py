@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 
 def require_range(name: str, value: object, least: float, most: float = math.inf) -> None:
