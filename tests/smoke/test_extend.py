@@ -81,7 +81,10 @@ def test_evaluation_checkpoints_and_logs_may_change_too(world: World, short: Run
             ("optimizer.lr=1", "training.steps=6"),
             "began: optimizer.lr: 0.01 -> 1.0; resume without a recipe (only trai",
         ),
-        (("recipe.toml",), "training.steps: 3 -> 6; resume without a recipe (only training.steps, eval.*, checkpoint."),
+        (
+            ("recipe.toml",),
+            "training.steps: 3 -> 6; resume without a recipe (only training.steps, training.epochs, eval.*, ",
+        ),
         (("training.steps=2",), "training.steps = 2: short is at step 3 already; raise it"),
         (("training.stps=5",), "training.stps is not a setting; did you mean training.steps?"),
     ],

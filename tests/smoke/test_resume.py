@@ -180,7 +180,10 @@ def test_a_run_without_progress_stops_early_and_can_go_further(world: World) -> 
     assert stopped.checkpoints == ["step-2"]
     assert "finished" in world.run("runs", "stalled").stdout
     again = world.run("train", "--resume", "stalled")
-    assert "stalled has stopped early (step 2 of 6, eval.patience = 2); to train it further" in again.stdout
+    assert (
+        "stalled has stopped early at step 2 of 6: no higher accuracy in 2 evaluations (eval.patience); to train it "
+        "further, raise eval.patience, or turn it off: forkrl train --resume stalled eval.patience=0\n"
+    ) in again.stdout
     assert world.run("train", "--resume", "stalled", "eval.patience=0").code == 0
     assert stopped.checkpoints[-1] == "step-6"
     assert world.run("report", "stalled").code == 0
@@ -192,6 +195,91 @@ def test_an_early_stop_survives_a_kill(world: World) -> None:
     interrupt(world, "killed-stalled", *STALLED, point="eval", count=3, signal=signal.SIGKILL)
     resumed = world.resumed("killed-stalled")
     assert resumed.checkpoints == ["step-2"] and len(resumed.column("eval/accuracy")) == 3
+
+
+EVERY = "dynamic_sampling.enabled=false"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "limit", "step"), [((EVERY,), 1.25, 5), ((EVERY,), 1.1, 5), ((EVERY,), 0.1, 1), ((EVERY,), 9, 6)]
+)
+def test_a_run_ends_after_the_step_that_completes_its_epochs(
+    world: World, sampling: tuple[str, ...], limit: float, step: int
+) -> None:
+    """A step draws 4 of 16 prompts. The last step is evaluated and saved, although neither is due by its number."""
+    run = world.trained(f"epochs-{limit}", *sampling, f"training.epochs={limit}")
+    assert run.column("sampling/epochs") == [number / 4 for number in range(1, step + 1)]
+    assert [record["step"] for record in run.metrics if "eval/accuracy" in record] == sorted({0, min(3, step), step})
+    assert run.checkpoints == ["step-4", f"step-{step}"][-min(step, 2) :]
+
+
+SOME_DROPPED = ("rollout.group_size=3", "dynamic_sampling.generation_prompts=3")
+
+
+@pytest.fixture(scope="module")
+def unlimited(world: World) -> Run:
+    return world.trained("unlimited", *SOME_DROPPED)
+
+
+@pytest.fixture(scope="module")
+def limited(world: World, unlimited: Run) -> tuple[str, Run]:
+    """The setting that ends the other run after its fifth step, and the run that it ends."""
+    setting = f"training.epochs={unlimited.column('sampling/epochs')[4]}"
+    return setting, world.trained("limited", *SOME_DROPPED, setting)
+
+
+def test_epochs_count_all_prompts_that_dynamic_sampling_drew(unlimited: Run, limited: tuple[str, Run]) -> None:
+    setting, run = limited
+    batches = unlimited.column("sampling/generation_batches")
+    epochs = [3 * sum(batches[: number + 1]) / 16 for number in range(6)]
+    assert unlimited.column("sampling/epochs") == epochs and set(batches) == {2, 3}
+    assert run.timeless[:-1] == unlimited.timeless[:7], "the first five steps are the same"
+    assert [record["step"] for record in run.metrics] == [0, 1, 2, 3, 3, 4, 5, 5]
+    assert "eval/accuracy" in run.metrics[-1]
+    assert run.checkpoints == ["step-4", "step-5"]
+    reason = f"sampling/epochs is {epochs[4]:.4g} ({setting.replace('=', ' = ')})"
+    assert f"stopping at step 5: {reason}\n" in run.outcome.stdout
+
+
+def test_a_run_that_its_epochs_ended_is_finished_and_can_go_further(
+    world: World, unlimited: Run, limited: tuple[str, Run]
+) -> None:
+    _, run = limited
+    shutil.copytree(run.folder, world.folder / "further")
+    assert "finished" in world.run("runs", "further").stdout
+    again = world.run("train", "--resume", "further", without_report=True)
+    assert again.code == 0, again.stderr
+    assert "further has stopped early at step 5 of 6: sampling/epochs is " in again.stdout
+    assert "or turn it off: forkrl train --resume further training.epochs=0\n" in again.stdout
+    further = Run(world.folder / "further", again)
+    assert further.bits() == run.bits(), "nothing was trained"
+    outcome = world.run("train", "--resume", "further", "training.epochs=0", without_report=True)
+    assert outcome.code == 0, outcome.stderr
+    assert further.last_checkpoint.name == "step-6" and further.weights == unlimited.weights
+    last, evaluated = further.timeless[-2:], further.timeless[-3]
+    assert last == unlimited.timeless[-2:] and evaluated["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("point", "count", "signum"),
+    [
+        ("optimizer", 7, signal.SIGKILL), ("log", 7, signal.SIGKILL), ("log", 8, signal.SIGKILL),
+        ("save", 3, signal.SIGKILL), ("eval", 3, signal.SIGKILL), ("eval", 3, signal.SIGINT),
+        ("token", 31, signal.SIGTERM),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("after", [False, True])
+def test_an_end_by_epochs_survives_an_interruption(
+    world: World, limited: tuple[str, Run], point: str, count: int, signum: signal.Signals, after: bool
+) -> None:
+    setting, run = limited
+    out = f"limited-{point}-{signum}-{after}-{count}"
+    interrupt(world, out, *SOME_DROPPED, setting, point=point, count=count, signal=signum, after=after)
+    resumed = world.resumed(out)
+    assert resumed.bits() == run.bits()
+    assert resumed.checkpoints == run.checkpoints
+    evaluated = (point, count, after) == ("log", 8, True)
+    assert ("has stopped early" in resumed.outcome.stdout) == evaluated, "the evaluation belongs to the run"
 
 
 def test_a_lost_worker_costs_only_unsaved_steps(world: World, uninterrupted_pair: Run) -> None:

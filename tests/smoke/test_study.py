@@ -208,6 +208,9 @@ def test_runs_that_exist_are_compared(studied: World) -> None:
     assert given.tables["arms"][columns].equals(studied_.tables["arms"][columns])
     merged = studied.run("study", "--runs", f"x={runs[0]}", f"x={runs[3]}", *runs[1:3], "--out", "analyses/merged")
     assert merged.code == 2 and "arm x: seeds 3 and 4 differ in selection.r" in merged.stderr
+    studied.trained("limited", "training.steps=1", "training.epochs=9")
+    limited = studied.run("study", "--runs", "limited", *runs[:2], "--out", "analyses/limited")
+    assert limited.code == 2 and "--runs limited: with training.epochs = 9 runs differ in length" in limited.stderr
     refused = studied.run("study", "--runs", *runs[:3], "--out", "analyses/three")
     assert refused.code == 2 and "an interval over runs needs at least two different seeds" in refused.stderr
 

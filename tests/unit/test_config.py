@@ -40,6 +40,8 @@ MISTAKES = [
     ("task.data=prompts.jsonl", 'task.data is for task.name = "dataset", but task.name = "countdown"'),
     ("seed=99999999999999999999", "seed = 99999999999999999999: input should be less than 9223372036854775808"),
     ("training.steps=true", "training.steps = True: input should be a valid integer"),
+    ("training.epochs=-1", "training.epochs = -1: input should be greater than or equal to 0"),
+    ("training.epochs=inf", "training.epochs = inf: input should be a finite number"),
     ('optimizer.lr="1e-3"', "optimizer.lr = '1e-3': input should be a valid number"),
     ('rollout.prompts_per_step="32"', "rollout.prompts_per_step = '32': input should be a valid integer"),
     ("training.mini_batch_prompts=16.0", "training.mini_batch_prompts = 16.0: input should be a valid integer"),
@@ -76,6 +78,7 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path)
 
 SHORTHAND: list[tuple[str, str, Any]] = [
     ("training.steps=1e3", "training.steps", 1000),
+    ("training.epochs=1.5", "training.epochs", 1.5),
     ("seed=1e18", "seed", 10**18),
     ("optimizer.lr=1e3", "optimizer.lr", 1000.0),
     ("loss.denominator=1e3", "loss.denominator", 1000),

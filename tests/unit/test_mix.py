@@ -95,6 +95,18 @@ def test_a_stream_resumes_from_its_state_at_any_step() -> None:
         assert story(after, stop, 20) == whole[stop:]
 
 
+def test_epochs_are_the_prompts_drawn_over_all_prompts_of_every_part_and_level() -> None:
+    """5 prompts in one part and 4 in each of three levels of the other; a restored stream counts on."""
+    stream, restored = stream_with_levels(), stream_with_levels()
+    assert stream.epochs == 0
+    story(stream, 0, 5)
+    assert stream.epochs == 20 / 17
+    restored.restore(stream.state())
+    assert restored.epochs == 20 / 17
+    restored.take(14)
+    assert restored.epochs == 2
+
+
 def test_an_abandoned_step_leaves_no_trace() -> None:
     stream, other = stream_with_levels(), stream_with_levels()
     story(stream, 0, 5)

@@ -26,7 +26,7 @@ from forkrl.report.fork_data import fork_data
 from forkrl.report.formatting import duration
 from forkrl.report.run_data import read_run
 from forkrl.report.run_page import histogram_counts, reproducing_command, run_forks
-from forkrl.report.run_summary import cards, headline
+from forkrl.report.run_summary import cards, headline, status
 from forkrl.stats.intervals import mean_with_interval
 from tests.fabricated_run import SCHEMA, response_row, write_rollouts, write_run
 from tests.report_page import Page, decoded
@@ -361,6 +361,22 @@ def test_interrupted_run_says_where_it_stands(tmp_path: Path) -> None:
     assert "This run stopped at step 3 of 60" in page.text
     assert "line 5 (cut short in writing?)" in page.text
     assert "there is no second evaluation to compare; 3 training steps took" in page.text
+
+
+@pytest.mark.parametrize(("epochs", "ended"), [(1.5, True), (2.5, False), (0, False), ('"two"', False)])
+def test_a_run_that_its_epochs_ended_is_not_called_interrupted(
+    tmp_path: Path, epochs: float | str, ended: bool
+) -> None:
+    folder = write_run(tmp_path / "run", steps=0)
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config.replace("steps = 60", f"steps = 60\nepochs = {epochs}"))
+    rows = [{"step": step, "reward/mean": 0.5, "sampling/epochs": step * 0.75} for step in (1, 2)]
+    metrics_of(folder, {"step": 0, "eval/accuracy": 0.1}, *rows, {"step": 2, "eval/accuracy": 0.2})
+    says = status(read_run(folder, 12))
+    if ended:
+        assert says == "Stopped early at step 2 of 60: sampling/epochs is 1.5 (training.epochs = 1.5)."
+    else:
+        assert says.startswith("This run stopped at step 2 of 60: it was interrupted")
 
 
 def test_run_that_never_logged(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe, recipe_toml
 from forkrl.errors import UserError
+from forkrl.method.schedule import EarlyEnd
 from forkrl.parallel.workers import Workers
 from forkrl.store.atomic import explained_write_errors
 from forkrl.store.provenance import changed_arithmetic, describe_provenance, refuse_other_data
@@ -32,6 +33,9 @@ from forkrl.types import Task
 from tests.models import random_policy
 from tests.tiny_state import tiny_state
 
+MAY_CHANGE = (
+    r"only training.steps, training.epochs, eval.\*, checkpoint.every, checkpoint.keep, checkpoint.keep_best, log.\*"
+)
 RECIPE = {"seed": 3, "loss": {"clip_low": 0.2}, "optimizer": {"betas": [0.9, 0.95]}}
 PROVENANCE = {"forkrl": "0.1", "commit": None, "threads": 2}
 
@@ -350,9 +354,9 @@ class TestResume:
         return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
     def test_what_does_not_affect_finished_steps_may_change(self, begun: RunFolder, config: TrainConfig) -> None:
-        longer = self.changed(self.changed(config, "training", steps=20), "eval", every=7)
-        accepted = accepted_changes(begun.path, longer, ["training.steps", "eval"])
-        assert {change.partition(":")[0] for change in accepted} == {"training.steps", "eval.every"}
+        longer = self.changed(self.changed(config, "training", steps=20, epochs=2.0), "eval", every=7)
+        accepted = accepted_changes(begun.path, longer, ["training", "eval"])
+        assert {change.partition(":")[0] for change in accepted} == {"training.steps", "training.epochs", "eval.every"}
         assert "training.steps: 10 -> 20" in accepted
         begun.change_recipe(recipe_toml(longer), 4, accepted)
         begun.change_recipe(recipe_toml(config), 5, ["back"])
@@ -366,7 +370,7 @@ class TestResume:
         longer = self.changed(config, "training", steps=20)
         says = (
             r"the recipe has changed since the run began: training.steps: 10 -> 20; resume without a recipe "
-            r"\(only training.steps, eval.\*, checkpoint.every, checkpoint.keep, checkpoint.keep_best, log.\* "
+            rf"\({MAY_CHANGE} "
             r"may change, each given as key=value\), or start a new run with another --out"
         )
         with pytest.raises(UserError, match=says + "$"):
@@ -400,20 +404,25 @@ class TestResume:
             accepted_changes(tmp_path / "verl", self.changed(by_verl, "training", steps=20), ["training.steps"])
 
     def test_a_resumed_run_says_where_it_continues(self, config: TrainConfig) -> None:
-        def says(done: int | None, *changes: str, finished: bool = False) -> str:
-            return describe_resume(Path("x"), done, config, changes, finished=finished)
+        def says(done: int | None, *changes: str, finished: bool = False, early: EarlyEnd | None = None) -> str:
+            return describe_resume(Path("x"), done, config, changes, finished=finished, early=early)
 
         assert says(None) == "resuming x from the beginning (it has no checkpoint)"
         assert says(0, "a: 1 -> 2", "b: 3 -> 4") == "resuming x after step 0 of 10, with a: 1 -> 2; b: 3 -> 4"
         resume = "forkrl train --resume x training.steps=20"
         assert says(10, finished=True) == f"x is finished (step 10 of 10); to train it further: {resume}"
+        early = EarlyEnd("training.epochs", "sampling/epochs is 2 (training.epochs = 2)")
+        assert says(4, finished=True, early=early) == (
+            "x has stopped early at step 4 of 10: sampling/epochs is 2 (training.epochs = 2); to train it further, "
+            "raise training.epochs, or turn it off: forkrl train --resume x training.epochs=0"
+        )
+        assert says(4, early=early) == "resuming x after step 4 of 10", "the last step is still to be evaluated"
 
     def test_an_edited_recipe_is_refused(self, begun: RunFolder) -> None:
         begun.close()
         file = begun.path / "config.toml"
         file.write_text(file.read_text().replace("steps = 10", "steps = 11"))
-        may_change = r"only training.steps, eval.\*, checkpoint.every, checkpoint.keep, checkpoint.keep_best, log.\*,"
-        with pytest.raises(UserError, match=f"was edited after the run began; undo the edit. .* {may_change}"):
+        with pytest.raises(UserError, match=f"was edited after the run began; undo the edit. .* {MAY_CHANGE},"):
             RunFolder.open(begun.path)
 
     def test_other_data_or_other_arithmetic(

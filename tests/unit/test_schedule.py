@@ -11,7 +11,7 @@ import transformers
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import load_recipe
 from forkrl.errors import UserError
-from forkrl.method.schedule import adaptive_bonus, has_stalled, share_of_lr
+from forkrl.method.schedule import adaptive_bonus, early_end, share_of_lr
 
 
 def recipe(*overrides: str) -> TrainConfig:
@@ -91,8 +91,32 @@ def test_a_constant_rate_is_exactly_what_it_was() -> None:
 )
 def test_a_run_stalls_when_no_evaluation_is_better(accuracies: list[float], patience: int, stalled: bool) -> None:
     rows = [{"step": 0, "reward/mean": 0.1}, *({"eval/accuracy": accuracy} for accuracy in accuracies)]
-    assert has_stalled(rows, patience) == stalled
-    assert not has_stalled([*rows, {"reward/mean": 0.1}], patience), "only an evaluation ends a run"
+    found = early_end(rows, patience=patience, epochs=0)
+    assert (found is not None) == stalled
+    if found:
+        assert found == ("eval.patience", f"no higher accuracy in {patience} evaluations (eval.patience)")
+    assert not early_end([*rows, {"reward/mean": 0.1}], patience=patience, epochs=0), "only an evaluation ends a run"
+
+
+@pytest.mark.parametrize(
+    ("done", "epochs", "ends"),
+    [
+        ([], 1.0, False),
+        ([0.5, 0.99], 1.0, False),
+        ([0.5, 1.0], 1.0, True),
+        ([0.5, 1.3], 1.0, True),
+        ([0.5, 1.3], 0.0, False),
+        ([1.0, 2.0], 2.5, False),
+    ],
+)
+def test_a_run_ends_when_its_epochs_are_done(done: list[float], epochs: float, ends: bool) -> None:
+    """Whether the last step is evaluated or not; older versions logged no epochs."""
+    rows = [{"eval/accuracy": 0.5}, {"reward/mean": 0.1}, *({"sampling/epochs": each} for each in done)]
+    for every in (rows, [*rows, {"eval/accuracy": 0.6}]):
+        found = early_end(every, patience=5, epochs=epochs)
+        assert (found is not None) == ends
+        if found:
+            assert found == ("training.epochs", f"sampling/epochs is {done[-1]:g} (training.epochs = 1)")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,9 @@ BAD = {
     "a claim about no measurement": (
         "margin = 0.02", 'margin = 0.02\nmeasurement = "m"', "measurement = 'm' is not an evaluation; name one of none",
     ),
+    "runs of as many epochs": (
+        LABEL, 'settings = ["training.epochs=2"]', "training.epochs = 2 runs differ in length; set it to 0",
+    ),
     "runs of different lengths": (
         LABEL, 'settings = ["eval.every=2", "eval.patience=3"]', "eval.patience = 3 runs differ in length; set it to 0",
     ),

@@ -28,6 +28,7 @@ REFUSALS: list[tuple[str, Sequence[str], str]] = [
         ["dynamic_sampling.generation_prompts=1024", "cluster.trainer=colocate_async"],
         "set it to 0",
     ),
+    ("training.epochs", ["training.epochs=2"], "set it to 0, and training.steps to the length of the run"),
     ("training.mini_batch_prompts", ["cluster.gpus_per_node=7"], "512 responses of a gradient step"),
     (
         "training.micro_batch_tokens",

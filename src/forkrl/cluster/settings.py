@@ -340,6 +340,8 @@ REFUSED = (
     Refusal("dynamic_sampling.generation_prompts", 'above prompts_per_step with cluster.trainer = "colocate_async"',
         'cluster.trainer = "colocate_async" samples one step ahead; set it to 0',
         lambda c: c.dynamic_sampling.generation_prompts > c.rollout.prompts_per_step and c.cluster.trainer != "sync"),
+    Refusal("training.epochs", "above 0", f"{_OWN_LOOP}; set it to 0, and training.steps to the length of the run",
+            lambda c: c.training.epochs > 0),
     Refusal("training.mini_batch_prompts", "times group_size, not divisible by the ranks (GPUs / sequence_parallel)",
             "every rank takes the same number of responses"),
     Refusal("training.micro_batch_tokens", "not divisible by cluster.sequence_parallel", "GPUs share it evenly"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from forkrl.commands.other_options import RunsOptions
 from forkrl.errors import UserError, write_line
-from forkrl.method.schedule import has_stalled
+from forkrl.method.schedule import early_end
 from forkrl.report.terminal import aligned
 from forkrl.store.run_folder import CONFIG, LOCK, read_config, read_metrics
 
@@ -75,8 +75,9 @@ def describe_run(folder: Path) -> ListedRun:
         pass
     accuracies = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     step, steps = int(rows[-1]["step"]) if rows else 0, _setting(config, "training", "steps")
-    stalled = has_stalled(rows, _setting(config, "eval", "patience") or 0)
-    finished = steps is not None and (stalled or step >= steps) and bool(rows) and "eval/accuracy" in rows[-1]
+    patience, epochs = _setting(config, "eval", "patience") or 0, _setting(config, "training", "epochs") or 0
+    over = steps is not None and (step >= steps or early_end(rows, patience=patience, epochs=epochs) is not None)
+    finished = over and bool(rows) and "eval/accuracy" in rows[-1]
     status = problem or ("finished" if finished else "running" if _is_locked(folder) else "stopped")
     metrics = folder / "metrics.jsonl"
     return ListedRun(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forkrl.config.recipe import flatten, parse_recipe
-from forkrl.config.study import SAME_EVALUATION, StudyConfig
+from forkrl.config.study import SAME_EVALUATION, StudyConfig, early_ends
 from forkrl.errors import UserError
 from forkrl.store.run_folder import CONFIG
 from forkrl.store.run_record import CURVES, RunRecord, make_record
@@ -32,10 +32,8 @@ def study_of_runs(words: Sequence[str], metric: str, baseline: str | None) -> tu
     given = [_split(word) for word in words]
     folders = {path: make_record("", path, "") for _, path in given if (path / CONFIG).is_file()}
     for path, record in folders.items():
-        if patience := flatten(record.settings).get("eval.patience"):
-            raise UserError(
-                f"--runs {path}: with eval.patience = {patience} runs differ in length; leave it out, or use 0"
-            )
+        for key, value in early_ends(record.settings).items():
+            raise UserError(f"--runs {path}: with {key} = {value:g} runs differ in length; leave it out, or use 0")
     names = _arms_by_settings(folders)
     records: list[RunRecord] = []
     for arm, path in given:

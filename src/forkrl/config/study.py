@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from forkrl.config.recipe import load_recipe, parse_recipe, read_toml, recipe_differences, recipe_toml
+from forkrl.config.recipe import flatten, load_recipe, parse_recipe, read_toml, recipe_differences, recipe_toml
 from forkrl.config.sections import FROM_LIST, NonNegative, Section, Seed
 from forkrl.config.train import TrainConfig
 from forkrl.errors import UserError
@@ -221,6 +221,12 @@ def learning_settings(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in recipe_toml(config).items() if key not in _NOT_COMPARED}
 
 
+def early_ends(settings: dict[str, Any]) -> dict[str, float]:
+    """Those of a recipe's settings that may end a run before training.steps; runs with them may differ in length."""
+    flat = flatten(settings)
+    return {key: flat[key] for key in ("eval.patience", "training.epochs") if flat.get(key)}
+
+
 def _arm_config(path: Path, study: StudyConfig, name: str, recipe: Path) -> TrainConfig:
     words = (*study.settings, *study.arms[name].settings)
     if any(word.partition("=")[0].strip() == "seed" for word in words):
@@ -235,14 +241,13 @@ def _require_comparable(path: Path, configs: dict[str, TrainConfig], baseline: s
     """Reject two arms with the same settings, and arms whose prompts, evaluation or model differ."""
     seen: dict[str, str] = {}
     for name, config in configs.items():
-        text = repr(learning_settings(config))
+        settings = learning_settings(config)
+        text = repr(settings)
         if text in seen:
             raise UserError(f"{path}: arms {seen[text]} and {name} have the same settings; change or remove one")
         seen[text] = name
-        if config.eval.patience:
-            raise UserError(
-                f"{path}: arm {name}: with eval.patience = {config.eval.patience} runs differ in length; set it to 0"
-            )
+        for key, value in early_ends(settings).items():
+            raise UserError(f"{path}: arm {name}: with {key} = {value:g} runs differ in length; set it to 0")
         different = [
             each for each in recipe_differences(configs[baseline], config) if each.startswith(SAME_EVALUATION)
         ]  # fmt: skip

@@ -21,7 +21,10 @@ from forkrl.config.sections import FROM_LIST, Count, Decay, Fraction, NonNegativ
 from forkrl.config.task import TaskConfig
 from forkrl.methods import MASKS, OBJECTIVES, WEIGHTS, Clip, mask_of, objective_of
 
-CHANGEABLE = ("training.steps", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "log.*")
+CHANGEABLE = (
+    "training.steps", "training.epochs", "eval.*", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+    "log.*",
+)  # fmt: skip
 """Settings that a resumed run may change: they do not affect finished steps."""
 
 
@@ -300,6 +303,9 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     steps: PositiveInt = 100
     """Rollout batches to train on."""
+    epochs: NonNegative = 0.0
+    """End the run after the first step whose sampling/epochs is at least this, or after training.steps; 0: no limit
+    (docs/training-control.md)."""
     mini_batch_prompts: PositiveInt = 32
     """Groups per gradient step; there are prompts_per_step / mini_batch_prompts gradient steps per batch."""
     micro_batch_tokens: PositiveInt = 32768

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 class Schedule(Protocol):
@@ -48,8 +48,31 @@ def adaptive_bonus(coef: float, entropy: float, target: float, delta: float) -> 
     return 0.0, max(0.0, coef - delta)
 
 
-def has_stalled(rows: Sequence[Mapping[str, Any]], patience: int) -> bool:
-    """Whether the last row of metrics is an evaluation that ends the run: ``patience`` (0: never) without a best."""
+class EarlyEnd(NamedTuple):
+    """The setting that ended a run before ``training.steps``, and what happened."""
+
+    setting: str
+    reason: str
+
+
+def early_end(rows: Sequence[Mapping[str, Any]], *, patience: int, epochs: float) -> EarlyEnd | None:
+    """Why a run with these rows of metrics has no further step; None if it continues to ``training.steps``.
+
+    Args:
+        rows: all rows of metrics.
+        patience: ``eval.patience``; 0: no limit.
+        epochs: ``training.epochs``; 0: no limit.
+    """
+    done = next((row["sampling/epochs"] for row in reversed(rows) if "sampling/epochs" in row), 0.0)
+    if 0 < epochs <= done:
+        return EarlyEnd("training.epochs", f"sampling/epochs is {done:.4g} (training.epochs = {epochs:g})")
+    if _has_stalled(rows, patience):
+        return EarlyEnd("eval.patience", f"no higher accuracy in {patience} evaluations (eval.patience)")
+    return None
+
+
+def _has_stalled(rows: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether the last row is an evaluation, and the last ``patience`` evaluations have no best among them."""
     if not rows or not _is_measured(rows[-1]):
         return False
     accuracies: list[float] = [row["eval/accuracy"] for row in rows if _is_measured(row)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from forkrl.method.schedule import has_stalled
+from forkrl.method.schedule import early_end
 from forkrl.report.formatting import duration, is_clear, percent, points, probability
 from forkrl.report.page import Card
 from forkrl.report.run_data import RunData
@@ -90,10 +90,14 @@ def _nothing_was_judged(run: RunData, step: int) -> bool:
 def status(run: RunData) -> str:
     if run.planned_steps is None or run.num_steps >= run.planned_steps:
         return ""
-    patience = run.setting("eval.patience")
-    if isinstance(patience, int) and has_stalled(list(run.metrics.values()), patience):
-        steps = f"{run.num_steps} of {run.planned_steps}"
-        return f"Stopped early at step {steps}: no higher accuracy in {patience} evaluations (eval.patience)."
+    patience, epochs = run.setting("eval.patience"), run.setting("training.epochs")
+    early = early_end(
+        list(run.metrics.values()),
+        patience=patience if isinstance(patience, int) else 0,
+        epochs=epochs if isinstance(epochs, int | float) else 0,
+    )
+    if early:
+        return f"Stopped early at step {run.num_steps} of {run.planned_steps}: {early.reason}."
     return (
         f"This run stopped at step {run.num_steps} of {run.planned_steps}: it was interrupted, ended early, "
         "or is still running. The page shows what it wrote so far."

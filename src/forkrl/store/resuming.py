@@ -9,6 +9,7 @@ from typing import Any
 from forkrl.config import CHANGEABLE, TrainConfig
 from forkrl.config.recipe import parse_recipe, recipe_differences, without_removed
 from forkrl.errors import UserError
+from forkrl.method.schedule import EarlyEnd
 from forkrl.store.run_folder import CONFIG, read_config, read_recipe
 
 _PREFIXES = tuple(key.removesuffix("*") for key in CHANGEABLE)
@@ -73,14 +74,20 @@ def require_progress(path: Path, progress: Mapping[str, Any], random_stream: int
 
 
 def describe_resume(
-    folder: Path, done: int | None, config: TrainConfig, changes: Sequence[str], *, finished: bool
+    folder: Path,
+    done: int | None,
+    config: TrainConfig,
+    changes: Sequence[str],
+    *,
+    finished: bool,
+    early: EarlyEnd | None = None,
 ) -> str:
     """The step a resumed run starts from and its changes, or that it is finished; ``done`` is the checkpoint's step."""
     last = config.training.steps
-    if finished and done != last:
+    if finished and early and done != last:
         return (
-            f"{folder} has stopped early (step {done} of {last}, eval.patience = {config.eval.patience}); to train it "
-            f"further: forkrl train --resume {folder} eval.patience=0"
+            f"{folder} has stopped early at step {done} of {last}: {early.reason}; to train it further, raise "
+            f"{early.setting}, or turn it off: forkrl train --resume {folder} {early.setting}=0"
         )
     if finished:
         return (

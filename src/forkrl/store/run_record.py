@@ -19,7 +19,7 @@ from pydantic import Field
 from forkrl.config import TrainConfig
 from forkrl.config.recipe import parse_recipe, without_removed
 from forkrl.config.sections import FROM_LIST, Section
-from forkrl.config.study import learning_settings
+from forkrl.config.study import early_ends, learning_settings
 from forkrl.errors import UserError, first_line
 from forkrl.parallel.threads import processor
 from forkrl.store.atomic import write_text
@@ -110,7 +110,7 @@ def make_record(
     scores = _read_scores(folder)
     last = config.training.steps
     if not scores or last not in scores:
-        further = " eval.patience=0" if config.eval.patience else ""
+        further = "".join(f" {key}=0" for key in early_ends(stored))
         raise UserError(
             f"{folder}: has no evaluation of step {last}, its last; finish it with --resume {folder}{further}"
         )

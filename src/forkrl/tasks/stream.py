@@ -51,6 +51,12 @@ class PromptStream:
         """The current level of each part with a curriculum."""
         return {source: self._levels[source] for source in self._curricula}
 
+    @property
+    def epochs(self) -> float:
+        """Prompts drawn so far divided by the number of prompts, over all parts and levels."""
+        pools = [pool for levels in self._pools.values() for pool in levels.values()]
+        return sum(pool.position for pool in pools) / sum(len(pool) for pool in pools)
+
     def take(self, count: int) -> list[Prompt]:
         return [self._next() for _ in range(count)]
 
@@ -113,6 +119,9 @@ class _Pool:
         self._seed = seed
         self._epoch = -1
         self._order: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._prompts)
 
     def next(self) -> Prompt:
         epoch, index = divmod(self.position, len(self._prompts))

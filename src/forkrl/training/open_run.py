@@ -232,7 +232,10 @@ def _open_tracker(run: Run, own: Tracker | None, *, remove_on_failure: bool) -> 
 
 def _announce_resume(run: Run, changes: Sequence[str]) -> None:
     done = run.step if run.first_unsaved_step else None
-    run.display.message(describe_resume(run.folder.path, done, run.config, changes, finished=run.is_finished))
+    early = run.early_end
+    run.display.message(
+        describe_resume(run.folder.path, done, run.config, changes, finished=run.is_finished, early=early)
+    )
     schedule, steps = run.config.optimizer.schedule, run.config.training.steps
     if schedule != "constant" and any(change.startswith("training.steps:") for change in changes):
         run.display.message(

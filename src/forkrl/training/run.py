@@ -14,7 +14,7 @@ from forkrl.config import TrainConfig
 from forkrl.config.recipe import change_recipe
 from forkrl.errors import UserError
 from forkrl.method.batches import cut_micro_batches
-from forkrl.method.schedule import adaptive_bonus, has_stalled, share_of_lr
+from forkrl.method.schedule import EarlyEnd, adaptive_bonus, early_end, share_of_lr
 from forkrl.model.policy import Policy
 from forkrl.parallel.workers import Workers
 from forkrl.report.progress import TrainingDisplay
@@ -87,7 +87,7 @@ class Run:
 
         Args:
             folder: run folder.
-            changes: new values for training.steps, eval.*, log.*, checkpoint.every, .keep or .keep_best, by key.
+            changes: new values by key, for training.steps, .epochs, eval.*, log.*, checkpoint.every, .keep, .keep_best.
             plug_ins: fields of :class:`PlugIns`, as when the run was created.
 
         Raises:
@@ -101,7 +101,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Numbers of the remaining steps; saves random state and data position before each, for ``stop``."""
-        while self.step < self.config.training.steps and not self.is_stalled:
+        while not self.is_over:
             self._mark()
             yield self.step + 1
 
@@ -162,8 +162,8 @@ class Run:
         self._mark()
         if samples:
             self.folder.write_rollouts(f"train-{self.step:06d}", samples)
-        self._log({**metrics, **level_metrics(self.prompts.levels)})
-        if self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps:
+        self._log({**metrics, "sampling/epochs": self.prompts.epochs, **level_metrics(self.prompts.levels)})
+        if self.step % self.config.checkpoint.every == 0 or self.is_over:
             self.save()
 
     def should_sample(self) -> bool:
@@ -172,8 +172,8 @@ class Run:
 
     def evaluate_if_due(self) -> None:
         """Measure held-out accuracy at the start, every ``eval.every`` steps and at the end, with a fixed seed."""
-        every, last = self.config.eval.every, self.config.training.steps
-        due = self.step in (0, last) or (every and self.step % every == 0)
+        every = self.config.eval.every
+        due = self.step == 0 or (every and self.step % every == 0) or self.is_over
         if not due or self.step == self._evaluated_step:
             return
         prompts = self.task.held_out[: self.config.eval.problems]
@@ -196,23 +196,27 @@ class Run:
         self.folder.write_scores(self.step, {group.prompt.id: group.scores for group in groups})
         self._log({f"eval/{name}": value for name, value in summarise(groups).items()})
         self._evaluated_step = self.step
-        if self.is_stalled and self.step < last:
-            patience = self.config.eval.patience
-            self.display.message(
-                f"stopping at step {self.step}: no higher accuracy in {patience} evaluations (eval.patience)"
-            )
-        if self.step and (self.is_stalled or self._best_step() == self.step):
+        early = self.early_end
+        if early and self.step < self.config.training.steps:
+            self.display.message(f"stopping at step {self.step}: {early.reason}")
+        if self.step and (early or self._best_step() == self.step):
             self.save()
 
     @property
-    def is_stalled(self) -> bool:
-        """Whether the evaluation of this step stops the run (``eval.patience``)."""
-        patience = self.config.eval.patience
-        return bool(patience) and has_stalled(self.folder.read_metrics(), patience)
+    def early_end(self) -> EarlyEnd | None:
+        """Why the run has no further step although ``training.steps`` may not be done."""
+        patience, epochs = self.config.eval.patience, self.config.training.epochs
+        rows = self.folder.read_metrics() if patience or epochs else []
+        return early_end(rows, patience=patience, epochs=epochs)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left; the last one may not be evaluated yet."""
+        return self.step >= self.config.training.steps or self.early_end is not None
 
     @property
     def is_finished(self) -> bool:
-        return self.is_stalled or self.step == self._evaluated_step == self.config.training.steps
+        return self.step == self._evaluated_step and self.is_over
 
     def _best_step(self) -> int | None:
         """With checkpoint.keep_best: the best of the steps that have a checkpoint, this one, and the start."""
