@@ -22,6 +22,7 @@ from verifiers.v1.dialects.chat import message_to_wire
 from verifiers.v1.harnesses.utils.mcp import call_mcp, connect_mcp
 
 from forkrl.errors import first_line
+from forkrl.parallel.processes import allow_many_files
 
 KEY_VARIABLE = "FORKRL_ENVIRONMENT_KEY"
 _HARNESS = "forkrl_chat"
@@ -75,10 +76,12 @@ class ChatHarness(vf.Harness[vf.HarnessConfig]):
                     return vf.ProgramResult(0, "", "")
                 for call in message["tool_calls"]:
                     name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
-                    known = name in dispatch and isinstance(arguments, dict)
-                    content = (
-                        await call_mcp(servers, dispatch, name, arguments) if known else f"error: no tool {name!r}"
-                    )
+                    if name not in dispatch:
+                        content: Any = f"error: no tool {name!r}"
+                    elif not isinstance(arguments, dict):
+                        content = "error: arguments must be a JSON object"
+                    else:
+                        content = await call_mcp(servers, dispatch, name, arguments)
                     messages.append({"role": "tool", "tool_call_id": call["id"], "name": name, "content": content})
 
 
@@ -94,8 +97,11 @@ def open_environment(request: Mapping[str, Any]) -> tuple[vf.Env[Any], dict[int,
     roles = [name for name, field in config_type.model_fields.items() if isinstance(field.default, vf.AgentConfig)]
     if len(roles) != 1:
         raise Refused(f"it has {len(roles)} agents ({', '.join(roles)}), and only one can be trained yet")
+    own = args.get(roles[0], {})
+    if ignored := sorted({"harness", "runtime", "sampling", "client", "retries", "max_turns"} & set(own)):
+        raise Refused(f"task.environment_args.{roles[0]}.{ignored[0]} is set by ForkRL; remove it")
     forced = {"harness": {"id": _HARNESS}, "runtime": {"type": "subprocess"}, "max_turns": request["max_turns"]}
-    args[roles[0]] = {**args.get(roles[0], {}), **forced}
+    args[roles[0]] = {**own, **forced}
     env = vf.load_environment(vf.resolve_env_config(args))
     tasks = {task.data.idx: task for task in itertools.islice(env.taskset, request["count"])}
     for task in tasks.values():
@@ -159,6 +165,7 @@ async def serve_rollouts(connection: Connection, env: vf.Env[Any], tasks: Mappin
 def serve() -> None:
     """Open the environment of the first message, list its tasks, then run rollouts if the message has a ``url``."""
     connection = Connection(int(sys.argv[1]))
+    allow_many_files()
     with suppress(EOFError, ConnectionError):  # the trainer has ended
         request = json.loads(connection.recv_bytes())
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +22,13 @@ def return_freed_memory() -> None:
     """Give freed memory back to the system, which glibc does by itself only at the end of its heap."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files and connections, often 1,024, as far as the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS calls the limit infinite, and refuses that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def child_environment(threads: int) -> dict[str, str]:

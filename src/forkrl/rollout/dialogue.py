@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from forkrl.errors import UserError
+from forkrl.errors import UserError, first_line
 from forkrl.rollout.embedded import Prefix
 from forkrl.types import Rollout, VerifierResult
 
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_BEGIN, _END = "<tool_call>", "</tool_call>"
 """How Qwen, SmolLM and Hermes models write calls of tools."""
+
+
+def require_continuable(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
+    """Raise UserError for a chat template that changes the model's first turn once the user replies."""
+    dialogue = Dialogue(tokenizer, template_kwargs)
+    first, turn, reply = ({"role": role, "content": "1"} for role in ("user", "assistant", "user"))
+    dialogue.require_same_start([first, turn], [reply])
 
 
 class Dialogue:
@@ -101,15 +108,18 @@ class Dialogue:
             result=result,
         )
 
-    def _added_text(self, new: list[dict[str, Any]]) -> str:
-        """What the template writes after the model's last token, up to its next turn."""
-        before, after = (self._render(self._messages + more, self._tools, prompt=bool(more)) for more in ([], new))
+    def require_same_start(self, messages: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+        """Raise UserError if the template changes ``messages`` once ``new`` ones follow."""
+        before, after = (self._render(messages + more, self._tools, prompt=bool(more)) for more in ([], new))
         if not after.startswith(before):
             raise UserError(
-                "the tokenizer's chat template changes earlier turns once a message follows (it may drop their "
-                "thoughts), so that the model would read other tokens than it wrote; take another model or template, "
-                "or set task.chat_template_kwargs"
+                "the tokenizer's chat template changes earlier turns once a message follows (it may drop or add "
+                "thoughts), so that the model would read other tokens than it wrote; take another model or template"
             )
+
+    def _added_text(self, new: list[dict[str, Any]]) -> str:
+        """What the template writes after the model's last token, up to its next turn."""
+        self.require_same_start(self._messages, new)
         # The template ends the last turn after its text, wherever that text ends: a marker finds the place.
         marker = uuid.uuid4().hex
         marked = [*self._messages[:-1], {"role": "assistant", "content": marker}, *new]
@@ -121,11 +131,16 @@ class Dialogue:
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, prompt: bool) -> str:
         offered: list[Any] | None = tools
-        return str(
-            self._tokenizer.apply_chat_template(
+        try:
+            text = self._tokenizer.apply_chat_template(
                 messages, tools=offered, tokenize=False, add_generation_prompt=prompt, **self._template_kwargs
             )
-        )
+        except TemplateError as error:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise UserError(
+                f"the tokenizer's chat template fails for messages of {roles}: {first_line(error)}"
+            ) from error
+        return str(text)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -146,13 +161,24 @@ def _same(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> bool:
     return [(each["role"], each["content"]) for each in first] == [(each["role"], each["content"]) for each in second]
 
 
+def _between(text: str) -> Iterator[str]:
+    """The text of each call; linear in time, whatever a model repeats."""
+    start = text.find(_BEGIN)
+    while start >= 0 and (end := text.find(_END, start)) >= 0:
+        yield text[start + len(_BEGIN) : end].strip()
+        start = text.find(_BEGIN, end)
+
+
 def _tool_calls(text: str, turn: int) -> list[dict[str, Any]]:
     """The calls in a turn; what is not a JSON object with a name is none."""
     calls = []
-    for number, written in enumerate(_CALL.findall(text)):
+    for number, written in enumerate(_between(text)):
         try:
             call = json.loads(written)
-            name, arguments = str(call["name"]), json.dumps(call.get("arguments", {}))
+            given = call.get("arguments", {})
+            # Some models write the arguments as a string that holds them.
+            name, arguments = str(call["name"]), given if isinstance(given, str) else json.dumps(given)
+            json.loads(arguments)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         function = {"name": name, "arguments": arguments}

@@ -59,6 +59,9 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024  # all rollouts of a wave may connect at once
 
+    def handle_error(self, *_: Any) -> None:
+        """Nothing: the environment was killed, which is reported elsewhere."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

@@ -20,7 +20,8 @@ import torch
 from forkrl.config import TrainConfig
 from forkrl.errors import UserError, printable
 from forkrl.model.prompt_tokens import prompt_token_ids
-from forkrl.rollout.dialogue import Dialogue
+from forkrl.parallel.processes import allow_many_files
+from forkrl.rollout.dialogue import Dialogue, require_continuable
 from forkrl.rollout.embedded import EmbeddedEngine
 from forkrl.rollout.endpoint import MODEL, ChatRequest, Endpoint
 from forkrl.tasks.environment import EnvironmentProcess
@@ -39,8 +40,9 @@ class _Ended(NamedTuple):
 class EnvironmentEngine:
     """Samples rollouts of an environment with ``engine``, and has their scores: a RolloutEngine and a Verifier.
 
-    A rollout whose environment computes for longer than ``reward.timeout_s`` without asking the model is cancelled. If
-    that does not help, the process is killed, and all rollouts in it fail. Failures score 0 and are counted.
+    Rollouts whose environment computes while none of them asks the model for ``reward.timeout_s`` (times the number of
+    such rollouts over 64, if that is more) are cancelled. If that does not help, the process is killed, and all of its
+    rollouts fail. So does one whose conversation cannot be continued exactly. Failures score 0 and are counted.
     """
 
     def __init__(self, engine: EmbeddedEngine, config: TrainConfig) -> None:
@@ -48,6 +50,8 @@ class EnvironmentEngine:
         self.first_failures: dict[str, str] = {}
         self._task, self._limits = config.task, config.rollout
         self._timeout_s = config.reward.timeout_s
+        require_continuable(engine.policy.tokenizer, config.task.chat_template_kwargs)
+        allow_many_files()
         self._events: queue.SimpleQueue[ChatRequest | dict[str, Any] | _Ended] = queue.SimpleQueue()
         self._endpoint = Endpoint(self._events.put)
         self._process: EnvironmentProcess | None = None
@@ -101,6 +105,7 @@ class EnvironmentEngine:
         tokenizer, variables = self.engine.policy.tokenizer, self._task.chat_template_kwargs
         wave = _Wave({self._started + place: Dialogue(tokenizer, variables) for place in range(len(prompts))})
         self._started += len(prompts)
+        self._require_same_tasks(process, prompts)
         process.send(
             {"run": [[number, int(each.answer)] for number, each in zip(wave.dialogues, prompts, strict=True)]}
         )
@@ -115,16 +120,28 @@ class EnvironmentEngine:
             for (number, dialogue), prompt in zip(wave.dialogues.items(), prompts, strict=True)
         ]
 
+    def _require_same_tasks(self, process: EnvironmentProcess, prompts: Sequence[Prompt]) -> None:
+        """Tasks are asked for by index: it must mean the same in every process."""
+        keys = {str(task["index"]): str(task["key"]) for task in process.tasks}
+        for prompt in prompts:
+            if not keys.get(prompt.answer, "").startswith(prompt.id):
+                raise UserError(
+                    f"task.environment = {self._task.environment!r} lists other tasks, or in another order, each time "
+                    f"it is opened ({prompt.place} has changed); give its taskset a fixed order"
+                )
+
     def _wait(self, wave: _Wave) -> bool:
         """Until every rollout has ended or waits for the model; whether any waits."""
-        cancelled, deadline = False, time.monotonic() + self._timeout_s
+        limit = self._timeout_s * max(1.0, len(wave.computing) / 64)  # one thread runs them all
+        cancelled, deadline = False, time.monotonic() + limit
         while computing := wave.computing:
             try:
                 event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 if cancelled:
                     self._kill()
-                    wave.fail(computing, "timeout", f"the environment does not answer for {self._timeout_s:g} s")
+                    late = f"the environment computes for {limit:g} s (reward.timeout_s = {self._timeout_s:g})"
+                    wave.fail(computing, "timeout", late)
                     wave.fail(wave.waiting, "crash", "its process was killed because of another rollout")
                     break
                 assert self._process is not None
@@ -137,7 +154,7 @@ class EnvironmentEngine:
                     self._kill()
                     wave.fail({*computing, *wave.waiting}, "crash", f"the environment's process {reason}")
             elif wave.take(event) and not cancelled:
-                deadline = time.monotonic() + self._timeout_s
+                deadline = time.monotonic() + limit
         return bool(wave.waiting)
 
     def _answer(self, wave: _Wave, sampling: SamplingParams, generator: torch.Generator) -> None:
@@ -147,12 +164,12 @@ class EnvironmentEngine:
         for number, request in requests.items():
             dialogue = wave.dialogues[number]
             messages, tools = request.body["messages"], request.body.get("tools") or None
-            ids = dialogue.heard(messages, tools)
-            if not dialogue.prompt_ids and len(ids) > self._limits.max_prompt_tokens:
-                raise UserError(
-                    f"the environment's first messages have {len(ids)} tokens, over rollout.max_prompt_tokens = "
-                    f"{self._limits.max_prompt_tokens}; raise the limit"
-                )
+            try:
+                ids = self._heard(dialogue, messages, tools)
+            except UserError as error:  # what a model wrote must not end the run
+                request.refuse("cannot_continue", "this conversation cannot be continued")
+                wave.fail({number}, "error", str(error))
+                continue
             used = len(dialogue) + len(ids) if dialogue.prompt_ids else 0
             room = min(sampling.max_response_tokens - used, self._task.max_turn_tokens or math.inf)
             if room <= 0:
@@ -172,6 +189,17 @@ class EnvironmentEngine:
             dialogue, turn = wave.dialogues[number], ended.rollout
             message = dialogue.say(turn)
             requests[number].answer(_completion(message, len(turn.prompt_ids), turn))
+
+    def _heard(
+        self, dialogue: Dialogue, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> list[int]:
+        ids = dialogue.heard(messages, tools)
+        if not dialogue.prompt_ids and len(ids) > self._limits.max_prompt_tokens:
+            raise UserError(
+                f"the environment's first messages have {len(ids)} tokens, over rollout.max_prompt_tokens = "
+                f"{self._limits.max_prompt_tokens}; raise the limit"
+            )
+        return ids
 
     def _open(self) -> EnvironmentProcess:
         if self._process is not None and self._process.child.process.poll() is not None:
@@ -240,7 +268,7 @@ def _result(event: Mapping[str, Any]) -> tuple[VerifierResult, str]:
     """The score that an environment's process sent, checked: it runs other people's code."""
     score, failure = event.get("score"), event.get("failure")
     if failure is not None:
-        message = printable(str(event.get("message", "the rollout was cancelled")))[:500]
+        message = printable(str(event.get("message", "cancelled after reward.timeout_s")))[:500]
         return VerifierResult(0.0, failure if failure in FAILURES else "error"), message
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
         return VerifierResult(0.0, "error"), f"its reward is {score!r}, not a number in [0, 1]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from typing import Any
@@ -33,7 +34,7 @@ class EnvironmentProcess:
             raise UserError(
                 "task.name = \"environment\" needs the verifiers package: pip install 'forkrl[environments]'"
             )
-        self.child = Child(_PROGRAM, child_environment(1) | {"FORKRL_ENVIRONMENT_KEY": key}, quiet=True)
+        self.child = Child(_PROGRAM, _without_proxy(child_environment(1)) | {"FORKRL_ENVIRONMENT_KEY": key}, quiet=True)
         request = {
             "environment": config.environment,
             "args": config.environment_args,
@@ -71,10 +72,11 @@ class EnvironmentProcess:
 
 
 def environment_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The environment's tasks as prompts; those with the lowest ids are held out, independent of their order.
+    """The environment's tasks as prompts. Which are held out does not depend on their order.
 
-    A rollout reads what the environment sends, which may differ from the prompt's text. ``Prompt.answer`` is the task's
-    index.
+    Tasks with the same first messages are held out together: of a prompt that is trained on with other answers, a model
+    would learn what the held-out answer is not. A rollout reads what the environment sends, which may differ from the
+    prompt's text. ``Prompt.answer`` is the task's index.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -96,10 +98,30 @@ def environment_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> 
             f"task.held_out_rows = {config.held_out_rows} leaves nothing to train on: {config.environment} has "
             f"{len(prompts)} distinct tasks; lower it"
         )
-    held_out = sorted(prompts)[: config.held_out_rows]
-    aside = [prompts[key] for key in held_out]
-    train = [prompt for key, prompt in prompts.items() if key not in set(held_out)]
+    alike: dict[str, list[Prompt]] = {}
+    for key in sorted(prompts):
+        alike.setdefault(prompts[key].text if prompts[key].question else key, []).append(prompts[key])
+    aside: list[Prompt] = []
+    for text in sorted(alike, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
+        if len(aside) >= config.held_out_rows:
+            break
+        aside += alike.pop(text)
+    left = {prompt.id for prompts_alike in alike.values() for prompt in prompts_alike}
+    train = [prompt for prompt in prompts.values() if prompt.id in left]
+    aside = aside[: config.held_out_rows]
+    if not train:
+        raise UserError(
+            f"task.held_out_rows = {config.held_out_rows} leaves nothing to train on: tasks of {config.environment} "
+            f"with the same first messages are held out together; lower it"
+        )
     return Task(config.environment, train, aside, {}, fingerprint_of(train, aside))
+
+
+def _without_proxy(environment: dict[str, str]) -> dict[str, str]:
+    """Requests to the endpoint stay on this machine: they hold its key and the conversation."""
+    for name in ("NO_PROXY", "no_proxy"):
+        environment[name] = ",".join(filter(None, [environment.get(name), "127.0.0.1,localhost"]))
+    return environment
 
 
 def task_text(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:

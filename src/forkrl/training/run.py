@@ -132,6 +132,8 @@ class Run:
         first = batch.rows(
             cut_micro_batches(batch, self.config.training.micro_batch_tokens, packed=self.policy.packs)[0]
         )
+        if not first.response_mask.any():  # an environment that failed before it asked the model
+            return
         gap = logprob_gap(self.policy, first.to(self.policy.device), self.config.rollout.temperature)
         require_small_gap(gap, self.policy.precision)
         self._gap_checked = True
