@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from forkrl.config import TaskConfig, TrainConfig
 from forkrl.errors import UserError
 from forkrl.method.batches import collate
-from forkrl.rollout.dialogue import Dialogue
+from forkrl.rollout.dialogue import Dialogue, require_continuable
 from forkrl.rollout.endpoint import ChatRequest, Endpoint
 from forkrl.tasks import open_task
 from forkrl.tasks.environment import EnvironmentProcess
@@ -99,6 +99,28 @@ def test_a_template_that_drops_thoughts_is_refused_in_one_sentence() -> None:
     reply = dialogue.say(turn(tokenizer, "2"))
     with pytest.raises(UserError, match=r"chat template changes earlier turns .*; take another model or template"):
         dialogue.heard([asked, reply, asked], None)
+
+
+def test_a_template_is_tried_before_anything_is_sampled() -> None:
+    require_continuable(chat_tokenizer(), {})
+    only_last = "{% if m.role == 'assistant' and not loop.last %}0{% else %}{{ m.content }}{% endif %}"
+    with pytest.raises(UserError, match="changes earlier turns once a message follows"):
+        require_continuable(chat_tokenizer(TEMPLATE.replace("{{ m.content }}", only_last)), {})
+    refusing = chat_tokenizer(TEMPLATE + "{% if messages | length > 1 %}{{ raise_exception('no replies') }}{% endif %}")
+    with pytest.raises(UserError, match="chat template fails for messages of user, assistant: no replies"):
+        require_continuable(refusing, {})
+
+
+def test_calls_with_arguments_in_a_string_and_endless_ones() -> None:
+    tokenizer = chat_tokenizer("{% if tools %}%{% endif %}" + TEMPLATE)
+    dialogue = Dialogue(tokenizer, {})
+    hear(dialogue, [{"role": "user", "content": "1"}], [{"type": "function", "function": {"name": "add"}}])
+    written = json.dumps({"name": "add", "arguments": '{"a": 1}'})
+    text = f"<tool_call>{written}</tool_call><tool_call>" + '{"name": "add", "arguments": "1, 2"}</tool_call>'
+    [call] = dialogue.say(turn(tokenizer, text))["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    # A search from every start took minutes.
+    assert "tool_calls" not in dialogue.say(turn(tokenizer, '<tool_call>\n{"name": ' * 20_000))
 
 
 def test_calls_of_tools_are_read_from_the_turn() -> None:

@@ -18,6 +18,7 @@ from forkrl.method.batches import collate
 from forkrl.model.stop_tokens import response_text
 from forkrl.rollout import environment as coordinator
 from forkrl.rollout.logprob_gap import logprob_gap
+from forkrl.tasks.environment import environment_task
 from forkrl.training import loop
 from forkrl.training.open_run import open_run
 from forkrl.training.run import Run
@@ -69,11 +70,47 @@ __all__ = ["Digits", "TwoTurns"]
 """
 
 
+OTHERS = """
+import os, random
+import verifiers.v1 as vf
+
+class Number(vf.TaskData):
+    number: int
+
+class NumberTask(vf.Task[Number, vf.State]):
+    @vf.reward
+    async def right(self, trace) -> float:
+        return 0.0
+
+class NumbersConfig(vf.TasksetConfig):
+    shuffled: bool = False
+
+class Numbers(vf.Taskset[NumberTask, NumbersConfig]):
+    def load(self):
+        numbers = list(range(24))
+        if self.config.shuffled:
+            random.Random(os.getpid()).shuffle(numbers)
+        for number in numbers:
+            yield NumberTask(Number(prompt=f"{number // 4}", number=number), self.config.task)
+
+class OneTurnConfig(vf.EnvConfig):
+    player: vf.AgentConfig = vf.AgentConfig()
+
+class OneTurn(vf.Env[OneTurnConfig]):
+    async def run(self, task, agents):
+        async with agents.player.interaction(task) as talk:
+            await talk.turn()
+
+__all__ = ["Numbers", "OneTurn"]
+"""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A random chat model; the environment's module can be imported."""
     folder = tmp_path_factory.mktemp("environment")
     (folder / "two_turns.py").write_text(ENVIRONMENT)
+    (folder / "numbers_of_four.py").write_text(OTHERS)
     tokenizer = chat_tokenizer()
     policy = random_policy(vocab_size=len(tokenizer), sharpness=5.0)
     policy.model.save_pretrained(folder / "model")
@@ -224,6 +261,59 @@ def test_a_score_outside_of_0_to_1_is_a_failure(model: str, tmp_path: Path) -> N
         [first, _] = sample(run)
         assert {rollout.result.failure for rollout in first.rollouts if rollout.result} == {"error"}
         assert "its reward is 2.0, not a number in [0, 1]" in run.verifier.first_failures["error"]
+
+
+def of_numbers(model: str, **args: Any) -> TrainConfig:
+    config = recipe(model, args=args)
+    return config.model_copy(update={"task": config.task.model_copy(update={"environment": "numbers_of_four"})})
+
+
+def test_tasks_with_the_same_first_message_are_held_out_together(model: str) -> None:
+    task = environment_task(of_numbers(model).task, chat_tokenizer())
+    assert len(task.held_out) == 2 and len(task.train) == 20
+    assert not {prompt.text for prompt in task.held_out} & {prompt.text for prompt in task.train}
+
+
+def test_a_taskset_in_another_order_each_time_is_refused(model: str, tmp_path: Path) -> None:
+    config = of_numbers(model, taskset={"shuffled": True})
+    with open_run(config, tmp_path / "run") as run, pytest.raises(UserError, match="in another order, each time"):
+        sample(run)
+
+
+def test_settings_that_forkrl_makes_itself_are_refused(model: str, tmp_path: Path) -> None:
+    config = recipe(model, args={"player": {"sampling": {"temperature": 0.1}}})
+    refused = pytest.raises(UserError, match=r"environment_args.player.sampling is set by ForkRL; remove it")
+    with refused, open_run(config, tmp_path / "run"):
+        pass
+
+
+def test_requests_do_not_go_to_a_proxy(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    with open_run(recipe(model), tmp_path / "run") as run:
+        groups = sample(run)
+        assert run.verifier.first_failures == {}
+    assert all(rollout.result and not rollout.result.failure for group in groups for rollout in group.rollouts)
+
+
+def test_a_conversation_that_cannot_be_continued_fails_alone(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run(recipe(model), tmp_path / "run") as run:
+        heard, calls = run.engine._heard, list[int]()  # type: ignore[attr-defined]
+
+        def once(dialogue: Any, *request: Any) -> Any:
+            calls.append(len(dialogue))
+            if calls[-1] and sum(map(bool, calls)) == 1:  # the first second turn
+                raise UserError("the chat template changes earlier turns")
+            return heard(dialogue, *request)
+
+        monkeypatch.setattr(run.engine, "_heard", once)
+        groups = sample(run)
+        failures = [rollout.result.failure for group in groups for rollout in group.rollouts if rollout.result]
+        assert sorted(failures) == [""] * 7 + ["error"]
+        assert "changes earlier turns" in run.verifier.first_failures["error"]
 
 
 @pytest.mark.parametrize(
