@@ -302,10 +302,19 @@ def build_settings(way: str, max_tokens: int) -> SimpleNamespace:
     return SimpleNamespace(
         rollout=SimpleNamespace(temperature=1.0),
         selection=SimpleNamespace(
-            rule="top_entropy", ratio=RATIO, threshold=None, scope="mini_batch", entropy="current"
+            options={}, rule="top_entropy", ratio=RATIO, threshold=None, scope="mini_batch", entropy="current"
         ),
+        weights=SimpleNamespace(rule="none"),
         loss=SimpleNamespace(
-            clip_low=0.2, clip_high=0.28, dual_clip=None, denominator="selected", kl_coef=0.0, entropy_coef=0.0
+            objective="dapo",
+            options={},
+            needs_reference=False,
+            clip_low=0.2,
+            clip_high=0.28,
+            dual_clip=None,
+            denominator="selected",
+            kl_coef=0.0,
+            entropy_coef=0.0,
         ),
         optimizer=SimpleNamespace(max_grad_norm=1.0),
         training=SimpleNamespace(micro_batch_tokens=max_tokens, backward=way),

@@ -117,7 +117,7 @@ CASES = {
     ),
     "wrong type": Case(train("training.steps=many"), ("training.steps = 'many'", "integer")),
     "out of range": Case(train("selection.ratio=1.5"), ("selection.ratio = 1.5", "less than or equal to 1")),
-    "unknown choice": Case(train("selection.rule=top"), ("selection.rule = 'top'", "'top_entropy'", "'threshold'")),
+    "unknown choice": Case(train("selection.rule=top"), ("selection.rule = 'top'", "top_entropy", "threshold")),
     "sizes that disagree": Case(train("training.mini_batch_prompts=3"), ("mini_batch_prompts = 3 does not divide",)),
     "no override": Case(train("optimizer.lr"), ("'optimizer.lr' is not an override", "section.key=value")),
     "spaces around =": Case(("train", "training.steps", "=", "3"), ("training.steps: no such", "without spaces")),

@@ -72,7 +72,9 @@ def test_metrics_have_every_documented_name_and_no_other(learned: Run) -> None:
 def test_config_holds_the_resolved_recipe_and_where_it_ran(learned: Run) -> None:
     config = tomllib.loads((learned.folder / "config.toml").read_text())
     assert config["optimizer"]["lr"] == 0.03
-    assert config["selection"] == {"rule": "top_entropy", "ratio": 0.2, "scope": "micro_batch", "entropy": "current"}
+    assert config["selection"] == {
+        "rule": "top_entropy", "ratio": 0.2, "options": {}, "scope": "micro_batch", "entropy": "current",
+    }  # fmt: skip
     assert config["provenance"].keys() >= {
         "forkrl", "torch", "transformers", "python", "commit", "data_fingerprint", "threads", "device"
     }  # fmt: skip

@@ -46,7 +46,7 @@ def try_methods(selection: SelectionConfig, weights: WeightsConfig, loss: LossCo
             loss,
             logprobs_BT.detach(),
         )
-        total.backward()
+        torch.autograd.grad(total, logprobs_BT, allow_unused=True)
     except UserError:
         raise
     except TrainingHalted as error:
