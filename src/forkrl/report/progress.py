@@ -28,7 +28,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from forkrl.config import SelectionConfig, TrainConfig
+from forkrl.config import LossConfig, SelectionConfig, TrainConfig
 from forkrl.errors import lost_terminal_ignored, printable, write_line
 from forkrl.methods import mask_of, objective_of
 from forkrl.report.formatting import duration, low_entropy
@@ -55,12 +55,7 @@ def describe_selection(config: TrainConfig) -> str:
     method = "" if config.loss.objective == "dapo" else f", objective {config.loss.objective}"
     method += "" if config.weights.rule == "none" else f", weights {config.weights.rule}"
     plain = " (plain DAPO)" if config.selection.rule == "all" and not method else ""
-    divisor = (
-        "loss averaged by response"
-        if objective_of(config.loss.objective).per_response
-        else (_divisor(config.loss.denominator))
-    )
-    sentence = f"training on {_selected_tokens(config.selection)}{plain}{method}, {divisor}"
+    sentence = f"training on {_selected_tokens(config.selection)}{plain}{method}, {_divisor(config.loss)}"
     engine = "; sampling with vLLM" if config.rollout.engine == "vllm" else ""
     return sentence + (backward if config.training.backward == "forks_only" else "") + engine
 
@@ -84,15 +79,16 @@ def _selected_tokens(selection: SelectionConfig) -> str:
         case "top_entropy" | "bottom_entropy":
             end = "highest" if selection.rule == "top_entropy" else "lowest"
             return f"the {share} of tokens with the {end} entropy in {scope}, entropy of the {whose}"
-    some = (
-        f"the {share} of tokens that {selection.rule} scores highest"
-        if mask_of(selection.rule).keeps_ratio
-        else (f"the tokens that {selection.rule} selects")
-    )
-    return f"{some} in {scope}, signals of the {whose}"
+    tokens = f"the tokens that {selection.rule} selects"
+    if mask_of(selection.rule).keeps_ratio:
+        tokens = f"the {share} of tokens that {selection.rule} scores highest"
+    return f"{tokens} in {scope}, signals of the {whose}"
 
 
-def _divisor(denominator: str | int) -> str:
+def _divisor(loss: LossConfig) -> str:
+    denominator = loss.denominator
+    if objective_of(loss.objective).per_response:
+        return "loss averaged by response"
     if isinstance(denominator, int):
         return f"loss divided by {denominator}"
     return f"loss over {'selected' if denominator == 'selected' else 'all response'} tokens of the mini-batch"

@@ -44,7 +44,7 @@ def kl_cov(terms: Terms, *, fraction: float = 2e-4, kl_coef: float = 1.0) -> tup
 
 
 def _covariance(terms: Terms) -> Tensor:
-    """Each selected token's term of the covariance, ``[B, T]``; other positions hold rubbish."""
+    """Each selected token's term of the covariance, ``[B, T]``; other positions are undefined."""
     num_selected = terms.selected.sum().clamp(min=1)
 
     def centred(values_BT: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def _count(fraction: float, terms: Terms) -> int:
 def _scrambled(values_N: Tensor) -> Tensor:
     """Integers without a visible relation to the values.
 
-    They stand in for random numbers: a generator would have to be shared by workers, and its draws would depend on
-    the order of the micro-batches. The same token of the same rollout always gets the same number.
+    They replace random numbers: workers would have to share a generator, and its draws would depend on the order of
+    the micro-batches. The same token of the same rollout always gets the same number.
     """
     bits_N = values_N.float().view(torch.int32).long() & 0xFFFFFFFF
     for factor in (0x9E3779B1, 0x85EBCA77):  # odd, with mixed bits
